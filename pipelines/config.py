@@ -1,0 +1,414 @@
+"""The one typed model of params.yaml. Imports no torch; every message names field, rule, value and the nearest valid name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.errors import ConfigError
+from posttrain.text import nearest
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Positive = Annotated[Finite, Field(gt=0)]
+NonNegative = Annotated[Finite, Field(ge=0)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Policy = Literal["stop", "quarantine", "warn"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ProjectParams(Section):
+    experiment: Annotated[str, Field(min_length=1)]
+    algorithms: Annotated[list[Name], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ProjectParams:
+        for field in ("algorithms", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} {values} must not repeat a value")
+        return self
+
+
+class ArithmeticParams(Section):
+    terms: Annotated[int, Field(ge=2, le=8)]
+    max_term: Annotated[int, Field(ge=1, le=10**6)]
+    careless: Share
+
+
+class GradedAnswers(Section):
+    """Pairs out of records that hold several graded answers: every better answer against every worse one."""
+
+    columns: Annotated[list[str], Field(min_length=2)]
+    text: str
+    score: str
+
+
+class TableSource(Section):
+    """One canonical table. `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'."""
+
+    source: str
+    """A generator (arithmetic, stories), a .jsonl/.json/.parquet/.csv file, or hub:OWNER/NAME."""
+    rows: Count | None = None
+    columns: dict[str, str] | None = None
+    extract: dict[str, str] | None = None
+    """Canonical column to a regular expression whose first group is kept."""
+    graded: GradedAnswers | None = None
+    split: str = "train"
+    heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+
+
+class StoriesParams(Section):
+    words: Annotated[list[str], Field(min_length=1)]
+    openings: Annotated[list[str], Field(min_length=1)]
+
+
+class DataParams(Section):
+    seed: Seed
+    arithmetic: ArithmeticParams
+    stories: StoriesParams | None = None
+    sft: TableSource
+    preferences: TableSource
+    problems: TableSource
+    evaluation: TableSource
+
+
+class RuleParams(Section):
+    empty_text: Policy
+    identical_pair: Policy
+    duplicate_rows: Policy
+    score_order: Policy
+    tied_scores: Policy
+    prompt_length: Policy
+    completion_length: Policy
+    unparseable_answer: Policy
+    wrong_type: Policy
+    leakage: Policy
+
+
+class ValidationParams(Section):
+    max_prompt_tokens: Count
+    max_completion_tokens: Count
+    max_shown_rows: Count
+    rules: RuleParams
+
+
+class TinyParams(Section):
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    max_length: Count
+    experts: Annotated[int, Field(ge=0)] = 0
+    experts_per_token: Count = 2
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TinyParams:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if self.experts and self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} must not exceed experts {self.experts}")
+        return self
+
+
+class ModelParams(Section):
+    source: str
+    trust_remote_code: bool = False
+    seed: Seed
+    tiny: TinyParams
+
+
+class OptimizerParams(Section):
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+
+
+class ComputeParams(Section):
+    micro_batch_tokens: Count
+    bf16: bool
+    threads: Count
+
+
+class CheckpointParams(Section):
+    every_steps: Count
+    every_minutes: Positive
+    keep: Count
+
+
+class SftParams(Section):
+    seed: Seed
+    epochs: Count
+    batch_size: Count
+    train_on: Literal["completion", "all"]
+    optimizer: OptimizerParams
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class RewardParams(Section):
+    seed: Seed
+    epochs: Count
+    batch_size: Count
+    margin_from_scores: bool
+    center_coefficient: NonNegative
+    optimizer: OptimizerParams
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class RewardSource(Section):
+    function: str
+    """A built-in (reward_model, answer, mentions, length, regex, format) or an import path package.module:function."""
+    arguments: dict[str, Any] = {}
+
+
+class OnPolicyBudget(Section):
+    steps: Count
+    prompts_per_step: Count
+    samples_per_prompt: Count
+    temperature: Positive
+    max_new_tokens: Count
+    optimizer: OptimizerParams
+    critic_learning_rate: Positive
+
+
+class PreferenceBudget(Section):
+    batch_size: Count
+    optimizer: OptimizerParams
+
+
+class AlignParams(Section):
+    on_policy: OnPolicyBudget
+    preference: PreferenceBudget
+    samples_every: Count
+    samples_shown: Count
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class AlgorithmParams(Section):
+    preset: str
+    options: dict[str, Any] = {}
+    rewards: dict[str, Finite] | None = None
+    """Reward source to weight; weight 0 measures without training on it."""
+    budget: dict[str, Any] = {}
+    """Overrides of align.on_policy or align.preference, by the preset's kind."""
+
+
+class EvaluationParams(Section):
+    seed: Seed
+    max_new_tokens: Count
+    samples_per_prompt: Count
+    temperature: Positive
+    pass_k: Annotated[list[Count], Field(min_length=1)]
+    rewards: Annotated[list[str], Field(min_length=1)]
+    accuracy: str
+    samples_shown: Count
+    compute: ComputeParams
+
+
+class ReportParams(Section):
+    seed: Seed
+    bootstrap: Annotated[int, Field(ge=100)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    samples_shown: Count
+
+
+class Params(Section):
+    project: ProjectParams
+    data: DataParams
+    validation: ValidationParams
+    model: ModelParams
+    sft: SftParams
+    reward: RewardParams
+    rewards: dict[Name, RewardSource]
+    align: AlignParams
+    algorithms: dict[Name, AlgorithmParams]
+    evaluation: EvaluationParams
+    report: ReportParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        for name in self.project.algorithms:
+            if name not in self.algorithms:
+                raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
+        for name in self.algorithms:
+            self.algorithm(name)
+            self.budget(name)
+            self._check_rewards(name)
+        for field in ("rewards", "accuracy"):
+            names = getattr(self.evaluation, field)
+            for source in [names] if isinstance(names, str) else names:
+                if source not in self.rewards:
+                    raise ValueError(f"evaluation.{field}: no reward {source!r}{nearest(source, self.rewards)}")
+        if self.evaluation.accuracy not in self.evaluation.rewards:
+            raise ValueError("evaluation.accuracy must be one of evaluation.rewards")
+        if max(self.evaluation.pass_k) > self.evaluation.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.pass_k {self.evaluation.pass_k}: k must not exceed samples_per_prompt {self.evaluation.samples_per_prompt}"
+            )
+        return self
+
+    def algorithm(self, name: str) -> Algorithm:
+        """The frozen record that section `algorithms.name` describes."""
+        section = self.algorithms[name]
+        return choose(section.preset, section.options)
+
+    def budget(self, name: str) -> OnPolicyBudget | PreferenceBudget:
+        """`align.on_policy` or `align.preference` with the section's overrides."""
+        on_policy = isinstance(self.algorithm(name), OnPolicy)
+        defaults: Section = self.align.on_policy if on_policy else self.align.preference
+        merged = _merge(defaults.model_dump(), self.algorithms[name].budget)
+        where = ("algorithms", name, "budget")
+        budget = _validated(OnPolicyBudget if on_policy else PreferenceBudget, merged, where)
+        if isinstance(budget, OnPolicyBudget):
+            self._check_budget(name, budget)
+        return budget
+
+    def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
+        record = self.algorithm(name)
+        assert isinstance(record, OnPolicy)
+        grouped = record.advantage in ("group_mean", "group_z", "leave_one_out")
+        if grouped and budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: advantage {record.advantage!r} compares answers to one prompt;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
+        if budget.prompts_per_step % record.minibatches:
+            raise ConfigError(
+                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {record.minibatches}"
+            )
+
+    def _check_rewards(self, name: str) -> None:
+        section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)
+        if not on_policy and section.rewards is not None:
+            raise ConfigError(f"algorithms.{name}.rewards: has no effect, {section.preset} learns from logged pairs. Remove it.")
+        if on_policy and not any((section.rewards or {}).values()):
+            raise ConfigError(f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}")
+        for source in section.rewards or {}:
+            if source not in self.rewards:
+                raise ConfigError(f"algorithms.{name}.rewards: no reward {source!r}{nearest(source, self.rewards)}")
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a params file. Raises ConfigError with one line per fault."""
+    return parse_params(read_yaml(path), str(path))
+
+
+def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
+    """Check a params tree that is already parsed."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: must be a mapping of sections ({', '.join(Params.model_fields)})")
+    try:
+        return _validated(Params, tree, ())
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """YAML 1.2, as DVC reads it, so that 2e-5 is a number for everyone."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}. Run from the project's root, where params.yaml is.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
+    try:
+        return YAML(typ="safe", pure=True).load(StringIO(text))
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {str(error.problem)}, line {_line(error)}; remove one of the two.") from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _line(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return str(mark.line + 1) if mark else "?"
+
+
+def _validated(kind: type[S], tree: Any, where: tuple[str, ...]) -> S:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, fault, where) for fault in error.errors())) from None
+
+
+def _explain(kind: type[Section], fault: Any, where: tuple[str, ...]) -> str:
+    path = ".".join([*where, *map(str, fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        owner = _model_at(kind, fault["loc"][:-1])
+        return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
+    if fault["type"] == "missing":
+        return f"{path}: missing; add it"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:
+        return message
+    shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+    return f"{path}{shown}: {message}"
+
+
+def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
+    for part in loc:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = kind.model_fields[part].annotation
+        else:
+            kind = getattr(kind, "__args__", [None])[-1]
+        options = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        if options and not str(kind).startswith(("dict", "list")):
+            kind = options[0]
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested parameters as {"sft.optimizer.learning_rate": 2e-3}; lists stay values."""
+    if isinstance(tree, BaseModel):
+        tree = tree.model_dump()
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        tree = {f.name: getattr(tree, f.name) for f in fields(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,57 @@
+"""The presets by name, and the way to a neighbour of one: `choose("grpo", {"advantage": "group_z"})`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.algorithms.checks import check_record, checked_options
+from posttrain.algorithms.chord import CHORD, CHORD_PHI
+from posttrain.algorithms.cispo import CISPO
+from posttrain.algorithms.dapo import DAPO
+from posttrain.algorithms.dpo import DPO, DPO_SOFT, HINGE, IPO, ROBUST, SIMPO
+from posttrain.algorithms.dr_grpo import DR_GRPO
+from posttrain.algorithms.grpo import GRPO
+from posttrain.algorithms.grpo_pairs import GRPO_PAIRS
+from posttrain.algorithms.gspo import GSPO
+from posttrain.algorithms.ppo import PPO
+from posttrain.algorithms.records import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.reinforce_pp import REINFORCE_PP
+from posttrain.algorithms.rloo import RLOO
+from posttrain.errors import ConfigError
+from posttrain.text import nearest
+
+PRESETS: dict[str, Algorithm] = {
+    record.name: record
+    for record in (
+        PPO,
+        GRPO,
+        DR_GRPO,
+        GSPO,
+        DAPO,
+        CHORD,
+        CHORD_PHI,
+        RLOO,
+        REINFORCE_PP,
+        CISPO,
+        GRPO_PAIRS,
+        DPO,
+        DPO_SOFT,
+        ROBUST,
+        IPO,
+        HINGE,
+        SIMPO,
+    )
+}
+
+
+def choose(preset: str, options: Mapping[str, Any] | None = None) -> Algorithm:
+    """The preset with `options` replaced. Raises ConfigError for unknown names, wrong types and options without effect."""
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown algorithm preset {preset!r}{nearest(preset, PRESETS)}")
+    record = checked_options(PRESETS[preset], options or {})
+    check_record(record, set(options or {}))
+    return record
+
+
+__all__ = ["PRESETS", "Algorithm", "LoggedGroups", "OnPolicy", "Preference", "choose"]

@@ -1,0 +1,23 @@
+"""CHORD (arXiv 2508.11408): GRPO with an expert stream whose weight mu decays, from imitation to exploration.
+
+`phi="p_one_minus_p"` weights each expert token by p(1-p): tokens already learnt and tokens far out of reach count little.
+"""
+
+from dataclasses import replace
+
+from posttrain.algorithms.grpo import GRPO
+
+CHORD = replace(
+    GRPO,
+    name="chord",
+    paper="2508.11408",
+    advantage="group_z",
+    kl="none",
+    kl_coefficient=0.0,
+    mu_peak=0.9,
+    mu_valley=0.05,
+    mu_decay_steps=200,
+)
+CHORD_PHI = replace(
+    CHORD, name="chord_phi", mu_peak=0.1, mu_valley=0.1, mu_decay_steps=0, phi="p_one_minus_p"
+)

@@ -1,0 +1,17 @@
+"""GRPO: group-relative policy optimisation (arXiv 2402.03300), in the reading A = R - mean(R).
+
+The baseline of a response is the mean reward of its group, so no critic is needed. `advantage="group_z"` divides by the group's
+standard deviation, as the paper does.
+"""
+
+from posttrain.algorithms.records import OnPolicy
+
+GRPO = OnPolicy(
+    name="grpo",
+    paper="2402.03300",
+    advantage="group_mean",
+    aggregate="sequence_mean",
+    kl="loss",
+    kl_estimator="k3",
+    kl_coefficient=0.04,
+)

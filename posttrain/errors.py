@@ -1,0 +1,67 @@
+"""Everything this project raises on purpose.
+
+PosttrainError
+├── ConfigError        a parameter is unknown, of the wrong type, or without effect
+├── DataError          a record, table or column cannot be used
+│   └── LeakageError   training data share prompts with evaluation data
+├── ModelError         a model folder, tokenizer or vocabulary cannot be used
+├── RewardError        a reward function failed, timed out or answered nonsense
+├── RolloutError       sampling could not deliver what was asked of it
+├── NumericalError     NaN or infinity in a loss, gradient or reward
+├── CheckpointError    a checkpoint is torn, foreign or unreadable
+├── TrackingError      the journal or its projection into MLflow cannot be read or written
+├── OrchestrationError a stage or flow could not be run
+└── Interrupted        a signal asked the run to stop; a checkpoint was written
+
+Commands catch PosttrainError at the edge, print its one paragraph and exit with `exit_code`.
+"""
+
+
+class PosttrainError(Exception):
+    """Base of the tree. The message says what happened, why, and what to do next."""
+
+    exit_code = 2
+
+
+class ConfigError(PosttrainError):
+    pass
+
+
+class DataError(PosttrainError):
+    pass
+
+
+class LeakageError(DataError):
+    pass
+
+
+class ModelError(PosttrainError):
+    pass
+
+
+class RewardError(PosttrainError):
+    pass
+
+
+class RolloutError(PosttrainError):
+    pass
+
+
+class NumericalError(PosttrainError):
+    exit_code = 3
+
+
+class CheckpointError(PosttrainError):
+    pass
+
+
+class TrackingError(PosttrainError):
+    pass
+
+
+class OrchestrationError(PosttrainError):
+    pass
+
+
+class Interrupted(PosttrainError):
+    exit_code = 143
