@@ -1,0 +1,190 @@
+"""The edge of every step: arguments, identity, resuming, errors, signals and the way out.
+
+A step is a module with `def run(run: Run) -> None` and, at its end,
+
+    if __name__ == "__main__":
+        main(run, "sft", params=("sft", "model"), inputs=("data/valid/sft.parquet", "models/base"))
+
+Imports neither torch nor mlflow: a step that needs no model starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import environment
+from pipelines.config import Params, load_params
+from pipelines.follower import Follower
+from pipelines.identity import input_digests, run_key
+from pipelines.journal import FAILED, FINISHED, KILLED
+from pipelines.process import Lock, StopSignals, die_with_parent
+from pipelines.publish import ARTIFACTS, publish
+from pipelines.redaction import redact
+from pipelines.run import LOCK, Run
+from pipelines.watch import Reads, declared_values, watched
+from posttrain.errors import Interrupted, PosttrainError, TrackingError
+
+Body = Callable[[Run], None]
+Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
+TRACEBACK = "traceback.txt"
+_SOURCES = Path(__file__).parents[1]
+
+
+@dataclass
+class Step:
+    """What a step module tells `main` about itself."""
+
+    body: Body
+    stage: str
+    params: Names = ()
+    inputs: Names = ()
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None
+    variant: Callable[[argparse.Namespace], str] | None = None
+    doc: str | None = None
+    signals: StopSignals = field(default_factory=StopSignals)
+
+
+def main(
+    body: Body,
+    stage: str,
+    *,
+    params: Names = (),
+    inputs: Names = (),
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    variant: Callable[[argparse.Namespace], str] | None = None,
+    doc: str | None = None,
+) -> None:
+    """Run a step and exit with its status: 0, the error's exit_code with one paragraph, or 1 with a traceback.
+
+    `params` are the dotted prefixes that the step may read, `inputs` the files and folders it depends on; both may be
+    functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0".
+    """
+    environment.quiet()
+    step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__)
+    if "DVC_STAGE" in os.environ:
+        die_with_parent()
+    step.signals.install()
+    args = _parse(step)
+    try:
+        _prepare_and_execute(step, args)
+    except PosttrainError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parse(step: Step) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{step.stage}",
+        description=step.doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--params", type=Path, default=None, help="parameters to use instead of the project's params.yaml"
+    )
+    if step.arguments:
+        step.arguments(parser)
+    return parser.parse_args()
+
+
+def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
+    project = environment.root()
+    path = args.params.resolve() if args.params else project / "params.yaml"
+    os.chdir(project)
+    params = load_params(path)
+    variant = step.variant(args) if step.variant else None
+    name = f"{step.stage}-{variant}" if variant else step.stage
+    declared = tuple(step.params(args) if callable(step.params) else step.params)
+    inputs = input_digests(name, step.inputs(args) if callable(step.inputs) else step.inputs)
+    values = declared_values(params, declared)
+    key = run_key(name, values, inputs)
+    state = environment.states(project) / f"{name}-{key[:16]}"
+    lock = Lock(state / LOCK)
+    if not lock.acquire():
+        raise TrackingError(
+            f"{name} is already running with these parameters and inputs ({state}). Wait for it or stop it."
+        )
+    reads = Reads(step.stage, declared)
+    run = Run(
+        stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
+        directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested,
+    )  # fmt: skip
+    arguments = {key: value for key, value in sorted(vars(args).items()) if key != "params"}
+    start = {"kind": "start", "stage": step.stage, "name": name, "key": key, "run": state.name, "arguments": arguments,
+             "directory": run.directory.as_posix(), "inputs": inputs}  # fmt: skip
+    run.open(start, {"kind": "params", "values": values}, _surroundings(params))
+    if run.resumed:
+        print(f"{name}: continuing run {run.identity}, journal holds {_held(run)}", file=sys.stderr, flush=True)
+    follower = Follower.start(run.identity)
+    try:
+        _execute(step, run)
+        _trace(run, reads)
+    finally:
+        lock.release()
+        follower.finish()
+
+
+def _held(run: Run) -> str:
+    last = run.last_step()
+    return "no steps" if last is None else f"steps up to {last}"
+
+
+def _surroundings(params: Params) -> dict[str, Any]:
+    """What tracking shows about where a run happened; no part of its result."""
+    return {
+        "kind": "start",
+        "experiment": params.project.experiment,
+        "commit": environment.commit(),
+        "dvc_stage": os.environ.get("DVC_STAGE"),
+        "flow_run": os.environ.get("POSTTRAIN_FLOW_RUN"),
+    }
+
+
+def _execute(step: Step, run: Run) -> None:
+    """Run the body and give the journal its end, whatever happens."""
+    try:
+        step.body(run)
+        publish(run.state, run.directory, end={"kind": "end", "status": FINISHED})
+    except (Interrupted, KeyboardInterrupt) as error:
+        step.signals.ignore()
+        run.close(KILLED, str(error))
+        raise
+    except BaseException as error:
+        step.signals.ignore()
+        text = redact(traceback.format_exc())
+        (run.state / ARTIFACTS).mkdir(exist_ok=True)
+        (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
+        run.close(FAILED, f"{type(error).__name__}: {error}")
+        raise
+    step.signals.ignore()
+    run.close(FINISHED)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    (run.state / ARTIFACTS / TRACEBACK).unlink(missing_ok=True)
+
+
+def _trace(run: Run, reads: Reads) -> None:
+    """For the test that what a stage uses is what dvc.yaml declares."""
+    target = os.environ.get("POSTTRAIN_TRACE")
+    if not target:
+        return
+    origins = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    files = {Path(origin).resolve() for origin in origins if origin}
+    modules = (f.relative_to(_SOURCES) for f in files if f.is_relative_to(_SOURCES))
+    used = sorted(m.as_posix() for m in modules if m.parts[0] in ("posttrain", "pipelines"))
+    line = {"stage": run.stage, "name": run.name, "params": sorted(reads.leaves), "modules": used}
+    with Path(target).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+__all__ = ["Run", "main"]
