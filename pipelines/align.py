@@ -1,0 +1,58 @@
+"""Align the supervised model with one algorithm and one seed, as params.yaml's `algorithms` section of that name says.
+
+    python -m pipelines.align --algorithm grpo --seed 0
+
+On-policy presets sample, judge and update; preference presets learn from logged pairs. All start from models/sft and keep it as reference.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from pipelines.run import Run
+from pipelines.step import main
+from posttrain.algorithms import OnPolicy
+
+START = Path("models/sft")
+
+
+def run(run: Run) -> None:
+    from pipelines.common import accelerator, peak_memory_mib
+
+    name, seed = run.args.algorithm, run.args.seed
+    record = run.params.algorithm(name)
+    device = accelerator(run.params.align.compute, seed)
+    if isinstance(record, OnPolicy):
+        from pipelines.align_on_policy import align
+    else:
+        from pipelines.align_preference import align
+    steps, last = align(run, name, seed, device)
+    run.timings(steps, {"memory/peak_mib": peak_memory_mib()})
+    shown = {key: value for key, value in last.items() if value == value}
+    run.summary(shown | {"steps": steps})
+    run.tag("algorithm.preset", run.params.algorithms[name].preset)
+    run.tag("algorithm.paper", record.paper)
+
+
+def folder(run: Run) -> Path:
+    return Path("models/align", f"{run.args.algorithm}-{run.args.seed}")
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--algorithm", required=True, help="a section of params.yaml under `algorithms`, e.g. grpo")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the order of data and of sampling, e.g. 0")
+
+
+def variant(args: Namespace) -> str:
+    return f"{args.algorithm}-{args.seed}"
+
+
+def read_parameters(args: Namespace) -> tuple[str, ...]:
+    return ("align", "rewards", f"algorithms.{args.algorithm}")
+
+
+INPUTS = ("data/valid", "models/sft", "models/reward")
+
+if __name__ == "__main__":
+    main(run, "align", params=read_parameters, inputs=INPUTS, arguments=arguments, variant=variant)

@@ -1,0 +1,128 @@
+"""The on-policy branch of the align step: sample, judge, update, for PPO, GRPO and everything between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
+from pipelines.config import OnPolicyBudget
+from pipelines.rewards import reward_sources
+from pipelines.run import Run
+from posttrain.algorithms import OnPolicy
+from posttrain.data.tokens import TextEncoder, table_tokens
+from posttrain.models.folders import load_encoder, load_policy, load_scorer, save_model
+from posttrain.models.policy import Policy
+from posttrain.rollouts.engine import SamplingSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.native import NativeEngine
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.experience import ExperienceSource, Experts
+from posttrain.training.loop import fit
+from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.trainer import ParameterGroup, Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+START, REWARD = "models/sft", Path("models/reward")
+
+
+def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dict[str, float]]:
+    """Train on the policy's own answers; returns the number of steps and the last step's metrics."""
+    from pipelines.align import folder
+
+    record, budget, params = run.params.algorithm(name), run.params.budget(name), run.params.align
+    assert isinstance(record, OnPolicy)
+    assert isinstance(budget, OnPolicyBudget)
+    encoder = load_encoder(START)
+    policy, reference = _policy(record), Policy(load_policy(START))
+    policy.to(device.device)
+    reference.to(device.device).eval().requires_grad_(False)
+    compute = params.compute
+    weights = dict(run.params.algorithms[name].rewards or {})
+    sources = reward_sources(run, sorted(weights), device.device, compute)
+    sampler = GroupSampler(
+        problems(encoder, read_table("problems")),
+        NativeEngine(policy.lm, encoder.eos_id, bf16=compute.bf16),
+        encoder,
+        sources,
+        weights,
+        record,
+        GroupSettings(budget.prompts_per_step, budget.samples_per_prompt, SamplingSettings(budget.max_new_tokens, budget.temperature)),
+        seed,
+        device,
+    )
+    objective = OnPolicyObjective(record, budget.max_new_tokens, budget.temperature)
+    experts = _experts(record, encoder, budget, seed)
+    source = ExperienceSource(
+        record, policy, reference, sampler, objective, budget=compute.micro_batch_tokens, bf16=compute.bf16, experts=experts
+    )
+    updates = budget.steps * record.epochs * record.minibatches
+    trainer: Trainer[Any] = Trainer(
+        policy,
+        optimizer_settings(budget.optimizer),
+        total_steps=updates,
+        micro_batch_tokens=compute.micro_batch_tokens,
+        groups=_parameter_groups(policy, budget),
+        accelerator=device,
+    )
+    announce(run, f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps")
+    shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
+    hook = _Samples(run, source)
+    checkpoints = Checkpoints(run.checkpoints, params.checkpoint.keep)
+    last = fit(trainer, source, objective, loop_settings(run, budget.steps, shown, params.checkpoint), run, checkpoints, hook)
+    about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
+    save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
+    run.model(folder(run))
+    return budget.steps, last
+
+
+def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
+    """Prompts as token ids; every other column goes to the reward functions."""
+    return [
+        Problem(row["prompt"], tuple(encoder.prompt(row["prompt"])), {k: v for k, v in row.items() if k not in ("prompt", "id")})
+        for row in table
+    ]
+
+
+def _policy(record: OnPolicy) -> Policy:
+    lm = load_policy(START)
+    if not record.has_critic:
+        return Policy(lm)
+    if record.critic == "shared":
+        return Policy(lm, shared_value_head=True)
+    return Policy(lm, critic=load_scorer(REWARD))
+
+
+def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:
+    groups = [ParameterGroup("policy", list(policy.lm.parameters()), budget.optimizer.learning_rate)]
+    value = policy.critic if policy.critic is not None else policy.value_head
+    if value is not None:
+        groups.append(ParameterGroup("value", list(value.parameters()), budget.critic_learning_rate))
+    return groups
+
+
+def _experts(record: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Experts | None:
+    if not record.has_expert:
+        return None
+    return Experts(table_tokens(encoder, read_table("sft"), "completion"), budget.prompts_per_step, seed)
+
+
+class _Samples:
+    """Every few steps, a table of what the policy answers."""
+
+    def __init__(self, run: Run, source: ExperienceSource) -> None:
+        self.run, self.source = run, source
+        self.every, self.shown = run.params.align.samples_every, run.params.align.samples_shown
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        if step == 1 or step % self.every == 0:
+            answers = self.source.last_answers[:: self.source.sampler.settings.samples][: self.shown]
+            self.run.table(
+                "samples",
+                step,
+                [{"prompt": a.problem.prompt, "completion": a.text, "reward": a.reward, **a.sources} for a in answers],
+            )
+        return {}

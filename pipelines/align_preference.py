@@ -1,0 +1,102 @@
+"""The preference branch of the align step: the DPO family and GRPO over logged groups."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
+from pipelines.config import PreferenceBudget
+from pipelines.run import Run
+from posttrain.algorithms import LoggedGroups, Preference
+from posttrain.data.batches import EpochOrder
+from posttrain.data.tokens import TextEncoder, table_tokens
+from posttrain.errors import DataError
+from posttrain.models.folders import load_encoder, load_policy, save_model
+from posttrain.models.inference import token_numbers
+from posttrain.models.policy import Policy
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.loop import fit
+from posttrain.training.preference import Answer, AnswerGroup, LoggedGroupsObjective, PreferenceObjective, PreferencePair
+from posttrain.training.supervised import EpochSource
+from posttrain.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+START = "models/sft"
+
+
+def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dict[str, float]]:
+    """Train on logged pairs; returns the number of steps and the last step's metrics."""
+    from pipelines.align import folder
+
+    record, budget, compute = run.params.algorithm(name), run.params.budget(name), run.params.align.compute
+    assert isinstance(record, Preference | LoggedGroups)
+    assert isinstance(budget, PreferenceBudget)
+    encoder, policy = load_encoder(START), Policy(load_policy(START))
+    policy.to(device.device)
+    table = read_table("preferences")
+    answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, record.needs_reference)
+    rows: list[Any] = groups(table, answers) if isinstance(record, LoggedGroups) else pairs(table, answers, record)
+    objective: Any = LoggedGroupsObjective(record) if isinstance(record, LoggedGroups) else PreferenceObjective(record)
+    order = EpochOrder(len(rows), budget.batch_size, record.epochs, seed)
+    settings = optimizer_settings(budget.optimizer)
+    trainer: Trainer[Any] = Trainer(
+        policy, settings, total_steps=order.steps, micro_batch_tokens=compute.micro_batch_tokens, accelerator=device
+    )
+    announce(run, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {record.epochs} epochs")
+    shown = ("loss", "preference/accuracy", "preference/margin")
+    settings_of_loop = loop_settings(run, order.steps, shown, run.params.align.checkpoint)
+    checkpoints = Checkpoints(run.checkpoints, run.params.align.checkpoint.keep)
+    last = fit(trainer, EpochSource(rows, order), objective, settings_of_loop, run, checkpoints)
+    about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "learning rate": settings.learning_rate}
+    save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
+    run.model(folder(run))
+    return order.steps, last
+
+
+def reference_answers(
+    policy: Policy, encoder: TextEncoder, table: list[dict[str, Any]], budget: int, bf16: bool, needed: bool
+) -> list[tuple[Answer, Answer]]:
+    """(chosen, rejected) of every row with the reference's log-probabilities, computed once for the whole run."""
+    chosen = table_tokens(encoder, table, "chosen")
+    rejected = table_tokens(encoder, table, "rejected")
+    tokens = chosen + rejected
+    if needed:
+        policy.eval()
+        reference = [numbers.logprobs for numbers in token_numbers(policy, tokens, budget, bf16=bf16)]
+    else:
+        reference = [np.zeros(len(t.response), dtype=np.float32) for t in tokens]
+    answers = [Answer(t, r) for t, r in zip(tokens, reference, strict=True)]
+    return list(zip(answers[: len(table)], answers[len(table) :], strict=True))
+
+
+def pairs(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]], record: Preference) -> list[PreferencePair]:
+    weighting = record.score_weighting != "none"
+    if weighting and "chosen_score" not in table[0]:
+        raise DataError(
+            f"score_weighting {record.score_weighting!r} needs the columns chosen_score and rejected_score, which the preferences table does"
+            " not have; add them in data.preferences.columns, or set score_weighting: none"
+        )
+    gaps = [row["chosen_score"] - row["rejected_score"] if weighting else 0.0 for row in table]
+    return [PreferencePair(chosen, rejected, gap) for (chosen, rejected), gap in zip(answers, gaps, strict=True)]
+
+
+def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) -> list[AnswerGroup]:
+    """Each pair is a group; with scores, the pairs of one prompt are one ranked list of their distinct answers."""
+    if "chosen_score" not in table[0]:
+        return [AnswerGroup(pair, (0.5, -0.5)) for pair in answers]
+    keyed = sorted(range(len(table)), key=lambda i: (answers[i][0].tokens.prompt, i))
+    ranked = []
+    for _, members in groupby(keyed, key=lambda i: answers[i][0].tokens.prompt):
+        distinct: dict[Any, tuple[Answer, float]] = {}
+        for i in members:
+            chosen, rejected = answers[i]
+            distinct.setdefault(chosen.tokens.response, (chosen, table[i]["chosen_score"]))
+            distinct.setdefault(rejected.tokens.response, (rejected, table[i]["rejected_score"]))
+        listed = list(distinct.values())
+        ranked.append(AnswerGroup(tuple(a for a, _ in listed), tuple(s for _, s in listed)))
+    return ranked

@@ -1,0 +1,50 @@
+"""Bring the base model into the project: a tiny Qwen3 built from a seed (default), a local folder, or a hub id.
+
+    python -m pipelines.base
+
+Writes models/base: what `from_pretrained` loads, safetensors only. A model without a pad token trains with its own eos as pad only if its
+tokenizer says so; masks come from lengths, so that eos is learnt either way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.config import ModelParams
+from pipelines.run import Run
+from pipelines.step import main
+
+FOLDER = Path("models/base")
+
+
+def run(run: Run) -> None:
+    from posttrain.models.folders import load_encoder, load_policy, save_model
+    from posttrain.models.tiny import TinyShape, tiny_model
+
+    params = run.params.model
+    if params.source == "tiny":
+        t = params.tiny
+        shape = TinyShape(
+            t.hidden_size, t.intermediate_size, t.layers, t.heads, t.kv_heads, t.max_length, t.experts, t.experts_per_token
+        )
+        model, tokenizer = tiny_model(shape, params.seed)
+    else:
+        encoder = load_encoder(params.source, params.trust_remote_code)
+        model, tokenizer = load_policy(params.source, params.trust_remote_code), encoder.tokenizer
+    parameters = sum(p.numel() for p in model.parameters())
+    card = f"# Base model\n\n{model.config.model_type}, {parameters:,} parameters, source `{_origin(params)}`.\n"
+    save_model(model, tokenizer, FOLDER, card)
+    run.model(FOLDER)
+    run.summary({"parameters": parameters, "vocabulary": len(tokenizer)})
+
+
+def _origin(params: ModelParams) -> str:
+    return f"built from seed {params.seed}" if params.source == "tiny" else Path(params.source).name
+
+
+def inputs(source: str) -> list[str]:
+    return [source] if Path(source).is_dir() else []
+
+
+if __name__ == "__main__":
+    main(run, "base", params=("model",))

@@ -1,0 +1,94 @@
+"""What the steps that hold a model share: tables, settings of the library from typed parameters, and the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from pipelines.config import CheckpointParams, ComputeParams, OptimizerParams
+from pipelines.run import Run
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from posttrain.training.loop import LoopSettings
+    from posttrain.training.trainer import OptimizerSettings
+
+VALID = Path("data/valid")
+
+
+def read_table(name: str) -> list[dict[str, Any]]:
+    """Rows of a validated table. Raises DataError where it is missing or empty."""
+    path = VALID / f"{name}.parquet"
+    if not path.exists():
+        raise DataError(f"no table {path}; make it with `dvc repro validate`")
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    if not rows:
+        raise DataError(f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html")
+    return rows
+
+
+def accelerator(compute: ComputeParams, seed: int) -> Accelerator:
+    """Threads, seeds and precision of this process. The device comes from the environment."""
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(compute.threads)
+    torch.manual_seed(seed)
+    return Accelerator(mixed_precision="bf16" if compute.bf16 else "no")
+
+
+def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
+    from posttrain.training.trainer import OptimizerSettings
+
+    return OptimizerSettings(
+        learning_rate=params.learning_rate,
+        schedule=params.schedule,
+        warmup_steps=params.warmup_steps,
+        weight_decay=params.weight_decay,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        epsilon=params.epsilon,
+        max_grad_norm=params.max_grad_norm,
+    )
+
+
+def loop_settings(run: Run, steps: int, shown: tuple[str, ...], checkpoint: CheckpointParams) -> LoopSettings:
+    from posttrain.training.loop import LoopSettings
+
+    return LoopSettings(run.name, steps, shown, checkpoint.every_steps, checkpoint.every_minutes)
+
+
+def announce(run: Run, text: str) -> None:
+    """One line before long work starts: what will be done, in numbers."""
+    print(f"{run.name}: {text}", flush=True)
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def model_card(run: Run, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
+    """The README.md of a model folder, from the run that made it. Nothing in it depends on clock or host."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    numbers = "\n".join(f"| {name} | {results[name]:.4g} |" for name in sorted(results))
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [posttrain]\n---\n\n"
+        f"# {title}\n\nTrained from `{start}` by the stage `{run.name}` (run key `{run.key[:16]}`).\n\n"
+        f"| parameter | value |\n|---|---|\n{facts}\n\n| last step | value |\n|---|---|\n{numbers}\n\n"
+        "Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)` (a reward model: "
+        "`AutoModelForSequenceClassification`, subtract `config.reward_mean` from its score).\n"
+    )

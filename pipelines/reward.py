@@ -1,0 +1,115 @@
+"""The reward model: Bradley-Terry over preference pairs, scores centred, accuracy measured on held-out prompts.
+
+    python -m pipelines.reward
+
+Starts from the supervised model. Its mean score on the training pairs is stored in config.json as `reward_mean`; whoever uses the score
+subtracts it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.common import accelerator, announce, loop_settings, model_card, optimizer_settings, peak_memory_mib, read_table
+from pipelines.run import Run
+from pipelines.step import main
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from posttrain.data.tokens import TextEncoder
+    from posttrain.models.policy import Scorer
+    from posttrain.training.supervised import RewardPair
+
+START, FOLDER = Path("models/sft"), Path("models/reward")
+
+
+def run(run: Run) -> None:
+    params = run.params.reward
+    device = accelerator(params.compute, params.seed)
+    from posttrain.data.batches import EpochOrder
+    from posttrain.models.folders import load_encoder, load_scorer, save_model
+    from posttrain.models.inference import scores
+    from posttrain.models.policy import Scorer
+    from posttrain.training.checkpoint import Checkpoints
+    from posttrain.training.loop import fit
+    from posttrain.training.supervised import EpochSource, RewardObjective
+    from posttrain.training.trainer import Trainer
+
+    encoder = load_encoder(START)
+    pairs = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores)
+    heldout = reward_pairs(encoder, read_table("preferences_heldout"), params.margin_from_scores)
+    order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
+    scorer = Scorer(load_scorer(START))
+    trainer = Trainer(
+        scorer,
+        optimizer_settings(params.optimizer),
+        total_steps=order.steps,
+        micro_batch_tokens=params.compute.micro_batch_tokens,
+        accelerator=device,
+    )
+    announce(run, f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out")
+    last = fit(
+        trainer,
+        EpochSource(pairs, order),
+        RewardObjective(params.center_coefficient),
+        loop_settings(run, order.steps, ("loss", "preference/accuracy", "preference/margin"), params.checkpoint),
+        run,
+        Checkpoints(run.checkpoints, params.checkpoint.keep),
+    )
+    scorer.eval()
+    budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
+    trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
+    mean = sum(trained_scores) / len(trained_scores)
+    results = heldout_results(scorer, heldout, budget, bf16)
+    about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
+    card = model_card(run, "Reward model", START.as_posix(), about, last | results)
+    extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
+    save_model(scorer.model, encoder.tokenizer, FOLDER, card, extra)
+    run.model(FOLDER)
+    run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
+    run.summary(results | {"reward_mean": mean, "steps": order.steps, "tokens/trained": last["tokens/trained"]})
+
+
+def reward_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], margin_from_scores: bool) -> list[RewardPair]:
+    """Pairs cut to the context: over-long ones lose the start of the prompt, never the end of a response."""
+    from posttrain.data.tokens import Tokens
+    from posttrain.training.supervised import RewardPair
+
+    pairs = []
+    for row in rows:
+        prompt = encoder.prompt(row["prompt"])
+        sides = [encoder.completion(row[side]) for side in ("chosen", "rejected")]
+        room = encoder.max_length - max(len(side) for side in sides)
+        if room < 1:
+            raise DataError(
+                f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no room for its prompt in the"
+                f" model's context of {encoder.max_length}; lower validation.max_completion_tokens"
+            )
+        chosen, rejected = (Tokens(tuple(prompt[-room:]), tuple(side)) for side in sides)
+        margin = row["chosen_score"] - row["rejected_score"] if margin_from_scores else 0.0
+        pairs.append(RewardPair(chosen, rejected, margin))
+    return pairs
+
+
+def heldout_results(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> dict[str, float]:
+    """Accuracy, with ties as half, and mean Bradley-Terry loss on pairs whose prompts were never trained on."""
+    import math
+
+    from posttrain.models.inference import scores
+
+    chosen = scores(scorer, [pair.chosen for pair in pairs], budget, bf16)
+    rejected = scores(scorer, [pair.rejected for pair in pairs], budget, bf16)
+    gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    right = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
+    loss = sum(math.log1p(math.exp(-abs(gap))) + max(-gap, 0.0) for gap in gaps)
+    return {"heldout/accuracy": right / len(gaps), "heldout/loss": loss / len(gaps), "heldout/pairs": float(len(gaps))}
+
+
+if __name__ == "__main__":
+    main(
+        run,
+        "reward",
+        params=("reward",),
+        inputs=("data/valid/preferences.parquet", "data/valid/preferences_heldout.parquet", "models/sft"),
+    )

@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of response tokens (one denominator for the whole step).
+
+    python -m pipelines.sft
+
+Simplifies nothing: every response token of a batch counts the same, the last batch of an epoch may be smaller.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.common import accelerator, announce, loop_settings, model_card, optimizer_settings, peak_memory_mib, read_table
+from pipelines.run import Run
+from pipelines.step import main
+
+START, FOLDER = Path("models/base"), Path("models/sft")
+
+
+def run(run: Run) -> None:
+    params = run.params.sft
+    device = accelerator(params.compute, params.seed)
+    from posttrain.data.batches import EpochOrder
+    from posttrain.data.tokens import table_tokens
+    from posttrain.models.folders import load_encoder, load_policy, save_model
+    from posttrain.models.policy import Policy
+    from posttrain.training.checkpoint import Checkpoints
+    from posttrain.training.loop import fit
+    from posttrain.training.supervised import EpochSource, SupervisedObjective
+    from posttrain.training.trainer import Trainer
+
+    encoder = load_encoder(START)
+    rows = table_tokens(encoder, read_table("sft"), "completion")
+    order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
+    policy = Policy(load_policy(START))
+    trainer = Trainer(
+        policy,
+        optimizer_settings(params.optimizer),
+        total_steps=order.steps,
+        micro_batch_tokens=params.compute.micro_batch_tokens,
+        accelerator=device,
+    )
+    announce(run, f"{order.steps} optimiser steps over {len(rows)} rows, {params.epochs} epochs")
+    last = fit(
+        trainer,
+        EpochSource(rows, order),
+        SupervisedObjective(params.train_on),
+        loop_settings(run, order.steps, ("loss", "entropy", "grad_norm"), params.checkpoint),
+        run,
+        Checkpoints(run.checkpoints, params.checkpoint.keep),
+    )
+    about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
+    save_model(policy.lm, encoder.tokenizer, FOLDER, model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last))
+    run.model(FOLDER)
+    run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
+    run.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})
+
+
+if __name__ == "__main__":
+    main(run, "sft", params=("sft",), inputs=("data/valid/sft.parquet", "models/base"))

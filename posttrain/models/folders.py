@@ -1,0 +1,100 @@
+"""Model folders: what `from_pretrained` loads, safetensors alone, checked before anything trains on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from posttrain.data.tokens import TextEncoder
+from posttrain.errors import ModelError
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises ModelError without an end of sequence or a pad token."""
+    _check_folder(source)
+    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration")
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{source}: the tokenizer has no pad token; set pad_token (it may be the eos token) in its configuration")
+    return tokenizer
+
+
+def load_policy(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model in float32 with dropout off."""
+    return _load(AutoModelForCausalLM, source, trust_remote_code)
+
+
+def load_scorer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A trunk with one scalar head: a reward model, or the start of one when `source` is a language model."""
+    return _load(AutoModelForSequenceClassification, source, trust_remote_code, num_labels=1)
+
+
+def load_encoder(source: str | Path, trust_remote_code: bool = False) -> TextEncoder:
+    """The tokenizer with the model's context length, after a check that the vocabulary fits the embedding."""
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
+    vocabulary = config.get("vocab_size")
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise ModelError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match")
+    return TextEncoder(tokenizer, int(config.get("max_position_embeddings", tokenizer.model_max_length)))
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, extra_config: dict[str, Any] | None = None
+) -> None:
+    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    _remove(partial)
+    for key, value in (extra_config or {}).items():
+        setattr(model.config, key, value)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    _remove(folder)
+    os.replace(partial, folder)
+
+
+def _load(kind: Any, source: str | Path, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    _check_folder(source)
+    model: PreTrainedModel = kind.from_pretrained(
+        str(source),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _check_folder(source: str | Path) -> None:
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
+        raise ModelError(f"no model folder at {source}; check the path, or run the stage that makes it")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(f"{source}: no config.json, so this is not a model folder")
+    if folder.is_dir() and not sorted(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ModelError(f"{source}: no safetensors weights (found {found}); convert them, pickled weights are not loaded")
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)

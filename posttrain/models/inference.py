@@ -1,0 +1,54 @@
+"""Forward passes without gradient over any number of rows: log-probabilities, values and scores, in the order of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from posttrain.data.batches import collate, micro_batches
+from posttrain.data.tokens import Tokens
+from posttrain.models.policy import Policy, Scorer
+
+
+@dataclass(frozen=True)
+class TokenNumbers:
+    """Of one response's tokens, [time] float32 each; values is empty without a critic."""
+
+    logprobs: np.ndarray
+    entropy: np.ndarray
+    values: np.ndarray
+
+
+@torch.no_grad()
+def token_numbers(
+    policy: Policy, tokens: Sequence[Tokens], budget: int, temperature: float = 1.0, bf16: bool = False
+) -> list[TokenNumbers]:
+    """Log-probability, entropy (nats) and value of every response token, at most `budget` padded tokens a forward."""
+    device = next(policy.parameters()).device
+    numbers: list[TokenNumbers | None] = [None] * len(tokens)
+    for group in micro_batches([len(t) for t in tokens], budget) if tokens else []:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = policy(collate([tokens[i] for i in group]).to(device), temperature)
+        logprobs, entropy = output.logprobs.cpu().numpy(), output.entropy.cpu().numpy()
+        values = None if output.values is None else output.values.cpu().numpy()
+        for row, i in enumerate(group):
+            n = len(tokens[i].response)
+            none = np.zeros(0, dtype=np.float32)
+            numbers[i] = TokenNumbers(logprobs[row, :n], entropy[row, :n], none if values is None else values[row, :n])
+    return [n for n in numbers if n is not None]
+
+
+@torch.no_grad()
+def scores(scorer: Scorer, tokens: Sequence[Tokens], budget: int, bf16: bool = False) -> list[float]:
+    """The scorer's number for every row."""
+    device = next(scorer.parameters()).device
+    result = [0.0] * len(tokens)
+    for group in micro_batches([len(t) for t in tokens], budget) if tokens else []:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            values = scorer(collate([tokens[i] for i in group]).to(device))
+        for i, value in zip(group, values.cpu().tolist(), strict=True):
+            result[i] = value
+    return result

@@ -1,0 +1,78 @@
+"""The modules that a trainer optimises: a policy with an optional critic, and a scorer. Forward reads response tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.data.batches import TokenBatch
+from posttrain.models.logprobs import taken_logprobs
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """Of every response token, [batch, time]; 0 outside the batch's mask. values is None without a critic."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model, with a critic on its own trunk ("separate") or a value head on the policy's ("shared")."""
+
+    def __init__(self, lm: PreTrainedModel, critic: PreTrainedModel | None = None, shared_value_head: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.critic = critic
+        self.value_head: nn.Linear | None = None
+        if shared_value_head:
+            self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, batch: TokenBatch, temperature: float = 1.0) -> PolicyOutput:
+        hidden = self.lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings()
+        taken, mask = _at_responses(hidden, batch), batch.mask
+        logprobs, entropy = taken_logprobs(taken[mask], head.weight, head.bias, batch.targets[mask], temperature)
+        values = None
+        if self.critic is not None:
+            values = token_values(self.critic, batch)
+        elif self.value_head is not None:
+            values = self.value_head(taken.float()).squeeze(-1)
+        return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values)
+
+
+def token_values(critic: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Value [batch, time] before each response token, by a trunk with one scalar head."""
+    hidden = critic.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    values: Tensor = critic.score(_at_responses(hidden, batch)).squeeze(-1)
+    return values.float()
+
+
+class Scorer(nn.Module):
+    """A reward model: one number per row, read at the last real token, whatever the padding."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
+        scores: Tensor = self.model.score(last).squeeze(-1).float()
+        return scores
+
+
+
+
+def _at_responses(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    index = batch.source[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, index)
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -1,0 +1,80 @@
+"""A tiny Qwen3 (or Qwen3-MoE) and a byte tokenizer, built from a seed: nothing is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Sizes of a tiny model; `experts` above 0 makes it a mixture of experts."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    max_length: int = 256
+    experts: int = 0
+    experts_per_token: int = 2
+
+
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte, so that no text is out of vocabulary; pad and end of sequence are different tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([PAD, START, END, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        model_max_length=max_length,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model with untied embeddings and tokenizer; the weights depend on the seed alone."""
+    tokenizer = byte_tokenizer(shape.max_length)
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden_size // shape.heads,
+        "max_position_embeddings": shape.max_length,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel
+        if shape.experts:
+            from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+            moe = {"num_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token, "norm_topk_prob": True}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, moe_intermediate_size=shape.intermediate_size))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**common))
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
+    )
+    return model, tokenizer

@@ -1,0 +1,25 @@
+"""Estimators of KL(policy || other) from samples of the policy (J. Schulman, "Approximating KL divergence", 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from posttrain.algorithms.records import KlEstimator
+from posttrain.objectives.reduce import LOG_RATIO_LIMIT
+
+
+def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimate with d = logprobs - other, same shape: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
+    difference = logprobs - other
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    bounded = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (-bounded).exp() - 1 + bounded
+
+
+def adapted_coefficient(coefficient: float, observed: float, target: float, responses: int, horizon: int) -> float:
+    """The coefficient after `responses` responses of mean KL `observed`, steered to `target` (1909.08593, section 2.2)."""
+    error = min(max(observed / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * responses / horizon)

@@ -1,0 +1,50 @@
+"""One loss for pairs: the reward model, and the DPO family by link, target, weight and offset."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from posttrain.algorithms.records import Preference
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
+    """Per-pair loss [pairs] of a reward model: -log sigma(r_w - r_l - margin) + center * (r_w + r_l)^2 (2312.09244)."""
+    one = torch.ones_like(chosen)
+    return logistic(chosen - rejected - margin, one) + center * (chosen + rejected).square()
+
+
+def preference_loss(difference: Tensor, score_gap: Tensor, record: Preference) -> Tensor:
+    """Per-pair loss [pairs], before the pair weight.
+
+    difference: [pairs] (log-ratio of chosen) - (log-ratio of rejected), of sums or of means as `record.logit` says.
+    score_gap: [pairs] chosen_score - rejected_score, used by the score weightings alone.
+    """
+    if record.link == "square":
+        return (difference - 1 / (2 * record.beta)).square()
+    logit = record.beta * difference - record.target_margin
+    if record.score_weighting == "offset":
+        logit = logit - record.score_scale * score_gap
+    if record.link == "hinge":
+        smoothing = record.label_smoothing
+        wrong = relu(1 + logit)
+        if record.robust:
+            return ((1 - smoothing) * relu(1 - logit) - smoothing * wrong) / (1 - 2 * smoothing)
+        return (1 - smoothing) * relu(1 - logit) + smoothing * wrong
+    if record.robust:
+        smoothing = record.label_smoothing
+        return ((1 - smoothing) * -logsigmoid(logit) + smoothing * logsigmoid(-logit)) / (1 - 2 * smoothing)
+    return logistic(logit, preference_target(score_gap, record))
+
+
+def preference_target(score_gap: Tensor, record: Preference) -> Tensor:
+    """Probability [pairs] that the chosen answer is the better one: 1 - label_smoothing, or sigma(eta * score gap)."""
+    if record.score_weighting == "soft":
+        return torch.sigmoid(record.score_scale * score_gap)
+    return torch.full_like(score_gap, 1 - record.label_smoothing)
+
+
+def logistic(logit: Tensor, target: Tensor) -> Tensor:
+    """-p log sigma(x) - (1-p) log sigma(-x), same shape as `logit`."""
+    return -target * logsigmoid(logit) - (1 - target) * logsigmoid(-logit)

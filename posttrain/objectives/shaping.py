@@ -1,0 +1,27 @@
+"""Reward shaping by length and by a missing end of sequence, and CHORD's schedule: pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from posttrain.algorithms.records import OnPolicy
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+    """Soft overlong punishment [batch] (2503.14476, eq. 13): 0 up to max_length - cache, then linear down to -1 at max_length."""
+    over = (lengths - (max_length - cache)).to(torch.float32)
+    return -(over / cache).clamp(0.0, 1.0)
+
+
+def expert_weight(step: int, record: OnPolicy) -> float:
+    """CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
+    if step < record.mu_warmup_steps:
+        return record.mu_peak * (step + 1) / record.mu_warmup_steps
+    decayed = step - record.mu_warmup_steps
+    if decayed >= record.mu_decay_steps:
+        return record.mu_valley
+    cosine = 0.5 * (1 + math.cos(math.pi * decayed / record.mu_decay_steps))
+    return record.mu_valley + (record.mu_peak - record.mu_valley) * cosine

@@ -1,0 +1,1 @@
+"""Rewards: functions of prompts and completions, and the reward model, behind one interface."""

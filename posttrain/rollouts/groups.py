@@ -1,0 +1,172 @@
+"""Groups of answers to prompts: drawn in a seeded order, sampled, judged, and refilled until enough of them carry a signal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from posttrain.algorithms.records import OnPolicy
+from posttrain.data.batches import shuffled
+from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.errors import RolloutError
+from posttrain.objectives.shaping import overlong_penalty
+from posttrain.rewards.sources import Judged, RewardSource, weighted
+from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt to answer; `columns` go to the reward functions."""
+
+    prompt: Any
+    ids: tuple[int, ...]
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """One sampled answer. reward: shaped total, NaN where missing. sources: what each reward source said."""
+
+    tokens: Tokens
+    completion: Completion
+    text: str
+    group: int
+    problem: Problem
+    reward: float
+    sources: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """A step's sampling budget."""
+
+    prompts: int
+    samples: int
+    sampling: SamplingSettings
+
+
+class GroupSampler:
+    """Draws problems in shuffled epochs, samples and judges answers. The position in the order is its whole state."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        engine: Engine,
+        encoder: TextEncoder,
+        rewards: Sequence[RewardSource],
+        weights: Mapping[str, float],
+        record: OnPolicy,
+        settings: GroupSettings,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.problems, self.engine, self.encoder, self.rewards, self.weights = problems, engine, encoder, rewards, weights
+        self.record, self.settings, self.seed, self.accelerator = record, settings, seed, accelerator
+        self.position = 0
+        self.tokens_sampled = 0
+
+    def sample(self) -> tuple[list[JudgedAnswer], dict[str, float]]:
+        """The answers of one step, grouped by prompt, and what sampling them cost.
+
+        Raises RolloutError when dynamic sampling finds too few informative groups within its limit.
+        """
+        wanted, record = self.settings.prompts, self.record
+        kept: list[list[JudgedAnswer]] = []
+        drawn = rounds = zero_variance = 0
+        while len(kept) < wanted:
+            groups = self._round(wanted if record.filter == "refill" else wanted - drawn)
+            drawn, rounds = drawn + len(groups), rounds + 1
+            informative = [group for group in groups if _carries_signal(group)]
+            zero_variance += len(groups) - len(informative)
+            kept += groups if record.filter == "none" else informative
+            if record.filter != "refill":
+                break
+            if rounds >= record.refill_limit and len(kept) < wanted:
+                self._at_limit(len(kept), wanted, rounds)
+                break
+        if not kept:
+            raise RolloutError("no group of this step carries a signal: all answers to every prompt were rewarded alike")
+        metrics = {
+            "sampling/acceptance": (drawn - zero_variance) / drawn,
+            "sampling/rounds": float(rounds),
+            "groups/zero_variance": zero_variance / drawn,
+            "tokens/sampled": float(self.tokens_sampled),
+        }
+        return [answer for group in kept[:wanted] for answer in group], metrics
+
+    def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
+        if not self.record.refill_partial or found == 0:
+            raise RolloutError(
+                f"dynamic sampling found {found} of {wanted} groups with unequal rewards in {rounds} rounds: the problems are too easy or too"
+                " hard for this policy. Change the problems, raise options.refill_limit, or set options.refill_partial: true"
+            )
+
+    def _round(self, prompts: int) -> list[list[JudgedAnswer]]:
+        positions = range(self.position, self.position + prompts)
+        self.position += prompts
+        problems = [self._problem(position) for position in positions]
+        requests = [
+            Request(problem.ids, tuple((self.seed, position, j) for j in range(self.settings.samples)))
+            for problem, position in zip(problems, positions, strict=True)
+        ]
+        completions = self._sampled_everywhere(requests)
+        self.tokens_sampled += sum(len(c.tokens) for group in completions for c in group)
+        return self._judged(problems, list(positions), completions)
+
+    def _sampled_everywhere(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Every process samples its share; all of them see all answers, in order."""
+        world = self.accelerator.num_processes
+        own = list(requests[self.accelerator.process_index :: world])
+        sampled = self.engine.sample(own, self.settings.sampling) if own else []
+        if world == 1:
+            return sampled
+        from accelerate.utils import gather_object
+
+        shares = gather_object([sampled])
+        return [shares[i % world][i // world] for i in range(len(requests))]
+
+    def _problem(self, position: int) -> Problem:
+        epoch, within = divmod(position, len(self.problems))
+        return self.problems[shuffled(len(self.problems), self.seed, epoch)[within]]
+
+    def _judged(
+        self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[JudgedAnswer]]:
+        flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
+        tokens = [Tokens(problem.ids, completion.tokens) for problem, _, completion in flat]
+        texts = [self.encoder.text(completion.tokens) for _, _, completion in flat]
+        columns = {name: [problem.columns[name] for problem, _, _ in flat] for name in problems[0].columns}
+        judged = Judged([problem.prompt for problem, _, _ in flat], texts, tokens, columns)
+        sources = {reward.name: reward.score(judged) for reward in self.rewards}
+        totals = weighted(sources, self.weights)
+        answers = [
+            JudgedAnswer(
+                tokens[i], c, texts[i], g, p, totals[i] + self._shaping(c), {name: values[i] for name, values in sources.items()}
+            )
+            for i, (p, g, c) in enumerate(flat)
+        ]
+        size = self.settings.samples
+        return [answers[i : i + size] for i in range(0, len(answers), size)]
+
+    def _shaping(self, completion: Completion) -> float:
+        shaped = 0.0 if completion.finished else -self.record.missing_eos_penalty
+        if self.record.overlong_cache:
+            length = torch.tensor([len(completion.tokens)])
+            shaped += float(overlong_penalty(length, self.settings.sampling.max_new_tokens, self.record.overlong_cache))
+        return shaped
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "tokens_sampled": self.tokens_sampled}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
+
+
+def _carries_signal(group: Sequence[JudgedAnswer]) -> bool:
+    known = [answer.reward for answer in group if not math.isnan(answer.reward)]
+    return bool(known) and max(known) > min(known)

@@ -1,0 +1,78 @@
+"""Checkpoints: written beside their name and renamed, proven by checksum, newest kept; a torn one is named and passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.errors import CheckpointError
+
+
+class Checkpoints:
+    """Checkpoints of one run, in a folder that belongs to its parameters and inputs alone."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the state after `step` steps; complete on disk before it gets its name."""
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f"partial-{step:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            torch.save(dict(state), partial / "state.pt")
+            manifest = {"step": step, "sha256": _sha256(partial / "state.pt")}
+            (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+            for path in (partial / "state.pt", partial / "manifest.json", partial):
+                _fsync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _fsync(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write checkpoint {final}: {error}. Free space or set another workspace, then run again.") from error
+        for old in self._names()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest whole checkpoint, or None. Names on stderr every one that is torn."""
+        for path in reversed(self._names()):
+            try:
+                manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+                if manifest["sha256"] != _sha256(path / "state.pt"):
+                    raise CheckpointError("its checksum does not match")
+                return int(manifest["step"]), torch.load(path / "state.pt", weights_only=True)
+            except (OSError, ValueError, KeyError, CheckpointError) as error:
+                print(f"checkpoint {path.name} is damaged ({error}); trying the one before it", file=sys.stderr)
+        return None
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _names(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,198 @@
+"""From judged answers to the rows of an on-policy update: old and reference log-probabilities, KL in the reward, advantages, experts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.algorithms.records import OnPolicy
+from posttrain.data.batches import collate, pad, shuffled
+from posttrain.data.tokens import Tokens
+from posttrain.models.inference import TokenNumbers, token_numbers
+from posttrain.models.policy import Policy
+from posttrain.objectives.advantages import group_advantages
+from posttrain.objectives.gae import gae, whiten
+from posttrain.objectives.kl import adapted_coefficient
+from posttrain.objectives.shaping import expert_weight
+from posttrain.rollouts.groups import GroupSampler, JudgedAnswer
+from posttrain.training.loop import StepData
+from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective, OnPolicyRow
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The expert stream: `batch` rows for each update, in shuffled epochs."""
+
+    rows: Sequence[Tokens]
+    batch: int
+    seed: int
+
+    def draw(self, update: int) -> list[Tokens]:
+        """The rows of an update: a pure function of its number, so the cursor is the optimiser step itself."""
+        drawn = []
+        for position in range(update * self.batch, (update + 1) * self.batch):
+            epoch, within = divmod(position, len(self.rows))
+            drawn.append(self.rows[shuffled(len(self.rows), self.seed, epoch)[within]])
+        return drawn
+
+
+class ExperienceSource:
+    """Samples, judges and prepares the batches of a step. Its state: the sampler's position, the update count, the KL coefficient."""
+
+    def __init__(
+        self,
+        record: OnPolicy,
+        policy: Policy,
+        reference: Policy,
+        sampler: GroupSampler,
+        objective: OnPolicyObjective,
+        *,
+        budget: int,
+        bf16: bool = False,
+        experts: Experts | None = None,
+    ) -> None:
+        self.record, self.policy, self.reference, self.sampler, self.objective = record, policy, reference, sampler, objective
+        self.budget, self.bf16, self.experts = budget, bf16, experts
+        self.updates = 0
+        self.last_answers: list[JudgedAnswer] = []
+
+    def next(self, step: int) -> StepData[OnPolicyRow]:
+        started = time.perf_counter()
+        answers, metrics = self.sampler.sample()
+        self.last_answers = answers
+        sampled = time.perf_counter()
+        rows, measured = self._rows(answers)
+        metrics |= reward_metrics(answers) | measured
+        batches = self._batches(rows, metrics)
+        timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
+        return StepData(batches, metrics, timings)
+
+    def _rows(self, answers: Sequence[JudgedAnswer]) -> tuple[list[Experience], dict[str, float]]:
+        record, tokens = self.record, [a.tokens for a in answers]
+        temperature = self.objective.temperature
+        reference = token_numbers(self.reference, tokens, self.budget, temperature, self.bf16)
+        # a single update right after sampling has old = its own log-probabilities; anything else must remember them
+        remember = record.epochs * record.minibatches > 1 or record.kl == "reward" or record.has_critic or record.mismatch != "none"
+        self.policy.eval()
+        own = token_numbers(self.policy, tokens, self.budget, temperature, self.bf16) if remember else None
+        advantages, returns, metrics = self._advantages(answers, own, reference)
+        rows = [
+            Experience(
+                tokens=answer.tokens,
+                advantages=advantages[i],
+                sampled=np.asarray(answer.completion.logprobs, dtype=np.float32),
+                reference=reference[i].logprobs,
+                old=own[i].logprobs if own else None,
+                old_values=own[i].values if own and returns is not None else None,
+                returns=None if returns is None else returns[i],
+                trained=_is_trained(answer, record),
+            )
+            for i, answer in enumerate(answers)
+        ]
+        return rows, metrics
+
+    def _advantages(
+        self, answers: Sequence[JudgedAnswer], own: Sequence[TokenNumbers] | None, reference: Sequence[TokenNumbers]
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None, dict[str, float]]:
+        record, mask = self.record, collate([a.tokens for a in answers]).mask
+        time_steps, lengths = mask.shape[1], mask.sum(-1).tolist()
+        rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
+        penalty = torch.zeros(mask.shape)
+        if record.kl == "reward" and own is not None:
+            difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
+            penalty = self.objective.kl_coefficient * difference
+            self._adapt(float(difference.sum()) / len(answers), len(answers))
+        if record.advantage in ("gae", "batch_z"):
+            values = pad([n.values for n in own], time_steps) if own and record.has_critic else torch.zeros(mask.shape)
+            advantages, returns, metrics = self._token_advantages(rewards, penalty, values, mask)
+        else:
+            groups = torch.tensor([a.group for a in answers])
+            of_answer = group_advantages(rewards - penalty.sum(-1), groups, record.advantage)
+            advantages, returns, metrics = of_answer[:, None].expand(mask.shape), None, {"advantage/std": float(of_answer.std(correction=0))}
+        cut = [advantages[i, : lengths[i]].numpy() for i in range(len(answers))]
+        return cut, None if returns is None else [returns[i, : lengths[i]].numpy() for i in range(len(answers))], metrics
+
+    def _token_advantages(
+        self, rewards: Tensor, penalty: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """One advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
+        record, known = self.record, ~torch.isnan(rewards)
+        per_token = -penalty
+        last = mask.sum(-1) - 1
+        per_token[torch.arange(len(rewards)), last] += torch.where(known, rewards, 0.0)
+        judged = mask & known[:, None]
+        if record.has_critic:
+            advantages, returns = gae(per_token, values, judged, record.gamma, record.lam)
+        else:
+            advantages, returns = gae(per_token, torch.zeros_like(values), judged, 1.0, 1.0)
+        metrics = {"advantage/std": float(advantages[judged].std(correction=0))}
+        if record.has_critic:
+            residual, spread = (returns - values)[judged].var(correction=0), returns[judged].var(correction=0)
+            metrics["value/explained_variance"] = float(1 - residual / spread.clamp(min=1e-12))
+        if record.whiten or not record.has_critic:
+            advantages = whiten(advantages, judged)
+        return advantages, returns if record.has_critic else None, metrics
+
+    def _adapt(self, kl: float, responses: int) -> None:
+        if self.record.kl_target is not None:
+            self.objective.kl_coefficient = adapted_coefficient(
+                self.objective.kl_coefficient, kl, self.record.kl_target, responses, self.record.kl_horizon
+            )
+
+    def _batches(self, rows: Sequence[Experience], metrics: dict[str, float]) -> list[Sequence[OnPolicyRow]]:
+        """epochs x minibatches batches; each minibatch holds whole groups, in the order in which they were drawn."""
+        count = self.record.minibatches
+        size = self.sampler.settings.samples * math.ceil(len(rows) / self.sampler.settings.samples / count)
+        batches: list[Sequence[OnPolicyRow]] = []
+        for _ in range(self.record.epochs):
+            for start in range(0, len(rows), size):
+                batches.append(self._with_experts(rows[start : start + size], metrics))
+                self.updates += 1
+        if self.record.kl != "none":
+            metrics["kl/coefficient"] = self.objective.kl_coefficient
+        return batches
+
+    def _with_experts(self, rows: Sequence[Experience], metrics: dict[str, float]) -> Sequence[OnPolicyRow]:
+        if self.experts is None:
+            return rows
+        mu = expert_weight(self.updates, self.record)
+        metrics["expert/mu"] = mu
+        weighted = [replace(row, weight=1 - mu) for row in rows]
+        return [*weighted, *(Expert(tokens, mu) for tokens in self.experts.draw(self.updates))]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict(), "updates": self.updates, "kl_coefficient": self.objective.kl_coefficient}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.updates, self.objective.kl_coefficient = state["updates"], state["kl_coefficient"]
+
+
+def _is_trained(answer: JudgedAnswer, record: OnPolicy) -> bool:
+    """Truncated answers stay out where the algorithm says so; an unjudged one would teach a critic a return of nothing."""
+    if record.mask_truncated and not answer.completion.finished:
+        return False
+    return not (record.has_critic and math.isnan(answer.reward))
+
+
+def reward_metrics(answers: Sequence[JudgedAnswer]) -> dict[str, float]:
+    """Mean, std and share of missing of every reward source and of their shaped total; response lengths."""
+    metrics = {
+        "length/mean": float(np.mean([len(a.completion.tokens) for a in answers])),
+        "length/truncated": float(np.mean([not a.completion.finished for a in answers])),
+    }
+    columns = {name: [a.sources[name] for a in answers] for name in answers[0].sources}
+    columns["total"] = [None if math.isnan(a.reward) else a.reward for a in answers]
+    for name, values in columns.items():
+        known = [value for value in values if value is not None]
+        metrics[f"reward/{name}/mean"] = float(np.mean(known)) if known else math.nan
+        metrics[f"reward/{name}/std"] = float(np.std(known)) if known else math.nan
+        metrics[f"reward/{name}/missing"] = 1 - len(known) / len(values)
+    return metrics

@@ -1,0 +1,148 @@
+"""The on-policy objective: one function for PPO, GRPO, GSPO, DAPO, CHORD and every point between (objectives/*)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from posttrain.algorithms.records import OnPolicy
+from posttrain.data.batches import TokenBatch, collate, pad
+from posttrain.data.tokens import Tokens
+from posttrain.models.policy import PolicyOutput
+from posttrain.objectives.gae import value_loss
+from posttrain.objectives.kl import kl_estimate
+from posttrain.objectives.reduce import LOG_RATIO_LIMIT, aggregate, denominator, masked_sum
+from posttrain.objectives.sequence import negative_log_likelihood, token_weight
+from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
+from posttrain.training.trainer import Terms
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A sampled response with what the update needs to know of it; arrays are [time] float32.
+
+    sampled: log-probabilities that the sampler reported. old: the same, recomputed by the trainer; None means "as they are in this
+    forward", for the one update that is exactly on-policy. trained False keeps the response out of the loss (masked truncation).
+    weight: 1 - mu, and 1 without an expert stream.
+    """
+
+    tokens: Tokens
+    advantages: np.ndarray
+    sampled: np.ndarray
+    reference: np.ndarray
+    old: np.ndarray | None = None
+    old_values: np.ndarray | None = None
+    returns: np.ndarray | None = None
+    trained: bool = True
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert's response; weight is mu."""
+
+    tokens: Tokens
+    weight: float
+
+
+OnPolicyRow = Experience | Expert
+
+
+class OnPolicyObjective:
+    """L = (1-mu) Agg[w S(rho, A) + beta KL] + value_coefficient * value loss + mu mean_expert[phi(p) (-log p)]."""
+
+    def __init__(self, record: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None) -> None:
+        self.record, self.max_length, self.temperature = record, max_length, temperature
+        self.kl_coefficient = record.kl_coefficient if kl_coefficient is None else kl_coefficient
+
+    def length(self, row: OnPolicyRow) -> int:
+        return len(row.tokens)
+
+    def counts(self, rows: Sequence[OnPolicyRow]) -> Mapping[str, float]:
+        trained = [r for r in rows if isinstance(r, Experience) and r.trained]
+        every = [r for r in rows if isinstance(r, Experience)]
+        return {
+            "tokens": float(sum(len(r.tokens.response) for r in trained)),
+            "sequences": float(len(trained)),
+            "sampled_tokens": float(sum(len(r.tokens.response) for r in every)),
+            "sampled_sequences": float(len(every)),
+            "expert_tokens": float(sum(len(r.tokens.response) for r in rows if isinstance(r, Expert))),
+        }
+
+    def terms(self, model: nn.Module, rows: Sequence[OnPolicyRow]) -> Terms:
+        device = next(model.parameters()).device
+        sampled = [r for r in rows if isinstance(r, Experience)]
+        experts = [r for r in rows if isinstance(r, Expert)]
+        terms = Terms()
+        if sampled:
+            batch = collate([r.tokens for r in sampled]).to(device)
+            self._policy_terms(terms, model(batch, self.temperature), batch, _Columns(sampled, batch))
+        if experts:
+            batch = collate([r.tokens for r in experts]).to(device)
+            # the expert stream imitates text, so it is learnt at temperature 1 as in SFT
+            self._expert_terms(terms, model(batch).logprobs, batch, experts[0].weight)
+        return terms
+
+    def _policy_terms(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns) -> None:
+        record, logprobs = self.record, output.logprobs
+        old = logprobs.detach() if columns.old is None else columns.old
+        ratio = importance_ratio(logprobs, old, batch.mask, record.ratio)
+        surrogate = surrogate_loss(ratio, logprobs, columns.advantages, record.clip_low, record.clip_high, record.surrogate)
+        loss = mismatch_weight(old, columns.sampled, record.mismatch, record.mismatch_cap) * surrogate.loss
+        if record.kl == "loss":
+            loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.reference, record.kl_estimator)
+        trained = batch.mask & columns.trained[:, None]
+        numerator = aggregate(columns.weight * loss, trained, record.aggregate, self.max_length)
+        terms.losses["policy"] = (numerator, denominator(record.aggregate), 1.0)
+        if output.values is not None and columns.returns is not None and columns.old_values is not None:
+            error = value_loss(output.values, columns.old_values, columns.returns, record.value_clip)
+            terms.losses["value"] = (masked_sum(error, trained), "tokens", record.value_coefficient)
+            terms.metrics["value/loss"] = (masked_sum(error, trained), "tokens")
+        terms.metrics["clip/low"] = (masked_sum(surrogate.clipped_low.float(), trained), "tokens")
+        terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
+        self._diagnostics(terms, output, batch, columns, old, ratio.detach())
+
+    def _diagnostics(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns, old: Tensor, ratio: Tensor) -> None:
+        mask, logprobs = batch.mask, output.logprobs.detach()
+        mismatch = (old - columns.sampled).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        terms.metrics |= {
+            "entropy": (masked_sum(output.entropy, mask), "sampled_tokens"),
+            "kl/approx": (masked_sum(kl_estimate(old, logprobs, "k3"), mask), "sampled_tokens"),
+            "kl/ref_k1": (masked_sum(logprobs - columns.reference, mask), "sampled_sequences"),
+            "kl/ref_k3": (masked_sum(kl_estimate(logprobs, columns.reference, "k3"), mask), "sampled_sequences"),
+            "ratio/mean": (masked_sum(ratio, mask), "sampled_tokens"),
+            "mismatch/mean": (masked_sum(mismatch.abs(), mask), "sampled_tokens"),
+            "mismatch/k3": (masked_sum(kl_estimate(columns.sampled, old, "k3"), mask), "sampled_tokens"),
+        }
+        inside = ratio[mask]
+        terms.extremes |= {"ratio/min": inside.min(), "ratio/max": inside.max(), "mismatch/max": mismatch[mask].abs().max()}
+
+    def _expert_terms(self, terms: Terms, logprobs: Tensor, batch: TokenBatch, mu: float) -> None:
+        loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), batch.mask)
+        terms.losses["expert"] = (loss, "expert_tokens", mu)
+        terms.metrics["expert/loss"] = (loss, "expert_tokens")
+        terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.record.phi), batch.mask), "expert_tokens")
+
+
+class _Columns:
+    """The rows' numbers as padded tensors [batch, time] on the batch's device."""
+
+    def __init__(self, rows: Sequence[Experience], batch: TokenBatch) -> None:
+        device, time = batch.mask.device, batch.mask.shape[1]
+
+        def padded(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+            given = [a for a in arrays if a is not None]
+            return pad(given, time).to(device) if len(given) == len(rows) else None
+
+        self.advantages = pad([r.advantages for r in rows], time).to(device)
+        self.sampled = pad([r.sampled for r in rows], time).to(device)
+        self.reference = pad([r.reference for r in rows], time).to(device)
+        self.old = padded([r.old for r in rows])
+        self.old_values = padded([r.old_values for r in rows])
+        self.returns = padded([r.returns for r in rows])
+        self.trained = torch.tensor([r.trained for r in rows], device=device)
+        self.weight = torch.tensor([r.weight for r in rows], device=device)[:, None]

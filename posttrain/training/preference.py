@@ -1,0 +1,147 @@
+"""Learning from logged preferences: the DPO family over pairs, and GRPO over logged groups (objectives/preference.py, surrogate.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from posttrain.algorithms.records import LoggedGroups, Preference
+from posttrain.data.batches import collate, pad
+from posttrain.data.tokens import Tokens
+from posttrain.objectives.kl import kl_estimate
+from posttrain.objectives.preference import preference_loss
+from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
+from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
+from posttrain.training.trainer import Terms
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A logged response with the reference's log-probability of each of its tokens, [time] (zeros without a reference)."""
+
+    tokens: Tokens
+    reference: np.ndarray
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """`score_gap` = chosen_score - rejected_score; 0 where the table has no scores."""
+
+    chosen: Answer
+    rejected: Answer
+    score_gap: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnswerGroup:
+    """Answers to one prompt with their scores; a pair without scores is (0.5, -0.5) up to a shift."""
+
+    answers: tuple[Answer, ...]
+    scores: tuple[float, ...]
+
+
+class PreferenceObjective:
+    """One loss a pair, each pair its own logit; chosen and rejected share one forward."""
+
+    def __init__(self, record: Preference) -> None:
+        self.record = record
+
+    def length(self, row: PreferencePair) -> int:
+        return 2 * max(len(row.chosen.tokens), len(row.rejected.tokens))
+
+    def counts(self, rows: Sequence[PreferencePair]) -> Mapping[str, float]:
+        weighted = self.record.score_weighting == "weight"
+        return {
+            "pairs": float(len(rows)),
+            # weights are normalised to mean 1 over the step's pairs
+            "pair_weight": float(sum(abs(row.score_gap) for row in rows)) if weighted else float(len(rows)),
+            "chosen_tokens": float(sum(len(row.chosen.tokens.response) for row in rows)),
+        }
+
+    def terms(self, model: nn.Module, rows: Sequence[PreferencePair]) -> Terms:
+        device = next(model.parameters()).device
+        answers = [row.chosen for row in rows] + [row.rejected for row in rows]
+        batch = collate([a.tokens for a in answers]).to(device)
+        output = model(batch)
+        reference = pad([a.reference for a in answers], batch.mask.shape[1]).to(device)
+        summed = row_sums(output.logprobs - reference, batch.mask)
+        ratio = summed if self.record.logit == "sum" else row_means(output.logprobs - reference, batch.mask)
+        difference = ratio[: len(rows)] - ratio[len(rows) :]
+        gap = torch.tensor([row.score_gap for row in rows], dtype=difference.dtype, device=device)
+        loss = preference_loss(difference, gap, self.record)
+        weight = gap.abs() if self.record.score_weighting == "weight" else torch.ones_like(gap)
+        chosen_mask = batch.mask[: len(rows)]
+        rewards = self.record.beta * ratio
+        return Terms(
+            losses={"pairs": ((weight * loss).sum(), "pair_weight", 1.0)},
+            metrics={
+                "preference/accuracy": ((difference > 0).float().sum(), "pairs"),
+                "preference/margin": (self.record.beta * difference.sum(), "pairs"),
+                "preference/chosen_reward": (rewards[: len(rows)].sum(), "pairs"),
+                "preference/rejected_reward": (rewards[len(rows) :].sum(), "pairs"),
+                "entropy": (masked_sum(output.entropy[: len(rows)], chosen_mask), "chosen_tokens"),
+            },
+        )
+
+
+class LoggedGroupsObjective:
+    """The clipped surrogate of GRPO with `old` = reference for ever, plus beta * KL to the reference."""
+
+    def __init__(self, record: LoggedGroups) -> None:
+        self.record = record
+
+    def length(self, row: AnswerGroup) -> int:
+        return len(row.answers) * max(len(a.tokens) for a in row.answers)
+
+    def counts(self, rows: Sequence[AnswerGroup]) -> Mapping[str, float]:
+        answers = [a for row in rows for a in row.answers]
+        return {
+            "sequences": float(len(answers)),
+            "tokens": float(sum(len(a.tokens.response) for a in answers)),
+            "groups": float(len(rows)),
+        }
+
+    def terms(self, model: nn.Module, rows: Sequence[AnswerGroup]) -> Terms:
+        record, device = self.record, next(model.parameters()).device
+        answers = [a for row in rows for a in row.answers]
+        batch = collate([a.tokens for a in answers]).to(device)
+        output = model(batch)
+        reference = pad([a.reference for a in answers], batch.mask.shape[1]).to(device)
+        advantages = torch.tensor([a for row in rows for a in centred(row.scores)], device=device)
+        ratio = importance_ratio(output.logprobs, reference, batch.mask, record.ratio)
+        surrogate = surrogate_loss(ratio, output.logprobs, advantages[:, None], record.clip_low, record.clip_high)
+        kl = kl_estimate(output.logprobs, reference, record.kl_estimator)
+        loss = surrogate.loss + record.kl_coefficient * kl
+        return Terms(
+            losses={"policy": (aggregate(loss, batch.mask, "sequence_mean", 0), "sequences", 1.0)},
+            metrics={
+                "clip/low": (masked_sum(surrogate.clipped_low.float(), batch.mask), "tokens"),
+                "clip/high": (masked_sum(surrogate.clipped_high.float(), batch.mask), "tokens"),
+                "kl/ref_k1": (masked_sum(output.logprobs - reference, batch.mask), "sequences"),
+                "kl/ref_k3": (masked_sum(kl_estimate(output.logprobs, reference, "k3"), batch.mask), "sequences"),
+                "ratio/mean": (masked_sum(ratio, batch.mask), "tokens"),
+                "entropy": (masked_sum(output.entropy, batch.mask), "tokens"),
+                "preference/accuracy": (_ranked_share(row_sums(output.logprobs - reference, batch.mask), rows), "groups"),
+            },
+        )
+
+
+def centred(group_scores: Sequence[float]) -> list[float]:
+    """A = s - mean(s)."""
+    mean = sum(group_scores) / len(group_scores)
+    return [score - mean for score in group_scores]
+
+
+def _ranked_share(log_ratios: Tensor, rows: Sequence[AnswerGroup]) -> Tensor:
+    """Number of groups whose best-scored answer has gained more than the worst-scored one."""
+    right, start = 0, 0
+    for row in rows:
+        best = start + max(range(len(row.scores)), key=lambda i: row.scores[i])
+        worst = start + min(range(len(row.scores)), key=lambda i: row.scores[i])
+        right += int(log_ratios[best] > log_ratios[worst])
+        start += len(row.answers)
+    return torch.tensor(float(right))

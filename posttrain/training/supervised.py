@@ -1,0 +1,98 @@
+"""Supervised fine-tuning and the reward model: their rows and objectives (objectives/sequence.py, objectives/preference.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal
+
+import torch
+from torch import nn
+
+from posttrain.data.batches import EpochOrder, collate
+from posttrain.data.tokens import Tokens
+from posttrain.objectives.preference import bradley_terry
+from posttrain.objectives.reduce import masked_sum
+from posttrain.objectives.sequence import negative_log_likelihood
+from posttrain.training.loop import StepData
+from posttrain.training.trainer import Row, Terms
+
+
+class EpochSource(Generic[Row]):
+    """Rows in shuffled epochs; one batch, so one update, a step."""
+
+    def __init__(self, rows: Sequence[Row], order: EpochOrder) -> None:
+        self.rows, self.order = rows, order
+
+    def next(self, step: int) -> StepData[Row]:
+        return StepData([[self.rows[i] for i in self.order.indices(step)]])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The order is a pure function of seed and step."""
+
+
+class SupervisedObjective:
+    """L = sum of -log p over response tokens / number of them. `all` also learns the prompt, after its first token."""
+
+    def __init__(self, train_on: Literal["completion", "all"] = "completion") -> None:
+        self.train_on = train_on
+
+    def length(self, row: Tokens) -> int:
+        return len(row)
+
+    def counts(self, rows: Sequence[Tokens]) -> Mapping[str, float]:
+        return {"tokens": float(sum(len(self._split(row).response) for row in rows))}
+
+    def terms(self, model: nn.Module, rows: Sequence[Tokens]) -> Terms:
+        device = next(model.parameters()).device
+        batch = collate([self._split(row) for row in rows]).to(device)
+        output = model(batch)
+        loss = masked_sum(negative_log_likelihood(output.logprobs), batch.mask)
+        entropy = masked_sum(output.entropy, batch.mask)
+        return Terms(losses={"nll": (loss, "tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
+
+    def _split(self, row: Tokens) -> Tokens:
+        if self.train_on == "completion":
+            return row
+        return Tokens(row.prompt[:1], row.prompt[1:] + row.response)
+
+
+@dataclass(frozen=True)
+class RewardPair:
+    """Two responses to one prompt; `margin` is how much better the chosen one is meant to score."""
+
+    chosen: Tokens
+    rejected: Tokens
+    margin: float = 0.0
+
+
+class RewardObjective:
+    """Bradley-Terry over pairs, with the sum of scores held near zero by `center`. Chosen and rejected share one forward."""
+
+    def __init__(self, center: float = 0.01) -> None:
+        self.center = center
+
+    def length(self, row: RewardPair) -> int:
+        return 2 * max(len(row.chosen), len(row.rejected))
+
+    def counts(self, rows: Sequence[RewardPair]) -> Mapping[str, float]:
+        return {"pairs": float(len(rows))}
+
+    def terms(self, model: nn.Module, rows: Sequence[RewardPair]) -> Terms:
+        device = next(model.parameters()).device
+        scores = model(collate([r.chosen for r in rows] + [r.rejected for r in rows]).to(device))
+        chosen, rejected = scores[: len(rows)], scores[len(rows) :]
+        margin = torch.tensor([row.margin for row in rows], device=device)
+        loss = bradley_terry(chosen, rejected, margin, self.center).sum()
+        return Terms(
+            losses={"pairs": (loss, "pairs", 1.0)},
+            metrics={
+                "preference/accuracy": ((chosen > rejected).float().sum(), "pairs"),
+                "preference/margin": ((chosen - rejected).sum(), "pairs"),
+                "preference/chosen_reward": (chosen.sum(), "pairs"),
+                "preference/rejected_reward": (rejected.sum(), "pairs"),
+            },
+        )

@@ -1,0 +1,221 @@
+"""One optimiser step for any objective: micro-batches of summed losses over denominators that are counted once for the whole step.
+
+So loss and gradient are the same for every split of a batch into micro-batches, accumulation and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from posttrain.data.batches import micro_batches
+from posttrain.errors import NumericalError
+
+Row = TypeVar("Row")
+RowIn = TypeVar("RowIn", contravariant=True)
+
+
+@dataclass
+class Terms:
+    """What an objective says of one micro-batch. Sums only: each names the count that the trainer divides it by.
+
+    losses: name -> (sum, count name, weight). metrics: name -> (sum, count name). extremes: name ending in /min or /max -> value.
+    """
+
+    losses: dict[str, tuple[Tensor, str, float]] = field(default_factory=dict)
+    metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    extremes: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol[RowIn]):
+    """A loss over rows. Knows nothing of micro-batches, processes or optimisers."""
+
+    def length(self, row: RowIn) -> int:
+        """Tokens that the row costs in a forward pass."""
+        ...
+
+    def counts(self, rows: Sequence[RowIn]) -> Mapping[str, float]:
+        """The denominators of one optimiser step, over all its rows."""
+        ...
+
+    def terms(self, model: nn.Module, rows: Sequence[RowIn]) -> Terms:
+        """Sums over some of the step's rows; `rows` is never empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with a schedule that counts optimiser steps."""
+
+    learning_rate: float
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate and a gradient norm of their own; the first group's norm is the metric grad_norm."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+
+class Trainer(Generic[Row]):
+    """Holds model, optimiser and schedule, and takes optimiser steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        total_steps: int,
+        micro_batch_tokens: int,
+        groups: Sequence[ParameterGroup] | None = None,
+        bf16: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
+        self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.groups = list(groups or [ParameterGroup("policy", trainable, settings.learning_rate)])
+        optimizer = torch.optim.AdamW(
+            [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups],
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(_inner(self.optimizer), _multiplier(settings, total_steps))
+        self.updates = 0
+        self.tokens_trained = 0
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        module: nn.Module = self.accelerator.unwrap_model(self.model)
+        return module
+
+    def update(self, rows: Sequence[Row], objective: Objective[Row]) -> dict[str, float]:
+        """One optimiser step on `rows` (the same list on every process). Returns the step's metrics, averaged over all rows.
+
+        Raises NumericalError, with the weights as they were, when loss or gradient are not finite.
+        """
+        self.model.train()
+        counts = objective.counts(rows)
+        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        groups = micro_batches([objective.length(row) for row in own], self.micro_batch_tokens)
+        sums = _Sums(counts)
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                # a process without rows still takes part in the gradient's synchronisation, with nothing to add
+                part = [own[i] for i in group] or [rows[0]]
+                with self.accelerator.autocast():
+                    terms = objective.terms(self.model, part)
+                weight = 1.0 if group else 0.0
+                loss = sums.add(terms, weight)
+                # the mean over processes that data-parallel training takes is undone here: these are sums
+                self.accelerator.backward(loss * weight * self.accelerator.num_processes)
+        metrics = sums.reduced(self.accelerator)
+        if not math.isfinite(metrics["loss"]):
+            self.optimizer.zero_grad()
+            raise NumericalError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
+        metrics |= self._step()
+        self.tokens_trained += sum(objective.length(row) for row in rows)
+        metrics["tokens/trained"] = float(self.tokens_trained)
+        return metrics
+
+    def _step(self) -> dict[str, float]:
+        metrics = {"learning_rate": float(self.schedule.get_last_lr()[0])}
+        for group in self.groups:
+            norm = float(torch.nn.utils.clip_grad_norm_(group.parameters, self.settings.max_grad_norm))
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad()
+                raise NumericalError(f"the gradient norm of update {self.updates + 1} is {norm}; weights are unchanged")
+            metrics["grad_norm" if group is self.groups[0] else f"{group.name}/grad_norm"] = norm
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.unwrapped.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "updates": self.updates,
+            "tokens_trained": self.tokens_trained,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.unwrapped.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.updates, self.tokens_trained = state["updates"], state["tokens_trained"]
+
+
+class _Sums:
+    """Metric numerators of a step, kept in float64, divided by the step's counts at the end."""
+
+    def __init__(self, counts: Mapping[str, float]) -> None:
+        self.counts = counts
+        self.totals: dict[str, float] = {"loss": 0.0}
+        self.extremes: dict[str, float] = {}
+
+    def add(self, terms: Terms, weight: float) -> Tensor:
+        loss: Tensor | None = None
+        for value, count, factor in terms.losses.values():
+            part = value * (factor / max(self.counts[count], 1e-12))
+            loss = part if loss is None else loss + part
+        assert loss is not None, "an objective must give at least one loss"
+        self.totals["loss"] += weight * float(loss.detach())
+        for name, (value, count) in terms.metrics.items():
+            share = weight * float(value.detach()) / max(self.counts[count], 1e-12)
+            self.totals[name] = self.totals.get(name, 0.0) + share
+        for name, value in terms.extremes.items() if weight else ():
+            choose: Callable[[float, float], float] = min if name.endswith("/min") else max
+            self.extremes[name] = choose(self.extremes.get(name, float(value)), float(value))
+        return loss
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
+        if accelerator.num_processes == 1:
+            return self.totals | self.extremes
+        from accelerate.utils import gather_object
+
+        every = gather_object([(self.totals, self.extremes)])
+        totals = {name: sum(t.get(name, 0.0) for t, _ in every) for name in every[0][0]}
+        for name in sorted({name for _, extremes in every for name in extremes}):
+            values = [extremes[name] for _, extremes in every if name in extremes]
+            totals[name] = min(values) if name.endswith("/min") else max(values)
+        return totals
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _multiplier(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:
+    def multiplier(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        if settings.schedule == "constant":
+            return 1.0
+        progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+        progress = min(1.0, progress)
+        return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return multiplier
