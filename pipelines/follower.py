@@ -26,7 +26,7 @@ class Follower:
         return cls(process)
 
     def finish(self, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Let it catch up for a while; what is left then is carried over by the next step or `python -m pipelines.sync`."""
+        """Let it catch up for a while; the next step or `python -m pipelines.sync` carries over what is left then."""
         if self._process is None:
             return
         assert self._process.stdin is not None

@@ -1,4 +1,4 @@
-"""What a run is: its stage, the values of its declared parameters and the content of its inputs. Never a clock or host."""
+"""What a run is: its stage, the values of its declared parameters, the content of its inputs. Never clock or host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def input_digests(stage: str, inputs: Iterable[str | Path]) -> dict[str, str]:
         path = Path(entry)
         if not path.exists():
             raise DataError(
-                f"{stage} needs {path}, which is not there. `dvc repro` makes a stage's inputs first; see dvc.yaml for which."
+                f"{stage} needs {path}, which is not there. `dvc repro` makes the inputs of a stage before the stage."
             )
         digests[path.as_posix()] = content_digest(path)
     return digests

@@ -43,9 +43,7 @@ def _remove(directory: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     if not source.exists():
-        raise TrackingError(
-            f"{source} was announced as an artifact and never written. Write it before the step ends, or do not announce it."
-        )
+        raise TrackingError(f"{source} was announced as an artifact and never written. Write it before the step ends.")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)

@@ -34,9 +34,17 @@ class Run:
     """What a step is given. `metrics`, `table`, `summary` … are appended to the journal before they return."""
 
     def __init__(
-        self, *, stage: str, name: str, params: Params, args: argparse.Namespace, directory: Path, state: Path, key: str,
+        self,
+        *,
+        stage: str,
+        name: str,
+        params: Params,
+        args: argparse.Namespace,
+        directory: Path,
+        state: Path,
+        key: str,
         stop_requested: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.stage = stage
         self.name = name
         self.params = params

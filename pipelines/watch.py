@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from pipelines.config import Params, Section, flatten
 from posttrain.errors import ConfigError
+from posttrain.text import nearest
 
 Seen = Callable[[str], None]
 
@@ -52,11 +53,9 @@ def declared_values(params: Params, prefixes: tuple[str, ...]) -> dict[str, Any]
     for prefix in prefixes:
         node: Any = params
         for part in prefix.split("."):
-            missing = part not in (type(node).model_fields if isinstance(node, BaseModel) else node or ())
-            if missing:
-                raise ConfigError(
-                    f"the parameter {prefix} does not exist: there is no {part!r}. Add it to params.yaml or declare another."
-                )
+            known = type(node).model_fields if isinstance(node, BaseModel) else node if isinstance(node, dict) else {}
+            if part not in known:
+                raise ConfigError(f"there is no parameter {prefix}: {part!r} is unknown{nearest(part, known)}")
             node = getattr(node, part) if isinstance(node, BaseModel) else node[part]
         values |= flatten(node, prefix)
     return dict(sorted(values.items()))
@@ -79,7 +78,7 @@ def _saw(value: Any, path: str, seen: Seen) -> None:
 class _Section:
     """Stands in for a Section; `__class__` makes isinstance answer as the section would."""
 
-    __slots__ = ("_section", "_path", "_seen")
+    __slots__ = ("_path", "_section", "_seen")
 
     def __init__(self, section: Section, path: str, seen: Seen) -> None:
         self._section, self._path, self._seen = section, path, seen

@@ -1,0 +1,157 @@
+"""Bring MLflow up to date with the journals of this project.
+
+    python -m pipelines.sync              once: everything that is here and not yet there
+    python -m pipelines.sync --wait 60    the same, trying again while the server is away
+    python -m pipelines.sync --follow     keep doing so until SIGTERM, Ctrl-C or the end of a piped standard input
+
+Nothing is lost while a tracking server is down: the journals hold everything, and each value arrives exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pipelines import environment
+from pipelines.redaction import redact
+from pipelines.tracking.projection import Projector
+from pipelines.tracking.source import Source, discover, load
+from pipelines.tracking.store import open_client, tracking_uri
+from posttrain.errors import PosttrainError, TrackingError
+
+T = TypeVar("T")
+_POLL_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
+_REST_FACTOR = 20
+"""A follower rests so many times as long as its last pass took, so that it never competes with the training."""
+
+
+def catch_up(projector: Projector, *, first: str | None = None, recheck: bool = True) -> dict[str, str]:
+    """Project every journal, then end what is stale; MLflow run id by run identity.
+
+    `recheck=False` trusts this checkout's notes of what was carried over before. Raises TrackingError at the first call
+    that the store does not answer, and after the pass if a journal is damaged.
+    """
+    problems: list[str] = []
+    sources = discover(projector.project_root, problems)
+    sources.sort(key=lambda source: source.identity != first)
+    done = {}
+    for source in sources:
+        if recheck or source.identity == first or not projector.settled(source):
+            done[source.identity] = _project(projector, source)
+    _told(projector, partial(projector.sweep, {source.identity for source in sources}))
+    if problems:
+        raise TrackingError("\n".join(problems))
+    return done
+
+
+def _project(projector: Projector, source: Source) -> str:
+    return _told(projector, partial(projector.project, source))
+
+
+def _told(projector: Projector, call: Callable[[], T]) -> T:
+    """The call's answer, with whatever a store raises told as one TrackingError."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return call()
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise TrackingError(
+            f"MLflow at {redact(projector.client.tracking_uri)} did not take the values: {redact(reason)}."
+            " They are safe in the journal; `python -m pipelines.sync` carries them over when it answers again."
+        ) from error
+
+
+def follow(project: Path, run: str | None, stop: threading.Event) -> None:
+    """Keep the store up to date until `stop`, then once more. An outage is told once, and its end."""
+    projector = Projector(open_client(project), project)
+    down, whole, pause = False, True, _POLL_SECONDS
+    while True:
+        last, began = stop.is_set(), time.monotonic()
+        try:
+            if whole or run is None:
+                catch_up(projector, first=run, recheck=False)
+                whole = False
+            elif (source := _single(project, run)) is not None:
+                _project(projector, source)
+        except TrackingError as error:
+            if not down:
+                print(f"tracking: {error}", file=sys.stderr, flush=True)
+            down, pause = True, min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        else:
+            if down:
+                print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
+            down, pause = False, max(_POLL_SECONDS, _REST_FACTOR * (time.monotonic() - began))
+        if last:
+            return
+        stop.wait(min(pause, _LONGEST_PAUSE_SECONDS))
+
+
+def _single(project: Path, run: str) -> Source | None:
+    return load(environment.states(project) / run)
+
+
+def _stop_event() -> threading.Event:
+    """Set by SIGTERM, SIGINT, and the end of standard input when that is a pipe from whoever started us."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+
+        def wait_for_end() -> None:
+            while os.read(0, 1024):
+                pass
+            stop.set()
+
+        threading.Thread(target=wait_for_end, daemon=True).start()
+    return stop
+
+
+def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
+    """One complete pass; while the store is away, again until `wait_seconds` are over."""
+    projector = Projector(open_client(project), project)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return catch_up(projector)
+        except TrackingError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--follow", action="store_true", help="keep the store up to date until told to stop")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="try again for so long")
+    parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: the one run to keep following")
+    args = parser.parse_args(argv)
+    project = environment.root()
+    try:
+        if args.follow:
+            os.nice(10)
+            follow(project, args.run, _stop_event())
+        else:
+            runs = synchronise(project, args.wait)
+            print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
+    except PosttrainError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

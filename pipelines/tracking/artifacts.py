@@ -1,0 +1,69 @@
+"""Tables, figures and the journal as MLflow artifacts. A file is sent once, again only if its size has changed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pipelines.journal import RUNNING
+from pipelines.publish import ARTIFACTS, JOURNAL
+from pipelines.tracking.source import Source
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LARGEST_BYTES = 64 * 2**20
+"""Larger files stay with DVC, which keeps the bytes."""
+TRACEBACK = f"{ARTIFACTS}/traceback.txt"
+
+
+def send_artifacts(client: MlflowClient, run_id: str, source: Source, sent: set[str]) -> None:
+    """Upload what is not in `sent`; names are added to it."""
+    pending = {name: data for name, data in _contents(source, sent)}
+    if not pending:
+        return
+    present = _present(client, run_id, sorted({str(PurePosixPath(name).parent) for name in pending}))
+    for name, data in pending.items():
+        if present.get(name) != len(data):
+            _upload(client, run_id, name, data)
+        sent.add(name)
+
+
+def _contents(source: Source, sent: set[str]) -> Iterator[tuple[str, bytes]]:
+    """A table is complete when the journal names it; other files and the journal only when the run has ended."""
+    for record in source.of("table"):
+        if record["path"] not in sent and (source.folder / record["path"]).is_file():
+            yield record["path"], split_table((source.folder / record["path"]).read_bytes())
+    if source.status == RUNNING:
+        return
+    for path in [record["path"] for record in source.of("artifact")] + [TRACEBACK]:
+        top = source.folder / path
+        for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            name = file.relative_to(source.folder).as_posix()
+            if name not in sent and file.is_file() and file.stat().st_size <= LARGEST_BYTES:
+                yield name, file.read_bytes()
+    yield JOURNAL, source.journal
+
+
+def split_table(data: bytes) -> bytes:
+    """Rows as `mlflow.log_table` writes them, so that the UI shows and compares them as a table."""
+    rows: list[dict[str, Any]] = json.loads(data)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    return json.dumps(table, ensure_ascii=False).encode()
+
+
+def _present(client: MlflowClient, run_id: str, parents: list[str]) -> dict[str, int | None]:
+    listed = (info for parent in parents for info in client.list_artifacts(run_id, None if parent == "." else parent))
+    return {info.path: info.file_size for info in listed if not info.is_dir}
+
+
+def _upload(client: MlflowClient, run_id: str, name: str, data: bytes) -> None:
+    target = PurePosixPath(name)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, target.name)
+        local.write_bytes(data)
+        client.log_artifact(run_id, str(local), None if str(target.parent) == "." else str(target.parent))

@@ -1,0 +1,36 @@
+"""What DVC knows about a run: the hashes of its outputs and the remote that keeps them."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import read_yaml
+from pipelines.publish import JOURNAL
+from pipelines.redaction import redact
+
+
+def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, str]:
+    """Path to DVC hash of everything the stage wrote, if dvc.lock is about exactly this journal."""
+    path = project / "dvc.lock"
+    if not path.is_file():
+        return {}
+    wanted = f"{directory}/{JOURNAL}"
+    digest = hashlib.md5(journal, usedforsecurity=False).hexdigest()
+    stages: dict[str, Any] = (read_yaml(path) or {}).get("stages") or {}
+    for stage in stages.values():
+        outputs = {str(out["path"]): str(out.get("md5", "")) for out in stage.get("outs", ())}
+        if outputs.get(wanted) == digest:
+            return outputs
+    return {}
+
+
+def default_remote(project: Path) -> str | None:
+    """URL of DVC's default remote, without credentials."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
+    name = parser.get("core", "remote", fallback=None)
+    url = parser.get(f"'remote \"{name}\"'", "url", fallback=None)
+    return redact(url) if url else None

@@ -1,0 +1,266 @@
+"""Bring the MLflow store to what a journal says.
+
+One MLflow run per run identity (tag `posttrain.run`). Before anything is added the store is asked which values it has,
+so that an interrupted, repeated or concurrent projection leaves exactly one value per metric and step. Where the store
+contradicts the journal (the same run was executed again with another outcome) its run is deleted and written anew:
+MLflow cannot take back a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pipelines.config import load_params
+from pipelines.journal import FINISHED, RUNNING
+from pipelines.process import Lock
+from pipelines.tracking import describe
+from pipelines.tracking.artifacts import send_artifacts
+from pipelines.tracking.source import Source, Value, load
+from pipelines.tracking.store import experiment_id, workspace
+from posttrain.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+T = TypeVar("T")
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100
+_LARGEST_DOUBLE = 1.7976931348623157e308
+
+
+@dataclass
+class Link:
+    """What the store is known to hold of one run."""
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    values: dict[Value, float]
+    sent: set[str] = field(default_factory=set)
+
+
+class Projector:
+    """Projects journals of one project into one store. Keeps what it knows of the store between calls."""
+
+    def __init__(self, client: MlflowClient, project: Path) -> None:
+        self.client = client
+        self.project_root = project
+        self._workspace = workspace(project)
+        self._token = uuid.uuid4().hex
+        self._links: dict[str, Link] = {}
+        self._experiments: dict[str, str] = {}
+
+    def project(self, source: Source) -> str:
+        """Bring the store to what the source says; returns the MLflow run id. A second call changes nothing."""
+        mark = self._mark(source)
+        with Lock(mark):
+            if not mark.read_text().startswith(self._token):
+                # Another process has written this run since: what we remember of it may be old.
+                self._links.pop(source.identity, None)
+            mark.write_text(self._token)
+            try:
+                run_id = self._project(source)
+                if source.status != RUNNING:
+                    mark.write_text(f"{self._token} {self._stamp(source)}")
+                return run_id
+            except Exception:
+                # A call may have been carried out although its answer was lost: ask the store again next time.
+                self._links.pop(source.identity, None)
+                raise
+
+    def settled(self, source: Source) -> bool:
+        """Whether this checkout has carried exactly this journal into this store before, without asking the store."""
+        mark = self._mark(source)
+        return mark.is_file() and mark.read_text().endswith(self._stamp(source))
+
+    def _mark(self, source: Source) -> Path:
+        return self.project_root / ".posttrain" / "tracking" / source.identity
+
+    def _stamp(self, source: Source) -> str:
+        state = [self.client.tracking_uri, source.status, source.digest, describe.tags(source, self.project_root)]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+    def sweep(self, alive: set[str]) -> list[str]:
+        """End as KILLED every run of this checkout that the store calls running and that no journal here speaks of."""
+        query = f"tags.`{describe.WORKSPACE_TAG}` = '{self._workspace}' and attributes.status = 'RUNNING'"
+        runs = self._search([self._experiment(self._default_experiment())], query)
+        stale = [run for run in runs if self._is_ours(run) and run.data.tags.get(describe.RUN_TAG) not in alive]
+        for run in stale:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+        return [str(run.info.run_id) for run in stale]
+
+    def experiment(self, source: Source) -> str:
+        """Id of the experiment the source reports to."""
+        return self._experiment(str(source.surroundings().get("experiment") or self._default_experiment()))
+
+    def _default_experiment(self) -> str:
+        return load_params(self.project_root / "params.yaml").project.experiment
+
+    def _experiment(self, name: str) -> str:
+        if name not in self._experiments:
+            self._experiments[name] = experiment_id(self.client, name, self.project_root)
+        return self._experiments[name]
+
+    def _project(self, source: Source) -> str:
+        wanted_tags = describe.tags(source, self.project_root)
+        link = self._links.get(source.identity)
+        if link is None:
+            runs = self._candidates(source)
+            done = next((run for run in runs if _complete(run, source)), None)
+            if done is not None:
+                if self._is_ours(done):
+                    self._add_tags(done.info.run_id, dict(done.data.tags), wanted_tags)
+                return str(done.info.run_id)
+            link = self._attach(source, runs)
+        if _contradicts(link, source):
+            link = self._replace(link, source)
+        self._links[source.identity] = link
+        if link.status != RUNNING and source.status == RUNNING:
+            self.client.update_run(link.run_id, status=RUNNING)
+            link.status = RUNNING
+        self._add_params(link, describe.parameters(source))
+        self._add_metrics(link, source)
+        self._add_tags(link.run_id, link.tags, wanted_tags)
+        send_artifacts(self.client, link.run_id, source, link.sent)
+        self._end(link, source)
+        return link.run_id
+
+    def _candidates(self, source: Source) -> list[MlflowRun]:
+        """The store's runs of this identity, our own first, without those that were replaced."""
+        query = f"tags.`{describe.RUN_TAG}` = '{source.identity}'"
+        runs = self._search([self.experiment(source)], query)
+        kept = [run for run in runs if describe.REPLACED_TAG not in run.data.tags]
+        return sorted(kept, key=lambda run: run.data.tags.get(describe.WORKSPACE_TAG) != self._workspace)
+
+    def _attach(self, source: Source, runs: Sequence[MlflowRun]) -> Link:
+        """Our own run of this identity, or a new one. Another checkout's run is left to it."""
+        for run in runs:
+            if self._is_ours(run):
+                return self._link(run)
+        return self._create(source)
+
+    def _is_ours(self, run: MlflowRun) -> bool:
+        mine = run.data.tags.get(describe.WORKSPACE_TAG) == self._workspace
+        return mine and bool(run.info.lifecycle_stage == "active")
+
+    def _link(self, run: MlflowRun) -> Link:
+        run_id = str(run.info.run_id)
+        history = (metric for name in run.data.metrics for metric in self.client.get_metric_history(run_id, name))
+        values = {(metric.key, metric.step): metric.value for metric in history}
+        return Link(run_id, run.info.status, dict(run.data.tags), dict(run.data.params), values)
+
+    def _create(self, source: Source) -> Link:
+        tags = describe.identity_tags(source, self.project_root)
+        run = self.client.create_run(
+            self.experiment(source), start_time=source.started(), tags=tags, run_name=describe.run_name(source)
+        )
+        return Link(str(run.info.run_id), RUNNING, dict(run.data.tags), {}, {})
+
+    def _replace(self, link: Link, source: Source) -> Link:
+        self.client.set_tag(link.run_id, describe.REPLACED_TAG, "true")
+        self.client.delete_run(link.run_id)
+        return self._create(source)
+
+    def _add_params(self, link: Link, wanted: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        missing = [Param(name, value) for name, value in sorted(wanted.items()) if name not in link.params]
+        for batch in _batches(missing, _PARAMS_PER_CALL):
+            self.client.log_batch(link.run_id, params=batch)
+            link.params |= {param.key: param.value for param in batch}
+
+    def _add_metrics(self, link: Link, source: Source) -> None:
+        from mlflow.entities import Metric
+
+        wanted = _stored_names(source.timings | source.metrics)
+        missing = [
+            Metric(name, value, source.times.get(step, step), step)
+            for (name, step), value in wanted.items()
+            if (name, step) not in link.values
+        ]
+        for batch in _batches(missing, _METRICS_PER_CALL):
+            self.client.log_batch(link.run_id, metrics=batch)
+            link.values |= {(metric.key, metric.step): metric.value for metric in batch}
+
+    def _add_tags(self, run_id: str, present: dict[str, str], wanted: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        missing = [RunTag(name, value) for name, value in sorted(wanted.items()) if present.get(name) != value]
+        for batch in _batches(missing, _PARAMS_PER_CALL):
+            self.client.log_batch(run_id, tags=batch)
+            present |= {tag.key: tag.value for tag in batch}
+
+    def _end(self, link: Link, source: Source) -> None:
+        if source.status == RUNNING:
+            return
+        if source.status == FINISHED and link.tags.pop(describe.REASON_TAG, ""):
+            self.client.delete_tag(link.run_id, describe.REASON_TAG)
+        if link.status != source.status:
+            self.client.set_terminated(link.run_id, source.status, source.stopped() or int(time.time() * 1000))
+            link.status = source.status
+        self._add_tags(link.run_id, link.tags, {describe.JOURNAL_TAG: source.digest})
+
+    def _search(self, experiments: list[str], query: str) -> list[MlflowRun]:
+        from mlflow.entities import ViewType
+
+        found: list[MlflowRun] = []
+        token = None
+        while True:
+            page = self.client.search_runs(experiments, query, ViewType.ALL, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+
+def project(folder: Path, client: MlflowClient, root: Path) -> str:
+    """Project the journal in one folder; returns the MLflow run id."""
+    source = load(folder)
+    if source is None:
+        raise TrackingError(f"{folder} holds no journal with a start record; run its step first.")
+    return Projector(client, root).project(source)
+
+
+def _complete(run: MlflowRun, source: Source) -> bool:
+    """Whether everything was carried over. Holds for another checkout's run, and for one that was deleted by hand."""
+    return run.info.status == source.status != RUNNING and run.data.tags.get(describe.JOURNAL_TAG) == source.digest
+
+
+def _contradicts(link: Link, source: Source) -> bool:
+    wanted = _stored_names(source.metrics)
+    if any(not _equal(wanted[key], value) for key, value in link.values.items() if key in wanted):
+        return True
+    params = describe.parameters(source)
+    if any(params.get(name, value) != value for name, value in link.params.items()):
+        return True
+    if source.status != FINISHED:
+        # A resumed run repeats the steps after its checkpoint; until then the store may be ahead of the journal.
+        return False
+    timings = {name for name in link.tags.get(describe.TIMINGS_TAG, "").split(",") if name}
+    timings |= {describe.entity_name(name) for name, _ in source.timings}
+    return any(key not in wanted and key[0] not in timings for key in link.values)
+
+
+def _stored_names(values: dict[Value, float]) -> dict[Value, float]:
+    return {(describe.entity_name(name), step): value for (name, step), value in values.items()}
+
+
+def _equal(ours: float, stored: float) -> bool:
+    """MLflow keeps an infinity as the largest double."""
+    if math.isinf(ours) and abs(stored) == _LARGEST_DOUBLE:
+        return (ours > 0) == (stored > 0)
+    return ours == stored or (math.isnan(ours) and math.isnan(stored))
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

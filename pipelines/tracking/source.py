@@ -1,0 +1,135 @@
+"""Journals that can be projected: live ones with their measurements, and finished ones restored from the DVC cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines import environment
+from pipelines.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
+from pipelines.process import held
+from pipelines.publish import JOURNAL
+from pipelines.run import LOCK, MEASUREMENTS
+from posttrain.errors import TrackingError
+
+Value = tuple[str, int]
+"""Metric name and step."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One journal as it was when it was read, with the status of its process."""
+
+    folder: Path
+    records: list[Record]
+    measurements: list[Record]
+    status: str
+
+    @cached_property
+    def start(self) -> Record:
+        return next(record for record in self.records if record["kind"] == "start")
+
+    @property
+    def identity(self) -> str:
+        return str(self.start["run"])
+
+    def of(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def values_of(self, kind: str) -> dict[str, Any]:
+        return {name: value for record in self.of(kind) for name, value in record["values"].items()}
+
+    @cached_property
+    def journal(self) -> bytes:
+        """The canonical journal: the same bytes from the live folder and from the run directory."""
+        return "".join(map(encode, self.records)).encode()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.journal).hexdigest()
+
+    @cached_property
+    def metrics(self) -> dict[Value, float]:
+        """Every value of the journal: the series, and the summary at the last step."""
+        series = {
+            (name, record["step"]): number(value)
+            for record in self.of("metrics")
+            for name, value in record["values"].items()
+        }
+        names = {name for name, _ in series}
+        last = max((step for _, step in series), default=0)
+        summary = self.values_of("summary")
+        final = {(f"final/{name}" if name in names else name, last): number(value) for name, value in summary.items()}
+        return series | final
+
+    @cached_property
+    def timings(self) -> dict[Value, float]:
+        """The values that depend on the clock, one per name and step."""
+        return {
+            (name, record["step"]): number(value)
+            for record in self.measurements
+            if record["kind"] == "timings"
+            for name, value in record["values"].items()
+        }
+
+    @cached_property
+    def times(self) -> dict[int, int]:
+        """When each step was logged, in milliseconds of the epoch."""
+        return {r["step"]: _milliseconds(r["time"]) for r in self.measurements if "step" in r}
+
+    def surroundings(self) -> Record:
+        """Where the run happened last: commit, flow, DVC stage, experiment. Empty for a restored journal."""
+        return next((record for record in reversed(self.measurements) if record["kind"] == "start"), {})
+
+    def started(self) -> int | None:
+        times = [record["time"] for record in self.measurements if record["kind"] == "start"]
+        return _milliseconds(times[0]) if times else None
+
+    def stopped(self) -> int | None:
+        return _milliseconds(self.measurements[-1]["time"]) if self.measurements else None
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def load(folder: Path) -> Source | None:
+    """The journal in a folder, or None while it has no start yet."""
+    raw = read(folder / JOURNAL)
+    if not any(record["kind"] == "start" for record in raw):
+        return None
+    # The lock is asked before the journal is read again: a process that ends in between is then seen to have ended.
+    alive = held(folder / LOCK)
+    raw = read(folder / JOURNAL)
+    status = ended(raw) or (RUNNING if alive else KILLED)
+    return Source(folder, canonical(raw), read(folder / MEASUREMENTS), status)
+
+
+def folders(project: Path) -> Iterator[Path]:
+    """Every folder that holds a journal: live ones first, then run directories."""
+    yield from sorted(path.parent for path in environment.states(project).glob(f"*/{JOURNAL}"))
+    yield from sorted(path.parent for path in (project / "runs").rglob(JOURNAL))
+
+
+def discover(project: Path, problems: list[str]) -> list[Source]:
+    """One source per run; what is damaged is told in `problems`.
+
+    The live folder knows times as well, so it is preferred, but a finished journal beats one that was cut off.
+    """
+    found: dict[str, Source] = {}
+    for folder in folders(project):
+        try:
+            source = load(folder)
+        except TrackingError as error:
+            problems.append(str(error))
+            continue
+        if source is None:
+            continue
+        known = found.get(source.identity)
+        if known is None or known.status not in (FINISHED, RUNNING):
+            found[source.identity] = source
+    return list(found.values())

@@ -1,0 +1,74 @@
+"""Which tracking store is used, and how long one call to it may take."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines import environment
+from posttrain.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
+    # Alembic tells about every one of its migrations when the database is made.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+
+def tracking_uri(project: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite database in the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project / 'mlflow.db'}"
+
+
+def artifact_root(project: Path) -> Path:
+    return project / "mlartifacts"
+
+
+def open_client(project: Path) -> MlflowClient:
+    """A client whose calls fail at once when the server is down: the journal makes up for it later."""
+    environment.quiet()
+    for name, value in _IMPATIENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(project)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(client: MlflowClient, name: str, project: Path) -> str:
+    """The experiment of that name, made if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None if _remote(client) else artifact_root(project).as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            # Another follower was faster.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"the MLflow experiment {name!r} was deleted. Restore it with `mlflow experiments restore -x"
+            f" {found.experiment_id}`, or choose another name under project.experiment in params.yaml."
+        )
+    return str(found.experiment_id)
+
+
+def _remote(client: MlflowClient) -> bool:
+    return str(client.tracking_uri).startswith(("http://", "https://"))
+
+
+def workspace(project: Path) -> str:
+    """An opaque name of this checkout on this machine: whose processes we may call dead."""
+    return hashlib.sha256(f"{platform.node()}:{project.resolve()}".encode()).hexdigest()[:16]
