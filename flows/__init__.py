@@ -1,0 +1,10 @@
+"""When and where: flows read the DAG from dvc.yaml and bring its stages up to date through Prefect."""
+
+import os
+
+from pipelines.environment import quiet
+
+quiet()
+# Before Prefect is imported. Its own lines go to its server; the terminal shows one line per event (tasks.console).
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")

@@ -1,0 +1,45 @@
+# `make` alone lists the commands.
+PYTHON_IN := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false DVC_NO_ANALYTICS=1 GX_ANALYTICS_ENABLED=false HF_HUB_OFFLINE=1
+MLFLOW_STORE := $(if $(MLFLOW_TRACKING_URI),$(MLFLOW_TRACKING_URI),sqlite:///$(CURDIR)/mlflow.db)
+PORT ?= 5000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint ui bench clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## create .venv from pyproject.toml and constraints.txt
+	@infra/setup.sh
+
+demo: setup  ## train, align and compare on built-in data, then say where the report is
+	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
+	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
+	@$(QUIET) $(PYTHON_IN) -m flows.compare
+
+test: setup  ## the tests that take minutes, not hours
+	@$(QUIET) $(PYTHON_IN) -m pytest $(ARGS)
+
+test-slow: setup  ## the tests marked slow
+	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
+
+lint: setup  ## formatting, lint and types
+	@$(PYTHON_IN) -m ruff format --check .
+	@$(PYTHON_IN) -m ruff check .
+	@$(PYTHON_IN) -m mypy
+
+ui: setup  ## open MLflow on the recorded runs (PORT=5000)
+	@echo "MLflow: http://127.0.0.1:$(PORT)   (Ctrl-C ends it)"
+	@$(QUIET) $(PYTHON_IN) -m mlflow ui --backend-store-uri "$(MLFLOW_STORE)" \
+		--default-artifact-root "$(CURDIR)/mlartifacts" --host 127.0.0.1 --port $(PORT)
+
+bench: setup  ## side-by-side measurements of benchmarks/
+	@for script in benchmarks/*.py; do test -e "$$script" || { echo "no benchmarks here"; continue; }; \
+		echo "== $$script"; $(QUIET) $(PYTHON_IN) "$$script" || exit 1; done
+
+clean:  ## remove caches and logs; keeps data, models, runs, report and MLflow's database
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .posttrain/logs
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""What every flow does: read the DAG, bring its nodes up to date side by side, record, publish and say how it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from prefect.client.schemas import State
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from flows.schedule import Future, Outcome, run_all
+from flows.signals import stop_on_signal
+from flows.workspace import follower, only_flow, write_record
+from posttrain.errors import OrchestrationError
+from tasks import stage as stages
+from tasks.console import say
+from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
+from tasks.publish import publish_report
+from tasks.slots import machine_slots
+
+
+def bring_all_up_to_date(
+    root: Path, targets: Collection[str], *, tracking: bool, refresh: bool = False
+) -> State[None] | None:
+    """The body of both flows. Returns Cancelled after a signal, raises OrchestrationError after a failure."""
+    stages.stop.clear()
+    with only_flow(root), stop_on_signal(stages.stop):
+        dag = needed_for(read_dag(root), targets)
+        imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
+        todo = stale(dag, changed(root) | imports)
+        _announce(dag, todo)
+        if not todo:
+            _finish(root)
+            return None
+        started = time.time()
+        with follower(root, tracking):
+            outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, _report_end)
+        write_record(root, started, time.time(), outcome.results)
+        if outcome.interrupted:
+            return Cancelled(message="stopped by a signal")
+        _raise_failures(outcome)
+        _assert_current(root, dag)
+        _finish(root)
+        _say_seconds(outcome, time.time() - started)
+    return None
+
+
+def _submitter(
+    root: Path, todo: set[str], refresh: bool
+) -> Callable[[Node, list[Future], Callable[[str], None]], Future]:
+    identity = str(flow_run.get_id() or "")
+
+    def submit(node: Node, above: list[Future], done: Callable[[str], None]) -> Future:
+        future = stages.bring_up_to_date.submit(
+            str(root),
+            node.name,
+            node.kind,
+            current=node.name not in todo,
+            flow_run=identity,
+            refresh=refresh,
+            return_state=False,
+            wait_for=above,
+        )
+        future.add_done_callback(lambda _: done(node.name))
+        return future
+
+    return submit
+
+
+def _announce(dag: Dag, todo: set[str]) -> None:
+    if not todo:
+        _tell(f"nothing to do: all {len(dag)} stages are up to date")
+        return
+    _tell(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} side by side")
+
+
+def _report_end(name: str, outcome: Outcome) -> None:
+    if name in outcome.failures:
+        _tell(f"{name:<24} FAILED: {outcome.failures[name]}")
+        return
+    result = outcome.results[name]
+    if result.ended > result.started:
+        words = {"ran": "done", "restored": "restored from the cache", "up-to-date": "was up to date"}
+        _tell(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
+
+
+def _raise_failures(outcome: Outcome) -> None:
+    if not outcome.failures:
+        return
+    lines = [str(error) for _, error in sorted(outcome.failures.items())]
+    if outcome.not_started:
+        lines.append(f"not started, because they depend on it: {', '.join(outcome.not_started)}")
+    raise OrchestrationError("\n".join(lines))
+
+
+def _assert_current(root: Path, dag: Dag) -> None:
+    left = sorted(changed(root) & set(dag))
+    if left:
+        raise OrchestrationError(
+            f"still not up to date after the flow: {', '.join(left)}. An input changed while it ran; run the flow again."
+        )
+
+
+def _finish(root: Path) -> None:
+    report = publish_report(root)
+    if report is not None:
+        say(f"report: {report}")
+        say("metrics: `make ui` opens MLflow")
+
+
+def _say_seconds(outcome: Outcome, total: float) -> None:
+    spent = {name: result.seconds for name, result in outcome.results.items() if result.seconds}
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"    {name:<28} {seconds:8.1f} s")
+    print(f"    {'all, as the clock goes':<28} {total:8.1f} s")
+
+
+def _tell(text: str) -> None:
+    """To the terminal and to the flow's log in Prefect."""
+    say(text)
+    get_run_logger().info(text)

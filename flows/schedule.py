@@ -1,0 +1,72 @@
+"""Which node may start next: dependencies first, as many side by side as there are slots, a failure stops only its dependants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Event
+from typing import Protocol
+
+from tasks.dag import Dag, Node
+from tasks.stage import StageResult
+
+POLL_SECONDS = 0.2
+
+
+class Future(Protocol):
+    """What the schedule needs of a Prefect future."""
+
+    def result(self) -> StageResult: ...
+
+
+Submit = Callable[[Node, list[Future], Callable[[str], None]], Future]
+"""Start the node's task after these futures; call back with the node's name when it is done."""
+
+
+@dataclass
+class Outcome:
+    results: dict[str, StageResult] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    not_started: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def run_all(dag: Dag, submit: Submit, limit: int, stop: Event, on_end: Callable[[str, Outcome], None]) -> Outcome:
+    """Run every node of `dag`, at most `limit` at once. Returns when nothing runs any more."""
+    outcome, done = Outcome(), SimpleQueue[str]()
+    futures: dict[str, Future] = {}
+    running: set[str] = set()
+    while True:
+        for node in _ready(dag, futures, outcome.results):
+            if len(running) >= limit or stop.is_set():
+                break
+            running.add(node.name)
+            futures[node.name] = submit(node, [futures[name] for name in node.after if name in futures], done.put)
+        if not running:
+            break
+        try:
+            name = done.get(timeout=POLL_SECONDS)
+        except Empty:
+            continue
+        running.remove(name)
+        _settle(name, futures[name], outcome)
+        on_end(name, outcome)
+    outcome.interrupted = stop.is_set()
+    outcome.not_started = [name for name in dag if name not in futures]
+    return outcome
+
+
+def _ready(dag: Dag, started: Mapping[str, Future], finished: Mapping[str, StageResult]) -> list[Node]:
+    return [
+        node
+        for name, node in dag.items()
+        if name not in started and all(above in finished for above in node.after if above in dag)
+    ]
+
+
+def _settle(name: str, future: Future, outcome: Outcome) -> None:
+    try:
+        outcome.results[name] = future.result()
+    except Exception as error:  # the edge of one stage: its failure is reported at the end, the others go on
+        outcome.failures[name] = error

@@ -1,0 +1,67 @@
+"""The Prefect API of a command: the configured one, or a private server that ends with the command, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from posttrain.errors import OrchestrationError
+from tasks.process import end, start
+
+START_SECONDS = 120.0
+
+
+@contextmanager
+def prefect_api(root: Path) -> Iterator[str | None]:
+    """Yields the configured server's URL, or None when a private one was started.
+
+    Prefect's own temporary server shares the terminal's process group, so Ctrl-C takes it away while the flow still
+    needs it, and it outlives a flow that is killed. Ours runs under a guard and uses the same database.
+    """
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield configured
+        return
+    port = _free_port()
+    path = root / ".posttrain" / "logs" / "prefect.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with path.open("wb") as log:
+        process = start(command, root, output=log, extra={"PREFECT_SERVER_UI_ENABLED": "false"}, grace_seconds=5)
+    # Prefect sends its last log lines and events when the interpreter shuts its threads down, which comes before this.
+    atexit.register(end, process, 0)
+    _wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+        yield None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise OrchestrationError(
+                f"Prefect's server ended with status {process.returncode} while starting; see {log}"
+            )
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise OrchestrationError(f"Prefect's server did not answer in {START_SECONDS:.0f} s; see {log}")

@@ -1,0 +1,80 @@
+"""What a flow keeps in .posttrain: the lock that makes it the only one, the record of its stages, and its follower."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from posttrain.errors import OrchestrationError
+from tasks.console import say
+from tasks.process import end, start
+from tasks.stage import StageResult
+
+CATCH_UP_SECONDS = 60.0
+
+
+@contextmanager
+def only_flow(root: Path) -> Iterator[None]:
+    """Hold .posttrain/flow.lock; a second flow in the same workspace is refused, naming the first one's process."""
+    path = root / ".posttrain" / "flow.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OrchestrationError(
+                f"another flow is running in {root.absolute()} (process {file.read().strip() or 'unknown'})."
+                " Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_record(root: Path, started: float, ended: float, results: Mapping[str, StageResult]) -> None:
+    """.posttrain/flow.json, in Unix seconds, for the report's page of costs."""
+    path = root / ".posttrain" / "flow.json"
+    stages = {
+        name: {"started": result.started, "ended": result.ended, "ran": result.ran, "outcome": result.outcome}
+        for name, result in sorted(results.items())
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"started": started, "ended": ended, "stages": stages}, indent=1) + "\n", encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+@contextmanager
+def follower(root: Path, wanted: bool) -> Iterator[None]:
+    """One process that carries every stage's journal into MLflow while the stages run, and catches up at the end."""
+    if not wanted:
+        yield
+        return
+    path = root / ".posttrain" / "logs" / "follower.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as log:
+        process = start([sys.executable, "-m", "pipelines.sync", "--follow"], root, stdin=subprocess.PIPE, output=log)
+        try:
+            yield
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            if end(process, CATCH_UP_SECONDS):
+                _catch_up(root, log.name)
+
+
+def _catch_up(root: Path, log: str) -> None:
+    """Tracking never fails a flow: the journals are kept, and this can be done at any time."""
+    with open(log, "ab") as file:
+        status = end(start([sys.executable, "-m", "pipelines.sync"], root, output=file), CATCH_UP_SECONDS)
+    if status:
+        say(f"MLflow is behind: `python -m pipelines.sync` catches up from the journals (see {log})")

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Brings .venv to the state that pyproject.toml and constraints.txt describe. Safe to call again: a second call takes
+# under a second. PYTHON names the interpreter to build it from; VENV another folder for it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV="${VENV:-.venv}"
+STAMP="$VENV/.posttrain-setup"
+WANTED="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+
+fresh() { [ -x "$VENV/bin/python" ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$WANTED" ]; }
+
+suitable() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+interpreter() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+        if suitable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: posttrain needs Python 3.11 or newer, and found none under: ${PYTHON:-python3.11 python3.12 python3.13 python3 python}." >&2
+    echo "Install one (for example: uv python install 3.11), or name it: PYTHON=/path/to/python3.11 make setup" >&2
+    return 1
+}
+
+# uv installs in a tenth of pip's time but does not read pip's configuration.
+with_uv() {
+    local uv="$1" setting value
+    local -a options=()
+    for setting in find-links extra-index-url index-url; do
+        value="$(pip_setting "$setting")"
+        # One option per value: pip separates them by white space.
+        for value in $value; do options+=("--$setting" "$value"); done
+    done
+    "$uv" pip install --quiet --python "$VENV/bin/python" --index-strategy unsafe-best-match \
+        ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev]'
+}
+
+pip_setting() {
+    local variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
+    { echo "${!variable:-}"; "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; } | tr '\n' ' '
+}
+
+with_pip() { "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; }
+
+find_uv() {
+    command -v uv && return
+    [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install --quiet uv >/dev/null 2>&1 || return 1
+    echo "$VENV/bin/uv"
+}
+
+if fresh; then exit 0; fi
+echo "setup: installing into $VENV (once per change of pyproject.toml or constraints.txt)"
+if [ ! -x "$VENV/bin/python" ]; then
+    BASE="$(interpreter)"
+    "$BASE" -m venv "$VENV"
+fi
+if UV="$(find_uv)" && with_uv "$UV"; then
+    :
+else
+    echo "setup: uv is not to be had or could not install; using pip, which takes minutes"
+    with_pip
+fi
+echo "$WANTED" >"$STAMP"
+echo "setup: done"

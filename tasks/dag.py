@@ -1,0 +1,126 @@
+"""The DAG, read from dvc.yaml by DVC itself: the only place where the order of the stages is written."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.errors import OrchestrationError
+from posttrain.text import nearest
+from tasks.process import child_environment
+
+Kind = Literal["data", "import", "stage"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of dvc.yaml, or one .dvc file: `data` that was `dvc add`ed, or an `import` from elsewhere."""
+
+    name: str
+    """The address that `dvc repro` takes."""
+    kind: Kind
+    after: tuple[str, ...]
+    """Names of the nodes whose outputs it reads, sorted."""
+
+
+Dag = Mapping[str, Node]
+
+
+def read_dag(root: Path) -> dict[str, Node]:
+    """Every node by address, in an order that can be run: .dvc files first, then dvc.yaml's own order."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    if not (root / ".dvc").is_dir():
+        raise OrchestrationError(
+            f"{root.absolute()} is not a DVC workspace. Run from the project's root, or `dvc init` there."
+        )
+    try:
+        with Repo(str(root)) as repo:
+            graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
+            nodes = [
+                Node(
+                    _address(stage, root),
+                    _kind(stage),
+                    tuple(sorted(_address(above, root) for above in graph.successors(stage))),
+                )
+                for stage in sorted(graph.nodes, key=position.__getitem__)
+            ]
+    except DvcException as error:
+        raise OrchestrationError(f"DVC cannot read the pipeline: {error}. `dvc dag` shows the same.") from error
+    return in_order(nodes)
+
+
+def in_order(nodes: Iterable[Node]) -> dict[str, Node]:
+    """Topological order; among what may run, .dvc files first, then the given order."""
+    listed = list(nodes)
+    rank = {node.name: (node.kind == "stage", i) for i, node in enumerate(listed)}
+    by_name = {node.name: node for node in listed}
+    missing = {node.name: len(node.after) for node in listed}
+    below: dict[str, list[str]] = {node.name: [] for node in listed}
+    for node in listed:
+        for above in node.after:
+            below[above].append(node.name)
+    ready = [(rank[name], name) for name, count in missing.items() if count == 0]
+    heapq.heapify(ready)
+    ordered: dict[str, Node] = {}
+    while ready:
+        name = heapq.heappop(ready)[1]
+        ordered[name] = by_name[name]
+        for child in below[name]:
+            missing[child] -= 1
+            if missing[child] == 0:
+                heapq.heappush(ready, (rank[child], child))
+    return ordered
+
+
+def needed_for(dag: Dag, targets: Collection[str]) -> dict[str, Node]:
+    """The targets and everything they depend on; the whole DAG when no target is named."""
+    wanted = set(targets) or set(dag)
+    for name in sorted(wanted - set(dag)):
+        raise OrchestrationError(f"no stage {name!r} in dvc.yaml{nearest(name, dag)}")
+    for name in reversed(list(dag)):
+        if name in wanted:
+            wanted.update(dag[name].after)
+    return {name: node for name, node in dag.items() if name in wanted}
+
+
+def stale(dag: Dag, changed: Collection[str]) -> set[str]:
+    """The changed nodes and everything that depends on one."""
+    result: set[str] = set()
+    for name, node in dag.items():
+        if name in changed or result.intersection(node.after):
+            result.add(name)
+    return result
+
+
+def changed(root: Path) -> set[str]:
+    """Addresses for which `dvc status` names a difference."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
+    done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OrchestrationError(f"`dvc status` failed: {done.stderr.strip() or done.stdout.strip()}")
+    report: dict[str, list[Any]] = json.loads(done.stdout or "{}")
+    return {name for name, differences in report.items() if differences}
+
+
+def _kind(stage: Any) -> Kind:
+    if hasattr(stage, "name"):
+        return "stage"
+    return "import" if stage.is_import else "data"
+
+
+def _address(stage: Any, root: Path) -> str:
+    """As `stage.addressing`, but relative to `root` whatever the current directory is."""
+    path = os.path.relpath(stage.path, root.absolute())
+    if not hasattr(stage, "name"):
+        return path
+    name: str = stage.name
+    return name if path == "dvc.yaml" else f"{path}:{name}"

@@ -1,0 +1,91 @@
+"""What a stage says: whole lines for the logger, few progress updates, and the line that explains a failure."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import IO, Literal
+
+Outcome = Literal["ran", "restored", "up-to-date"]
+
+PROGRESS_SECONDS = 30.0
+MAX_CHARACTERS = 2000
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_LINE = re.compile(rb"([^\r\n]*)(\r\n|\r(?!\n)|\n)")
+_ADVICE = re.compile(
+    r"To track the changes with git|To enable auto staging|\s*git add |\s*dvc config core\.autostage"
+    r"|Use `dvc push`|Updating lock file|Generating lock file|Data and pipelines are up to date"
+)
+_DVC_ERROR = re.compile(r"^ERROR: ")
+_TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire .*lock")
+
+
+class StageLog:
+    """Fed with raw output; emits lines, writes everything to `file`, and remembers how the stage ended."""
+
+    def __init__(
+        self, emit: Callable[[str], None], file: IO[bytes], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._emit, self._file, self._clock = emit, file, clock
+        self._rest = b""
+        self._last_progress = clock()
+        self._step_lines: list[str] = []
+        self._dvc_errors: list[str] = []
+        self.outcome: Outcome = "up-to-date"
+        self.transient = False
+
+    def feed(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._file.flush()
+        data = self._rest + chunk
+        # A final \r may be the first half of \r\n.
+        held = 1 if data.endswith(b"\r") else 0
+        consumed = 0
+        for match in _LINE.finditer(data, 0, len(data) - held):
+            self._line(match[1], progress=match[2] == b"\r")
+            consumed = match.end()
+        self._rest = data[consumed:]
+
+    def close(self) -> None:
+        if self._rest.strip():
+            self._line(self._rest, progress=False)
+        self._rest = b""
+
+    def last_error(self) -> str:
+        """The step's last `error:` line, else its last line, else what dvc said."""
+        for line in reversed(self._step_lines):
+            if line.casefold().startswith("error:"):
+                return line
+        lines = self._step_lines[-1:] or self._dvc_errors[-1:]
+        return lines[0] if lines else "it wrote nothing"
+
+    def dvc_error(self) -> str:
+        return self._dvc_errors[-1] if self._dvc_errors else self.last_error()
+
+    def _line(self, raw: bytes, *, progress: bool) -> None:
+        text = _ANSI.sub("", raw.decode("utf-8", "replace")).rstrip()[:MAX_CHARACTERS]
+        if not text.strip() or _ADVICE.match(text):
+            return
+        if progress:
+            if self._clock() - self._last_progress < PROGRESS_SECONDS:
+                return
+            self._last_progress = self._clock()
+        else:
+            self._read(text)
+        self._emit(text)
+
+    def _read(self, text: str) -> None:
+        if _TRANSIENT.search(text):
+            self.transient = True
+        if _DVC_ERROR.match(text):
+            self._dvc_errors.append(text.removeprefix("ERROR: "))
+        elif self._dvc_errors and text.lstrip().startswith("(PID "):
+            self._dvc_errors[-1] += " " + text.strip()
+        elif text.startswith(("Running stage ", "Verifying data sources in stage", "Importing ")):
+            self.outcome = "ran"
+        elif text.startswith("Stage ") and text.endswith("checking out outputs"):
+            self.outcome = "restored"
+        elif not text.startswith("> "):
+            self._step_lines = [*self._step_lines[-49:], text]

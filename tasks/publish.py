@@ -1,0 +1,39 @@
+"""The report as Prefect artifacts: its summary table, and a link to the page itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+
+def publish_report(root: Path) -> Path | None:
+    """Publish report/comparison.json and report/index.html, as far as they exist; returns the page's path."""
+    page, numbers = root / "report" / "index.html", root / "report" / "comparison.json"
+    if numbers.is_file():
+        table = markdown_table(json.loads(numbers.read_text(encoding="utf-8")))
+        create_markdown_artifact(key="comparison", markdown=table, description="Every model of the comparison")
+    if not page.is_file():
+        return None
+    create_link_artifact(key="report", link=page.absolute().as_uri(), link_text="Report")
+    return page
+
+
+def markdown_table(comparison: Any) -> str:
+    """One row per model: its columns are the scalar entries; a mean with bounds is written `0.512 (0.48 to 0.54)`."""
+    models = comparison["models"]
+    rows = [{"model": name, **row} for name, row in models.items()] if isinstance(models, dict) else list(models)
+    columns = list(dict.fromkeys(name for row in rows for name, value in row.items() if _cell(value) is not None))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(name)) or "" for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str | None:
+    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+        return f"{value['mean']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value) if isinstance(value, str | int) else None

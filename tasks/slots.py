@@ -1,0 +1,150 @@
+"""How many stages may run side by side on this machine, and leases that the kernel takes back from a dead holder.
+
+A slot is a lock file in a directory shared by every flow of the machine (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
+POSTTRAIN_SLOTS sets their number; by default one per CUDA device, else one per CPU core with 2 GiB of memory to itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from posttrain.errors import Interrupted, OrchestrationError
+
+MEMORY_PER_SLOT_BYTES = 2 << 30
+POLL_SECONDS = 0.2
+_UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    name: str
+    device: str | None
+    """UUID or index for CUDA_VISIBLE_DEVICES; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    slot: Slot
+    descriptor: int
+    """Handed to the stage's guard: the device is free when the last process that may use it is gone."""
+
+    def environment(self) -> dict[str, str]:
+        return {} if self.slot.device is None else {"CUDA_VISIBLE_DEVICES": self.slot.device}
+
+
+def machine_slots(environ: Mapping[str, str] = os.environ) -> list[Slot]:
+    """The slots of this machine: with more slots than devices, several stages share a device."""
+    devices = cuda_devices(environ)
+    count = _asked(environ) or len(devices) or _cpu_slots()
+    if not devices:
+        return [Slot(f"cpu-{i}", None) for i in range(count)]
+    pairs = [(devices[i % len(devices)], i // len(devices)) for i in range(count)]
+    return [Slot(f"{device.replace('/', '_')}.{share}", device) for device, share in pairs]
+
+
+def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """UUIDs of the devices that this process may use; MIG instances in place of the device that is split into them."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return []
+    present = parse_devices(_nvidia_smi())
+    if visible is None:
+        return present
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    # An index means another device in another order; the UUID means the same one for every flow.
+    return [present[int(name)] if name.isdigit() and int(name) < len(present) else name for name in names]
+
+
+def parse_devices(listing: str) -> list[str]:
+    """UUIDs out of `nvidia-smi -L`."""
+    found: list[str] = []
+    for line in listing.splitlines():
+        match = _UUID.search(line)
+        if match is None:
+            continue
+        if match[1].startswith("MIG-") and found and found[-1].startswith("GPU-"):
+            found.pop()
+        found.append(match[1])
+    return found
+
+
+@contextmanager
+def lease(
+    slots: Sequence[Slot], stop: Event, on_wait: Callable[[], None] = lambda: None, directory: Path | None = None
+) -> Iterator[Lease]:
+    """The first free slot; waits while all are taken, by this flow or another one. Raises Interrupted when `stop` is set."""
+    where = directory or lease_directory()
+    told = False
+    while True:
+        for slot in slots:
+            descriptor = _try_lock(where / slot.name)
+            if descriptor is None:
+                continue
+            try:
+                yield Lease(slot, descriptor)
+            finally:
+                os.close(descriptor)
+            return
+        if not told:
+            on_wait()
+            told = True
+        if stop.wait(POLL_SECONDS):
+            raise Interrupted("stopped while waiting for a free slot")
+
+
+def lease_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    where = Path(environ.get("POSTTRAIN_LEASES") or Path(tempfile.gettempdir()) / "posttrain-slots")
+    if not where.is_dir():
+        where.mkdir(parents=True, exist_ok=True)
+        where.chmod(0o1777)
+    return where
+
+
+def _try_lock(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _asked(environ: Mapping[str, str]) -> int | None:
+    text = environ.get("POSTTRAIN_SLOTS", "").strip()
+    if not text:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise OrchestrationError(
+            f"POSTTRAIN_SLOTS = {text!r}: must be a whole number from 1; unset it for the machine's own number."
+        )
+    return int(text)
+
+
+def _cpu_slots() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // MEMORY_PER_SLOT_BYTES))
+
+
+def _nvidia_smi() -> str:
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except FileNotFoundError:
+        return ""
+    except subprocess.TimeoutExpired:
+        raise OrchestrationError(
+            "`nvidia-smi -L` did not answer in 30 s. Set CUDA_VISIBLE_DEVICES= to run on the CPU."
+        ) from None
+    return done.stdout if done.returncode == 0 else ""
