@@ -86,6 +86,8 @@ class TableSource(Section):
 class StoriesParams(Section):
     words: Annotated[list[str], Field(min_length=1)]
     openings: Annotated[list[str], Field(min_length=1)]
+    careless: Share = 0.5
+    """Share of stories in the sft table that forget the word."""
 
 
 class DataParams(Section):

@@ -1,0 +1,75 @@
+"""Sources to the canonical tables in data/tables. Loads no model.
+
+    python -m pipelines.ingest
+
+Pairs are split by prompt into `preferences` and `preferences_heldout`, so that accuracy on held-out pairs is on unseen prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipelines.config import load_params
+from pipelines.run import Run
+from pipelines.sources import local_file, table_rows
+from pipelines.step import main
+from pipelines.tables import Row, Table, plain, write_rows
+from posttrain.errors import ConfigError, DataError
+from posttrain.problems.parts import KINDS
+from posttrain.text import normalised
+
+FOLDER = Path("data/tables")
+
+
+def run(run: Run) -> None:
+    data = run.params.data
+    tables: dict[Table, list[Row]] = {kind: table_rows(kind, data) for kind in KINDS}
+    share = data.preferences.heldout
+    tables["preferences"], tables["preferences_heldout"] = split_by_prompt(tables["preferences"], share, data.seed)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for table, rows in sorted(tables.items()):
+        write_rows(table, rows, FOLDER / f"{table}.parquet")
+        run.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])
+        print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts", flush=True)
+    counts = {f"rows/{table}": len(rows) for table, rows in tables.items()}
+    run.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items()})
+
+
+def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows of about `1 - share` of the prompts, and rows of the others; which ones depends on prompt and seed alone.
+
+    Prompts that differ in case, spacing or punctuation alone count as one.
+    """
+    if not share:
+        raise ConfigError("data.preferences.heldout: must be above 0, e.g. 0.1; pairs kept apart measure the reward model")
+    prompts = sorted({_key(row) for row in rows}, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    count = max(1, round(share * len(prompts)))
+    if count >= len(prompts):
+        raise DataError(
+            f"data.preferences.heldout = {share} would keep {count} of {len(prompts)} prompts apart and leave none to train on;"
+            " lower it or give more pairs"
+        )
+    heldout = set(prompts[:count])
+    return [row for row in rows if _key(row) not in heldout], [row for row in rows if _key(row) in heldout]
+
+
+def _key(row: Row) -> str:
+    return normalised(plain(row["prompt"]))
+
+
+def _prompts(rows: Iterable[Row]) -> int:
+    return len({_key(row) for row in rows})
+
+
+def sources(args: argparse.Namespace) -> list[str]:
+    """The local files that this step reads: part of what its result is."""
+    data = load_params(args.params or "params.yaml").data
+    files = (local_file(getattr(data, kind).source) for kind in KINDS)
+    return sorted({file.as_posix() for file in files if file})
+
+
+if __name__ == "__main__":
+    main(run, "ingest", params=("data",), inputs=sources)

@@ -1,0 +1,85 @@
+"""Sources to canonical rows: a generator, a local file, or hub:OWNER/NAME, shaped as `TableSource` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import DataParams, TableSource
+from pipelines.files import READERS, Record, read_file
+from pipelines.shape import canonical_rows
+from pipelines.tables import Row
+from posttrain.errors import ConfigError, DataError
+from posttrain.problems import arithmetic, stories
+from posttrain.problems.parts import Kind
+from posttrain.text import nearest
+
+GENERATORS = ("arithmetic", "stories")
+HUB = "hub:"
+
+
+def table_rows(kind: Kind, data: DataParams) -> list[Row]:
+    """The rows of `data.{kind}`, with canonical columns and `id`, their position in the source.
+
+    Raises ConfigError for a source that cannot be asked for, DataError for one that cannot be used.
+    """
+    source: TableSource = getattr(data, kind)
+    if source.source in GENERATORS:
+        rows = _generated(kind, source, data)
+        return [{"id": i, **row} for i, row in enumerate(rows)]
+    if source.graded and kind != "preferences":
+        raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
+    return canonical_rows(kind, source, _records(kind, source))
+
+
+def local_file(source: str) -> Path | None:
+    """The file that a source names, or None for a generator or a hub id."""
+    return Path(source) if Path(source).suffix.lower() in READERS and not source.startswith(HUB) else None
+
+
+def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
+    for field in ("columns", "extract", "graded"):
+        if getattr(source, field) is not None:
+            raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
+    if source.rows is None:
+        raise ConfigError(f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000")
+    if source.source == "arithmetic":
+        task = data.arithmetic
+        return arithmetic.rows(
+            kind, source.rows, data.seed, terms=task.terms, max_term=task.max_term, careless=task.careless
+        )
+    if data.stories is None:
+        raise ConfigError("data.stories: missing; the generator stories needs {words: [...], openings: [...]}")
+    told = data.stories
+    return stories.rows(
+        kind, source.rows, data.seed, words=told.words, openings=told.openings, careless=told.careless
+    )
+
+
+def _records(kind: Kind, source: TableSource) -> list[Record]:
+    if source.source.startswith(HUB):
+        return _hub(kind, source)
+    path = local_file(source.source)
+    if path is None:
+        raise ConfigError(
+            f"data.{kind}.source = {source.source!r}: no such generator{nearest(source.source, GENERATORS)};"
+            f" or a file ({', '.join(READERS)}), or hub:OWNER/NAME"
+        )
+    return read_file(path)
+
+
+def _hub(kind: Kind, source: TableSource) -> list[Record]:
+    """hub:OWNER/NAME[:CONFIGURATION][@REVISION]"""
+    name, _, revision = source.source.removeprefix(HUB).partition("@")
+    name, _, configuration = name.partition(":")
+    from datasets import load_dataset
+
+    try:
+        loaded: Any = load_dataset(name, configuration or None, split=source.split, revision=revision or None)
+    except Exception as error:
+        raise DataError(
+            f"data.{kind}.source = {source.source!r}: cannot load split {source.split!r}: {type(error).__name__}: {error}."
+            " Steps run offline by default: set HF_HUB_OFFLINE=0 to download, and check the id and data.*.split."
+        ) from error
+    records: list[Record] = loaded.to_list()
+    return records
