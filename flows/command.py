@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
+from flows.workspace import refuse_second_flow
 from posttrain.errors import Interrupted, PosttrainError
 from tasks.console import say
 
@@ -40,10 +41,14 @@ def main(flow: Callable[..., Any], name: str, doc: str | None, arguments: list[s
     for number in NUMBERS:
         signal.signal(number, raise_interrupt)
     try:
+        refuse_second_flow(options.root)
         with prefect_api(options.root) as configured:
             say("Prefect: " + (configured or "private server"))
             state = flow(str(options.root), options.targets, not options.no_tracking, return_state=True)
             return _status(state)
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt as signalled:
         print(f"stopped by {signalled}", file=sys.stderr)
         return Interrupted.exit_code

@@ -1,9 +1,8 @@
-"""Ctrl-C and TERM during a flow: stop its stages cleanly first, then do what the caller had in mind."""
+"""Ctrl-C and TERM during a flow: stop its stages cleanly, then end it Cancelled."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,24 +20,13 @@ def raise_interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def stop_on_signal(stop: Event) -> Iterator[None]:
-    """While inside, a signal sets `stop`. On leaving, Prefect's own handler (a worker's cancellation) gets the signal."""
+    """While inside, a signal sets `stop`: the flow then ends itself Cancelled, also when a Prefect worker sent it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[signal.Signals] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        stop.set()
-
-    before = {number: signal.signal(number, note) for number in NUMBERS}
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in NUMBERS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in received[:1]:
-        handler = before[number]
-        ours = handler in (raise_interrupt, signal.default_int_handler)
-        if callable(handler) and not ours:
-            handler(number, sys._getframe())

@@ -19,6 +19,12 @@ from tasks.stage import StageResult
 CATCH_UP_SECONDS = 60.0
 
 
+def refuse_second_flow(root: Path) -> None:
+    """Raise at once if a flow is at work in this workspace."""
+    with only_flow(root):
+        pass
+
+
 @contextmanager
 def only_flow(root: Path) -> Iterator[None]:
     """Hold .posttrain/flow.lock; a second flow in the same workspace is refused, naming the first one's process."""

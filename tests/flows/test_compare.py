@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.compare import compare
+from posttrain.errors import OrchestrationError
+from tests.workspace import times
+
+pytestmark = pytest.mark.usefixtures("prefect_url")
+
+
+def run(root: Path, *targets: str) -> None:
+    compare(str(root), list(targets), tracking=False)
+
+
+def test_order_is_kept_independent_stages_overlap_and_the_lock_is_dvcs_own(
+    workspace: Path, finished_template: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace)
+    when = times(workspace)
+    assert sorted(when, key=lambda name: when[name][1])[0] == "start"
+    assert when["side-left"][0] >= when["start"][1]
+    assert when["side-right"][0] >= when["start"][1]
+    assert when["join"][0] >= max(when["side-left"][1], when["side-right"][1])
+    assert max(when["side-left"][0], when["side-right"][0]) < min(when["side-left"][1], when["side-right"][1])
+    assert (workspace / "join.txt").read_text() == str((1 + 1 + 1) * 2 + 1)
+
+    printed = capsys.readouterr().out
+    assert printed.count(" started\n") == 4
+    assert printed.count(" done in ") == 4
+    record = json.loads((workspace / ".posttrain" / "flow.json").read_text())
+    assert {name: stage["ran"] for name, stage in record["stages"].items()} == {
+        "inbox.dvc": False,
+        "start": True,
+        "side@left": True,
+        "side@right": True,
+        "join": True,
+    }
+    assert (
+        record["started"]
+        <= record["stages"]["start"]["started"]
+        <= record["stages"]["join"]["ended"]
+        <= record["ended"]
+    )
+
+    assert (workspace / "dvc.lock").read_text() == (finished_template / "dvc.lock").read_text()
+
+    run(workspace)
+    assert times(workspace) == when
+    assert "nothing to do: all 5 stages are up to date" in capsys.readouterr().out
+
+
+def test_a_failure_stops_only_its_dependants(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (workspace / "dvc.yaml").read_text()
+    broken = """
+  broken:
+    cmd: 'python -c "raise SystemExit(''error: no such reward'')"'
+    outs: [broken.txt]
+  after_broken:
+    cmd: python work.py after_broken 0 broken.txt
+    deps: [broken.txt]
+    outs: [after_broken.txt]
+"""
+    (workspace / "dvc.yaml").write_text(text + broken)
+    with pytest.raises(OrchestrationError) as failure:
+        run(workspace)
+    message = str(failure.value)
+    assert "stage broken failed: error: no such reward" in message
+    assert message.endswith("not started, because they depend on it: after_broken")
+    assert sorted(times(workspace)) == ["join", "side-left", "side-right", "start"]
+    assert "broken                   FAILED" in capsys.readouterr().out
+
+
+def test_one_slot_means_one_stage_at_a_time_and_targets_bring_only_what_they_need(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_SLOTS", "1")
+    run(workspace, "side@left", "side@right")
+    assert sorted(times(workspace)) == ["side-left", "side-right", "start"]
+    first, second = sorted([times(workspace)["side-left"], times(workspace)["side-right"]])
+    assert first[1] <= second[0]

@@ -1,0 +1,94 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+LONG = """
+stages:
+  long:
+    cmd: python long.py
+    outs: [long.txt]
+  after:
+    cmd: python -c 'open("after.txt", "w")'
+    deps: [long.txt]
+    outs: [after.txt]
+"""
+
+PROGRAM = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+open("pids.tmp", "w").write(f"{os.getpid()} {child.pid}")
+os.rename("pids.tmp", "pids")
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def long(workspace: Path) -> Path:
+    (workspace / "dvc.yaml").write_text(LONG)
+    (workspace / "long.py").write_text(PROGRAM)
+    return workspace
+
+
+def start(root: Path, api: str | None) -> subprocess.Popen[str]:
+    environ = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    command = [sys.executable, "-m", "flows.compare", "--root", str(root), "--no-tracking"]
+    return subprocess.Popen(
+        command,
+        env={**environ, **({"PREFECT_API_URL": api} if api else {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
+    """Every process below the flow, once the step is at work."""
+    until(lambda: (root / "pids").exists())
+    pids = [process.pid for process in psutil.Process(flow.pid).children(recursive=True)]
+    assert {int(word) for word in (root / "pids").read_text().split()} <= set(pids)
+    return pids
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_stage_and_all_its_processes(long: Path, prefect_url: str, number: signal.Signals) -> None:
+    flow = start(long, prefect_url)
+    pids = step_and_family(flow, long)
+    flow.send_signal(number)
+    output = flow.communicate(timeout=60)[0]
+    assert flow.returncode == 143, output
+    assert "stopped; finished stages are kept, the same command continues" in output
+    assert not any(running(pid) for pid in pids)
+    assert not (long / "after.txt").exists()
+
+
+@pytest.mark.servers
+def test_a_killed_flow_leaves_no_stage_and_no_server_behind(long: Path) -> None:
+    flow = start(long, None)
+    pids = step_and_family(flow, long)
+    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
+    assert any("server start" in command for command in commands)
+    refused = start(long, None)
+    output = refused.communicate(timeout=60)[0]
+    assert refused.returncode == 2, output
+    assert f"another flow is running in {long} (process {flow.pid})" in output
+    flow.kill()
+    flow.communicate()
+    until(lambda: not any(running(pid) for pid in pids), 30)

@@ -1,0 +1,50 @@
+"""Fixtures of the tests of tasks and flows: a Prefect server for the session, and a workspace for each test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flows  # noqa: F401  (sets the quiet environment before Prefect is imported)
+from tests.workspace import build, copy, dvc
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Prefect server over an empty database."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("template") / "workspace")
+
+
+@pytest.fixture(scope="session")
+def finished_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same workspace after a plain `dvc repro`."""
+    finished = copy(template, tmp_path_factory.mktemp("finished") / "workspace")
+    dvc(finished, "repro", "-q")
+    return finished
+
+
+@pytest.fixture
+def finished(finished_template: Path, workspace: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the workspace in which everything is up to date."""
+    return copy(finished_template, tmp_path / "finished")
+
+
+@pytest.fixture
+def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh workspace with a blank in its path, two CPU slots of its own and no device."""
+    monkeypatch.setenv("POSTTRAIN_LEASES", str(tmp_path / "leases"))
+    monkeypatch.setenv("POSTTRAIN_SLOTS", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("POSTTRAIN_FLOW_RUN", raising=False)
+    assert "PREFECT_API_URL" not in os.environ or os.environ["PREFECT_API_URL"].startswith("http://")
+    return copy(template, tmp_path / "work space")

@@ -1,0 +1,89 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+
+from posttrain.errors import Interrupted, OrchestrationError
+from tasks import slots
+from tasks.slots import Slot, lease, lease_directory, machine_slots, parse_devices
+
+LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa)
+GPU 1: NVIDIA H200 (UUID: GPU-bbbb)
+  MIG 3g.71gb     Device  0: (UUID: MIG-b1)
+  MIG 4g.71gb     Device  1: (UUID: MIG-b2)
+GPU 2: NVIDIA H200 (UUID: GPU-cccc)
+"""
+
+
+def test_a_split_device_counts_as_its_parts() -> None:
+    assert parse_devices(LISTING) == ["GPU-aaaa", "MIG-b1", "MIG-b2", "GPU-cccc"]
+    assert parse_devices("") == []
+
+
+def test_without_a_device_the_number_asked_for_is_the_number_of_slots() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "", "POSTTRAIN_SLOTS": "3"}
+    assert machine_slots(environ) == [Slot("cpu-0", None), Slot("cpu-1", None), Slot("cpu-2", None)]
+    assert 1 <= len(machine_slots({"CUDA_VISIBLE_DEVICES": "-1"})) <= (os.cpu_count() or 1)
+
+
+def test_more_slots_than_devices_share_them_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
+    environ = {"CUDA_VISIBLE_DEVICES": "3,0", "POSTTRAIN_SLOTS": "3"}
+    assert machine_slots(environ) == [
+        Slot("GPU-cccc.0", "GPU-cccc"),
+        Slot("GPU-aaaa.0", "GPU-aaaa"),
+        Slot("GPU-cccc.1", "GPU-cccc"),
+    ]
+    assert len(machine_slots({})) == 4
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_nonsensical_number_of_slots_is_refused(text: str) -> None:
+    with pytest.raises(OrchestrationError, match="whole number from 1"):
+        machine_slots({"POSTTRAIN_SLOTS": text, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_two_holders_get_two_slots_and_the_third_waits(tmp_path: Path) -> None:
+    both = [Slot("a", None), Slot("b", "GPU-1")]
+    waited, stop = Event(), Event()
+    with lease(both, stop, directory=tmp_path) as first, lease(both, stop, directory=tmp_path) as second:
+        assert (first.slot.name, second.slot.name) == ("a", "b")
+        assert first.environment() == {}
+        assert second.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-1"}
+        Thread(target=lambda: (waited.wait(10), stop.set())).start()
+        with pytest.raises(Interrupted), lease(both, stop, on_wait=waited.set, directory=tmp_path):
+            pass
+    with lease(both, Event(), directory=tmp_path) as again:
+        assert again.slot.name == "a"
+
+
+def test_the_kernel_frees_the_slot_of_a_killed_holder(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from threading import Event
+from tasks.slots import Slot, lease
+with lease([Slot("a", None)], Event(), directory=Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert slots._try_lock(tmp_path / "a") is None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    with lease([Slot("a", None)], Event(), directory=tmp_path) as held:
+        assert held.slot.name == "a"
+
+
+def test_the_lease_directory_is_open_to_every_user(tmp_path: Path) -> None:
+    where = lease_directory({"POSTTRAIN_LEASES": str(tmp_path / "leases")})
+    assert where.stat().st_mode & 0o7777 == 0o1777

@@ -1,0 +1,59 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from tasks.stage import StageFailed, bring_up_to_date, dvc_command, log_path
+
+pytestmark = pytest.mark.usefixtures("prefect_url")
+
+
+def test_a_stage_runs_then_is_up_to_date_then_comes_back_from_the_cache(workspace: Path) -> None:
+    first = bring_up_to_date(str(workspace), "start")
+    assert (first.stage, first.outcome, first.ran) == ("start", "ran", True)
+    assert (workspace / "start.txt").read_text() == "2"
+    assert 0 < first.seconds <= first.ended - first.started + 0.01
+    assert "Running stage 'start'" in log_path(workspace, "start").read_text()
+    assert bring_up_to_date(str(workspace), "start").outcome == "up-to-date"
+    (workspace / "start.txt").unlink()
+    (workspace / "dvc.lock").unlink()
+    assert bring_up_to_date(str(workspace), "start").outcome == "restored"
+    assert (workspace / "start.txt").read_text() == "2"
+
+
+def test_a_failed_step_is_not_tried_again_and_its_last_line_is_the_message(workspace: Path) -> None:
+    (workspace / "inbox" / "number.txt").write_text("-5")
+    began = time.monotonic()
+    with pytest.raises(StageFailed, match="stage start failed: error: start: -5 is negative"):
+        bring_up_to_date(str(workspace), "start")
+    assert log_path(workspace, "start").read_text().count("Running stage") == 1
+    assert time.monotonic() - began < 15
+
+
+def test_a_stage_that_another_dvc_holds_is_tried_again_until_it_is_free(workspace: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = workspace / ".dvc" / "tmp" / "rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    held = {str(workspace / "start.txt"): {"pid": holder.pid, "cmd": "dvc repro start"}}
+    lock.write_text(json.dumps({"write": held, "read": {}}))
+
+    def release() -> None:
+        holder.kill()
+        holder.wait()
+
+    timer = Timer(2.5, release)
+    timer.start()
+    result = bring_up_to_date(str(workspace), "start")
+    timer.join()
+    assert result.ran
+    assert (workspace / "start.txt").read_text() == "2"
+
+
+def test_only_a_refresh_asks_for_new_versions_of_imports() -> None:
+    assert dvc_command("data.dvc", "import", refresh=True)[-2:] == ["update", "data.dvc"]
+    assert dvc_command("data.dvc", "import", refresh=False)[-3:] == ["repro", "--single-item", "data.dvc"]
+    assert dvc_command("inbox.dvc", "data", refresh=True)[-3:] == ["repro", "--single-item", "inbox.dvc"]
