@@ -21,7 +21,9 @@ def read_file(path: Path) -> list[Record]:
     """All records of a file, in order. Raises DataError where one cannot be read."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: cannot read files that end in {path.suffix or 'nothing'!r}{nearest(path.suffix, READERS)}")
+        raise DataError(
+            f"{path}: cannot read files that end in {path.suffix or 'nothing'!r}{nearest(path.suffix, READERS)}"
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file. Local sources are paths from the project's root; check the spelling.")
     records = reader(path)
@@ -52,7 +54,9 @@ def _json(path: Path) -> list[Record]:
         hint = " A file with one object a line is .jsonl; rename it." if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.{hint}") from None
     if not isinstance(tree, list):
-        raise DataError(f"{path}: must hold an array of objects, and holds {_kind(tree)}; one object a line would be .jsonl")
+        raise DataError(
+            f"{path}: must hold an array of objects, and holds {_kind(tree)}; one object a line would be .jsonl"
+        )
     return [_object(value, f"{path}, element {number}") for number, value in enumerate(tree)]
 
 
@@ -62,7 +66,9 @@ def _csv(path: Path) -> list[Record]:
     try:
         for record in reader:
             if None in record or None in record.values():
-                raise DataError(f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(reader.fieldnames or ())}")
+                raise DataError(
+                    f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(reader.fieldnames or ())}"
+                )
             records.append(record)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
@@ -98,8 +104,20 @@ def _object(value: Any, where: str) -> Record:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")
 
 
-READERS: dict[str, Callable[[Path], list[Record]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

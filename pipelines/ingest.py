@@ -44,7 +44,9 @@ def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row]
     Prompts that differ in case, spacing or punctuation alone count as one.
     """
     if not share:
-        raise ConfigError("data.preferences.heldout: must be above 0, e.g. 0.1; pairs kept apart measure the reward model")
+        raise ConfigError(
+            "data.preferences.heldout: must be above 0, e.g. 0.1; pairs kept apart measure the reward model"
+        )
     prompts = sorted({_key(row) for row in rows}, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
     count = max(1, round(share * len(prompts)))
     if count >= len(prompts):

@@ -28,9 +28,15 @@ def canonical_rows(kind: Kind, source: TableSource, records: Sequence[Record]) -
         if "answer" in row:
             row["answer"] = _answer(row["answer"])
     if source.graded:
-        rows = [pair | {"record": i} for i, row in enumerate(rows) for pair in _pairs(row, records[i], source.graded, f"{where}, row {i}")]
+        rows = [
+            pair | {"record": i}
+            for i, row in enumerate(rows)
+            for pair in _pairs(row, records[i], source.graded, f"{where}, row {i}")
+        ]
         if not rows:
-            raise DataError(f"{where}: no record holds a better and a worse answer among {', '.join(source.graded.columns)}")
+            raise DataError(
+                f"{where}: no record holds a better and a worse answer among {', '.join(source.graded.columns)}"
+            )
     rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
@@ -39,12 +45,16 @@ def canonical_rows(kind: Kind, source: TableSource, records: Sequence[Record]) -
     return rows
 
 
-def _columns(kind: Kind, source: TableSource, records: Sequence[Record], where: str) -> dict[str, Callable[[Record], Any]]:
+def _columns(
+    kind: Kind, source: TableSource, records: Sequence[Record], where: str
+) -> dict[str, Callable[[Record], Any]]:
     """How each column of the table is read from a record."""
     needed = [name for name in required(kind) if not (source.graded and name in ("chosen", "rejected"))]
     wanted = dict(source.columns or {})
     if "id" in wanted:
-        raise ConfigError(f"data.{kind}.columns.id: `id` is the row's position in the source; keep the source's own under another name")
+        raise ConfigError(
+            f"data.{kind}.columns.id: `id` is the row's position in the source; keep the source's own under another name"
+        )
     if source.columns is None:
         first = {name for record in records for name in record}
         wanted = {name: name for name in [*needed, *(s for s in SCORES if s in first)]}
@@ -104,11 +114,20 @@ def _answer(value: Any) -> Any:
 
 def _pairs(row: Row, record: Record, graded: GradedAnswers, where: str) -> list[Row]:
     """Every better answer of one record against every worse one."""
-    answers = [(_at(record, f"{column}.{graded.text}"), _at(record, f"{column}.{graded.score}"), column) for column in graded.columns]
-    there = [(text, _score(score, f"{where}: {column}.{graded.score}")) for text, score, column in answers if text is not _ABSENT]
+    answers = [
+        (_at(record, f"{column}.{graded.text}"), _at(record, f"{column}.{graded.score}"), column)
+        for column in graded.columns
+    ]
+    there = [
+        (text, _score(score, f"{where}: {column}.{graded.score}"))
+        for text, score, column in answers
+        if text is not _ABSENT
+    ]
     if not there:
         names = sorted(map(str, record))
-        raise DataError(f"{where}: has none of the graded answers {graded.columns[0]}.{graded.text}{nearest(graded.columns[0], names)}")
+        raise DataError(
+            f"{where}: has none of the graded answers {graded.columns[0]}.{graded.text}{nearest(graded.columns[0], names)}"
+        )
     return [
         row | {"chosen": better, "rejected": worse, "chosen_score": high, "rejected_score": low}
         for better, high in there
@@ -140,7 +159,9 @@ def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -
     for row in rows:
         found = compiled.search(row[name]) if isinstance(row[name], str) else None
         if found is None or found[1] is None:
-            raise DataError(f"{where}, row {row['id']}: {name} {str(row[name])[-60:]!r} does not match extract {pattern!r}")
+            raise DataError(
+                f"{where}, row {row['id']}: {name} {str(row[name])[-60:]!r} does not match extract {pattern!r}"
+            )
         row[name] = found[1].strip()
 
 

@@ -42,7 +42,9 @@ def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
         if getattr(source, field) is not None:
             raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
     if source.rows is None:
-        raise ConfigError(f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000")
+        raise ConfigError(
+            f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
+        )
     if source.source == "arithmetic":
         task = data.arithmetic
         return arithmetic.rows(
@@ -51,9 +53,7 @@ def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
     if data.stories is None:
         raise ConfigError("data.stories: missing; the generator stories needs {words: [...], openings: [...]}")
     told = data.stories
-    return stories.rows(
-        kind, source.rows, data.seed, words=told.words, openings=told.openings, careless=told.careless
-    )
+    return stories.rows(kind, source.rows, data.seed, words=told.words, openings=told.openings, careless=told.careless)
 
 
 def _records(kind: Kind, source: TableSource) -> list[Record]:

@@ -46,7 +46,11 @@ def is_messages(value: Any) -> bool:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and set(message) == {"role", "content"} and all(isinstance(v, str) for v in message.values())
+    return (
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and all(isinstance(v, str) for v in message.values())
+    )
 
 
 def is_text(value: Any) -> bool:
@@ -69,7 +73,11 @@ def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     pq.write_table(
-        pa.Table.from_pylist(typed, schema=pa.schema(columns)), path, compression="zstd", version="2.6", store_schema=False
+        pa.Table.from_pylist(typed, schema=pa.schema(columns)),
+        path,
+        compression="zstd",
+        version="2.6",
+        store_schema=False,
     )
 
 
@@ -80,7 +88,9 @@ def read_rows(path: Path) -> list[Row]:
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error}); make it again with `dvc repro ingest`") from error
+        raise DataError(
+            f"{path}: not a Parquet file that can be read ({error}); make it again with `dvc repro ingest`"
+        ) from error
     for row in rows:
         row |= json.loads(row.pop(WRONG_TYPE, None) or "{}")
     return rows

@@ -45,7 +45,9 @@ def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, carele
     Raises ConfigError where `terms` and `max_term` do not allow for so many prompts.
     """
     rng = random.Random(f"arithmetic/{kind}/{seed}")
-    hint = f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows for few: raise either, or ask for fewer rows."
+    hint = (
+        f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows for few: raise either, or ask for fewer rows."
+    )
     sums = distinct(kind, count, _draws(rng, terms, max_term, count), _key, hint)
     if kind == "sft":
         return [_demonstration(numbers, rng, careless) for numbers in sums]

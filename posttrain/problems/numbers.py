@@ -6,7 +6,9 @@ import re
 from fractions import Fraction
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-NUMBER = rf"[-+\u2212]?\s?[$€£]?\s?[-+\u2212]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}}|/[0-9]+)?\s?%?"
+NUMBER = (
+    rf"[-+\u2212]?\s?[$€£]?\s?[-+\u2212]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}}|/[0-9]+)?\s?%?"
+)
 """A regular expression (no groups) for what `parse_number` may read; it decides itself."""
 
 _PARTS = re.compile(

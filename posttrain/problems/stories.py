@@ -30,7 +30,9 @@ _INSTEAD = ("sun", "house", "tree", "other kids", "garden", "old man")
 """What a careless story is about."""
 
 
-def rows(kind: Kind, count: int, seed: int, *, words: Sequence[str], openings: Sequence[str], careless: float) -> list[Row]:
+def rows(
+    kind: Kind, count: int, seed: int, *, words: Sequence[str], openings: Sequence[str], careless: float
+) -> list[Row]:
     """`count` rows of one table; no two tables share a word with the same opening.
 
     Raises ConfigError where there are too few words and openings for so many rows.
@@ -57,7 +59,10 @@ def _row(kind: Kind, word: str, opening: str, rng: random.Random, careless: floa
     asked = prompt(word, opening)
     other = rng.choice([o for o in _INSTEAD if not mentions(o, word)])
     if kind == "sft":
-        return {"prompt": asked, "completion": _careless(word, other, rng) if rng.random() < careless else _story(word, rng)}
+        return {
+            "prompt": asked,
+            "completion": _careless(word, other, rng) if rng.random() < careless else _story(word, rng),
+        }
     if kind == "preferences":
         scores = {"chosen_score": 1.0, "rejected_score": 0.0}
         return {"prompt": asked, "chosen": _story(word, rng), "rejected": _careless(word, other, rng), **scores}

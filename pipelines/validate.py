@@ -1,0 +1,111 @@
+"""Check the canonical tables with Great Expectations: what may enter training, what is quarantined, what stops the run.
+
+    python -m pipelines.validate
+
+Writes data/valid and data/quarantine (rows with a `reason`), validation.html among the run's artifacts, and Great
+Expectations' own Data Docs in .posttrain/data_docs, which carry the time and are no part of the result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pipelines import ingest
+from pipelines.config import EvaluationParams, Params
+from pipelines.run import Run
+from pipelines.step import main
+from pipelines.tables import Table, is_messages, read_rows, write_rows
+from posttrain.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from posttrain.data.tokens import TextEncoder
+
+MODEL = Path("models/base")
+VALID, QUARANTINE, DOCS = Path("data/valid"), Path("data/quarantine"), Path(".posttrain/data_docs")
+TABLES: tuple[Table, ...] = get_args(Table)
+
+
+def run(run: Run) -> None:
+    params = run.params.validation
+    tables = {table: read_rows(ingest.FOLDER / f"{table}.parquet") for table in TABLES}
+    lengths = TokenLengths(_encoder(run.params))
+    _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
+
+    from pipelines.validation.check import check
+    from pipelines.validation.messages import refuse, summary
+    from pipelines.validation.report import page
+    from pipelines.validation.suites import Limits, Validator
+
+    limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(run.params))
+    validator = Validator(DOCS)
+    outcome = check(tables, params.rules, limits, lengths, validator)
+    validator.write_docs()
+    report = run.artifact("validation.html")
+    report.write_text(page(outcome, params.max_shown_rows), encoding="utf-8")
+    numbers = summary(outcome)
+    run.summary(numbers)
+    refuse(outcome, params.max_shown_rows, report)
+    for table in TABLES:
+        write_rows(table, outcome.kept[table], VALID / f"{table}.parquet")
+        write_rows(table, outcome.quarantined[table], QUARANTINE / f"{table}.parquet", extra=["reason"])
+        print(
+            f"validate: {table}: {len(outcome.kept[table])} rows valid, {len(outcome.quarantined[table])} quarantined",
+            flush=True,
+        )
+    for verdict in outcome.verdicts:
+        if verdict.finding.status != "passed":
+            where = f"{verdict.finding.table}: {verdict.finding.rule} ({verdict.finding.column})"
+            print(
+                f"validate: {verdict.policy}: {where}: {verdict.finding.status}, {len(verdict.rows)} rows", flush=True
+            )
+
+
+class TokenLengths:
+    """Token counts as training is going to see them: special tokens, chat template and end of sequence included."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+
+    def prompt(self, text: Any) -> int:
+        if is_messages(text) and not self.encoder.tokenizer.chat_template:
+            raise ModelError(
+                f"a prompt is chat messages, and the tokenizer in {MODEL} has no chat template. Use a chat model as model.source,"
+                " or map the prompt to plain text in data.*.columns."
+            )
+        return len(self.encoder.prompt(text))
+
+    def completion(self, text: Any) -> int:
+        return len(self.encoder.completion(text))
+
+
+def numeric_answer(params: Params) -> bool:
+    """Whether accuracy is the reward that compares numbers."""
+    evaluation: EvaluationParams = params.evaluation
+    return params.rewards[evaluation.accuracy].function == "answer"
+
+
+def _encoder(params: Params) -> TextEncoder:
+    from transformers.utils import logging
+
+    from posttrain.models.folders import load_encoder
+
+    logging.set_verbosity_error()
+    return load_encoder(MODEL, params.model.trust_remote_code)
+
+
+def _check_context(prompt: int, completion: int, context: int) -> None:
+    if prompt + completion > context:
+        raise ConfigError(
+            f"validation.max_prompt_tokens = {prompt} and max_completion_tokens = {completion}: a row of both lengths has"
+            f" {prompt + completion} tokens, and the context of {MODEL} is {context}. Lower one of them."
+        )
+
+
+if __name__ == "__main__":
+    main(
+        run,
+        "validate",
+        params=("validation", "evaluation.accuracy", "rewards", "model.trust_remote_code"),
+        inputs=[*(f"data/tables/{table}.parquet" for table in TABLES), "models/base"],
+    )

@@ -1,0 +1,1 @@
+"""What may enter training: suites of Great Expectations per table, policies per rule, quarantine and report."""

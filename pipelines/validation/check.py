@@ -1,0 +1,150 @@
+"""Policies over findings: what is kept, what is quarantined and why, and what stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.config import RuleParams
+from pipelines.tables import HELD_OUT, TRAINING, Row, Table, plain, required
+from pipelines.validation import suites
+from pipelines.validation.suites import Finding, Limits, Validator
+from pipelines.validation.view import (
+    Lengths,
+    content_view,
+    present_scores,
+    prompt_key,
+    prompts_view,
+    structure_view,
+    types_view,
+)
+
+STOP, QUARANTINE, WARN = "stop", "quarantine", "warn"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding with the policy of its rule and the rows it is about. `notes` say more about each row."""
+
+    finding: Finding
+    policy: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """A rule that could not be checked does not let data pass, except where it would only warn."""
+        unchecked = self.finding.status == "errored" and self.policy != WARN
+        return unchecked or (self.finding.status == "failed" and self.policy == STOP)
+
+
+@dataclass
+class Outcome:
+    """`kept` and `quarantined` together are the rows that came in; quarantined ones carry `reason`."""
+
+    kept: dict[Table, list[Row]] = field(default_factory=dict)
+    quarantined: dict[Table, list[Row]] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def rows_in(self, table: str) -> int:
+        return sum(len(rows) for part in (self.kept, self.quarantined) for name, rows in part.items() if name == table)
+
+    @property
+    def stops(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.stops]
+
+
+def check(
+    tables: Mapping[Table, list[Row]], rules: RuleParams, limits: Limits, lengths: Lengths, validator: Validator
+) -> Outcome:
+    """Ask every rule of every table, then leakage across all of them. Raises nothing: see `Outcome.stops`."""
+    outcome = Outcome()
+    for table, rows in tables.items():
+        _Checker(table, rules, outcome, validator).check(rows, limits, lengths)
+    if not outcome.stops:
+        _check_leakage(outcome, rules, validator)
+    if not outcome.stops:
+        _check_emptied(outcome)
+    return outcome
+
+
+class _Checker:
+    """One table, one stage of rules after the other; a row leaves at the first stage that quarantines it."""
+
+    def __init__(self, table: Table, rules: RuleParams, outcome: Outcome, validator: Validator) -> None:
+        self.table, self.rules, self.outcome, self.validator = table, rules, outcome, validator
+
+    def check(self, rows: list[Row], limits: Limits, lengths: Lengths) -> None:
+        self.outcome.kept[self.table], self.outcome.quarantined[self.table] = rows, []
+        scores = present_scores(rows)
+        columns = ["id", *required(self.table)]
+        findings = self.validator.run(self.table, "structure", structure_view(rows), suites.structure(columns))
+        if self._settle(rows, findings):
+            return
+        findings = self.validator.run(
+            self.table, "types", types_view(self.table, rows), suites.types(self.table, scores)
+        )
+        if self._settle(rows, findings):
+            return
+        rows = self.outcome.kept[self.table] = [_texts(self.table, row) for row in self.outcome.kept[self.table]]
+        if rows:
+            view = content_view(self.table, rows, lengths)
+            self._settle(
+                rows, self.validator.run(self.table, "content", view, suites.content(self.table, limits, scores))
+            )
+
+    def _settle(self, rows: list[Row], findings: Sequence[Finding]) -> bool:
+        """Record the findings and set rows aside; whether one of them stops the run."""
+        verdicts = [Verdict(f, _policy(self.rules, f.rule), [rows[i] for i in f.rows]) for f in findings]
+        self.outcome.verdicts += verdicts
+        reasons: dict[int, list[str]] = {}
+        for verdict in verdicts:
+            for place in verdict.finding.rows if verdict.policy == QUARANTINE else ():
+                reasons.setdefault(place, []).append(f"{verdict.finding.rule} ({verdict.finding.column})")
+        _set_aside(self.outcome, self.table, rows, reasons)
+        return any(verdict.stops for verdict in verdicts)
+
+
+def _set_aside(outcome: Outcome, table: Table, rows: list[Row], reasons: Mapping[int, Sequence[str]]) -> None:
+    outcome.quarantined[table] += [rows[i] | {"reason": "; ".join(reasons[i])} for i in sorted(reasons)]
+    outcome.kept[table] = [row for i, row in enumerate(rows) if i not in reasons]
+
+
+def _policy(rules: RuleParams, rule: str) -> str:
+    """Rules without a parameter are about the table itself, and always stop."""
+    return str(getattr(rules, rule)) if rule in RuleParams.model_fields else STOP
+
+
+def _texts(table: Table, row: Row) -> Row:
+    """A row that may be written as text: nothing is an empty text, and a wrong type that only warns is its JSON."""
+    return row | {
+        name: value if isinstance(value := row[name], str | list) and value else plain(value)
+        for name in required(table)
+    }
+
+
+def _check_leakage(outcome: Outcome, rules: RuleParams, validator: Validator) -> None:
+    tables = [(table, outcome.kept[table]) for table in (*TRAINING, *HELD_OUT) if outcome.kept.get(table)]
+    every = [(table, i, row) for table, rows in tables for i, row in enumerate(rows)]
+    (finding,) = validator.run("all", "leakage", prompts_view(tables), suites.leakage())
+    held_out = {prompt_key(row): (table, row["id"]) for table, _, row in reversed(every) if table in HELD_OUT}
+    shared: dict[Table, dict[int, str]] = {}
+    for position in finding.rows:
+        table, i, row = every[position]
+        shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[prompt_key(row)])
+    if finding.status == "errored" or not shared:
+        outcome.verdicts.append(Verdict(finding, rules.leakage, []))
+    for table, notes in shared.items():
+        rows = outcome.kept[table]
+        found = Finding(table, "leakage", "prompt", "failed", tuple(notes))
+        outcome.verdicts.append(Verdict(found, rules.leakage, [rows[i] for i in notes], list(notes.values())))
+        if rules.leakage == QUARANTINE:
+            _set_aside(outcome, table, rows, {i: [f"leakage (prompt of {note})"] for i, note in notes.items()})
+
+
+def _check_emptied(outcome: Outcome) -> None:
+    for table, rows in outcome.kept.items():
+        if not rows:
+            away = len(outcome.quarantined[table])
+            detail = f"all {away} rows were quarantined"
+            outcome.verdicts.append(Verdict(Finding(table, "row_count", "", "failed", detail=detail), STOP, []))

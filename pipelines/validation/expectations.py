@@ -1,0 +1,120 @@
+"""Expectations that Great Expectations does not have. Importing this module registers them (and imports Great Expectations)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import pandas as pd
+from great_expectations.core.metric_domain_types import MetricDomainTypes
+from great_expectations.execution_engine.pandas_execution_engine import PandasExecutionEngine
+from great_expectations.expectations.expectation import BatchExpectation, ColumnMapExpectation, ColumnPairMapExpectation
+from great_expectations.expectations.metrics.map_metric_provider.column_condition_partial import (
+    column_condition_partial,
+)
+from great_expectations.expectations.metrics.map_metric_provider.column_map_metric_provider import (
+    ColumnMapMetricProvider,
+)
+from great_expectations.expectations.metrics.map_metric_provider.column_pair_condition_partial import (
+    column_pair_condition_partial,
+)
+from great_expectations.expectations.metrics.map_metric_provider.column_pair_map_metric_provider import (
+    ColumnPairMapMetricProvider,
+)
+from great_expectations.expectations.metrics.metric_provider import metric_value
+from great_expectations.expectations.metrics.table_metric_provider import TableMetricProvider
+
+from posttrain.problems.arithmetic import answer_value
+
+
+class NotBlank(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.not_blank"
+    filter_column_isnull = False
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        return column.fillna("").str.strip() != ""
+
+
+class ExpectColumnValuesToNotBeBlank(ColumnMapExpectation):
+    """Text with something other than white space in it."""
+
+    map_metric: ClassVar[str] = "column_values.not_blank"
+
+
+class FirstOccurrence(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.first_occurrence"
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        return ~column.duplicated(keep="first")
+
+
+class ExpectColumnValuesToBeFirstOccurrences(ColumnMapExpectation):
+    """No value stands in an earlier row; of equal rows only the later ones are unexpected."""
+
+    map_metric: ClassVar[str] = "column_values.first_occurrence"
+
+
+class IsNumber(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.is_number"
+    filter_column_isnull = False
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        return column.fillna("").map(lambda text: answer_value(text) is not None).astype(bool)
+
+
+class ExpectColumnValuesToBeNumbers(ColumnMapExpectation):
+    """Text that the reward `answer` reads as a number."""
+
+    map_metric: ClassVar[str] = "column_values.is_number"
+
+
+class PairDiffers(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.differ"
+    condition_domain_keys = (
+        "batch_id", "table", "column_A", "column_B", "row_condition", "condition_parser", "ignore_row_if",
+    )  # fmt: skip
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)  # type: ignore[untyped-decorator]
+    def _pandas(cls, column_A: pd.Series[Any], column_B: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        return column_A != column_B
+
+
+class ExpectColumnPairValuesToDiffer(ColumnPairMapExpectation):
+    """The two values of every row are not the same."""
+
+    ignore_row_if: Literal["both_values_are_missing", "either_value_is_missing", "neither"] = "both_values_are_missing"
+    map_metric: ClassVar[str] = "column_pair_values.differ"
+    # the metric cannot be computed without `ignore_row_if`, and gets it only from here
+    success_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B", "ignore_row_if", "mostly")
+    args_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B")
+
+
+class SharedPrompts(TableMetricProvider):
+    """Positions of training rows whose `prompt_key` stands in a held-out row too."""
+
+    metric_name = "table.shared_prompts"
+
+    @metric_value(engine=PandasExecutionEngine)
+    def _pandas(cls, execution_engine: Any, metric_domain_kwargs: Any, **_: Any) -> list[int]:
+        frame, _, _ = execution_engine.get_compute_domain(metric_domain_kwargs, domain_type=MetricDomainTypes.TABLE)
+        held_out = set(frame.loc[frame["held_out"], "prompt_key"])
+        return [int(p) for p in frame.loc[~frame["held_out"] & frame["prompt_key"].isin(held_out), "position"]]
+
+
+class ExpectTrainingPromptsToNotBeHeldOut(BatchExpectation):
+    """No prompt of a training table stands in a held-out table, compared without case, spacing and punctuation."""
+
+    metric_dependencies = ("table.shared_prompts",)
+    success_keys: ClassVar[tuple[str, ...]] = ()
+    args_keys: ClassVar[tuple[str, ...]] = ()
+
+    def _validate(
+        self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None
+    ) -> dict[str, Any]:
+        shared = metrics["table.shared_prompts"]
+        return {
+            "success": not shared,
+            "result": {"observed_value": f"{len(shared)} training rows", "unexpected_index_list": shared},
+        }

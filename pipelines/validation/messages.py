@@ -1,0 +1,93 @@
+"""What a stopped validation says: table, column, rule, count, the first rows, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.tables import Row, plain
+from pipelines.validation.check import Outcome, Verdict
+from posttrain.errors import DataError, LeakageError
+
+_WIDTH = 90
+
+
+def refuse(outcome: Outcome, shown: int, report: Path) -> None:
+    """Raise DataError (LeakageError where leakage is all there is) if a rule stops the run."""
+    stops = outcome.stops
+    if not stops:
+        return
+    paragraphs = [_paragraph(verdict, outcome, shown) for verdict in stops]
+    kind = LeakageError if all(v.finding.rule == "leakage" for v in stops) else DataError
+    raise kind("\n".join([*paragraphs, f"The full report: {report}"]))
+
+
+def _paragraph(verdict: Verdict, outcome: Outcome, shown: int) -> str:
+    finding = verdict.finding
+    where = (
+        f"table {finding.table}" + (f", column {finding.column}" if finding.column else "") + f", rule {finding.rule}"
+    )
+    if finding.status == "errored":
+        return f"{where}: could not be checked: {finding.detail}. Mend the data, or set validation.rules.{finding.rule} to warn."
+    if finding.rule in ("row_count", "columns"):
+        return f"{where}: {_structure(verdict)}"
+    total = outcome.rows_in(finding.table)
+    rows = "".join(f"\n  {line}" for line in examples(verdict, shown))
+    return (
+        f"{where} (stop): {len(verdict.rows)} of {total} rows. First rows:{rows}\n{_next(finding.rule, finding.table)}"
+    )
+
+
+def examples(verdict: Verdict, shown: int) -> list[str]:
+    """The first unexpected rows, one line each."""
+    notes = verdict.notes or [""] * len(verdict.rows)
+    lines = []
+    for row, note in list(zip(verdict.rows, notes, strict=True))[:shown]:
+        same = f" (as {note})" if note else ""
+        lines.append(f"id {row['id']}{same}: {_value(row, verdict.finding.column)}")
+    return lines
+
+
+def _value(row: Row, column: str) -> str:
+    if column == "row":
+        column = "prompt"
+    text = repr(plain(row[column]) if isinstance(row.get(column), str | list | None) else row[column])
+    return f"{column} {text if len(text) <= _WIDTH else text[: _WIDTH - 3] + '...'}"
+
+
+def _structure(verdict: Verdict) -> str:
+    if verdict.finding.rule == "columns":
+        return "the column is missing. Make the table again with `dvc repro ingest`, or map it in data.*.columns."
+    said = verdict.finding.detail
+    return (f"{said}; nothing is left. See data.*.source and the limits under validation." if "quarantined" in said
+            else "the table has no rows. Give data.*.source one that has, or raise data.*.rows.")  # fmt: skip
+
+
+def _next(rule: str, table: str) -> str:
+    if rule == "leakage":
+        return (
+            "A score on prompts that were trained on says nothing about others. Take another source for"
+            f" data.{table} or for the held-out table, or set validation.rules.leakage to quarantine to remove these training rows."
+        )
+    return (
+        f"Correct the source, or set validation.rules.{rule} to quarantine (set such rows aside) or warn (keep them)."
+    )
+
+
+def summary(outcome: Outcome) -> dict[str, float]:
+    """Rows in, valid and quarantined per table; rows that each rule found, over its columns."""
+    numbers: dict[str, float] = {}
+    for table in sorted(outcome.kept):
+        kept, away = len(outcome.kept[table]), len(outcome.quarantined[table])
+        numbers |= {f"rows/{table}/in": kept + away, f"rows/{table}/valid": kept, f"rows/{table}/quarantined": away}
+    for rule, verdicts in by_rule(outcome.verdicts).items():
+        numbers[f"rules/{rule[0]}/{rule[1]}"] = len({row["id"] for verdict in verdicts for row in verdict.rows})
+    numbers["errored"] = sum(v.finding.status == "errored" for v in outcome.verdicts)
+    return numbers
+
+
+def by_rule(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], list[Verdict]]:
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault((verdict.finding.table, verdict.finding.rule), []).append(verdict)
+    return groups

@@ -1,0 +1,61 @@
+"""The validation report: one HTML page without scripts, clock or network. Every text of the data is escaped."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from pipelines.validation.check import Outcome, Verdict
+from pipelines.validation.messages import by_rule, examples
+
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
+th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8dee4;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:13px;overflow-wrap:anywhere}
+.passed{color:#1a7f37}.failed{color:#9a6700}.stop,.errored{color:#cf222e;font-weight:600}
+"""
+
+
+def page(outcome: Outcome, shown: int) -> str:
+    """The whole page."""
+    verdict = "Refused" if outcome.stops else "Accepted"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validation: {verdict}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>Validation: {verdict}</h1>{_tables(outcome)}{_rules(outcome, shown)}</body></html>\n"
+    )
+
+
+def _tables(outcome: Outcome) -> str:
+    rows = [
+        _cells([table, len(kept) + len(outcome.quarantined[table]), len(kept), len(outcome.quarantined[table])])
+        for table, kept in sorted(outcome.kept.items())
+    ]
+    return f"<h2>Tables</h2><table><tr><th>table<th>rows in<th>valid<th>quarantined</tr>{''.join(rows)}</table>"
+
+
+def _rules(outcome: Outcome, shown: int) -> str:
+    rows = [_rule(*name, verdicts, shown) for name, verdicts in by_rule(outcome.verdicts).items()]
+    head = "<tr><th>table<th>rule<th>policy<th>status<th>rows<th>first rows</tr>"
+    return f"<h2>Rules</h2><table>{head}{''.join(rows)}</table>"
+
+
+def _rule(table: str, rule: str, verdicts: list[Verdict], shown: int) -> str:
+    states = {verdict.finding.status for verdict in verdicts}
+    status = next(s for s in ("errored", "failed", "passed") if s in states)
+    css = "stop" if any(verdict.stops for verdict in verdicts) else status
+    count = len({row["id"] for verdict in verdicts for row in verdict.rows})
+    lines = [line for verdict in verdicts for line in [*_details(verdict), *examples(verdict, shown)]]
+    first = "<br>".join(f"<code>{escape(line)}</code>" for line in lines)
+    cells = _cells([table, rule, verdicts[0].policy], close=False)
+    return f'{cells}<td class="{css}">{status}<td class="n">{count}<td>{first}</tr>'
+
+
+def _details(verdict: Verdict) -> list[str]:
+    told = verdict.finding.status == "errored" or verdict.finding.rule == "row_count"
+    return [verdict.finding.detail] if told and verdict.finding.detail else []
+
+
+def _cells(values: list[Any], close: bool = True) -> str:
+    cells = "".join(f'<td class="n">{v}' if isinstance(v, int) else f"<td>{escape(str(v))}" for v in values)
+    return f"<tr>{cells}" + ("</tr>" if close else "")
