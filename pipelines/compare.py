@@ -1,0 +1,61 @@
+"""Compare all algorithms: intervals, paired tests, learning curves and samples, as one page in report/.
+
+    python -m pipelines.compare
+
+Reads the finished runs of base, sft, reward and of every algorithm and seed of params.yaml. Nothing in report/ depends on
+the clock or the machine; times and memory are on a page of their own, .posttrain/costs/index.html.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from pipelines.config import load_params
+from pipelines.report.analysis import Question, compare
+from pipelines.report.load import load, wanted
+from pipelines.report.words import solved
+from pipelines.report.write import write
+from pipelines.run import Run
+from pipelines.step import main
+from posttrain.evaluation.statistics import Resampling
+
+FOLDER = Path("report")
+READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evaluation.pass_k", "rewards")
+_CALLED_FROM = Path.cwd()
+
+
+def run(run: Run) -> None:
+    project, settings = run.params.project, run.params.report
+    question = question_of(run)
+    results = load(project.algorithms, project.seeds)
+    comparison = compare(results, question)
+    write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
+    accuracies = {f"accuracy/{summary.name}": summary.accuracy.value for summary in comparison.summaries}
+    significant = sum(pair.significant for pair in comparison.pairs)
+    run.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
+    run.tag("solved", solved(comparison))
+    run.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
+
+
+def question_of(run: Run) -> Question:
+    """What the params ask of the report."""
+    evaluation, settings = run.params.evaluation, run.params.report
+    sources = tuple(evaluation.rewards)
+    return Question(
+        accuracy=evaluation.accuracy,
+        rewards=sources,
+        reward_models=tuple(name for name in sources if run.params.rewards[name].function == "reward_model"),
+        pass_k=tuple(sorted(set(evaluation.pass_k))),
+        resampling=Resampling(settings.bootstrap, settings.confidence, settings.seed),
+    )
+
+
+def inputs(args: Namespace) -> list[str]:
+    """Exactly the runs of the configured algorithms and seeds: others that lie about change nothing."""
+    params = load_params(_CALLED_FROM / args.params if args.params else "params.yaml")
+    return [path.as_posix() for path in wanted(params.project.algorithms, params.project.seeds)]
+
+
+if __name__ == "__main__":
+    main(run, "compare", params=READ, inputs=inputs)

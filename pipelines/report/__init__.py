@@ -1,0 +1,1 @@
+"""The comparison of all algorithms: read finished runs, compute, draw, write. Imports no torch."""

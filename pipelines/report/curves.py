@@ -1,0 +1,123 @@
+"""Pictures of training: every algorithm's journal on the same axes, and reward against distance from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.report.analysis import Question
+from pipelines.report.load import Results
+from pipelines.report.style import Look, figure
+from posttrain.evaluation.statistics import Floats
+
+KL = "kl/ref_k1"
+WIDTH = 5.6
+WINDOW = 5
+"""Steps in the running mean of the over-optimisation picture; the single steps are shown behind it."""
+
+Curve = tuple[Floats, Floats]
+
+
+def metrics_shown(question: Question) -> dict[str, str]:
+    """Metric of the journal to the title of its picture, in the order of the page."""
+    rewards = [question.accuracy, *(name for name in question.rewards if name != question.accuracy)]
+    titles = {
+        f"reward/{name}/mean": f"True reward: {name}" if name == question.accuracy else f"Reward: {name}"
+        for name in rewards
+    }
+    return titles | {
+        KL: "KL to the reference (nats per response)",
+        "entropy": "Entropy (nats per token)",
+        "length/mean": "Length (tokens per response)",
+        "length/truncated": "Truncated responses (share)",
+        "preference/accuracy": "Accuracy on training pairs",
+        "preference/margin": "Margin on training pairs",
+    }
+
+
+def curves_of(results: Results, algorithm: str, metric: str) -> list[Curve]:
+    """One curve per seed that logged the metric."""
+    runs = [model.training for model in results.of(algorithm)]
+    return [run.curves[metric] for run in runs if run is not None and metric in run.curves]
+
+
+def seed_mean(curves: Sequence[Curve]) -> Curve:
+    """Mean over seeds at the steps that every seed logged."""
+    tables = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return np.asarray(shared), np.asarray([np.mean([table[step] for table in tables]) for step in shared])
+
+
+def learning(results: Results, metric: str, look: Look) -> Figure:
+    """One metric against training steps; thin lines are seeds, the strong line their mean."""
+    drawn, (axes,) = figure(WIDTH, 3.3)
+    for name in results.algorithms:
+        curves = curves_of(results, name, metric)
+        if not curves:
+            continue
+        if len(curves) > 1:
+            for steps, values in curves:
+                axes.plot(steps, values, color=look.colour(name), linewidth=0.8, alpha=0.35)
+        steps, values = seed_mean(curves)
+        axes.plot(steps, values, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
+        _mark_end(axes, steps, values, name, look)
+    axes.set_xlabel("training step")
+    drawn.legend(loc="outside lower center", ncols=5)
+    return drawn
+
+
+def logged_by(results: Results, metric: str) -> list[str]:
+    return [name for name in results.algorithms if curves_of(results, name, metric)]
+
+
+def on_policy(results: Results, question: Question) -> list[str]:
+    """Algorithms that sampled while training, and so logged both the true reward and KL."""
+    true = f"reward/{question.accuracy}/mean"
+    return [name for name in logged_by(results, KL) if curves_of(results, name, true)]
+
+
+def over_optimisation(results: Results, question: Question, look: Look) -> Figure:
+    """True reward (top) and reward-model score (below) against KL to the reference, along training."""
+    sources = [question.accuracy, *question.reward_models]
+    drawn, panels = figure(6.0, 0.6 + 2.5 * len(sources), len(sources))
+    for axes, source in zip(panels, sources, strict=True):
+        for name in on_policy(results, question):
+            rewards = curves_of(results, name, f"reward/{source}/mean")
+            if rewards:
+                _trajectory(axes, seed_mean(curves_of(results, name, KL)), seed_mean(rewards), name, look)
+        axes.set_title(f"True reward ({source})" if source == question.accuracy else f"Reward-model score ({source})")
+        axes.sharex(panels[0])
+    panels[-1].set_xlabel("KL to the reference policy, nats per response (k1)")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return drawn
+
+
+def _trajectory(axes: Axes, kl: Curve, reward: Curve, name: str, look: Look) -> None:
+    shared, left, right = np.intersect1d(kl[0], reward[0], return_indices=True)
+    if not len(shared):
+        return
+    x, y, colour = kl[1][left], reward[1][right], look.colour(name)
+    axes.plot(x, y, "o", color=colour, markersize=2.6, alpha=0.4, markeredgewidth=0)
+    x, y = running_mean(x), running_mean(y)
+    axes.plot(x, y, color=colour, linestyle=look.dashes(name), linewidth=1.8, label=name)
+    axes.plot(x[0], y[0], look.marker(name), color=colour, markersize=7, markerfacecolor=look.ground)
+    axes.plot(x[-1], y[-1], look.marker(name), color=colour, markersize=7)
+
+
+def running_mean(values: Floats, window: int = WINDOW) -> Floats:
+    """Mean of the last `window` values at each place, fewer at the start; missing values are passed over."""
+    known, sums = np.isfinite(values), np.where(np.isfinite(values), values, 0.0)
+    starts = [max(0, i + 1 - window) for i in range(len(values))]
+    counts = [int(known[start : i + 1].sum()) for i, start in enumerate(starts)]
+    return np.asarray(
+        [sums[start : i + 1].sum() / counts[i] if counts[i] else np.nan for i, start in enumerate(starts)]
+    )
+
+
+def _mark_end(axes: Axes, steps: Floats, values: Floats, name: str, look: Look) -> None:
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known):
+        axes.plot(steps[known[-1]], values[known[-1]], look.marker(name), color=look.colour(name), markersize=6)

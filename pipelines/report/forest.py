@@ -1,0 +1,101 @@
+"""Pictures of the evaluation: estimates with their intervals, one row per model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pipelines.report.analysis import Comparison
+from pipelines.report.load import SFT
+from pipelines.report.style import Look, figure
+from posttrain.evaluation.statistics import Interval
+
+WIDTH = 6.0
+
+
+def accuracy(comparison: Comparison, look: Look) -> Figure:
+    """Forest plot: accuracy of every model, the small marks are single seeds, the line is SFT."""
+    summaries = comparison.summaries
+    drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(summaries))
+    _forest(axes, [(s.name, s.accuracy) for s in summaries], look)
+    for row, summary in enumerate(summaries):
+        if len(summary.by_seed) > 1:
+            seeds = [row + 0.24] * len(summary.by_seed)
+            axes.plot(summary.by_seed, seeds, "|", color=look.colour(summary.name), markersize=5)
+    axes.axvline(comparison.of(SFT).accuracy.value, color=look.colour(SFT), linewidth=1, linestyle=":")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.set_xlim(left=min(0.0, *axes.get_xlim()) if axes.get_xlim()[0] < 0.15 else None)
+    axes.set_xlabel(f"accuracy of the greedy answer, {comparison.question.resampling.confidence:.0%} interval")
+    return drawn
+
+
+def differences(comparison: Comparison, look: Look) -> Figure:
+    """Forest plot of the paired differences; filled marks are significant after Holm's correction."""
+    drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(comparison.pairs))
+    rows = [(f"{pair.a} − {pair.b}", pair.test.difference) for pair in comparison.pairs]
+    _forest(axes, rows, look, [pair.a for pair in comparison.pairs], [pair.significant for pair in comparison.pairs])
+    axes.axvline(0, color=look.ink, linewidth=1)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.0f}" if x else "0")
+    axes.set_xlabel("difference in accuracy, percentage points (filled: significant)")
+    return drawn
+
+
+def rewards(comparison: Comparison, look: Look) -> Figure:
+    """Mean of every reward source over sampled answers."""
+    sources, summaries = comparison.question.rewards, comparison.summaries
+    drawn, panels = figure(WIDTH, 0.4 + (0.75 + 0.36 * len(summaries)) * len(sources), len(sources))
+    for axes, source in zip(panels, sources, strict=True):
+        rows = [(s.name, s.rewards[source]) for s in summaries]
+        _forest(axes, rows, look)
+        axes.set_title(source)
+    panels[-1].set_xlabel(
+        f"mean reward of sampled answers, {comparison.question.resampling.confidence:.0%} interval"
+    )
+    return drawn
+
+
+def pass_at_k(comparison: Comparison, look: Look) -> Figure:
+    """pass@k against k."""
+    drawn, (axes,) = figure(WIDTH, 3.4)
+    for summary in comparison.summaries:
+        points = [(k, value) for k, value in sorted(summary.pass_at.items()) if value is not None]
+        xs, ys = [k for k, _ in points], [value.value for _, value in points]
+        errors = [[v.value - v.low for _, v in points], [v.high - v.value for _, v in points]]
+        axes.errorbar(
+            xs, ys, yerr=errors, color=look.colour(summary.name), marker=look.marker(summary.name),
+            label=summary.name, linewidth=1.6, elinewidth=1, capsize=2,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(comparison.question.pass_k, [str(k) for k in comparison.question.pass_k])
+    axes.minorticks_off()
+    axes.set_xlabel("k (sampled answers per prompt)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    drawn.legend(loc="outside lower center", ncols=5)
+    return drawn
+
+
+def _forest(
+    axes: Axes,
+    rows: Sequence[tuple[str, Interval | None]],
+    look: Look,
+    names: Sequence[str] | None = None,
+    filled: Sequence[bool] | None = None,
+) -> None:
+    """Rows from top to bottom; a row without a value keeps its label and stays empty."""
+    for row, (label, interval) in enumerate(rows):
+        if interval is None:
+            continue
+        name = names[row] if names else label
+        colour, solid = look.colour(name), filled is None or filled[row]
+        axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.4, alpha=0.75)
+        marker = "o" if names or name not in look.algorithms else look.marker(name)
+        axes.plot(
+            interval.value, row, marker, color=colour, markersize=7.5, markeredgewidth=1.8,
+            markerfacecolor=colour if solid else look.ground,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")

@@ -1,0 +1,194 @@
+"""Finished runs as the report reads them: predictions by prompt, curves by metric, results by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.journal import number, read
+from pipelines.publish import ARTIFACTS, JOURNAL, METRICS
+from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.errors import DataError
+from posttrain.evaluation.statistics import Floats
+
+RUNS = Path("runs")
+PREDICTIONS = "predictions.parquet"
+TEXTS = ("prompt", "answer", "completion")
+NUMBERS = ("tokens", "truncated", "entropy", "kl")
+BASE, SFT = "base", "sft"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers of one model. Rows are prompts in order of prompt_id; column 0 is greedy, the others are sampled."""
+
+    prompt_ids: tuple[int, ...]
+    prompts: list[str]
+    answers: list[str]
+    completions: list[list[str]]
+    numbers: dict[str, Floats]
+    """Name to [prompts, samples], NaN where there is no value."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run from its journal. `curves`: metric to (steps, values)."""
+
+    name: str
+    curves: dict[str, tuple[Floats, Floats]]
+    summary: dict[str, float]
+    params: dict[str, Any]
+
+    def last(self, metric: str) -> float | None:
+        if metric not in self.curves:
+            return None
+        return float(self.curves[metric][1][-1])
+
+
+@dataclass(frozen=True)
+class Model:
+    """One evaluated model: base, sft, or one algorithm trained with one seed."""
+
+    name: str
+    group: str
+    seed: int | None
+    predictions: Predictions
+    metrics: dict[str, float]
+    training: Training | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report is made of. Models are in the order base, sft, algorithms as params.yaml lists them."""
+
+    models: list[Model]
+    sft: Training
+    reward: Training
+    algorithms: list[str]
+    seeds: list[int]
+
+    @property
+    def groups(self) -> list[str]:
+        return [BASE, SFT, *self.algorithms]
+
+    def of(self, group: str) -> list[Model]:
+        return [model for model in self.models if model.group == group]
+
+    @property
+    def prompts(self) -> Predictions:
+        """Prompts and gold answers, which are the same for every model."""
+        return self.models[0].predictions
+
+
+def wanted(algorithms: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """The run directories that a report over these algorithms and seeds reads."""
+    aligned = [f"{algorithm}-{seed}" for algorithm in algorithms for seed in seeds]
+    evaluated = [RUNS / "evaluate" / name for name in (BASE, SFT, *aligned)]
+    return [RUNS / "sft", RUNS / "reward", *(RUNS / "align" / name for name in aligned), *evaluated]
+
+
+def load(algorithms: Sequence[str], seeds: Sequence[int], root: Path = Path()) -> Results:
+    """Read exactly the runs of these algorithms and seeds; other runs that lie about are not looked at."""
+    missing = [path.as_posix() for path in wanted(algorithms, seeds) if not (root / path / JOURNAL).is_file()]
+    if missing:
+        raise DataError(
+            f"the report needs runs that are not there: {', '.join(missing)}. `dvc repro` makes them; or take the algorithm or"
+            " seed out of project in params.yaml."
+        )
+    models = [_model(root, BASE, BASE, None), _model(root, SFT, SFT, None)]
+    models += [_model(root, f"{name}-{seed}", name, seed) for name in algorithms for seed in seeds]
+    _check_same_prompts(models)
+    runs = root / RUNS
+    return Results(models, training(runs / "sft", "sft"), training(runs / "reward", "reward"), list(algorithms), list(seeds))
+
+
+def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
+    folder = root / RUNS / "evaluate" / name
+    trained = None if seed is None else training(root / RUNS / "align" / name, name)
+    return Model(name, group, seed, predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS), trained)
+
+
+def predictions(path: Path) -> Predictions:
+    """One parquet of predictions, with samples as columns. Raises DataError where it cannot be used."""
+    if not path.is_file():
+        raise DataError(f"{path} is not there although its run has finished; run its evaluate stage again with `dvc repro --force`")
+    table = pq.read_table(path)
+    lacking = [name for name in ("prompt_id", "sample", *TEXTS, *NUMBERS) if name not in table.column_names]
+    if lacking or not table.num_rows:
+        raise DataError(f"{path}: " + (f"lacks the columns {', '.join(lacking)}" if lacking else "has no rows"))
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    ids = sorted(set(columns["prompt_id"]))
+    row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
+    rows = [row_of[prompt_id] for prompt_id in columns["prompt_id"]]
+    samples = max(columns["sample"]) + 1
+    texts = {name: [[""] * samples for _ in ids] for name in TEXTS}
+    for name in TEXTS:
+        for row, sample, text in zip(rows, columns["sample"], columns[name], strict=True):
+            texts[name][row][sample] = str(text)
+    names = [*NUMBERS, *sorted(name for name in columns if name.startswith("reward_"))]
+    numbers = {name: np.full((len(ids), samples), np.nan) for name in names}
+    for name in names:
+        numbers[name][rows, columns["sample"]] = np.asarray(columns[name], dtype=np.float64)
+    prompts, answers = ([row[0] for row in texts[name]] for name in ("prompt", "answer"))
+    return Predictions(tuple(ids), prompts, answers, texts["completion"], numbers)
+
+
+def _check_same_prompts(models: Sequence[Model]) -> None:
+    first = models[0]
+    for model in models[1:]:
+        ours, theirs = model.predictions, first.predictions
+        if (ours.prompt_ids, ours.prompts, ours.answers) != (theirs.prompt_ids, theirs.prompts, theirs.answers):
+            raise DataError(
+                f"runs/evaluate/{model.name} and runs/evaluate/{first.name} answer different prompts, so they cannot be compared"
+                " prompt by prompt. Run `dvc repro` so that all evaluations use the same data/valid/evaluation.parquet."
+            )
+
+
+def training(folder: Path, name: str) -> Training:
+    """Curves, summary and params of a journal."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    summary: dict[str, float] = {}
+    params: dict[str, Any] = {}
+    for record in read(folder / JOURNAL):
+        if record["kind"] == "metrics":
+            for metric, value in record["values"].items():
+                points.setdefault(metric, []).append((record["step"], number(value)))
+        elif record["kind"] == "summary":
+            summary |= {key: number(value) for key, value in record["values"].items()}
+        elif record["kind"] == "params":
+            params |= record["values"]
+    curves = {}
+    for metric, pairs in sorted(points.items()):
+        steps, values = np.asarray(sorted(pairs), dtype=np.float64).T
+        curves[metric] = (steps, values)
+    return Training(name, curves, summary, params)
+
+
+def record_of(run: Training, algorithm: str) -> Algorithm:
+    """The algorithm's record as the run itself was configured."""
+    start = f"algorithms.{algorithm}.options."
+    options = {key.removeprefix(start): value for key, value in run.params.items() if key.startswith(start)}
+    return choose(run.params[f"algorithms.{algorithm}.preset"], options)
+
+
+def optimiser_steps(run: Training, algorithm: str) -> int:
+    """Updates of the weights: every on-policy step makes epochs x minibatches of them."""
+    record = record_of(run, algorithm)
+    each = record.epochs * record.minibatches if isinstance(record, OnPolicy) else 1
+    return round(run.summary["steps"]) * each
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    return dict(_flat(json.loads(path.read_text(encoding="utf-8")), ""))
+
+
+def _flat(tree: Any, prefix: str) -> list[tuple[str, float]]:
+    if not isinstance(tree, dict):
+        return [(prefix, number(tree))]
+    return [leaf for key, value in tree.items() for leaf in _flat(value, f"{prefix}/{key}" if prefix else key)]

@@ -1,0 +1,132 @@
+"""report/index.html: one file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from pipelines.report import curves, forest
+from pipelines.report.analysis import Comparison
+from pipelines.report.load import BASE, SFT, Results
+from pipelines.report.samples import examples
+from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
+from pipelines.report.words import findings, p_value, percent, ranked, solved, title
+from posttrain.evaluation.statistics import Interval
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture in both schemes, and the words that go with it."""
+
+    name: str
+    title: str
+    text: str
+    bytes: Mapping[Scheme, bytes]
+    size: tuple[int, int]
+
+    def uri(self, scheme: Scheme) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.bytes[scheme]).decode("ascii")
+
+
+def environment() -> Environment:
+    """Templates with autoescape on: sampled text is shown, never interpreted."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {"percent": percent, "p": p_value, "share": share, "score": score, "count": count}
+    return made
+
+
+def share(interval: Interval | None) -> str:
+    """`48.2 % (43.4–53.1)`."""
+    if interval is None:
+        return "–"
+    return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+
+
+def score(interval: Interval | None) -> str:
+    """`1.24 (1.10 to 1.38)`."""
+    if interval is None:
+        return "–"
+    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
+def count(value: float | None) -> str:
+    """`1,234,567`, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
+    """Every picture of the report, in both schemes."""
+    question = comparison.question
+    algorithms = tuple(results.algorithms)
+    drawn = {
+        "accuracy": _draw("accuracy", "Accuracy", "Accuracy of every model with its interval.", algorithms,
+                          lambda look: forest.accuracy(comparison, look)),
+        "differences": _draw("differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
+                             lambda look: forest.differences(comparison, look)),
+        "rewards": _draw("rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
+                         lambda look: forest.rewards(comparison, look)),
+    }  # fmt: skip
+    if len(question.pass_k) > 1 and any(value for s in comparison.summaries for value in s.pass_at.values()):
+        drawn["pass_at_k"] = _draw(
+            "pass_at_k", "pass@k", "pass@k of every model against k.", algorithms,
+            lambda look: forest.pass_at_k(comparison, look),
+        )  # fmt: skip
+    if curves.on_policy(results, question):
+        drawn["over_optimisation"] = _draw(
+            "over_optimisation", "Reward against KL", "True reward and reward-model score against KL along training.",
+            algorithms, lambda look: curves.over_optimisation(results, question, look),
+        )  # fmt: skip
+    for metric, name in curves.metrics_shown(question).items():
+        if curves.logged_by(results, metric):
+            drawn[metric] = _learning_picture(results, metric, name)
+    return drawn
+
+
+def _learning_picture(results: Results, metric: str, name: str) -> Picture:
+    logged = curves.logged_by(results, metric)
+    silent = [algorithm for algorithm in results.algorithms if algorithm not in logged]
+    text = f"Journal metric {metric}." + (f" Not logged by {', '.join(silent)}." if silent else "")
+    file = "curve_" + metric.replace("/", "_")
+    return _draw(file, name, text, tuple(results.algorithms), lambda look: curves.learning(results, metric, look))
+
+
+def _draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw: Callable[[Look], Figure]) -> Picture:
+    rendered, size = {}, (0, 0)
+    for scheme in SCHEMES:
+        look = Look(scheme, algorithms)
+        with look.applied():
+            figure = draw(look)
+            rendered[scheme] = png(figure)
+            width, height = figure.get_size_inches() * DPI
+        size = (round(float(width)), round(float(height)))
+    return Picture(name, heading, text, rendered, size)
+
+
+def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture], samples_shown: int, seed: int) -> str:
+    """The whole page as text."""
+    question = comparison.question
+    looks = {scheme: Look(scheme, tuple(results.algorithms)) for scheme in SCHEMES}
+    template = environment().get_template("index.html.j2")
+    learning = [drawn[metric] for metric in curves.metrics_shown(question) if metric in drawn]
+    missing = [
+        (name, s.name, value.missing)
+        for s in comparison.summaries
+        for name, value in s.rewards.items()
+        if value is not None and value.missing
+    ]
+    return template.render(
+        title=title(comparison), findings=findings(comparison), solved=solved(comparison), ranked=ranked(comparison),
+        comparison=comparison, question=question, results=results, pictures=drawn, learning=learning,
+        running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, base=BASE, sft=SFT,
+        colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
+        examples=examples(results, question, samples_shown, seed),
+    )  # fmt: skip

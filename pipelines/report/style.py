@@ -1,0 +1,95 @@
+"""One calm look for all pictures: a colour and a marker per model, the same everywhere, in light and in dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.report.load import BASE, SFT
+
+matplotlib.use("Agg")
+
+Scheme = Literal["light", "dark"]
+SCHEMES: tuple[Scheme, ...] = ("light", "dark")
+# Okabe and Ito's palette for colour-blind readers, then Tol's muted one; the dark variants are lighter for contrast.
+_LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD6", "#882255", "#5B4FC9", "#7A7A1F", "#44AA99")
+_DARK = ("#4DA3DC", "#F08A45", "#35C79B", "#E3A3C6", "#E6B93D", "#8CCBF2", "#D3749F", "#9C92F2", "#C4C45A", "#7FD3C6")
+_MARKERS = "osD^vP*Xhp"
+_GREY: dict[Scheme, dict[str, str]] = {
+    "light": {BASE: "#9AA0A6", SFT: "#4A4F55"},
+    "dark": {BASE: "#7D838A", SFT: "#C9CED4"},
+}
+_INK: dict[Scheme, tuple[str, str, str]] = {
+    "light": ("#FFFFFF", "#24292F", "#E4E7EA"),
+    "dark": ("#171A1E", "#DDE2E7", "#31363C"),
+}
+DPI = 144
+
+
+@dataclass(frozen=True)
+class Look:
+    """The colours and markers of one rendering."""
+
+    scheme: Scheme
+    algorithms: tuple[str, ...]
+
+    def colour(self, name: str) -> str:
+        if name in _GREY[self.scheme]:
+            return _GREY[self.scheme][name]
+        palette = _LIGHT if self.scheme == "light" else _DARK
+        return palette[self.algorithms.index(name) % len(palette)]
+
+    def marker(self, name: str) -> str:
+        if name in (BASE, SFT):
+            return "|" if name == BASE else "d"
+        return _MARKERS[self.algorithms.index(name) % len(_MARKERS)]
+
+    def dashes(self, name: str) -> str:
+        """More algorithms than colours: the second round is dashed."""
+        return "-" if self.algorithms.index(name) < len(_LIGHT) else "--"
+
+    @property
+    def ink(self) -> str:
+        return _INK[self.scheme][1]
+
+    @property
+    def ground(self) -> str:
+        return _INK[self.scheme][0]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        ground, ink, rule = _INK[self.scheme]
+        settings: dict[Any, Any] = {
+            "figure.facecolor": ground, "axes.facecolor": ground, "savefig.facecolor": ground,
+            "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": rule, "xtick.color": ink, "ytick.color": ink,
+            "grid.color": rule, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.8,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+            "xtick.major.size": 0, "ytick.major.size": 0,
+            "font.family": "DejaVu Sans", "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold",
+            "axes.titlelocation": "left", "axes.titlepad": 10, "legend.frameon": False, "lines.solid_capstyle": "round",
+            "axes.formatter.useoffset": False,
+        }  # fmt: skip
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # a matplotlibrc of this machine must not reach the picture
+            matplotlib.rcParams.update(settings)
+            yield
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """A figure that no global state of matplotlib holds on to."""
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+
+
+def png(drawn: Figure) -> bytes:
+    """PNG bytes that depend on the picture only: no date, no version of the library."""
+    target = BytesIO()
+    drawn.savefig(target, format="png", dpi=DPI, metadata={"Software": None})
+    return target.getvalue()

@@ -1,0 +1,132 @@
+"""The report's numbers as files: comparison.json, accuracy.csv, pairwise.csv, curves.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.journal import representable
+from pipelines.report.analysis import Comparison, Cost, Pair, Summary
+from pipelines.report.load import Results
+from pipelines.report.words import findings, solved, title
+from posttrain.evaluation.statistics import Interval
+
+_DIGITS = 10
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """Everything the page states, for programs."""
+    question, best = comparison.question, max(comparison.algorithms, key=lambda s: s.accuracy.value)
+    tree = {
+        "title": title(comparison),
+        "findings": findings(comparison),
+        "solved": solved(comparison),
+        "best": best.name,
+        "accuracy_source": question.accuracy,
+        "confidence": question.resampling.confidence,
+        "resamples": question.resampling.resamples,
+        "prompts": comparison.prompts,
+        "models": {summary.name: _summary(summary) for summary in comparison.summaries},
+        "pairs": [_pair(pair) for pair in comparison.pairs],
+        "reward_model": {"heldout_accuracy": _interval(comparison.heldout), "heldout_loss": comparison.heldout_loss},
+        "cost": {cost.name: _cost(cost) for cost in comparison.costs},
+    }
+    return json.dumps(representable(_rounded(tree)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {
+        "seeds": list(summary.seeds),
+        "accuracy": _interval(summary.accuracy),
+        "accuracy_by_seed": list(summary.by_seed),
+        "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},
+        "reward": {name: _interval(value) for name, value in sorted(summary.rewards.items())},
+        "kl_to_sft": _interval(summary.kl),
+        "length": _interval(summary.length),
+        "truncated": _interval(summary.truncated),
+        "entropy": _interval(summary.entropy),
+        "preference_accuracy": summary.preference,
+    }
+
+
+def _interval(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    return {"mean": interval.value} | {key: value for key, value in asdict(interval).items() if key != "value"}
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    return {
+        "a": pair.a,
+        "b": pair.b,
+        "difference": _interval(pair.test.difference),
+        "test": pair.test.method,
+        "only_a": pair.test.only_a,
+        "only_b": pair.test.only_b,
+        "p": pair.test.p,
+        "p_holm": pair.adjusted,
+        "significant": pair.significant,
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {key: value for key, value in asdict(cost).items() if key != "name"}
+
+
+def accuracy_csv(comparison: Comparison) -> str:
+    """One row per model."""
+    header = ["model", "seeds", "accuracy", "low", "high", "prompts", "missing", "method"]
+    rows = [
+        [s.name, max(1, len(s.seeds)), s.accuracy.value, s.accuracy.low, s.accuracy.high, s.accuracy.n, s.accuracy.missing,
+         s.accuracy.method]
+        for s in comparison.summaries
+    ]  # fmt: skip
+    return _csv(header, rows)
+
+
+def pairwise_csv(comparison: Comparison) -> str:
+    """One row per test."""
+    header = ["a", "b", "difference", "low", "high", "prompts", "only_a", "only_b", "test", "p", "p_holm", "significant"]
+    rows = []
+    for pair in comparison.pairs:
+        test, d = pair.test, pair.test.difference
+        rows.append([pair.a, pair.b, d.value, d.low, d.high, d.n, test.only_a, test.only_b, test.method, test.p,
+                     pair.adjusted, str(pair.significant).lower()])  # fmt: skip
+    return _csv(header, rows)
+
+
+def curves_csv(results: Results) -> str:
+    """Long format: one row per run, metric and step."""
+    runs = [("sft", "", results.sft), ("reward", "", results.reward)]
+    runs += [(m.group, str(m.seed), m.training) for m in results.models if m.training is not None]
+    rows = [
+        [name, seed, metric, int(step), value]
+        for name, seed, run in runs
+        for metric, (steps, values) in run.curves.items()
+        for step, value in zip(steps.tolist(), values.tolist(), strict=True)
+    ]
+    return _csv(["model", "seed", "metric", "step", "value"], rows)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if cell is None else _rounded(cell) for cell in row] for row in rows])
+    return out.getvalue()
+
+
+def _rounded(tree: Any) -> Any:
+    """Floats to ten significant digits: more is noise of the order of summation."""
+    if isinstance(tree, float) and math.isfinite(tree):
+        return float(f"{tree:.{_DIGITS}g}")
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_rounded(value) for value in tree]
+    return tree

@@ -1,0 +1,156 @@
+"""The findings in plain sentences. Each is derived from a number of the comparison, and says how sure that number is."""
+
+from __future__ import annotations
+
+import math
+
+from pipelines.report.analysis import Comparison, Pair, Summary
+from pipelines.report.load import SFT
+from posttrain.evaluation.statistics import Interval
+
+UNSOLVED = 0.05
+"""An accuracy whose upper limit is below this is called failure, however the algorithms rank among each other."""
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def span(interval: Interval, confidence: float) -> str:
+    return f"{confidence:.0%} interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.012`; small ones by their order of magnitude."""
+    if p >= 0.001:
+        return f"p = {p:.3f}"
+    return f"p < 10^{math.floor(math.log10(p)) + 1}" if p < 1e-4 else "p < 0.001"
+
+
+def ranked(comparison: Comparison) -> list[Summary]:
+    """Algorithms by accuracy; equal ones stay in the order of params.yaml."""
+    return sorted(comparison.algorithms, key=lambda summary: -summary.accuracy.value)
+
+
+def solved(comparison: Comparison) -> bool:
+    """Whether any model's accuracy can be told from failure."""
+    return max(summary.accuracy.high for summary in comparison.summaries) >= UNSOLVED
+
+
+def title(comparison: Comparison) -> str:
+    """The result in one line."""
+    first, *others = ranked(comparison)
+    if not solved(comparison):
+        return "No model solves this task"
+    against = comparison.pair(first.name, SFT)
+    if first.accuracy.value <= comparison.of(SFT).accuracy.value:
+        return "No algorithm improved on supervised fine-tuning"
+    if not against.significant:
+        return f"{first.name} leads, but not by more than chance explains"
+    undecided = [other.name for other in others if not comparison.pair(first.name, other.name).significant]
+    if undecided:
+        return f"{first.name} beats SFT; {_listed([first.name, *undecided])} cannot be told apart"
+    return f"{first.name} wins" if others else f"{first.name} beats supervised fine-tuning"
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What a reader should take away, most important first."""
+    first, *others = ranked(comparison)
+    sentences = [_level(comparison, first), _against_sft(comparison, first)]
+    sentences += [_against(comparison, first, other) for other in others[:1]]
+    sentences += [_worse(comparison, other) for other in others if _significantly_worse(comparison, other)]
+    sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
+    return [*sentences, _scope(comparison)]
+
+
+def _level(comparison: Comparison, first: Summary) -> str:
+    confidence, accuracy = comparison.question.resampling.confidence, first.accuracy
+    if not solved(comparison):
+        best = max(comparison.summaries, key=lambda summary: summary.accuracy.value)
+        return (
+            f"Accuracy is near zero everywhere: the best model, {best.name}, solves {percent(best.accuracy.value)} of"
+            f" {comparison.prompts} held-out problems ({span(best.accuracy, confidence)}). The model does not solve the task;"
+            " differences between the algorithms say little here."
+        )
+    over = f", mean of {len(first.seeds)} seeds" if len(first.seeds) > 1 else ""
+    return (
+        f"{first.name} has the highest accuracy of the algorithms: it solves {percent(accuracy.value)} of"
+        f" {comparison.prompts} held-out problems ({span(accuracy, confidence)}{over})."
+    )
+
+
+def _against_sft(comparison: Comparison, first: Summary) -> str:
+    return _difference(comparison, first.name, SFT, "SFT")
+
+
+def _against(comparison: Comparison, first: Summary, second: Summary) -> str:
+    return _difference(comparison, first.name, second.name, f"the next algorithm, {second.name},")
+
+
+def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
+    pair, confidence = comparison.pair(a, b), comparison.question.resampling.confidence
+    sign = 1 if pair.a == a else -1
+    spread = pair.test.difference
+    points = 100 * sign * spread.value
+    low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
+    start = f"Against {called} ({percent(comparison.of(b).accuracy.value)}) it is"
+    if points == 0:
+        return f"{start} level; {verdict(pair)}."
+    where = "ahead" if points > 0 else "behind"
+    return (
+        f"{start} {abs(points):.1f} points {where} ({confidence:.0%} interval of the difference"
+        f" {low:+.1f} to {high:+.1f}); {verdict(pair)}."
+    )
+
+
+def verdict(pair: Pair) -> str:
+    """Significant or not, with the test and its corrected p."""
+    how = f"{pair.test.method}, Holm-corrected {p_value(pair.adjusted)}"
+    if pair.significant:
+        return f"the difference is significant ({how})"
+    return f"the difference is not significant ({how}), so these data do not say which is better"
+
+
+def _significantly_worse(comparison: Comparison, summary: Summary) -> bool:
+    pair = comparison.pair(summary.name, SFT)
+    return pair.significant and pair.test.difference.value < 0
+
+
+def _worse(comparison: Comparison, summary: Summary) -> str:
+    pair = comparison.pair(summary.name, SFT)
+    return (
+        f"{summary.name} made the model worse than SFT, by {-100 * pair.test.difference.value:.1f} points"
+        f" (Holm-corrected {p_value(pair.adjusted)})."
+    )
+
+
+def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
+    """A reward model's score clearly up while accuracy is significantly down: Goodhart's law at work."""
+    if not _significantly_worse(comparison, summary):
+        return None
+    before = comparison.of(SFT)
+    for source in comparison.question.reward_models:
+        old, new = before.rewards.get(source), summary.rewards.get(source)
+        if old and new and new.low > old.high:
+            return (
+                f"{summary.name} over-optimised the reward model: its score rose from {old.value:.2f} (SFT) to {new.value:.2f}"
+                f" while accuracy fell from {percent(before.accuracy.value)} to {percent(summary.accuracy.value)}."
+            )
+    return None
+
+
+def _scope(comparison: Comparison) -> str:
+    seeds = max(len(summary.seeds) for summary in comparison.algorithms)
+    if seeds == 1:
+        return (
+            "One training seed per algorithm: intervals and tests tell what another set of prompts would change, not what"
+            " another training run would."
+        )
+    return (
+        f"{seeds} training seeds per algorithm, averaged within each prompt: intervals and tests tell what another set of prompts"
+        " would change; the spread over seeds is shown beside them."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,30 @@
+"""The report folder: page, pictures and tables. Equal runs give equal bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pipelines.report import tables
+from pipelines.report.analysis import Comparison
+from pipelines.report.load import Results
+from pipelines.report.page import page, pictures
+
+
+def write(folder: Path, results: Results, comparison: Comparison, samples_shown: int, seed: int) -> None:
+    """Replace `folder` by the report."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    drawn = pictures(results, comparison)
+    for picture in drawn.values():
+        (folder / f"{picture.name}.png").write_bytes(picture.bytes["light"])
+    texts = {
+        "index.html": page(results, comparison, drawn, samples_shown, seed),
+        "comparison.json": tables.comparison_json(comparison),
+        "accuracy.csv": tables.accuracy_csv(comparison),
+        "pairwise.csv": tables.pairwise_csv(comparison),
+        "curves.csv": tables.curves_csv(results),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
