@@ -109,6 +109,8 @@ class RuleParams(Section):
     prompt_length: Policy
     completion_length: Policy
     unparseable_answer: Policy
+    contradicted_answer: Policy = "quarantine"
+    """The answer is not the value of the row's `equation`, where a source maps one."""
     wrong_type: Policy
     leakage: Policy
 

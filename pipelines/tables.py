@@ -31,6 +31,8 @@ ANSWERED: tuple[Table, ...] = ("problems", "evaluation")
 SCORES = ("chosen_score", "rejected_score")
 TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
+EQUATION = "equation"
+"""Optional in tables with an answer: arithmetic that the answer must be the value of."""
 WRONG_TYPE = "wrong_type"
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -89,9 +89,8 @@ class _Checker:
         rows = self.outcome.kept[self.table] = [_texts(self.table, row) for row in self.outcome.kept[self.table]]
         if rows:
             view = content_view(self.table, rows, lengths)
-            self._settle(
-                rows, self.validator.run(self.table, "content", view, suites.content(self.table, limits, scores))
-            )
+            suite = suites.content(self.table, limits, list(view.columns))
+            self._settle(rows, self.validator.run(self.table, "content", view, suite))
 
     def _settle(self, rows: list[Row], findings: Sequence[Finding]) -> bool:
         """Record the findings and set rows aside; whether one of them stops the run."""

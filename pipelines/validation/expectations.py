@@ -24,6 +24,7 @@ from great_expectations.expectations.metrics.metric_provider import metric_value
 from great_expectations.expectations.metrics.table_metric_provider import TableMetricProvider
 
 from posttrain.problems.arithmetic import answer_value
+from posttrain.problems.expressions import expression_value
 
 
 class NotBlank(ColumnMapMetricProvider):
@@ -88,6 +89,31 @@ class ExpectColumnPairValuesToDiffer(ColumnPairMapExpectation):
     map_metric: ClassVar[str] = "column_pair_values.differ"
     # the metric cannot be computed without `ignore_row_if`, and gets it only from here
     success_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B", "ignore_row_if", "mostly")
+    args_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B")
+
+
+class EquationAgrees(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.equation_agrees"
+    condition_domain_keys = PairDiffers.condition_domain_keys
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)  # type: ignore[untyped-decorator]
+    def _pandas(cls, column_A: pd.Series[Any], column_B: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        pairs = zip(column_A, column_B, strict=True)
+        return pd.Series([not _contradicts(*pair) for pair in pairs], index=column_A.index, dtype=bool)
+
+
+def _contradicts(answer: str, equation: str) -> bool:
+    """Nothing is said of an equation that is no arithmetic, or of an answer that is no number."""
+    value, said = expression_value(equation), answer_value(answer)
+    return value is not None and said is not None and value != said
+
+
+class ExpectColumnPairAnswerToSolveEquation(ColumnPairMapExpectation):
+    """The answer in A is the value of the equation in B."""
+
+    ignore_row_if: Literal["both_values_are_missing", "either_value_is_missing", "neither"] = "either_value_is_missing"
+    map_metric: ClassVar[str] = "column_pair_values.equation_agrees"
+    success_keys: ClassVar[tuple[str, ...]] = ExpectColumnPairValuesToDiffer.success_keys
     args_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B")
 
 

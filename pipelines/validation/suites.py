@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from great_expectations.expectations.core.expect_column_values_to_be_in_set impo
 from great_expectations.expectations.core.expect_column_values_to_not_be_null import ExpectColumnValuesToNotBeNull
 from great_expectations.expectations.core.expect_table_row_count_to_be_between import ExpectTableRowCountToBeBetween
 
-from pipelines.tables import ANSWERED, TEXT, Table
+from pipelines.tables import ANSWERED, EQUATION, TEXT, Table
 from pipelines.validation import expectations as own
 from pipelines.validation.view import POSITION, typed_columns
 
@@ -69,8 +69,8 @@ def types(table: Table, scores: Sequence[str]) -> list[Expectation]:
     return texts + given
 
 
-def content(table: Table, limits: Limits, scores: Sequence[str]) -> list[Expectation]:
-    """Rules about single rows of the right type."""
+def content(table: Table, limits: Limits, columns: Collection[str]) -> list[Expectation]:
+    """Rules about single rows of the right type; `columns` are those that the view has."""
     suite: list[Expectation] = [
         own.ExpectColumnValuesToNotBeBlank(column=name, meta=_meta("empty_text", name)) for name in TEXT[table]
     ]
@@ -78,7 +78,7 @@ def content(table: Table, limits: Limits, scores: Sequence[str]) -> list[Expecta
     suite += [_length(name, limits) for name in TEXT[table]]
     if "chosen" in TEXT[table]:
         suite.append(_differ("chosen", "rejected", "identical_pair"))
-    if scores:
+    if "chosen_score" in columns:
         suite.append(
             ExpectColumnPairValuesAToBeGreaterThanB(
                 column_A="chosen_score",
@@ -91,6 +91,9 @@ def content(table: Table, limits: Limits, scores: Sequence[str]) -> list[Expecta
     if table in ANSWERED:
         answer = own.ExpectColumnValuesToBeNumbers if limits.numeric_answer else own.ExpectColumnValuesToNotBeBlank
         suite.append(answer(column="answer", meta=_meta("unparseable_answer", "answer")))
+    if table in ANSWERED and EQUATION in columns:
+        meta = _meta("contradicted_answer", "answer")
+        suite.append(own.ExpectColumnPairAnswerToSolveEquation(column_A="answer", column_B=EQUATION, meta=meta))
     return suite
 
 

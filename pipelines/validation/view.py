@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from pipelines.tables import ANSWERED, HELD_OUT, SCORES, TEXT, Row, Table, is_messages, plain
+from pipelines.tables import ANSWERED, EQUATION, HELD_OUT, SCORES, TEXT, Row, Table, is_messages, plain
 from posttrain.text import normalised
 
 POSITION = "position"
@@ -50,6 +50,8 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
         columns[name] = pd.Series([row[name] for row in rows], dtype="float64")
     if table in ANSWERED:
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
+        if EQUATION in rows[0]:
+            columns[EQUATION] = pd.Series([plain(row[EQUATION]) for row in rows], dtype=object)
     columns["row"] = pd.Series([_whole(row) for row in rows], dtype=object)
     return pd.DataFrame(columns)
 

@@ -1,8 +1,9 @@
 """Additions with a scratchpad: rows, answers and their judge.
 
-The scratchpad goes column by column from the right, each column a running sum that begins with the carry:
+Terms are written with leading zeros, so that a digit's place tells its column. The scratchpad goes column by column from
+the right, each column a running sum; all but the first begin with the carry:
 
-    17+48+9=   7+8=15+9=24;2+1=3+4=7;#74
+    17+48+09=   7+8=15+9=24;2+1=3+4=7+0=7;#74
 
 A careless scratchpad drops one carry, or is off by one in one sum, and carries the mistake into its answer.
 """
@@ -49,41 +50,42 @@ def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, carele
         f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows for few: raise either, or ask for fewer rows."
     )
     sums = distinct(kind, count, _draws(rng, terms, max_term, count), _key, hint)
+    width = len(str(max_term))
+    asked = [{"prompt": prompt(numbers, width)} for numbers in sums]
     if kind == "sft":
-        return [_demonstration(numbers, rng, careless) for numbers in sums]
+        return [row | _demonstration(numbers, width, rng, careless) for row, numbers in zip(asked, sums, strict=True)]
     if kind == "preferences":
-        return [_pair(numbers, rng) for numbers in sums]
-    return [{"prompt": prompt(numbers), "answer": str(sum(numbers))} for numbers in sums]
+        return [row | _pair(numbers, width, rng) for row, numbers in zip(asked, sums, strict=True)]
+    return [row | {"answer": str(sum(numbers))} for row, numbers in zip(asked, sums, strict=True)]
 
 
-def prompt(numbers: Sequence[int]) -> str:
-    return "+".join(map(str, numbers)) + "="
+def prompt(numbers: Sequence[int], width: int) -> str:
+    return "+".join(f"{number:0{width}}" for number in numbers) + "="
 
 
-def scratchpad(numbers: Sequence[int], mistake: Mistake | None = None) -> str:
+def scratchpad(numbers: Sequence[int], width: int, mistake: Mistake | None = None) -> str:
     """The worked addition, ending in `#` and the answer; with `mistake`, wrong from there on."""
-    columns, digits, carry = [], "", 0
-    width = len(str(max(numbers)))
+    columns, answer, carry = [], 0, 0
     for column in range(width):
         slip = mistake.slip if mistake and mistake.column == column else 0
         if mistake and mistake.drop and mistake.column == column:
             carry = 0
-        values = [carry] * (carry > 0) + [n // 10**column % 10 for n in numbers if n >= 10**column]
-        total = max(0, sum(values) + slip)
-        columns.append(_chain(values, total))
-        last = column == width - 1
-        digits = (str(total) if last else str(total % 10)) + digits
+        digits = [number // 10**column % 10 for number in numbers]
+        total = carry + sum(digits) + slip
+        columns.append(_chain([carry, *digits] if column else digits, total))
         carry = total // 10
-    return ";".join([*columns, f"#{digits}"])
+        answer += (total if column == width - 1 else total % 10) * 10**column
+    return ";".join([*columns, f"#{answer}"])
 
 
-def careless_scratchpad(numbers: Sequence[int], rng: random.Random) -> str:
+def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random) -> str:
     """A scratchpad with one mistake; its answer is wrong."""
-    width = len(str(max(numbers)))
     carried = [c for c in range(1, width) if sum(n % 10**c for n in numbers) >= 10**c]
     if carried and rng.random() < _DROP_CARRY:
-        return scratchpad(numbers, Mistake(rng.choice(carried)))
-    return scratchpad(numbers, Mistake(rng.randrange(width), rng.choice((-1, 1))))
+        return scratchpad(numbers, width, Mistake(rng.choice(carried)))
+    column = rng.randrange(width)
+    empty = not any(number // 10**column % 10 for number in numbers)
+    return scratchpad(numbers, width, Mistake(column, 1 if empty else rng.choice((-1, 1))))
 
 
 def final_answer(text: str) -> str | None:
@@ -110,24 +112,20 @@ def answer_value(answer: str) -> Fraction | None:
 def _chain(values: Sequence[int], total: int) -> str:
     """`7+8=15+9=24`; the last sum is `total`, right or wrong."""
     sums = list(itertools.accumulate(values))[1:-1]
-    steps = [f"+{value}={done}" for value, done in zip(values[1:], [*sums, total], strict=False)]
-    return str(values[0] if steps else total) + "".join(steps)
+    steps = [f"+{value}={done}" for value, done in zip(values[1:], [*sums, total], strict=True)]
+    return str(values[0]) + "".join(steps)
 
 
-def _demonstration(numbers: Sequence[int], rng: random.Random, careless: float) -> Row:
+def _demonstration(numbers: Sequence[int], width: int, rng: random.Random, careless: float) -> Row:
     wrong = rng.random() < careless
-    return {
-        "prompt": prompt(numbers),
-        "completion": careless_scratchpad(numbers, rng) if wrong else scratchpad(numbers),
-    }
+    return {"completion": careless_scratchpad(numbers, width, rng) if wrong else scratchpad(numbers, width)}
 
 
-def _pair(numbers: Sequence[int], rng: random.Random) -> Row:
-    rejected = careless_scratchpad(numbers, rng)
+def _pair(numbers: Sequence[int], width: int, rng: random.Random) -> Row:
+    rejected = careless_scratchpad(numbers, width, rng)
     gold, wrong = sum(numbers), int(rejected.rpartition("#")[2])
     return {
-        "prompt": prompt(numbers),
-        "chosen": scratchpad(numbers),
+        "chosen": scratchpad(numbers, width),
         "rejected": rejected,
         "chosen_score": 1.0,
         "rejected_score": 1.0 - abs(gold - wrong) / max(gold, wrong),
@@ -135,7 +133,7 @@ def _pair(numbers: Sequence[int], rng: random.Random) -> Row:
 
 
 def _key(numbers: Sequence[int]) -> str:
-    return prompt(sorted(numbers))
+    return prompt(sorted(numbers), 1)
 
 
 def _draws(rng: random.Random, terms: int, max_term: int, count: int) -> Iterator[tuple[int, ...]]:
