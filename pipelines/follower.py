@@ -25,10 +25,11 @@ class Follower:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         return cls(process)
 
-    def finish(self, wait_seconds: float = WAIT_SECONDS) -> None:
+    def finish(self) -> None:
         """Let it catch up for a while; the next step or `python -m pipelines.sync` carries over what is left then."""
         if self._process is None:
             return
+        wait_seconds = float(os.environ.get("POSTTRAIN_FOLLOWER_SECONDS", WAIT_SECONDS))
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

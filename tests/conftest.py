@@ -10,6 +10,8 @@ from pipelines import environment
 
 environment.quiet()
 
+pytest_plugins = ["tests.orchestration"]
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

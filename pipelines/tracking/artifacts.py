@@ -22,7 +22,7 @@ TRACEBACK = f"{ARTIFACTS}/traceback.txt"
 
 def send_artifacts(client: MlflowClient, run_id: str, source: Source, sent: set[str]) -> None:
     """Upload what is not in `sent`; names are added to it."""
-    pending = {name: data for name, data in _contents(source, sent)}
+    pending = dict(_contents(source, sent))
     if not pending:
         return
     present = _present(client, run_id, sorted({str(PurePosixPath(name).parent) for name in pending}))

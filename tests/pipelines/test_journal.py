@@ -38,9 +38,9 @@ def test_numbers_that_json_lacks_make_the_round_trip(tmp_path: Path) -> None:
 
     values = json.loads(line, parse_constant=refuse)["values"]
     assert values == {"nan": "NaN", "up": "Infinity", "down": "-Infinity"}
-    assert (
-        math.isnan(number(values["nan"])) and number(values["up"]) == math.inf and number(values["down"]) == -math.inf
-    )
+    assert math.isnan(number(values["nan"]))
+    assert number(values["up"]) == math.inf
+    assert number(values["down"]) == -math.inf
 
 
 def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
@@ -88,7 +88,9 @@ def test_canonical_form_does_not_know_of_interruptions() -> None:
     killed = {"kind": "end", "status": "KILLED"}
     rough = [*calm[:3], killed, {"kind": "resume"}, *calm[1:]]
     assert canonical(rough) == canonical(calm) == calm
-    assert ended(rough) == "FINISHED" and ended(rough[:4]) == "KILLED" and ended(rough[:5]) is None
+    assert ended(rough) == "FINISHED"
+    assert ended(rough[:4]) == "KILLED"
+    assert ended(rough[:5]) is None
 
 
 @pytest.mark.parametrize(

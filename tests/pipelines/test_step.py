@@ -79,7 +79,8 @@ def test_a_step_that_never_asks_is_interrupted_where_it_stands(project: Project)
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 143 and err.startswith("error: stopped by SIGTERM")
+    assert process.returncode == 143
+    assert err.startswith("error: stopped by SIGTERM")
     assert ended(read(project.state / "journal.jsonl")) == "KILLED"
 
 
@@ -88,9 +89,12 @@ def test_an_expected_error_is_one_paragraph_and_a_bug_a_traceback(project: Proje
     told = project.run(FAIL_AT="3", FAIL_WITH="data", FAIL_TEXT=f"cannot read {secret}")
     assert (told.returncode, told.stderr) == (2, "error: cannot read postgresql://***@db/x\n")
     bug = project.run(FAIL_AT="3", FAIL_WITH="bug", FAIL_TEXT=secret)
-    assert bug.returncode == 1 and "Traceback" in bug.stderr and "ZeroDivisionError" in bug.stderr
+    assert bug.returncode == 1
+    assert "Traceback" in bug.stderr
+    assert "ZeroDivisionError" in bug.stderr
     end = read(project.state / "journal.jsonl")[-1]
-    assert end["status"] == "FAILED" and end["reason"] == "ZeroDivisionError: postgresql://***@db/x"
+    assert end["status"] == "FAILED"
+    assert end["reason"] == "ZeroDivisionError: postgresql://***@db/x"
     assert "ZeroDivisionError" in (project.state / "artifacts" / "traceback.txt").read_text()
     written = [bug.stderr, *(p.read_text() for p in project.state.rglob("*") if p.is_file())]
     assert not any("hunter2" in text for text in written)
@@ -99,7 +103,8 @@ def test_an_expected_error_is_one_paragraph_and_a_bug_a_traceback(project: Proje
 def test_reading_an_undeclared_parameter_is_refused_by_name(project: Project) -> None:
     done = project.run(READ="1")
     assert done.returncode == 2
-    assert "stage count reads the parameter reward.epochs" in done.stderr and "Add 'reward'" in done.stderr
+    assert "stage count reads the parameter reward.epochs" in done.stderr
+    assert "Add 'reward'" in done.stderr
 
 
 def test_the_trace_lists_what_was_read_and_imported(project: Project) -> None:
@@ -126,7 +131,8 @@ def test_the_same_run_twice_at_once_is_refused(project: Project) -> None:
     second = project.run()
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    assert second.returncode == 2 and "count-grpo-0 is already running" in second.stderr
+    assert second.returncode == 2
+    assert "count-grpo-0 is already running" in second.stderr
 
 
 def test_a_step_dies_with_dvc_when_dvc_is_killed(project: Project) -> None:
@@ -165,11 +171,14 @@ def params(root: Path) -> Params:
 def test_watched_parameters_behave_like_the_real_ones(params: Params) -> None:
     reads = Reads("align", ("align", "algorithms.grpo", "rewards"))
     seen = watched(params, reads)
-    assert isinstance(seen, Params) and isinstance(seen.algorithms["grpo"], AlgorithmParams)
+    assert isinstance(seen, Params)
+    assert isinstance(seen.algorithms["grpo"], AlgorithmParams)
     assert seen.algorithm("grpo") == params.algorithm("grpo")
     budget = seen.budget("grpo")
-    assert isinstance(budget, OnPolicyBudget) and budget == params.budget("grpo")
-    assert dict(seen.rewards) == params.rewards and seen.align.compute == params.align.compute
+    assert isinstance(budget, OnPolicyBudget)
+    assert budget == params.budget("grpo")
+    assert dict(seen.rewards) == params.rewards
+    assert seen.align.compute == params.align.compute
     assert pickle.loads(pickle.dumps(seen.align)) == params.align
     assert seen.algorithms["grpo"].rewards == {"answer": 1.0, "rm": 0.0}
 
@@ -177,7 +186,8 @@ def test_watched_parameters_behave_like_the_real_ones(params: Params) -> None:
 def test_what_is_read_is_recorded_leaf_by_leaf(params: Params) -> None:
     reads = Reads("sft", ("sft",))
     seen = watched(params, reads)
-    assert seen.sft.optimizer.learning_rate == 2e-3 and seen.sft.epochs == 6
+    assert seen.sft.optimizer.learning_rate == 2e-3
+    assert seen.sft.epochs == 6
     assert reads.leaves == {"sft.optimizer.learning_rate", "sft.epochs"}
     seen.sft.checkpoint.model_dump()
     added = {f"sft.checkpoint.{name}" for name in ("every_steps", "every_minutes", "keep")}
