@@ -94,7 +94,7 @@ def final_answer(text: str) -> str | None:
         found = _MARKED.match(text.rpartition("#")[2])
     else:
         found = _TRAILING.search(text)
-    return found[1].strip() if found else None
+    return found[1].strip().removesuffix(".") if found else None
 
 
 def answers_equal(answer: str, gold: str) -> bool:
