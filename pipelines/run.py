@@ -7,6 +7,7 @@ DVC keeps. Numbers that depend on the clock go to the measurements only, never t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import Params
-from pipelines.identity import content_digest, file_digest
+from pipelines.identity import file_digest
 from pipelines.journal import Journal, Record, ended, representable, write_atomic
 from pipelines.publish import ARTIFACTS, JOURNAL
 from pipelines.redaction import redacted
@@ -116,9 +117,8 @@ class Run:
         if not any(file.suffix == ".safetensors" for file in files):
             raise TrackingError(f"{folder} holds no .safetensors file; save the model there before recording it.")
         weights = {file.name: file_digest(file) for file in files}
-        self._journal.append(
-            {"kind": "model", "path": folder.as_posix(), "files": weights, "sha256": content_digest(folder)}
-        )
+        digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+        self._journal.append({"kind": "model", "path": folder.as_posix(), "files": weights, "sha256": digest})
 
     def tag(self, key: str, value: object) -> None:
         self._journal.append({"kind": "tags", "values": {_named(key): str(value)}})

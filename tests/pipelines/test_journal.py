@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.journal import Journal, canonical, ended, number, read
+from pipelines.journal import Journal, Record, canonical, ended, number, read
 from pipelines.redaction import redact
 from posttrain.errors import TrackingError
 
 
-def metrics(step: int, **values: float) -> dict[str, object]:
+def metrics(step: int, **values: float) -> Record:
     return {"kind": "metrics", "step": step, "values": values}
 
 
@@ -83,9 +83,10 @@ def test_truncation_keeps_what_the_checkpoint_knew(tmp_path: Path) -> None:
 
 
 def test_canonical_form_does_not_know_of_interruptions() -> None:
-    start, end = {"kind": "start", "run": "a"}, {"kind": "end", "status": "FINISHED"}
+    start: Record = {"kind": "start", "run": "a"}
+    end: Record = {"kind": "end", "status": "FINISHED"}
     calm = [start, {"kind": "tags", "values": {"a": "1"}}, metrics(0, loss=2.0), metrics(1, loss=1.0), end]
-    killed = {"kind": "end", "status": "KILLED"}
+    killed: Record = {"kind": "end", "status": "KILLED"}
     rough = [*calm[:3], killed, {"kind": "resume"}, *calm[1:]]
     assert canonical(rough) == canonical(calm) == calm
     assert ended(rough) == "FINISHED"
