@@ -18,6 +18,7 @@ from posttrain.errors import OrchestrationError
 from tasks import stage as stages
 from tasks.console import say
 from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
+from tasks.lockfile import sort_lock
 from tasks.publish import publish_report
 from tasks.slots import machine_slots
 
@@ -28,7 +29,8 @@ def bring_all_up_to_date(
     """The body of both flows. Returns Cancelled after a signal, raises OrchestrationError after a failure."""
     stages.stop.clear()
     with only_flow(root), stop_on_signal(stages.stop):
-        dag = needed_for(read_dag(root), targets)
+        whole = read_dag(root)
+        dag = needed_for(whole, targets)
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
         todo = stale(dag, changed(root) | imports)
         _announce(dag, todo)
@@ -38,6 +40,7 @@ def bring_all_up_to_date(
         started = time.time()
         with follower(root, tracking):
             outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, _report_end)
+        sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
             return Cancelled(message="stopped by a signal")

@@ -64,7 +64,7 @@ def _wait(child: subprocess.Popen[bytes], seconds: float | None) -> bool:
 
 
 def _put_down(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    for number, seconds in ((signal.SIGINT, grace_seconds), (signal.SIGTERM, TERM_SECONDS)):
+    for number, seconds in ((signal.SIGINT, grace_seconds), (signal.SIGTERM, min(TERM_SECONDS, grace_seconds))):
         _signal_group(child.pid, number)
         if _wait(child, seconds):
             return

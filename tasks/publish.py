@@ -23,8 +23,13 @@ def publish_report(root: Path) -> Path | None:
 
 def markdown_table(comparison: Any) -> str:
     """One row per model: its columns are the scalar entries; a mean with bounds is written `0.512 (0.48 to 0.54)`."""
-    models = comparison["models"]
-    rows = [{"model": name, **row} for name, row in models.items()] if isinstance(models, dict) else list(models)
+    models = comparison.get("models", comparison) if isinstance(comparison, dict) else comparison
+    named = (
+        [{"model": name, **row} for name, row in models.items() if isinstance(row, dict)]
+        if isinstance(models, dict)
+        else models
+    )
+    rows = [row for row in named if isinstance(row, dict)]
     columns = list(dict.fromkeys(name for row in rows for name, value in row.items() if _cell(value) is not None))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(name)) or "" for name in columns) + " |" for row in rows]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+
 import flows  # noqa: F401  (sets the quiet environment before Prefect is imported)
 from tests.workspace import build, copy, dvc
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from flows.retrain import retrain
-from tests.finished import dvc
+from tests.workspace import dvc
 
 pytestmark = pytest.mark.usefixtures("prefect_url")
 
@@ -29,7 +29,7 @@ def test_an_import_is_updated_from_its_source(workspace: Path, tmp_path: Path) -
     source.write_text("3")
     dvc(workspace, "import-url", "-q", str(source), "number.txt")
     (workspace / "dvc.yaml").write_text(
-        "stages:\n  start:\n    cmd: python work.py start 0 number.txt\n"
+        "stages:\n  start:\n    cmd: python work.py start number.txt\n"
         "    deps: [work.py, number.txt]\n    outs: [start.txt]\n"
     )
     source.write_text("41")
