@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,7 @@ class Validator:
     def __init__(self, docs: Path | None = None) -> None:
         self.context = gx.get_context(mode="ephemeral")
         self.context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
-        for site in list(self.context.get_site_names()):
-            self.context.delete_data_docs_site(site)
+        self._discard_default_site()
         if docs:
             store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
             self.context.add_data_docs_site(
@@ -136,6 +136,12 @@ class Validator:
         )
         asked = {(e.meta["rule"], e.meta["column"]): place for place, e in enumerate(suite)}
         return sorted((_finding(table, result) for result in outcome.results), key=lambda f: asked[f.rule, f.column])
+
+    def _discard_default_site(self) -> None:
+        """The context makes a site of its own in a temporary folder, and leaves the folder behind."""
+        for name, site in list((self.context.variables.data_docs_sites or {}).items()):
+            shutil.rmtree(site["store_backend"]["base_directory"], ignore_errors=True)
+            self.context.delete_data_docs_site(name)
 
     def write_docs(self) -> None:
         """HTML pages of every result so far. They carry the time and load styles from the network: for people, never an output."""
