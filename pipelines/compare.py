@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipelines.config import load_params
 from pipelines.report.analysis import Question, compare
+from pipelines.report.costs import write_costs
 from pipelines.report.load import load, wanted
 from pipelines.report.words import solved
 from pipelines.report.write import write
@@ -36,6 +37,7 @@ def run(run: Run) -> None:
     run.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.tag("solved", solved(comparison))
     run.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
+    write_costs(Path())
 
 
 def question_of(run: Run) -> Question:

@@ -170,9 +170,7 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     answers = {name: greedy(results.of(name), question.accuracy) for name in (SFT, *results.algorithms)}
     tests = [paired(answers[a], answers[b], question.resampling) for a, b in names]
     adjusted = holm([test.p for test in tests])
-    return [
-        Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)
-    ]
+    return [Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)]
 
 
 def _costs(results: Results) -> list[Cost]:

@@ -28,7 +28,7 @@ def accuracy(comparison: Comparison, look: Look) -> Figure:
     axes.axvline(comparison.of(SFT).accuracy.value, color=look.colour(SFT), linewidth=1, linestyle=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_xlim(left=min(0.0, *axes.get_xlim()) if axes.get_xlim()[0] < 0.15 else None)
-    axes.set_xlabel(f"accuracy of the greedy answer, {comparison.question.resampling.confidence:.0%} interval")
+    axes.set_xlabel(f"accuracy of the greedy answer, {100 * comparison.question.resampling.confidence:.4g} % interval")
     return drawn
 
 
@@ -52,7 +52,7 @@ def rewards(comparison: Comparison, look: Look) -> Figure:
         _forest(axes, rows, look)
         axes.set_title(source)
     panels[-1].set_xlabel(
-        f"mean reward of sampled answers, {comparison.question.resampling.confidence:.0%} interval"
+        f"mean reward of sampled answers, {100 * comparison.question.resampling.confidence:.4g} % interval"
     )
     return drawn
 

@@ -105,7 +105,9 @@ def load(algorithms: Sequence[str], seeds: Sequence[int], root: Path = Path()) -
     models += [_model(root, f"{name}-{seed}", name, seed) for name in algorithms for seed in seeds]
     _check_same_prompts(models)
     runs = root / RUNS
-    return Results(models, training(runs / "sft", "sft"), training(runs / "reward", "reward"), list(algorithms), list(seeds))
+    return Results(
+        models, training(runs / "sft", "sft"), training(runs / "reward", "reward"), list(algorithms), list(seeds)
+    )
 
 
 def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
@@ -117,7 +119,9 @@ def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
 def predictions(path: Path) -> Predictions:
     """One parquet of predictions, with samples as columns. Raises DataError where it cannot be used."""
     if not path.is_file():
-        raise DataError(f"{path} is not there although its run has finished; run its evaluate stage again with `dvc repro --force`")
+        raise DataError(
+            f"{path} is not there although its run has finished; run its evaluate stage again with `dvc repro --force`"
+        )
     table = pq.read_table(path)
     lacking = [name for name in ("prompt_id", "sample", *TEXTS, *NUMBERS) if name not in table.column_names]
     if lacking or not table.num_rows:

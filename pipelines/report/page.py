@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from pipelines.report import curves, forest
@@ -15,10 +13,8 @@ from pipelines.report.analysis import Comparison
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.samples import examples
 from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
-from pipelines.report.words import findings, p_value, percent, ranked, solved, title
-from posttrain.evaluation.statistics import Interval
-
-TEMPLATES = Path(__file__).parent / "templates"
+from pipelines.report.templating import environment
+from pipelines.report.words import findings, ranked, solved, title
 
 
 @dataclass(frozen=True)
@@ -33,34 +29,6 @@ class Picture:
 
     def uri(self, scheme: Scheme) -> str:
         return "data:image/png;base64," + base64.b64encode(self.bytes[scheme]).decode("ascii")
-
-
-def environment() -> Environment:
-    """Templates with autoescape on: sampled text is shown, never interpreted."""
-    made = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    made.filters |= {"percent": percent, "p": p_value, "share": share, "score": score, "count": count}
-    return made
-
-
-def share(interval: Interval | None) -> str:
-    """`48.2 % (43.4–53.1)`."""
-    if interval is None:
-        return "–"
-    return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
-
-
-def score(interval: Interval | None) -> str:
-    """`1.24 (1.10 to 1.38)`."""
-    if interval is None:
-        return "–"
-    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
-
-
-def count(value: float | None) -> str:
-    """`1,234,567`, or a dash for what was not measured."""
-    return "–" if value is None else f"{value:,.0f}"
 
 
 def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:

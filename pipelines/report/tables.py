@@ -91,7 +91,20 @@ def accuracy_csv(comparison: Comparison) -> str:
 
 def pairwise_csv(comparison: Comparison) -> str:
     """One row per test."""
-    header = ["a", "b", "difference", "low", "high", "prompts", "only_a", "only_b", "test", "p", "p_holm", "significant"]
+    header = [
+        "a",
+        "b",
+        "difference",
+        "low",
+        "high",
+        "prompts",
+        "only_a",
+        "only_b",
+        "test",
+        "p",
+        "p_holm",
+        "significant",
+    ]
     rows = []
     for pair in comparison.pairs:
         test, d = pair.test, pair.test.difference

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pipelines.report.analysis import Comparison, Pair, Summary
 from pipelines.report.load import SFT
 from posttrain.evaluation.statistics import Interval
@@ -17,14 +15,14 @@ def percent(value: float) -> str:
 
 
 def span(interval: Interval, confidence: float) -> str:
-    return f"{confidence:.0%} interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+    return f"{100 * confidence:.4g} % interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 def p_value(p: float) -> str:
-    """`p = 0.012`; small ones by their order of magnitude."""
+    """`p = 0.012`; below a thousandth only its bound, which is all that matters there."""
     if p >= 0.001:
         return f"p = {p:.3f}"
-    return f"p < 10^{math.floor(math.log10(p)) + 1}" if p < 1e-4 else "p < 0.001"
+    return "p < 0.001" if p >= 0.0001 else "p < 0.0001"
 
 
 def ranked(comparison: Comparison) -> list[Summary]:
@@ -80,11 +78,12 @@ def _level(comparison: Comparison, first: Summary) -> str:
 
 
 def _against_sft(comparison: Comparison, first: Summary) -> str:
-    return _difference(comparison, first.name, SFT, "SFT")
+    return _difference(comparison, first.name, SFT, f"SFT ({percent(comparison.of(SFT).accuracy.value)})")
 
 
 def _against(comparison: Comparison, first: Summary, second: Summary) -> str:
-    return _difference(comparison, first.name, second.name, f"the next algorithm, {second.name},")
+    called = f"the next algorithm, {second.name} ({percent(second.accuracy.value)}),"
+    return _difference(comparison, first.name, second.name, called)
 
 
 def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
@@ -93,12 +92,12 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
     spread = pair.test.difference
     points = 100 * sign * spread.value
     low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
-    start = f"Against {called} ({percent(comparison.of(b).accuracy.value)}) it is"
+    start = f"Against {called} {a} is"
     if points == 0:
         return f"{start} level; {verdict(pair)}."
     where = "ahead" if points > 0 else "behind"
     return (
-        f"{start} {abs(points):.1f} points {where} ({confidence:.0%} interval of the difference"
+        f"{start} {abs(points):.1f} points {where} ({100 * confidence:.4g} % interval of the difference"
         f" {low:+.1f} to {high:+.1f}); {verdict(pair)}."
     )
 

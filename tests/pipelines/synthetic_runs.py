@@ -29,7 +29,11 @@ def finished(folder: Path, directory: Path, name: str, values: Mapping[str, Any]
         stage=directory.parts[1], name=name, params=params, args=argparse.Namespace(), directory=folder / directory,
         state=folder / "state" / name, key="k" * 64,
     )  # fmt: skip
-    run.open({"kind": "start", "stage": run.stage, "name": name}, {"kind": "params", "values": dict(values)}, {"kind": "start"})
+    run.open(
+        {"kind": "start", "stage": run.stage, "name": name},
+        {"kind": "params", "values": dict(values)},
+        {"kind": "start"},
+    )
     return run
 
 
@@ -70,7 +74,11 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
     for i in range(prompts):
         for sample in range(samples + 1):
             right = bool(difficulty[i] + own.normal(0, 0.12 * (1 + (sample > 0))) < RATES[group])
-            text = ATTACK if attack and i % 2 == 0 else f"{i} + {i} = {2 * i if right else 2 * i + 1}\nanswer: {2 * i + (not right)}"
+            text = (
+                ATTACK
+                if attack and i % 2 == 0
+                else f"{i} + {i} = {2 * i if right else 2 * i + 1}\nanswer: {2 * i + (not right)}"
+            )
             rows.append({
                 "prompt_id": i, "sample": sample, "prompt": f"{i} + {i} =", "answer": str(2 * i), "completion": text,
                 "tokens": len(text), "truncated": not right and i % 7 == 0, "entropy": 0.3 + 0.01 * own.uniform(),

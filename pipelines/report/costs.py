@@ -1,0 +1,96 @@
+"""The page of machine costs: wall time, share of orchestration, memory and throughput of the runs on this machine.
+
+    python -m pipelines.report.costs
+
+Writes .posttrain/costs/index.html and costs.json. They depend on the clock, so they are no part of report/ and of no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines import environment
+from pipelines.journal import write_atomic
+from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
+from pipelines.report.templating import environment as templates
+from posttrain.errors import PosttrainError
+
+FOLDER = Path(".posttrain") / "costs"
+TARGET = 0.25
+"""Orchestration should stay below this share: more, and the machinery is the cost."""
+PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging and preparing", "seconds/train": "updating"}
+
+
+def write_costs(project: Path) -> Path:
+    """Read the measurements of this machine and write the page; returns its path."""
+    runs = all_runs(project)
+    flow = flow_time(project, runs)
+    rows = [_row(run) for run in newest(runs)]
+    tree = {"flow": None if flow is None else _flow(flow), "runs": rows, "orchestration_target": TARGET}
+    folder = project / FOLDER
+    page = (
+        templates()
+        .get_template("costs.html.j2")
+        .render(
+            rows=rows,
+            flow=flow,
+            target=TARGET,
+            parts=list(PARTS.values()),
+            longest=max((r["seconds"] for r in rows), default=1.0),
+        )
+    )
+    write_atomic(folder / "costs.json", (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def _row(run: RunMeasures) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "seconds": run.seconds,
+        "attempts": len(run.spans),
+        "steps": len(run.values.get("seconds/step", ())),
+        "seconds_per_step": run.median("seconds/step"),
+        "parts": {part: run.total(metric) for metric, part in PARTS.items()},
+        "tokens_per_second": run.median("throughput/tokens_per_second"),
+        "peak_memory_mib": run.greatest("memory/peak_mib"),
+    }
+
+
+def _flow(flow: FlowTime) -> dict[str, Any]:
+    return {
+        "wall_seconds": flow.wall,
+        "overhead_seconds": flow.overhead,
+        "orchestration_seconds": flow.orchestration,
+        "orchestration_share": flow.share,
+        "stages": {
+            s.name: {
+                "wall_seconds": s.wall,
+                "work_seconds": s.work,
+                "orchestration_seconds": s.orchestration,
+                "ran": s.ran,
+            }
+            for s in flow.stages
+        },
+    }
+
+
+def main() -> None:
+    """Command line: no options, the project is the one of the working directory."""
+    argparse.ArgumentParser(
+        prog="python -m pipelines.report.costs", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()  # fmt: skip
+    try:
+        print(write_costs(environment.root()))
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Machine costs from measurements and a flow's record, with times written by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.report.costs import write_costs
+from pipelines.report.measured import all_runs, flow_time, newest, overlap, union
+from posttrain.errors import TrackingError
+
+
+def measured(project: Path, name: str, key: str, stage: str | None, *records: dict[str, Any]) -> None:
+    folder = project / ".posttrain" / "runs" / f"{name}-{key * 16}"
+    folder.mkdir(parents=True)
+    lines = [record | ({"dvc_stage": stage} if record["kind"] == "start" else {}) for record in records]
+    (folder / "measurements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def timings(step: int, time: float, **values: float) -> dict[str, Any]:
+    names = {
+        "rollout": "seconds/rollout",
+        "train": "seconds/train",
+        "step": "seconds/step",
+        "speed": "throughput/tokens_per_second",
+    }
+    names |= {"memory": "memory/peak_mib"}
+    return {"kind": "timings", "step": step, "time": time, "values": {names[k]: v for k, v in values.items()}}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """sft took 10 s of work in a stage of 12 s; grpo was killed after 3 s, resumed, and worked 5 s more in a stage of 7 s."""
+    start, end = {"kind": "start"}, {"kind": "end"}
+    measured(tmp_path, "sft", "a", "sft", start | {"time": 50.0}, end | {"time": 51.0})
+    measured(tmp_path, "sft", "b", "sft", start | {"time": 101.0}, timings(1, 104, step=2.0, train=1.5, speed=100.0),
+             timings(2, 108, step=4.0, train=3.5, speed=300.0), end | {"time": 111.0})  # fmt: skip
+    measured(tmp_path, "align-grpo-0", "c", "align@grpo-0", start | {"time": 60.0}, timings(1, 63.0, rollout=1.0, memory=900.0),
+             start | {"time": 113.5}, timings(2, 117.0, rollout=2.0, memory=1100.0), end | {"time": 118.5})  # fmt: skip
+    stages = {
+        "sft": {"started": 100.0, "ended": 112.0, "ran": True, "outcome": "ran"},
+        "align@grpo-0": {"started": 112.0, "ended": 119.0, "ran": True, "outcome": "ran"},
+        "ingest": {"started": 100.0, "ended": 100.0, "ran": False, "outcome": "up-to-date"},
+    }
+    (tmp_path / ".posttrain" / "flow.json").write_text(json.dumps({"started": 98.0, "ended": 120.0, "stages": stages}))
+    return tmp_path
+
+
+def test_orchestration_is_what_is_not_inside_a_step(project: Path) -> None:
+    flow = flow_time(project, all_runs(project))
+    assert flow is not None
+    stages = {stage.name: (stage.wall, stage.work, stage.orchestration) for stage in flow.stages}
+    assert stages == {"ingest": (0, 0, 0), "sft": (12, 10, 2), "align@grpo-0": (7, 5, 2)}
+    assert (flow.wall, flow.overhead, flow.orchestration) == (22, 3, 7)
+    assert flow.share == pytest.approx(7 / 22)
+
+
+def test_runs_show_the_newest_of_each_name_over_all_attempts(project: Path) -> None:
+    grpo, sft = newest(all_runs(project))
+    assert (grpo.name, grpo.stage, grpo.seconds, len(grpo.spans)) == ("align-grpo-0", "align@grpo-0", 8.0, 2)
+    assert (grpo.total("seconds/rollout"), grpo.greatest("memory/peak_mib"), grpo.median("seconds/step")) == (
+        3,
+        1100,
+        None,
+    )
+    assert (sft.seconds, sft.median("throughput/tokens_per_second"), sft.total("seconds/train")) == (10, 200, 5)
+
+
+def test_the_page_and_its_numbers(project: Path) -> None:
+    page = write_costs(project).read_text(encoding="utf-8")
+    numbers = json.loads((project / ".posttrain" / "costs" / "costs.json").read_text())
+    assert numbers["flow"]["orchestration_share"] == pytest.approx(7 / 22)
+    assert numbers["flow"]["stages"]["sft"]["work_seconds"] == 10
+    assert [row["name"] for row in numbers["runs"]] == ["align-grpo-0", "sft"]
+    assert "31.8 %" in page
+    assert "above the target of 25 %" in page
+    assert "<b>2</b><span>of 3 stages" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_without_measurements_the_page_says_so(tmp_path: Path) -> None:
+    page = write_costs(tmp_path).read_text(encoding="utf-8")
+    assert "No flow has run in this copy" in page
+    assert "No run has been measured" in page
+
+
+def test_a_flow_that_found_nothing_stale_has_no_share(project: Path) -> None:
+    record = {"started": 0.0, "ended": 2.0, "stages": {"sft": {"started": 1.0, "ended": 1.0, "ran": False}}}
+    (project / ".posttrain" / "flow.json").write_text(json.dumps(record))
+    flow = flow_time(project, all_runs(project))
+    assert flow is not None
+    assert flow.share is None
+    assert "found every stage up to date" in write_costs(project).read_text(encoding="utf-8")
+
+
+def test_a_damaged_record_is_named(project: Path, root: Path) -> None:
+    (project / ".posttrain" / "flow.json").write_text('{"started": 1}')
+    with pytest.raises(TrackingError, match=r"flow.json is not a flow's record"):
+        write_costs(project)
+    (project / "params.yaml").write_text("")
+    command = [sys.executable, "-m", "pipelines.report.costs"]
+    done = subprocess.run(
+        command, cwd=project, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert done.stderr.startswith("error: ")
+
+
+def test_spans() -> None:
+    assert union([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+    assert union([]) == 0
+    assert overlap((0, 5), (3, 9)) == (3, 5)
+    assert overlap((0, 1), (3, 9)) == (3, 3)

@@ -1,0 +1,306 @@
+"""The report: its numbers, its words, its safety and its determinism, over runs whose true accuracies are known."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.report.analysis import Comparison, Question, compare, greedy
+from pipelines.report.curves import running_mean, seed_mean
+from pipelines.report.load import load, predictions
+from pipelines.report.samples import examples
+from pipelines.report.words import findings, p_value, solved, title
+from posttrain.errors import DataError
+from posttrain.evaluation.statistics import Resampling, mcnemar, wilson
+from tests.pipelines.synthetic_runs import ATTACK, RATES, build
+
+QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0))
+
+
+def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(root), "POSTTRAIN_FOLLOWER": "1"}
+    command = [sys.executable, "-m", "pipelines.compare"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A project after `python -m pipelines.compare`."""
+    folder = build(tmp_path_factory.mktemp("project"))
+    shutil.copy(root / "params.yaml", folder)
+    done = run_compare(folder, root)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(project: Path) -> str:
+    return (project / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def numbers(project: Path) -> Any:
+    return json.loads((project / "report" / "comparison.json").read_text(encoding="utf-8"))
+
+
+class Text(HTMLParser):
+    """What a reader sees, and the tags and addresses of the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.parts))
+
+
+def greedy_by_hand(project: Path, model: str) -> list[float]:
+    rows = pq.read_table(project / "runs" / "evaluate" / model / "artifacts" / "predictions.parquet").to_pylist()
+    return [row["reward_answer"] for row in rows if row["sample"] == 0]
+
+
+def test_accuracies_are_shares_of_right_greedy_answers_with_wilson_intervals(project: Path, numbers: Any) -> None:
+    assert list(numbers["models"]) == ["base", "sft", "dpo", "grpo", "ppo"]
+    for name, run in (("base", "base"), ("sft", "sft"), ("grpo", "grpo-0")):
+        right = greedy_by_hand(project, run)
+        accuracy = numbers["models"][name]["accuracy"]
+        assert accuracy["mean"] == pytest.approx(sum(right) / 120)
+        assert (accuracy["low"], accuracy["high"]) == pytest.approx(wilson(sum(right), 120))
+        assert abs(accuracy["mean"] - RATES[name]) < 0.1
+
+
+def test_pairs_are_tested_prompt_by_prompt_and_corrected(project: Path, numbers: Any) -> None:
+    pairs = {(pair["a"], pair["b"]): pair for pair in numbers["pairs"]}
+    assert list(pairs) == [
+        ("dpo", "sft"),
+        ("grpo", "sft"),
+        ("ppo", "sft"),
+        ("dpo", "grpo"),
+        ("dpo", "ppo"),
+        ("grpo", "ppo"),
+    ]
+    grpo, sft = greedy_by_hand(project, "grpo-0"), greedy_by_hand(project, "sft")
+    gained = sum(g > s for g, s in zip(grpo, sft, strict=True))
+    lost = sum(g < s for g, s in zip(grpo, sft, strict=True))
+    pair = pairs["grpo", "sft"]
+    assert (pair["only_a"], pair["only_b"], pair["test"]) == (gained, lost, "exact McNemar")
+    assert pair["p"] == pytest.approx(mcnemar(gained, lost))
+    assert pair["difference"]["mean"] == pytest.approx((gained - lost) / 120)
+    worst = max(numbers["pairs"], key=lambda p: p["p"])
+    assert worst["p_holm"] == worst["p"]
+    assert all(pair["p"] <= pair["p_holm"] <= min(1, 6 * pair["p"]) for pair in numbers["pairs"])
+
+
+def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -> None:
+    assert numbers["title"] == "grpo wins"
+    said = " ".join(numbers["findings"])
+    assert "grpo has the highest accuracy of the algorithms: it solves 75.8 % of 120 held-out problems" in said
+    assert "the difference is significant (exact McNemar, Holm-corrected p < 0.0001)" in said
+    assert "ppo made the model worse than SFT, by 14.2 points" in said
+    assert "ppo over-optimised the reward model: its score rose from 0.10 (SFT) to 3.00" in said
+    assert "One training seed per algorithm" in said
+    text = Text(page).text
+    for sentence in numbers["findings"]:
+        assert sentence in text.replace("\u00a0", " ")
+
+
+def test_what_was_not_measured_is_not_invented(page: str, numbers: Any) -> None:
+    assert numbers["cost"]["dpo"] == {
+        "runs": 1,
+        "tokens_sampled": None,
+        "tokens_trained": 40_000,
+        "optimiser_steps": 40,
+    }
+    assert numbers["cost"]["grpo"]["tokens_sampled"] == 5120 * 40
+    assert numbers["cost"]["ppo"]["optimiser_steps"] == 80  # two epochs over every batch
+    assert numbers["cost"]["sft"] == {
+        "runs": 1,
+        "tokens_sampled": None,
+        "tokens_trained": 90_000,
+        "optimiser_steps": 10,
+    }
+    assert numbers["models"]["base"]["reward"]["rm"]["missing"] == 4
+    text = Text(page).text
+    assert "dpo: no sampling while training" in text
+    assert "Journal metric reward/rm/mean. Not logged by dpo." in text
+    assert "base: reward rm is missing for 4 sampled answers" in text
+
+
+def test_behaviour_is_measured_on_sampled_answers(numbers: Any) -> None:
+    models = numbers["models"]
+    assert models["sft"]["kl_to_sft"]["mean"] == 0
+    assert models["ppo"]["reward"]["rm"]["mean"] == pytest.approx(3.0, abs=0.05)
+    assert models["dpo"]["preference_accuracy"] == pytest.approx(0.625)
+    assert models["grpo"]["pass_at_k"]["4"]["mean"] > models["grpo"]["pass_at_k"]["1"]["mean"]
+    assert models["grpo"]["pass_at_k"]["1"]["mean"] == pytest.approx(models["grpo"]["reward"]["answer"]["mean"])
+    heldout = numbers["reward_model"]["heldout_accuracy"]
+    assert (heldout["low"], heldout["high"]) == pytest.approx(wilson(90, 100))
+
+
+def test_sampled_text_is_shown_and_never_interpreted(page: str) -> None:
+    seen = Text(page)
+    assert ATTACK in seen.text
+    assert not {"script", "link", "object", "embed", "form"} & set(seen.tags)
+    assert "&lt;script&gt;alert(" in page
+    assert "default-src 'none'" in page
+
+
+def test_the_page_needs_nothing_but_itself(page: str) -> None:
+    assert "http://" not in page
+    assert "https://" not in page
+    outside = [a for a in Text(page).addresses if not a.startswith(("data:image/png;base64,", "#"))]
+    assert set(outside) == {
+        "../.posttrain/costs/index.html", "comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv",
+    }  # fmt: skip
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_a_second_run_writes_the_same_bytes(project: Path, root: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        files = sorted([*(project / "report").iterdir(), *(project / "runs" / "compare").rglob("*.*")])
+        return {file.relative_to(project).as_posix(): file.read_bytes() for file in files}
+
+    before = contents()
+    (project / "report" / "leftover.png").write_bytes(b"of an older report")
+    done = run_compare(project, root)
+    assert done.returncode == 0, done.stderr
+    assert contents() == before
+    assert {"report/index.html", "report/accuracy.png", "report/over_optimisation.png"} <= before.keys()
+    assert all(data.startswith(b"\x89PNG") for name, data in before.items() if name.endswith(".png"))
+    assert not any(b"Matplotlib version" in data for name, data in before.items() if name.endswith(".png"))
+
+
+def test_tables_hold_the_journals_and_the_tests(project: Path, numbers: Any) -> None:
+    def rows(name: str) -> list[dict[str, str]]:
+        return list(csv.DictReader((project / "report" / name).read_text().splitlines()))
+
+    assert [row["model"] for row in rows("accuracy.csv")] == ["base", "sft", "dpo", "grpo", "ppo"]
+    assert [float(row["p_holm"]) for row in rows("pairwise.csv")] == [pair["p_holm"] for pair in numbers["pairs"]]
+    curves = rows("curves.csv")
+    assert {row["model"] for row in curves} == {"sft", "reward", "dpo", "grpo", "ppo"}
+    sampled = [float(r["value"]) for r in curves if r["model"] == "ppo" and r["metric"] == "tokens/sampled"]
+    assert sampled == [5120.0 * step for step in range(1, 41)]
+
+
+def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, page: str) -> None:
+    metrics = json.loads((project / "runs" / "compare" / "metrics.json").read_text())
+    assert metrics["accuracy"]["grpo"] == pytest.approx(91 / 120)
+    assert metrics["pairs"]["tested"] == 6
+    assert (project / ".posttrain" / "costs" / "index.html").is_file()
+    assert not re.search(r"20\d\d-\d\d-\d\d", page)
+
+
+def compared(tmp_path: Path, **changes: Any) -> Comparison:
+    algorithms, seeds = changes.get("algorithms", ("dpo", "grpo", "ppo")), changes.get("seeds", (0,))
+    build(tmp_path, **({"steps": 4} | changes))
+    return compare(load(algorithms, seeds, tmp_path), QUESTION)
+
+
+def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, algorithms=("dpo", "grpo"), seeds=(0, 3))
+    results = load(("dpo", "grpo"), (0, 3), tmp_path)
+    both = greedy(results.of("grpo"), "answer")
+    row = comparison.of("grpo")
+    assert (row.seeds, both.shape) == ((0, 3), (120, 2))
+    assert row.accuracy.value == pytest.approx(both.mean())
+    assert row.by_seed == pytest.approx(tuple(both.mean(axis=0)))
+    assert row.accuracy.method == "bootstrap over prompts"
+    assert comparison.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
+    assert comparison.costs[-1].runs == 2
+    assert "2 training seeds per algorithm" in findings(comparison)[-1]
+
+
+def test_failure_at_the_task_is_called_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RATES:
+        monkeypatch.setitem(RATES, name, -1.0)
+    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
+    assert not solved(comparison)
+    assert title(comparison) == "No model solves this task"
+    assert "solves 0.0 % of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[0]
+    assert "The model does not solve the task" in findings(comparison)[0]
+    assert comparison.pair("dpo", "grpo").adjusted == 1.0
+
+
+def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RATES, "grpo", 0.74)
+    monkeypatch.setitem(RATES, "dpo", 0.75)
+    close = compared(tmp_path / "close", algorithms=("dpo", "grpo"))
+    assert re.fullmatch(r"\w+ beats SFT; (dpo and grpo|grpo and dpo) cannot be told apart", title(close))
+    assert "so these data do not say which is better" in findings(close)[2]
+    monkeypatch.setitem(RATES, "sft", 0.9)
+    assert title(compared(tmp_path / "worse", algorithms=("dpo",))) == "No algorithm improved on supervised fine-tuning"
+
+
+def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("grpo",), steps=2, prompts=4)
+    with pytest.raises(DataError, match=r"not there: runs/align/rloo-0, runs/evaluate/rloo-0. `dvc repro` makes them"):
+        load(("grpo", "rloo"), (0,), tmp_path)
+
+
+def test_models_that_answered_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("grpo",), steps=2, prompts=6)
+    path = tmp_path / "runs" / "evaluate" / "sft" / "artifacts" / "predictions.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"prompt": row["prompt"] + "?"} for row in rows]), path)
+    with pytest.raises(DataError, match="runs/evaluate/sft and runs/evaluate/base answer different prompts"):
+        load(("grpo",), (0,), tmp_path)
+
+
+def test_predictions_without_a_column_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"prompt_id": 1, "sample": 0}]), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="lacks the columns prompt, answer, completion, tokens"):
+        predictions(tmp_path / "p.parquet")
+
+
+def test_rows_of_predictions_may_come_in_any_order(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("grpo",), steps=2, prompts=6)
+    path = tmp_path / "runs" / "evaluate" / "sft" / "artifacts" / "predictions.parquet"
+    ordered = predictions(path)
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), path)
+    shuffled = predictions(path)
+    assert shuffled.completions == ordered.completions
+    assert all(np.array_equal(shuffled.numbers[n], ordered.numbers[n], equal_nan=True) for n in ordered.numbers)
+
+
+def test_half_of_the_examples_show_disagreement(tmp_path: Path) -> None:
+    results = load(("grpo",), (0,), build(tmp_path, algorithms=("grpo",), steps=2))
+    shown = examples(results, QUESTION, 6, 0)
+    assert [len({card.mark for card in example.cards}) > 1 for example in shown] == [True] * 3 + [False] * 3
+    assert shown == examples(results, QUESTION, 6, 0)
+    assert shown != examples(results, QUESTION, 6, 1)
+
+
+def test_curves_of_seeds_meet_at_shared_steps() -> None:
+    a = (np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))
+    b = (np.array([2.0, 3.0, 4.0]), np.array([4.0, 5.0, 6.0]))
+    steps, values = seed_mean([a, b])
+    assert (steps.tolist(), values.tolist()) == ([2, 3], [3, 4])
+    assert running_mean(np.array([1.0, np.nan, 3.0, 5.0]), 2).tolist() == [1, 1, 3, 4]
+
+
+def test_small_p_values_are_given_as_bounds() -> None:
+    assert [p_value(p) for p in (0.5, 0.0123, 0.0004, 1e-9)] == ["p = 0.500", "p = 0.012", "p < 0.001", "p < 0.0001"]
