@@ -13,7 +13,7 @@ from prefect.states import Cancelled
 
 from flows.schedule import Future, Outcome, run_all
 from flows.signals import stop_on_signal
-from flows.workspace import follower, only_flow, write_record
+from flows.workspace import follower, only_flow, write_costs, write_record
 from posttrain.errors import OrchestrationError
 from tasks import stage as stages
 from tasks.console import say
@@ -46,7 +46,10 @@ def bring_all_up_to_date(
             return Cancelled(message="stopped by a signal")
         _raise_failures(outcome)
         _assert_current(root, dag)
+        costs = write_costs(root)
         _finish(root)
+        if costs is not None:
+            say(f"costs: {costs}")
         _say_seconds(outcome, time.time() - started)
     return None
 

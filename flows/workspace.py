@@ -59,6 +59,19 @@ def write_record(root: Path, started: float, ended: float, results: Mapping[str,
     temporary.replace(path)
 
 
+def write_costs(root: Path) -> Path | None:
+    """The page of machine costs over this flow's record; None where no step has measured anything."""
+    if not (root / ".posttrain" / "runs").is_dir():
+        return None
+    path = root / ".posttrain" / "logs" / "costs.log"
+    with path.open("wb") as log:
+        status = end(start([sys.executable, "-m", "pipelines.report.costs"], root, output=log), CATCH_UP_SECONDS)
+    if status:
+        say(f"the page of costs could not be written: see {path}")
+        return None
+    return root / ".posttrain" / "costs" / "index.html"
+
+
 @contextmanager
 def follower(root: Path, wanted: bool) -> Iterator[None]:
     """One process that carries every stage's journal into MLflow while the stages run, and catches up at the end."""

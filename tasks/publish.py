@@ -37,7 +37,7 @@ def markdown_table(comparison: Any) -> str:
 
 
 def _cell(value: Any) -> str | None:
-    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+    if isinstance(value, dict) and all(isinstance(value.get(part), int | float) for part in ("mean", "low", "high")):
         return f"{value['mean']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
     if isinstance(value, float):
         return f"{value:.3g}"
