@@ -24,7 +24,7 @@ def timings(step: int, time: float, **values: float) -> dict[str, Any]:
     names = {
         "rollout": "seconds/rollout",
         "train": "seconds/train",
-        "step": "seconds/step",
+        "whole": "seconds/step",
         "speed": "throughput/tokens_per_second",
     }
     names |= {"memory": "memory/peak_mib"}
@@ -36,8 +36,8 @@ def project(tmp_path: Path) -> Path:
     """sft took 10 s of work in a stage of 12 s; grpo was killed after 3 s, resumed, and worked 5 s more in a stage of 7 s."""
     start, end = {"kind": "start"}, {"kind": "end"}
     measured(tmp_path, "sft", "a", "sft", start | {"time": 50.0}, end | {"time": 51.0})
-    measured(tmp_path, "sft", "b", "sft", start | {"time": 101.0}, timings(1, 104, step=2.0, train=1.5, speed=100.0),
-             timings(2, 108, step=4.0, train=3.5, speed=300.0), end | {"time": 111.0})  # fmt: skip
+    measured(tmp_path, "sft", "b", "sft", start | {"time": 101.0}, timings(1, 104, whole=2.0, train=1.5, speed=100.0),
+             timings(2, 108, whole=4.0, train=3.5, speed=300.0), end | {"time": 111.0})  # fmt: skip
     measured(tmp_path, "align-grpo-0", "c", "align@grpo-0", start | {"time": 60.0}, timings(1, 63.0, rollout=1.0, memory=900.0),
              start | {"time": 113.5}, timings(2, 117.0, rollout=2.0, memory=1100.0), end | {"time": 118.5})  # fmt: skip
     stages = {
