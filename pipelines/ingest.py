@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 from pipelines.config import load_params
 from pipelines.run import Run
 from pipelines.sources import local_file, table_rows
 from pipelines.step import main
-from pipelines.tables import Row, Table, plain, write_rows
+from pipelines.tables import FOLDER, Row, Table, plain, write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.problems.parts import KINDS
 from posttrain.text import normalised
-
-FOLDER = Path("data/tables")
 
 
 def run(run: Run) -> None:

@@ -33,6 +33,8 @@ TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
 EQUATION = "equation"
 """Optional in tables with an answer: arithmetic that the answer must be the value of."""
+FOLDER = Path("data/tables")
+"""Where ingest writes them."""
 WRONG_TYPE = "wrong_type"
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipelines import ingest
 from pipelines.config import EvaluationParams, Params
 from pipelines.run import Run
 from pipelines.step import main
-from pipelines.tables import Table, is_messages, read_rows, write_rows
+from pipelines.tables import FOLDER, Table, is_messages, read_rows, write_rows
 from posttrain.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ TABLES: tuple[Table, ...] = get_args(Table)
 
 def run(run: Run) -> None:
     params = run.params.validation
-    tables = {table: read_rows(ingest.FOLDER / f"{table}.parquet") for table in TABLES}
+    tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
     lengths = TokenLengths(_encoder(run.params))
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
 
