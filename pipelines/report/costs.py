@@ -22,7 +22,7 @@ from posttrain.errors import PosttrainError
 FOLDER = Path(".posttrain") / "costs"
 TARGET = 0.25
 """Orchestration should stay below this share: more, and the machinery is the cost."""
-PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging and preparing", "seconds/train": "updating"}
+PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging", "seconds/train": "updating"}
 
 
 def write_costs(project: Path) -> Path:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.report.curves import running_mean, seed_mean
 from pipelines.report.load import load, predictions
 from pipelines.report.samples import examples
 from pipelines.report.words import findings, p_value, solved, title
+from pipelines.report.write import write
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling, mcnemar, wilson
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
@@ -252,6 +254,27 @@ def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: p
     assert "so these data do not say which is better" in findings(close)[2]
     monkeypatch.setitem(RATES, "sft", 0.9)
     assert title(compared(tmp_path / "worse", algorithms=("dpo",))) == "No algorithm improved on supervised fine-tuning"
+
+
+def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> None:
+    """No pass@k, no McNemar, no curve of reward against KL, a judge that always failed: the page still says what is known."""
+    build(tmp_path, algorithms=("dpo",), prompts=30, samples=2, steps=3)
+    for model in ("base", "sft", "dpo-0"):
+        path = tmp_path / "runs" / "evaluate" / model / "artifacts" / "predictions.parquet"
+        rows = pq.read_table(path).to_pylist()
+        changed = [row | {"reward_answer": row["reward_answer"] / 2, "reward_rm": None} for row in rows]
+        pq.write_table(pa.Table.from_pylist(changed), path)
+    results = load(("dpo",), (0,), tmp_path)
+    comparison = compare(results, replace(QUESTION, pass_k=(1, 2)))
+    assert comparison.of("dpo").pass_at == {1: None, 2: None}
+    assert comparison.of("dpo").rewards["rm"] is None
+    assert comparison.pair("dpo", "sft").test.method == "sign-flip permutation over prompts"
+    write(tmp_path / "report", results, comparison, 2, 0)
+    text = Text((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert "None of the algorithms samples while training" in text
+    assert "the 1 test made here" in text
+    assert "rm missing" in text
+    assert not (tmp_path / "report" / "over_optimisation.png").exists()
 
 
 def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
