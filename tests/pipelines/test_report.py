@@ -215,6 +215,12 @@ def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, 
     assert not re.search(r"20\d\d-\d\d-\d\d", page)
 
 
+def test_comparing_needs_no_model_library(root: Path) -> None:
+    code = "import sys, pipelines.compare; print(sorted({'torch', 'transformers', 'mlflow', 'prefect'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def compared(tmp_path: Path, **changes: Any) -> Comparison:
     algorithms, seeds = changes.get("algorithms", ("dpo", "grpo", "ppo")), changes.get("seeds", (0,))
     build(tmp_path, **({"steps": 4} | changes))
