@@ -11,7 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import accelerator, announce, loop_settings, model_card, optimizer_settings, peak_memory_mib, read_table
+from pipelines.common import (
+    accelerator,
+    announce,
+    loop_settings,
+    model_card,
+    optimizer_settings,
+    peak_memory_mib,
+    read_table,
+)
 from pipelines.run import Run
 from pipelines.step import main
 from posttrain.errors import DataError
@@ -48,7 +56,10 @@ def run(run: Run) -> None:
         micro_batch_tokens=params.compute.micro_batch_tokens,
         accelerator=device,
     )
-    announce(run, f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out")
+    announce(
+        run,
+        f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out",
+    )
     last = fit(
         trainer,
         EpochSource(pairs, order),

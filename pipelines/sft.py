@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.common import accelerator, announce, loop_settings, model_card, optimizer_settings, peak_memory_mib, read_table
+from pipelines.common import (
+    accelerator,
+    announce,
+    loop_settings,
+    model_card,
+    optimizer_settings,
+    peak_memory_mib,
+    read_table,
+)
 from pipelines.run import Run
 from pipelines.step import main
 
@@ -49,7 +57,12 @@ def run(run: Run) -> None:
         Checkpoints(run.checkpoints, params.checkpoint.keep),
     )
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
-    save_model(policy.lm, encoder.tokenizer, FOLDER, model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last))
+    save_model(
+        policy.lm,
+        encoder.tokenizer,
+        FOLDER,
+        model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last),
+    )
     run.model(FOLDER)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     run.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})

@@ -1,0 +1,133 @@
+"""Evaluate one model: greedy and sampled answers on held-out problems, every reward source, KL to the supervised policy, intervals.
+
+    python -m pipelines.evaluate --model sft
+    python -m pipelines.evaluate --model grpo-0
+
+All models answer the same prompts with the same seeds, so that comparisons can be paired.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.common import accelerator, announce, peak_memory_mib, read_table
+from pipelines.run import Run
+from pipelines.step import main
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.answers import EvaluatedAnswer
+    from posttrain.evaluation.statistics import Resampling
+
+REFERENCE = Path("models/sft")
+
+
+def run(run: Run) -> None:
+    params = run.params.evaluation
+    device = accelerator(params.compute, params.seed).device
+    from pipelines.align_on_policy import problems
+    from pipelines.rewards import reward_sources
+    from posttrain.data.tokens import table_tokens
+    from posttrain.evaluation.answers import EvaluationSettings, evaluate, preferred_share
+    from posttrain.evaluation.statistics import Resampling
+    from posttrain.models.folders import load_encoder, load_policy
+    from posttrain.models.policy import Policy
+    from posttrain.rollouts.native import NativeEngine
+
+    folder = model_folder(run.args.model)
+    encoder, compute = load_encoder(folder), params.compute
+    policy = Policy(load_policy(folder)).to(device).eval().requires_grad_(False)
+    reference = Policy(load_policy(REFERENCE)).to(device).eval().requires_grad_(False) if folder != REFERENCE else None
+    settings = EvaluationSettings(
+        params.max_new_tokens, params.samples_per_prompt, params.temperature, params.seed, compute.micro_batch_tokens, compute.bf16
+    )
+    asked = problems(encoder, read_table("evaluation"))
+    announce(run, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
+    engine = NativeEngine(policy.lm, encoder.eos_id, bf16=compute.bf16)
+    sources = reward_sources(run, params.rewards, device, compute)
+    answers = evaluate(policy, reference, engine, encoder, asked, sources, settings)
+    _write(run, answers)
+    heldout = read_table("preferences_heldout")
+    pairs = list(zip(table_tokens(encoder, heldout, "chosen"), table_tokens(encoder, heldout, "rejected"), strict=True))
+    resampling = Resampling(seed=params.seed)
+    results = summary(answers, params.accuracy, params.pass_k, resampling)
+    results["preference/accuracy"] = preferred_share(policy, pairs, compute.micro_batch_tokens, compute.bf16)
+    run.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
+    run.timings(0, {"memory/peak_mib": peak_memory_mib()})
+    run.summary(results)
+    run.tag("model", run.args.model)
+
+
+def summary(answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[int], resampling: Resampling) -> dict[str, float]:
+    """The numbers of metrics.json; intervals are over prompts."""
+    import numpy as np
+
+    from posttrain.evaluation.statistics import mean_interval, pass_at_k_by_prompt
+
+    greedy = [a for a in answers if a.sample == 0]
+    sampled = [a for a in answers if a.sample > 0]
+    shape = (len(greedy), len(sampled) // len(greedy))
+    interval = mean_interval([a.rewards[accuracy] for a in greedy], resampling)
+    results = {"accuracy": interval.value, "accuracy_low": interval.low, "accuracy_high": interval.high}
+    grid = np.array([np.nan if a.rewards[accuracy] is None else a.rewards[accuracy] for a in sampled]).reshape(shape)
+    for k in pass_k if np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all() else ():
+        results[f"pass@{k}"] = float(np.nanmean(pass_at_k_by_prompt(grid, k)))
+    for source in sorted(answers[0].rewards):
+        values = np.array([np.nan if a.rewards[source] is None else a.rewards[source] for a in sampled]).reshape(shape)
+        reward = mean_interval(values, resampling)
+        results |= {f"reward/{source}/mean": reward.value, f"reward/{source}/low": reward.low, f"reward/{source}/high": reward.high}
+    return results | {
+        "kl/ref_k1": float(np.mean([a.kl for a in sampled])),
+        "length/mean": float(np.mean([a.tokens for a in sampled])),
+        "length/truncated": float(np.mean([a.truncated for a in sampled])),
+        "entropy": float(np.mean([a.entropy for a in sampled])),
+        "tokens/sampled": float(sum(a.tokens for a in answers)),
+    }
+
+
+def _write(run: Run, answers: Sequence[EvaluatedAnswer]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {
+        "prompt_id": pa.array([a.prompt_id for a in answers], pa.int64()),
+        "sample": pa.array([a.sample for a in answers], pa.int64()),
+        "prompt": [_text(a.problem.prompt) for a in answers],
+        "answer": [str(a.problem.columns.get("answer", "")) for a in answers],
+        "completion": [a.text for a in answers],
+        "tokens": pa.array([a.tokens for a in answers], pa.int64()),
+        "truncated": pa.array([a.truncated for a in answers], pa.bool_()),
+        "entropy": pa.array([a.entropy for a in answers], pa.float64()),
+        "kl": pa.array([a.kl for a in answers], pa.float64()),
+    }
+    for source in sorted(answers[0].rewards):
+        columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
+    pq.write_table(pa.table(columns), run.artifact("predictions.parquet"))
+
+
+def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:
+    return {"prompt": _text(answer.problem.prompt), "completion": answer.text, **answer.rewards}
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def model_folder(model: str) -> Path:
+    """models/base, models/sft, or models/align/{algorithm}-{seed}."""
+    return Path("models", model) if model in ("base", "sft") else Path("models", "align", model)
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="base, sft, or an aligned model such as grpo-0")
+
+
+def inputs(args: Namespace) -> list[str]:
+    folders = {str(model_folder(args.model)), str(REFERENCE), "models/reward"}
+    return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders)]
+
+
+if __name__ == "__main__":
+    main(run, "evaluate", params=("evaluation", "rewards"), inputs=inputs, arguments=arguments, variant=lambda args: str(args.model))

@@ -1,0 +1,90 @@
+"""A policy's answers to problems: one greedy and several sampled each, judged, with entropy and KL to a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.models.inference import token_numbers
+from posttrain.models.policy import Policy
+from posttrain.rewards.sources import Judged, RewardSource
+from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
+from posttrain.rollouts.groups import Problem
+
+
+@dataclass(frozen=True)
+class EvaluatedAnswer:
+    """sample 0 is greedy. entropy: mean nats per token. kl: log pi - log reference summed over the response, in nats."""
+
+    prompt_id: int
+    sample: int
+    problem: Problem
+    text: str
+    tokens: int
+    truncated: bool
+    entropy: float
+    kl: float
+    rewards: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """`budget`: padded tokens of one forward pass."""
+
+    max_new_tokens: int
+    samples: int
+    temperature: float
+    seed: int
+    budget: int
+    bf16: bool = False
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy | None,
+    engine: Engine,
+    encoder: TextEncoder,
+    problems: Sequence[Problem],
+    rewards: Sequence[RewardSource],
+    settings: EvaluationSettings,
+) -> list[EvaluatedAnswer]:
+    """Answers ordered by problem and sample. The seeds depend on problem and sample alone, so models face the same ones."""
+    greedy = engine.sample([Request(p.ids, ((0,),)) for p in problems], SamplingSettings(settings.max_new_tokens, 0.0))
+    seeds = [tuple((settings.seed, i, j) for j in range(settings.samples)) for i in range(len(problems))]
+    requests = [Request(p.ids, s) for p, s in zip(problems, seeds, strict=True)]
+    sampled = engine.sample(requests, SamplingSettings(settings.max_new_tokens, settings.temperature))
+    flat: list[tuple[int, int, Completion]] = [
+        (i, j, completion)
+        for i, (first, others) in enumerate(zip(greedy, sampled, strict=True))
+        for j, completion in enumerate([*first, *others])
+    ]
+    tokens = [Tokens(problems[i].ids, completion.tokens) for i, _, completion in flat]
+    own = token_numbers(policy, tokens, settings.budget, bf16=settings.bf16)
+    other = own if reference is None else token_numbers(reference, tokens, settings.budget, bf16=settings.bf16)
+    texts = [encoder.text(completion.tokens) for _, _, completion in flat]
+    columns = {name: [problems[i].columns[name] for i, _, _ in flat] for name in problems[0].columns}
+    judged = Judged([problems[i].prompt for i, _, _ in flat], texts, tokens, columns)
+    scored = {reward.name: reward.score(judged) for reward in rewards}
+    return [
+        EvaluatedAnswer(
+            i,
+            j,
+            problems[i],
+            texts[row],
+            len(completion.tokens),
+            not completion.finished,
+            float(own[row].entropy.mean()),
+            float((own[row].logprobs - other[row].logprobs).sum()),
+            {name: values[row] for name, values in scored.items()},
+        )
+        for row, (i, j, completion) in enumerate(flat)
+    ]
+
+
+def preferred_share(policy: Policy, pairs: Sequence[tuple[Tokens, Tokens]], budget: int, bf16: bool = False) -> float:
+    """Share of (chosen, rejected) pairs whose chosen response is the more probable one; ties count half."""
+    numbers = token_numbers(policy, [t for pair in pairs for t in pair], budget, bf16=bf16)
+    sums = [float(n.logprobs.sum()) for n in numbers]
+    gaps = [sums[i] - sums[i + 1] for i in range(0, len(sums), 2)]
+    return sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps)
