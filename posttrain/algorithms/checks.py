@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.records import Algorithm, LoggedGroups, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
-Record = TypeVar("Record", OnPolicy, Preference, LoggedGroups)
+Record = TypeVar("Record", bound=Algorithm)
 
 # option -> (when it has an effect, how to say so)
 _ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
@@ -39,6 +41,35 @@ _PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
     ),
     "robust": (lambda r: not r.robust or r.label_smoothing > 0, "label_smoothing > 0"),
     "score_scale": (lambda r: r.score_weighting in ("soft", "offset"), "score_weighting is 'soft' or 'offset'"),
+    "target_margin": (lambda r: r.link != "square", "link is 'logistic' or 'hinge'"),
+}
+_LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
+    "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
+}
+# option -> (least, greatest); infinity is a number only for the widths of a clip
+_RANGES: dict[str, tuple[float, float]] = {
+    "clip_low": (0.0, math.inf),
+    "clip_high": (0.0, math.inf),
+    "value_clip": (0.0, math.inf),
+    "mismatch_cap": (1.0, math.inf),
+    "kl_coefficient": (0.0, sys.float_info.max),
+    "value_coefficient": (0.0, sys.float_info.max),
+    "score_scale": (0.0, sys.float_info.max),
+    "missing_eos_penalty": (0.0, sys.float_info.max),
+    "target_margin": (-sys.float_info.max, sys.float_info.max),
+    "beta": (sys.float_info.min, sys.float_info.max),
+    "kl_target": (sys.float_info.min, sys.float_info.max),
+    "gamma": (0.0, 1.0),
+    "lam": (0.0, 1.0),
+    "mu_peak": (0.0, 1.0),
+    "mu_valley": (0.0, 1.0),
+    "mu_warmup_steps": (0, math.inf),
+    "mu_decay_steps": (0, math.inf),
+    "overlong_cache": (0, math.inf),
+    "epochs": (1, math.inf),
+    "minibatches": (1, math.inf),
+    "refill_limit": (1, math.inf),
+    "kl_horizon": (1, math.inf),
 }
 
 
@@ -52,45 +83,81 @@ def checked_options(record: Record, options: Mapping[str, Any]) -> Record:
             raise ConfigError(f"{where}: no such option{nearest(option, valid)}")
         if not _fits(value, hints[option]):
             raise ConfigError(f"{where} = {value!r}: must be {_describe(hints[option])}")
-    return replace(record, **{k: float(v) if hints[k] in (float, float | None) and v is not None else v for k, v in options.items()})
+    changes: dict[str, Any] = {
+        k: float(v) if hints[k] in (float, float | None) and v is not None else v for k, v in options.items()
+    }
+    return replace(record, **changes)
 
 
-def check_record(record: OnPolicy | Preference | LoggedGroups, given: set[str]) -> None:
+def check_record(record: Algorithm, given: set[str]) -> None:
     """Refuse impossible points, and options in `given` that have no effect at this point."""
-    for name in ("clip_low", "clip_high", "kl_coefficient", "beta", "value_clip", "score_scale", "missing_eos_penalty"):
-        if getattr(record, name, 0.0) < 0:
-            raise ConfigError(f"{record.name}.options.{name} = {getattr(record, name)}: must not be negative")
-    for name in ("epochs", "minibatches", "refill_limit", "kl_horizon"):
-        if getattr(record, name, 1) < 1:
-            raise ConfigError(f"{record.name}.options.{name} = {getattr(record, name)}: must be at least 1")
+    for name, (least, greatest) in _RANGES.items():
+        value = getattr(record, name, None)
+        if value is not None and not least <= value <= greatest:
+            raise ConfigError(f"{record.name}.options.{name} = {value}: must be {_range(least, greatest)}")
     if isinstance(record, OnPolicy):
         _check_on_policy(record, given)
     elif isinstance(record, Preference):
-        _refuse_without_effect(record, given, _PREFERENCE_EFFECT)
-        if not 0 <= record.label_smoothing < 0.5:
-            raise ConfigError(f"{record.name}.options.label_smoothing = {record.label_smoothing}: must be in [0, 0.5)")
+        _check_preference(record, given)
+    else:
+        _refuse_without_effect(record, given, _LOGGED_EFFECT)
 
 
 def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
     _refuse_without_effect(record, given, _ON_POLICY_EFFECT)
-    if record.ratio == "sequence" and max(record.clip_low, record.clip_high) > 0.05 and not {"clip_low", "clip_high"} <= given:
+    if (
+        record.ratio == "sequence"
+        and max(record.clip_low, record.clip_high) > 0.05
+        and not {"clip_low", "clip_high"} <= given
+    ):
         raise ConfigError(
             f"{record.name}: a sequence ratio with clip {record.clip_low}/{record.clip_high} never clips, since the ratio is a"
             " geometric mean over tokens; set clip_low and clip_high yourself (GSPO uses 3e-4 and 4e-4)"
         )
     if record.ratio == "sequence" and record.has_critic:
-        raise ConfigError(f"{record.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
+        raise ConfigError(
+            f"{record.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token"
+        )
     if record.kl != "none" and record.kl_coefficient == 0 and "kl" in given:
         raise ConfigError(f"{record.name}.options.kl = {record.kl!r}: has no effect while kl_coefficient is 0")
-    if not 0 <= record.mu_valley <= max(record.mu_peak, record.mu_valley) <= 1:
-        raise ConfigError(f"{record.name}: mu_valley and mu_peak must lie in [0, 1]")
     if record.mu_valley > record.mu_peak:
         raise ConfigError(f"{record.name}: mu_valley = {record.mu_valley} is above mu_peak = {record.mu_peak}")
     if record.kl == "reward" and record.kl_estimator != "k1":
-        raise ConfigError(f"{record.name}: KL in the reward is the log-ratio k1; {record.kl_estimator} belongs in the loss")
+        raise ConfigError(
+            f"{record.name}: KL in the reward is the log-ratio k1; {record.kl_estimator} belongs in the loss"
+        )
 
 
-def _refuse_without_effect(record: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+def _check_preference(record: Preference, given: set[str]) -> None:
+    _refuse_without_effect(record, given, _PREFERENCE_EFFECT)
+    if not 0 <= record.label_smoothing < 0.5:
+        raise ConfigError(f"{record.name}.options.label_smoothing = {record.label_smoothing}: must be in [0, 0.5)")
+    weighting = record.score_weighting
+    if record.link == "square" and (weighting in ("soft", "offset") or record.label_smoothing or record.target_margin):
+        raise ConfigError(
+            f"{record.name}: link 'square' regresses onto 1/(2 beta), so it knows no soft target, offset, label_smoothing or"
+            " target_margin; use link 'logistic', or remove them"
+        )
+    if weighting == "soft" and (record.link == "hinge" or record.robust or record.label_smoothing):
+        raise ConfigError(
+            f"{record.name}: score_weighting 'soft' sets the target from the scores, under link 'logistic' and without robust or"
+            " label_smoothing; remove one of them"
+        )
+
+
+def _range(least: float, greatest: float) -> str:
+    if greatest == 1:
+        return f"in [{least:g}, 1]"
+    if greatest == math.inf:
+        return f"at least {least:g}"
+    return {0.0: "a finite number, not negative", sys.float_info.min: "a finite number above 0"}.get(
+        least, "a finite number"
+    )
+
+
+def _refuse_without_effect(
+    record: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> None:
     for option in sorted(given & table.keys()):
         has_effect, condition = table[option]
         if not has_effect(record):

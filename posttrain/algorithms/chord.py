@@ -18,6 +18,4 @@ CHORD = replace(
     mu_valley=0.05,
     mu_decay_steps=200,
 )
-CHORD_PHI = replace(
-    CHORD, name="chord_phi", mu_peak=0.1, mu_valley=0.1, mu_decay_steps=0, phi="p_one_minus_p"
-)
+CHORD_PHI = replace(CHORD, name="chord_phi", mu_peak=0.1, mu_valley=0.1, mu_decay_steps=0, phi="p_one_minus_p")

@@ -13,6 +13,4 @@ DPO_SOFT = replace(DPO, name="dpo_soft", paper="2502.00203", score_weighting="so
 ROBUST = replace(DPO, name="robust", paper="2403.00409", label_smoothing=0.1, robust=True)
 IPO = replace(DPO, name="ipo", paper="2310.12036", logit="mean", link="square")
 HINGE = replace(DPO, name="hinge", paper="2305.10425", link="hinge")
-SIMPO = replace(
-    DPO, name="simpo", paper="2405.14734", beta=2.0, logit="mean", reference=False, target_margin=0.5
-)
+SIMPO = replace(DPO, name="simpo", paper="2405.14734", beta=2.0, logit="mean", reference=False, target_margin=0.5)

@@ -5,5 +5,11 @@ from dataclasses import replace
 from posttrain.algorithms.grpo import GRPO
 
 RLOO = replace(
-    GRPO, name="rloo", paper="2402.14740", advantage="leave_one_out", kl="reward", kl_estimator="k1", kl_coefficient=0.05
+    GRPO,
+    name="rloo",
+    paper="2402.14740",
+    advantage="leave_one_out",
+    kl="reward",
+    kl_estimator="k1",
+    kl_coefficient=0.05,
 )

@@ -42,7 +42,10 @@ class TextEncoder:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, add_special_tokens=True)["input_ids"]
             # some tokenizers close every text with an end of sequence; nothing may follow one
-            return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else list(ids)
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else list(ids)
+            # a text that spells its own beginning of sequence does not get a second one
+            doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
+            return ids[1:] if doubled else ids
         messages = [dict(message) for message in prompt]
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -25,9 +25,13 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     _check_folder(source)
     tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration")
+        raise ModelError(
+            f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration"
+        )
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"{source}: the tokenizer has no pad token; set pad_token (it may be the eos token) in its configuration")
+        raise ModelError(
+            f"{source}: the tokenizer has no pad token; set pad_token (it may be the eos token) in its configuration"
+        )
     return tokenizer
 
 
@@ -47,12 +51,18 @@ def load_encoder(source: str | Path, trust_remote_code: bool = False) -> TextEnc
     config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
     vocabulary = config.get("vocab_size")
     if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise ModelError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match")
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match"
+        )
     return TextEncoder(tokenizer, int(config.get("max_position_embeddings", tokenizer.model_max_length)))
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, extra_config: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    extra_config: dict[str, Any] | None = None,
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all."""
     partial = folder.with_name(folder.name + ".partial")
@@ -90,7 +100,9 @@ def _check_folder(source: str | Path) -> None:
         raise ModelError(f"{source}: no config.json, so this is not a model folder")
     if folder.is_dir() and not sorted(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ModelError(f"{source}: no safetensors weights (found {found}); convert them, pickled weights are not loaded")
+        raise ModelError(
+            f"{source}: no safetensors weights (found {found}); convert them, pickled weights are not loaded"
+        )
 
 
 def _remove(folder: Path) -> None:

@@ -10,7 +10,9 @@ CHUNK_ELEMENTS = 2**25
 """Logits held at once; float32 makes it 128 MiB."""
 
 
-def taken_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def taken_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """(log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).
 
     hidden: [tokens, hidden]. weight: [vocabulary, hidden]. targets: [tokens]. The entropy carries no gradient. Chunks of rows are
@@ -27,9 +29,11 @@ def taken_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    # float64 stays float64, so that identities can be tested to 1e-10; everything narrower becomes float32
+    # at least float32; float64 stays, so that identities can be tested to 1e-10
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = logits.log_softmax(-1)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ class PolicyOutput:
 class Policy(nn.Module):
     """A causal language model, with a critic on its own trunk ("separate") or a value head on the policy's ("shared")."""
 
-    def __init__(self, lm: PreTrainedModel, critic: PreTrainedModel | None = None, shared_value_head: bool = False) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, critic: PreTrainedModel | None = None, shared_value_head: bool = False
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.critic = critic
@@ -42,15 +45,15 @@ class Policy(nn.Module):
         if self.critic is not None:
             values = token_values(self.critic, batch)
         elif self.value_head is not None:
-            values = self.value_head(taken.float()).squeeze(-1)
+            values = _wide(self.value_head(taken.to(self.value_head.weight.dtype)).squeeze(-1))
         return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values)
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """Value [batch, time] before each response token, by a trunk with one scalar head."""
     hidden = critic.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    values: Tensor = critic.score(_at_responses(hidden, batch)).squeeze(-1)
-    return values.float()
+    score = cast(nn.Module, critic.score)
+    return _wide(score(_at_responses(hidden, batch)).squeeze(-1))
 
 
 class Scorer(nn.Module):
@@ -63,10 +66,13 @@ class Scorer(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
-        scores: Tensor = self.model.score(last).squeeze(-1).float()
-        return scores
+        score = cast(nn.Module, self.model.score)
+        return _wide(score(last).squeeze(-1))
 
 
+def _wide(values: Tensor) -> Tensor:
+    """At least float32; float64 stays, so that identities can be tested to 1e-10."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _at_responses(hidden: Tensor, batch: TokenBatch) -> Tensor:

@@ -70,7 +70,11 @@ def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrained
         if shape.experts:
             from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-            moe = {"num_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token, "norm_topk_prob": True}
+            moe: dict[str, Any] = {
+                "num_experts": shape.experts,
+                "num_experts_per_tok": shape.experts_per_token,
+                "norm_topk_prob": True,
+            }
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, moe_intermediate_size=shape.intermediate_size))
         else:
             model = Qwen3ForCausalLM(Qwen3Config(**common))

@@ -23,7 +23,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, how: Advantage) -> Tensor:
     ids = torch.zeros_like(groups) if how == "batch_z" else groups
     _, index, sizes = torch.unique(ids, return_inverse=True, return_counts=True)
     if how != "batch_z" and int(sizes.min()) < 2:
-        raise ConfigError(f"advantage {how!r} compares answers to one prompt: a group of one has no baseline; sample at least 2")
+        raise ConfigError(
+            f"advantage {how!r} compares answers to one prompt: a group of one has no baseline; sample at least 2"
+        )
     present = ~torch.isnan(rewards)
     known = torch.where(present, rewards, torch.zeros_like(rewards))
     count = _per_group(present.to(rewards.dtype), index, sizes)

@@ -19,7 +19,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
 def expert_weight(step: int, record: OnPolicy) -> float:
     """CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
     if step < record.mu_warmup_steps:
-        return record.mu_peak * (step + 1) / record.mu_warmup_steps
+        return record.mu_peak * step / record.mu_warmup_steps
     decayed = step - record.mu_warmup_steps
     if decayed >= record.mu_decay_steps:
         return record.mu_valley

@@ -22,7 +22,9 @@ def mentions(prompts: Sequence[Any], completions: Sequence[str], answer: Sequenc
     return [float(word_is_mentioned(completion, word)) for completion, word in zip(completions, answer, strict=True)]
 
 
-def length(prompts: Sequence[Any], completions: Sequence[str], target: int, tolerance: int, **_: Any) -> list[float | None]:
+def length(
+    prompts: Sequence[Any], completions: Sequence[str], target: int, tolerance: int, **_: Any
+) -> list[float | None]:
     """1 at `target` characters, falling linearly to 0 at `tolerance` characters away from it."""
     return [max(0.0, 1.0 - abs(len(completion) - target) / tolerance) for completion in completions]
 

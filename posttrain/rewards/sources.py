@@ -6,14 +6,15 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ConfigError, NumericalError, RewardError
+from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
 from posttrain.rewards.functions import BUILT_IN, RewardFunction
 from posttrain.text import nearest
-from posttrain.models.inference import scores
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class FunctionReward:
 
     def score(self, answers: Judged) -> list[float | None]:
         try:
-            values = self.function(answers.prompts, answers.completions, **answers.columns, **self.arguments)
+            values = list(self.function(answers.prompts, answers.completions, **answers.columns, **self.arguments))
         except Exception as error:
-            raise RewardError(f"reward {self.name!r} failed on {len(answers.completions)} answers: {type(error).__name__}: {error}") from error
+            raise RewardError(
+                f"reward {self.name!r} failed on {len(answers.completions)} answers: {type(error).__name__}: {error}"
+            ) from error
         return _checked(self.name, values, len(answers.completions))
 
 
@@ -63,7 +66,9 @@ def find_function(name: str) -> RewardFunction:
         return BUILT_IN[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ConfigError(f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function")
+        raise ConfigError(
+            f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function"
+        )
     try:
         function: RewardFunction = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -81,14 +86,16 @@ def weighted(rewards: Mapping[str, Sequence[float | None]], weights: Mapping[str
     return totals
 
 
-def _checked(name: str, values: Sequence[float | None], expected: int) -> list[float | None]:
+def _checked(name: str, values: Sequence[Any], expected: int) -> list[float | None]:
     if len(values) != expected:
-        raise RewardError(f"reward {name!r} gave {len(values)} numbers for {expected} answers; it must give one each, None where it has none")
+        raise RewardError(
+            f"reward {name!r} gave {len(values)} numbers for {expected} answers; it must give one each, None where it has none"
+        )
     checked: list[float | None] = []
     for value in values:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if value is None or (isinstance(value, Real) and math.isnan(value)):
             checked.append(None)
-        elif isinstance(value, bool | int | float) and math.isfinite(value):
+        elif isinstance(value, Real) and math.isfinite(value):
             checked.append(float(value))
         else:
             raise NumericalError(f"reward {name!r} gave {value!r}; it must be a finite number or None")

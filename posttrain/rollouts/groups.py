@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from posttrain.algorithms.records import OnPolicy
 from posttrain.data.batches import shuffled
@@ -65,7 +67,13 @@ class GroupSampler:
         seed: int,
         accelerator: Accelerator,
     ) -> None:
-        self.problems, self.engine, self.encoder, self.rewards, self.weights = problems, engine, encoder, rewards, weights
+        self.problems, self.engine, self.encoder, self.rewards, self.weights = (
+            problems,
+            engine,
+            encoder,
+            rewards,
+            weights,
+        )
         self.record, self.settings, self.seed, self.accelerator = record, settings, seed, accelerator
         self.position = 0
         self.tokens_sampled = 0
@@ -90,10 +98,13 @@ class GroupSampler:
                 self._at_limit(len(kept), wanted, rounds)
                 break
         if not kept:
-            raise RolloutError("no group of this step carries a signal: all answers to every prompt were rewarded alike")
+            raise RolloutError(
+                "no group of this step carries a signal: all answers to every prompt were rewarded alike"
+            )
         metrics = {
             "sampling/acceptance": (drawn - zero_variance) / drawn,
             "sampling/rounds": float(rounds),
+            "groups/trained": float(min(len(kept), wanted)),
             "groups/zero_variance": zero_variance / drawn,
             "tokens/sampled": float(self.tokens_sampled),
         }
@@ -102,9 +113,11 @@ class GroupSampler:
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
         if not self.record.refill_partial or found == 0:
             raise RolloutError(
-                f"dynamic sampling found {found} of {wanted} groups with unequal rewards in {rounds} rounds: the problems are too easy or too"
-                " hard for this policy. Change the problems, raise options.refill_limit, or set options.refill_partial: true"
+                f"dynamic sampling found {found} of {wanted} groups with unequal rewards in {rounds} rounds: the problems are too"
+                " easy or too hard for this policy. Change the problems, raise options.refill_limit, or set"
+                " options.refill_partial: true"
             )
+        tqdm.write(f"dynamic sampling: going on with {found} of {wanted} groups after {rounds} rounds", file=sys.stderr)
 
     def _round(self, prompts: int) -> list[list[JudgedAnswer]]:
         positions = range(self.position, self.position + prompts)
@@ -146,7 +159,13 @@ class GroupSampler:
         totals = weighted(sources, self.weights)
         answers = [
             JudgedAnswer(
-                tokens[i], c, texts[i], g, p, totals[i] + self._shaping(c), {name: values[i] for name, values in sources.items()}
+                tokens[i],
+                c,
+                texts[i],
+                g,
+                p,
+                totals[i] + self._shaping(c),
+                {name: values[i] for name, values in sources.items()},
             )
             for i, (p, g, c) in enumerate(flat)
         ]

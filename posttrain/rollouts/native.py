@@ -27,6 +27,12 @@ class NativeEngine:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Completions of each request, in order, one per seed. Raises RolloutError where prompt and answer exceed the context."""
+        if not requests:
+            return []
+        if any(not request.prompt for request in requests):
+            raise RolloutError(
+                "a prompt has no tokens, so there is nothing to predict the first token from; remove such rows"
+            )
         limit = self.lm.config.max_position_embeddings
         longest = max(len(r.prompt) for r in requests)
         if longest + settings.max_new_tokens > limit:
@@ -58,7 +64,9 @@ class NativeEngine:
 class _Decoding:
     """One batch: prefill each prompt once, repeat its cache for its samples, then one token a step for the rows still running."""
 
-    def __init__(self, lm: PreTrainedModel, eos_id: int, requests: Sequence[Request], settings: SamplingSettings) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, eos_id: int, requests: Sequence[Request], settings: SamplingSettings
+    ) -> None:
         self.lm, self.eos_id, self.requests, self.settings = lm, eos_id, requests, settings
         self.device = lm.device
         seeds = [seed for request in requests for seed in request.seeds]
@@ -95,12 +103,17 @@ class _Decoding:
         ids, real = ids.to(self.device), real.to(self.device)
         repeats = torch.tensor([len(r.seeds) for r in self.requests], device=self.device)
         capacity = self.width + self.settings.max_new_tokens
-        self.cache = Cache(layers=[_Layer(capacity) for _ in range(self.lm.config.num_hidden_layers)])
+        self.layers = [_Layer(capacity) for _ in range(self.lm.config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         output = self.lm.base_model(
-            input_ids=ids, attention_mask=real.long(), position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids,
+            attention_mask=real.long(),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
         )
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.expand(repeats)
         self.mask = torch.ones(int(repeats.sum()), capacity, dtype=torch.bool, device=self.device)
         self.mask[:, : self.width] = real.repeat_interleave(repeats, 0)
@@ -160,6 +173,9 @@ def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
 
 class _Layer(DynamicLayer):
     """A layer's keys and values in one buffer of full length: a step writes in place instead of copying all that came before."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, capacity: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)

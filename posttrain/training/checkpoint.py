@@ -38,9 +38,14 @@ class Checkpoints:
             os.replace(partial, final)
             _fsync(self.folder)
         except OSError as error:
-            raise CheckpointError(f"cannot write checkpoint {final}: {error}. Free space or set another workspace, then run again.") from error
-        for old in self._names()[: -self.keep]:
-            shutil.rmtree(old)
+            raise CheckpointError(
+                f"cannot write checkpoint {final}: {error}. Free space or set another workspace, then run again."
+            ) from error
+        names = self._names()
+        # a later step stands there only when it was torn and passed over
+        torn = [path for path in names if path.name > final.name]
+        for path in [*names[: -self.keep - len(torn)], *torn]:
+            shutil.rmtree(path)
         return final
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:

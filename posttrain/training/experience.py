@@ -58,7 +58,13 @@ class ExperienceSource:
         bf16: bool = False,
         experts: Experts | None = None,
     ) -> None:
-        self.record, self.policy, self.reference, self.sampler, self.objective = record, policy, reference, sampler, objective
+        self.record, self.policy, self.reference, self.sampler, self.objective = (
+            record,
+            policy,
+            reference,
+            sampler,
+            objective,
+        )
         self.budget, self.bf16, self.experts = budget, bf16, experts
         self.updates = 0
         self.last_answers: list[JudgedAnswer] = []
@@ -79,7 +85,13 @@ class ExperienceSource:
         temperature = self.objective.temperature
         reference = token_numbers(self.reference, tokens, self.budget, temperature, self.bf16)
         # a single update right after sampling has old = its own log-probabilities; anything else must remember them
-        remember = record.epochs * record.minibatches > 1 or record.kl == "reward" or record.has_critic or record.mismatch != "none"
+        remember = (
+            record.epochs * record.minibatches > 1
+            or record.kl == "reward"
+            or record.kl_target is not None
+            or record.has_critic
+            or record.mismatch != "none"
+        )
         self.policy.eval()
         own = token_numbers(self.policy, tokens, self.budget, temperature, self.bf16) if remember else None
         advantages, returns, metrics = self._advantages(answers, own, reference)
@@ -105,9 +117,10 @@ class ExperienceSource:
         time_steps, lengths = mask.shape[1], mask.sum(-1).tolist()
         rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
         penalty = torch.zeros(mask.shape)
-        if record.kl == "reward" and own is not None:
+        if record.kl != "none" and own is not None:
             difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
-            penalty = self.objective.kl_coefficient * difference
+            if record.kl == "reward":
+                penalty = self.objective.kl_coefficient * difference
             self._adapt(float(difference.sum()) / len(answers), len(answers))
         if record.advantage in ("gae", "batch_z"):
             values = pad([n.values for n in own], time_steps) if own and record.has_critic else torch.zeros(mask.shape)
@@ -115,9 +128,17 @@ class ExperienceSource:
         else:
             groups = torch.tensor([a.group for a in answers])
             of_answer = group_advantages(rewards - penalty.sum(-1), groups, record.advantage)
-            advantages, returns, metrics = of_answer[:, None].expand(mask.shape), None, {"advantage/std": float(of_answer.std(correction=0))}
+            advantages, returns, metrics = (
+                of_answer[:, None].expand(mask.shape),
+                None,
+                {"advantage/std": float(of_answer.std(correction=0))},
+            )
         cut = [advantages[i, : lengths[i]].numpy() for i in range(len(answers))]
-        return cut, None if returns is None else [returns[i, : lengths[i]].numpy() for i in range(len(answers))], metrics
+        return (
+            cut,
+            None if returns is None else [returns[i, : lengths[i]].numpy() for i in range(len(answers))],
+            metrics,
+        )
 
     def _token_advantages(
         self, rewards: Tensor, penalty: Tensor, values: Tensor, mask: Tensor
@@ -168,7 +189,11 @@ class ExperienceSource:
         return [*weighted, *(Expert(tokens, mu) for tokens in self.experts.draw(self.updates))]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "updates": self.updates, "kl_coefficient": self.objective.kl_coefficient}
+        return {
+            "sampler": self.sampler.state_dict(),
+            "updates": self.updates,
+            "kl_coefficient": self.objective.kl_coefficient,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])

@@ -83,24 +83,38 @@ def fit(
     first = _resume(trainer, source, recorder, checkpoints)
     last: dict[str, float] = {}
     saved_at = time.monotonic()
-    bar = tqdm(total=settings.steps, initial=first, desc=settings.title, unit="step", dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(
+        total=settings.steps, initial=first, desc=settings.title, unit="step", dynamic_ncols=True, mininterval=1.0
+    )
     with bar:
         for step in range(first + 1, settings.steps + 1):
             last = _one_step(trainer, source, objective, recorder, step, hook)
-            bar.set_postfix({name.removesuffix("/mean"): f"{last[name]:.3g}" for name in settings.shown if name in last}, refresh=False)
+            bar.set_postfix(
+                {name.removesuffix("/mean"): f"{last[name]:.3g}" for name in settings.shown if name in last},
+                refresh=False,
+            )
             bar.update()
-            due = step % settings.checkpoint_steps == 0 or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
+            due = (
+                step % settings.checkpoint_steps == 0 or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
+            )
             stop = recorder.stop_requested() and step < settings.steps
             if (due and step < settings.steps) or stop:
                 checkpoints.save(step, _state(trainer, source))
                 saved_at = time.monotonic()
             if stop:
-                raise Interrupted(f"{settings.title} was asked to stop after step {step}; run it again and it goes on from there")
+                raise Interrupted(
+                    f"{settings.title} was asked to stop after step {step}; run it again and it goes on from there"
+                )
     return last
 
 
 def _one_step(
-    trainer: Trainer[Row], source: Source[Row], objective: Objective[Row], recorder: Recorder, step: int, hook: StepHook | None
+    trainer: Trainer[Row],
+    source: Source[Row],
+    objective: Objective[Row],
+    recorder: Recorder,
+    step: int,
+    hook: StepHook | None,
 ) -> dict[str, float]:
     started = time.perf_counter()
     data = source.next(step - 1)
@@ -112,8 +126,14 @@ def _one_step(
     if hook is not None:
         metrics |= hook(step)
     recorder.metrics(step, metrics)
-    seconds = {"seconds/data": prepared - started, "seconds/train": trained - prepared, "seconds/step": trained - started}
-    throughput = {"throughput/tokens_per_second": (trainer.tokens_trained - tokens_before) / max(trained - prepared, 1e-9)}
+    seconds = {
+        "seconds/data": prepared - started,
+        "seconds/train": trained - prepared,
+        "seconds/step": trained - started,
+    }
+    throughput = {
+        "throughput/tokens_per_second": (trainer.tokens_trained - tokens_before) / max(trained - prepared, 1e-9)
+    }
     recorder.timings(step, seconds | throughput | data.timings)
     return metrics
 
@@ -158,7 +178,13 @@ def _random_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -55,7 +55,9 @@ OnPolicyRow = Experience | Expert
 class OnPolicyObjective:
     """L = (1-mu) Agg[w S(rho, A) + beta KL] + value_coefficient * value loss + mu mean_expert[phi(p) (-log p)]."""
 
-    def __init__(self, record: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None) -> None:
+    def __init__(
+        self, record: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None
+    ) -> None:
         self.record, self.max_length, self.temperature = record, max_length, temperature
         self.kl_coefficient = record.kl_coefficient if kl_coefficient is None else kl_coefficient
 
@@ -91,7 +93,9 @@ class OnPolicyObjective:
         record, logprobs = self.record, output.logprobs
         old = logprobs.detach() if columns.old is None else columns.old
         ratio = importance_ratio(logprobs, old, batch.mask, record.ratio)
-        surrogate = surrogate_loss(ratio, logprobs, columns.advantages, record.clip_low, record.clip_high, record.surrogate)
+        surrogate = surrogate_loss(
+            ratio, logprobs, columns.advantages, record.clip_low, record.clip_high, record.surrogate
+        )
         loss = mismatch_weight(old, columns.sampled, record.mismatch, record.mismatch_cap) * surrogate.loss
         if record.kl == "loss":
             loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.reference, record.kl_estimator)
@@ -106,7 +110,9 @@ class OnPolicyObjective:
         terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
         self._diagnostics(terms, output, batch, columns, old, ratio.detach())
 
-    def _diagnostics(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns, old: Tensor, ratio: Tensor) -> None:
+    def _diagnostics(
+        self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns, old: Tensor, ratio: Tensor
+    ) -> None:
         mask, logprobs = batch.mask, output.logprobs.detach()
         mismatch = (old - columns.sampled).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         terms.metrics |= {
@@ -119,7 +125,11 @@ class OnPolicyObjective:
             "mismatch/k3": (masked_sum(kl_estimate(columns.sampled, old, "k3"), mask), "sampled_tokens"),
         }
         inside = ratio[mask]
-        terms.extremes |= {"ratio/min": inside.min(), "ratio/max": inside.max(), "mismatch/max": mismatch[mask].abs().max()}
+        terms.extremes |= {
+            "ratio/min": inside.min(),
+            "ratio/max": inside.max(),
+            "mismatch/max": mismatch[mask].abs().max(),
+        }
 
     def _expert_terms(self, terms: Terms, logprobs: Tensor, batch: TokenBatch, mu: float) -> None:
         loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), batch.mask)

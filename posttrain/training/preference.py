@@ -125,7 +125,10 @@ class LoggedGroupsObjective:
                 "kl/ref_k3": (masked_sum(kl_estimate(output.logprobs, reference, "k3"), batch.mask), "sequences"),
                 "ratio/mean": (masked_sum(ratio, batch.mask), "tokens"),
                 "entropy": (masked_sum(output.entropy, batch.mask), "tokens"),
-                "preference/accuracy": (_ranked_share(row_sums(output.logprobs - reference, batch.mask), rows), "groups"),
+                "preference/accuracy": (
+                    _ranked_share(row_sums(output.logprobs - reference, batch.mask), rows),
+                    "groups",
+                ),
             },
         )
 

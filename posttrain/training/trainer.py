@@ -112,7 +112,8 @@ class Trainer(Generic[Row]):
 
         Raises NumericalError, with the weights as they were, when loss or gradient are not finite.
         """
-        self.model.train()
+        # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
+        self.model.eval()
         counts = objective.counts(rows)
         own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         groups = micro_batches([objective.length(row) for row in own], self.micro_batch_tokens)
@@ -196,7 +197,9 @@ class _Sums:
         from accelerate.utils import gather_object
 
         every = gather_object([(self.totals, self.extremes)])
-        totals = {name: sum(t.get(name, 0.0) for t, _ in every) for name in every[0][0]}
+        # a process whose rows are all of one kind has no metrics of the other kind
+        names = dict.fromkeys(name for totals, _ in every for name in totals)
+        totals = {name: sum(t.get(name, 0.0) for t, _ in every) for name in names}
         for name in sorted({name for _, extremes in every for name in extremes}):
             values = [extremes[name] for _, extremes in every if name in extremes]
             totals[name] = min(values) if name.endswith("/min") else max(values)
