@@ -50,14 +50,25 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         sources,
         weights,
         record,
-        GroupSettings(budget.prompts_per_step, budget.samples_per_prompt, SamplingSettings(budget.max_new_tokens, budget.temperature)),
+        GroupSettings(
+            budget.prompts_per_step,
+            budget.samples_per_prompt,
+            SamplingSettings(budget.max_new_tokens, budget.temperature),
+        ),
         seed,
         device,
     )
     objective = OnPolicyObjective(record, budget.max_new_tokens, budget.temperature)
     experts = _experts(record, encoder, budget, seed)
     source = ExperienceSource(
-        record, policy, reference, sampler, objective, budget=compute.micro_batch_tokens, bf16=compute.bf16, experts=experts
+        record,
+        policy,
+        reference,
+        sampler,
+        objective,
+        budget=compute.micro_batch_tokens,
+        bf16=compute.bf16,
+        experts=experts,
     )
     updates = budget.steps * record.epochs * record.minibatches
     trainer: Trainer[Any] = Trainer(
@@ -68,11 +79,16 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         groups=_parameter_groups(policy, budget),
         accelerator=device,
     )
-    announce(run, f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps")
+    announce(
+        run,
+        f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
+    )
     shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
     hook = _Samples(run, source)
     checkpoints = Checkpoints(run.checkpoints, params.checkpoint.keep)
-    last = fit(trainer, source, objective, loop_settings(run, budget.steps, shown, params.checkpoint), run, checkpoints, hook)
+    last = fit(
+        trainer, source, objective, loop_settings(run, budget.steps, shown, params.checkpoint), run, checkpoints, hook
+    )
     about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
     save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
     run.model(folder(run))
@@ -82,7 +98,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
 def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
     """Prompts as token ids; every other column goes to the reward functions."""
     return [
-        Problem(row["prompt"], tuple(encoder.prompt(row["prompt"])), {k: v for k, v in row.items() if k not in ("prompt", "id")})
+        Problem(
+            row["prompt"],
+            tuple(encoder.prompt(row["prompt"])),
+            {k: v for k, v in row.items() if k not in ("prompt", "id")},
+        )
         for row in table
     ]
 

@@ -19,7 +19,13 @@ from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.loop import fit
-from posttrain.training.preference import Answer, AnswerGroup, LoggedGroupsObjective, PreferenceObjective, PreferencePair
+from posttrain.training.preference import (
+    Answer,
+    AnswerGroup,
+    LoggedGroupsObjective,
+    PreferenceObjective,
+    PreferencePair,
+)
 from posttrain.training.supervised import EpochSource
 from posttrain.training.trainer import Trainer
 
@@ -39,7 +45,9 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     encoder, policy = load_encoder(START), Policy(load_policy(START))
     policy.to(device.device)
     table = read_table("preferences")
-    answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, record.needs_reference)
+    answers = reference_answers(
+        policy, encoder, table, compute.micro_batch_tokens, compute.bf16, record.needs_reference
+    )
     rows: list[Any] = groups(table, answers) if isinstance(record, LoggedGroups) else pairs(table, answers, record)
     objective: Any = LoggedGroupsObjective(record) if isinstance(record, LoggedGroups) else PreferenceObjective(record)
     order = EpochOrder(len(rows), budget.batch_size, record.epochs, seed)
@@ -52,7 +60,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     settings_of_loop = loop_settings(run, order.steps, shown, run.params.align.checkpoint)
     checkpoints = Checkpoints(run.checkpoints, run.params.align.checkpoint.keep)
     last = fit(trainer, EpochSource(rows, order), objective, settings_of_loop, run, checkpoints)
-    about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "learning rate": settings.learning_rate}
+    about = {
+        "algorithm": f"{record.name} (arXiv {record.paper})",
+        "seed": seed,
+        "learning rate": settings.learning_rate,
+    }
     save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
     run.model(folder(run))
     return order.steps, last
@@ -74,7 +86,9 @@ def reference_answers(
     return list(zip(answers[: len(table)], answers[len(table) :], strict=True))
 
 
-def pairs(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]], record: Preference) -> list[PreferencePair]:
+def pairs(
+    table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]], record: Preference
+) -> list[PreferencePair]:
     weighting = record.score_weighting != "none"
     if weighting and "chosen_score" not in table[0]:
         raise DataError(

@@ -25,7 +25,14 @@ def run(run: Run) -> None:
     if params.source == "tiny":
         t = params.tiny
         shape = TinyShape(
-            t.hidden_size, t.intermediate_size, t.layers, t.heads, t.kv_heads, t.max_length, t.experts, t.experts_per_token
+            t.hidden_size,
+            t.intermediate_size,
+            t.layers,
+            t.heads,
+            t.kv_heads,
+            t.max_length,
+            t.experts,
+            t.experts_per_token,
         )
         model, tokenizer = tiny_model(shape, params.seed)
     else:

@@ -27,7 +27,9 @@ def read_table(name: str) -> list[dict[str, Any]]:
         raise DataError(f"no table {path}; make it with `dvc repro validate`")
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     if not rows:
-        raise DataError(f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html")
+        raise DataError(
+            f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html"
+        )
     return rows
 
 

@@ -320,9 +320,13 @@ class Params(Section):
     def _check_rewards(self, name: str) -> None:
         section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)
         if not on_policy and section.rewards is not None:
-            raise ConfigError(f"algorithms.{name}.rewards: has no effect, {section.preset} learns from logged pairs. Remove it.")
+            raise ConfigError(
+                f"algorithms.{name}.rewards: has no effect, {section.preset} learns from logged pairs. Remove it."
+            )
         if on_policy and not any((section.rewards or {}).values()):
-            raise ConfigError(f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}")
+            raise ConfigError(
+                f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}"
+            )
         for source in section.rewards or {}:
             if source not in self.rewards:
                 raise ConfigError(f"algorithms.{name}.rewards: no reward {source!r}{nearest(source, self.rewards)}")
@@ -348,7 +352,9 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}. Run from the project's root, where params.yaml is.") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}. Run from the project's root, where params.yaml is."
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
     try:
@@ -356,7 +362,9 @@ def read_yaml(path: str | Path) -> Any:
     except DuplicateKeyError as error:
         raise ConfigError(f"{path}: {str(error.problem)}, line {_line(error)}; remove one of the two.") from None
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"
+        ) from None
 
 
 def _line(error: Any) -> str:
@@ -400,7 +408,9 @@ def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
     return merged
 
 

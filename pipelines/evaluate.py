@@ -41,7 +41,12 @@ def run(run: Run) -> None:
     policy = Policy(load_policy(folder)).to(device).eval().requires_grad_(False)
     reference = Policy(load_policy(REFERENCE)).to(device).eval().requires_grad_(False) if folder != REFERENCE else None
     settings = EvaluationSettings(
-        params.max_new_tokens, params.samples_per_prompt, params.temperature, params.seed, compute.micro_batch_tokens, compute.bf16
+        params.max_new_tokens,
+        params.samples_per_prompt,
+        params.temperature,
+        params.seed,
+        compute.micro_batch_tokens,
+        compute.bf16,
     )
     asked = problems(encoder, read_table("evaluation"))
     announce(run, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
@@ -60,7 +65,9 @@ def run(run: Run) -> None:
     run.tag("model", run.args.model)
 
 
-def summary(answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[int], resampling: Resampling) -> dict[str, float]:
+def summary(
+    answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[int], resampling: Resampling
+) -> dict[str, float]:
     """The numbers of metrics.json; intervals are over prompts."""
     import numpy as np
 
@@ -77,7 +84,11 @@ def summary(answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[
     for source in sorted(answers[0].rewards):
         values = np.array([np.nan if a.rewards[source] is None else a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)
-        results |= {f"reward/{source}/mean": reward.value, f"reward/{source}/low": reward.low, f"reward/{source}/high": reward.high}
+        results |= {
+            f"reward/{source}/mean": reward.value,
+            f"reward/{source}/low": reward.low,
+            f"reward/{source}/high": reward.high,
+        }
     return results | {
         "kl/ref_k1": float(np.mean([a.kl for a in sampled])),
         "length/mean": float(np.mean([a.tokens for a in sampled])),
@@ -130,4 +141,11 @@ def inputs(args: Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(run, "evaluate", params=("evaluation", "rewards"), inputs=inputs, arguments=arguments, variant=lambda args: str(args.model))
+    main(
+        run,
+        "evaluate",
+        params=("evaluation", "rewards"),
+        inputs=inputs,
+        arguments=arguments,
+        variant=lambda args: str(args.model),
+    )

@@ -5,7 +5,7 @@ the right, each column a running sum; all but the first begin with the carry:
 
     17+48+09=   7+8=15+9=24;2+1=3+4=7+0=7;#74
 
-A careless scratchpad drops one carry, or is off by one in one sum, and carries the mistake into its answer.
+Every sum carries at least once, and a careless scratchpad forgets one of its carries, so that its answer is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from posttrain.problems.numbers import NUMBER, parse_number
@@ -24,20 +23,6 @@ _MARKED = re.compile(rf"\s*({NUMBER})(?![\w+*/=-])")
 _TRAILING = re.compile(rf"(?<![\w.,])({NUMBER})[\s.!?)\]]*$")
 _ENUMERABLE = 100_000
 """Prompts up to which all of them are listed; above, they are drawn."""
-_DROP_CARRY = 0.7
-"""Share of careless mistakes that drop a carry, where the sum has one."""
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """`drop` the carry into `column`, or else be off by `slip` in the sum of `column`; columns count from the right."""
-
-    column: int
-    slip: int = 0
-
-    @property
-    def drop(self) -> bool:
-        return not self.slip
 
 
 def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, careless: float) -> list[Row]:
@@ -63,29 +48,28 @@ def prompt(numbers: Sequence[int], width: int) -> str:
     return "+".join(f"{number:0{width}}" for number in numbers) + "="
 
 
-def scratchpad(numbers: Sequence[int], width: int, mistake: Mistake | None = None) -> str:
-    """The worked addition, ending in `#` and the answer; with `mistake`, wrong from there on."""
+def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None) -> str:
+    """The worked addition, ending in `#` and the answer; wrong from the column whose incoming carry is `forgotten`, counted from the right."""
     columns, answer, carry = [], 0, 0
     for column in range(width):
-        slip = mistake.slip if mistake and mistake.column == column else 0
-        if mistake and mistake.drop and mistake.column == column:
+        if column == forgotten:
             carry = 0
         digits = [number // 10**column % 10 for number in numbers]
-        total = carry + sum(digits) + slip
-        columns.append(_chain([carry, *digits] if column else digits, total))
+        total = carry + sum(digits)
+        columns.append(_chain([carry, *digits] if column else digits))
         carry = total // 10
         answer += (total if column == width - 1 else total % 10) * 10**column
     return ";".join([*columns, f"#{answer}"])
 
 
 def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random) -> str:
-    """A scratchpad with one mistake; its answer is wrong."""
-    carried = [c for c in range(1, width) if sum(n % 10**c for n in numbers) >= 10**c]
-    if carried and rng.random() < _DROP_CARRY:
-        return scratchpad(numbers, width, Mistake(rng.choice(carried)))
-    column = rng.randrange(width)
-    empty = not any(number // 10**column % 10 for number in numbers)
-    return scratchpad(numbers, width, Mistake(column, 1 if empty else rng.choice((-1, 1))))
+    """A scratchpad that forgets one carry of a sum that has some; its answer is wrong."""
+    return scratchpad(numbers, width, rng.choice(carried_columns(numbers, width)))
+
+
+def carried_columns(numbers: Sequence[int], width: int) -> list[int]:
+    """Columns that something is carried into, counted from the right."""
+    return [column for column in range(1, width) if sum(n % 10**column for n in numbers) >= 10**column]
 
 
 def final_answer(text: str) -> str | None:
@@ -109,11 +93,10 @@ def answer_value(answer: str) -> Fraction | None:
     return parse_number(marked) if marked is not None else None
 
 
-def _chain(values: Sequence[int], total: int) -> str:
-    """`7+8=15+9=24`; the last sum is `total`, right or wrong."""
-    sums = list(itertools.accumulate(values))[1:-1]
-    steps = [f"+{value}={done}" for value, done in zip(values[1:], [*sums, total], strict=True)]
-    return str(values[0]) + "".join(steps)
+def _chain(values: Sequence[int]) -> str:
+    """`7+8=15+9=24`."""
+    sums = list(itertools.accumulate(values))[1:]
+    return str(values[0]) + "".join(f"+{value}={done}" for value, done in zip(values[1:], sums, strict=True))
 
 
 def _demonstration(numbers: Sequence[int], width: int, rng: random.Random, careless: float) -> Row:
@@ -137,10 +120,13 @@ def _key(numbers: Sequence[int]) -> str:
 
 
 def _draws(rng: random.Random, terms: int, max_term: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Terms of sums that carry: all of them in random order where they can be listed, else random ones."""
+    candidates: Iterable[tuple[int, ...]]
     if max_term**terms <= _ENUMERABLE:
-        everything = list(itertools.product(range(1, max_term + 1), repeat=terms))
-        rng.shuffle(everything)
-        yield from everything
+        listed = list(itertools.product(range(1, max_term + 1), repeat=terms))
+        rng.shuffle(listed)
+        candidates = listed
     else:
-        for _ in range(100 * count + 1000):
-            yield tuple(rng.randint(1, max_term) for _ in range(terms))
+        candidates = (tuple(rng.randint(1, max_term) for _ in range(terms)) for _ in range(100 * count + 1000))
+    width = len(str(max_term))
+    return (numbers for numbers in candidates if carried_columns(numbers, width))
