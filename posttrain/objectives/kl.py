@@ -16,7 +16,8 @@ def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KlEstimator) -> Tens
     if estimator == "k2":
         return 0.5 * difference.square()
     bounded = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (-bounded).exp() - 1 + bounded
+    # expm1, because exp(-d) - 1 loses every digit of a small d in float32
+    return (-bounded).expm1() + bounded
 
 
 def adapted_coefficient(coefficient: float, observed: float, target: float, responses: int, horizon: int) -> float:

@@ -1,0 +1,138 @@
+"""The DPO family and the reward model's loss: the numbers of the papers, and gradients in closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import Preference
+from posttrain.objectives.preference import bradley_terry, preference_loss, preference_target
+
+LN2 = math.log(2)
+
+
+def record(name: str, **options: object) -> Preference:
+    found = PRESETS[name]
+    assert isinstance(found, Preference)
+    return replace(found, **options)
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def losses(name: str, differences: list[float], gaps: list[float] | None = None, **options: object) -> list[float]:
+    return preference_loss(
+        f64(*differences), f64(*(gaps or [0.0] * len(differences))), record(name, **options)
+    ).tolist()
+
+
+def test_dpo_starts_at_ln_2_with_half_beta_as_gradient() -> None:
+    chosen, rejected = f64(-3.0).requires_grad_(), f64(-5.0).requires_grad_()
+    difference = (chosen - chosen.detach()) - (rejected - rejected.detach())
+    loss = preference_loss(difference, f64(0.0), record("dpo", beta=0.3)).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(LN2, abs=1e-12)
+    assert chosen.grad.item() == pytest.approx(-0.15, abs=1e-12)
+    assert rejected.grad.item() == pytest.approx(0.15, abs=1e-12)
+
+
+def test_label_smoothing_gives_the_table_of_the_specification() -> None:
+    values = losses("dpo", [0.0, 10.0, 20.0], label_smoothing=0.1)
+    assert values == pytest.approx([0.6931, 0.4133, 0.3269], abs=5e-5)
+    for x, value in zip([0.0, 1.0, 2.0], values, strict=True):
+        assert value == pytest.approx(-0.9 * math.log(sigmoid(x)) - 0.1 * math.log(sigmoid(-x)), abs=1e-12)
+
+
+def test_robust_divides_the_noise_out_and_may_be_negative() -> None:
+    for x in (-3.0, 0.0, 2.0, 60.0):
+        forward, backward = math.log1p(math.exp(-x)), math.log1p(math.exp(x))
+        assert losses("robust", [x * 10])[0] == pytest.approx((0.9 * forward - 0.1 * backward) / 0.8, abs=1e-12)
+    assert losses("robust", [600.0])[0] < 0
+
+
+def test_robust_is_unbiased_under_flipped_labels() -> None:
+    # with probability eps the label is flipped; the expectation of the corrected loss is the clean loss
+    x, eps = 7.0, 0.1
+    right, flipped = losses("robust", [x, -x])
+    assert (1 - eps) * right + eps * flipped == pytest.approx(losses("dpo", [x])[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_ipo_starts_at_one_over_four_beta_squared_and_ends_at_half_over_beta(beta: float) -> None:
+    start, end = losses("ipo", [0.0, 1 / (2 * beta)], beta=beta)
+    assert start == pytest.approx(1 / (4 * beta**2), rel=1e-12)
+    assert end == pytest.approx(0.0, abs=1e-12)
+
+
+def test_hinge_and_simpo_by_hand() -> None:
+    assert losses("hinge", [0.0, 4.0, 10.0, 30.0]) == pytest.approx([1.0, 0.6, 0.0, 0.0], abs=1e-12)
+    # SimPO: -log sigma(beta * difference of means - gamma)
+    assert losses("simpo", [1.5])[0] == pytest.approx(-math.log(sigmoid(2.0 * 1.5 - 0.5)), abs=1e-12)
+
+
+def test_soft_targets_a_tie_is_one_half_with_its_minimum_at_zero() -> None:
+    assert preference_target(f64(0.0, 2.0), record("dpo_soft")).tolist() == pytest.approx([0.5, sigmoid(2.0)])
+    x = f64(0.0).requires_grad_()
+    loss = preference_loss(x, f64(0.0), record("dpo_soft")).sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss.item() == pytest.approx(LN2, abs=1e-12)
+    assert gradient.item() == pytest.approx(0.0, abs=1e-12)
+    assert min(losses("dpo_soft", [-1.0, 1.0])) > LN2
+
+
+def test_soft_targets_by_hand_and_at_their_limit() -> None:
+    p = sigmoid(0.7 * 1.5)
+    by_hand = -p * math.log(sigmoid(0.2)) - (1 - p) * math.log(sigmoid(-0.2))
+    assert losses("dpo_soft", [2.0], [1.5], score_scale=0.7)[0] == pytest.approx(by_hand, abs=1e-12)
+    assert losses("dpo_soft", [2.0], [1.5], score_scale=1e3) == pytest.approx(losses("dpo", [2.0]), abs=1e-12)
+
+
+def test_offset_moves_the_logit_and_zero_scale_is_dpo() -> None:
+    assert losses("dpo", [2.0], [1.5], score_weighting="offset", score_scale=0.4)[0] == pytest.approx(
+        -math.log(sigmoid(0.2 - 0.6)), abs=1e-12
+    )
+    assert losses("dpo", [2.0], [1.5], score_weighting="offset", score_scale=0.0) == losses("dpo", [2.0])
+
+
+def test_each_pair_is_its_own_logit() -> None:
+    together = losses("dpo", [3.0, -4.0])
+    assert together == losses("dpo", [3.0]) + losses("dpo", [-4.0])
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_soft", "robust", "ipo", "simpo"])
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    difference = f64(-7.0, 0.5, 11.0).requires_grad_()
+    gap = f64(1.0, 0.0, -2.0)
+    assert torch.autograd.gradcheck(lambda d: preference_loss(d, gap, record(name)), (difference,))
+
+
+def test_far_logits_stay_finite() -> None:
+    x = torch.tensor([-1e6, 1e6], requires_grad=True)
+    loss = preference_loss(x, torch.zeros(2), record("dpo"))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert x.grad.tolist() == pytest.approx([-0.1, 0.0])
+
+
+def test_reward_model_loss_by_hand() -> None:
+    loss = bradley_terry(f64(1.2, 0.0), f64(0.4, 0.0), f64(0.5, 0.0), center=0.01)
+    assert loss[0].item() == pytest.approx(-math.log(sigmoid(1.2 - 0.4 - 0.5)) + 0.01 * 1.6**2, abs=1e-12)
+    assert loss[1].item() == pytest.approx(LN2, abs=1e-12)
+
+
+def test_equal_scores_cost_ln_2_wherever_they_lie_without_centring() -> None:
+    assert bradley_terry(f64(-3.0, 5.0), f64(-3.0, 5.0), f64(0.0, 0.0), 0.0).tolist() == pytest.approx([LN2, LN2])
+
+
+def test_reward_model_gradient() -> None:
+    chosen, rejected = f64(0.3, -1.0).requires_grad_(), f64(0.1, 2.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, r: bradley_terry(c, r, f64(0.2, 0.0), 0.01), (chosen, rejected))
