@@ -1,0 +1,67 @@
+"""The presets are the table of the specification, and read as neighbours of one another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+
+import pytest
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import OnPolicy
+
+# name: advantage, ratio, clip low, clip high, aggregate, kl, beta
+TABLE = {
+    "ppo": ("gae", "token", 0.2, 0.2, "token_mean", "reward", 0.05),
+    "grpo": ("group_mean", "token", 0.2, 0.2, "sequence_mean", "loss", 0.04),
+    "dr_grpo": ("group_mean", "token", 0.2, 0.2, "constant", "none", 0.0),
+    "gspo": ("group_z", "sequence", 3e-4, 4e-4, "sequence_mean", "none", 0.0),
+    "dapo": ("group_z", "token", 0.2, 0.28, "token_mean", "none", 0.0),
+    "chord": ("group_z", "token", 0.2, 0.2, "sequence_mean", "none", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_the_table(name: str) -> None:
+    record = PRESETS[name]
+    assert isinstance(record, OnPolicy)
+    point = (record.advantage, record.ratio, record.clip_low, record.clip_high)
+    assert (*point, record.aggregate, record.kl, record.kl_coefficient) == TABLE[name]
+
+
+def test_what_else_the_table_says() -> None:
+    ppo, gspo, dapo, chord, phi = (PRESETS[n] for n in ("ppo", "gspo", "dapo", "chord", "chord_phi"))
+    for record in (ppo, gspo, dapo, chord, phi):
+        assert isinstance(record, OnPolicy)
+    assert (ppo.gamma, ppo.lam, ppo.whiten, ppo.value_clip, ppo.epochs) == (1.0, 0.95, True, 0.2, 4)
+    assert (ppo.kl_estimator, PRESETS["grpo"].kl_estimator) == ("k1", "k3")
+    assert ppo.missing_eos_penalty > 0
+    assert gspo.epochs * gspo.minibatches == 4
+    assert (dapo.filter, dapo.mask_truncated) == ("refill", True)
+    assert dapo.overlong_cache > 0
+    assert (chord.mu_peak, chord.mu_valley, chord.mu_decay_steps) == (0.9, 0.05, 200)
+    assert (phi.mu_peak, phi.mu_valley, phi.phi) == (0.1, 0.1, "p_one_minus_p")
+
+
+def differences(name: str, other: str) -> set[str]:
+    left, right = asdict(PRESETS[name]), asdict(PRESETS[other])
+    return {key for key in left if left[key] != right[key]} - {"name", "paper"}
+
+
+def test_a_preset_is_a_small_change_to_another() -> None:
+    assert differences("dr_grpo", "grpo") == {"aggregate", "kl", "kl_coefficient"}
+    assert differences("chord_phi", "chord") == {"mu_peak", "mu_valley", "mu_decay_steps", "phi"}
+    assert differences("ipo", "dpo") == {"link", "logit"}
+
+
+def test_records_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PRESETS["grpo"].clip_low = 0.5  # type: ignore[misc]
+
+
+def test_the_configuration_of_algorithms_imports_no_model_library(root: Path) -> None:
+    code = "import sys, posttrain.algorithms as a; a.choose('grpo'); print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
