@@ -1,0 +1,143 @@
+"""One batch with uneven lengths for every preset, and a trainer that shows its gradient instead of stepping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
+from posttrain.data.tokens import Tokens
+from posttrain.models.inference import token_numbers
+from posttrain.models.policy import Policy
+from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective
+from posttrain.training.preference import (
+    Answer,
+    AnswerGroup,
+    LoggedGroupsObjective,
+    PreferenceObjective,
+    PreferencePair,
+)
+from posttrain.training.supervised import RewardObjective, RewardPair, SupervisedObjective
+from posttrain.training.trainer import OptimizerSettings, Trainer
+from tests.models import small
+
+MAX_LENGTH = 12
+NAMES = [*sorted(PRESETS), "sft", "sft_all", "reward"]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Callable[[], nn.Module]
+    objective: Any
+    rows: list[Any]
+
+
+class Probe(Trainer[Any]):
+    """Keeps the gradient of the last update, and takes no step."""
+
+    gradient: dict[str, torch.Tensor]
+
+    def _step(self) -> dict[str, float]:
+        self.gradient = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in self.unwrapped.named_parameters()
+        }
+        self.optimizer.zero_grad()
+        return {}
+
+
+def probe(model: nn.Module, budget: int, **options: Any) -> Probe:
+    return Probe(model, OptimizerSettings(1e-3), total_steps=1, micro_batch_tokens=budget, **options)
+
+
+def case(name: str, double: bool = False) -> Case:
+    if name in ("sft", "sft_all"):
+        # the row in the middle has nothing to learn from
+        rows = [*small.rows(4), Tokens((5, 6, 7, 8), ()), *small.rows(3, seed=1)]
+        return Case(
+            lambda: small.policy(double=double), SupervisedObjective("all" if name == "sft_all" else "completion"), rows
+        )
+    if name == "reward":
+        pairs = [
+            RewardPair(c, r, margin=0.1 * i)
+            for i, (c, r) in enumerate(zip(small.rows(7), small.rows(9, seed=1)[2:], strict=True))
+        ]
+        return Case(lambda: small.scorer(double=double), RewardObjective(0.05), pairs)
+    record = PRESETS[name]
+    if isinstance(record, OnPolicy):
+        rows = experiences(record)
+        return Case(
+            lambda: small.policy(critic=record.has_critic, double=double),
+            OnPolicyObjective(record, MAX_LENGTH, 0.8),
+            rows,
+        )
+    if isinstance(record, Preference):
+        return Case(lambda: small.policy(double=double), PreferenceObjective(record), pairs_for(record))
+    assert isinstance(record, LoggedGroups)
+    groups = [AnswerGroup((p.chosen, p.rejected), (0.5, -0.5)) for p in pairs_for(PRESETS["dpo"])]
+    ranked = small.rows(3, seed=7)
+    groups.append(AnswerGroup(tuple(map(Answer, ranked, small.numbers(ranked, 8))), (2.0, -1.0, 0.5)))
+    return Case(lambda: small.policy(double=double), LoggedGroupsObjective(record), groups)
+
+
+def near(
+    policy: Policy, tokens: Sequence[Tokens], seed: int, spread: float, temperature: float = 1.0
+) -> list[np.ndarray]:
+    """The policy's own log-probabilities, moved a little: those of an older policy."""
+    own = token_numbers(policy, tokens, 10_000, temperature)
+    return [n.logprobs + noise for n, noise in zip(own, small.numbers(tokens, seed, spread), strict=True)]
+
+
+def experiences(record: OnPolicy) -> list[Any]:
+    tokens = small.rows(7, seed=3)
+    policy = small.policy()
+    old = near(policy, tokens, 4, 5e-4 if record.ratio == "sequence" else 0.2, 0.8)
+    reference = near(policy, tokens, 5, 0.5, 0.8)
+    advantages, values, returns = (small.numbers(tokens, seed) for seed in (6, 7, 8))
+    sampled = [o + n for o, n in zip(old, small.numbers(tokens, 9, 0.01), strict=True)]
+    mu = 0.3 if record.has_expert else 0.0
+    made: list[Any] = [
+        Experience(
+            tokens=t,
+            advantages=advantages[i] if record.has_critic else np.full_like(advantages[i], advantages[i][0]),
+            sampled=sampled[i],
+            reference=reference[i],
+            old=old[i],
+            old_values=values[i] if record.has_critic else None,
+            returns=returns[i] if record.has_critic else None,
+            trained=i != 4,
+            weight=1 - mu,
+        )
+        for i, t in enumerate(tokens)
+    ]
+    # order matters to nobody, so expert rows stand in between
+    experts = [Expert(t, mu) for t in small.rows(4, seed=10)] if record.has_expert else []
+    return [*made[:3], *experts, *made[3:]]
+
+
+def pairs_for(record: Any) -> list[PreferencePair]:
+    chosen, rejected = small.rows(7, seed=11), small.rows(9, seed=12)[2:]
+    policy = small.policy()
+    references = [near(policy, tokens, seed, 0.5) for tokens, seed in ((chosen, 13), (rejected, 14))]
+    if not record.needs_reference:
+        references = [[np.zeros_like(r) for r in side] for side in references]
+    gaps = small.numbers([Tokens((1,), (1,) * 7)], 15)[0]
+    return [
+        PreferencePair(Answer(chosen[i], references[0][i]), Answer(rejected[i], references[1][i]), float(gaps[i]))
+        for i in range(7)
+    ]
+
+
+def with_record(made: Case, **options: Any) -> Case:
+    """The case with other options of its record."""
+    objective = made.objective
+    record = replace(objective.record, **options)
+    if isinstance(record, OnPolicy):
+        return replace(made, objective=OnPolicyObjective(record, objective.max_length, objective.temperature))
+    return replace(made, objective=type(objective)(record))
