@@ -27,6 +27,7 @@ def run(run: Run) -> None:
         from pipelines.align_on_policy import align
     else:
         from pipelines.align_preference import align
+    run.ready()
     steps, last = align(run, name, seed, device)
     run.timings(steps, {"memory/peak_mib": peak_memory_mib()})
     shown = {key: value for key, value in last.items() if value == value}
@@ -52,7 +53,14 @@ def read_parameters(args: Namespace) -> tuple[str, ...]:
     return ("align", "rewards", f"algorithms.{args.algorithm}")
 
 
-INPUTS = ("data/valid", "models/sft", "models/reward")
+TABLES = tuple(f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems"))
 
 if __name__ == "__main__":
-    main(run, "align", params=read_parameters, inputs=INPUTS, arguments=arguments, variant=variant)
+    main(
+        run,
+        "align",
+        params=read_parameters,
+        inputs=(*TABLES, "models/sft", "models/reward"),
+        arguments=arguments,
+        variant=variant,
+    )

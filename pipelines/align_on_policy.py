@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
+from pipelines.common import announce, loop_settings, model_card, optimizer_settings, problems, read_table
 from pipelines.config import OnPolicyBudget
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
@@ -15,7 +15,7 @@ from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.models.folders import load_encoder, load_policy, load_scorer, save_model
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
-from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.groups import GroupSampler, GroupSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.experience import ExperienceSource, Experts
@@ -93,18 +93,6 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
     run.model(folder(run))
     return budget.steps, last
-
-
-def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
-    """Prompts as token ids; every other column goes to the reward functions."""
-    return [
-        Problem(
-            row["prompt"],
-            tuple(encoder.prompt(row["prompt"])),
-            {k: v for k, v in row.items() if k not in ("prompt", "id")},
-        )
-        for row in table
-    ]
 
 
 def _policy(record: OnPolicy) -> Policy:

@@ -21,6 +21,7 @@ def run(run: Run) -> None:
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.tiny import TinyShape, tiny_model
 
+    run.ready()
     params = run.params.model
     if params.source == "tiny":
         t = params.tiny

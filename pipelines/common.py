@@ -14,6 +14,8 @@ from posttrain.errors import DataError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from posttrain.data.tokens import TextEncoder
+    from posttrain.rollouts.groups import Problem
     from posttrain.training.loop import LoopSettings
     from posttrain.training.trainer import OptimizerSettings
 
@@ -31,6 +33,20 @@ def read_table(name: str) -> list[dict[str, Any]]:
             f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html"
         )
     return rows
+
+
+def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
+    """Prompts as token ids; every other column goes to the reward functions."""
+    from posttrain.rollouts.groups import Problem
+
+    return [
+        Problem(
+            row["prompt"],
+            tuple(encoder.prompt(row["prompt"])),
+            {k: v for k, v in row.items() if k not in ("prompt", "id")},
+        )
+        for row in table
+    ]
 
 
 def accelerator(compute: ComputeParams, seed: int) -> Accelerator:

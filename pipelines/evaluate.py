@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import accelerator, announce, peak_memory_mib, read_table
+from pipelines.common import accelerator, announce, peak_memory_mib, problems, read_table
 from pipelines.run import Run
 from pipelines.step import main
 
@@ -27,7 +27,6 @@ REFERENCE = Path("models/sft")
 def run(run: Run) -> None:
     params = run.params.evaluation
     device = accelerator(params.compute, params.seed).device
-    from pipelines.align_on_policy import problems
     from pipelines.rewards import reward_sources
     from posttrain.data.tokens import table_tokens
     from posttrain.evaluation.answers import EvaluationSettings, evaluate, preferred_share
@@ -36,6 +35,7 @@ def run(run: Run) -> None:
     from posttrain.models.policy import Policy
     from posttrain.rollouts.native import NativeEngine
 
+    run.ready()
     folder = model_folder(run.args.model)
     encoder, compute = load_encoder(folder), params.compute
     policy = Policy(load_policy(folder)).to(device).eval().requires_grad_(False)

@@ -44,6 +44,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, RewardObjective
     from posttrain.training.trainer import Trainer
 
+    run.ready()
     encoder = load_encoder(START)
     pairs = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores)
     heldout = reward_pairs(encoder, read_table("preferences_heldout"), params.margin_from_scores)

@@ -83,6 +83,10 @@ class Run:
         numbers = {name: float(value) for name, value in values.items()}
         self._measurements.append({"kind": "timings", "step": int(step), "time": time.time(), "values": numbers})
 
+    def ready(self) -> None:
+        """Everything is imported, the work begins: what came before counts as start-up on the page of costs."""
+        self._measurements.append({"kind": "ready", "time": time.time()})
+
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Rows as artifacts/{name}-{step}.json."""
         path = self._artifact_path(f"{name}-{step:06d}.json")

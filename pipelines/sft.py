@@ -36,6 +36,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
+    run.ready()
     encoder = load_encoder(START)
     rows = table_tokens(encoder, read_table("sft"), "completion")
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)

@@ -36,6 +36,7 @@ def run(run: Run) -> None:
     from pipelines.validation.report import page
     from pipelines.validation.suites import Limits, Validator
 
+    run.ready()
     limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(run.params))
     validator = Validator(DOCS)
     outcome = check(tables, params.rules, limits, lengths, validator)

@@ -23,7 +23,7 @@ Span = tuple[float, float]
 
 @dataclass
 class RunMeasures:
-    """The newest run of one stage instance on this machine. Spans are Unix seconds inside the step's body."""
+    """The newest run of one stage instance on this machine. Spans are Unix seconds of work: imports come before them."""
 
     name: str
     stage: str | None
@@ -106,6 +106,8 @@ def _run(name: str, records: Sequence[Record]) -> RunMeasures:
         if record["kind"] == "start":
             run.stage = record.get("dvc_stage") or run.stage
             run.spans.append((time, time))
+        elif record["kind"] == "ready" and run.spans:
+            run.spans[-1] = (time, time)
         elif run.spans:
             run.spans[-1] = (run.spans[-1][0], max(time, run.spans[-1][1]))
         for metric, value in record.get("values", {}).items():

@@ -1,0 +1,71 @@
+"""A clone of the project as it is in the working tree, and the whole pipeline run in it once for the session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TINY = Path("tests/end_to_end/tiny.yaml")
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A workspace of its own: its code, DVC cache, MLflow store and journals are apart from everything else."""
+
+    root: Path
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "PREFECT_API", "POSTTRAIN_"))
+        }
+        env |= {"PYTHONPATH": str(self.root), "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+        done = subprocess.run([sys.executable, "-m", *command], cwd=self.root, env=env, capture_output=True, text=True)
+        if check and done.returncode != 0:
+            raise AssertionError(
+                f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
+        return done
+
+    def configure(self, *changes: str) -> None:
+        self.run("pipelines.configure", *changes)
+
+    def repro(self, *targets: str, **environment: str) -> str:
+        return self.run("dvc", "repro", *targets, **environment).stdout
+
+
+@pytest.fixture(scope="session")
+def new_clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Clone]:
+    def make() -> Clone:
+        target = tmp_path_factory.mktemp("clone") / "project"
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True
+        )
+        for name in listed.stdout.split("\0"):
+            if name and (root / name).is_file():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target / name)
+        for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
+            identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+            subprocess.run(["git", *identity, *command], cwd=target, check=True)
+        shared = root / ".." / "shared"
+        if shared.is_dir():
+            (target.parent / "shared").symlink_to(shared.resolve())
+        return Clone(target)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reproduced(new_clone: Callable[[], Clone]) -> Clone:
+    """The tiny pipeline after one `dvc repro`, with what every step used in trace.jsonl."""
+    clone = new_clone()
+    clone.configure(str(TINY))
+    clone.repro(POSTTRAIN_TRACE=str(clone.root / ".posttrain-trace.jsonl"))
+    return clone

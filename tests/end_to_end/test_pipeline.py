@@ -1,0 +1,166 @@
+"""The whole pipeline, really run: dvc repro in one clone, the Prefect flow in another."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from tests.end_to_end.conftest import TINY, Clone
+
+pytestmark = pytest.mark.timeout(900)
+MODELS = ("base", "sft", "dpo-0", "grpo-0", "ppo-0")
+
+
+def stages(clone: Clone) -> dict[str, object]:
+    with Repo(str(clone.root)) as repo:
+        return {stage.addressing: stage for stage in repo.index.stages}
+
+
+def lock(clone: Clone) -> object:
+    return YAML(typ="safe").load((clone.root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+
+
+def test_every_stage_writes_journal_metrics_and_result(reproduced: Clone) -> None:
+    for model in MODELS:
+        metrics = json.loads((reproduced.root / "runs" / "evaluate" / model / "metrics.json").read_text())
+        assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
+    page = (reproduced.root / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("dpo", "grpo", "ppo"))
+    assert json.loads((reproduced.root / "report" / "comparison.json").read_text())
+    assert sorted(p.suffix for p in (reproduced.root / "report").glob("*.png")) != []
+
+
+def test_a_second_repro_runs_no_stage(reproduced: Clone) -> None:
+    output = reproduced.repro()
+    assert "Running stage" not in output
+    assert "up to date" in output
+
+
+def test_the_curves_have_one_row_per_step_and_the_objectives_start_where_they_must(reproduced: Clone) -> None:
+    def curve(run: str) -> list[dict[str, str]]:
+        with (reproduced.root / "runs" / run / "curves.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    dpo, grpo = curve("align/dpo-0"), curve("align/grpo-0")
+    assert float(dpo[0]["loss"]) == pytest.approx(0.693147, abs=1e-5)
+    assert [row["step"] for row in grpo] == ["1", "2"]
+    assert float(grpo[0]["kl/approx"]) == pytest.approx(0.0, abs=1e-7)
+    assert float(grpo[0]["kl/ref_k3"]) == pytest.approx(0.0, abs=1e-6)
+    assert float(grpo[0]["ratio/min"]) == float(grpo[0]["ratio/max"]) == 1.0
+    assert float(grpo[0]["mismatch/max"]) < 1e-4
+
+
+def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
+    """Every parameter leaf and every module that a step used is covered by dvc.yaml, and nothing is declared in vain."""
+    declared = stages(reproduced)
+    traces = [json.loads(line) for line in (reproduced.root / ".posttrain-trace.jsonl").read_text().splitlines()]
+    assert len(traces) == len(declared)
+    commands = {stage.cmd.split("-m ")[1]: name for name, stage in declared.items()}  # type: ignore[attr-defined]
+    families: dict[str, list[Any]] = {}
+    for trace in traces:
+        families.setdefault(commands[_command(trace)].split("@")[0], []).append(trace)
+    for family, members in sorted(families.items()):
+        # the instances of a matrix share one declaration
+        leaves = {leaf for trace in members for leaf in trace["params"]}
+        modules = {module for trace in members for module in trace["modules"]} - PLUMBING
+        deps = [d for name, stage in declared.items() if name.split("@")[0] == family for d in stage.deps]  # type: ignore[attr-defined]
+        prefixes = {p for d in deps if d.def_path == "params.yaml" for p in d.params}
+        paths = {d.def_path for d in deps}
+        undeclared = sorted(leaf for leaf in leaves if not any(leaf == p or leaf.startswith(p + ".") for p in prefixes))
+        unread = sorted(p for p in prefixes if not any(leaf == p or leaf.startswith(p + ".") for leaf in leaves))
+        uncovered = sorted(m for m in modules if not any(m == p or m.startswith(p + "/") for p in paths))
+        code = {p for p in paths if p.startswith(("pipelines", "posttrain"))}
+        unused = sorted(p for p in code if not any(m == p or m.startswith(p + "/") for m in modules))
+        allowed = [m for m in uncovered if not (m.startswith("posttrain/algorithms/") or m.endswith("__init__.py"))]
+        assert (family, undeclared, unread, allowed, unused) == (family, [], [], [], [])
+
+
+# How a run is started, checked, recorded and tracked: no part of what a stage computes, so no reason to run one again. The records of
+# posttrain/algorithms count as such too, but for the align stage, which declares them.
+PLUMBING = {
+    "pipelines/__init__.py", "pipelines/config.py", "pipelines/environment.py", "pipelines/follower.py", "pipelines/identity.py",
+    "pipelines/journal.py", "pipelines/process.py", "pipelines/publish.py", "pipelines/redaction.py", "pipelines/run.py",
+    "pipelines/step.py", "pipelines/watch.py", "posttrain/__init__.py", "posttrain/errors.py", "posttrain/text.py",
+}  # fmt: skip
+
+
+def _command(trace: dict[str, str]) -> str:
+    stage, variant = trace["stage"], trace["name"].removeprefix(trace["stage"]).removeprefix("-")
+    if stage == "align":
+        algorithm, _, seed = variant.rpartition("-")
+        return f"pipelines.align --algorithm {algorithm} --seed {seed}"
+    return f"pipelines.evaluate --model {variant}" if stage == "evaluate" else f"pipelines.{stage}"
+
+
+def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -> None:
+    params = reproduced.root / "params.yaml"
+    before = params.read_text(encoding="utf-8")
+    try:
+        reproduced.configure("algorithms.ppo.options.kl_coefficient=0.3")
+        planned = set(re.findall(r"Running stage '([^']+)'", reproduced.repro("--dry")))
+    finally:
+        params.write_text(before, encoding="utf-8")
+    assert planned == {"align@ppo-0", "evaluate_aligned@ppo-0", "compare"}
+
+
+def test_metrics_diff_and_plots_work(reproduced: Clone) -> None:
+    shown = json.loads(reproduced.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert "accuracy" in shown["runs/evaluate/sft/metrics.json"]["data"]
+    assert reproduced.run("dvc", "metrics", "diff").returncode == 0
+    reproduced.run("dvc", "plots", "show", "-o", ".posttrain/plots")
+    assert "curves.csv" in (reproduced.root / ".posttrain" / "plots" / "index.html").read_text(encoding="utf-8")
+
+
+def test_models_load_with_transformers(reproduced: Clone) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = reproduced.root / "models" / "align" / "grpo-0"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("17+48=", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4).shape[1] <= ids["input_ids"].shape[1] + 4
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(reproduced.root / "models" / "reward").config.num_labels == 1
+    )
+    assert "arXiv 2402.03300" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_mlflow_holds_one_run_per_stage_with_every_metric_at_every_step(reproduced: Clone) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{reproduced.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("posttrain")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert len(runs) == len(stages(reproduced))
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    aligned = {run.data.tags["algorithm"]: run for run in runs if run.data.tags["stage"] == "align"}
+    assert set(aligned) == {"dpo", "grpo", "ppo"}
+    history = client.get_metric_history(aligned["ppo"].info.run_id, "reward/answer/mean")
+    journal = [
+        json.loads(line) for line in (reproduced.root / "runs/align/ppo-0/journal.jsonl").read_text().splitlines()
+    ]
+    written = [(r["step"], r["values"]["reward/answer/mean"]) for r in journal if r["kind"] == "metrics"]
+    assert sorted((m.step, m.value) for m in history) == written
+    assert aligned["ppo"].data.params["algorithms.ppo.options.kl_coefficient"] == "0.2"
+
+
+def test_the_flow_in_another_clone_gives_the_same_lock(reproduced: Clone, new_clone: Callable[[], Clone]) -> None:
+    """Same parameters, data and code: the same bytes, weights included, whichever of the two ran them and in which order."""
+    other = new_clone()
+    other.configure(str(TINY))
+    output = other.run("flows.compare").stdout
+    assert "report" in output
+    assert lock(other) == lock(reproduced)
+    assert (other.root / ".posttrain" / "costs" / "index.html").exists()
+    weights = Path("models/align/ppo-0/model.safetensors")
+    assert (other.root / weights).read_bytes() == (reproduced.root / weights).read_bytes()

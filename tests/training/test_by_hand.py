@@ -1,0 +1,200 @@
+"""Whole objectives against sums written out token by token in float64, from the model's full logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import OnPolicy, Preference
+from posttrain.data.tokens import Tokens
+from posttrain.models.policy import Policy
+from posttrain.training.onpolicy import Experience, Expert
+from tests.training.cases import MAX_LENGTH, case, probe
+
+TEMPERATURE = 0.8
+
+
+def token_logprobs(policy: Policy, tokens: Tokens, temperature: float = 1.0) -> list[float]:
+    """One row, no padding, no chunks, the model's own logits."""
+    with torch.no_grad():
+        logits = policy.lm(input_ids=torch.tensor([tokens.prompt + tokens.response])).logits[0] / temperature
+    table = logits.log_softmax(-1)
+    return [table[len(tokens.prompt) + t - 1, token].item() for t, token in enumerate(tokens.response)]
+
+
+def loss_of(name: str) -> tuple[dict[str, float], Policy, list[Any]]:
+    made = case(name, double=True)
+    model = made.model()
+    return probe(model, 30).update(made.rows, made.objective), model, made.rows
+
+
+def policy_term(record: OnPolicy, lp: list[float], row: Experience) -> list[float]:
+    old, ref = [float(x) for x in row.old], [float(x) for x in row.reference]
+    n = len(lp)
+    geometric = math.exp(sum(a - b for a, b in zip(lp, old, strict=True)) / n)
+    terms = []
+    for t in range(n):
+        a = float(row.advantages[t])
+        rho = geometric if record.ratio == "sequence" else math.exp(lp[t] - old[t])
+        clipped = min(max(rho, 1 - record.clip_low), 1 + record.clip_high)
+        s = -clipped * a * lp[t] if record.surrogate == "weight" else max(-a * rho, -a * clipped)
+        if record.kl == "loss":
+            s += record.kl_coefficient * (math.exp(ref[t] - lp[t]) - 1 + lp[t] - ref[t])
+        terms.append(row.weight * s)
+    return terms
+
+
+def value_term(critic: Any, row: Experience, clip: float) -> float:
+    with torch.no_grad():
+        hidden = critic.model(input_ids=torch.tensor([row.tokens.prompt + row.tokens.response])).last_hidden_state[0]
+        values = critic.score(hidden).squeeze(-1)[len(row.tokens.prompt) - 1 : -1].tolist()
+    total = 0.0
+    for v, old, ret in zip(values, row.old_values.tolist(), row.returns.tolist(), strict=True):
+        held = old + min(max(v - old, -clip), clip)
+        total += 0.5 * max((v - ret) ** 2, (held - ret) ** 2)
+    return total
+
+
+@pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, OnPolicy)))
+def test_every_on_policy_preset(name: str) -> None:
+    record = PRESETS[name]
+    assert isinstance(record, OnPolicy)
+    metrics, model, rows = loss_of(name)
+    trained = [r for r in rows if isinstance(r, Experience) and r.trained]
+    terms = [policy_term(record, token_logprobs(model, r.tokens, TEMPERATURE), r) for r in trained]
+    tokens = sum(map(len, terms))
+    expected = {
+        "token_mean": sum(map(sum, terms)) / tokens,
+        "sequence_mean": sum(sum(t) / len(t) for t in terms) / len(terms),
+        "constant": sum(map(sum, terms)) / (len(terms) * MAX_LENGTH),
+    }[record.aggregate]
+    if record.has_critic:
+        squared = sum(value_term(model.critic, r, record.value_clip) for r in trained)
+        expected += record.value_coefficient * squared / tokens
+        assert metrics["value/loss"] == pytest.approx(squared / tokens, rel=1e-7)
+    experts = [r for r in rows if isinstance(r, Expert)]
+    if experts:
+        lps = [lp for r in experts for lp in token_logprobs(model, r.tokens)]
+        phi = [math.exp(lp) * (1 - math.exp(lp)) if record.phi != "none" else 1.0 for lp in lps]
+        nll = sum(-w * lp for w, lp in zip(phi, lps, strict=True)) / len(lps)
+        assert metrics["expert/loss"] == pytest.approx(nll, rel=1e-7)
+        assert metrics["expert/phi"] == pytest.approx(sum(phi) / len(phi), rel=1e-7)
+        expected += experts[0].weight * nll
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_the_metrics_of_grpo() -> None:
+    metrics, model, rows = loss_of("grpo")
+    k1, mismatch, entropy, ratio, tokens = 0.0, 0.0, 0.0, 0.0, 0
+    for row in rows:
+        lp = token_logprobs(model, row.tokens, TEMPERATURE)
+        k1 += sum(a - float(b) for a, b in zip(lp, row.reference, strict=True))
+        mismatch += float(np.abs(row.old.astype(np.float64) - row.sampled).sum())
+        ratio += sum(math.exp(a - float(b)) for a, b in zip(lp, row.old, strict=True))
+        tokens += len(lp)
+        with torch.no_grad():
+            p = (
+                model.lm(input_ids=torch.tensor([row.tokens.prompt + row.tokens.response])).logits[0] / TEMPERATURE
+            ).log_softmax(-1)
+        entropy += float(-(p.exp() * p).sum(-1)[len(row.tokens.prompt) - 1 : -1].sum())
+    assert metrics["kl/ref_k1"] == pytest.approx(k1 / len(rows), rel=1e-6)
+    assert metrics["mismatch/mean"] == pytest.approx(mismatch / tokens, rel=1e-4)
+    assert metrics["ratio/mean"] == pytest.approx(ratio / tokens, rel=1e-6)
+    assert metrics["entropy"] == pytest.approx(entropy / tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, Preference)))
+def test_every_preference_preset(name: str) -> None:
+    record = PRESETS[name]
+    assert isinstance(record, Preference)
+    metrics, model, rows = loss_of(name)
+    total, right = 0.0, 0
+    for row in rows:
+        sides = []
+        for answer in (row.chosen, row.rejected):
+            lp = token_logprobs(model, answer.tokens)
+            log_ratio = sum(lp) - float(answer.reference.astype(np.float64).sum())
+            sides.append(log_ratio / len(lp) if record.logit == "mean" else log_ratio)
+        delta = sides[0] - sides[1]
+        right += delta > 0
+        x = record.beta * delta - record.target_margin
+        up, down = math.log1p(math.exp(-x)), math.log1p(math.exp(x))
+        target = 1 / (1 + math.exp(-record.score_scale * row.score_gap))
+        total += {
+            "dpo": up,
+            "dpo_soft": target * up + (1 - target) * down,
+            "robust": (0.9 * up - 0.1 * down) / 0.8,
+            "ipo": (delta - 1 / (2 * record.beta)) ** 2,
+            "hinge": max(0.0, 1 - x),
+            "simpo": up,
+        }[name]
+    assert metrics["loss"] == pytest.approx(total / len(rows), rel=1e-6)
+    assert metrics["preference/accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_weighted_pairs_are_normalised_over_the_step() -> None:
+    made = case("dpo", double=True)
+    from tests.training.cases import with_record
+
+    weighted = with_record(made, score_weighting="weight")
+    singles = [probe(made.model(), 99).update([row], made.objective)["loss"] for row in made.rows]
+    gaps = [abs(row.score_gap) for row in made.rows]
+    expected = sum(g * loss for g, loss in zip(gaps, singles, strict=True)) / sum(gaps)
+    assert probe(made.model(), 30).update(made.rows, weighted.objective)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_dpo_and_grpo_pairs_start_at_their_reference() -> None:
+    from dataclasses import replace
+
+    for name, start in (("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("robust", math.log(2)), ("hinge", 1.0)):
+        made = case(name, double=True)
+        model = made.model()
+
+        def at_reference(answer: Any, model: Policy = model) -> Any:
+            return replace(answer, reference=np.array(token_logprobs(model, answer.tokens), dtype=np.float32))
+
+        rows = [replace(r, chosen=at_reference(r.chosen), rejected=at_reference(r.rejected)) for r in made.rows]
+        assert probe(model, 30).update(rows, made.objective)["loss"] == pytest.approx(start, abs=1e-5 * max(1, start))
+
+
+def test_logged_groups() -> None:
+    metrics, model, rows = loss_of("grpo_pairs")
+    total, answers = 0.0, 0
+    for row in rows:
+        mean = sum(row.scores) / len(row.scores)
+        for answer, score in zip(row.answers, row.scores, strict=True):
+            lp = token_logprobs(model, answer.tokens)
+            difference = [a - float(b) for a, b in zip(lp, answer.reference, strict=True)]
+            ratio, a = math.exp(sum(difference) / len(lp)), score - mean
+            surrogate = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
+            total += surrogate + 0.04 * sum(math.exp(-d) - 1 + d for d in difference) / len(lp)
+            answers += 1
+    assert metrics["loss"] == pytest.approx(total / answers, rel=1e-6)
+
+
+def test_supervised_and_reward() -> None:
+    metrics, model, rows = loss_of("sft")
+    lps = [lp for row in rows for lp in token_logprobs(model, row)]
+    assert metrics["loss"] == pytest.approx(-sum(lps) / len(lps), rel=1e-9)
+
+    metrics, model, rows = loss_of("sft_all")
+    every = [lp for row in rows for lp in token_logprobs(model, Tokens(row.prompt[:1], row.prompt[1:] + row.response))]
+    assert len(every) == sum(len(row) - 1 for row in rows)
+    assert metrics["loss"] == pytest.approx(-sum(every) / len(every), rel=1e-9)
+
+    metrics, model, rows = loss_of("reward")
+
+    def score(tokens: Tokens) -> float:
+        with torch.no_grad():
+            hidden = model.model.model(input_ids=torch.tensor([tokens.prompt + tokens.response])).last_hidden_state
+            return float(model.model.score(hidden[0, -1]))
+
+    pairs = [(score(r.chosen), score(r.rejected), r.margin) for r in rows]
+    expected = [math.log1p(math.exp(-(w - l - m))) + 0.05 * (w + l) ** 2 for w, l, m in pairs]
+    assert metrics["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert metrics["preference/margin"] == pytest.approx(sum(w - l for w, l, _ in pairs) / len(pairs), rel=1e-6)
