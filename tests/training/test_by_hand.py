@@ -195,6 +195,6 @@ def test_supervised_and_reward() -> None:
             return float(model.model.score(hidden[0, -1]))
 
     pairs = [(score(r.chosen), score(r.rejected), r.margin) for r in rows]
-    expected = [math.log1p(math.exp(-(w - l - m))) + 0.05 * (w + l) ** 2 for w, l, m in pairs]
+    expected = [math.log1p(math.exp(-(w - lo - m))) + 0.05 * (w + lo) ** 2 for w, lo, m in pairs]
     assert metrics["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
-    assert metrics["preference/margin"] == pytest.approx(sum(w - l for w, l, _ in pairs) / len(pairs), rel=1e-6)
+    assert metrics["preference/margin"] == pytest.approx(sum(w - lo for w, lo, _ in pairs) / len(pairs), rel=1e-6)
