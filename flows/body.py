@@ -13,7 +13,7 @@ from prefect.states import Cancelled
 
 from flows.schedule import Future, Outcome, run_all
 from flows.signals import stop_on_signal
-from flows.workspace import follower, only_flow, write_costs, write_record
+from flows.workspace import follower, only_flow, warm_process, write_costs, write_record
 from posttrain.errors import OrchestrationError
 from tasks import stage as stages
 from tasks.console import say
@@ -38,7 +38,7 @@ def bring_all_up_to_date(
             _finish(root)
             return None
         started = time.time()
-        with follower(root, tracking):
+        with warm_process(root), follower(root, tracking):
             outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, _report_end)
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from posttrain.errors import OrchestrationError
 from tasks.console import say
 from tasks.process import end, start
+from tasks.slots import cuda_devices
 from tasks.stage import StageResult
 
 CATCH_UP_SECONDS = 60.0
@@ -89,6 +91,26 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
             process.stdin.close()
             if end(process, CATCH_UP_SECONDS):
                 _catch_up(root, log.name)
+
+
+@contextmanager
+def warm_process(root: Path) -> Iterator[None]:
+    """One process that has torch imported and forks for each step; not where steps use a GPU, or see another environment."""
+    if cuda_devices():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
+        path = Path(folder) / "warm"
+        log = root / ".posttrain" / "logs" / "warm.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            process = start([sys.executable, "-m", "pipelines.warm", str(path)], root, output=output, grace_seconds=1)
+        os.environ["POSTTRAIN_WARM"] = str(path)
+        try:
+            yield
+        finally:
+            del os.environ["POSTTRAIN_WARM"]
+            end(process, 0)
 
 
 def _catch_up(root: Path, log: str) -> None:

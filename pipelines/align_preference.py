@@ -92,8 +92,8 @@ def pairs(
     weighting = record.score_weighting != "none"
     if weighting and "chosen_score" not in table[0]:
         raise DataError(
-            f"score_weighting {record.score_weighting!r} needs the columns chosen_score and rejected_score, which the preferences table does"
-            " not have; add them in data.preferences.columns, or set score_weighting: none"
+            f"score_weighting {record.score_weighting!r} needs the columns chosen_score and rejected_score, which the preferences table"
+            " does not have; add them in data.preferences.columns, or set score_weighting: none"
         )
     gaps = [row["chosen_score"] - row["rejected_score"] if weighting else 0.0 for row in table]
     return [PreferencePair(chosen, rejected, gap) for (chosen, rejected), gap in zip(answers, gaps, strict=True)]

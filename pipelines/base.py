@@ -9,10 +9,14 @@ tokenizer says so; masks come from lengths, so that eos is learnt either way.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.config import ModelParams
 from pipelines.run import Run
 from pipelines.step import main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER = Path("models/base")
 
@@ -23,6 +27,7 @@ def run(run: Run) -> None:
 
     run.ready()
     params = run.params.model
+    tokenizer: PreTrainedTokenizerBase
     if params.source == "tiny":
         t = params.tiny
         shape = TinyShape(

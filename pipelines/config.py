@@ -298,9 +298,10 @@ class Params(Section):
         defaults: Section = self.align.on_policy if on_policy else self.align.preference
         merged = _merge(defaults.model_dump(), self.algorithms[name].budget)
         where = ("algorithms", name, "budget")
-        budget = _validated(OnPolicyBudget if on_policy else PreferenceBudget, merged, where)
-        if isinstance(budget, OnPolicyBudget):
-            self._check_budget(name, budget)
+        if not on_policy:
+            return _validated(PreferenceBudget, merged, where)
+        budget = _validated(OnPolicyBudget, merged, where)
+        self._check_budget(name, budget)
         return budget
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
@@ -360,7 +361,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(StringIO(text))
     except DuplicateKeyError as error:
-        raise ConfigError(f"{path}: {str(error.problem)}, line {_line(error)}; remove one of the two.") from None
+        raise ConfigError(f"{path}: {error.problem!s}, line {_line(error)}; remove one of the two.") from None
     except (YAMLError, ValueError) as error:
         raise ConfigError(
             f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"
@@ -386,7 +387,7 @@ def _explain(kind: type[Section], fault: Any, where: tuple[str, ...]) -> str:
         return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
     if fault["type"] == "missing":
         return f"{path}: missing; add it"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message: str = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return message
     shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"

@@ -71,18 +71,18 @@ def summary(
     """The numbers of metrics.json; intervals are over prompts."""
     import numpy as np
 
-    from posttrain.evaluation.statistics import mean_interval, pass_at_k_by_prompt
+    from posttrain.evaluation.statistics import floats, mean_interval, pass_at_k_by_prompt
 
     greedy = [a for a in answers if a.sample == 0]
     sampled = [a for a in answers if a.sample > 0]
     shape = (len(greedy), len(sampled) // len(greedy))
-    interval = mean_interval([a.rewards[accuracy] for a in greedy], resampling)
+    interval = mean_interval(floats([a.rewards[accuracy] for a in greedy]), resampling)
     results = {"accuracy": interval.value, "accuracy_low": interval.low, "accuracy_high": interval.high}
-    grid = np.array([np.nan if a.rewards[accuracy] is None else a.rewards[accuracy] for a in sampled]).reshape(shape)
+    grid = floats([a.rewards[accuracy] for a in sampled]).reshape(shape)
     for k in pass_k if np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all() else ():
         results[f"pass@{k}"] = float(np.nanmean(pass_at_k_by_prompt(grid, k)))
     for source in sorted(answers[0].rewards):
-        values = np.array([np.nan if a.rewards[source] is None else a.rewards[source] for a in sampled]).reshape(shape)
+        values = floats([a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)
         results |= {
             f"reward/{source}/mean": reward.value,

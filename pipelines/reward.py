@@ -50,7 +50,7 @@ def run(run: Run) -> None:
     heldout = reward_pairs(encoder, read_table("preferences_heldout"), params.margin_from_scores)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
     scorer = Scorer(load_scorer(START))
-    trainer = Trainer(
+    trainer: Trainer[RewardPair] = Trainer(
         scorer,
         optimizer_settings(params.optimizer),
         total_steps=order.steps,

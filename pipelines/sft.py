@@ -28,7 +28,7 @@ def run(run: Run) -> None:
     params = run.params.sft
     device = accelerator(params.compute, params.seed)
     from posttrain.data.batches import EpochOrder
-    from posttrain.data.tokens import table_tokens
+    from posttrain.data.tokens import Tokens, table_tokens
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.policy import Policy
     from posttrain.training.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ def run(run: Run) -> None:
     rows = table_tokens(encoder, read_table("sft"), "completion")
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
     policy = Policy(load_policy(START))
-    trainer = Trainer(
+    trainer: Trainer[Tokens] = Trainer(
         policy,
         optimizer_settings(params.optimizer),
         total_steps=order.steps,

@@ -30,6 +30,7 @@ from pipelines.process import Lock, StopSignals, die_with_parent
 from pipelines.publish import ARTIFACTS, publish
 from pipelines.redaction import redact
 from pipelines.run import LOCK, Run
+from pipelines.warm import run_warm
 from pipelines.watch import Reads, declared_values, watched
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
 
@@ -69,6 +70,7 @@ def main(
     functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0".
     """
     environment.quiet()
+    _leave_to_warm_process()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__)
     if "DVC_STAGE" in os.environ:
         die_with_parent()
@@ -82,6 +84,14 @@ def main(
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
+
+
+def _leave_to_warm_process() -> None:
+    """Let a process that has torch imported already do the work, where a flow keeps one."""
+    spec = sys.modules["__main__"].__spec__
+    status = run_warm(spec.name, sys.argv[1:]) if spec else None
+    if status is not None:
+        sys.exit(status)
 
 
 def _parse(step: Step) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 from posttrain.problems.numbers import NUMBER, parse_number
@@ -49,7 +49,7 @@ def prompt(numbers: Sequence[int], width: int) -> str:
 
 
 def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None) -> str:
-    """The worked addition, ending in `#` and the answer; wrong from the column whose incoming carry is `forgotten`, counted from the right."""
+    """The worked addition, ending in `#` and the answer. `forgotten` is the column, from the right, whose incoming carry is lost."""
     columns, answer, carry = [], 0, 0
     for column in range(width):
         if column == forgotten:

@@ -61,7 +61,7 @@ def test_the_curves_have_one_row_per_step_and_the_objectives_start_where_they_mu
 def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
     """Every parameter leaf and every module that a step used is covered by dvc.yaml, and nothing is declared in vain."""
     declared = stages(reproduced)
-    traces = [json.loads(line) for line in (reproduced.root / ".posttrain-trace.jsonl").read_text().splitlines()]
+    traces = [json.loads(line) for line in (reproduced.root / ".posttrain" / "trace.jsonl").read_text().splitlines()]
     assert len(traces) == len(declared)
     commands = {stage.cmd.split("-m ")[1]: name for name, stage in declared.items()}  # type: ignore[attr-defined]
     families: dict[str, list[Any]] = {}
@@ -88,7 +88,7 @@ def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
 PLUMBING = {
     "pipelines/__init__.py", "pipelines/config.py", "pipelines/environment.py", "pipelines/follower.py", "pipelines/identity.py",
     "pipelines/journal.py", "pipelines/process.py", "pipelines/publish.py", "pipelines/redaction.py", "pipelines/run.py",
-    "pipelines/step.py", "pipelines/watch.py", "posttrain/__init__.py", "posttrain/errors.py", "posttrain/text.py",
+    "pipelines/step.py", "pipelines/warm.py", "pipelines/watch.py", "posttrain/__init__.py", "posttrain/errors.py", "posttrain/text.py",
 }  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""Whole small trainings that can be started, killed and started again, each from nothing but its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import OnPolicy
+from posttrain.data.batches import EpochOrder
+from posttrain.data.tokens import TextEncoder
+from posttrain.models.policy import Policy
+from posttrain.models.tiny import byte_tokenizer
+from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.engine import SamplingSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.native import NativeEngine
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.experience import ExperienceSource, Experts
+from posttrain.training.loop import LoopSettings, fit
+from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.supervised import EpochSource
+from posttrain.training.trainer import OptimizerSettings, Trainer
+from tests.models import small
+from tests.training.cases import case
+
+STEPS = 6
+OPTIMIZER = OptimizerSettings(3e-3, schedule="cosine", warmup_steps=2, weight_decay=0.01)
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+@dataclass
+class Memory:
+    """A recorder that keeps everything, and can die or ask to stop right after recording a step."""
+
+    kill_at: int | None = None
+    stop_at: int | None = None
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    truncated: list[int] = field(default_factory=list)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        assert step not in self.steps, f"step {step} is recorded twice"
+        self.steps[step] = dict(values)
+        if step == self.kill_at:
+            raise Killed
+
+    def timings(self, step: int, values: Mapping[str, float]) -> None:
+        assert all(value >= 0 for value in values.values())
+
+    def truncate_after(self, step: int) -> None:
+        self.truncated.append(step)
+        self.steps = {s: v for s, v in self.steps.items() if s <= step}
+
+    def stop_requested(self) -> bool:
+        return self.stop_at is not None and max(self.steps, default=0) >= self.stop_at
+
+
+def varied(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+    """A reward with ties, differences and gaps: what an untrained policy says by chance."""
+    return [None if len(c) % 7 == 3 else float(sum(map(ord, c)) % 3) for c in completions]
+
+
+def sampler(record: OnPolicy, lm: Any, prompts: int = 4, samples: int = 3, **options: Any) -> GroupSampler:
+    encoder = TextEncoder(byte_tokenizer(64), 64)
+    texts = ["a", "bc", "a", "def 1", "2+2=", "??"]
+    problems = [Problem(t, tuple(encoder.prompt(t)), {"id": i}) for i, t in enumerate(texts)]
+    arguments: dict[str, Any] = {
+        "rewards": [FunctionReward("varied", varied)],
+        "weights": {"varied": 1.0},
+        "settings": GroupSettings(prompts, samples, SamplingSettings(6, 0.9)),
+        "accelerator": Accelerator(),
+    } | options
+    return GroupSampler(problems, NativeEngine(lm, small.EOS), encoder, record=record, seed=5, **arguments)
+
+
+def source_of(record: OnPolicy, policy: Policy, **options: Any) -> tuple[ExperienceSource, OnPolicyObjective]:
+    objective = OnPolicyObjective(record, 6, 0.9)
+    experts = Experts(small.rows(5, seed=20), 2, 3) if record.has_expert else None
+    reference = small.policy(seed=1)
+    drawn = sampler(record, policy.lm, **options)
+    return ExperienceSource(record, policy, reference, drawn, objective, budget=60, experts=experts), objective
+
+
+def options_of(name: str) -> OnPolicy:
+    record = PRESETS[name]
+    assert isinstance(record, OnPolicy)
+    if name == "ppo":
+        return replace(record, kl_target=1.0, kl_horizon=100)
+    if name == "grpo":
+        return replace(record, minibatches=2)
+    if name == "chord":
+        return replace(record, mu_warmup_steps=2, mu_decay_steps=3)
+    return record
+
+
+def start(name: str, folder: Path, recorder: Memory, learning_rate: float = 3e-3) -> torch.nn.Module:
+    """Train `name` for STEPS steps, or on from the checkpoint in `folder`. Returns the trained module."""
+    torch.manual_seed(0)
+    optimizer = replace(OPTIMIZER, learning_rate=learning_rate)
+    source: Any
+    if name in ("sft", "reward", "dpo", "grpo_pairs"):
+        made = case(name)
+        model, objective = made.model(), made.objective
+        source = EpochSource(made.rows, EpochOrder(len(made.rows), 3, 2, seed=4))
+        updates = STEPS
+    else:
+        record = options_of(name)
+        model = small.policy(critic=record.has_critic)
+        source, objective = source_of(record, model)
+        updates = STEPS * record.epochs * record.minibatches
+    trainer: Trainer[Any] = Trainer(model, optimizer, total_steps=updates, micro_batch_tokens=60)
+    fit(trainer, source, objective, LoopSettings(name, STEPS, checkpoint_steps=2), recorder, Checkpoints(folder))
+    assert trainer.updates == updates
+    return trainer.unwrapped
