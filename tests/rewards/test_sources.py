@@ -1,0 +1,94 @@
+"""Reward functions and sources: rows stay aligned, missing stays missing, and a failure has a name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.data.tokens import Tokens
+from posttrain.errors import ConfigError, NumericalError, RewardError
+from posttrain.rewards.functions import BUILT_IN
+from posttrain.rewards.sources import FunctionReward, Judged, ModelReward, find_function, weighted
+from tests.models import small
+
+
+def judged(completions: Sequence[str], **columns: list[Any]) -> Judged:
+    return Judged(["p"] * len(completions), list(completions), [Tokens((1,), (2,))] * len(completions), columns)
+
+
+def returning(values: Any) -> FunctionReward:
+    return FunctionReward("mine", lambda prompts, completions, **_: values)
+
+
+def test_built_in_functions_by_hand() -> None:
+    answers = judged(["the answer is 1,200", "1200.0", "12", "no idea"], answer=["1200"] * 4)
+    assert FunctionReward("answer", BUILT_IN["answer"]).score(answers) == [1.0, 1.0, 0.0, 0.0]
+    assert FunctionReward("m", BUILT_IN["mentions"]).score(judged(["a cat.", "cats"], answer=["cat"] * 2)) == [1.0, 0.0]
+    length = FunctionReward("length", BUILT_IN["length"], {"target": 4, "tolerance": 2})
+    assert length.score(judged(["abcd", "abc", "ab", "abcdefgh"])) == [1.0, 0.5, 0.0, 0.0]
+    assert FunctionReward("r", BUILT_IN["regex"], {"pattern": r"\d+"}).score(judged(["x 1 y", "x"])) == [1.0, 0.0]
+    whole = FunctionReward("f", BUILT_IN["format"], {"pattern": r"<a>.*</a>"})
+    assert whole.score(judged(["<a>1\n2</a>", "<a>1</a> and more"])) == [1.0, 0.0]
+
+
+def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
+    values = [1, 0.5, True, np.float32(0.25), np.int64(3), None, math.nan, np.float64("nan"), np.float32("nan")]
+    assert returning(values).score(judged(["x"] * 9)) == [1.0, 0.5, 1.0, 0.25, 3.0, None, None, None, None]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, "1", 1j])
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises(NumericalError, match="'mine' gave"):
+        returning([0.0, value]).score(judged(["x", "y"]))
+
+
+def test_a_wrong_count_is_refused() -> None:
+    with pytest.raises(RewardError, match="2 numbers for 3 answers"):
+        returning([1.0, 2.0]).score(judged(["x"] * 3))
+    with pytest.raises(RewardError, match="'mine' failed on 1 answers: TypeError"):
+        returning(None).score(judged(["x"]))
+
+
+def test_a_failure_names_the_source_and_is_never_a_zero() -> None:
+    def broken(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        raise KeyError("no such thing")
+
+    with pytest.raises(RewardError, match="reward 'judge' failed on 2 answers: KeyError") as caught:
+        FunctionReward("judge", broken).score(judged(["x", "y"]))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_weighted_sum_and_its_gaps() -> None:
+    rewards = {"a": [1.0, None, 3.0], "b": [10.0, 20.0, None]}
+    totals = weighted(rewards, {"a": 0.5, "b": 2.0})
+    assert totals[0] == 20.5
+    assert math.isnan(totals[1])
+    assert math.isnan(totals[2])
+    # a source that only watches cannot make a reward missing
+    assert weighted(rewards, {"a": 0.0, "b": 1.0})[:2] == [10.0, 20.0]
+
+
+def test_functions_are_found_by_name_or_by_path() -> None:
+    assert find_function("answer") is BUILT_IN["answer"]
+    assert find_function("posttrain.rewards.functions:regex") is BUILT_IN["regex"]
+    with pytest.raises(ConfigError, match="did you mean 'answer'"):
+        find_function("anwser")
+    for missing in ("no_such_module:f", "math:no_such_function"):
+        with pytest.raises(ConfigError, match="cannot import"):
+            find_function(missing)
+
+
+def test_the_reward_model_scores_by_token_ids_less_its_mean() -> None:
+    scorer, tokens = small.scorer(), small.rows(6)
+    answers = Judged(["p"] * 6, [""] * 6, tokens, {})
+    plain = ModelReward("rm", scorer, 0.0, 1000).score(answers)
+    shifted = ModelReward("rm", scorer, 1.5, 20).score(answers)
+    assert [p - 1.5 for p in plain] == pytest.approx(shifted, abs=1e-5)
+    with torch.no_grad():
+        alone = [float(scorer.model(torch.tensor([t.prompt + t.response])).logits) for t in tokens]
+    assert plain == pytest.approx(alone, abs=1e-5)

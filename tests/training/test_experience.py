@@ -1,0 +1,210 @@
+"""From judged answers to rows: old and reference log-probabilities, KL in the reward, advantages, minibatches, experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.algorithms import PRESETS
+from posttrain.algorithms.records import OnPolicy
+from posttrain.models.inference import token_numbers
+from posttrain.objectives.kl import adapted_coefficient
+from posttrain.objectives.shaping import expert_weight
+from posttrain.rewards.sources import FunctionReward
+from posttrain.training.experience import Experts
+from posttrain.training.onpolicy import Experience, Expert
+from posttrain.training.trainer import OptimizerSettings, Trainer
+from tests.models import small
+from tests.training.runs import source_of
+
+
+def record(name: str, **options: Any) -> OnPolicy:
+    found = PRESETS[name]
+    assert isinstance(found, OnPolicy)
+    return replace(found, **options)
+
+
+def step(made: OnPolicy, **options: Any) -> tuple[Any, Any, Any]:
+    policy = small.policy(critic=made.has_critic)
+    source, _ = source_of(made, policy, **options)
+    return source, source.next(0), policy
+
+
+def test_old_and_reference_are_those_of_the_two_models() -> None:
+    source, data, policy = step(record("gspo"))
+    rows = [row for batch in data.batches for row in batch]
+    own = token_numbers(policy, [r.tokens for r in rows], 50, 0.9)
+    reference = token_numbers(small.policy(seed=1), [r.tokens for r in rows], 50, 0.9)
+    for row, mine, other, answer in zip(rows, own, reference, source.last_answers, strict=True):
+        assert row.tokens == answer.tokens
+        assert row.old == pytest.approx(mine.logprobs, abs=1e-5)
+        assert row.sampled == pytest.approx(mine.logprobs, abs=1e-5)
+        assert row.reference == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_advantages_are_those_of_the_group_for_every_token() -> None:
+    source, data, _ = step(record("grpo"))
+    rows = data.batches[0]
+    groups: dict[int, list[float]] = {}
+    for answer in source.last_answers:
+        groups.setdefault(answer.group, []).append(answer.reward)
+    assert len(groups) == 4
+    for row, answer in zip(rows, source.last_answers, strict=True):
+        known = [r for r in groups[answer.group] if not math.isnan(r)]
+        expected = 0.0 if math.isnan(answer.reward) else answer.reward - sum(known) / len(known)
+        assert row.advantages.tolist() == pytest.approx([expected] * len(row.tokens.response), abs=1e-6)
+    total = [a.reward for a in source.last_answers if not math.isnan(a.reward)]
+    assert data.metrics["reward/total/mean"] == pytest.approx(np.mean(total))
+    assert data.metrics["reward/varied/missing"] == pytest.approx(1 - len(total) / 12)
+
+
+def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
+    source, data, policy = step(record("rloo", kl_coefficient=0.3))
+    rows = data.batches[0]
+    paid = [
+        a.reward - 0.3 * float((r.old.astype(float) - r.reference).sum())
+        for a, r in zip(source.last_answers, rows, strict=True)
+    ]
+    for i, (row, answer) in enumerate(zip(rows, source.last_answers, strict=True)):
+        others = [
+            paid[j]
+            for j, other in enumerate(source.last_answers)
+            if other.group == answer.group and j != i and not math.isnan(paid[j])
+        ]
+        expected = 0.0 if math.isnan(paid[i]) or not others else paid[i] - sum(others) / len(others)
+        assert row.advantages[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_gae_puts_the_score_on_the_last_response_token() -> None:
+    source, data, policy = step(record("ppo", whiten=False, missing_eos_penalty=0.0))
+    assert len(data.batches) == 4
+    for row, answer in zip(data.batches[0], source.last_answers, strict=True):
+        if math.isnan(answer.reward):
+            assert not row.trained
+            assert not row.advantages.any()
+            continue
+        rewards = -0.05 * (row.old.astype(float) - row.reference)
+        rewards[-1] += answer.reward
+        values, running, expected = [*row.old_values.astype(float), 0.0], 0.0, []
+        for t in reversed(range(len(rewards))):
+            running = rewards[t] + values[t + 1] - values[t] + 0.95 * running
+            expected.insert(0, running)
+        assert row.advantages.tolist() == pytest.approx(expected, abs=1e-4)
+        assert row.returns.tolist() == pytest.approx([e + v for e, v in zip(expected, values, strict=False)], abs=1e-4)
+
+
+def test_whitened_advantages_have_mean_0_and_std_1_over_the_batch() -> None:
+    _, data, _ = step(record("ppo"))
+    every = np.concatenate([r.advantages for r in data.batches[0] if r.trained])
+    assert every.mean() == pytest.approx(0, abs=1e-5)
+    assert every.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_reinforce_plus_plus_normalises_the_reward_to_go_over_the_batch() -> None:
+    source, data, _ = step(record("reinforce_pp", kl_coefficient=0.0))
+    known = [(a.reward, len(a.completion.tokens)) for a in source.last_answers if not math.isnan(a.reward)]
+    tokens = np.repeat([r for r, _ in known], [n for _, n in known])
+    for row, answer in zip(data.batches[0], source.last_answers, strict=True):
+        expected = 0.0 if math.isnan(answer.reward) else (answer.reward - tokens.mean()) / tokens.std()
+        assert row.advantages.tolist() == pytest.approx([expected] * len(row.advantages), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_adaptive_coefficient_moves_wherever_the_kl_is(name: str) -> None:
+    made = record(name, kl_target=0.5, kl_horizon=100)
+    source, data, _ = step(made)
+    kl = [float((r.old.astype(float) - r.reference).sum()) for r in data.batches[0]]
+    expected = adapted_coefficient(made.kl_coefficient, float(np.mean(kl)), 0.5, 12, 100)
+    assert expected != made.kl_coefficient
+    assert data.metrics["kl/coefficient"] == pytest.approx(expected, rel=1e-5)
+    assert source.state_dict()["kl_coefficient"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_minibatches_hold_whole_groups_and_every_row_once_an_epoch() -> None:
+    source, data, _ = step(record("grpo", minibatches=2, epochs=2))
+    assert [len(batch) for batch in data.batches] == [6, 6, 6, 6]
+    answers = [a.tokens for a in source.last_answers]
+    assert [r.tokens for r in data.batches[0]] + [r.tokens for r in data.batches[1]] == answers
+    assert data.batches[2:] == data.batches[:2] or [r.tokens for b in data.batches[2:] for r in b] == answers
+    assert source.updates == 4
+
+
+def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
+    source, data, _ = step(record("dapo", filter="none", overlong_cache=0))
+    finished = [a.completion.finished for a in source.last_answers]
+    assert [r.trained for r in data.batches[0]] == finished
+    assert not all(finished)
+    assert data.metrics["length/truncated"] == pytest.approx(1 - np.mean(finished))
+
+
+def test_experts_join_every_update_with_mu_and_their_cursor_is_the_update() -> None:
+    made = record("chord", mu_warmup_steps=2, mu_decay_steps=4, minibatches=2)
+    source, data, _ = step(made)
+    drawn: list[Any] = []
+    for update, batch in enumerate(data.batches):
+        mu = expert_weight(update, made)
+        experts = [r for r in batch if isinstance(r, Expert)]
+        assert [e.weight for e in experts] == [mu, mu]
+        assert {r.weight for r in batch if isinstance(r, Experience)} == {1 - mu}
+        drawn += [e.tokens for e in experts]
+    later = source_of(made, small.policy())[0]
+    later.load_state_dict(source.state_dict())
+    drawn += [e.tokens for batch in later.next(1).batches for e in batch if isinstance(e, Expert)]
+    stream = Experts(small.rows(5, seed=20), 2, 3)
+    assert drawn == [t for update in range(4) for t in stream.draw(update)]
+    assert len({t.response for t in drawn[:5]}) == 5
+    assert sorted(t.response for t in drawn[:5]) == sorted(t.response for t in small.rows(5, seed=20))
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "gspo", "chord"])
+def test_the_first_update_of_a_step_is_exactly_on_policy(name: str) -> None:
+    made = record(name)
+    policy = small.policy(critic=made.has_critic)
+    source, objective = source_of(made, policy)
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=40)
+    for number in range(2):
+        data = source.next(number)
+        metrics = [trainer.update(batch, objective) for batch in data.batches]
+        assert metrics[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+        assert metrics[0]["clip/low"] == metrics[0]["clip/high"] == 0.0
+        assert metrics[0]["kl/approx"] == pytest.approx(0.0, abs=1e-8)
+        assert metrics[0]["mismatch/max"] < 1e-4
+    if len(metrics) > 1:
+        assert metrics[-1]["kl/approx"] > 1e-6
+
+
+def test_a_step_without_any_known_reward_trains_nothing_and_stays_finite() -> None:
+    def silent(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    for name in ("grpo", "rloo", "gspo"):
+        source, data, policy = step(record(name, kl="none", minibatches=1), rewards=[FunctionReward("varied", silent)])
+        assert all(not r.advantages.any() for r in data.batches[0])
+        trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
+        before = policy.lm.lm_head.weight.clone()
+        assert trainer.update(data.batches[0], source.objective)["loss"] == 0.0
+        assert torch.equal(before, policy.lm.lm_head.weight)
+        assert math.isnan(data.metrics["reward/total/mean"])
+
+
+def test_the_reward_goes_up() -> None:
+    def short(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [-float(len(c)) for c in completions]
+
+    made = record("grpo", kl="none", advantage="group_z")
+    policy = small.policy()
+    source, objective = source_of(made, policy, rewards=[FunctionReward("varied", short)], samples=8)
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(2e-2), total_steps=25, micro_batch_tokens=400)
+    means = []
+    for number in range(25):
+        data = source.next(number)
+        means.append(data.metrics["reward/total/mean"])
+        for batch in data.batches:
+            trainer.update(batch, objective)
+    assert np.mean(means[-5:]) > np.mean(means[:5]) + 1.0

@@ -1,0 +1,61 @@
+"""Two processes give the loss, metrics, gradient and samples of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.training.two_processes import NAMES, results
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_processes_agree_with_one(root: Path, tmp_path: Path) -> None:
+    together = os.environ | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-m", "tests.training.two_processes", str(tmp_path / "two.pt")]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env=together | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    # both refuse a broken batch; neither waits for the other for ever
+    assert all("refused" in output for output in outputs)
+
+    two, one = torch.load(tmp_path / "two.pt", weights_only=False), results(Accelerator())
+    assert two["answers"] == one["answers"]
+    assert two["tokens_sampled"] == one["tokens_sampled"]
+    for name in NAMES:
+        (metrics, gradient), (alone, expected) = two[name], one[name]
+        assert metrics == pytest.approx(alone, abs=1e-9, rel=1e-9), name
+        for parameter, value in expected.items():
+            assert torch.allclose(gradient[parameter], value, atol=1e-10), (name, parameter)
