@@ -156,7 +156,7 @@ def test_loading_switches_dropout_off(tmp_path: Path) -> None:
 def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         load_policy(tmp_path / "nothing")
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_text("pickle")

@@ -65,7 +65,7 @@ def test_advantages_are_those_of_the_group_for_every_token() -> None:
 
 
 def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
-    source, data, policy = step(record("rloo", kl_coefficient=0.3))
+    source, data, _policy = step(record("rloo", kl_coefficient=0.3))
     rows = data.batches[0]
     paid = [
         a.reward - 0.3 * float((r.old.astype(float) - r.reference).sum())
@@ -82,7 +82,7 @@ def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
 
 
 def test_gae_puts_the_score_on_the_last_response_token() -> None:
-    source, data, policy = step(record("ppo", whiten=False, missing_eos_penalty=0.0))
+    source, data, _policy = step(record("ppo", whiten=False, missing_eos_penalty=0.0))
     assert len(data.batches) == 4
     for row, answer in zip(data.batches[0], source.last_answers, strict=True):
         if math.isnan(answer.reward):
