@@ -20,6 +20,10 @@ from posttrain.objectives.sequence import negative_log_likelihood, token_weight
 from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
 from posttrain.training.trainer import Terms
 
+MISMATCH_LIMIT = 0.5
+"""Mean |log p of the trainer - log p of the sampler| per token, in nats. Rounding in bfloat16 gives 0.05 at most; a sampler that serves
+other weights gives 1 and more."""
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -124,6 +128,7 @@ class OnPolicyObjective:
             "mismatch/mean": (masked_sum(mismatch.abs(), mask), "sampled_tokens"),
             "mismatch/k3": (masked_sum(kl_estimate(columns.sampled, old, "k3"), mask), "sampled_tokens"),
         }
+        terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
         inside = ratio[mask]
         terms.extremes |= {
             "ratio/min": inside.min(),

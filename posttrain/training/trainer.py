@@ -27,11 +27,13 @@ class Terms:
     """What an objective says of one micro-batch. Sums only: each names the count that the trainer divides it by.
 
     losses: name -> (sum, count name, weight). metrics: name -> (sum, count name). extremes: name ending in /min or /max -> value.
+    limits: metric name -> (the most that its step may have, what it means to have more).
     """
 
     losses: dict[str, tuple[Tensor, str, float]] = field(default_factory=dict)
     metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
     extremes: dict[str, Tensor] = field(default_factory=dict)
+    limits: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
 class Objective(Protocol[RowIn]):
@@ -110,7 +112,7 @@ class Trainer(Generic[Row]):
     def update(self, rows: Sequence[Row], objective: Objective[Row]) -> dict[str, float]:
         """One optimiser step on `rows` (the same list on every process). Returns the step's metrics, averaged over all rows.
 
-        Raises NumericalError, with the weights as they were, when loss or gradient are not finite.
+        Raises NumericalError, with the weights as they were, when loss or gradient are not finite or a metric is beyond its limit.
         """
         # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
         self.model.eval()
@@ -133,6 +135,12 @@ class Trainer(Generic[Row]):
         if not math.isfinite(metrics["loss"]):
             self.optimizer.zero_grad()
             raise NumericalError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
+        for name, (limit, meaning) in sums.limits.items():
+            if metrics[name] > limit:
+                self.optimizer.zero_grad()
+                raise NumericalError(
+                    f"{name} of update {self.updates + 1} is {metrics[name]:.3g}, above {limit:g}: {meaning}; weights are unchanged"
+                )
         metrics |= self._step()
         self.tokens_trained += sum(objective.length(row) for row in rows)
         metrics["tokens/trained"] = float(self.tokens_trained)
@@ -175,6 +183,7 @@ class _Sums:
         self.counts = counts
         self.totals: dict[str, float] = {"loss": 0.0}
         self.extremes: dict[str, float] = {}
+        self.limits: dict[str, tuple[float, str]] = {}
 
     def add(self, terms: Terms, weight: float) -> Tensor:
         loss: Tensor | None = None
@@ -186,6 +195,7 @@ class _Sums:
         for name, (value, count) in terms.metrics.items():
             share = weight * float(value.detach()) / max(self.counts[count], 1e-12)
             self.totals[name] = self.totals.get(name, 0.0) + share
+        self.limits |= terms.limits
         for name, value in terms.extremes.items() if weight else ():
             choose: Callable[[float, float], float] = min if name.endswith("/min") else max
             self.extremes[name] = choose(self.extremes.get(name, float(value)), float(value))
@@ -197,6 +207,8 @@ class _Sums:
         from accelerate.utils import gather_object
 
         every = gather_object([(self.totals, self.extremes)])
+        for limits in gather_object([self.limits]):
+            self.limits |= limits
         # a process whose rows are all of one kind has no metrics of the other kind
         names = dict.fromkeys(name for totals, _ in every for name in totals)
         totals = {name: sum(t.get(name, 0.0) for t, _ in every) for name in names}

@@ -13,10 +13,12 @@ import torch
 
 from posttrain.algorithms import PRESETS
 from posttrain.algorithms.records import OnPolicy
+from posttrain.errors import NumericalError
 from posttrain.models.inference import token_numbers
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.native import NativeEngine
 from posttrain.training.experience import Experts
 from posttrain.training.onpolicy import Experience, Expert
 from posttrain.training.trainer import OptimizerSettings, Trainer
@@ -177,6 +179,17 @@ def test_the_first_update_of_a_step_is_exactly_on_policy(name: str) -> None:
         assert metrics[0]["mismatch/max"] < 1e-4
     if len(metrics) > 1:
         assert metrics[-1]["kl/approx"] > 1e-6
+
+
+def test_a_sampler_that_serves_other_weights_stops_the_run() -> None:
+    policy = small.policy()
+    source, objective = source_of(record("grpo"), policy)
+    source.sampler.engine = NativeEngine(small.language_model(seed=9), small.EOS)
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
+    before = policy.lm.lm_head.weight.clone()
+    with pytest.raises(NumericalError, match=r"mismatch/mean of update 1 .*the sampler serves other weights"):
+        trainer.update(source.next(0).batches[0], objective)
+    assert torch.equal(before, policy.lm.lm_head.weight)
 
 
 def test_a_step_without_any_known_reward_trains_nothing_and_stays_finite() -> None:
