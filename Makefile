@@ -3,7 +3,6 @@ PYTHON_IN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false DVC_NO_ANALYTICS=1 GX_ANALYTICS_ENABLED=false HF_HUB_OFFLINE=1
-MLFLOW_STORE := $(if $(MLFLOW_TRACKING_URI),$(MLFLOW_TRACKING_URI),sqlite:///$(CURDIR)/mlflow.db)
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
@@ -31,10 +30,8 @@ lint: setup  ## formatting, lint and types
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m mypy
 
-ui: setup  ## open MLflow on the recorded runs (PORT=5000)
-	@echo "MLflow: http://127.0.0.1:$(PORT)   (Ctrl-C ends it)"
-	@$(QUIET) $(PYTHON_IN) -m mlflow ui --backend-store-uri "$(MLFLOW_STORE)" \
-		--default-artifact-root "$(CURDIR)/mlartifacts" --host 127.0.0.1 --port $(PORT)
+ui: setup  ## open MLflow on the recorded runs, with a link to the comparison (PORT=5000)
+	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT)
 
 bench: setup  ## side-by-side measurements of benchmarks/
 	@for script in benchmarks/*.py; do test -e "$$script" || { echo "no benchmarks here"; continue; }; \

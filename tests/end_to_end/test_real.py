@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
     "project.algorithms=[dpo, grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
-    "data.evaluation.rows=40", "align.on_policy.steps=2", "evaluation.max_new_tokens=48", "align.on_policy.max_new_tokens=48",
+    "data.evaluation.rows=120", "align.on_policy.steps=2", "evaluation.max_new_tokens=48", "align.on_policy.max_new_tokens=48",
 )  # fmt: skip
 
 
@@ -65,5 +65,5 @@ def test_a_story_model_learns_to_mention_the_asked_word(new_clone: Callable[[], 
         return [[r["reward_mentions"] for r in table if r["prompt_id"] == p and r["sample"] > 0] for p in prompts]
 
     test = paired(mentioned("grpo-0"), mentioned("sft"), Resampling(seed=0))
-    assert test.difference > 0.05
+    assert test.difference.low > 0.05
     assert test.p < 0.01
