@@ -165,3 +165,19 @@ def test_noise_depends_on_the_seed_alone() -> None:
     assert many.min() > 0
     assert many.max() <= 1
     assert abs(many.mean() - 0.5) < 0.02
+
+
+def test_rows_that_finish_early_leave_the_others_as_they_are(model: Any) -> None:
+    settings = SamplingSettings(16, 1.2)
+    free = NativeEngine(model, -1).sample(requests(12), settings)
+    # an end of sequence that is common, so that the batch shrinks again and again
+    common = int(np.bincount([t for group in free for c in group for t in c.tokens]).argmax())
+    answers = NativeEngine(model, common).sample(requests(12), settings)
+    lengths = [len(c.tokens) for group in answers for c in group]
+    assert min(lengths) < 6
+    assert max(lengths) > 10
+    for group, endless in zip(answers, free, strict=True):
+        for cut, whole in zip(group, endless, strict=True):
+            assert cut.tokens == whole.tokens[: len(cut.tokens)]
+            assert cut.logprobs == pytest.approx(whole.logprobs[: len(cut.tokens)], abs=1e-5)
+            assert cut.finished == (common in whole.tokens)
