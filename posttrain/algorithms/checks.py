@@ -8,69 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from posttrain.algorithms.records import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES
+from posttrain.algorithms.records import Algorithm, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
 Record = TypeVar("Record", bound=Algorithm)
-
-# option -> (when it has an effect, how to say so)
-_ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
-    "kl_estimator": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
-    "kl_coefficient": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
-    "kl_target": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
-    "kl_horizon": (lambda r: r.kl_target is not None, "kl_target is set"),
-    "refill_limit": (lambda r: r.filter == "refill", "filter is 'refill'"),
-    "refill_partial": (lambda r: r.filter == "refill", "filter is 'refill'"),
-    "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),
-    "mu_valley": (lambda r: r.has_expert, "mu_peak > 0"),
-    "mu_warmup_steps": (lambda r: r.has_expert, "mu_peak > 0"),
-    "mu_decay_steps": (lambda r: r.has_expert, "mu_peak > 0"),
-    "phi": (lambda r: r.has_expert or r.phi == "none", "mu_peak > 0"),
-    "gamma": (lambda r: r.has_critic, "advantage is 'gae'"),
-    "lam": (lambda r: r.has_critic, "advantage is 'gae'"),
-    "whiten": (lambda r: r.has_critic, "advantage is 'gae'"),
-    "value_clip": (lambda r: r.has_critic, "advantage is 'gae'"),
-    "value_coefficient": (lambda r: r.has_critic, "advantage is 'gae'"),
-    "critic": (lambda r: r.has_critic, "advantage is 'gae'"),
-}
-_PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
-    "label_smoothing": (
-        lambda r: r.link != "square" and r.score_weighting != "soft",
-        "link is 'logistic' or 'hinge' and score_weighting is not 'soft'",
-    ),
-    "robust": (lambda r: not r.robust or r.label_smoothing > 0, "label_smoothing > 0"),
-    "score_scale": (lambda r: r.score_weighting in ("soft", "offset"), "score_weighting is 'soft' or 'offset'"),
-    "target_margin": (lambda r: r.link != "square", "link is 'logistic' or 'hinge'"),
-}
-_LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
-    "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
-}
-# option -> (least, greatest); infinity is a number only for the widths of a clip
-_RANGES: dict[str, tuple[float, float]] = {
-    "clip_low": (0.0, math.inf),
-    "clip_high": (0.0, math.inf),
-    "value_clip": (0.0, math.inf),
-    "mismatch_cap": (1.0, math.inf),
-    "kl_coefficient": (0.0, sys.float_info.max),
-    "value_coefficient": (0.0, sys.float_info.max),
-    "score_scale": (0.0, sys.float_info.max),
-    "missing_eos_penalty": (0.0, sys.float_info.max),
-    "target_margin": (-sys.float_info.max, sys.float_info.max),
-    "beta": (sys.float_info.min, sys.float_info.max),
-    "kl_target": (sys.float_info.min, sys.float_info.max),
-    "gamma": (0.0, 1.0),
-    "lam": (0.0, 1.0),
-    "mu_peak": (0.0, 1.0),
-    "mu_valley": (0.0, 1.0),
-    "mu_warmup_steps": (0, math.inf),
-    "mu_decay_steps": (0, math.inf),
-    "overlong_cache": (0, math.inf),
-    "epochs": (1, math.inf),
-    "minibatches": (1, math.inf),
-    "refill_limit": (1, math.inf),
-    "kl_horizon": (1, math.inf),
-}
 
 
 def checked_options(record: Record, options: Mapping[str, Any]) -> Record:
@@ -91,7 +34,7 @@ def checked_options(record: Record, options: Mapping[str, Any]) -> Record:
 
 def check_record(record: Algorithm, given: set[str]) -> None:
     """Refuse impossible points, and options in `given` that have no effect at this point."""
-    for name, (least, greatest) in _RANGES.items():
+    for name, (least, greatest) in RANGES.items():
         value = getattr(record, name, None)
         if value is not None and not least <= value <= greatest:
             raise ConfigError(f"{record.name}.options.{name} = {value}: must be {_range(least, greatest)}")
@@ -100,11 +43,11 @@ def check_record(record: Algorithm, given: set[str]) -> None:
     elif isinstance(record, Preference):
         _check_preference(record, given)
     else:
-        _refuse_without_effect(record, given, _LOGGED_EFFECT)
+        _refuse_without_effect(record, given, LOGGED_EFFECT)
 
 
 def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
-    _refuse_without_effect(record, given, _ON_POLICY_EFFECT)
+    _refuse_without_effect(record, given, ON_POLICY_EFFECT)
     if (
         record.ratio == "sequence"
         and max(record.clip_low, record.clip_high) > 0.05
@@ -129,7 +72,7 @@ def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
 
 
 def _check_preference(record: Preference, given: set[str]) -> None:
-    _refuse_without_effect(record, given, _PREFERENCE_EFFECT)
+    _refuse_without_effect(record, given, PREFERENCE_EFFECT)
     if not 0 <= record.label_smoothing < 0.5:
         raise ConfigError(f"{record.name}.options.label_smoothing = {record.label_smoothing}: must be in [0, 0.5)")
     weighting = record.score_weighting

@@ -1,0 +1,67 @@
+"""What the checks know of every option: when it has an effect, and which numbers it may be."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
+
+# option -> (when it has an effect, how to say so)
+ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
+    "kl_estimator": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
+    "kl_coefficient": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
+    "kl_target": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
+    "kl_horizon": (lambda r: r.kl_target is not None, "kl_target is set"),
+    "refill_limit": (lambda r: r.filter == "refill", "filter is 'refill'"),
+    "refill_partial": (lambda r: r.filter == "refill", "filter is 'refill'"),
+    "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),
+    "mu_valley": (lambda r: r.has_expert, "mu_peak > 0"),
+    "mu_warmup_steps": (lambda r: r.has_expert, "mu_peak > 0"),
+    "mu_decay_steps": (lambda r: r.has_expert, "mu_peak > 0"),
+    "phi": (lambda r: r.has_expert or r.phi == "none", "mu_peak > 0"),
+    "gamma": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "lam": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "whiten": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "value_clip": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "value_coefficient": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "critic": (lambda r: r.has_critic, "advantage is 'gae'"),
+}
+PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
+    "label_smoothing": (
+        lambda r: r.link != "square" and r.score_weighting != "soft",
+        "link is 'logistic' or 'hinge' and score_weighting is not 'soft'",
+    ),
+    "robust": (lambda r: not r.robust or r.label_smoothing > 0, "label_smoothing > 0"),
+    "score_scale": (lambda r: r.score_weighting in ("soft", "offset"), "score_weighting is 'soft' or 'offset'"),
+    "target_margin": (lambda r: r.link != "square", "link is 'logistic' or 'hinge'"),
+}
+LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
+    "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
+}
+# option -> (least, greatest); infinity is a number only for the widths of a clip
+RANGES: dict[str, tuple[float, float]] = {
+    "clip_low": (0.0, math.inf),
+    "clip_high": (0.0, math.inf),
+    "value_clip": (0.0, math.inf),
+    "mismatch_cap": (1.0, math.inf),
+    "kl_coefficient": (0.0, sys.float_info.max),
+    "value_coefficient": (0.0, sys.float_info.max),
+    "score_scale": (0.0, sys.float_info.max),
+    "missing_eos_penalty": (0.0, sys.float_info.max),
+    "target_margin": (-sys.float_info.max, sys.float_info.max),
+    "beta": (sys.float_info.min, sys.float_info.max),
+    "kl_target": (sys.float_info.min, sys.float_info.max),
+    "gamma": (0.0, 1.0),
+    "lam": (0.0, 1.0),
+    "mu_peak": (0.0, 1.0),
+    "mu_valley": (0.0, 1.0),
+    "mu_warmup_steps": (0, math.inf),
+    "mu_decay_steps": (0, math.inf),
+    "overlong_cache": (0, math.inf),
+    "epochs": (1, math.inf),
+    "minibatches": (1, math.inf),
+    "refill_limit": (1, math.inf),
+    "kl_horizon": (1, math.inf),
+}
