@@ -29,7 +29,7 @@ def gsm8k(new_clone: Callable[[], Clone], shared_data: Path) -> Clone:
 def test_training_on_answers_to_the_evaluation_questions_is_refused(gsm8k: Clone) -> None:
     params = gsm8k.root / "params.yaml"
     before = params.read_text(encoding="utf-8")
-    gsm8k.configure("examples/leak.yaml")
+    gsm8k.configure("tests/end_to_end/leak.yaml")
     try:
         done = gsm8k.run("dvc", "repro", "validate", check=False)
     finally:
