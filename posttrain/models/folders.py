@@ -20,6 +20,10 @@ from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
 
 
+TRANSFORMED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings with which an architecture's forward changes the head's output (Gemma 2, Cohere, Granite)."""
+
+
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ModelError without an end of sequence or a pad token."""
     _check_folder(source)
@@ -37,7 +41,14 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
 
 def load_policy(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model in float32 with dropout off."""
-    return _load(AutoModelForCausalLM, source, trust_remote_code)
+    model = _load(AutoModelForCausalLM, source, trust_remote_code)
+    for name in TRANSFORMED_LOGITS:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"{source}: the model changes its logits by {name}, which log-probabilities here do not follow;"
+                " choose an architecture whose logits are the plain output of its head, such as Qwen3 or Llama"
+            )
+    return model
 
 
 def load_scorer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
