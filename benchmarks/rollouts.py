@@ -31,7 +31,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model, _ = tiny_model(TinyShape(max_length=1024), seed=0)
     model.eval()
-    print(f"torch {torch.__version__}, {args.prompts} prompts x {args.samples} samples x {args.new_tokens} new tokens, one thread\n")
+    print(
+        f"torch {torch.__version__}, {args.prompts} prompts x {args.samples} samples x {args.new_tokens} new tokens, one thread\n"
+    )
     print("| prompt tokens | native, tokens/s | generate, tokens/s | ratio |\n|---|---|---|---|")
     for length in (8, 128, 256):
         prompts = torch.randint(3, 250, (args.prompts, length), generator=torch.Generator().manual_seed(length))

@@ -19,7 +19,6 @@ from transformers import (
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
 
-
 TRANSFORMED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings with which an architecture's forward changes the head's output (Gemma 2, Cohere, Granite)."""
 
