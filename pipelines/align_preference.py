@@ -10,6 +10,7 @@ import numpy as np
 from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
 from pipelines.config import PreferenceBudget
 from pipelines.run import Run
+from pipelines.samples import GreedySamples
 from posttrain.algorithms import LoggedGroups, Preference
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder, table_tokens
@@ -58,8 +59,12 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     announce(run, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {record.epochs} epochs")
     shown = ("loss", "preference/accuracy", "preference/margin")
     settings_of_loop = loop_settings(run, order.steps, shown, run.params.align.checkpoint)
+    preferred = [chosen.tokens for chosen, _ in answers]
+    hook = GreedySamples(
+        run, policy, encoder, preferred, run.params.align.samples_every, run.params.align.samples_shown
+    )
     checkpoints = Checkpoints(run.checkpoints, run.params.align.checkpoint.keep)
-    last = fit(trainer, EpochSource(rows, order), objective, settings_of_loop, run, checkpoints)
+    last = fit(trainer, EpochSource(rows, order), objective, settings_of_loop, run, checkpoints, hook)
     about = {
         "algorithm": f"{record.name} (arXiv {record.paper})",
         "seed": seed,

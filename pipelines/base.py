@@ -8,10 +8,11 @@ tokenizer says so; masks come from lengths, so that eos is learnt either way.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import ModelParams
+from pipelines.config import ModelParams, load_params
 from pipelines.run import Run
 from pipelines.step import main
 
@@ -42,8 +43,8 @@ def run(run: Run) -> None:
         )
         model, tokenizer = tiny_model(shape, params.seed)
     else:
-        encoder = load_encoder(params.source, params.trust_remote_code)
-        model, tokenizer = load_policy(params.source, params.trust_remote_code), encoder.tokenizer
+        encoder = load_encoder(params.source)
+        model, tokenizer = load_policy(params.source), encoder.tokenizer
     parameters = sum(p.numel() for p in model.parameters())
     card = f"# Base model\n\n{model.config.model_type}, {parameters:,} parameters, source `{_origin(params)}`.\n"
     save_model(model, tokenizer, FOLDER, card)
@@ -55,9 +56,11 @@ def _origin(params: ModelParams) -> str:
     return f"built from seed {params.seed}" if params.source == "tiny" else Path(params.source).name
 
 
-def inputs(source: str) -> list[str]:
-    return [source] if Path(source).is_dir() else []
+def inputs(args: Namespace) -> list[str]:
+    """A local model is part of what this step's result is; a seed or a hub id is a parameter already."""
+    source = load_params(args.params).model.source
+    return [source] if source != "tiny" and Path(source).is_dir() else []
 
 
 if __name__ == "__main__":
-    main(run, "base", params=("model",))
+    main(run, "base", params=("model",), inputs=inputs)

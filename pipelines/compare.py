@@ -23,7 +23,6 @@ from posttrain.evaluation.statistics import Resampling
 
 FOLDER = Path("report")
 READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evaluation.pass_k", "rewards")
-_CALLED_FROM = Path.cwd()
 
 
 def run(run: Run) -> None:
@@ -36,6 +35,8 @@ def run(run: Run) -> None:
     significant = sum(pair.significant for pair in comparison.pairs)
     run.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.tag("solved", solved(comparison))
+    for picture in sorted(FOLDER.glob("*.png")):
+        run.artifact(picture.name).write_bytes(picture.read_bytes())
     run.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
     write_costs(Path())
 
@@ -55,7 +56,7 @@ def question_of(run: Run) -> Question:
 
 def inputs(args: Namespace) -> list[str]:
     """Exactly the runs of the configured algorithms and seeds: others that lie about change nothing."""
-    params = load_params(_CALLED_FROM / args.params if args.params else "params.yaml")
+    params = load_params(args.params)
     return [path.as_posix() for path in wanted(params.project.algorithms, params.project.seeds)]
 
 

@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.errors import ConfigError
+from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
 
 
@@ -28,10 +29,15 @@ Finite = Annotated[float, AfterValidator(_finite)]
 Positive = Annotated[Finite, Field(gt=0)]
 NonNegative = Annotated[Finite, Field(ge=0)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
+Momentum = Annotated[Finite, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Policy = Literal["stop", "quarantine", "warn"]
+
+
+REWARD_FUNCTIONS = ("reward_model", *BUILT_IN_NAMES)
+TAKEN_NAMES = ("reward", "total", "prompt", "completion")
 
 
 class Section(BaseModel):
@@ -145,7 +151,6 @@ class TinyParams(Section):
 
 class ModelParams(Section):
     source: str
-    trust_remote_code: bool = False
     seed: Seed
     tiny: TinyParams
 
@@ -155,8 +160,8 @@ class OptimizerParams(Section):
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegative = 0.0
-    beta1: Share = 0.9
-    beta2: Share = 0.999
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.999
     epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
 
@@ -178,6 +183,8 @@ class SftParams(Section):
     epochs: Count
     batch_size: Count
     train_on: Literal["completion", "all"]
+    samples_every: Count
+    samples_shown: Count
     optimizer: OptimizerParams
     compute: ComputeParams
     checkpoint: CheckpointParams
@@ -267,6 +274,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
+        self._check_reward_sources()
+        self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         for name in self.project.algorithms:
             if name not in self.algorithms:
                 raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
@@ -290,7 +299,10 @@ class Params(Section):
     def algorithm(self, name: str) -> Algorithm:
         """The frozen record that section `algorithms.name` describes."""
         section = self.algorithms[name]
-        return choose(section.preset, section.options)
+        try:
+            return choose(section.preset, section.options)
+        except ConfigError as error:
+            raise ConfigError(f"algorithms.{name}: {error}") from None
 
     def budget(self, name: str) -> OnPolicyBudget | PreferenceBudget:
         """`align.on_policy` or `align.preference` with the section's overrides."""
@@ -313,10 +325,33 @@ class Params(Section):
                 f"algorithms.{name}: advantage {record.advantage!r} compares answers to one prompt;"
                 f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
+        if record.overlong_cache >= budget.max_new_tokens:
+            raise ConfigError(
+                f"algorithms.{name}: overlong_cache = {record.overlong_cache} must be smaller than max_new_tokens ="
+                f" {budget.max_new_tokens}, or every answer is punished for its length"
+            )
+        self._check_context(f"algorithms.{name}: max_new_tokens", budget.max_new_tokens)
         if budget.prompts_per_step % record.minibatches:
             raise ConfigError(
                 f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {record.minibatches}"
             )
+
+    def _check_context(self, field: str, new_tokens: int) -> None:
+        context, prompt = self.model.tiny.max_length, self.validation.max_prompt_tokens
+        if self.model.source == "tiny" and prompt + new_tokens > context:
+            raise ConfigError(
+                f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds model.tiny.max_length = {context}"
+            )
+
+    def _check_reward_sources(self) -> None:
+        for name, section in self.rewards.items():
+            if name in TAKEN_NAMES:
+                raise ConfigError(f"rewards.{name}: this name is taken by a column of the tables; choose another")
+            if ":" not in section.function and section.function not in REWARD_FUNCTIONS:
+                raise ConfigError(
+                    f"rewards.{name}.function = {section.function!r}: no such function{nearest(section.function, REWARD_FUNCTIONS)},"
+                    " or an import path package.module:function"
+                )
 
     def _check_rewards(self, name: str) -> None:
         section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)

@@ -65,7 +65,7 @@ def _prompts(rows: Iterable[Row]) -> int:
 
 def sources(args: argparse.Namespace) -> list[str]:
     """The local files that this step reads: part of what its result is."""
-    data = load_params(args.params or "params.yaml").data
+    data = load_params(args.params).data
     files = (local_file(getattr(data, kind).source) for kind in KINDS)
     return sorted({file.as_posix() for file in files if file})
 

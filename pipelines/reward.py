@@ -47,7 +47,7 @@ def run(run: Run) -> None:
     run.ready()
     encoder = load_encoder(START)
     pairs = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores)
-    heldout = reward_pairs(encoder, read_table("preferences_heldout"), params.margin_from_scores)
+    heldout = reward_pairs(encoder, read_table("preferences_heldout"), margin_from_scores=False)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
     scorer = Scorer(load_scorer(START))
     trainer: Trainer[RewardPair] = Trainer(
@@ -88,6 +88,11 @@ def reward_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], margin_from_s
     from posttrain.data.tokens import Tokens
     from posttrain.training.supervised import RewardPair
 
+    if margin_from_scores and "chosen_score" not in rows[0]:
+        raise DataError(
+            "reward.margin_from_scores needs the columns chosen_score and rejected_score, which the preferences table does not have;"
+            " add them in data.preferences.columns, or set margin_from_scores: false"
+        )
     pairs = []
     for row in rows:
         prompt = encoder.prompt(row["prompt"])

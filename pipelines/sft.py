@@ -27,6 +27,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 def run(run: Run) -> None:
     params = run.params.sft
     device = accelerator(params.compute, params.seed)
+    from pipelines.samples import GreedySamples
     from posttrain.data.batches import EpochOrder
     from posttrain.data.tokens import Tokens, table_tokens
     from posttrain.models.folders import load_encoder, load_policy, save_model
@@ -56,6 +57,7 @@ def run(run: Run) -> None:
         loop_settings(run, order.steps, ("loss", "entropy", "grad_norm"), params.checkpoint),
         run,
         Checkpoints(run.checkpoints, params.checkpoint.keep),
+        GreedySamples(run, policy, encoder, rows, params.samples_every, params.samples_shown),
     )
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     save_model(

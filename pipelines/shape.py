@@ -174,6 +174,12 @@ def _check_texts(kind: Kind, rows: list[Row], where: str) -> None:
                 f"{where}: {name} is never text; row 0 holds {value!r} ({type(value).__name__})."
                 " Text is a string or chat messages [{role, content}]; point `columns` at one."
             )
+        kinds = {isinstance(row[name], str): row["id"] for row in reversed(rows) if is_text(row[name])}
+        if len(kinds) == 2:
+            raise DataError(
+                f"{where}: {name} is plain text in row {kinds[True]} and chat messages in row {kinds[False]};"
+                " make all rows of a table one of the two"
+            )
 
 
 def _check_scores(rows: list[Row], where: str) -> None:

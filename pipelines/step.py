@@ -113,6 +113,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     path = args.params.resolve() if args.params else project / "params.yaml"
     os.chdir(project)
     params = load_params(path)
+    args.params = path
     variant = step.variant(args) if step.variant else None
     name = f"{step.stage}-{variant}" if variant else step.stage
     declared = tuple(step.params(args) if callable(step.params) else step.params)

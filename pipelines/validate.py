@@ -91,7 +91,7 @@ def _encoder(params: Params) -> TextEncoder:
     from posttrain.models.folders import load_encoder
 
     logging.set_verbosity_error()
-    return load_encoder(MODEL, params.model.trust_remote_code)
+    return load_encoder(MODEL)
 
 
 def _check_context(prompt: int, completion: int, context: int) -> None:
@@ -106,6 +106,6 @@ if __name__ == "__main__":
     main(
         run,
         "validate",
-        params=("validation", "evaluation.accuracy", "rewards", "model.trust_remote_code"),
+        params=("validation", "evaluation.accuracy", "rewards"),
         inputs=[*(f"data/tables/{table}.parquet" for table in TABLES), "models/base"],
     )

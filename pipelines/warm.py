@@ -58,18 +58,19 @@ def run_warm(module: str, arguments: list[str]) -> int | None:
     if not path:
         return None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        try:
-            connection.connect(path)
-        except OSError:
-            return None  # gone: the step imports for itself
         environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
         request = {"module": module, "arguments": arguments, "environment": environment, "folder": os.getcwd()}
-        socket.send_fds(connection, [b"+"], STREAMS)
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        with connection.makefile("r", encoding="utf-8") as answers:
+        try:
+            connection.connect(path)
+            socket.send_fds(connection, [b"+"], STREAMS)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answers = connection.makefile("r", encoding="utf-8")
             pid = int(answers.readline() or 0)
-            if not pid:
-                return None
+        except OSError:
+            return None  # gone: the step imports for itself
+        if not pid:
+            return None
+        with answers:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda received, _: _pass_on(pid, received))
             return int(answers.readline() or 1)

@@ -76,3 +76,10 @@ def test_what_needs_no_model_imports_no_torch(root: Path, module: str) -> None:
 def test_an_algorithm_reads_on_one_screen(root: Path, folder: str) -> None:
     lines = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in sorted((root / folder).glob("*.py"))}
     assert {name: n for name, n in lines.items() if n > 160} == {}
+
+
+def test_the_names_of_built_in_rewards_are_those_of_the_functions() -> None:
+    from posttrain.rewards import BUILT_IN_NAMES
+    from posttrain.rewards.functions import BUILT_IN
+
+    assert tuple(BUILT_IN) == BUILT_IN_NAMES

@@ -23,10 +23,10 @@ TRANSFORMED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling"
 """Settings with which an architecture's forward changes the head's output (Gemma 2, Cohere, Granite)."""
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ModelError without an end of sequence or a pad token."""
     _check_folder(source)
-    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, source)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration"
@@ -38,9 +38,9 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     return tokenizer
 
 
-def load_policy(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_policy(source: str | Path) -> PreTrainedModel:
     """A causal language model in float32 with dropout off."""
-    model = _load(AutoModelForCausalLM, source, trust_remote_code)
+    model = _load(AutoModelForCausalLM, source)
     for name in TRANSFORMED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise ModelError(
@@ -50,14 +50,14 @@ def load_policy(source: str | Path, trust_remote_code: bool = False) -> PreTrain
     return model
 
 
-def load_scorer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_scorer(source: str | Path) -> PreTrainedModel:
     """A trunk with one scalar head: a reward model, or the start of one when `source` is a language model."""
-    return _load(AutoModelForSequenceClassification, source, trust_remote_code, num_labels=1)
+    return _load(AutoModelForSequenceClassification, source, num_labels=1)
 
 
-def load_encoder(source: str | Path, trust_remote_code: bool = False) -> TextEncoder:
+def load_encoder(source: str | Path) -> TextEncoder:
     """The tokenizer with the model's context length, after a check that the vocabulary fits the embedding."""
-    tokenizer = load_tokenizer(source, trust_remote_code)
+    tokenizer = load_tokenizer(source)
     config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
     vocabulary = config.get("vocab_size")
     if vocabulary is not None and len(tokenizer) > vocabulary:
@@ -86,20 +86,27 @@ def save_model(
     os.replace(partial, folder)
 
 
-def _load(kind: Any, source: str | Path, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+def _load(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel:
     _check_folder(source)
-    model: PreTrainedModel = kind.from_pretrained(
-        str(source),
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        **options,
+    model: PreTrainedModel = _pretrained(
+        kind, source, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
     )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def _pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
+    """`from_pretrained`, which never runs code that comes with a model."""
+    try:
+        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{source}: there is no such folder here, and it could not be loaded as a hub id ({reason}). Check the path,"
+            " or allow the download with HF_HUB_OFFLINE=0"
+        ) from error
 
 
 def _check_folder(source: str | Path) -> None:

@@ -40,6 +40,13 @@ class NativeEngine:
                 f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit};"
                 " lower max_new_tokens or validation.max_prompt_tokens"
             )
+        window = getattr(self.lm.config, "sliding_window", None)
+        windowed = "sliding_attention" in (getattr(self.lm.config, "layer_types", None) or ["sliding_attention"])
+        if window and windowed and longest + settings.max_new_tokens > window:
+            raise RolloutError(
+                f"this model attends over a window of {window} tokens, and {longest} + {settings.max_new_tokens} tokens exceed it;"
+                " the native engine keeps the whole context: shorten prompts or answers, or choose a model without a window"
+            )
         answers: list[list[Completion]] = []
         training = self.lm.training
         self.lm.eval()

@@ -44,7 +44,7 @@ def test_training_on_answers_to_the_evaluation_questions_is_refused(gsm8k: Clone
 
 
 def test_word_problems_run_to_a_report_that_admits_failure(gsm8k: Clone) -> None:
-    gsm8k.repro()
+    gsm8k.run("flows.compare", "--no-tracking")
     metrics = json.loads((gsm8k.root / "runs/evaluate/grpo-0/metrics.json").read_text())
     assert metrics["accuracy"] <= 0.1
     assert metrics["accuracy_high"] < 0.2
@@ -57,7 +57,7 @@ def test_a_story_model_learns_to_mention_the_asked_word(new_clone: Callable[[], 
 
     clone = new_clone()
     clone.configure("examples/stories.yaml", "project.algorithms=[grpo]")
-    clone.repro("evaluate@sft", "evaluate_aligned@grpo-0")
+    clone.run("flows.compare", "--no-tracking", "evaluate@sft", "evaluate_aligned@grpo-0")
 
     def mentioned(model: str) -> list[list[float]]:
         table = pq.read_table(clone.root / f"runs/evaluate/{model}/artifacts/predictions.parquet").to_pylist()
