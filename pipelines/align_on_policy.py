@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common import announce, loop_settings, model_card, optimizer_settings, problems, read_table
-from pipelines.config import OnPolicyBudget
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
+from pipelines.sections import OnPolicyBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.models.folders import load_encoder, load_policy, load_scorer, save_model

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
-from pipelines.config import PreferenceBudget
 from pipelines.run import Run
 from pipelines.samples import GreedySamples
+from pipelines.sections import PreferenceBudget
 from posttrain.algorithms import LoggedGroups, Preference
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder, table_tokens

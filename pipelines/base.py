@@ -12,8 +12,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import ModelParams, load_params
+from pipelines.config import load_params
 from pipelines.run import Run
+from pipelines.sections import ModelParams
 from pipelines.step import main
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from pipelines.config import CheckpointParams, ComputeParams, OptimizerParams
 from pipelines.run import Run
+from pipelines.sections import CheckpointParams, ComputeParams, OptimizerParams
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import ComputeParams
 from pipelines.run import Run
+from pipelines.sections import ComputeParams
 from posttrain.models.folders import load_scorer
 from posttrain.models.policy import Scorer
 from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource, find_function

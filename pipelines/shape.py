@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.config import GradedAnswers, TableSource
 from pipelines.files import Record
+from pipelines.sections import GradedAnswers, TableSource
 from pipelines.tables import SCORES, TEXT, Row, is_text, required
 from posttrain.errors import ConfigError, DataError
 from posttrain.problems.parts import Kind

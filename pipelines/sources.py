@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import DataParams, TableSource
 from pipelines.files import READERS, Record, read_file
+from pipelines.sections import DataParams, TableSource
 from pipelines.shape import canonical_rows
 from pipelines.tables import Row
 from posttrain.errors import ConfigError, DataError

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipelines.config import EvaluationParams, Params
+from pipelines.config import Params
 from pipelines.run import Run
+from pipelines.sections import EvaluationParams
 from pipelines.step import main
 from pipelines.tables import FOLDER, Table, is_messages, read_rows, write_rows
 from posttrain.errors import ConfigError, ModelError

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from pipelines.config import Params, Section, flatten
+from pipelines.config import Params, flatten
+from pipelines.sections import Section
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 

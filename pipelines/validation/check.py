@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.config import RuleParams
+from pipelines.sections import RuleParams
 from pipelines.tables import HELD_OUT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
 from pipelines.validation.suites import Finding, Limits, Validator

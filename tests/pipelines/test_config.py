@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import OnPolicyBudget, flatten, load_params, parse_params, read_yaml
+from pipelines.config import flatten, load_params, parse_params, read_yaml
+from pipelines.sections import OnPolicyBudget
 from posttrain.errors import ConfigError
 
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import DataParams, GradedAnswers, TableSource, load_params
+from pipelines.config import load_params
 from pipelines.files import read_file
 from pipelines.ingest import split_by_prompt
+from pipelines.sections import DataParams, GradedAnswers, TableSource
 from pipelines.shape import canonical_rows
 from pipelines.sources import table_rows
 from pipelines.tables import plain, read_rows, write_rows

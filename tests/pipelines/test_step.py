@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import AlgorithmParams, OnPolicyBudget, Params, load_params
+from pipelines.config import Params, load_params
 from pipelines.identity import content_digest, input_digests, run_key
 from pipelines.journal import ended, read
+from pipelines.sections import AlgorithmParams, OnPolicyBudget
 from pipelines.watch import Reads, declared_values, watched
 from posttrain.errors import ConfigError, DataError
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import validate
-from pipelines.config import RuleParams, TableSource, load_params
+from pipelines.config import load_params
 from pipelines.files import read_file
+from pipelines.sections import RuleParams, TableSource
 from pipelines.shape import canonical_rows
 from pipelines.tables import Row, Table, write_rows
 from pipelines.validation import suites

@@ -1,0 +1,241 @@
+"""The sections of params.yaml, one typed model each. What they must be together is config.py's."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Positive = Annotated[Finite, Field(gt=0)]
+NonNegative = Annotated[Finite, Field(ge=0)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Momentum = Annotated[Finite, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Policy = Literal["stop", "quarantine", "warn"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ProjectParams(Section):
+    experiment: Annotated[str, Field(min_length=1)]
+    algorithms: Annotated[list[Name], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ProjectParams:
+        for field in ("algorithms", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} {values} must not repeat a value")
+        return self
+
+
+class ArithmeticParams(Section):
+    terms: Annotated[int, Field(ge=2, le=8)]
+    max_term: Annotated[int, Field(ge=1, le=10**6)]
+    careless: Share
+
+
+class GradedAnswers(Section):
+    """Pairs out of records that hold several graded answers: every better answer against every worse one."""
+
+    columns: Annotated[list[str], Field(min_length=2)]
+    text: str
+    score: str
+
+
+class TableSource(Section):
+    """One canonical table. `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'."""
+
+    source: str
+    """A generator (arithmetic, stories), a .jsonl/.json/.parquet/.csv file, or hub:OWNER/NAME."""
+    rows: Count | None = None
+    columns: dict[str, str] | None = None
+    extract: dict[str, str] | None = None
+    """Canonical column to a regular expression whose first group is kept."""
+    graded: GradedAnswers | None = None
+    split: str = "train"
+    heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+
+
+class StoriesParams(Section):
+    words: Annotated[list[str], Field(min_length=1)]
+    openings: Annotated[list[str], Field(min_length=1)]
+    careless: Share = 0.5
+    """Share of stories in the sft table that forget the word."""
+
+
+class DataParams(Section):
+    seed: Seed
+    arithmetic: ArithmeticParams
+    stories: StoriesParams | None = None
+    sft: TableSource
+    preferences: TableSource
+    problems: TableSource
+    evaluation: TableSource
+
+
+class RuleParams(Section):
+    empty_text: Policy
+    identical_pair: Policy
+    duplicate_rows: Policy
+    score_order: Policy
+    tied_scores: Policy
+    prompt_length: Policy
+    completion_length: Policy
+    unparseable_answer: Policy
+    contradicted_answer: Policy = "quarantine"
+    """The answer is not the value of the row's `equation`, where a source maps one."""
+    wrong_type: Policy
+    leakage: Policy
+
+
+class ValidationParams(Section):
+    max_prompt_tokens: Count
+    max_completion_tokens: Count
+    max_shown_rows: Count
+    rules: RuleParams
+
+
+class TinyParams(Section):
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    max_length: Count
+    experts: Annotated[int, Field(ge=0)] = 0
+    experts_per_token: Count = 2
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TinyParams:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if self.experts and self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} must not exceed experts {self.experts}")
+        return self
+
+
+class ModelParams(Section):
+    source: str
+    seed: Seed
+    tiny: TinyParams
+
+
+class OptimizerParams(Section):
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.999
+    epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+
+
+class ComputeParams(Section):
+    micro_batch_tokens: Count
+    bf16: bool
+    threads: Count
+
+
+class CheckpointParams(Section):
+    every_steps: Count
+    every_minutes: Positive
+    keep: Count
+
+
+class SftParams(Section):
+    seed: Seed
+    epochs: Count
+    batch_size: Count
+    train_on: Literal["completion", "all"]
+    samples_every: Count
+    samples_shown: Count
+    optimizer: OptimizerParams
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class RewardParams(Section):
+    seed: Seed
+    epochs: Count
+    batch_size: Count
+    margin_from_scores: bool
+    center_coefficient: NonNegative
+    optimizer: OptimizerParams
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class RewardSource(Section):
+    function: str
+    """A built-in (reward_model, answer, mentions, length, regex, format) or an import path package.module:function."""
+    arguments: dict[str, Any] = {}
+
+
+class OnPolicyBudget(Section):
+    steps: Count
+    prompts_per_step: Count
+    samples_per_prompt: Count
+    temperature: Positive
+    max_new_tokens: Count
+    optimizer: OptimizerParams
+    critic_learning_rate: Positive
+
+
+class PreferenceBudget(Section):
+    batch_size: Count
+    optimizer: OptimizerParams
+
+
+class AlignParams(Section):
+    on_policy: OnPolicyBudget
+    preference: PreferenceBudget
+    samples_every: Count
+    samples_shown: Count
+    compute: ComputeParams
+    checkpoint: CheckpointParams
+
+
+class AlgorithmParams(Section):
+    preset: str
+    options: dict[str, Any] = {}
+    rewards: dict[str, Finite] | None = None
+    """Reward source to weight; weight 0 measures without training on it."""
+    budget: dict[str, Any] = {}
+    """Overrides of align.on_policy or align.preference, by the preset's kind."""
+
+
+class EvaluationParams(Section):
+    seed: Seed
+    max_new_tokens: Count
+    samples_per_prompt: Count
+    temperature: Positive
+    pass_k: Annotated[list[Count], Field(min_length=1)]
+    rewards: Annotated[list[str], Field(min_length=1)]
+    accuracy: str
+    samples_shown: Count
+    compute: ComputeParams
+
+
+class ReportParams(Section):
+    seed: Seed
+    bootstrap: Annotated[int, Field(ge=100)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    samples_shown: Count
