@@ -62,7 +62,9 @@ class Params(Section):
                 raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
         for name in self.algorithms:
             self.algorithm(name)
-            self.budget(name)
+            budget = self.budget(name)
+            if isinstance(budget, OnPolicyBudget):
+                self._check_budget(name, budget)
             self._check_rewards(name)
         for field in ("rewards", "accuracy"):
             names = getattr(self.evaluation, field)
@@ -93,9 +95,7 @@ class Params(Section):
         where = ("algorithms", name, "budget")
         if not on_policy:
             return _validated(PreferenceBudget, merged, where)
-        budget = _validated(OnPolicyBudget, merged, where)
-        self._check_budget(name, budget)
-        return budget
+        return _validated(OnPolicyBudget, merged, where)
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
         record = self.algorithm(name)
