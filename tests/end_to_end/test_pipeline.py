@@ -79,8 +79,10 @@ def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
         uncovered = sorted(m for m in modules if not any(m == p or m.startswith(p + "/") for p in paths))
         code = {p for p in paths if p.startswith(("pipelines", "posttrain"))}
         unused = sorted(p for p in code if not any(m == p or m.startswith(p + "/") for m in modules))
-        allowed = [m for m in uncovered if not (m.startswith("posttrain/algorithms/") or m.endswith("__init__.py"))]
-        assert (family, undeclared, unread, allowed, unused) == (family, [], [], [], [])
+        # messages of every step use posttrain/text.py; ingest and validate, which compare texts by it, declare it
+        free = ("posttrain/algorithms/", "posttrain/text.py")
+        missing = [m for m in uncovered if not (m.startswith(free) or m.endswith("__init__.py"))]
+        assert (family, undeclared, unread, missing, unused) == (family, [], [], [], [])
 
 
 # How a run is started, checked, recorded and tracked: no part of what a stage computes, so no reason to run one again. The records of
