@@ -20,7 +20,7 @@ demo: setup  ## train, align and compare on built-in data, then say where the re
 	@$(QUIET) $(PYTHON_IN) -m flows.compare
 
 test: setup  ## the tests that take minutes, not hours
-	@$(QUIET) $(PYTHON_IN) -m pytest $(ARGS)
+	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
