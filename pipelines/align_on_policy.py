@@ -12,7 +12,7 @@ from pipelines.run import Run
 from pipelines.sections import OnPolicyBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
-from posttrain.models.folders import load_encoder, load_policy, load_scorer, save_model
+from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer, save_model
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
@@ -101,7 +101,7 @@ def _policy(record: OnPolicy) -> Policy:
         return Policy(lm)
     if record.critic == "shared":
         return Policy(lm, shared_value_head=True)
-    return Policy(lm, critic=load_scorer(REWARD))
+    return Policy(lm, critic=load_scorer(REWARD) if record.critic_start == "reward" else load_new_scorer(START))
 
 
 def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:

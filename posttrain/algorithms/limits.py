@@ -27,6 +27,10 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "value_clip": (lambda r: r.has_critic, "advantage is 'gae'"),
     "value_coefficient": (lambda r: r.has_critic, "advantage is 'gae'"),
     "critic": (lambda r: r.has_critic, "advantage is 'gae'"),
+    "critic_start": (
+        lambda r: r.has_critic and r.critic == "separate",
+        "advantage is 'gae' and critic is 'separate'",
+    ),
 }
 PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
     "label_smoothing": (

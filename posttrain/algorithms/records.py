@@ -18,6 +18,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 Filter = Literal["none", "drop", "refill"]
 Mismatch = Literal["none", "truncate", "mask"]
 Critic = Literal["separate", "shared"]
+CriticStart = Literal["reward", "sft"]
 Phi = Literal["none", "p_one_minus_p"]
 
 
@@ -67,6 +68,8 @@ class OnPolicy:
     value_clip: float = 0.2
     value_coefficient: float = 0.5
     critic: Critic = "separate"
+    critic_start: CriticStart = "reward"
+    """What a separate critic starts from: the reward model, or the supervised model with a value head of zeros."""
     epochs: int = 1
     minibatches: int = 1
 

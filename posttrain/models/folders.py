@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -53,6 +53,13 @@ def load_policy(source: str | Path) -> PreTrainedModel:
 def load_scorer(source: str | Path) -> PreTrainedModel:
     """A trunk with one scalar head: a reward model, or the start of one when `source` is a language model."""
     return _load(AutoModelForSequenceClassification, source, num_labels=1)
+
+
+def load_new_scorer(source: str | Path) -> PreTrainedModel:
+    """The trunk of a language model with a scalar head of zeros, so that a critic that starts here values everything at 0."""
+    model = load_scorer(source)
+    torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
+    return model
 
 
 def load_encoder(source: str | Path) -> TextEncoder:

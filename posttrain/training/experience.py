@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -168,13 +169,11 @@ class ExperienceSource:
             )
 
     def _batches(self, rows: Sequence[Experience], metrics: dict[str, float]) -> list[Sequence[OnPolicyRow]]:
-        """epochs x minibatches batches; each minibatch holds whole groups, in the order in which they were drawn."""
-        count = self.record.minibatches
-        size = self.sampler.settings.samples * math.ceil(len(rows) / self.sampler.settings.samples / count)
+        """Exactly epochs x minibatches batches, as announced; each holds whole groups, in the order in which they were drawn."""
         batches: list[Sequence[OnPolicyRow]] = []
         for _ in range(self.record.epochs):
-            for start in range(0, len(rows), size):
-                batches.append(self._with_experts(rows[start : start + size], metrics))
+            for part in minibatches(rows, self.sampler.settings.samples, self.record.minibatches):
+                batches.append(self._with_experts(part, metrics))
                 self.updates += 1
         if self.record.kl != "none":
             metrics["kl/coefficient"] = self.objective.kl_coefficient
@@ -198,6 +197,14 @@ class ExperienceSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.updates, self.objective.kl_coefficient = state["updates"], state["kl_coefficient"]
+
+
+def minibatches(rows: Sequence[Experience], group_size: int, count: int) -> list[list[Experience]]:
+    """`count` parts of whole groups, as even as can be. Groups serve again where a filter has left fewer of them than parts."""
+    groups = [list(rows[i : i + group_size]) for i in range(0, len(rows), group_size)]
+    groups = [groups[i % len(groups)] for i in range(max(count, len(groups)))]
+    bounds = [len(groups) * part // count for part in range(count + 1)]
+    return [[row for group in groups[low:high] for row in group] for low, high in pairwise(bounds)]
 
 
 def _is_trained(answer: JudgedAnswer, record: OnPolicy) -> bool:

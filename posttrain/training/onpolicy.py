@@ -14,8 +14,8 @@ from posttrain.data.batches import TokenBatch, collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import PolicyOutput
 from posttrain.objectives.gae import value_loss
-from posttrain.objectives.kl import kl_estimate
-from posttrain.objectives.reduce import LOG_RATIO_LIMIT, aggregate, denominator, masked_sum
+from posttrain.objectives.kl import kl_estimate, kl_metric
+from posttrain.objectives.reduce import aggregate, denominator, masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
 from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
 from posttrain.training.trainer import Terms
@@ -90,7 +90,7 @@ class OnPolicyObjective:
         if experts:
             batch = collate([r.tokens for r in experts]).to(device)
             # the expert stream imitates text, so it is learnt at temperature 1 as in SFT
-            self._expert_terms(terms, model(batch).logprobs, batch, experts[0].weight)
+            self._expert_terms(terms, model(batch), batch, experts[0].weight)
         return terms
 
     def _policy_terms(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns) -> None:
@@ -118,15 +118,15 @@ class OnPolicyObjective:
         self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns, old: Tensor, ratio: Tensor
     ) -> None:
         mask, logprobs = batch.mask, output.logprobs.detach()
-        mismatch = (old - columns.sampled).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        mismatch = old - columns.sampled
         terms.metrics |= {
             "entropy": (masked_sum(output.entropy, mask), "sampled_tokens"),
-            "kl/approx": (masked_sum(kl_estimate(old, logprobs, "k3"), mask), "sampled_tokens"),
+            "kl/approx": (masked_sum(kl_metric(old, logprobs), mask), "sampled_tokens"),
             "kl/ref_k1": (masked_sum(logprobs - columns.reference, mask), "sampled_sequences"),
-            "kl/ref_k3": (masked_sum(kl_estimate(logprobs, columns.reference, "k3"), mask), "sampled_sequences"),
+            "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.reference), mask), "sampled_sequences"),
             "ratio/mean": (masked_sum(ratio, mask), "sampled_tokens"),
             "mismatch/mean": (masked_sum(mismatch.abs(), mask), "sampled_tokens"),
-            "mismatch/k3": (masked_sum(kl_estimate(columns.sampled, old, "k3"), mask), "sampled_tokens"),
+            "mismatch/k3": (masked_sum(kl_metric(columns.sampled, old), mask), "sampled_tokens"),
         }
         terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
         inside = ratio[mask]
@@ -136,7 +136,12 @@ class OnPolicyObjective:
             "mismatch/max": mismatch[mask].abs().max(),
         }
 
-    def _expert_terms(self, terms: Terms, logprobs: Tensor, batch: TokenBatch, mu: float) -> None:
+    def _expert_terms(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, mu: float) -> None:
+        logprobs = output.logprobs
+        if output.values is not None and "value" not in terms.losses:
+            # experts teach the critic nothing, but data-parallel processes wait for a gradient of every parameter
+            nothing = masked_sum(output.values, torch.zeros_like(output.values, dtype=torch.bool))
+            terms.losses["value"] = (nothing, "tokens", 0.0)
         loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), batch.mask)
         terms.losses["expert"] = (loss, "expert_tokens", mu)
         terms.metrics["expert/loss"] = (loss, "expert_tokens")

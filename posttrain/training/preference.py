@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from posttrain.algorithms.records import LoggedGroups, Preference
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
-from posttrain.objectives.kl import kl_estimate
+from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.preference import preference_loss
 from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
 from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
@@ -51,7 +51,7 @@ class PreferenceObjective:
         self.record = record
 
     def length(self, row: PreferencePair) -> int:
-        return 2 * max(len(row.chosen.tokens), len(row.rejected.tokens))
+        return len(row.chosen.tokens) + len(row.rejected.tokens)
 
     def counts(self, rows: Sequence[PreferencePair]) -> Mapping[str, float]:
         weighted = self.record.score_weighting == "weight"
@@ -95,7 +95,7 @@ class LoggedGroupsObjective:
         self.record = record
 
     def length(self, row: AnswerGroup) -> int:
-        return len(row.answers) * max(len(a.tokens) for a in row.answers)
+        return sum(len(a.tokens) for a in row.answers)
 
     def counts(self, rows: Sequence[AnswerGroup]) -> Mapping[str, float]:
         answers = [a for row in rows for a in row.answers]
@@ -122,7 +122,7 @@ class LoggedGroupsObjective:
                 "clip/low": (masked_sum(surrogate.clipped_low.float(), batch.mask), "tokens"),
                 "clip/high": (masked_sum(surrogate.clipped_high.float(), batch.mask), "tokens"),
                 "kl/ref_k1": (masked_sum(output.logprobs - reference, batch.mask), "sequences"),
-                "kl/ref_k3": (masked_sum(kl_estimate(output.logprobs, reference, "k3"), batch.mask), "sequences"),
+                "kl/ref_k3": (masked_sum(kl_metric(output.logprobs, reference), batch.mask), "sequences"),
                 "ratio/mean": (masked_sum(ratio, batch.mask), "tokens"),
                 "entropy": (masked_sum(output.entropy, batch.mask), "tokens"),
                 "preference/accuracy": (

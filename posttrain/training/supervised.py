@@ -76,7 +76,7 @@ class RewardObjective:
         self.center = center
 
     def length(self, row: RewardPair) -> int:
-        return 2 * max(len(row.chosen), len(row.rejected))
+        return len(row.chosen) + len(row.rejected)
 
     def counts(self, rows: Sequence[RewardPair]) -> Mapping[str, float]:
         return {"pairs": float(len(rows))}

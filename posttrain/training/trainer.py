@@ -40,7 +40,7 @@ class Objective(Protocol[RowIn]):
     """A loss over rows. Knows nothing of micro-batches, processes or optimisers."""
 
     def length(self, row: RowIn) -> int:
-        """Tokens that the row costs in a forward pass."""
+        """Prompt and response tokens of the row: what a forward pass over it costs, and what `tokens/trained` counts."""
         ...
 
     def counts(self, rows: Sequence[RowIn]) -> Mapping[str, float]:

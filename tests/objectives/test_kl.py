@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from posttrain.objectives.kl import adapted_coefficient, kl_estimate
+from posttrain.objectives.kl import adapted_coefficient, kl_estimate, kl_metric
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.7], dtype=torch.float64)
 OTHER = torch.tensor([-0.4, 0.5, 1.0, 0.2, -2.0], dtype=torch.float64)
@@ -48,6 +48,12 @@ def test_k1_is_never_clamped_and_k3_stays_finite() -> None:
     far = torch.tensor([-300.0, 300.0])
     assert kl_estimate(far, torch.zeros(2), "k1").tolist() == [-300.0, 300.0]
     assert torch.isfinite(kl_estimate(far, torch.zeros(2), "k3")).all()
+
+
+def test_the_metric_is_k3_and_never_clamped() -> None:
+    p, q = torch.tensor([-1.0, -2.0, -30.0]), torch.tensor([-1.5, -62.0, -1.0])
+    expected = [math.exp(-0.5) - 1 + 0.5, math.exp(-60) - 1 + 60, math.exp(29) - 1 - 29]
+    assert kl_metric(p, q).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_expected_gradient_of_k2_is_that_of_the_kl() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from posttrain.algorithms.records import OnPolicy, Preference
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
 from posttrain.training.onpolicy import Experience, Expert
+from posttrain.training.preference import Answer, AnswerGroup
 from tests.training.cases import MAX_LENGTH, case, probe
 
 TEMPERATURE = 0.8
@@ -86,6 +88,27 @@ def test_every_on_policy_preset(name: str) -> None:
         assert metrics["expert/phi"] == pytest.approx(sum(phi) / len(phi), rel=1e-7)
         expected += experts[0].weight * nll
     assert metrics["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_pairs"])
+def test_the_kl_that_is_reported_is_not_clamped(name: str) -> None:
+    """One answer's reference is 40 nats a token away; the loss may bound that, the metric may not."""
+    made = case(name, double=True)
+    model = made.model()
+
+    def far(tokens: Tokens) -> np.ndarray:
+        return np.asarray(token_logprobs(model, tokens, TEMPERATURE if name == "grpo" else 1.0)) + 40.0
+
+    if name == "grpo":
+        rows = [replace(row, reference=far(row.tokens)) for row in made.rows]
+        answers = [row.tokens for row in rows]
+    else:
+        rows = [AnswerGroup(tuple(Answer(a.tokens, far(a.tokens)) for a in g.answers), g.scores) for g in made.rows]
+        answers = [a.tokens for row in rows for a in row.answers]
+    per_response = sum(len(tokens.response) for tokens in answers) / len(answers)
+    metrics = probe(model, 30).update(rows, made.objective)
+    assert metrics["kl/ref_k1"] == pytest.approx(-40 * per_response, rel=1e-4)
+    assert metrics["kl/ref_k3"] == pytest.approx((math.exp(40) - 41) * per_response, rel=1e-3)
 
 
 def test_the_metrics_of_grpo() -> None:

@@ -19,7 +19,7 @@ from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.native import NativeEngine
-from posttrain.training.experience import Experts
+from posttrain.training.experience import Experts, minibatches
 from posttrain.training.onpolicy import Experience, Expert
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
@@ -135,6 +135,41 @@ def test_minibatches_hold_whole_groups_and_every_row_once_an_epoch() -> None:
     assert [r.tokens for r in data.batches[0]] + [r.tokens for r in data.batches[1]] == answers
     assert data.batches[2:] == data.batches[:2] or [r.tokens for b in data.batches[2:] for r in b] == answers
     assert source.updates == 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "count", "expected"),
+    [
+        (6, 3, [[0, 1], [2, 3], [4, 5]]),
+        (5, 4, [[0], [1], [2], [3, 4]]),
+        (5, 2, [[0, 1], [2, 3, 4]]),
+        (2, 4, [[0], [1], [0], [1]]),
+    ],
+)
+def test_minibatches_are_as_many_as_announced_however_many_groups_a_filter_left(
+    groups: int, count: int, expected: list[list[int]]
+) -> None:
+    rows: list[Any] = [(group, answer) for group in range(groups) for answer in range(2)]
+    parts = minibatches(rows, 2, count)
+    assert parts == [[(g, a) for g in part for a in range(2)] for part in expected]
+
+
+def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
+    def by_prompt(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [float(i % 2) if prompt == "bc" else 1.0 for i, prompt in enumerate(prompts)]
+
+    made = record("grpo", filter="drop", minibatches=4, epochs=2)
+    policy = small.policy()
+    # all six problems a step, one of which tells its answers apart
+    source, objective = source_of(made, policy, rewards=[FunctionReward("varied", by_prompt)], prompts=6)
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-3), total_steps=16, micro_batch_tokens=60)
+    for number in range(2):
+        data = source.next(number)
+        assert data.metrics["groups/trained"] == 1
+        for batch in data.batches:
+            assert [row.tokens for row in batch] == [a.tokens for a in source.last_answers]
+            trainer.update(batch, objective)
+    assert trainer.updates == source.updates == 16
 
 
 def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:

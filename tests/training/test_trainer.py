@@ -91,6 +91,21 @@ def test_the_tokens_of_a_run_are_counted() -> None:
     assert [made.update([1.0] * n, Linear())["tokens/trained"] for n in (3, 2)] == [3.0, 5.0]
 
 
+@pytest.mark.parametrize("name", ["dpo", "grpo_pairs", "reward", "sft", "ppo"])
+def test_tokens_are_those_of_prompts_and_responses_without_padding(name: str) -> None:
+    made = case(name)
+    if name in ("dpo", "grpo_pairs"):
+        rows = [r for row in made.rows for r in (row.answers if name == "grpo_pairs" else (row.chosen, row.rejected))]
+        tokens = [answer.tokens for answer in rows]
+    elif name == "reward":
+        tokens = [side for row in made.rows for side in (row.chosen, row.rejected)]
+    else:
+        tokens = [row if name == "sft" else row.tokens for row in made.rows]
+    real = sum(len(t.prompt) + len(t.response) for t in tokens)
+    learner: Trainer[Any] = Trainer(made.model(), OptimizerSettings(1e-3), total_steps=1, micro_batch_tokens=40)
+    assert learner.update(made.rows, made.objective)["tokens/trained"] == real
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_broken_batch_leaves_weights_and_optimiser_as_they_were(broken: float) -> None:
     made = trainer()

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 
 from posttrain.algorithms import PRESETS
+from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
+from posttrain.training.onpolicy import Expert
 from tests.models import small
-from tests.training.cases import case, probe
+from tests.training.cases import Case, case, experiences, probe, with_record
 from tests.training.runs import sampler
 
-NAMES = ["sft", "dpo", "ppo", "chord", "one_row"]
+NAMES = ["sft", "dpo", "ppo", "chord", "one_row", "ppo_experts"]
 
 
 def results(accelerator: Accelerator) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in NAMES:
-        made = case("sft" if name == "one_row" else name, double=True)
+        made = ppo_with_experts() if name == "ppo_experts" else case("sft" if name == "one_row" else name, double=True)
         rows = made.rows[:1] if name == "one_row" else made.rows
-        trainer = probe(made.model(), 30, accelerator=accelerator)
+        # the last micro-batch of each process, the one that is synchronised, is the longest row alone
+        budget = 1 if name == "ppo_experts" else 30
+        trainer = probe(made.model(), budget, accelerator=accelerator)
         metrics = trainer.update(rows, made.objective)
         found[name] = (metrics, trainer.gradient)
     drawn = sampler(PRESETS["grpo"], small.language_model(), prompts=5, accelerator=accelerator)
@@ -29,6 +34,14 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     found["answers"] = [(a.group, a.completion.tokens, a.reward) for a in answers]
     found["tokens_sampled"] = drawn.tokens_sampled
     return found
+
+
+def ppo_with_experts() -> Case:
+    """PPO with an expert stream, whose longest rows are experts: they give the critic nothing to learn from."""
+    record = replace(PRESETS["ppo"], mu_peak=0.3)
+    made = with_record(case("ppo", double=True), mu_peak=0.3)
+    longest = [Tokens((5, 6, 7), (*range(10, 20), small.EOS)) for _ in range(2)]
+    return replace(made, rows=[*experiences(record), *(Expert(tokens, 0.3) for tokens in longest)])
 
 
 if __name__ == "__main__":
