@@ -37,6 +37,8 @@ def _remove(directory: Path) -> None:
     """Unlink rather than overwrite: a file here may be a link into the DVC cache."""
     for name in (JOURNAL, METRICS, CURVES):
         (directory / name).unlink(missing_ok=True)
+        for left in directory.glob(f".{name}.*"):
+            left.unlink()  # of a process that was killed while it published; a later stage would count it as its input
     if (directory / ARTIFACTS).is_dir():
         shutil.rmtree(directory / ARTIFACTS)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ class Run:
         directory: Path,
         state: Path,
         key: str,
+        code: str,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.stage = stage
@@ -53,6 +55,8 @@ class Run:
         self.directory = directory
         self.state = state
         self.key = key
+        self.code = code
+        """Digest of what computes; checkpoints of other code are never continued."""
         self.stop_requested = stop_requested
         """Whether a signal asked to stop: write a checkpoint, then raise Interrupted."""
         self.resumed = False
@@ -68,8 +72,8 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the training loop keeps its checkpoints; removed when the step has succeeded."""
-        return self.state / CHECKPOINTS
+        """Where the training loop keeps its checkpoints: those of this code. Removed when the step has succeeded."""
+        return self.state / CHECKPOINTS / self.code[:16]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of one step. A name takes one value per step, in rising order."""
@@ -143,6 +147,7 @@ class Run:
             self._reset()
         if self.resumed:
             self._journal.append({"kind": "resume"})
+            self._drop_foreign_checkpoints()
             if not _has_files(self.checkpoints):
                 self.truncate_after(-1)
         else:
@@ -150,6 +155,17 @@ class Run:
             self._journal.append(params)
         self._measurements.append(measured | {"time": time.time()})
         self._recall()
+
+    def _drop_foreign_checkpoints(self) -> None:
+        every = self.state / CHECKPOINTS
+        foreign = [path for path in every.iterdir() if path != self.checkpoints] if every.is_dir() else []
+        if foreign:
+            print(
+                f"{self.name}: the code has changed since its checkpoints were written; they are dropped",
+                file=sys.stderr,
+            )
+        for path in foreign:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self, status: str, reason: str | None = None) -> None:
         self._journal.append({"kind": "end", "status": status} | ({"reason": reason} if reason else {}))

@@ -24,12 +24,12 @@ from typing import Any
 from pipelines import environment
 from pipelines.config import Params, load_params
 from pipelines.follower import Follower
-from pipelines.identity import input_digests, run_key
+from pipelines.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.journal import FAILED, FINISHED, KILLED
 from pipelines.process import Lock, StopSignals, die_with_parent
 from pipelines.publish import ARTIFACTS, publish
 from pipelines.redaction import redact
-from pipelines.run import LOCK, Run
+from pipelines.run import CHECKPOINTS, LOCK, Run
 from pipelines.warm import run_warm
 from pipelines.watch import Reads, declared_values, watched
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
@@ -37,7 +37,6 @@ from posttrain.errors import Interrupted, PosttrainError, TrackingError
 Body = Callable[[Run], None]
 Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
 TRACEBACK = "traceback.txt"
-_SOURCES = Path(__file__).parents[1]
 
 
 @dataclass
@@ -129,6 +128,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     reads = Reads(step.stage, declared)
     run = Run(
         stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
+        code=code_digest(project, step.stage),
         directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested,
     )  # fmt: skip
     arguments = {key: value for key, value in sorted(vars(args).items()) if key != "params"}
@@ -180,7 +180,7 @@ def _execute(step: Step, run: Run) -> None:
         raise
     step.signals.ignore()
     run.close(FINISHED)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    shutil.rmtree(run.state / CHECKPOINTS, ignore_errors=True)
     (run.state / ARTIFACTS / TRACEBACK).unlink(missing_ok=True)
 
 
@@ -191,7 +191,7 @@ def _trace(run: Run, reads: Reads) -> None:
         return
     origins = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     files = {Path(origin).resolve() for origin in origins if origin}
-    modules = (f.relative_to(_SOURCES) for f in files if f.is_relative_to(_SOURCES))
+    modules = (f.relative_to(SOURCES) for f in files if f.is_relative_to(SOURCES))
     used = sorted(m.as_posix() for m in modules if m.parts[0] in ("posttrain", "pipelines"))
     line = {"stage": run.stage, "name": run.name, "params": sorted(reads.leaves), "modules": used}
     with Path(target).open("a", encoding="utf-8") as file:

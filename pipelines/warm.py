@@ -29,6 +29,11 @@ AHEAD = (
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.auto.modeling_auto",
     "accelerate",
+    "pydantic",
+    "ruamel.yaml",
+    # pyarrow reads a table with its data sets, which bring pandas along
+    "pandas",
+    "pyarrow.dataset",
     "pyarrow.parquet",
     "tqdm",
 )

@@ -35,7 +35,7 @@ def run(run: Run) -> None:
         run.timings(step, {"seconds/step": 0.25})
         if step % 5 == 4:
             run.table("samples", step, [{"prompt": "1+1", "completion": str(step), "score": float("nan")}])
-            run.checkpoints.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
             cursor.write_text(str(step))
         if os.environ.get("DIE_AT") == str(step):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -27,7 +27,7 @@ def finished(folder: Path, directory: Path, name: str, values: Mapping[str, Any]
     """An open run; `close` publishes it."""
     run = Run(
         stage=directory.parts[1], name=name, params=params, args=argparse.Namespace(), directory=folder / directory,
-        state=folder / "state" / name, key="k" * 64,
+        state=folder / "state" / name, key="k" * 64, code="c" * 64,
     )  # fmt: skip
     run.open(
         {"kind": "start", "stage": run.stage, "name": name},

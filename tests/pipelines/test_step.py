@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Params, load_params
-from pipelines.identity import content_digest, input_digests, run_key
+from pipelines.identity import code_digest, content_digest, input_digests, run_key
 from pipelines.journal import ended, read
 from pipelines.sections import AlgorithmParams, OnPolicyBudget
 from pipelines.watch import Reads, declared_values, watched
@@ -162,6 +162,26 @@ def test_the_key_changes_with_parameters_and_inputs_only(tmp_path: Path) -> None
     assert content_digest(tmp_path / "data") != inputs["data"]
     with pytest.raises(DataError, match="sft needs absent"):
         input_digests("sft", ["absent"])
+
+
+def test_the_code_of_a_checkpoint_is_what_dvc_watches_of_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {count: {cmd: x, deps: [steps, data, pipelines/run.py]}, other: {cmd: y}}"
+    )
+    code = tmp_path / "steps" / "count.py"
+    code.write_text("one")
+    first = code_digest(tmp_path, "count")
+    (tmp_path / "data" / "rows.jsonl").write_text("inputs are part of the run's key already")
+    (tmp_path / "steps" / "notes.md").write_text("no code")
+    assert code_digest(tmp_path, "count") == first
+    assert code_digest(tmp_path, "other") != first
+    code.write_text("two")
+    assert code_digest(tmp_path, "count") != first
+    code.write_text("one")
+    (tmp_path / "steps" / "more.py").touch()
+    assert code_digest(tmp_path, "count") != first
 
 
 @pytest.fixture(scope="module")

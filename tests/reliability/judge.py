@@ -1,0 +1,10 @@
+"""A reward with ties, differences and gaps for whatever an untrained policy says, so that groups carry a signal or not by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def varied(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+    return [None if len(c) % 7 == 3 else float(sum(map(ord, c)) % 3) for c in completions]

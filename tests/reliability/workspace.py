@@ -1,0 +1,109 @@
+"""A folder with everything that the training steps read, in which they run as forks of one warm process: real processes, in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipelines.identity import file_digest
+
+DROPPED = ("MLFLOW_TRACKING", "POSTTRAIN_", "DVC_")
+OVERLAY = Path(__file__).with_name("tiny.yaml")
+
+
+def environment(root: Path, **extra: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(DROPPED)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    quiet = {"TQDM_DISABLE": "1", "POSTTRAIN_FOLLOWER": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return inherited | {"PYTHONPATH": str(root), "PATH": path} | quiet | extra
+
+
+class Warm:
+    """`python -m pipelines.warm`: torch is imported once, every step is a fork."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.socket = root, folder / "warm"
+        command = [sys.executable, "-m", "pipelines.warm", str(self.socket)]
+        self.process = subprocess.Popen(command, env=environment(root), cwd=folder, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not self.socket.exists():
+            assert time.monotonic() < deadline, "the warm process does not start"
+            assert self.process.poll() is None, "the warm process died"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Workspace:
+    """Tables, models and parameters, and the runs of the steps over them."""
+
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
+
+    def start(self, *command: str, **extra: str) -> subprocess.Popen[str]:
+        env = environment(self.warm.root, POSTTRAIN_WARM=str(self.warm.socket), **extra)
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*command, **extra)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def succeed(self, *command: str, **extra: str) -> str:
+        done = self.run(*command, **extra)
+        assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def points(self, *step: str) -> list[str]:
+        """Run a step undisturbed and list the points at which it could have been killed."""
+        listing = self.folder / "points.json"
+        self.succeed("tests.reliability.dying", "-", *step, POINTS=str(listing))
+        passed: list[str] = json.loads(listing.read_text())
+        return passed
+
+    def killed_at(self, point: str, *step: str) -> None:
+        """Run a step until it is killed at the point."""
+        done = self.run("tests.reliability.dying", point, *step)
+        # the client of a killed fork reports 1, and the fork had no time to say a word about an error
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False), f"{point}: {done.stdout}{done.stderr}"
+
+    def state(self, name: str) -> Path:
+        """The live folder of the one run of that name."""
+        (found,) = (self.folder / ".posttrain" / "runs").glob(f"{name}-" + "?" * 16)
+        return found
+
+    def results(self, *outputs: str) -> dict[str, str]:
+        """Digest of every file that a run has left, by path."""
+        files = [path for name in outputs for path in sorted((self.folder / name).rglob("*")) if path.is_file()]
+        return {path.relative_to(self.folder).as_posix(): file_digest(path) for path in files}
+
+    def forget(self, name: str, *outputs: str) -> None:
+        """Remove what a run left, so that the next one begins anew."""
+        shutil.rmtree(self.state(name))
+        for output in outputs:
+            shutil.rmtree(self.folder / output)
+
+
+def prepare(folder: Path, warm: Warm) -> Workspace:
+    """Tables as `ingest` makes them, and the models that alignment starts from. Validation has no part in it."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(warm.root / name, folder)
+    (folder / "data" / "raw").mkdir(parents=True)
+    workspace = Workspace(folder, warm)
+    workspace.succeed("pipelines.configure", str(OVERLAY))
+    workspace.succeed("pipelines.ingest")
+    shutil.copytree(folder / "data" / "tables", folder / "data" / "valid")
+    for step in ("base", "sft", "reward"):
+        workspace.succeed(f"pipelines.{step}")
+    return workspace
