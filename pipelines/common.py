@@ -44,6 +44,7 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
             row["prompt"],
             tuple(encoder.prompt(row["prompt"])),
             {k: v for k, v in row.items() if k not in ("prompt", "id")},
+            row["id"],
         )
         for row in table
     ]

@@ -134,6 +134,10 @@ class Params(Section):
                     " or an import path package.module:function"
                 )
 
+            for field in ("arguments", "timeout_seconds", "on_failure"):
+                if section.function == "reward_model" and field in section.model_fields_set:
+                    raise ConfigError(f"rewards.{name}.{field}: has no effect on the reward model. Remove it.")
+
     def _check_rewards(self, name: str) -> None:
         section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)
         if not on_policy and section.rewards is not None:
@@ -144,9 +148,27 @@ class Params(Section):
             raise ConfigError(
                 f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}"
             )
+        self._check_combination(name)
         for source in section.rewards or {}:
             if source not in self.rewards:
                 raise ConfigError(f"algorithms.{name}.rewards: no reward {source!r}{nearest(source, self.rewards)}")
+
+    def _check_combination(self, name: str) -> None:
+        record, budget = self.algorithm(name), self.budget(name)
+        if not isinstance(record, OnPolicy) or record.reward_combination == "sum":
+            return
+        assert isinstance(budget, OnPolicyBudget)
+        weighed = sorted(source for source, weight in (self.algorithms[name].rewards or {}).items() if weight)
+        if len(weighed) < 2:
+            raise ConfigError(
+                f"algorithms.{name}: reward_combination 'group_normalised' weighs several rewards against each other, and here only"
+                f" {weighed[0]!r} has a weight. Give another one a weight, or use advantage 'group_z'."
+            )
+        if budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: reward_combination 'group_normalised' compares answers to one prompt;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.run import Run
-from pipelines.sections import ComputeParams
+from pipelines.sections import DEFAULT_TIMEOUT_SECONDS, ComputeParams
+from pipelines.sections import RewardSource as RewardSection
 from posttrain.models.folders import load_scorer
 from posttrain.models.policy import Scorer
-from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource, find_function
+from posttrain.rewards.functions import BUILT_IN
+from posttrain.rewards.mathematics import require_math_verify
+from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource
+from posttrain.rewards.worker import Worker
 
 if TYPE_CHECKING:
     import torch
@@ -29,5 +33,15 @@ def reward_sources(run: Run, names: Sequence[str], device: torch.device, compute
             scorer = Scorer(load_scorer(REWARD)).to(device).eval().requires_grad_(False)
             sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16))
         else:
-            sources.append(FunctionReward(name, find_function(section.function), dict(section.arguments)))
+            sources.append(_function_reward(name, section))
     return sources
+
+
+def _function_reward(name: str, section: RewardSection) -> FunctionReward:
+    """A built-in is called here, unless it may hang or a limit is asked for; everything else works in a process of its own."""
+    if section.function == "math":
+        require_math_verify()
+    if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
+        return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
+    worker = Worker(section.function, section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    return FunctionReward(name, worker, section.arguments, section.on_failure)

@@ -183,10 +183,17 @@ class RewardParams(Section):
     checkpoint: CheckpointParams
 
 
+DEFAULT_TIMEOUT_SECONDS = 60.0
+
+
 class RewardSource(Section):
     function: str
-    """A built-in (reward_model, answer, mentions, length, regex, format) or an import path package.module:function."""
+    """A built-in (reward_model, answer, math, mentions, length, regex, format) or an import path package.module:function."""
     arguments: dict[str, Any] = {}
+    timeout_seconds: Positive | None = None
+    """For one batch of answers, in a process of its own that is killed then. Not set: 60 for `math` and import paths, none otherwise."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """What an exception or a time-out does: stop the run, or leave the answers concerned without a reward (never a 0)."""
 
 
 class OnPolicyBudget(Section):

@@ -5,7 +5,8 @@ PosttrainError
 ├── DataError          a record, table or column cannot be used
 │   └── LeakageError   training data share prompts with evaluation data
 ├── ModelError         a model folder, tokenizer or vocabulary cannot be used
-├── RewardError        a reward function failed, timed out or answered nonsense
+├── RewardError        a reward function failed or answered nonsense
+│   └── RewardTimeoutError  it took longer than it may
 ├── RolloutError       sampling could not deliver what was asked of it
 ├── NumericalError     NaN or infinity in a loss, gradient or reward
 ├── CheckpointError    a checkpoint is torn, foreign or unreadable
@@ -40,6 +41,10 @@ class ModelError(PosttrainError):
 
 
 class RewardError(PosttrainError):
+    pass
+
+
+class RewardTimeoutError(RewardError):
     pass
 
 

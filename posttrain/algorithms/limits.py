@@ -14,6 +14,10 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "kl_coefficient": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
     "kl_target": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
     "kl_horizon": (lambda r: r.kl_target is not None, "kl_target is set"),
+    "reward_combination": (
+        lambda r: r.reward_combination == "sum" or not r.has_critic,
+        "advantage is relative to a group or a batch, not 'gae'",
+    ),
     "refill_limit": (lambda r: r.filter == "refill", "filter is 'refill'"),
     "refill_partial": (lambda r: r.filter == "refill", "filter is 'refill'"),
     "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+RewardCombination = Literal["sum", "group_normalised"]
 Advantage = Literal["gae", "group_mean", "group_z", "leave_one_out", "batch_z"]
 Ratio = Literal["token", "sequence"]
 Surrogate = Literal["clip", "weight"]
@@ -45,6 +46,8 @@ class OnPolicy:
     """Mean KL per response (nats) that an adaptive coefficient steers to; None keeps the coefficient fixed."""
     kl_horizon: int = 1000
     """Responses over which the adaptive coefficient may change by about a factor e (1909.08593)."""
+    reward_combination: RewardCombination = "sum"
+    """group_normalised: each reward is normalised within its group before the weighted sum (2601.05242)."""
     filter: Filter = "none"
     refill_limit: int = 8
     """Rounds of sampling per step at most, the first one included."""

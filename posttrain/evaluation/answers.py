@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
-from posttrain.rewards.sources import Judged, RewardSource
+from posttrain.rewards.sources import RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
-from posttrain.rollouts.groups import Problem
+from posttrain.rollouts.groups import Problem, judged
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def evaluate(
     own = token_numbers(policy, tokens, settings.budget, bf16=settings.bf16)
     other = own if reference is None else token_numbers(reference, tokens, settings.budget, bf16=settings.bf16)
     texts = [encoder.text(completion.tokens) for _, _, completion in flat]
-    columns = {name: [problems[i].columns[name] for i, _, _ in flat] for name in problems[0].columns}
-    judged = Judged([problems[i].prompt for i, _, _ in flat], texts, tokens, columns)
-    scored = {reward.name: reward.score(judged) for reward in rewards}
+    answers = judged([problems[i] for i, _, _ in flat], texts, tokens)
+    scored = {reward.name: reward.score(answers) for reward in rewards}
     return [
         EvaluatedAnswer(
             i,

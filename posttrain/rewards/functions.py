@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from posttrain.errors import ConfigError
 from posttrain.problems.arithmetic import answers_equal, final_answer
 from posttrain.problems.stories import mentions as word_is_mentioned
-
-RewardFunction = Callable[..., Sequence[float | None]]
+from posttrain.rewards.calling import RewardFunction
+from posttrain.rewards.mathematics import math
+from posttrain.text import nearest
 
 
 def answer(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
@@ -48,8 +51,25 @@ def _matches(completion: str, gold: str) -> bool:
 
 BUILT_IN: dict[str, RewardFunction] = {
     "answer": answer,
+    "math": math,
     "mentions": mentions,
     "length": length,
     "regex": regex,
     "format": format,
 }
+
+
+def find_function(name: str) -> RewardFunction:
+    """A built-in by name, or `package.module:function`. Raises ConfigError where there is none."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function"
+        )
+    try:
+        function: RewardFunction = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs a user's module, which may raise anything
+        raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
+    return function

@@ -1,52 +1,101 @@
-"""Named sources of reward and their weighted sum. A source that fails is named; a missing reward is missing, never 0."""
+"""Named sources of reward. A source that fails is named; a missing reward is missing, never 0."""
 
 from __future__ import annotations
 
-import importlib
 import math
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
 
 from posttrain.data.tokens import Tokens
-from posttrain.errors import ConfigError, NumericalError, RewardError
+from posttrain.errors import NumericalError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
-from posttrain.rewards.functions import BUILT_IN, RewardFunction
-from posttrain.text import nearest
+from posttrain.rewards.calling import Outcome, RewardFunction, call
+from posttrain.rewards.worker import Worker
+
+OnFailure = Literal["stop", "skip"]
+NAMED_ROWS = 5
+"""Rows that a message lists."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers as a source sees them: texts, token ids, and the columns of their problems. All lists have one entry an answer."""
+    """Answers as a source sees them: texts, token ids, and the columns of their problems. All lists have one entry an answer.
+
+    ids: which row of its table an answer's problem is; empty where nobody knows, and then messages count answers instead.
+    """
 
     prompts: list[Any]
     completions: list[str]
     tokens: list[Tokens]
     columns: dict[str, list[Any]]
+    ids: list[Any] = field(default_factory=list)
 
 
 class RewardSource(Protocol):
+    """`failures` counts the answers that got no reward because the source failed ("failed") or took too long ("timed_out")."""
+
     name: str
+    failures: Counter[str]
 
     def score(self, answers: Judged) -> list[float | None]: ...
 
 
 class FunctionReward:
-    """A function of texts and columns."""
+    """A function of texts and columns, called here or, as a Worker, in a process of its own.
 
-    def __init__(self, name: str, function: RewardFunction, arguments: Mapping[str, Any] | None = None) -> None:
-        self.name, self.function, self.arguments = name, function, dict(arguments or {})
+    on_failure: stop raises RewardError with the rows involved; skip says so on stderr and leaves those rows without a reward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: RewardFunction | Worker,
+        arguments: Mapping[str, Any] | None = None,
+        on_failure: OnFailure = "stop",
+    ) -> None:
+        self.name, self.arguments, self.on_failure = name, dict(arguments or {}), on_failure
+        self.call = function if isinstance(function, Worker) else partial(call, function)
+        self.failures: Counter[str] = Counter()
 
     def score(self, answers: Judged) -> list[float | None]:
+        count = len(answers.completions)
+        kind = "failed"
         try:
-            values = list(self.function(answers.prompts, answers.completions, **answers.columns, **self.arguments))
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r} failed on {len(answers.completions)} answers: {type(error).__name__}: {error}"
-            ) from error
-        return _checked(self.name, values, len(answers.completions))
+            outcome = self.call(answers.prompts, answers.completions, answers.columns, self.arguments)
+        except RewardError as error:
+            kind = "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
+            outcome = Outcome([None] * count, dict.fromkeys(range(count), str(error)))
+        if outcome.failures:
+            self._failed(kind, answers, outcome)
+        return _checked(self.name, outcome.values, count)
+
+    def _failed(self, kind: str, answers: Judged, outcome: Outcome) -> None:
+        rows, message = sorted(outcome.failures), next(iter(outcome.failures.values()))
+        verb = "took too long" if kind == "timed_out" else "failed"
+        ids = [answers.ids[row] for row in rows] if answers.ids else rows
+        listed = ", ".join(str(i) for i in dict.fromkeys(ids[:NAMED_ROWS])) + (", …" if len(rows) > NAMED_ROWS else "")
+        what = (
+            f"reward {self.name!r} {verb} on {len(rows)} of {len(answers.completions)} answers ({'rows' if answers.ids else 'answers'}"
+            f" {listed}; the first to prompt {_short(answers.prompts[rows[0]])}: {_short(answers.completions[rows[0]])}): {message}"
+        )
+        if self.on_failure == "stop":
+            failure = (RewardTimeoutError if kind == "timed_out" else RewardError)(
+                f"{what}. Correct the function, or let such answers go without a reward: rewards.{self.name}.on_failure: skip"
+                + (f"; a longer limit is rewards.{self.name}.timeout_seconds" if kind == "timed_out" else "")
+            )
+            if outcome.trace:
+                failure.add_note(outcome.trace)
+            raise failure
+        self.failures[kind] += len(rows)
+        tqdm.write(f"{what}; they go without a reward", file=sys.stderr)
 
 
 class ModelReward:
@@ -54,36 +103,16 @@ class ModelReward:
 
     def __init__(self, name: str, scorer: Scorer, mean: float, budget: int, bf16: bool = False) -> None:
         self.name, self.scorer, self.mean, self.budget, self.bf16 = name, scorer, mean, budget, bf16
+        self.failures: Counter[str] = Counter()
 
     def score(self, answers: Judged) -> list[float | None]:
         values = scores(self.scorer, answers.tokens, self.budget, self.bf16)
         return _checked(self.name, [value - self.mean for value in values], len(answers.tokens))
 
 
-def find_function(name: str) -> RewardFunction:
-    """A built-in by name, or `package.module:function`. Raises ConfigError where there is none."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function"
-        )
-    try:
-        function: RewardFunction = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot import the reward function {name!r}: {error}") from error
-    return function
-
-
-def weighted(rewards: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:
-    """The weighted sum per answer; NaN where a source with a weight has no reward for it."""
-    rows = len(next(iter(rewards.values())))
-    totals = [0.0] * rows
-    for name in sorted(weights):
-        for i, value in enumerate(rewards[name]) if weights[name] else ():
-            totals[i] += weights[name] * (math.nan if value is None else value)
-    return totals
+def _short(text: Any) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else shown[:77] + "…" + shown[0]
 
 
 def _checked(name: str, values: Sequence[Any], expected: int) -> list[float | None]:

@@ -15,19 +15,28 @@ from tqdm import tqdm
 from posttrain.algorithms.records import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.errors import RolloutError
+from posttrain.errors import PosttrainError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
-from posttrain.rewards.sources import Judged, RewardSource, weighted
+from posttrain.rewards.combination import combined
+from posttrain.rewards.sources import Judged, RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt to answer; `columns` go to the reward functions."""
+    """A prompt to answer; `columns` go to the reward functions. row: its id in the table it comes from, for messages."""
 
     prompt: Any
     ids: tuple[int, ...]
     columns: dict[str, Any]
+    row: int | None = None
+
+
+def judged(problems: Sequence[Problem], texts: list[str], tokens: list[Tokens]) -> Judged:
+    """Answers as reward sources see them; one problem, text and token sequence an answer."""
+    columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
+    rows = [problem.row for problem in problems]
+    return Judged([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ class GroupSampler:
         wanted, record = self.settings.prompts, self.record
         kept: list[list[JudgedAnswer]] = []
         drawn = rounds = zero_variance = 0
+        for reward in self.rewards:
+            reward.failures.clear()
         while len(kept) < wanted:
             groups = self._round(wanted if record.filter == "refill" else wanted - drawn)
             drawn, rounds = drawn + len(groups), rounds + 1
@@ -108,6 +119,9 @@ class GroupSampler:
             "groups/zero_variance": zero_variance / drawn,
             "tokens/sampled": float(self.tokens_sampled),
         }
+        for reward in self.rewards:
+            for kind in ("failed", "timed_out"):
+                metrics[f"reward/{reward.name}/{kind}"] = reward.failures[kind] / (drawn * self.settings.samples)
         return [answer for group in kept[:wanted] for answer in group], metrics
 
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
@@ -153,10 +167,8 @@ class GroupSampler:
         flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
         tokens = [Tokens(problem.ids, completion.tokens) for problem, _, completion in flat]
         texts = [self.encoder.text(completion.tokens) for _, _, completion in flat]
-        columns = {name: [problem.columns[name] for problem, _, _ in flat] for name in problems[0].columns}
-        judged = Judged([problem.prompt for problem, _, _ in flat], texts, tokens, columns)
-        sources = {reward.name: reward.score(judged) for reward in self.rewards}
-        totals = weighted(sources, self.weights)
+        sources = self._scores(judged([problem for problem, _, _ in flat], texts, tokens))
+        totals = combined(sources, self.weights, [group for _, group, _ in flat], self.record.reward_combination)
         answers = [
             JudgedAnswer(
                 tokens[i],
@@ -171,6 +183,24 @@ class GroupSampler:
         ]
         size = self.settings.samples
         return [answers[i : i + size] for i in range(0, len(answers), size)]
+
+    def _scores(self, answers: Judged) -> dict[str, list[float | None]]:
+        """One process judges for all: a function that the clock can stop need not say the same twice."""
+        if self.accelerator.num_processes == 1:
+            return {reward.name: reward.score(answers) for reward in self.rewards}
+        from accelerate.utils import broadcast_object_list
+
+        said: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                said = [{reward.name: reward.score(answers) for reward in self.rewards}]
+            except PosttrainError as error:
+                said = [error]
+        broadcast_object_list(said)
+        if isinstance(said[0], PosttrainError):
+            raise said[0]
+        scores: dict[str, list[float | None]] = said[0]
+        return scores
 
     def _shaping(self, completion: Completion) -> float:
         shaped = 0.0 if completion.finished else -self.record.missing_eos_penalty

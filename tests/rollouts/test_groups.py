@@ -12,7 +12,7 @@ import pytest
 from posttrain.algorithms.dapo import DAPO
 from posttrain.algorithms.grpo import GRPO
 from posttrain.data.tokens import TextEncoder
-from posttrain.errors import RolloutError
+from posttrain.errors import RewardError, RolloutError
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
@@ -48,7 +48,7 @@ def make(
 ) -> GroupSampler:
     from accelerate import Accelerator
 
-    problems = [Problem(p, tuple(ENCODER.prompt(p)), {"answer": p.upper()}) for p in prompts]
+    problems = [Problem(p, tuple(ENCODER.prompt(p)), {"answer": p.upper()}, row) for row, p in enumerate(prompts)]
     settings = GroupSettings(wanted, 4, SamplingSettings(10, 1.0))
     rewards = [FunctionReward("right", reward)]
     return GroupSampler(
@@ -144,6 +144,41 @@ def test_a_missing_reward_is_missing_and_never_zero() -> None:
     assert known["mixed"][0] == known["mixed"][2] == 2.0
     assert all(math.isnan(r) for r in [known["mixed"][1], known["mixed"][3], *known["hard"]])
     assert metrics["groups/zero_variance"] == 1.0
+
+
+def test_failures_of_a_source_are_counted_each_step_over_all_that_was_sampled() -> None:
+    def failing(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        if "hard" in prompts:
+            raise ValueError("too hard")
+        return [float("+" in c) for c in completions]
+
+    sampler = make(["mixed", "hard"])
+    sampler.rewards = [FunctionReward("right", failing, on_failure="skip")]
+    for _ in range(2):
+        answers, metrics = sampler.sample()
+        assert metrics["reward/right/failed"] == 0.5
+        assert metrics["reward/right/timed_out"] == 0.0
+        assert all(math.isnan(a.reward) == (a.problem.prompt == "hard") for a in answers)
+    sampler.rewards = [FunctionReward("right", failing)]
+    with pytest.raises(
+        RewardError, match=r"failed on 4 of 8 answers \(rows 1; the first to prompt 'hard': '---'\): ValueError"
+    ):
+        sampler.sample()
+
+
+def test_rewards_normalised_within_the_group_are_what_is_trained_on() -> None:
+    def long(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [100.0 * i for i in range(len(completions))]
+
+    sampler = make(["mixed", "easy"], replace(GRPO, reward_combination="group_normalised"))
+    sampler.rewards = [FunctionReward("right", right), FunctionReward("long", long)]
+    sampler.weights = {"right": 2.0, "long": 1.0}
+    answers, _ = sampler.sample()
+    # within a group the positions are 0..3 up to a shift: mean 1.5, population std sqrt(1.25)
+    standing = [(i - 1.5) / math.sqrt(1.25) for i in range(4)]
+    by_prompt = {p: [a.reward for a in answers if a.problem.prompt == p] for p in ("mixed", "easy")}
+    assert by_prompt["easy"] == pytest.approx(standing, abs=1e-4)
+    assert by_prompt["mixed"] == pytest.approx([s + r for s, r in zip(standing, [2, -2, 2, -2], strict=True)], abs=1e-4)
 
 
 def test_shaping_by_a_missing_end_and_by_length() -> None:

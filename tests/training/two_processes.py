@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
+from posttrain.rewards.sources import FunctionReward
 from posttrain.training.onpolicy import Expert
 from tests.models import small
+from tests.rewards.behaving import process_ids
 from tests.training.cases import Case, case, experiences, probe, with_record
 from tests.training.runs import sampler
 
@@ -33,6 +36,9 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     answers, _ = drawn.sample()
     found["answers"] = [(a.group, a.completion.tokens, a.reward) for a in answers]
     found["tokens_sampled"] = drawn.tokens_sampled
+    # every process has its own id, and all must learn from what one of them was told
+    drawn.rewards = [FunctionReward("varied", process_ids)]
+    found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])
     return found
 
 

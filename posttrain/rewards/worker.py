@@ -1,0 +1,152 @@
+"""A process of its own for one reward function, because a thread that hangs can be neither stopped nor left behind.
+
+`Worker` is called like the function itself. When time is up its process is killed, and the next call starts a new one. Rows and
+values travel as lines of JSON, never as pickles; what the function prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from threading import Thread
+from typing import Any
+
+from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
+from posttrain.rewards.calling import Outcome, call
+
+START_SECONDS = 120.0
+"""To import the function's module, which may bring a large library with it."""
+_KILL_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
+
+
+class Worker:
+    """The function `path` (a built-in's name or package.module:function), in a process that is killed after `seconds` a batch."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self.path, self.seconds = path, seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready()
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        arguments: Mapping[str, Any],
+    ) -> Outcome:
+        """As calling.call. Raises RewardTimeoutError when time is up, RewardError when the process dies."""
+        process = self._ready()
+        reply = self._exchange(
+            process, [list(prompts), list(completions), dict(columns), dict(arguments)], self.seconds
+        )
+        failures = {int(row): message for row, message in reply["failures"].items()}
+        return Outcome(reply["values"], failures, reply["trace"])
+
+    def close(self) -> None:
+        if self._process is not None:
+            _kill(self._process)
+            self._process = None
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        """The process, started and with the function imported. Raises ConfigError where it cannot be."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "posttrain.rewards.worker", self.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": paths},
+            start_new_session=True,
+        )
+        weakref.finalize(self, _kill, self._process)
+        try:
+            started = self._exchange(self._process, None, START_SECONDS)
+        except RewardError as error:
+            raise ConfigError(f"cannot import the reward function {self.path!r}: {error}") from None
+        if "error" in started:
+            raise ConfigError(started["error"])
+        return self._process
+
+    def _exchange(self, process: subprocess.Popen[bytes], request: Any, seconds: float) -> dict[str, Any]:
+        """One line there (none for a request of None) and one back; the process is killed if that takes too long or is cut short."""
+        lines: list[bytes] = []
+        thread = Thread(target=_converse, args=(process, request, lines), daemon=True)
+        thread.start()
+        try:
+            thread.join(seconds)
+        except BaseException:
+            self.close()
+            raise
+        if thread.is_alive():
+            self.close()
+            raise RewardTimeoutError(f"no answer within {seconds:g} seconds")
+        if not lines or not lines[0].endswith(b"\n"):
+            self.close()
+            raise RewardError(f"its process ended, {_ending(process.returncode)}")
+        reply: dict[str, Any] = json.loads(lines[0])
+        return reply
+
+
+def _converse(process: subprocess.Popen[bytes], request: Any, lines: list[bytes]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        if request is not None:
+            process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+            process.stdin.flush()
+        lines.append(process.stdout.readline())
+    except (OSError, ValueError):  # the pipe broke or was closed: no line says so
+        return
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process with all that it started, and wait until it has gone."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ending(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+
+
+def serve(path: str) -> None:
+    """The process's side: import, then answer line by line until the other side is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    from posttrain.rewards.functions import find_function
+
+    def reply(message: Mapping[str, Any]) -> None:
+        replies.write(json.dumps(message, default=_plain).encode() + b"\n")
+        replies.flush()
+
+    try:
+        function = find_function(path)
+    except ConfigError as error:
+        reply({"error": str(error)})
+        return
+    reply({})
+    for line in requests:
+        outcome = call(function, *json.loads(line))
+        reply({"values": outcome.values, "failures": outcome.failures, "trace": outcome.trace})
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries as numbers; whatever else is refused by the other side, which is shown what it was."""
+    return float(value) if isinstance(value, Real) else repr(value)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

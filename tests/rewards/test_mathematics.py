@@ -1,0 +1,65 @@
+"""Answers that are mathematics, by value."""
+
+from __future__ import annotations
+
+import sys
+from threading import Thread
+
+import pytest
+
+from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.mathematics import math as judge
+
+pytest.importorskip("math_verify")
+
+CASES = [
+    (r"so it is $\frac{1}{2}$", "0.5", 1.0),
+    (r"\boxed{2/4}", r"\frac{1}{2}", 1.0),
+    (r"\boxed{x^2-1}", "(x-1)(x+1)", 1.0),
+    (r"\boxed{x^2+1}", "(x-1)(x+1)", 0.0),
+    (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", 1.0),
+    ("The answer is 1,200.", "1200", 1.0),
+    ("The answer is 12", "1200", 0.0),
+    ("I do not know", "3", 0.0),
+    ("", "3", 0.0),
+    (r"\boxed{\frac{1}{", "3", 0.0),
+    (r"$\{1, 2\}$", r"\{2, 1\}", 1.0),
+]
+
+
+@pytest.mark.parametrize(("completion", "gold", "expected"), CASES)
+def test_equal_by_value(completion: str, gold: str, expected: float) -> None:
+    assert judge(["p"], [completion], answer=[gold]) == [expected]
+
+
+@pytest.mark.parametrize("gold", ["", "???", r"\frac{1}{"])
+def test_a_gold_answer_that_cannot_be_read_passes_nobody(gold: str) -> None:
+    assert judge(["p"] * 3, [gold, r"\boxed{1}", "1"], answer=[gold] * 3) == [None] * 3
+
+
+def test_a_row_that_takes_too_long_is_missing_and_the_others_are_judged() -> None:
+    endless = r"\boxed{\sum_{k=1}^{1000000} \frac{1}{k^3}}"
+    assert judge(["p"] * 3, ["1", endless, "2"], answer=["1"] * 3, row_seconds=1) == [1.0, None, 0.0]
+
+
+def test_in_a_thread_it_says_so_instead_of_calling_everything_wrong() -> None:
+    said: list[object] = []
+
+    def run() -> None:
+        try:
+            said.append(judge(["p"], ["1"], answer=["1"]))
+        except RewardError as error:
+            said.append(str(error))
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "main thread only" in str(said[0])
+
+
+def test_without_the_package_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(
+        ConfigError, match=r"'math' needs the package math-verify; install it with: pip install .*\[math\]"
+    ):
+        judge(["p"], ["1"], answer=["1"])
