@@ -1,55 +1,98 @@
-"""Rows to padded tensors, a step's rows to micro-batches, and the order of rows over epochs."""
+"""Rows to one flat list of tokens, a step's rows to micro-batches, and the order of rows over epochs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.data.layout import Attended, attended_parts
 from posttrain.data.tokens import Tokens
 
-Row = TypeVar("Row")
+SHARED_FROM_TOKENS = 4
+"""A shorter prompt is repeated for each of its rows: one causal sequence is cheaper than a branch."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts and responses, padded on the right, with what is needed to read the response's log-probabilities.
+    """Prompts and responses without padding. A prompt that several rows share stands once, and is computed once.
 
-    input_ids: [batch, length]. source: [batch, time] position whose hidden state predicts the response token. targets: [batch, time]
-    response ids. mask: [batch, time] bool, from lengths and never from ids. last: [batch] position of the last real token.
+    input_ids, positions: [tokens], every token with its position in its own row. parts: which token attends to which.
+    source: [batch, time] index of the token whose hidden state predicts the response token. targets: [batch, time] response ids.
+    mask: [batch, time] bool, from lengths and never from ids. last: [batch] index of the row's last token.
+    rows: [batch, length] indices of the row's tokens, padded on the right. place: [tokens] where each token stands in rows.flatten().
     """
 
     input_ids: Tensor
+    positions: Tensor
+    parts: tuple[Attended, ...]
     source: Tensor
     targets: Tensor
     mask: Tensor
     last: Tensor
+    rows: Tensor
+    place: Tensor
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(getattr(self, f).to(device) for f in ("input_ids", "source", "targets", "mask", "last")))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return TokenBatch(parts=tuple(part.to(device) for part in self.parts), **moved)
 
 
 def collate(tokens: Sequence[Tokens]) -> TokenBatch:
-    """Pad to the longest row. Padding comes after every real token, so causal attention never sees it and no mask is needed."""
-    length = max(len(t) for t in tokens)
-    time = max(1, max(len(t.response) for t in tokens))
-    input_ids = torch.zeros(len(tokens), length, dtype=torch.long)
-    source = torch.zeros(len(tokens), time, dtype=torch.long)
-    targets = torch.zeros(len(tokens), time, dtype=torch.long)
-    mask = torch.zeros(len(tokens), time, dtype=torch.bool)
-    for i, t in enumerate(tokens):
-        input_ids[i, : len(t)] = torch.tensor(t.prompt + t.response)
-        n = len(t.response)
-        source[i, :n] = torch.arange(len(t.prompt) - 1, len(t) - 1)
-        targets[i, :n] = torch.tensor(t.response, dtype=torch.long)
-        mask[i, :n] = True
-    last = torch.tensor([len(t) - 1 for t in tokens])
-    return TokenBatch(input_ids, source, targets, mask, last)
+    """Lay rows out one behind the other; rows with the same prompt branch off from one copy of it."""
+    ids: list[int] = []
+    positions: list[int] = []
+    prompts: dict[int, range] = {}
+    responses: dict[int, range] = {}
+    families = _families([row.prompt for row in tokens], SHARED_FROM_TOKENS)
+    for members in families:
+        prompt = tokens[members[0]].prompt
+        stem = _append(ids, positions, prompt, 0)
+        for i in members:
+            prompts[i], responses[i] = stem, _append(ids, positions, tokens[i].response, len(prompt))
+    indices = [[*prompts[i], *responses[i]] for i in range(len(tokens))]
+    time = max(1, max(len(row.response) for row in tokens))
+    rows = _padded(indices, max(map(len, indices)))
+    place = torch.zeros(len(ids), dtype=torch.long)
+    real = _padded([[1] * len(row) for row in indices], rows.shape[1]).bool()
+    place[rows[real]] = real.flatten().nonzero()[:, 0]
+    return TokenBatch(
+        input_ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        parts=attended_parts([(prompts[members[0]], [responses[i] for i in members]) for members in families]),
+        source=_padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time),
+        targets=_padded([row.response for row in tokens], time),
+        mask=_padded([[1] * len(row.response) for row in tokens], time).bool(),
+        last=torch.tensor([row[-1] for row in indices]),
+        rows=rows,
+        place=place,
+    )
+
+
+def _families(prompts: Sequence[tuple[int, ...]], shared_from: int = 1) -> list[list[int]]:
+    """Indices with equal prompts together, in order of first appearance; prompts below `shared_from` tokens stay alone."""
+    families: dict[tuple[object, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        families.setdefault(prompt if len(prompt) >= shared_from else ("alone", i), []).append(i)
+    return list(families.values())
+
+
+def _append(ids: list[int], positions: list[int], added: Sequence[int], position: int) -> range:
+    start = len(ids)
+    ids.extend(added)
+    positions.extend(range(position, position + len(added)))
+    return range(start, len(ids))
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    padded = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded
 
 
 def pad(rows: Sequence[Sequence[float] | np.ndarray], time: int) -> Tensor:
@@ -60,18 +103,40 @@ def pad(rows: Sequence[Sequence[float] | np.ndarray], time: int) -> Tensor:
     return padded
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows grouped so that rows x longest row stays within `budget` tokens, similar lengths together.
+def micro_batches(rows: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
+    """Indices of rows, each of one or more sequences, grouped so that `collate` lays out `budget` tokens at most.
 
-    A row longer than the budget is a group of its own. Never empty: no rows give one empty group.
+    Rows with the same prompt stay together, similar lengths beside each other. A row longer than the budget is a group of its own.
+    Never empty: no rows give one empty group.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    families = _families([row[0].prompt for row in rows])
     groups: list[list[int]] = [[]]
-    for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > budget:
-            groups.append([])
-        groups[-1].append(i)
+    used, present = 0, set[tuple[int, ...]]()
+    for members in sorted(families, key=lambda members: max(len(t) for i in members for t in rows[i])):
+        for i in members:
+            cost = _added_tokens(rows[i], present)
+            if groups[-1] and used + cost > budget:
+                groups.append([])
+                used, present = 0, set()
+                cost = _added_tokens(rows[i], present)
+            groups[-1].append(i)
+            used += cost
+            present |= {t.prompt for t in rows[i] if len(t.prompt) >= SHARED_FROM_TOKENS}
     return groups
+
+
+def _added_tokens(row: Sequence[Tokens], present: set[tuple[int, ...]]) -> int:
+    """Tokens that `collate` lays out for the row, where the prompts in `present` are laid out already."""
+    shared = {t.prompt for t in row if len(t.prompt) >= SHARED_FROM_TOKENS}
+    alone = sum(len(t.prompt) for t in row if len(t.prompt) < SHARED_FROM_TOKENS)
+    return alone + sum(map(len, shared - present)) + sum(len(t.response) for t in row)
+
+
+def share_of(rows: Sequence[Sequence[Tokens]], process: int, processes: int) -> list[int]:
+    """Indices of the rows that one of `processes` trains on: whole prompts where there are enough of them, else single rows."""
+    families = _families([row[0].prompt for row in rows])
+    units = families if len(families) >= processes else [[i] for i in range(len(rows))]
+    return [i for unit in units[process::processes] for i in unit]
 
 
 class EpochOrder:

@@ -26,10 +26,10 @@ class TokenNumbers:
 def token_numbers(
     policy: Policy, tokens: Sequence[Tokens], budget: int, temperature: float = 1.0, bf16: bool = False
 ) -> list[TokenNumbers]:
-    """Log-probability, entropy (nats) and value of every response token, at most `budget` padded tokens a forward."""
+    """Log-probability, entropy (nats) and value of every response token, at most `budget` tokens a forward."""
     device = next(policy.parameters()).device
     numbers: list[TokenNumbers | None] = [None] * len(tokens)
-    for group in micro_batches([len(t) for t in tokens], budget) if tokens else []:
+    for group in micro_batches([[t] for t in tokens], budget) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group]).to(device), temperature)
         logprobs, entropy = output.logprobs.cpu().numpy(), output.entropy.cpu().numpy()
@@ -46,7 +46,7 @@ def scores(scorer: Scorer, tokens: Sequence[Tokens], budget: int, bf16: bool = F
     """The scorer's number for every row."""
     device = next(scorer.parameters()).device
     result = [0.0] * len(tokens)
-    for group in micro_batches([len(t) for t in tokens], budget) if tokens else []:
+    for group in micro_batches([[t] for t in tokens], budget) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group]).to(device))
         for i, value in zip(group, values.cpu().tolist(), strict=True):

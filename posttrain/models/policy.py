@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
 from posttrain.models.logprobs import taken_logprobs
+from posttrain.models.packed import hidden_states, prepare
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,30 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.critic = critic
+        self.packs = prepare(lm) and (critic is None or prepare(critic))
         self.value_head: nn.Linear | None = None
         if shared_value_head:
             self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0) -> PolicyOutput:
-        hidden = self.lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        head = self.lm.get_output_embeddings()
-        taken, mask = _at_responses(hidden, batch), batch.mask
-        logprobs, entropy = taken_logprobs(taken[mask], head.weight, head.bias, batch.targets[mask], temperature)
+        hidden = hidden_states(self.lm, batch, self.packs)
+        head, mask = self.lm.get_output_embeddings(), batch.mask
+        logprobs, entropy = taken_logprobs(
+            hidden[batch.source[mask]], head.weight, head.bias, batch.targets[mask], temperature
+        )
         values = None
         if self.critic is not None:
-            values = token_values(self.critic, batch)
+            values = token_values(self.critic, batch, self.packs)
         elif self.value_head is not None:
-            values = _wide(self.value_head(taken.to(self.value_head.weight.dtype)).squeeze(-1))
+            values = _wide(self.value_head(hidden[batch.source].to(self.value_head.weight.dtype)).squeeze(-1))
         return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values)
 
 
-def token_values(critic: PreTrainedModel, batch: TokenBatch) -> Tensor:
+def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
     """Value [batch, time] before each response token, by a trunk with one scalar head."""
-    hidden = critic.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    score = cast(nn.Module, critic.score)
-    return _wide(score(_at_responses(hidden, batch)).squeeze(-1))
+    hidden = hidden_states(critic, batch, packs)
+    return _wide(cast(nn.Module, critic.score)(hidden[batch.source]).squeeze(-1))
 
 
 class Scorer(nn.Module):
@@ -62,22 +64,16 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.packs = prepare(model)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
-        score = cast(nn.Module, self.model.score)
-        return _wide(score(last).squeeze(-1))
+        hidden = hidden_states(self.model, batch, self.packs)
+        return _wide(cast(nn.Module, self.model.score)(hidden[batch.last]).squeeze(-1))
 
 
 def _wide(values: Tensor) -> Tensor:
     """At least float32; float64 stays, so that identities can be tested to 1e-10."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _at_responses(hidden: Tensor, batch: TokenBatch) -> Tensor:
-    index = batch.source[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

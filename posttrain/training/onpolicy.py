@@ -65,8 +65,8 @@ class OnPolicyObjective:
         self.record, self.max_length, self.temperature = record, max_length, temperature
         self.kl_coefficient = record.kl_coefficient if kl_coefficient is None else kl_coefficient
 
-    def length(self, row: OnPolicyRow) -> int:
-        return len(row.tokens)
+    def sequences(self, row: OnPolicyRow) -> Sequence[Tokens]:
+        return (row.tokens,)
 
     def counts(self, rows: Sequence[OnPolicyRow]) -> Mapping[str, float]:
         trained = [r for r in rows if isinstance(r, Experience) and r.trained]

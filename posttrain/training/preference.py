@@ -50,8 +50,8 @@ class PreferenceObjective:
     def __init__(self, record: Preference) -> None:
         self.record = record
 
-    def length(self, row: PreferencePair) -> int:
-        return len(row.chosen.tokens) + len(row.rejected.tokens)
+    def sequences(self, row: PreferencePair) -> Sequence[Tokens]:
+        return (row.chosen.tokens, row.rejected.tokens)
 
     def counts(self, rows: Sequence[PreferencePair]) -> Mapping[str, float]:
         weighted = self.record.score_weighting == "weight"
@@ -94,8 +94,8 @@ class LoggedGroupsObjective:
     def __init__(self, record: LoggedGroups) -> None:
         self.record = record
 
-    def length(self, row: AnswerGroup) -> int:
-        return sum(len(a.tokens) for a in row.answers)
+    def sequences(self, row: AnswerGroup) -> Sequence[Tokens]:
+        return [answer.tokens for answer in row.answers]
 
     def counts(self, rows: Sequence[AnswerGroup]) -> Mapping[str, float]:
         answers = [a for row in rows for a in row.answers]

@@ -40,8 +40,8 @@ class SupervisedObjective:
     def __init__(self, train_on: Literal["completion", "all"] = "completion") -> None:
         self.train_on = train_on
 
-    def length(self, row: Tokens) -> int:
-        return len(row)
+    def sequences(self, row: Tokens) -> Sequence[Tokens]:
+        return (self._split(row),)
 
     def counts(self, rows: Sequence[Tokens]) -> Mapping[str, float]:
         return {"tokens": float(sum(len(self._split(row).response) for row in rows))}
@@ -75,8 +75,8 @@ class RewardObjective:
     def __init__(self, center: float = 0.01) -> None:
         self.center = center
 
-    def length(self, row: RewardPair) -> int:
-        return len(row.chosen) + len(row.rejected)
+    def sequences(self, row: RewardPair) -> Sequence[Tokens]:
+        return (row.chosen, row.rejected)
 
     def counts(self, rows: Sequence[RewardPair]) -> Mapping[str, float]:
         return {"pairs": float(len(rows))}

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from posttrain.data.batches import micro_batches
+from posttrain.data.batches import micro_batches, share_of
+from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
 
 Row = TypeVar("Row")
@@ -39,8 +40,8 @@ class Terms:
 class Objective(Protocol[RowIn]):
     """A loss over rows. Knows nothing of micro-batches, processes or optimisers."""
 
-    def length(self, row: RowIn) -> int:
-        """Prompt and response tokens of the row: what a forward pass over it costs, and what `tokens/trained` counts."""
+    def sequences(self, row: RowIn) -> Sequence[Tokens]:
+        """What the row has the model read; `tokens/trained` counts its prompts and responses."""
         ...
 
     def counts(self, rows: Sequence[RowIn]) -> Mapping[str, float]:
@@ -117,8 +118,10 @@ class Trainer(Generic[Row]):
         # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
         self.model.eval()
         counts = objective.counts(rows)
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        groups = micro_batches([objective.length(row) for row in own], self.micro_batch_tokens)
+        every = [objective.sequences(row) for row in rows]
+        share = share_of(every, self.accelerator.process_index, self.accelerator.num_processes)
+        own = [rows[i] for i in share]
+        groups = micro_batches([every[i] for i in share], self.micro_batch_tokens)
         sums = _Sums(counts)
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
@@ -142,7 +145,7 @@ class Trainer(Generic[Row]):
                     f"{name} of update {self.updates + 1} is {metrics[name]:.3g}, above {limit:g}: {meaning}; weights are unchanged"
                 )
         metrics |= self._step()
-        self.tokens_trained += sum(objective.length(row) for row in rows)
+        self.tokens_trained += sum(len(tokens) for sequences in every for tokens in sequences)
         metrics["tokens/trained"] = float(self.tokens_trained)
         return metrics
 

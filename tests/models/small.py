@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ MOE = TinyShape(
     hidden_size=16, intermediate_size=16, layers=2, heads=2, kv_heads=1, max_length=64, experts=4, experts_per_token=2
 )
 EOS = 2
+Trunk = TypeVar("Trunk", bound=torch.nn.Module)
 
 
 def sharpened(model: PreTrainedModel, by: float = 20.0) -> PreTrainedModel:
@@ -69,14 +71,42 @@ def trunk_with_score(seed: int = 0) -> PreTrainedModel:
     return sharpened(Qwen3ForSequenceClassification(config)).eval()
 
 
+class ExactNorm(torch.nn.Module):
+    """Root mean square norm in the dtype of its input; those of transformers round to float32, whatever the model is in."""
+
+    def __init__(self, weight: torch.nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+def in_double(module: Trunk) -> Trunk:
+    """The module in float64, without a step that rounds to less."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, ExactNorm(child.weight, child.variance_epsilon))
+    return module.double()
+
+
 def policy(seed: int = 0, critic: bool = False, double: bool = False) -> Policy:
     made = Policy(language_model(seed), trunk_with_score(seed) if critic else None)
-    return made.double() if double else made
+    return in_double(made) if double else made
 
 
 def scorer(seed: int = 0, double: bool = False) -> Scorer:
     made = Scorer(trunk_with_score(seed))
-    return made.double() if double else made
+    return in_double(made) if double else made
+
+
+def answers(prompts: Sequence[Tokens], seed: int, longest: int = 9) -> list[Tokens]:
+    """Other responses to the prompts of given rows."""
+    return [
+        Tokens(p.prompt, r.response)
+        for p, r in zip(prompts, rows(len(prompts) + 2, seed, 259, longest)[2:], strict=True)
+    ]
 
 
 def rows(count: int, seed: int = 0, vocabulary: int = 259, longest: int = 9) -> list[Tokens]:

@@ -66,7 +66,7 @@ def case(name: str, double: bool = False) -> Case:
     if name == "reward":
         pairs = [
             RewardPair(c, r, margin=0.1 * i)
-            for i, (c, r) in enumerate(zip(small.rows(7), small.rows(9, seed=1)[2:], strict=True))
+            for i, (c, r) in enumerate(zip(small.rows(7), small.answers(small.rows(7), seed=1), strict=True))
         ]
         return Case(lambda: small.scorer(double=double), RewardObjective(0.05), pairs)
     record = PRESETS[name]
@@ -95,9 +95,11 @@ def near(
 
 
 def experiences(record: OnPolicy) -> list[Any]:
-    tokens = small.rows(7, seed=3)
+    first = small.rows(4, seed=3)
+    # two answers to each of three prompts, one of them alone
+    tokens = [*first, *small.answers(first[:3], seed=16)]
     policy = small.policy()
-    old = near(policy, tokens, 4, 5e-4 if record.ratio == "sequence" else 0.2, 0.8)
+    old = near(policy, tokens, 54, 5e-4 if record.ratio == "sequence" else 0.2, 0.8)
     reference = near(policy, tokens, 5, 0.5, 0.8)
     advantages, values, returns = (small.numbers(tokens, seed) for seed in (6, 7, 8))
     sampled = [o + n for o, n in zip(old, small.numbers(tokens, 9, 0.01), strict=True)]
@@ -122,7 +124,8 @@ def experiences(record: OnPolicy) -> list[Any]:
 
 
 def pairs_for(record: Any) -> list[PreferencePair]:
-    chosen, rejected = small.rows(7, seed=11), small.rows(9, seed=12)[2:]
+    chosen = small.rows(7, seed=11)
+    rejected = small.answers(chosen, seed=12)
     policy = small.policy()
     references = [near(policy, tokens, seed, 0.5) for tokens, seed in ((chosen, 13), (rejected, 14))]
     if not record.needs_reference:

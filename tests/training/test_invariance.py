@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad as pad_tensor
 
 from posttrain.algorithms import PRESETS
+from posttrain.data import batches
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.training import onpolicy, preference, supervised
 from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective
@@ -40,11 +41,21 @@ def same(left: Outcome, right: Outcome, tolerance: float) -> None:
 def wider(tokens: Any) -> TokenBatch:
     """`collate` with padding that nothing asked for."""
     batch = collate(tokens)
-    return TokenBatch(
-        pad_tensor(batch.input_ids, (0, 5), value=9),
-        *(pad_tensor(t, (0, 3)) for t in (batch.source, batch.targets, batch.mask)),
-        batch.last,
-    )
+    length = batch.rows.shape[1]
+    padded = {name: pad_tensor(getattr(batch, name), (0, 3)) for name in ("source", "targets", "mask", "rows")}
+    return replace(batch, place=batch.place // length * (length + 3) + batch.place % length, **padded)
+
+
+def unpacked(made: Case) -> Case:
+    """The case with its model computed on padded rows, each with a prompt of its own."""
+
+    def model() -> torch.nn.Module:
+        module = made.model()
+        assert module.packs
+        module.packs = False
+        return module
+
+    return replace(made, model=model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,12 +69,25 @@ def test_micro_batches_order_and_padding_change_nothing(name: str, monkeypatch: 
     for module in (onpolicy, preference, supervised):
         monkeypatch.setattr(module, "collate", wider)
     same(whole, outcome(made, 70), 1e-10)
+    same(whole, outcome(unpacked(made), 70), 1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_is_padded_whatever_the_prompts_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case(name, double=True)
+    padded = outcome(unpacked(made))
+    for shared_from in (1, 4, 100):
+        monkeypatch.setattr(batches, "SHARED_FROM_TOKENS", shared_from)
+        same(padded, outcome(made), 1e-10)
+        same(padded, outcome(made, 40), 1e-10)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_and_in_float32(name: str) -> None:
     made = case(name)
-    same(outcome(made), outcome(made, 30, made.rows[::-1]), 1e-5)
+    whole = outcome(made)
+    same(whole, outcome(made, 30, made.rows[::-1]), 1e-5)
+    same(whole, outcome(unpacked(made)), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["dapo", "ppo", "gspo"])

@@ -1,0 +1,120 @@
+"""Hidden states of a flat batch: every token once, with an attention function of our own that transformers calls in each layer.
+
+A model that does not take attention functions, or mixes tokens in another way (convolutions, state spaces, sliding windows shorter
+than a row), is computed on padded rows instead; `packs` finds out by trying.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from posttrain.data.batches import TokenBatch, collate
+from posttrain.data.layout import Attended
+from posttrain.data.tokens import Tokens
+
+NAME = "posttrain_packed"
+PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
+"""Two rows that share a prompt and one of its own."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    parts: tuple[Attended, ...] | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a flat batch [1, heads, tokens, size] by its parts; without parts, what `sdpa` computes."""
+    if parts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+    flat = [states[0].transpose(0, 1) for states in (query, key, value)]
+    output = flat[0].new_empty(*flat[0].shape[:2], value.shape[-1])
+    attended = [_attend(part, *flat, scaling) for part in parts]
+    real = torch.cat([part.queries.flatten()[part.real] for part in parts])
+    return output.index_copy(0, real, torch.cat(attended))[None], None
+
+
+def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Outputs of the part's real queries, [queries, heads, size]."""
+    gathered = scaled_dot_product_attention(
+        _rows(query, part.queries),
+        _rows(key, part.keys),
+        _rows(value, part.keys),
+        attn_mask=part.mask,
+        is_causal=part.mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return gathered.transpose(1, 2).flatten(0, 1)[part.real]
+
+
+def _rows(states: Tensor, index: Tensor) -> Tensor:
+    """[tokens, heads, size] at [segments, length] as [segments, heads, length, size]."""
+    return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def prepare(model: PreTrainedModel) -> bool:
+    """Let `model` compute flat batches. False, with the model as it was, where padded rows are the only way."""
+    before = model.config._attn_implementation
+    if before == NAME:
+        return True
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(NAME)
+    if _agrees(model):
+        return True
+    model.set_attn_implementation(before)
+    return False
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel) -> bool:
+    batch = collate(PROBE).to(model.device)
+    training = model.training
+    model.eval()
+    packed, padded = _packed(model, batch), _padded(model, batch)
+    model.train(training)
+    scale = float(padded.abs().max())
+    return bool((packed - padded).abs().max() <= 0.02 * scale)
+
+
+def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
+    """Last hidden state of every token, [tokens, hidden], of a model whose head is applied elsewhere."""
+    window = getattr(model.config, "sliding_window", None)
+    if packs and (not window or batch.rows.shape[1] <= window):
+        return _packed(model, batch)
+    return _padded(model, batch)
+
+
+def _packed(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    # a mask of four dimensions is passed on as it is; without one transformers would build [tokens, tokens]
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    output = model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.positions[None],
+        attention_mask=placeholder,
+        use_cache=False,
+        parts=batch.parts,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _padded(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Padding comes after every real token, so causal attention never sees it and no mask is needed."""
+    hidden: Tensor = model.base_model(input_ids=batch.input_ids[batch.rows], use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch.place]
