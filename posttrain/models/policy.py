@@ -22,6 +22,9 @@ class PolicyOutput:
     entropy: Tensor
     values: Tensor | None = None
 
+    def __getitem__(self, rows: slice) -> PolicyOutput:
+        return PolicyOutput(self.logprobs[rows], self.entropy[rows], None if self.values is None else self.values[rows])
+
 
 class Policy(nn.Module):
     """A causal language model, with a critic on its own trunk ("separate") or a value head on the policy's ("shared")."""
@@ -38,9 +41,12 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, batch: TokenBatch, temperature: float = 1.0) -> PolicyOutput:
+    def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
+        """The temperature is one for all rows, or [batch]."""
         hidden = hidden_states(self.lm, batch, self.packs)
         head, mask = self.lm.get_output_embeddings(), batch.mask
+        if isinstance(temperature, Tensor):
+            temperature = temperature[:, None].expand(mask.shape)[mask]
         logprobs, entropy = taken_logprobs(
             hidden[batch.source[mask]], head.weight, head.bias, batch.targets[mask], temperature
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.algorithms.records import OnPolicy
-from posttrain.data.batches import TokenBatch, collate, pad
+from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import PolicyOutput
 from posttrain.objectives.gae import value_loss
@@ -83,27 +83,28 @@ class OnPolicyObjective:
         device = next(model.parameters()).device
         sampled = [r for r in rows if isinstance(r, Experience)]
         experts = [r for r in rows if isinstance(r, Expert)]
-        terms = Terms()
-        if sampled:
-            batch = collate([r.tokens for r in sampled]).to(device)
-            self._policy_terms(terms, model(batch, self.temperature), batch, _Columns(sampled, batch))
+        batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
+        # the expert stream imitates text, so it is learnt at temperature 1 as in SFT
+        temperatures = [self.temperature] * len(sampled) + [1.0] * len(experts)
+        output = model(batch, torch.tensor(temperatures, dtype=torch.float64, device=device))
+        terms, split = Terms(), len(sampled)
+        # without a sampled row these are zeros with a graph: every process waits for a gradient of every parameter
+        self._policy_terms(terms, output[:split], _Columns(sampled, batch.mask[:split]))
         if experts:
-            batch = collate([r.tokens for r in experts]).to(device)
-            # the expert stream imitates text, so it is learnt at temperature 1 as in SFT
-            self._expert_terms(terms, model(batch), batch, experts[0].weight)
+            self._expert_terms(terms, output[split:].logprobs, batch.mask[split:], experts[0].weight)
         return terms
 
-    def _policy_terms(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns) -> None:
-        record, logprobs = self.record, output.logprobs
+    def _policy_terms(self, terms: Terms, output: PolicyOutput, columns: _Columns) -> None:
+        record, logprobs, mask = self.record, output.logprobs, columns.mask
         old = logprobs.detach() if columns.old is None else columns.old
-        ratio = importance_ratio(logprobs, old, batch.mask, record.ratio)
+        ratio = importance_ratio(logprobs, old, mask, record.ratio)
         surrogate = surrogate_loss(
             ratio, logprobs, columns.advantages, record.clip_low, record.clip_high, record.surrogate
         )
         loss = mismatch_weight(old, columns.sampled, record.mismatch, record.mismatch_cap) * surrogate.loss
         if record.kl == "loss":
             loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.reference, record.kl_estimator)
-        trained = batch.mask & columns.trained[:, None]
+        trained = mask & columns.trained[:, None]
         numerator = aggregate(columns.weight * loss, trained, record.aggregate, self.max_length)
         terms.losses["policy"] = (numerator, denominator(record.aggregate), 1.0)
         if output.values is not None and columns.returns is not None and columns.old_values is not None:
@@ -112,12 +113,10 @@ class OnPolicyObjective:
             terms.metrics["value/loss"] = (masked_sum(error, trained), "tokens")
         terms.metrics["clip/low"] = (masked_sum(surrogate.clipped_low.float(), trained), "tokens")
         terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
-        self._diagnostics(terms, output, batch, columns, old, ratio.detach())
+        self._diagnostics(terms, output, columns, old, ratio.detach())
 
-    def _diagnostics(
-        self, terms: Terms, output: PolicyOutput, batch: TokenBatch, columns: _Columns, old: Tensor, ratio: Tensor
-    ) -> None:
-        mask, logprobs = batch.mask, output.logprobs.detach()
+    def _diagnostics(self, terms: Terms, output: PolicyOutput, columns: _Columns, old: Tensor, ratio: Tensor) -> None:
+        mask, logprobs = columns.mask, output.logprobs.detach()
         mismatch = old - columns.sampled
         terms.metrics |= {
             "entropy": (masked_sum(output.entropy, mask), "sampled_tokens"),
@@ -129,30 +128,26 @@ class OnPolicyObjective:
             "mismatch/k3": (masked_sum(kl_metric(columns.sampled, old), mask), "sampled_tokens"),
         }
         terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
-        inside = ratio[mask]
-        terms.extremes |= {
-            "ratio/min": inside.min(),
-            "ratio/max": inside.max(),
-            "mismatch/max": mismatch[mask].abs().max(),
-        }
+        if mask.any():
+            terms.extremes |= {
+                "ratio/min": ratio[mask].min(),
+                "ratio/max": ratio[mask].max(),
+                "mismatch/max": mismatch[mask].abs().max(),
+            }
 
-    def _expert_terms(self, terms: Terms, output: PolicyOutput, batch: TokenBatch, mu: float) -> None:
-        logprobs = output.logprobs
-        if output.values is not None and "value" not in terms.losses:
-            # experts teach the critic nothing, but data-parallel processes wait for a gradient of every parameter
-            nothing = masked_sum(output.values, torch.zeros_like(output.values, dtype=torch.bool))
-            terms.losses["value"] = (nothing, "tokens", 0.0)
-        loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), batch.mask)
+    def _expert_terms(self, terms: Terms, logprobs: Tensor, mask: Tensor, mu: float) -> None:
+        loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), mask)
         terms.losses["expert"] = (loss, "expert_tokens", mu)
         terms.metrics["expert/loss"] = (loss, "expert_tokens")
-        terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.record.phi), batch.mask), "expert_tokens")
+        terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.record.phi), mask), "expert_tokens")
 
 
 class _Columns:
-    """The rows' numbers as padded tensors [batch, time] on the batch's device."""
+    """The rows' numbers as padded tensors [batch, time] on the device of their mask."""
 
-    def __init__(self, rows: Sequence[Experience], batch: TokenBatch) -> None:
-        device, time = batch.mask.device, batch.mask.shape[1]
+    def __init__(self, rows: Sequence[Experience], mask: Tensor) -> None:
+        device, time = mask.device, mask.shape[1]
+        self.mask = mask
 
         def padded(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
             given = [a for a in arrays if a is not None]
@@ -164,5 +159,5 @@ class _Columns:
         self.old = padded([r.old for r in rows])
         self.old_values = padded([r.old_values for r in rows])
         self.returns = padded([r.returns for r in rows])
-        self.trained = torch.tensor([r.trained for r in rows], device=device)
+        self.trained = torch.tensor([r.trained for r in rows], dtype=torch.bool, device=device)
         self.weight = torch.tensor([r.weight for r in rows], device=device)[:, None]
