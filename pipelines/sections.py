@@ -196,6 +196,9 @@ class RewardSource(Section):
     """What an exception or a time-out does: stop the run, or leave the answers concerned without a reward (never a 0)."""
 
 
+TRUNCATIONS = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+
+
 class OnPolicyBudget(Section):
     steps: Count
     prompts_per_step: Count
@@ -204,6 +207,16 @@ class OnPolicyBudget(Section):
     max_new_tokens: Count
     optimizer: OptimizerParams
     critic_learning_rate: Positive
+
+    @model_validator(mode="before")
+    @classmethod
+    def _untruncated(cls, given: Any) -> Any:
+        for name in sorted(TRUNCATIONS & set(given if isinstance(given, dict) else ())):
+            raise ValueError(
+                f"{name}: truncated sampling biases the importance ratio, since the trainer's probabilities cover the tokens that"
+                " the sampler never draws; remove it, and use temperature"
+            )
+        return given
 
 
 class PreferenceBudget(Section):

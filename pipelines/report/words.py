@@ -58,6 +58,7 @@ def findings(comparison: Comparison) -> list[str]:
     sentences += [_against(comparison, first, other) for other in others[:1]]
     sentences += [_worse(comparison, other) for other in others if _significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
+    sentences += [text] if (text := entropy_kept(comparison)) else []
     return [*sentences, _scope(comparison)]
 
 
@@ -136,6 +137,20 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
                 f" while accuracy fell from {percent(before.accuracy.value)} to {percent(summary.accuracy.value)}."
             )
     return None
+
+
+def entropy_kept(comparison: Comparison) -> str | None:
+    """DAPO's higher upper clip is meant to keep entropy up, with GRPO as the measure."""
+    measured = {summary.name: summary.entropy for summary in comparison.algorithms}
+    dapo, grpo = measured.get("dapo"), measured.get("grpo")
+    if dapo is None or grpo is None:
+        return None
+    numbers = f"{dapo.value:.3f} against {grpo.value:.3f} nats per token of its sampled answers"
+    if dapo.low > grpo.high:
+        return f"dapo ends with more entropy than grpo: {numbers}."
+    if dapo.high < grpo.low:
+        return f"dapo does not end with more entropy than grpo, but with less: {numbers}."
+    return f"dapo's entropy at the end is not clearly above grpo's: {numbers}, and the intervals overlap."
 
 
 def _scope(comparison: Comparison) -> str:

@@ -64,6 +64,8 @@ def test_a_duplicated_key_is_refused_with_its_line(tmp_path: Path) -> None:
         ("algorithms.grpo.rewards", {"answr": 1.0}, "no reward 'answr'; did you mean 'answer'?"),
         ("algorithms.grpo.rewards", {"answer": 0.0}, "at least one reward a weight other than 0"),
         ("algorithms.grpo.budget", {"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
+        ("align.on_policy.top_p", 0.9, "align.on_policy: top_p: truncated sampling biases the importance ratio"),
+        ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
         ("algorithms.grpo.options", {"overlong_cache": 4096}, "must be smaller than max_new_tokens"),
         ("rewards.answer.function", "anwser", "no such function; did you mean 'answer'?"),

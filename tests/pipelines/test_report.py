@@ -21,10 +21,10 @@ from pipelines.report.analysis import Comparison, Question, compare, greedy
 from pipelines.report.curves import running_mean, seed_mean
 from pipelines.report.load import load, predictions
 from pipelines.report.samples import examples
-from pipelines.report.words import findings, p_value, solved, title
+from pipelines.report.words import entropy_kept, findings, p_value, solved, title
 from pipelines.report.write import write
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Resampling, mcnemar, wilson
+from posttrain.evaluation.statistics import Interval, Resampling, mcnemar, wilson
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
 
 QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0))
@@ -239,6 +239,23 @@ def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
     assert comparison.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
     assert comparison.costs[-1].runs == 2
     assert "2 training seeds per algorithm" in findings(comparison)[-1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.28, 0.32, "dapo ends with more entropy than grpo: 0.300 against 0.200 nats"),
+        (0.20, 0.40, "dapo's entropy at the end is not clearly above grpo's: 0.300 against 0.200"),
+        (0.05, 0.15, "dapo does not end with more entropy than grpo, but with less: 0.100 against 0.200"),
+    ],
+)
+def test_the_report_says_whether_dapo_kept_more_entropy(tmp_path: Path, low: float, high: float, said: str) -> None:
+    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
+    assert entropy_kept(comparison) is None
+    interval = Interval((low + high) / 2, low, high, 120, 0, "by hand")
+    dapo = replace(comparison.of("grpo"), name="dapo", entropy=interval)
+    grpo = replace(comparison.of("grpo"), entropy=replace(interval, value=0.2, low=0.18, high=0.22))
+    assert entropy_kept(replace(comparison, summaries=[grpo, dapo])).startswith(said)
 
 
 def test_failure_at_the_task_is_called_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,18 +19,17 @@ from tests.rewards.behaving import process_ids
 from tests.training.cases import Case, case, experiences, probe, with_record
 from tests.training.runs import sampler
 
-NAMES = ["sft", "dpo", "ppo", "chord", "one_row", "ppo_experts"]
+NAMES = [*PRESETS, "sft", "sft_all", "reward", "one_row", "ppo_experts", "nothing_trained"]
 
 
 def results(accelerator: Accelerator) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in NAMES:
-        made = ppo_with_experts() if name == "ppo_experts" else case("sft" if name == "one_row" else name, double=True)
-        rows = made.rows[:1] if name == "one_row" else made.rows
+        made = made_case(name)
         # the last micro-batch of each process, the one that is synchronised, is the longest row alone
         budget = 1 if name == "ppo_experts" else 30
         trainer = probe(made.model(), budget, accelerator=accelerator)
-        metrics = trainer.update(rows, made.objective)
+        metrics = trainer.update(made.rows, made.objective)
         found[name] = (metrics, trainer.gradient)
     drawn = sampler(PRESETS["grpo"], small.language_model(), prompts=5, accelerator=accelerator)
     answers, _ = drawn.sample()
@@ -40,6 +39,19 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     drawn.rewards = [FunctionReward("varied", process_ids)]
     found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])
     return found
+
+
+def made_case(name: str) -> Case:
+    if name == "ppo_experts":
+        return ppo_with_experts()
+    if name == "one_row":
+        made = case("sft", double=True)
+        # the other process has no row at all, only an empty micro-batch
+        return replace(made, rows=made.rows[:1])
+    if name == "nothing_trained":
+        made = case("dapo", double=True)
+        return replace(made, rows=[replace(row, trained=i < 2) for i, row in enumerate(made.rows)])
+    return case(name, double=True)
 
 
 def ppo_with_experts() -> Case:
