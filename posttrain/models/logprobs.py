@@ -1,10 +1,12 @@
-"""Log-probabilities and entropy of given tokens without the [tokens, vocabulary] matrix of a whole batch."""
+"""Log-probabilities and entropy of given tokens, fused with the language model's head: [tokens, vocabulary] never exists at once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**25
 """Logits held at once; float32 makes it 128 MiB."""
@@ -16,36 +18,85 @@ def taken_logprobs(
     """(log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).
 
     hidden: [tokens, hidden]. weight: [vocabulary, hidden]. targets: [tokens]. temperature: one, or [tokens]. The entropy carries no
-    gradient. Chunks of rows are recomputed in the backward pass, so memory does not grow with tokens x vocabulary.
+    gradient. The head's product is taken in autocast's type, the softmax in float32 at least (float64 stays).
     """
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(hidden))
-    if len(hidden) <= rows:
-        return _chunk(hidden, weight, bias, targets, temperature)
-    parts = [
-        checkpoint(
-            _chunk,
-            hidden[i : i + rows],
-            weight,
-            bias,
-            targets[i : i + rows],
-            temperature[i : i + rows],
-            use_reentrant=False,
+    kind = hidden.device.type
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    logprobs, entropy = _TakenLogprobs.apply(hidden, weight, bias, targets, temperature, product)
+    return logprobs, entropy
+
+
+class _TakenLogprobs(torch.autograd.Function):
+    """Chunks of tokens, whose logits the backward pass computes again: d log p(y) / d logits = onehot(y) - p."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float | Tensor,
+        product: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(product, torch.float32)
+        logprobs, entropy, total = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
+        head = _Head(weight, bias, temperature, product)
+        for rows in head.chunks(len(hidden)):
+            logits = head.logits(hidden, rows)
+            total[rows] = logits.logsumexp(-1)
+            logits -= total[rows, None]
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.linalg.vecdot(logits.exp(), logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, total)
+        ctx.temperature, ctx.product = temperature, product
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        head, wide = _Head(weight, bias, ctx.temperature, ctx.product), total.dtype
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        scaled_outer = (outer / ctx.temperature).to(wide)
+        for rows in head.chunks(len(hidden)):
+            scaled = scaled_outer[rows, None]
+            of_logits = head.logits(hidden, rows).sub_(total[rows, None]).exp_().mul_(-scaled)
+            of_logits.scatter_add_(-1, targets[rows, None], scaled)
+            if of_bias is not None:
+                of_bias += of_logits.sum(0)
+            narrow = of_logits.to(ctx.product)
+            of_hidden[rows] = (narrow @ head.weight).to(hidden.dtype)
+            if of_weight is not None:
+                of_weight += narrow.T @ hidden[rows].to(ctx.product)
+        return (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+            None,
+            None,
         )
-        for i in range(0, len(hidden), rows)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    # at least float32; float64 stays, so that identities can be tested to 1e-10
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits / temperature[:, None].to(logits.dtype)
-    logprobs = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+class _Head:
+    """The head's matrix in the type that products are taken in."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, product: torch.dtype) -> None:
+        self.weight, self.bias = weight.to(product), None if bias is None else bias.to(product)
+        self.temperature = temperature
+
+    def chunks(self, tokens: int) -> list[slice]:
+        rows = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
+        return [slice(i, i + rows) for i in range(0, tokens, rows)]
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        """[tokens, vocabulary] over the temperature, in float32 at least."""
+        logits = torch.nn.functional.linear(hidden[rows].to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if isinstance(self.temperature, Tensor):
+            return logits.div_(self.temperature[rows, None].to(logits.dtype))
+        return logits if self.temperature == 1 else logits.div_(self.temperature)

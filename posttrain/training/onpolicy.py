@@ -84,15 +84,19 @@ class OnPolicyObjective:
         sampled = [r for r in rows if isinstance(r, Experience)]
         experts = [r for r in rows if isinstance(r, Expert)]
         batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
-        # the expert stream imitates text, so it is learnt at temperature 1 as in SFT
-        temperatures = [self.temperature] * len(sampled) + [1.0] * len(experts)
-        output = model(batch, torch.tensor(temperatures, dtype=torch.float64, device=device))
+        output = model(batch, self._temperatures(len(sampled), len(experts), device))
         terms, split = Terms(), len(sampled)
         # without a sampled row these are zeros with a graph: every process waits for a gradient of every parameter
         self._policy_terms(terms, output[:split], _Columns(sampled, batch.mask[:split]))
         if experts:
             self._expert_terms(terms, output[split:].logprobs, batch.mask[split:], experts[0].weight)
         return terms
+
+    def _temperatures(self, sampled: int, experts: int, device: torch.device) -> float | Tensor:
+        """The expert stream imitates text, so it is learnt at temperature 1 as in SFT."""
+        if not experts:
+            return self.temperature
+        return torch.tensor([self.temperature] * sampled + [1.0] * experts, dtype=torch.float64, device=device)
 
     def _policy_terms(self, terms: Terms, output: PolicyOutput, columns: _Columns) -> None:
         record, logprobs, mask = self.record, output.logprobs, columns.mask

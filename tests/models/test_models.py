@@ -58,22 +58,73 @@ def test_token_numbers_are_those_of_the_full_logits(build: Any, temperature: flo
         assert numbers.entropy.tolist() == pytest.approx((-(table.exp() * table).sum(-1)).tolist(), abs=1e-5)
 
 
-def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def of_head(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[Any, ...]:
+    """Hidden states, a head, targets and a temperature for each of 11 tokens."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(30, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(30, (11,), generator=generator)
+    hidden, weight, offset = (
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((11, 8), (30, 8), (30,))
+    )
+    temperature = torch.rand(11, generator=generator, dtype=torch.float64) + 0.5
+    leaves = [t.requires_grad_() for t in (hidden, weight, *([offset] if bias else []))]
+    return (*leaves, *([] if bias else [None]), torch.randint(30, (11,), generator=generator), temperature)
 
-    def run() -> tuple[torch.Tensor, ...]:
-        values, entropy = logprobs.taken_logprobs(hidden, weight, None, targets, 0.8)
-        return (values, entropy, *torch.autograd.grad((values * torch.arange(11)).sum(), (hidden, weight)))
 
-    whole = run()
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 30 * 4)
-    for chunked, expected in zip(run(), whole, strict=True):
-        assert torch.allclose(chunked, expected, atol=1e-12)
-    table = (hidden @ weight.T / 0.8).log_softmax(-1)
-    assert torch.allclose(whole[0], table[torch.arange(11), targets], atol=1e-12)
+def plain(hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by autograd over the whole [tokens, vocabulary] table."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    table = (logits / (temperature if isinstance(temperature, float) else temperature[:, None])).log_softmax(-1)
+    return table[torch.arange(len(targets)), targets], -(table.exp() * table).sum(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("uniform", [None, 1.0, 0.7])
+def test_fused_log_probabilities_are_those_of_the_whole_table(
+    rows: int, bias: bool, uniform: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 30 * rows)
+    hidden, weight, offset, targets, temperature = of_head(bias=bias)
+    temperature = temperature if uniform is None else uniform
+    leaves = [hidden, weight, *([offset] if bias else [])]
+
+    def run(function: Any) -> tuple[torch.Tensor, ...]:
+        values, entropy = function(hidden, weight, offset, targets, temperature)
+        return (values, entropy, *torch.autograd.grad((values * torch.arange(11)).sum(), leaves))
+
+    for fused, expected in zip(run(logprobs.taken_logprobs), run(plain), strict=True):
+        assert torch.allclose(fused, expected, atol=1e-12)
+
+
+def test_the_fused_gradient_is_that_of_finite_differences() -> None:
+    hidden, weight, offset, targets, temperature = of_head()
+
+    def values(*leaves: torch.Tensor) -> torch.Tensor:
+        return logprobs.taken_logprobs(*leaves, targets, temperature)[0]
+
+    assert torch.autograd.gradcheck(values, (hidden, weight, offset))
+
+
+def test_a_frozen_head_gets_no_gradient_and_entropy_has_none() -> None:
+    hidden, weight, offset, targets, temperature = of_head()
+    weight.requires_grad_(False)
+    values, entropy = logprobs.taken_logprobs(hidden, weight, offset, targets, temperature)
+    values.sum().backward()
+    assert weight.grad is None
+    assert float(hidden.grad.abs().sum()) > 0
+    assert not entropy.requires_grad
+
+
+def test_under_autocast_the_product_is_bfloat16_and_the_softmax_float32() -> None:
+    hidden, weight, _, targets, _ = of_head(torch.float32, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, entropy = logprobs.taken_logprobs(hidden, weight, None, targets, 1.0)
+    assert values.dtype == entropy.dtype == torch.float32
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)
+    assert torch.allclose(values, rounded[torch.arange(11), targets], atol=1e-6)
+    values.sum().backward()
+    expected, *_ = torch.autograd.grad(plain(hidden, weight, None, targets, 1.0)[0].sum(), [hidden])
+    assert torch.allclose(hidden.grad, expected, atol=0.05)
+    assert weight.grad.dtype == torch.float32
 
 
 def test_log_softmax_runs_in_float32_whatever_the_model_is_in() -> None:
