@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from prefect.client.schemas import State
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.schedule import Future, Outcome, run_all
 from flows.signals import stop_on_signal
-from flows.workspace import follower, only_flow, warm_process, write_costs, write_record
+from flows.workspace import follower, warm_process, write_costs, write_record
 from posttrain.errors import OrchestrationError
 from tasks import stage as stages
-from tasks.console import say
+from tasks.console import say, tell
 from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
 from tasks.publish import publish_report
@@ -26,9 +25,8 @@ from tasks.slots import machine_slots
 def bring_all_up_to_date(
     root: Path, targets: Collection[str], *, tracking: bool, refresh: bool = False
 ) -> State[None] | None:
-    """The body of both flows. Returns Cancelled after a signal, raises OrchestrationError after a failure."""
-    stages.stop.clear()
-    with only_flow(root), stop_on_signal(stages.stop):
+    """The body of both flows, inside `exclusive`. Returns Cancelled after a signal, raises OrchestrationError after a failure."""
+    with stop_on_signal(stages.stop):
         whole = read_dag(root)
         dag = needed_for(whole, targets)
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
@@ -78,19 +76,19 @@ def _submitter(
 
 def _announce(dag: Dag, todo: set[str]) -> None:
     if not todo:
-        _tell(f"nothing to do: all {len(dag)} stages are up to date")
+        tell(f"nothing to do: all {len(dag)} stages are up to date")
         return
-    _tell(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} side by side")
+    tell(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} side by side")
 
 
 def _report_end(name: str, outcome: Outcome) -> None:
     if name in outcome.failures:
-        _tell(f"{name:<24} FAILED: {outcome.failures[name]}")
+        tell(f"{name:<24} FAILED: {outcome.failures[name]}")
         return
     result = outcome.results[name]
     if result.ended > result.started:
         words = {"ran": "done", "restored": "restored from the cache", "up-to-date": "was up to date"}
-        _tell(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
+        tell(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
 
 
 def _raise_failures(outcome: Outcome) -> None:
@@ -122,9 +120,3 @@ def _say_seconds(outcome: Outcome, total: float) -> None:
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"    {name:<28} {seconds:8.1f} s")
     print(f"    {'all, as the clock goes':<28} {total:8.1f} s")
-
-
-def _tell(text: str) -> None:
-    """To the terminal and to the flow's log in Prefect."""
-    say(text)
-    get_run_logger().info(text)

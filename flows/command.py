@@ -19,11 +19,29 @@ ENVIRONMENT = """environment:
   POSTTRAIN_SLOTS          stages side by side (default: one per CUDA device, else per CPU core)
   POSTTRAIN_GRACE_SECONDS  time for a stage to write its checkpoint when stopped (default 20)
   PREFECT_API_URL          a Prefect server to report to (default: a private one that ends with the command)
-  MLFLOW_TRACKING_URI      where MLflow keeps the runs (default: mlflow.db in the project)"""
+  MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
+  POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
+  POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)"""
 
 
-def main(flow: Callable[..., Any], name: str, doc: str | None, arguments: list[str] | None = None) -> int:
-    """Run `flow(root, targets, tracking, return_state=True)` from the command line."""
+def add_stages(parser: argparse.ArgumentParser) -> None:
+    """The argument of flows over the DAG: which stages."""
+    parser.add_argument(
+        "targets", nargs="*", metavar="STAGE", help="only these stages and what they need (default: all of dvc.yaml)"
+    )
+    parser.add_argument("--no-tracking", action="store_true", help="do not carry the journals into MLflow now")
+
+
+def main(
+    name: str,
+    doc: str | None,
+    call: Callable[[argparse.Namespace], Any],
+    add_arguments: Callable[[argparse.ArgumentParser], object],
+    arguments: list[str] | None = None,
+    *,
+    alone: bool = True,
+) -> int:
+    """Run a flow from the command line. `call` gives its final state; `alone` refuses to start beside another flow."""
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.{name}",
         description=doc,
@@ -31,21 +49,18 @@ def main(flow: Callable[..., Any], name: str, doc: str | None, arguments: list[s
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "targets", nargs="*", metavar="STAGE", help="only these stages and what they need (default: all of dvc.yaml)"
-    )
-    parser.add_argument(
         "--root", type=Path, default=Path("."), help="the project's root (default: the current directory)"
     )
-    parser.add_argument("--no-tracking", action="store_true", help="do not carry the journals into MLflow now")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     for number in NUMBERS:
         signal.signal(number, raise_interrupt)
     try:
-        refuse_second_flow(options.root)
+        if alone:
+            refuse_second_flow(options.root)
         with prefect_api(options.root) as configured:
             say("Prefect: " + (configured or "private server"))
-            state = flow(str(options.root), options.targets, not options.no_tracking, return_state=True)
-            return _status(state)
+            return _status(call(options))
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

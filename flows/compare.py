@@ -5,22 +5,31 @@ Brings every stage of dvc.yaml up to date; what is already up to date is not run
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.body import bring_all_up_to_date
-from flows.command import main
+from flows.command import add_stages, main
+from flows.hooks import HOOKS
+from flows.workspace import exclusive
 
 
-@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False)  # type: ignore[arg-type]
+@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
 def compare(root: str = ".", targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
     """Base model to report. `targets` limits it to some stages and what they need."""
-    return bring_all_up_to_date(Path(root), targets or [], tracking=tracking)
+    with exclusive(Path(root)):
+        return bring_all_up_to_date(Path(root), targets or [], tracking=tracking)
+
+
+def _call(options: argparse.Namespace) -> Any:
+    return compare(str(options.root), options.targets, not options.no_tracking, return_state=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(compare, "compare", __doc__))
+    sys.exit(main("compare", __doc__, _call, add_stages))

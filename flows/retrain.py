@@ -1,26 +1,52 @@
-"""Retrain on new data: takes in changed .dvc inputs (`dvc update` for imported ones), then the whole chain to the evaluation.
+"""Retrain on new data and let the better model into production.
 
-Stops at once, saying so, when no input, parameter or code has changed.
+Takes the inbox in (POSTTRAIN_INBOX), brings changed .dvc inputs (`dvc update` for imported ones) and stale stages up to date,
+and asks the gate whether the best aligned model may replace the champion of MLflow's registry. Nothing new ends at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.body import bring_all_up_to_date
-from flows.command import main
+from flows.command import add_stages, main
+from flows.hooks import HOOKS
+from flows.judge import judge
+from flows.workspace import exclusive
+from tasks.console import tell
+from tasks.intake import take_in
 
 
-@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False)  # type: ignore[arg-type]
-def retrain(root: str = ".", targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
-    """New data to evaluation. `targets` limits it to some stages and what they need."""
-    return bring_all_up_to_date(Path(root), targets or [], tracking=tracking, refresh=True)
+@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
+def retrain(
+    root: str = ".", targets: list[str] | None = None, tracking: bool = True, approval: bool = False
+) -> State[None] | None:
+    """New data to champion. `targets` limits it to some stages, without the gate; `approval` asks a person first."""
+    project = Path(root).absolute()
+    with exclusive(project):
+        for entry in take_in(str(project)):
+            tell(f"inbox: {entry.told()}")
+        stopped = bring_all_up_to_date(project, targets or [], tracking=tracking, refresh=True)
+        if stopped is None and not targets:
+            judge(project, tracking=tracking, approval=approval)
+        return stopped
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_stages(parser)
+    parser.add_argument("--approval", action="store_true", help="a model that passes the gate waits for a person")
+
+
+def _call(options: argparse.Namespace) -> Any:
+    return retrain(str(options.root), options.targets, not options.no_tracking, options.approval, return_state=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(retrain, "retrain", __doc__))
+    sys.exit(main("retrain", __doc__, _call, _arguments))

@@ -11,14 +11,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.states import Crashed
 
 from posttrain.errors import OrchestrationError
+from tasks import stage as stages
 from tasks.console import say
 from tasks.process import end, start
 from tasks.slots import cuda_devices
 from tasks.stage import StageResult
 
 CATCH_UP_SECONDS = 60.0
+RUN = Path(".posttrain/flow.run")
+"""Holds the id of the flow run at work; left behind by one that was killed."""
 
 
 def refuse_second_flow(root: Path) -> None:
@@ -45,6 +54,40 @@ def only_flow(root: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Be the only flow in this workspace. A run that held it before and was killed is marked Crashed in Prefect."""
+    stages.stop.clear()
+    with only_flow(root):
+        path = root / RUN
+        end_dead_run(path)
+        path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")
+        yield
+        path.unlink()
+
+
+def end_dead_run(path: Path) -> str | None:
+    """Mark the run that `path` names Crashed if Prefect still believes it at work; its name. Only for who holds the lock.
+
+    A worker marks a flow that it sees dying; one that dies with its worker would stay Running, and hold its deployment's
+    concurrency slot, for ever.
+    """
+    identity = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not identity or identity == str(flow_run.get_id() or ""):
+        return None
+    with get_client(sync_client=True) as client:
+        try:
+            run = client.read_flow_run(UUID(identity))
+        except ObjectNotFound:
+            return None
+        if run.state is None or run.state.is_final() or run.state.is_paused():
+            return None
+        message = "The process of this run is gone; the next run goes on from its checkpoints."
+        client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    say(f"flow run {run.name} was killed: marked Crashed")
+    return str(run.name)
 
 
 def write_record(root: Path, started: float, ended: float, results: Mapping[str, StageResult]) -> None:
@@ -90,7 +133,7 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
             assert process.stdin is not None
             process.stdin.close()
             if end(process, CATCH_UP_SECONDS):
-                _catch_up(root, log.name)
+                catch_up(root)
 
 
 @contextmanager
@@ -113,9 +156,10 @@ def warm_process(root: Path) -> Iterator[None]:
             end(process, 0)
 
 
-def _catch_up(root: Path, log: str) -> None:
-    """Tracking never fails a flow: the journals are kept, and this can be done at any time."""
-    with open(log, "ab") as file:
-        status = end(start([sys.executable, "-m", "pipelines.sync"], root, output=file), CATCH_UP_SECONDS)
+def catch_up(root: Path) -> None:
+    """Carry every journal into MLflow. Tracking never fails a flow: the journals are kept, and this can be done at any time."""
+    path = root / ".posttrain" / "logs" / "sync.log"
+    with path.open("ab") as log:
+        status = end(start([sys.executable, "-m", "pipelines.sync"], root, output=log), CATCH_UP_SECONDS)
     if status:
-        say(f"MLflow is behind: `python -m pipelines.sync` catches up from the journals (see {log})")
+        say(f"MLflow is behind: `python -m pipelines.sync` catches up from the journals (see {path})")

@@ -17,6 +17,7 @@ from pipelines.sections import (
     AlignParams,
     DataParams,
     EvaluationParams,
+    GateParams,
     ModelParams,
     Name,
     OnPolicyBudget,
@@ -52,6 +53,7 @@ class Params(Section):
     algorithms: dict[Name, AlgorithmParams]
     evaluation: EvaluationParams
     report: ReportParams
+    gate: GateParams
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

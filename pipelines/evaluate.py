@@ -26,43 +26,67 @@ REFERENCE = Path("models/sft")
 
 def run(run: Run) -> None:
     params = run.params.evaluation
-    device = accelerator(params.compute, params.seed).device
-    from pipelines.rewards import reward_sources
-    from posttrain.data.tokens import table_tokens
-    from posttrain.evaluation.answers import EvaluationSettings, evaluate, preferred_share
     from posttrain.evaluation.statistics import Resampling
-    from posttrain.models.folders import load_encoder, load_policy
-    from posttrain.models.policy import Policy
-    from posttrain.rollouts.native import NativeEngine
 
-    run.ready()
-    folder = model_folder(run.args.model)
-    encoder, compute = load_encoder(folder), params.compute
-    policy = Policy(load_policy(folder)).to(device).eval().requires_grad_(False)
-    reference = Policy(load_policy(REFERENCE)).to(device).eval().requires_grad_(False) if folder != REFERENCE else None
-    settings = EvaluationSettings(
-        params.max_new_tokens,
-        params.samples_per_prompt,
-        params.temperature,
-        params.seed,
-        compute.micro_batch_tokens,
-        compute.bf16,
-    )
-    asked = problems(encoder, read_table("evaluation"))
-    announce(run, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
-    engine = NativeEngine(policy.lm, encoder.eos_id, bf16=compute.bf16)
-    sources = reward_sources(run, params.rewards, device, compute)
-    answers = evaluate(policy, reference, engine, encoder, asked, sources, settings)
-    _write(run, answers)
-    heldout = read_table("preferences_heldout")
-    pairs = list(zip(table_tokens(encoder, heldout, "chosen"), table_tokens(encoder, heldout, "rejected"), strict=True))
-    resampling = Resampling(seed=params.seed)
-    results = summary(answers, params.accuracy, params.pass_k, resampling)
-    results["preference/accuracy"] = preferred_share(policy, pairs, compute.micro_batch_tokens, compute.bf16)
+    asked = Asked(run, model_folder(run.args.model))
+    answers = asked.answers()
+    write_predictions(run.artifact("predictions.parquet"), answers)
+    results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
+    results["preference/accuracy"] = asked.preference_accuracy()
     run.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
     run.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.summary(results)
     run.tag("model", run.args.model)
+
+
+class Asked:
+    """A model folder before the held-out problems, with the settings of params.yaml's `evaluation`."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        params = run.params.evaluation
+        self.device = accelerator(params.compute, params.seed).device
+        from posttrain.models.folders import load_encoder, load_policy
+        from posttrain.models.policy import Policy
+
+        run.ready()
+        self.run, self.folder, self.params = run, folder, params
+        self.encoder = load_encoder(folder)
+        self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
+
+    def answers(self) -> list[EvaluatedAnswer]:
+        from pipelines.rewards import reward_sources
+        from posttrain.evaluation.answers import EvaluationSettings, evaluate
+        from posttrain.models.folders import load_policy
+        from posttrain.models.policy import Policy
+        from posttrain.rollouts.native import NativeEngine
+
+        params, compute = self.params, self.params.compute
+        reference = None
+        if self.folder != REFERENCE:
+            reference = Policy(load_policy(REFERENCE)).to(self.device).eval().requires_grad_(False)
+        settings = EvaluationSettings(
+            params.max_new_tokens,
+            params.samples_per_prompt,
+            params.temperature,
+            params.seed,
+            compute.micro_batch_tokens,
+            compute.bf16,
+        )
+        asked = problems(self.encoder, read_table("evaluation"))
+        announce(self.run, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
+        engine = NativeEngine(self.policy.lm, self.encoder.eos_id, bf16=compute.bf16)
+        sources = reward_sources(self.run, params.rewards, self.device, compute)
+        return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+
+    def preference_accuracy(self) -> float:
+        """Share of held-out pairs whose chosen answer the policy finds the more probable one."""
+        from posttrain.data.tokens import table_tokens
+        from posttrain.evaluation.answers import preferred_share
+
+        rows, compute = read_table("preferences_heldout"), self.params.compute
+        chosen, rejected = (table_tokens(self.encoder, rows, name) for name in ("chosen", "rejected"))
+        pairs = list(zip(chosen, rejected, strict=True))
+        return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16)
 
 
 def summary(
@@ -98,7 +122,7 @@ def summary(
     }
 
 
-def _write(run: Run, answers: Sequence[EvaluatedAnswer]) -> None:
+def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -115,7 +139,7 @@ def _write(run: Run, answers: Sequence[EvaluatedAnswer]) -> None:
     }
     for source in sorted(answers[0].rewards):
         columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
-    pq.write_table(pa.table(columns), run.artifact("predictions.parquet"))
+    pq.write_table(pa.table(columns), path)
 
 
 def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:

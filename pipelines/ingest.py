@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pipelines.config import load_params
 from pipelines.run import Run
-from pipelines.sources import local_file, table_rows
+from pipelines.sections import DataParams
+from pipelines.sources import accepted_files, local_file, table_rows
 from pipelines.step import main
 from pipelines.tables import FOLDER, Row, Table, plain, write_rows
 from posttrain.errors import ConfigError, DataError
-from posttrain.problems.parts import KINDS
+from posttrain.problems.parts import KINDS, Kind
 from posttrain.text import normalised
 
 
 def run(run: Run) -> None:
     data = run.params.data
-    tables: dict[Table, list[Row]] = {kind: table_rows(kind, data) for kind in KINDS}
-    share = data.preferences.heldout
-    tables["preferences"], tables["preferences_heldout"] = split_by_prompt(tables["preferences"], share, data.seed)
+    tables = split_tables({kind: table_rows(kind, data) for kind in KINDS}, data)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for table, rows in sorted(tables.items()):
         write_rows(table, rows, FOLDER / f"{table}.parquet")
@@ -33,6 +32,18 @@ def run(run: Run) -> None:
         print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts", flush=True)
     counts = {f"rows/{table}": len(rows) for table, rows in tables.items()}
     run.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items()})
+
+
+def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table, list[Row]]:
+    """The five tables out of the rows of the four sources."""
+    kept, heldout = split_by_prompt(rows["preferences"], data.preferences.heldout, data.seed)
+    return {
+        "sft": rows["sft"],
+        "preferences": kept,
+        "preferences_heldout": heldout,
+        "problems": rows["problems"],
+        "evaluation": rows["evaluation"],
+    }
 
 
 def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -66,7 +77,8 @@ def _prompts(rows: Iterable[Row]) -> int:
 def sources(args: argparse.Namespace) -> list[str]:
     """The local files that this step reads: part of what its result is."""
     data = load_params(args.params).data
-    files = (local_file(getattr(data, kind).source) for kind in KINDS)
+    files = [local_file(getattr(data, kind).source) for kind in KINDS]
+    files += [path for kind in KINDS for path in accepted_files(kind)]
     return sorted({file.as_posix() for file in files if file})
 
 

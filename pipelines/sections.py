@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -259,3 +260,34 @@ class ReportParams(Section):
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     samples_shown: Count
+
+
+class FormatParams(Section):
+    pattern: str
+    """Regular expression that a well-formed completion matches somewhere."""
+    min_share: Share
+
+    @model_validator(mode="after")
+    def _compiles(self) -> FormatParams:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        return self
+
+
+class GateParams(Section):
+    """What an aligned model must show to become champion, on the evaluation table's prompts and seeds."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    """Of the interval of the paired difference of true rewards; divided among the candidates."""
+    tolerated_loss: NonNegative
+    """The interval may reach so far below 0."""
+    max_kl: Positive
+    """Mean nats per response to the supervised model."""
+    max_length_ratio: Annotated[Finite, Field(ge=1)]
+    """Mean length against the champion's, or the champion's against it."""
+    max_truncated: Share
+    max_divergence: NonNegative
+    """Standard deviations that a reward model's score may gain more than the true reward."""
+    format: FormatParams | None = None

@@ -1,4 +1,8 @@
-"""Sources to canonical rows: a generator, a local file, or hub:OWNER/NAME, shaped as `TableSource` says."""
+"""Sources to canonical rows: a generator, a local file, or hub:OWNER/NAME, shaped as `TableSource` says; then accepted files.
+
+Files that the inbox let in (pipelines.intake) stand in data/raw/accepted/TABLE and follow the configured source, in the order
+in which they came.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 from pipelines.files import READERS, Record, read_file
 from pipelines.sections import DataParams, TableSource
 from pipelines.shape import canonical_rows
-from pipelines.tables import Row
+from pipelines.tables import SCORES, TEXT, Row
 from posttrain.errors import ConfigError, DataError
 from posttrain.problems import arithmetic, stories
 from posttrain.problems.parts import Kind
@@ -16,13 +20,59 @@ from posttrain.text import nearest
 
 GENERATORS = ("arithmetic", "stories")
 HUB = "hub:"
+ACCEPTED = Path("data/raw/accepted")
 
 
 def table_rows(kind: Kind, data: DataParams) -> list[Row]:
-    """The rows of `data.{kind}`, with canonical columns and `id`, their position in the source.
+    """The rows of `data.{kind}` and of its accepted files, with canonical columns and `id`, their position.
 
     Raises ConfigError for a source that cannot be asked for, DataError for one that cannot be used.
     """
+    rows = _configured_rows(kind, data)
+    for path in accepted_files(kind):
+        rows += alike(kind, rows, file_rows(kind, data, path), path)
+    return numbered(rows)
+
+
+def accepted_files(kind: Kind) -> list[Path]:
+    """What the inbox let in for this table; names begin with a rising number."""
+    return sorted(path for path in (ACCEPTED / kind).glob("*") if path.suffix.lower() in READERS)
+
+
+def file_rows(kind: Kind, data: DataParams, path: Path) -> list[Row]:
+    """Rows of one more file. It has the columns of a configured file or hub source, else the canonical ones."""
+    source: TableSource = getattr(data, kind)
+    update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
+    if source.source in GENERATORS:
+        update |= {"columns": None, "extract": None, "graded": None}
+    return canonical_rows(kind, source.model_copy(update=update), read_file(path))
+
+
+def alike(kind: Kind, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
+    """`more`, which must be text where the table has text, messages where it has messages, and graded if it is graded.
+
+    Raises DataError where they cannot stand in one table.
+    """
+    for name in TEXT[kind]:
+        mine, theirs = _form(more[0][name]), _form(rows[0][name])
+        if mine != theirs:
+            raise DataError(f"{path.name}: {name} is {mine}, and the table {kind} holds {theirs}; make them the same")
+    for name in SCORES:
+        if (name in rows[0]) != (name in more[0]):
+            said = f"has no {name}, which" if name in rows[0] else f"has {name}, which none of"
+            raise DataError(f"{path.name}: {said} the rows of the table {kind} have; make them the same")
+    return more
+
+
+def numbered(rows: list[Row]) -> list[Row]:
+    return [{**row, "id": i} for i, row in enumerate(rows)]
+
+
+def _form(value: Any) -> str:
+    return "chat messages" if isinstance(value, list) else "plain text"
+
+
+def _configured_rows(kind: Kind, data: DataParams) -> list[Row]:
     source: TableSource = getattr(data, kind)
     if source.source in GENERATORS:
         rows = _generated(kind, source, data)

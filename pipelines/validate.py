@@ -29,7 +29,7 @@ TABLES: tuple[Table, ...] = get_args(Table)
 def run(run: Run) -> None:
     params = run.params.validation
     tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
-    lengths = TokenLengths(_encoder(run.params))
+    lengths = TokenLengths(base_encoder())
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
 
     from pipelines.validation.check import check
@@ -86,7 +86,7 @@ def numeric_answer(params: Params) -> bool:
     return params.rewards[evaluation.accuracy].function == "answer"
 
 
-def _encoder(params: Params) -> TextEncoder:
+def base_encoder() -> TextEncoder:
     from transformers.utils import logging
 
     from posttrain.models.folders import load_encoder

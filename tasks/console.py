@@ -1,10 +1,12 @@
-"""The flow's own lines on the terminal: one at the start and one at the end of every stage."""
+"""The flow's own lines: on the terminal, and in the flow's log in Prefect."""
 
 from __future__ import annotations
 
 import sys
 import time
 from threading import Lock
+
+from prefect.logging import get_run_logger
 
 _STARTED = time.monotonic()
 _LOCK = Lock()
@@ -15,3 +17,10 @@ def say(text: str) -> None:
     with _LOCK:
         sys.stdout.write(f"{time.monotonic() - _STARTED:7.1f} s  {text}\n")
         sys.stdout.flush()
+
+
+def tell(text: str) -> str:
+    """The text to the terminal and to the flow's log in Prefect; gives it back."""
+    say(text)
+    get_run_logger().info(text)
+    return text

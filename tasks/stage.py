@@ -92,22 +92,34 @@ def log_path(root: Path, name: str) -> Path:
 
 def _run(root: Path, name: str, command: list[str], held: Lease, flow_run: str) -> StageResult:
     began, clock = time.time(), time.monotonic()
+    log = run_logged(root, name, command, held=held, flow_run=flow_run)
+    return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())
+
+
+def run_logged(root: Path, name: str, command: list[str], *, held: Lease | None = None, flow_run: str = "") -> StageLog:
+    """Run a command to its end, line by line into Prefect's log and whole into .posttrain/logs.
+
+    Raises Interrupted when `stop` was set, LockBusy where another try is worth it, else StageFailed with its last error line.
+    """
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    extra = {"POSTTRAIN_FOLLOWER": "1"} | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
+    descriptors = (held.descriptor,) if held else ()
     with path.open("wb") as file:
         log = StageLog(get_run_logger().info, file)
-        extra = {
-            "POSTTRAIN_FOLLOWER": "1",
-            **held.environment(),
-            **({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {}),
-        }
-        process = start(command, root, extra=extra, pass_fds=(held.descriptor,), grace_seconds=grace_seconds())
+        process = start(
+            command,
+            root,
+            extra=extra | (held.environment() if held else {}),
+            pass_fds=descriptors,
+            grace_seconds=grace_seconds(),
+        )
         status = _watch(process, log)
     if stop.is_set() and status:
         raise Interrupted(f"{name} was stopped; its checkpoint is kept, the next run resumes from it")
     if status:
         raise _failure(name, log, path)
-    return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())
+    return log
 
 
 def grace_seconds() -> float:

@@ -27,6 +27,14 @@ def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, s
     return {}
 
 
+def locked_output(project: Path, output: str) -> dict[str, Any] | None:
+    """DVC's own entry of one output of dvc.lock: path, md5, size, nfiles. None where no stage has written it."""
+    path = project / "dvc.lock"
+    stages: dict[str, Any] = (read_yaml(path) or {}).get("stages") or {} if path.is_file() else {}
+    entries = (out for stage in stages.values() for out in stage.get("outs", ()))
+    return next((dict(out) for out in entries if str(out["path"]) == output), None)
+
+
 def default_remote(project: Path) -> str | None:
     """URL of DVC's default remote, without credentials."""
     parser = configparser.ConfigParser(interpolation=None)

@@ -17,9 +17,13 @@ def refuse(outcome: Outcome, shown: int, report: Path) -> None:
     stops = outcome.stops
     if not stops:
         return
-    paragraphs = [_paragraph(verdict, outcome, shown) for verdict in stops]
     kind = LeakageError if all(v.finding.rule == "leakage" for v in stops) else DataError
-    raise kind("\n".join([*paragraphs, f"The full report: {report}"]))
+    raise kind("\n".join([*paragraphs(outcome, shown), f"The full report: {report}"]))
+
+
+def paragraphs(outcome: Outcome, shown: int) -> list[str]:
+    """What each rule that stops the run says."""
+    return [_paragraph(verdict, outcome, shown) for verdict in outcome.stops]
 
 
 def _paragraph(verdict: Verdict, outcome: Outcome, shown: int) -> str:

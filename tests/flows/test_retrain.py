@@ -1,11 +1,34 @@
 from pathlib import Path
 
 import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from prefect.states import Running
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.retrain import retrain
+from flows.body import bring_all_up_to_date
+from flows.workspace import RUN, exclusive
+from posttrain.errors import OrchestrationError
 from tests.workspace import dvc
 
 pytestmark = pytest.mark.usefixtures("prefect_url")
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
+def refresh(root: str) -> None:
+    """What flows.retrain does between the inbox and the gate."""
+    with exclusive(Path(root)):
+        bring_all_up_to_date(Path(root), [], tracking=False, refresh=True)
+
+
+@flow(persist_result=False)
+def identity(root: str, fail: bool = False) -> str:
+    with exclusive(Path(root)):
+        assert (Path(root) / RUN).read_text() == flow_run.get_id()
+        if fail:
+            raise OrchestrationError("no")
+        return str(flow_run.get_id())
 
 
 def test_new_data_runs_the_chain_and_no_new_data_stops_at_once(
@@ -14,11 +37,11 @@ def test_new_data_runs_the_chain_and_no_new_data_stops_at_once(
     assert (finished / "join.txt").read_text() == "7"
     (finished / "times.jsonl").unlink()
     before = (finished / "inbox.dvc").read_text()
-    retrain(str(finished), tracking=False)
+    refresh(str(finished))
     assert "nothing to do" in capsys.readouterr().out
 
     (finished / "inbox" / "number.txt").write_text("10")
-    retrain(str(finished), tracking=False)
+    refresh(str(finished))
     assert (finished / "join.txt").read_text() == str((10 + 1 + 1) * 2 + 1)
     assert (finished / "inbox.dvc").read_text() != before
     assert dvc(finished, "status", "--json").strip() == "{}"
@@ -33,5 +56,31 @@ def test_an_import_is_updated_from_its_source(workspace: Path, tmp_path: Path) -
         "    deps: [work.py, number.txt]\n    outs: [start.txt]\n"
     )
     source.write_text("41")
-    retrain(str(workspace), tracking=False)
+    refresh(str(workspace))
     assert (workspace / "start.txt").read_text() == "42"
+
+
+def test_a_run_that_was_killed_is_marked_crashed_by_the_next_one(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = workspace / RUN
+    ended = identity(str(workspace))
+    assert not path.exists()
+    with get_client(sync_client=True) as client:
+        killed = client.create_flow_run(identity, state=Running())
+        path.write_text(str(killed.id))
+        identity(str(workspace))
+        state = client.read_flow_run(killed.id).state
+        assert state is not None
+        assert state.is_crashed()
+        assert state.message == "The process of this run is gone; the next run goes on from its checkpoints."
+        assert f"flow run {killed.name} was killed: marked Crashed" in capsys.readouterr().out
+
+        path.write_text(ended)
+        identity(str(workspace))
+        assert client.read_flow_run(ended).state.is_completed()  # type: ignore[arg-type,union-attr]
+    path.write_text("00000000-0000-0000-0000-000000000000")
+    with pytest.raises(OrchestrationError):
+        identity(str(workspace), fail=True)
+    identity(str(workspace))
+    assert "killed" not in capsys.readouterr().out

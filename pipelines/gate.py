@@ -1,0 +1,141 @@
+"""The gate: may the best aligned model replace the champion? Both answer the same held-out prompts with the same seeds.
+
+    python -m pipelines.gate                                   against the supervised model, while there is no champion
+    python -m pipelines.gate --champion models/champion --champion-name "version 3"
+
+Reads the finished evaluations, answers once more with the champion's weights, and writes runs/gate: decision.json, and
+decision.html for people. Candidates are asked in the order of their true reward; the first that passes every check wins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.config import load_params
+from pipelines.evaluate import Asked, write_predictions
+from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide
+from pipelines.promotion.page import page
+from pipelines.publish import ARTIFACTS
+from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
+from pipelines.run import Run
+from pipelines.step import main
+from posttrain.errors import DataError
+from posttrain.evaluation.statistics import Resampling
+
+DECISION = RUNS / "gate" / ARTIFACTS / "decision.json"
+PAGE = RUNS / "gate" / ARTIFACTS / "decision.html"
+READ = ("gate", "project", "evaluation", "rewards", "report")
+
+
+def run(run: Run) -> None:
+    settings = run.params.report
+    names = run.args.candidates or aligned(run.params.project.algorithms, run.params.project.seeds)
+    reference = _answers(run, run.args.champion_name or "the supervised model", _reference(run))
+    candidates = [_answers(run, name, predictions(evaluated(name))) for name in names]
+    candidates.sort(key=lambda answers: -float(np.nanmean(answers.reward)))
+    resampling = cautious(Resampling(settings.bootstrap, run.params.gate.confidence, settings.seed), len(candidates))
+    limits = _limits(run)
+    decisions = [decide(candidate, reference, limits, resampling) for candidate in candidates]
+    chosen = next((decision for decision in decisions if decision.promote), decisions[0])
+    run.artifact(DECISION.name).write_text(json.dumps(_record(chosen, decisions), indent=1) + "\n", encoding="utf-8")
+    run.artifact(PAGE.name).write_text(page(chosen, decisions), encoding="utf-8")
+    run.summary({"promote": float(chosen.promote)} | {check.name: check.value for check in chosen.checks})
+    run.tag("challenger", chosen.challenger)
+    run.tag("decision", "promote" if chosen.promote else "refuse")
+    print(
+        f"gate: {'promote' if chosen.promote else 'refuse'} {chosen.challenger} against {chosen.reference}", flush=True
+    )
+    for check in chosen.checks:
+        print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
+
+
+def _reference(run: Run) -> Predictions:
+    """What the champion answers now, on the table and with the seeds of the candidates' evaluations."""
+    if run.args.champion is None:
+        return predictions(evaluated(SFT))
+    path = run.artifact("champion.parquet")
+    write_predictions(path, Asked(run, Path(run.args.champion)).answers())
+    return predictions(path)
+
+
+def _answers(run: Run, name: str, found: Predictions) -> Answers:
+    """The sampled answers; the greedy one, in column 0, is another question."""
+    evaluation, form = run.params.evaluation, run.params.gate.format
+    numbers = {key: values[:, 1:] for key, values in found.numbers.items()}
+    lacking = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
+    if lacking:
+        raise DataError(f"the evaluation of {name} lacks the rewards {', '.join(lacking)}; evaluate again: `dvc repro`")
+    models = [source for source in evaluation.rewards if run.params.rewards[source].function == "reward_model"]
+    return Answers(
+        name,
+        reward=numbers[f"reward_{evaluation.accuracy}"],
+        scores={source: numbers[f"reward_{source}"] for source in models if source != evaluation.accuracy},
+        kl=numbers["kl"],
+        tokens=numbers["tokens"],
+        truncated=numbers["truncated"],
+        formatted=None
+        if form is None
+        else np.array([[bool(re.search(form.pattern, text)) for text in row[1:]] for row in found.completions], float),
+    )
+
+
+def _limits(run: Run) -> Limits:
+    gate = run.params.gate
+    return Limits(
+        gate.tolerated_loss,
+        gate.max_kl,
+        gate.max_length_ratio,
+        gate.max_truncated,
+        gate.max_divergence,
+        None if gate.format is None else gate.format.min_share,
+    )
+
+
+def _record(chosen: Decision, decisions: Sequence[Decision]) -> dict[str, Any]:
+    return {
+        "promote": chosen.promote,
+        "challenger": chosen.challenger,
+        "reference": chosen.reference,
+        "refusals": chosen.refusals,
+        "reward_gain": asdict(chosen.difference),
+        "candidates": [
+            {"name": d.challenger, "promote": d.promote, "checks": [asdict(check) for check in d.checks]}
+            for d in decisions
+        ],
+    }
+
+
+def aligned(algorithms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Every model of the align matrix, by name."""
+    return [f"{algorithm}-{seed}" for algorithm in algorithms for seed in seeds]
+
+
+def evaluated(model: str) -> Path:
+    return RUNS / "evaluate" / model / ARTIFACTS / PREDICTIONS
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--champion", help="the champion's model folder (default: none, the supervised model)")
+    parser.add_argument("--champion-name", help="how the page calls it")
+    parser.add_argument("--candidates", nargs="+", help="aligned models to ask (default: all of params.yaml)")
+
+
+def inputs(args: Namespace) -> list[str]:
+    project = load_params(args.params).project
+    names = args.candidates or aligned(project.algorithms, project.seeds)
+    reference = [str(evaluated(SFT))]
+    if args.champion:
+        reference = [args.champion, "models/sft", "models/reward", "data/valid/evaluation.parquet"]
+    return [*(str(evaluated(name)) for name in names), *reference]
+
+
+if __name__ == "__main__":
+    main(run, "gate", params=READ, inputs=inputs, arguments=arguments)

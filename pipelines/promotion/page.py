@@ -1,0 +1,64 @@
+"""The decision as a page for people: what was decided, why, and every number that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from pipelines.promotion.decision import Decision
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
+table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #d1d9e0}
+td.n{text-align:right;font-variant-numeric:tabular-nums}.passed{color:#1a7f37}.failed{color:#cf222e;font-weight:600}
+h1 small{font-weight:400;color:#59636e}
+"""
+
+
+def verdict(decision: Decision) -> str:
+    """One sentence: what was decided."""
+    if decision.promote:
+        return f"{decision.challenger} may replace {decision.reference}"
+    return f"{decision.challenger} was refused; {decision.reference} stays"
+
+
+def page(chosen: Decision, decisions: Sequence[Decision]) -> str:
+    """The whole page. `decisions` are all candidates in the order in which they were asked."""
+    title = "Promote" if chosen.promote else "Refuse"
+    reasons = "".join(f"<li>{escape(words)}</li>" for words in chosen.refusals)
+    why = f"<p>Because:</p><ul>{reasons}</ul>" if reasons else "<p>Every check was passed.</p>"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}"
+        + "".join(_table(decision) for decision in decisions)
+        + "</body></html>\n"
+    )
+
+
+def _table(decision: Decision) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(check.name)}<td class="{_passed(check.passed)}">{_passed(check.passed)}'
+        f'<td class="n">{check.value:.4g}<td class="n">{check.limit:.4g}<td>{escape(check.words)}</tr>'
+        for check in decision.checks
+    )
+    head = "<tr><th>check<th>verdict<th>measured<th>limit<th>in words</tr>"
+    return f"<h2>{escape(decision.challenger)} against {escape(decision.reference)}</h2><table>{head}{rows}</table>"
+
+
+def markdown(decision: dict[str, object], note: str) -> str:
+    """decision.json as a short Markdown text for Prefect."""
+    candidates = decision["candidates"]
+    assert isinstance(candidates, list)
+    lines = [f"**{note}**", ""]
+    for candidate in candidates:
+        lines += [f"### {candidate['name']} against {decision['reference']}", "", "| check | verdict | in words |"]
+        lines.append("| --- | --- | --- |")
+        lines += [
+            f"| {check['name']} | {_passed(check['passed'])} | {check['words']} |" for check in candidate["checks"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _passed(passed: bool) -> str:
+    return "passed" if passed else "failed"

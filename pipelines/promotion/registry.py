@@ -1,0 +1,189 @@
+"""MLflow's model registry: who is champion, challenger and previous. Weights stay with DVC; a version points at them.
+
+Aliases: `champion` is what is in production, `challenger` the last candidate that the gate looked at, `previous` the champion
+before this one. A version's source is dvc://PATH?md5=HASH; its tags hold the hash, the remote and the gate's reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.redaction import redact
+from pipelines.tracking.describe import RUN_TAG
+from pipelines.tracking.lockfile import default_remote, locked_output
+from pipelines.tracking.store import open_client
+from posttrain.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
+MD5, PATH, SIZE, FILES, REMOTE = "dvc.md5", "dvc.path", "dvc.size", "dvc.nfiles", "dvc.remote"
+MODEL, DECISION, REASON, ROLLED_BACK = "model", "decision", "reason", "rolled_back"
+_TAG_LENGTH = 4000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered model, as a pointer to weights that DVC keeps."""
+
+    number: int
+    tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"version {self.number} ({self.tags.get(MODEL, 'unknown')})"
+
+    @property
+    def md5(self) -> str:
+        return self.tags[MD5]
+
+
+class Registry:
+    """The versions of one registered model. Raises TrackingError where MLflow does not answer."""
+
+    def __init__(self, project: Path, name: str) -> None:
+        self.project, self.name = project, name
+        self._client: MlflowClient = open_client(project)
+
+    def versions(self) -> list[Version]:
+        """All of them, the newest first."""
+        found = self._ask(lambda: self._client.search_model_versions(f"name = '{self.name}'", max_results=1000))
+        aliases = self._aliases()
+        listed = [_version(each, aliases) for each in found]
+        return sorted(listed, key=lambda version: -version.number)
+
+    def holding(self, alias: str) -> Version | None:
+        return next((version for version in self.versions() if alias in version.aliases), None)
+
+    def version(self, number: int) -> Version:
+        for version in self.versions():
+            if version.number == number:
+                return version
+        known = ", ".join(str(version.number) for version in self.versions()) or "none"
+        raise TrackingError(f"the registry holds no version {number} of {self.name}; it holds: {known}")
+
+    def register(self, model: str, folder: str, tags: Mapping[str, str], description: str) -> Version:
+        """A version for the weights that dvc.lock names under `folder`, or the one there is for the same weights."""
+        entry = locked_output(self.project, folder)
+        if entry is None:
+            raise TrackingError(f"dvc.lock names no {folder}; make it with `dvc repro`, then run again")
+        md5 = str(entry["md5"])
+        known = next((version for version in self.versions() if version.tags.get(MD5) == md5), None)
+        pointer = {MODEL: model, MD5: md5, PATH: folder, SIZE: str(entry["size"]), FILES: str(entry.get("nfiles", 1))}
+        remote = default_remote(self.project)
+        every = pointer | ({REMOTE: remote} if remote else {}) | dict(tags)
+        every = {key: redact(value)[:_TAG_LENGTH] for key, value in every.items()}
+        if known is not None:
+            self.tag(known.number, every)
+            return self.version(known.number)
+        self._create_model()
+        run_id = self._run_id(tags.get(RUN_TAG))
+        source = f"dvc://{folder}?md5={md5}"
+        made = self._ask(
+            lambda: self._client.create_model_version(
+                self.name, source, run_id=run_id, tags=every, description=redact(description)
+            )
+        )
+        return self.version(int(made.version))
+
+    def promote(self, number: int) -> Version:
+        """Make a version champion; the champion until now becomes previous. Its own earlier roll-back is forgotten."""
+        before = self.holding(CHAMPION)
+        if before is not None and before.number != number:
+            self._set_alias(PREVIOUS, before.number)
+        self._set_alias(CHAMPION, number)
+        after = self.version(number)
+        if CHALLENGER in after.aliases:
+            self._drop_alias(CHALLENGER)
+        if ROLLED_BACK in after.tags:
+            self._ask(lambda: self._client.delete_model_version_tag(self.name, str(number), ROLLED_BACK))
+        return self.version(number)
+
+    def challenge(self, number: int) -> None:
+        self._set_alias(CHALLENGER, number)
+
+    def roll_back(self, reason: str) -> tuple[Version, Version]:
+        """Give production back to `previous`; (champion now, champion until now). The latter is barred from the gate."""
+        champion, previous = self.holding(CHAMPION), self.holding(PREVIOUS)
+        if champion is None or previous is None:
+            raise TrackingError(
+                f"nothing to roll back to: {self.name} has no {'champion' if champion is None else 'previous version'} yet."
+                " `python -m pipelines.models` shows the versions; promote one by its number."
+            )
+        self.tag(champion.number, {ROLLED_BACK: reason})
+        self._set_alias(CHAMPION, previous.number)
+        self._set_alias(PREVIOUS, champion.number)
+        return self.version(previous.number), self.version(champion.number)
+
+    def barred(self) -> dict[str, Version]:
+        """Weights that were rolled back by hand, by their hash: the gate does not let them in again."""
+        return {version.md5: version for version in self.versions() if ROLLED_BACK in version.tags}
+
+    def tag(self, number: int, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._ask(partial(self._client.set_model_version_tag, self.name, str(number), key, value))
+
+    def link(self, number: int) -> str | None:
+        """The version's page, where MLflow is a server."""
+        uri = str(self._client.tracking_uri)
+        return (
+            f"{redact(uri).rstrip('/')}/#/models/{self.name}/versions/{number}"
+            if uri.startswith(("http://", "https://"))
+            else None
+        )
+
+    def _aliases(self) -> dict[str, int]:
+        found = self._ask(lambda: self._client.search_registered_models(f"name = '{self.name}'"))
+        return {alias: int(number) for model in found for alias, number in model.aliases.items()}
+
+    def _create_model(self) -> None:
+        if not self._ask(lambda: self._client.search_registered_models(f"name = '{self.name}'")):
+            self._ask(lambda: self._client.create_registered_model(self.name))
+
+    def _run_id(self, identity: str | None) -> str | None:
+        """The MLflow run that trained the weights, if its journal was carried over."""
+        if identity is None:
+            return None
+        experiment = self._ask(lambda: self._client.get_experiment_by_name(self.name))
+        if experiment is None:
+            return None
+        query = f"tags.`{RUN_TAG}` = '{identity}'"
+        runs = self._ask(lambda: self._client.search_runs([experiment.experiment_id], query))
+        return str(runs[0].info.run_id) if runs else None
+
+    def _set_alias(self, alias: str, number: int) -> None:
+        self._ask(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
+
+    def _drop_alias(self, alias: str) -> None:
+        self._ask(lambda: self._client.delete_registered_model_alias(self.name, alias))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return call()
+        except (MlflowException, RequestException, SQLAlchemyError) as error:
+            reason = redact(str(error).strip().splitlines()[0][:300])
+            raise TrackingError(
+                f"MLflow's registry at {redact(str(self._client.tracking_uri))} did not answer: {reason}. The trained models"
+                " and the decision are kept; run again when it answers."
+            ) from error
+
+
+def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:
+    number = int(found.version)
+    mine = tuple(alias for alias in ALIASES if aliases.get(alias) == number)
+    tags: dict[str, Any] = dict(found.tags)
+    return Version(number, tags, mine)

@@ -1,0 +1,77 @@
+"""The champion's weights in this workspace: models/champion, restored by DVC from the hash that the registry points at.
+
+champion.dvc is written here, so that `dvc pull` fetches and `dvc gc --workspace` keeps the champion like every other output.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from pipelines.promotion.registry import FILES, PATH, SIZE, Version
+from posttrain.errors import OrchestrationError
+from tasks.process import child_environment
+
+FOLDER = Path("models/champion")
+POINTER = Path("champion.dvc")
+
+
+@task(name="restore champion", cache_policy=NO_CACHE, persist_result=False)
+def restore_champion(root: str, version: Version) -> Path:
+    """Bring the version's weights into models/champion, from the cache or else from the remote."""
+    restore(Path(root), version)
+    return FOLDER
+
+
+def restore(root: Path, version: Version) -> None:
+    text = pointer(version)
+    path = root / POINTER
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    if _dvc(root, "checkout", "--quiet", "--force", str(POINTER)) is None:
+        return
+    error = _dvc(root, "pull", "--quiet", "--force", str(POINTER))
+    if error is not None:
+        raise OrchestrationError(
+            f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
+            f" remote: {error}. `dvc remote list` shows where DVC looks; or promote a version whose weights are there."
+        )
+
+
+def pointer(version: Version) -> str:
+    """champion.dvc, as `dvc add` would write it."""
+    return (
+        f"outs:\n- md5: {version.md5}\n  size: {version.tags[SIZE]}\n  nfiles: {version.tags[FILES]}\n"
+        f"  hash: md5\n  path: {FOLDER.as_posix()}\n"
+    )
+
+
+def push(root: Path) -> bool:
+    """Push what DVC keeps to the default remote; False where there is none. Raises OrchestrationError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
+    )
+    if done.returncode or not done.stdout.strip():
+        return False
+    error = _dvc(root, "push", "--quiet")
+    if error is not None:
+        raise OrchestrationError(
+            f"`dvc push` failed, so nothing was promoted: {error}. Run again when the remote answers."
+        )
+    return True
+
+
+def _dvc(root: Path, *arguments: str) -> str | None:
+    """None, or the last line of what dvc said when it failed."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return next(
+        (line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), lines[-1] if lines else ""
+    )

@@ -1,0 +1,143 @@
+"""The gate as tasks: who stands where, who may be asked, what was decided, and what follows from it in the registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipelines.config import Params, load_params, read_yaml
+from pipelines.gate import DECISION, PAGE, aligned
+from pipelines.promotion.page import markdown
+from pipelines.promotion.registry import CHAMPION, REASON, Registry, Version
+from pipelines.promotion.registry import DECISION as DECISION_TAG
+from pipelines.tracking.describe import RUN_TAG
+from pipelines.tracking.lockfile import locked_output
+from pipelines.tracking.source import load
+from posttrain.errors import TrackingError
+from tasks.champion import FOLDER, push
+from tasks.console import say
+from tasks.slots import lease, machine_slots
+from tasks.stage import run_logged, stop
+
+SETTLED = Path(".posttrain/gate.json")
+_WATCHED = ("models/align/", "runs/evaluate/", "data/valid")
+RETRY_SECONDS = [2.0, 5.0, 10.0, 20.0, 30.0]
+
+
+def is_away(_task: Any, _run: Any, state: Any) -> bool:
+    """Prefect's question after a failure: is it worth another try? A registry that does not answer is."""
+    return isinstance(state.result(raise_on_failure=False), TrackingError) and not stop.is_set()
+
+
+_patient: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": len(RETRY_SECONDS),
+    "retry_delay_seconds": RETRY_SECONDS,
+    "retry_condition_fn": is_away,
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`candidates` may be asked; `barred` were rolled back by hand, by name with the version that says why."""
+
+    champion: Version | None
+    candidates: tuple[str, ...]
+    barred: Mapping[str, Version]
+
+
+@task(name="champion and candidates", **_patient)
+def look_up(root: str) -> Standing:
+    """Aligned models whose weights are neither the champion's nor were rolled back by hand."""
+    project = Path(root)
+    params = load_params(project / "params.yaml")
+    registry = Registry(project, params.project.experiment)
+    champion, barred = registry.holding(CHAMPION), registry.barred()
+    hashes = {name: _md5(project, name) for name in aligned(params.project.algorithms, params.project.seeds)}
+    free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or md5 != champion.md5)]
+    return Standing(champion, tuple(free), {name: barred[md5] for name, md5 in hashes.items() if md5 in barred})
+
+
+@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+def ask(root: str, champion: Version | None, candidates: Sequence[str], flow_run: str = "") -> dict[str, Any]:
+    """Run pipelines.gate on a slot of its own; the content of decision.json."""
+    command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
+    if champion is not None:
+        command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
+    with lease(machine_slots(), stop, on_wait=lambda: say("gate waits for a free slot")) as held:
+        run_logged(Path(root), "gate", command, held=held, flow_run=flow_run)
+    decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))
+    return decision
+
+
+@task(name="register", **_patient)
+def register(root: str, decision: Mapping[str, Any]) -> Version:
+    """The challenger as a version of the registry, with what was decided and why."""
+    project, name = Path(root), str(decision["challenger"])
+    registry = Registry(project, load_params(project / "params.yaml").project.experiment)
+    trained = load(project / "runs" / "align" / name)
+    words = "; ".join(decision["refusals"]) or "every check was passed"
+    tags = {DECISION_TAG: "passed" if decision["promote"] else "refused", REASON: words}
+    if trained is not None:
+        tags[RUN_TAG] = trained.identity
+    version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")
+    registry.challenge(version.number)
+    return registry.version(version.number)
+
+
+@task(name="promote", **_patient)
+def make_champion(root: str, number: int) -> Version:
+    """Weights first to DVC's remote, where there is one; then the alias, which is what production follows."""
+    project = Path(root)
+    pushed = push(project)
+    version = Registry(project, load_params(project / "params.yaml").project.experiment).promote(number)
+    say(f"{version.name} is champion; its weights are in DVC's {'remote' if pushed else 'cache (no remote is set)'}")
+    return version
+
+
+def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
+    """The decision as Prefect artifacts."""
+    create_markdown_artifact(key="decision", markdown=markdown(dict(decision), note), description=note)
+    create_link_artifact(key="decision-page", link=(root / PAGE).absolute().as_uri(), link_text="Why")
+
+
+def key(root: Path) -> str:
+    """What a decision is about: the aligned models, their evaluations, the data they answered, and the gate's limits."""
+    stages: dict[str, Any] = read_yaml(root / "dvc.lock").get("stages") or {}
+    outs = {str(out["path"]): str(out.get("md5")) for stage in stages.values() for out in stage.get("outs", ())}
+    watched = {path: md5 for path, md5 in sorted(outs.items()) if path.startswith(_WATCHED)}
+    params: Params = load_params(root / "params.yaml")
+    about = {"outs": watched, "project": params.project.model_dump(), "gate": params.gate.model_dump()}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def settled(root: Path) -> str | None:
+    """What was decided about exactly this state, in words; None where nothing was."""
+    path = root / SETTLED
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return str(record["words"]) if record["key"] == key(root) else None
+
+
+def settle(root: Path, words: str) -> None:
+    """Remember that this state was decided about, so that a run without anything new ends at once."""
+    path = root / SETTLED
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps({"key": key(root), "words": words}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _md5(root: Path, name: str) -> str:
+    entry = locked_output(root, f"models/align/{name}")
+    return "" if entry is None else str(entry["md5"])

@@ -1,0 +1,33 @@
+"""New files of the inbox become data: checked one by one by pipelines.intake, versioned by DVC."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipelines.intake import RECORD, Taken
+from pipelines.sources import ACCEPTED
+from tasks.stage import run_logged
+
+
+@task(name="intake", cache_policy=NO_CACHE, persist_result=False)
+def take_in(root: str) -> list[Taken]:
+    """What became of every file that waited. Accepted ones are `dvc add`ed, so that their bytes are kept and pushed."""
+    project = Path(root)
+    run_logged(project, "intake", [sys.executable, "-m", "pipelines.intake"])
+    taken = [Taken(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
+    pointer = project / f"{ACCEPTED}.dvc"
+    if any(entry.outcome == "accepted" for entry in taken) or ((project / ACCEPTED).is_dir() and not pointer.exists()):
+        run_logged(project, "intake-version", [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)])
+    if taken:
+        rows = [
+            {"file": entry.file, "outcome": entry.outcome, "rows": entry.rows, "reason": entry.reason}
+            for entry in taken
+        ]
+        create_table_artifact(key="intake", table=rows, description="Files of the inbox, and what became of them")
+    return taken

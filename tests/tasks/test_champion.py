@@ -1,0 +1,56 @@
+"""The champion's weights come back from DVC's cache or remote, by their hash alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines.promotion.registry import Version
+from posttrain.errors import OrchestrationError
+from tasks.champion import FOLDER, POINTER, push, restore
+from tests.workspace import dvc
+
+
+def version(root: Path, number: int, text: str) -> Version:
+    """Weights that DVC keeps and the workspace no longer has."""
+    folder = root / "models" / f"model-{number}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(text)
+    (folder / "config.json").write_text("{}")
+    dvc(root, "add", "-q", str(folder.relative_to(root)))
+    pointer = folder.with_name(folder.name + ".dvc")
+    (out,) = YAML(typ="safe").load(pointer.read_text())["outs"]
+    return Version(
+        number,
+        {"dvc.md5": out["md5"], "dvc.size": str(out["size"]), "dvc.nfiles": str(out["nfiles"]), "model": "m"},
+        (),
+    )
+
+
+def test_weights_are_restored_by_hash_from_the_cache_then_from_the_remote(workspace: Path, tmp_path: Path) -> None:
+    first, second = version(workspace, 1, "one"), version(workspace, 2, "two")
+    champion = workspace / FOLDER / "weights"
+    restore(workspace, first)
+    assert champion.read_text() == "one"
+    restore(workspace, second)
+    assert champion.read_text() == "two"
+
+    assert push(workspace) is False
+    dvc(workspace, "remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
+    assert push(workspace) is True
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    shutil.rmtree(workspace / "models")
+    restore(workspace, first)
+    assert champion.read_text() == "one"
+    assert dvc(workspace, "status", "--json", POINTER.as_posix()).strip() == "{}"
+
+
+def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) -> None:
+    lost = Version(3, {"dvc.md5": "0" * 32 + ".dir", "dvc.size": "1", "dvc.nfiles": "1", "dvc.path": "models/x"}, ())
+    with pytest.raises(
+        OrchestrationError, match=r"weights of version 3 \(unknown\) \(0{32}\.dir, models/x\) are neither in"
+    ):
+        restore(workspace, lost)
