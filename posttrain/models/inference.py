@@ -15,11 +15,15 @@ from posttrain.models.policy import Policy, Scorer
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """Of one response's tokens, [time] float32 each; values is empty without a critic."""
+    """Of one response's tokens, [time] float32 each; values is empty without a critic.
+
+    experts: [time, layers, experts per token] int16 that a mixture of experts chose, None for a dense model.
+    """
 
     logprobs: np.ndarray
     entropy: np.ndarray
     values: np.ndarray
+    experts: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -34,10 +38,16 @@ def token_numbers(
             output = policy(collate([tokens[i] for i in group]).to(device), temperature)
         logprobs, entropy = output.logprobs.cpu().numpy(), output.entropy.cpu().numpy()
         values = None if output.values is None else output.values.cpu().numpy()
+        chosen = None if output.routing is None else output.routing.chosen.cpu().numpy()
         for row, i in enumerate(group):
             n = len(tokens[i].response)
             none = np.zeros(0, dtype=np.float32)
-            numbers[i] = TokenNumbers(logprobs[row, :n], entropy[row, :n], none if values is None else values[row, :n])
+            numbers[i] = TokenNumbers(
+                logprobs[row, :n],
+                entropy[row, :n],
+                none if values is None else values[row, :n],
+                None if chosen is None else chosen[row, :n],
+            )
     return [n for n in numbers if n is not None]
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from posttrain.data.batches import TokenBatch
 from posttrain.models.logprobs import taken_logprobs
 from posttrain.models.packed import hidden_states, prepare
+from posttrain.models.routing import Routing, reading, routers_of
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,13 @@ class PolicyOutput:
     logprobs: Tensor
     entropy: Tensor
     values: Tensor | None = None
+    routing: Routing | None = None
+    """Of a mixture of experts."""
 
     def __getitem__(self, rows: slice) -> PolicyOutput:
-        return PolicyOutput(self.logprobs[rows], self.entropy[rows], None if self.values is None else self.values[rows])
+        values = None if self.values is None else self.values[rows]
+        routing = None if self.routing is None else self.routing[rows]
+        return PolicyOutput(self.logprobs[rows], self.entropy[rows], values, routing)
 
 
 class Policy(nn.Module):
@@ -36,6 +41,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.critic = critic
         self.packs = prepare(lm) and (critic is None or prepare(critic))
+        self.routers = routers_of(lm)
         self.value_head: nn.Linear | None = None
         if shared_value_head:
             self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
@@ -43,7 +49,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
         """The temperature is one for all rows, or [batch]."""
-        hidden = hidden_states(self.lm, batch, self.packs)
+        with reading(self.routers) as routers:
+            hidden = hidden_states(self.lm, batch, self.packs)
         head, mask = self.lm.get_output_embeddings(), batch.mask
         if isinstance(temperature, Tensor):
             temperature = temperature[:, None].expand(mask.shape)[mask]
@@ -55,7 +62,7 @@ class Policy(nn.Module):
             values = token_values(self.critic, batch, self.packs)
         elif self.value_head is not None:
             values = _wide(self.value_head(hidden[batch.source].to(self.value_head.weight.dtype)).squeeze(-1))
-        return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values)
+        return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values, routers.at(batch))
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:

@@ -103,6 +103,7 @@ class ExperienceSource:
                 sampled=np.asarray(answer.completion.logprobs, dtype=np.float32),
                 reference=reference[i].logprobs,
                 old=own[i].logprobs if own else None,
+                old_experts=own[i].experts if own else None,
                 old_values=own[i].values if own and returns is not None else None,
                 returns=None if returns is None else returns[i],
                 trained=_is_trained(answer, record),

@@ -18,6 +18,7 @@ from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.reduce import aggregate, denominator, masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
 from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
+from posttrain.training.routing import add_routing, pad_choices
 from posttrain.training.trainer import Terms
 
 MISMATCH_LIMIT = 0.5
@@ -30,7 +31,8 @@ class Experience:
     """A sampled response with what the update needs to know of it; arrays are [time] float32.
 
     sampled: log-probabilities that the sampler reported. old: the same, recomputed by the trainer; None means "as they are in this
-    forward", for the one update that is exactly on-policy. trained False keeps the response out of the loss (masked truncation).
+    forward", for the one update that is exactly on-policy. old_experts: [time, layers, experts per token] that the old policy chose,
+    where it is a mixture of experts. trained False keeps the response out of the loss (masked truncation).
     weight: 1 - mu, and 1 without an expert stream.
     """
 
@@ -39,6 +41,7 @@ class Experience:
     sampled: np.ndarray
     reference: np.ndarray
     old: np.ndarray | None = None
+    old_experts: np.ndarray | None = None
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
     trained: bool = True
@@ -118,6 +121,7 @@ class OnPolicyObjective:
         terms.metrics["clip/low"] = (masked_sum(surrogate.clipped_low.float(), trained), "tokens")
         terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
         self._diagnostics(terms, output, columns, old, ratio.detach())
+        add_routing(terms, output.routing, mask, "sampled_tokens", columns.old_experts)
 
     def _diagnostics(self, terms: Terms, output: PolicyOutput, columns: _Columns, old: Tensor, ratio: Tensor) -> None:
         mask, logprobs = columns.mask, output.logprobs.detach()
@@ -161,6 +165,8 @@ class _Columns:
         self.sampled = pad([r.sampled for r in rows], time).to(device)
         self.reference = pad([r.reference for r in rows], time).to(device)
         self.old = padded([r.old for r in rows])
+        experts = [torch.from_numpy(r.old_experts) for r in rows if r.old_experts is not None]
+        self.old_experts = pad_choices(experts, time).to(device) if experts and len(experts) == len(rows) else None
         self.old_values = padded([r.old_values for r in rows])
         self.returns = padded([r.returns for r in rows])
         self.trained = torch.tensor([r.trained for r in rows], dtype=torch.bool, device=device)

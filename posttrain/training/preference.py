@@ -16,6 +16,7 @@ from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.preference import preference_loss
 from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
 from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
+from posttrain.training.routing import add_routing
 from posttrain.training.trainer import Terms
 
 
@@ -76,7 +77,7 @@ class PreferenceObjective:
         weight = gap.abs() if self.record.score_weighting == "weight" else torch.ones_like(gap)
         chosen_mask = batch.mask[: len(rows)]
         rewards = self.record.beta * ratio
-        return Terms(
+        terms = Terms(
             losses={"pairs": ((weight * loss).sum(), "pair_weight", 1.0)},
             metrics={
                 "preference/accuracy": ((difference > 0).float().sum(), "pairs"),
@@ -86,6 +87,8 @@ class PreferenceObjective:
                 "entropy": (masked_sum(output.entropy[: len(rows)], chosen_mask), "chosen_tokens"),
             },
         )
+        add_routing(terms, output.routing and output.routing[: len(rows)], chosen_mask, "chosen_tokens")
+        return terms
 
 
 class LoggedGroupsObjective:
@@ -116,7 +119,7 @@ class LoggedGroupsObjective:
         surrogate = surrogate_loss(ratio, output.logprobs, advantages[:, None], record.clip_low, record.clip_high)
         kl = kl_estimate(output.logprobs, reference, record.kl_estimator)
         loss = surrogate.loss + record.kl_coefficient * kl
-        return Terms(
+        terms = Terms(
             losses={"policy": (aggregate(loss, batch.mask, "sequence_mean", 0), "sequences", 1.0)},
             metrics={
                 "clip/low": (masked_sum(surrogate.clipped_low.float(), batch.mask), "tokens"),
@@ -131,6 +134,8 @@ class LoggedGroupsObjective:
                 ),
             },
         )
+        add_routing(terms, output.routing, batch.mask, "tokens")
+        return terms
 
 
 def centred(group_scores: Sequence[float]) -> list[float]:

@@ -15,6 +15,7 @@ from posttrain.objectives.preference import bradley_terry
 from posttrain.objectives.reduce import masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood
 from posttrain.training.loop import StepData
+from posttrain.training.routing import add_routing
 from posttrain.training.trainer import Row, Terms
 
 
@@ -52,7 +53,9 @@ class SupervisedObjective:
         output = model(batch)
         loss = masked_sum(negative_log_likelihood(output.logprobs), batch.mask)
         entropy = masked_sum(output.entropy, batch.mask)
-        return Terms(losses={"nll": (loss, "tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
+        terms = Terms(losses={"nll": (loss, "tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
+        add_routing(terms, output.routing, batch.mask, "tokens")
+        return terms
 
     def _split(self, row: Tokens) -> Tokens:
         if self.train_on == "completion":

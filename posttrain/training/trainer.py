@@ -28,12 +28,14 @@ class Terms:
     """What an objective says of one micro-batch. Sums only: each names the count that the trainer divides it by.
 
     losses: name -> (sum, count name, weight). metrics: name -> (sum, count name). extremes: name ending in /min or /max -> value.
+    histograms: metric name -> counts [groups, bins]; the metric is the greatest share that a bin has of its group, over an even share.
     limits: metric name -> (the most that its step may have, what it means to have more).
     """
 
     losses: dict[str, tuple[Tensor, str, float]] = field(default_factory=dict)
     metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
     extremes: dict[str, Tensor] = field(default_factory=dict)
+    histograms: dict[str, Tensor] = field(default_factory=dict)
     limits: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
@@ -186,6 +188,7 @@ class _Sums:
         self.counts = counts
         self.totals: dict[str, float] = {"loss": 0.0}
         self.extremes: dict[str, float] = {}
+        self.histograms: dict[str, Tensor] = {}
         self.limits: dict[str, tuple[float, str]] = {}
 
     def add(self, terms: Terms, weight: float) -> Tensor:
@@ -202,14 +205,19 @@ class _Sums:
         for name, value in terms.extremes.items() if weight else ():
             choose: Callable[[float, float], float] = min if name.endswith("/min") else max
             self.extremes[name] = choose(self.extremes.get(name, float(value)), float(value))
+        for name, counts in terms.histograms.items() if weight else ():
+            self.histograms[name] = self.histograms.get(name, 0) + counts.cpu()
         return loss
 
     def reduced(self, accelerator: Accelerator) -> dict[str, float]:
         if accelerator.num_processes == 1:
-            return self.totals | self.extremes
+            return self.totals | self.extremes | {name: _peak(counts) for name, counts in self.histograms.items()}
         from accelerate.utils import gather_object
 
         every = gather_object([(self.totals, self.extremes)])
+        merged: dict[str, Tensor] = {}
+        for name, counts in (item for histograms in gather_object([self.histograms]) for item in histograms.items()):
+            merged[name] = merged.get(name, 0) + counts
         for limits in gather_object([self.limits]):
             self.limits |= limits
         # a process whose rows are all of one kind has no metrics of the other kind
@@ -218,7 +226,13 @@ class _Sums:
         for name in sorted({name for _, extremes in every for name in extremes}):
             values = [extremes[name] for _, extremes in every if name in extremes]
             totals[name] = min(values) if name.endswith("/min") else max(values)
-        return totals
+        return totals | {name: _peak(merged[name]) for name in sorted(merged)}
+
+
+def _peak(counts: Tensor) -> float:
+    """The greatest share that a bin has of its group, over the share that every bin would have if all were even."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return float(shares.max()) * counts.shape[-1]
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

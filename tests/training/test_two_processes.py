@@ -54,6 +54,7 @@ def test_two_processes_agree_with_one(root: Path, tmp_path: Path) -> None:
     two, one = torch.load(tmp_path / "two.pt", weights_only=False), results(Accelerator())
     assert two["answers"] == one["answers"]
     assert two["tokens_sampled"] == one["tokens_sampled"]
+    assert "router/load_max" in one["moe"][0]
     assert two["judged"][0] == two["judged"][1]
     for name in NAMES:
         (metrics, gradient), (alone, expected) = two[name], one[name]

@@ -15,11 +15,12 @@ from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
 from posttrain.training.onpolicy import Expert
 from tests.models import small
+from tests.models.moe import moe
 from tests.rewards.behaving import process_ids
 from tests.training.cases import Case, case, experiences, probe, with_record
 from tests.training.runs import sampler
 
-NAMES = [*PRESETS, "sft", "sft_all", "reward", "one_row", "ppo_experts", "nothing_trained"]
+NAMES = [*PRESETS, "sft", "sft_all", "reward", "one_row", "ppo_experts", "nothing_trained", "moe"]
 
 
 def results(accelerator: Accelerator) -> dict[str, object]:
@@ -44,6 +45,11 @@ def results(accelerator: Accelerator) -> dict[str, object]:
 def made_case(name: str) -> Case:
     if name == "ppo_experts":
         return ppo_with_experts()
+    if name == "moe":
+        with moe("eager"):
+            made = case("gspo", double=True)
+            model = made.model()
+        return replace(made, model=lambda: model)
     if name == "one_row":
         made = case("sft", double=True)
         # the other process has no row at all, only an empty micro-batch
