@@ -63,4 +63,5 @@ if __name__ == "__main__":
         inputs=(*TABLES, "models/sft", "models/reward"),
         arguments=arguments,
         variant=variant,
+        trains=True,
     )

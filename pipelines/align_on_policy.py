@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import announce, loop_settings, model_card, optimizer_settings, problems, read_table
+from pipelines.common import announce, model_card, optimizer_settings, problems, read_table, train
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
 from pipelines.sections import OnPolicyBudget
@@ -17,9 +18,7 @@ from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.experience import ExperienceSource, Experts
-from posttrain.training.loop import fit
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.trainer import ParameterGroup, Trainer
 
@@ -85,10 +84,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     )
     shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
     hook = _Samples(run, source)
-    checkpoints = Checkpoints(run.checkpoints, params.checkpoint.keep)
-    last = fit(
-        trainer, source, objective, loop_settings(run, budget.steps, shown, params.checkpoint), run, checkpoints, hook
-    )
+    last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
     save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
     run.model(folder(run))
@@ -115,7 +111,8 @@ def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterG
 def _experts(record: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Experts | None:
     if not record.has_expert:
         return None
-    return Experts(table_tokens(encoder, read_table("sft"), "completion"), budget.prompts_per_step, seed)
+    rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, read_table("sft"), "completion")]
+    return Experts(rows, budget.prompts_per_step, seed)
 
 
 class _Samples:

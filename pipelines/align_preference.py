@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.common import announce, loop_settings, model_card, optimizer_settings, read_table
+from pipelines.common import announce, model_card, optimizer_settings, read_table, train
 from pipelines.run import Run
 from pipelines.samples import GreedySamples
 from pipelines.sections import PreferenceBudget
@@ -18,8 +18,6 @@ from posttrain.errors import DataError
 from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
-from posttrain.training.checkpoint import Checkpoints
-from posttrain.training.loop import fit
 from posttrain.training.preference import (
     Answer,
     AnswerGroup,
@@ -58,13 +56,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     )
     announce(run, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {record.epochs} epochs")
     shown = ("loss", "preference/accuracy", "preference/margin")
-    settings_of_loop = loop_settings(run, order.steps, shown, run.params.align.checkpoint)
     preferred = [chosen.tokens for chosen, _ in answers]
     hook = GreedySamples(
         run, policy, encoder, preferred, run.params.align.samples_every, run.params.align.samples_shown
     )
-    checkpoints = Checkpoints(run.checkpoints, run.params.align.checkpoint.keep)
-    last = fit(trainer, EpochSource(rows, order), objective, settings_of_loop, run, checkpoints, hook)
+    last = train(run, trainer, EpochSource(rows, order), objective, order.steps, shown, run.params.align, hook)
     about = {
         "algorithm": f"{record.name} (arXiv {record.paper})",
         "seed": seed,

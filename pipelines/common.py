@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow.parquet as pq
 
-from pipelines.run import Run
-from pipelines.sections import CheckpointParams, ComputeParams, OptimizerParams
+from pipelines.run import FAULTS, Run
+from pipelines.sections import CheckpointParams, ComputeParams, FaultParams, OptimizerParams
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,10 +18,20 @@ if TYPE_CHECKING:
 
     from posttrain.data.tokens import TextEncoder
     from posttrain.rollouts.groups import Problem
-    from posttrain.training.loop import LoopSettings
-    from posttrain.training.trainer import OptimizerSettings
+    from posttrain.training.loop import Source, StepHook
+    from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
+
+
+class CheckedTraining(Protocol):
+    """A section of parameters that says how often to write a checkpoint and what to do at a numerical fault."""
+
+    @property
+    def checkpoint(self) -> CheckpointParams: ...
+
+    @property
+    def faults(self) -> FaultParams: ...
 
 
 def read_table(name: str) -> list[dict[str, Any]]:
@@ -78,10 +90,30 @@ def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
     )
 
 
-def loop_settings(run: Run, steps: int, shown: tuple[str, ...], checkpoint: CheckpointParams) -> LoopSettings:
-    from posttrain.training.loop import LoopSettings
+def train(
+    run: Run,
+    trainer: Trainer[Any],
+    source: Source[Any],
+    objective: Objective[Any],
+    steps: int,
+    shown: Sequence[str],
+    params: CheckedTraining,
+    hook: StepHook | None = None,
+) -> dict[str, float]:
+    """Train to the end, or with --replay do again what once failed, and leave. Returns the latest value of every metric."""
+    from posttrain.training.checkpoint import Checkpoints
+    from posttrain.training.faults import Faults, repeat
+    from posttrain.training.loop import LoopSettings, fit
 
-    return LoopSettings(run.name, steps, shown, checkpoint.every_steps, checkpoint.every_minutes)
+    if run.args.replay is not None:
+        print(repeat(trainer, source, objective, run.args.replay))
+        sys.exit(0)
+    checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
+    settings = LoopSettings(run.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
+    kept = Checkpoints(run.state / FAULTS, at_most + 1, "fault")
+    faults = Faults(kept, at_most, f"{run.command} --replay")
+    checkpoints = Checkpoints(run.checkpoints, checkpoint.keep)
+    return fit(trainer, source, objective, settings, run, checkpoints, hook, faults)
 
 
 def announce(run: Run, text: str) -> None:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pipelines.common import (
     accelerator,
     announce,
-    loop_settings,
     model_card,
     optimizer_settings,
     peak_memory_mib,
     read_table,
+    train,
 )
 from pipelines.run import Run
 from pipelines.step import main
@@ -39,8 +39,6 @@ def run(run: Run) -> None:
     from posttrain.models.folders import load_encoder, load_scorer, save_model
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
-    from posttrain.training.checkpoint import Checkpoints
-    from posttrain.training.loop import fit
     from posttrain.training.supervised import EpochSource, RewardObjective
     from posttrain.training.trainer import Trainer
 
@@ -61,13 +59,14 @@ def run(run: Run) -> None:
         run,
         f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out",
     )
-    last = fit(
+    last = train(
+        run,
         trainer,
         EpochSource(pairs, order),
         RewardObjective(params.center_coefficient),
-        loop_settings(run, order.steps, ("loss", "preference/accuracy", "preference/margin"), params.checkpoint),
-        run,
-        Checkpoints(run.checkpoints, params.checkpoint.keep),
+        order.steps,
+        ("loss", "preference/accuracy", "preference/margin"),
+        params,
     )
     scorer.eval()
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
@@ -103,7 +102,7 @@ def reward_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], margin_from_s
                 f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no room for its prompt in the"
                 f" model's context of {encoder.max_length}; lower validation.max_completion_tokens"
             )
-        chosen, rejected = (Tokens(tuple(prompt[-room:]), tuple(side)) for side in sides)
+        chosen, rejected = (Tokens(tuple(prompt[-room:]), tuple(side), str(row["id"])) for side in sides)
         margin = row["chosen_score"] - row["rejected_score"] if margin_from_scores else 0.0
         pairs.append(RewardPair(chosen, rejected, margin))
     return pairs
@@ -129,4 +128,5 @@ if __name__ == "__main__":
         "reward",
         params=("reward",),
         inputs=("data/valid/preferences.parquet", "data/valid/preferences_heldout.parquet", "models/sft"),
+        trains=True,
     )

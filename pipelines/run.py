@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from posttrain.errors import TrackingError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEASUREMENTS, CHECKPOINTS, LOCK = "measurements.jsonl", "checkpoints", "lock"
+MEASUREMENTS, CHECKPOINTS, FAULTS, LOCK = "measurements.jsonl", "checkpoints", "faults", "lock"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@./:-]*")
 
@@ -71,6 +71,13 @@ class Run:
         return self.state.name
 
     @property
+    def command(self) -> str:
+        """What runs this step alone."""
+        given = {name: value for name, value in sorted(vars(self.args).items()) if name not in ("params", "replay")}
+        options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+        return " ".join([f"python -m pipelines.{self.stage}", *options])
+
+    @property
     def checkpoints(self) -> Path:
         """Where the training loop keeps its checkpoints: those of this code. Removed when the step has succeeded."""
         return self.state / CHECKPOINTS / self.code[:16]
@@ -100,6 +107,10 @@ class Run:
             {"kind": "table", "name": name, "step": int(step), "path": self._relative(path), "rows": len(rows)}
         )
         return path
+
+    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
+        """Numerical faults of a step, with the ids of their rows, as a table."""
+        self.table("faults", step, [dict(fault) for fault in told])
 
     def figure(self, name: str, figure: Figure) -> Path:
         """A matplotlib figure as artifacts/{name}.png, without the library's version or the date in it."""
@@ -201,7 +212,7 @@ class Run:
     def _reset(self) -> None:
         self._journal.clear()
         self._measurements.clear()
-        for folder in (ARTIFACTS, CHECKPOINTS):
+        for folder in (ARTIFACTS, CHECKPOINTS, FAULTS):
             shutil.rmtree(self.state / folder, ignore_errors=True)
 
 

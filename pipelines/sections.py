@@ -161,6 +161,11 @@ class CheckpointParams(Section):
     keep: Count
 
 
+class FaultParams(Section):
+    skip_at_most: Annotated[int, Field(ge=0)] = 0
+    """Updates with NaN or infinity that a run may leave out; 0 stops at the first. Each is kept for replay."""
+
+
 class SftParams(Section):
     seed: Seed
     epochs: Count
@@ -171,6 +176,7 @@ class SftParams(Section):
     optimizer: OptimizerParams
     compute: ComputeParams
     checkpoint: CheckpointParams
+    faults: FaultParams
 
 
 class RewardParams(Section):
@@ -182,6 +188,7 @@ class RewardParams(Section):
     optimizer: OptimizerParams
     compute: ComputeParams
     checkpoint: CheckpointParams
+    faults: FaultParams
 
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
@@ -232,6 +239,7 @@ class AlignParams(Section):
     samples_shown: Count
     compute: ComputeParams
     checkpoint: CheckpointParams
+    faults: FaultParams
 
 
 class AlgorithmParams(Section):

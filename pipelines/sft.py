@@ -12,11 +12,11 @@ from pathlib import Path
 from pipelines.common import (
     accelerator,
     announce,
-    loop_settings,
     model_card,
     optimizer_settings,
     peak_memory_mib,
     read_table,
+    train,
 )
 from pipelines.run import Run
 from pipelines.step import main
@@ -32,8 +32,6 @@ def run(run: Run) -> None:
     from posttrain.data.tokens import Tokens, table_tokens
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.policy import Policy
-    from posttrain.training.checkpoint import Checkpoints
-    from posttrain.training.loop import fit
     from posttrain.training.supervised import EpochSource, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
@@ -50,13 +48,14 @@ def run(run: Run) -> None:
         accelerator=device,
     )
     announce(run, f"{order.steps} optimiser steps over {len(rows)} rows, {params.epochs} epochs")
-    last = fit(
+    last = train(
+        run,
         trainer,
         EpochSource(rows, order),
         SupervisedObjective(params.train_on),
-        loop_settings(run, order.steps, ("loss", "entropy", "grad_norm"), params.checkpoint),
-        run,
-        Checkpoints(run.checkpoints, params.checkpoint.keep),
+        order.steps,
+        ("loss", "entropy", "grad_norm"),
+        params,
         GreedySamples(run, policy, encoder, rows, params.samples_every, params.samples_shown),
     )
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
@@ -72,4 +71,4 @@ def run(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(run, "sft", params=("sft",), inputs=("data/valid/sft.parquet", "models/base"))
+    main(run, "sft", params=("sft",), inputs=("data/valid/sft.parquet", "models/base"), trains=True)

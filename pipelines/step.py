@@ -19,7 +19,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
 
 from pipelines import environment
 from pipelines.config import Params, load_params
@@ -50,6 +51,7 @@ class Step:
     arguments: Callable[[argparse.ArgumentParser], object] | None = None
     variant: Callable[[argparse.Namespace], str] | None = None
     doc: str | None = None
+    trains: bool = False
     signals: StopSignals = field(default_factory=StopSignals)
 
 
@@ -62,15 +64,17 @@ def main(
     arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     variant: Callable[[argparse.Namespace], str] | None = None,
     doc: str | None = None,
+    trains: bool = False,
 ) -> None:
     """Run a step and exit with its status: 0, the error's exit_code with one paragraph, or 1 with a traceback.
 
     `params` are the dotted prefixes that the step may read, `inputs` the files and folders it depends on; both may be
-    functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0".
+    functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0". A step that trains can do again what
+    once met a numerical fault (--replay).
     """
     environment.quiet()
     _leave_to_warm_process()
-    step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__)
+    step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
     if "DVC_STAGE" in os.environ:
         die_with_parent()
     step.signals.install()
@@ -102,6 +106,13 @@ def _parse(step: Step) -> argparse.Namespace:
     parser.add_argument(
         "--params", type=Path, default=None, help="parameters to use instead of the project's params.yaml"
     )
+    if step.trains:
+        parser.add_argument(
+            "--replay",
+            type=lambda text: Path(text).resolve(),
+            metavar="FOLDER",
+            help="do again the update that is kept in FOLDER, say which rows are at fault, and train nothing",
+        )
     if step.arguments:
         step.arguments(parser)
     return parser.parse_args()
@@ -120,6 +131,8 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     values = declared_values(params, declared)
     key = run_key(name, values, inputs)
     state = environment.states(project) / f"{name}-{key[:16]}"
+    if getattr(args, "replay", None) is not None:
+        _replay(step, args, params, name, key)
     lock = Lock(state / LOCK)
     if not lock.acquire():
         raise TrackingError(
@@ -131,7 +144,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
         code=code_digest(project, step.stage),
         directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested,
     )  # fmt: skip
-    arguments = {key: value for key, value in sorted(vars(args).items()) if key != "params"}
+    arguments = {key: value for key, value in sorted(vars(args).items()) if key not in ("params", "replay")}
     start = {"kind": "start", "stage": step.stage, "name": name, "key": key, "run": state.name, "arguments": arguments,
              "directory": run.directory.as_posix(), "inputs": inputs}  # fmt: skip
     run.open(start, {"kind": "params", "values": values}, _surroundings(params))
@@ -144,6 +157,25 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     finally:
         lock.release()
         follower.finish()
+
+
+def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
+    """Run the body up to its training, which repeats what is kept and leaves. Nothing is recorded."""
+    with TemporaryDirectory(prefix="posttrain-") as folder:
+        nowhere = Path(folder)
+        step.body(
+            Run(
+                stage=step.stage,
+                name=name,
+                params=params,
+                args=args,
+                key=key,
+                code="",
+                state=nowhere,
+                directory=nowhere,
+            )
+        )
+    raise AssertionError(f"{step.stage} says that it trains, and did not")
 
 
 def _held(run: Run) -> str:

@@ -8,7 +8,8 @@ PosttrainError
 ├── RewardError        a reward function failed or answered nonsense
 │   └── RewardTimeoutError  it took longer than it may
 ├── RolloutError       sampling could not deliver what was asked of it
-├── NumericalError     NaN or infinity in a loss, gradient or reward
+├── NumericalError     a number of the training is beyond what it may be
+│   └── NotFiniteError NaN or infinity in a loss, gradient or reward
 ├── CheckpointError    a checkpoint is torn, foreign or unreadable
 ├── TrackingError      the journal or its projection into MLflow cannot be read or written
 ├── OrchestrationError a stage or flow could not be run
@@ -16,6 +17,8 @@ PosttrainError
 
 Commands catch PosttrainError at the edge, print its one paragraph and exit with `exit_code`.
 """
+
+from collections.abc import Sequence
 
 
 class PosttrainError(Exception):
@@ -54,6 +57,14 @@ class RolloutError(PosttrainError):
 
 class NumericalError(PosttrainError):
     exit_code = 3
+
+
+class NotFiniteError(NumericalError):
+    """`ids` names the rows that were at hand."""
+
+    def __init__(self, message: str, ids: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.ids = tuple(ids)
 
 
 class CheckpointError(PosttrainError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import DataError
@@ -16,10 +16,11 @@ Text = str | Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a prompt and of the response that follows it."""
+    """Token ids of a prompt and of the response that follows it. `id` names the table's row behind them, for messages."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    id: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -55,9 +56,10 @@ class TextEncoder:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
 
-    def pair(self, prompt: Text, completion: Text, where: str = "a row") -> Tokens:
-        """Ids of both. Raises DataError where they do not fit the model's context."""
-        tokens = Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion)))
+    def pair(self, prompt: Text, completion: Text, row: str = "") -> Tokens:
+        """Ids of both. Raises DataError where they do not fit the model's context; `row` names what they come from."""
+        tokens = Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion)), row)
+        where = f"row {row}" if row else "a row"
         if not tokens.prompt:
             raise DataError(f"{where}: the prompt has no tokens, so there is nothing to predict the first token from")
         if len(tokens) > self.max_length:
@@ -74,4 +76,4 @@ class TextEncoder:
 
 def table_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], completion: str) -> list[Tokens]:
     """`Tokens` of the columns `prompt` and `completion` of every row."""
-    return [encoder.pair(row["prompt"], row[completion], f"row {row.get('id', i)}") for i, row in enumerate(rows)]
+    return [encoder.pair(row["prompt"], row[completion], str(row.get("id", i))) for i, row in enumerate(rows)]

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from posttrain.data.tokens import Tokens
-from posttrain.errors import NumericalError, RewardError, RewardTimeoutError
+from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
 from posttrain.rewards.calling import Outcome, RewardFunction, call
@@ -75,7 +75,7 @@ class FunctionReward:
             outcome = Outcome([None] * count, dict.fromkeys(range(count), str(error)))
         if outcome.failures:
             self._failed(kind, answers, outcome)
-        return _checked(self.name, outcome.values, count)
+        return _checked(self.name, outcome.values, answers)
 
     def _failed(self, kind: str, answers: Judged, outcome: Outcome) -> None:
         rows, message = sorted(outcome.failures), next(iter(outcome.failures.values()))
@@ -107,7 +107,8 @@ class ModelReward:
 
     def score(self, answers: Judged) -> list[float | None]:
         values = scores(self.scorer, answers.tokens, self.budget, self.bf16)
-        return _checked(self.name, [value - self.mean for value in values], len(answers.tokens))
+        # a model has a score for every answer: NaN is no missing reward here
+        return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
 
 
 def _short(text: Any) -> str:
@@ -115,17 +116,23 @@ def _short(text: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "…" + shown[0]
 
 
-def _checked(name: str, values: Sequence[Any], expected: int) -> list[float | None]:
+def _checked(name: str, values: Sequence[Any], answers: Judged, *, nan_is_missing: bool = True) -> list[float | None]:
+    expected = len(answers.completions)
     if len(values) != expected:
         raise RewardError(
             f"reward {name!r} gave {len(values)} numbers for {expected} answers; it must give one each, None where it has none"
         )
     checked: list[float | None] = []
-    for value in values:
-        if value is None or (isinstance(value, Real) and math.isnan(value)):
+    broken = []
+    for i, value in enumerate(values):
+        if value is None or (nan_is_missing and isinstance(value, Real) and math.isnan(value)):
             checked.append(None)
-        elif isinstance(value, Real) and math.isfinite(value):
+        elif isinstance(value, Real):
             checked.append(float(value))
+            broken += [] if math.isfinite(value) else [i]
         else:
-            raise NumericalError(f"reward {name!r} gave {value!r}; it must be a finite number or None")
+            raise RewardError(f"reward {name!r} gave {value!r}; it must be a finite number or None")
+    if broken:
+        ids = [f"problem {answers.ids[i]}" for i in broken] if answers.ids else []
+        raise NotFiniteError(f"reward {name!r} gave {values[broken[0]]!r}; it must be a finite number or None", ids)
     return checked

@@ -165,7 +165,7 @@ class GroupSampler:
         self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
     ) -> list[list[JudgedAnswer]]:
         flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
-        tokens = [Tokens(problem.ids, completion.tokens) for problem, _, completion in flat]
+        tokens = [Tokens(problem.ids, completion.tokens, _id(problem)) for problem, _, completion in flat]
         texts = [self.encoder.text(completion.tokens) for _, _, completion in flat]
         sources = self._scores(judged([problem for problem, _, _ in flat], texts, tokens))
         totals = combined(sources, self.weights, [group for _, group, _ in flat], self.record.reward_combination)
@@ -214,6 +214,10 @@ class GroupSampler:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
+
+
+def _id(problem: Problem) -> str:
+    return "" if problem.row is None else f"problem {problem.row}"
 
 
 def _carries_signal(group: Sequence[JudgedAnswer]) -> bool:

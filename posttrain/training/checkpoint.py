@@ -17,14 +17,14 @@ from posttrain.errors import CheckpointError
 
 
 class Checkpoints:
-    """Checkpoints of one run, in a folder that belongs to its parameters and inputs alone."""
+    """Checkpoints of one run, in a folder that belongs to its parameters, inputs and code alone."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, name: str = "step") -> None:
+        self.folder, self.keep, self.name = folder, keep, name
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps; complete on disk before it gets its name."""
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / f"{self.name}-{step:08d}"
         partial = self.folder / f"partial-{step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -52,19 +52,31 @@ class Checkpoints:
         """(step, state) of the newest whole checkpoint, or None. Names on stderr every one that is torn."""
         for path in reversed(self._names()):
             try:
-                manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-                if manifest["sha256"] != _sha256(path / "state.pt"):
-                    raise CheckpointError("its checksum does not match")
-                return int(manifest["step"]), torch.load(path / "state.pt", weights_only=True)
+                return _read(path)
             except (OSError, ValueError, KeyError, CheckpointError) as error:
                 print(f"checkpoint {path.name} is damaged ({error}); trying the one before it", file=sys.stderr)
         return None
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """The state in one checkpoint's folder. Raises CheckpointError where it is absent or damaged."""
+        try:
+            return _read(path)[1]
+        except (OSError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(f"{path}: no whole checkpoint ({error}); check the path") from error
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _names(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
+        return sorted(self.folder.glob(f"{self.name}-*")) if self.folder.exists() else []
+
+
+def _read(path: Path) -> tuple[int, dict[str, Any]]:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["sha256"] != _sha256(path / "state.pt"):
+        raise CheckpointError("its checksum does not match")
+    return int(manifest["step"]), torch.load(path / "state.pt", weights_only=True)
 
 
 def _sha256(path: Path) -> str:

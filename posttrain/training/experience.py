@@ -72,6 +72,7 @@ class ExperienceSource:
 
     def next(self, step: int) -> StepData[OnPolicyRow]:
         started = time.perf_counter()
+        self.last_answers = []
         answers, metrics = self.sampler.sample()
         self.last_answers = answers
         sampled = time.perf_counter()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from posttrain.errors import Interrupted
+from posttrain.errors import Interrupted, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.faults import Faults, moment
+from posttrain.training.randomness import random_state, set_random_state
 from posttrain.training.trainer import Objective, Row, Trainer
 
 RowOut = TypeVar("RowOut", covariant=True)
@@ -45,6 +45,10 @@ class Recorder(Protocol):
 
     def timings(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
+        """What went numerically wrong in a step, one record a fault."""
+        ...
+
     def truncate_after(self, step: int) -> None: ...
 
     def stop_requested(self) -> bool: ...
@@ -75,20 +79,21 @@ def fit(
     recorder: Recorder,
     checkpoints: Checkpoints,
     hook: StepHook | None = None,
+    faults: Faults | None = None,
 ) -> dict[str, float]:
-    """Train to the end, going on from the newest whole checkpoint if there is one. Returns the last step's metrics.
+    """Train to the end, going on from the newest whole checkpoint if there is one. Returns the latest value of every metric.
 
-    Raises Interrupted, after a checkpoint, when the recorder says that a signal asked the run to stop.
+    Raises Interrupted, after a checkpoint, when the recorder says that a signal asked the run to stop, and NotFiniteError at a
+    numerical fault that may not be left out; without `faults` none may, and none is kept.
     """
-    first = _resume(trainer, source, recorder, checkpoints)
-    last: dict[str, float] = {}
+    first, last = _resume(trainer, source, recorder, checkpoints, faults)
     saved_at = time.monotonic()
     bar = tqdm(
         total=settings.steps, initial=first, desc=settings.title, unit="step", dynamic_ncols=True, mininterval=1.0
     )
     with bar:
         for step in range(first + 1, settings.steps + 1):
-            last = _one_step(trainer, source, objective, recorder, step, hook)
+            last |= _one_step(trainer, source, objective, recorder, step, hook, faults)
             bar.set_postfix(
                 {name.removesuffix("/mean"): f"{last[name]:.3g}" for name in settings.shown if name in last},
                 refresh=False,
@@ -99,7 +104,7 @@ def fit(
             )
             stop = recorder.stop_requested() and step < settings.steps
             if (due and step < settings.steps) or stop:
-                checkpoints.save(step, _state(trainer, source))
+                checkpoints.save(step, _state(trainer, source, last, faults))
                 saved_at = time.monotonic()
             if stop:
                 raise Interrupted(
@@ -115,14 +120,22 @@ def _one_step(
     recorder: Recorder,
     step: int,
     hook: StepHook | None,
+    faults: Faults | None,
 ) -> dict[str, float]:
     started = time.perf_counter()
-    data = source.next(step - 1)
-    prepared = time.perf_counter()
-    tokens_before = trainer.tokens_trained
-    updates = [trainer.update(batch, objective) for batch in data.batches]
+    try:
+        data = _next(trainer, source, step, faults)
+        prepared = time.perf_counter()
+        tokens_before = trainer.tokens_trained
+        updates = _updates(trainer, source, objective, data.batches, step, faults)
+    finally:
+        if faults is not None and faults.told:
+            recorder.faults(step, faults.told)
     trained = time.perf_counter()
     metrics = data.metrics | _mean_of(updates)
+    if faults is not None and faults.told:
+        metrics["faults/skipped"] = float(faults.skipped)
+        faults.told = []
     if hook is not None:
         metrics |= hook(step)
     recorder.metrics(step, metrics)
@@ -136,6 +149,39 @@ def _one_step(
     }
     recorder.timings(step, seconds | throughput | data.timings)
     return metrics
+
+
+def _next(trainer: Trainer[Row], source: Source[Row], step: int, faults: Faults | None) -> StepData[Row]:
+    """The step's batches; none where making them met a numerical fault that may be left out."""
+    if faults is None:
+        return source.next(step - 1)
+    before, generators = source.state_dict(), random_state()
+    try:
+        return source.next(step - 1)
+    except NotFiniteError as error:
+        faults.leave_out(error, step, "making its batches", None, moment(trainer, before, generators))
+        return StepData([])
+
+
+def _updates(
+    trainer: Trainer[Row],
+    source: Source[Row],
+    objective: Objective[Row],
+    batches: Sequence[Sequence[Row]],
+    step: int,
+    faults: Faults | None,
+) -> list[dict[str, float]]:
+    """One optimiser update a batch, without those that met a numerical fault and may be left out."""
+    done = []
+    for number, batch in enumerate(batches, start=1):
+        try:
+            done.append(trainer.update(batch, objective))
+        except NotFiniteError as error:
+            if faults is None:
+                raise
+            where, state = f"update {number} of {len(batches)}", moment(trainer, source.state_dict(), random_state())
+            faults.leave_out(error, step, where, batch, state)
+    return done
 
 
 def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -155,46 +201,27 @@ def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return merged
 
 
-def _resume(trainer: Trainer[Row], source: Source[Row], recorder: Recorder, checkpoints: Checkpoints) -> int:
+def _resume(
+    trainer: Trainer[Row], source: Source[Row], recorder: Recorder, checkpoints: Checkpoints, faults: Faults | None
+) -> tuple[int, dict[str, float]]:
+    """The step to go on after, and the latest metrics until then."""
     found = checkpoints.latest()
     if found is None:
         recorder.truncate_after(0)
-        return 0
+        return 0, {}
     step, state = found
     trainer.load_state_dict(state["trainer"])
     source.load_state_dict(state["source"])
-    _set_random_state(state["random"])
+    set_random_state(state["random"])
+    if faults is not None:
+        faults.skipped = state["skipped"]
     recorder.truncate_after(step)
     tqdm.write(f"going on from the checkpoint after step {step}")
-    return step
+    return step, state["last"]
 
 
-def _state(trainer: Trainer[Row], source: Source[Row]) -> dict[str, Any]:
-    return {"trainer": trainer.state_dict(), "source": source.state_dict(), "random": _random_state()}
-
-
-def _random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _state(
+    trainer: Trainer[Row], source: Source[Row], last: Mapping[str, float], faults: Faults | None
+) -> dict[str, Any]:
+    whole = moment(trainer, source.state_dict(), random_state())
+    return whole | {"last": dict(last), "skipped": faults.skipped if faults is not None else 0}

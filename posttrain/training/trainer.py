@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
-from posttrain.errors import NumericalError
+from posttrain.errors import NotFiniteError, NumericalError
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
@@ -115,7 +115,8 @@ class Trainer(Generic[Row]):
     def update(self, rows: Sequence[Row], objective: Objective[Row]) -> dict[str, float]:
         """One optimiser step on `rows` (the same list on every process). Returns the step's metrics, averaged over all rows.
 
-        Raises NumericalError, with the weights as they were, when loss or gradient are not finite or a metric is beyond its limit.
+        Raises, with the weights as they were, NotFiniteError when loss or gradient are not finite, and NumericalError when a metric is
+        beyond its limit.
         """
         # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
         self.model.eval()
@@ -139,7 +140,7 @@ class Trainer(Generic[Row]):
         metrics = sums.reduced(self.accelerator)
         if not math.isfinite(metrics["loss"]):
             self.optimizer.zero_grad()
-            raise NumericalError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
+            raise NotFiniteError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
         for name, (limit, meaning) in sums.limits.items():
             if metrics[name] > limit:
                 self.optimizer.zero_grad()
@@ -157,7 +158,7 @@ class Trainer(Generic[Row]):
             norm = float(torch.nn.utils.clip_grad_norm_(group.parameters, self.settings.max_grad_norm))
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
-                raise NumericalError(f"the gradient norm of update {self.updates + 1} is {norm}; weights are unchanged")
+                raise NotFiniteError(f"the gradient norm of update {self.updates + 1} is {norm}; weights are unchanged")
             metrics["grad_norm" if group is self.groups[0] else f"{group.name}/grad_norm"] = norm
         self.optimizer.step()
         self.schedule.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from posttrain.data.tokens import Tokens
-from posttrain.errors import ConfigError, NumericalError, RewardError
+from posttrain.errors import ConfigError, NotFiniteError, RewardError
 from posttrain.rewards.functions import BUILT_IN, find_function
 from posttrain.rewards.sources import FunctionReward, Judged, ModelReward
 from tests.models import small
@@ -41,10 +42,26 @@ def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
     assert returning(values).score(judged(["x"] * 9)) == [1.0, 0.5, 1.0, 0.25, 3.0, None, None, None, None]
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, "1", 1j])
-def test_what_is_no_finite_number_is_refused(value: Any) -> None:
-    with pytest.raises(NumericalError, match="'mine' gave"):
+@pytest.mark.parametrize(
+    ("value", "error"), [(math.inf, NotFiniteError), (-math.inf, NotFiniteError), ("1", RewardError), (1j, RewardError)]
+)
+def test_what_is_no_finite_number_is_refused(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="'mine' gave"):
         returning([0.0, value]).score(judged(["x", "y"]))
+
+
+def test_an_infinite_reward_names_its_problems() -> None:
+    answers = replace(judged(["x", "y", "z"]), ids=[7, 8, 9])
+    with pytest.raises(NotFiniteError) as raised:
+        returning([math.inf, 0.0, -math.inf]).score(answers)
+    assert raised.value.ids == ("problem 7", "problem 9")
+
+
+def test_a_reward_model_that_gives_nan_is_broken_not_without_an_opinion() -> None:
+    scorer = small.scorer()
+    torch.nn.init.constant_(scorer.model.score.weight, math.nan)
+    with pytest.raises(NotFiniteError, match="reward 'rm' gave nan"):
+        ModelReward("rm", scorer, 0.0, 100).score(judged(["x"]))
 
 
 def test_a_wrong_count_is_refused() -> None:

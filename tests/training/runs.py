@@ -45,6 +45,7 @@ class Memory:
     stop_at: int | None = None
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     truncated: list[int] = field(default_factory=list)
+    told: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         assert step not in self.steps, f"step {step} is recorded twice"
@@ -54,6 +55,9 @@ class Memory:
 
     def timings(self, step: int, values: Mapping[str, float]) -> None:
         assert all(value >= 0 for value in values.values())
+
+    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
+        self.told[step] = [dict(fault) for fault in told]
 
     def truncate_after(self, step: int) -> None:
         self.truncated.append(step)

@@ -1,0 +1,103 @@
+"""NaN and infinity in real steps: one letter that the model has no number for, one reward that overflows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.journal import ended, read
+from pipelines.tables import read_rows, write_rows
+from tests.reliability.workspace import Workspace
+
+pytestmark = pytest.mark.xdist_group("reliability")
+SFT = ("pipelines.sft",)
+
+
+@pytest.fixture
+def poisoned(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """Row 7 of the sft table holds a letter whose embedding is NaN; no other row does."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(workspace.folder / name, tmp_path)
+    shutil.copytree(workspace.folder / "data", tmp_path / "data")
+    shutil.copytree(workspace.folder / "models" / "base", tmp_path / "models" / "base")
+    table = tmp_path / "data" / "valid" / "sft.parquet"
+    rows = read_rows(table)
+    assert rows[7]["id"] == 7
+    rows[7]["prompt"] = "~"
+    write_rows("sft", rows, table)
+    base = tmp_path / "models" / "base"
+    (letter,) = AutoTokenizer.from_pretrained(base)("~")["input_ids"]
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][letter] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return Workspace(tmp_path, workspace.warm)
+
+
+def test_the_default_is_to_stop_and_to_say_which_row(poisoned: Workspace) -> None:
+    done = poisoned.run(*SFT)
+    assert done.returncode == 3
+    state = poisoned.state("sft")
+    (kept,) = (state / "faults").iterdir()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: step ")
+    assert "the loss of update" in last
+    assert last.endswith(
+        "no update may be left out (faults.skip_at_most = 0). What it met is kept; repeat it with"
+        f" `python -m pipelines.sft --replay {kept}`"
+    )
+    assert ended(read(state / "journal.jsonl")) == "FAILED"
+    (table,) = (state / "artifacts").glob("faults-*.json")
+    (fault,) = json.loads(table.read_text())
+    assert "7" in fault["rows"]
+    assert len(fault["rows"]) == 16
+    assert not (poisoned.folder / "models" / "sft").exists()
+
+    before = sorted(state.rglob("*"))
+    again = poisoned.run(*SFT, "--replay", str(kept))
+    assert again.returncode == 3
+    assert "weights that are not finite: lm.model.embed_tokens.weight" in again.stdout
+    broken = [line.split(":")[0].strip() for line in again.stdout.splitlines() if "loss nan" in line]
+    assert broken == ["row 7"]
+    assert sorted(state.rglob("*")) == before
+
+
+def test_as_many_as_allowed_are_left_out_also_across_a_kill(poisoned: Workspace) -> None:
+    poisoned.succeed("pipelines.configure", "sft.faults.skip_at_most=1")
+    assert poisoned.run(*SFT).returncode == 3, "the row comes once an epoch, so twice"
+    poisoned.succeed("pipelines.configure", "sft.faults.skip_at_most=2")
+    said = poisoned.succeed(*SFT)
+    assert "left out, 2 of at most 2" in said
+    undisturbed = poisoned.results("models/sft", "runs/sft")
+    tables = [path for path in undisturbed if "artifacts/faults-" in path]
+    assert len(tables) == 2
+    shutil.rmtree(poisoned.folder / ".posttrain")
+    shutil.rmtree(poisoned.folder / "models" / "sft")
+    poisoned.killed_at("metrics 7", *SFT)
+    poisoned.succeed(*SFT)
+    assert poisoned.results("models/sft", "runs/sft") == undisturbed
+
+
+def test_an_infinite_reward_is_told_with_its_problems(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "grpo"
+    shutil.copytree(workspace.folder, folder, ignore=shutil.ignore_patterns(".posttrain", "align"))
+    grpo = Workspace(folder, workspace.warm)
+    step = ("pipelines.align", "--algorithm", "grpo", "--seed", "0")
+    grpo.succeed("pipelines.configure", "rewards.varied.function=tests.reliability.judge:overflowing")
+    done = grpo.run(*step)
+    assert done.returncode == 3, done.stdout + done.stderr
+    (kept,) = (grpo.state("align-grpo-0") / "faults").iterdir()
+    assert "making its batches: reward 'varied' gave inf" in done.stderr
+    assert "(rows problem " in done.stderr
+    again = grpo.run(*step, "--replay", str(kept))
+    assert again.returncode == 3
+    assert "reward 'varied' gave inf" in again.stderr
+    # the reward is mended, which is no change of the parameters
+    again = grpo.run(*step, "--replay", str(kept), MENDED="1")
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "the fault is gone: 2 batches were made")
