@@ -29,7 +29,7 @@ from pipelines.tracking.store import open_client, tracking_uri
 from posttrain.errors import PosttrainError, TrackingError
 
 T = TypeVar("T")
-_POLL_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
+_POLL_SECONDS, _LONGEST_REST_SECONDS, _LONGEST_OUTAGE_PAUSE_SECONDS = 1.0, 30.0, 8.0
 _REST_FACTOR = 20
 """A follower rests so many times as long as its last pass took, so that it never competes with the training."""
 
@@ -88,14 +88,15 @@ def follow(project: Path, run: str | None, stop: threading.Event) -> None:
         except TrackingError as error:
             if not down:
                 print(f"tracking: {error}", file=sys.stderr, flush=True)
-            down, pause = True, min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            down, pause = True, min(2 * pause, _LONGEST_OUTAGE_PAUSE_SECONDS)
         else:
             if down:
                 print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
-            down, pause = False, max(_POLL_SECONDS, _REST_FACTOR * (time.monotonic() - began))
+            rest = min(_REST_FACTOR * (time.monotonic() - began), _LONGEST_REST_SECONDS)
+            down, pause = False, max(_POLL_SECONDS, rest)
         if last:
             return
-        stop.wait(min(pause, _LONGEST_PAUSE_SECONDS))
+        stop.wait(pause)
 
 
 def _single(project: Path, run: str) -> Source | None:

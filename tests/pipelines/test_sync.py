@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 
-from pipelines.journal import read
 from pipelines.process import Lock
 from pipelines.sync import catch_up, synchronise
 from pipelines.tracking.projection import Projector
-from pipelines.ui import free_port, links, server_command
+from pipelines.ui import free_port, links
 from posttrain.errors import TrackingError
 
 from .conftest import Project
@@ -136,70 +129,3 @@ def test_a_port_in_use_is_refused_with_a_way_out() -> None:
         taken.listen()
         with pytest.raises(TrackingError, match="--port 0"):
             free_port(taken.getsockname()[1])
-
-
-class Server:
-    """An `mlflow server` that can be killed and started again on the same port and store."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port(0)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = server_command(self.folder, self.port)
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wait_for(self._answers, 60)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _answers(self) -> bool:
-        try:
-            with urlopen(f"{self.url}/health", timeout=2):
-                return True
-        except (URLError, OSError):
-            return False
-
-
-@pytest.fixture
-def server(project: Project, store: Any) -> Iterator[Server]:
-    server = Server(project.folder)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.servers
-def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
-    project: Project, store: Any, server: Server, history: Any
-) -> None:
-    """`store` reads the database of the server directly."""
-    (project.folder / "steps.txt").write_text("60")
-    step = project.start(STEP_SECONDS="0.25", POSTTRAIN_FOLLOWER="0", MLFLOW_TRACKING_URI=server.url)
-    arrived = wait_for(lambda: [r for r in all_runs(store) if r.data.metrics.get("loss")])
-    assert arrived[0].info.status == "RUNNING"
-    server.kill()
-    steps_then = len(read(project.state / "journal.jsonl"))
-    server.start()
-    assert len(read(project.state / "journal.jsonl")) > steps_then
-    _, err = step.communicate(timeout=60)
-    assert step.returncode == 0
-    synced = project.run("--wait", "30", module="pipelines.sync", MLFLOW_TRACKING_URI=server.url)
-    assert synced.returncode == 0, synced.stderr
-    (run,) = all_runs(store)
-    assert run.info.status == "FINISHED"
-    values = history(store, run.info.run_id)
-    assert values["loss"] == [(s, 2e-3 / (s + 1)) for s in range(60)]
-    assert [s for s, _ in values["odd"]] == list(range(60))
-    assert [s for s, _ in values["seconds/step"]] == list(range(60))
-    assert err.count("did not take the values") <= 1
-    server.kill()
-    assert project.run(module="pipelines.sync").returncode == 0
-    assert str(history(store, run.info.run_id)) == str(values)
