@@ -12,8 +12,8 @@ from pipelines.sections import DEFAULT_TIMEOUT_SECONDS, ComputeParams
 from pipelines.sections import RewardSource as RewardSection
 from posttrain.models.folders import load_scorer
 from posttrain.models.policy import Scorer
+from posttrain.rewards import require_available
 from posttrain.rewards.functions import BUILT_IN
-from posttrain.rewards.mathematics import require_math_verify
 from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource
 from posttrain.rewards.worker import Worker
 
@@ -39,8 +39,7 @@ def reward_sources(run: Run, names: Sequence[str], device: torch.device, compute
 
 def _function_reward(name: str, section: RewardSection) -> FunctionReward:
     """A built-in is called here, unless it may hang or a limit is asked for; everything else works in a process of its own."""
-    if section.function == "math":
-        require_math_verify()
+    require_available(section.function)
     if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
         return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
     worker = Worker(section.function, section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)

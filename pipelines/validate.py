@@ -17,6 +17,7 @@ from pipelines.sections import EvaluationParams
 from pipelines.step import main
 from pipelines.tables import FOLDER, Table, is_messages, read_rows, write_rows
 from posttrain.errors import ConfigError, ModelError
+from posttrain.rewards import require_available
 
 if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
@@ -28,6 +29,9 @@ TABLES: tuple[Table, ...] = get_args(Table)
 
 def run(run: Run) -> None:
     params = run.params.validation
+    for section in run.params.rewards.values():
+        # hours of training come before the first answer is judged
+        require_available(section.function)
     tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
     lengths = TokenLengths(base_encoder())
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)

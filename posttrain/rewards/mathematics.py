@@ -6,35 +6,29 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.errors import ConfigError, RewardError
+from posttrain.errors import RewardError
+from posttrain.rewards import require_available
 
+WARM_UP_SECONDS = 60
+"""The parser builds its tables when first used, which no answer shall pay for."""
 _DELIMITERS = ("$", "\\boxed", "\\[", "\\(")
 
 
 def math(
-    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], row_seconds: int = 2, **_: Any
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], row_seconds: int = 5, **_: Any
 ) -> list[float | None]:
     """1 where the completion's last expression equals the gold answer, `\\frac{1}{2}` = 0.5 = 2/4, else 0.
 
     None where the gold answer is no mathematics (it can pass nobody), and where parsing or comparing took longer than `row_seconds`.
     Those limits are signals, so this runs in a main thread alone: a worker's, or that of a script.
     """
-    require_math_verify()
+    require_available("math")
     if threading.current_thread() is not threading.main_thread():
         raise RewardError(
             "math bounds its time by signals and so works in a main thread only; give it a worker process"
         )
+    _parsed("$1$", WARM_UP_SECONDS)
     return [_compared(text, gold, row_seconds) for text, gold in zip(completions, answer, strict=True)]
-
-
-def require_math_verify() -> None:
-    """Raises ConfigError, saying what to type, where the optional package is not installed."""
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "the reward function 'math' needs the package math-verify; install it with: pip install -c constraints.txt '.[math]'"
-        ) from None
 
 
 def _compared(completion: str, gold: str, seconds: int) -> float | None:

@@ -33,7 +33,7 @@ def test_built_ins_run_here_and_foreign_or_limited_functions_in_a_process(root: 
         plain={"function": "answer"},
         limited={"function": "regex", "arguments": {"pattern": "(a+)+$"}, "timeout_seconds": 0.5, "on_failure": "skip"},
         mine={"function": "tests.rewards.behaving:lengths", "arguments": {"bonus": 1.0}},
-        latex={"function": "math"},
+        latex={"function": "math", "arguments": {"row_seconds": 60}},
     )
     assert {name: source.call.seconds for name, source in made.items() if isinstance(source.call, Worker)} == {
         "limited": 0.5, "mine": 60.0, "latex": 60.0,
@@ -53,6 +53,8 @@ def test_a_missing_extra_is_one_sentence_before_anything_is_trained(
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"'math' needs the package math-verify; install it with: pip install"):
         sources(root, latex={"function": "math"})
+    with pytest.raises(ConfigError, match=r"'no_such_package\.judges:f': there is no package 'no_such_package'"):
+        sources(root, mine={"function": "no_such_package.judges:f"})
 
 
 def test_the_shipped_sources_need_no_process(root: Path) -> None:

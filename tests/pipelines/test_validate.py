@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -264,6 +265,14 @@ def test_accuracy_by_answer_is_numeric_and_by_mention_is_not(root: Path) -> None
     assert validate.numeric_answer(params)
     source = params.rewards["answer"].model_copy(update={"function": "mentions"})
     assert not validate.numeric_answer(params.model_copy(update={"rewards": params.rewards | {"answer": source}}))
+
+
+def test_a_judge_that_is_not_installed_is_refused_before_anything_is_read_or_trained(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    source = params.rewards["answer"].model_copy(update={"function": "no_such_package.judges:f"})
+    run: Any = SimpleNamespace(params=params.model_copy(update={"rewards": params.rewards | {"mine": source}}))
+    with pytest.raises(ConfigError, match=r"there is no package 'no_such_package'"):
+        validate.run(run)
 
 
 def test_limits_beyond_the_context_are_refused_before_training_would() -> None:
