@@ -8,6 +8,7 @@ from pathlib import Path
 from pipelines.report import tables
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import Results
+from pipelines.report.markdown import comparison_md
 from pipelines.report.page import page, pictures
 
 
@@ -22,6 +23,7 @@ def write(folder: Path, results: Results, comparison: Comparison, samples_shown:
     texts = {
         "index.html": page(results, comparison, drawn, samples_shown, seed),
         "comparison.json": tables.comparison_json(comparison),
+        "comparison.md": comparison_md(comparison),
         "accuracy.csv": tables.accuracy_csv(comparison),
         "pairwise.csv": tables.pairwise_csv(comparison),
         "curves.csv": tables.curves_csv(results),

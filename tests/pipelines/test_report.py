@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,7 +39,10 @@ def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
 def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """A project after `python -m pipelines.compare`."""
     folder = build(tmp_path_factory.mktemp("project"))
-    shutil.copy(root / "params.yaml", folder)
+    shipped = (root / "params.yaml").read_text(encoding="utf-8")
+    chosen, count = re.subn(r"algorithms: \[.*?\]", "algorithms: [dpo, grpo, ppo]", shipped, count=1)
+    assert count == 1
+    (folder / "params.yaml").write_text(chosen, encoding="utf-8")
     done = run_compare(folder, root)
     assert done.returncode == 0, done.stderr
     return folder
@@ -205,6 +207,20 @@ def test_tables_hold_the_journals_and_the_tests(project: Path, numbers: Any) -> 
     assert {row["model"] for row in curves} == {"sft", "reward", "dpo", "grpo", "ppo"}
     sampled = [float(r["value"]) for r in curves if r["model"] == "ppo" and r["metric"] == "tokens/sampled"]
     assert sampled == [5120.0 * step for step in range(1, 41)]
+
+
+def test_the_markdown_table_says_what_the_json_says(project: Path, numbers: Any) -> None:
+    lines = (project / "report" / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"# {numbers['title']}"
+    rows = {cells[0]: cells for line in lines if line.startswith("| ") for cells in [line.strip("| ").split(" | ")]}
+    assert set(numbers["models"]) <= set(rows)
+    accuracy, steps = numbers["models"]["grpo"]["accuracy"], numbers["cost"]["grpo"]["optimiser_steps"]
+    assert rows["grpo"][2] == f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+    pair = next(p for p in numbers["pairs"] if {p["a"], p["b"]} == {"grpo", "sft"})
+    difference = pair["difference"]["mean"] * (1 if pair["a"] == "grpo" else -1)
+    assert rows["grpo"][3].startswith(f"{difference:+.3f} [")
+    assert rows["base"][3] == rows["sft"][3] == "—"
+    assert rows["grpo"][8] == f"{steps:,.0f}"
 
 
 def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, page: str) -> None:
