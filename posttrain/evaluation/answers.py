@@ -30,7 +30,7 @@ class EvaluatedAnswer:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """`budget`: padded tokens of one forward pass."""
+    """`budget`: tokens of one forward pass."""
 
     max_new_tokens: int
     samples: int
