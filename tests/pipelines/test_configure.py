@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.config import load_params
 from pipelines.configure import configure, main
+from posttrain.algorithms import PRESETS, OnPolicy
 from posttrain.errors import ConfigError
 
 
@@ -64,8 +65,20 @@ def test_every_shipped_overlay_is_valid_and_says_what_it_changes(root: Path, par
     assert configure(params, [str(root / "examples" / f"{name}.yaml")]) == []
 
 
+def test_the_overlay_of_all_presets_names_every_one_that_the_slow_tier_measures(root: Path, params: Path) -> None:
+    configure(params, [str(root / "examples" / "all_presets.yaml")])
+    loaded = load_params(params)
+    sampling = {name for name, record in PRESETS.items() if isinstance(record, OnPolicy)}
+    assert {loaded.algorithm(name).name for name in loaded.project.algorithms} == sampling | {
+        "dpo",
+        "dpo_soft",
+        "grpo_pairs",
+    }
+    assert loaded.project.seeds == [0, 1, 2]
+
+
 def test_every_shipped_overlay_is_tested(root: Path) -> None:
-    assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == ["gsm8k", "stories"]
+    assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == ["all_presets", "gsm8k", "stories"]
 
 
 def test_the_command_checks_without_writing(params: Path, capsys: pytest.CaptureFixture[str]) -> None:

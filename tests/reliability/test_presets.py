@@ -1,0 +1,48 @@
+"""Every preset that no kill test runs goes through the align step, and starts where its mathematics says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipelines.config import load_params
+from pipelines.identity import file_digest
+from pipelines.journal import read
+from posttrain.algorithms import PRESETS
+from tests.reliability.test_kills import STEPS
+from tests.reliability.workspace import Workspace
+
+pytestmark = pytest.mark.xdist_group("reliability")
+
+FIRST_LOSS = {"dpo_soft": math.log(2), "robust": math.log(2), "ipo": 25.0, "hinge": 1.0, "grpo_pairs": 0.0}
+"""Of a policy that is its own reference: 1 / (4 beta^2) for IPO with beta 0.1; advantages of a pair that cancel for GRPO."""
+ON_POLICY = ("dr_grpo", "chord_phi", "rloo", "reinforce_pp", "cispo")
+OTHERS = (*FIRST_LOSS, *ON_POLICY, "gspo", "simpo")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_preset_trains_through_the_align_step(name: str, workspace: Workspace) -> None:
+    workspace.succeed("pipelines.align", "--algorithm", name, "--seed", "0")
+    records = read(workspace.folder / "runs" / "align" / f"{name}-0" / "journal.jsonl")
+    steps = [record["values"] for record in records if record["kind"] == "metrics"]
+    assert len(steps) == (6 if name in (*ON_POLICY, "gspo") else 4)
+    assert all(math.isfinite(values["loss"]) and values["grad_norm"] > 0 for values in steps)
+    first = steps[0]
+    if name in FIRST_LOSS:
+        assert first["loss"] == pytest.approx(FIRST_LOSS[name], abs=1e-5)
+    if name in ON_POLICY:
+        assert (first["ratio/min"], first["ratio/max"], first["kl/approx"]) == (1.0, 1.0, 0.0)
+    if name == "gspo":
+        # four updates a step: the first is on-policy, the later ones are not
+        assert first["ratio/min"] < 1.0 < first["ratio/max"]
+    before, after = (
+        workspace.folder / folder / "model.safetensors" for folder in ("models/sft", f"models/align/{name}-0")
+    )
+    assert file_digest(before) != file_digest(after)
+
+
+def test_kill_tests_and_these_cover_every_preset(workspace: Workspace) -> None:
+    params = load_params(workspace.folder / "params.yaml")
+    covered = {params.algorithm(name).name for name in (*OTHERS, *STEPS) if name in params.algorithms}
+    assert covered == set(PRESETS)
