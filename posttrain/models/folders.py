@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -60,6 +62,13 @@ def load_new_scorer(source: str | Path) -> PreTrainedModel:
     model = load_scorer(source)
     torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
     return model
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a folder or hub id, without its weights."""
+    _check_folder(source)
+    config: PreTrainedConfig = _pretrained(AutoConfig, source)
+    return config
 
 
 def load_encoder(source: str | Path) -> TextEncoder:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**25
-"""Logits held at once; float32 makes it 128 MiB."""
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once; float32 makes it 64 MiB."""
 
 
 def taken_logprobs(
@@ -40,15 +40,13 @@ class _TakenLogprobs(torch.autograd.Function):
         product: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(product, torch.float32)
-        logprobs, entropy, total = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
+        logprobs, entropy = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         head = _Head(weight, bias, temperature, product)
         for rows in head.chunks(len(hidden)):
-            logits = head.logits(hidden, rows)
-            total[rows] = logits.logsumexp(-1)
-            logits -= total[rows, None]
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
-            entropy[rows] = -torch.linalg.vecdot(logits.exp(), logits)
-        ctx.save_for_backward(hidden, weight, bias, targets, total)
+            table = head.logits(hidden, rows).log_softmax(-1, dtype=wide)
+            logprobs[rows] = table.gather(-1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.linalg.vecdot(table.exp(), table)
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.product = temperature, product
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -56,15 +54,15 @@ class _TakenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, total = ctx.saved_tensors
-        head, wide = _Head(weight, bias, ctx.temperature, ctx.product), total.dtype
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head, wide = _Head(weight, bias, ctx.temperature, ctx.product), outer.dtype
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         scaled_outer = (outer / ctx.temperature).to(wide)
         for rows in head.chunks(len(hidden)):
             scaled = scaled_outer[rows, None]
-            of_logits = head.logits(hidden, rows).sub_(total[rows, None]).exp_().mul_(-scaled)
+            of_logits = head.logits(hidden, rows).softmax(-1, dtype=wide).mul_(-scaled)
             of_logits.scatter_add_(-1, targets[rows, None], scaled)
             if of_bias is not None:
                 of_bias += of_logits.sum(0)
@@ -94,9 +92,12 @@ class _Head:
         return [slice(i, i + rows) for i in range(0, tokens, rows)]
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
-        """[tokens, vocabulary] over the temperature, in float32 at least."""
+        """[tokens, vocabulary] over the temperature: as the product gives them, or in float32 where they are divided."""
         logits = torch.nn.functional.linear(hidden[rows].to(self.weight.dtype), self.weight, self.bias)
+        if isinstance(self.temperature, float) and self.temperature == 1:
+            return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if isinstance(self.temperature, Tensor):
-            return logits.div_(self.temperature[rows, None].to(logits.dtype))
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
+        divisor = (
+            self.temperature[rows, None].to(logits.dtype) if isinstance(self.temperature, Tensor) else self.temperature
+        )
+        return logits.div_(divisor)

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -47,8 +55,8 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model with untied embeddings and tokenizer; the weights depend on the seed alone."""
+def tiny_config(shape: TinyShape) -> PreTrainedConfig:
+    """Configuration of a model with untied embeddings over the byte vocabulary."""
     tokenizer = byte_tokenizer(shape.max_length)
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -64,20 +72,22 @@ def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrained
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
+    if not shape.experts:
+        return Qwen3Config(**common)
+    moe: dict[str, Any] = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeConfig(**common, **moe, moe_intermediate_size=shape.intermediate_size)
+
+
+def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer; the weights depend on the seed alone."""
+    tokenizer = byte_tokenizer(shape.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel
-        if shape.experts:
-            from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-            moe: dict[str, Any] = {
-                "num_experts": shape.experts,
-                "num_experts_per_tok": shape.experts_per_token,
-                "norm_topk_prob": True,
-            }
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, moe_intermediate_size=shape.intermediate_size))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**common))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(shape))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
     )

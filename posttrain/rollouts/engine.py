@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_ROWS = 512
+"""Answers that an engine in this process has under way at once."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:

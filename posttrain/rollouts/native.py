@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from posttrain.errors import RolloutError
-from posttrain.rollouts.engine import Completion, Request, SamplingSettings, uniforms
+from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, uniforms
 
 COMPACT_BELOW = 0.75
 """Rows are gathered into a smaller batch once fewer than this share of them still run."""
@@ -21,7 +21,7 @@ COMPACT_BELOW = 0.75
 class NativeEngine:
     """Continues prompts with any causal language model of transformers that keeps a standard key-value cache."""
 
-    def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = 512, bf16: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = MAX_ROWS, bf16: bool = False) -> None:
         self.lm, self.eos_id, self.max_rows, self.bf16 = lm, eos_id, max_rows, bf16
 
     @torch.no_grad()

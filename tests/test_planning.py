@@ -1,0 +1,108 @@
+"""The plan's numbers against sums by hand, against what autograd really saves, and against what the steps announce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import Params, load_params, parse_params, read_yaml
+from pipelines.plan import main, page, phases
+from posttrain.data.batches import collate
+from posttrain.data.tokens import Tokens
+from posttrain.models.policy import Policy
+from posttrain.models.tiny import TinyShape, tiny_config, tiny_model
+from posttrain.planning import Sizes, sampling, sizes, training
+from tests.reliability.workspace import OVERLAY
+
+SIZES = Sizes(parameters=1000, hidden=8, layers=2, query_width=8, key_width=4, intermediate=16, vocabulary=50)
+
+
+def test_bytes_by_hand() -> None:
+    layer = 4 * 16 + 4 * 4 + 4 * 8 + 8 * 8
+    assert SIZES.activations_per_token == 4 * (2 * layer + 4 * 8) == 1536
+    assert SIZES.cache_per_token == 4 * 2 * 2 * 4
+    held = training(SIZES, 100, trained=2, frozen=1)
+    assert (held.weights, held.optimiser) == (4 * 1000 * 3, 3 * 4 * 1000 * 2)
+    assert (held.activations, held.logits) == (100 * 1536 * 2, 2 * 4 * 100 * 50)
+    assert training(SIZES, 100, bf16=True).activations == 75 * 1536
+    asked = sampling(SIZES, 10, 30, trained=1)
+    assert (asked.weights, asked.optimiser) == (4 * 1000 * 2, 2 * 4 * 1000)
+    assert (asked.cache, asked.logits) == (10 * 30 * 64, 10 * 50 * 16)
+    assert asked.total == 8000 + 8000 + 19200 + 8000
+
+
+@pytest.mark.parametrize("shape", [TinyShape(), TinyShape(64, 200, 3, 4, 4), TinyShape(96, 64, 1, 2, 1)])
+def test_activations_are_what_autograd_saves(shape: TinyShape) -> None:
+    lm, _ = tiny_model(shape, 0)
+    policy, batch = Policy(lm), collate([Tokens((3 + i, 4, 5, 6), (7,) * 60) for i in range(8)])
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batch)
+    planned = sizes(lm.config)
+    assert planned.parameters == sum(p.numel() for p in lm.parameters())
+    assert sum(saved.values()) / len(batch.input_ids) == pytest.approx(planned.activations_per_token, rel=0.12)
+
+
+def test_experts_count_as_many_as_a_token_passes_through() -> None:
+    shape = TinyShape(64, 32, 2, 4, 2, experts=8, experts_per_token=2)
+    planned = sizes(tiny_config(shape))
+    assert planned.intermediate == 2 * 32
+    assert planned.parameters == sum(p.numel() for p in tiny_model(shape, 0)[0].parameters())
+
+
+def tiny(root: Path) -> Params:
+    tree = read_yaml(root / "params.yaml")
+    _merge(tree, read_yaml(OVERLAY))
+    return parse_params(tree)
+
+
+def _merge(tree: Any, over: Any) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def test_steps_and_tokens_are_those_that_the_steps_announce(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = {(phase.stage, phase.name): phase for phase in phases(tiny(root), SIZES)}
+    # 64 rows in batches of 16 over 2 epochs; 32 of 40 pairs in batches of 8 over 2 epochs
+    assert planned["sft", "train"].steps == 8
+    assert planned["sft", "train"].tokens == 64 * 2 * (32 + 64)
+    assert planned["reward", "train"].steps == planned["align@dpo", "train"].steps == 8
+    # 6 steps: of 2 epochs for PPO, of 2 minibatches for this GRPO, of one update for CHORD
+    assert [planned[f"align@{name}", "train"].steps for name in ("ppo", "grpo", "chord")] == [12, 12, 6]
+    assert planned["align@grpo", "sample"].tokens == 6 * 4 * 4 * 12
+    assert planned["align@dapo", "sample"].tokens == 8 * 6 * 4 * 4 * 12
+    # policy and critic with their moments; reference and reward model beside them
+    assert planned["align@ppo", "train"].memory.weights == 4 * 4 * SIZES.parameters
+    assert planned["align@grpo", "train"].memory.weights == 3 * 4 * SIZES.parameters
+    assert planned["evaluate", "sample"].tokens == 8 * 3 * 12
+
+
+def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = load_params(root / "params.yaml")
+    planned = list(phases(params, SIZES))
+    assert "will not fit" not in page(params, SIZES, planned, 1 << 40)
+    said = page(params, SIZES, planned, 1 << 20)
+    assert "sft (train) will not fit: " in said
+    assert "most of it activations; lower compute.micro_batch_tokens." in said
+    assert main(["--params", str(root / "params.yaml"), "--memory", "1000"]) == 0
+    assert "361,984 parameters (tiny); 1 seed per algorithm; a device has 1000.0 GiB" in capsys.readouterr().out
+    assert main(["--params", str(root / "params.yaml"), "--memory", "0.1"]) == 1
+    assert main(["--params", str(root / "missing.yaml")]) == 2
+    assert "cannot read" in capsys.readouterr().err
