@@ -108,6 +108,15 @@ class Params(Section):
                 f"algorithms.{name}: advantage {record.advantage!r} compares answers to one prompt;"
                 f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
+        if record.filter != "none" and budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: filter {record.filter!r} keeps prompts whose answers are rewarded differently;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
+        if "critic_learning_rate" in self.algorithms[name].budget and not record.has_critic:
+            raise ConfigError(
+                f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it counts only when advantage is 'gae'. Remove it."
+            )
         if record.overlong_cache >= budget.max_new_tokens:
             raise ConfigError(
                 f"algorithms.{name}: overlong_cache = {record.overlong_cache} must be smaller than max_new_tokens ="

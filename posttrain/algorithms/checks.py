@@ -65,6 +65,11 @@ def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
         raise ConfigError(f"{record.name}.options.kl = {record.kl!r}: has no effect while kl_coefficient is 0")
     if record.mu_valley > record.mu_peak:
         raise ConfigError(f"{record.name}: mu_valley = {record.mu_valley} is above mu_peak = {record.mu_peak}")
+    if record.has_expert and not record.mu_decay_steps and record.mu_valley != record.mu_peak:
+        raise ConfigError(
+            f"{record.name}: without mu_decay_steps the weight is mu_valley = {record.mu_valley} at once, and mu_peak ="
+            f" {record.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
+        )
     if record.kl == "reward" and record.kl_estimator != "k1":
         raise ConfigError(
             f"{record.name}: KL in the reward is the log-ratio k1; {record.kl_estimator} belongs in the loss"

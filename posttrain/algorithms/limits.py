@@ -8,11 +8,23 @@ from collections.abc import Callable
 
 from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
 
+
+def _updates_off_policy(record: OnPolicy) -> bool:
+    """Whether a rollout serves several updates; in the first one every importance ratio is 1, so that no clip acts."""
+    return record.epochs * record.minibatches > 1
+
+
+OFF_POLICY = "epochs x minibatches > 1, because the importance ratio is 1 in the first update after sampling"
+PENALISED = "kl is 'reward' or 'loss' and kl_coefficient > 0"
 # option -> (when it has an effect, how to say so)
 ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
-    "kl_estimator": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
+    "ratio": (lambda r: _updates_off_policy(r) or r.ratio == "token", OFF_POLICY),
+    "surrogate": (lambda r: _updates_off_policy(r) or r.surrogate == "clip", OFF_POLICY),
+    "clip_low": (_updates_off_policy, OFF_POLICY),
+    "clip_high": (_updates_off_policy, OFF_POLICY),
     "kl_coefficient": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
-    "kl_target": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
+    "kl_estimator": (lambda r: r.kl != "none" and r.kl_coefficient > 0, PENALISED),
+    "kl_target": (lambda r: r.kl != "none" and r.kl_coefficient > 0, PENALISED),
     "kl_horizon": (lambda r: r.kl_target is not None, "kl_target is set"),
     "reward_combination": (
         lambda r: r.reward_combination == "sum" or not r.has_critic,
@@ -23,7 +35,7 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),
     "mu_valley": (lambda r: r.has_expert, "mu_peak > 0"),
     "mu_warmup_steps": (lambda r: r.has_expert, "mu_peak > 0"),
-    "mu_decay_steps": (lambda r: r.has_expert, "mu_peak > 0"),
+    "mu_decay_steps": (lambda r: r.has_expert and r.mu_valley != r.mu_peak, "mu_peak > 0 and mu_valley is another"),
     "phi": (lambda r: r.has_expert or r.phi == "none", "mu_peak > 0"),
     "gamma": (lambda r: r.has_critic, "advantage is 'gae'"),
     "lam": (lambda r: r.has_critic, "advantage is 'gae'"),

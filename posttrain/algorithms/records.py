@@ -45,7 +45,7 @@ class OnPolicy:
     kl_target: float | None = None
     """Mean KL per response (nats) that an adaptive coefficient steers to; None keeps the coefficient fixed."""
     kl_horizon: int = 1000
-    """Responses over which the adaptive coefficient may change by about a factor e (1909.08593)."""
+    """The adaptive coefficient changes by a fifth of itself at most over so many responses (1909.08593)."""
     reward_combination: RewardCombination = "sum"
     """group_normalised: each reward is normalised within its group before the weighted sum (2601.05242)."""
     filter: Filter = "none"
@@ -62,8 +62,10 @@ class OnPolicy:
     mu_peak: float = 0.0
     """Weight of the expert stream at its highest; 0 means there is no expert stream."""
     mu_valley: float = 0.0
+    """Where it ends; equal to mu_peak for a constant weight."""
     mu_warmup_steps: int = 0
     mu_decay_steps: int = 0
+    """Optimiser steps, as the warm-up's."""
     phi: Phi = "none"
     gamma: float = 1.0
     lam: float = 0.95
@@ -74,6 +76,7 @@ class OnPolicy:
     critic_start: CriticStart = "reward"
     """What a separate critic starts from: the reward model, or the supervised model with a value head of zeros."""
     epochs: int = 1
+    """Passes over a rollout, in `minibatches` updates each. With one update in all the ratio is 1, and no clip ever acts."""
     minibatches: int = 1
 
     @property

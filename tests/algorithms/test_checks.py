@@ -66,7 +66,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"critic_start": "base"}, "one of 'reward', 'sft'"),
     ("grpo", {"value_coefficient": 0.1}, "advantage is 'gae'"),
     ("grpo", {"critic": "shared"}, "advantage is 'gae'"),
-    ("grpo", {"ratio": "sequence"}, "never clips"),
+    ("grpo", {"ratio": "sequence", "minibatches": 2}, "never clips"),
+    ("grpo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, "epochs x minibatches > 1"),
+    ("grpo", {"clip_low": 0.1}, "epochs x minibatches > 1"),
+    ("grpo", {"clip_high": 0.28}, "epochs x minibatches > 1"),
+    ("grpo", {"surrogate": "weight"}, "epochs x minibatches > 1"),
+    ("gspo", {"minibatches": 1, "clip_high": 0.1}, "epochs x minibatches > 1"),
+    ("grpo", {"kl_coefficient": 0.0, "kl_target": 6.0}, "kl_coefficient > 0"),
+    ("grpo", {"kl_coefficient": 0.0, "kl_estimator": "k2"}, "kl_coefficient > 0"),
+    ("grpo", {"mu_peak": 0.5}, "mu_peak = 0.5 has no effect"),
+    ("chord", {"mu_decay_steps": 0}, "mu_peak = 0.9 has no effect"),
+    ("chord_phi", {"mu_decay_steps": 50}, "mu_valley is another"),
     ("gspo", {"clip_high": 0.2}, "never clips"),
     ("ppo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, "one advantage per response"),
     ("ipo", {"label_smoothing": 0.1}, "has no effect"),
@@ -108,11 +118,13 @@ def test_every_preset_is_itself_and_passes_its_own_checks(name: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "options"),
     [
-        ("grpo", {"advantage": "group_z", "clip_high": 0.28, "kl": "none"}),
+        ("grpo", {"advantage": "group_z", "clip_high": 0.28, "kl": "none", "minibatches": 2}),
         ("grpo", {"kl": "reward", "kl_estimator": "k1", "kl_target": 6, "kl_horizon": 500}),
-        ("grpo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}),
+        ("grpo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "epochs": 2}),
         ("grpo", {"mu_peak": 0.5, "mu_warmup_steps": 5, "mu_decay_steps": 50, "phi": "p_one_minus_p"}),
-        ("grpo", {"clip_high": float("inf")}),
+        ("grpo", {"clip_high": float("inf"), "minibatches": 4}),
+        ("grpo", {"ratio": "token", "surrogate": "clip"}),
+        ("grpo", {"mu_peak": 0.5, "mu_valley": 0.5}),
         ("grpo", {"reward_combination": "group_normalised", "advantage": "batch_z"}),
         ("dapo", {"refill_limit": 20, "refill_partial": True}),
         ("ppo", {"critic": "shared", "lam": 1, "kl_target": None}),
@@ -170,6 +182,9 @@ def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict
         assert not (record.has_critic and record.ratio == "sequence")
         assert record.kl != "reward" or record.kl_estimator == "k1"
         assert record.mu_valley <= record.mu_peak <= 1
+        assert not record.has_expert or record.mu_decay_steps or record.mu_valley == record.mu_peak
+        clipped = {"clip_low", "clip_high"} & set(options)
+        assert not clipped or record.epochs * record.minibatches > 1
     elif isinstance(record, Preference):
         assert record.beta > 0
         assert 0 <= record.label_smoothing < 0.5
