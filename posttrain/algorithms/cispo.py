@@ -1,4 +1,7 @@
-"""CISPO (arXiv 2506.13585): clip the importance weight, not the update. Clipped tokens keep their gradient."""
+"""CISPO (arXiv 2506.13585): clip the importance weight, not the update. Clipped tokens keep their gradient.
+
+A rollout serves four updates (16 in the paper), since every weight is 1 in the first one. There is no lower bound: 1 - clip_low is 0.
+"""
 
 from dataclasses import replace
 
@@ -15,4 +18,5 @@ CISPO = replace(
     aggregate="token_mean",
     kl="none",
     kl_coefficient=0.0,
+    minibatches=4,
 )

@@ -27,11 +27,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` [batch, time] with mean 0 and population standard deviation 1 over the mask; 0 outside it."""
-    count = mask.sum().clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum() / count
-    variance = torch.where(mask, (values - mean).square(), 0.0).sum() / count
-    return torch.where(mask, (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+    """`values` [batch, time] with mean 0 and population standard deviation 1 over the mask; 0 outside it, and if all are equal."""
+    known = values[mask].double()
+    # the mean of equal numbers may be another number by rounding, and the difference would be blown up to 1
+    if not len(known) or known.max() == known.min():
+        return torch.zeros_like(values)
+    centred, variance = values.double() - known.mean(), known.var(correction=0)
+    return torch.where(mask, centred * torch.rsqrt(variance + 1e-8), 0.0).to(values.dtype)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

@@ -119,11 +119,11 @@ class ExperienceSource:
         record, mask = self.record, collate([a.tokens for a in answers]).mask
         time_steps, lengths = mask.shape[1], mask.sum(-1).tolist()
         rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
-        penalty = torch.zeros(mask.shape)
+        penalty, coefficient = torch.zeros(mask.shape), self.objective.kl_coefficient
         if record.kl != "none" and own is not None:
             difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
             if record.kl == "reward":
-                penalty = self.objective.kl_coefficient * difference
+                penalty = coefficient * difference
             self._adapt(float(difference.sum()) / len(answers), len(answers))
         if record.advantage in ("gae", "batch_z"):
             values = pad([n.values for n in own], time_steps) if own and record.has_critic else torch.zeros(mask.shape)
@@ -136,6 +136,9 @@ class ExperienceSource:
                 None,
                 {"advantage/std": float(of_answer.std(correction=0))},
             )
+        if record.kl != "none":
+            # what is in the reward was weighed before this step's KL was known, what is in the loss is weighed after
+            metrics["kl/coefficient"] = coefficient if record.kl == "reward" else self.objective.kl_coefficient
         cut = [advantages[i, : lengths[i]].numpy() for i in range(len(answers))]
         return (
             cut,
@@ -177,8 +180,6 @@ class ExperienceSource:
             for part in minibatches(rows, self.sampler.settings.samples, self.record.minibatches):
                 batches.append(self._with_experts(part, metrics))
                 self.updates += 1
-        if self.record.kl != "none":
-            metrics["kl/coefficient"] = self.objective.kl_coefficient
         return batches
 
     def _with_experts(self, rows: Sequence[Experience], metrics: dict[str, float]) -> Sequence[OnPolicyRow]:

@@ -20,6 +20,10 @@ TABLE = {
     "gspo": ("group_z", "sequence", 3e-4, 4e-4, "sequence_mean", "none", 0.0),
     "dapo": ("group_z", "token", 0.2, 0.28, "token_mean", "none", 0.0),
     "chord": ("group_z", "token", 0.2, 0.2, "sequence_mean", "none", 0.0),
+    # as published: RLOO's action is the whole answer, so no length divides it; CISPO has no lower bound
+    "rloo": ("leave_one_out", "token", 0.2, 0.2, "constant", "reward", 0.05),
+    "reinforce_pp": ("batch_z", "token", 0.2, 0.2, "token_mean", "reward", 0.01),
+    "cispo": ("group_z", "token", 1.0, 0.28, "token_mean", "none", 0.0),
 }
 
 
@@ -38,7 +42,9 @@ def test_what_else_the_table_says() -> None:
     assert (ppo.gamma, ppo.lam, ppo.whiten, ppo.value_clip, ppo.epochs) == (1.0, 0.95, True, 0.2, 4)
     assert (ppo.kl_estimator, PRESETS["grpo"].kl_estimator) == ("k1", "k3")
     assert ppo.missing_eos_penalty > 0
-    assert gspo.epochs * gspo.minibatches == 4
+    # the point of these three is a clip, which only acts where a rollout serves several updates
+    assert [PRESETS[n].minibatches for n in ("gspo", "dapo", "cispo")] == [4, 4, 4]  # type: ignore[union-attr]
+    assert PRESETS["cispo"].surrogate == "weight"  # type: ignore[union-attr]
     assert (dapo.filter, dapo.mask_truncated) == ("refill", True)
     assert dapo.overlong_cache > 0
     assert (chord.mu_peak, chord.mu_valley, chord.mu_decay_steps) == (0.9, 0.05, 200)

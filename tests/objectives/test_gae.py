@@ -72,6 +72,13 @@ def test_whitening_has_mean_0_and_std_1_over_the_mask_alone() -> None:
     assert whiten(values, torch.zeros_like(mask)).tolist() == [[0.0] * 3] * 2
 
 
+@pytest.mark.parametrize("constant", [0.1, 1e3 + 0.1, 1e6 + 0.1])
+def test_equal_values_are_exactly_zero_when_whitened(constant: float) -> None:
+    values, mask = torch.full((3, 7), constant), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    assert not whiten(values, mask).any()
+
+
 def test_value_loss_by_hand() -> None:
     values, old, returns = f64([[1.0, 1.0, 0.1]]), f64([[0.0, 0.9, 0.0]]), f64([[2.0, 2.0, -1.0]])
     # clipped values .2, 1, .1: the first is held back, the others are inside the clip

@@ -124,7 +124,9 @@ def test_the_adaptive_coefficient_moves_wherever_the_kl_is(name: str) -> None:
     kl = [float((r.old.astype(float) - r.reference).sum()) for r in data.batches[0]]
     expected = adapted_coefficient(made.kl_coefficient, float(np.mean(kl)), 0.5, 12, 100)
     assert expected != made.kl_coefficient
-    assert data.metrics["kl/coefficient"] == pytest.approx(expected, rel=1e-5)
+    # the reward was paid with the coefficient from before, the loss will be with the one after
+    in_force = made.kl_coefficient if name == "ppo" else expected
+    assert data.metrics["kl/coefficient"] == pytest.approx(in_force, rel=1e-5)
     assert source.state_dict()["kl_coefficient"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -133,7 +135,7 @@ def test_minibatches_hold_whole_groups_and_every_row_once_an_epoch() -> None:
     assert [len(batch) for batch in data.batches] == [6, 6, 6, 6]
     answers = [a.tokens for a in source.last_answers]
     assert [r.tokens for r in data.batches[0]] + [r.tokens for r in data.batches[1]] == answers
-    assert data.batches[2:] == data.batches[:2] or [r.tokens for b in data.batches[2:] for r in b] == answers
+    assert [r.tokens for b in data.batches[2:] for r in b] == answers
     assert source.updates == 4
 
 
@@ -173,7 +175,7 @@ def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
 
 
 def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
-    source, data, _ = step(record("dapo", filter="none", overlong_cache=0))
+    source, data, _ = step(record("dapo", filter="none", overlong_cache=0, minibatches=1))
     finished = [a.completion.finished for a in source.last_answers]
     assert [r.trained for r in data.batches[0]] == finished
     assert not all(finished)
