@@ -108,11 +108,32 @@ def test_each_pair_is_its_own_logit() -> None:
     assert together == losses("dpo", [3.0]) + losses("dpo", [-4.0])
 
 
-@pytest.mark.parametrize("name", ["dpo", "dpo_soft", "robust", "ipo", "simpo"])
-def test_gradients_agree_with_finite_differences(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dpo", {}),
+        ("dpo", {"label_smoothing": 0.2}),
+        ("dpo", {"score_weighting": "offset", "score_scale": 0.4}),
+        ("dpo_soft", {}),
+        ("robust", {}),
+        ("ipo", {}),
+        ("simpo", {}),
+        ("hinge", {}),
+        ("hinge", {"label_smoothing": 0.2}),
+        ("hinge", {"label_smoothing": 0.2, "robust": True}),
+    ],
+)
+def test_gradients_agree_with_finite_differences(name: str, options: dict[str, object]) -> None:
     difference = f64(-7.0, 0.5, 11.0).requires_grad_()
     gap = f64(1.0, 0.0, -2.0)
-    assert torch.autograd.gradcheck(lambda d: preference_loss(d, gap, record(name)), (difference,))
+    assert torch.autograd.gradcheck(lambda d: preference_loss(d, gap, record(name, **options)), (difference,))
+
+
+def test_hinge_under_label_noise_by_hand() -> None:
+    # logit 0.4: 0.6 to the right side, 1.4 to the wrong one
+    assert losses("hinge", [4.0], label_smoothing=0.2)[0] == pytest.approx(0.8 * 0.6 + 0.2 * 1.4, abs=1e-12)
+    robust = losses("hinge", [4.0], label_smoothing=0.2, robust=True)[0]
+    assert robust == pytest.approx((0.8 * 0.6 - 0.2 * 1.4) / 0.6, abs=1e-12)
 
 
 def test_far_logits_stay_finite() -> None:

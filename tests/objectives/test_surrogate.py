@@ -113,8 +113,9 @@ def test_at_ratio_one_every_objective_has_the_policy_gradient(ratio: str, kind: 
     lp = start.clone().requires_grad_()
     surrogate = surrogate_loss(importance_ratio(lp, start, MASK, ratio), lp, advantage, 0.2, 0.28, kind)
     (gradient,) = torch.autograd.grad(aggregate(surrogate.loss, MASK, how, 5), lp)
-    other = start.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(aggregate(-advantage * other, MASK, how, 5), other)
+    # d/dlp of -A lp, times what each aggregate weighs a token of the rows of 3 and of 1 with
+    weights = {"token_mean": [1.0, 1.0], "sequence_mean": [1 / 3, 1.0], "constant": [1 / 5, 1 / 5]}[how]
+    expected = f64([[-0.7 * weights[0]] * 3, [1.3 * weights[1], 0.0, 0.0]])
     assert torch.allclose(gradient, expected, atol=1e-14)
     assert not (surrogate.clipped_low | surrogate.clipped_high)[MASK].any()
 

@@ -49,6 +49,14 @@ def test_a_duplicated_key_is_refused_with_its_line(tmp_path: Path) -> None:
         read_yaml(tmp_path / "p.yaml")
 
 
+PPO_DROPPING_ALONE = {
+    "preset": "ppo",
+    "options": {"filter": "drop"},
+    "rewards": {"answer": 1.0},
+    "budget": {"samples_per_prompt": 1},
+}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -66,7 +74,7 @@ def test_a_duplicated_key_is_refused_with_its_line(tmp_path: Path) -> None:
         ("algorithms.grpo.budget", {"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
         ("align.on_policy.top_p", 0.9, "align.on_policy: top_p: truncated sampling biases the importance ratio"),
         ("algorithms.grpo.budget", {"critic_learning_rate": 1e-3}, "critic_learning_rate: has no effect here"),
-        ("algorithms.ppo", {"preset": "ppo", "options": {"filter": "drop"}, "rewards": {"answer": 1.0}, "budget": {"samples_per_prompt": 1}}, "filter 'drop' keeps prompts whose answers are rewarded differently"),
+        ("algorithms.ppo", PPO_DROPPING_ALONE, "filter 'drop' keeps prompts whose answers are rewarded differently"),
         ("algorithms.grpo.options", {"clip_high": 0.28}, "it counts only when epochs x minibatches > 1"),
         ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),

@@ -16,7 +16,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
 from posttrain.training.onpolicy import Experience, Expert
 from posttrain.training.preference import Answer, AnswerGroup
-from tests.training.cases import MAX_LENGTH, case, probe
+from tests.training.cases import MAX_LENGTH, case, probe, with_record
 
 TEMPERATURE = 0.8
 
@@ -111,24 +111,55 @@ def test_the_kl_that_is_reported_is_not_clamped(name: str) -> None:
     assert metrics["kl/ref_k3"] == pytest.approx((math.exp(40) - 41) * per_response, rel=1e-3)
 
 
-def test_the_metrics_of_grpo() -> None:
-    metrics, model, rows = loss_of("grpo")
-    k1, mismatch, entropy, ratio, tokens = 0.0, 0.0, 0.0, 0.0, 0
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+def test_the_metrics_of_an_update(name: str) -> None:
+    record = PRESETS[name]
+    assert isinstance(record, OnPolicy)
+    metrics, model, rows = loss_of(name)
+    sums: dict[str, float] = dict.fromkeys(
+        ("k1", "k3", "approx", "mismatch", "mismatch_k3", "entropy", "tokens", "low", "high", "trained"), 0.0
+    )
+    ratios, gaps = [], []
     for row in rows:
         lp = token_logprobs(model, row.tokens, TEMPERATURE)
-        k1 += sum(a - float(b) for a, b in zip(lp, row.reference, strict=True))
-        mismatch += float(np.abs(row.old.astype(np.float64) - row.sampled).sum())
-        ratio += sum(math.exp(a - float(b)) for a, b in zip(lp, row.old, strict=True))
-        tokens += len(lp)
+        old, ref, sampled = (x.astype(np.float64).tolist() for x in (row.old, row.reference, row.sampled))
+        mean = math.exp(sum(a - b for a, b in zip(lp, old, strict=True)) / len(lp))
+        for t, now in enumerate(lp):
+            ratio = mean if record.ratio == "sequence" else math.exp(now - old[t])
+            sums["k1"] += now - ref[t]
+            sums["k3"] += math.exp(ref[t] - now) - 1 + now - ref[t]
+            sums["approx"] += math.exp(now - old[t]) - 1 + old[t] - now
+            sums["mismatch"] += abs(old[t] - sampled[t])
+            sums["mismatch_k3"] += math.exp(old[t] - sampled[t]) - 1 + sampled[t] - old[t]
+            sums["low"] += row.trained and ratio < 1 - record.clip_low and row.advantages[t] < 0
+            sums["high"] += row.trained and ratio > 1 + record.clip_high and row.advantages[t] > 0
+            ratios.append(ratio)
+            gaps.append(abs(old[t] - sampled[t]))
+        sums["tokens"] += len(lp)
+        sums["trained"] += len(lp) * row.trained
         with torch.no_grad():
-            p = (
-                model.lm(input_ids=torch.tensor([row.tokens.prompt + row.tokens.response])).logits[0] / TEMPERATURE
-            ).log_softmax(-1)
-        entropy += float(-(p.exp() * p).sum(-1)[len(row.tokens.prompt) - 1 : -1].sum())
-    assert metrics["kl/ref_k1"] == pytest.approx(k1 / len(rows), rel=1e-6)
-    assert metrics["mismatch/mean"] == pytest.approx(mismatch / tokens, rel=1e-4)
-    assert metrics["ratio/mean"] == pytest.approx(ratio / tokens, rel=1e-6)
-    assert metrics["entropy"] == pytest.approx(entropy / tokens, rel=1e-6)
+            ids = torch.tensor([row.tokens.prompt + row.tokens.response])
+            p = (model.lm(input_ids=ids).logits[0] / TEMPERATURE).log_softmax(-1)
+        sums["entropy"] += float(-(p.exp() * p).sum(-1)[len(row.tokens.prompt) - 1 : -1].sum())
+    assert sums["low"] > 0
+    assert sums["high"] > 0
+    tokens = sums["tokens"]
+    expected = {
+        "kl/ref_k1": sums["k1"] / len(rows),
+        "kl/ref_k3": sums["k3"] / len(rows),
+        "kl/approx": sums["approx"] / tokens,
+        "mismatch/mean": sums["mismatch"] / tokens,
+        "mismatch/k3": sums["mismatch_k3"] / tokens,
+        "mismatch/max": max(gaps),
+        "ratio/mean": sum(ratios) / tokens,
+        "ratio/min": min(ratios),
+        "ratio/max": max(ratios),
+        "entropy": sums["entropy"] / tokens,
+        "clip/low": sums["low"] / sums["trained"],
+        "clip/high": sums["high"] / sums["trained"],
+    }
+    for metric, value in expected.items():
+        assert metrics[metric] == pytest.approx(value, rel=1e-4 if "mismatch" in metric else 1e-6), metric
 
 
 @pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, Preference)))
@@ -162,8 +193,6 @@ def test_every_preference_preset(name: str) -> None:
 
 def test_weighted_pairs_are_normalised_over_the_step() -> None:
     made = case("dpo", double=True)
-    from tests.training.cases import with_record
-
     weighted = with_record(made, score_weighting="weight")
     singles = [probe(made.model(), 99).update([row], made.objective)["loss"] for row in made.rows]
     gaps = [abs(row.score_gap) for row in made.rows]
@@ -171,18 +200,46 @@ def test_weighted_pairs_are_normalised_over_the_step() -> None:
     assert probe(made.model(), 30).update(made.rows, weighted.objective)["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_dpo_and_grpo_pairs_start_at_their_reference() -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("name", "start"), [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("robust", math.log(2)), ("hinge", 1.0)]
+)
+def test_preferences_start_at_their_reference(name: str, start: float) -> None:
+    made = case(name, double=True)
+    model = made.model()
 
-    for name, start in (("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("robust", math.log(2)), ("hinge", 1.0)):
-        made = case(name, double=True)
-        model = made.model()
+    def at_reference(answer: Answer) -> Answer:
+        return replace(answer, reference=np.array(token_logprobs(model, answer.tokens)))
 
-        def at_reference(answer: Any, model: Policy = model) -> Any:
-            return replace(answer, reference=np.array(token_logprobs(model, answer.tokens), dtype=np.float32))
+    rows = [replace(r, chosen=at_reference(r.chosen), rejected=at_reference(r.rejected)) for r in made.rows]
+    assert probe(model, 30).update(rows, made.objective)["loss"] == pytest.approx(start, abs=1e-5 * max(1, start))
 
-        rows = [replace(r, chosen=at_reference(r.chosen), rejected=at_reference(r.rejected)) for r in made.rows]
-        assert probe(model, 30).update(rows, made.objective)["loss"] == pytest.approx(start, abs=1e-5 * max(1, start))
+
+def test_logged_groups_start_with_a_loss_of_zero_and_the_gradient_of_the_mean_log_probabilities() -> None:
+    """At the reference the ratio is 1 and the KL has no slope: L = -mean(A mean lp) up to a constant."""
+    made = case("grpo_pairs", double=True)
+    model = made.model()
+    assert isinstance(model, Policy)
+    answers = [
+        (a, s - sum(g.scores) / len(g.scores)) for g in made.rows for a, s in zip(g.answers, g.scores, strict=True)
+    ]
+    rows = [
+        AnswerGroup(
+            tuple(Answer(a.tokens, np.array(token_logprobs(model, a.tokens), dtype=np.float32)) for a in g.answers),
+            g.scores,
+        )
+        for g in made.rows
+    ]
+    trainer = probe(model, 30)
+    metrics = trainer.update(rows, made.objective)
+    assert metrics["loss"] == pytest.approx(0.0, abs=1e-6)
+    expected = torch.zeros((), dtype=torch.float64)
+    for answer, advantage in answers:
+        ids = torch.tensor([answer.tokens.prompt + answer.tokens.response])
+        table = model.lm(input_ids=ids).logits[0].log_softmax(-1)[len(answer.tokens.prompt) - 1 : -1]
+        expected = expected - advantage * table.gather(-1, torch.tensor(answer.tokens.response)[:, None]).mean()
+    (expected / len(answers)).backward()
+    for parameter, value in model.named_parameters():
+        assert torch.allclose(trainer.gradient[parameter], value.grad, atol=1e-6), parameter
 
 
 def test_logged_groups() -> None:

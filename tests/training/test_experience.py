@@ -101,6 +101,15 @@ def test_gae_puts_the_score_on_the_last_response_token() -> None:
         assert row.returns.tolist() == pytest.approx([e + v for e, v in zip(expected, values, strict=False)], abs=1e-4)
 
 
+def test_explained_variance_is_what_the_critic_knew_of_the_returns() -> None:
+    _, data, _ = step(record("ppo"))
+    judged = [r for r in data.batches[0] if r.trained]
+    returns = np.concatenate([r.returns for r in judged]).astype(float)
+    values = np.concatenate([r.old_values for r in judged]).astype(float)
+    expected = 1 - np.var(returns - values) / np.var(returns)
+    assert data.metrics["value/explained_variance"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_whitened_advantages_have_mean_0_and_std_1_over_the_batch() -> None:
     _, data, _ = step(record("ppo"))
     every = np.concatenate([r.advantages for r in data.batches[0] if r.trained])
@@ -180,6 +189,28 @@ def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
     assert [r.trained for r in data.batches[0]] == finished
     assert not all(finished)
     assert data.metrics["length/truncated"] == pytest.approx(1 - np.mean(finished))
+
+
+def test_a_truncated_answer_is_left_out_of_the_loss_and_stays_in_the_baseline_of_its_group() -> None:
+    made = record("dapo", filter="none", overlong_cache=3, minibatches=1)
+    source, data, _ = step(made)
+    groups: dict[int, list[float]] = {}
+    for answer in source.last_answers:
+        groups.setdefault(answer.group, []).append(answer.reward)
+    cut = 0
+    for row, answer in zip(data.batches[0], source.last_answers, strict=True):
+        # the limit is 6 and the cache 3: 4 tokens cost 1/3, 5 cost 2/3, 6 cost 1
+        bare = answer.sources["varied"]
+        shaped = math.nan if bare is None else bare - max(0, len(answer.completion.tokens) - 3) / 3
+        assert answer.reward == pytest.approx(shaped, abs=1e-6, nan_ok=True)
+        known = np.array([r for r in groups[answer.group] if not math.isnan(r)])
+        cut += not row.trained and len(known) > 1
+        if not math.isnan(answer.reward) and np.ptp(known) > 0:
+            expected = (answer.reward - known.mean()) / (known.std() + 1e-6)
+            assert row.advantages.tolist() == pytest.approx([expected] * len(row.advantages), abs=1e-4)
+    assert cut > 0
+    counts = source.objective.counts(data.batches[0])
+    assert counts["sequences"] == sum(a.completion.finished for a in source.last_answers)
 
 
 def test_experts_join_every_update_with_mu_and_their_cursor_is_the_update() -> None:

@@ -90,6 +90,16 @@ def test_and_in_float32(name: str) -> None:
     same(whole, outcome(unpacked(made)), 1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_twice_is_the_batch_once(name: str) -> None:
+    """Whatever the normaliser, it grows with the batch."""
+    made = case(name, double=True)
+    once, twice = outcome(made), outcome(made, rows=[*made.rows, *made.rows])
+    assert twice[0]["loss"] == pytest.approx(once[0]["loss"], abs=1e-10)
+    for parameter, gradient in once[1].items():
+        assert torch.allclose(gradient, twice[1][parameter], atol=1e-10), parameter
+
+
 @pytest.mark.parametrize("name", ["dapo", "ppo", "gspo"])
 def test_a_masked_truncated_response_counts_for_nothing(name: str) -> None:
     made = case(name, double=True)
