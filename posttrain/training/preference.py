@@ -134,6 +134,9 @@ class LoggedGroupsObjective:
                 ),
             },
         )
+        if batch.mask.any():
+            taken = ratio.detach()[batch.mask]
+            terms.extremes |= {"ratio/min": taken.min(), "ratio/max": taken.max()}
         add_routing(terms, output.routing, batch.mask, "tokens")
         return terms
 

@@ -244,17 +244,19 @@ def test_logged_groups_start_with_a_loss_of_zero_and_the_gradient_of_the_mean_lo
 
 def test_logged_groups() -> None:
     metrics, model, rows = loss_of("grpo_pairs")
-    total, answers = 0.0, 0
+    total, answers, ratios = 0.0, 0, []
     for row in rows:
         mean = sum(row.scores) / len(row.scores)
         for answer, score in zip(row.answers, row.scores, strict=True):
             lp = token_logprobs(model, answer.tokens)
             difference = [a - float(b) for a, b in zip(lp, answer.reference, strict=True)]
             ratio, a = math.exp(sum(difference) / len(lp)), score - mean
+            ratios.append(ratio)
             surrogate = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
             total += surrogate + 0.04 * sum(math.exp(-d) - 1 + d for d in difference) / len(lp)
             answers += 1
     assert metrics["loss"] == pytest.approx(total / answers, rel=1e-6)
+    assert [metrics["ratio/min"], metrics["ratio/max"]] == pytest.approx([min(ratios), max(ratios)], rel=1e-6)
 
 
 def test_supervised_and_reward() -> None:
