@@ -8,6 +8,7 @@ subtracts it.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ def run(run: Run) -> None:
 
     run.ready()
     encoder = load_encoder(START)
-    pairs = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores)
-    heldout = reward_pairs(encoder, read_table("preferences_heldout"), margin_from_scores=False)
+    pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
+    heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
     scorer = Scorer(load_scorer(START))
     trainer: Trainer[RewardPair] = Trainer(
@@ -57,7 +58,8 @@ def run(run: Run) -> None:
     )
     announce(
         run,
-        f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out",
+        f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out"
+        + (f"; {cut} prompts lost their start to fit the context of {encoder.max_length} tokens" if cut else ""),
     )
     last = train(
         run,
@@ -79,20 +81,28 @@ def run(run: Run) -> None:
     save_model(scorer.model, encoder.tokenizer, FOLDER, card, extra)
     run.model(FOLDER)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
-    run.summary(results | {"reward_mean": mean, "steps": order.steps, "tokens/trained": last["tokens/trained"]})
+    counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
+    run.summary(results | {"reward_mean": mean} | counts)
 
 
-def reward_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], margin_from_scores: bool) -> list[RewardPair]:
-    """Pairs cut to the context: over-long ones lose the start of the prompt, never the end of a response."""
+def reward_pairs(
+    encoder: TextEncoder,
+    rows: list[dict[str, Any]],
+    margin_from_scores: bool = False,
+    soft_target_scale: float | None = None,
+) -> tuple[list[RewardPair], int]:
+    """Pairs cut to the context, and how many were: over-long ones lose the start of the prompt, never the end of a response."""
     from posttrain.data.tokens import Tokens
     from posttrain.training.supervised import RewardPair
 
-    if margin_from_scores and "chosen_score" not in rows[0]:
+    graded = margin_from_scores or soft_target_scale is not None
+    if graded and "chosen_score" not in rows[0]:
+        option, off = ("margin_from_scores", "false") if margin_from_scores else ("soft_target_scale", "null")
         raise DataError(
-            "reward.margin_from_scores needs the columns chosen_score and rejected_score, which the preferences table does not have;"
-            " add them in data.preferences.columns, or set margin_from_scores: false"
+            f"reward.{option} needs the columns chosen_score and rejected_score, which the preferences table does not have;"
+            f" add them in data.preferences.columns, or set {option}: {off}"
         )
-    pairs = []
+    pairs, cut = [], 0
     for row in rows:
         prompt = encoder.prompt(row["prompt"])
         sides = [encoder.completion(row[side]) for side in ("chosen", "rejected")]
@@ -102,16 +112,21 @@ def reward_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], margin_from_s
                 f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no room for its prompt in the"
                 f" model's context of {encoder.max_length}; lower validation.max_completion_tokens"
             )
+        cut += len(prompt) > room
         chosen, rejected = (Tokens(tuple(prompt[-room:]), tuple(side), str(row["id"])) for side in sides)
-        margin = row["chosen_score"] - row["rejected_score"] if margin_from_scores else 0.0
-        pairs.append(RewardPair(chosen, rejected, margin))
-    return pairs
+        gap = row["chosen_score"] - row["rejected_score"] if graded else 0.0
+        target = 1.0 if soft_target_scale is None else _sigmoid(soft_target_scale * gap)
+        pairs.append(RewardPair(chosen, rejected, gap if margin_from_scores else 0.0, target))
+    return pairs, cut
+
+
+def _sigmoid(x: float) -> float:
+    # tanh does not overflow, whatever the scale of the scores
+    return 0.5 + 0.5 * math.tanh(x / 2)
 
 
 def heldout_results(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> dict[str, float]:
     """Accuracy, with ties as half, and mean Bradley-Terry loss on pairs whose prompts were never trained on."""
-    import math
-
     from posttrain.models.inference import scores
 
     chosen = scores(scorer, [pair.chosen for pair in pairs], budget, bf16)

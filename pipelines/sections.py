@@ -184,11 +184,23 @@ class RewardParams(Section):
     epochs: Count
     batch_size: Count
     margin_from_scores: bool
+    """A pair's margin is the difference of its scores."""
+    soft_target_scale: Positive | None = None
+    """eta: a pair's target is sigma(eta * difference of its scores). None: the chosen answer is better for certain."""
     center_coefficient: NonNegative
     optimizer: OptimizerParams
     compute: ComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
+
+    @model_validator(mode="after")
+    def _scores_count_once(self) -> RewardParams:
+        if self.margin_from_scores and self.soft_target_scale is not None:
+            raise ValueError(
+                "margin_from_scores and soft_target_scale both make the loss out of the scores' difference, which would count twice;"
+                " set margin_from_scores: false, or soft_target_scale: null"
+            )
+        return self
 
 
 DEFAULT_TIMEOUT_SECONDS = 60.0

@@ -17,7 +17,7 @@ from tests.training.runs import options_of, source_of
 
 TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)?")
 NAME = re.compile(r"`([^`]+)`")
-ELSEWHERE = ("heldout/", "faults/", "router/")
+ELSEWHERE = ("heldout/", "pairs/", "faults/", "router/")
 """Logged by the reward step, the loop at a fault, and mixtures of experts."""
 
 

@@ -9,10 +9,12 @@ from torch.nn.functional import logsigmoid, relu
 from posttrain.algorithms.records import Preference
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
-    """Per-pair loss [pairs] of a reward model: -log sigma(r_w - r_l - margin) + center * (r_w + r_l)^2 (2312.09244)."""
-    one = torch.ones_like(chosen)
-    return logistic(chosen - rejected - margin, one) + center * (chosen + rejected).square()
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tensor, center: float) -> Tensor:
+    """Per-pair loss [pairs] of a reward model, with x = r_w - r_l - margin and p = target, the probability that `chosen` is better:
+
+    -p log sigma(x) - (1-p) log sigma(-x) + center * (r_w + r_l)^2 (2312.09244). All tensors [pairs].
+    """
+    return logistic(chosen - rejected - margin, target) + center * (chosen + rejected).square()
 
 
 def preference_loss(difference: Tensor, score_gap: Tensor, record: Preference) -> Tensor:

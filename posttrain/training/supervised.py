@@ -65,11 +65,12 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class RewardPair:
-    """Two responses to one prompt; `margin` is how much better the chosen one is meant to score."""
+    """Two responses to one prompt. margin: how much better the chosen one is meant to score. target: how probably it is the better."""
 
     chosen: Tokens
     rejected: Tokens
     margin: float = 0.0
+    target: float = 1.0
 
 
 class RewardObjective:
@@ -88,8 +89,11 @@ class RewardObjective:
         device = next(model.parameters()).device
         scores = model(collate([r.chosen for r in rows] + [r.rejected for r in rows]).to(device))
         chosen, rejected = scores[: len(rows)], scores[len(rows) :]
-        margin = torch.tensor([row.margin for row in rows], device=device)
-        loss = bradley_terry(chosen, rejected, margin, self.center).sum()
+        margin, target = (
+            torch.tensor(column, dtype=scores.dtype, device=device)
+            for column in ([row.margin for row in rows], [row.target for row in rows])
+        )
+        loss = bradley_terry(chosen, rejected, margin, target, self.center).sum()
         return Terms(
             losses={"pairs": (loss, "pairs", 1.0)},
             metrics={

@@ -144,16 +144,33 @@ def test_far_logits_stay_finite() -> None:
     assert x.grad.tolist() == pytest.approx([-0.1, 0.0])
 
 
+CERTAIN = f64(1.0, 1.0)
+
+
 def test_reward_model_loss_by_hand() -> None:
-    loss = bradley_terry(f64(1.2, 0.0), f64(0.4, 0.0), f64(0.5, 0.0), center=0.01)
+    loss = bradley_terry(f64(1.2, 0.0), f64(0.4, 0.0), f64(0.5, 0.0), CERTAIN, center=0.01)
     assert loss[0].item() == pytest.approx(-math.log(sigmoid(1.2 - 0.4 - 0.5)) + 0.01 * 1.6**2, abs=1e-12)
     assert loss[1].item() == pytest.approx(LN2, abs=1e-12)
 
 
 def test_equal_scores_cost_ln_2_wherever_they_lie_without_centring() -> None:
-    assert bradley_terry(f64(-3.0, 5.0), f64(-3.0, 5.0), f64(0.0, 0.0), 0.0).tolist() == pytest.approx([LN2, LN2])
+    scores = f64(-3.0, 5.0)
+    assert bradley_terry(scores, scores, f64(0.0, 0.0), CERTAIN, 0.0).tolist() == pytest.approx([LN2, LN2])
+
+
+def test_a_soft_target_of_the_reward_model_is_reached_and_not_passed() -> None:
+    p = sigmoid(0.7)
+    by_hand = -p * math.log(sigmoid(2.0)) - (1 - p) * math.log(sigmoid(-2.0))
+    chosen, zero = f64(2.0, 0.7).requires_grad_(), f64(0.0, 0.0)
+    loss = bradley_terry(chosen, zero, zero, f64(p, p), 0.0)
+    assert loss[0].item() == pytest.approx(by_hand, abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), chosen)
+    # sigma(x) - p: a difference beyond the one that the scores justify is pulled back, the justified one rests
+    assert gradient.tolist() == pytest.approx([sigmoid(2.0) - p, 0.0], abs=1e-12)
 
 
 def test_reward_model_gradient() -> None:
     chosen, rejected = f64(0.3, -1.0).requires_grad_(), f64(0.1, 2.0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda c, r: bradley_terry(c, r, f64(0.2, 0.0), 0.01), (chosen, rejected))
+    assert torch.autograd.gradcheck(
+        lambda c, r: bradley_terry(c, r, f64(0.2, 0.0), f64(1.0, 0.6), 0.01), (chosen, rejected)
+    )

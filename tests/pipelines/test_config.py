@@ -79,6 +79,7 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
         ("algorithms.grpo.options", {"overlong_cache": 4096}, "must be smaller than max_new_tokens"),
+        ("reward.soft_target_scale", 0.0, "should be greater than 0"),
         ("rewards.answer.function", "anwser", "no such function; did you mean 'answer'?"),
         ("rewards.total", {"function": "answer"}, "this name is taken"),
         ("rewards.rm.timeout_seconds", 5.0, "rewards.rm.timeout_seconds: has no effect on the reward model"),
@@ -95,6 +96,13 @@ def test_a_fault_is_named_with_its_rule_and_the_nearest_name(tree: Any, path: st
         parse_params(changed(tree, path, value))
     assert message in str(caught.value)
     assert str(caught.value).startswith("params.yaml: ")
+
+
+def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
+    soft = changed(tree, "reward.soft_target_scale", 2.0)
+    assert parse_params(soft).reward.soft_target_scale == 2.0
+    with pytest.raises(ConfigError, match="margin_from_scores and soft_target_scale .* would count twice"):
+        parse_params(changed(soft, "reward.margin_from_scores", True))
 
 
 def test_a_new_point_of_the_design_space_needs_parameters_alone(tree: Any) -> None:

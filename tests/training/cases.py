@@ -65,7 +65,7 @@ def case(name: str, double: bool = False) -> Case:
         )
     if name == "reward":
         pairs = [
-            RewardPair(c, r, margin=0.1 * i)
+            RewardPair(c, r, margin=0.1 * i, target=1 - 0.07 * i)
             for i, (c, r) in enumerate(zip(small.rows(7), small.answers(small.rows(7), seed=1), strict=True))
         ]
         return Case(lambda: small.scorer(double=double), RewardObjective(0.05), pairs)

@@ -276,7 +276,11 @@ def test_supervised_and_reward() -> None:
             hidden = model.model.model(input_ids=torch.tensor([tokens.prompt + tokens.response])).last_hidden_state
             return float(model.model.score(hidden[0, -1]))
 
-    pairs = [(score(r.chosen), score(r.rejected), r.margin) for r in rows]
-    expected = [math.log1p(math.exp(-(w - lo - m))) + 0.05 * (w + lo) ** 2 for w, lo, m in pairs]
+    pairs = [(score(r.chosen), score(r.rejected), r) for r in rows]
+    expected = []
+    for w, lo, row in pairs:
+        x = w - lo - row.margin
+        expected.append(row.target * math.log1p(math.exp(-x)) + (1 - row.target) * math.log1p(math.exp(x)))
+        expected[-1] += 0.05 * (w + lo) ** 2
     assert metrics["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert metrics["preference/margin"] == pytest.approx(sum(w - lo for w, lo, _ in pairs) / len(pairs), rel=1e-6)
