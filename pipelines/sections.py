@@ -100,6 +100,8 @@ class RuleParams(Section):
     unparseable_answer: Policy
     contradicted_answer: Policy = "quarantine"
     """The answer is not the value of the row's `equation`, where a source maps one."""
+    negative_weight: Policy = "quarantine"
+    """Of a row of the sft table, where a source maps a `weight`."""
     wrong_type: Policy
     leakage: Policy
 

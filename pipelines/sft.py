@@ -2,7 +2,8 @@
 
     python -m pipelines.sft
 
-Simplifies nothing: every response token of a batch counts the same, the last batch of an epoch may be smaller.
+Simplifies nothing: every response token of a batch counts the same, or as much as its row's `weight` says where the table has that
+column; the last batch of an epoch may be smaller.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipelines.common import (
 )
 from pipelines.run import Run
 from pipelines.step import main
+from pipelines.tables import WEIGHT
 
 START, FOLDER = Path("models/base"), Path("models/sft")
 
@@ -29,25 +31,28 @@ def run(run: Run) -> None:
     device = accelerator(params.compute, params.seed)
     from pipelines.samples import GreedySamples
     from posttrain.data.batches import EpochOrder
-    from posttrain.data.tokens import Tokens, table_tokens
+    from posttrain.data.tokens import table_tokens
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.policy import Policy
-    from posttrain.training.supervised import EpochSource, SupervisedObjective
+    from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
     run.ready()
     encoder = load_encoder(START)
-    rows = table_tokens(encoder, read_table("sft"), "completion")
+    table = read_table("sft")
+    tokens = table_tokens(encoder, table, "completion")
+    rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
     policy = Policy(load_policy(START))
-    trainer: Trainer[Tokens] = Trainer(
+    trainer: Trainer[Example] = Trainer(
         policy,
         optimizer_settings(params.optimizer),
         total_steps=order.steps,
         micro_batch_tokens=params.compute.micro_batch_tokens,
         accelerator=device,
     )
-    announce(run, f"{order.steps} optimiser steps over {len(rows)} rows, {params.epochs} epochs")
+    weighted = f", weighted by the column {WEIGHT}" if WEIGHT in table[0] else ""
+    announce(run, f"{order.steps} optimiser steps over {len(rows)} rows{weighted}, {params.epochs} epochs")
     last = train(
         run,
         trainer,
@@ -56,7 +61,7 @@ def run(run: Run) -> None:
         order.steps,
         ("loss", "entropy", "grad_norm"),
         params,
-        GreedySamples(run, policy, encoder, rows, params.samples_every, params.samples_shown),
+        GreedySamples(run, policy, encoder, tokens, params.samples_every, params.samples_shown),
     )
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     save_model(

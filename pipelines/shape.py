@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.files import Record
 from pipelines.sections import GradedAnswers, TableSource
-from pipelines.tables import SCORES, TEXT, Row, is_text, required
+from pipelines.tables import SCORES, TEXT, WEIGHT, Row, is_number, is_text, required
 from posttrain.errors import ConfigError, DataError
 from posttrain.problems.parts import Kind
 from posttrain.text import nearest
@@ -42,6 +42,10 @@ def canonical_rows(kind: Kind, source: TableSource, records: Sequence[Record]) -
         _extract(kind, rows, name, pattern, where)
     _check_texts(kind, rows, where)
     _check_scores(rows, where)
+    if kind == "sft":
+        for row in rows:
+            if WEIGHT in row:
+                row[WEIGHT] = _number(row[WEIGHT], f"{where}, row {row['id']}: {WEIGHT}")
     return rows
 
 
@@ -57,14 +61,17 @@ def _columns(
         )
     if source.columns is None:
         first = {name for record in records for name in record}
-        wanted = {name: name for name in [*needed, *(s for s in SCORES if s in first)]}
+        wanted = {
+            name: name for name in [*needed, *(n for n in (*SCORES, WEIGHT) if n in first and is_number(kind, n))]
+        }
     for name in needed:
         if name not in wanted:
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
-    return {name: _reader(name, spec, records, where) for name, spec in wanted.items()}
+    as_it_is = {*TEXT["sft"], *TEXT["preferences"], "answer", *(name for name in wanted if is_number(kind, name))}
+    return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
 
 
-def _reader(name: str, spec: str, records: Sequence[Record], where: str) -> Callable[[Record], Any]:
+def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_is: bool) -> Callable[[Record], Any]:
     template = bool(_FIELD.search(spec))
     for path in _FIELD.findall(spec) if template else [spec]:
         if all(_at(record, path) is _ABSENT for record in records):
@@ -73,13 +80,12 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str) -> Call
                 f"{where}: column {name!r} should come from {path!r}, which no record has{nearest(path, there)}."
                 f" Say where it is, e.g. columns: {{{name}: {there[0] if there else 'COLUMN'}}}"
             )
-    text = name in (*TEXT["sft"], *TEXT["preferences"], "answer", *SCORES)
 
     def read(record: Record) -> Any:
         if template:
             return _FIELD.sub(lambda field: _written(_at(record, field[1])), spec).strip()
         value = _at(record, spec)
-        return None if value is _ABSENT else value if text else _written(value)
+        return None if value is _ABSENT else value if as_it_is else _written(value)
 
     return read
 
@@ -119,7 +125,7 @@ def _pairs(row: Row, record: Record, graded: GradedAnswers, where: str) -> list[
         for column in graded.columns
     ]
     there = [
-        (text, _score(score, f"{where}: {column}.{graded.score}"))
+        (text, _number(score, f"{where}: {column}.{graded.score}"))
         for text, score, column in answers
         if text is not _ABSENT
     ]
@@ -136,15 +142,15 @@ def _pairs(row: Row, record: Record, graded: GradedAnswers, where: str) -> list[
     ]
 
 
-def _score(value: Any, where: str) -> float:
+def _number(value: Any, where: str) -> float:
     try:
-        score = float(value)
+        number = float(value)
     except (TypeError, ValueError):
         shown = "missing" if value is _ABSENT else repr(value)
-        raise DataError(f"{where} is {shown}; a score must be a number or a boolean") from None
-    if not math.isfinite(score):
-        raise DataError(f"{where} is {score}; a score must be finite. Correct or remove the record.")
-    return score
+        raise DataError(f"{where} is {shown}; it must be a number or a boolean") from None
+    if not math.isfinite(number):
+        raise DataError(f"{where} is {number}; it must be finite. Correct or remove the record.")
+    return number
 
 
 def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -> None:
@@ -189,6 +195,6 @@ def _check_scores(rows: list[Row], where: str) -> None:
     for row in rows:
         for name in SCORES:
             if given:
-                row[name] = _score(row.get(name, _ABSENT), f"{where}, row {row['id']}: {name}")
+                row[name] = _number(row.get(name, _ABSENT), f"{where}, row {row['id']}: {name}")
             else:
                 row.pop(name, None)

@@ -33,6 +33,8 @@ TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
 EQUATION = "equation"
 """Optional in tables with an answer: arithmetic that the answer must be the value of."""
+WEIGHT = "weight"
+"""Optional in `sft`: how much each token of a row counts, a number that is not negative."""
 FOLDER = Path("data/tables")
 """Where ingest writes them."""
 WRONG_TYPE = "wrong_type"
@@ -73,7 +75,7 @@ def plain(value: Any) -> str:
 def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[str] = ()) -> None:
     """Write rows as Parquet: `id`, the canonical columns, then other columns by name. `extra` columns are strings, there or not."""
     typed = [_set_apart(table, row) for row in rows]
-    columns = [pa.field(name, _type(name, typed)) for name in _order(table, typed, extra)]
+    columns = [pa.field(name, _type(table, name, typed)) for name in _order(table, typed, extra)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     pq.write_table(
@@ -116,9 +118,14 @@ def _order(table: Table, rows: Sequence[Row], extra: Sequence[str]) -> list[str]
     return [*first, *sorted(present - set(first))]
 
 
-def _type(name: str, rows: Sequence[Row]) -> pa.DataType:
+def is_number(table: Table, name: str) -> bool:
+    """Whether a column, if it is there, holds numbers."""
+    return name in SCORES or (table == "sft" and name == WEIGHT)
+
+
+def _type(table: Table, name: str, rows: Sequence[Row]) -> pa.DataType:
     if name in ("id", "record"):
         return pa.int64()
-    if name in SCORES:
+    if is_number(table, name):
         return pa.float64()
     return _MESSAGES if any(isinstance(row.get(name), list) for row in rows) else pa.string()

@@ -20,7 +20,7 @@ from great_expectations.expectations.core.expect_column_values_to_be_in_set impo
 from great_expectations.expectations.core.expect_column_values_to_not_be_null import ExpectColumnValuesToNotBeNull
 from great_expectations.expectations.core.expect_table_row_count_to_be_between import ExpectTableRowCountToBeBetween
 
-from pipelines.tables import ANSWERED, EQUATION, TEXT, Table
+from pipelines.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
 from pipelines.validation.view import POSITION, typed_columns
 
@@ -89,6 +89,8 @@ def content(table: Table, limits: Limits, columns: Collection[str]) -> list[Expe
             )
         )
         suite.append(_differ("chosen_score", "rejected_score", "tied_scores"))
+    if WEIGHT in columns:
+        suite.append(ExpectColumnValuesToBeBetween(column=WEIGHT, min_value=0, meta=_meta("negative_weight", WEIGHT)))
     if table in ANSWERED:
         answer = own.ExpectColumnValuesToBeNumbers if limits.numeric_answer else own.ExpectColumnValuesToNotBeBlank
         suite.append(answer(column="answer", meta=_meta("unparseable_answer", "answer")))

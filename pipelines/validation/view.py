@@ -8,7 +8,19 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from pipelines.tables import ANSWERED, EQUATION, HELD_OUT, SCORES, TEXT, Row, Table, is_messages, plain
+from pipelines.tables import (
+    ANSWERED,
+    EQUATION,
+    HELD_OUT,
+    SCORES,
+    TEXT,
+    WEIGHT,
+    Row,
+    Table,
+    is_messages,
+    is_number,
+    plain,
+)
 from posttrain.text import normalised
 
 POSITION = "position"
@@ -40,7 +52,7 @@ def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.DataFrame:
-    """Plain text, tokens, scores, answer and a key of the whole row."""
+    """Plain text, tokens, scores, weight, answer and a key of the whole row."""
     columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
     for name in TEXT[table]:
         count: Callable[[Any], int] = lengths.prompt if name == "prompt" else lengths.completion
@@ -48,6 +60,8 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
         columns[f"{name}_tokens"] = pd.Series([count(_present(row[name])) for row in rows], dtype="int64")
     for name in present_scores(rows):
         columns[name] = pd.Series([row[name] for row in rows], dtype="float64")
+    if is_number(table, WEIGHT) and WEIGHT in rows[0]:
+        columns[WEIGHT] = pd.Series([row[WEIGHT] for row in rows], dtype="float64")
     if table in ANSWERED:
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
         if EQUATION in rows[0]:

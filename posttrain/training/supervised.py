@@ -35,32 +35,46 @@ class EpochSource(Generic[Row]):
         """The order is a pure function of seed and step."""
 
 
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the response to imitate. weight: how much each token of it counts against those of other rows; not negative."""
+
+    tokens: Tokens
+    weight: float = 1.0
+
+
 class SupervisedObjective:
-    """L = sum of -log p over response tokens / number of them. `all` also learns the prompt, after its first token."""
+    """L = sum of w (-log p) over response tokens / sum of w over them: a weight of 2 is the row twice, one weight for all is none.
+
+    `all` also learns the prompt, after its first token.
+    """
 
     def __init__(self, train_on: Literal["completion", "all"] = "completion") -> None:
         self.train_on = train_on
 
-    def sequences(self, row: Tokens) -> Sequence[Tokens]:
-        return (self._split(row),)
+    def sequences(self, row: Example) -> Sequence[Tokens]:
+        return (self._split(row.tokens),)
 
-    def counts(self, rows: Sequence[Tokens]) -> Mapping[str, float]:
-        return {"tokens": float(sum(len(self._split(row).response) for row in rows))}
+    def counts(self, rows: Sequence[Example]) -> Mapping[str, float]:
+        lengths = [len(self._split(row.tokens).response) for row in rows]
+        weighted = sum(row.weight * length for row, length in zip(rows, lengths, strict=True))
+        return {"tokens": float(sum(lengths)), "weighted_tokens": weighted}
 
-    def terms(self, model: nn.Module, rows: Sequence[Tokens]) -> Terms:
+    def terms(self, model: nn.Module, rows: Sequence[Example]) -> Terms:
         device = next(model.parameters()).device
-        batch = collate([self._split(row) for row in rows]).to(device)
+        batch = collate([self._split(row.tokens) for row in rows]).to(device)
         output = model(batch)
-        loss = masked_sum(negative_log_likelihood(output.logprobs), batch.mask)
+        weight = torch.tensor([row.weight for row in rows], dtype=output.logprobs.dtype, device=device)[:, None]
+        loss = masked_sum(weight * negative_log_likelihood(output.logprobs), batch.mask)
         entropy = masked_sum(output.entropy, batch.mask)
-        terms = Terms(losses={"nll": (loss, "tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
+        terms = Terms(losses={"nll": (loss, "weighted_tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
         add_routing(terms, output.routing, batch.mask, "tokens")
         return terms
 
-    def _split(self, row: Tokens) -> Tokens:
+    def _split(self, tokens: Tokens) -> Tokens:
         if self.train_on == "completion":
-            return row
-        return Tokens(row.prompt[:1], row.prompt[1:] + row.response)
+            return tokens
+        return Tokens(tokens.prompt[:1], tokens.prompt[1:] + tokens.response, tokens.id)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_a_fault_is_named_with_its_rule_and_the_nearest_name(tree: Any, path: st
 def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
     soft = changed(tree, "reward.soft_target_scale", 2.0)
     assert parse_params(soft).reward.soft_target_scale == 2.0
-    with pytest.raises(ConfigError, match="margin_from_scores and soft_target_scale .* would count twice"):
+    with pytest.raises(ConfigError, match=r"margin_from_scores and soft_target_scale .* would count twice"):
         parse_params(changed(soft, "reward.margin_from_scores", True))
 
 

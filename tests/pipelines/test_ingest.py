@@ -180,6 +180,20 @@ def test_one_score_without_the_other_is_refused() -> None:
         canonical_rows("preferences", source(), [{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1}])
 
 
+def test_weights_of_examples_are_numbers_and_a_weight_elsewhere_is_a_column_like_any_other(tmp_path: Path) -> None:
+    record = {"prompt": "p", "completion": "c", "weight": 2, "kg": 0.5}
+    rows = canonical_rows("sft", source(), [record])
+    assert rows == [{"id": 0, "prompt": "p", "completion": "c", "weight": 2.0}]
+    write_rows("sft", rows, tmp_path / "sft.parquet")
+    assert read_rows(tmp_path / "sft.parquet") == rows
+    columns = {"prompt": "prompt", "completion": "completion", "weight": "kg"}
+    assert canonical_rows("sft", source(columns=columns), [record])[0]["weight"] == 0.5
+    with pytest.raises(DataError, match="row 0: weight is 'heavy'; it must be a number"):
+        canonical_rows("sft", source(), [record | {"weight": "heavy"}])
+    parcels = {"prompt": "prompt", "answer": "kg", "weight": "weight"}
+    assert canonical_rows("problems", source(columns=parcels), [record])[0]["weight"] == "2"
+
+
 def test_a_column_that_is_never_text_is_the_wrong_column() -> None:
     with pytest.raises(DataError, match=r"completion is never text; row 0 holds True \(bool\)"):
         canonical_rows("sft", source(), [{"prompt": "p", "completion": True}])

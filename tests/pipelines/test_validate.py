@@ -130,6 +130,13 @@ def test_identical_pairs_and_scores_in_the_wrong_order_or_tied(checked: Checked)
     assert [row["id"] for row in outcome.kept["preferences"]] == [0, 3]
 
 
+def test_a_negative_weight_is_quarantined_and_zero_is_none(checked: Checked) -> None:
+    rows = [{"id": i, "prompt": f"p {i}", "completion": "c", "weight": w} for i, w in enumerate((1.0, -0.5, 0.0))]
+    outcome = checked({"sft": rows})
+    assert [row["weight"] for row in outcome.kept["sft"]] == [1.0, 0.0]
+    assert reasons(outcome, "sft") == {1: "negative_weight (weight)"}
+
+
 def test_of_equal_rows_only_the_later_ones_are_duplicates(checked: Checked) -> None:
     tables = sft(("a", "b"), ("a", "b"), ("a", "c"), ("a", "b"))
     assert count(checked(tables), "sft/duplicate_rows") == 2

@@ -23,7 +23,7 @@ from posttrain.training.preference import (
     PreferenceObjective,
     PreferencePair,
 )
-from posttrain.training.supervised import RewardObjective, RewardPair, SupervisedObjective
+from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 
@@ -59,7 +59,8 @@ def probe(model: nn.Module, budget: int, **options: Any) -> Probe:
 def case(name: str, double: bool = False) -> Case:
     if name in ("sft", "sft_all"):
         # the row in the middle has nothing to learn from
-        rows = [*small.rows(4), Tokens((5, 6, 7, 8), ()), *small.rows(3, seed=1)]
+        tokens = [*small.rows(4), Tokens((5, 6, 7, 8), ()), *small.rows(3, seed=1)]
+        rows = [Example(t, weight=1.5 - 0.2 * i) for i, t in enumerate(tokens)]
         return Case(
             lambda: small.policy(double=double), SupervisedObjective("all" if name == "sft_all" else "completion"), rows
         )

@@ -259,15 +259,37 @@ def test_logged_groups() -> None:
     assert [metrics["ratio/min"], metrics["ratio/max"]] == pytest.approx([min(ratios), max(ratios)], rel=1e-6)
 
 
+def test_a_row_of_weight_2_is_the_row_twice_and_one_weight_for_all_is_none() -> None:
+    made = case("sft", double=True)
+    first, *others = [replace(row, weight=1.0) for row in made.rows]
+
+    def outcome(rows: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
+        trainer = probe(made.model(), 30)
+        return trainer.update(rows, made.objective)["loss"], trainer.gradient
+
+    plain = outcome([first, *others])
+    for one, other in [
+        (outcome([replace(first, weight=2.0), *others]), outcome([first, first, *others])),
+        (outcome([replace(row, weight=0.3) for row in (first, *others)]), plain),
+        (outcome([replace(first, weight=0.0), *others]), outcome(others)),
+    ]:
+        assert one[0] == pytest.approx(other[0], abs=1e-10)
+        assert all(torch.allclose(g, other[1][name], atol=1e-10) for name, g in one[1].items())
+    assert outcome([replace(first, weight=2.0), *others])[0] != pytest.approx(plain[0], abs=1e-4)
+
+
 def test_supervised_and_reward() -> None:
     metrics, model, rows = loss_of("sft")
-    lps = [lp for row in rows for lp in token_logprobs(model, row)]
-    assert metrics["loss"] == pytest.approx(-sum(lps) / len(lps), rel=1e-9)
+    lps = [(row.weight, lp) for row in rows for lp in token_logprobs(model, row.tokens)]
+    assert metrics["loss"] == pytest.approx(-sum(w * lp for w, lp in lps) / sum(w for w, _ in lps), rel=1e-9)
 
     metrics, model, rows = loss_of("sft_all")
-    every = [lp for row in rows for lp in token_logprobs(model, Tokens(row.prompt[:1], row.prompt[1:] + row.response))]
-    assert len(every) == sum(len(row) - 1 for row in rows)
-    assert metrics["loss"] == pytest.approx(-sum(every) / len(every), rel=1e-9)
+    every = []
+    for row in rows:
+        whole = Tokens(row.tokens.prompt[:1], row.tokens.prompt[1:] + row.tokens.response)
+        every += [(row.weight, lp) for lp in token_logprobs(model, whole)]
+    assert len(every) == sum(len(row.tokens) - 1 for row in rows)
+    assert metrics["loss"] == pytest.approx(-sum(w * lp for w, lp in every) / sum(w for w, _ in every), rel=1e-9)
 
     metrics, model, rows = loss_of("reward")
 

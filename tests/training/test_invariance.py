@@ -14,7 +14,7 @@ from posttrain.data import batches
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.training import onpolicy, preference, supervised
 from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective
-from posttrain.training.supervised import SupervisedObjective
+from posttrain.training.supervised import Example, SupervisedObjective
 from tests.models import small
 from tests.training.cases import MAX_LENGTH, NAMES, Case, case, experiences, probe, with_record
 
@@ -131,7 +131,7 @@ def test_mu_zero_is_the_policy_alone_and_mu_one_is_supervised() -> None:
         assert torch.allclose(gradient, right[1][name], atol=1e-10), name
 
     one = [replace(r, weight=0.0) for r in policy_rows] + [replace(r, weight=1.0) for r in experts]
-    supervised_case = replace(made, objective=SupervisedObjective(), rows=[r.tokens for r in experts])
+    supervised_case = replace(made, objective=SupervisedObjective(), rows=[Example(r.tokens) for r in experts])
     left, right = outcome(made, 40, one), outcome(supervised_case)
     assert left[0]["loss"] == pytest.approx(right[0]["loss"], abs=1e-10)
     for name, gradient in left[1].items():

@@ -101,7 +101,7 @@ def test_tokens_are_those_of_prompts_and_responses_without_padding(name: str) ->
     elif name == "reward":
         tokens = [side for row in made.rows for side in (row.chosen, row.rejected)]
     else:
-        tokens = [row if name == "sft" else row.tokens for row in made.rows]
+        tokens = [row.tokens for row in made.rows]
     real = sum(len(t.prompt) + len(t.response) for t in tokens)
     learner: Trainer[Any] = Trainer(made.model(), OptimizerSettings(1e-3), total_steps=1, micro_batch_tokens=40)
     assert learner.update(made.rows, made.objective)["tokens/trained"] == real
