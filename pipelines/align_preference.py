@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.common import announce, model_card, optimizer_settings, read_table, train
+from pipelines.identity import content_digest
 from pipelines.run import Run
 from pipelines.samples import GreedySamples
 from pipelines.sections import PreferenceBudget
@@ -16,8 +19,8 @@ from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.errors import DataError
 from posttrain.models.folders import load_encoder, load_policy, save_model
-from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
+from posttrain.models.reference import ReferenceCache
 from posttrain.training.preference import (
     Answer,
     AnswerGroup,
@@ -44,9 +47,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     encoder, policy = load_encoder(START), Policy(load_policy(START))
     policy.to(device.device)
     table = read_table("preferences")
-    answers = reference_answers(
-        policy, encoder, table, compute.micro_batch_tokens, compute.bf16, record.needs_reference
-    )
+    cache = reference_cache(run, device) if record.needs_reference else None
+    answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, cache)
     rows: list[Any] = groups(table, answers) if isinstance(record, LoggedGroups) else pairs(table, answers, record)
     objective: Any = LoggedGroupsObjective(record) if isinstance(record, LoggedGroups) else PreferenceObjective(record)
     order = EpochOrder(len(rows), budget.batch_size, record.epochs, seed)
@@ -71,16 +73,27 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     return order.steps, last
 
 
+def reference_cache(run: Run, device: Accelerator) -> ReferenceCache:
+    """One for the checkout: all algorithms and seeds that start from the same model, by the same code and settings, share it."""
+    compute = json.dumps(run.params.align.compute.model_dump(), sort_keys=True)
+    key = " ".join([content_digest(Path(START)), run.code, compute, device.device.type])
+    return ReferenceCache(run.state.parent.parent / "reference", key)
+
+
 def reference_answers(
-    policy: Policy, encoder: TextEncoder, table: list[dict[str, Any]], budget: int, bf16: bool, needed: bool
+    policy: Policy,
+    encoder: TextEncoder,
+    table: list[dict[str, Any]],
+    budget: int,
+    bf16: bool,
+    cache: ReferenceCache | None,
 ) -> list[tuple[Answer, Answer]]:
-    """(chosen, rejected) of every row with the reference's log-probabilities, computed once for the whole run."""
+    """(chosen, rejected) of every row with the reference's log-probabilities; zeros where there is no reference, so no cache."""
     chosen = table_tokens(encoder, table, "chosen")
     rejected = table_tokens(encoder, table, "rejected")
     tokens = chosen + rejected
-    if needed:
-        policy.eval()
-        reference = [numbers.logprobs for numbers in token_numbers(policy, tokens, budget, bf16=bf16)]
+    if cache is not None:
+        reference = cache.logprobs(policy, tokens, budget, bf16)
     else:
         reference = [np.zeros(len(t.response), dtype=np.float32) for t in tokens]
     answers = [Answer(t, r) for t, r in zip(tokens, reference, strict=True)]

@@ -32,6 +32,8 @@ def test_a_preset_trains_through_the_align_step(name: str, workspace: Workspace)
     first = steps[0]
     if name in FIRST_LOSS:
         assert first["loss"] == pytest.approx(FIRST_LOSS[name], abs=1e-5)
+        # the same model, pairs and code: the reference was computed by the first of these presets, and read by the others
+        assert len(list((workspace.folder / ".posttrain" / "reference").glob("*.safetensors"))) == 1
     if name in ON_POLICY:
         assert (first["ratio/min"], first["ratio/max"], first["kl/approx"]) == (1.0, 1.0, 0.0)
     if name in OFF_POLICY:
