@@ -25,7 +25,7 @@ from prefect.states import Cancelled
 from flows.command import main
 from flows.hooks import HOOKS
 from flows.judge import links
-from flows.workspace import only_flow
+from flows.workspace import WorkspaceBusy, only_flow
 from pipelines.config import load_params
 from pipelines.promotion.registry import CHALLENGER, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
@@ -110,7 +110,7 @@ def _restore(project: Path, champion: Version) -> None:
     try:
         with only_flow(project):
             restore(project, champion)
-    except OrchestrationError as error:
+    except WorkspaceBusy as error:
         tell(f"models/champion does not hold {champion.name} yet: {error}")
 
 

@@ -30,6 +30,10 @@ RUN = Path(".posttrain/flow.run")
 """Holds the id of the flow run at work; left behind by one that was killed."""
 
 
+class WorkspaceBusy(OrchestrationError):
+    """Another flow is at work in this workspace."""
+
+
 def refuse_second_flow(root: Path) -> None:
     """Raise at once if a flow is at work in this workspace."""
     with only_flow(root):
@@ -46,7 +50,7 @@ def only_flow(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise OrchestrationError(
+            raise WorkspaceBusy(
                 f"another flow is running in {root.absolute()} (process {file.read().strip() or 'unknown'})."
                 " Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
             ) from None
@@ -66,6 +70,15 @@ def exclusive(root: Path) -> Iterator[None]:
         path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")
         yield
         path.unlink()
+
+
+def sweep(root: Path) -> None:
+    """End what a killed flow left behind in Prefect, unless a flow is at work here."""
+    try:
+        with only_flow(root):
+            end_dead_run(root / RUN)
+    except WorkspaceBusy:
+        return
 
 
 def end_dead_run(path: Path) -> str | None:

@@ -35,7 +35,7 @@ with_uv() {
         for value in $value; do options+=("--$setting" "$value"); done
     done
     "$uv" pip install --quiet --python "$VENV/bin/python" --index-strategy unsafe-best-match \
-        ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev]'
+        ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev,servers]'
 }
 
 pip_setting() {
@@ -43,7 +43,7 @@ pip_setting() {
     { echo "${!variable:-}"; "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; } | tr '\n' ' '
 }
 
-with_pip() { "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; }
+with_pip() { "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev,servers]'; }
 
 find_uv() {
     command -v uv && return

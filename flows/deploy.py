@@ -1,0 +1,117 @@
+"""Put prefect.yaml's deployments on a Prefect server: work pool, queues, schedules, and the automation that finds the dead.
+
+    python -m flows.deploy [--type process|docker|kubernetes]
+
+PREFECT_API_URL names the server. Safe to call again: it updates what is there. Retraining and comparison wait in a queue of
+one, since both work in one workspace; a promotion that waits for a person does not hold them up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.automations import Automation
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+
+from pipelines import environment
+from posttrain.errors import OrchestrationError, PosttrainError
+from tasks.process import child_environment
+
+POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"
+DEAD = "posttrain: flow runs without a heartbeat"
+HEARTBEAT_SECONDS = 30
+SILENCE_SECONDS = 90
+
+
+async def prepare(pool: str, kind: str) -> None:
+    """The work pool with its two queues, and the automation."""
+    async with get_client() as client:
+        with contextlib.suppress(ObjectAlreadyExists):
+            await client.create_work_pool(WorkPoolCreate(name=pool, type=kind))
+        await _queue(client, pool, TRAINING, 1)
+        await _queue(client, pool, APPROVALS, None)
+    await _watch_heartbeats()
+
+
+async def _queue(client: PrefectClient, pool: str, name: str, limit: int | None) -> None:
+    try:
+        queue = await client.read_work_queue_by_name(name, work_pool_name=pool)
+        await client.update_work_queue(queue.id, concurrency_limit=limit)
+    except ObjectNotFound:
+        await client.create_work_queue(name, work_pool_name=pool, concurrency_limit=limit)
+
+
+async def _watch_heartbeats() -> None:
+    """A run whose process and worker are both gone says nothing any more: after 90 s without a heartbeat it is Crashed."""
+    ended = {
+        f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
+    }
+    trigger = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *ended},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=SILENCE_SECONDS),
+    )
+    action = ChangeFlowRunState(
+        state=StateType.CRASHED, name="Crashed", message=f"no heartbeat for {SILENCE_SECONDS} s", force=False
+    )
+    wanted = Automation(name=DEAD, trigger=trigger, actions=[action])
+    try:
+        there = await Automation.aread(name=DEAD)
+    except ValueError:
+        await wanted.acreate()
+        return
+    there.trigger, there.actions = wanted.trigger, wanted.actions
+    await there.aupdate()
+
+
+def deploy(root: Path, pool: str, kind: str) -> None:
+    """Raises OrchestrationError with what Prefect said."""
+    asyncio.run(prepare(pool, kind))
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    project = os.environ.get("POSTTRAIN_PROJECT", str(root.absolute()))
+    done = subprocess.run(
+        command, cwd=root, env=child_environment({"POSTTRAIN_PROJECT": project}), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise OrchestrationError(f"`prefect deploy --all` failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pool", default=POOL, help=f"name of the work pool (default: {POOL}, as in prefect.yaml)")
+    parser.add_argument("--type", default="process", choices=("process", "docker", "kubernetes"), help="of a new pool")
+    args = parser.parse_args(argv)
+    try:
+        if not PREFECT_API_URL.value():
+            raise OrchestrationError(
+                "deploying needs a Prefect server: set PREFECT_API_URL, or use `make up` or `make serve`."
+            )
+        deploy(environment.root(), args.pool, args.type)
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {args.pool}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where the pipeline runs: set-up, images, and the servers as plain processes."""

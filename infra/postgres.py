@@ -1,0 +1,111 @@
+"""PostgreSQL out of the distribution's packages: one cluster of our own, on loopback, with a password."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from posttrain.errors import OrchestrationError
+
+DATABASES = ("prefect", "mlflow", "mlflow_auth")
+ROLE = "posttrain"
+
+
+class Postgres:
+    """`home` is the topology's folder. PostgreSQL refuses root: root's cluster belongs to the user `postgres`."""
+
+    def __init__(self, home: Path, port: int, password: str) -> None:
+        self.port, self.password = port, password
+        self.user = "postgres" if os.geteuid() == 0 else None
+        self.data = _data_folder(home)
+
+    def command(self) -> list[str]:
+        options = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""}
+        return [program("postgres"), "-D", str(self.data), *(f"-c{name}={value}" for name, value in options.items())]
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "PGPASSWORD": self.password}
+
+    def create(self) -> None:
+        """Make the cluster, once."""
+        if (self.data / "PG_VERSION").is_file():
+            return
+        self.data.mkdir(parents=True, exist_ok=True)
+        self.data.chmod(0o700)
+        secret = self.data.with_name(self.data.name + ".password")
+        secret.touch(mode=0o600)
+        secret.write_text(self.password + "\n", encoding="utf-8")
+        if self.user:
+            owner = pwd.getpwnam(self.user)
+            for path in (self.data, secret):
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+        try:
+            self._run(["initdb", "-D", str(self.data), "-U", ROLE, "--auth=scram-sha-256", f"--pwfile={secret}",
+                       "--encoding=UTF8", "--locale=C.UTF-8"])  # fmt: skip
+        finally:
+            secret.unlink()
+
+    def create_databases(self) -> None:
+        there = self._run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
+        for name in DATABASES:
+            if name not in there.split():
+                self._run([*self.client("createdb"), name])
+
+    def client(self, name: str) -> list[str]:
+        """The start of a client program's command line; PGPASSWORD is in `environment`."""
+        return [name, "-h", "127.0.0.1", "-p", str(self.port), "-U", ROLE]
+
+    def healthy(self) -> bool:
+        done = subprocess.run([program("pg_isready"), *self.client("")[1:]], capture_output=True, check=False)
+        return done.returncode == 0
+
+    def uri(self, database: str, driver: str) -> str:
+        return f"postgresql+{driver}://{ROLE}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    def _run(self, command: Sequence[str]) -> str:
+        done = subprocess.run(
+            [program(command[0]), *command[1:]],
+            cwd="/",
+            env=self.environment(),
+            user=self.user,
+            group=self.user,
+            extra_groups=[] if self.user else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise OrchestrationError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
+        return done.stdout
+
+
+def program(name: str) -> str:
+    """A program of PostgreSQL: on PATH, or where Debian keeps the newest version."""
+    places = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+    found = str(places[-1]) if places else shutil.which(name)
+    if found is None:
+        raise OrchestrationError(
+            f"PostgreSQL's {name} is not installed. Debian and Ubuntu: sudo apt-get install postgresql; or use infra/compose.yaml."
+        )
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _data_folder(home: Path) -> Path:
+    """Root's home is closed to the user postgres, so its cluster lives where the distribution keeps clusters."""
+    if os.geteuid():
+        return home / "postgres"
+    name = hashlib.sha256(str(home.absolute()).encode()).hexdigest()[:12]
+    return Path(os.environ.get("POSTTRAIN_PGDATA") or f"/var/lib/postgresql/posttrain-{name}")

@@ -1,0 +1,110 @@
+"""Long-running processes that outlive the command that started them: a pid file and a log each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from posttrain.errors import OrchestrationError
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process of the topology. `healthy` asks whether it answers."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    healthy: Callable[[], bool]
+    start_seconds: float = 120.0
+    stop_signal: int = signal.SIGTERM
+    user: str | None = None
+
+
+class Processes:
+    """Pid files and logs in one folder. A pid that now belongs to another process counts as ended."""
+
+    def __init__(self, home: Path, cwd: Path) -> None:
+        self.home, self.cwd = home, cwd
+
+    def start(self, service: Service) -> None:
+        """Start it unless it runs, and wait until it answers. Raises OrchestrationError naming its log."""
+        if self.pid(service.name) is None:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with self.log(service.name).open("ab") as log:
+                process = subprocess.Popen(
+                    service.command,
+                    cwd="/" if service.user else self.cwd,
+                    env=dict(service.environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    user=service.user,
+                    group=service.user,
+                    extra_groups=[] if service.user else None,
+                )
+            born = psutil.Process(process.pid).create_time()
+            self._pid_file(service.name).write_text(f"{process.pid} {born}\n", encoding="utf-8")
+        deadline = time.monotonic() + service.start_seconds
+        while not service.healthy():
+            if self.pid(service.name) is None or time.monotonic() > deadline:
+                raise OrchestrationError(
+                    f"{service.name} did not start; the end of {self.log(service.name)}:\n{self.tail(service.name)}"
+                )
+            time.sleep(0.2)
+
+    def pid(self, name: str) -> int | None:
+        """The pid of the running process, or None."""
+        path = self._pid_file(name)
+        if not path.is_file():
+            return None
+        pid, born = path.read_text(encoding="utf-8").split()
+        try:
+            process = psutil.Process(int(pid))
+            same = abs(process.create_time() - float(born)) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return int(pid) if same else None
+
+    def stop(self, name: str, number: int = signal.SIGTERM, seconds: float = 40.0) -> bool:
+        """Ask it to stop, then kill it with all of its children; False where it did not run."""
+        pid = self.pid(name)
+        if pid is None:
+            return False
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+        _, left = psutil.wait_procs(family, timeout=seconds)
+        for each in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        _reap(pid)
+        self._pid_file(name).unlink(missing_ok=True)
+        return True
+
+    def log(self, name: str) -> Path:
+        return self.home / f"{name}.log"
+
+    def tail(self, name: str, lines: int = 15) -> str:
+        path = self.log(name)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _pid_file(self, name: str) -> Path:
+        return self.home / f"{name}.pid"
+
+
+def _reap(pid: int) -> None:
+    """Where the process is our own child (start and stop in one command), take its exit status."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
