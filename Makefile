@@ -6,7 +6,7 @@ QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TE
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint ui bench clean
+.PHONY: help setup demo retrain serve up down status test test-slow lint ui bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,21 @@ demo: setup  ## train, align and compare on built-in data, then say where the re
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 	@$(QUIET) $(PYTHON_IN) -m flows.compare
+
+retrain: setup  ## take the inbox in, train what is stale, ask the gate, promote; ends in seconds when nothing is new
+	@$(QUIET) $(PYTHON_IN) -m flows.retrain
+
+serve: setup  ## retrain nightly and compare weekly on this machine alone, with Prefect's pages (Ctrl-C stops)
+	@$(QUIET) $(PYTHON_IN) -m flows.serve
+
+up: setup  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
+	@$(QUIET) $(PYTHON_IN) -m infra.servers up
+
+down: setup  ## stop them; databases and logs are kept
+	@$(QUIET) $(PYTHON_IN) -m infra.servers down
+
+status: setup  ## which of them run, and where to look
+	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
 test: setup  ## the tests that take minutes, not hours
 	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tasks.process import child_environment
 
 POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"
 DEAD = "posttrain: flow runs without a heartbeat"
+TEMPLATES = Path(__file__).parents[1] / "infra" / "work-pools"
 HEARTBEAT_SECONDS = 30
 SILENCE_SECONDS = 90
 
@@ -40,7 +42,8 @@ async def prepare(pool: str, kind: str) -> None:
     """The work pool with its two queues, and the automation."""
     async with get_client() as client:
         with contextlib.suppress(ObjectAlreadyExists):
-            await client.create_work_pool(WorkPoolCreate(name=pool, type=kind))
+            template = json.loads((TEMPLATES / f"{kind}.json").read_text(encoding="utf-8"))
+            await client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template))
         await _queue(client, pool, TRAINING, 1)
         await _queue(client, pool, APPROVALS, None)
     await _watch_heartbeats()

@@ -40,7 +40,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
         process = start(command, root, output=log, extra={"PREFECT_SERVER_UI_ENABLED": "false"}, grace_seconds=5)
     # Prefect sends its last log lines and events when the interpreter shuts its threads down, which comes before this.
     atexit.register(end, process, 0)
-    _wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
+    wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
         yield None
 
@@ -52,7 +52,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:

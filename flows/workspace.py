@@ -8,24 +8,27 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
 from posttrain.errors import OrchestrationError
 from tasks import stage as stages
-from tasks.console import say
+from tasks.console import say, tell
 from tasks.process import end, start
 from tasks.slots import cuda_devices
 from tasks.stage import StageResult
 
 CATCH_UP_SECONDS = 60.0
+WAIT_SECONDS = 2.0
 RUN = Path(".posttrain/flow.run")
 """Holds the id of the flow run at work; left behind by one that was killed."""
 
@@ -41,30 +44,44 @@ def refuse_second_flow(root: Path) -> None:
 
 
 @contextmanager
-def only_flow(root: Path) -> Iterator[None]:
-    """Hold .posttrain/flow.lock; a second flow in the same workspace is refused, naming the first one's process."""
+def only_flow(root: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold .posttrain/flow.lock; a second flow in the same workspace waits or is refused, naming the first one's process."""
     path = root / ".posttrain" / "flow.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        told = False
+        while not _locked(file):
             file.seek(0)
-            raise WorkspaceBusy(
-                f"another flow is running in {root.absolute()} (process {file.read().strip() or 'unknown'})."
-                " Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
-            ) from None
+            holder = f"another flow is running in {root.absolute()} (process {file.read().strip() or 'unknown'})"
+            if not wait:
+                raise WorkspaceBusy(
+                    f"{holder}. Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
+                )
+            if not told:
+                told = bool(tell(f"waits: {holder}"))
+            time.sleep(WAIT_SECONDS)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Be the only flow in this workspace. A run that held it before and was killed is marked Crashed in Prefect."""
+    """Be the only flow in this workspace: a run of a deployment waits for its turn, a command is refused at once.
+
+    A run that was here before and was killed is marked Crashed in Prefect.
+    """
     stages.stop.clear()
-    with only_flow(root):
+    with only_flow(root, wait=deployment.get_id() is not None):
         path = root / RUN
         end_dead_run(path)
         path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")

@@ -25,7 +25,6 @@ class Service:
     environment: Mapping[str, str]
     healthy: Callable[[], bool]
     start_seconds: float = 120.0
-    stop_signal: int = signal.SIGTERM
     user: str | None = None
 
 
@@ -36,24 +35,28 @@ class Processes:
         self.home, self.cwd = home, cwd
 
     def start(self, service: Service) -> None:
-        """Start it unless it runs, and wait until it answers. Raises OrchestrationError naming its log."""
-        if self.pid(service.name) is None:
-            self.home.mkdir(parents=True, exist_ok=True)
-            with self.log(service.name).open("ab") as log:
-                process = subprocess.Popen(
-                    service.command,
-                    cwd="/" if service.user else self.cwd,
-                    env=dict(service.environment),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    user=service.user,
-                    group=service.user,
-                    extra_groups=[] if service.user else None,
-                )
-            born = psutil.Process(process.pid).create_time()
-            self._pid_file(service.name).write_text(f"{process.pid} {born}\n", encoding="utf-8")
+        """Start it unless it runs."""
+        if self.pid(service.name) is not None:
+            return
+        self.home.mkdir(parents=True, exist_ok=True)
+        with self.log(service.name).open("ab") as log:
+            process = subprocess.Popen(
+                service.command,
+                cwd="/" if service.user else self.cwd,
+                env=dict(service.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                user=service.user,
+                group=service.user,
+                extra_groups=[] if service.user else None,
+            )
+        born = psutil.Process(process.pid).create_time()
+        self._pid_file(service.name).write_text(f"{process.pid} {born}\n", encoding="utf-8")
+
+    def wait(self, service: Service) -> None:
+        """Return when it answers. Raises OrchestrationError with the end of its log where it does not."""
         deadline = time.monotonic() + service.start_seconds
         while not service.healthy():
             if self.pid(service.name) is None or time.monotonic() > deadline:

@@ -23,6 +23,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
 from pipelines import environment
@@ -31,6 +33,7 @@ from posttrain.errors import OrchestrationError, PosttrainError
 from tasks.process import child_environment
 
 BUCKET = "posttrain"
+STORE_KEY = "posttrain-store-key"
 ADMIN = "admin"
 ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
 
@@ -58,7 +61,7 @@ class Topology:
             "MLFLOW_TRACKING_USERNAME": ADMIN,
             "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow"],
             "AWS_ENDPOINT_URL_S3": self.url("s3"),
-            "AWS_ACCESS_KEY_ID": "posttrain",
+            "AWS_ACCESS_KEY_ID": STORE_KEY,
             "AWS_SECRET_ACCESS_KEY": self.secrets["s3"],
             "AWS_DEFAULT_REGION": "us-east-1",
         }
@@ -78,25 +81,36 @@ class Topology:
                                 str(self.ports["prefect"])],
                     here | self._prefect(), lambda: answers(f"{self.url('prefect')}/api/health")),
             Service("worker", [*python, "flows.worker"], here | {"PREFECT_UI_URL": self.url("prefect")},
-                    lambda: "started" in self.processes.tail("worker", 1000)),
+                    self._worker_polls),
         ]  # fmt: skip
 
     def up(self) -> None:
-        """Start what does not run, in order; each before the next."""
+        """Start what does not run. The database comes first, the worker last, the others side by side."""
         self.write_environment()
         self.postgres.create()
-        for service in self.services():
-            began = time.monotonic()
-            self.start(service)
-            print(f"  {service.name:<9} runs ({time.monotonic() - began:.1f} s)", flush=True)
+        began = time.monotonic()
+        for names in (("postgres",), ("s3", "mlflow", "prefect"), ("worker",)):
+            for name in names:
+                self._before(name)
+                self.processes.start(self.service(name))
+            for name in names:
+                self.processes.wait(self.service(name))
+                self._after(name)
+                print(f"  {name:<9} runs ({time.monotonic() - began:.1f} s)", flush=True)
 
-    def start(self, service: Service) -> None:
-        if service.name == "worker":
+    def start(self, name: str) -> None:
+        """One of them, again."""
+        self.processes.start(self.service(name))
+        self.processes.wait(self.service(name))
+
+    def _before(self, name: str) -> None:
+        if name == "worker" and self.processes.pid("worker") is None:
             self.deploy()
-        self.processes.start(service)
-        if service.name == "postgres":
+
+    def _after(self, name: str) -> None:
+        if name == "postgres":
             self.postgres.create_databases()
-        if service.name == "s3":
+        if name == "s3":
             self._prepare_store()
 
     def service(self, name: str) -> Service:
@@ -180,6 +194,11 @@ class Topology:
             _private(path, json.dumps(made))
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return found
+
+    def _worker_polls(self) -> bool:
+        """Prefect's worker has no port of its own; it says so when it begins to poll. Its log grows with every start."""
+        pid = self.processes.pid("worker")
+        return pid is not None and "worker" in " ".join(psutil.Process(pid).cmdline()[2:5])
 
     def _stop_signal(self, name: str) -> int:
         return 2 if name == "postgres" else 15  # INT is PostgreSQL's fast shutdown: it does not wait for clients

@@ -39,7 +39,8 @@ with_uv() {
 }
 
 pip_setting() {
-    local variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
+    local variable
+    variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
     { echo "${!variable:-}"; "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; } | tr '\n' ' '
 }
 

@@ -83,7 +83,7 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
         rows = _rows(kind, params, local, admission)
         aside = admission.check(kind, rows)
     except PosttrainError as error:
-        reason = redact(str(error)).replace(str(local), arrival.file)
+        reason = redact(str(error).replace(str(local), arrival.file))
         inbox.quarantine(arrival, reason)
         local.unlink()
         return Taken(arrival.name, "quarantined", reason=reason)

@@ -1,0 +1,120 @@
+"""Everything scheduled, on this machine alone: a Prefect server with its pages, and the flows of prefect.yaml at their hours.
+
+    python -m flows.serve [--port 4200]
+
+Runs until Ctrl-C. No work pool and no worker: each flow run is a process of this command. With PREFECT_API_URL set to a
+server, that one is used. Past runs are in ~/.prefect, models and numbers in the project as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import serve
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
+from prefect.deployments.runner import RunnerDeployment
+from prefect.schedules import Cron
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+
+from flows.server import wait_until_healthy
+from flows.signals import raise_interrupt
+from flows.workspace import sweep
+from pipelines import environment
+from pipelines.config import read_yaml
+from pipelines.ui import free_port
+from posttrain.errors import PosttrainError
+from tasks.console import say
+from tasks.process import end, start
+
+
+def deployments(path: Path) -> list[RunnerDeployment]:
+    """prefect.yaml's deployments as processes of this command: the same names, hours, parameters and limits."""
+    return [_deployment(entry) for entry in read_yaml(path)["deployments"]]
+
+
+def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+    module, function = entry["entrypoint"].split(":")
+    flow = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
+    limit = entry.get("concurrency_limit")
+    made: RunnerDeployment = flow.to_deployment(
+        name=entry["name"],
+        schedules=[Cron(each["cron"], timezone=each.get("timezone", "UTC")) for each in entry["schedules"]],
+        parameters=entry["parameters"],
+        description=entry["description"],
+        tags=entry["tags"],
+        concurrency_limit=ConcurrencyLimitConfig(**limit) if limit else None,
+    )
+    return made
+
+
+@contextmanager
+def server(root: Path, port: int) -> Iterator[str]:
+    """The configured Prefect server, or one with pages of its own that ends with this command; the URL of its pages."""
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield PREFECT_UI_URL.value() or configured.removesuffix("/api")
+        return
+    port = free_port(port)
+    base, log = f"http://127.0.0.1:{port}", root / ".posttrain" / "logs" / "prefect.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = _start_server(root, port, log)
+    try:
+        wait_until_healthy(process, f"{base}/api", log)
+        # For this process, and for those of the flow runs.
+        os.environ["PREFECT_API_URL"], os.environ["PREFECT_UI_URL"] = f"{base}/api", base
+        with temporary_settings({PREFECT_API_URL: f"{base}/api", PREFECT_UI_URL: base}):
+            yield base
+    finally:
+        process.terminate()
+        end(process, 20)
+
+
+def _start_server(root: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    with log.open("wb") as output:
+        return start(command, root, output=output, extra=extra, grace_seconds=5)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--port", type=int, default=4200, help="of the Prefect server; 0 takes a free one (default: 4200)"
+    )
+    args = parser.parse_args(argv)
+    root = environment.root()
+    os.chdir(root)
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    try:
+        with server(root, args.port) as pages:
+            sweep(root)
+            (root / "inbox").mkdir(exist_ok=True)
+            found = deployments(root / "prefect.yaml")
+            for deployment in found:
+                hours = ", ".join(str(each.schedule.cron) for each in deployment.schedules or ()) or "by hand"  # type: ignore[union-attr]
+                say(f"{deployment.flow_name}/{deployment.name}: {hours}")
+            say(
+                f"pages: {pages}   new data go into: {os.environ.get('POSTTRAIN_INBOX') or root / 'inbox'}   Ctrl-C stops"
+            )
+            serve(*found, print_starting_message=False)
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

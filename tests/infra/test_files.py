@@ -1,0 +1,137 @@
+"""What only a container engine or a cluster could run is checked by schemas, linters, and against what the code says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from flows.deploy import APPROVALS, POOL, TRAINING
+from infra.postgres import DATABASES
+
+PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
+BIN = Path(sys.executable).parent
+
+
+def check(root: Path, *command: str) -> str:
+    done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def read(path: Path) -> Any:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+
+
+def test_linters_and_schemas_find_nothing(root: Path, tmp_path: Path) -> None:
+    check(root, "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "infra/compose.yaml")
+    check(root, "hadolint", "infra/Dockerfile")
+    check(root, "kubernetes-validate", "--strict", "infra/kubernetes/worker.yaml")
+    check(root, "shellcheck", "infra/setup.sh")
+    yamls = ["infra/compose.yaml", "infra/kubernetes/worker.yaml", "prefect.yaml", "dvc.yaml", "params.yaml"]
+    check(root, "yamllint", "--strict", "--config-file", "infra/yamllint.yaml", *yamls)
+
+
+def pool(root: Path, kind: str) -> Any:
+    return json.loads((root / "infra" / "work-pools" / f"{kind}.json").read_text(encoding="utf-8"))
+
+
+def filled(value: Any, variables: dict[str, Any]) -> Any:
+    """The template as Prefect fills it: a value that is one placeholder takes the variable's type, an empty one goes."""
+    if isinstance(value, dict):
+        made = {key: filled(inner, variables) for key, inner in value.items()}
+        return {key: inner for key, inner in made.items() if inner is not None}
+    if isinstance(value, list):
+        return [filled(inner, variables) for inner in value]
+    if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
+        return variables.get(whole[1])
+    return PLACEHOLDER.sub(lambda found: str(variables[found[1]]), value) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_a_work_pool_uses_exactly_the_variables_that_it_declares(root: Path, kind: str) -> None:
+    template = pool(root, kind)
+    used = set(PLACEHOLDER.findall(json.dumps(template["job_configuration"])))
+    assert used == set(template["variables"]["properties"])
+
+
+def test_the_kubernetes_job_is_valid_asks_for_gpus_and_runs_without_rights(root: Path, tmp_path: Path) -> None:
+    template = pool(root, "kubernetes")
+    variables = {name: field.get("default") for name, field in template["variables"]["properties"].items()}
+    variables |= {"name": "calm-newt", "command": ["prefect", "flow-run", "execute"]}
+    # As prefect-kubernetes does, the environment's mapping becomes a list.
+    variables["env"] = [{"name": "POSTTRAIN_SLOTS", "value": "2"}]
+    job = filled(template["job_configuration"]["job_manifest"], variables)
+    job["metadata"]["name"] = job["metadata"].pop("generateName") + "x7k2p"  # as the cluster does
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    check(root, "kubernetes-validate", "--strict", str(tmp_path / "job.json"))
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["resources"]["requests"]["nvidia.com/gpu"] == 1
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_compose_publishes_on_loopback_checks_health_and_gives_no_password_a_default(root: Path) -> None:
+    compose = read(root / "infra" / "compose.yaml")
+    services = compose["services"]
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports == ["127.0.0.1:5000:5000", "127.0.0.1:4200:4200"]
+    assert {name for name, service in services.items() if "healthcheck" in service} == {
+        "postgres",
+        "s3",
+        "mlflow",
+        "prefect",
+    }
+    for service in services.values():
+        for name, condition in service.get("depends_on", {}).items():
+            wanted = "service_completed_successfully" if name == "bucket" else "service_healthy"
+            assert condition["condition"] == wanted
+    text = (root / "infra" / "compose.yaml").read_text(encoding="utf-8")
+    asked = set(re.findall(r"\$\{(\w+):\?", text))
+    example = (root / "infra" / "env.example").read_text(encoding="utf-8")
+    offered = dict(line.split("=", 1) for line in example.splitlines() if line and not line.startswith("#"))
+    assert set(offered) == asked | {"POSTTRAIN_WEBHOOK"}
+    assert set(offered.values()) == {""}
+    assert set(re.findall(r"CREATE DATABASE (\w+)", text)) == set(DATABASES)
+    assert services["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    images = {service["image"] for service in services.values()}
+    assert all(re.search(r":(\d|cpu$|cuda$)", image) for image in images), "every image is pinned"
+
+
+def test_images_are_pinned_and_do_not_run_as_root(root: Path) -> None:
+    text = (root / "infra" / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
+    targets = text.split("\nFROM ")[2:]
+    assert [target.split()[2] for target in targets] == ["cpu", "cuda"]
+    for target in targets:
+        assert "\nUSER 10001\n" in target
+        assert target.count("--constraint constraints.txt") == 2
+        assert target.index("USER 10001") < target.index("ENTRYPOINT")
+
+
+def test_deployments_are_the_flows_with_their_own_parameters(root: Path) -> None:
+    import importlib
+    import inspect
+
+    deployed = {entry["name"]: entry for entry in read(root / "prefect.yaml")["deployments"]}
+    assert {name: [each["cron"] for each in entry["schedules"]] for name, entry in deployed.items()} == {
+        "nightly": ["0 2 * * *"],
+        "weekly": ["0 6 * * 0"],
+        "promote": [],
+    }
+    for name, entry in deployed.items():
+        module, function = entry["entrypoint"].split(".py:")
+        flow = getattr(importlib.import_module(module.replace("/", ".")), function)
+        assert set(entry["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+        assert entry["work_pool"]["name"] == POOL
+        assert entry["work_pool"]["work_queue_name"] == (APPROVALS if name == "promote" else TRAINING)
+        if name != "promote":
+            assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}

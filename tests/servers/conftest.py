@@ -1,0 +1,209 @@
+"""The whole topology as real processes, once: PostgreSQL, S3, MLflow with accounts, Prefect, a worker, and a webhook."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from infra.postgres import program
+from infra.servers import Topology
+from posttrain.errors import OrchestrationError
+from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
+
+Record = dict[str, Any]
+QUICK = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    "POSTTRAIN_SLOTS": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TQDM_DISABLE": "1",
+}
+
+
+@dataclass
+class Scene:
+    """One project, its servers, and what its webhook was told."""
+
+    clone: Clone
+    topology: Topology
+    told: list[Record] = field(default_factory=list)
+
+    @property
+    def root(self) -> Path:
+        return self.clone.root
+
+    def put(self, name: str, *records: Record | str) -> None:
+        """A file into the inbox."""
+        path = self.root / "inbox" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def command(self, *module: str) -> str:
+        """Run a module of the project against these servers; what it printed."""
+        done = self.clone.run(*module, check=False, **self.topology.client_environment())
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def fire(self) -> FlowRun:
+        """Let the server's own scheduler start retrain/nightly: a schedule of seconds, until its run has begun."""
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name("retrain/nightly")
+            before = {run.id for run in client.read_flow_runs()}
+            schedule = IntervalSchedule(interval=timedelta(seconds=5))
+            (made,) = client.create_deployment_schedules(deployment.id, [(schedule, True)])
+            try:
+                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 90)
+            finally:
+                client.delete_deployment_schedule(deployment.id, made.id)
+        assert run.auto_scheduled
+        assert run.created_by is not None
+        assert run.created_by.type == "SCHEDULE"
+        return run
+
+    def ended(self, run: FlowRun, seconds: float = 240) -> FlowRun:
+        def look() -> FlowRun | None:
+            now = self.read(run)
+            return now if now.state is not None and now.state.is_final() else None
+
+        return wait(look, seconds)
+
+    def read(self, run: FlowRun) -> FlowRun:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(run.id)
+
+    def log(self, run: FlowRun) -> str:
+        time.sleep(2.5)  # Prefect sends log lines in batches of up to two seconds
+        with get_client(sync_client=True) as client:
+            found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=200)
+        return "\n".join(entry.message for entry in found)
+
+    def aliases(self) -> dict[str, int]:
+        registry = self.registry()
+        return {alias: version.number for version in registry.versions() for alias in version.aliases}
+
+    def registry(self) -> Any:
+        from pipelines.promotion.registry import Registry
+
+        return Registry(self.root, "posttrain")
+
+    def kill_worker(self) -> None:
+        """SIGKILL to the worker and to the flow that it runs, as when their machine dies."""
+        pid = self.topology.processes.pid("worker")
+        assert pid is not None
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=10)
+
+    def _begun(self) -> list[FlowRun]:
+        with get_client(sync_client=True) as client:
+            return [run for run in client.read_flow_runs() if run.state is not None and run.state.is_running()]
+
+
+def wait(look: Callable[[], Any], seconds: float) -> Any:
+    """The first answer that is not None."""
+    deadline = time.monotonic() + seconds
+    while (found := look()) is None:
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.3)
+    return found
+
+
+@pytest.fixture(scope="session")
+def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:  # noqa: F811
+    try:
+        program("initdb")
+    except OrchestrationError as error:
+        pytest.skip(str(error))
+    clone = new_clone()
+    clone.configure("tests/servers/tiny.yaml")
+    tables(clone.root)
+    told: list[Record] = []
+    server = webhook(told)
+    data = Path("/tmp") / f"posttrain-test-{secrets.token_hex(6)}"
+    environment = QUICK | {
+        "POSTTRAIN_PGDATA": str(data),
+        "POSTTRAIN_LEASES": str(tmp_path_factory.mktemp("leases")),
+        "POSTTRAIN_WEBHOOK": f"http://127.0.0.1:{server.server_port}/hook",
+        "PYTHONPATH": str(clone.root),
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        for name in [name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "PREFECT_API", "AWS_"))]:
+            patched.delenv(name)
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        topology = Topology(clone.root, first_port=free_ports(4))
+        for name, value in topology.client_environment().items():
+            patched.setenv(name, value)
+        try:
+            topology.up()
+            with temporary_settings({PREFECT_API_URL: f"{topology.url('prefect')}/api"}):
+                yield Scene(clone, topology, told)
+        finally:
+            topology.down()
+            server.shutdown()
+            shutil.rmtree(data, ignore_errors=True)
+
+
+def tables(root: Path) -> None:
+    """To every question the right answer is 1."""
+    rows = {
+        "sft": [{"prompt": f"s{i}?", "completion": str(i % 2)} for i in range(96)],
+        "preferences": [{"prompt": f"p{i}?", "chosen": "1", "rejected": "0"} for i in range(60)],
+        "problems": [{"prompt": f"q{i}?", "answer": "1"} for i in range(16)],
+        "evaluation": [{"prompt": f"e{i}?", "answer": "1"} for i in range(32)],
+    }
+    for name, records in rows.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (root / "data" / "raw" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def webhook(told: list[Record]) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for first in range(20000 + secrets.randbelow(20000), 60000):
+        held: list[socket.socket] = []
+        try:
+            for port in range(first, first + count):
+                held.append(socket.create_server(("127.0.0.1", port)))
+            return first
+        except OSError:
+            continue
+        finally:
+            for each in held:
+                each.close()
+    raise AssertionError("no free ports")

@@ -1,0 +1,128 @@
+"""Four nights of one model on real servers. The tests are one story and run in this order, each on what the one before left."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+from tests.servers.conftest import Scene, wait
+
+pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(420)]
+
+GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
+POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
+
+
+def objects(scene: Scene, prefix: str) -> list[str]:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=scene.topology.url("s3"))
+    return [entry["Key"] for entry in client.list_objects_v2(Bucket="posttrain", Prefix=prefix).get("Contents", ())]
+
+
+def test_the_schedule_fires_by_itself_and_a_better_model_becomes_champion(scene: Scene) -> None:
+    scene.put("preferences/good.jsonl", *GOOD)
+    scene.put("preferences/bad.jsonl", '{"prompt": "x?", "chosen": ')
+    run = scene.ended(scene.fire())
+    log = scene.log(run)
+    assert run.state is not None
+    assert run.state.is_completed(), log
+    assert "inbox: accepted preferences/good.jsonl: 8 rows for preferences" in log
+    assert "inbox: quarantined preferences/bad.jsonl: bad.jsonl, line 1" in log
+    assert (scene.root / "inbox/quarantined/preferences/bad.jsonl.reason.txt").is_file()
+    assert (scene.root / "data/raw/accepted.dvc").is_file()
+
+    champion = scene.registry().holding("champion")
+    assert (champion.number, champion.tags["model"], champion.tags["decision"]) == (1, "dpo-0", "passed")
+    weights = champion.md5
+    assert f"dvc/files/md5/{weights[:2]}/{weights[2:]}" in objects(scene, "dvc/")
+    assert any(key.endswith("/artifacts/decision.json") for key in objects(scene, "mlflow/"))
+    assert (scene.root / "models/champion/model.safetensors").read_bytes() == (
+        scene.root / "models/align/dpo-0/model.safetensors"
+    ).read_bytes()
+
+    assert [message["event"] for message in scene.told] == ["promoted"]
+    assert "version 1 (dpo-0) is champion, in place of the supervised model" in scene.told[0]["text"]
+    assert scene.told[0]["links"]["model"].endswith("/#/models/posttrain/versions/1")
+    assert str(run.id) in scene.told[0]["links"]["flow run"]
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        )
+    assert {artifact.key for artifact in found} >= {"intake", "comparison", "report", "decision", "decision-page"}
+
+
+def test_mlflow_asks_for_a_password(scene: Scene) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{scene.topology.url('mlflow')}/api/2.0/mlflow/registered-models/search", timeout=10)
+
+
+def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> None:
+    lock = (scene.root / "dvc.lock").read_bytes()
+    flow = (scene.root / ".posttrain/flow.json").read_bytes()
+    run = scene.ended(scene.fire())
+    log = scene.log(run)
+    assert run.state is not None
+    assert run.state.is_completed(), log
+    assert "nothing to do: all" in log
+    assert "nothing new, nothing to decide: version 1 (dpo-0) is champion" in log
+    assert (scene.root / "dvc.lock").read_bytes() == lock
+    assert (scene.root / ".posttrain/flow.json").read_bytes() == flow
+    assert scene.aliases() == {"champion": 1}
+    assert run.total_run_time.total_seconds() < 60
+
+
+def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(scene: Scene) -> None:
+    scene.put("preferences/poison.jsonl", *POISON)
+    killed = scene.fire()
+    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 180)
+    scene.kill_worker()
+    scene.topology.start("worker")
+    crashed = scene.ended(killed, 60)
+    assert crashed.state is not None
+    assert crashed.state.is_crashed()
+
+    run = scene.ended(scene.fire())
+    log = scene.log(run)
+    assert run.state is not None
+    assert run.state.is_completed(), log
+    assert "reward: continuing run reward-" in (scene.root / ".posttrain/logs/reward.log").read_text(encoding="utf-8")
+    decision = json.loads((scene.root / "runs/gate/artifacts/decision.json").read_text(encoding="utf-8"))
+    assert not decision["promote"]
+    failed = {check["name"] for check in decision["candidates"][0]["checks"] if not check["passed"]}
+    assert failed >= {"loss"}
+    assert decision["reference"] == "the champion, version 1 (dpo-0)"
+    assert scene.aliases() == {"champion": 1, "challenger": 2}
+    assert [message["event"] for message in scene.told] == ["promoted", "refused"]
+    assert "true reward against the champion, version 1 (dpo-0) -" in scene.told[1]["text"]
+
+
+def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene) -> None:
+    scene.command("flows.promote", "--reason", "to see it fail")
+    assert scene.aliases() == {"champion": 2, "previous": 1}
+    printed = scene.command("flows.promote", "--roll-back", "--reason", "it answers 0")
+    assert "version 1 (dpo-0) is champion again, in place of version 2 (dpo-0): it answers 0" in printed
+    assert scene.aliases() == {"champion": 1, "previous": 2}
+    assert "rolled back: it answers 0" in scene.command("pipelines.models")
+    assert [message["event"] for message in scene.told[2:]] == ["promoted", "rolled back"]
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] not in json.dumps(scene.told)
+
+
+def test_no_server_listens_to_the_network(scene: Scene) -> None:
+    import psutil
+
+    listening: dict[str, set[Any]] = {}
+    for name in ("postgres", "s3", "mlflow", "prefect"):
+        pid = scene.topology.processes.pid(name)
+        assert pid is not None
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        found = [each for process in family for each in process.net_connections("inet") if each.status == "LISTEN"]
+        listening[name] = {each.laddr.ip for each in found}
+    assert listening == {name: {"127.0.0.1"} for name in ("postgres", "s3", "mlflow", "prefect")}
