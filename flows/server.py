@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from pipelines.ui import free_port
 from posttrain.errors import OrchestrationError
 from tasks.process import end, start
 
@@ -32,7 +32,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     if configured:
         yield configured
         return
-    port = _free_port()
+    port = free_port(0)
     path = root / ".posttrain" / "logs" / "prefect.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
@@ -43,13 +43,6 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
         yield None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

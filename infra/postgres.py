@@ -6,7 +6,6 @@ import hashlib
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,16 +45,16 @@ class Postgres:
             for path in (self.data, secret):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         try:
-            self._run(["initdb", "-D", str(self.data), "-U", ROLE, "--auth=scram-sha-256", f"--pwfile={secret}",
+            self.run(["initdb", "-D", str(self.data), "-U", ROLE, "--auth=scram-sha-256", f"--pwfile={secret}",
                        "--encoding=UTF8", "--locale=C.UTF-8"])  # fmt: skip
         finally:
             secret.unlink()
 
     def create_databases(self) -> None:
-        there = self._run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
+        there = self.run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
         for name in DATABASES:
             if name not in there.split():
-                self._run([*self.client("createdb"), name])
+                self.run([*self.client("createdb"), name])
 
     def client(self, name: str) -> list[str]:
         """The start of a client program's command line; PGPASSWORD is in `environment`."""
@@ -68,7 +67,8 @@ class Postgres:
     def uri(self, database: str, driver: str) -> str:
         return f"postgresql+{driver}://{ROLE}:{self.password}@127.0.0.1:{self.port}/{database}"
 
-    def _run(self, command: Sequence[str]) -> str:
+    def run(self, command: Sequence[str], *, source: Path | None = None, output: Path | None = None) -> str:
+        """One of PostgreSQL's programs to its end, reading `source`, writing `output`; what it printed."""
         done = subprocess.run(
             [program(command[0]), *command[1:]],
             cwd="/",
@@ -76,13 +76,17 @@ class Postgres:
             user=self.user,
             group=self.user,
             extra_groups=[] if self.user else None,
+            # The user postgres could not open files of ours.
+            input=source.read_bytes() if source else None,
             capture_output=True,
-            text=True,
             check=False,
         )
         if done.returncode:
-            raise OrchestrationError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
-        return done.stdout
+            raise OrchestrationError(f"{command[0]} failed: {(done.stderr or done.stdout).decode().strip()}")
+        if output:
+            output.write_bytes(done.stdout)
+            return ""
+        return done.stdout.decode()
 
 
 def program(name: str) -> str:
@@ -94,13 +98,6 @@ def program(name: str) -> str:
             f"PostgreSQL's {name} is not installed. Debian and Ubuntu: sudo apt-get install postgresql; or use infra/compose.yaml."
         )
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _data_folder(home: Path) -> Path:

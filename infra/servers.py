@@ -3,221 +3,25 @@
     python -m infra.servers up       PostgreSQL, S3 store, MLflow with accounts, Prefect server, one worker; deploys prefect.yaml
     python -m infra.servers status   what runs, and where to look
     python -m infra.servers down     stop them; databases and logs are kept
+    python -m infra.servers start NAME... | stop NAME...      some of them: postgres s3 mlflow prefect worker
+    python -m infra.servers backup FOLDER | restore FOLDER    the databases
 
 Everything listens on 127.0.0.1. Passwords are made once and kept in .posttrain/servers/secrets.json; `source
-.posttrain/servers/env` lets any command of this project use the servers. POSTTRAIN_PORTS sets the first of five ports
+.posttrain/servers/env` lets any command of this project use the servers. POSTTRAIN_PORTS sets the first of four ports
 (default 54320): PostgreSQL, S3, MLflow, Prefect.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import secrets
-import shlex
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import psutil
-
-from infra.postgres import Postgres
-from infra.processes import Processes, Service
+from infra.backup import backup, restore
+from infra.topology import ADMIN, ORDER, Topology
 from pipelines import environment
 from pipelines.config import load_params
 from posttrain.errors import OrchestrationError, PosttrainError
-from tasks.process import child_environment
-
-BUCKET = "posttrain"
-STORE_KEY = "posttrain-store-key"
-ADMIN = "admin"
-ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
-
-
-class Topology:
-    """The five processes of one project. `home` holds pids, logs and secrets."""
-
-    def __init__(self, project: Path, home: Path | None = None, first_port: int | None = None) -> None:
-        self.project = project.absolute()
-        self.home = home or self.project / ".posttrain" / "servers"
-        self.processes = Processes(self.home, self.project)
-        self.secrets = self._secrets()
-        first = first_port or int(os.environ.get("POSTTRAIN_PORTS", "54320"))
-        self.ports = {name: first + i for i, name in enumerate(ORDER[:4])}
-        self.postgres = Postgres(self.home, self.ports["postgres"], self.secrets["postgres"])
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.ports[name]}"
-
-    def client_environment(self) -> dict[str, str]:
-        """What a command needs to use these servers."""
-        return {
-            "PREFECT_API_URL": f"{self.url('prefect')}/api",
-            "MLFLOW_TRACKING_URI": self.url("mlflow"),
-            "MLFLOW_TRACKING_USERNAME": ADMIN,
-            "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow"],
-            "AWS_ENDPOINT_URL_S3": self.url("s3"),
-            "AWS_ACCESS_KEY_ID": STORE_KEY,
-            "AWS_SECRET_ACCESS_KEY": self.secrets["s3"],
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-
-    def services(self) -> list[Service]:
-        here = {**child_environment(), **environment.QUIET, **self.client_environment()}
-        python = [sys.executable, "-m"]
-        return [
-            Service("postgres", self.postgres.command(), self.postgres.environment(), self.postgres.healthy,
-                    user=self.postgres.user),
-            Service("s3", [*python, "moto.server", "-H", "127.0.0.1", "-p", str(self.ports["s3"])], here,
-                    lambda: answers(f"{self.url('s3')}/moto-api/")),
-            Service("mlflow", [*python, "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port",
-                               str(self.ports["mlflow"]), "--workers", "1"],
-                    here | self._mlflow(), lambda: answers(f"{self.url('mlflow')}/health")),
-            Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
-                                str(self.ports["prefect"])],
-                    here | self._prefect(), lambda: answers(f"{self.url('prefect')}/api/health")),
-            Service("worker", [*python, "flows.worker"], here | {"PREFECT_UI_URL": self.url("prefect")},
-                    self._worker_polls),
-        ]  # fmt: skip
-
-    def up(self) -> None:
-        """Start what does not run. The database comes first, the worker last, the others side by side."""
-        self.write_environment()
-        self.postgres.create()
-        began = time.monotonic()
-        for names in (("postgres",), ("s3", "mlflow", "prefect"), ("worker",)):
-            for name in names:
-                self._before(name)
-                self.processes.start(self.service(name))
-            for name in names:
-                self.processes.wait(self.service(name))
-                self._after(name)
-                print(f"  {name:<9} runs ({time.monotonic() - began:.1f} s)", flush=True)
-
-    def start(self, name: str) -> None:
-        """One of them, again."""
-        self.processes.start(self.service(name))
-        self.processes.wait(self.service(name))
-
-    def _before(self, name: str) -> None:
-        if name == "worker" and self.processes.pid("worker") is None:
-            self.deploy()
-
-    def _after(self, name: str) -> None:
-        if name == "postgres":
-            self.postgres.create_databases()
-        if name == "s3":
-            self._prepare_store()
-
-    def service(self, name: str) -> Service:
-        return next(service for service in self.services() if service.name == name)
-
-    def down(self) -> None:
-        for name in reversed(ORDER):
-            print(f"  {name:<9} {'stopped' if self.processes.stop(name, self._stop_signal(name)) else 'did not run'}")
-
-    def deploy(self) -> None:
-        """prefect.yaml's deployments into the server, and its work pool."""
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.deploy"], cwd=self.project, capture_output=True, text=True, check=False,
-            env={**child_environment(), **environment.QUIET, **self.client_environment()},
-        )  # fmt: skip
-        if done.returncode:
-            raise OrchestrationError(done.stderr.removeprefix("error: ").strip())
-
-    def write_environment(self) -> Path:
-        path = self.home / "env"
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
-        _private(path, "\n".join(lines) + "\n")
-        return path
-
-    def _mlflow(self) -> dict[str, str]:
-        config = self.home / "mlflow-auth.ini"
-        auth = self.postgres.uri("mlflow_auth", "psycopg2")
-        _private(
-            config,
-            f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {auth}\nadmin_username = {ADMIN}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\nauth_cache_ttl_seconds = 60\n",
-        )
-        return {
-            "MLFLOW_BACKEND_STORE_URI": self.postgres.uri("mlflow", "psycopg2"),
-            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
-            "MLFLOW_S3_ENDPOINT_URL": self.url("s3"),
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_PASSWORD": self.secrets["mlflow"],
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": self.secrets["flask"],
-        }
-
-    def _prefect(self) -> dict[str, str]:
-        return {
-            "PREFECT_API_DATABASE_CONNECTION_URL": self.postgres.uri("prefect", "asyncpg"),
-            "PREFECT_SERVER_UI_API_URL": f"{self.url('prefect')}/api",
-        }
-
-    def _prepare_store(self) -> None:
-        """The bucket, and this project's default DVC remote in it (.dvc/config.local, which git ignores)."""
-        import boto3
-
-        keys = self.client_environment()
-        client = boto3.client(
-            "s3", endpoint_url=self.url("s3"), region_name=keys["AWS_DEFAULT_REGION"],
-            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"], aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-        )  # fmt: skip
-        if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-            client.create_bucket(Bucket=BUCKET)
-        if (self.project / ".dvc").is_dir():
-            self._set_remote(keys)
-
-    def _set_remote(self, keys: dict[str, str]) -> None:
-        settings = {
-            "endpointurl": self.url("s3"),
-            "access_key_id": keys["AWS_ACCESS_KEY_ID"],
-            "secret_access_key": keys["AWS_SECRET_ACCESS_KEY"],
-            "region": keys["AWS_DEFAULT_REGION"],
-        }
-        commands = [["add", "--local", "--force", "--default", "servers", f"s3://{BUCKET}/dvc"]]
-        commands += [["modify", "--local", "servers", name, value] for name, value in settings.items()]
-        for command in commands:
-            subprocess.run(
-                [sys.executable, "-m", "dvc", "remote", *command], cwd=self.project, env=child_environment(), check=True,
-                stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-
-    def _secrets(self) -> dict[str, str]:
-        path = self.home / "secrets.json"
-        if not path.is_file():
-            made = {name: secrets.token_urlsafe(24) for name in ("postgres", "mlflow", "flask", "s3")}
-            _private(path, json.dumps(made))
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
-    def _worker_polls(self) -> bool:
-        """Prefect's worker has no port of its own; it says so when it begins to poll. Its log grows with every start."""
-        pid = self.processes.pid("worker")
-        return pid is not None and "worker" in " ".join(psutil.Process(pid).cmdline()[2:5])
-
-    def _stop_signal(self, name: str) -> int:
-        return 2 if name == "postgres" else 15  # INT is PostgreSQL's fast shutdown: it does not wait for clients
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except (urllib.error.URLError, OSError):
-        return False
-    return True
-
-
-def _private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(text, encoding="utf-8")
 
 
 def status(topology: Topology) -> str:
@@ -238,21 +42,49 @@ def status(topology: Topology) -> str:
     )
 
 
+def _act(topology: Topology, action: str, names: list[str]) -> None:
+    if action == "up":
+        topology.up()
+    elif action == "down":
+        topology.down()
+    elif action == "start":
+        for name in _known(names):
+            topology.start(name)
+    elif action == "stop":
+        topology.down(_known(names))
+    elif action != "status":
+        if len(names) != 1:
+            raise OrchestrationError(f"{action} needs one folder, e.g. `python -m infra.servers {action} backup`")
+        _copy(topology, action, Path(names[0]))
+    if action in ("up", "status", "start"):
+        print(status(topology))
+
+
+def _copy(topology: Topology, action: str, folder: Path) -> None:
+    if action == "backup":
+        print("\n".join(f"  {path}" for path in backup(topology.postgres, folder)))
+    else:
+        restore(topology.postgres, topology.processes, folder)
+        print(f"  restored from {folder}; `python -m infra.servers up` starts the servers")
+
+
+def _known(names: list[str]) -> list[str]:
+    wrong = [name for name in names if name not in ORDER]
+    if wrong or not names:
+        raise OrchestrationError(f"{' '.join(wrong) or 'no name'}: name one or more of {', '.join(ORDER)}")
+    return names
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m infra.servers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("up", "down", "status"))
+    parser.add_argument("action", choices=("up", "down", "status", "start", "stop", "backup", "restore"))
+    parser.add_argument("names", nargs="*", metavar="NAME | FOLDER")
     args = parser.parse_args(argv)
     environment.quiet()
-    topology = Topology(environment.root())
     try:
-        if args.action == "up":
-            topology.up()
-        if args.action == "down":
-            topology.down()
-        else:
-            print(status(topology))
+        _act(Topology(environment.root()), args.action, args.names)
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,9 +1,9 @@
-"""Show the runs of this project: an MLflow server on this machine only, and the links worth opening.
+"""Show the runs of this project: MLflow and Prefect on this machine only, and the links worth opening.
 
-    python -m pipelines.ui [--port 5000]
+    python -m pipelines.ui [--port 5000] [--prefect-port 4200]
 
-Catches up with the journals first. Ctrl-C stops the server. With MLFLOW_TRACKING_URI set to a server, only the links to
-that server are printed.
+Catches up with the journals first. Ctrl-C stops the servers. With MLFLOW_TRACKING_URI or PREFECT_API_URL set to a server,
+only the links to that server are printed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
@@ -34,28 +36,61 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _HOST = "127.0.0.1"
-_START_SECONDS = 60.0
+_TRAINING = "workflowType=machine_learning"
+_ALIGN = "tags.stage = 'align'"
+_START_SECONDS = 120.0
 
 
 def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
-    """What to open, by name: the experiment, and the comparison of the newest align run per algorithm and seed."""
-    found = {"experiment": f"{base}/#/experiments/{experiment}"}
+    """What to open, by name: the algorithms' curves on the same charts, the newest align runs side by side, every run, the models.
+
+    MLflow opens an experiment on its pages for agents, so each link asks for those of training.
+    """
+    page = f"{base}/#/experiments/{experiment}/runs?{_TRAINING}"
+    found: dict[str, str] = {}
     newest: dict[str, str] = {}
     for run in client.search_runs([experiment], "tags.stage = 'align'", order_by=["attributes.start_time ASC"]):
         newest[run.info.run_name] = run.info.run_id
     if newest:
         runs = json.dumps([newest[name] for name in sorted(newest)])
+        found["curves of the algorithms"] = f"{page}&searchFilter={quote(_ALIGN)}&compareRunsMode=CHART"
         found["comparison of the align runs"] = (
-            f"{base}/#/compare-runs?runs={quote(runs)}&experiments={quote(json.dumps([experiment]))}"
+            f"{base}/#/compare-runs?runs={quote(runs)}&experiments={quote(json.dumps([experiment]))}&{_TRAINING}"
         )
+    found["every run"] = page
+    for model in client.search_registered_models():
+        found[f"versions of the model {model.name}"] = f"{base}/#/models/{quote(model.name)}?{_TRAINING}"
     return found
 
 
+@dataclass(frozen=True)
+class Server:
+    """One of the two servers, reachable from this machine only. `health` is the path that answers when it is up."""
+
+    name: str
+    command: list[str]
+    base: str
+    health: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
 def server_command(project: Path, port: int) -> list[str]:
-    """An MLflow server over the project's store, reachable from this machine only."""
+    """An MLflow server over the project's store."""
     store = ["--backend-store-uri", tracking_uri(project), "--no-serve-artifacts"]
     store += ["--default-artifact-root", artifact_root(project).as_uri()]
     return [sys.executable, "-m", "mlflow", "server", *store, "--host", _HOST, "--port", str(port), "--workers", "1"]
+
+
+def mlflow_server(project: Path, port: int) -> Server:
+    return Server("MLflow", server_command(project, port), f"http://{_HOST}:{port}", "/health")
+
+
+def prefect_server(port: int) -> Server:
+    """Over the database that the flows' private servers use, ~/.prefect."""
+    base = f"http://{_HOST}:{port}"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
+    # --port alone leaves its pages calling port 4200.
+    return Server("Prefect", command, base, "/api/health", {"PREFECT_SERVER_UI_API_URL": f"{base}/api"})
 
 
 def free_port(wanted: int) -> int:
@@ -71,20 +106,40 @@ def free_port(wanted: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(project: Path, port: int) -> None:
-    """Run the server until Ctrl-C or SIGTERM, then stop it with everything it started."""
-    base = f"http://{_HOST}:{port}"
-    found = _links(project, base)
-    server = subprocess.Popen(
-        server_command(project, port), cwd=project, start_new_session=True, preexec_fn=die_with_parent
-    )
+def serve(servers: Sequence[Server], project: Path, found: str) -> None:
+    """Run the servers until Ctrl-C or SIGTERM, then stop them with everything they started."""
+    log = project / ".posttrain" / "logs" / "prefect-ui.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
     try:
-        _wait_until_up(server, base)
-        print(f"MLflow answers at {base} (Ctrl-C stops it)\n{found}", flush=True)
-        code = server.wait()
-        raise TrackingError(f"the MLflow server ended with exit code {code}; its messages are above.")
+        with log.open("wb") as quiet:
+            for server in servers:
+                # Prefect's greeting would hide the links.
+                output = quiet if server.name == "Prefect" else None
+                running.append(_start(server, project, output))
+        for server, process in zip(servers, running, strict=True):
+            _wait_until_up(server, process)
+            print(f"{server.name} answers at {server.base}", flush=True)
+        print(f"{found}\nCtrl-C stops them", flush=True)
+        while all(process.poll() is None for process in running):
+            time.sleep(0.5)
+        name, code = next((s.name, p.returncode) for s, p in zip(servers, running, strict=True) if p.poll() is not None)
+        raise TrackingError(f"the {name} server ended with exit code {code}; its messages are above, or in {log}.")
     finally:
-        _stop(server)
+        for process in running:
+            _stop(process)
+
+
+def _start(server: Server, project: Path, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        server.command,
+        cwd=project,
+        env={**os.environ, **server.environment},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
@@ -98,19 +153,19 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _wait_until_up(server: subprocess.Popen[bytes], base: str) -> None:
+def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        if server.poll() is not None:
+        if process.poll() is not None:
             raise TrackingError(
-                f"the MLflow server did not start (exit code {server.returncode}); its messages are above."
+                f"the {server.name} server did not start (exit code {process.returncode}); its messages are above."
             )
         try:
-            with urlopen(f"{base}/health", timeout=2):
+            with urlopen(f"{server.base}{server.health}", timeout=2):
                 return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise TrackingError(f"the MLflow server did not answer at {base} within {_START_SECONDS:.0f} s.")
+    raise TrackingError(f"the {server.name} server did not answer at {server.base} within {_START_SECONDS:.0f} s.")
 
 
 def _links(project: Path, base: str) -> str:
@@ -125,24 +180,41 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.ui", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1; 0 takes a free one (default: 5000)")
+    parser.add_argument(
+        "--port", type=int, default=5000, help="of MLflow on 127.0.0.1; 0 takes a free one (default: 5000)"
+    )
+    parser.add_argument("--prefect-port", type=int, default=4200, help="of Prefect, likewise (default: 4200)")
     args = parser.parse_args(argv)
     environment.quiet()
     project = environment.root()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        uri = tracking_uri(project)
-        if uri.startswith(("http://", "https://")):
-            print(_links(project, redact(uri).rstrip("/")))
-        else:
-            serve(project, free_port(args.port))
+        _show(project, args.port, args.prefect_port)
     except Interrupted:
         return 0
     except PosttrainError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _show(project: Path, port: int, prefect_port: int) -> None:
+    servers = []
+    uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL")
+    base = redact(uri).rstrip("/")
+    if not uri.startswith(("http://", "https://")):
+        servers.append(mlflow_server(project, free_port(port)))
+        base = servers[-1].base
+    if not api:
+        servers.append(prefect_server(free_port(prefect_port)))
+    found = _links(project, base)
+    if api:
+        found += f"\nflow runs:\n  {redact(api).removesuffix('/api')}/runs"
+    if servers:
+        serve(servers, project, found)
+    else:
+        print(found)
 
 
 def _interrupt(*_: object) -> None:

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ from prefect.states import Running
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.body import bring_all_up_to_date
-from flows.workspace import RUN, exclusive
+from flows.workspace import RUN, WorkspaceBusy, exclusive, only_flow
 from posttrain.errors import OrchestrationError
 from tests.workspace import dvc
 
@@ -29,6 +33,12 @@ def identity(root: str, fail: bool = False) -> str:
         if fail:
             raise OrchestrationError("no")
         return str(flow_run.get_id())
+
+
+@flow(persist_result=False)
+def patient(root: str) -> None:
+    with only_flow(Path(root), wait=True):
+        pass
 
 
 def test_new_data_runs_the_chain_and_no_new_data_stops_at_once(
@@ -84,3 +94,22 @@ def test_a_run_that_was_killed_is_marked_crashed_by_the_next_one(
         identity(str(workspace), fail=True)
     identity(str(workspace))
     assert "killed" not in capsys.readouterr().out
+
+
+def test_who_may_wait_gets_his_turn_and_who_may_not_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys; from pathlib import Path; from flows.workspace import only_flow\n"
+    program += "with only_flow(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-c", program, str(workspace)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(WorkspaceBusy, match=rf"\(process {holder.pid}\)"), only_flow(workspace):
+            pass
+        assert holder.stdin is not None
+        threading.Timer(3, holder.stdin.close).start()
+        began = time.monotonic()
+        patient(str(workspace))
+        assert time.monotonic() - began > 2
+    assert f"waits: another flow is running in {workspace} (process {holder.pid})" in capsys.readouterr().out

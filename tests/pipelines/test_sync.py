@@ -116,11 +116,17 @@ def test_the_comparison_link_names_the_newest_align_runs(project: Project, store
         store.create_run(experiment, start_time=n + 1, run_name=name, tags={"stage": stage}).info.run_id
         for n, (name, stage) in enumerate([("a", "align"), ("a", "align"), ("b", "align"), ("c", "sft")])
     ]
-    found = links(store, "http://127.0.0.1:5000", experiment)
     runs = f"%5B%22{ids[1]}%22%2C%20%22{ids[2]}%22%5D"
-    compare = f"http://127.0.0.1:5000/#/compare-runs?runs={runs}&experiments=%5B%22{experiment}%22%5D"
-    assert found["comparison of the align runs"] == compare
-    assert found["experiment"] == f"http://127.0.0.1:5000/#/experiments/{experiment}"
+    store.create_registered_model("posttrain")
+    training = "workflowType=machine_learning"
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?{training}"
+    assert links(store, "http://127.0.0.1:5000", experiment) == {
+        "curves of the algorithms": f"{page}&searchFilter=tags.stage%20%3D%20%27align%27&compareRunsMode=CHART",
+        "comparison of the align runs": "http://127.0.0.1:5000/#/compare-runs"
+        f"?runs={runs}&experiments=%5B%22{experiment}%22%5D&{training}",
+        "every run": page,
+        "versions of the model posttrain": f"http://127.0.0.1:5000/#/models/posttrain?{training}",
+    }
 
 
 def test_a_port_in_use_is_refused_with_a_way_out() -> None:

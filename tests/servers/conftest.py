@@ -25,7 +25,7 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.postgres import program
-from infra.servers import Topology
+from infra.topology import Topology
 from posttrain.errors import OrchestrationError
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 
@@ -58,9 +58,15 @@ class Scene:
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a command; `Clone.run` clears what pytest's own process has of it."""
+        ours = {name: os.environ[name] for name in ("POSTTRAIN_WEBHOOK", "POSTTRAIN_PGDATA")}
+        return {**self.topology.client_environment(), **ours, "POSTTRAIN_PORTS": str(self.topology.ports["postgres"])}
+
     def command(self, *module: str) -> str:
         """Run a module of the project against these servers; what it printed."""
-        done = self.clone.run(*module, check=False, **self.topology.client_environment())
+        done = self.clone.run(*module, check=False, **self.environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -80,7 +86,7 @@ class Scene:
         assert run.created_by.type == "SCHEDULE"
         return run
 
-    def ended(self, run: FlowRun, seconds: float = 240) -> FlowRun:
+    def ended(self, run: FlowRun, seconds: float = 600) -> FlowRun:
         def look() -> FlowRun | None:
             now = self.read(run)
             return now if now.state is not None and now.state.is_final() else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from typing import Any
@@ -14,7 +16,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from tests.servers.conftest import Scene, wait
 
-pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(900)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
@@ -82,7 +84,7 @@ def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> Non
 def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(scene: Scene) -> None:
     scene.put("preferences/poison.jsonl", *POISON)
     killed = scene.fire()
-    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 180)
+    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 400)
     scene.kill_worker()
     scene.topology.start("worker")
     crashed = scene.ended(killed, 60)
@@ -126,3 +128,45 @@ def test_no_server_listens_to_the_network(scene: Scene) -> None:
         found = [each for process in family for each in process.net_connections("inet") if each.status == "LISTEN"]
         listening[name] = {each.laddr.ip for each in found}
     assert listening == {name: {"127.0.0.1"} for name in ("postgres", "s3", "mlflow", "prefect")}
+
+
+def test_a_promotion_waits_for_a_person_in_prefects_pages_and_may_be_declined(scene: Scene) -> None:
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("promote/promote")
+        asked = client.create_flow_run_from_deployment(deployment.id, parameters={"version": 2, "approval": True})
+
+        def paused() -> bool | None:
+            state = scene.read(asked).state
+            return True if state is not None and state.is_paused() else None
+
+        wait(paused, 120)
+        client.resume_flow_run(asked.id, run_input={"approve": False, "comment": "not on a Friday"})
+    ended = scene.ended(asked, 120)
+    assert ended.state is not None
+    assert ended.state.is_cancelled()
+    assert scene.aliases() == {"champion": 1, "previous": 2}
+    assert [message["event"] for message in scene.told[4:]] == ["waiting", "refused"]
+    assert "version 2 (dpo-0) was not approved: not on a Friday" in scene.told[5]["text"]
+
+
+def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    first = scene.told[0]["links"]
+    night = page(browser, scene, first["flow run"] + "?tab=Artifacts")
+    assert all(word in night for word in ("decision", "comparison", "report", "intake"))
+    signed_in = first["model"].replace("http://", f"http://admin:{os.environ['MLFLOW_TRACKING_PASSWORD']}@")
+    version = page(browser, scene, signed_in + "?workflowType=machine_learning")
+    assert "every check was passed" in version
+    assert "dvc.md5" in version
+
+
+def page(browser: str, scene: Scene, url: str) -> str:
+    """The page's elements after its scripts have run."""
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", "--dump-dom"]
+    profile = scene.root / ".posttrain" / "chromium"
+    done = subprocess.run(
+        [*command, f"--user-data-dir={profile}", url], capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.stdout

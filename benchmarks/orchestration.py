@@ -1,0 +1,123 @@
+"""What Prefect adds: to a flow's start, to every stage, and to its end. Against a server of its own, stages that do nothing.
+
+    python benchmarks/orchestration.py [--stages 8] [--repeats 3] [--database URL]
+
+A chain of stages runs through flows.compare on one slot, and through `dvc repro --single-item` alone. The flow's start is
+the time from typing the command to the first stage's start; a stage's overhead is the gap between the end of one
+stage's dvc process and the start of the next one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import flows  # noqa: F401  (Prefect's quiet environment)
+from flows.server import wait_until_healthy
+from pipelines.ui import free_port
+from tasks.process import child_environment, end, start
+
+PROJECT = Path(__file__).parents[1]
+
+
+def workspace(folder: Path, stages: int) -> Path:
+    """A chain of stages that copy one byte."""
+    folder.mkdir()
+    (folder / "out-0").write_text("x")
+    lines = ["stages:"]
+    for i in range(1, stages + 1):
+        lines += [f"  s{i}:", f"    cmd: cp out-{i - 1} out-{i}", f"    deps: [out-{i - 1}]", f"    outs: [out-{i}]"]
+    (folder / "dvc.yaml").write_text("\n".join(lines) + "\n")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, env=child_environment(), check=True)
+    return folder
+
+
+@contextmanager
+def prefect(folder: Path, database: str | None) -> Iterator[str]:
+    port = free_port(0)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    extra = {"PREFECT_HOME": str(folder / "home")}
+    if database:
+        extra["PREFECT_API_DATABASE_CONNECTION_URL"] = database
+    with (folder / "prefect.log").open("wb") as log:
+        server = start(command, folder, output=log, extra=extra, grace_seconds=5)
+    try:
+        wait_until_healthy(server, f"http://127.0.0.1:{port}/api", folder / "prefect.log")
+        yield f"http://127.0.0.1:{port}/api"
+    finally:
+        server.terminate()
+        end(server, 20)
+
+
+def flow(root: Path, api: str) -> dict[str, float]:
+    """Seconds of one run of flows.compare over stale stages."""
+    environment = {
+        "PREFECT_API_URL": api,
+        "POSTTRAIN_SLOTS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(PROJECT),
+    }
+    environment["POSTTRAIN_LEASES"] = str(root.parent / "leases")
+    typed = time.time()
+    command = [sys.executable, "-m", "flows.compare", "--root", str(root), "--no-tracking"]
+    done = subprocess.run(command, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True)
+    returned = time.time()
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    record = json.loads((root / ".posttrain" / "flow.json").read_text())
+    stages = sorted(record["stages"].values(), key=lambda stage: stage["started"])
+    gaps = [after["started"] - before["ended"] for before, after in pairwise(stages)]
+    return {
+        "flow's start": stages[0]["started"] - typed,
+        "overhead of a stage": statistics.mean(gaps),
+        "a stage's dvc process": statistics.mean(stage["ended"] - stage["started"] for stage in stages),
+        "flow's end": returned - stages[-1]["ended"],
+    }
+
+
+def bare(root: Path, stages: int) -> float:
+    """Seconds of one stage by dvc alone."""
+    began = time.monotonic()
+    for i in range(1, stages + 1):
+        command = [sys.executable, "-m", "dvc", "repro", "-q", "--single-item", f"s{i}"]
+        subprocess.run(command, cwd=root, env=child_environment(), check=True)
+    return (time.monotonic() - began) / stages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--database", help="SQLAlchemy URL of the Prefect server (default: SQLite)")
+    options = parser.parse_args()
+    rows: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with prefect(folder, options.database) as api:
+            for i in range(options.repeats):
+                for key, value in flow(workspace(folder / f"flow-{i}", options.stages), api).items():
+                    rows.setdefault(key, []).append(value)
+                alone = bare(workspace(folder / f"bare-{i}", options.stages), options.stages)
+                rows.setdefault("a stage by dvc alone", []).append(alone)
+    print(f"| seconds, {options.repeats} runs of {options.stages} stages | median | least | most | bar |")
+    print("| --- | --- | --- | --- | --- |")
+    bars = {"flow's start": "< 8", "overhead of a stage": "< 2"}
+    for key, values in rows.items():
+        print(
+            f"| {key} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} | {bars.get(key, '')} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
