@@ -6,7 +6,7 @@ QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TE
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo retrain serve up down status test test-slow lint ui bench clean
+.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,18 +14,20 @@ help:  ## list the commands
 setup:  ## create .venv from pyproject.toml and constraints.txt
 	@infra/setup.sh
 
-demo: setup  ## train, align and compare on built-in data, then say where the report is
+workspace: setup
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
+
+demo: workspace  ## train, align and compare on built-in data, then say where the report is
 	@$(QUIET) $(PYTHON_IN) -m flows.compare
 
-retrain: setup  ## take the inbox in, train what is stale, ask the gate, promote; ends in seconds when nothing is new
+retrain: workspace  ## take the inbox in, train what is stale, ask the gate, promote; ends in seconds when nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain
 
-serve: setup  ## retrain nightly and compare weekly on this machine alone, with Prefect's pages (Ctrl-C stops)
+serve: workspace  ## retrain nightly and compare weekly on this machine alone, with Prefect's pages (Ctrl-C stops)
 	@$(QUIET) $(PYTHON_IN) -m flows.serve
 
-up: setup  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
+up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
 	@$(QUIET) $(PYTHON_IN) -m infra.servers up
 
 down: setup  ## stop them; databases and logs are kept
@@ -45,7 +47,7 @@ lint: setup  ## formatting, lint and types
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m mypy
 
-ui: setup  ## open MLflow on the recorded runs, with a link to the comparison (PORT=5000)
+ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000)
 	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT)
 
 bench: setup  ## side-by-side measurements of benchmarks/

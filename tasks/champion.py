@@ -20,7 +20,7 @@ FOLDER = Path("models/champion")
 POINTER = Path("champion.dvc")
 
 
-@task(name="restore champion", cache_policy=NO_CACHE, persist_result=False)
+@task(name="restore champion", task_run_name="restore champion", cache_policy=NO_CACHE, persist_result=False)
 def restore_champion(root: str, version: Version) -> Path:
     """Bring the version's weights into models/champion, from the cache or else from the remote."""
     restore(Path(root), version)

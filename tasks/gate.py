@@ -56,7 +56,7 @@ class Standing:
     barred: Mapping[str, Version]
 
 
-@task(name="champion and candidates", **_patient)
+@task(name="champion and candidates", task_run_name="champion and candidates", **_patient)
 def look_up(root: str) -> Standing:
     """Aligned models whose weights are neither the champion's nor were rolled back by hand."""
     project = Path(root)
@@ -68,7 +68,7 @@ def look_up(root: str) -> Standing:
     return Standing(champion, tuple(free), {name: barred[md5] for name, md5 in hashes.items() if md5 in barred})
 
 
-@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def ask(root: str, champion: Version | None, candidates: Sequence[str], flow_run: str = "") -> dict[str, Any]:
     """Run pipelines.gate on a slot of its own; the content of decision.json."""
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
@@ -80,7 +80,7 @@ def ask(root: str, champion: Version | None, candidates: Sequence[str], flow_run
     return decision
 
 
-@task(name="register", **_patient)
+@task(name="register", task_run_name="register {decision[challenger]}", **_patient)
 def register(root: str, decision: Mapping[str, Any]) -> Version:
     """The challenger as a version of the registry, with what was decided and why."""
     project, name = Path(root), str(decision["challenger"])
@@ -95,7 +95,7 @@ def register(root: str, decision: Mapping[str, Any]) -> Version:
     return registry.version(version.number)
 
 
-@task(name="promote", **_patient)
+@task(name="promote", task_run_name="promote version {number}", **_patient)
 def make_champion(root: str, number: int) -> Version:
     """Weights first to DVC's remote, where there is one; then the alias, which is what production follows."""
     project = Path(root)

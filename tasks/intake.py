@@ -15,7 +15,7 @@ from pipelines.sources import ACCEPTED
 from tasks.stage import run_logged
 
 
-@task(name="intake", cache_policy=NO_CACHE, persist_result=False)
+@task(name="intake", task_run_name="intake", cache_policy=NO_CACHE, persist_result=False)
 def take_in(root: str) -> list[Taken]:
     """What became of every file that waited. Accepted ones are `dvc add`ed, so that their bytes are kept and pushed."""
     project = Path(root)
