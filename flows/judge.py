@@ -7,7 +7,6 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
-from flows.workspace import catch_up
 from pipelines.gate import PAGE
 from pipelines.promotion.registry import Registry, Version
 from tasks import gate
@@ -31,9 +30,7 @@ def judge(root: Path, *, tracking: bool, approval: bool) -> None:
         return
     if standing.champion is not None:
         restore_champion(str(root), standing.champion)
-    decision = gate.ask(str(root), standing.champion, standing.candidates, str(flow_run.get_id() or ""))
-    if tracking:
-        catch_up(root)
+    decision = gate.ask(str(root), standing.champion, standing.candidates, str(flow_run.get_id() or ""), tracking)
     version = gate.register(str(root), decision)
     gate.settle(root, _act(root, decision, version, approval))
 

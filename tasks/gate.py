@@ -69,13 +69,15 @@ def look_up(root: str) -> Standing:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
-def ask(root: str, champion: Version | None, candidates: Sequence[str], flow_run: str = "") -> dict[str, Any]:
+def ask(
+    root: str, champion: Version | None, candidates: Sequence[str], flow_run: str = "", tracking: bool = True
+) -> dict[str, Any]:
     """Run pipelines.gate on a slot of its own; the content of decision.json."""
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
     if champion is not None:
         command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
     with lease(machine_slots(), stop, on_wait=lambda: say("gate waits for a free slot")) as held:
-        run_logged(Path(root), "gate", command, held=held, flow_run=flow_run)
+        run_logged(Path(root), "gate", command, held=held, flow_run=flow_run, followed=not tracking)
     decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))
     return decision
 

@@ -96,14 +96,23 @@ def _run(root: Path, name: str, command: list[str], held: Lease, flow_run: str) 
     return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())
 
 
-def run_logged(root: Path, name: str, command: list[str], *, held: Lease | None = None, flow_run: str = "") -> StageLog:
+def run_logged(
+    root: Path,
+    name: str,
+    command: list[str],
+    *,
+    held: Lease | None = None,
+    flow_run: str = "",
+    followed: bool = True,
+) -> StageLog:
     """Run a command to its end, line by line into Prefect's log and whole into .posttrain/logs.
 
+    `followed` says that carrying its journal into MLflow is not the command's own business: the flow does it, or nobody.
     Raises Interrupted when `stop` was set, LockBusy where another try is worth it, else StageFailed with its last error line.
     """
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    extra = {"POSTTRAIN_FOLLOWER": "1"} | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
+    extra = ({"POSTTRAIN_FOLLOWER": "1"} if followed else {}) | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
     descriptors = (held.descriptor,) if held else ()
     with path.open("wb") as file:
         log = StageLog(get_run_logger().info, file)

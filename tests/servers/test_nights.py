@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -85,13 +86,21 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
     scene.put("preferences/poison.jsonl", *POISON)
     killed = scene.fire()
     wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 400)
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("retrain/nightly")
+        queued = client.create_flow_run_from_deployment(nightly.id)
+    time.sleep(6)  # three polls of the worker
+    state = scene.read(queued).state
+    assert state is not None
+    assert state.is_scheduled(), "a second run waits for the first"
+
     scene.kill_worker()
     scene.topology.start("worker")
     crashed = scene.ended(killed, 60)
     assert crashed.state is not None
     assert crashed.state.is_crashed()
 
-    run = scene.ended(scene.fire())
+    run = scene.ended(queued)
     log = scene.log(run)
     assert run.state is not None
     assert run.state.is_completed(), log
