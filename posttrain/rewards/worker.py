@@ -1,6 +1,6 @@
 """A process of its own for one reward function, because a thread that hangs can be neither stopped nor left behind.
 
-`Worker` is called like the function itself. When time is up its process is killed, and the next call starts a new one. Rows and
+A `Worker` does what calling.call does. When time is up its process is killed, and the next call starts a new one. Rows and
 values travel as lines of JSON, never as pickles; what the function prints goes to standard error.
 """
 
