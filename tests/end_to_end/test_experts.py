@@ -23,7 +23,7 @@ def test_every_kind_of_algorithm_trains_a_mixture_of_experts(new_clone: Callable
         "algorithms.gspo.rewards.rm=1.0",
     )
     clone.repro(POSTTRAIN_FOLLOWER="1")
-    assert json.loads((clone.root / "models/base/config.json").read_text())["num_experts"] == 4
+    assert json.loads((clone.root / "models/base/config.json").read_text())["num_local_experts"] == 4
     for name in ("sft", *(f"align/{algorithm}-0" for algorithm in ALGORITHMS)):
         with (clone.root / "runs" / name / "curves.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
