@@ -20,6 +20,7 @@ from posttrain.evaluation.statistics import (
     mean_interval,
     paired,
     pass_at_k_by_prompt,
+    per_prompt,
     wilson,
 )
 
@@ -52,6 +53,8 @@ class Summary:
     """Accuracy of every seed's model, in the order of `seeds`; for base and sft the one accuracy."""
     pass_at: dict[int, Interval | None]
     rewards: dict[str, Interval | None]
+    win_rate: Interval | None
+    """Against sft: see `wins`. None for sft itself."""
     kl: Interval | None
     length: Interval | None
     truncated: Interval | None
@@ -110,7 +113,7 @@ def compare(results: Results, question: Question) -> Comparison:
     return Comparison(
         question,
         len(results.prompts.prompt_ids),
-        [_summary(name, results.of(name), question) for name in results.groups],
+        [_summary(name, results.of(name), results.of(SFT), question) for name in results.groups],
         _pairs(results, question),
         _costs(results),
         heldout,
@@ -128,13 +131,23 @@ def sampled(models: Sequence[Model], column: str) -> Floats:
     return np.concatenate([model.predictions.numbers[column][:, 1:] for model in models], axis=1)
 
 
-def _summary(name: str, models: Sequence[Model], question: Question) -> Summary:
+def wins(values: Floats, others: Floats) -> Floats:
+    """[prompts]: how often one of `values` [prompts, n] is above one of `others` [prompts, m] of its prompt, a tie counting as half.
+
+    Over all pairs that are known; NaN for a prompt without one.
+    """
+    gaps = values[:, :, None] - others[:, None, :]
+    return per_prompt(np.where(np.isnan(gaps), np.nan, 0.5 + 0.5 * np.sign(gaps)).reshape(len(values), -1))
+
+
+def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question: Question) -> Summary:
     source, draws = question.accuracy, question.resampling
     accuracy = greedy(models, source)
 
     def over_samples(column: str, estimate: Estimate) -> Interval | None:
         return _if_known(sampled(models, column), estimate, draws)
 
+    won = wins(sampled(models, f"reward_{source}"), sampled(sft, f"reward_{source}"))
     preferences = [model.metrics["preference/accuracy"] for model in models if "preference/accuracy" in model.metrics]
     return Summary(
         name=name,
@@ -143,6 +156,7 @@ def _summary(name: str, models: Sequence[Model], question: Question) -> Summary:
         by_seed=tuple(float(np.nanmean(accuracy[:, i])) for i in range(accuracy.shape[1])),
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
         rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards},
+        win_rate=None if name == SFT else _if_known(won, mean_interval, draws),
         kl=over_samples("kl", bootstrap),
         length=over_samples("tokens", bootstrap),
         truncated=over_samples("truncated", mean_interval),

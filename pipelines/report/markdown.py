@@ -8,7 +8,7 @@ from pipelines.report.words import findings, p_value, title
 from posttrain.evaluation.statistics import Interval
 
 HEADER = (
-    "model", "seeds", "accuracy", "difference to SFT", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
+    "model", "seeds", "accuracy", "difference to SFT", "win rate", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
     "length, tokens", "optimiser steps", "tokens sampled", "tokens trained",
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ def _row(comparison: Comparison, summary: Summary, cost: Cost | None) -> list[st
         str(len(summary.seeds) or "—"),
         _interval(summary.accuracy, 3),
         _difference(comparison, summary),
+        _interval(summary.win_rate, 3),
         "—" if summary.preference is None else f"{summary.preference:.3f}",
         _interval(summary.kl, 2),
         _interval(summary.entropy, 3),

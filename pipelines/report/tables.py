@@ -46,6 +46,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
         "accuracy_by_seed": list(summary.by_seed),
         "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},
         "reward": {name: _interval(value) for name, value in sorted(summary.rewards.items())},
+        "win_rate_against_sft": _interval(summary.win_rate),
         "kl_to_sft": _interval(summary.kl),
         "length": _interval(summary.length),
         "truncated": _interval(summary.truncated),

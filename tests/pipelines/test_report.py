@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.report.analysis import Comparison, Question, compare, greedy
+from pipelines.report.analysis import Comparison, Question, compare, greedy, wins
 from pipelines.report.curves import running_mean, seed_mean
 from pipelines.report.load import load, predictions
 from pipelines.report.samples import examples
@@ -163,6 +163,31 @@ def test_behaviour_is_measured_on_sampled_answers(numbers: Any) -> None:
     assert (heldout["low"], heldout["high"]) == pytest.approx(wilson(90, 100))
 
 
+def test_win_rates_count_pairs_of_answers_to_one_prompt_with_ties_as_half() -> None:
+    nan = float("nan")
+    values, others = np.array([[1.0, 0.0], [1.0, nan], [nan, nan]]), np.array([[0.0, 0.0], [1.0, nan], [1.0, 0.0]])
+    # 1 beats two zeros and 0 ties with both; one tie alone; nothing known
+    assert wins(values, others)[:2].tolist() == [0.75, 0.5]
+    assert np.isnan(wins(values, others)[2])
+
+
+def test_win_rates_are_against_the_supervised_models_samples(project: Path, numbers: Any) -> None:
+    rewards: dict[str, dict[int, list[float]]] = {"sft": {}, "grpo-0": {}}
+    for name, found in rewards.items():
+        path = project / "runs" / "evaluate" / name / "artifacts" / "predictions.parquet"
+        for row in pq.read_table(path).to_pylist():
+            if row["sample"] > 0:
+                found.setdefault(row["prompt_id"], []).append(row["reward_answer"])
+    by_prompt = []
+    for prompt, ours in rewards["grpo-0"].items():
+        pairs = [(a, b) for a in ours for b in rewards["sft"][prompt]]
+        by_prompt.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
+    interval = numbers["models"]["grpo"]["win_rate_against_sft"]
+    assert interval["mean"] == pytest.approx(sum(by_prompt) / len(by_prompt), abs=1e-5)
+    assert interval["low"] < interval["mean"] < interval["high"]
+    assert numbers["models"]["sft"]["win_rate_against_sft"] is None
+
+
 def test_sampled_text_is_shown_and_never_interpreted(page: str) -> None:
     seen = Text(page)
     assert ATTACK in seen.text
@@ -219,8 +244,9 @@ def test_the_markdown_table_says_what_the_json_says(project: Path, numbers: Any)
     pair = next(p for p in numbers["pairs"] if {p["a"], p["b"]} == {"grpo", "sft"})
     difference = pair["difference"]["mean"] * (1 if pair["a"] == "grpo" else -1)
     assert rows["grpo"][3].startswith(f"{difference:+.3f} [")
-    assert rows["base"][3] == rows["sft"][3] == "—"
-    assert rows["grpo"][8] == f"{steps:,.0f}"
+    assert rows["base"][3] == rows["sft"][3] == rows["sft"][4] == "—"
+    assert rows["grpo"][4].startswith(f"{numbers['models']['grpo']['win_rate_against_sft']['mean']:.3f} [")
+    assert rows["grpo"][9] == f"{steps:,.0f}"
 
 
 def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, page: str) -> None:
