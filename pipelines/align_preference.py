@@ -114,17 +114,26 @@ def pairs(
 
 
 def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) -> list[AnswerGroup]:
-    """Each pair is a group; with scores, the pairs of one prompt are one ranked list of their distinct answers."""
+    """Each pair is a group; with scores, the pairs of one prompt are one ranked list of their distinct answers.
+
+    An answer that was scored several times has the mean of its scores. Raises DataError where a list holds one answer alone.
+    """
     if "chosen_score" not in table[0]:
         return [AnswerGroup(pair, (0.5, -0.5)) for pair in answers]
     keyed = sorted(range(len(table)), key=lambda i: (answers[i][0].tokens.prompt, i))
     ranked = []
     for _, members in groupby(keyed, key=lambda i: answers[i][0].tokens.prompt):
-        distinct: dict[Any, tuple[Answer, float]] = {}
+        distinct: dict[tuple[int, ...], Answer] = {}
+        scores: dict[tuple[int, ...], list[float]] = {}
         for i in members:
-            chosen, rejected = answers[i]
-            distinct.setdefault(chosen.tokens.response, (chosen, table[i]["chosen_score"]))
-            distinct.setdefault(rejected.tokens.response, (rejected, table[i]["rejected_score"]))
-        listed = list(distinct.values())
-        ranked.append(AnswerGroup(tuple(a for a, _ in listed), tuple(s for _, s in listed)))
+            for answer, column in zip(answers[i], ("chosen_score", "rejected_score"), strict=True):
+                response = answer.tokens.response
+                distinct.setdefault(response, answer)
+                scores.setdefault(response, []).append(table[i][column])
+        if len(distinct) < 2:
+            raise DataError(
+                f"preference row {answer.tokens.id}: all answers to its prompt are the same, and a group of one has no baseline;"
+                " remove the row, or set validation.rules.identical_pair: quarantine"
+            )
+        ranked.append(AnswerGroup(tuple(distinct.values()), tuple(sum(s) / len(s) for s in scores.values())))
     return ranked

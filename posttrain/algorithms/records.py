@@ -11,6 +11,7 @@ from typing import Literal
 
 RewardCombination = Literal["sum", "group_normalised"]
 Advantage = Literal["gae", "group_mean", "group_z", "leave_one_out", "batch_z"]
+GroupAdvantage = Literal["group_mean", "group_z", "leave_one_out"]
 Ratio = Literal["token", "sequence"]
 Surrogate = Literal["clip", "weight"]
 Aggregate = Literal["token_mean", "sequence_mean", "constant"]

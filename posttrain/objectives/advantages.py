@@ -5,24 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import Advantage
+from posttrain.algorithms.records import GroupAdvantage
 from posttrain.errors import ConfigError
 
 STD_EPSILON = 1e-6
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, how: Advantage) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, how: GroupAdvantage) -> Tensor:
     """Advantage [batch] of each response among the responses of its group.
 
     rewards: [batch], NaN where missing. groups: [batch] integer ids; equal prompts with different ids stay apart.
     group_mean: R - mean. group_z: divided by the population std + 1e-6, exactly 0 when max = min (2402.03300).
     leave_one_out: G/(G-1) * (R - mean), the mean of the others as baseline (2402.14740).
-    batch_z: normalised over the whole batch, whatever the groups (2501.03262).
-    Raises ConfigError for a group of one where the group is the baseline.
+    Raises ConfigError for a group of one, which has no baseline.
     """
-    ids = torch.zeros_like(groups) if how == "batch_z" else groups
-    _, index, sizes = torch.unique(ids, return_inverse=True, return_counts=True)
-    if how != "batch_z" and int(sizes.min()) < 2:
+    _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    if int(sizes.min()) < 2:
         raise ConfigError(
             f"advantage {how!r} compares answers to one prompt: a group of one has no baseline; sample at least 2"
         )
@@ -31,7 +29,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, how: Advantage) -> Tensor:
     count = _per_group(present.to(rewards.dtype), index, sizes)
     mean = _per_group(known, index, sizes) / count.clamp(min=1)
     centred = torch.where(present, rewards - mean[index], torch.zeros_like(rewards))
-    constant = ~informative(rewards, ids)
+    constant = ~informative(rewards, groups)
     centred = torch.where(constant, torch.zeros_like(centred), centred)
     if how == "group_mean":
         return centred

@@ -125,7 +125,7 @@ class ExperienceSource:
             if record.kl == "reward":
                 penalty = coefficient * difference
             self._adapt(float(difference.sum()) / len(answers), len(answers))
-        if record.advantage in ("gae", "batch_z"):
+        if record.advantage == "gae" or record.advantage == "batch_z":
             values = pad([n.values for n in own], time_steps) if own and record.has_critic else torch.zeros(mask.shape)
             advantages, returns, metrics = self._token_advantages(rewards, penalty, values, mask)
         else:

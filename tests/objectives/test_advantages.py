@@ -30,12 +30,6 @@ def test_by_hand() -> None:
     assert advantages(rewards, groups, "leave_one_out") == pytest.approx([1.0, -0.5, -0.5, -2.0, 2.0])
 
 
-def test_batch_z_normalises_over_the_whole_batch_whatever_the_groups() -> None:
-    values = advantages([1.0, 2.0, 3.0, 6.0], [0, 1, 2, 3], "batch_z")
-    std = math.sqrt((4 + 1 + 0 + 9) / 4)
-    assert values == pytest.approx([x / (std + 1e-6) for x in (-2, -1, 0, 3)], abs=1e-12)
-
-
 rewards_of_a_group = st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=6)
 
 
@@ -71,7 +65,7 @@ def test_leave_one_out_is_the_mean_scaled(rewards: list[float]) -> None:
     assert expected == pytest.approx(others, abs=1e-9)
 
 
-@pytest.mark.parametrize("how", [*GROUPED, "batch_z"])
+@pytest.mark.parametrize("how", GROUPED)
 @pytest.mark.parametrize("constant", [0.1, 0.3, 1e6 + 0.1, -7.7])
 def test_a_constant_group_is_exactly_zero(how: str, constant: float) -> None:
     rewards = torch.full((7,), constant, dtype=torch.float32)
@@ -86,7 +80,7 @@ def test_a_missing_reward_leaves_the_statistics_and_gets_zero(how: str) -> None:
     assert [with_missing[i] for i in (0, 2, 3, 4)] == without
 
 
-@pytest.mark.parametrize("how", [*GROUPED, "batch_z"])
+@pytest.mark.parametrize("how", GROUPED)
 def test_groups_with_one_or_no_known_reward_are_zero(how: str) -> None:
     assert advantages([5.0, NAN, NAN], [0, 0, 0], how) == [0.0] * 3
     assert advantages([NAN, NAN], [0, 0], how) == [0.0] * 2
