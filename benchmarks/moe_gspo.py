@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from posttrain.algorithms.gspo import GSPO
 from posttrain.algorithms.records import OnPolicy
 from posttrain.data.batches import EpochOrder
-from posttrain.data.tokens import TextEncoder, Tokens, table_tokens
+from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
@@ -39,7 +39,7 @@ from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.onpolicy import Experience, OnPolicyObjective
-from posttrain.training.supervised import EpochSource, SupervisedObjective
+from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
 
 ALGORITHMS: dict[str, OnPolicy] = {
@@ -98,9 +98,10 @@ def fine_tuned(size: Size, seed: int) -> tuple[Any, TextEncoder]:
     """A tiny mixture of experts that adds, though not well."""
     lm, tokenizer = tiny_model(SHAPE, seed)
     encoder = TextEncoder(tokenizer, SHAPE.max_length)
-    rows = table_tokens(encoder, arithmetic("sft", size.sft_rows, seed, **TASK), "completion")
+    demonstrations = arithmetic("sft", size.sft_rows, seed, **TASK)
+    rows = [Example(tokens) for tokens in table_tokens(encoder, demonstrations, "completion")]
     order = EpochOrder(len(rows), 64, size.sft_epochs, seed)
-    trainer: Trainer[Tokens] = Trainer(
+    trainer: Trainer[Example] = Trainer(
         Policy(lm), OptimizerSettings(3e-3, "cosine", 10), total_steps=order.steps, micro_batch_tokens=BUDGET
     )
     source = EpochSource(rows, order)

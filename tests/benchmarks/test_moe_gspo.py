@@ -70,9 +70,8 @@ def test_what_is_said_around_the_tables_stays(tmp_path: Path) -> None:
     assert page.read_text() == f"# Title\n\n{MARKS[0]}\n\n| new |\n\n{MARKS[1]}\n\nWhat it shows.\n"
 
 
-@pytest.mark.slow
 def test_in_miniature(tmp_path: Path) -> None:
-    sizes = ["--seeds=2", "--steps=2", "--sft-rows=100", "--sft-epochs=1", "--heldout=8", "--prompts=4", "--samples=4"]
+    sizes = ["--seeds=1", "--steps=1", "--sft-rows=64", "--sft-epochs=1", "--heldout=8", "--prompts=4", "--samples=4"]
     main([*sizes, "--out", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text().count("| greedy accuracy after |") == 2
     assert (tmp_path / "page.png").stat().st_size > 10_000
