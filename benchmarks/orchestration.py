@@ -3,8 +3,8 @@
     python benchmarks/orchestration.py [--stages 8] [--repeats 3] [--database URL]
 
 A chain of stages runs through flows.compare on one slot, and through `dvc repro --single-item` alone. The flow's start is
-the time from typing the command to the first stage's start; a stage's overhead is the gap between the end of one
-stage's dvc process and the start of the next one's.
+the time from typing the command to the first stage's start; a stage's overhead is what a stage costs in the flow, the gap
+to the next one included, beyond what the same `dvc repro --single-item` costs alone.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def flow(root: Path, api: str) -> dict[str, float]:
     record = json.loads((root / ".posttrain" / "flow.json").read_text())
     stages = sorted(record["stages"].values(), key=lambda stage: stage["started"])
     gaps = [after["started"] - before["ended"] for before, after in pairwise(stages)]
+    inside = statistics.mean(stage["ended"] - stage["started"] for stage in stages)
     return {
         "flow's start": stages[0]["started"] - typed,
-        "overhead of a stage": statistics.mean(gaps),
-        "a stage's dvc process": statistics.mean(stage["ended"] - stage["started"] for stage in stages),
+        "a stage in the flow": inside + statistics.mean(gaps),
         "flow's end": returned - stages[-1]["ended"],
     }
 
@@ -110,6 +110,7 @@ def main() -> None:
                     rows.setdefault(key, []).append(value)
                 alone = bare(workspace(folder / f"bare-{i}", options.stages), options.stages)
                 rows.setdefault("a stage by dvc alone", []).append(alone)
+                rows.setdefault("overhead of a stage", []).append(rows["a stage in the flow"][-1] - alone)
     print(f"| seconds, {options.repeats} runs of {options.stages} stages | median | least | most | bar |")
     print("| --- | --- | --- | --- | --- |")
     bars = {"flow's start": "< 8", "overhead of a stage": "< 2"}

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from tests.servers.conftest import Scene, wait
 
-pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(1500)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
