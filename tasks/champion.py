@@ -60,7 +60,7 @@ def push(root: Path) -> bool:
     error = _dvc(root, "push", "--quiet")
     if error is not None:
         raise OrchestrationError(
-            f"`dvc push` failed, so nothing was promoted: {error}. Run again when the remote answers."
+            f"`dvc push` failed, so no version was registered: {error}. Run again when the remote answers."
         )
     return True
 

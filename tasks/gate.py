@@ -84,7 +84,10 @@ def ask(
 
 @task(name="register", task_run_name="register {decision[challenger]}", **_patient)
 def register(root: str, decision: Mapping[str, Any]) -> Version:
-    """The challenger as a version of the registry, with what was decided and why."""
+    """The challenger as a version of the registry, with what was decided and why. Its weights go to DVC's remote first,
+    where there is one, so that every version can be promoted later, also from another workspace.
+    """
+    pushed = push(Path(root))
     project, name = Path(root), str(decision["challenger"])
     registry = Registry(project, load_params(project / "params.yaml").project.experiment)
     trained = load(project / "runs" / "align" / name)
@@ -94,17 +97,15 @@ def register(root: str, decision: Mapping[str, Any]) -> Version:
         tags[RUN_TAG] = trained.identity
     version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")
     registry.challenge(version.number)
+    say(f"{version.name} is registered; its weights are in DVC's {'remote' if pushed else 'cache (no remote is set)'}")
     return registry.version(version.number)
 
 
 @task(name="promote", task_run_name="promote version {number}", **_patient)
 def make_champion(root: str, number: int) -> Version:
-    """Weights first to DVC's remote, where there is one; then the alias, which is what production follows."""
+    """Move the aliases, which is what production follows."""
     project = Path(root)
-    pushed = push(project)
-    version = Registry(project, load_params(project / "params.yaml").project.experiment).promote(number)
-    say(f"{version.name} is champion; its weights are in DVC's {'remote' if pushed else 'cache (no remote is set)'}")
-    return version
+    return Registry(project, load_params(project / "params.yaml").project.experiment).promote(number)
 
 
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
