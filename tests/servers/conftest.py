@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -9,7 +10,10 @@ import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,7 +82,7 @@ class Scene:
             schedule = IntervalSchedule(interval=timedelta(seconds=5))
             (made,) = client.create_deployment_schedules(deployment.id, [(schedule, True)])
             try:
-                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 90)
+                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 400)
             finally:
                 client.delete_deployment_schedule(deployment.id, made.id)
         assert run.auto_scheduled
@@ -135,7 +139,7 @@ def wait(look: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session: what it sets in the environment would reach other tests
 def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:  # noqa: F811
     try:
         program("initdb")
@@ -197,6 +201,44 @@ def webhook(told: list[Record]) -> ThreadingHTTPServer:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
+
+
+@contextmanager
+def signed_in(base: str, user: str, password: str) -> Iterator[str]:
+    """A proxy that signs in: a page whose own address holds a password may not ask its server anything."""
+    token = base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+            headers = {
+                "Authorization": f"Basic {token}",
+                "Content-Type": self.headers.get("Content-Type", "text/plain"),
+            }
+            request = urllib.request.Request(base + self.path, body, headers, method=self.command)
+            try:
+                answer = urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                content = answer.read()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_POST = forward
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def free_ports(count: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.servers.conftest import Scene, wait
@@ -56,3 +57,32 @@ def test_the_databases_come_back_as_they_were_backed_up(scene: Scene, tmp_path: 
     scene.command("infra.servers", "up")
     assert scene.aliases() == before
     assert scene.registry().version(1).tags["reason"] == "every check was passed"
+
+
+def test_a_cancelled_night_stops_its_stage_and_the_next_one_goes_on(scene: Scene) -> None:
+    scene.put("preferences/more.jsonl", *({"prompt": f"m{i}?", "chosen": "1", "rejected": "0"} for i in range(40)))
+    run = scene.fire()
+    before = {path.name for path in (scene.root / ".posttrain/runs").glob("reward-*")}
+
+    def training() -> list[psutil.Process] | None:
+        new = [p for p in (scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*") if p.parts[-3] not in before]
+        return worker_family(scene) if new else None
+
+    family = wait(training, 400)
+    scene.command("prefect", "flow-run", "cancel", str(run.id))
+    ended = scene.ended(run, 120)
+    assert ended.state is not None
+    assert ended.state.is_cancelled()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    again = scene.ended(scene.fire())
+    assert again.state is not None
+    assert again.state.is_completed(), scene.log(again)
+    assert "reward: continuing run reward-" in (scene.root / ".posttrain/logs/reward.log").read_text(encoding="utf-8")
+
+
+def worker_family(scene: Scene) -> list[psutil.Process]:
+    """The flow that the worker runs, with everything below it."""
+    pid = scene.topology.processes.pid("worker")
+    assert pid is not None
+    return psutil.Process(pid).children(recursive=True)

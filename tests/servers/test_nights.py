@@ -15,7 +15,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-from tests.servers.conftest import Scene, wait
+from tests.servers.conftest import Scene, signed_in, wait
 
 pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("servers"), pytest.mark.timeout(1500)]
 
@@ -96,7 +96,7 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
 
     scene.kill_worker()
     scene.topology.start("worker")
-    crashed = scene.ended(killed, 60)
+    crashed = scene.ended(killed, 200)
     assert crashed.state is not None
     assert crashed.state.is_crashed()
 
@@ -148,9 +148,9 @@ def test_a_promotion_waits_for_a_person_in_prefects_pages_and_may_be_declined(sc
             state = scene.read(asked).state
             return True if state is not None and state.is_paused() else None
 
-        wait(paused, 120)
+        wait(paused, 400)
         client.resume_flow_run(asked.id, run_input={"approve": False, "comment": "not on a Friday"})
-    ended = scene.ended(asked, 120)
+    ended = scene.ended(asked, 300)
     assert ended.state is not None
     assert ended.state.is_cancelled()
     assert scene.aliases() == {"champion": 1, "previous": 2}
@@ -165,8 +165,9 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
     first = scene.told[0]["links"]
     night = page(browser, scene, first["flow run"] + "?tab=Artifacts")
     assert all(word in night for word in ("decision", "comparison", "report", "intake"))
-    signed_in = first["model"].replace("http://", f"http://admin:{os.environ['MLFLOW_TRACKING_PASSWORD']}@")
-    version = page(browser, scene, signed_in + "?workflowType=machine_learning")
+    base = scene.topology.url("mlflow")
+    with signed_in(base, "admin", os.environ["MLFLOW_TRACKING_PASSWORD"]) as proxy:
+        version = page(browser, scene, first["model"].replace(base, proxy) + "?workflowType=machine_learning")
     assert "every check was passed" in version
     assert "dvc.md5" in version
 
@@ -176,6 +177,6 @@ def page(browser: str, scene: Scene, url: str) -> str:
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", "--dump-dom"]
     profile = scene.root / ".posttrain" / "chromium"
     done = subprocess.run(
-        [*command, f"--user-data-dir={profile}", url], capture_output=True, text=True, timeout=120, check=False
+        [*command, f"--user-data-dir={profile}", url], capture_output=True, text=True, timeout=240, check=False
     )
     return done.stdout
