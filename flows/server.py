@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -55,6 +56,6 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
         try:
             urllib.request.urlopen(f"{url}/health", timeout=2).close()
             return
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, OSError, HTTPException):
             time.sleep(0.05)
     raise OrchestrationError(f"Prefect's server did not answer in {START_SECONDS:.0f} s; see {log}")

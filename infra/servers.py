@@ -8,7 +8,7 @@
 
 Everything listens on 127.0.0.1. Passwords are made once and kept in .posttrain/servers/secrets.json; `source
 .posttrain/servers/env` lets any command of this project use the servers. POSTTRAIN_PORTS sets the first of four ports
-(default 54320): PostgreSQL, S3, MLflow, Prefect.
+(default 15430): PostgreSQL, S3, MLflow, Prefect.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -37,7 +38,7 @@ class Topology:
         self.home = home or self.project / ".posttrain" / "servers"
         self.processes = Processes(self.home, self.project)
         self.secrets = self._secrets()
-        first = first_port or int(os.environ.get("POSTTRAIN_PORTS", "54320"))
+        first = first_port or int(os.environ.get("POSTTRAIN_PORTS", "15430"))
         self.ports = {name: first + i for i, name in enumerate(ORDER[:4])}
         self.postgres = Postgres(self.home, self.ports["postgres"], self.secrets["postgres"])
 
@@ -201,7 +202,8 @@ def answers(url: str) -> bool:
         urllib.request.urlopen(url, timeout=2).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except (urllib.error.URLError, OSError):
+    # HTTPException: a probe of a port that nobody holds may be connected to itself
+    except (urllib.error.URLError, OSError, HTTPException):
         return False
     return True
 

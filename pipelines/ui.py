@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.error import URLError
@@ -163,7 +164,7 @@ def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
         try:
             with urlopen(f"{server.base}{server.health}", timeout=2):
                 return
-        except (URLError, OSError):
+        except (URLError, OSError, HTTPException):
             time.sleep(0.2)
     raise TrackingError(f"the {server.name} server did not answer at {server.base} within {_START_SECONDS:.0f} s.")
 

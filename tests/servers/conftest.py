@@ -242,8 +242,8 @@ def signed_in(base: str, user: str, password: str) -> Iterator[str]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    for first in range(20000 + secrets.randbelow(20000), 60000):
+    """The first of `count` free ports in a row, below those that outgoing connections take."""
+    for first in range(20000 + secrets.randbelow(10000), 32000):
         held: list[socket.socket] = []
         try:
             for port in range(first, first + count):
