@@ -182,7 +182,7 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     """Every algorithm against sft, and every two algorithms; one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
     answers = {name: greedy(results.of(name), question.accuracy) for name in (SFT, *results.algorithms)}
-    tests = [paired(answers[a], answers[b], question.resampling) for a, b in names]
+    tests = [paired(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
     adjusted = holm([test.p for test in tests])
     return [Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)]
 

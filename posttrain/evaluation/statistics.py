@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -188,11 +188,21 @@ def sign_flip(differences: ArrayLike, resampling: Resampling) -> float:
     return (1 + hits) / (1 + resampling.resamples)
 
 
-def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling) -> PairedTest:
+def for_family(resampling: Resampling, tests: int) -> Resampling:
+    """With as many draws as a Monte Carlo p-value needs to survive Holm's correction over `tests` of them.
+
+    The least p is 1 / (1 + draws): it must lie well below (1 - confidence) / tests, or nothing could ever be significant.
+    """
+    needed = math.ceil(20 * tests / (1 - resampling.confidence))
+    return replace(resampling, resamples=max(resampling.resamples, needed))
+
+
+def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1) -> PairedTest:
     """Compare two models on the same prompts; rows are prompts, columns (if any) repeats of that prompt.
 
     McNemar where both give one 0 or 1 per prompt; otherwise prompts are clusters and the sign-flip test is used. The
-    interval of the difference is the bootstrap over prompts, each drawn with both models' answers.
+    interval of the difference is the bootstrap over prompts, each drawn with both models' answers. `tests` is the size of the
+    family that the p-value will be corrected in.
     """
     left, right = per_prompt(a), per_prompt(b)
     if len(left) != len(right):
@@ -207,7 +217,9 @@ def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling) -> PairedTest:
     if is_binary(left) and is_binary(right) and _width(a) == _width(b) == 1:
         only_a, only_b = int((left > right).sum()), int((right > left).sum())
         return PairedTest(difference, mcnemar(only_a, only_b), "exact McNemar", only_a, only_b)
-    return PairedTest(difference, sign_flip(left - right, resampling), "sign-flip permutation over prompts")
+    return PairedTest(
+        difference, sign_flip(left - right, for_family(resampling, tests)), "sign-flip permutation over prompts"
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

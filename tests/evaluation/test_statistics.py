@@ -14,6 +14,7 @@ from posttrain.evaluation.statistics import (
     bootstrap,
     bootstrap_means,
     floats,
+    for_family,
     holm,
     mcnemar,
     mean_interval,
@@ -144,6 +145,17 @@ def test_sign_flip_of_unit_differences_is_mcnemar(a: int, b: int) -> None:
 def test_random_sign_patterns_agree_with_mcnemar_and_are_never_zero() -> None:
     assert sign_flip([1.0] * 40 + [-1.0] * 22, Resampling(20_000, 0.95, 0)) == pytest.approx(mcnemar(40, 22), abs=0.004)
     assert sign_flip(np.ones(100), DRAWS) == 1 / 2001
+
+
+def test_a_clear_difference_stays_significant_in_any_family() -> None:
+    """91 tests with 2,000 draws each: the least p would be .0455 after the correction, whatever the difference."""
+    assert for_family(DRAWS, 1).resamples == 2000
+    assert for_family(DRAWS, 91).resamples == 36_400
+    left, right = np.full((60, 3), 0.8), np.zeros((60, 3))
+    alone, among = paired(left, right, DRAWS), paired(left, right, DRAWS, tests=91)
+    assert (alone.p, among.p) == (1 / 2001, 1 / 36_401)
+    assert 91 * among.p < 0.0026 < 0.045 < 91 * alone.p
+    assert alone.difference == among.difference
 
 
 @pytest.mark.parametrize("prompts", [12, 40])
