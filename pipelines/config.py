@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from pathlib import Path
@@ -208,9 +209,15 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
     try:
-        return YAML(typ="safe", pure=True).load(StringIO(text))
+        tree = YAML(typ="safe", pure=True).load(StringIO(text))
+        if "\\u" in text.lower():
+            # half a surrogate pair can be spelt in YAML, and is no character
+            json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
+        return tree
     except DuplicateKeyError as error:
         raise ConfigError(f"{path}: {error.problem!s}, line {_line(error)}; remove one of the two.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply to be read.") from None
     except (YAMLError, ValueError) as error:
         raise ConfigError(
             f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"

@@ -38,18 +38,34 @@ def _jsonl(path: Path) -> list[Record]:
 
 
 def _parsed(line: str, path: Path, number: int) -> Any:
+    shown = line if len(line) <= 60 else line[:57] + "..."
     try:
-        return json.loads(line)
+        return _loaded(line, f"{path}, line {number}")
     except json.JSONDecodeError as error:
-        shown = line if len(line) <= 60 else line[:57] + "..."
         raise DataError(
             f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}. The line reads {shown!r}; correct or remove it."
         ) from None
 
 
+def _loaded(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises DataError where it is JSON that cannot be held, JSONDecodeError where it is none."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            # half a surrogate pair can be spelt in JSON, and is no character
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply to be read; correct or remove it") from None
+    except ValueError as error:
+        raise DataError(f"{where}: cannot be held: {error}; correct or remove it") from None
+    return value
+
+
 def _json(path: Path) -> list[Record]:
     try:
-        tree = json.loads(_text(path))
+        tree = _loaded(_text(path), str(path))
     except json.JSONDecodeError as error:
         hint = " A file with one object a line is .jsonl; rename it." if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.{hint}") from None

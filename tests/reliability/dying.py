@@ -4,7 +4,7 @@
 
 A point is the moment right before the process changes something on disk: `open …/manifest.json`, `rename …/partial-00000004`,
 `metrics 7` (the record is written and not yet on disk), `metrics 7 torn` (half of it is). POINT `-` kills nowhere. The points that
-were passed are written to the file that POINTS names. Under a warm process (POSTTRAIN_WARM) the step is a fork of it.
+were passed are written to the file that POINTS names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from pipelines.warm import run_warm
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree")
 
@@ -72,7 +70,4 @@ def _at_record(journal: Path, reached: Callable[..., None]) -> None:
 
 
 if __name__ == "__main__":
-    status = run_warm("tests.reliability.dying", sys.argv[1:])
-    if status is not None:
-        sys.exit(status)
     main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -14,6 +14,8 @@ from pathlib import Path
 from pipelines.identity import file_digest
 
 DROPPED = ("MLFLOW_TRACKING", "POSTTRAIN_", "DVC_")
+CLIENT = "import sys; from pipelines.warm import run_warm; sys.exit(run_warm(sys.argv[1], sys.argv[2:]))"
+"""`python -m` of a step hands over to the warm process too; this does it before anything is imported."""
 OVERLAY = Path(__file__).with_name("tiny.yaml")
 
 
@@ -51,8 +53,8 @@ class Workspace:
     def start(self, *command: str, **extra: str) -> subprocess.Popen[str]:
         env = environment(self.warm.root, POSTTRAIN_WARM=str(self.warm.socket), **extra)
         return subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", CLIENT, *command], cwd=self.folder, env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
