@@ -11,6 +11,7 @@ Imports neither torch nor mlflow: a step that needs no model starts at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -38,6 +39,17 @@ from posttrain.errors import Interrupted, PosttrainError, TrackingError
 Body = Callable[[Run], None]
 Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
 TRACEBACK = "traceback.txt"
+_SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+)
+"""What the machine refuses, whatever the code is."""
 
 
 @dataclass
@@ -84,9 +96,23 @@ def main(
     except PosttrainError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            _fail_with_traceback()
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: {step.stage} cannot go on: {error.strerror or error}{where}. Free space, or give this user the right to read and"
+            " write there, then run the same command: it goes on from its last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(PosttrainError.exit_code)
     except Exception:
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        sys.exit(1)
+        _fail_with_traceback()
+
+
+def _fail_with_traceback() -> NoReturn:
+    print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    sys.exit(1)
 
 
 def _leave_to_warm_process() -> None:
@@ -206,9 +232,13 @@ def _execute(step: Step, run: Run) -> None:
     except BaseException as error:
         step.signals.ignore()
         text = redact(traceback.format_exc())
-        (run.state / ARTIFACTS).mkdir(exist_ok=True)
-        (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
-        run.close(FAILED, f"{type(error).__name__}: {error}")
+        try:
+            (run.state / ARTIFACTS).mkdir(exist_ok=True)
+            (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
+            run.close(FAILED, f"{type(error).__name__}: {error}")
+        except OSError as full:
+            # a journal without an end is that of a run which was cut off: the same command continues it
+            error.add_note(f"nor could the journal be told: {full}")
         raise
     step.signals.ignore()
     run.close(FINISHED)

@@ -24,8 +24,13 @@ _IMPATIENT = {
 
 
 def tracking_uri(project: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite database in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, or a SQLite database in the project's root. Raises TrackingError for a root that no address can name."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given and "?" in str(project):
+        raise TrackingError(
+            f"{project} holds a '?', which begins the options of a database's address: rename the folder, or set MLFLOW_TRACKING_URI."
+        )
+    return given or f"sqlite:///{project / 'mlflow.db'}"
 
 
 def artifact_root(project: Path) -> Path:

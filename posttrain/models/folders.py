@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,14 +91,20 @@ def save_model(
     card: str,
     extra_config: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all."""
+    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all. Raises ModelError on a full disk."""
     partial = folder.with_name(folder.name + ".partial")
     _remove(partial)
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        raise ModelError(
+            f"cannot write the model {folder}: {error}. Free space or give the right to write, then run again."
+        ) from error
     _remove(folder)
     os.replace(partial, folder)
 

@@ -37,9 +37,12 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             _fsync(self.folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0.0
             raise CheckpointError(
-                f"cannot write checkpoint {final}: {error}. Free space or set another workspace, then run again."
+                f"cannot write checkpoint {final}, where {free:.1f} MiB are free: {error}. Free space or set another workspace, then run"
+                " again."
             ) from error
         names = self._names()
         # a later step stands there only when it was torn and passed over

@@ -1,10 +1,10 @@
-"""Runs a step of the pipeline as it is, and kills its process with SIGKILL at a named point of its life.
+"""Runs a step of the pipeline as it is, and sends its process SIGKILL (or what SIGNAL names) at a named point of its life.
 
     python -m tests.reliability.dying POINT pipelines.sft [ARGUMENT...]
 
 A point is the moment right before the process changes something on disk: `open …/manifest.json`, `rename …/partial-00000004`,
-`metrics 7` (the record is written and not yet on disk), `metrics 7 torn` (half of it is). POINT `-` kills nowhere. The points that
-were passed are written to the file that POINTS names.
+`metrics 7` (the record is written and not yet on disk), `metrics 7 torn` (half of it is). POINT `-` is nowhere; several are separated
+by commas. Those that were passed are written to the file that POINTS names.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Any
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree")
 
 
-def main(wanted: str, module: str, arguments: list[str]) -> None:
+def main(points: str, module: str, arguments: list[str]) -> None:
+    wanted, number = points.split(","), signal.Signals[os.environ.get("SIGNAL", "SIGKILL")]
     passed: list[str] = []
     home = os.getcwd()
 
     def reached(point: str, prepare: Callable[[], None] = lambda: None) -> None:
         passed.append(point)
-        if point == wanted:
+        if point in wanted:
             prepare()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def name_of(path: str) -> str:
         return os.path.relpath(path, home).removesuffix(f".{os.getpid()}")
@@ -56,7 +57,7 @@ def main(wanted: str, module: str, arguments: list[str]) -> None:
     finally:
         listing = os.environ.get("POINTS")
         if listing:
-            wanted = ""
+            wanted.clear()
             Path(listing).write_text(json.dumps(passed))
 
 

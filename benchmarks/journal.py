@@ -1,0 +1,138 @@
+"""What the journal and MLflow cost a training step: steps of about 200 ms, bare, with the journal, and with an MLflow follower beside it.
+
+    python benchmarks/journal.py [--steps 60] [--rounds 3]
+
+Each round runs the three side by side in turn, so that a slow moment of the machine meets them alike. A step is a fixed number of matrix
+products on one thread; 20 metrics and 4 timings are recorded after it, every 10th step a table of 4 samples. The follower is the real
+one, `python -m pipelines.sync --follow`, over SQLite. Reported: the time inside the recording calls, the median step, and the
+follower's own processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipelines.config import load_params
+from pipelines.process import Lock
+from pipelines.run import LOCK, Run
+from pipelines.tracking.store import open_client
+
+MODES = ("bare", "journal", "journal and MLflow")
+STEP_SECONDS, METRICS, SIZE = 0.2, 20, 384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    products = calibrated()
+    steps: dict[str, list[float]] = {mode: [] for mode in MODES}
+    recording: dict[str, list[float]] = {mode: [] for mode in MODES}
+    shares = []
+    for number in range(args.rounds):
+        for mode in MODES:
+            with tempfile.TemporaryDirectory() as folder:
+                share = one(Path(folder), mode, number, products, args.steps, steps[mode], recording[mode])
+            shares += [] if share is None else [share]
+    print(
+        f"torch {torch.__version__}, {products} products of {SIZE} x {SIZE} a step, {args.rounds} x {args.steps} steps\n"
+    )
+    print("| | step, ms (median) | against bare | recording a step, ms (median, 99 %) | share of 200 ms |")
+    print("|---|---|---|---|---|")
+    bare = statistics.median(steps["bare"])
+    for mode in MODES:
+        step = statistics.median(steps[mode])
+        spent = sorted(recording[mode])
+        middle, high = statistics.median(spent), spent[int(0.99 * (len(spent) - 1))]
+        print(
+            f"| {mode} | {1e3 * step:.1f} | {100 * (step / bare - 1):+.2f} % | {1e3 * middle:.2f}, {1e3 * high:.2f} |"
+            f" {100 * statistics.mean(spent) / STEP_SECONDS:.2f} % |"
+        )
+    print(
+        f"\nThe follower, a process of its own at the lowest priority, used {100 * statistics.mean(shares):.1f} % of one core."
+    )
+
+
+def calibrated() -> int:
+    """Matrix products that take STEP_SECONDS here."""
+    matrix = torch.rand(SIZE, SIZE)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 2.0:
+        matrix @ matrix
+        count += 1
+    return round(count * STEP_SECONDS / (time.perf_counter() - started))
+
+
+def one(
+    folder: Path, mode: str, number: int, products: int, count: int, steps: list[float], recording: list[float]
+) -> float | None:
+    """Run `count` steps; the share of one core that the follower used meanwhile."""
+    run = opened(folder, f"bench-{number:016d}")
+    process = followed(folder, run) if mode == MODES[2] else None
+    used = sum(process.cpu_times()[:2]) if process else 0.0
+    matrix, began = torch.rand(SIZE, SIZE), time.perf_counter()
+    for step in range(count):
+        started = time.perf_counter()
+        for _ in range(products):
+            matrix @ matrix
+        worked = time.perf_counter()
+        if mode != MODES[0]:
+            record(run, step)
+        ended = time.perf_counter()
+        steps.append(ended - started)
+        recording.append(ended - worked)
+    if process is None:
+        return None
+    share = (sum(process.cpu_times()[:2]) - used) / (time.perf_counter() - began)
+    process.terminate()
+    process.wait()
+    return share
+
+
+def record(run: Run, step: int) -> None:
+    run.metrics(step, {f"group/metric_{i}": (step + 1) / (i + 3) for i in range(METRICS)})
+    run.timings(step, {f"seconds/part_{i}": 0.1 / (i + 1) for i in range(4)})
+    if step % 10 == 9:
+        run.table("samples", step, [{"prompt": "1+1=", "completion": "2" * 60, "reward": 0.5} for _ in range(4)])
+
+
+def opened(folder: Path, name: str) -> Run:
+    (folder / "params.yaml").write_bytes(Path(__file__).parents[1].joinpath("params.yaml").read_bytes())
+    params = load_params(folder / "params.yaml")
+    state = folder / ".posttrain" / "runs" / name
+    run = Run(
+        stage="bench", name="bench", params=params, args=argparse.Namespace(), directory=Path("runs/bench"), state=state,
+        key="0" * 64, code="0" * 64,
+    )  # fmt: skip
+    start = {"kind": "start", "stage": "bench", "name": "bench", "key": run.key, "run": name, "arguments": {},
+             "directory": "runs/bench", "inputs": {}}  # fmt: skip
+    assert Lock(state / LOCK).acquire()  # for as long as this process lives: the run is alive
+    run.open(start, {"kind": "params", "values": {}}, {"kind": "start"})
+    return run
+
+
+def followed(folder: Path, run: Run) -> psutil.Process:
+    """A follower of the run that has made its MLflow run already."""
+    open_client(folder).search_experiments()
+    command = [sys.executable, "-m", "pipelines.sync", "--follow", "--run", run.identity]
+    process = psutil.Popen(command, cwd=folder, stdin=subprocess.PIPE)
+    mark = folder / ".posttrain" / "tracking" / run.identity
+    while not mark.is_file():
+        assert process.is_running()
+        time.sleep(0.1)
+    return process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A step under a dvc that is killed: nothing stays behind, and the next `dvc repro` goes on by itself and says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from pipelines.identity import content_digest
+from pipelines.journal import read
+
+from .conftest import Project
+
+GRAPH = """
+stages:
+  count:
+    cmd: {python} -m count
+    deps: [steps.txt]
+    params: [sft, algorithms.grpo]
+    outs: [runs/count/grpo-0/journal.jsonl, runs/count/grpo-0/artifacts]
+"""
+
+
+def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project) -> None:
+    assert project.run().returncode == 0
+    undisturbed = content_digest(project.directory / "journal.jsonl")
+    for folder in (project.directory, project.state):
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    (project.folder / "dvc.yaml").write_text(GRAPH.format(python=sys.executable))
+    assert project.run("init", "-q", "--no-scm", module="dvc").returncode == 0
+
+    dvc = project.start("repro", module="dvc", STEP_SECONDS="0.2")
+    deadline = time.monotonic() + 120
+    while not any(record.get("step", 0) >= 6 for path in project.folder.glob(".posttrain/runs/*/journal.jsonl")
+                  for record in read(path)):  # fmt: skip
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(dvc.pid).children(recursive=True)
+    assert family
+    os.kill(dvc.pid, signal.SIGKILL)
+    dvc.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert not (project.directory / "journal.jsonl").exists()
+
+    again = project.run("repro", module="dvc")
+    assert again.returncode == 0, again.stderr
+    assert f"continuing run {project.state.name}, journal holds steps up to" in again.stdout + again.stderr
+    assert content_digest(project.directory / "journal.jsonl") == undisturbed
