@@ -38,7 +38,7 @@ from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.onpolicy import OnPolicyObjective
-from posttrain.training.supervised import SupervisedObjective
+from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
@@ -126,14 +126,14 @@ def one_step(
     policy = Policy(lm).to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logprobs = policy(collate(rows).to(device)).logprobs.float().cpu()
-    metrics = trainer(policy, bf16, device, 4096).update(rows, SupervisedObjective())
+    metrics = trainer(policy, bf16, device, 4096).update([Example(row) for row in rows], SupervisedObjective())
     return metrics["loss"], metrics["grad_norm"], logprobs
 
 
 def throughput(device: torch.device, config: Qwen3Config, work: Work) -> list[tuple[str, str]]:
     lm = Qwen3ForCausalLM(config).to(device)
     policy = Policy(lm)
-    rows = texts(work.batch, work.length, config.vocab_size, work.length // 8)
+    rows = [Example(row) for row in texts(work.batch, work.length, config.vocab_size, work.length // 8)]
     taught = trainer(policy, True, device, work.batch * work.length)
     seconds, peak = timed(lambda: taught.update(rows, SupervisedObjective()), device, work.repeats)
     tokens = work.batch * work.length
