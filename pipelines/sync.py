@@ -25,7 +25,7 @@ from pipelines import environment
 from pipelines.redaction import redact
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import Source, discover, load
-from pipelines.tracking.store import open_client, tracking_uri
+from pipelines.tracking.store import ask, open_client, tracking_uri
 from posttrain.errors import PosttrainError, TrackingError
 
 T = TypeVar("T")
@@ -58,19 +58,13 @@ def _project(projector: Projector, source: Source) -> str:
 
 
 def _told(projector: Projector, call: Callable[[], T]) -> T:
-    """The call's answer, with whatever a store raises told as one TrackingError."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return call()
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise TrackingError(
-            f"MLflow at {redact(projector.client.tracking_uri)} did not take the values: {redact(reason)}."
-            " They are safe in the journal; `python -m pipelines.sync` carries them over when it answers again."
-        ) from error
+    """The call's answer, or a TrackingError that says that nothing is lost."""
+    return ask(
+        projector.client,
+        call,
+        "did not take the values",
+        "They are safe in the journal; `python -m pipelines.sync` carries them over when it answers again.",
+    )
 
 
 def follow(project: Path, run: str | None, stop: threading.Event) -> None:

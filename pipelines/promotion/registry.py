@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipelines.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import default_remote, locked_output
-from pipelines.tracking.store import open_client
+from pipelines.tracking.store import ask, open_client
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -168,18 +168,8 @@ class Registry:
         self._ask(lambda: self._client.delete_registered_model_alias(self.name, alias))
 
     def _ask(self, call: Callable[[], T]) -> T:
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            return call()
-        except (MlflowException, RequestException, SQLAlchemyError) as error:
-            reason = redact(str(error).strip().splitlines()[0][:300])
-            raise TrackingError(
-                f"MLflow's registry at {redact(str(self._client.tracking_uri))} did not answer: {reason}. The trained models"
-                " and the decision are kept; run again when it answers."
-            ) from error
+        advice = "The trained models and the decision are kept; run again when it answers."
+        return ask(self._client, call, "did not answer for the registry", advice)
 
 
 def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pipelines import environment
+from pipelines.redaction import redact
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+T = TypeVar("T")
 _IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -77,3 +80,18 @@ def _remote(client: MlflowClient) -> bool:
 def workspace(project: Path) -> str:
     """An opaque name of this checkout on this machine: whose processes we may call dead."""
     return hashlib.sha256(f"{platform.node()}:{project.resolve()}".encode()).hexdigest()[:16]
+
+
+def ask(client: MlflowClient, call: Callable[[], T], problem: str, advice: str) -> T:
+    """The call's answer. Whatever a store raises becomes one TrackingError: which store, `problem`, its reason, `advice`."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return call()
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise TrackingError(
+            f"MLflow at {redact(str(client.tracking_uri))} {problem}: {redact(reason)}. {advice}"
+        ) from error

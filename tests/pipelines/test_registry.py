@@ -97,6 +97,8 @@ def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:pass-word-1@127.0.0.1:9")
-    with pytest.raises(TrackingError, match=r"registry at http://\*\*\*@127\.0\.0\.1:9 did not answer") as error:
+    with pytest.raises(
+        TrackingError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:9 did not answer for the registry"
+    ) as error:
         Registry(project.folder, "posttrain").versions()
     assert "pass-word-1" not in str(error.value)
