@@ -86,7 +86,6 @@ def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> Non
 def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(scene: Scene) -> None:
     scene.put("preferences/poison.jsonl", *POISON)
     killed = scene.fire()
-    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 400)
     with get_client(sync_client=True) as client:
         nightly = client.read_deployment_by_name("retrain/nightly")
         second = client.create_flow_run_from_deployment(nightly.id)
@@ -96,6 +95,7 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
         assert state.is_scheduled() or state.is_cancelled(), "a second run is queued or refused, never beside the first"
         client.set_flow_run_state(second.id, Cancelled(), force=True)
 
+    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 400)
     scene.kill_worker()
     scene.topology.start("worker")
     crashed = scene.ended(killed, 200)
