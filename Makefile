@@ -42,10 +42,11 @@ test: setup  ## the tests that take minutes, not hours
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
 
-lint: setup  ## formatting, lint and types
+lint: setup  ## formatting, lint, types, and known vulnerabilities of the dependencies
 	@$(PYTHON_IN) -m ruff format --check .
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m mypy
+	@infra/audit.sh
 
 ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000)
 	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT)

@@ -23,9 +23,19 @@ class Clone:
 
     root: Path
 
+    def environment(self, **extra: str) -> dict[str, str]:
+        inherited = {k: v for k, v in child_environment().items() if not k.startswith(CLEARED)}
+        return inherited | {"PYTHONPATH": str(self.root), "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | extra
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """A command that nobody listens to."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=self.root, env=self.environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in child_environment().items() if not k.startswith(CLEARED)}
-        env |= {"PYTHONPATH": str(self.root), "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+        env = self.environment(**environment)
         done = subprocess.run([sys.executable, "-m", *command], cwd=self.root, env=env, capture_output=True, text=True)
         if check and done.returncode != 0:
             raise AssertionError(

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 
 from pipelines.journal import read
@@ -56,6 +57,13 @@ class Server:
     def send(self, number: signal.Signals) -> None:
         if self.process is not None:
             os.killpg(self.process.pid, number)
+
+    def listens_on(self) -> set[str]:
+        """Every address at which the server and its workers accept connections."""
+        assert self.process is not None
+        top = psutil.Process(self.process.pid)
+        sockets = [c for p in (top, *top.children(recursive=True)) for c in p.net_connections("inet")]
+        return {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
 
     def kill(self) -> None:
         self.send(signal.SIGKILL)
@@ -126,6 +134,7 @@ def test_an_outage_of_every_kind_changes_neither_the_numbers_nor_the_pace(
         return len(store.get_metric_history(runs[0].info.run_id, "loss")) if runs else 0
 
     server.start()  # absent until now
+    assert server.listens_on() == {"127.0.0.1"}
     wait_for(arrived)
     server.send(signal.SIGSTOP)
     at_pause = len(read(journal))

@@ -145,6 +145,25 @@ def test_a_finished_run_of_another_checkout_is_found_not_repeated(project: Proje
     assert project_folder(project.directory, store, elsewhere) == run_id
 
 
+def test_a_clock_that_goes_backwards_moves_no_value(project: Project, store: Any, history: Any) -> None:
+    folder = project.folder / "clock"
+    folder.mkdir()
+    write(folder, *series("loss", [1.0, 0.5, 0.25]), END)
+    measured = Journal(folder / "measurements.jsonl", durable=False)
+    for number, time in enumerate((2000.0, 1500.0, 3000.0, 1000.0, 500.0)):
+        kind = {"kind": "step", "step": number - 1} if 1 <= number <= 3 else {"kind": "start" if number == 0 else "end"}
+        measured.append(kind | {"time": time})
+    measured.close()
+    run_id = project_folder(folder, store, project.folder)
+    assert history(store, run_id) == {"loss": [(0, 1.0), (1, 0.5), (2, 0.25)]}
+    times = {m.step: m.timestamp for m in store.get_metric_history(run_id, "loss")}
+    assert times == {0: 1_500_000, 1: 3_000_000, 2: 1_000_000}
+    run = store.get_run(run_id)
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 0.25)
+    assert project_folder(folder, store, project.folder) == run_id
+    assert len(store.search_runs([run.info.experiment_id])) == 1
+
+
 def test_failure_is_shown_with_reason_and_traceback(project: Project, store: Any) -> None:
     project.run(FAIL_AT="3", FAIL_WITH="bug", FAIL_TEXT="lost")
     run_id = project_folder(project.state, store, project.folder)

@@ -1,0 +1,59 @@
+"""The whole flow, killed ten times at random, arrives where the undisturbed one does: same lock, same numbers in MLflow."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.end_to_end.conftest import TINY, Clone
+from tests.end_to_end.test_pipeline import lock
+from tests.end_to_end.test_remotes import projected
+
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(7200)]
+KILLS, LONGEST_SECONDS = 10, 6.0
+
+
+def at_work(clone: Clone) -> int:
+    """Bytes that the steps have written into their journals."""
+    return sum(path.stat().st_size for path in clone.root.glob(".posttrain/runs/*/journal.jsonl"))
+
+
+def killed_once(clone: Clone, chance: random.Random, *targets: str) -> bool:
+    """Start the flow, let a step get to work, and SIGKILL the flow or one of its processes. Whether there was anything to kill."""
+    flow = clone.start("flows.compare", *targets)
+    before = at_work(clone)
+    while at_work(clone) == before and flow.poll() is None:
+        time.sleep(0.05)
+    time.sleep(chance.uniform(0, LONGEST_SECONDS))
+    if flow.poll() is not None:
+        return False
+    family = [psutil.Process(flow.pid), *psutil.Process(flow.pid).children(recursive=True)]
+    victim = chance.choice(family)
+    name = " ".join(victim.cmdline()[1:6])
+    victim.kill()
+    if victim.pid != flow.pid:
+        # the flow sees a stage or a helper die; whether it goes on or stops, it must do so by itself
+        try:
+            flow.wait(chance.uniform(0, LONGEST_SECONDS))
+        except subprocess.TimeoutExpired:
+            flow.kill()
+    flow.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"after the kill of {name}: {[p.cmdline() for p in alive]}"
+    return True
+
+
+def test_ten_kills_change_nothing(reproduced: Clone, new_clone: Callable[[], Clone]) -> None:
+    other, chance = new_clone(), random.Random(0)
+    other.configure(str(TINY))
+    kills = sum(killed_once(other, chance) for _ in range(KILLS))
+    assert kills == KILLS, "the flow was done before it could be killed so often"
+    other.run("flows.compare")
+    other.run("pipelines.sync")
+    assert lock(other) == lock(reproduced)
+    assert projected(other) == projected(reproduced)
