@@ -17,7 +17,7 @@ from tasks.console import say
 
 ENVIRONMENT = """environment:
   POSTTRAIN_SLOTS          stages side by side (default: one per CUDA device, else per CPU core)
-  POSTTRAIN_GRACE_SECONDS  time for a stage to write its checkpoint when stopped (default 20)
+  POSTTRAIN_GRACE_SECONDS  time for a stage to write its checkpoint when stopped (default 8)
   PREFECT_API_URL          a Prefect server to report to (default: a private one that ends with the command)
   MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)

@@ -16,7 +16,7 @@ import sys
 import time
 
 WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-TERM_SECONDS = 5.0
+TERM_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1
 
 

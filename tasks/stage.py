@@ -133,7 +133,7 @@ def run_logged(
 
 def grace_seconds() -> float:
     """Time for a step to write its checkpoint before it is put down (POSTTRAIN_GRACE_SECONDS)."""
-    text = os.environ.get("POSTTRAIN_GRACE_SECONDS", "20")
+    text = os.environ.get("POSTTRAIN_GRACE_SECONDS", "8")
     try:
         return float(text)
     except ValueError:

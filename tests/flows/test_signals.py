@@ -71,8 +71,10 @@ def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
 def test_a_signal_ends_the_stage_and_all_its_processes(long: Path, prefect_url: str, number: signal.Signals) -> None:
     flow = start(long, prefect_url)
     pids = step_and_family(flow, long)
+    signalled = time.monotonic()
     flow.send_signal(number)
     output = flow.communicate(timeout=60)[0]
+    assert time.monotonic() - signalled < 10
     assert flow.returncode == 143, output
     assert "stopped; finished stages are kept, the same command continues" in output
     assert not any(running(pid) for pid in pids)
