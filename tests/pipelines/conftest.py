@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def run(run: Run) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         if os.environ.get("FAIL_AT") == str(step):
             raise {"data": DataError, "bug": ZeroDivisionError}[os.environ["FAIL_WITH"]](os.environ.get("FAIL_TEXT", "no"))
-        time.sleep(0 if Path("hurry").exists() else float(os.environ.get("STEP_SECONDS", "0")))
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+        if Path("enough").exists():
+            break
     if "READ" in os.environ:
         print(run.params.reward.epochs)
     run.artifact("note.txt").write_text("finished")
@@ -54,6 +57,14 @@ if __name__ == "__main__":
          arguments=lambda p: (p.add_argument("--algorithm", default="grpo"), p.add_argument("--seed", type=int, default=0)),
          variant=lambda args: f"{args.algorithm}-{args.seed}")
 '''
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 150.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return answer
 
 
 class Project:
@@ -85,7 +96,7 @@ class Project:
 
     def run(self, *arguments: str, module: str = "count", **env: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, module=module, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     @property

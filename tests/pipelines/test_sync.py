@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +15,7 @@ from pipelines.tracking.projection import Projector
 from pipelines.ui import free_port, links
 from posttrain.errors import TrackingError
 
-from .conftest import Project
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return answer
+from .conftest import Project, wait_for
 
 
 def all_runs(client: Any) -> list[Any]:
