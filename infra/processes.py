@@ -24,7 +24,7 @@ class Service:
     command: list[str]
     environment: Mapping[str, str]
     healthy: Callable[[], bool]
-    start_seconds: float = 120.0
+    start_seconds: float = 300.0
     user: str | None = None
 
 

@@ -111,7 +111,9 @@ def make_champion(root: str, number: int) -> Version:
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
     """The decision as Prefect artifacts."""
     create_markdown_artifact(key="decision", markdown=markdown(dict(decision), note), description=note)
-    create_link_artifact(key="decision-page", link=(root / PAGE).absolute().as_uri(), link_text="Why")
+    create_link_artifact(
+        key="decision-page", link=(root / PAGE).absolute().as_uri(), link_text="Why", description=PAGE.as_posix()
+    )
 
 
 def key(root: Path) -> str:

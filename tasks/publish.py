@@ -17,7 +17,9 @@ def publish_report(root: Path) -> Path | None:
         create_markdown_artifact(key="comparison", markdown=table, description="Every model of the comparison")
     if not page.is_file():
         return None
-    create_link_artifact(key="report", link=page.absolute().as_uri(), link_text="Report")
+    create_link_artifact(
+        key="report", link=page.absolute().as_uri(), link_text="Report", description="report/index.html"
+    )
     return page
 
 

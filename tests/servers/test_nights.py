@@ -165,8 +165,11 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     first = scene.told[0]["links"]
-    night = page(browser, scene, first["flow run"] + "?tab=Artifacts")
-    assert all(word in night for word in ("decision", "comparison", "report", "intake"))
+    artifacts = page(browser, scene, f"{scene.topology.url('prefect')}/artifacts")
+    assert all(name in artifacts for name in ("intake", "comparison", "report", "decision", "decision-page"))
+    night = page(browser, scene, first["flow run"])
+    assert "Completed" in night
+    assert "Task runs" in night
     base = scene.topology.url("mlflow")
     with signed_in(base, "admin", os.environ["MLFLOW_TRACKING_PASSWORD"]) as proxy:
         version = page(browser, scene, first["model"].replace(base, proxy) + "?workflowType=machine_learning")
@@ -176,7 +179,7 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
 
 def page(browser: str, scene: Scene, url: str) -> str:
     """The page's elements after its scripts have run."""
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", "--dump-dom"]
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=120000", "--dump-dom"]
     profile = scene.root / ".posttrain" / "chromium"
     done = subprocess.run(
         [*command, f"--user-data-dir={profile}", url], capture_output=True, text=True, timeout=240, check=False
