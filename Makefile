@@ -37,7 +37,7 @@ status: setup  ## which of them run, and where to look
 	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
 test: setup  ## the tests that take minutes, not hours
-	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)

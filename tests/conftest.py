@@ -26,15 +26,3 @@ def shared_data(root: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}")
     return folder
-
-
-SHARED = {"prefect_url": "prefect", "reproduced": "pipeline"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is costly to make is made by one worker: tests that share it run there, and the tests of a file stay together."""
-    for item in items:
-        shared = [group for fixture, group in SHARED.items() if fixture in getattr(item, "fixturenames", ())]
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.name))

@@ -13,7 +13,6 @@ import pytest
 from pipelines.tables import read_rows, write_rows
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
 INGEST, VALIDATE, BASE, SFT = (f"pipelines.{name}" for name in ("ingest", "validate", "base", "sft"))
 GRPO = ("pipelines.align", "--algorithm", "grpo", "--seed", "0")
 Damage = Callable[[Path], None]

@@ -12,7 +12,6 @@ from pipelines.journal import ended, read
 from pipelines.tables import read_rows, write_rows
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
 SFT = ("pipelines.sft",)
 
 

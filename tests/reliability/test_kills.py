@@ -9,8 +9,6 @@ import pytest
 from pipelines.journal import ended, read
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
-
 STEPS = {
     "sft": ("sft", ("pipelines.sft",)),
     "reward": ("reward", ("pipelines.reward",)),

@@ -13,8 +13,6 @@ from posttrain.algorithms import PRESETS
 from tests.reliability.test_kills import STEPS
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
-
 FIRST_LOSS = {"dpo_soft": math.log(2), "robust": math.log(2), "ipo": 25.0, "hinge": 1.0, "grpo_pairs": 0.0}
 """Of a policy that is its own reference: 1 / (4 beta^2) for IPO with beta 0.1; advantages of a pair that cancel for GRPO."""
 ON_POLICY = ("dr_grpo", "chord_phi", "rloo", "reinforce_pp")

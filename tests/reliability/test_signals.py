@@ -8,8 +8,6 @@ from pipelines.journal import ended, read
 from tests.reliability.test_kills import STEPS, begin, outputs
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
-
 
 @pytest.mark.parametrize(("number", "name"), [("SIGTERM", "sft"), ("SIGINT", "grpo")])
 def test_a_signal_finishes_the_step_in_hand_and_writes_a_checkpoint(

@@ -15,7 +15,6 @@ from pipelines.tracking.store import tracking_uri
 from posttrain.errors import TrackingError
 from tests.reliability.workspace import Workspace
 
-pytestmark = pytest.mark.xdist_group("reliability")
 SFT = ("pipelines.sft",)
 Mount = Callable[[Path, int], None]
 

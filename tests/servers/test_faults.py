@@ -13,7 +13,6 @@ from tests.servers.conftest import Scene, wait
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
-    pytest.mark.xdist_group("servers"),
     pytest.mark.timeout(1200),
 ]
 
