@@ -157,6 +157,9 @@ def test_an_outage_of_every_kind_changes_neither_the_numbers_nor_the_pace(
     assert err.count("did not take the values") <= 2
 
     calm = project.beside("calm")
-    (calm.folder / "steps.txt").write_text("20")
+    (calm.folder / "steps.txt").write_text("30")
     assert calm.run(STEP_SECONDS=str(STEP_SECONDS)).returncode == 0
-    assert pace <= 1.02 * statistics.median(seconds_per_step(calm)) + 0.001
+    undisturbed = seconds_per_step(calm)
+    middle, high = statistics.median(undisturbed), statistics.quantiles(undisturbed, n=10)[8]
+    # beyond two per cent, no more than an undisturbed run shows from one step to another
+    assert pace <= 1.02 * middle + (high - middle) + 0.001
