@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,8 +65,10 @@ def test_every_preset_moves_routers_and_experts_and_says_what_the_routers_do(nam
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
-    record = PRESETS[name]
-    assert isinstance(record, OnPolicy)
+    preset = PRESETS[name]
+    assert isinstance(preset, OnPolicy)
+    # an untrained policy ends few answers by itself; with the others left out nothing might be trained at all
+    record = replace(preset, mask_truncated=False)
     policy = small.policy(critic=record.has_critic)
     source, objective = source_of(record, policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=60)
@@ -76,7 +79,8 @@ def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
     assert updates[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
     if len(updates) > 1:
         assert updates[0]["router/changed"] == 0.0
-        assert 0.0 < updates[-1]["router/changed"] < 1.0
+        # a minibatch of few tokens may see none of the changes
+        assert 0.0 < max(update["router/changed"] for update in updates[1:]) < 1.0
         assert all(
             row.old_experts.shape[1:] == (2, 2) for row in source.next(1).batches[0] if isinstance(row, Experience)
         )
