@@ -18,7 +18,7 @@ from prefect.states import Cancelled
 
 from tests.servers.conftest import Scene, signed_in, wait
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
