@@ -7,20 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import announce, model_card, optimizer_settings, problems, read_table, train
+from pipelines.common import (
+    adapted,
+    adapter_facts,
+    announce,
+    model_card,
+    optimizer_settings,
+    problems,
+    read_table,
+    train,
+)
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
 from pipelines.sections import OnPolicyBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer, save_model
+from posttrain.models.lora import Adapter, BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.experience import ExperienceSource, Experts
 from posttrain.training.onpolicy import OnPolicyObjective
-from posttrain.training.trainer import ParameterGroup, Trainer
+from posttrain.training.trainer import ParameterGroup, Trainer, trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,9 +46,12 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     assert isinstance(record, OnPolicy)
     assert isinstance(budget, OnPolicyBudget)
     encoder = load_encoder(START)
-    policy, reference = _policy(record), Policy(load_policy(START))
+    policy = _policy(record)
+    adapter = adapted(policy.lm, params.lora)
+    if policy.critic is not None:
+        adapted(policy.critic, params.lora)
     policy.to(device.device)
-    reference.to(device.device).eval().requires_grad_(False)
+    reference = _reference(policy, adapter, device)
     compute = params.compute
     weights = dict(run.params.algorithms[name].rewards or {})
     sources = reward_sources(run, sorted(weights), device.device, compute)
@@ -86,7 +99,10 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     hook = _Samples(run, source)
     last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
-    save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
+    if adapter is not None:
+        adapter.merge()
+    card = model_card(run, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
+    save_model(policy.lm, encoder.tokenizer, folder(run), card, adapter=adapter)
     run.model(folder(run))
     return budget.steps, last
 
@@ -100,11 +116,18 @@ def _policy(record: OnPolicy) -> Policy:
     return Policy(lm, critic=load_scorer(REWARD) if record.critic_start == "reward" else load_new_scorer(START))
 
 
+def _reference(policy: Policy, adapter: Adapter | None, device: Accelerator) -> Policy:
+    """The supervised model: loaded a second time, or the policy without its adapter."""
+    if adapter is not None:
+        return BasePolicy(policy.lm, adapter)
+    return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
+
+
 def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:
-    groups = [ParameterGroup("policy", list(policy.lm.parameters()), budget.optimizer.learning_rate)]
+    groups = [ParameterGroup("policy", trainable(policy.lm), budget.optimizer.learning_rate)]
     value = policy.critic if policy.critic is not None else policy.value_head
     if value is not None:
-        groups.append(ParameterGroup("value", list(value.parameters()), budget.critic_learning_rate))
+        groups.append(ParameterGroup("value", trainable(value), budget.critic_learning_rate))
     return groups
 
 

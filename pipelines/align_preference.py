@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.common import announce, model_card, optimizer_settings, read_table, train
+from pipelines.common import adapted, adapter_facts, announce, model_card, optimizer_settings, read_table, train
 from pipelines.identity import content_digest
 from pipelines.run import Run
 from pipelines.samples import GreedySamples
@@ -49,6 +49,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     table = read_table("preferences")
     cache = reference_cache(run, device) if record.needs_reference else None
     answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, cache)
+    # the reference is what the adapter starts from
+    adapter = adapted(policy.lm, run.params.align.lora)
     rows: list[Any] = groups(table, answers) if isinstance(record, LoggedGroups) else pairs(table, answers, record)
     objective: Any = LoggedGroupsObjective(record) if isinstance(record, LoggedGroups) else PreferenceObjective(record)
     order = EpochOrder(len(rows), budget.batch_size, record.epochs, seed)
@@ -67,8 +69,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         "algorithm": f"{record.name} (arXiv {record.paper})",
         "seed": seed,
         "learning rate": settings.learning_rate,
-    }
-    save_model(policy.lm, encoder.tokenizer, folder(run), model_card(run, f"Aligned with {name}", START, about, last))
+    } | adapter_facts(run.params.align.lora)
+    if adapter is not None:
+        adapter.merge()
+    card = model_card(run, f"Aligned with {name}", START, about, last)
+    save_model(policy.lm, encoder.tokenizer, folder(run), card, adapter=adapter)
     run.model(folder(run))
     return order.steps, last
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow.parquet as pq
 
 from pipelines.run import FAULTS, Run
-from pipelines.sections import CheckpointParams, ComputeParams, FaultParams, OptimizerParams
+from pipelines.sections import CheckpointParams, ComputeParams, FaultParams, LoraParams, OptimizerParams
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from posttrain.data.tokens import TextEncoder
+    from posttrain.models.lora import Adapter, LoraSettings
     from posttrain.rollouts.groups import Problem
     from posttrain.training.loop import Source, StepHook
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
@@ -88,6 +90,27 @@ def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
         epsilon=params.epsilon,
         max_grad_norm=params.max_grad_norm,
     )
+
+
+def adapted(model: PreTrainedModel, params: LoraParams | None) -> Adapter | None:
+    """Freeze the model and put a low-rank adapter into it, where the parameters ask for one."""
+    if params is None:
+        return None
+    from posttrain.models.lora import Adapter
+
+    return Adapter(model, lora_settings(params))
+
+
+def lora_settings(params: LoraParams) -> LoraSettings:
+    from posttrain.models.lora import LoraSettings
+
+    modules = params.target_modules
+    return LoraSettings(params.rank, params.alpha, modules if isinstance(modules, str) else tuple(modules))
+
+
+def adapter_facts(params: LoraParams | None) -> dict[str, str]:
+    """Of the model card."""
+    return {} if params is None else {"LoRA": f"rank {params.rank}, alpha {params.alpha:g}, {params.target_modules}"}
 
 
 def train(

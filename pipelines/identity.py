@@ -20,7 +20,7 @@ from posttrain.errors import DataError
 
 SOURCES = Path(__file__).parents[1]
 """The folder of the packages that run."""
-LIBRARIES = ("accelerate", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+LIBRARIES = ("accelerate", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def file_digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import environment
 from pipelines.config import Params, load_params
-from pipelines.sections import OnPolicyBudget, PreferenceBudget
+from pipelines.sections import LoraParams, OnPolicyBudget, PreferenceBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import PosttrainError
 
@@ -66,13 +66,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def model_sizes(params: Params) -> Sizes:
+    from posttrain.planning import sizes
+
+    return sizes(_config(params))
+
+
+def _config(params: Params) -> Any:
     """Of `model.source`: the tiny model's shape, or the configuration of a folder or hub id."""
     from posttrain.models.folders import load_config
     from posttrain.models.tiny import TinyShape, tiny_config
-    from posttrain.planning import sizes
 
     source = params.model.source
-    return sizes(tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source))
+    return tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source)
+
+
+def _adapter(params: Params, lora: LoraParams | None) -> int | None:
+    """Parameters of the adapter, None where all weights are trained."""
+    if lora is None:
+        return None
+    from pipelines.common import lora_settings
+    from posttrain.models.lora import adapter_parameters
+
+    return adapter_parameters(_config(params), lora_settings(lora))
 
 
 def phases(params: Params, model: Sizes) -> Iterator[Phase]:
@@ -83,10 +98,11 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     sft, reward = params.sft, params.reward
     steps = _steps(rows("sft", params.data.sft.rows), sft.batch_size, sft.epochs)
     yield Phase("sft", "train", steps, _times(rows("sft", params.data.sft.rows), sft.epochs * longest),
-                training(model, sft.compute.micro_batch_tokens, bf16=sft.compute.bf16))  # fmt: skip
+                training(model, sft.compute.micro_batch_tokens, adapter=_adapter(params, sft.lora), bf16=sft.compute.bf16))  # fmt: skip
     pairs = rows("preferences", _kept(params))
     yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
-                training(model, reward.compute.micro_batch_tokens, bf16=reward.compute.bf16))  # fmt: skip
+                training(model, reward.compute.micro_batch_tokens, adapter=_adapter(params, reward.lora),
+                         bf16=reward.compute.bf16))  # fmt: skip
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, pairs, longest)
     yield from _evaluation(params, model)
@@ -97,11 +113,11 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     from posttrain.rollouts.engine import MAX_ROWS
 
     record, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
-    stage = f"align@{name}"
+    stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
     if not isinstance(record, OnPolicy):
         assert isinstance(budget, PreferenceBudget)
         steps = _steps(pairs, budget.batch_size, record.epochs)
-        memory = training(model, compute.micro_batch_tokens, bf16=compute.bf16)
+        memory = training(model, compute.micro_batch_tokens, adapter=adapter, bf16=compute.bf16)
         yield Phase(stage, "train", steps, _times(pairs, 2 * record.epochs * longest), memory)
         return
     assert isinstance(budget, OnPolicyBudget)
@@ -111,11 +127,13 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
         any(params.rewards[source].function == "reward_model" for source in params.algorithms[name].rewards or {})
     )
     length = params.validation.max_prompt_tokens + budget.max_new_tokens
-    beside = sampling(model, min(answers, MAX_ROWS), length, trained=1 + separate, frozen=1 + scored)
+    # an adapter's base is the reference as well
+    held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
+    beside = sampling(model, min(answers, MAX_ROWS), length, **held)
     rounds = record.refill_limit if record.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
     updates = budget.steps * record.epochs * record.minibatches
-    memory = training(model, compute.micro_batch_tokens, trained=1 + separate, frozen=1 + scored, bf16=compute.bf16)
+    memory = training(model, compute.micro_batch_tokens, **held, bf16=compute.bf16)
     yield Phase(stage, "train", updates, budget.steps * record.epochs * answers * length, memory)
 
 

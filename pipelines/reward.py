@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.common import (
     accelerator,
+    adapted,
+    adapter_facts,
     announce,
     model_card,
     optimizer_settings,
@@ -49,6 +51,7 @@ def run(run: Run) -> None:
     heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
     scorer = Scorer(load_scorer(START))
+    adapter = adapted(scorer.model, params.lora)
     trainer: Trainer[RewardPair] = Trainer(
         scorer,
         optimizer_settings(params.optimizer),
@@ -70,15 +73,17 @@ def run(run: Run) -> None:
         ("loss", "preference/accuracy", "preference/margin"),
         params,
     )
+    if adapter is not None:
+        adapter.merge()
     scorer.eval()
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained_scores) / len(trained_scores)
     results = heldout_results(scorer, heldout, budget, bf16)
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
-    card = model_card(run, "Reward model", START.as_posix(), about, last | results)
+    card = model_card(run, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
-    save_model(scorer.model, encoder.tokenizer, FOLDER, card, extra)
+    save_model(scorer.model, encoder.tokenizer, FOLDER, card, extra, adapter)
     run.model(FOLDER)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}

@@ -168,6 +168,23 @@ class FaultParams(Section):
     """Updates with NaN or infinity that a run may leave out; 0 stops at the first. Each is kept for replay."""
 
 
+class LoraParams(Section):
+    """Train a low-rank adapter (2106.09685) instead of all weights. It is merged into the model that the stage writes."""
+
+    rank: Count
+    alpha: Positive
+    """The adapter counts alpha / rank times."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Linear layers by the end of their name, e.g. [q_proj, v_proj]; all-linear is every one but the head."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_dropout(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "dropout" in given:
+            raise ValueError("dropout: would have no effect, since log-probabilities are taken without any; remove it")
+        return given
+
+
 class SftParams(Section):
     seed: Seed
     epochs: Count
@@ -176,6 +193,7 @@ class SftParams(Section):
     samples_every: Count
     samples_shown: Count
     optimizer: OptimizerParams
+    lora: LoraParams | None = None
     compute: ComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
@@ -191,6 +209,7 @@ class RewardParams(Section):
     """eta: a pair's target is sigma(eta * difference of its scores). None: the chosen answer is better for certain."""
     center_coefficient: NonNegative
     optimizer: OptimizerParams
+    lora: LoraParams | None = None
     compute: ComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
@@ -251,6 +270,7 @@ class AlignParams(Section):
     preference: PreferenceBudget
     samples_every: Count
     samples_shown: Count
+    lora: LoraParams | None = None
     compute: ComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams

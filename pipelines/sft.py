@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pipelines.common import (
     accelerator,
+    adapted,
+    adapter_facts,
     announce,
     model_card,
     optimizer_settings,
@@ -44,6 +46,7 @@ def run(run: Run) -> None:
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
     policy = Policy(load_policy(START))
+    adapter = adapted(policy.lm, params.lora)
     trainer: Trainer[Example] = Trainer(
         policy,
         optimizer_settings(params.optimizer),
@@ -64,11 +67,14 @@ def run(run: Run) -> None:
         GreedySamples(run, policy, encoder, tokens, params.samples_every, params.samples_shown),
     )
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
+    if adapter is not None:
+        adapter.merge()
     save_model(
         policy.lm,
         encoder.tokenizer,
         FOLDER,
-        model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last),
+        model_card(run, "Supervised fine-tuned model", START.as_posix(), about | adapter_facts(params.lora), last),
+        adapter=adapter,
     )
     run.model(FOLDER)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})

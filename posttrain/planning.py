@@ -76,28 +76,46 @@ class Memory:
         return self.weights + self.optimiser + self.activations + self.cache + self.logits
 
 
-def training(model: Sizes, micro_batch_tokens: int, *, trained: int = 1, frozen: int = 0, bf16: bool = False) -> Memory:
-    """`trained` copies of the model with gradient and moments, `frozen` ones beside them, one micro-batch under way."""
+def training(
+    model: Sizes,
+    micro_batch_tokens: int,
+    *,
+    trained: int = 1,
+    frozen: int = 0,
+    adapter: int | None = None,
+    bf16: bool = False,
+) -> Memory:
+    """`trained` copies of the model with gradient and moments, `frozen` ones beside them, one micro-batch under way.
+
+    adapter: parameters of a low-rank adapter in each trained copy, which alone has gradient and moments then.
+    """
     from posttrain.models.logprobs import CHUNK_ELEMENTS
 
     held = FLOAT32_BYTES * model.parameters
     share = AUTOCAST_SHARE if bf16 else 1.0
     chunk = min(CHUNK_ELEMENTS, micro_batch_tokens * model.vocabulary)
     return Memory(
-        weights=held * (trained + frozen),
-        optimiser=3 * held * trained,
+        weights=held * (trained + frozen) + _added(adapter, trained),
+        optimiser=3 * (held * trained if adapter is None else _added(adapter, trained)),
         activations=math.ceil(share * micro_batch_tokens * model.activations_per_token * trained),
         logits=2 * FLOAT32_BYTES * chunk,
     )
 
 
-def sampling(model: Sizes, rows: int, length: int, *, trained: int = 0, frozen: int = 1) -> Memory:
+def sampling(
+    model: Sizes, rows: int, length: int, *, trained: int = 0, frozen: int = 1, adapter: int | None = None
+) -> Memory:
     """`rows` answers side by side, prompt and answer `length` tokens together, beside `trained` models with their moments."""
     held = FLOAT32_BYTES * model.parameters
     return Memory(
-        weights=held * (trained + frozen),
-        optimiser=2 * held * trained,
+        weights=held * (trained + frozen) + _added(adapter, trained),
+        optimiser=2 * (held * trained if adapter is None else _added(adapter, trained)),
         cache=rows * length * model.cache_per_token,
         # logits, their log-softmax, and the cumulated probabilities in float64
         logits=rows * model.vocabulary * (2 * FLOAT32_BYTES + 8),
     )
+
+
+def _added(adapter: int | None, trained: int) -> int:
+    """Bytes of the adapters' own weights."""
+    return FLOAT32_BYTES * (adapter or 0) * trained

@@ -26,8 +26,8 @@ FORBIDDEN = {
     "tasks": {"flows", "posttrain.training", "posttrain.models", "pipelines.sft", "pipelines.align"},
 }
 BARE_BOX = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm", "posttrain"}
-EXTRAS = {"math_verify": ["posttrain/rewards/mathematics.py"]}
-"""What comes with an optional extra, and the only files that may ask for it."""
+EXTRAS = {"math_verify": ["posttrain/rewards/mathematics.py"], "peft": ["posttrain/models/lora.py"]}
+"""What the library does without until it is asked for, and the only files that may import it."""
 
 
 def imports(path: Path) -> set[str]:

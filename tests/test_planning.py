@@ -34,6 +34,28 @@ def test_bytes_by_hand() -> None:
     assert asked.total == 8000 + 8000 + 19200 + 8000
 
 
+def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:
+    held = training(SIZES, 100, trained=2, frozen=1, adapter=30)
+    assert (held.weights, held.optimiser) == (4 * 1000 * 3 + 4 * 30 * 2, 3 * 4 * 30 * 2)
+    assert held.activations == training(SIZES, 100, trained=2, frozen=1).activations
+    asked = sampling(SIZES, 10, 30, trained=1, frozen=0, adapter=30)
+    assert (asked.weights, asked.optimiser) == (4 * 1030, 2 * 4 * 30)
+
+
+def test_with_lora_the_plan_holds_one_copy_of_the_weights(root: Path) -> None:
+    tree = read_yaml(root / "params.yaml")
+    tree["align"]["lora"] = {"rank": 4, "alpha": 8}
+    tree["project"]["algorithms"] = ["dapo"]
+    tree["algorithms"]["dapo"]["rewards"] = {"answer": 1.0}
+    adapted = parse_params(tree)
+    model = sizes(tiny_config(TinyShape()))
+    trained = next(p for p in phases(adapted, model) if p.stage == "align@dapo" and p.name == "train").memory
+    # rank (in + out) of q, k, v, o, gate, up, down in two layers of hidden size 128
+    adapter = 2 * 4 * ((128 + 128) + (128 + 64) * 2 + (128 + 128) + (128 + 256) * 3)
+    assert trained.weights == 4 * (model.parameters + adapter)
+    assert trained.optimiser == 3 * 4 * adapter
+
+
 @pytest.mark.parametrize("shape", [TinyShape(), TinyShape(64, 200, 3, 4, 4), TinyShape(96, 64, 1, 2, 1)])
 def test_activations_are_what_autograd_saves(shape: TinyShape) -> None:
     lm, _ = tiny_model(shape, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,11 @@ from transformers import (
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
 
+if TYPE_CHECKING:
+    from posttrain.models.lora import Adapter
+
+ADAPTER = "adapter"
+"""Of a model folder that was trained with an adapter: the adapter alone, as `PeftModel.from_pretrained` loads it."""
 TRANSFORMED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings with which an architecture's forward changes the head's output (Gemma 2, Cohere, Granite)."""
 
@@ -90,8 +95,12 @@ def save_model(
     folder: Path,
     card: str,
     extra_config: dict[str, Any] | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all. Raises ModelError on a full disk."""
+    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all. Raises ModelError on a full disk.
+
+    adapter: already merged into `model`, and kept beside it in a folder of its own.
+    """
     partial = folder.with_name(folder.name + ".partial")
     _remove(partial)
     for key, value in (extra_config or {}).items():
@@ -99,6 +108,8 @@ def save_model(
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if adapter is not None:
+            adapter.save(partial / ADAPTER)
         (partial / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         _remove(partial)

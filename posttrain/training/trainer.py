@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
-from posttrain.errors import NotFiniteError, NumericalError
+from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
@@ -94,8 +94,7 @@ class Trainer(Generic[Row]):
     ) -> None:
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.groups = list(groups or [ParameterGroup("policy", trainable, settings.learning_rate)])
+        self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
         optimizer = torch.optim.AdamW(
             [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups],
             betas=(settings.beta1, settings.beta2),
@@ -167,8 +166,11 @@ class Trainer(Generic[Row]):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
+        """All that an update changes; frozen weights are those of the model that training started from."""
+        frozen = _frozen(self.unwrapped)
+        weights = {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
         return {
-            "model": self.unwrapped.state_dict(),
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "updates": self.updates,
@@ -176,10 +178,24 @@ class Trainer(Generic[Row]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.unwrapped.load_state_dict(state["model"])
+        missing, unexpected = self.unwrapped.load_state_dict(state["model"], strict=False)
+        if unexpected or set(missing) != _frozen(self.unwrapped):
+            raise CheckpointError(
+                "the checkpoint holds other weights than those that are trained now; was `lora` changed?"
+                " Remove the run's checkpoints to start over"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.updates, self.tokens_trained = state["updates"], state["tokens_trained"]
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """What an optimiser may change: everything, or an adapter and the heads beside it."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 class _Sums:

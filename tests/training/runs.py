@@ -14,6 +14,7 @@ from posttrain.algorithms import PRESETS
 from posttrain.algorithms.records import OnPolicy
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder
+from posttrain.models.lora import Adapter, BasePolicy, LoraSettings
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rewards.sources import FunctionReward
@@ -85,12 +86,15 @@ def sampler(record: OnPolicy, lm: Any, prompts: int = 4, samples: int = 3, **opt
     return GroupSampler(problems, NativeEngine(lm, small.EOS), encoder, record=record, seed=5, **arguments)
 
 
-def source_of(record: OnPolicy, policy: Policy, **options: Any) -> tuple[ExperienceSource, OnPolicyObjective]:
+def source_of(
+    record: OnPolicy, policy: Policy, reference: Policy | None = None, **options: Any
+) -> tuple[ExperienceSource, OnPolicyObjective]:
     objective = OnPolicyObjective(record, 6, 0.9)
     experts = Experts(small.rows(5, seed=20), 2, 3) if record.has_expert else None
-    reference = small.policy(seed=1)
     drawn = sampler(record, policy.lm, **options)
-    return ExperienceSource(record, policy, reference, drawn, objective, budget=60, experts=experts), objective
+    return ExperienceSource(
+        record, policy, reference or small.policy(seed=1), drawn, objective, budget=60, experts=experts
+    ), objective
 
 
 def options_of(name: str) -> OnPolicy:
@@ -105,20 +109,31 @@ def options_of(name: str) -> OnPolicy:
     return record
 
 
-def start(name: str, folder: Path, recorder: Memory, learning_rate: float = 3e-3) -> torch.nn.Module:
-    """Train `name` for STEPS steps, or on from the checkpoint in `folder`. Returns the trained module."""
+def start(
+    name: str, folder: Path, recorder: Memory, learning_rate: float = 3e-3, lora: LoraSettings | None = None
+) -> torch.nn.Module:
+    """Train `name` for STEPS steps, or on from the checkpoint in `folder`. Returns the trained module.
+
+    With `lora` adapters are trained, and the policy without its own is the reference.
+    """
     torch.manual_seed(0)
     optimizer = replace(OPTIMIZER, learning_rate=learning_rate)
     source: Any
     if name in ("sft", "reward", "dpo", "grpo_pairs"):
         made = case(name)
         model, objective = made.model(), made.objective
+        for part in ("lm", "model") if lora else ():
+            if hasattr(model, part):
+                Adapter(getattr(model, part), lora)
         source = EpochSource(made.rows, EpochOrder(len(made.rows), 3, 2, seed=4))
         updates = STEPS
     else:
         record = options_of(name)
         model = small.policy(critic=record.has_critic)
-        source, objective = source_of(record, model)
+        reference = BasePolicy(model.lm, Adapter(model.lm, lora)) if lora else None
+        if lora and model.critic is not None:
+            Adapter(model.critic, lora)
+        source, objective = source_of(record, model, reference)
         updates = STEPS * record.epochs * record.minibatches
     trainer: Trainer[Any] = Trainer(model, optimizer, total_steps=updates, micro_batch_tokens=60)
     fit(trainer, source, objective, LoopSettings(name, STEPS, checkpoint_steps=2), recorder, Checkpoints(folder))

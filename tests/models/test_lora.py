@@ -1,0 +1,126 @@
+"""A low-rank adapter: what it starts from, what it trains, what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from posttrain.data.batches import collate
+from posttrain.errors import ConfigError, ModelError
+from posttrain.models.folders import save_model
+from posttrain.models.lora import Adapter, BasePolicy, LoraSettings, adapter_parameters
+from posttrain.models.policy import Policy, Scorer
+from posttrain.models.tiny import byte_tokenizer, tiny_config
+from tests.models import small
+
+SETTINGS = LoraSettings(rank=4, alpha=8.0)
+BATCH = collate(small.rows(6))
+
+
+def shaken(module: torch.nn.Module, seed: int = 0) -> None:
+    """Numbers for B, as if it had been trained, and for a scalar head."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.normal_(0, 0.3, generator=generator)
+
+
+def test_it_starts_as_the_base_to_the_last_bit() -> None:
+    lm, trunk = small.language_model(), small.trunk_with_score()
+    policy, scorer = Policy(small.language_model()), Scorer(small.trunk_with_score())
+    Adapter(lm, SETTINGS)
+    Adapter(trunk, SETTINGS)
+    assert torch.equal(Policy(lm)(BATCH).logprobs, policy(BATCH).logprobs)
+    assert torch.equal(Scorer(trunk)(BATCH), scorer(BATCH))
+
+
+def test_trained_parameters_by_hand() -> None:
+    """rank (in + out) each of q, k, v, o, gate, up, down, in two layers; a scalar head is trained whole."""
+    layer = 4 * ((16 + 16) + (16 + 8) + (16 + 8) + (16 + 16) + (16 + 32) + (16 + 32) + (32 + 16))
+    lm, trunk = small.language_model(), small.trunk_with_score()
+    assert Adapter(lm, SETTINGS).parameters == 2 * layer == 2048
+    assert Adapter(trunk, SETTINGS).parameters == 2 * layer + 16
+    assert adapter_parameters(tiny_config(small.SHAPE), SETTINGS) == 2 * layer
+    two = Adapter(small.language_model(), LoraSettings(2, 8.0, ("q_proj", "v_proj")))
+    assert two.parameters == 2 * 2 * ((16 + 16) + (16 + 8))
+
+
+def test_the_reference_is_the_base_on_the_same_weights() -> None:
+    lm, before = small.language_model(), Policy(small.language_model())
+    adapter = Adapter(lm, SETTINGS)
+    policy, reference = Policy(lm), BasePolicy(lm, adapter)
+    shaken(policy)
+    expected = before(BATCH).logprobs.detach()
+    assert torch.equal(reference(BATCH).logprobs, expected)
+    assert float((policy(BATCH).logprobs.detach() - expected).abs().max()) > 0.1
+    assert {p.data_ptr() for p in reference.parameters()} == {p.data_ptr() for p in policy.parameters()}
+    assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
+
+
+def test_the_merged_model_is_a_plain_one_and_the_adapter_stands_beside_it(tmp_path: Path) -> None:
+    base, lm = small.language_model(), small.language_model()
+    base.save_pretrained(tmp_path / "base")
+    adapter = Adapter(lm, SETTINGS)
+    policy = Policy(lm)
+    shaken(policy)
+    projection = lm.model.layers[1].mlp.down_proj
+    a, b = (getattr(projection, f"lora_{side}").default.weight.detach() for side in "AB")
+    ids = BATCH.input_ids[None, :20]
+    expected = lm(ids).logits
+    adapter.merge()
+    save_model(lm, byte_tokenizer(64), tmp_path / "merged", "# card", adapter=adapter)
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
+    weight = base.model.layers[1].mlp.down_proj.weight + 8 / 4 * b @ a
+    assert torch.allclose(merged.model.layers[1].mlp.down_proj.weight, weight, atol=1e-6)
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(
+        load_file(tmp_path / "base" / "model.safetensors")
+    )
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    apart = PeftModel.from_pretrained(start, tmp_path / "merged" / "adapter").eval()
+    assert torch.allclose(apart(ids).logits, expected, atol=1e-5)
+    # in an order that is the same in every process
+    modules = json.loads((tmp_path / "merged" / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules)
+    assert len(modules) == 14
+
+
+def test_a_reward_model_keeps_its_head_in_both(tmp_path: Path) -> None:
+    trunk = small.trunk_with_score()
+    trunk.save_pretrained(tmp_path / "base")
+    adapter, scorer = Adapter(trunk, SETTINGS), Scorer(trunk)
+    shaken(scorer)
+    expected = scorer(BATCH)
+    adapter.merge()
+    save_model(trunk, byte_tokenizer(64), tmp_path / "merged", "# card", adapter=adapter)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", num_labels=1).eval()
+    assert torch.allclose(Scorer(merged)(BATCH), expected, atol=1e-5)
+    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    apart = PeftModel.from_pretrained(start, tmp_path / "merged" / "adapter").eval()
+    assert torch.allclose(Scorer(apart.get_base_model())(BATCH), expected, atol=1e-5)
+
+
+def test_names_that_no_layer_has_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"\['query'\].*\[q_proj, v_proj\], or use all-linear"):
+        Adapter(small.language_model(), LoraSettings(4, 8.0, ("query",)))
+
+
+@pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
+def test_the_vocabulary_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match="cannot carry an adapter"):
+        Adapter(small.language_model(), LoraSettings(4, 8.0, (place,)))
+
+
+def test_without_peft_the_message_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match="pip install peft"):
+        Adapter(small.language_model(), SETTINGS)
