@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import pytest
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from pipelines.ui import free_port
 from tests.end_to_end.conftest import Clone
 from tests.end_to_end.test_pipeline import lock, stages
+from tests.s3 import CREDENTIALS, serving
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.servers]
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "posttrain-test",
-    "AWS_SECRET_ACCESS_KEY": "posttrain-test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The address of a server that speaks S3 and holds the empty bucket `depot`."""
-    port = free_port(0)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
-    while True:
-        try:
-            urlopen(Request(f"{url}/depot", method="PUT"), timeout=5).close()
-            break
-        except (URLError, OSError):
-            assert time.monotonic() < deadline, "the S3 server does not start"
-            time.sleep(0.2)
-    yield url
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    with serving("depot") as url:
+        yield url
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -18,6 +18,7 @@ from pipelines.sources import table_rows
 from pipelines.validation.view import prompt_key
 from posttrain.errors import DataError
 from posttrain.problems.parts import KINDS
+from tests.s3 import CREDENTIALS, serving
 
 Record = dict[str, Any]
 PAIR = {"chosen": "51", "rejected": "52", "chosen_score": 1.0, "rejected_score": 0.0}
@@ -173,3 +174,42 @@ def test_the_command_records_what_it_did_and_an_inbox_out_of_reach_is_an_error(
 def test_an_unknown_scheme_names_the_inbox() -> None:
     with pytest.raises(DataError, match="the inbox nowhere://bucket cannot be used"):
         Inbox("nowhere://bucket")
+
+
+@pytest.mark.servers
+def test_an_inbox_in_an_s3_store_is_emptied_as_a_folder_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import boto3
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("POSTTRAIN_INBOX", "s3://data/new/records")
+    with serving("data") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        assert intake.main([]) == 0
+        assert "nothing waits in s3://data/new/records" in capsys.readouterr().out
+
+        store = boto3.client("s3", endpoint_url=url)
+        good, bad = json.dumps({"prompt": "first?", "answer": 3}).encode(), b'{"prompt": "second?"'
+        arrived = {"new/records/problems/good.jsonl": good, "new/records/problems/bad.jsonl": bad}
+        others = {"new/records/problems/late.part": good, "elsewhere/problems/x.jsonl": good}
+        for key, body in (arrived | others).items():
+            store.put_object(Bucket="data", Key=key, Body=body)
+        assert intake.main([]) == 0
+        printed = capsys.readouterr().out
+        assert "intake: accepted problems/good.jsonl: 1 rows for problems" in printed
+        assert "intake: quarantined problems/bad.jsonl: bad.jsonl, line 1, column 21: not JSON" in printed
+        kept = folder / "data" / "raw" / "accepted" / "problems" / "0001-good.jsonl"
+        assert kept.read_bytes() == good
+        listed = {entry["Key"] for entry in store.list_objects_v2(Bucket="data")["Contents"]}
+        bad_one = "new/records/quarantined/problems/bad.jsonl"
+        assert listed == {*others, bad_one, f"{bad_one}.reason.txt"}
+        assert (
+            store.get_object(Bucket="data", Key=f"{bad_one}.reason.txt")["Body"].read().startswith(b"bad.jsonl, line 1")
+        )
+        store.put_object(Bucket="data", Key="new/records/problems/again.jsonl", Body=good)
+        assert intake.main([]) == 0
+        assert "known already problems/again.jsonl" in capsys.readouterr().out
+    assert intake.main([]) == 2
+    assert "error: the inbox s3://data/new/records cannot be used" in capsys.readouterr().err
