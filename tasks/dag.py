@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import OrchestrationError
 from posttrain.text import nearest
-from tasks.process import child_environment
 
 Kind = Literal["data", "import", "stage"]
 
@@ -35,26 +32,16 @@ Dag = Mapping[str, Node]
 
 def read_dag(root: Path) -> dict[str, Node]:
     """Every node by address, in an order that can be run: .dvc files first, then dvc.yaml's own order."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    if not (root / ".dvc").is_dir():
-        raise OrchestrationError(
-            f"{root.absolute()} is not a DVC workspace. Run from the project's root, or `dvc init` there."
-        )
-    try:
-        with Repo(str(root)) as repo:
-            graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
-            nodes = [
-                Node(
-                    _address(stage, root),
-                    _kind(stage),
-                    tuple(sorted(_address(above, root) for above in graph.successors(stage))),
-                )
-                for stage in sorted(graph.nodes, key=position.__getitem__)
-            ]
-    except DvcException as error:
-        raise OrchestrationError(f"DVC cannot read the pipeline: {error}. `dvc dag` shows the same.") from error
+    with _opened(root) as repo:
+        graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
+        nodes = [
+            Node(
+                _address(stage, root),
+                _kind(stage),
+                tuple(sorted(_address(above, root) for above in graph.successors(stage))),
+            )
+            for stage in sorted(graph.nodes, key=position.__getitem__)
+        ]
     return in_order(nodes)
 
 
@@ -102,13 +89,28 @@ def stale(dag: Dag, changed: Collection[str]) -> set[str]:
 
 
 def changed(root: Path) -> set[str]:
-    """Addresses for which `dvc status` names a difference."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
-    done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OrchestrationError(f"`dvc status` failed: {done.stderr.strip() or done.stdout.strip()}")
-    report: dict[str, list[Any]] = json.loads(done.stdout or "{}")
-    return {name for name, differences in report.items() if differences}
+    """Addresses for which `dvc status` names a difference. Called while no stage runs: DVC's lock is not made for threads."""
+    with _opened(root) as repo:
+        addresses = {stage.addressing: _address(stage, root) for stage in repo.index.stages}
+        report = repo.status()
+    return {addresses[name] for name, differences in report.items() if differences}
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[Any]:
+    """DVC's own view of the workspace; waits while another dvc process holds its lock."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    if not (root / ".dvc").is_dir():
+        raise OrchestrationError(
+            f"{root.absolute()} is not a DVC workspace. Run from the project's root, or `dvc init` there."
+        )
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo:
+            yield repo
+    except DvcException as error:
+        raise OrchestrationError(f"DVC cannot read the pipeline: {error}. `dvc status` shows the same.") from error
 
 
 def _kind(stage: Any) -> Kind:
