@@ -11,9 +11,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.schedule import Future, Outcome, run_all
-from flows.signals import stop_on_signal
+from flows.signals import reason, stop_on_signal
 from flows.workspace import follower, warm_process, write_costs, write_record
-from posttrain.errors import OrchestrationError
+from posttrain.errors import Interrupted, OrchestrationError
 from tasks import stage as stages
 from tasks.console import say, tell
 from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
@@ -25,8 +25,8 @@ from tasks.slots import machine_slots
 def bring_all_up_to_date(
     root: Path, targets: Collection[str], *, tracking: bool, refresh: bool = False
 ) -> State[None] | None:
-    """The body of both flows, inside `exclusive`. Returns Cancelled after a signal, raises OrchestrationError after a failure."""
-    with stop_on_signal(stages.stop):
+    """The body of both flows, inside `exclusive`. Returns Cancelled when it was stopped, raises OrchestrationError after a failure."""
+    with stop_on_signal(stages.stop) as received:
         whole = read_dag(root)
         dag = needed_for(whole, targets)
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
@@ -41,7 +41,7 @@ def bring_all_up_to_date(
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
-            return Cancelled(message="stopped by a signal")
+            return Cancelled(message=f"{reason(received)}; finished stages are kept, the next run goes on")
         _raise_failures(outcome)
         _assert_current(root, dag)
         costs = write_costs(root)
@@ -83,7 +83,8 @@ def _announce(dag: Dag, todo: set[str]) -> None:
 
 def _report_end(name: str, outcome: Outcome) -> None:
     if name in outcome.failures:
-        tell(f"{name:<24} FAILED: {outcome.failures[name]}")
+        error = outcome.failures[name]
+        tell(f"{name:<24} {'stopped' if isinstance(error, Interrupted) else 'FAILED'}: {error}")
         return
     result = outcome.results[name]
     if result.ended > result.started:

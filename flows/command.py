@@ -73,7 +73,7 @@ def _status(state: Any) -> int:
     if state.is_completed():
         return 0
     if state.is_cancelled():
-        print("stopped; finished stages are kept, the same command continues", file=sys.stderr)
+        print(state.message, file=sys.stderr)
         return Interrupted.exit_code
     error = state.result(raise_on_failure=False)
     if isinstance(error, PosttrainError):

@@ -27,6 +27,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
+from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines import environment
 from posttrain.errors import OrchestrationError, PosttrainError
 from tasks.process import child_environment
@@ -35,7 +36,6 @@ POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"
 DEAD = "posttrain: flow runs without a heartbeat"
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work-pools"
 HEARTBEAT_SECONDS = 30
-SILENCE_SECONDS = 90
 
 
 async def prepare(pool: str, kind: str) -> None:
@@ -71,9 +71,7 @@ async def _watch_heartbeats() -> None:
         threshold=1,
         within=timedelta(seconds=SILENCE_SECONDS),
     )
-    action = ChangeFlowRunState(
-        state=StateType.CRASHED, name="Crashed", message=f"no heartbeat for {SILENCE_SECONDS} s", force=False
-    )
+    action = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=SILENT, force=False)
     wanted = Automation(name=DEAD, trigger=trigger, actions=[action])
     try:
         there = await Automation.aread(name=DEAD)

@@ -20,17 +20,20 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
+from flows.hooks import tell_end
 from posttrain.errors import OrchestrationError
 from tasks import stage as stages
 from tasks.console import say, tell
 from tasks.process import end, start
 from tasks.slots import cuda_devices
-from tasks.stage import StageResult
+from tasks.stage import CATCH_UP_SECONDS, StageResult
 
-CATCH_UP_SECONDS = 60.0
 WAIT_SECONDS = 2.0
 RUN = Path(".posttrain/flow.run")
 """Holds the id of the flow run at work; left behind by one that was killed."""
+SILENCE_SECONDS = 90
+SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
+"""What the server says of a run that it marks Crashed; see flows.deploy."""
 
 
 class WorkspaceBusy(OrchestrationError):
@@ -101,8 +104,8 @@ def sweep(root: Path) -> None:
 def end_dead_run(path: Path) -> str | None:
     """Mark the run that `path` names Crashed if Prefect still believes it at work; its name. Only for who holds the lock.
 
-    A worker marks a flow that it sees dying; one that dies with its worker would stay Running, and hold its deployment's
-    concurrency slot, for ever.
+    A worker marks a flow that it sees dying, and tells the webhook; one that dies with its worker would stay Running, and
+    hold its deployment's concurrency slot, for ever, or be marked by the server for its silence. Then we tell.
     """
     identity = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if not identity or identity == str(flow_run.get_id() or ""):
@@ -112,11 +115,16 @@ def end_dead_run(path: Path) -> str | None:
             run = client.read_flow_run(UUID(identity))
         except ObjectNotFound:
             return None
-        if run.state is None or run.state.is_final() or run.state.is_paused():
+        if run.state is None or run.state.is_paused() or (run.state.is_final() and run.state.message != SILENT):
             return None
-        message = "The process of this run is gone; the next run goes on from its checkpoints."
-        client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+        state = run.state
+        if not state.is_final():
+            state = Crashed(message="The process of this run is gone; the next run goes on from its checkpoints.")
+            client.set_flow_run_state(run.id, state, force=True)
+        flow = client.read_flow(run.flow_id)
     say(f"flow run {run.name} was killed: marked Crashed")
+    path.unlink()
+    tell_end(flow.name, run, state)
     return str(run.name)
 
 

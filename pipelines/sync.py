@@ -30,21 +30,30 @@ from posttrain.errors import PosttrainError, TrackingError
 
 T = TypeVar("T")
 _POLL_SECONDS, _LONGEST_REST_SECONDS, _LONGEST_OUTAGE_PAUSE_SECONDS = 1.0, 30.0, 8.0
+_BEHIND_TRAINING = 10
 _REST_FACTOR = 20
 """A follower rests so many times as long as its last pass took, so that it never competes with the training."""
 
 
-def catch_up(projector: Projector, *, first: str | None = None, recheck: bool = True) -> dict[str, str]:
+def catch_up(
+    projector: Projector,
+    *,
+    first: str | None = None,
+    recheck: bool = True,
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
     """Project every journal, then end what is stale; MLflow run id by run identity.
 
-    `recheck=False` trusts this checkout's notes of what was carried over before. Raises TrackingError at the first call
-    that the store does not answer, and after the pass if a journal is damaged.
+    `recheck=False` trusts this checkout's notes of what was carried over before; `enough` is asked between two journals.
+    Raises TrackingError at the first call that the store does not answer, and after the pass if a journal is damaged.
     """
     problems: list[str] = []
     sources = discover(projector.project_root, problems)
     sources.sort(key=lambda source: source.identity != first)
-    done = {}
+    done: dict[str, str] = {}
     for source in sources:
+        if enough():
+            return done
         if recheck or source.identity == first or not projector.settled(source):
             done[source.identity] = _project(projector, source)
     _told(projector, partial(projector.sweep, {source.identity for source in sources}))
@@ -68,29 +77,50 @@ def _told(projector: Projector, call: Callable[[], T]) -> T:
 
 
 def follow(project: Path, run: str | None, stop: threading.Event) -> None:
-    """Keep the store up to date until `stop`, then once more. An outage is told once, and its end."""
-    projector = Projector(open_client(project), project)
-    down, whole, pause = False, True, _POLL_SECONDS
-    while True:
-        last, began = stop.is_set(), time.monotonic()
+    """Keep the store up to date until `stop`, behind whatever trains here; then once more, before somebody who waits for it."""
+    carrier = _Carrier(Projector(open_client(project), project), run)
+    beside = threading.Thread(target=carrier.keep_up, args=(stop,), daemon=True)
+    beside.start()
+    beside.join()
+    carrier.carry(lambda: False)
+
+
+class _Carrier:
+    """Carries journals over, one pass at a time. An outage is told once, and its end."""
+
+    def __init__(self, projector: Projector, run: str | None) -> None:
+        self._projector, self._run = projector, run
+        self._down, self._whole = False, True
+
+    def keep_up(self, stop: threading.Event) -> None:
+        os.nice(_BEHIND_TRAINING)  # on Linux this thread's alone
+        pause = _POLL_SECONDS
+        while not stop.is_set():
+            began = time.monotonic()
+            if self.carry(stop.is_set):
+                rest = min(_REST_FACTOR * (time.monotonic() - began), _LONGEST_REST_SECONDS)
+                pause = max(_POLL_SECONDS, rest)
+            else:
+                pause = min(2 * pause, _LONGEST_OUTAGE_PAUSE_SECONDS)
+            stop.wait(pause)
+
+    def carry(self, enough: Callable[[], bool]) -> bool:
+        """One pass; False while the store is away. The first one, and each where no run was named, is over every journal."""
         try:
-            if whole or run is None:
-                catch_up(projector, first=run, recheck=False)
-                whole = False
-            elif (source := _single(project, run)) is not None:
-                _project(projector, source)
+            if self._whole or self._run is None:
+                catch_up(self._projector, first=self._run, recheck=False, enough=enough)
+                self._whole = enough()
+            elif (source := _single(self._projector.project_root, self._run)) is not None:
+                _project(self._projector, source)
         except TrackingError as error:
-            if not down:
+            if not self._down:
                 print(f"tracking: {error}", file=sys.stderr, flush=True)
-            down, pause = True, min(2 * pause, _LONGEST_OUTAGE_PAUSE_SECONDS)
-        else:
-            if down:
-                print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
-            rest = min(_REST_FACTOR * (time.monotonic() - began), _LONGEST_REST_SECONDS)
-            down, pause = False, max(_POLL_SECONDS, rest)
-        if last:
-            return
-        stop.wait(pause)
+            self._down = True
+            return False
+        if self._down:
+            print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
+        self._down = False
+        return True
 
 
 def _single(project: Path, run: str) -> Source | None:
@@ -137,7 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     try:
         if args.follow:
-            os.nice(10)
             follow(project, args.run, _stop_event())
         else:
             runs = synchronise(project, args.wait)

@@ -90,10 +90,10 @@ def stale(dag: Dag, changed: Collection[str]) -> set[str]:
 
 def changed(root: Path) -> set[str]:
     """Addresses for which `dvc status` names a difference. Called while no stage runs: DVC's lock is not made for threads."""
-    with _opened(root) as repo:
-        addresses = {stage.addressing: _address(stage, root) for stage in repo.index.stages}
-        report = repo.status()
-    return {addresses[name] for name, differences in report.items() if differences}
+    from dvc.repo import lock_repo
+
+    with _opened(root) as repo, lock_repo(repo):
+        return {_address(stage, root) for stage in repo.index.stages if stage.status(check_updates=True)}
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from tasks.process import chunks, end, start
 from tasks.slots import Lease, lease, machine_slots
 
 RETRY_SECONDS = [1, 2, 4, 8]
+CATCH_UP_SECONDS = 60.0
+"""So long a flow waits for MLflow to have everything."""
 stop = Event()
 """Set by the flow to stop every stage of this process; one flow runs per process."""
 
@@ -112,7 +114,8 @@ def run_logged(
     """
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    extra = ({"POSTTRAIN_FOLLOWER": "1"} if followed else {}) | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
+    follower = {"POSTTRAIN_FOLLOWER": "1"} if followed else {"POSTTRAIN_FOLLOWER_SECONDS": str(CATCH_UP_SECONDS)}
+    extra = follower | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
     descriptors = (held.descriptor,) if held else ()
     with path.open("wb") as file:
         log = StageLog(get_run_logger().info, file)

@@ -7,6 +7,7 @@ from flows.compare import compare
 from posttrain.errors import OrchestrationError
 from tasks.dag import read_dag
 from tasks.lockfile import sorted_lock
+from tests.webhook import listening
 from tests.workspace import times
 
 pytestmark = pytest.mark.usefixtures("prefect_url")
@@ -56,7 +57,9 @@ def test_order_is_kept_independent_stages_overlap_and_the_lock_is_dvcs_own(
     assert "nothing to do: all 5 stages are up to date" in capsys.readouterr().out
 
 
-def test_a_failure_stops_only_its_dependants(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_stops_only_its_dependants_and_the_webhook_is_told(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (workspace / "dvc.yaml").read_text()
     broken = """
   broken:
@@ -68,8 +71,13 @@ def test_a_failure_stops_only_its_dependants(workspace: Path, capsys: pytest.Cap
     outs: [after_broken.txt]
 """
     (workspace / "dvc.yaml").write_text(text + broken)
-    with pytest.raises(OrchestrationError) as failure:
-        run(workspace)
+    with listening() as (url, told):
+        monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
+        with pytest.raises(OrchestrationError) as failure:
+            run(workspace)
+    (body,) = told
+    assert body["event"] == "failed"
+    assert "stage broken failed: error: no such reward" in body["text"]
     message = str(failure.value)
     assert "stage broken failed: error: no such reward" in message
     assert message.endswith("not started, because they depend on it: after_broken")

@@ -5,9 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateType
 
 LONG = """
 stages:
@@ -59,6 +62,12 @@ def running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def listening(pids: list[int]) -> set[str]:
+    """Every address at which one of these processes accepts connections."""
+    sockets = [each for pid in pids for each in psutil.Process(pid).net_connections("inet")]
+    return {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+
+
 def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
     """Every process below the flow, once the step is at work."""
     until(lambda: (root / "pids").exists())
@@ -76,9 +85,27 @@ def test_a_signal_ends_the_stage_and_all_its_processes(long: Path, prefect_url: 
     output = flow.communicate(timeout=60)[0]
     assert time.monotonic() - signalled < 10
     assert flow.returncode == 143, output
-    assert "stopped; finished stages are kept, the same command continues" in output
+    assert f"stopped by {number.name}; finished stages are kept, the next run goes on" in output
     assert not any(running(pid) for pid in pids)
     assert not (long / "after.txt").exists()
+
+
+def test_a_run_that_is_cancelled_in_prefect_stops_its_stage_and_says_so(long: Path, prefect_url: str) -> None:
+    flow = start(long, prefect_url)
+    pids = step_and_family(flow, long)
+    step = [int(word) for word in (long / "pids").read_text().split()]
+    identity = UUID((long / ".posttrain" / "flow.run").read_text())
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(identity, State(type=StateType.CANCELLING))  # `prefect flow-run cancel` does this
+        until(lambda: not any(running(pid) for pid in step), 10)
+        output = flow.communicate(timeout=60)[0]
+        state = client.read_flow_run(identity).state
+    assert flow.returncode == 143, output
+    assert "long                     stopped: long was stopped; its checkpoint is kept" in output
+    assert "\ncancelled in Prefect; finished stages are kept, the next run goes on\n" in output
+    assert state is not None
+    assert state.is_cancelled()
+    assert not any(running(pid) for pid in pids)
 
 
 @pytest.mark.servers
@@ -87,6 +114,7 @@ def test_a_killed_flow_leaves_no_stage_and_no_server_behind(long: Path) -> None:
     pids = step_and_family(flow, long)
     commands = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
     assert any("server start" in command for command in commands)
+    assert listening(pids) == {"127.0.0.1"}
     refused = start(long, None)
     output = refused.communicate(timeout=60)[0]
     assert refused.returncode == 2, output

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +32,7 @@ from infra.postgres import program
 from infra.topology import Topology
 from posttrain.errors import OrchestrationError
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
+from tests.webhook import Bodies, listening
 
 Record = dict[str, Any]
 QUICK = {
@@ -49,7 +50,7 @@ class Scene:
 
     clone: Clone
     topology: Topology
-    told: list[Record] = field(default_factory=list)
+    told: Bodies
 
     @property
     def root(self) -> Path:
@@ -148,20 +149,17 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
     clone = new_clone()
     clone.configure("tests/servers/tiny.yaml")
     tables(clone.root)
-    told: list[Record] = []
-    server = webhook(told)
     data = Path("/tmp") / f"posttrain-test-{secrets.token_hex(6)}"
     environment = QUICK | {
         "POSTTRAIN_PGDATA": str(data),
         "POSTTRAIN_LEASES": str(tmp_path_factory.mktemp("leases")),
-        "POSTTRAIN_WEBHOOK": f"http://127.0.0.1:{server.server_port}/hook",
         "PYTHONPATH": str(clone.root),
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
     }
-    with pytest.MonkeyPatch.context() as patched:
+    with listening() as (hook, told), pytest.MonkeyPatch.context() as patched:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "PREFECT_API", "AWS_"))]:
             patched.delenv(name)
-        for name, value in environment.items():
+        for name, value in (environment | {"POSTTRAIN_WEBHOOK": hook}).items():
             patched.setenv(name, value)
         topology = Topology(clone.root, first_port=free_ports(4))
         for name, value in topology.client_environment().items():
@@ -172,7 +170,6 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
                 yield Scene(clone, topology, told)
         finally:
             topology.down()
-            server.shutdown()
             shutil.rmtree(data, ignore_errors=True)
 
 
@@ -187,20 +184,6 @@ def tables(root: Path) -> None:
     for name, records in rows.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (root / "data" / "raw" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-
-
-def webhook(told: list[Record]) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
 
 
 @contextmanager

@@ -113,8 +113,9 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
     assert failed >= {"loss"}
     assert decision["reference"] == "the champion, version 1 (dpo-0)"
     assert scene.aliases() == {"champion": 1, "challenger": 2}
-    assert [message["event"] for message in scene.told] == ["promoted", "refused"]
-    assert "true reward against the champion, version 1 (dpo-0) -" in scene.told[1]["text"]
+    assert [message["event"] for message in scene.told] == ["promoted", "failed", "refused"]
+    assert "ended Crashed: The process of this run is gone" in scene.told[1]["text"]
+    assert "true reward against the champion, version 1 (dpo-0) -" in scene.told[2]["text"]
 
 
 def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene) -> None:
@@ -124,7 +125,7 @@ def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene) -> Non
     assert "version 1 (dpo-0) is champion again, in place of version 2 (dpo-0): it answers 0" in printed
     assert scene.aliases() == {"champion": 1, "previous": 2}
     assert "rolled back: it answers 0" in scene.command("pipelines.models")
-    assert [message["event"] for message in scene.told[2:]] == ["promoted", "rolled back"]
+    assert [message["event"] for message in scene.told[3:]] == ["promoted", "rolled back"]
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] not in json.dumps(scene.told)
 
 
@@ -156,8 +157,8 @@ def test_a_promotion_waits_for_a_person_in_prefects_pages_and_may_be_declined(sc
     assert ended.state is not None
     assert ended.state.is_cancelled()
     assert scene.aliases() == {"champion": 1, "previous": 2}
-    assert [message["event"] for message in scene.told[4:]] == ["waiting", "refused"]
-    assert "version 2 (dpo-0) was not approved: not on a Friday" in scene.told[5]["text"]
+    assert [message["event"] for message in scene.told[5:]] == ["waiting", "refused"]
+    assert "version 2 (dpo-0) was not approved: not on a Friday" in scene.told[6]["text"]
 
 
 def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
