@@ -110,7 +110,6 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
 
 def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longest: int) -> Iterator[Phase]:
     from posttrain.planning import sampling, training
-    from posttrain.rollouts.engine import MAX_ROWS
 
     record, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
     stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
@@ -126,10 +125,11 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     scored = int(
         any(params.rewards[source].function == "reward_model" for source in params.algorithms[name].rewards or {})
     )
-    length = params.validation.max_prompt_tokens + budget.max_new_tokens
+    prompt, samples = params.validation.max_prompt_tokens, budget.samples_per_prompt
+    length = prompt + budget.max_new_tokens
     # an adapter's base is the reference as well
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
-    beside = sampling(model, min(answers, MAX_ROWS), length, **held)
+    beside = sampling(model, answers, prompt, budget.max_new_tokens, samples=samples, **held)
     rounds = record.refill_limit if record.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
     updates = budget.steps * record.epochs * record.minibatches
@@ -143,12 +143,10 @@ def _evaluation(params: Params, model: Sizes) -> Iterator[Phase]:
 
     evaluation = params.evaluation
     asked = rows("evaluation", params.data.evaluation.rows)
-    answers = _times(asked, 1 + evaluation.samples_per_prompt)
-    length = params.validation.max_prompt_tokens + evaluation.max_new_tokens
-    at_once = MAX_ROWS if answers is None else min(answers, MAX_ROWS)
-    yield Phase(
-        "evaluate", "sample", 0, _times(answers, evaluation.max_new_tokens), sampling(model, at_once, length, frozen=3)
-    )
+    answers, new_tokens = _times(asked, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
+    at_once = MAX_ROWS if answers is None else answers
+    memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
+    yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
 
 
 def rows(table: str, asked: int | None) -> int | None:

@@ -103,16 +103,28 @@ def training(
 
 
 def sampling(
-    model: Sizes, rows: int, length: int, *, trained: int = 0, frozen: int = 1, adapter: int | None = None
+    model: Sizes,
+    answers: int,
+    prompt: int,
+    new_tokens: int,
+    *,
+    samples: int = 1,
+    trained: int = 0,
+    frozen: int = 1,
+    adapter: int | None = None,
 ) -> Memory:
-    """`rows` answers side by side, prompt and answer `length` tokens together, beside `trained` models with their moments."""
+    """`answers` to be given, `samples` to each prompt of `prompt` tokens, beside `trained` models with their moments."""
+    from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
+
+    rows = min(answers, MAX_ROWS)
+    tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
     held = FLOAT32_BYTES * model.parameters
     return Memory(
         weights=held * (trained + frozen) + _added(adapter, trained),
         optimiser=2 * (held * trained if adapter is None else _added(adapter, trained)),
-        cache=rows * length * model.cache_per_token,
-        # logits, their log-softmax, and the cumulated probabilities in float64
-        logits=rows * model.vocabulary * (2 * FLOAT32_BYTES + 8),
+        cache=tokens * model.cache_per_token,
+        # logits, their probabilities, and these cumulated in float64
+        logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
     )
 
 

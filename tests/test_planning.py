@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,22 @@ def test_bytes_by_hand() -> None:
     assert (held.weights, held.optimiser) == (4 * 1000 * 3, 3 * 4 * 1000 * 2)
     assert (held.activations, held.logits) == (100 * 1536 * 2, 2 * 4 * 100 * 50)
     assert training(SIZES, 100, bf16=True).activations == 75 * 1536
-    asked = sampling(SIZES, 10, 30, trained=1)
+    asked = sampling(SIZES, 10, 20, 10, trained=1)
     assert (asked.weights, asked.optimiser) == (4 * 1000 * 2, 2 * 4 * 1000)
     assert (asked.cache, asked.logits) == (10 * 30 * 64, 10 * 50 * 16)
     assert asked.total == 8000 + 8000 + 19200 + 8000
+    # five answers share a prompt; at most 512 answers and 131,072 tokens are under way, and 16,777,216 logits
+    assert sampling(SIZES, 10, 20, 10, samples=5).cache == (2 * 20 + 10 * 10) * 64
+    assert sampling(SIZES, 9999, 20, 10, samples=4).cache == (128 * 20 + 512 * 10) * 64
+    assert sampling(SIZES, 9999, 1000, 1000).cache == 131_072 * 64
+    assert sampling(replace(SIZES, vocabulary=151_936), 9999, 20, 10).logits == 16_777_216 * 16
 
 
 def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:
     held = training(SIZES, 100, trained=2, frozen=1, adapter=30)
     assert (held.weights, held.optimiser) == (4 * 1000 * 3 + 4 * 30 * 2, 3 * 4 * 30 * 2)
     assert held.activations == training(SIZES, 100, trained=2, frozen=1).activations
-    asked = sampling(SIZES, 10, 30, trained=1, frozen=0, adapter=30)
+    asked = sampling(SIZES, 10, 20, 10, trained=1, frozen=0, adapter=30)
     assert (asked.weights, asked.optimiser) == (4 * 1030, 2 * 4 * 30)
 
 

@@ -10,6 +10,11 @@ import numpy as np
 
 MAX_ROWS = 512
 """Answers that an engine in this process has under way at once."""
+MAX_TOKENS = 2**17
+"""Tokens whose keys and values an engine in this process keeps at once: of every prompt under way, and a full slot for every answer."""
+
+DRAWN_ELEMENTS = 2**24
+"""Logits that tokens are drawn from at once."""
 
 
 @dataclass(frozen=True)

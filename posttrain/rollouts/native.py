@@ -1,30 +1,44 @@
-"""Sampling in process, with the trainer's own weights: prompts are computed once for all their samples, finished rows leave the batch."""
+"""Sampling in process, with the trainer's own weights: continuous batching within a budget of tokens, prompts computed once a group."""
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
 from posttrain.errors import RolloutError
-from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, uniforms
+from posttrain.rollouts.decoder import Decoder, decoder_of
+from posttrain.rollouts.drawing import completion, draw, noise
+from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS, Completion, Request, SamplingSettings
+from posttrain.rollouts.generate import GenerateEngine
 
 COMPACT_BELOW = 0.75
-"""Rows are gathered into a smaller batch once fewer than this share of them still run."""
+"""Slots are given up once fewer than this share of the answers under way still run; prompts enter once so much of the budget is free."""
 
 
 class NativeEngine:
-    """Continues prompts with any causal language model of transformers that keeps a standard key-value cache."""
+    """Continues prompts with any causal language model of transformers; those without a standard key-value cache by `generate`."""
 
-    def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = MAX_ROWS, bf16: bool = False) -> None:
-        self.lm, self.eos_id, self.max_rows, self.bf16 = lm, eos_id, max_rows, bf16
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        eos_id: int,
+        max_rows: int = MAX_ROWS,
+        bf16: bool = False,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        """max_rows, max_tokens: answers under way at once, and tokens whose keys and values are kept. bf16: under autocast."""
+        self.lm, self.eos_id, self.bf16 = lm, eos_id, bf16
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.decoder: Decoder | str | None = None
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Completions of each request, in order, one per seed. Raises RolloutError where prompt and answer exceed the context."""
         if not requests:
@@ -33,180 +47,153 @@ class NativeEngine:
             raise RolloutError(
                 "a prompt has no tokens, so there is nothing to predict the first token from; remove such rows"
             )
-        limit = self.lm.config.max_position_embeddings
         longest = max(len(r.prompt) for r in requests)
-        if longest + settings.max_new_tokens > limit:
+        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        if limit is not None and longest + settings.max_new_tokens > limit:
             raise RolloutError(
                 f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit};"
                 " lower max_new_tokens or validation.max_prompt_tokens"
             )
-        window = getattr(self.lm.config, "sliding_window", None)
-        windowed = "sliding_attention" in (getattr(self.lm.config, "layer_types", None) or ["sliding_attention"])
-        if window and windowed and longest + settings.max_new_tokens > window:
-            raise RolloutError(
-                f"this model attends over a window of {window} tokens, and {longest} + {settings.max_new_tokens} tokens exceed it;"
-                " the native engine keeps the whole context: shorten prompts or answers, or choose a model without a window"
-            )
-        answers: list[list[Completion]] = []
-        training = self.lm.training
-        self.lm.eval()
-        for part in self._parts(requests):
-            with torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.bf16):
-                answers += _Decoding(self.lm, self.eos_id, part, settings).run()
-        self.lm.train(training)
-        return answers
-
-    def _parts(self, requests: Sequence[Request]) -> list[list[Request]]:
-        parts: list[list[Request]] = [[]]
-        rows = 0
-        for request in requests:
-            if parts[-1] and rows + len(request.seeds) > self.max_rows:
-                parts.append([])
-                rows = 0
-            parts[-1].append(request)
-            rows += len(request.seeds)
-        return parts
+        if self.decoder is None:
+            self.decoder = decoder_of(self.lm, self.bf16)
+        decoder = _beyond_window(self.lm, longest + settings.max_new_tokens) or self.decoder
+        if isinstance(decoder, str):
+            _tell(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
+            return GenerateEngine(self.lm, self.eos_id, self.max_rows, self.bf16).sample(requests, settings)
+        with decoder.decoding():
+            return _Sampling(decoder, self.eos_id, settings, self.max_rows, self.max_tokens).run(requests)
 
 
-class _Decoding:
-    """One batch: prefill each prompt once, repeat its cache for its samples, then one token a step for the rows still running."""
+def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
+    """Why slots, which keep the whole context, will not do for so long a row."""
+    window = getattr(lm.config, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ["sliding_attention"])
+    if window and windowed and tokens > window:
+        return f"it attends over a window of {window} tokens, and prompt and answer may have {tokens}"
+    return None
+
+
+@cache
+def _tell(message: str) -> None:
+    """Once a process."""
+    tqdm.write(message, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Answers to one prompt that enter together. first: number of the first one among all answers of the call."""
+
+    prompt: tuple[int, ...]
+    seeds: tuple[tuple[int, ...], ...]
+    first: int
+
+
+@dataclass
+class _Answers:
+    """Answers under way. number [answers] among all of the call; running [answers]; the others [answers, new tokens]."""
+
+    number: Tensor
+    running: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    noise: Tensor
+
+    def take(self, rows: Tensor) -> _Answers:
+        return _Answers(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def joined(self, other: _Answers) -> _Answers:
+        return _Answers(*(torch.cat([getattr(part, field.name) for part in (self, other)]) for field in fields(self)))
+
+
+class _Sampling:
+    """One call of `sample`: prompts enter as far as the budget allows, every answer gets a token a step, finished ones leave."""
 
     def __init__(
-        self, lm: PreTrainedModel, eos_id: int, requests: Sequence[Request], settings: SamplingSettings
+        self, decoder: Decoder, eos_id: int, settings: SamplingSettings, max_rows: int, max_tokens: int
     ) -> None:
-        self.lm, self.eos_id, self.requests, self.settings = lm, eos_id, requests, settings
-        self.device = lm.device
-        seeds = [seed for request in requests for seed in request.seeds]
-        self.width = max(len(r.prompt) for r in requests)
-        self.rows = torch.arange(len(seeds), device=self.device)
-        steps = settings.max_new_tokens
-        self.tokens = torch.zeros(len(seeds), steps, dtype=torch.long, device=self.device)
-        self.logprobs = torch.zeros(len(seeds), steps, dtype=torch.float32, device=self.device)
-        self.lengths = torch.zeros(len(seeds), dtype=torch.long, device=self.device)
-        self.finished = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
-        self.noise: Tensor | None = None
-        if settings.temperature > 0:
-            noise = np.stack([uniforms(seed, steps) for seed in seeds])
-            self.noise = torch.from_numpy(noise).to(self.device)
+        self.decoder, self.eos_id, self.settings = decoder, eos_id, settings
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.device = decoder.lm.device
+        self.slots = decoder.slots(settings.max_new_tokens)
+        self.answers = self._answers([])
+        self.hidden = torch.empty(0, device=self.device)
+        self.completions: dict[int, Completion] = {}
 
-    def run(self) -> list[list[Completion]]:
-        hidden = self._prefill()
-        for step in range(self.settings.max_new_tokens):
-            running = self._take(self._logits(hidden), step)
-            if step + 1 == self.settings.max_new_tokens or not bool(running.any()):
-                break
-            if float(running.float().mean()) < COMPACT_BELOW:
-                self._keep(running.nonzero()[:, 0])
-            hidden = self._forward_one(step)
-        return self._completions()
+    def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        waiting = self._pieces(requests)
+        while waiting or self.slots.counts:
+            self._enter(waiting)
+            self._draw()
+            self._leave()
+            if self.slots.counts:
+                newest = self.answers.tokens.gather(1, self.slots.row_ages[:, None])
+                self.hidden = self.decoder.step(self.slots, newest)
+        numbers = iter(range(len(self.completions)))
+        return [[self.completions[next(numbers)] for _ in request.seeds] for request in requests]
 
-    def _prefill(self) -> Tensor:
-        """Hidden state of the last prompt token, [rows, hidden]. Prompts are padded on the left, so all rows share a cache slot."""
-        ids = torch.zeros(len(self.requests), self.width, dtype=torch.long)
-        real = torch.zeros(len(self.requests), self.width, dtype=torch.bool)
-        for i, request in enumerate(self.requests):
-            ids[i, self.width - len(request.prompt) :] = torch.tensor(request.prompt)
-            real[i, self.width - len(request.prompt) :] = True
-        ids, real = ids.to(self.device), real.to(self.device)
-        repeats = torch.tensor([len(r.seeds) for r in self.requests], device=self.device)
-        capacity = self.width + self.settings.max_new_tokens
-        self.layers = [_Layer(capacity) for _ in range(self.lm.config.num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
-        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-        output = self.lm.base_model(
-            input_ids=ids,
-            attention_mask=real.long(),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
+    def _pieces(self, requests: Sequence[Request]) -> deque[_Piece]:
+        """What waits, longest prompts first, so that prompts under way at once are of similar length. No piece exceeds the budget."""
+        pieces, first = [], 0
+        for request in requests:
+            fitting = (self.max_tokens - len(request.prompt)) // self.settings.max_new_tokens
+            size = max(1, min(self.max_rows, fitting))
+            for start in range(0, len(request.seeds), size):
+                pieces.append(_Piece(request.prompt, request.seeds[start : start + size], first + start))
+            first += len(request.seeds)
+        return deque(sorted(pieces, key=lambda piece: -len(piece.prompt)))
+
+    def _enter(self, waiting: deque[_Piece]) -> None:
+        rows, entering = sum(self.slots.counts), list[_Piece]()
+        if rows > COMPACT_BELOW * self.max_rows or self.slots.tokens() > COMPACT_BELOW * self.max_tokens:
+            return
+        while waiting and (self._fits([*entering, waiting[0]]) or not (rows or entering)):
+            entering.append(waiting.popleft())
+        if entering:
+            prompts, counts = [piece.prompt for piece in entering], [len(piece.seeds) for piece in entering]
+            hidden = self.decoder.enter(self.slots, prompts, counts)
+            self.hidden = torch.cat([self.hidden, hidden]) if rows else hidden
+            self.answers = self.answers.joined(self._answers(entering))
+
+    def _fits(self, entering: Sequence[_Piece]) -> bool:
+        counts = [len(piece.seeds) for piece in entering]
+        tokens = self.slots.tokens([len(piece.prompt) for piece in entering], counts)
+        return sum(self.slots.counts) + sum(counts) <= self.max_rows and tokens <= self.max_tokens
+
+    def _answers(self, entering: Sequence[_Piece]) -> _Answers:
+        numbers = [piece.first + i for piece in entering for i in range(len(piece.seeds))]
+        shape, steps = (len(numbers), self.settings.max_new_tokens), self.settings.max_new_tokens
+        seeds = [seed for piece in entering for seed in piece.seeds]
+        drawn = bool(seeds) and self.settings.temperature > 0
+        return _Answers(
+            torch.tensor(numbers, dtype=torch.long, device=self.device),
+            torch.ones(len(numbers), dtype=torch.bool, device=self.device),
+            torch.zeros(shape, dtype=torch.long, device=self.device),
+            torch.zeros(shape, device=self.device),
+            noise(seeds, steps, self.device) if drawn else torch.zeros(shape, dtype=torch.float64, device=self.device),
         )
-        for layer in self.layers:
-            layer.expand(repeats)
-        self.mask = torch.ones(int(repeats.sum()), capacity, dtype=torch.bool, device=self.device)
-        self.mask[:, : self.width] = real.repeat_interleave(repeats, 0)
-        self.prompt_lengths = real.sum(-1).repeat_interleave(repeats)
-        last: Tensor = output.last_hidden_state[:, -1]
-        return last.repeat_interleave(repeats, 0)
 
-    def _forward_one(self, step: int) -> Tensor:
-        ids = self.tokens[self.rows, step][:, None]
-        seen = self.mask[:, None, None, : self.width + step + 1]
-        positions = (self.prompt_lengths + step)[:, None]
-        output = self.lm.base_model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=self.cache, use_cache=True
-        )
-        hidden: Tensor = output.last_hidden_state[:, -1]
-        return hidden
+    def _draw(self) -> None:
+        """The next token of every answer, also of those that have ended and not left yet: what they get is never looked at."""
+        answers, temperature, column = self.answers, self.settings.temperature, self.slots.row_ages[:, None]
+        at_once = max(1, DRAWN_ELEMENTS // self.decoder.head.weight.shape[0])
+        for start in range(0, len(column), at_once):
+            part = slice(start, start + at_once)
+            uniform = answers.noise[part].gather(1, column[part]) if temperature > 0 else None
+            tokens, logprobs = draw(self.decoder.logits(self.hidden[part]), temperature, uniform)
+            answers.tokens[part].scatter_(1, column[part], tokens)
+            answers.logprobs[part].scatter_(1, column[part], logprobs)
+            answers.running[part] &= tokens[:, 0] != self.eos_id
+        answers.running &= self.slots.row_ages + 1 < self.settings.max_new_tokens
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
-        return logits
-
-    def _take(self, logits: Tensor, step: int) -> Tensor:
-        """Choose a token for every row in the batch; returns which rows [batch] go on."""
-        temperature = self.settings.temperature
-        logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
-        chosen = logprobs.argmax(-1) if self.noise is None else _inverse_cdf(logprobs, self.noise[self.rows, step])
-        running = ~self.finished[self.rows]
-        rows, taken = self.rows[running], chosen[running]
-        self.tokens[rows, step] = taken
-        self.logprobs[rows, step] = logprobs[running].gather(-1, taken[:, None])[:, 0]
-        self.lengths[rows] = step + 1
-        self.finished[rows] = taken == self.eos_id
-        return ~self.finished[self.rows]
-
-    def _keep(self, index: Tensor) -> None:
-        self.rows, self.mask, self.prompt_lengths = self.rows[index], self.mask[index], self.prompt_lengths[index]
-        self.cache.batch_select_indices(index)
-
-    def _completions(self) -> list[list[Completion]]:
-        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
-        lengths, finished = self.lengths.tolist(), self.finished.tolist()
-        rows = iter(range(len(tokens)))
-        return [
-            [
-                Completion(tuple(tokens[i][: lengths[i]]), tuple(logprobs[i][: lengths[i]]), finished[i])
-                for i in (next(rows) for _ in request.seeds)
-            ]
-            for request in self.requests
-        ]
-
-
-def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """The token [batch] at which the cumulated probability reaches `uniform` in (0, 1]."""
-    cumulated = logprobs.double().exp().cumsum(-1)
-    return torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None])[:, 0]
-
-
-class _Layer(DynamicLayer):
-    """A layer's keys and values in one buffer of full length: a step writes in place instead of copying all that came before."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, capacity: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.capacity, self.used = capacity, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
-        end = self.used + key_states.shape[-2]
-        self.keys[:, :, self.used : end], self.values[:, :, self.used : end] = key_states, value_states
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def expand(self, repeats: Tensor) -> None:
-        """Repeat each prompt's rows for its samples, at full capacity."""
-        self.keys, self.values = self.keys.repeat_interleave(repeats, 0), self.values.repeat_interleave(repeats, 0)
-
-    def get_seq_length(self) -> int:
-        return self.used
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
-
-    def _buffer(self, states: Tensor) -> Tensor:
-        batch, heads, _, size = states.shape
-        return torch.zeros(batch, heads, self.capacity, size, dtype=states.dtype, device=states.device)
+    def _leave(self) -> None:
+        """Keep what was drawn of ended answers and give their slots up, once they are many or one is at the limit."""
+        running = self.answers.running
+        at_limit = max(self.slots.ages) + 1 == self.settings.max_new_tokens
+        if not at_limit and int(running.sum()) >= max(1.0, COMPACT_BELOW * len(running)):
+            return
+        ended = self.answers.take(~running)
+        drawn = zip(ended.number.tolist(), ended.tokens.tolist(), ended.logprobs.tolist(), strict=True)
+        for number, tokens, logprobs in drawn:
+            self.completions[number] = completion(tokens, logprobs, self.eos_id)
+        self.answers = self.answers.take(running)
+        self.slots.keep(running)

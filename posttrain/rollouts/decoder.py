@@ -1,0 +1,150 @@
+"""A causal language model as a decoder of slots: prompts enter, and every answer under way gets its next token's logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from posttrain.rollouts.shared import NAME
+from posttrain.rollouts.slots import Pair, Slots
+
+PREFILL_TOKENS = 2**14
+"""Prompt tokens of one forward pass."""
+PROBE_PROMPTS, PROBE_ANSWERS = ((3, 4, 5), (6,)), ((7, 8, 9), (4, 3, 5), (5, 6, 7))
+"""Two answers to the first prompt, one to the second."""
+
+
+class Decoder:
+    """Prefill and single steps. shared: by `shared_attention`; otherwise by the model's own attention over padded copies."""
+
+    def __init__(self, lm: PreTrainedModel, shared: bool, bf16: bool = False) -> None:
+        self.lm, self.shared, self.bf16 = lm, shared, bf16
+        self.head = lm.get_output_embeddings()
+        self.takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
+        self.casts: dict[nn.Module, dict[str, Tensor]] = {}
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Evaluation mode without gradient. For bf16 matrices are cast once: autocast would cast frozen ones again in every step."""
+        training, attention = self.lm.training, self.lm.config._attn_implementation
+        self.lm.eval()
+        if self.shared:
+            self.lm.config._attn_implementation = NAME
+        if self.bf16:
+            self.casts = {module: _matrices(module) for module in (self.lm.base_model, self.head)}
+        try:
+            with torch.no_grad(), torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.bf16):
+                yield
+        finally:
+            self.casts = {}
+            self.lm.config._attn_implementation = attention
+            self.lm.train(training)
+
+    def slots(self, capacity: int) -> Slots:
+        """Empty slots for answers of at most `capacity` tokens."""
+        return Slots(self.lm.config.get_text_config().num_hidden_layers, capacity, self.lm.device, self.shared)
+
+    def enter(self, slots: Slots, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """Compute each prompt once and give its `counts` answers slots; the last token's hidden state for each, [answers, hidden]."""
+        lengths = [len(prompt) for prompt in prompts]
+        at_once = max(1, PREFILL_TOKENS // max(lengths))
+        computed = [self._prefill(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
+        slots.enter(list(zip(*(pairs for _, pairs in computed), strict=True)), lengths, counts)
+        hidden = torch.cat([last for last, _ in computed])
+        return hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pair]]:
+        """Padding comes after every real token, where causal attention never sees it, so no mask is needed."""
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache: Any = DynamicCache()
+        hidden = self._trunk(input_ids=ids.to(self.lm.device), past_key_values=cache)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        return hidden[torch.arange(len(prompts), device=hidden.device), last], pairs
+
+    def step(self, slots: Slots, tokens: Tensor) -> Tensor:
+        """Append `tokens` [answers, 1] to the answers; hidden states [answers, hidden]."""
+        slots.prepare()
+        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": slots.cache}
+        if self.takes_positions:
+            inputs["position_ids"] = (slots.row_lengths + slots.row_ages)[:, None]
+        if self.shared:
+            # a mask of four dimensions is passed on as it is
+            inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device), "slots": slots}
+        else:
+            inputs["attention_mask"] = slots.mask().long()
+        hidden = self._trunk(**inputs)
+        slots.grow()
+        return hidden[:, -1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[answers, vocabulary]."""
+        logits: Tensor = self._call(self.head, hidden)
+        return logits
+
+    def _trunk(self, **inputs: Any) -> Tensor:
+        hidden: Tensor = self._call(self.lm.base_model, use_cache=True, **inputs).last_hidden_state
+        return hidden
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        casts = self.casts.get(module)
+        return module(*args, **kwargs) if casts is None else functional_call(module, casts, args, kwargs)
+
+    def check(self) -> None:
+        """Raise unless two steps of three answers give the logits of a plain forward pass."""
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        slots, forced = (
+            self.slots(len(PROBE_ANSWERS[0])),
+            torch.tensor(PROBE_ANSWERS, device=self.lm.device) % vocabulary,
+        )
+        prompts = [tuple(token % vocabulary for token in prompt) for prompt in PROBE_PROMPTS]
+        hidden = [self.enter(slots, prompts, (2, 1))]
+        hidden += [self.step(slots, forced[:, i : i + 1]) for i in range(forced.shape[1] - 1)]
+        found = torch.stack([self.logits(h) for h in hidden], 1)
+        for prompt, answer, logits in zip((prompts[0], *prompts), forced, found, strict=True):
+            row = torch.cat([torch.tensor(prompt, device=answer.device), answer[:-1]])[None]
+            plain = self.lm(input_ids=row).logits[0, len(prompt) - 1 :]
+            tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)
+            if not torch.allclose(logits, plain, atol=tolerance * float(plain.abs().max()), rtol=0, equal_nan=True):
+                worst = float((logits - plain).abs().max())
+                raise ValueError(f"logits by slots differ from those of a plain forward pass by {worst:.2g}")
+
+
+def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
+    """The fastest way to decode that agrees with the model's own forward pass, or why there is none."""
+    if getattr(lm, "_is_stateful", False):
+        return "it keeps a state instead of keys and values"
+    reason = ""
+    for shared in (True, False):
+        if shared and not lm._can_set_attn_implementation():
+            continue
+        probe = Decoder(lm, shared)
+        try:
+            with probe.decoding():
+                probe.check()
+        # whatever a model that is made otherwise raises: the reason is told, and `generate` raises again what is not about the cache
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            return Decoder(lm, shared, bf16)
+    return reason
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    """What autocast would cast, in bfloat16: every float32 parameter of two dimensions or more, except embeddings."""
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    return {
+        name: parameter.to(torch.bfloat16)
+        for name, parameter in module.named_parameters()
+        if parameter.dim() >= 2 and parameter.dtype == torch.float32 and id(parameter) not in embeddings
+    }

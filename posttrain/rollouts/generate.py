@@ -1,0 +1,73 @@
+"""Sampling by transformers' `generate`, for models that keep something else than keys and values of every token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from posttrain.rollouts.drawing import completion, draw, noise
+from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings
+
+
+class GenerateEngine:
+    """The tokens of a seed are those that the native engine would draw. Prompts of one length go together: nothing is padded."""
+
+    def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = MAX_ROWS, bf16: bool = False) -> None:
+        self.lm, self.eos_id, self.max_rows, self.bf16 = lm, eos_id, max_rows, bf16
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        """Completions of each request, in order, one per seed."""
+        answers: list[list[Completion]] = [[] for _ in requests]
+        by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            by_length[len(request.prompt)] += [(i, seed) for seed in request.seeds]
+        training, defaults = self.lm.training, self.lm.generation_config
+        self.lm.eval()
+        # greedy among logits that leave only the token drawn; `generate` would fill what is not set here from the model's own settings
+        self.lm.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.eos_id if self.eos_id >= 0 else None,
+            pad_token_id=0,
+        )
+        try:
+            for rows in by_length.values():
+                for start in range(0, len(rows), self.max_rows):
+                    part = rows[start : start + self.max_rows]
+                    prompts, seeds = [requests[i].prompt for i, _ in part], [seed for _, seed in part]
+                    for (i, _), drawn in zip(part, self._generate(prompts, seeds, settings), strict=True):
+                        answers[i].append(drawn)
+        finally:
+            self.lm.generation_config = defaults
+            self.lm.train(training)
+        return answers
+
+    def _generate(self, prompts: Sequence[Any], seeds: Sequence[Any], settings: SamplingSettings) -> list[Completion]:
+        ids = torch.tensor(prompts, device=self.lm.device)
+        drawing = _Drawing(seeds, settings, ids)
+        with torch.no_grad(), torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.bf16):
+            self.lm.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[drawing])  # type: ignore[operator]
+        tokens, logprobs = (torch.cat(columns, 1).tolist() for columns in (drawing.tokens, drawing.logprobs))
+        return [completion(row, numbers, self.eos_id) for row, numbers in zip(tokens, logprobs, strict=True)]
+
+
+class _Drawing(LogitsProcessor):
+    """Draws the token itself, keeps its log-probability, and hands `generate` logits that leave no other choice."""
+
+    def __init__(self, seeds: Sequence[Sequence[int]], settings: SamplingSettings, prompts: Tensor) -> None:
+        self.temperature = settings.temperature
+        self.noise = noise(seeds, settings.max_new_tokens, prompts.device) if settings.temperature > 0 else None
+        self.tokens: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = None if self.noise is None else self.noise[:, len(self.tokens), None]
+        tokens, logprobs = draw(scores, self.temperature, uniform)
+        self.tokens.append(tokens)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)

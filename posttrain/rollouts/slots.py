@@ -1,0 +1,149 @@
+"""Keys and values of the answers under way: those of a prompt once for its group, those of an answer in a slot of full length.
+
+Groups stand in the order in which they entered, so the longest answers come first. All answers of a group are equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from posttrain.rollouts.shared import Segment, segments
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+class Slots:
+    """What is under way. lengths, ages, counts: of every group the prompt's tokens, each answer's tokens so far, the answers."""
+
+    def __init__(self, layers: int, capacity: int, device: torch.device, shared: bool) -> None:
+        self.capacity, self.device, self.shared = capacity, device, shared
+        self.layers = [SlotLayer(self) for _ in range(layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.layout: list[Segment] = []
+        """Of the step that is being computed, where `shared`."""
+        self.lengths: list[int] = []
+        self.ages: list[int] = []
+        self.counts: list[int] = []
+        self._arrange()
+
+    def enter(self, prompts: Sequence[Sequence[Pair]], lengths: Sequence[int], counts: Sequence[int]) -> None:
+        """Give `counts` answers of each prompt their slots. prompts: of every layer one or more batches of prompts, padded on the right."""
+        for layer, batches in zip(self.layers, prompts, strict=True):
+            layer.enter(batches, sum(counts))
+        self.lengths += lengths
+        self.ages += [0] * len(lengths)
+        self.counts += counts
+        self._arrange()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the answers that are not in `rows` [answers], True for those that stay, and the prompts that no answer is left of."""
+        counts = [int(n) for n in torch.stack([part.sum() for part in rows.split(self.counts)]).tolist()]
+        groups = [g for g, count in enumerate(counts) if count]
+        self.lengths, self.ages = [self.lengths[g] for g in groups], [self.ages[g] for g in groups]
+        self.counts = [counts[g] for g in groups]
+        kept, used = rows.nonzero()[:, 0], max(self.ages, default=0)
+        for layer in self.layers:
+            layer.keep(
+                torch.tensor(groups, dtype=torch.long, device=self.device), kept, max(self.lengths, default=0), used
+            )
+        self._arrange()
+
+    def tokens(self, lengths: Sequence[int] = (), counts: Sequence[int] = ()) -> int:
+        """Tokens that there is room for, were `lengths` and `counts` to enter."""
+        prompts, answers = [*self.lengths, *lengths], sum(self.counts) + sum(counts)
+        return len(prompts) * max(prompts, default=0) + answers * self.capacity
+
+    def prepare(self) -> None:
+        """Lay the next step out."""
+        if self.shared:
+            self.layout = segments(self.lengths, self.ages, self.counts, self.device)
+
+    def grow(self) -> None:
+        """Every answer has one token more."""
+        self.ages = [age + 1 for age in self.ages]
+        self.row_ages += 1
+
+    def _arrange(self) -> None:
+        counts, ages, lengths = (torch.tensor(n, dtype=torch.long) for n in (self.counts, self.ages, self.lengths))
+        self.row_ages: Tensor = ages.repeat_interleave(counts).to(self.device)
+        self.row_lengths = lengths.repeat_interleave(counts).to(self.device)
+        self.row_groups = torch.arange(len(counts)).repeat_interleave(counts).to(self.device)
+        self.rows = torch.arange(len(self.row_ages), device=self.device)
+        self.level = len(set(self.ages)) == 1
+
+    @property
+    def width(self) -> int:
+        """Own tokens of the oldest answer, with the one that is being computed."""
+        return max(self.ages) + 1
+
+    def mask(self) -> Tensor:
+        """Which columns of a layer's padded keys are real, [answers, longest prompt + longest answer]."""
+        prompt = torch.arange(max(self.lengths), device=self.device) < self.row_lengths[:, None]
+        own = torch.arange(self.width, device=self.device) <= self.row_ages[:, None]
+        return torch.cat([prompt, own], 1)
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values: prompts [groups, heads, longest prompt, size], answers [answers, heads, capacity, size]."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+        self.prompts: list[Tensor] = []
+        self.answers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Write the newest token of every answer. Models that attend with `shared_attention` read the slots, others padded copies."""
+        slots = self.slots
+        for own, states in zip(self.answers, (key_states, value_states), strict=True):
+            if slots.level:
+                own[:, :, slots.ages[0]] = states[:, :, 0]
+            else:
+                own[slots.rows, :, slots.row_ages] = states[:, :, 0].to(own.dtype)
+        if slots.shared:
+            return key_states, value_states
+        keys, values = (
+            torch.cat([prompt[slots.row_groups], own[:, :, : slots.width]], 2)
+            for prompt, own in zip(self.prompts, self.answers, strict=True)
+        )
+        return keys, values
+
+    def enter(self, batches: Sequence[Pair], answers: int) -> None:
+        # keys may come in float32 beside values in bfloat16: norms after the projection widen them
+        entering = [[states.to(pair[1].dtype) for states in pair] for pair in batches]
+        columns = list(zip(*entering, strict=True))
+        old_prompts, old_answers = self.prompts, self.answers
+        self.prompts = [
+            _stacked([*old_prompts[i : i + 1], *column], max(t.shape[2] for t in (*old_prompts[i : i + 1], *column)))
+            for i, column in enumerate(columns)
+        ]
+        self.answers = []
+        for i, column in enumerate(columns):
+            shape = (answers, column[0].shape[1], self.slots.capacity, column[0].shape[3])
+            self.answers.append(torch.cat([*old_answers[i : i + 1], column[0].new_zeros(shape)]))
+
+    def keep(self, groups: Tensor, rows: Tensor, longest: int, used: int) -> None:
+        self.prompts = [prompt[groups, :, :longest] for prompt in self.prompts]
+        for i, own in enumerate(self.answers):
+            kept = own.new_zeros(len(rows), *own.shape[1:])
+            kept[:, :, :used] = own[rows, :, :used]
+            self.answers[i] = kept
+
+    def get_seq_length(self) -> int:
+        return max(self.slots.lengths) + max(self.slots.ages)
+
+
+def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
+    """Batches of prompts [groups, heads, length, size] as one, zeros on the right."""
+    groups, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
+    stacked, start = parts[0].new_zeros(groups, heads, width, size), 0
+    for part in parts:
+        stacked[start : start + len(part), :, : part.shape[2]] = part
+        start += len(part)
+    return stacked

@@ -1,0 +1,120 @@
+"""Models that keep something else than keys and values of every token are sampled by `generate`, with the same seeds and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from posttrain.rollouts.decoder import Decoder, decoder_of
+from posttrain.rollouts.engine import Completion, Request, SamplingSettings
+from posttrain.rollouts.generate import GenerateEngine
+from posttrain.rollouts.native import NativeEngine, _tell
+from tests.models import small
+
+EOS = small.EOS
+COMMON: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS,
+}  # fmt: skip
+ATTENTION: dict[str, Any] = {
+    "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def mamba() -> Any:
+    return sharpened(MambaForCausalLM, MambaConfig(**COMMON, state_size=4))
+
+
+def windowed() -> Any:
+    return sharpened(MistralForCausalLM, MistralConfig(**COMMON, **ATTENTION, sliding_window=8))
+
+
+def capped() -> Any:
+    """Its logits are changed after the head, so hidden state and head do not say all."""
+    config = Gemma2Config(**COMMON, **ATTENTION, head_dim=8, final_logit_softcapping=2.0, sliding_window=64)
+    return sharpened(Gemma2ForCausalLM, config)
+
+
+def sharpened(kind: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0)
+    return model
+
+
+def requests(samples: int) -> list[Request]:
+    prompts = [(5, 6, 7), (9,), (11, 3, 4, 8, 20, 30), (12, 13, 14)]
+    return [Request(p, tuple((0, i, j) for j in range(samples))) for i, p in enumerate(prompts)]
+
+
+def assert_right(model: Any, asked: list[Request], answers: list[list[Completion]], limit: int, heat: float) -> None:
+    """Log-probabilities against a plain forward pass over prompt and answer; the end, once, at the end or not at all."""
+    for request, group in zip(asked, answers, strict=True):
+        assert len(group) == len(request.seeds)
+        for answer in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([request.prompt + answer.tokens])).logits[0, len(request.prompt) - 1 : -1]
+            taken = (logits / heat).log_softmax(-1).gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
+            assert answer.logprobs == pytest.approx(taken.tolist(), abs=2e-4)
+            assert EOS not in answer.tokens[:-1]
+            assert answer.finished == (answer.tokens[-1] == EOS)
+            assert answer.finished or len(answer.tokens) == limit
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(mamba, "keeps a state"), (windowed, "window of 8 tokens"), (capped, "logits by slots differ")]
+)
+def test_it_falls_back_and_says_so_once(make: Any, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _tell.cache_clear()
+    model, asked = make(), requests(6)
+    engine = NativeEngine(model, EOS)
+    answers = engine.sample(asked, SamplingSettings(12, 1.3))
+    assert_right(model, asked, answers, 12, 1.3)
+    assert {c.finished for group in answers for c in group} == {True, False}
+    said = capsys.readouterr().err
+    assert f"{type(model).__name__} is sampled by transformers' generate" in said
+    assert reason in said
+    again = NativeEngine(model, EOS, max_rows=2).sample(asked, SamplingSettings(12, 1.3))
+    assert [[c.tokens for c in group] for group in again] == [[c.tokens for c in group] for group in answers]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_window_is_no_matter_while_it_is_not_left() -> None:
+    model = windowed()
+    short = [Request((5, 6), ((0, 0), (0, 1)))]
+    engine = NativeEngine(model, EOS)
+    answers = engine.sample(short, SamplingSettings(6, 1.0))
+    assert isinstance(engine.decoder, Decoder)
+    assert_right(model, short, answers, 6, 1.0)
+
+
+def test_a_model_with_a_position_bias_keeps_its_own_attention() -> None:
+    model = sharpened(BloomForCausalLM, BloomConfig(**COMMON, n_head=2))
+    decoder = decoder_of(model, bf16=False)
+    assert isinstance(decoder, Decoder)
+    assert not decoder.shared
+    asked = requests(5)
+    assert_right(model, asked, NativeEngine(model, EOS).sample(asked, SamplingSettings(12, 1.0)), 12, 1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_ways_draw_the_same_tokens(temperature: float) -> None:
+    model, settings = small.language_model(), SamplingSettings(12, temperature)
+    model.generation_config.repetition_penalty = 5.0  # which must not matter
+    native, generated = (kind(model, EOS).sample(requests(5), settings) for kind in (NativeEngine, GenerateEngine))
+    assert [[c.tokens for c in group] for group in generated] == [[c.tokens for c in group] for group in native]
+    assert_right(model, requests(5), generated, 12, temperature or 1.0)
