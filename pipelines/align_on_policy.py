@@ -19,6 +19,7 @@ from pipelines.common import (
 )
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
+from pipelines.sampling import sampling_engine, taken_down
 from pipelines.sections import OnPolicyBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
@@ -27,7 +28,6 @@ from posttrain.models.lora import Adapter, BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
-from posttrain.rollouts.native import NativeEngine
 from posttrain.training.experience import ExperienceSource, Experts
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.trainer import ParameterGroup, Trainer, trainable
@@ -55,9 +55,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     compute = params.compute
     weights = dict(run.params.algorithms[name].rewards or {})
     sources = reward_sources(run, sorted(weights), device.device, compute)
+    asked = problems(encoder, read_table("problems"))
+    engine = sampling_engine(run, budget, policy.lm, encoder, START, asked, device, version=lambda: trainer.updates)
     sampler = GroupSampler(
-        problems(encoder, read_table("problems")),
-        NativeEngine(policy.lm, encoder.eos_id, bf16=compute.bf16),
+        asked,
+        engine,
         encoder,
         sources,
         weights,
@@ -97,7 +99,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     )
     shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
     hook = _Samples(run, source)
-    last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+    with taken_down(engine):
+        last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
     if adapter is not None:
         adapter.merge()

@@ -240,12 +240,19 @@ class RewardSource(Section):
 TRUNCATIONS = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
+class RolloutParams(Section):
+    """Who samples. Where it runs is environment (docs/rollouts.md)."""
+
+    engine: Literal["native", "vllm"] = "native"
+
+
 class OnPolicyBudget(Section):
     steps: Count
     prompts_per_step: Count
     samples_per_prompt: Count
     temperature: Positive
     max_new_tokens: Count
+    rollouts: RolloutParams = RolloutParams()
     optimizer: OptimizerParams
     critic_learning_rate: Positive
 

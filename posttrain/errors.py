@@ -8,6 +8,8 @@ PosttrainError
 ├── RewardError        a reward function failed or answered nonsense
 │   └── RewardTimeoutError  it took longer than it may
 ├── RolloutError       sampling could not deliver what was asked of it
+│   ├── ServerError         an inference server is gone, hung or broken
+│   └── StaleWeightsError   an inference server answers with other weights than the policy's
 ├── NumericalError     a number of the training is beyond what it may be
 │   └── NotFiniteError NaN or infinity in a loss, gradient or reward
 ├── CheckpointError    a checkpoint is torn, foreign or unreadable
@@ -52,6 +54,14 @@ class RewardTimeoutError(RewardError):
 
 
 class RolloutError(PosttrainError):
+    pass
+
+
+class ServerError(RolloutError):
+    pass
+
+
+class StaleWeightsError(RolloutError):
     pass
 
 

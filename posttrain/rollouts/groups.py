@@ -149,7 +149,8 @@ class GroupSampler:
         """Every process samples its share; all of them see all answers, in order."""
         world = self.accelerator.num_processes
         own = list(requests[self.accelerator.process_index :: world])
-        sampled = self.engine.sample(own, self.settings.sampling) if own else []
+        # also with nothing to ask for: an engine may do something that takes all processes
+        sampled = self.engine.sample(own, self.settings.sampling)
         if world == 1:
             return sampled
         from accelerate.utils import gather_object

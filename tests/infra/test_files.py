@@ -33,7 +33,7 @@ def test_linters_and_schemas_find_nothing(root: Path, tmp_path: Path) -> None:
     check(root, "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "infra/compose.yaml")
     check(root, "hadolint", "infra/Dockerfile")
     check(root, "kubernetes-validate", "--strict", "infra/kubernetes/worker.yaml")
-    check(root, "shellcheck", "infra/setup.sh", ".ci/run")
+    check(root, "shellcheck", "infra/setup.sh", "infra/vllm/setup.sh", ".ci/run")
     yamls = ["infra/compose.yaml", "infra/kubernetes/worker.yaml", "prefect.yaml", "dvc.yaml", "params.yaml"]
     check(root, "yamllint", "--strict", "--config-file", "infra/yamllint.yaml", *yamls)
 

@@ -1,0 +1,73 @@
+"""The folder that servers load: the policy's weights of one moment, complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from posttrain.errors import RolloutError
+
+
+def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `state`, which `plain_state` has made of `lm`, and the model's configuration.
+
+    An output head that is tied to the input embeddings is written as a weight of its own, and the configuration says that it is not tied:
+    vLLM (0.32) holds the head of a tied model in another layout, and `reload_weights` does not renew that copy.
+    Raises RolloutError where the disk refuses.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    weights, head = dict(state), head_name(lm)
+    # the clone shares no memory with the embeddings, or save_pretrained would leave it out
+    weights[head] = weights[head].clone()
+    try:
+        lm.save_pretrained(partial, state_dict=weights, max_shard_size="1000TB")
+        _untie(partial / "config.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RolloutError(
+            f"cannot write the weights that the vLLM server is to load, {folder}: {error}. Free space or give the right to write"
+            " there, then run again."
+        ) from error
+
+
+def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict under the model's own names: adapters of peft added to their layers, shards put together.
+
+    Every process of a sharded model must call it.
+    """
+    modules = dict(lm.named_modules())
+    state = {}
+    for name, tensor in lm.state_dict().items():
+        if ".lora_" in name:
+            continue
+        path, base, leaf = name.rpartition("base_layer.")
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if base and leaf == "weight":
+            layer: Any = modules[path[:-1]]
+            whole = whole + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        state[path + leaf] = whole.to(dtype)
+    return state
+
+
+def head_name(lm: PreTrainedModel) -> str:
+    """The output head's weight in the state dict."""
+    head = lm.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in lm.named_modules() if module is head)
+
+
+def _untie(config: Path) -> None:
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["tie_word_embeddings"] = False
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

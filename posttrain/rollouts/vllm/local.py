@@ -1,0 +1,151 @@
+"""A vLLM server that this process starts, restarts when it dies, and takes down with itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+from tqdm import tqdm
+
+from posttrain.errors import RolloutError, ServerError
+from posttrain.rollouts.vllm import leash
+from posttrain.rollouts.vllm.server import REQUEST_SECONDS, Server
+
+START_SECONDS, POLL_SECONDS = 900.0, 0.5
+RESTARTS = 3
+DEFAULTS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    # the CPU build would take half of the memory and bind itself to cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""Of the server's environment, unless the caller's says otherwise."""
+NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start it. python: the interpreter of an environment with vLLM. context: tokens of prompt and answer together."""
+
+    python: str
+    tokenizer: str
+    dtype: str
+    context: int
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    start_seconds: float = START_SECONDS
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        return [
+            self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "policy",
+            "--tokenizer", self.tokenizer, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+            "--dtype", self.dtype, "--max-model-len", str(self.context), "--host", "127.0.0.1", "--port", str(port),
+            *self.arguments,
+        ]  # fmt: skip
+
+
+class LocalServer(Server):
+    """Starts with the first weights that it is given. Its process group ends when this process does, however that ends."""
+
+    def __init__(self, launch: Launch, log: Path, request_seconds: float = REQUEST_SECONDS) -> None:
+        self.port = _free_port()
+        super().__init__(f"http://127.0.0.1:{self.port}", request_seconds)
+        self.launch, self.log, self.starts = launch, log, 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop = Event()
+
+    def update(self, folder: Path) -> None:
+        """As Server's, after starting it where it does not run: then it begins with these weights."""
+        if self._process is not None and self._process.poll() is None:
+            try:
+                super().update(folder)
+                return
+            except ServerError as error:
+                tqdm.write(f"{error}; restarting it", file=sys.stderr)
+        self._start(folder)
+
+    def close(self) -> None:
+        self._stop.set()
+        super().close()
+        self._end()
+
+    def _start(self, folder: Path) -> None:
+        self._end()
+        if self.starts > RESTARTS:
+            raise RolloutError(
+                f"the vLLM server has been started {self.starts} times and ended each time; its log is {self.log}, which ends with:\n"
+                + self._tail()
+            )
+        self.starts += 1
+        tqdm.write(
+            f"starting a vLLM server on {self.url}, which takes a minute or more; its log: {self.log}", file=sys.stderr
+        )
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", leash.__file__, str(os.getpid()), *self.launch.command(folder, self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**DEFAULTS, **inherited, **self.launch.environment, "VLLM_SERVER_DEV_MODE": "1"},
+                cwd=self.log.parent,
+                start_new_session=True,
+            )
+        weakref.finalize(self, _end, self._process)
+        self._wait(self._process)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + self.launch.start_seconds
+        while not self._stop.wait(POLL_SECONDS):
+            if process.poll() is not None:
+                raise RolloutError(
+                    f"the vLLM server ended while starting; its log {self.log} ends with:\n{self._tail()}"
+                )
+            try:
+                self.connect()
+                return
+            except ServerError as error:
+                if time.monotonic() > deadline:
+                    raise RolloutError(
+                        f"the vLLM server did not answer within {self.launch.start_seconds:g} seconds ({error}); its log {self.log} ends"
+                        f" with:\n{self._tail()}"
+                    ) from error
+        raise ServerError(f"{self.url} was closed while it started")
+
+    def _tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def _end(self) -> None:
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have the leash end its whole group, and wait until it has."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(2 * leash.GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

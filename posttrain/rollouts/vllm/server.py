@@ -1,0 +1,162 @@
+"""One vLLM server, by its URL: OpenAI's completions, and the calls of its development mode that load weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from posttrain.errors import RolloutError, ServerError
+from posttrain.rollouts.engine import Completion, SamplingSettings
+
+REQUEST_SECONDS = 900.0
+"""A server that has not answered by then is taken for hung."""
+HEALTH_SECONDS = 10.0
+CACHE_RESETS = 20
+"""Tries to empty the prefix cache, which is refused while an aborted request still holds a part of it."""
+
+
+class Server:
+    """Every method may be called from several threads. ServerError: it is gone, hung or broken, and another may serve instead."""
+
+    def __init__(self, url: str, request_seconds: float = REQUEST_SECONDS) -> None:
+        self.url, self.request_seconds = url.rstrip("/"), request_seconds
+        self.model, self.context = "", 0
+        self._open: set[HTTPConnection] = set()
+        self._lock = Lock()
+
+    def connect(self) -> None:
+        """Learn what it serves. Raises ServerError where it does not."""
+        self._exchange("GET", "/health", None, HEALTH_SECONDS)
+        served = _field(self._exchange("GET", "/v1/models", None, HEALTH_SECONDS), "data", self.url)[0]
+        self.model, self.context = served["id"], int(served.get("max_model_len") or 0)
+
+    def update(self, folder: Path) -> None:
+        """Serve the weights of `folder` from now on, and forget what was computed with others."""
+        self.connect()
+        loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._exchange("POST", "/collective_rpc", loading, self.request_seconds)
+        for _ in range(CACHE_RESETS):
+            reset = self._exchange("POST", "/reset_prefix_cache?reset_running_requests=true", {}, self.request_seconds)
+            if not isinstance(reset, dict) or reset.get("success", True):
+                return
+        raise ServerError(f"{self.url} did not empty its prefix cache after {CACHE_RESETS} requests to")
+
+    def complete(
+        self, prompt: Sequence[int], seed: Sequence[int], settings: SamplingSettings, eos_id: int
+    ) -> Completion:
+        """One answer. It ends with `eos_id` alone, whatever the server's own configuration says."""
+        if self.context and len(prompt) + settings.max_new_tokens > self.context:
+            raise RolloutError(
+                f"a prompt of {len(prompt)} tokens and {settings.max_new_tokens} new ones exceed the {self.context} tokens that"
+                f" {self.url} serves; start it with a larger --max-model-len, or lower max_new_tokens or validation.max_prompt_tokens"
+            )
+        body = self._body(prompt, settings.max_new_tokens, settings.temperature) | {
+            "seed": server_seed(seed),
+            "stop_token_ids": [eos_id],
+        }
+        choice = self._choice(body)
+        tokens, logprobs = self._sampled(choice)
+        finished = choice.get("finish_reason") == "stop" and tokens[-1] == eos_id
+        return Completion(tokens, logprobs, finished)
+
+    def probe(self, ids: Sequence[int], temperature: float) -> tuple[list[float], int, float]:
+        """Log-probabilities of ids[1:] at temperature 1, then a token that it sampled after them and what it says of that one."""
+        body = self._body(ids, 1, temperature) | {"prompt_logprobs": 0, "seed": 0}
+        choice = self._choice(body)
+        said = _field(choice, "prompt_logprobs", self.url)
+        tokens, logprobs = self._sampled(choice)
+        of_prompt = [float(said[i][str(token)]["logprob"]) for i, token in enumerate(ids) if i]
+        return of_prompt, tokens[0], logprobs[0]
+
+    def close(self) -> None:
+        """Cut every request that is under way."""
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+
+    def _body(self, ids: Sequence[int], new_tokens: int, temperature: float) -> dict[str, Any]:
+        """What every request says, so that no default of the server or of its generation_config.json acts."""
+        return {
+            "model": self.model,
+            "prompt": list(ids),
+            "max_tokens": new_tokens,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+
+    def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        reply = self._exchange("POST", "/v1/completions", body, self.request_seconds)
+        choice: dict[str, Any] = _field(reply, "choices", self.url)[0]
+        return choice
+
+    def _sampled(self, choice: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        tokens = tuple(_field(choice, "token_ids", self.url))
+        logprobs = tuple(_field(choice.get("logprobs"), "token_logprobs", self.url))
+        if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+            raise ServerError(f"{self.url} sent {len(tokens)} tokens with the log-probabilities {list(logprobs)[:8]}")
+        return tokens, logprobs
+
+    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> Any:
+        """A connection of its own each time: one that is kept can be closed by the server just when it is used again."""
+        parts = urlsplit(self.url)
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        connection = kind(parts.netloc, timeout=seconds)
+        with self._lock:
+            self._open.add(connection)
+        try:
+            payload = None if body is None else json.dumps(body).encode()
+            connection.request(method, parts.path + path, payload, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, HTTPException, AttributeError) as error:
+            # http.client meets an attribute that is None where another thread has closed the connection
+            raise ServerError(f"{self.url} does not answer {path}: {error or type(error).__name__}") from error
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+        return self._answer(response, path, text)
+
+    def _answer(self, response: HTTPResponse, path: str, text: bytes) -> Any:
+        shown = text[:500].decode(errors="replace")
+        if response.status >= 500:
+            raise ServerError(f"{self.url} answered {path} with {response.status}: {shown}")
+        if response.status == 404 and not path.startswith("/v1"):
+            raise RolloutError(
+                f"{self.url} knows no {path}, by which its weights follow the policy's: start it with VLLM_SERVER_DEV_MODE=1"
+                " in its environment (docs/rollouts.md)"
+            )
+        if response.status != 200:
+            raise RolloutError(f"{self.url} refused {path} with {response.status}: {shown}")
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise ServerError(f"{self.url} answered {path} with what is no JSON: {shown}") from None
+
+
+def server_seed(seed: Sequence[int]) -> int:
+    """One number of 63 bits for a seed of several, as vLLM takes it."""
+    return int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _field(reply: Any, name: str, url: str) -> Any:
+    value = reply.get(name) if isinstance(reply, dict) else None
+    if value is None:
+        raise RolloutError(
+            f"{url} sends no {name}: it is no vLLM server, or too old a one (docs/rollouts.md names the version that this was tested with)"
+        )
+    return value

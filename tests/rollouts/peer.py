@@ -1,0 +1,141 @@
+"""A small server that speaks as vLLM does and computes with transformers: the other side of the protocol, not a part of what is tested.
+
+Run as a script it takes vLLM's command line: python peer.py -m vllm.entrypoints.openai.api_server --model FOLDER --port PORT …
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+Reply = tuple[int, Any]
+
+
+class Peer:
+    """`faults`: called with the number of a completion before it is made; what it returns is answered instead, and 0 hangs up.
+
+    tied: the output head is never replaced. raw: log-probabilities before the temperature. loads: weights are loaded when it says so.
+    unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
+    """
+
+    def __init__(self, model: PreTrainedModel, port: int = 0, context: int = 64) -> None:
+        self.model, self.context = model.eval(), context
+        self.tied = self.raw = False
+        self.loads = self.development = self.token_ids = True
+        self.unhealthy = 0
+        self.faults: Callable[[int], Reply | None] = lambda number: None
+        self.paths: list[str] = []
+        self.asked: list[dict[str, Any]] = []
+        self._lock = Lock()
+        peer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._reply(*peer.get(self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, value = peer.post(self.path.split("?")[0], body)
+                if status == 0:
+                    self.connection.close()
+                    return
+                self._reply(status, value)
+
+            def _reply(self, status: int, value: Any) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def handle_one_request(self) -> None:
+                try:
+                    super().handle_one_request()
+                except (OSError, ValueError):  # the other side has gone, or this one has hung up
+                    self.close_connection = True
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port: int = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Peer:
+        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def serve(self) -> None:
+        self._server.serve_forever()
+
+    def get(self, path: str) -> Reply:
+        if path == "/health" and self.unhealthy:
+            self.unhealthy -= 1
+            return 503, None
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "policy", "max_model_len": self.context}]}
+        return 200, None
+
+    def post(self, path: str, body: dict[str, Any]) -> Reply:
+        with self._lock:
+            self.paths.append(path)
+            if path == "/v1/completions":
+                self.asked.append(body)
+                return self.faults(len(self.asked)) or (200, {"choices": [self._complete(body)]})
+            if not self.development:
+                return 404, {"detail": "Not Found"}
+            if path == "/collective_rpc":
+                assert body["method"] == "reload_weights"
+                self._load(Path(body["kwargs"]["weights_path"]))
+            return 200, {"success": True}
+
+    def _load(self, folder: Path) -> None:
+        """Where it ties the embeddings, its output head stays as it was, as with vLLM."""
+        if not self.loads:
+            return
+        head = self.model.get_output_embeddings()
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if self.tied:
+            self.model.set_output_embeddings(head)
+
+    @torch.no_grad()
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One token after another, from scratch each time."""
+        generator = torch.Generator().manual_seed(body["seed"])
+        prompt, tokens, logprobs, reason = list(body["prompt"]), [], [], "length"
+        while len(tokens) < body["max_tokens"] and reason == "length":
+            logits = self.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].float()
+            tempered = (logits / (body["temperature"] or 1.0)).log_softmax(-1)
+            greedy = body["temperature"] == 0
+            token = int(tempered.argmax() if greedy else torch.multinomial(tempered.exp(), 1, generator=generator))
+            tokens.append(token)
+            logprobs.append(float((logits.log_softmax(-1) if self.raw else tempered)[token]))
+            reason = "stop" if token in body.get("stop_token_ids", ()) else "length"
+        choice: dict[str, Any] = {"finish_reason": reason, "logprobs": {"token_logprobs": logprobs}}
+        if self.token_ids:
+            choice["token_ids"] = tokens
+        if body.get("prompt_logprobs") is not None:
+            own = self.model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+            choice["prompt_logprobs"] = [None] + [
+                {str(t): {"logprob": float(own[i, t])}} for i, t in enumerate(prompt[1:])
+            ]
+        return choice
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=False))
+    served = AutoModelForCausalLM.from_pretrained(arguments["--model"])
+    Peer(served, int(arguments["--port"]), int(arguments["--max-model-len"])).serve()

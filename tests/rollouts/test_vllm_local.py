@@ -1,0 +1,120 @@
+"""A server that this process starts: started again when it is killed, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from posttrain.errors import RolloutError
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.vllm import VllmEngine, leash
+from posttrain.rollouts.vllm.local import Launch, LocalServer
+from posttrain.rollouts.vllm.probe import sequences
+from tests.models import small
+from tests.pipelines.conftest import wait_for
+
+REQUESTS = [Request((5, 6, 7), ((0, 0), (0, 1)))]
+SETTINGS = SamplingSettings(4, 1.0)
+
+
+def launch(python: Path, seconds: float = 120.0) -> Launch:
+    return Launch(str(python), "tokenizer", "float32", context=64, start_seconds=seconds)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
+    """On a server whose interpreter runs the tests' small one instead of vLLM, with a child as vLLM has them."""
+    command = f'sleep 1000 &\ncd {root} && exec {sys.executable} {root}/tests/rollouts/peer.py "$@"'
+    server = LocalServer(launch(script(tmp_path / "python", command)), tmp_path / "vllm.log")
+    made = VllmEngine(
+        small.language_model(),
+        small.EOS,
+        [server],
+        version=lambda: 0,
+        folder=tmp_path / "served",
+        probes=sequences([(5, 6, 7)], 259, 64),
+    )
+    yield made
+    made.close()
+
+
+def family(engine: VllmEngine) -> list[psutil.Process]:
+    """The leash and all that runs under it."""
+    (server,) = engine.fleet.servers
+    assert isinstance(server, LocalServer)
+    assert server._process is not None
+    process = psutil.Process(server._process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_server_is_started_again_and_none_is_left_behind(
+    engine: VllmEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = engine.sample(REQUESTS, SETTINGS)
+    first = family(engine)
+    # the leash, the server, and the server's own child
+    assert len(first) == 3
+    (serving,) = [p for p in first if any("peer.py" in part for part in p.cmdline())]
+    serving.kill()
+    assert engine.sample(REQUESTS, SETTINGS) == answers
+    assert "starting a vLLM server" in capsys.readouterr().err
+    assert gone(first)
+    second = family(engine)
+    engine.close()
+    assert gone(second)
+    assert not engine.folder.exists()
+
+
+def test_a_server_that_cannot_start_is_quoted(tmp_path: Path) -> None:
+    python = script(tmp_path / "python", "echo 'ValueError: no such architecture' >&2; exit 1")
+    server = LocalServer(launch(python), tmp_path / "vllm.log")
+    with pytest.raises(RolloutError, match=r"ended while starting(.|\n)*ValueError: no such architecture"):
+        server.update(tmp_path)
+
+
+def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
+    server = LocalServer(launch(script(tmp_path / "python", "exec sleep 1000"), seconds=1.0), tmp_path / "vllm.log")
+    with pytest.raises(RolloutError, match="did not answer within 1 seconds"):
+        server.update(tmp_path)
+    assert server._process is not None
+    processes = [psutil.Process(server._process.pid)]
+    server.close()
+    assert gone(processes)
+
+
+PARENT = """
+import os, subprocess, sys, time
+command = "sleep 1000 & echo $! > grandchild; sleep 1000"
+subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid()), "sh", "-c", command], start_new_session=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_whole_group_ends_with_the_process_that_asked_for_it(tmp_path: Path, number: int) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, leash.__file__], cwd=tmp_path)
+    grandchild = tmp_path / "grandchild"
+    wait_for(lambda: grandchild.exists() and grandchild.read_text().strip())
+    process = psutil.Process(int(grandchild.read_text()))
+    group = [psutil.Process(parent.pid).children()[0], process]
+    assert os.getpgid(process.pid) == group[0].pid
+    parent.send_signal(number)
+    parent.wait()
+    wait_for(lambda: gone(group))
