@@ -54,10 +54,11 @@ def sampling_engine(
     if budget.rollouts.engine == "native":
         return NativeEngine(lm, encoder.eos_id, bf16=bf16)
     from posttrain.rollouts.vllm import VllmEngine
-    from posttrain.rollouts.vllm.probe import sequences
+    from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 
     prompts = [problem.ids for problem in problems]
-    context = max(map(len, prompts)) + budget.max_new_tokens
+    longest = max(map(len, prompts)) + budget.max_new_tokens
+    context = min(lm.config.max_position_embeddings, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or run.state) / f"vllm-{run.identity}"
     return VllmEngine(
         lm,

@@ -27,10 +27,10 @@ class Clone:
         inherited = {k: v for k, v in child_environment().items() if not k.startswith(CLEARED)}
         return inherited | {"PYTHONPATH": str(self.root), "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | extra
 
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """A command that nobody listens to."""
         return subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=self.root, env=self.environment(), start_new_session=True,
+            [sys.executable, "-m", *command], cwd=self.root, env=self.environment(**environment), start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
