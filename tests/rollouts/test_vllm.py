@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,11 @@ from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.folder import plain_state, write_weights
+from posttrain.rollouts.vllm.local import _free_port
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import Server, server_seed
 from tests.models import small
+from tests.rollouts import two_processes
 from tests.rollouts.peer import Peer
 
 PROMPTS = [(5, 6, 7), (9, 10), (11, 3, 4, 8, 20, 30, 21)]
@@ -183,7 +189,8 @@ def test_a_stale_output_head_stops_the_run_and_says_what_to_do(start: Callable[.
     assert "nats" in text
     # four probes, and no sample
     assert len(setup.peers[0].asked) == asked + 4
-    # the folder that the message names is there to start the server on
+    # the folder that the message names is there to start the server on, also after the run
+    setup.engine.close()
     assert (setup.folder / "weights-1" / "config.json").exists()
 
 
@@ -351,8 +358,58 @@ def test_what_is_written_loads_as_the_policy(tmp_path: Path, model: Callable[[],
     assert lm.config.tie_word_embeddings is (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize(
+    "model", [small.tied_llama, lambda: small.language_model(shape=small.MOE)], ids=["tied", "experts"]
+)
+def test_the_weights_are_those_of_the_state_dict(model: Callable[[], Any]) -> None:
+    lm = model()
+    lm.register_buffer("kept", torch.ones(2))
+    state, own = plain_state(lm, torch.float32), lm.state_dict()
+    assert sorted(state) == sorted(own)
+    assert all(torch.equal(state[name], own[name]) for name in own)
+    assert {tensor.dtype for tensor in plain_state(lm, torch.bfloat16).values()} == {torch.bfloat16}
+
+
 def test_a_disk_that_refuses_is_said_in_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     lm = small.language_model()
     with pytest.raises(RolloutError, match="cannot write the weights that the vLLM server is to load"):
         write_weights(lm, plain_state(lm, torch.float32), tmp_path / "file" / "served")
+
+
+def test_two_processes_sample_their_shares_from_servers_that_one_of_them_keeps_up_to_date(
+    start: Callable[..., Setup], root: Path, tmp_path: Path
+) -> None:
+    peer = start().peers[0]
+    command = [sys.executable, "-m", "tests.rollouts.two_processes", peer.url, str(tmp_path / "shared")]
+    together = os.environ | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=root, env=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        told = [json.loads(process.stdout.readline() or "null") for process in processes if process.stdout]
+        # once for each of two versions, whoever asks
+        assert peer.paths.count("/collective_rpc") == 2
+        peer.loads = False
+        for process in processes:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert [out.strip() for out, _ in outputs] == ["refused", "refused"]
+    native = two_processes.requests()
+    alone = Setup(tmp_path / "alone", small.language_model(), [peer])
+    peer.loads = True
+    expected = [[list(c.tokens) for c in group] for group in alone.engine.sample(native, two_processes.SETTINGS)]
+    assert told[0] == [[expected[0], expected[2]], [expected[0]]]
+    # the second process had nothing to ask for in the second round, and nobody waited for ever
+    assert told[1] == [[expected[1]], []]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,12 +53,17 @@ class VllmEngine:
         self.fleet = Fleet(servers, self._ready, patience_seconds)
         self._served: tuple[int, float] | None = None
         self._expected: list[Expected] = []
-        self._proven = False
+        self._main = accelerator is None or accelerator.is_main_process
+        self._proven = self._named = False
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Completions of each request, in order, one per seed. Raises ServerError when no server is left, StaleWeightsError when one
         serves other weights, RolloutError where prompt and answer exceed the context."""
-        self._synchronise(settings.temperature)
+        try:
+            self._synchronise(settings.temperature)
+        except StaleWeightsError:
+            self._named = True
+            raise
         jobs = [
             partial(Server.complete, prompt=request.prompt, seed=seed, settings=settings, eos_id=self.eos_id)
             for request in requests
@@ -67,9 +73,10 @@ class VllmEngine:
         return [[next(answers) for _ in request.seeds] for request in requests]
 
     def close(self) -> None:
-        """Take down what was started, and what was written for it."""
+        """Take down what was started, and what was written for it unless an error named it as a folder to start a server on."""
         self.fleet.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._main and not self._named:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def weights(self) -> Path:
@@ -102,19 +109,19 @@ class VllmEngine:
         """The main process starts and loads the servers; the others learn their addresses, or what has gone wrong."""
         from accelerate.utils import broadcast_object_list
 
-        said: list[list[str] | PosttrainError | None] = [None]
-        if accelerator.is_main_process:
+        said: list[Any] = [None]
+        if self._main:
             try:
                 self._publish(state)
-                said = [[server.url for server in self.fleet.servers]]
+                said = [([server.url for server in self.fleet.servers], self.folder)]
             except PosttrainError as error:
                 said = [error]
         broadcast_object_list(said)
         if isinstance(said[0], PosttrainError):
             raise said[0]
-        if not accelerator.is_main_process:
-            assert said[0] is not None
-            self._follow(said[0])
+        if not self._main:
+            urls, self.folder = said[0]
+            self._follow(urls)
 
     def _follow(self, urls: Sequence[str]) -> None:
         self.fleet = Fleet([Server(url) for url in urls], self._ready, self.fleet.patience_seconds)

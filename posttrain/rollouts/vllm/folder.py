@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,13 @@ def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
 
 
 def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict under the model's own names: adapters of peft added to their layers, shards put together.
+    """What `lm.state_dict()` would be without adapters: those of peft are added to their layers.
 
-    Every process of a sharded model must call it.
+    Every process of a sharded model must call it; it does not split again what has been gathered, as `state_dict` would.
     """
     modules = dict(lm.named_modules())
     state = {}
-    for name, tensor in lm.state_dict().items():
+    for name, tensor in _tensors(lm):
         if ".lora_" in name:
             continue
         path, base, leaf = name.rpartition("base_layer.")
@@ -59,6 +59,15 @@ def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             whole = whole + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         state[path + leaf] = whole.to(dtype)
     return state
+
+
+def _tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        yield name, parameter.detach()
+    for path, module in lm.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def head_name(lm: PreTrainedModel) -> str:
