@@ -19,6 +19,7 @@ from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from tests.models import small
 from tests.pipelines.conftest import wait_for
+from tests.rollouts.real import family, gone
 
 REQUESTS = [Request((5, 6, 7), ((0, 0), (0, 1)))]
 SETTINGS = SamplingSettings(4, 1.0)
@@ -51,24 +52,19 @@ def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
     made.close()
 
 
-def family(engine: VllmEngine) -> list[psutil.Process]:
+def started(engine: VllmEngine) -> list[psutil.Process]:
     """The leash and all that runs under it."""
     (server,) = engine.fleet.servers
     assert isinstance(server, LocalServer)
     assert server._process is not None
-    process = psutil.Process(server._process.pid)
-    return [process, *process.children(recursive=True)]
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return family(server._process.pid)
 
 
 def test_a_killed_server_is_started_again_and_none_is_left_behind(
     engine: VllmEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = engine.sample(REQUESTS, SETTINGS)
-    first = family(engine)
+    first = started(engine)
     # the leash, the server, and the server's own child
     assert len(first) == 3
     (serving,) = [p for p in first if any("peer.py" in part for part in p.cmdline())]
@@ -76,7 +72,7 @@ def test_a_killed_server_is_started_again_and_none_is_left_behind(
     assert engine.sample(REQUESTS, SETTINGS) == answers
     assert "starting a vLLM server" in capsys.readouterr().err
     assert gone(first)
-    second = family(engine)
+    second = started(engine)
     engine.close()
     assert gone(second)
     assert not engine.folder.exists()

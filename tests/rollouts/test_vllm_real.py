@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pipelines.journal import read
 from posttrain.algorithms.grpo import GRPO
 from posttrain.errors import StaleWeightsError
 from posttrain.models.policy import Policy
@@ -28,23 +26,13 @@ from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import Server
 from posttrain.training.trainer import OptimizerSettings, Trainer
-from tests.end_to_end.conftest import TINY, Clone
 from tests.models import small
 from tests.pipelines.conftest import wait_for
+from tests.rollouts.real import PYTHON, QUICK, REAL, family, gone
 from tests.rollouts.test_vllm import PROMPTS, gap, requests
 from tests.training.runs import source_of
 
-PYTHON = Path(os.environ.get("POSTTRAIN_VLLM_PYTHON") or Path(__file__).parents[2] / ".venv-vllm/bin/python")
-QUICK = ("--enforce-eager", "--max-num-seqs", "32")
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not PYTHON.exists(), reason=f"no vLLM at {PYTHON}: run infra/vllm/setup.sh or set POSTTRAIN_VLLM_PYTHON"
-    ),
-]
+pytestmark = REAL
 
 
 def qwen(tied: bool, seed: int = 0) -> Any:
@@ -69,15 +57,6 @@ def server(tmp_path: Path) -> Iterator[LocalServer]:
 def engine_on(server: Server, policy: Any, folder: Path, version: Callable[[], int]) -> VllmEngine:
     probes = sequences(PROMPTS, policy.config.vocab_size, 64)
     return VllmEngine(policy, small.EOS, [server], version=version, folder=folder, probes=probes)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def scaled(policy: Any, by: float) -> None:
@@ -154,26 +133,3 @@ def kill_under_load(server: LocalServer, processes: list[psutil.Process]) -> Non
     time.sleep(0.3)
     (serving,) = [p for p in processes if p.ppid() == processes[0].pid]
     serving.send_signal(signal.SIGKILL)
-
-
-def test_the_stage_starts_its_server_resumes_after_a_kill_and_leaves_none_behind(
-    new_clone: Callable[[], Clone],
-) -> None:
-    clone = new_clone()
-    clone.configure(str(TINY), "model.tiny.hidden_size=64", "align.on_policy.rollouts.engine=vllm",
-                    "align.on_policy.steps=6", "align.checkpoint.every_steps=1")  # fmt: skip
-    clone.repro("sft", "reward", POSTTRAIN_FOLLOWER="1")
-    env = {"POSTTRAIN_VLLM_PYTHON": str(PYTHON), "POSTTRAIN_VLLM_ARGS": " ".join(QUICK), "POSTTRAIN_FOLLOWER": "1"}
-    first = clone.start("pipelines.align", "--algorithm", "grpo", "--seed", "0", **env)
-    runs = clone.root / ".posttrain" / "runs"
-    wait_for(lambda: list(runs.glob("align-grpo-0-*/checkpoints/*-00000002")), 600)
-    processes = family(first.pid)[1:]
-    assert len(processes) >= 4
-    first.kill()
-    first.wait()
-    wait_for(lambda: gone(processes))
-    clone.repro("align@grpo-0", **env)
-    journal = read(clone.root / "runs/align/grpo-0/journal.jsonl")
-    steps = [record for record in journal if record["kind"] == "metrics"]
-    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
-    assert all(record["values"]["mismatch/max"] < 1e-4 for record in steps)
