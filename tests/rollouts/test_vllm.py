@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -280,6 +281,21 @@ def test_a_server_that_fails_for_good_is_not_asked_for_ever(start: Callable[...,
         setup.engine.sample([Request(PROMPTS[0], ((0,),))], SETTINGS)
     # at first, and once for each of three revivals
     assert len([body for body in setup.peers[0].asked if "stop_token_ids" in body]) == 4
+
+
+def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) -> None:
+    setup, answered = start(), Event()
+
+    def hangs(number: int) -> Any:
+        if number > 4:
+            Timer(0.2, setup.engine.close).start()
+            answered.wait(60)
+
+    setup.peers[0].faults = hangs
+    with pytest.raises(ServerError, match="the run is being stopped"):
+        setup.sample()
+    assert not answered.is_set()
+    answered.set()
 
 
 def test_a_server_that_comes_back_with_its_first_weights_gets_those_of_now(start: Callable[..., Setup]) -> None:

@@ -60,10 +60,13 @@ class VllmEngine:
         """Completions of each request, in order, one per seed. Raises ServerError when no server is left, StaleWeightsError when one
         serves other weights, RolloutError where prompt and answer exceed the context."""
         try:
-            self._synchronise(settings.temperature)
+            return self._sample(requests, settings)
         except StaleWeightsError:
             self._named = True
             raise
+
+    def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        self._synchronise(settings.temperature)
         jobs = [
             partial(Server.complete, prompt=request.prompt, seed=seed, settings=settings, eos_id=self.eos_id)
             for request in requests
@@ -73,7 +76,7 @@ class VllmEngine:
         return [[next(answers) for _ in request.seeds] for request in requests]
 
     def close(self) -> None:
-        """Take down what was started, and what was written for it unless an error named it as a folder to start a server on."""
+        """Cut what is under way, take down what was started, and remove what was written, unless an error has named it to the user."""
         self.fleet.close()
         if self._main and not self._named:
             shutil.rmtree(self.folder, ignore_errors=True)

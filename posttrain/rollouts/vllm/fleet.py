@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,8 +72,10 @@ class Fleet:
     def _choose(self, number: int, revivals: list[int]) -> tuple[Server, int]:
         """The servers in turn, each with the number of its life. One thread revives them while the others wait for it."""
         with self._lock:
+            if self._stop.is_set():
+                raise self._none_left()
             if not self.living:
-                if self._stop.is_set() or not revivals[0]:
+                if not revivals[0]:
                     raise self._none_left()
                 revivals[0] -= 1
                 self._revive()
@@ -88,13 +91,13 @@ class Fleet:
 
     def _revive(self) -> None:
         """Ask in turn, a second apart, until one is ready."""
-        for _ in range(max(1, round(self.patience_seconds))):
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
             for server in self.servers:
                 if self._try(server):
                     return
-            if self._stop.wait(1.0):
-                break
-        raise self._none_left()
+            if time.monotonic() > deadline or self._stop.wait(1.0):
+                raise self._none_left()
 
     def _try(self, server: Server) -> bool:
         try:
@@ -107,7 +110,7 @@ class Fleet:
         return True
 
     def _none_left(self) -> ServerError:
-        reasons = "; ".join(str(error) for error in self.lost.values()) or "closed"
+        reasons = "; ".join(str(error) for error in self.lost.values()) or "the run is being stopped"
         return ServerError(
             f"no vLLM server is left ({reasons}). Start them again, then run the same command: it goes on from its last checkpoint."
         )

@@ -21,7 +21,6 @@ from posttrain.rollouts.vllm import leash
 from posttrain.rollouts.vllm.server import REQUEST_SECONDS, Server
 
 START_SECONDS, POLL_SECONDS = 900.0, 0.5
-RESTARTS = 3
 DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -61,7 +60,7 @@ class LocalServer(Server):
     def __init__(self, launch: Launch, log: Path, request_seconds: float = REQUEST_SECONDS) -> None:
         self.port = _free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", request_seconds)
-        self.launch, self.log, self.starts = launch, log, 0
+        self.launch, self.log = launch, log
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = Event()
 
@@ -82,12 +81,6 @@ class LocalServer(Server):
 
     def _start(self, folder: Path) -> None:
         self._end()
-        if self.starts > RESTARTS:
-            raise RolloutError(
-                f"the vLLM server has been started {self.starts} times and ended each time; its log is {self.log}, which ends with:\n"
-                + self._tail()
-            )
-        self.starts += 1
         tqdm.write(
             f"starting a vLLM server on {self.url}, which takes a minute or more; its log: {self.log}", file=sys.stderr
         )

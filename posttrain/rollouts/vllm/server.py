@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import socket
 from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
@@ -18,7 +20,7 @@ from posttrain.rollouts.engine import Completion, SamplingSettings
 
 REQUEST_SECONDS = 900.0
 """A server that has not answered by then is taken for hung."""
-HEALTH_SECONDS = 10.0
+HEALTH_SECONDS = 30.0
 CACHE_RESETS = 20
 """Tries to empty the prefix cache, which is refused while an aborted request still holds a part of it."""
 
@@ -80,7 +82,9 @@ class Server:
         """Cut every request that is under way."""
         with self._lock:
             for connection in self._open:
-                connection.close()
+                # closing alone would leave the thread that reads from it waiting
+                with contextlib.suppress(OSError, AttributeError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _body(self, ids: Sequence[int], new_tokens: int, temperature: float) -> dict[str, Any]:
         """What every request says, so that no default of the server or of its generation_config.json acts."""
@@ -122,8 +126,7 @@ class Server:
             connection.request(method, parts.path + path, payload, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read()
-        except (OSError, HTTPException, AttributeError) as error:
-            # http.client meets an attribute that is None where another thread has closed the connection
+        except (OSError, HTTPException) as error:
             raise ServerError(f"{self.url} does not answer {path}: {error or type(error).__name__}") from error
         finally:
             with self._lock:
