@@ -129,7 +129,9 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     length = prompt + budget.max_new_tokens
     # an adapter's base is the reference as well
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
-    beside = sampling(model, answers, prompt, budget.max_new_tokens, samples=samples, **held)
+    # a vLLM server keeps its cache on its own device
+    here = answers if budget.rollouts.engine == "native" else 0
+    beside = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
     rounds = record.refill_limit if record.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
     updates = budget.steps * record.epochs * record.minibatches

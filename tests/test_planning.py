@@ -62,6 +62,16 @@ def test_with_lora_the_plan_holds_one_copy_of_the_weights(root: Path) -> None:
     assert trained.optimiser == 3 * 4 * adapter
 
 
+def test_a_vllm_server_keeps_its_cache_where_it_runs(root: Path) -> None:
+    tree = read_yaml(root / "params.yaml")
+    tree["algorithms"]["grpo"]["budget"] = {"rollouts": {"engine": "vllm"}}
+    params = parse_params(tree)
+    planned = {(phase.stage, phase.name): phase.memory for phase in phases(params, SIZES)}
+    assert planned["align@grpo", "sample"].cache == planned["align@grpo", "sample"].logits == 0
+    assert planned["align@grpo", "sample"].weights == planned["align@gspo", "sample"].weights
+    assert planned["align@gspo", "sample"].cache > 0
+
+
 @pytest.mark.parametrize("shape", [TinyShape(), TinyShape(64, 200, 3, 4, 4), TinyShape(96, 64, 1, 2, 1)])
 def test_activations_are_what_autograd_saves(shape: TinyShape) -> None:
     lm, _ = tiny_model(shape, 0)
