@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from posttrain.data.tokens import Tokens
@@ -422,10 +423,10 @@ def test_two_processes_sample_their_shares_from_servers_that_one_of_them_keeps_u
             process.kill()
     assert [p.returncode for p in processes] == [0, 0], outputs
     assert [out.strip() for out, _ in outputs] == ["refused", "refused"]
-    native = two_processes.requests()
-    alone = Setup(tmp_path / "alone", small.language_model(), [peer])
     peer.loads = True
-    expected = [[list(c.tokens) for c in group] for group in alone.engine.sample(native, two_processes.SETTINGS)]
-    assert told[0] == [[expected[0], expected[2]], [expected[0]]]
-    # the second process had nothing to ask for in the second round, and nobody waited for ever
-    assert told[1] == [[expected[1]], []]
+    version = [0]
+    alone = two_processes.new_engine(peer.url, tmp_path / "alone", version, Accelerator())
+    expected = [[list(tokens) for tokens in step] for step in two_processes.steps(alone, version, Accelerator())]
+    assert [len(step) for step in expected] == [6, 2]
+    # every process sees all answers, and nobody waited for ever for the one that had nothing to ask for
+    assert told == [expected, expected]

@@ -1,4 +1,4 @@
-"""Run by two processes at once: python -m tests.rollouts.two_processes URL FOLDER. Each prints what it was answered."""
+"""Run by two processes at once: python -m tests.rollouts.two_processes URL FOLDER. Each prints the answers of its steps."""
 
 from __future__ import annotations
 
@@ -9,42 +9,47 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from posttrain.algorithms.grpo import GRPO
 from posttrain.errors import StaleWeightsError
-from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import Server
 from tests.models import small
+from tests.training.runs import sampler
 
-PROMPTS = [(5, 6, 7), (9, 10), (11, 3, 4)]
-SETTINGS = SamplingSettings(6, 0.8)
+PROMPTS = (3, 1)
+"""Of each step. In the second one a process has nothing to ask for."""
 
 
-def requests() -> list[Request]:
-    return [Request(p, ((0, i), (1, i))) for i, p in enumerate(PROMPTS)]
+def steps(engine: VllmEngine, version: list[int], accelerator: Accelerator) -> list[list[tuple[int, ...]]]:
+    """The answers of all processes, a step after another, with an update between them."""
+    told = []
+    for prompts in PROMPTS:
+        drawn = sampler(GRPO, engine.lm, prompts=prompts, samples=2, accelerator=accelerator)
+        drawn.engine = engine
+        told.append([answer.completion.tokens for answer in drawn.sample()[0]])
+        version[0] += 1
+    return told
+
+
+def new_engine(url: str, folder: Path, version: list[int], accelerator: Accelerator) -> VllmEngine:
+    return VllmEngine(
+        small.language_model(), small.EOS, [Server(url)], version=lambda: version[0], folder=folder,
+        probes=sequences([(5, 6, 7)], 259, 64), accelerator=accelerator,
+    )  # fmt: skip
 
 
 def main(url: str, folder: Path) -> None:
-    accelerator = Accelerator(cpu=True)
-    lm, version = small.language_model(), [0]
-    engine = VllmEngine(
-        lm, small.EOS, [Server(url)], version=lambda: version[0],
-        # what the servers read is the main process's, wherever the others would write
-        folder=folder / str(accelerator.process_index), probes=sequences(PROMPTS, 259, 64), accelerator=accelerator,
-    )  # fmt: skip
-    told = []
-    for asked in (requests(), requests()[:1]):
-        own = asked[accelerator.process_index :: 2]
-        told.append([[c.tokens for c in group] for group in engine.sample(own, SETTINGS)])
-        version[0] += 1
-    print(json.dumps(told), flush=True)
+    accelerator, version = Accelerator(cpu=True), [0]
+    # what the servers read is the main process's, wherever the others would write
+    engine = new_engine(url, folder / str(accelerator.process_index), version, accelerator)
+    print(json.dumps(steps(engine, version, accelerator)), flush=True)
     with torch.no_grad():
-        lm.lm_head.weight.mul_(2)
+        engine.lm.lm_head.weight.mul_(2)
     # the test has the server load nothing more by now
     sys.stdin.readline()
-    version[0] += 1
     try:
-        engine.sample(requests(), SETTINGS)
+        steps(engine, version, accelerator)
     except StaleWeightsError:
         print("refused", flush=True)
     accelerator.wait_for_everyone()
