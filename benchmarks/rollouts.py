@@ -1,85 +1,308 @@
-"""Sampling: the native engine against transformers' `generate`, in one run, alternating, one thread, same model and prompts.
+"""Sampling: the native engine against transformers' `generate` and continuous batching, and against vLLM's CPU build in process.
 
-    python benchmarks/rollouts.py [--repeats 5]
+    python benchmarks/rollouts.py [--quick] [--write] [--vllm /path/to/python]
 
-Prints a table of medians with their spread. Every answer is sampled to full length (no end of sequence), so the work is the same.
+Same model, prompts and number of answers; one thread; the sides take turns in one run. Rates are tokens in a second of processor time,
+which on a machine that others use as well says more than the clock on the wall: medians, and the least and greatest in parentheses.
+The 30 M model runs under autocast on both sides where it says bfloat16. Uneven answers end with the same probability at every token.
+--quick: a short form, under a minute. --write: benchmarks/rollouts.md, and a picture of where the time goes. --vllm: the interpreter
+of an environment with vLLM's CPU build.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import platform
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, the sides' module is a package's
 
 import torch
+import transformers
 
+from benchmarks.peers.rollouts import Case, Side, Vllm, continuous, generate, native
 from posttrain.models.tiny import TinyShape, tiny_model
-from posttrain.rollouts.engine import Request, SamplingSettings
-from posttrain.rollouts.native import NativeEngine
 
-NO_EOS = -1
+SMALL = TinyShape(max_length=1024)
+LARGE = TinyShape(hidden_size=512, intermediate_size=1792, layers=9, heads=8, kv_heads=4, max_length=1024)
+STORIES = Path(__file__).parents[1] / "shared" / "data" / "stories260k"
+EOS, MEAN_LENGTH = 5, 64
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    model, _ = tiny_model(TinyShape(max_length=1024), seed=0)
-    model.eval()
-    print(
-        f"torch {torch.__version__}, {args.prompts} prompts x {args.samples} samples x {args.new_tokens} new tokens, one thread\n"
+@dataclass(frozen=True)
+class Size:
+    """How much work a run of this script is. lengths: of prompts, with the bar for each. uneven: prompts, rows at once, new tokens.
+
+    large: prompts and new tokens for the 30 M model. shapes: prompts, samples and new tokens of the scaling curve.
+    """
+
+    prompts: int = 32
+    new_tokens: int = 48
+    lengths: tuple[tuple[int, float | None], ...] = ((8, 1.6), (128, 3.0), (256, None))
+    uneven: tuple[int, int, int] = (48, 256, 512)
+    large: tuple[int, int] = (8, 24)
+    shapes: tuple[tuple[int, int, int], ...] = (
+        *((16, samples, 32) for samples in (1, 2, 4, 8, 16)),
+        *((count, 8, 32) for count in (8, 32, 64)),
+        *((16, 8, new) for new in (16, 64, 128)),
     )
-    print("| prompt tokens | native, tokens/s | generate, tokens/s | ratio |\n|---|---|---|---|")
-    for length in (8, 128, 256):
-        prompts = torch.randint(3, 250, (args.prompts, length), generator=torch.Generator().manual_seed(length))
-        rates: dict[str, list[float]] = {"native": [], "generate": []}
-        for _ in range(args.repeats):
-            rates["native"].append(_rate(_native(model, prompts, args.samples, args.new_tokens)))
-            rates["generate"].append(_rate(_generate(model, prompts, args.samples, args.new_tokens)))
-        native, generate = rates["native"], rates["generate"]
-        ratio = statistics.median(native) / statistics.median(generate)
-        print(f"| {length} | {_spread(native)} | {_spread(generate)} | {ratio:.2f} |", flush=True)
+    repeats: int = 3
+    models: tuple[TinyShape, TinyShape] = (SMALL, LARGE)
 
 
-def _native(model: object, prompts: torch.Tensor, samples: int, new_tokens: int) -> Callable[[], int]:
-    engine = NativeEngine(model, NO_EOS)  # type: ignore[arg-type]
-    rows = prompts.tolist()
-    requests = [Request(tuple(row), tuple((0, i, j) for j in range(samples))) for i, row in enumerate(rows)]
-
-    def run() -> int:
-        answers = engine.sample(requests, SamplingSettings(new_tokens, 1.0))
-        return sum(len(c.tokens) for group in answers for c in group)
-
-    return run
+FULL = Size()
+QUICK = Size(8, 24, ((8, 1.6), (128, 3.0)), (8, 32, 128), (4, 6), ((8, 1, 32), (8, 8, 32)), 1)
+TINY = Size(
+    2, 4, ((8, None),), (2, 8, 32), (1, 2), ((1, 2, 4),), 1, (replace(SMALL, hidden_size=16, intermediate_size=16),) * 2
+)
 
 
-def _generate(model: object, prompts: torch.Tensor, samples: int, new_tokens: int) -> Callable[[], int]:
-    options = {
-        "do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
-        "num_return_sequences": samples, "attention_mask": torch.ones_like(prompts), "output_scores": False,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. bar: what native's rate should be at least, times `generate`'s."""
 
-    def run() -> int:
-        with torch.no_grad():
-            output = model.generate(prompts, **options)  # type: ignore[attr-defined]
-        return int((output.shape[1] - prompts.shape[1]) * output.shape[0])
-
-    return run
+    name: str
+    model: Any
+    case: Case
+    bar: float | None = None
+    peers: bool = True
 
 
-def _rate(run: Callable[[], int]) -> float:
-    started = time.perf_counter()
-    tokens = run()
-    return tokens / (time.perf_counter() - started)
+def prompts(count: int, length: int, vocabulary: int = 250) -> list[list[int]]:
+    made: list[list[int]] = torch.randint(
+        6, vocabulary, (count, length), generator=torch.Generator().manual_seed(length)
+    ).tolist()
+    return made
 
 
-def _spread(rates: list[float]) -> str:
+def built_in(shape: TinyShape) -> Any:
+    return tiny_model(shape, seed=0)[0].eval()
+
+
+def ending(model: Any) -> Any:
+    """The model with an end of sequence that every token is with the same probability: answers of very uneven, geometric length."""
+    head = model.lm_head
+    model.lm_head = torch.nn.Linear(head.in_features, head.out_features)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head.weight)
+        model.lm_head.weight[EOS] = 0.0
+        model.lm_head.bias.zero_()
+        # the other logits of an untrained model are all about 0
+        model.lm_head.bias[EOS] = torch.tensor(head.out_features / MEAN_LENGTH).log()
+    return model
+
+
+def rows(size: Size) -> Iterator[Row]:
+    small, large = map(built_in, size.models)
+    for length, bar in size.lengths:
+        yield Row(f"0.3 M, prompts of {length}", small, Case(prompts(size.prompts, length), 8, size.new_tokens), bar)
+    count, at_once, new_tokens = size.uneven
+    uneven = Case(prompts(count, 32), 8, new_tokens, eos=EOS, rows=at_once)
+    yield Row("0.3 M, answers of uneven length", ending(built_in(size.models[0])), uneven)
+    if STORIES.is_dir() and size is FULL:
+        stories = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+        yield Row("stories260k, prompts of 128", stories, Case(prompts(size.prompts, 128), 8, size.new_tokens))
+    for kind, bf16, bar in (("float32", False, None), ("bfloat16", True, 3.5)):
+        case = Case(prompts(size.large[0], 128), 8, size.large[1], bf16=bf16)
+        yield Row(f"30 M, prompts of 128, {kind}", large, case, bar, peers=size is FULL)
+
+
+def rate(side: Side) -> float:
+    started = time.process_time()
+    tokens = side()
+    return tokens / (time.process_time() - started)
+
+
+def measured(row: Row, python: str | None, repeats: int) -> dict[str, list[float]]:
+    """Rates of every side, taken in turns after one run each to warm up; of `generate_batch`, which takes many times as long, once."""
+    sides = {"native": native(row.model, row.case), "generate": generate(row.model, row.case)}
+    if row.peers:
+        sides["generate_batch"] = continuous(row.model, row.case)
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    with contextlib.ExitStack() as stack:
+        child = None
+        if python and row.peers and row.model.lm_head.bias is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            saved(row.model, Path(folder))
+            child = Vllm(python, Path(folder), row.case)
+            stack.callback(child.close)
+            child.rate()
+            rates["vllm"] = []
+        for number in range(repeats + 1):
+            for name, side in sides.items():
+                if name != "generate_batch" or number == 1:
+                    rates[name] += [rate(side)][: int(number > 0)]
+            if child and number:
+                rates["vllm"].append(child.rate())
+    return rates
+
+
+def saved(model: Any, folder: Path) -> None:
+    from posttrain.models.tiny import byte_tokenizer
+
+    model.save_pretrained(folder)
+    byte_tokenizer(model.config.max_position_embeddings).save_pretrained(folder)
+
+
+def table(found: dict[str, tuple[Row, dict[str, list[float]]]]) -> str:
+    lines = [
+        "| case | answers x tokens | native | `generate` | ratio | bar | `generate_batch` | ratio | vLLM | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (row, rates) in found.items():
+        case, ours = row.case, statistics.median(rates["native"])
+        cells = [name, f"{len(case.prompts) * case.samples} x {case.new_tokens}", spread(rates["native"])]
+        for side in ("generate", "generate_batch", "vllm"):
+            cells += (
+                [spread(rates[side]), f"{ours / statistics.median(rates[side]):.2f}"] if side in rates else ["", ""]
+            )
+            if side == "generate":
+                cells.append("" if row.bar is None else f"{row.bar}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(rates: Sequence[float]) -> str:
     return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+
+
+def scaling(size: Size) -> str:
+    """Seconds of processor time as prompts, samples and length grow, at the 0.3 M model with 128-token prompts."""
+    model = built_in(size.models[0])
+    lines = ["| prompts | answers each | new tokens | native, s | `generate`, s |", "|---|---|---|---|---|"]
+    for count, samples, new in size.shapes:
+        case = Case(prompts(count, 128), samples, new)
+        cells = []
+        for side in (native(model, case), generate(model, case)):
+            side()
+            cells.append(f"{statistics.median(count * samples * new / rate(side) for _ in range(size.repeats)):.3f}")
+        lines.append(f"| {count} | {samples} | {new} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shares(model: Any, case: Case) -> dict[str, float]:
+    """Share of the native engine's processor time by what it goes to; nested parts are counted once."""
+    from posttrain.rollouts import native as module
+    from posttrain.rollouts.decoder import Decoder
+    from posttrain.rollouts.shared import Segment
+    from posttrain.rollouts.slots import SlotLayer
+
+    spent, stack = Counter[str](), [["", time.process_time()]]
+
+    def switch(to: str | None) -> None:
+        now = time.process_time()
+        spent[str(stack[-1][0])] += now - float(stack[-1][1])
+        if to is None:
+            stack.pop()
+            stack[-1][1] = now
+        else:
+            stack.append([to, now])
+
+    def timed(owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            switch(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                switch(None)
+
+        patches.callback(setattr, owner, name, function)
+        setattr(owner, name, watched)
+
+    with contextlib.ExitStack() as patches:
+        timed(Decoder, "enter", "prompts")
+        timed(Decoder, "step", "layers without attention")
+        timed(Segment, "attend", "attention")
+        timed(SlotLayer, "update", "attention")
+        timed(Decoder, "logits", "head")
+        timed(module, "draw", "drawing")
+        side = native(model, case)
+        side()
+        spent.clear()
+        side()
+    switch("end")
+    spent["batching"] = spent.pop("")
+    total = sum(spent.values())
+    return {part: seconds / total for part, seconds in spent.items()}
+
+
+def picture(size: Size, path: Path) -> None:
+    """Where the native engine's time goes, a bar a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from benchmarks.moe_gspo import smaller
+
+    small, large = map(built_in, size.models)
+    bars = {
+        f"0.3 M, prompts of {n}": shares(small, Case(prompts(size.prompts, n), 8, size.new_tokens))
+        for n, _ in size.lengths
+    }
+    for kind, bf16 in (("float32", False), ("bfloat16", True)):
+        case = Case(prompts(size.large[0], 128), 8, size.large[1], bf16=bf16)
+        bars[f"30 M, prompts of 128, {kind}"] = shares(large, case)
+    parts = ("prompts", "layers without attention", "attention", "head", "drawing", "batching")
+    colours = ("#999999", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#E69F00")
+    figure, axis = pyplot.subplots(figsize=(9, 2.8), layout="constrained")
+    left = [0.0] * len(bars)
+    for part, colour in zip(parts, colours, strict=True):
+        widths = [100 * shares_of.get(part, 0.0) for shares_of in bars.values()]
+        axis.barh(list(bars), widths, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("% of the native engine's processor time", fontsize=8)
+    axis.tick_params(labelsize=8)
+    figure.legend(loc="outside upper center", ncols=len(parts), fontsize=7, frameon=False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+    smaller(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--quick", action="store_const", const=QUICK, dest="size", help="fewer and smaller cases, one repeat"
+    )
+    sizes.add_argument(
+        "--tiny", action="store_const", const=TINY, dest="size", help="a few tokens, to see that all of it runs"
+    )
+    parser.add_argument("--write", action="store_true", help="write the tables and a picture of where the time goes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="where to, with --write")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM's CPU build")
+    parser.set_defaults(size=FULL)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    found = {}
+    for row in rows(args.size):
+        found[row.name] = (row, measured(row, args.vllm, args.size.repeats))
+        medians = {side: round(statistics.median(rates)) for side, rates in found[row.name][1].items()}
+        print(f"{row.name}: {medians}", file=sys.stderr)
+    report = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread;"
+        f" tokens in a second of processor time.\n\n{table(found)}\n\n{scaling(args.size)}"
+    )
+    print(report)
+    if args.write:
+        from benchmarks.moe_gspo import write
+
+        write(report, args.out)
+        picture(args.size, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
