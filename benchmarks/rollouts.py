@@ -35,7 +35,7 @@ from posttrain.models.tiny import TinyShape, tiny_model
 
 SMALL = TinyShape(max_length=1024)
 LARGE = TinyShape(hidden_size=512, intermediate_size=1792, layers=9, heads=8, kv_heads=4, max_length=1024)
-STORIES = Path(__file__).parents[1] / "shared" / "data" / "stories260k"
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
 EOS, MEAN_LENGTH = 5, 64
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rollouts import EOS, MEAN_LENGTH, SMALL, TINY, Row, built_in, ending, main, shares, table
 from benchmarks.peers.rollouts import Case, continuous, generate, native
+from benchmarks.rollouts import EOS, MEAN_LENGTH, SMALL, TINY, Row, built_in, ending, main, shares, table
 
 PROMPTS = [[7, 8, 9], [10, 11, 12]]
 
