@@ -1,0 +1,222 @@
+"""Our side of benchmarks/training.py: the library as the pipeline's steps use it. Jobs and answers as in trl_side.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from posttrain.algorithms import DAPO, DPO, GRPO, GSPO
+from posttrain.algorithms.records import OnPolicy
+from posttrain.data.tokens import Tokens
+from posttrain.models.folders import load_encoder, load_policy, load_scorer
+from posttrain.models.inference import token_numbers
+from posttrain.models.policy import Policy, Scorer
+from posttrain.rewards.sources import Judged
+from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.native import NativeEngine
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.experience import ExperienceSource
+from posttrain.training.loop import LoopSettings, StepData, fit
+from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.preference import Answer, PreferenceObjective, PreferencePair
+from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
+from posttrain.training.trainer import OptimizerSettings, Terms, Trainer
+
+Job = dict[str, Any]
+ONE_UPDATE: dict[str, Any] = {"advantage": "group_mean", "minibatches": 1}
+RECORDS: dict[str, OnPolicy] = {
+    "grpo": GRPO,
+    "gspo": replace(GSPO, **ONE_UPDATE),
+    "dapo": replace(DAPO, **ONE_UPDATE, filter="none", overlong_cache=0, mask_truncated=False),
+}
+"""What TRL's settings of these names compute: one update a rollout, all groups, A = R - mean."""
+
+
+class InOrder:
+    """Batches of consecutive rows, as TRL's sequential sampler gives them."""
+
+    def __init__(self, rows: Sequence[Any], batch: int) -> None:
+        self.rows, self.batch = rows, batch
+
+    def next(self, step: int) -> StepData[Any]:
+        return StepData([self.rows[step * self.batch : (step + 1) * self.batch]])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The order is the table's."""
+
+
+class Numbers:
+    """A recorder that keeps loss and gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, float]] = []
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.kept.append(dict(values))
+
+    def timings(self, step: int, values: Mapping[str, float]) -> None:
+        """The whole is timed."""
+
+    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
+        raise RuntimeError(f"step {step}: {told}")
+
+    def truncate_after(self, step: int) -> None:
+        """Every job is a new run."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+class GivenAnswers:
+    """Answers from the job instead of samples, so that both sides train on the same tokens."""
+
+    def __init__(self, answers: Mapping[str, Sequence[Sequence[int]]], eos_id: int) -> None:
+        self.answers, self.eos_id = answers, eos_id
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        return [[self._completion(ids) for ids in self.answers[_key(request.prompt)]] for request in requests]
+
+    def _completion(self, ids: Sequence[int]) -> Completion:
+        return Completion(tuple(ids), (0.0,) * len(ids), ids[-1] == self.eos_id)
+
+
+class GivenObjective(OnPolicyObjective):
+    """Nobody has sampled given answers, so their log-probabilities may be anything."""
+
+    def terms(self, model: torch.nn.Module, rows: Sequence[Any]) -> Terms:
+        terms = super().terms(model, rows)
+        terms.limits.clear()
+        return terms
+
+
+class Sevens:
+    """A reward of the token ids alone: their sum modulo 7."""
+
+    name = "sevens"
+    failures: Counter[str] = Counter()
+
+    def score(self, answers: Judged) -> list[float | None]:
+        return [float(sum(tokens.response) % 7) for tokens in answers.tokens]
+
+
+def _key(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def _trainer(job: Job, model: torch.nn.Module, device: Accelerator) -> Trainer[Any]:
+    return Trainer(
+        model,
+        OptimizerSettings(job["learning_rate"]),
+        total_steps=job["steps"],
+        micro_batch_tokens=job["budget"],
+        accelerator=device,
+    )
+
+
+def sft(job: Job, device: Accelerator) -> tuple[Any, ...]:
+    rows = [Example(Tokens(tuple(p), tuple(c))) for p, c in job["rows"]]
+    return _trainer(job, Policy(load_policy(job["model"])), device), InOrder(rows, job["batch"]), SupervisedObjective()
+
+
+def rm(job: Job, device: Accelerator) -> tuple[Any, ...]:
+    rows = [RewardPair(Tokens(tuple(p), tuple(c)), Tokens(tuple(p), tuple(r))) for p, c, r in job["rows"]]
+    return (
+        _trainer(job, Scorer(load_scorer(job["model"])), device),
+        InOrder(rows, job["batch"]),
+        RewardObjective(0.01),
+    )
+
+
+def dpo(job: Job, device: Accelerator) -> tuple[Any, ...]:
+    """The reference's log-probabilities are computed here, once, and the clock runs."""
+    policy = Policy(load_policy(job["model"]))
+    tokens = [Tokens(tuple(p), tuple(answer)) for p, *pair in job["rows"] for answer in pair]
+    numbers = token_numbers(policy.eval(), tokens, job["budget"], bf16=job["bf16"])
+    answers = [Answer(t, n.logprobs) for t, n in zip(tokens, numbers, strict=True)]
+    rows = [PreferencePair(answers[i], answers[i + 1]) for i in range(0, len(answers), 2)]
+    return _trainer(job, policy, device), InOrder(rows, job["batch"]), PreferenceObjective(DPO)
+
+
+def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
+    record, encoder = RECORDS[job["kind"]], load_encoder(job["model"])
+    policy, reference = Policy(load_policy(job["model"])), Policy(load_policy(job["model"])).eval()
+    ids = [tuple(encoder.prompt(text)) for text in job["rows"]]
+    engine: Engine = NativeEngine(policy.lm, encoder.eos_id if job["eos"] else -1, bf16=job["bf16"])
+    if job["answers"]:
+        by_ids = {_key(row): job["answers"][text] for row, text in zip(ids, job["rows"], strict=True)}
+        engine = GivenAnswers(by_ids, encoder.eos_id)
+    sampler = GroupSampler(
+        [Problem(text, row, {}) for text, row in zip(job["rows"], ids, strict=True)],
+        engine,
+        encoder,
+        [Sevens()],
+        {"sevens": 1.0},
+        record,
+        GroupSettings(job["batch"], job["samples"], SamplingSettings(job["new_tokens"], 1.0)),
+        seed=0,
+        accelerator=device,
+    )
+    objective = (GivenObjective if job["answers"] else OnPolicyObjective)(record, job["new_tokens"], 1.0)
+    source = ExperienceSource(
+        record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"]
+    )
+    return _trainer(job, policy, device), source, objective
+
+
+def clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def spent(since: tuple[float, float]) -> dict[str, float]:
+    """Seconds by the clock, and of the processor: one thread alone works, so these are the same where nobody else does."""
+    return {"seconds": time.perf_counter() - since[0], "processor": time.process_time() - since[1]}
+
+
+MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": on_policy, "gspo": on_policy, "dapo": on_policy}
+
+
+def run(job: Job) -> Job:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the last job's precision
+    device = Accelerator(mixed_precision="bf16" if job["bf16"] else "no", cpu=True)
+    numbers = Numbers()
+    started = clock()
+    trainer, source, objective = MAKERS[job["kind"]](job, device)
+    if job["kind"] != "dpo":
+        started = clock()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = LoopSettings(job["kind"], job["steps"], checkpoint_steps=job["steps"] + 1, checkpoint_minutes=1e9)
+        fit(trainer, source, objective, settings, numbers, Checkpoints(Path(folder), keep=1))
+    return {
+        **spent(started),
+        "losses": [step["loss"] for step in numbers.kept],
+        "grad_norms": [step["grad_norm"] for step in numbers.kept],
+        "tokens": trainer.tokens_trained,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Training steps against TRL: the same model, rows, batches and numerics, in alternating runs on one thread each.
+
+    python benchmarks/training.py [--repeats 5] [--cases sft,grpo-long] [--write] [--quick]
+
+TRL runs in an environment of its own, which `benchmarks/peers/setup.sh trl` makes. Each case is proven to be the same work first: loss
+and gradient norm of the first step, on the same tokens, must agree. A run is the whole loop of a new trainer, without loading the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.models.folders import load_new_scorer, save_model
+from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
+
+HERE = Path(__file__).parent
+SIDES = ("posttrain", "TRL")
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+SMALL = TinyShape(max_length=1024)
+MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, kv_heads=4, max_length=1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. prompt, answer: lengths in tokens, (least, most), or log-normal where `log_normal`.
+
+    batch: rows or prompts a step. micro_rows: TRL's rows a forward, the fastest that was found for it. bar: ratio that is wanted.
+    """
+
+    name: str
+    kind: str
+    batch: int
+    steps: int
+    prompt: int
+    answer: tuple[int, int]
+    micro_rows: int
+    bar: float
+    shape: TinyShape | str = SMALL
+    samples: int = 1
+    log_normal: bool = False
+    eos: bool = False
+    bf16: bool = False
+    budget: int = 16384
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = (
+    Case("sft", "sft", 64, 20, 8, (16, 44), 64, 2.0),
+    Case("sft-uneven", "sft", 32, 4, 8, (16, 512), 8, 2.5, log_normal=True),
+    Case("rm", "rm", 32, 20, 8, (16, 44), 32, 1.5),
+    Case("dpo", "dpo", 32, 12, 8, (16, 44), 32, 2.5),
+    Case("dpo-long", "dpo", 32, 3, 256, (16, 44), 32, 2.5),
+    Case("grpo", "grpo", 32, 6, 8, (44, 44), 256, 2.0, samples=8),
+    Case("gspo", "gspo", 32, 6, 8, (44, 44), 256, 2.0, samples=8),
+    Case("dapo", "dapo", 32, 6, 8, (44, 44), 256, 2.0, samples=8),
+    Case("grpo-long", "grpo", 32, 2, 256, (44, 44), 64, 5.0, samples=8),
+    Case("grpo-uneven", "grpo", 8, 2, 8, (16, 512), 16, 2.5, samples=8, log_normal=True),
+    Case("sft-30m-bf16", "sft", 16, 2, 8, (16, 44), 16, 1.5, MIDDLE, bf16=True),
+    Case("dpo-30m-bf16", "dpo", 8, 2, 64, (16, 44), 8, 1.5, MIDDLE, bf16=True),
+    Case("grpo-30m-bf16", "grpo", 8, 1, 64, (32, 32), 64, 1.5, MIDDLE, samples=8, bf16=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", default="", help="names, separated by commas; all where empty")
+    parser.add_argument("--trl", type=Path, default=Path(".venv-trl/bin/python"), help="the Python that has TRL")
+    args = parser.parse_args()
+    if not args.trl.exists():
+        sys.exit(f"error: no Python with TRL at {args.trl}; make it with: benchmarks/peers/setup.sh trl")
+    wanted = args.cases.split(",") if args.cases else [case.name for case in CASES]
+    with tempfile.TemporaryDirectory() as folder, sides(args.trl) as workers:
+        for case in CASES:
+            if case.name in wanted:
+                print(line(case, measured(case, Path(folder), workers, args.repeats)), flush=True)
+
+
+Workers = Mapping[str, "subprocess.Popen[str]"]
+
+
+@contextmanager
+def sides(trl: Path) -> Iterator[Workers]:
+    """A process of each side, with one thread; both end with the block."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    commands = {"posttrain": [sys.executable, str(HERE / "peers/ours.py")], "TRL": [str(trl), str(HERE / "peers/trl_side.py")]}
+    environs = {"posttrain": environ, "TRL": {k: v for k, v in environ.items() if k != "PYTHONPATH"}}
+    logs = {side: tempfile.TemporaryFile("w+") for side in SIDES}
+    workers = {
+        side: subprocess.Popen(
+            command, env=environs[side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[side], text=True
+        )
+        for side, command in commands.items()
+    }
+    try:
+        yield workers
+    except BrokenWorker as error:
+        logs[error.side].seek(0)
+        sys.exit(f"error: {error.side} stopped: {logs[error.side].read()[-3000:]}")
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+
+
+class BrokenWorker(Exception):
+    """A side has ended in the middle of a job."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__(side)
+        self.side = side
+
+
+def asked(workers: Workers, side: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    worker = workers[side]
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(json.dumps(job) + "\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        raise BrokenWorker(side)
+    said: dict[str, Any] = json.loads(answer)
+    return said
+
+
+@dataclass
+class Measured:
+    loss: float
+    norm: float
+    seconds: dict[str, list[float]]
+    processor: dict[str, list[float]]
+
+
+def measured(case: Case, folder: Path, workers: Workers, repeats: int) -> Measured:
+    """The proof of equal work, then `repeats` timed runs of each side in turn, after one of each that does not count."""
+    model = saved_model(case, folder)
+    proof = job(case, model, seed=0, given=True)
+    first = {side: asked(workers, side, proof | {"steps": 1}) for side in SIDES}
+    print({side: (first[side]["losses"], first[side]["grad_norms"]) for side in SIDES}, file=sys.stderr)
+    loss, norm = (_difference(first, name) for name in ("losses", "grad_norms"))
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    processor: dict[str, list[float]] = {side: [] for side in SIDES}
+    for repeat in range(repeats + 1):
+        work = job(case, model, seed=repeat, given=False)
+        for side in SIDES:
+            took = asked(workers, side, work)
+            if repeat:
+                seconds[side].append(took["seconds"])
+                processor[side].append(took["processor"])
+    return Measured(loss, norm, seconds, processor)
+
+
+def _difference(first: Mapping[str, Mapping[str, Any]], name: str) -> float:
+    ours, theirs = (float(first[side][name][0]) for side in SIDES)
+    return abs(ours - theirs) / max(1.0, abs(theirs))
+
+
+def saved_model(case: Case, folder: Path) -> str:
+    if isinstance(case.shape, str):
+        return case.shape
+    path = folder / f"{case.shape.hidden_size}"
+    scorer = folder / f"{case.shape.hidden_size}-scorer"
+    if not path.exists():
+        model, tokenizer = tiny_model(case.shape, seed=0)
+        save_model(model, tokenizer, path, "# A model for a benchmark\n")
+        head = load_new_scorer(path)
+        torch.nn.init.normal_(head.score.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        save_model(head, tokenizer, scorer, "# A scorer for a benchmark\n")
+    return str(scorer if case.kind == "rm" else path)
+
+
+def job(case: Case, model: str, seed: int, given: bool) -> dict[str, Any]:
+    """What both sides read; rows are drawn from the seed."""
+    drawn = np.random.Generator(np.random.PCG64(seed))
+    count = case.batch * case.steps
+    prompts = [_text(drawn, case.prompt) for _ in range(count)]
+    answers = [[_ids(drawn, _length(drawn, case)) for _ in range(max(2, case.samples))] for _ in range(count)]
+    ids = byte_tokenizer(1024)
+    rows: list[Any] = [[ids(text)["input_ids"], *pair[:2]] for text, pair in zip(prompts, answers, strict=True)]
+    on_policy = case.kind in ("grpo", "gspo", "dapo")
+    if on_policy:
+        rows, prompts = list(prompts), prompts
+    elif case.kind == "sft":
+        rows = [row[:2] for row in rows]
+    if given and on_policy:
+        rows = rows[: case.batch]
+    use_given = on_policy and (given or case.log_normal)
+    return {
+        "kind": case.kind, "model": model, "rows": rows, "batch": case.batch, "steps": case.steps, "samples": case.samples,
+        "answers": dict(zip(prompts, answers, strict=True)) if use_given else None, "new_tokens": case.answer[1], "eos": case.eos,
+        "bf16": case.bf16, "learning_rate": 1e-4, "micro_rows": case.micro_rows, "budget": case.budget,
+    } | dict(case.extra)  # fmt: skip
+
+
+def _text(drawn: np.random.Generator, length: int) -> str:
+    return "".join(chr(c) for c in drawn.integers(97, 123, size=length))
+
+
+def _ids(drawn: np.random.Generator, length: int) -> list[int]:
+    return [int(i) for i in drawn.integers(3, 250, size=length - 1)] + [2]
+
+
+def _length(drawn: np.random.Generator, case: Case) -> int:
+    low, high = case.answer
+    if case.log_normal:
+        return int(np.clip(np.exp(drawn.normal(4.4, 0.9)), low, high))
+    return int(drawn.integers(low, high + 1))
+
+
+def line(case: Case, found: Measured) -> str:
+    medians = {side: statistics.median(found.seconds[side]) for side in SIDES}
+    cells = [f"{medians[side]:.2f} ({min(found.seconds[side]):.2f} to {max(found.seconds[side]):.2f})" for side in SIDES]
+    ratio = medians["TRL"] / medians["posttrain"]
+    same = "yes" if found.loss < LOSS_TOLERANCE and found.norm < NORM_TOLERANCE else "NO"
+    of_processor = statistics.median(found.processor["TRL"]) / statistics.median(found.processor["posttrain"])
+    return f"| {case.name} | {' | '.join(cells)} | {ratio:.2f} | {of_processor:.2f} | {case.bar:g} | {same}: {found.loss:.1e}, {found.norm:.1e} |"
+
+
+if __name__ == "__main__":
+    main()
