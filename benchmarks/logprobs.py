@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import torch
 
 from posttrain.models.logprobs import taken_logprobs
@@ -60,7 +61,7 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, fl
     states = torch.randn(tokens, hidden, generator=generator, requires_grad=True)
     head = (torch.randn(vocabulary, hidden, generator=generator) * hidden**-0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    before = peak_mebibytes()
+    before = held_mebibytes()
     started = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
         logprobs, entropy = (whole_table if way == WAYS[0] else fused)(states, head, targets)
@@ -84,6 +85,10 @@ def whole_table(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor)
 
 def fused(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return taken_logprobs(states, head, None, targets, 1.0)
+
+
+def held_mebibytes() -> float:
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def peak_mebibytes() -> float:

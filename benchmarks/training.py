@@ -97,7 +97,10 @@ Workers = Mapping[str, "subprocess.Popen[str]"]
 def sides(trl: Path) -> Iterator[Workers]:
     """A process of each side, with one thread; both end with the block."""
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    commands = {"posttrain": [sys.executable, str(HERE / "peers/ours.py")], "TRL": [str(trl), str(HERE / "peers/trl_side.py")]}
+    commands = {
+        "posttrain": [sys.executable, str(HERE / "peers/ours.py")],
+        "TRL": [str(trl), str(HERE / "peers/trl_side.py")],
+    }
     environs = {"posttrain": environ, "TRL": {k: v for k, v in environ.items() if k != "PYTHONPATH"}}
     logs = {side: tempfile.TemporaryFile("w+") for side in SIDES}
     workers = {
@@ -224,7 +227,9 @@ def _length(drawn: np.random.Generator, case: Case) -> int:
 
 def line(case: Case, found: Measured) -> str:
     medians = {side: statistics.median(found.seconds[side]) for side in SIDES}
-    cells = [f"{medians[side]:.2f} ({min(found.seconds[side]):.2f} to {max(found.seconds[side]):.2f})" for side in SIDES]
+    cells = [
+        f"{medians[side]:.2f} ({min(found.seconds[side]):.2f} to {max(found.seconds[side]):.2f})" for side in SIDES
+    ]
     ratio = medians["TRL"] / medians["posttrain"]
     same = "yes" if found.loss < LOSS_TOLERANCE and found.norm < NORM_TOLERANCE else "NO"
     of_processor = statistics.median(found.processor["TRL"]) / statistics.median(found.processor["posttrain"])

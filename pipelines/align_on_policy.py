@@ -83,6 +83,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         budget=compute.micro_batch_tokens,
         bf16=compute.bf16,
         experts=experts,
+        measure_kl_every=budget.measure_kl_every,
     )
     updates = budget.steps * record.epochs * record.minibatches
     trainer: Trainer[Any] = Trainer(

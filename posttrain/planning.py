@@ -89,16 +89,16 @@ def training(
 
     adapter: parameters of a low-rank adapter in each trained copy, which alone has gradient and moments then.
     """
-    from posttrain.models.logprobs import CHUNK_ELEMENTS
+    from posttrain.models.logprobs import TILE_ELEMENTS
 
     held = FLOAT32_BYTES * model.parameters
     share = AUTOCAST_SHARE if bf16 else 1.0
-    chunk = min(CHUNK_ELEMENTS, micro_batch_tokens * model.vocabulary)
+    tile = min(TILE_ELEMENTS, micro_batch_tokens * model.vocabulary)
     return Memory(
         weights=held * (trained + frozen) + _added(adapter, trained),
         optimiser=3 * (held * trained if adapter is None else _added(adapter, trained)),
         activations=math.ceil(share * micro_batch_tokens * model.activations_per_token * trained),
-        logits=2 * FLOAT32_BYTES * chunk,
+        logits=2 * FLOAT32_BYTES * tile,
     )
 
 

@@ -109,7 +109,9 @@ class Sevens:
     """A reward of the token ids alone: their sum modulo 7."""
 
     name = "sevens"
-    failures: Counter[str] = Counter()
+
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
 
     def score(self, answers: Judged) -> list[float | None]:
         return [float(sum(tokens.response) % 7) for tokens in answers.tokens]
@@ -173,9 +175,7 @@ def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
         accelerator=device,
     )
     objective = (GivenObjective if job["answers"] else OnPolicyObjective)(record, job["new_tokens"], 1.0)
-    source = ExperienceSource(
-        record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"]
-    )
+    source = ExperienceSource(record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0)
     return _trainer(job, policy, device), source, objective
 
 

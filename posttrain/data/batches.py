@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -45,31 +46,31 @@ class TokenBatch:
 def collate(tokens: Sequence[Tokens]) -> TokenBatch:
     """Lay rows out one behind the other; rows with the same prompt branch off from one copy of it."""
     ids: list[int] = []
-    positions: list[int] = []
     prompts: dict[int, range] = {}
     responses: dict[int, range] = {}
     families = _families([row.prompt for row in tokens], SHARED_FROM_TOKENS)
     for members in families:
         prompt = tokens[members[0]].prompt
-        stem = _append(ids, positions, prompt, 0)
+        stem = _append(ids, prompt)
         for i in members:
-            prompts[i], responses[i] = stem, _append(ids, positions, tokens[i].response, len(prompt))
-    indices = [[*prompts[i], *responses[i]] for i in range(len(tokens))]
+            prompts[i], responses[i] = stem, _append(ids, tokens[i].response)
+    indices = [
+        np.concatenate([np.arange(r.start, r.stop) for r in (prompts[i], responses[i])]) for i in range(len(tokens))
+    ]
     time = max(1, max(len(row.response) for row in tokens))
-    rows = _padded(indices, max(map(len, indices)))
-    place = torch.zeros(len(ids), dtype=torch.long)
-    real = _padded([[1] * len(row) for row in indices], rows.shape[1]).bool()
-    place[rows[real]] = real.flatten().nonzero()[:, 0]
+    rows, real = _padded(indices, max(map(len, indices)))
+    place, positions = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
+    place[rows[real]] = np.flatnonzero(real)
+    positions[rows[real]] = np.nonzero(real)[1]
+    targets, mask = _padded([row.response for row in tokens], time)
+    source, _ = _padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time)
+    numbers = {
+        "input_ids": np.array(ids), "positions": positions, "source": source, "targets": targets, "mask": mask,
+        "last": np.array([row[-1] for row in indices]), "rows": rows, "place": place,
+    }  # fmt: skip
     return TokenBatch(
-        input_ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
         parts=attended_parts([(prompts[members[0]], [responses[i] for i in members]) for members in families]),
-        source=_padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time),
-        targets=_padded([row.response for row in tokens], time),
-        mask=_padded([[1] * len(row.response) for row in tokens], time).bool(),
-        last=torch.tensor([row[-1] for row in indices]),
-        rows=rows,
-        place=place,
+        **{name: torch.from_numpy(array) for name, array in numbers.items()},
     )
 
 
@@ -81,26 +82,27 @@ def _families(prompts: Sequence[tuple[int, ...]], shared_from: int = 1) -> list[
     return list(families.values())
 
 
-def _append(ids: list[int], positions: list[int], added: Sequence[int], position: int) -> range:
+def _append(ids: list[int], added: Sequence[int]) -> range:
     start = len(ids)
     ids.extend(added)
-    positions.extend(range(position, position + len(added)))
     return range(start, len(ids))
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    padded = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows filled up with 0 on the right, and which entries are theirs; both [rows, width]."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    real = np.arange(width) < lengths[:, None]
+    padded = np.zeros(real.shape, dtype=np.int64)
+    padded[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+    return padded, real
 
 
 def pad(rows: Sequence[Sequence[float] | np.ndarray], time: int) -> Tensor:
     """Per-token numbers of uneven length as float32 [batch, time], 0 beyond each row's end."""
-    padded = torch.zeros(len(rows), time)
+    padded = np.zeros((len(rows), time), dtype=np.float32)
     for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.as_tensor(np.asarray(row, dtype=np.float32))
-    return padded
+        padded[i, : len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def micro_batches(rows: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms.records import OnPolicy
-from posttrain.data.batches import collate, pad, shuffled
+from posttrain.data.batches import pad, shuffled
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import TokenNumbers, token_numbers
 from posttrain.models.policy import Policy
@@ -45,7 +45,10 @@ class Experts:
 
 
 class ExperienceSource:
-    """Samples, judges and prepares the batches of a step. Its state: the sampler's position, the update count, the KL coefficient."""
+    """Samples, judges and prepares the batches of a step. Its state: the sampler's position, the update count, the KL coefficient.
+
+    measure_kl_every: steps from one forward of the reference to the next where the loss does not need it; 0 for none at all.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class ExperienceSource:
         budget: int,
         bf16: bool = False,
         experts: Experts | None = None,
+        measure_kl_every: int = 1,
     ) -> None:
         self.record, self.policy, self.reference, self.sampler, self.objective = (
             record,
@@ -67,6 +71,7 @@ class ExperienceSource:
             objective,
         )
         self.budget, self.bf16, self.experts = budget, bf16, experts
+        self.measure_kl_every = measure_kl_every
         self.updates = 0
         self.last_answers: list[JudgedAnswer] = []
 
@@ -76,16 +81,17 @@ class ExperienceSource:
         answers, metrics = self.sampler.sample()
         self.last_answers = answers
         sampled = time.perf_counter()
-        rows, measured = self._rows(answers)
+        rows, measured = self._rows(answers, step)
         metrics |= reward_metrics(answers) | measured
         batches = self._batches(rows, metrics)
         timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
         return StepData(batches, metrics, timings)
 
-    def _rows(self, answers: Sequence[JudgedAnswer]) -> tuple[list[Experience], dict[str, float]]:
+    def _rows(self, answers: Sequence[JudgedAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
         record, tokens = self.record, [a.tokens for a in answers]
         temperature = self.objective.temperature
-        reference = token_numbers(self.reference, tokens, self.budget, temperature, self.bf16)
+        measured = record.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
+        reference = token_numbers(self.reference, tokens, self.budget, temperature, self.bf16) if measured else None
         # a single update right after sampling has old = its own log-probabilities; anything else must remember them
         remember = (
             record.epochs * record.minibatches > 1
@@ -102,7 +108,7 @@ class ExperienceSource:
                 tokens=answer.tokens,
                 advantages=advantages[i],
                 sampled=np.asarray(answer.completion.logprobs, dtype=np.float32),
-                reference=reference[i].logprobs,
+                reference=reference[i].logprobs if reference else None,
                 old=own[i].logprobs if own else None,
                 old_experts=own[i].experts if own else None,
                 old_values=own[i].values if own and returns is not None else None,
@@ -114,13 +120,14 @@ class ExperienceSource:
         return rows, metrics
 
     def _advantages(
-        self, answers: Sequence[JudgedAnswer], own: Sequence[TokenNumbers] | None, reference: Sequence[TokenNumbers]
+        self, answers: Sequence[JudgedAnswer], own: Sequence[TokenNumbers] | None, reference: Sequence[TokenNumbers] | None
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None, dict[str, float]]:
-        record, mask = self.record, collate([a.tokens for a in answers]).mask
-        time_steps, lengths = mask.shape[1], mask.sum(-1).tolist()
+        record, lengths = self.record, [len(a.tokens.response) for a in answers]
+        time_steps = max(1, *lengths)
+        mask = torch.arange(time_steps) < torch.tensor(lengths)[:, None]
         rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
         penalty, coefficient = torch.zeros(mask.shape), self.objective.kl_coefficient
-        if record.kl != "none" and own is not None:
+        if record.kl != "none" and own and reference:
             difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
             if record.kl == "reward":
                 penalty = coefficient * difference

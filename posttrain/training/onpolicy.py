@@ -31,7 +31,7 @@ class Experience:
     """A sampled response with what the update needs to know of it; arrays are [time] float32.
 
     sampled: log-probabilities that the sampler reported. old: the same, recomputed by the trainer; None means "as they are in this
-    forward", for the one update that is exactly on-policy. old_experts: [time, layers, experts per token] that the old policy chose,
+    forward", for the one update that is exactly on-policy. reference: None where the step does not measure the KL to it. old_experts: [time, layers, experts per token] that the old policy chose,
     where it is a mixture of experts. trained False keeps the response out of the loss (masked truncation).
     weight: 1 - mu, and 1 without an expert stream.
     """
@@ -39,7 +39,7 @@ class Experience:
     tokens: Tokens
     advantages: np.ndarray
     sampled: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray | None
     old: np.ndarray | None = None
     old_experts: np.ndarray | None = None
     old_values: np.ndarray | None = None
@@ -110,6 +110,7 @@ class OnPolicyObjective:
         )
         loss = mismatch_weight(old, columns.sampled, record.mismatch, record.mismatch_cap) * surrogate.loss
         if record.kl == "loss":
+            assert columns.reference is not None
             loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.reference, record.kl_estimator)
         trained = mask & columns.trained[:, None]
         numerator = aggregate(columns.weight * loss, trained, record.aggregate, self.max_length)
@@ -129,12 +130,15 @@ class OnPolicyObjective:
         terms.metrics |= {
             "entropy": (masked_sum(output.entropy, mask), "sampled_tokens"),
             "kl/approx": (masked_sum(kl_metric(old, logprobs), mask), "sampled_tokens"),
-            "kl/ref_k1": (masked_sum(logprobs - columns.reference, mask), "sampled_sequences"),
-            "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.reference), mask), "sampled_sequences"),
             "ratio/mean": (masked_sum(ratio, mask), "sampled_tokens"),
             "mismatch/mean": (masked_sum(mismatch.abs(), mask), "sampled_tokens"),
             "mismatch/k3": (masked_sum(kl_metric(columns.sampled, old), mask), "sampled_tokens"),
         }
+        if columns.reference is not None:
+            terms.metrics |= {
+                "kl/ref_k1": (masked_sum(logprobs - columns.reference, mask), "sampled_sequences"),
+                "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.reference), mask), "sampled_sequences"),
+            }
         terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
         if mask.any():
             terms.extremes |= {
@@ -163,7 +167,7 @@ class _Columns:
 
         self.advantages = pad([r.advantages for r in rows], time).to(device)
         self.sampled = pad([r.sampled for r in rows], time).to(device)
-        self.reference = pad([r.reference for r in rows], time).to(device)
+        self.reference = padded([r.reference for r in rows])
         self.old = padded([r.old for r in rows])
         experts = [torch.from_numpy(r.old_experts) for r in rows if r.old_experts is not None]
         self.old_experts = pad_choices(experts, time).to(device) if experts and len(experts) == len(rows) else None

@@ -76,13 +76,15 @@ def plain(hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any) -
     return table[torch.arange(len(targets)), targets], -(table.exp() * table).sum(-1)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("tile", [(1, 1), (4, 30), (7, 4), (1000, 1000)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("uniform", [None, 1.0, 0.7])
 def test_fused_log_probabilities_are_those_of_the_whole_table(
-    rows: int, bias: bool, uniform: float | None, monkeypatch: pytest.MonkeyPatch
+    tile: tuple[int, int], bias: bool, uniform: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 30 * rows)
+    rows, words = tile
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", rows * min(words, 30))
+    monkeypatch.setattr(logprobs, "TILE_WORDS", words)
     hidden, weight, offset, targets, temperature = of_head(bias=bias)
     temperature = temperature if uniform is None else uniform
     leaves = [hidden, weight, *([offset] if bias else [])]
