@@ -1,6 +1,6 @@
 """Training steps against TRL: the same model, rows, batches and numerics, in alternating runs on one thread each.
 
-    python benchmarks/training.py [--repeats 5] [--cases sft,grpo-long] [--write] [--quick]
+    python benchmarks/training.py [--repeats 5] [--cases sft,grpo-long] [--quick] [--write]
 
 TRL runs in an environment of its own, which `benchmarks/peers/setup.sh trl` makes. Each case is proven to be the same work first: loss
 and gradient norm of the first step, on the same tokens, must agree. A run is the whole loop of a new trainer, without loading the model.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
 
 HERE = Path(__file__).parent
 SIDES = ("posttrain", "TRL")
+TABLE = HERE / "training.md"
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 SMALL = TinyShape(max_length=1024)
 MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, kv_heads=4, max_length=1024)
@@ -55,7 +57,6 @@ class Case:
     eos: bool = False
     bf16: bool = False
     budget: int = 16384
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = (
@@ -75,52 +76,77 @@ CASES = (
 )
 
 
+BY_NAME = {case.name: case for case in CASES}
+QUICK = ("sft", "rm", "dpo", "grpo-long")
+TITLE = "# Training steps against TRL\n\nMade by `python benchmarks/training.py --write`.\n"
+ABOUT = """TRL {trl}, torch {torch}, transformers {transformers}; {machine}; one thread a side; float32 unless the case says bf16.
+Median of {repeats} alternating runs (least to greatest). Processor: ratio of processor times, which other work on the machine touches
+less. Same work: how far loss and gradient norm of the first step lie apart on the same tokens.
+
+| case | posttrain, s | TRL, s | ratio | processor | wanted | same work: loss, gradient norm |
+|---|---|---|---|---|---|---|"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", default="", help="names, separated by commas; all where empty")
+    parser.add_argument("--quick", action="store_true", help="one repeat of the four shortest cases, under two minutes")
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/training.md")
     parser.add_argument("--trl", type=Path, default=Path(".venv-trl/bin/python"), help="the Python that has TRL")
     args = parser.parse_args()
     if not args.trl.exists():
         sys.exit(f"error: no Python with TRL at {args.trl}; make it with: benchmarks/peers/setup.sh trl")
-    wanted = args.cases.split(",") if args.cases else [case.name for case in CASES]
-    with tempfile.TemporaryDirectory() as folder, sides(args.trl) as workers:
-        for case in CASES:
-            if case.name in wanted:
-                print(line(case, measured(case, Path(folder), workers, args.repeats)), flush=True)
+    names = args.cases.split(",") if args.cases else list(QUICK if args.quick else BY_NAME)
+    if unknown := [name for name in names if name not in BY_NAME]:
+        sys.exit(f"error: no case {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
+    repeats = 1 if args.quick else args.repeats
+    with tempfile.TemporaryDirectory() as folder, sides(args.trl, Path(folder)) as workers:
+        versions = asked(workers, "TRL", {"kind": "versions"})
+        said = [ABOUT.format(repeats=repeats, machine=machine(), **versions)]
+        print(said[0])
+        for name in names:
+            said.append(line(BY_NAME[name], measured(BY_NAME[name], Path(folder), workers, repeats)))
+            print(said[-1], flush=True)
+    if args.write:
+        TABLE.write_text("\n".join([TITLE, *said]) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """The processor's name where Linux tells it, and how many there are."""
+    info = Path("/proc/cpuinfo")
+    names = [row.split(":")[1].strip() for row in info.read_text().splitlines() if row.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 Workers = Mapping[str, "subprocess.Popen[str]"]
 
 
 @contextmanager
-def sides(trl: Path) -> Iterator[Workers]:
+def sides(trl: Path, folder: Path) -> Iterator[Workers]:
     """A process of each side, with one thread; both end with the block."""
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    commands = {
-        "posttrain": [sys.executable, str(HERE / "peers/ours.py")],
-        "TRL": [str(trl), str(HERE / "peers/trl_side.py")],
-    }
-    environs = {"posttrain": environ, "TRL": {k: v for k, v in environ.items() if k != "PYTHONPATH"}}
-    logs = {side: tempfile.TemporaryFile("w+") for side in SIDES}
-    workers = {
-        side: subprocess.Popen(
-            command, env=environs[side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[side], text=True
-        )
-        for side, command in commands.items()
-    }
-    try:
-        yield workers
-    except BrokenWorker as error:
-        logs[error.side].seek(0)
-        sys.exit(f"error: {error.side} stopped: {logs[error.side].read()[-3000:]}")
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    ours = environ | {"PYTHONPATH": str(HERE.parent)}
+    with ExitStack() as stack:
+        logs = {side: stack.enter_context((folder / f"{side}.log").open("w+")) for side in SIDES}
+        workers = {}
+        for side, command, environment in (
+            ("posttrain", [sys.executable, str(HERE / "peers/ours.py")], ours),
+            ("TRL", [str(trl), str(HERE / "peers/trl_side.py")], environ),
+        ):
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[side], text=True
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            workers[side] = process
+        try:
+            yield workers
+        except BrokenWorkerError as error:
+            sys.exit(f"error: {error.side} stopped: {Path(logs[error.side].name).read_text()[-3000:]}")
 
 
-class BrokenWorker(Exception):
+class BrokenWorkerError(Exception):
     """A side has ended in the middle of a job."""
 
     def __init__(self, side: str) -> None:
@@ -132,11 +158,14 @@ def asked(workers: Workers, side: str, job: Mapping[str, Any]) -> dict[str, Any]
     worker = workers[side]
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write(json.dumps(job) + "\n")
-    worker.stdin.flush()
+    try:
+        worker.stdin.write(json.dumps(job) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError as error:
+        raise BrokenWorkerError(side) from error
     answer = worker.stdout.readline()
     if not answer:
-        raise BrokenWorker(side)
+        raise BrokenWorkerError(side)
     said: dict[str, Any] = json.loads(answer)
     return said
 
@@ -154,7 +183,6 @@ def measured(case: Case, folder: Path, workers: Workers, repeats: int) -> Measur
     model = saved_model(case, folder)
     proof = job(case, model, seed=0, given=True)
     first = {side: asked(workers, side, proof | {"steps": 1}) for side in SIDES}
-    print({side: (first[side]["losses"], first[side]["grad_norms"]) for side in SIDES}, file=sys.stderr)
     loss, norm = (_difference(first, name) for name in ("losses", "grad_norms"))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     processor: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -207,7 +235,7 @@ def job(case: Case, model: str, seed: int, given: bool) -> dict[str, Any]:
         "kind": case.kind, "model": model, "rows": rows, "batch": case.batch, "steps": case.steps, "samples": case.samples,
         "answers": dict(zip(prompts, answers, strict=True)) if use_given else None, "new_tokens": case.answer[1], "eos": case.eos,
         "bf16": case.bf16, "learning_rate": 1e-4, "micro_rows": case.micro_rows, "budget": case.budget,
-    } | dict(case.extra)  # fmt: skip
+    }  # fmt: skip
 
 
 def _text(drawn: np.random.Generator, length: int) -> str:
@@ -226,14 +254,19 @@ def _length(drawn: np.random.Generator, case: Case) -> int:
 
 
 def line(case: Case, found: Measured) -> str:
-    medians = {side: statistics.median(found.seconds[side]) for side in SIDES}
     cells = [
-        f"{medians[side]:.2f} ({min(found.seconds[side]):.2f} to {max(found.seconds[side]):.2f})" for side in SIDES
+        f"{statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f})"
+        for taken in (found.seconds[side] for side in SIDES)
     ]
-    ratio = medians["TRL"] / medians["posttrain"]
+    by_clock, by_processor = (
+        statistics.median(taken["TRL"]) / statistics.median(taken["posttrain"])
+        for taken in (found.seconds, found.processor)
+    )
     same = "yes" if found.loss < LOSS_TOLERANCE and found.norm < NORM_TOLERANCE else "NO"
-    of_processor = statistics.median(found.processor["TRL"]) / statistics.median(found.processor["posttrain"])
-    return f"| {case.name} | {' | '.join(cells)} | {ratio:.2f} | {of_processor:.2f} | {case.bar:g} | {same}: {found.loss:.1e}, {found.norm:.1e} |"
+    return (
+        f"| {case.name} | {' | '.join(cells)} | {by_clock:.2f} | {by_processor:.2f} | {case.bar:g} |"
+        f" {same}: {found.loss:.1e}, {found.norm:.1e} |"
+    )
 
 
 if __name__ == "__main__":

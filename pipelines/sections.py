@@ -252,6 +252,8 @@ class OnPolicyBudget(Section):
     samples_per_prompt: Count
     temperature: Positive
     max_new_tokens: Count
+    measure_kl_every: Annotated[int, Field(ge=0)] = 1
+    """Steps from one forward of the reference to the next where the loss does not need it; 0 for none at all."""
     rollouts: RolloutParams = RolloutParams()
     optimizer: OptimizerParams
     critic_learning_rate: Positive

@@ -175,7 +175,9 @@ def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
         accelerator=device,
     )
     objective = (GivenObjective if job["answers"] else OnPolicyObjective)(record, job["new_tokens"], 1.0)
-    source = ExperienceSource(record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0)
+    source = ExperienceSource(
+        record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0
+    )
     return _trainer(job, policy, device), source, objective
 
 

@@ -18,14 +18,15 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import datasets
 import torch
 import transformers
+import trl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 Job = dict[str, Any]
 GRPO_SETTINGS: dict[str, Job] = {
-    "grpo": {"loss_type": "grpo", "beta": 0.04, "scale_rewards": False},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0},
-    "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0},
+    "grpo": {"loss_type": "grpo", "beta": 0.04},
+    "gspo": {"loss_type": "grpo", "beta": 0.0, "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    "dapo": {"loss_type": "dapo", "beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28},
 }  # fmt: skip
 
 
@@ -97,8 +98,8 @@ def grpo(job: Job, folder: str, tokenizer: Any) -> Any:
     generation: Job = {} if job["eos"] else {"min_new_tokens": job["new_tokens"]}
     args = GRPOConfig(
         **common(job, folder), **batches(job, job["batch"] * job["samples"]), **GRPO_SETTINGS[job["kind"]],
-        num_generations=job["samples"], max_completion_length=job["new_tokens"], temperature=1.0, shuffle_dataset=False,
-        generation_kwargs=generation,
+        scale_rewards=False, num_generations=job["samples"], max_completion_length=job["new_tokens"], temperature=1.0,
+        shuffle_dataset=False, generation_kwargs=generation,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
 
@@ -131,6 +132,8 @@ MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "gspo": grpo, "dapo": 
 
 
 def run(job: Job) -> Job:
+    if job["kind"] == "versions":
+        return {package.__name__: package.__version__ for package in (trl, torch, transformers)}
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     numbers = Numbers()
     with tempfile.TemporaryDirectory() as folder:

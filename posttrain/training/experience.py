@@ -120,7 +120,10 @@ class ExperienceSource:
         return rows, metrics
 
     def _advantages(
-        self, answers: Sequence[JudgedAnswer], own: Sequence[TokenNumbers] | None, reference: Sequence[TokenNumbers] | None
+        self,
+        answers: Sequence[JudgedAnswer],
+        own: Sequence[TokenNumbers] | None,
+        reference: Sequence[TokenNumbers] | None,
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None, dict[str, float]]:
         record, lengths = self.record, [len(a.tokens.response) for a in answers]
         time_steps = max(1, *lengths)

@@ -31,8 +31,9 @@ class Experience:
     """A sampled response with what the update needs to know of it; arrays are [time] float32.
 
     sampled: log-probabilities that the sampler reported. old: the same, recomputed by the trainer; None means "as they are in this
-    forward", for the one update that is exactly on-policy. reference: None where the step does not measure the KL to it. old_experts: [time, layers, experts per token] that the old policy chose,
-    where it is a mixture of experts. trained False keeps the response out of the loss (masked truncation).
+    forward", for the one update that is exactly on-policy. reference: None where the step does not measure the KL to it. old_experts:
+    [time, layers, experts per token] that the old policy chose, where it is a mixture of experts. trained False keeps the response out
+    of the loss (masked truncation).
     weight: 1 - mu, and 1 without an expert stream.
     """
 

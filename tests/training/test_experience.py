@@ -50,6 +50,22 @@ def test_old_and_reference_are_those_of_the_two_models() -> None:
         assert row.reference == pytest.approx(other.logprobs, abs=1e-5)
 
 
+@pytest.mark.parametrize(("name", "measured"), [("gspo", [True, False, True, False]), ("grpo", [True] * 4)])
+def test_the_kl_is_measured_every_second_step_and_always_where_the_loss_needs_it(name: str, measured: list[bool]) -> None:
+    policy = small.policy()
+    source, objective = source_of(record(name, minibatches=1), policy)
+    source.measure_kl_every = 2
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=4, micro_batch_tokens=40)
+    every, _ = source_of(record(name, minibatches=1), policy)
+    updates = []
+    for number in range(4):
+        (batch,), (whole,) = source.next(number).batches, every.next(number).batches
+        assert [row.advantages.tolist() for row in batch] == [row.advantages.tolist() for row in whole]
+        updates.append(trainer.update(batch, objective))
+    assert ["kl/ref_k1" in metrics for metrics in updates] == measured
+    assert all("kl/approx" in metrics for metrics in updates)
+
+
 def test_advantages_are_those_of_the_group_for_every_token() -> None:
     source, data, _ = step(record("grpo"))
     rows = data.batches[0]
