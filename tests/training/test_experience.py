@@ -51,7 +51,9 @@ def test_old_and_reference_are_those_of_the_two_models() -> None:
 
 
 @pytest.mark.parametrize(("name", "measured"), [("gspo", [True, False, True, False]), ("grpo", [True] * 4)])
-def test_the_kl_is_measured_every_second_step_and_always_where_the_loss_needs_it(name: str, measured: list[bool]) -> None:
+def test_the_kl_is_measured_every_second_step_and_always_where_the_loss_needs_it(
+    name: str, measured: list[bool]
+) -> None:
     policy = small.policy()
     source, objective = source_of(record(name, minibatches=1), policy)
     source.measure_kl_every = 2
