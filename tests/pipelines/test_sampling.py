@@ -58,9 +58,10 @@ def new_run(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
     pd.DataFrame(rows).to_parquet("data/valid/problems.parquet")
 
     def make(**options: Any) -> Run:
+        args = argparse.Namespace(algorithm="grpo", seed=0, replay=None)
         made = Run(
-            stage="align", name="align-grpo-0", params=params, args=argparse.Namespace(algorithm="grpo", seed=0, replay=None),
-            directory=Path("runs/align/grpo-0"), state=tmp_path / "state", key="k" * 64, code="c" * 64, **options,
+            stage="align", name="align-grpo-0", args=args, directory=Path("runs/align/grpo-0"), state=tmp_path / "state",
+            key="k" * 64, code="c" * 64, **({"params": params} | options),
         )  # fmt: skip
         made.open({"kind": "start"}, {"kind": "params", "values": {}}, {"kind": "start"})
         return made
@@ -101,6 +102,22 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     assert peer.paths.count("/collective_rpc") == 3
     trained, start = load_policy("models/align/grpo-0"), load_policy("models/sft")
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_an_adapter_is_served_with_its_base(
+    new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", peer.url)
+    tree = params.model_dump(exclude_unset=True)
+    tree["align"]["lora"] = {"rank": 2, "alpha": 8.0}
+    tree["align"]["on_policy"]["optimizer"]["learning_rate"] = 0.05
+    run = new_run(params=parse_params(tree))
+    align(run, "grpo", 0, accelerator(params.align.compute, 0))
+    assert all(values["mismatch/max"] < 1e-4 for values in steps_of(run).values())
+    served, start = peer.model, load_policy("models/sft")
+    with torch.no_grad():
+        moved = served(torch.tensor([[5, 6, 7]])).logits - start(torch.tensor([[5, 6, 7]])).logits
+    assert moved.abs().max() > 0.1
 
 
 def test_the_seeds_of_a_resumed_run_are_those_of_an_undisturbed_one(
@@ -169,7 +186,7 @@ def test_a_server_is_started_as_the_environment_says(
 
 def test_the_native_engine_is_the_default(root: Path, new_run: Callable[..., Run], params: Params) -> None:
     assert isinstance(engine(new_run(), parse_params(read_yaml(root / "params.yaml"))), NativeEngine)
-    tree = params.model_dump()
+    tree = params.model_dump(exclude_unset=True)
     tree["align"]["on_policy"]["rollouts"] = {"engine": "vlm"}
     with pytest.raises(ConfigError, match=r"align.on_policy.rollouts.engine = 'vlm': .*'native' or 'vllm'"):
         parse_params(tree)
