@@ -1,11 +1,12 @@
 """What the journal and MLflow cost a training step: steps of about 200 ms, bare, with the journal, and with an MLflow follower beside it.
 
-    python benchmarks/journal.py [--steps 60] [--rounds 3]
+    python benchmarks/journal.py [--steps 60] [--rounds 3] [--write]
 
 Each round runs the three side by side in turn, so that a slow moment of the machine meets them alike. A step is a fixed number of matrix
 products on one thread; 20 metrics and 4 timings are recorded after it, every 10th step a table of 4 samples. The follower is the real
 one, `python -m pipelines.sync --follow`, over SQLite. Reported: the median step, the time inside the
-recording calls as the clock goes and as the processor counts it, and the follower's own processor time.
+recording calls as the clock goes and as the processor counts it, and the follower's own processor time. --write puts the
+table into benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/journal.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     products = calibrated()
@@ -45,24 +47,40 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 share = one(Path(folder), mode, number, products, args.steps, steps[mode], recording[mode])
             shares += [] if share is None else [share]
-    print(
-        f"torch {torch.__version__}, {products} products of {SIZE} x {SIZE} a step, {args.rounds} x {args.steps} steps\n"
-    )
-    print(
-        "| | step, ms (median) | recording by the clock, ms (median, 99 %) | share of 200 ms (median) | by the processor, ms (mean) |"
-    )
-    print("|---|---|---|---|---|")
+    report = table(steps, recording, shares, products, args)
+    print(report)
+    if args.write:
+        Path(__file__).with_suffix(".md").write_text(report, encoding="utf-8")
+
+
+def table(
+    steps: dict[str, list[float]],
+    recording: dict[str, list[tuple[float, float]]],
+    shares: list[float],
+    products: int,
+    args: argparse.Namespace,
+) -> str:
+    lines = [
+        "# What recording costs a training step",
+        "",
+        f"`python benchmarks/journal.py --steps {args.steps} --rounds {args.rounds}`: {METRICS} metrics and 4 timings a step, a table every"
+        f" tenth, the follower over SQLite beside it. {args.rounds} x {args.steps} steps a row, torch {torch.__version__},"
+        f" {products} products of {SIZE} x {SIZE} a step.",
+        "",
+        "| | step, ms (median) | recording by the clock, ms (median, 99 %) | share of 200 ms (median) | by the processor, ms (mean) |",
+        "|---|---|---|---|---|",
+    ]
     for mode in MODES:
         clock = sorted(by_clock for by_clock, _ in recording[mode])
         middle, high = statistics.median(clock), clock[int(0.99 * (len(clock) - 1))]
         processor = statistics.mean(by_processor for _, by_processor in recording[mode])
-        print(
+        lines.append(
             f"| {mode} | {1e3 * statistics.median(steps[mode]):.1f} | {1e3 * middle:.2f}, {1e3 * high:.2f} |"
             f" {100 * middle / STEP_SECONDS:.2f} % | {1e3 * processor:.2f} |"
         )
-    print(
-        f"\nThe follower, a process of its own at the lowest priority, used {100 * statistics.mean(shares):.1f} % of one core."
-    )
+    used = f"{100 * statistics.mean(shares):.1f} % of one core"
+    lines += ["", f"The follower, a process of its own whose passes run at low priority, used {used}.", ""]
+    return "\n".join(lines)
 
 
 def calibrated() -> int:

@@ -1,10 +1,11 @@
 """What Prefect adds: to a flow's start, to every stage, and to its end. Against a server of its own, stages that do nothing.
 
-    python benchmarks/orchestration.py [--stages 8] [--repeats 3] [--database URL]
+    python benchmarks/orchestration.py [--stages 8] [--repeats 3] [--database URL] [--write]
 
 A chain of stages runs through flows.compare on one slot, and through `dvc repro --single-item` alone. The flow's start is
 the time from typing the command to the first stage's start; a stage's overhead is what a stage costs in the flow, the gap
-to the next one included, beyond what the same `dvc repro --single-item` costs alone.
+to the next one included, beyond what the same `dvc repro --single-item` costs alone. --write puts the table into
+benchmarks/orchestration.md.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--database", help="SQLAlchemy URL of the Prefect server (default: SQLite)")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/orchestration.md")
     options = parser.parse_args()
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -111,13 +113,29 @@ def main() -> None:
                 alone = bare(workspace(folder / f"bare-{i}", options.stages), options.stages)
                 rows.setdefault("a stage by dvc alone", []).append(alone)
                 rows.setdefault("overhead of a stage", []).append(rows["a stage in the flow"][-1] - alone)
-    print(f"| seconds, {options.repeats} runs of {options.stages} stages | median | least | most | bar |")
-    print("| --- | --- | --- | --- | --- |")
+    report = table(rows, options)
+    print(report)
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text(report, encoding="utf-8")
+
+
+def table(rows: dict[str, list[float]], options: argparse.Namespace) -> str:
+    command = f"python benchmarks/orchestration.py --stages {options.stages} --repeats {options.repeats}"
+    database = "the database given" if options.database else "SQLite"
+    lines = [
+        "# What Prefect adds",
+        "",
+        f"`{command}`: a chain of stages that copy one byte, through `flows.compare` against a Prefect server over {database}, and by"
+        f" `dvc repro --single-item` alone, in turn. {os.cpu_count()} processor cores.",
+        "",
+        "| seconds | median | least | most | bar |",
+        "|---|---|---|---|---|",
+    ]
     bars = {"flow's start": "< 8", "overhead of a stage": "< 2"}
     for key, values in rows.items():
-        print(
-            f"| {key} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} | {bars.get(key, '')} |"
-        )
+        numbers = " | ".join(f"{number:.2f}" for number in (statistics.median(values), min(values), max(values)))
+        lines.append(f"| {key} | {numbers} | {bars.get(key, '')} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

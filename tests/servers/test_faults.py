@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.journal import ended, read
 from tests.servers.conftest import Scene, wait
 
 pytestmark = [
@@ -58,26 +59,75 @@ def test_the_databases_come_back_as_they_were_backed_up(scene: Scene, tmp_path: 
     assert scene.registry().version(1).tags["reason"] == "every check was passed"
 
 
-def test_a_cancelled_night_stops_its_stage_and_the_next_one_goes_on(scene: Scene) -> None:
-    scene.put("preferences/more.jsonl", *({"prompt": f"m{i}?", "chosen": "1", "rejected": "0"} for i in range(40)))
-    run = scene.fire()
-    before = {path.name for path in (scene.root / ".posttrain/runs").glob("reward-*")}
+def more_pairs(scene: Scene, count: int) -> None:
+    """New data, after which the reward model and everything below it are stale."""
+    pairs = ({"prompt": f"m{count}-{i}?", "chosen": "1", "rejected": "0"} for i in range(count))
+    scene.put(f"preferences/more-{count}.jsonl", *pairs)
 
-    def training() -> list[psutil.Process] | None:
-        new = [p for p in (scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*") if p.parts[-3] not in before]
-        return worker_family(scene) if new else None
 
-    family = wait(training, 400)
-    scene.command("prefect", "flow-run", "cancel", str(run.id))
-    ended = scene.ended(run, 120)
-    assert ended.state is not None
-    assert ended.state.is_cancelled()
+def reward_runs(scene: Scene) -> set[Path]:
+    return set((scene.root / ".posttrain" / "runs").glob("reward-*"))
+
+
+def training(scene: Scene, before: set[Path]) -> Path:
+    """The run of a new reward model, once it has a checkpoint."""
+
+    def look() -> Path | None:
+        return next((run for run in reward_runs(scene) - before if next(run.glob("checkpoints/*/step-*"), None)), None)
+
+    found: Path = wait(look, 400)
+    return found
+
+
+def status_in_mlflow(scene: Scene, run: Path) -> str:
+    """Of the newest MLflow run of this run's identity."""
+    from pipelines.tracking.describe import RUN_TAG
+    from pipelines.tracking.store import open_client
+
+    client = open_client(scene.root)
+    experiment = client.get_experiment_by_name("posttrain")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{run.name}'")
+    return str(found.info.status)
+
+
+def test_a_cancelled_night_stops_its_stage_at_a_checkpoint_and_the_next_one_goes_on(scene: Scene) -> None:
+    before = reward_runs(scene)
+    more_pairs(scene, 240)
+    night = scene.fire()
+    run = training(scene, before)
+    family = worker_family(scene)
+    scene.command("prefect", "flow-run", "cancel", str(night.id))
+    wait(lambda: True if ended(read(run / "journal.jsonl")) == "KILLED" else None, 10)
+    state = scene.ended(night, 120).state
+    assert state is not None
+    assert state.is_cancelled()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
+    assert next(run.glob("checkpoints/*/step-*"))
+    assert status_in_mlflow(scene, run) == "KILLED"
+
     again = scene.ended(scene.fire())
     assert again.state is not None
     assert again.state.is_completed(), scene.log(again)
     assert "reward: continuing run reward-" in (scene.root / ".posttrain/logs/reward.log").read_text(encoding="utf-8")
+    assert status_in_mlflow(scene, run) == "FINISHED"
+
+
+def test_a_night_whose_process_is_killed_under_its_worker_is_told_to_the_webhook(scene: Scene) -> None:
+    before, told = reward_runs(scene), len(scene.told)
+    more_pairs(scene, 241)
+    night = scene.fire()
+    training(scene, before)
+    engine = next(process for process in worker_family(scene) if "prefect.engine" in " ".join(process.cmdline()))
+    engine.kill()
+    state = scene.ended(night, 120).state
+    assert state is not None
+    assert state.is_crashed()
+    message = wait(lambda: next(iter(scene.told[told:]), None), 60)
+    assert message["event"] == "failed"
+    assert f"retrain ({night.name}) ended Crashed" in message["text"]
+    assert str(night.id) in message["links"]["flow run"]
 
 
 def worker_family(scene: Scene) -> list[psutil.Process]:
