@@ -165,19 +165,17 @@ class Topology:
             self._set_remote(keys)
 
     def _set_remote(self, keys: dict[str, str]) -> None:
-        settings = {
-            "endpointurl": self.url("s3"),
-            "access_key_id": keys["AWS_ACCESS_KEY_ID"],
-            "secret_access_key": keys["AWS_SECRET_ACCESS_KEY"],
-            "region": keys["AWS_DEFAULT_REGION"],
-        }
-        commands = [["add", "--local", "--force", "--default", "servers", f"s3://{BUCKET}/dvc"]]
-        commands += [["modify", "--local", "servers", name, value] for name, value in settings.items()]
-        for command in commands:
-            subprocess.run(
-                [sys.executable, "-m", "dvc", "remote", *command], cwd=self.project, env=child_environment(), check=True,
-                stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+        from dvc.config import Config
+
+        with Config(str(self.project / ".dvc")).edit("local") as config:
+            config["remote"]["servers"] = {
+                "url": f"s3://{BUCKET}/dvc",
+                "endpointurl": self.url("s3"),
+                "access_key_id": keys["AWS_ACCESS_KEY_ID"],
+                "secret_access_key": keys["AWS_SECRET_ACCESS_KEY"],
+                "region": keys["AWS_DEFAULT_REGION"],
+            }
+            config["core"]["remote"] = "servers"
 
     def _secrets(self) -> dict[str, str]:
         path = self.home / "secrets.json"

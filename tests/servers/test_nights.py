@@ -16,6 +16,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.states import Cancelled
 
+from flows.promote import promote
+from pipelines.models import line
 from tests.servers.conftest import Scene, signed_in, wait
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -119,12 +121,12 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
 
 
 def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene) -> None:
-    scene.command("flows.promote", "--reason", "to see it fail")
+    promote(str(scene.root), reason="to see it fail")
     assert scene.aliases() == {"champion": 2, "previous": 1}
     printed = scene.command("flows.promote", "--roll-back", "--reason", "it answers 0")
     assert "version 1 (dpo-0) is champion again, in place of version 2 (dpo-0): it answers 0" in printed
     assert scene.aliases() == {"champion": 1, "previous": 2}
-    assert "rolled back: it answers 0" in scene.command("pipelines.models")
+    assert "rolled back: it answers 0" in line(scene.registry().version(2))
     assert [message["event"] for message in scene.told[3:]] == ["promoted", "rolled back"]
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] not in json.dumps(scene.told)
 
