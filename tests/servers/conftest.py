@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -29,7 +30,8 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.postgres import program
-from infra.topology import Topology
+from infra.topology import ORDER, Topology
+from pipelines.configure import configure
 from posttrain.errors import OrchestrationError
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.webhook import Bodies, listening
@@ -102,11 +104,29 @@ class Scene:
         with get_client(sync_client=True) as client:
             return client.read_flow_run(run.id)
 
-    def log(self, run: FlowRun) -> str:
-        time.sleep(2.5)  # Prefect sends log lines in batches of up to two seconds
-        with get_client(sync_client=True) as client:
-            found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=200)
-        return "\n".join(entry.message for entry in found)
+    def log(self, run: FlowRun, last: str = "") -> str:
+        """The flow run's log, once it holds `last`: Prefect sends lines in batches, also after the run's end."""
+
+        def look() -> str | None:
+            wanted, lines, page = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), list[str](), 200
+            with get_client(sync_client=True) as client:
+                while len(lines) % page == 0:
+                    found = client.read_logs(wanted, limit=page, offset=len(lines))
+                    lines += [entry.message for entry in found]
+                    if not found:
+                        break
+            text = "\n".join(lines)
+            return text if last in text else None
+
+        text: str = wait(look, 60)
+        return text
+
+    def completed(self, run: FlowRun, last: str) -> str:
+        """Wait for the run's end, which has to be a good one; its log."""
+        ended = self.ended(run)
+        assert ended.state is not None
+        assert ended.state.is_completed(), f"{ended.state}\n{self.log(run)}"
+        return self.log(run, last)
 
     def aliases(self) -> dict[str, int]:
         registry = self.registry()
@@ -147,7 +167,7 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
     except OrchestrationError as error:
         pytest.skip(str(error))
     clone = new_clone()
-    clone.configure("tests/servers/tiny.yaml")
+    configure(clone.root / "params.yaml", [str(clone.root / "tests/servers/tiny.yaml")])
     tables(clone.root)
     data = Path("/tmp") / f"posttrain-test-{secrets.token_hex(6)}"
     environment = QUICK | {
@@ -169,7 +189,8 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
             with temporary_settings({PREFECT_API_URL: f"{topology.url('prefect')}/api"}):
                 yield Scene(clone, topology, told)
         finally:
-            topology.down()
+            for name in reversed(ORDER):
+                topology.processes.stop(name, signal.SIGKILL, seconds=0)
             shutil.rmtree(data, ignore_errors=True)
 
 

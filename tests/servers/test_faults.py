@@ -27,9 +27,7 @@ def test_a_night_survives_the_death_of_prefect_mlflow_and_the_database(scene: Sc
     processes.stop("postgres", signal.SIGQUIT)  # PostgreSQL's immediate shutdown: as a crash
     for name in ("postgres", "prefect", "mlflow"):
         scene.topology.start(name)
-    ended = scene.ended(run)
-    assert ended.state is not None
-    assert ended.state.is_completed(), scene.log(run)
+    scene.completed(run, "why: runs/gate/artifacts/decision.html")
     assert scene.aliases() == {"champion": 1}
     from pipelines.tracking.store import open_client
 
@@ -107,9 +105,7 @@ def test_a_cancelled_night_stops_its_stage_at_a_checkpoint_and_the_next_one_goes
     assert next(run.glob("checkpoints/*/step-*"))
     assert status_in_mlflow(scene, run) == "KILLED"
 
-    again = scene.ended(scene.fire())
-    assert again.state is not None
-    assert again.state.is_completed(), scene.log(again)
+    scene.completed(scene.fire(), "why: runs/gate/artifacts/decision.html")
     assert "reward: continuing run reward-" in (scene.root / ".posttrain/logs/reward.log").read_text(encoding="utf-8")
     assert status_in_mlflow(scene, run) == "FINISHED"
 

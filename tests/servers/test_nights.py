@@ -36,10 +36,8 @@ def objects(scene: Scene, prefix: str) -> list[str]:
 def test_the_schedule_fires_by_itself_and_a_better_model_becomes_champion(scene: Scene) -> None:
     scene.put("preferences/good.jsonl", *GOOD)
     scene.put("preferences/bad.jsonl", '{"prompt": "x?", "chosen": ')
-    run = scene.ended(scene.fire())
-    log = scene.log(run)
-    assert run.state is not None
-    assert run.state.is_completed(), log
+    run = scene.fire()
+    log = scene.completed(run, "why: runs/gate/artifacts/decision.html")
     assert "inbox: accepted preferences/good.jsonl: 8 rows for preferences" in log
     assert "inbox: quarantined preferences/bad.jsonl: bad.jsonl, line 1" in log
     assert (scene.root / "inbox/quarantined/preferences/bad.jsonl.reason.txt").is_file()
@@ -73,16 +71,13 @@ def test_mlflow_asks_for_a_password(scene: Scene) -> None:
 def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> None:
     lock = (scene.root / "dvc.lock").read_bytes()
     flow = (scene.root / ".posttrain/flow.json").read_bytes()
-    run = scene.ended(scene.fire())
-    log = scene.log(run)
-    assert run.state is not None
-    assert run.state.is_completed(), log
+    run = scene.fire()
+    log = scene.completed(run, "nothing new, nothing to decide: version 1 (dpo-0) is champion")
     assert "nothing to do: all" in log
-    assert "nothing new, nothing to decide: version 1 (dpo-0) is champion" in log
     assert (scene.root / "dvc.lock").read_bytes() == lock
     assert (scene.root / ".posttrain/flow.json").read_bytes() == flow
     assert scene.aliases() == {"champion": 1}
-    assert run.total_run_time.total_seconds() < 60
+    assert not scene.told[1:]
 
 
 def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(scene: Scene) -> None:
@@ -104,10 +99,7 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
     assert crashed.state is not None
     assert crashed.state.is_crashed()
 
-    run = scene.ended(scene.fire())
-    log = scene.log(run)
-    assert run.state is not None
-    assert run.state.is_completed(), log
+    scene.completed(scene.fire(), "why: runs/gate/artifacts/decision.html")
     assert "reward: continuing run reward-" in (scene.root / ".posttrain/logs/reward.log").read_text(encoding="utf-8")
     decision = json.loads((scene.root / "runs/gate/artifacts/decision.json").read_text(encoding="utf-8"))
     assert not decision["promote"]
