@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.process import Lock
@@ -59,6 +62,20 @@ def test_a_killed_step_is_swept_then_resumed_in_the_same_run(project: Project, s
 def test_the_follower_of_a_killed_step_ends_its_run_as_killed(project: Project, store: Any) -> None:
     project.run(DIE_AT="7", STEP_SECONDS="0.1", POSTTRAIN_FOLLOWER="0")
     wait_for(lambda: [r for r in all_runs(store) if r.info.status == "KILLED"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_follower_stays_behind_the_training_but_not_while_it_is_waited_for(project: Project, store: Any) -> None:
+    follower = project.start("--follow", module="pipelines.sync")
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def priorities() -> set[int]:
+        return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(follower.pid).threads()}
+
+    wait_for(lambda: own + 10 in priorities())
+    assert os.getpriority(os.PRIO_PROCESS, follower.pid) == own  # of the thread that makes the last pass
+    follower.terminate()
+    assert follower.wait(60) == 0
 
 
 def test_a_running_run_whose_journal_is_gone_is_swept(project: Project, store: Any) -> None:
