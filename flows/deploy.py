@@ -58,7 +58,7 @@ async def _queue(client: PrefectClient, pool: str, name: str, limit: int | None)
 
 
 async def _watch_heartbeats() -> None:
-    """A run whose process and worker are both gone says nothing any more: after 90 s without a heartbeat it is Crashed."""
+    """A run whose process and worker are both gone says nothing any more: after SILENCE_SECONDS without a heartbeat it is Crashed."""
     ended = {
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
     }

@@ -80,7 +80,7 @@ def server(root: Path, port: int) -> Iterator[str]:
 
 def _start_server(root: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api", **environment.KEPT_LEASES}
     with log.open("wb") as output:
         return start(command, root, output=output, extra=extra, grace_seconds=5)
 

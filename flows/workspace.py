@@ -31,7 +31,8 @@ from tasks.stage import CATCH_UP_SECONDS, StageResult
 WAIT_SECONDS = 2.0
 RUN = Path(".posttrain/flow.run")
 """Holds the id of the flow run at work; left behind by one that was killed."""
-SILENCE_SECONDS = 90
+SILENCE_SECONDS = 300
+"""Longer than a restart of the Prefect server or its database takes, during which heartbeats are lost."""
 SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
 """What the server says of a run that it marks Crashed; see flows.deploy."""
 

@@ -20,7 +20,7 @@ from flows.promote import promote
 from pipelines.models import line
 from tests.servers.conftest import Scene, signed_in, wait
 
-pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(900)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
@@ -160,16 +160,23 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     first = scene.told[0]["links"]
-    artifacts = page(browser, scene, f"{scene.topology.url('prefect')}/artifacts")
-    assert all(name in artifacts for name in ("intake", "comparison", "report", "decision", "decision-page"))
-    night = page(browser, scene, first["flow run"])
-    assert "Completed" in night
-    assert "Task runs" in night
+    artifacts = ("intake", "comparison", "report", "decision", "decision-page")
+    shows(browser, scene, f"{scene.topology.url('prefect')}/artifacts", *artifacts)
+    shows(browser, scene, first["flow run"], "Completed", "Task runs")
     base = scene.topology.url("mlflow")
     with signed_in(base, "admin", os.environ["MLFLOW_TRACKING_PASSWORD"]) as proxy:
-        version = page(browser, scene, first["model"].replace(base, proxy) + "?workflowType=machine_learning")
-    assert "every check was passed" in version
-    assert "dvc.md5" in version
+        version = first["model"].replace(base, proxy) + "?workflowType=machine_learning"
+        shows(browser, scene, version, "every check was passed", "dvc.md5")
+
+
+def shows(browser: str, scene: Scene, url: str, *wanted: str) -> None:
+    """Its scripts put all of this on the page; on a slow machine at the second look."""
+
+    def look() -> bool | None:
+        shown = page(browser, scene, url)
+        return True if all(text in shown for text in wanted) else None
+
+    wait(look, 180)
 
 
 def page(browser: str, scene: Scene, url: str) -> str:
