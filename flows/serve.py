@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import serve
-from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
@@ -44,14 +43,12 @@ def deployments(path: Path) -> list[RunnerDeployment]:
 def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
     module, function = entry["entrypoint"].split(":")
     flow = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
-    limit = entry.get("concurrency_limit")
     made: RunnerDeployment = flow.to_deployment(
         name=entry["name"],
         schedules=[Cron(each["cron"], timezone=each.get("timezone", "UTC")) for each in entry["schedules"]],
         parameters=entry["parameters"],
         description=entry["description"],
         tags=entry["tags"],
-        concurrency_limit=ConcurrencyLimitConfig(**limit) if limit else None,
     )
     return made
 
@@ -80,7 +77,7 @@ def server(root: Path, port: int) -> Iterator[str]:
 
 def _start_server(root: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api", **environment.KEPT_LEASES}
+    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
     with log.open("wb") as output:
         return start(command, root, output=output, extra=extra, grace_seconds=5)
 

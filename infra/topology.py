@@ -148,8 +148,6 @@ class Topology:
         return {
             "PREFECT_API_DATABASE_CONNECTION_URL": self.postgres.uri("prefect", "asyncpg"),
             "PREFECT_SERVER_UI_API_URL": f"{self.url('prefect')}/api",
-            "PREFECT_HOME": str(self.home / "prefect"),
-            **environment.KEPT_LEASES,
         }
 
     def _prepare_store(self) -> None:

@@ -16,9 +16,6 @@ QUIET = {
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_OFFLINE": "1",
 }
-KEPT_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-"""For a Prefect server with deployments. By default it forgets with every restart who holds their concurrency slots: a flow at
-work would be ended at its next renewal, and the slot of a dead one would stay taken."""
 
 
 def quiet() -> None:

@@ -12,6 +12,3 @@ def test_serve_runs_what_prefect_yaml_deploys(root: Path, monkeypatch: pytest.Mo
     assert hours == {"retrain/nightly": ["0 2 * * *"], "compare/weekly": ["0 6 * * 0"], "promote/promote": []}
     nightly = found["retrain/nightly"]
     assert nightly.parameters == {"root": ".", "tracking": True, "approval": False}
-    assert nightly.concurrency_limit == 1
-    assert nightly.concurrency_options is not None
-    assert nightly.concurrency_options.collision_strategy == "CANCEL_NEW"

@@ -133,5 +133,4 @@ def test_deployments_are_the_flows_with_their_own_parameters(root: Path) -> None
         assert set(entry["parameters"]) <= set(inspect.signature(flow.fn).parameters)
         assert entry["work_pool"]["name"] == POOL
         assert entry["work_pool"]["work_queue_name"] == (APPROVALS if name == "promote" else TRAINING)
-        if name != "promote":
-            assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+        assert "concurrency_limit" not in entry, "a flow would not outlive an outage of the server that keeps its lease"

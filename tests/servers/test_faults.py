@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect.client.orchestration import get_client
 
 from pipelines.journal import ended, read
 from tests.servers.conftest import Scene, wait
@@ -28,12 +27,6 @@ def test_a_night_survives_the_death_of_prefect_mlflow_and_the_database(scene: Sc
     processes.stop("postgres", signal.SIGQUIT)  # PostgreSQL's immediate shutdown: as a crash
     for name in ("postgres", "prefect", "mlflow"):
         scene.topology.start(name)
-    state = scene.read(run).state
-    assert state is not None
-    with get_client(
-        sync_client=True
-    ) as client:  # as the flow does every few minutes; without its lease it would be ended
-        client.renew_concurrency_lease(state.state_details.deployment_concurrency_lease_id, lease_duration=300)
     scene.completed(run, "why: runs/gate/artifacts/decision.html")
     assert scene.aliases() == {"champion": 1}
     from pipelines.tracking.store import open_client
