@@ -3,7 +3,7 @@
     python -m flows.worker [--pool posttrain]
 
 PREFECT_API_URL names the server. A flow run that died with the worker before this one is marked Crashed first, which gives
-its deployment's concurrency slot back; the next run goes on from its checkpoints.
+its place in the queue back; the next run goes on from its checkpoints.
 """
 
 from __future__ import annotations

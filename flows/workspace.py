@@ -106,7 +106,7 @@ def end_dead_run(path: Path) -> str | None:
     """Mark the run that `path` names Crashed if Prefect still believes it at work; its name. Only for who holds the lock.
 
     A worker marks a flow that it sees dying, and tells the webhook; one that dies with its worker would stay Running, and
-    hold its deployment's concurrency slot, for ever, or be marked by the server for its silence. Then we tell.
+    hold its place in the queue, for ever, or be marked by the server for its silence. Then we tell.
     """
     identity = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if not identity or identity == str(flow_run.get_id() or ""):
