@@ -30,7 +30,7 @@ from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
 
 HERE = Path(__file__).parent
 SIDES = ("posttrain", "TRL")
-TABLE = HERE / "training.md"
+TABLE, PICTURE = HERE / "training.md", HERE / "training.png"
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 SMALL = TinyShape(max_length=1024)
 MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, kv_heads=4, max_length=1024)
@@ -86,6 +86,8 @@ less. Same work: how far loss and gradient norm of the first step lie apart on t
 | case | posttrain, s | TRL, s | ratio | processor | wanted | same work: loss, gradient norm |
 |---|---|---|---|---|---|---|"""
 
+SHOWN = "Where our processor time goes:\n\n![shares of the processor's time by kind of operator, one bar a case](training.png)"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,8 +110,17 @@ def main() -> None:
         for name in names:
             said.append(line(BY_NAME[name], measured(BY_NAME[name], Path(folder), workers, repeats)))
             print(said[-1], flush=True)
+        profiles = {
+            name: asked(
+                workers,
+                "posttrain",
+                job(BY_NAME[name], saved_model(BY_NAME[name], Path(folder)), 0, False) | {"profile": True},
+            )
+            for name in (names if args.write else ())
+        }
     if args.write:
-        TABLE.write_text("\n".join([TITLE, *said]) + "\n", encoding="utf-8")
+        draw({name: profile["shares"] for name, profile in profiles.items()}, PICTURE)
+        TABLE.write_text("\n".join([TITLE, *said, "", SHOWN]) + "\n", encoding="utf-8")
 
 
 def machine() -> str:
@@ -267,6 +278,30 @@ def line(case: Case, found: Measured) -> str:
         f"| {case.name} | {' | '.join(cells)} | {by_clock:.2f} | {by_processor:.2f} | {case.bar:g} |"
         f" {same}: {found.loss:.1e}, {found.norm:.1e} |"
     )
+
+
+def draw(profiles: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """One bar a case, its parts by kind of operator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.36 * len(profiles)), layout="constrained")
+    names = list(profiles)
+    left = np.zeros(len(names))
+    for group, colour in zip(
+        profiles[names[0]], ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999999"), strict=True
+    ):
+        part = np.array([profiles[name][group] / sum(profiles[name].values()) for name in names])
+        axes.barh(names, part, left=left, label=group, color=colour, height=0.7)
+        left += part
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the processor's time")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

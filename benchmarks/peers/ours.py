@@ -194,6 +194,8 @@ MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": on_policy, "gspo": on_policy
 
 
 def run(job: Job) -> Job:
+    if job.get("profile"):
+        return {"shares": shares(job)}
     AcceleratorState._reset_state(reset_partial_state=True)  # the last job's precision
     device = Accelerator(mixed_precision="bf16" if job["bf16"] else "no", cpu=True)
     numbers = Numbers()
@@ -210,6 +212,29 @@ def run(job: Job) -> Job:
         "grad_norms": [step["grad_norm"] for step in numbers.kept],
         "tokens": trainer.tokens_trained,
     }
+
+
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "moving (gather, copy, fill)": (
+        "aten::index", "aten::copy_", "aten::cat", "aten::fill_", "aten::gather", "aten::scatter", "aten::embedding", "aten::select",
+        "aten::slice", "aten::_to_copy", "aten::to", "aten::clone", "aten::nonzero", "aten::repeat",
+    ),
+    "optimiser": ("Optimizer.step", "aten::_fused_adam", "aten::_foreach", "aten::addcdiv", "aten::addcmul", "aten::lerp"),
+}  # fmt: skip
+"""Operators whose names begin like this; all others of torch count as elementwise."""
+
+
+def shares(job: Job) -> dict[str, float]:
+    """Seconds of each group of operators in a run, as torch's profiler tells; what is left of the processor's time is Python."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        spent_in_all = run({**job, "profile": False})["processor"]
+    seconds = dict.fromkeys([*GROUPS, "elementwise and softmax"], 0.0)
+    for event in profile.key_averages():
+        group = next((g for g, names in GROUPS.items() if event.key.startswith(names)), "elementwise and softmax")
+        seconds[group] += event.self_cpu_time_total / 1e6 if event.key.startswith(("aten::", "Optimizer")) else 0.0
+    return seconds | {"Python and dispatch": max(0.0, spent_in_all - sum(seconds.values()))}
 
 
 def main() -> None:
