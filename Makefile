@@ -51,9 +51,11 @@ lint: setup  ## formatting, lint, types, and known vulnerabilities of the depend
 ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000)
 	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT)
 
-bench: setup  ## side-by-side measurements of benchmarks/
-	@for script in benchmarks/*.py; do test -e "$$script" || { echo "no benchmarks here"; continue; }; \
-		echo "== $$script"; $(QUIET) $(PYTHON_IN) "$$script" || exit 1; done
+bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hour on two cores that do nothing else
+	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl
+	@for name in training rollouts logprobs scaling journal orchestration; do \
+		echo "== benchmarks/$$name.py"; $(QUIET) $(PYTHON_IN) "benchmarks/$$name.py" --write || exit 1; done
+	@$(PYTHON_IN) benchmarks/results.py
 
 clean:  ## remove caches and logs; keeps data, models, runs, report and MLflow's database
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .posttrain/logs

@@ -1,9 +1,9 @@
 """Log-probability and entropy of the taken tokens at a large vocabulary, forward and backward: fused with the head against the whole table.
 
-    python benchmarks/logprobs.py [--repeats 3] [--tokens 4096] [--hidden 256] [--vocabulary 151936]
+    python benchmarks/logprobs.py [--repeats 3] [--tokens 4096] [--hidden 256] [--vocabulary 151936] [--write]
 
 Every measurement is a process of its own, one thread, the ways alternating. Memory is the process's peak above what it held before the
-first pass (the head, the hidden states and their gradients included). The gradients of the two float32 ways are compared as well.
+first pass, the gradients of head and hidden states included. The gradients' norms show that the ways compute the same.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import torch
 
 from posttrain.models.logprobs import taken_logprobs
 
+TITLE = "# Log-probability and entropy of the taken tokens at a large vocabulary\n\nMade by `python benchmarks/logprobs.py --write`.\n"
 WAYS = ("whole table", "fused", "fused, bf16")
 
 
@@ -29,6 +31,7 @@ def main() -> None:
     for name, value in (("repeats", 3), ("tokens", 4096), ("hidden", 256), ("vocabulary", 151_936)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/logprobs.md")
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args.way, args.tokens, args.hidden, args.vocabulary)))
@@ -38,20 +41,32 @@ def main() -> None:
         for way in WAYS:
             command = [sys.executable, __file__, "--way", way, *sys.argv[1:]]
             runs[way].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    print(
-        f"torch {torch.__version__}, {args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, one thread\n"
+    said = [
+        f"torch {torch.__version__}, {args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, one thread, "
+        f"{args.repeats} alternating runs.\n",
+        "| way | seconds, median (range) | speed | of the processor, s | speed | peak MiB | memory | gradient norms: hidden, head |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row(way, measured, runs[WAYS[0]]) for way, measured in runs.items()),
+    ]
+    print("\n".join(said))
+    if args.write:
+        text = "\n".join([TITLE, *said]) + "\n"
+        Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def row(way: str, measured: list[dict[str, float]], base: list[dict[str, float]]) -> str:
+    def median(name: str, runs: list[dict[str, float]]) -> float:
+        return statistics.median(run[name] for run in runs)
+
+    seconds = [run["seconds"] for run in measured]
+    by_clock, by_processor, memory = (
+        median(name, base) / median(name, measured) for name in ("seconds", "processor", "mebibytes")
     )
-    print("| way | seconds, median (range) | speed | peak MiB | memory | gradient norms: hidden, head |")
-    print("|---|---|---|---|---|---|")
-    base = {key: statistics.median(run[key] for run in runs[WAYS[0]]) for key in ("seconds", "mebibytes")}
-    for way, measured in runs.items():
-        seconds = [run["seconds"] for run in measured]
-        peak = statistics.median(run["mebibytes"] for run in measured)
-        speed, share = base["seconds"] / statistics.median(seconds), base["mebibytes"] / peak
-        print(
-            f"| {way} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {speed:.2f} x"
-            f" | {peak:,.0f} | 1/{share:.1f} | {measured[0]['of_hidden']:.6g}, {measured[0]['of_head']:.6g} |"
-        )
+    return (
+        f"| {way} | {median('seconds', measured):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | {by_clock:.2f} x"
+        f" | {median('processor', measured):.1f} | {by_processor:.2f} x | {median('mebibytes', measured):,.0f} | 1/{memory:.1f}"
+        f" | {measured[0]['of_hidden']:.6g}, {measured[0]['of_head']:.6g} |"
+    )
 
 
 def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
@@ -62,16 +77,16 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, fl
     head = (torch.randn(vocabulary, hidden, generator=generator) * hidden**-0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     before = held_mebibytes()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
         logprobs, entropy = (whole_table if way == WAYS[0] else fused)(states, head, targets)
     (-logprobs.sum() / tokens).backward()
-    seconds = time.perf_counter() - started
+    seconds, processor = time.perf_counter() - started, time.process_time() - used
     assert states.grad is not None
     assert head.grad is not None
     assert bool(torch.isfinite(entropy).all())
     return {
-        "seconds": seconds, "mebibytes": peak_mebibytes() - before,
+        "seconds": seconds, "processor": processor, "mebibytes": peak_mebibytes() - before,
         "of_hidden": float(states.grad.norm()), "of_head": float(head.grad.norm()),
     }  # fmt: skip
 
