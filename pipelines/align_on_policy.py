@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common import (
+    Made,
     adapted,
     adapter_facts,
     announce,
     model_card,
     optimizer_settings,
+    plain_again,
     problems,
     read_table,
     train,
+    write_model,
 )
 from pipelines.rewards import reward_sources
 from pipelines.run import Run
 from pipelines.sampling import sampling_engine, taken_down
-from pipelines.sections import OnPolicyBudget
+from pipelines.sections import AlignParams, OnPolicyBudget
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
-from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer, save_model
-from posttrain.models.lora import Adapter, BasePolicy
+from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer
+from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
@@ -46,12 +49,9 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     assert isinstance(record, OnPolicy)
     assert isinstance(budget, OnPolicyBudget)
     encoder = load_encoder(START)
-    policy = _policy(record)
-    adapter = adapted(policy.lm, params.lora)
-    if policy.critic is not None:
-        adapted(policy.critic, params.lora)
-    policy.to(device.device)
-    reference = _reference(policy, adapter, device)
+    made = _make(record, params)
+    policy = made.model.to(device.device)
+    reference = _reference(made, device)
     compute = params.compute
     weights = dict(run.params.algorithms[name].rewards or {})
     sources = reward_sources(run, sorted(weights), device.device, compute)
@@ -103,11 +103,9 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     with taken_down(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{record.name} (arXiv {record.paper})", "seed": seed, "rewards": weights}
-    if adapter is not None:
-        adapter.merge()
+    made = plain_again(trainer, made, lambda: _make(record, params))
     card = model_card(run, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
-    save_model(policy.lm, encoder.tokenizer, folder(run), card, adapter=adapter)
-    run.model(folder(run))
+    write_model(run, made.model.lm, encoder, folder(run), card, made.adapter)
     return budget.steps, last
 
 
@@ -120,10 +118,18 @@ def _policy(record: OnPolicy) -> Policy:
     return Policy(lm, critic=load_scorer(REWARD) if record.critic_start == "reward" else load_new_scorer(START))
 
 
-def _reference(policy: Policy, adapter: Adapter | None, device: Accelerator) -> Policy:
+def _make(record: OnPolicy, params: AlignParams) -> Made[Policy]:
+    policy = _policy(record)
+    adapter = adapted(policy.lm, params.lora)
+    if policy.critic is not None:
+        adapted(policy.critic, params.lora)
+    return Made(policy, adapter)
+
+
+def _reference(made: Made[Policy], device: Accelerator) -> Policy:
     """The supervised model: loaded a second time, or the policy without its adapter."""
-    if adapter is not None:
-        return BasePolicy(policy.lm, adapter)
+    if made.adapter is not None:
+        return BasePolicy(made.model.lm, made.adapter)
     return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
 
 

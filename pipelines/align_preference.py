@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.common import adapted, adapter_facts, announce, model_card, optimizer_settings, read_table, train
+from pipelines.common import (
+    Made,
+    adapted,
+    adapter_facts,
+    announce,
+    model_card,
+    optimizer_settings,
+    plain_again,
+    read_table,
+    train,
+    write_model,
+)
 from pipelines.identity import content_digest
 from pipelines.run import Run
 from pipelines.samples import GreedySamples
-from pipelines.sections import PreferenceBudget
+from pipelines.sections import AlignParams, PreferenceBudget
 from posttrain.algorithms import LoggedGroups, Preference
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder, table_tokens
 from posttrain.errors import DataError
-from posttrain.models.folders import load_encoder, load_policy, save_model
+from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.policy import Policy
 from posttrain.models.reference import ReferenceCache
 from posttrain.training.preference import (
@@ -44,13 +55,11 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     record, budget, compute = run.params.algorithm(name), run.params.budget(name), run.params.align.compute
     assert isinstance(record, Preference | LoggedGroups)
     assert isinstance(budget, PreferenceBudget)
-    encoder, policy = load_encoder(START), Policy(load_policy(START))
-    policy.to(device.device)
+    encoder, made = load_encoder(START), _make(run.params.align)
+    policy = made.model.to(device.device)
     table = read_table("preferences")
     cache = reference_cache(run, device) if record.needs_reference else None
     answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, cache)
-    # the reference is what the adapter starts from
-    adapter = adapted(policy.lm, run.params.align.lora)
     rows: list[Any] = groups(table, answers) if isinstance(record, LoggedGroups) else pairs(table, answers, record)
     objective: Any = LoggedGroupsObjective(record) if isinstance(record, LoggedGroups) else PreferenceObjective(record)
     order = EpochOrder(len(rows), budget.batch_size, record.epochs, seed)
@@ -70,19 +79,23 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         "seed": seed,
         "learning rate": settings.learning_rate,
     } | adapter_facts(run.params.align.lora)
-    if adapter is not None:
-        adapter.merge()
+    made = plain_again(trainer, made, lambda: _make(run.params.align))
     card = model_card(run, f"Aligned with {name}", START, about, last)
-    save_model(policy.lm, encoder.tokenizer, folder(run), card, adapter=adapter)
-    run.model(folder(run))
+    write_model(run, made.model.lm, encoder, folder(run), card, made.adapter)
     return order.steps, last
+
+
+def _make(params: AlignParams) -> Made[Policy]:
+    """The supervised model, and an adapter that changes nothing yet: before training, it is its own reference."""
+    policy = Policy(load_policy(START))
+    return Made(policy, adapted(policy.lm, params.lora))
 
 
 def reference_cache(run: Run, device: Accelerator) -> ReferenceCache:
     """One for the checkout: all algorithms and seeds that start from the same model, by the same code and settings, share it."""
     compute = json.dumps(run.params.align.compute.model_dump(), sort_keys=True)
     key = " ".join([content_digest(Path(START)), run.code, compute, device.device.type])
-    return ReferenceCache(run.state.parent.parent / "reference", key)
+    return ReferenceCache(run.state.parent.parent / "reference", key, device)
 
 
 def reference_answers(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -15,6 +16,7 @@ from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
     from transformers import PreTrainedModel
 
     from posttrain.data.tokens import TextEncoder
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
+
+
+Model = TypeVar("Model", bound="nn.Module")
+
+
+@dataclass(frozen=True)
+class Made(Generic[Model]):
+    """A model to train, and the adapter in it if there is one."""
+
+    model: Model
+    adapter: Adapter | None
 
 
 class CheckedTraining(Protocol):
@@ -133,15 +146,45 @@ def train(
         sys.exit(0)
     checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
     settings = LoopSettings(run.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
-    kept = Checkpoints(run.state / FAULTS, at_most + 1, "fault")
+    kept = Checkpoints(run.state / FAULTS, at_most + 1, "fault", run.records)
     faults = Faults(kept, at_most, f"{run.command} --replay")
-    checkpoints = Checkpoints(run.checkpoints, checkpoint.keep)
+    checkpoints = Checkpoints(run.checkpoints, checkpoint.keep, writes=run.records)
     return fit(trainer, source, objective, settings, run, checkpoints, hook, faults)
+
+
+def plain_again(trainer: Trainer[Any], made: Made[Model], make: Callable[[], Made[Model]]) -> Made[Model]:
+    """What was trained, with its adapter merged; made anew around the weights where those are split over processes."""
+    if trainer.sharded:
+        weights = trainer.weights()
+        made = make()
+        made.model.load_state_dict(weights, strict=False)
+        made.model.to(trainer.accelerator.device)
+    if made.adapter is not None:
+        made.adapter.merge()
+    return made
+
+
+def write_model(
+    run: Run,
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    folder: Path,
+    card: str,
+    adapter: Adapter | None = None,
+    extra_config: dict[str, Any] | None = None,
+) -> None:
+    """Save and record a trained model; of several processes, one does."""
+    from posttrain.models.folders import save_model
+
+    if run.records:
+        save_model(model, encoder.tokenizer, folder, card, extra_config, adapter)
+        run.model(folder)
 
 
 def announce(run: Run, text: str) -> None:
     """One line before long work starts: what will be done, in numbers."""
-    print(f"{run.name}: {text}", flush=True)
+    if run.records:
+        print(f"{run.name}: {text}", flush=True)
 
 
 def peak_memory_mib() -> float:

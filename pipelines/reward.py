@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common import (
+    Made,
     accelerator,
     adapted,
     adapter_facts,
@@ -20,8 +21,10 @@ from pipelines.common import (
     model_card,
     optimizer_settings,
     peak_memory_mib,
+    plain_again,
     read_table,
     train,
+    write_model,
 )
 from pipelines.run import Run
 from pipelines.step import main
@@ -39,7 +42,7 @@ def run(run: Run) -> None:
     params = run.params.reward
     device = accelerator(params.compute, params.seed)
     from posttrain.data.batches import EpochOrder
-    from posttrain.models.folders import load_encoder, load_scorer, save_model
+    from posttrain.models.folders import load_encoder, load_scorer
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
     from posttrain.training.supervised import EpochSource, RewardObjective
@@ -50,10 +53,14 @@ def run(run: Run) -> None:
     pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
     heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
-    scorer = Scorer(load_scorer(START))
-    adapter = adapted(scorer.model, params.lora)
+
+    def make() -> Made[Scorer]:
+        scorer = Scorer(load_scorer(START))
+        return Made(scorer, adapted(scorer.model, params.lora))
+
+    made = make()
     trainer: Trainer[RewardPair] = Trainer(
-        scorer,
+        made.model,
         optimizer_settings(params.optimizer),
         total_steps=order.steps,
         micro_batch_tokens=params.compute.micro_batch_tokens,
@@ -73,9 +80,8 @@ def run(run: Run) -> None:
         ("loss", "preference/accuracy", "preference/margin"),
         params,
     )
-    if adapter is not None:
-        adapter.merge()
-    scorer.eval()
+    made = plain_again(trainer, made, make)
+    scorer = made.model.eval()
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained_scores) / len(trained_scores)
@@ -83,8 +89,7 @@ def run(run: Run) -> None:
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     card = model_card(run, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
-    save_model(scorer.model, encoder.tokenizer, FOLDER, card, extra, adapter)
-    run.model(FOLDER)
+    write_model(run, scorer.model, encoder, FOLDER, card, made.adapter, extra)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
     run.summary(results | {"reward_mean": mean} | counts)

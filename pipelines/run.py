@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import Params
@@ -47,6 +48,7 @@ class Run:
         key: str,
         code: str,
         stop_requested: Callable[[], bool] = lambda: False,
+        records: bool = True,
     ) -> None:
         self.stage = stage
         self.name = name
@@ -61,8 +63,12 @@ class Run:
         """Whether a signal asked to stop: write a checkpoint, then raise Interrupted."""
         self.resumed = False
         """Whether an earlier process of the same run was cut off and this one continues its journal."""
-        self._journal = Journal(state / JOURNAL)
-        self._measurements = Journal(state / MEASUREMENTS, durable=False)
+        self.records = records
+        """Of several processes that do a step together one records; what the others say goes nowhere."""
+        self._nowhere = None if records else TemporaryDirectory(prefix="posttrain-")
+        self._written = Path(self._nowhere.name) if self._nowhere else state
+        self._journal = Journal(self._written / JOURNAL)
+        self._measurements = Journal(self._written / MEASUREMENTS, durable=False)
         self._last: dict[str, int] = {}
 
     @property
@@ -146,7 +152,7 @@ class Run:
         """Forget what was logged after the checkpoint of `step`; -1 forgets everything but the run's identity."""
         for record in self._journal.truncate_after(step):
             if record["kind"] == "table":
-                (self.state / record["path"]).unlink(missing_ok=True)
+                (self._written / record["path"]).unlink(missing_ok=True)
         self._measurements.truncate_after(step)
         self._recall()
 
@@ -196,14 +202,14 @@ class Run:
         return name
 
     def _artifact_path(self, name: str) -> Path:
-        path = self.state / ARTIFACTS / name
+        path = self._written / ARTIFACTS / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise TrackingError(f"artifact {name!r}: must be a name inside artifacts/, without '..'")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def _relative(self, path: Path) -> str:
-        return path.relative_to(self.state).as_posix()
+        return path.relative_to(self._written).as_posix()
 
     def _recall(self) -> None:
         metrics = (record for record in self._journal.records() if record["kind"] == "metrics")

@@ -9,6 +9,7 @@ from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
+from posttrain.training.sharding import whole
 
 
 class GreedySamples:
@@ -17,14 +18,15 @@ class GreedySamples:
     def __init__(
         self, run: Run, policy: Policy, encoder: TextEncoder, rows: Sequence[Tokens], every: int, shown: int
     ) -> None:
-        self.run, self.encoder, self.rows, self.every = run, encoder, list(rows[:shown]), every
+        self.run, self.policy, self.encoder, self.rows, self.every = run, policy, encoder, list(rows[:shown]), every
         self.engine = NativeEngine(policy.lm, encoder.eos_id)
         room = encoder.max_length - max(len(row.prompt) for row in self.rows)
         self.settings = SamplingSettings(min(room, max(len(row.response) for row in rows)), 0.0)
 
     def __call__(self, step: int) -> Mapping[str, float]:
         if step == 1 or step % self.every == 0:
-            answers = self.engine.sample([Request(row.prompt, ((0,),)) for row in self.rows], self.settings)
+            with whole(self.policy):
+                answers = self.engine.sample([Request(row.prompt, ((0,),)) for row in self.rows], self.settings)
             text = self.encoder.text
             self.run.table(
                 "samples",

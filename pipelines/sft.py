@@ -9,8 +9,10 @@ column; the last batch of an epoch may be smaller.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipelines.common import (
+    Made,
     accelerator,
     adapted,
     adapter_facts,
@@ -18,8 +20,10 @@ from pipelines.common import (
     model_card,
     optimizer_settings,
     peak_memory_mib,
+    plain_again,
     read_table,
     train,
+    write_model,
 )
 from pipelines.run import Run
 from pipelines.step import main
@@ -34,7 +38,7 @@ def run(run: Run) -> None:
     from pipelines.samples import GreedySamples
     from posttrain.data.batches import EpochOrder
     from posttrain.data.tokens import table_tokens
-    from posttrain.models.folders import load_encoder, load_policy, save_model
+    from posttrain.models.folders import load_encoder, load_policy
     from posttrain.models.policy import Policy
     from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
     from posttrain.training.trainer import Trainer
@@ -45,10 +49,14 @@ def run(run: Run) -> None:
     tokens = table_tokens(encoder, table, "completion")
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
-    policy = Policy(load_policy(START))
-    adapter = adapted(policy.lm, params.lora)
+
+    def make() -> Made[Policy]:
+        policy = Policy(load_policy(START))
+        return Made(policy, adapted(policy.lm, params.lora))
+
+    made = make()
     trainer: Trainer[Example] = Trainer(
-        policy,
+        made.model,
         optimizer_settings(params.optimizer),
         total_steps=order.steps,
         micro_batch_tokens=params.compute.micro_batch_tokens,
@@ -64,19 +72,17 @@ def run(run: Run) -> None:
         order.steps,
         ("loss", "entropy", "grad_norm"),
         params,
-        GreedySamples(run, policy, encoder, tokens, params.samples_every, params.samples_shown),
+        GreedySamples(run, made.model, encoder, tokens, params.samples_every, params.samples_shown),
     )
-    about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
-    if adapter is not None:
-        adapter.merge()
-    save_model(
-        policy.lm,
-        encoder.tokenizer,
-        FOLDER,
-        model_card(run, "Supervised fine-tuned model", START.as_posix(), about | adapter_facts(params.lora), last),
-        adapter=adapter,
-    )
-    run.model(FOLDER)
+    about: dict[str, Any] = {
+        "epochs": params.epochs,
+        "batch size": params.batch_size,
+        "learning rate": params.optimizer.learning_rate,
+    }
+    made = plain_again(trainer, made, make)
+    about |= adapter_facts(params.lora)
+    card = model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last)
+    write_model(run, made.model.lm, encoder, FOLDER, card, made.adapter)
     run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     run.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})
 

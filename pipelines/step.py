@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from pipelines import environment
+from pipelines import environment, launch
 from pipelines.config import Params, load_params
 from pipelines.follower import Follower
 from pipelines.identity import SOURCES, code_digest, input_digests, run_key
@@ -85,16 +85,18 @@ def main(
     once met a numerical fault (--replay).
     """
     environment.quiet()
+    if trains:
+        _leave_to_launcher()
     _leave_to_warm_process()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
-    if "DVC_STAGE" in os.environ:
+    if "DVC_STAGE" in os.environ or launch.launched():
         die_with_parent()
     step.signals.install()
     args = _parse(step)
     try:
         _prepare_and_execute(step, args)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"{_speaker()}error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
@@ -108,6 +110,35 @@ def main(
         sys.exit(PosttrainError.exit_code)
     except Exception:
         _fail_with_traceback()
+    finally:
+        _leave_group()
+
+
+def _speaker() -> str:
+    return f"process {launch.process()}: " if launch.process() else ""
+
+
+def _leave_group() -> None:
+    """Where several processes have trained together, part in order: at interpreter exit threads of the group would abort."""
+    if launch.launched() and "torch" in sys.modules:
+        from posttrain.processes import leave
+
+        leave()
+
+
+def _leave_to_launcher() -> None:
+    """Become the launcher of several processes that do the step together, where the environment asks for it."""
+    if launch.launched() or not os.environ.get(launch.VARIABLE) or {"-h", "--help"} & set(sys.argv[1:]):
+        return
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a step is run as a module"
+    try:
+        path = launch.configuration()
+        assert path is not None
+        sys.exit(launch.launch(path, spec.name, sys.argv[1:]))
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def _fail_with_traceback() -> NoReturn:
@@ -117,6 +148,8 @@ def _fail_with_traceback() -> NoReturn:
 
 def _leave_to_warm_process() -> None:
     """Let a process that has torch imported already do the work, where a flow keeps one."""
+    if launch.launched():
+        return
     spec = sys.modules["__main__"].__spec__
     status = run_warm(spec.name, sys.argv[1:]) if spec else None
     if status is not None:
@@ -159,8 +192,9 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     state = environment.states(project) / f"{name}-{key[:16]}"
     if getattr(args, "replay", None) is not None:
         _replay(step, args, params, name, key)
+    main_process = launch.process() == 0
     lock = Lock(state / LOCK)
-    if not lock.acquire():
+    if main_process and not lock.acquire():
         raise TrackingError(
             f"{name} is already running with these parameters and inputs ({state}). Wait for it or stop it."
         )
@@ -168,8 +202,11 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     run = Run(
         stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
         code=code_digest(project, step.stage),
-        directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested,
+        directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested, records=main_process,
     )  # fmt: skip
+    if not main_process:
+        step.body(run)
+        return
     arguments = {key: value for key, value in sorted(vars(args).items()) if key not in ("params", "replay")}
     start = {"kind": "start", "stage": step.stage, "name": name, "key": key, "run": state.name, "arguments": arguments,
              "directory": run.directory.as_posix(), "inputs": inputs}  # fmt: skip

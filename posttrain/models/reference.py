@@ -6,17 +6,21 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from posttrain.data.batches import share_of
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy
+from posttrain.processes import anyone, everywhere
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,30 @@ class ReferenceCache:
     """A folder of files that may be deleted at any time.
 
     model: digest of all but the tokens that the numbers depend on: weights, code, precision, size of batches. The tokens are what the
-    template made of the data, cut to the length, so data, template and length count by every id.
+    template made of the data, cut to the length, so data, template and length count by every id. Processes share the work.
     """
 
     folder: Path
     model: str
+    accelerator: Accelerator = field(default_factory=Accelerator)
 
     def logprobs(self, policy: Policy, tokens: Sequence[Tokens], budget: int, bf16: bool = False) -> list[np.ndarray]:
         """Of every response token, [time] float32 each; from disk where they are, else computed and kept."""
         lengths = [len(t.response) for t in tokens]
         path = self.folder / f"{_digest(self.model, tokens)}.safetensors"
         kept = _read(path, sum(lengths))
-        if kept is None:
+        if anyone(self.accelerator, kept is None):
             policy.eval()
-            computed = [numbers.logprobs for numbers in token_numbers(policy, tokens, budget, bf16=bf16)]
+            computed = everywhere(
+                self.accelerator,
+                tokens,
+                lambda own: [numbers.logprobs for numbers in token_numbers(policy, own, budget, bf16=bf16)],
+                partial(share_of, [[t] for t in tokens]),
+            )
             kept = np.concatenate([np.zeros(0, dtype=np.float32), *computed])
-            self._keep(path, kept)
+            if self.accelerator.is_main_process:
+                self._keep(path, kept)
+        assert kept is not None
         return [kept[start:stop] for start, stop in pairwise(accumulate(lengths, initial=0))]
 
     def _keep(self, path: Path, logprobs: np.ndarray) -> None:

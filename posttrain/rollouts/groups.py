@@ -17,6 +17,7 @@ from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
+from posttrain.processes import everywhere, turns
 from posttrain.rewards.combination import combined
 from posttrain.rewards.sources import Judged, RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
@@ -147,16 +148,12 @@ class GroupSampler:
 
     def _sampled_everywhere(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Every process samples its share; all of them see all answers, in order."""
-        world = self.accelerator.num_processes
-        own = list(requests[self.accelerator.process_index :: world])
-        # also with nothing to ask for: an engine may do something that takes all processes
-        sampled = self.engine.sample(own, self.settings.sampling)
-        if world == 1:
-            return sampled
-        from accelerate.utils import gather_object
-
-        shares = gather_object([sampled])
-        return [shares[i % world][i // world] for i in range(len(requests))]
+        return everywhere(
+            self.accelerator,
+            requests,
+            lambda own: self.engine.sample(own, self.settings.sampling),
+            turns(len(requests)),
+        )
 
     def _problem(self, position: int) -> Problem:
         epoch, within = divmod(position, len(self.problems))

@@ -19,12 +19,15 @@ from posttrain.errors import CheckpointError
 class Checkpoints:
     """Checkpoints of one run, in a folder that belongs to its parameters, inputs and code alone."""
 
-    def __init__(self, folder: Path, keep: int = 2, name: str = "step") -> None:
-        self.folder, self.keep, self.name = folder, keep, name
+    def __init__(self, folder: Path, keep: int = 2, name: str = "step", writes: bool = True) -> None:
+        """Of several processes that train together only one `writes`, and all read."""
+        self.folder, self.keep, self.name, self.writes = folder, keep, name, writes
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps; complete on disk before it gets its name."""
         final = self.folder / f"{self.name}-{step:08d}"
+        if not self.writes:
+            return final
         partial = self.folder / f"partial-{step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

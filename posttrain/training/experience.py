@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms.records import OnPolicy
-from posttrain.data.batches import pad, shuffled
+from posttrain.data.batches import pad, share_of, shuffled
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import TokenNumbers, token_numbers
 from posttrain.models.policy import Policy
@@ -22,9 +23,11 @@ from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
+from posttrain.processes import everywhere
 from posttrain.rollouts.groups import GroupSampler, JudgedAnswer
 from posttrain.training.loop import StepData
 from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective, OnPolicyRow
+from posttrain.training.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ class ExperienceSource:
     def next(self, step: int) -> StepData[OnPolicyRow]:
         started = time.perf_counter()
         self.last_answers = []
-        answers, metrics = self.sampler.sample()
+        with whole(self.policy):
+            answers, metrics = self.sampler.sample()
         self.last_answers = answers
         sampled = time.perf_counter()
-        rows, measured = self._rows(answers, step)
+        with whole(self.policy):
+            rows, measured = self._rows(answers, step)
         metrics |= reward_metrics(answers) | measured
         batches = self._batches(rows, metrics)
         timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
@@ -89,9 +94,8 @@ class ExperienceSource:
 
     def _rows(self, answers: Sequence[JudgedAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
         record, tokens = self.record, [a.tokens for a in answers]
-        temperature = self.objective.temperature
         measured = record.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
-        reference = token_numbers(self.reference, tokens, self.budget, temperature, self.bf16) if measured else None
+        reference = self._numbers(self.reference, tokens) if measured else None
         # a single update right after sampling has old = its own log-probabilities; anything else must remember them
         remember = (
             record.epochs * record.minibatches > 1
@@ -101,7 +105,7 @@ class ExperienceSource:
             or record.mismatch != "none"
         )
         self.policy.eval()
-        own = token_numbers(self.policy, tokens, self.budget, temperature, self.bf16) if remember else None
+        own = self._numbers(self.policy, tokens) if remember else None
         advantages, returns, metrics = self._advantages(answers, own, reference)
         rows = [
             Experience(
@@ -118,6 +122,15 @@ class ExperienceSource:
             for i, answer in enumerate(answers)
         ]
         return rows, metrics
+
+    def _numbers(self, model: Policy, tokens: Sequence[Tokens]) -> list[TokenNumbers]:
+        """Every process computes its share."""
+        return everywhere(
+            self.sampler.accelerator,
+            tokens,
+            lambda own: token_numbers(model, own, self.budget, self.objective.temperature, self.bf16),
+            partial(share_of, [[t] for t in tokens]),
+        )
 
     def _advantages(
         self,

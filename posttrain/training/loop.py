@@ -10,7 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from posttrain.errors import Interrupted, NotFiniteError
+from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
+from posttrain.processes import anyone, most
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, moment
 from posttrain.training.randomness import random_state, set_random_state
@@ -89,7 +90,13 @@ def fit(
     first, last = _resume(trainer, source, recorder, checkpoints, faults)
     saved_at = time.monotonic()
     bar = tqdm(
-        total=settings.steps, initial=first, desc=settings.title, unit="step", dynamic_ncols=True, mininterval=1.0
+        total=settings.steps,
+        initial=first,
+        desc=settings.title,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=1.0,
+        **({} if trainer.accelerator.is_main_process else {"disable": True}),
     )
     with bar:
         for step in range(first + 1, settings.steps + 1):
@@ -102,7 +109,9 @@ def fit(
             due = (
                 step % settings.checkpoint_steps == 0 or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
             )
-            stop = recorder.stop_requested() and step < settings.steps
+            # processes have clocks and signals of their own, and write a checkpoint together
+            stop = anyone(trainer.accelerator, recorder.stop_requested()) and step < settings.steps
+            due = anyone(trainer.accelerator, due)
             if (due and step < settings.steps) or stop:
                 checkpoints.save(step, _state(trainer, source, last, faults))
                 saved_at = time.monotonic()
@@ -206,6 +215,12 @@ def _resume(
 ) -> tuple[int, dict[str, float]]:
     """The step to go on after, and the latest metrics until then."""
     found = checkpoints.latest()
+    newest = 0 if found is None else found[0]
+    if anyone(trainer.accelerator, newest != most(trainer.accelerator, newest)):
+        raise CheckpointError(
+            f"the processes of this run do not see the same checkpoints ({newest} is the newest step in {checkpoints.folder} for process"
+            f" {trainer.accelerator.process_index}); keep the project on a disk that all of them share"
+        )
     if found is None:
         recorder.truncate_after(0)
         return 0, {}
@@ -216,7 +231,8 @@ def _resume(
     if faults is not None:
         faults.skipped = state["skipped"]
     recorder.truncate_after(step)
-    tqdm.write(f"going on from the checkpoint after step {step}")
+    if trainer.accelerator.is_main_process:
+        tqdm.write(f"going on from the checkpoint after step {step}")
     return step, state["last"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
+from posttrain.processes import most
+from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
+from posttrain.training.sums import Sums
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
@@ -94,14 +97,20 @@ class Trainer(Generic[Row]):
     ) -> None:
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
+        self.sharded = shards(self.accelerator)
         self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
+        if self.sharded:
+            self.groups = _shard(model, self.groups, self.accelerator)
         optimizer = torch.optim.AdamW(
             [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups],
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model: nn.Module = model
+        self.optimizer: Any = optimizer
+        if not self.sharded:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(_inner(self.optimizer), _multiplier(settings, total_steps))
         self.updates = 0
         self.tokens_trained = 0
@@ -124,11 +133,14 @@ class Trainer(Generic[Row]):
         share = share_of(every, self.accelerator.process_index, self.accelerator.num_processes)
         own = [rows[i] for i in share]
         groups = micro_batches([every[i] for i in share], self.micro_batch_tokens)
-        sums = _Sums(counts)
+        if self.sharded:
+            # every forward gathers weights from all processes, so all must take as many
+            groups += [[]] * (most(self.accelerator, len(groups)) - len(groups))
+        sums = Sums(counts)
         for number, group in enumerate(groups):
-            last = number == len(groups) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                # a process without rows still takes part in the gradient's synchronisation, with nothing to add
+            at_once = self.sharded or number == len(groups) - 1
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.model):
+                # a process without rows still takes part in what all do, with nothing to add
                 part = [own[i] for i in group] or [rows[0]]
                 with self.accelerator.autocast():
                     terms = objective.terms(self.model, part)
@@ -154,7 +166,7 @@ class Trainer(Generic[Row]):
     def _step(self) -> dict[str, float]:
         metrics = {"learning_rate": float(self.schedule.get_last_lr()[0])}
         for group in self.groups:
-            norm = float(torch.nn.utils.clip_grad_norm_(group.parameters, self.settings.max_grad_norm))
+            norm = _clip(group.parameters, self.settings.max_grad_norm)
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
                 raise NotFiniteError(f"the gradient norm of update {self.updates + 1} is {norm}; weights are unchanged")
@@ -165,28 +177,53 @@ class Trainer(Generic[Row]):
         self.updates += 1
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that an update changes; frozen weights are those of the model that training started from."""
+    def weights(self) -> dict[str, Tensor]:
+        """All that is trained, put together on every process; the rest is as it was in the model that training started from."""
         frozen = _frozen(self.unwrapped)
         weights = {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
+        return full(weights) if self.sharded else weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an update changes. Any number of processes can go on from it."""
+        moments = self.optimizer.state_dict()
         return {
-            "model": weights,
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.weights(),
+            "optimizer": full(moments) if self.sharded else moments,
             "schedule": self.schedule.state_dict(),
             "updates": self.updates,
             "tokens_trained": self.tokens_trained,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        missing, unexpected = self.unwrapped.load_state_dict(state["model"], strict=False)
+        weights, moments = state["model"], state["optimizer"]
+        if self.sharded:
+            weights = split_weights(weights, self.unwrapped)
+            moments = split_moments(moments, [p for group in self.groups for p in group.parameters])
+        missing, unexpected = self.unwrapped.load_state_dict(weights, strict=False)
         if unexpected or set(missing) != _frozen(self.unwrapped):
             raise CheckpointError(
                 "the checkpoint holds other weights than those that are trained now; was `lora` changed?"
                 " Remove the run's checkpoints to start over"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(moments)
         self.schedule.load_state_dict(state["schedule"])
         self.updates, self.tokens_trained = state["updates"], state["tokens_trained"]
+
+
+def _shard(model: nn.Module, groups: Sequence[ParameterGroup], accelerator: Accelerator) -> list[ParameterGroup]:
+    """Split the model; the groups over the parameters that have taken the place of the old ones."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    named = [(group, [names[parameter] for parameter in group.parameters]) for group in groups]
+    shard(model, accelerator)
+    placed = dict(model.named_parameters())
+    return [replace(group, parameters=[placed[name] for name in members]) for group, members in named]
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """The norm of the gradient over all processes, before it is clipped."""
+    norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -196,60 +233,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _frozen(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-
-class _Sums:
-    """Metric numerators of a step, kept in float64, divided by the step's counts at the end."""
-
-    def __init__(self, counts: Mapping[str, float]) -> None:
-        self.counts = counts
-        self.totals: dict[str, float] = {"loss": 0.0}
-        self.extremes: dict[str, float] = {}
-        self.histograms: dict[str, Tensor] = {}
-        self.limits: dict[str, tuple[float, str]] = {}
-
-    def add(self, terms: Terms, weight: float) -> Tensor:
-        loss: Tensor | None = None
-        for value, count, factor in terms.losses.values():
-            part = value * (factor / max(self.counts[count], 1e-12))
-            loss = part if loss is None else loss + part
-        assert loss is not None, "an objective must give at least one loss"
-        self.totals["loss"] += weight * float(loss.detach())
-        for name, (value, count) in terms.metrics.items():
-            share = weight * float(value.detach()) / max(self.counts[count], 1e-12)
-            self.totals[name] = self.totals.get(name, 0.0) + share
-        self.limits |= terms.limits
-        for name, value in terms.extremes.items() if weight else ():
-            choose: Callable[[float, float], float] = min if name.endswith("/min") else max
-            self.extremes[name] = choose(self.extremes.get(name, float(value)), float(value))
-        for name, counts in terms.histograms.items() if weight else ():
-            self.histograms[name] = self.histograms.get(name, 0) + counts.cpu()
-        return loss
-
-    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
-        if accelerator.num_processes == 1:
-            return self.totals | self.extremes | {name: _peak(counts) for name, counts in self.histograms.items()}
-        from accelerate.utils import gather_object
-
-        every = gather_object([(self.totals, self.extremes)])
-        merged: dict[str, Tensor] = {}
-        for name, counts in (item for histograms in gather_object([self.histograms]) for item in histograms.items()):
-            merged[name] = merged.get(name, 0) + counts
-        for limits in gather_object([self.limits]):
-            self.limits |= limits
-        # a process whose rows are all of one kind has no metrics of the other kind
-        names = dict.fromkeys(name for totals, _ in every for name in totals)
-        totals = {name: sum(t.get(name, 0.0) for t, _ in every) for name in names}
-        for name in sorted({name for _, extremes in every for name in extremes}):
-            values = [extremes[name] for _, extremes in every if name in extremes]
-            totals[name] = min(values) if name.endswith("/min") else max(values)
-        return totals | {name: _peak(merged[name]) for name in sorted(merged)}
-
-
-def _peak(counts: Tensor) -> float:
-    """The greatest share that a bin has of its group, over the share that every bin would have if all were even."""
-    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    return float(shares.max()) * counts.shape[-1]
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from posttrain.training.preference import (
     PreferenceObjective,
     PreferencePair,
 )
+from posttrain.training.sharding import full
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
@@ -45,7 +46,7 @@ class Probe(Trainer[Any]):
 
     def _step(self) -> dict[str, float]:
         self.gradient = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            name: full(torch.zeros_like(p) if p.grad is None else p.grad.clone())
             for name, p in self.unwrapped.named_parameters()
         }
         self.optimizer.zero_grad()
