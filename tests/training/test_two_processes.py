@@ -21,15 +21,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_processes_agree_with_one(root: Path, tmp_path: Path) -> None:
-    together = os.environ | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(root),
-    }
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_path: Path) -> None:
+    together = (
+        os.environ
+        | sharding
+        | {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(root),
+        }
+    )
     command = [sys.executable, "-m", "tests.training.two_processes", str(tmp_path / "two.pt")]
     processes = [
         subprocess.Popen(
