@@ -22,7 +22,7 @@ def run(run: Run) -> None:
 
     name, seed = run.args.algorithm, run.args.seed
     record = run.params.algorithm(name)
-    device = accelerator(run.params.align.compute, seed)
+    device = accelerator(run.params.align.compute, seed, START)
     if isinstance(record, OnPolicy):
         from pipelines.align_on_policy import align
     else:

@@ -120,9 +120,9 @@ def _policy(record: OnPolicy) -> Policy:
 
 def _make(record: OnPolicy, params: AlignParams) -> Made[Policy]:
     policy = _policy(record)
-    adapter = adapted(policy.lm, params.lora)
+    adapter = adapted(policy.lm, params.lora, params.compute)
     if policy.critic is not None:
-        adapted(policy.critic, params.lora)
+        adapted(policy.critic, params.lora, params.compute)
     return Made(policy, adapter)
 
 

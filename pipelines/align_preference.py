@@ -88,7 +88,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
 def _make(params: AlignParams) -> Made[Policy]:
     """The supervised model, and an adapter that changes nothing yet: before training, it is its own reference."""
     policy = Policy(load_policy(START))
-    return Made(policy, adapted(policy.lm, params.lora))
+    return Made(policy, adapted(policy.lm, params.lora, params.compute))
 
 
 def reference_cache(run: Run, device: Accelerator) -> ReferenceCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import pyarrow.parquet as pq
 
 from pipelines.run import FAULTS, Run
-from pipelines.sections import CheckpointParams, ComputeParams, FaultParams, LoraParams, OptimizerParams
+from pipelines.sections import (
+    CheckpointParams,
+    ComputeParams,
+    FaultParams,
+    LoraParams,
+    OptimizerParams,
+    TrainingComputeParams,
+)
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
+THREADS_FROM_PARAMETERS = 2_000_000
+"""Fewer are trained faster by one thread than by two (benchmarks/scaling.md)."""
 
 
 Model = TypeVar("Model", bound="nn.Module")
@@ -77,17 +87,26 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
     ]
 
 
-def accelerator(compute: ComputeParams, seed: int) -> Accelerator:
-    """Threads, seeds and precision of this process. The device comes from the environment."""
+def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
+    """Threads, seeds and precision of this process, for a model of the size of `start`. The device comes from the environment."""
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(compute.threads)
+    torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)
     torch.manual_seed(seed)
     return Accelerator(mixed_precision="bf16" if compute.bf16 else "no")
+
+
+def _threads(start: Path) -> int:
+    """All cores that this process may use, its share of them among several processes; one for a model that is quicker on one."""
+    from posttrain.models.folders import count_parameters
+
+    if count_parameters(start) < THREADS_FROM_PARAMETERS:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
@@ -105,13 +124,22 @@ def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
     )
 
 
-def adapted(model: PreTrainedModel, params: LoraParams | None) -> Adapter | None:
-    """Freeze the model and put a low-rank adapter into it, where the parameters ask for one."""
-    if params is None:
-        return None
-    from posttrain.models.lora import Adapter
+def adapted(model: PreTrainedModel, params: LoraParams | None, compute: TrainingComputeParams) -> Adapter | None:
+    """The model as it is to be trained: frozen around a low-rank adapter, compiled, recomputed, where the parameters ask for it."""
+    adapter = None
+    if params is not None:
+        from posttrain.models.lora import Adapter
 
-    return Adapter(model, lora_settings(params))
+        adapter = Adapter(model, lora_settings(params))
+    if compute.gradient_checkpointing:
+        from posttrain.models.memory import recompute_layers
+
+        recompute_layers(model)
+    if compute.compile:
+        from posttrain.models.compiled import compile_layers
+
+        compile_layers(model)
+    return adapter
 
 
 def lora_settings(params: LoraParams) -> LoraSettings:

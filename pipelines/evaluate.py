@@ -44,7 +44,7 @@ class Asked:
 
     def __init__(self, run: Run, folder: Path) -> None:
         params = run.params.evaluation
-        self.device = accelerator(params.compute, params.seed).device
+        self.device = accelerator(params.compute, params.seed, folder).device
         from posttrain.models.folders import load_encoder, load_policy
         from posttrain.models.policy import Policy
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import environment
 from pipelines.config import Params, load_params
-from pipelines.sections import LoraParams, OnPolicyBudget, PreferenceBudget
+from pipelines.sections import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import PosttrainError
 
@@ -90,6 +90,15 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
     return adapter_parameters(_config(params), lora_settings(lora))
 
 
+def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:
+    """What `posttrain.planning.training` has to know beside the sizes."""
+    return {
+        "adapter": _adapter(params, lora),
+        "bf16": compute.bf16,
+        "recomputes": compute.gradient_checkpointing,
+    }
+
+
 def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     """Every phase that holds a model, in the order of the DAG; seeds of one algorithm are alike."""
     from posttrain.planning import training
@@ -98,11 +107,10 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     sft, reward = params.sft, params.reward
     steps = _steps(rows("sft", params.data.sft.rows), sft.batch_size, sft.epochs)
     yield Phase("sft", "train", steps, _times(rows("sft", params.data.sft.rows), sft.epochs * longest),
-                training(model, sft.compute.micro_batch_tokens, adapter=_adapter(params, sft.lora), bf16=sft.compute.bf16))  # fmt: skip
+                training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
     pairs = rows("preferences", _kept(params))
     yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
-                training(model, reward.compute.micro_batch_tokens, adapter=_adapter(params, reward.lora),
-                         bf16=reward.compute.bf16))  # fmt: skip
+                training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, pairs, longest)
     yield from _evaluation(params, model)
@@ -116,7 +124,7 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     if not isinstance(record, OnPolicy):
         assert isinstance(budget, PreferenceBudget)
         steps = _steps(pairs, budget.batch_size, record.epochs)
-        memory = training(model, compute.micro_batch_tokens, adapter=adapter, bf16=compute.bf16)
+        memory = training(model, compute.micro_batch_tokens, **_options(params, compute, params.align.lora))
         yield Phase(stage, "train", steps, _times(pairs, 2 * record.epochs * longest), memory)
         return
     assert isinstance(budget, OnPolicyBudget)
@@ -135,7 +143,7 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     rounds = record.refill_limit if record.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
     updates = budget.steps * record.epochs * record.minibatches
-    memory = training(model, compute.micro_batch_tokens, **held, bf16=compute.bf16)
+    memory = training(model, compute.micro_batch_tokens, **held | _options(params, compute, params.align.lora))
     yield Phase(stage, "train", updates, budget.steps * record.epochs * answers * length, memory)
 
 
@@ -202,7 +210,8 @@ def _too_large(phase: Phase, limit: int) -> str:
     largest = max(COLUMNS[:-1], key=lambda column: getattr(phase.memory, column))
     advice = {
         "weights": "use a smaller model or shard it over devices", "optimiser": "use a smaller model or shard it over devices",
-        "activations": "lower compute.micro_batch_tokens", "logits": "lower compute.micro_batch_tokens",
+        "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
+        "logits": "lower compute.micro_batch_tokens",
         "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",
     }[largest]  # fmt: skip
     return (

@@ -40,7 +40,7 @@ START, FOLDER = Path("models/sft"), Path("models/reward")
 
 def run(run: Run) -> None:
     params = run.params.reward
-    device = accelerator(params.compute, params.seed)
+    device = accelerator(params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
     from posttrain.models.folders import load_encoder, load_scorer
     from posttrain.models.inference import scores
@@ -56,7 +56,7 @@ def run(run: Run) -> None:
 
     def make() -> Made[Scorer]:
         scorer = Scorer(load_scorer(START))
-        return Made(scorer, adapted(scorer.model, params.lora))
+        return Made(scorer, adapted(scorer.model, params.lora, params.compute))
 
     made = make()
     trainer: Trainer[RewardPair] = Trainer(

@@ -154,7 +154,15 @@ class OptimizerParams(Section):
 class ComputeParams(Section):
     micro_batch_tokens: Count
     bf16: bool
-    threads: Count
+    threads: Count | Literal["auto"]
+    """Of a process on a CPU. auto: by the model's size, all cores or one; another number of threads is another rounding."""
+
+
+class TrainingComputeParams(ComputeParams):
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile for the decoder layers: pays off in long runs, after some minutes of compiling."""
 
 
 class CheckpointParams(Section):
@@ -194,7 +202,7 @@ class SftParams(Section):
     samples_shown: Count
     optimizer: OptimizerParams
     lora: LoraParams | None = None
-    compute: ComputeParams
+    compute: TrainingComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
 
@@ -210,7 +218,7 @@ class RewardParams(Section):
     center_coefficient: NonNegative
     optimizer: OptimizerParams
     lora: LoraParams | None = None
-    compute: ComputeParams
+    compute: TrainingComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
 
@@ -280,7 +288,7 @@ class AlignParams(Section):
     samples_every: Count
     samples_shown: Count
     lora: LoraParams | None = None
-    compute: ComputeParams
+    compute: TrainingComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
 

@@ -34,7 +34,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 
 def run(run: Run) -> None:
     params = run.params.sft
-    device = accelerator(params.compute, params.seed)
+    device = accelerator(params.compute, params.seed, START)
     from pipelines.samples import GreedySamples
     from posttrain.data.batches import EpochOrder
     from posttrain.data.tokens import table_tokens
@@ -52,7 +52,7 @@ def run(run: Run) -> None:
 
     def make() -> Made[Policy]:
         policy = Policy(load_policy(START))
-        return Made(policy, adapted(policy.lm, params.lora))
+        return Made(policy, adapted(policy.lm, params.lora, params.compute))
 
     made = make()
     trainer: Trainer[Example] = Trainer(

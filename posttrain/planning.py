@@ -34,6 +34,12 @@ class Sizes:
         return FLOAT32_BYTES * (self.layers * layer + 4 * self.hidden)
 
     @property
+    def recomputed_per_token(self) -> int:
+        """Bytes that are left where each layer keeps its input alone, with the one that is computed again."""
+        layers = FLOAT32_BYTES * (self.layers * self.hidden + 4 * self.hidden)
+        return layers + (self.activations_per_token - FLOAT32_BYTES * 4 * self.hidden) // self.layers
+
+    @property
     def cache_per_token(self) -> int:
         """Bytes of keys and values of one token."""
         return FLOAT32_BYTES * 2 * self.layers * self.key_width
@@ -84,6 +90,7 @@ def training(
     frozen: int = 0,
     adapter: int | None = None,
     bf16: bool = False,
+    recomputes: bool = False,
 ) -> Memory:
     """`trained` copies of the model with gradient and moments, `frozen` ones beside them, one micro-batch under way.
 
@@ -97,7 +104,12 @@ def training(
     return Memory(
         weights=held * (trained + frozen) + _added(adapter, trained),
         optimiser=3 * (held * trained if adapter is None else _added(adapter, trained)),
-        activations=math.ceil(share * micro_batch_tokens * model.activations_per_token * trained),
+        activations=math.ceil(
+            share
+            * micro_batch_tokens
+            * (model.recomputed_per_token if recomputes else model.activations_per_token)
+            * trained
+        ),
         logits=2 * FLOAT32_BYTES * tile,
     )
 

@@ -1,7 +1,8 @@
 """How many stages may run side by side on this machine, and leases that the kernel takes back from a dead holder.
 
 A slot is a lock file in a directory shared by every flow of the machine (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
-POSTTRAIN_SLOTS sets their number; by default one per CUDA device, else one per CPU core with 2 GiB of memory to itself.
+POSTTRAIN_SLOTS sets their number; by default one per CUDA device, else one per CPU core with 2 GiB of memory to itself. Where
+POSTTRAIN_ACCELERATE starts n processes for a stage, a slot is n devices or cores, and holds the lock of each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from pipelines.launch import configuration, processes
 from posttrain.errors import Interrupted, OrchestrationError
 
 MEMORY_PER_SLOT_BYTES = 2 << 30
@@ -26,15 +28,16 @@ _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 
 @dataclass(frozen=True)
 class Slot:
-    name: str
+    names: tuple[str, ...]
+    """Of the lock files to hold, one for each process of a stage."""
     device: str | None
-    """UUID or index for CUDA_VISIBLE_DEVICES; None on a CPU."""
+    """UUIDs or indices for CUDA_VISIBLE_DEVICES; None on a CPU."""
 
 
 @dataclass(frozen=True)
 class Lease:
     slot: Slot
-    descriptor: int
+    descriptors: tuple[int, ...]
     """Handed to the stage's guard: the device is free when the last process that may use it is gone."""
 
     def environment(self) -> dict[str, str]:
@@ -43,12 +46,21 @@ class Lease:
 
 def machine_slots(environ: Mapping[str, str] = os.environ) -> list[Slot]:
     """The slots of this machine: with more slots than devices, several stages share a device."""
-    devices = cuda_devices(environ)
-    count = _asked(environ) or len(devices) or _cpu_slots()
+    devices, each = cuda_devices(environ), processes(configuration(environ))
+    if devices and len(devices) < each:
+        raise OrchestrationError(
+            f"POSTTRAIN_ACCELERATE asks for {each} processes a stage, and there are {len(devices)} devices; lower num_processes"
+        )
+    count = _asked(environ) or len(devices) // each or max(1, _cpu_slots() // each)
+    groups = [range(i * each, (i + 1) * each) for i in range(count)]
     if not devices:
-        return [Slot(f"cpu-{i}", None) for i in range(count)]
-    pairs = [(devices[i % len(devices)], i // len(devices)) for i in range(count)]
-    return [Slot(f"{device.replace('/', '_')}.{share}", device) for device, share in pairs]
+        return [Slot(tuple(f"cpu-{i}" for i in group), None) for group in groups]
+    slots = []
+    for group in groups:
+        members = [(devices[i % len(devices)], i // len(devices)) for i in group]
+        names = tuple(f"{device.replace('/', '_')}.{share}" for device, share in members)
+        slots.append(Slot(names, ",".join(device for device, _ in members)))
+    return slots
 
 
 def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -86,13 +98,13 @@ def lease(
     told = False
     while True:
         for slot in slots:
-            descriptor = _try_lock(where / slot.name)
-            if descriptor is None:
+            descriptors = _try_all([where / name for name in slot.names])
+            if descriptors is None:
                 continue
             try:
-                yield Lease(slot, descriptor)
+                yield Lease(slot, descriptors)
             finally:
-                os.close(descriptor)
+                _close(descriptors)
             return
         if not told:
             on_wait()
@@ -107,6 +119,23 @@ def lease_directory(environ: Mapping[str, str] = os.environ) -> Path:
         where.mkdir(parents=True, exist_ok=True)
         where.chmod(0o1777)
     return where
+
+
+def _try_all(paths: Sequence[Path]) -> tuple[int, ...] | None:
+    """Every lock, or none."""
+    held: list[int] = []
+    for path in paths:
+        descriptor = _try_lock(path)
+        if descriptor is None:
+            _close(held)
+            return None
+        held.append(descriptor)
+    return tuple(held)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _try_lock(path: Path) -> int | None:

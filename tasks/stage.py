@@ -116,7 +116,7 @@ def run_logged(
     path.parent.mkdir(parents=True, exist_ok=True)
     follower = {"POSTTRAIN_FOLLOWER": "1"} if followed else {"POSTTRAIN_FOLLOWER_SECONDS": str(CATCH_UP_SECONDS)}
     extra = follower | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
-    descriptors = (held.descriptor,) if held else ()
+    descriptors = held.descriptors if held else ()
     with path.open("wb") as file:
         log = StageLog(get_run_logger().info, file)
         process = start(

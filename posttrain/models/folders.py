@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,6 +76,15 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     _check_folder(source)
     config: PreTrainedConfig = _pretrained(AutoConfig, source)
     return config
+
+
+def count_parameters(folder: Path) -> int:
+    """Of the weights in a folder, by their headers alone."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def load_encoder(source: str | Path) -> TextEncoder:

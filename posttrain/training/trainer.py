@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
+from posttrain.models.memory import recomputed_layers
 from posttrain.processes import most
 from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
 from posttrain.training.sums import Sums
@@ -98,6 +99,7 @@ class Trainer(Generic[Row]):
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
         self.sharded = shards(self.accelerator)
+        self.recomputed = recomputed_layers(model)
         self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
         if self.sharded:
             self.groups = _shard(model, self.groups, self.accelerator)
@@ -106,6 +108,8 @@ class Trainer(Generic[Row]):
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
+            # one kernel for all parameters: a sixth of the time of a loop over them at 25 million, on a CPU
+            fused=True,
         )
         self.model: nn.Module = model
         self.optimizer: Any = optimizer
@@ -128,6 +132,8 @@ class Trainer(Generic[Row]):
         """
         # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
         self.model.eval()
+        for layer in self.recomputed:
+            layer.training = True
         counts = objective.counts(rows)
         every = [objective.sequences(row) for row in rows]
         share = share_of(every, self.accelerator.process_index, self.accelerator.num_processes)

@@ -26,7 +26,7 @@ def test_a_split_device_counts_as_its_parts() -> None:
 
 def test_without_a_device_the_number_asked_for_is_the_number_of_slots() -> None:
     environ = {"CUDA_VISIBLE_DEVICES": "", "POSTTRAIN_SLOTS": "3"}
-    assert machine_slots(environ) == [Slot("cpu-0", None), Slot("cpu-1", None), Slot("cpu-2", None)]
+    assert machine_slots(environ) == [Slot(("cpu-0",), None), Slot(("cpu-1",), None), Slot(("cpu-2",), None)]
     assert 1 <= len(machine_slots({"CUDA_VISIBLE_DEVICES": "-1"})) <= (os.cpu_count() or 1)
 
 
@@ -34,9 +34,9 @@ def test_more_slots_than_devices_share_them_in_turn(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
     environ = {"CUDA_VISIBLE_DEVICES": "3,0", "POSTTRAIN_SLOTS": "3"}
     assert machine_slots(environ) == [
-        Slot("GPU-cccc.0", "GPU-cccc"),
-        Slot("GPU-aaaa.0", "GPU-aaaa"),
-        Slot("GPU-cccc.1", "GPU-cccc"),
+        Slot(("GPU-cccc.0",), "GPU-cccc"),
+        Slot(("GPU-aaaa.0",), "GPU-aaaa"),
+        Slot(("GPU-cccc.1",), "GPU-cccc"),
     ]
     assert len(machine_slots({})) == 4
 
@@ -48,17 +48,17 @@ def test_a_nonsensical_number_of_slots_is_refused(text: str) -> None:
 
 
 def test_two_holders_get_two_slots_and_the_third_waits(tmp_path: Path) -> None:
-    both = [Slot("a", None), Slot("b", "GPU-1")]
+    both = [Slot(("a",), None), Slot(("b",), "GPU-1")]
     waited, stop = Event(), Event()
     with lease(both, stop, directory=tmp_path) as first, lease(both, stop, directory=tmp_path) as second:
-        assert (first.slot.name, second.slot.name) == ("a", "b")
+        assert (first.slot.names, second.slot.names) == (("a",), ("b",))
         assert first.environment() == {}
         assert second.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-1"}
         Thread(target=lambda: (waited.wait(10), stop.set())).start()
         with pytest.raises(Interrupted), lease(both, stop, on_wait=waited.set, directory=tmp_path):
             pass
     with lease(both, Event(), directory=tmp_path) as again:
-        assert again.slot.name == "a"
+        assert again.slot.names == ("a",)
 
 
 def test_the_kernel_frees_the_slot_of_a_killed_holder(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ import time
 from pathlib import Path
 from threading import Event
 from tasks.slots import Slot, lease
-with lease([Slot("a", None)], Event(), directory=Path({str(tmp_path)!r})):
+with lease([Slot(("a",), None)], Event(), directory=Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -80,10 +80,48 @@ with lease([Slot("a", None)], Event(), directory=Path({str(tmp_path)!r})):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    with lease([Slot("a", None)], Event(), directory=tmp_path) as held:
-        assert held.slot.name == "a"
+    with lease([Slot(("a",), None)], Event(), directory=tmp_path) as held:
+        assert held.slot.names == ("a",)
 
 
 def test_the_lease_directory_is_open_to_every_user(tmp_path: Path) -> None:
     where = lease_directory({"POSTTRAIN_LEASES": str(tmp_path / "leases")})
     assert where.stat().st_mode & 0o7777 == 0o1777
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "two.yaml"
+    path.write_text("num_processes: 2\nnum_machines: 1\n")
+    return {"POSTTRAIN_ACCELERATE": str(path)}
+
+
+def test_a_stage_of_two_processes_takes_two_devices(
+    two_processes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
+    assert machine_slots(two_processes) == [
+        Slot(("GPU-aaaa.0", "MIG-b1.0"), "GPU-aaaa,MIG-b1"),
+        Slot(("MIG-b2.0", "GPU-cccc.0"), "MIG-b2,GPU-cccc"),
+    ]
+    # one device is left over, and serves no pair
+    assert [slot.device for slot in machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0,1,2"})] == [
+        "GPU-aaaa,MIG-b1"
+    ]
+    with pytest.raises(OrchestrationError, match="2 processes a stage, and there are 1 devices"):
+        machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0"})
+    cores = two_processes | {"CUDA_VISIBLE_DEVICES": "", "POSTTRAIN_SLOTS": "2"}
+    assert machine_slots(cores) == [Slot(("cpu-0", "cpu-1"), None), Slot(("cpu-2", "cpu-3"), None)]
+
+
+def test_a_pair_waits_while_either_of_its_devices_is_held(tmp_path: Path) -> None:
+    pair = [Slot(("a", "b"), None)]
+    stop = Event()
+    with lease([Slot(("b",), None)], Event(), directory=tmp_path):
+        with pytest.raises(Interrupted), lease(pair, stop, on_wait=stop.set, directory=tmp_path):
+            pass
+        # and takes none of them meanwhile
+        with lease([Slot(("a",), None)], Event(), directory=tmp_path) as held:
+            assert held.slot.names == ("a",)
+    with lease(pair, Event(), directory=tmp_path) as held:
+        assert len(held.descriptors) == 2

@@ -1,0 +1,36 @@
+"""`torch.compile` for the layers of a model, where they compute a flat batch for training; sampling stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from posttrain.errors import ModelError
+from posttrain.models.packed import NAME, packed_attention
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer for any number of tokens. The packed attention, whose parts are others in each batch, stays apart.
+
+    Raises ModelError where the architecture has no layers of the usual kind.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no decoder layers to compile; set compute.compile: false")
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
+    for layer in layers:
+        layer.forward = _compiled_for_flat_batches(layer.forward)
+
+
+def _compiled_for_flat_batches(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(forward, dynamic=True)
+
+    def chosen(*args: Any, **kwargs: Any) -> Tensor:
+        return (forward if kwargs.get("parts") is None else compiled)(*args, **kwargs)
+
+    return chosen
