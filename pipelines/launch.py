@@ -23,7 +23,7 @@ VARIABLE = "POSTTRAIN_ACCELERATE"
 
 def process() -> int:
     """This process's number among those that were launched together; 0 is the one that logs and writes."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def launched() -> bool:

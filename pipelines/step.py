@@ -128,7 +128,8 @@ def _leave_group() -> None:
 
 def _leave_to_launcher() -> None:
     """Become the launcher of several processes that do the step together, where the environment asks for it."""
-    if launch.launched() or not os.environ.get(launch.VARIABLE) or {"-h", "--help"} & set(sys.argv[1:]):
+    alone = {"-h", "--help", "--replay"} & set(sys.argv[1:])
+    if launch.launched() or not os.environ.get(launch.VARIABLE) or alone:
         return
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "a step is run as a module"
