@@ -107,16 +107,17 @@ def _servers(run: Run, tokenizer: str, context: int, bf16: bool) -> list[Server]
 
 
 def _interpreter() -> str:
+    """Absolute, but with its links, by which an environment is known."""
     given = os.environ.get("POSTTRAIN_VLLM_PYTHON")
-    python = shutil.which(given or str(ENVIRONMENT.absolute()))
+    python = shutil.which(given or ENVIRONMENT)
     if python is None:
-        raise ConfigError(
-            (
-                f"POSTTRAIN_VLLM_PYTHON: there is no {given}. "
-                if given
-                else "rollouts.engine is vllm, and no server was named. "
-            )
-            + "Make an environment for it with infra/vllm/setup.sh, or name one's interpreter in POSTTRAIN_VLLM_PYTHON, or servers that run"
-            " already in POSTTRAIN_VLLM_URLS (docs/rollouts.md)."
+        missing = (
+            f"POSTTRAIN_VLLM_PYTHON: there is no {given}"
+            if given
+            else "rollouts.engine is vllm, and no server was named"
         )
-    return python
+        raise ConfigError(
+            f"{missing}. Make an environment for it with infra/vllm/setup.sh, or name one's interpreter in POSTTRAIN_VLLM_PYTHON,"
+            " or servers that run already in POSTTRAIN_VLLM_URLS (docs/rollouts.md)."
+        )
+    return os.path.abspath(python)

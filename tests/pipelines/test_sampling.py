@@ -176,7 +176,10 @@ def test_a_server_is_started_as_the_environment_says(
     (server,) = made.fleet.servers
     assert isinstance(server, LocalServer)
     command = server.launch.command(Path("weights"), 8123)
+    # the server has another working directory
     assert command[0] == str(python.absolute())
+    monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", str(python))
+    assert engine(run, params).fleet.servers[0].launch.python == str(python.absolute())
     assert command[-3:] == ["--enforce-eager", "--max-num-seqs", "8"]
     pairs = set(pairwise(command))
     # prompt and answer have 9 tokens at most, and a probe of 48 must fit as well
