@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.data.tokens import Tokens
@@ -21,12 +22,13 @@ from posttrain.errors import RolloutError, ServerError, StaleWeightsError
 from posttrain.models.inference import token_numbers
 from posttrain.models.lora import Adapter, LoraSettings
 from posttrain.models.policy import Policy
+from posttrain.models.tiny import tiny_model
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.folder import plain_state, write_weights
 from posttrain.rollouts.vllm.local import _free_port
-from posttrain.rollouts.vllm.probe import sequences
+from posttrain.rollouts.vllm.probe import Tolerance, sequences
 from posttrain.rollouts.vllm.server import Server, server_seed
 from tests.models import small
 from tests.rollouts import two_processes
@@ -47,7 +49,7 @@ class Setup:
         self.folder, self.policy, self.peers, self.version = folder, policy, peers, 0
         self.engine = self.new_engine()
 
-    def new_engine(self, patience_seconds: float = 2.0) -> VllmEngine:
+    def new_engine(self, patience_seconds: float = 2.0, bf16: bool = False) -> VllmEngine:
         return VllmEngine(
             self.policy,
             small.EOS,
@@ -55,6 +57,7 @@ class Setup:
             version=lambda: self.version,
             folder=self.folder,
             probes=sequences(PROMPTS, self.policy.config.vocab_size, 64),
+            bf16=bf16,
             patience_seconds=patience_seconds,
         )
 
@@ -208,9 +211,9 @@ def test_a_server_that_loads_nothing_stops_the_run(start: Callable[..., Setup]) 
 def test_it_shows_even_where_the_tolerance_for_rounding_would_hide_it(start: Callable[..., Setup]) -> None:
     setup = start(at_first=small.language_model())
     setup.peers[0].loads = False
-    setup.engine.probe.tolerance = type(setup.engine.probe.tolerance)(mean=1e-3, largest=1e9)
+    setup.engine.probe.tolerance = Tolerance(mean=1e9, largest=1e9)
     setup.sample()
-    setup.update(by=1.001)
+    setup.update(by=1.01)
     with pytest.raises(StaleWeightsError, match="so the load has changed nothing"):
         setup.sample()
 
@@ -228,6 +231,22 @@ def test_log_probabilities_before_the_temperature_stop_the_run(start: Callable[.
     setup.engine.sample(requests(), SamplingSettings(8, 1.0))
     with pytest.raises(StaleWeightsError, match="--logprobs-mode processed_logprobs"):
         setup.engine.sample(requests(), SamplingSettings(8, 0.5))
+
+
+def test_rounding_to_bfloat16_is_no_other_model_and_a_server_that_loads_nothing_still_is(
+    start: Callable[..., Setup],
+) -> None:
+    policy = tiny_model(small.SHAPE, 0)[0]
+    setup = start(policy=policy, at_first=tiny_model(small.SHAPE, 1)[0])
+    setup.engine = setup.new_engine(bf16=True)
+    answers = setup.sample()
+    assert 0 < gap(policy, answers, 0.8) < 0.1
+    written = load_file(setup.folder / "weights-0" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    setup.peers[0].loads = False
+    setup.update(by=1.3)
+    with pytest.raises(StaleWeightsError, match="so the load has changed nothing"):
+        setup.sample()
 
 
 def undisturbed(setup: Setup) -> list[list[tuple[int, ...]]]:
