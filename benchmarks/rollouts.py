@@ -37,6 +37,7 @@ SMALL = TinyShape(max_length=1024)
 LARGE = TinyShape(hidden_size=512, intermediate_size=1792, layers=9, heads=8, kv_heads=4, max_length=1024)
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
 EOS, MEAN_LENGTH = 5, 64
+BOTH = ("generate_batch", "vllm")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Size:
     prompts: int = 32
     new_tokens: int = 48
     lengths: tuple[tuple[int, float | None], ...] = ((8, 1.6), (128, 3.0), (256, None))
-    uneven: tuple[int, int, int] = (48, 256, 512)
-    large: tuple[int, int] = (8, 24)
+    uneven: tuple[int, int, int] = (32, 128, 384)
+    large: tuple[int, int] = (8, 16)
     shapes: tuple[tuple[int, int, int], ...] = (
         *((16, samples, 32) for samples in (1, 2, 4, 8, 16)),
         *((count, 8, 32) for count in (8, 32, 64)),
@@ -69,13 +70,13 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. bar: what native's rate should be at least, times `generate`'s."""
+    """One line of the table. bar: what native's rate should be at least, times `generate`'s. peers: the sides beside these two."""
 
     name: str
     model: Any
     case: Case
     bar: float | None = None
-    peers: bool = True
+    peers: tuple[str, ...] = ()
 
 
 def prompts(count: int, length: int, vocabulary: int = 250) -> list[list[int]]:
@@ -105,16 +106,17 @@ def ending(model: Any) -> Any:
 def rows(size: Size) -> Iterator[Row]:
     small, large = map(built_in, size.models)
     for length, bar in size.lengths:
-        yield Row(f"0.3 M, prompts of {length}", small, Case(prompts(size.prompts, length), 8, size.new_tokens), bar)
+        case = Case(prompts(size.prompts, length), 8, size.new_tokens)
+        yield Row(f"0.3 M, prompts of {length}", small, case, bar, BOTH if length < 200 else ())
     count, at_once, new_tokens = size.uneven
     uneven = Case(prompts(count, 32), 8, new_tokens, eos=EOS, rows=at_once)
-    yield Row("0.3 M, answers of uneven length", ending(built_in(size.models[0])), uneven)
+    yield Row("0.3 M, answers of uneven length", ending(built_in(size.models[0])), uneven, peers=BOTH[:1])
     if STORIES.is_dir() and size is FULL:
         stories = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
         yield Row("stories260k, prompts of 128", stories, Case(prompts(size.prompts, 128), 8, size.new_tokens))
     for kind, bf16, bar in (("float32", False, None), ("bfloat16", True, 3.5)):
         case = Case(prompts(size.large[0], 128), 8, size.large[1], bf16=bf16)
-        yield Row(f"30 M, prompts of 128, {kind}", large, case, bar, peers=size is FULL)
+        yield Row(f"30 M, prompts of 128, {kind}", large, case, bar, BOTH if bf16 and size is FULL else ())
 
 
 def rate(side: Side) -> float:
@@ -126,12 +128,12 @@ def rate(side: Side) -> float:
 def measured(row: Row, python: str | None, repeats: int) -> dict[str, list[float]]:
     """Rates of every side, taken in turns after one run each to warm up; of `generate_batch`, which takes many times as long, once."""
     sides = {"native": native(row.model, row.case), "generate": generate(row.model, row.case)}
-    if row.peers:
+    if "generate_batch" in row.peers:
         sides["generate_batch"] = continuous(row.model, row.case)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     with contextlib.ExitStack() as stack:
         child = None
-        if python and row.peers and row.model.lm_head.bias is None:
+        if python and "vllm" in row.peers:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             saved(row.model, Path(folder))
             child = Vllm(python, Path(folder), row.case)
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows(args.size):
         found[row.name] = (row, measured(row, args.vllm, args.size.repeats))
         medians = {side: round(statistics.median(rates)) for side, rates in found[row.name][1].items()}
-        print(f"{row.name}: {medians}", file=sys.stderr)
+        print(f"{row.name}: {medians}", file=sys.stderr, flush=True)
     report = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread;"
         f" tokens in a second of processor time.\n\n{table(found)}\n\n{scaling(args.size)}"
