@@ -48,7 +48,7 @@ class NativeEngine:
                 "a prompt has no tokens, so there is nothing to predict the first token from; remove such rows"
             )
         longest = max(len(r.prompt) for r in requests)
-        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest + settings.max_new_tokens > limit:
             raise RolloutError(
                 f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit};"
@@ -66,8 +66,9 @@ class NativeEngine:
 
 def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
     """Why slots, which keep the whole context, will not do for so long a row."""
-    window = getattr(lm.config, "sliding_window", None)
-    windowed = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ["sliding_attention"])
+    config = lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and windowed and tokens > window:
         return f"it attends over a window of {window} tokens, and prompt and answer may have {tokens}"
     return None
