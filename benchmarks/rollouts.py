@@ -50,8 +50,8 @@ class Size:
     prompts: int = 32
     new_tokens: int = 48
     lengths: tuple[tuple[int, float | None], ...] = ((8, 1.6), (128, 3.0), (256, None))
-    uneven: tuple[int, int, int] = (32, 128, 384)
-    large: tuple[int, int] = (8, 16)
+    uneven: tuple[int, int, int] = (16, 64, 256)
+    large: tuple[int, int] = (4, 12)
     shapes: tuple[tuple[int, int, int], ...] = (
         *((16, samples, 32) for samples in (1, 2, 4, 8, 16)),
         *((count, 8, 32) for count in (8, 32, 64)),
@@ -107,7 +107,7 @@ def rows(size: Size) -> Iterator[Row]:
     small, large = map(built_in, size.models)
     for length, bar in size.lengths:
         case = Case(prompts(size.prompts, length), 8, size.new_tokens)
-        yield Row(f"0.3 M, prompts of {length}", small, case, bar, BOTH if length < 200 else ())
+        yield Row(f"0.3 M, prompts of {length}", small, case, bar, {8: BOTH[:1], 128: BOTH[1:]}.get(length, ()))
     count, at_once, new_tokens = size.uneven
     uneven = Case(prompts(count, 32), 8, new_tokens, eos=EOS, rows=at_once)
     yield Row("0.3 M, answers of uneven length", ending(built_in(size.models[0])), uneven, peers=BOTH[:1])
@@ -116,7 +116,7 @@ def rows(size: Size) -> Iterator[Row]:
         yield Row("stories260k, prompts of 128", stories, Case(prompts(size.prompts, 128), 8, size.new_tokens))
     for kind, bf16, bar in (("float32", False, None), ("bfloat16", True, 3.5)):
         case = Case(prompts(size.large[0], 128), 8, size.large[1], bf16=bf16)
-        yield Row(f"30 M, prompts of 128, {kind}", large, case, bar, BOTH if bf16 and size is FULL else ())
+        yield Row(f"30 M, prompts of 128, {kind}", large, case, bar, BOTH[1:] if bf16 and size is FULL else ())
 
 
 def rate(side: Side) -> float:
@@ -187,7 +187,7 @@ def scaling(size: Size) -> str:
         cells = []
         for side in (native(model, case), generate(model, case)):
             side()
-            cells.append(f"{statistics.median(count * samples * new / rate(side) for _ in range(size.repeats)):.3f}")
+            cells.append(f"{count * samples * new / rate(side):.3f}")
         lines.append(f"| {count} | {samples} | {new} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
