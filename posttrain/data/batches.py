@@ -135,10 +135,18 @@ def _added_tokens(row: Sequence[Tokens], present: set[tuple[int, ...]]) -> int:
 
 
 def share_of(rows: Sequence[Sequence[Tokens]], process: int, processes: int) -> list[int]:
-    """Indices of the rows that one of `processes` trains on: whole prompts where there are enough of them, else single rows."""
+    """Indices of the rows that one of `processes` trains on: whole prompts where there are enough of them, else single rows.
+
+    The longest goes first, and each to the process that has the fewest tokens yet, so that nobody waits for long.
+    """
     families = _families([row[0].prompt for row in rows])
     units = families if len(families) >= processes else [[i] for i in range(len(rows))]
-    return [i for unit in units[process::processes] for i in unit]
+    tokens = [len(rows[unit[0]][0].prompt) + sum(len(t.response) for i in unit for t in rows[i]) for unit in units]
+    given, owner = [0] * processes, [0] * len(units)
+    for unit in sorted(range(len(units)), key=lambda unit: -tokens[unit]):
+        owner[unit] = min(range(processes), key=lambda other: given[other])
+        given[owner[unit]] += tokens[unit]
+    return [i for unit, members in enumerate(units) if owner[unit] == process for i in members]
 
 
 class EpochOrder:

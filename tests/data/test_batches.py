@@ -104,6 +104,13 @@ def test_processes_share_all_rows_and_keep_prompts_together_where_there_are_enou
     assert len(where) == len(prompts) or len(prompts) < processes
 
 
+def test_processes_get_about_as_many_tokens() -> None:
+    """Prompts of 2 tokens: 11 | 10, then 7 to the second, 6 to the first, and 3 to the first again, for both have 17."""
+    rows = [[Tokens((i, i), (7,) * length)] for i, length in enumerate((1, 4, 9, 5, 8))]
+    assert share_of(rows, 0, 2) == [0, 1, 2]
+    assert share_of(rows, 1, 2) == [3, 4]
+
+
 @given(st.integers(1, 40), st.integers(1, 15), st.integers(1, 4), st.integers(0, 99))
 def test_an_epoch_skips_no_row_and_repeats_none(rows: int, batch_size: int, epochs: int, seed: int) -> None:
     order = EpochOrder(rows, batch_size, epochs, seed)
