@@ -4,8 +4,10 @@
     python -m pipelines.plan --memory 80        # for a device with 80 GiB
     python -m pipelines.plan --params other.yaml
 
-Memory follows from the model's configuration alone; no weights are loaded. Tokens are the most that the limits of `validation` let
-through. Rows are those of the validated tables, or, before validation, those that `data` asks for. Exit status 1: something will not fit.
+Memory follows from the model's configuration alone; no weights are loaded. It is that of a process that holds all weights, as each does
+while it samples; under FSDP2 n processes share weights, gradients and moments of what is trained while they update.
+Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables, or, before validation, those that
+`data` asks for. Exit status 1: something will not fit.
 """
 
 from __future__ import annotations
