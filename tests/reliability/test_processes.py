@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pipelines.journal import ended, read
 from tests.reliability.workspace import Workspace, environment
 
+pytestmark = pytest.mark.timeout(900)
 GRPO = ("pipelines.align", "--algorithm", "grpo", "--seed", "0")
 
 
@@ -148,16 +149,19 @@ def test_a_request_to_stop_reaches_all_and_any_number_of_processes_goes_on(
 
 
 @pytest.mark.slow
-def test_the_death_of_one_process_ends_the_other_and_the_next_run_goes_on(alone: Workspace, together: Together) -> None:
+@pytest.mark.parametrize("kind", ["ddp_cpu", "fsdp2_cpu"])
+def test_the_death_of_one_process_ends_the_other_and_the_next_run_goes_on(
+    kind: str, alone: Workspace, together: Together
+) -> None:
     anew(together, "align-grpo-0")
-    process = together.start(*GRPO, **together.over("ddp_cpu"))
+    process = together.start(*GRPO, **together.over(kind))
     family = _after_step(together, "align-grpo-0", 3, process)
     victim = next(p for p in family if p.environ()["RANK"] == "1")
     victim.kill()
     process.communicate(timeout=90)
     assert process.returncode not in (0, None)
     _all_gone(family)
-    assert "going on from the checkpoint after step" in together.succeed(*GRPO, **together.over("ddp_cpu"))
+    assert "going on from the checkpoint after step" in together.succeed(*GRPO, **together.over(kind))
     anew(alone, "align-grpo-0")
     alone.succeed(*GRPO)
     agree(alone, together, "align/grpo-0")

@@ -64,6 +64,8 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
     assert two["tokens_sampled"] == one["tokens_sampled"]
     assert "router/load_max" in one["moe"][0]
     assert two["judged"][0] == two["judged"][1]
+    assert two["resumed"].keys() == one["resumed"].keys()
+    assert all(torch.allclose(two["resumed"][name], value, atol=1e-8) for name, value in one["resumed"].items())
     for name in NAMES:
         (metrics, gradient), (alone, expected) = two[name], one[name]
         assert metrics == pytest.approx(alone, abs=1e-9, rel=1e-9), name

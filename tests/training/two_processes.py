@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
 from posttrain.training.onpolicy import Expert
+from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.models.moe import moe
 from tests.rewards.behaving import process_ids
@@ -36,10 +38,25 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     answers, _ = drawn.sample()
     found["answers"] = [(a.group, a.completion.tokens, a.reward) for a in answers]
     found["tokens_sampled"] = drawn.tokens_sampled
+    found["resumed"] = resumed(accelerator)
     # every process has its own id, and all must learn from what one of them was told
     drawn.rewards = [FunctionReward("varied", process_ids)]
     found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])
     return found
+
+
+def resumed(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Weights after two updates, the second by a trainer that began with the first one's state."""
+    made, state = case("ppo", double=True), None
+    for _ in range(2):
+        trainer: Trainer[Any] = Trainer(
+            made.model(), OptimizerSettings(1e-2), total_steps=2, micro_batch_tokens=30, accelerator=accelerator
+        )
+        if state is not None:
+            trainer.load_state_dict(state)
+        trainer.update(made.rows, made.objective)
+        state = trainer.state_dict()
+    return trainer.weights()
 
 
 def made_case(name: str) -> Case:
