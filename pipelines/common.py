@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
-THREADS_FROM_PARAMETERS = 2_000_000
-"""Fewer are trained faster by one thread than by two (benchmarks/scaling.md)."""
+THREADS_FROM_PARAMETERS = 10_000_000
+"""Fewer are left to one thread. An estimate: `python benchmarks/scaling.py` shows on an idle machine where more threads begin to pay."""
 
 
 Model = TypeVar("Model", bound="nn.Module")
