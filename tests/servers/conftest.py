@@ -16,16 +16,23 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -88,10 +95,20 @@ class Scene:
                 run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 400)
             finally:
                 client.delete_deployment_schedule(deployment.id, made.id)
+                self._forget_waiting(client)
         assert run.auto_scheduled
         assert run.created_by is not None
         assert run.created_by.type == "SCHEDULE"
         return run
+
+    def _forget_waiting(self, client: SyncPrefectClient) -> None:
+        """Delete runs that the schedule has added while the first one was starting; they would run after it."""
+        waiting = FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+        )
+        for run in client.read_flow_runs(flow_run_filter=waiting):
+            client.delete_flow_run(run.id)
 
     def ended(self, run: FlowRun, seconds: float = 600) -> FlowRun:
         def look() -> FlowRun | None:
