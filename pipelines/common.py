@@ -20,7 +20,7 @@ from pipelines.sections import (
     OptimizerParams,
     TrainingComputeParams,
 )
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,7 +97,15 @@ def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
     logging.disable_progress_bar()
     torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)
     torch.manual_seed(seed)
-    return Accelerator(mixed_precision="bf16" if compute.bf16 else "no")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate would leave processes without a GPU each to themselves, unless it is told that they are to use the CPU
+    on_cpu = world > 1 and not torch.accelerator.is_available()
+    made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no")
+    if made.num_processes != world:
+        raise ConfigError(
+            f"{world} processes were launched, and {made.num_processes} have found each other; start them with `accelerate launch`"
+        )
+    return made
 
 
 def _threads(start: Path) -> int:
