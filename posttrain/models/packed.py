@@ -6,6 +6,7 @@ than a row), is computed on padded rows instead; `packs` finds out by trying.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from posttrain.data.layout import Attended
 from posttrain.data.tokens import Tokens
 
 NAME = "posttrain_packed"
+WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
+"""What models hand to an attention function that changes nothing of plain causal attention within a window."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
 """Two rows that share a prompt and one of its own."""
 
@@ -34,13 +37,24 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a flat batch [1, heads, tokens, size] by its parts; without parts, what `sdpa` computes."""
+    """Attention over a flat batch [1, heads, tokens, size] by its parts; without parts, what `sdpa` computes.
+
+    Raises TypeError for a kind of attention that has more to it (soft caps, sinks).
+    """
     if parts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
     order = torch.cat([part.queries.flatten()[part.real] for part in parts])
     return torch.empty_like(attended).index_copy(0, order, attended)[None], None
+
+
+def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
+    """Raises TypeError where a model hands over what plain attention would leave out without a word."""
+    more = {name for name, given in arguments.items() if given is not None} - WITHOUT_EFFECT
+    if more:
+        raise TypeError(f"attention with {', '.join(sorted(more))} is not plain attention")
 
 
 def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -74,22 +88,32 @@ def prepare(model: PreTrainedModel) -> bool:
         return True
     if not model._can_set_attn_implementation():
         return False
+    batch = collate(PROBE).to(model.device)
+    own = _probed(model, batch, _padded)
     model.set_attn_implementation(NAME)
-    if _agrees(model):
-        return True
+    try:
+        if _agree(_probed(model, batch, _packed), own):
+            return True
+    except (
+        TypeError
+    ):  # its attention is not plain; what this would have left out may be too little to be seen in a fresh model
+        pass
     model.set_attn_implementation(before)
     return False
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel) -> bool:
-    batch = collate(PROBE).to(model.device)
+def _probed(model: PreTrainedModel, batch: TokenBatch, way: Callable[[PreTrainedModel, TokenBatch], Tensor]) -> Tensor:
     training = model.training
     model.eval()
-    packed, padded = _packed(model, batch), _padded(model, batch)
+    hidden = way(model, batch)
     model.train(training)
-    difference, scale = (packed - padded).abs().max(), padded.abs().max()
-    return float(difference) <= max(1e-4, 4 * torch.finfo(padded.dtype).eps) * float(scale)
+    return hidden
+
+
+def _agree(packed: Tensor, own: Tensor) -> bool:
+    difference, scale = (packed - own).abs().max(), own.abs().max()
+    return float(difference) <= max(1e-4, 4 * torch.finfo(own.dtype).eps) * float(scale)
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:

@@ -16,14 +16,14 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from posttrain.models.packed import refuse_more_than_plain
+
 if TYPE_CHECKING:
     from posttrain.rollouts.slots import Slots
 
 NAME = "posttrain_shared_prompts"
 UNIFORM_BELOW = 32
 """Groups whose widths differ by no more than this are computed together whatever their ratio."""
-WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
-"""What models hand to an attention function that changes nothing for one query that sees all keys."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def shared_attention(
     """
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    unknown = {name for name, given in kwargs.items() if given is not None} - WITHOUT_EFFECT
-    if unknown:
-        raise TypeError(f"attention with {', '.join(sorted(unknown))} is not plain attention")
+    refuse_more_than_plain(kwargs)
     layer = slots.layers[cast(int, module.layer_idx)]
     own = layer.answers[0]
     scaled = query[:, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -39,6 +39,7 @@ PACKING: dict[str, dict[str, Any]] = {
 }
 PADDED: dict[str, dict[str, Any]] = {
     "lfm2": COMMON | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "gemma2": COMMON | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": None, "query_pre_attn_scalar": 8},
     "bloom": {"vocab_size": 20, "hidden_size": 16, "n_layer": 2, "n_head": 2},
 }
 
