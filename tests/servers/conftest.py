@@ -34,6 +34,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.postgres import program
@@ -205,6 +206,8 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
             topology.up()
             with temporary_settings({PREFECT_API_URL: f"{topology.url('prefect')}/api"}):
                 yield Scene(clone, topology, told)
+                # what flows of this process still have to tell must not wait for a server that is gone
+                EventsWorker.drain_all(timeout=30)
         finally:
             for name in reversed(ORDER):
                 topology.processes.stop(name, signal.SIGKILL, seconds=0)
