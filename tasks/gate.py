@@ -30,7 +30,7 @@ from tasks.stage import run_logged, stop
 
 SETTLED = Path(".posttrain/gate.json")
 _WATCHED = ("models/align/", "runs/evaluate/", "data/valid")
-RETRY_SECONDS = [2.0, 5.0, 10.0, 20.0, 30.0]
+RETRY_SECONDS = [2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 60.0]
 
 
 def is_away(_task: Any, _run: Any, state: Any) -> bool:
