@@ -1,6 +1,6 @@
 """How the time of a training step grows: with processes, with tokens, with answers to a prompt, and with threads.
 
-    python benchmarks/scaling.py [--rounds 5] [--small] [--write benchmarks/scaling.md]
+    python benchmarks/scaling.py [--rounds 5] [--small] [--write]
 
 Everything that is compared lives side by side and takes turns, one thread each unless threads are what is compared. Two processes train
 under DDP over gloo, as `accelerate launch` sets them up; while one process is timed they wait at a pipe, and the other way round. Medians
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048, help="of a step of the large model")
     parser.add_argument("--small", action="store_true", help="the smallest model everywhere: a check of the script")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables there as well")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/scaling.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        args.write.write_text(text + "\n", encoding="utf-8")
+        Path(__file__).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
 
 
 def processes(shape: TinyShape, args: argparse.Namespace) -> list[str]:
