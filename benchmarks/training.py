@@ -81,8 +81,8 @@ QUICK = ("sft", "rm", "dpo", "grpo-long")
 TITLE = "# Training steps against TRL\n\nMade by `python benchmarks/training.py --write`.\n"
 ABOUT = """TRL {trl}, torch {torch}, transformers {transformers}; {machine}; one thread a side; float32 unless the case says bf16.
 Median of {repeats} alternating runs (least to greatest). Processor: ratio of processor times, which other work on the machine touches
-less. Same work: how far loss and gradient norm of the first step lie apart on the same tokens. Prompts have 8 tokens; -long 256; -30m 8 (SFT)
-and 64. -uneven is log-normal answers of 16 to 512 tokens, which grpo-uneven is given, so that it samples none.
+less. Same work: how far loss and gradient norm of the first step lie apart on the same tokens. Prompts have 8 tokens; -long 256; -30m 8
+(SFT) and 64. -uneven is log-normal answers of 16 to 512 tokens, which grpo-uneven is given, so that it samples none.
 
 | case | posttrain, s | TRL, s | ratio | processor | wanted | same work: loss, gradient norm |
 |---|---|---|---|---|---|---|"""
