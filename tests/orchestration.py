@@ -15,11 +15,14 @@ from tests.workspace import build, copy, dvc
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prefect server over an empty database."""
+    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):
         yield str(PREFECT_API_URL.value())
+        # the harness itself would wait without end for an event that is meant for a server that is gone
+        EventsWorker.drain_all(timeout=30)
 
 
 @pytest.fixture(scope="session")
