@@ -20,7 +20,7 @@ pytestmark = [
 
 def test_a_night_survives_the_death_of_prefect_mlflow_and_the_database(scene: Scene) -> None:
     run = scene.fire()
-    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/checkpoints/*")), None), 400)
+    wait(lambda: next(iter((scene.root / ".posttrain/runs").glob("reward-*/journal.jsonl")), None), 400)
     processes = scene.topology.processes
     for name in ("mlflow", "prefect"):
         processes.stop(name, signal.SIGKILL)
