@@ -70,7 +70,7 @@ def finish(clone: Clone) -> None:
 def test_ten_kills_change_nothing(reproduced: Clone, new_clone: Callable[[], Clone]) -> None:
     other = new_clone()
     other.configure(str(TINY))
-    survive(other, 6)
+    survive(other, 2)
     assert lock(other) == lock(reproduced)
     assert numbers(other) == numbers(reproduced)
 
