@@ -39,7 +39,8 @@ def reason(received: list[str]) -> str:
     with _own_client() as client:
         if identity is not None and _is_cancelled(client, UUID(identity)):
             return "cancelled in Prefect"
-    return f"stopped by {received[0]}"
+    # without a signal only a cancellation can have stopped it, also where the server no longer answers
+    return f"stopped by {received[0]}" if received else "cancelled in Prefect"
 
 
 @contextmanager

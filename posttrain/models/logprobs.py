@@ -46,9 +46,11 @@ class _TakenLogprobs(torch.autograd.Function):
         product: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         head = _Head(hidden, weight, bias, temperature, product)
-        logprobs, entropy, normaliser = (torch.empty(len(hidden), dtype=head.wide, device=hidden.device) for _ in "123")
+        logprobs, entropy, normaliser = (
+            torch.empty(len(hidden), dtype=head.wide, device=hidden.device) for _ in range(3)
+        )
         for rows in head.rows:
-            taken, greatest = (hidden.new_zeros(targets[rows].shape, dtype=head.wide) for _ in "12")
+            taken, greatest = (hidden.new_zeros(targets[rows].shape, dtype=head.wide) for _ in range(2))
             greatest -= torch.inf
             total, weighted = torch.zeros_like(taken), torch.zeros_like(taken)
             for words in head.words:

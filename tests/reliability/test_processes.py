@@ -67,6 +67,13 @@ def agree(left: Workspace, right: Workspace, folder: str, tolerance: float = 2e-
         assert mine == pytest.approx(others, abs=1e-3, rel=1e-3, nan_ok=True)
 
 
+def as_alone(alone: Workspace, together: Workspace) -> None:
+    """What several processes have made of GRPO is what one makes of it."""
+    anew(alone, "align-grpo-0")
+    alone.succeed(*GRPO)
+    agree(alone, together, "align/grpo-0")
+
+
 def _facts(record: dict[str, Any]) -> dict[str, Any]:
     """Of a record what does not depend on rounding."""
     loose = {"metrics": ("values",), "summary": ("values",), "model": ("files", "sha256")}
@@ -143,9 +150,7 @@ def test_a_request_to_stop_reaches_all_and_any_number_of_processes_goes_on(
     # one process goes on from what two have left
     said = together.succeed(*GRPO)
     assert "going on from the checkpoint after step" in said
-    anew(alone, "align-grpo-0")
-    alone.succeed(*GRPO)
-    agree(alone, together, "align/grpo-0")
+    as_alone(alone, together)
 
 
 @pytest.mark.slow
@@ -162,9 +167,7 @@ def test_the_death_of_one_process_ends_the_other_and_the_next_run_goes_on(
     assert process.returncode not in (0, None)
     _all_gone(family)
     assert "going on from the checkpoint after step" in together.succeed(*GRPO, **together.over(kind))
-    anew(alone, "align-grpo-0")
-    alone.succeed(*GRPO)
-    agree(alone, together, "align/grpo-0")
+    as_alone(alone, together)
 
 
 @pytest.mark.slow

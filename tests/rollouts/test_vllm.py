@@ -1,4 +1,4 @@
-"""The vLLM engine against a small server of the tests' own: protocol, weights and their proof, lost servers."""
+"""The vLLM engine against a small server of the tests' own: protocol, weights and their proof."""
 
 from __future__ import annotations
 
@@ -6,84 +6,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Timer
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from posttrain.data.tokens import Tokens
-from posttrain.errors import RolloutError, ServerError, StaleWeightsError
+from posttrain.errors import StaleWeightsError
 from posttrain.models.inference import token_numbers
-from posttrain.models.lora import Adapter, LoraSettings
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import tiny_model
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.rollouts.vllm import VllmEngine
-from posttrain.rollouts.vllm.folder import plain_state, write_weights
 from posttrain.rollouts.vllm.local import _free_port
-from posttrain.rollouts.vllm.probe import Tolerance, sequences
-from posttrain.rollouts.vllm.server import Server, server_seed
+from posttrain.rollouts.vllm.probe import Tolerance
+from posttrain.rollouts.vllm.server import server_seed
 from tests.models import small
 from tests.rollouts import two_processes
-from tests.rollouts.peer import Peer
-
-PROMPTS = [(5, 6, 7), (9, 10), (11, 3, 4, 8, 20, 30, 21)]
-SETTINGS = SamplingSettings(8, 0.8)
-
-
-def requests(samples: int = 3) -> list[Request]:
-    return [Request(p, tuple((0, i, j) for j in range(samples))) for i, p in enumerate(PROMPTS)]
-
-
-class Setup:
-    """A policy, servers that began with other weights, and an engine between them. `version` counts the policy's updates."""
-
-    def __init__(self, folder: Path, policy: Any, peers: list[Peer]) -> None:
-        self.folder, self.policy, self.peers, self.version = folder, policy, peers, 0
-        self.engine = self.new_engine()
-
-    def new_engine(self, patience_seconds: float = 2.0, bf16: bool = False) -> VllmEngine:
-        return VllmEngine(
-            self.policy,
-            small.EOS,
-            [Server(peer.url) for peer in self.peers],
-            version=lambda: self.version,
-            folder=self.folder,
-            probes=sequences(PROMPTS, self.policy.config.vocab_size, 64),
-            bf16=bf16,
-            patience_seconds=patience_seconds,
-        )
-
-    def update(self, by: float = 1.2) -> None:
-        """What a training step does to the weights."""
-        with torch.no_grad():
-            for parameter in self.policy.parameters():
-                parameter.mul_(by)
-        self.version += 1
-
-    def sample(self, settings: SamplingSettings = SETTINGS) -> list[list[Completion]]:
-        return self.engine.sample(requests(), settings)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
-    peers: list[Peer] = []
-
-    def make(servers: int = 1, policy: Any = None, at_first: Any = None) -> Setup:
-        own = [Peer(at_first or small.language_model(seed=9)).start() for _ in range(servers)]
-        peers.extend(own)
-        return Setup(tmp_path / "served", policy or small.language_model(), own)
-
-    yield make
-    for peer in peers:
-        peer.stop()
+from tests.rollouts.served import PROMPTS, SETTINGS, Setup, requests
 
 
 def gap(model: Any, answers: list[list[Completion]], temperature: float) -> float:
@@ -247,170 +191,6 @@ def test_rounding_to_bfloat16_is_no_other_model_and_a_server_that_loads_nothing_
     setup.update(by=1.3)
     with pytest.raises(StaleWeightsError, match="so the load has changed nothing"):
         setup.sample()
-
-
-def undisturbed(setup: Setup) -> list[list[tuple[int, ...]]]:
-    """What the policy answers through a server that nothing happens to."""
-    peer = Peer(small.language_model(seed=9)).start()
-    other = Setup(setup.folder.with_name("undisturbed"), setup.policy, [peer])
-    tokens = [[c.tokens for c in g] for g in other.sample()]
-    peer.stop()
-    return tokens
-
-
-@pytest.mark.parametrize("fault", [(500, {"error": "engine dead"}), (0, None)], ids=["500", "hangs up"])
-def test_a_single_failure_costs_a_retry_and_no_answer(start: Callable[..., Setup], fault: Any) -> None:
-    setup = start()
-    # the first four completions are the probe's
-    setup.peers[0].faults = lambda number: fault if number == 7 else None
-    assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
-    # it was proven anew before it was asked again
-    assert setup.peers[0].paths.count("/collective_rpc") == 2
-
-
-def test_where_one_dies_the_others_take_over(start: Callable[..., Setup], capsys: pytest.CaptureFixture[str]) -> None:
-    setup = start(servers=3)
-    setup.peers[1].faults = lambda number: (0, None) if number > 5 else None
-    assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
-    assert "2 of 3 vLLM servers go on" in capsys.readouterr().err
-    # and it rejoins when it answers again
-    setup.peers[1].faults = lambda number: None
-    setup.update()
-    setup.sample()
-    assert all(len(peer.asked) > 8 for peer in setup.peers)
-    assert setup.engine.fleet.lost == {}
-
-
-def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Setup]) -> None:
-    setup = start(servers=2)
-    setup.sample()
-    for peer in setup.peers:
-        peer.stop()
-    setup.update()
-    with pytest.raises(ServerError) as caught:
-        setup.sample()
-    assert all(f"{peer.url} does not answer /health" in str(caught.value) for peer in setup.peers)
-    assert "run the same command" in str(caught.value)
-
-
-def test_a_server_that_fails_for_good_is_not_asked_for_ever(start: Callable[..., Setup]) -> None:
-    setup = start()
-    probes = 4
-    setup.peers[0].faults = lambda number: None if number % (probes + 1) else (500, {"error": "this prompt kills me"})
-    with pytest.raises(ServerError, match="this prompt kills me"):
-        setup.engine.sample([Request(PROMPTS[0], ((0,),))], SETTINGS)
-    # at first, and once for each of three revivals
-    assert len([body for body in setup.peers[0].asked if "stop_token_ids" in body]) == 4
-
-
-def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) -> None:
-    setup, answered = start(), Event()
-
-    def hangs(number: int) -> Any:
-        if number > 4:
-            Timer(0.2, setup.engine.close).start()
-            answered.wait(60)
-
-    setup.peers[0].faults = hangs
-    with pytest.raises(ServerError, match="the run is being stopped"):
-        setup.sample()
-    assert not answered.is_set()
-    answered.set()
-
-
-def test_a_server_that_comes_back_with_its_first_weights_gets_those_of_now(start: Callable[..., Setup]) -> None:
-    setup = start()
-    expected = undisturbed(setup)
-    peer = setup.peers[0]
-
-    def dies_once(number: int) -> Any:
-        if number == 7:
-            peer.model, peer.unhealthy, peer.paths = small.language_model(seed=9), 2, []
-        return (0, None) if peer.unhealthy else None
-
-    peer.faults = dies_once
-    setup.engine = setup.new_engine(patience_seconds=20)
-    assert [[c.tokens for c in g] for g in setup.sample()] == expected
-    assert peer.paths.count("/collective_rpc") == 1
-
-
-def test_a_server_that_was_replaced_between_two_rounds_of_a_step_is_noticed(start: Callable[..., Setup]) -> None:
-    setup = start(servers=2)
-    answers = setup.sample()
-    setup.peers[1].model = small.language_model(seed=9)
-    assert [[c.tokens for c in g] for g in setup.sample()] == [[c.tokens for c in g] for g in answers]
-    assert [peer.paths.count("/collective_rpc") for peer in setup.peers] == [2, 2]
-
-
-def test_what_no_other_server_would_do_better_stops_at_once(start: Callable[..., Setup]) -> None:
-    setup = start()
-    setup.peers[0].faults = lambda number: (400, {"error": "out of vocabulary"}) if number > 4 else None
-    with pytest.raises(RolloutError, match=r"refused /v1/completions with 400: .*out of vocabulary"):
-        setup.sample()
-    for attribute, message in [("development", "VLLM_SERVER_DEV_MODE=1"), ("token_ids", "sends no token_ids")]:
-        setup = start()
-        setattr(setup.peers[0], attribute, False)
-        with pytest.raises(RolloutError, match=message):
-            setup.sample()
-
-
-def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent(start: Callable[..., Setup]) -> None:
-    setup = start()
-    with pytest.raises(RolloutError, match=r"7 tokens and 58 new ones exceed the 64 tokens.*--max-model-len"):
-        setup.sample(SamplingSettings(58, 1.0))
-
-
-def test_what_is_written_is_the_model_with_its_adapter(tmp_path: Path) -> None:
-    model = small.language_model()
-    adapter = Adapter(model, LoraSettings(rank=2, alpha=4.0))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    write_weights(model, plain_state(model, torch.float32), tmp_path / "served")
-    adapter.merge()
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        torch.testing.assert_close(served(ids).logits, model(ids).logits)
-    assert not torch.equal(
-        served.model.layers[0].mlp.up_proj.weight, small.language_model().model.layers[0].mlp.up_proj.weight
-    )
-
-
-@pytest.mark.parametrize(
-    "model", [small.tied_llama, lambda: small.language_model(shape=small.MOE)], ids=["tied", "experts"]
-)
-def test_what_is_written_loads_as_the_policy(tmp_path: Path, model: Callable[[], Any]) -> None:
-    lm = model()
-    write_weights(lm, plain_state(lm, torch.float32), tmp_path / "served")
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
-    assert served.config.tie_word_embeddings is False
-    assert [path.name for path in (tmp_path / "served").glob("*.safetensors")] == ["model.safetensors"]
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        assert torch.equal(served(ids).logits, lm(ids).logits)
-    # the policy itself is as it was
-    assert lm.config.tie_word_embeddings is (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight)
-
-
-@pytest.mark.parametrize(
-    "model", [small.tied_llama, lambda: small.language_model(shape=small.MOE)], ids=["tied", "experts"]
-)
-def test_the_weights_are_those_of_the_state_dict(model: Callable[[], Any]) -> None:
-    lm = model()
-    lm.register_buffer("kept", torch.ones(2))
-    state, own = plain_state(lm, torch.float32), lm.state_dict()
-    assert sorted(state) == sorted(own)
-    assert all(torch.equal(state[name], own[name]) for name in own)
-    assert {tensor.dtype for tensor in plain_state(lm, torch.bfloat16).values()} == {torch.bfloat16}
-
-
-def test_a_disk_that_refuses_is_said_in_one_paragraph(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    lm = small.language_model()
-    with pytest.raises(RolloutError, match="cannot write the weights that the vLLM server is to load"):
-        write_weights(lm, plain_state(lm, torch.float32), tmp_path / "file" / "served")
 
 
 def test_two_processes_sample_their_shares_from_servers_that_one_of_them_keeps_up_to_date(

@@ -1,0 +1,126 @@
+"""vLLM servers that fail, hang, die, come back or are replaced: small ones of the tests' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Event, Timer
+from typing import Any
+
+import pytest
+
+from posttrain.errors import RolloutError, ServerError
+from posttrain.rollouts.engine import Request, SamplingSettings
+from tests.models import small
+from tests.rollouts.peer import Peer
+from tests.rollouts.served import PROMPTS, SETTINGS, Setup
+
+
+def undisturbed(setup: Setup) -> list[list[tuple[int, ...]]]:
+    """What the policy answers through a server that nothing happens to."""
+    peer = Peer(small.language_model(seed=9)).start()
+    other = Setup(setup.folder.with_name("undisturbed"), setup.policy, [peer])
+    tokens = [[c.tokens for c in g] for g in other.sample()]
+    peer.stop()
+    return tokens
+
+
+@pytest.mark.parametrize("fault", [(500, {"error": "engine dead"}), (0, None)], ids=["500", "hangs up"])
+def test_a_single_failure_costs_a_retry_and_no_answer(start: Callable[..., Setup], fault: Any) -> None:
+    setup = start()
+    # the first four completions are the probe's
+    setup.peers[0].faults = lambda number: fault if number == 7 else None
+    assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
+    # it was proven anew before it was asked again
+    assert setup.peers[0].paths.count("/collective_rpc") == 2
+
+
+def test_where_one_dies_the_others_take_over(start: Callable[..., Setup], capsys: pytest.CaptureFixture[str]) -> None:
+    setup = start(servers=3)
+    setup.peers[1].faults = lambda number: (0, None) if number > 5 else None
+    assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
+    assert "2 of 3 vLLM servers go on" in capsys.readouterr().err
+    # and it rejoins when it answers again
+    setup.peers[1].faults = lambda number: None
+    setup.update()
+    setup.sample()
+    assert all(len(peer.asked) > 8 for peer in setup.peers)
+    assert setup.engine.fleet.lost == {}
+
+
+def test_when_none_is_left_the_run_stops_and_names_each(start: Callable[..., Setup]) -> None:
+    setup = start(servers=2)
+    setup.sample()
+    for peer in setup.peers:
+        peer.stop()
+    setup.update()
+    with pytest.raises(ServerError) as caught:
+        setup.sample()
+    assert all(f"{peer.url} does not answer /health" in str(caught.value) for peer in setup.peers)
+    assert "run the same command" in str(caught.value)
+
+
+def test_a_server_that_fails_for_good_is_not_asked_for_ever(start: Callable[..., Setup]) -> None:
+    setup = start()
+    probes = 4
+    setup.peers[0].faults = lambda number: None if number % (probes + 1) else (500, {"error": "this prompt kills me"})
+    with pytest.raises(ServerError, match="this prompt kills me"):
+        setup.engine.sample([Request(PROMPTS[0], ((0,),))], SETTINGS)
+    # at first, and once for each of three revivals
+    assert len([body for body in setup.peers[0].asked if "stop_token_ids" in body]) == 4
+
+
+def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) -> None:
+    setup, answered = start(), Event()
+
+    def hangs(number: int) -> Any:
+        if number > 4:
+            Timer(0.2, setup.engine.close).start()
+            answered.wait(60)
+
+    setup.peers[0].faults = hangs
+    with pytest.raises(ServerError, match="the run is being stopped"):
+        setup.sample()
+    assert not answered.is_set()
+    answered.set()
+
+
+def test_a_server_that_comes_back_with_its_first_weights_gets_those_of_now(start: Callable[..., Setup]) -> None:
+    setup = start()
+    expected = undisturbed(setup)
+    peer = setup.peers[0]
+
+    def dies_once(number: int) -> Any:
+        if number == 7:
+            peer.model, peer.unhealthy, peer.paths = small.language_model(seed=9), 2, []
+        return (0, None) if peer.unhealthy else None
+
+    peer.faults = dies_once
+    setup.engine = setup.new_engine(patience_seconds=20)
+    assert [[c.tokens for c in g] for g in setup.sample()] == expected
+    assert peer.paths.count("/collective_rpc") == 1
+
+
+def test_a_server_that_was_replaced_between_two_rounds_of_a_step_is_noticed(start: Callable[..., Setup]) -> None:
+    setup = start(servers=2)
+    answers = setup.sample()
+    setup.peers[1].model = small.language_model(seed=9)
+    assert [[c.tokens for c in g] for g in setup.sample()] == [[c.tokens for c in g] for g in answers]
+    assert [peer.paths.count("/collective_rpc") for peer in setup.peers] == [2, 2]
+
+
+def test_what_no_other_server_would_do_better_stops_at_once(start: Callable[..., Setup]) -> None:
+    setup = start()
+    setup.peers[0].faults = lambda number: (400, {"error": "out of vocabulary"}) if number > 4 else None
+    with pytest.raises(RolloutError, match=r"refused /v1/completions with 400: .*out of vocabulary"):
+        setup.sample()
+    for attribute, message in [("development", "VLLM_SERVER_DEV_MODE=1"), ("token_ids", "sends no token_ids")]:
+        setup = start()
+        setattr(setup.peers[0], attribute, False)
+        with pytest.raises(RolloutError, match=message):
+            setup.sample()
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent(start: Callable[..., Setup]) -> None:
+    setup = start()
+    with pytest.raises(RolloutError, match=r"7 tokens and 58 new ones exceed the 64 tokens.*--max-model-len"):
+        setup.sample(SamplingSettings(58, 1.0))
