@@ -91,7 +91,7 @@ def status_in_mlflow(scene: Scene, run: Path) -> str:
 
 def test_a_cancelled_night_stops_its_stage_at_a_checkpoint_and_the_next_one_goes_on(scene: Scene) -> None:
     before = reward_runs(scene)
-    more_pairs(scene, 240)
+    more_pairs(scene, 2000)  # half a minute of training: the cancellation comes before its end on any machine
     night = scene.fire()
     run = training(scene, before)
     family = worker_family(scene)
@@ -113,7 +113,7 @@ def test_a_cancelled_night_stops_its_stage_at_a_checkpoint_and_the_next_one_goes
 
 def test_a_night_whose_process_is_killed_under_its_worker_is_told_to_the_webhook(scene: Scene) -> None:
     before, told = reward_runs(scene), len(scene.told)
-    more_pairs(scene, 241)
+    more_pairs(scene, 2001)
     night = scene.fire()
     training(scene, before)
     engine = next(process for process in worker_family(scene) if "prefect.engine" in " ".join(process.cmdline()))
