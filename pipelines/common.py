@@ -88,11 +88,14 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
 
 
 def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
-    """Threads, seeds and precision of this process, for a model of the size of `start`. The device comes from the environment."""
+    """Memory, threads, seeds and precision of this process, for a model of the size of `start`. The device comes from the environment."""
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging
 
+    from posttrain.models.heap import keep_heap
+
+    keep_heap()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)

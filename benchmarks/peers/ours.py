@@ -21,6 +21,7 @@ from posttrain.algorithms import DAPO, DPO, GRPO, GSPO
 from posttrain.algorithms.records import OnPolicy
 from posttrain.data.tokens import Tokens
 from posttrain.models.folders import load_encoder, load_policy, load_scorer
+from posttrain.models.heap import keep_heap
 from posttrain.models.inference import token_numbers
 from posttrain.models.policy import Policy, Scorer
 from posttrain.rewards.sources import Judged
@@ -239,6 +240,7 @@ def shares(job: Job) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_heap()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

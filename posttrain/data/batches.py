@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.data.layout import Attended, attended_parts
+from posttrain.data.layout import Attended, Family, Reads, attended_parts, ending, predicting
 from posttrain.data.tokens import Tokens
 
 SHARED_FROM_TOKENS = 4
@@ -22,7 +22,8 @@ SHARED_FROM_TOKENS = 4
 class TokenBatch:
     """Prompts and responses without padding. A prompt that several rows share stands once, and is computed once.
 
-    input_ids, positions: [tokens], every token with its position in its own row. parts: which token attends to which.
+    input_ids, positions: [tokens], every token with its position in its own row. families: where prompts and responses lie. parts: which
+    token attends to which.
     source: [batch, time] index of the token whose hidden state predicts the response token. targets: [batch, time] response ids.
     mask: [batch, time] bool, from lengths and never from ids. last: [batch] index of the row's last token.
     rows: [batch, length] indices of the row's tokens, padded on the right. place: [tokens] where each token stands in rows.flatten().
@@ -30,6 +31,7 @@ class TokenBatch:
 
     input_ids: Tensor
     positions: Tensor
+    families: tuple[Family, ...]
     parts: tuple[Attended, ...]
     source: Tensor
     targets: Tensor
@@ -40,7 +42,15 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return TokenBatch(parts=tuple(part.to(device) for part in self.parts), **moved)
+        return TokenBatch(families=self.families, parts=tuple(part.to(device) for part in self.parts), **moved)
+
+    def predicting(self) -> Reads:
+        """The tokens that `source` names under the mask."""
+        return predicting(self.families).to(self.input_ids.device)
+
+    def ending(self) -> Reads:
+        """The tokens that `last` names."""
+        return ending(self.families).to(self.input_ids.device)
 
 
 def collate(tokens: Sequence[Tokens]) -> TokenBatch:
@@ -48,12 +58,12 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
     ids: list[int] = []
     prompts: dict[int, range] = {}
     responses: dict[int, range] = {}
-    families = _families([row.prompt for row in tokens], SHARED_FROM_TOKENS)
-    for members in families:
-        prompt = tokens[members[0]].prompt
-        stem = _append(ids, prompt)
+    families = []
+    for members in _families([row.prompt for row in tokens], SHARED_FROM_TOKENS):
+        stem = _append(ids, tokens[members[0]].prompt)
         for i in members:
             prompts[i], responses[i] = stem, _append(ids, tokens[i].response)
+        families.append(Family(stem, tuple(responses[i] for i in members)))
     indices = [
         np.concatenate([np.arange(r.start, r.stop) for r in (prompts[i], responses[i])]) for i in range(len(tokens))
     ]
@@ -69,7 +79,8 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
         "last": np.array([row[-1] for row in indices]), "rows": rows, "place": place,
     }  # fmt: skip
     return TokenBatch(
-        parts=attended_parts([(prompts[members[0]], [responses[i] for i in members]) for members in families]),
+        families=tuple(families),
+        parts=attended_parts(families),
         **{name: torch.from_numpy(array) for name, array in numbers.items()},
     )
 

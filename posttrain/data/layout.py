@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,48 +33,118 @@ class Attended:
         return Attended(self.queries.to(device), self.keys.to(device), mask, self.real.to(device))
 
 
-Segment = tuple[range, range]
-"""Indices of the tokens before a segment that it may see, and of its own."""
+@dataclass(frozen=True)
+class Reads:
+    """tokens: [read] ascending indices of those whose last hidden states are read. parts: cover each of them, and maybe others."""
+
+    tokens: Tensor
+    parts: tuple[Attended, ...]
+
+    def to(self, device: torch.device) -> Reads:
+        return Reads(self.tokens.to(device), tuple(part.to(device) for part in self.parts))
 
 
-def attended_parts(families: Iterable[tuple[range, Sequence[range]]]) -> tuple[Attended, ...]:
-    """Parts that cover every token once. A family is a prompt and its responses, as ranges of flat indices.
+@dataclass(frozen=True)
+class Family:
+    """A prompt and the responses that branch off from it, as ranges of flat indices."""
+
+    prompt: range
+    responses: tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens in a row, `own`, after others that they see. first: among `own`, the first that attends; all before it are only seen."""
+
+    seen: range
+    own: range
+    first: int = 0
+
+    @property
+    def queries(self) -> range:
+        return self.own[self.first :]
+
+
+def attended_parts(families: Iterable[Family]) -> tuple[Attended, ...]:
+    """Parts that cover every token once.
 
     A prompt with one response is one causal sequence; with several, they are segments that each see the prompt before them.
     """
-    whole: list[Segment] = []
-    branches: list[Segment] = []
-    for prompt, responses in families:
-        if len(responses) == 1:
-            whole.append((range(0), range(prompt.start, responses[0].stop)))
+    segments: list[_Segment] = []
+    for family in families:
+        if len(family.responses) == 1:
+            segments.append(_Segment(range(0), _whole(family)))
         else:
-            whole.append((range(0), prompt))
-            branches += [(prompt, response) for response in responses if response]
-    return tuple(_part(segments) for kind in (whole, branches) for segments in _of_similar_length(kind))
+            segments.append(_Segment(range(0), family.prompt))
+            segments += [_Segment(family.prompt, response) for response in family.responses]
+    return _parts(segments)
 
 
-def _of_similar_length(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments of 2^k to 2^(k+1) - 1 tokens together, so that less than half of a part is padding."""
-    buckets: dict[int, list[Segment]] = {}
+def predicting(families: Sequence[Family]) -> Reads:
+    """The tokens that predict a response's tokens: a prompt's last one, and all of a response but its last."""
+    segments: list[_Segment] = []
+    for family in families:
+        prompt, last = family.prompt, max(0, len(family.prompt) - 1)
+        if len(family.responses) == 1:
+            own = _whole(family)[:-1]
+            # a mask costs more than the causal queries that it saves, until these are most of the row
+            segments.append(_Segment(range(0), own, last if 2 * last > len(own) else 0))
+        else:
+            segments.append(_Segment(range(0), prompt, last))
+            segments += [_Segment(prompt, response[:-1]) for response in family.responses]
+    parts = [part for f in families if any(f.responses) for part in (f.prompt[-1:], *(r[:-1] for r in f.responses))]
+    return Reads(torch.tensor([*chain(*parts)], dtype=torch.long), _parts(segments))
+
+
+def ending(families: Sequence[Family]) -> Reads:
+    """The last token of every row."""
+    segments: list[_Segment] = []
+    for family in families:
+        for response in family.responses:
+            seen, own = (
+                (family.prompt, response) if len(family.responses) > 1 and response else (range(0), family.prompt)
+            )
+            own = _whole(family) if len(family.responses) == 1 else own
+            segments.append(_Segment(seen, own, len(own) - 1))
+    # rows that are the same prompt and nothing else end with the same token
+    once = sorted(dict.fromkeys(segments), key=lambda segment: segment.own[-1])
+    return Reads(torch.tensor([segment.own[-1] for segment in once], dtype=torch.long), _parts(once))
+
+
+def _whole(family: Family) -> range:
+    return range(family.prompt.start, family.responses[0].stop)
+
+
+def _parts(segments: Iterable[_Segment]) -> tuple[Attended, ...]:
+    """Segments of 2^k to 2^(k+1) - 1 queries, and so of keys, together, so that less than half of a part is padding."""
+    buckets: dict[tuple[bool, int, int], list[_Segment]] = {}
     for segment in segments:
-        buckets.setdefault(len(segment[1]).bit_length(), []).append(segment)
-    return [buckets[k] for k in sorted(buckets)]
+        if segment.queries:
+            sizes = len(segment.queries).bit_length(), len(segment.own).bit_length()
+            buckets.setdefault((bool(segment.seen or segment.first), *sizes), []).append(segment)
+    return tuple(_part(buckets[sizes]) for sizes in sorted(buckets))
 
 
-def _part(segments: Sequence[Segment]) -> Attended:
-    longest, before = max(len(own) for _, own in segments), max(len(seen) for seen, _ in segments)
-    lengths = torch.tensor([len(own) for _, own in segments])
-    starts = torch.tensor([own.start for _, own in segments])
-    step = torch.arange(longest)
-    real = step < lengths[:, None]
-    queries = torch.where(real, starts[:, None] + step, starts[:, None])
-    if not before:
+def _part(segments: Sequence[_Segment]) -> Attended:
+    longest, before = (max(len(s.queries) for s in segments), max(len(s.seen) for s in segments))
+    queries, real = _indices([s.queries for s in segments], longest)
+    if not any(s.seen or s.first for s in segments):
         return Attended(queries, queries, None, real.flatten())
+    own, _ = _indices([s.own for s in segments], max(len(s.own) for s in segments))
     # the prompt's keys end where the response's begin, so padding is on their left
-    seen_lengths = torch.tensor([len(seen) for seen, _ in segments])
+    seen_lengths = torch.tensor([len(s.seen) for s in segments])
     offset = torch.arange(before) - (before - seen_lengths[:, None])
-    seen_starts = torch.tensor([seen.start for seen, _ in segments])[:, None]
-    keys = torch.cat([seen_starts + offset.clamp(min=0), queries], dim=1)
-    causal = (step[:, None] >= step).expand(len(segments), -1, -1)
+    seen = torch.tensor([s.seen.start for s in segments])[:, None] + offset.clamp(min=0)
+    place = torch.tensor([s.first for s in segments])[:, None] + torch.arange(longest)
+    causal = place[:, :, None] >= torch.arange(own.shape[1])
     mask = torch.cat([(offset >= 0)[:, None].expand(-1, longest, -1), causal], dim=2)
-    return Attended(queries, keys, mask[:, None], real.flatten())
+    return Attended(queries, torch.cat([seen, own], dim=1), mask[:, None], real.flatten())
+
+
+def _indices(ranges: Sequence[range], longest: int) -> tuple[Tensor, Tensor]:
+    """[ranges, longest], each padded on the right with its first index, and which entries are no padding."""
+    starts, lengths = (
+        torch.tensor(numbers)[:, None] for numbers in ([r.start for r in ranges], [len(r) for r in ranges])
+    )
+    step = torch.arange(longest)
+    return torch.where(step < lengths, starts + step, starts), step < lengths

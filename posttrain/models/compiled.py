@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.errors import ModelError
+from posttrain.models.narrow import layers_of, may_be_narrow
 from posttrain.models.packed import NAME, packed_attention
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer for any number of tokens. The packed attention, whose parts are others in each batch, stays apart.
+    """Compile each decoder layer for any number of tokens, but not one that computes some of them only.
+
+    The packed attention, whose parts are others in each batch, stays apart.
 
     Raises ModelError where the architecture has no layers of the usual kind.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise ModelError(f"{type(model).__name__} has no decoder layers to compile; set compute.compile: false")
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for layer in layers:
+        if layer is may_be_narrow(model):
+            continue
         layer.forward = _compiled_for_flat_batches(layer.forward)
 
 

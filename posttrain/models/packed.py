@@ -7,6 +7,8 @@ than a row), is computed on padded rows instead; `packs` finds out by trying.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from posttrain.data.batches import TokenBatch, collate
-from posttrain.data.layout import Attended
+from posttrain.data.layout import Attended, Reads
 from posttrain.data.tokens import Tokens
+from posttrain.models.narrow import narrow_last_layer
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
@@ -34,20 +37,25 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     parts: tuple[Attended, ...] | None = None,
+    reads: Reads | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a flat batch [1, heads, tokens, size] by its parts; without parts, what `sdpa` computes.
+    """Attention over a flat batch [1, heads, tokens, size] by its parts, 0 for tokens in none; without parts, what `sdpa` computes.
 
+    reads is for the last layer, which has taken its parts from there.
     Raises TypeError for a kind of attention that has more to it (soft caps, sinks).
     """
     if parts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    if not parts:
+        return torch.zeros_like(queries)[None], None
     attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
     order = torch.cat([part.queries.flatten()[part.real] for part in parts])
-    return torch.empty_like(attended).index_copy(0, order, attended)[None], None
+    every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
+    return every(queries.shape).index_copy(0, order, attended)[None], None
 
 
 def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
@@ -92,14 +100,20 @@ def prepare(model: PreTrainedModel) -> bool:
     own = _probed(model, batch, _padded)
     model.set_attn_implementation(NAME)
     try:
-        if _agree(_probed(model, batch, _packed), own):
-            return True
+        packs = _agree(_probed(model, batch, _packed), own)
     except (
         TypeError
     ):  # its attention is not plain; what this would have left out may be too little to be seen in a fresh model
-        pass
-    model.set_attn_implementation(before)
-    return False
+        packs = False
+    if not packs:
+        model.set_attn_implementation(before)
+        return False
+    with narrow_last_layer(model) as narrowed, suppress(TypeError):  # a layer that is made otherwise stays whole
+        narrowed.keep = all(
+            _agree(_probed(model, batch, partial(_packed, reads=reads))[reads.tokens], own[reads.tokens])
+            for reads in (batch.predicting(), batch.ending())
+        )
+    return True
 
 
 @torch.no_grad()
@@ -116,15 +130,15 @@ def _agree(packed: Tensor, own: Tensor) -> bool:
     return float(difference) <= max(1e-4, 4 * torch.finfo(own.dtype).eps) * float(scale)
 
 
-def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
-    """Last hidden state of every token, [tokens, hidden], of a model whose head is applied elsewhere."""
+def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads: Reads) -> Tensor:
+    """Last hidden states, [tokens, hidden], of a model whose head is applied elsewhere: of the tokens in `reads`, anything of others."""
     window = getattr(model.config, "sliding_window", None)
     if packs and (not window or batch.rows.shape[1] <= window):
-        return _packed(model, batch)
+        return _packed(model, batch, reads)
     return _padded(model, batch)
 
 
-def _packed(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+def _packed(model: PreTrainedModel, batch: TokenBatch, reads: Reads | None = None) -> Tensor:
     # a mask of four dimensions is passed on as it is; without one transformers would build [tokens, tokens]
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     output = model.base_model(
@@ -133,6 +147,7 @@ def _packed(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         attention_mask=placeholder,
         use_cache=False,
         parts=batch.parts,
+        reads=reads,
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden

@@ -50,7 +50,7 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
         """The temperature is one for all rows, or [batch]."""
         with reading(self.routers) as routers:
-            hidden = hidden_states(self.lm, batch, self.packs)
+            hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
         head, mask = self.lm.get_output_embeddings(), batch.mask
         if isinstance(temperature, Tensor):
             temperature = temperature[:, None].expand(mask.shape)[mask]
@@ -67,7 +67,7 @@ class Policy(nn.Module):
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
     """Value [batch, time] before each response token, by a trunk with one scalar head."""
-    hidden = hidden_states(critic, batch, packs)
+    hidden = hidden_states(critic, batch, packs, batch.predicting())
     return _wide(cast(nn.Module, critic.score)(hidden[batch.source]).squeeze(-1))
 
 
@@ -80,7 +80,7 @@ class Scorer(nn.Module):
         self.packs = prepare(model)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        hidden = hidden_states(self.model, batch, self.packs)
+        hidden = hidden_states(self.model, batch, self.packs, batch.ending())
         return _wide(cast(nn.Module, self.model.score)(hidden[batch.last]).squeeze(-1))
 
 
