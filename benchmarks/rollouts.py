@@ -2,7 +2,8 @@
 
     python benchmarks/rollouts.py [--quick] [--write] [--vllm /path/to/python]
 
-Same model, prompts and number of answers; one thread; the sides take turns in one run. Rates are tokens in a second of processor time,
+Same model, prompts and number of answers; one thread a side and a process each, ours with its memory as a step of the pipeline sets it,
+the others' as they find it; the sides take turns in one run. Rates are tokens in a second of processor time,
 which on a machine that others use as well says more than the clock on the wall: medians, and the least and greatest in parentheses.
 The 30 M model runs under autocast on both sides where it says bfloat16. Uneven answers end with the same probability at every token.
 --quick: a short form, under a minute. --write: benchmarks/rollouts.md, and a picture of where the time goes. --vllm: the interpreter
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import torch
 import transformers
 
-from benchmarks.peers.rollouts import Case, Side, Vllm, continuous, generate, native
+from benchmarks.peers.rollouts import Apart, Case, Side, Vllm, continuous, generate, native
+from posttrain.models.heap import keep_heap
 from posttrain.models.tiny import TinyShape, tiny_model
 
 SMALL = TinyShape(max_length=1024)
@@ -125,27 +127,33 @@ def rate(side: Side) -> float:
     return tokens / (time.process_time() - started)
 
 
-def measured(row: Row, python: str | None, repeats: int) -> dict[str, list[float]]:
+PEERS = {"generate": generate, "generate_batch": continuous}
+
+
+def apart(row: Row) -> dict[str, Apart]:
+    """transformers' sides of a row, each in a process of its own with Python's usual memory."""
+    names = ("generate", *(name for name in row.peers if name in PEERS))
+    return {name: Apart(PEERS[name](row.model, row.case)) for name in names}
+
+
+def measured(row: Row, peers: Mapping[str, Apart], python: str | None, repeats: int) -> dict[str, list[float]]:
     """Rates of every side, taken in turns after one run each to warm up; of `generate_batch`, which takes many times as long, once."""
-    sides = {"native": native(row.model, row.case), "generate": generate(row.model, row.case)}
-    if "generate_batch" in row.peers:
-        sides["generate_batch"] = continuous(row.model, row.case)
+    side = native(row.model, row.case)
+    sides: dict[str, Callable[[], float]] = {"native": lambda: rate(side)} | {n: peer.rate for n, peer in peers.items()}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     with contextlib.ExitStack() as stack:
-        child = None
+        for peer in peers.values():
+            stack.callback(peer.close)
         if python and "vllm" in row.peers:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             saved(row.model, Path(folder))
             child = Vllm(python, Path(folder), row.case)
             stack.callback(child.close)
-            child.rate()
-            rates["vllm"] = []
+            sides["vllm"], rates["vllm"] = child.rate, []
         for number in range(repeats + 1):
-            for name, side in sides.items():
+            for name, measure in sides.items():
                 if name != "generate_batch" or number == 1:
-                    rates[name] += [rate(side)][: int(number > 0)]
-            if child and number:
-                rates["vllm"].append(child.rate())
+                    rates[name] += [measure()][: int(number > 0)]
     return rates
 
 
@@ -178,16 +186,19 @@ def spread(rates: Sequence[float]) -> str:
     return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
 
 
-def scaling(size: Size) -> str:
-    """Seconds of processor time as prompts, samples and length grow, at the 0.3 M model with 128-token prompts."""
+def curve(size: Size) -> list[Row]:
+    """Prompts, samples and length grow, at the 0.3 M model with 128-token prompts."""
     model = built_in(size.models[0])
+    return [Row("", model, Case(prompts(count, 128), samples, new)) for count, samples, new in size.shapes]
+
+
+def scaling(shapes: Sequence[tuple[Row, Mapping[str, Apart]]]) -> str:
+    """Seconds of processor time."""
     lines = ["| prompts | answers each | new tokens | native, s | `generate`, s |", "|---|---|---|---|---|"]
-    for count, samples, new in size.shapes:
-        case = Case(prompts(count, 128), samples, new)
-        cells = []
-        for side in (native(model, case), generate(model, case)):
-            side()
-            cells.append(f"{count * samples * new / rate(side):.3f}")
+    for row, peers in shapes:
+        rates, case = measured(row, peers, None, 1), row.case
+        count, samples, new = len(case.prompts), case.samples, case.new_tokens
+        cells = [f"{count * samples * new / rates[side][0]:.3f}" for side in ("native", "generate")]
         lines.append(f"| {count} | {samples} | {new} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -291,13 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = {}
-    for row in rows(args.size):
-        found[row.name] = (row, measured(row, args.vllm, args.size.repeats))
+    with_peers, shapes = ([(row, apart(row)) for row in of] for of in (rows(args.size), curve(args.size)))
+    keep_heap()  # as every step of the pipeline does
+    for row, peers in with_peers:
+        found[row.name] = (row, measured(row, peers, args.vllm, args.size.repeats))
         medians = {side: round(statistics.median(rates)) for side, rates in found[row.name][1].items()}
         print(f"{row.name}: {medians}", file=sys.stderr, flush=True)
     report = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread;"
-        f" tokens in a second of processor time.\n\n{table(found)}\n\n{scaling(args.size)}"
+        f" tokens in a second of processor time.\n\n{table(found)}\n\n{scaling(shapes)}"
     )
     print(report)
     if args.write:

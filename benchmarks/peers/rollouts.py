@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -86,6 +87,34 @@ def continuous(model: Any, case: Case) -> Side:
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
     return run
+
+
+class Apart:
+    """A side in a fork of this process, which keeps what was set for the memory of this one until now from what is set later."""
+
+    def __init__(self, side: Side) -> None:
+        context = multiprocessing.get_context("fork")
+        self.here, there = context.Pipe()
+        self.child = context.Process(target=_answer, args=(there, side), daemon=True)
+        self.child.start()
+        there.close()
+
+    def rate(self) -> float:
+        """Tokens in a second of the child's processor time."""
+        self.here.send("again")
+        tokens, seconds = self.here.recv()
+        return float(tokens / seconds)
+
+    def close(self) -> None:
+        self.here.send(None)  # closing would not do: later forks hold this end as well
+        self.child.join()
+
+
+def _answer(asked: Any, side: Side) -> None:
+    while asked.recv():
+        started = time.process_time()
+        tokens = side()
+        asked.send((tokens, time.process_time() - started))
 
 
 class Vllm:
