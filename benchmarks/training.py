@@ -33,6 +33,7 @@ SIDES = ("posttrain", "TRL")
 TABLE, PICTURE = HERE / "training.md", HERE / "training.png"
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 SMALL = TinyShape(max_length=1024)
+STORIES = HERE.resolve().parents[1] / "shared" / "data" / "stories260k"
 MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, kv_heads=4, max_length=1024)
 
 
@@ -51,12 +52,14 @@ class Case:
     answer: tuple[int, int]
     micro_rows: int
     bar: float
-    shape: TinyShape | str = SMALL
+    shape: TinyShape | Path = SMALL
     samples: int = 1
     log_normal: bool = False
     eos: bool = False
     bf16: bool = False
     budget: int = 16384
+    vocabulary: int = 0
+    """Of the embeddings and the head, where they are larger than the tokenizer's."""
 
 
 CASES = (
@@ -73,6 +76,10 @@ CASES = (
     Case("sft-30m-bf16", "sft", 16, 2, 8, (16, 44), 16, 1.5, MIDDLE, bf16=True),
     Case("dpo-30m-bf16", "dpo", 8, 2, 64, (16, 44), 8, 1.5, MIDDLE, bf16=True),
     Case("grpo-30m-bf16", "grpo", 8, 1, 64, (32, 32), 64, 1.5, MIDDLE, samples=8, bf16=True),
+    Case("sft-stories", "sft", 32, 6, 32, (64, 128), 32, 1.0, STORIES),
+    Case("dpo-stories", "dpo", 16, 4, 64, (32, 64), 16, 1.0, STORIES),
+    Case("sft-vocabulary", "sft", 8, 2, 8, (16, 44), 8, 1.0, vocabulary=151_936),
+    Case("dpo-vocabulary", "dpo", 4, 2, 64, (16, 44), 4, 1.0, vocabulary=151_936),
 )
 
 
@@ -82,7 +89,8 @@ TITLE = "# Training steps against TRL\n\nMade by `python benchmarks/training.py 
 ABOUT = """TRL {trl}, torch {torch}, transformers {transformers}; {machine}; one thread a side; float32 unless the case says bf16.
 Median of {repeats} alternating runs (least to greatest). Processor: ratio of processor times, which other work on the machine touches
 less. Same work: how far loss and gradient norm of the first step lie apart on the same tokens. Prompts have 8 tokens; -long 256; -30m 8
-(SFT) and 64. -uneven is log-normal answers of 16 to 512 tokens, which grpo-uneven is given, so that it samples none.
+(SFT) and 64. -uneven is log-normal answers of 16 to 512 tokens, which grpo-uneven is given, so that it samples none. -stories is the pre-trained
+stories260k, prompts of 32 and 64; -vocabulary the 0.3 M model with 151,936 words. Wanted 1: not slower.
 
 | case | posttrain, s | TRL, s | ratio | processor | wanted | same work: loss, gradient norm |
 |---|---|---|---|---|---|---|"""
@@ -100,7 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.trl.exists():
         sys.exit(f"error: no Python with TRL at {args.trl}; make it with: benchmarks/peers/setup.sh trl")
-    names = args.cases.split(",") if args.cases else list(QUICK if args.quick else BY_NAME)
+    here = [case.name for case in CASES if not isinstance(case.shape, Path) or case.shape.is_dir()]
+    names = args.cases.split(",") if args.cases else list(QUICK) if args.quick else here
     if unknown := [name for name in names if name not in BY_NAME]:
         sys.exit(f"error: no case {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
     repeats = 1 if args.quick else args.repeats
@@ -214,12 +223,15 @@ def _difference(first: Mapping[str, Mapping[str, Any]], name: str) -> float:
 
 
 def saved_model(case: Case, folder: Path) -> str:
-    if isinstance(case.shape, str):
-        return case.shape
-    path = folder / f"{case.shape.hidden_size}"
-    scorer = folder / f"{case.shape.hidden_size}-scorer"
+    if isinstance(case.shape, Path):
+        return str(case.shape)
+    path = folder / f"{case.shape.hidden_size}-{case.vocabulary}"
+    scorer = folder / f"{path.name}-scorer"
     if not path.exists():
         model, tokenizer = tiny_model(case.shape, seed=0)
+        if case.vocabulary:
+            torch.manual_seed(0)
+            model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
         save_model(model, tokenizer, path, "# A model for a benchmark\n")
         head = load_new_scorer(path)
         torch.nn.init.normal_(head.score.weight, std=0.02, generator=torch.Generator().manual_seed(0))
