@@ -2,7 +2,7 @@
 
     python benchmarks/logprobs.py [--repeats 3] [--tokens 4096] [--hidden 256] [--vocabulary 151936] [--write]
 
-Every measurement is a process of its own, one thread, the ways alternating. Memory is the process's peak above what it held before the
+Every measurement is a process of its own, one thread, memory as the pipeline's steps set it, the ways alternating. Memory is the process's peak above what it held before the
 first pass, the gradients of head and hidden states included. The gradients' norms show that the ways compute the same.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from posttrain.models.heap import keep_heap
 from posttrain.models.logprobs import taken_logprobs
 
 TITLE = "# Log-probability and entropy of the taken tokens at a large vocabulary\n\nMade by `python benchmarks/logprobs.py --write`.\n"
@@ -72,6 +73,7 @@ def row(way: str, measured: list[dict[str, float]], base: list[dict[str, float]]
 def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
     """One forward and backward pass."""
     torch.set_num_threads(1)
+    keep_heap()
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator, requires_grad=True)
     head = (torch.randn(vocabulary, hidden, generator=generator) * hidden**-0.5).requires_grad_()

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
+from posttrain.models.heap import keep_heap
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_heap()
     large = SMALL if args.small else LARGE
     if args.worker:
         work(large, args.tokens)
