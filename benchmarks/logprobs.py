@@ -2,8 +2,9 @@
 
     python benchmarks/logprobs.py [--repeats 3] [--tokens 4096] [--hidden 256] [--vocabulary 151936] [--write]
 
-Every measurement is a process of its own, one thread, memory as the pipeline's steps set it, the ways alternating. Memory is the process's peak above what it held before the
-first pass, the gradients of head and hidden states included. The gradients' norms show that the ways compute the same.
+Every measurement is a process of its own, one thread, memory as the pipeline's steps set it, the ways alternating. Memory in the table is
+the process's peak above what it held before the first pass, the gradients of head and hidden states included. The gradients' norms show
+that the ways compute the same.
 """
 
 from __future__ import annotations
