@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from posttrain.models.heap import OFF, keep_heap
+
+GRANTED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PROGRAM = """
-import resource, sys
+import json, resource, sys
 import torch
 from posttrain.models.heap import keep_heap
 
-if sys.argv[1] == "kept":
-    assert keep_heap()
+kept = keep_heap()
 torch.set_num_threads(1)
 def work():
-    for _ in range(50):
-        kept = [torch.ones(2**19 + 1000 * i) for i in range(8)]
-        del kept
+    for _ in range(5):
+        held = [torch.ones(6 * 2**20) for i in range(8)]  # 24 MiB each
+        del held
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+huge = [int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, sum(huge) / 1024]))
 """
 
 
-def faults(way: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True).stdout)
+def told(wanted: str) -> tuple[bool, int, float]:
+    """Whether the heap is kept, page faults when memory is asked for that was freed before, and MiB in huge pages."""
+    environment = os.environ | {OFF: wanted}
+    command = [sys.executable, "-c", PROGRAM]
+    kept, faults, huge = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return kept, faults, huge
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "confstr") or "glibc" not in str(os.confstr("CS_GNU_LIBC_VERSION")), reason="no glibc"
+    not GRANTED.exists() or "[madvise]" not in GRANTED.read_text(),
+    reason="Linux grants huge pages to nobody, or to all",
 )
-def test_memory_that_was_freed_is_not_asked_for_again() -> None:
-    assert 8 * faults("kept") < faults("plain")
+def test_what_was_freed_is_kept_in_huge_pages() -> None:
+    kept, faults, huge = told("1")
+    assert kept
+    assert faults < 500
+    assert huge > 100
+    assert told("0")[0] is False
+    assert told("0")[2] < 10
 
 
 def test_the_environment_can_turn_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.models.heap import OFF, keep_heap
-
     monkeypatch.setenv(OFF, "0")
     assert not keep_heap()
