@@ -6,14 +6,13 @@ than a row), is computed on padded rows instead; `packs` finds out by trying.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.data.layout import Attended, Reads
 from posttrain.data.tokens import Tokens
+from posttrain.models.kernels import attention
 from posttrain.models.narrow import narrow_last_layer
 
 NAME = "posttrain_packed"
@@ -52,22 +52,10 @@ def packed_attention(
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     if not parts:
         return torch.zeros_like(queries)[None], None
-    with _suiting_kernel(query.device.type) as suited:
-        states = suited(queries), suited(keys), suited(values)
-        attended = torch.cat([_attend(part, *states, scaling) for part in parts]).to(query.dtype)
+    attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
     order = torch.cat([part.queries.flatten()[part.real] for part in parts])
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(queries.shape).index_copy(0, order, attended)[None], None
-
-
-@contextmanager
-def _suiting_kernel(device: str) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What to make of states first. On a CPU attention's backward pass takes up to six times as long in half precision as in float32."""
-    if device != "cpu":
-        yield lambda states: states
-        return
-    with torch.autocast(device, enabled=False):  # it would narrow them again
-        yield lambda states: states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
@@ -79,15 +67,8 @@ def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
 
 def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Outputs of the part's real queries, [queries, heads, size]."""
-    gathered = scaled_dot_product_attention(
-        _rows(query, part.queries),
-        _rows(key, part.keys),
-        _rows(value, part.keys),
-        attn_mask=part.mask,
-        is_causal=part.mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    states = (_rows(query, part.queries), _rows(key, part.keys), _rows(value, part.keys))
+    gathered = attention(*states, part.mask, scaling)
     return gathered.transpose(1, 2).flatten(0, 1)[part.real]
 
 
