@@ -29,9 +29,10 @@ class Sizes:
 
     @property
     def activations_per_token(self) -> int:
-        """Bytes that the backward pass needs of one token, in float32."""
+        """Bytes that the backward pass needs of one token, in float32, where every token is read."""
         layer = 4 * self.intermediate + 4 * self.key_width + 4 * self.hidden + 8 * self.query_width
-        return FLOAT32_BYTES * (self.layers * layer + 4 * self.hidden)
+        picked_out = 2 * self.hidden + self.query_width  # what the last layer computes of some tokens, copied
+        return FLOAT32_BYTES * (self.layers * layer + picked_out + 4 * self.hidden)
 
     @property
     def recomputed_per_token(self) -> int:

@@ -23,12 +23,12 @@ SIZES = Sizes(parameters=1000, hidden=8, layers=2, query_width=8, key_width=4, i
 
 def test_bytes_by_hand() -> None:
     layer = 4 * 16 + 4 * 4 + 4 * 8 + 8 * 8
-    assert SIZES.activations_per_token == 4 * (2 * layer + 4 * 8) == 1536
+    assert SIZES.activations_per_token == 4 * (2 * layer + (2 * 8 + 8) + 4 * 8) == 1632
     assert SIZES.cache_per_token == 4 * 2 * 2 * 4
     held = training(SIZES, 100, trained=2, frozen=1)
     assert (held.weights, held.optimiser) == (4 * 1000 * 3, 3 * 4 * 1000 * 2)
-    assert (held.activations, held.logits) == (100 * 1536 * 2, 2 * 4 * 100 * 50)
-    assert training(SIZES, 100, bf16=True).activations == 75 * 1536
+    assert (held.activations, held.logits) == (100 * 1632 * 2, 2 * 4 * 100 * 50)
+    assert training(SIZES, 100, bf16=True).activations == 75 * 1632
     asked = sampling(SIZES, 10, 20, 10, trained=1)
     assert (asked.weights, asked.optimiser) == (4 * 1000 * 2, 2 * 4 * 1000)
     assert (asked.cache, asked.logits) == (10 * 30 * 64, 10 * 50 * 16)
