@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
-THREADS_FROM_PARAMETERS = 10_000_000
-"""Fewer are left to one thread. An estimate: `python benchmarks/scaling.py` shows on an idle machine where more threads begin to pay."""
+THREADS_FROM_PARAMETERS = 1_000_000
+"""Fewer are left to one thread. Two are 1.8 times as fast as one at 3 million, 1.5 times at 0.4 million (benchmarks/scaling.md), where
+stages side by side use the cores better."""
 
 
 Model = TypeVar("Model", bound="nn.Module")
