@@ -1,4 +1,4 @@
-"""Small models on one thread, and servers that end with their test."""
+"""Servers that end with their test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from tests.models import small
 from tests.rollouts.peer import Peer
 from tests.rollouts.served import Setup
-from tests.training.conftest import _one_thread  # noqa: F401
 
 
 @pytest.fixture
