@@ -101,10 +101,10 @@ def ending(families: Sequence[Family]) -> Reads:
     segments: list[_Segment] = []
     for family in families:
         for response in family.responses:
-            seen, own = (
-                (family.prompt, response) if len(family.responses) > 1 and response else (range(0), family.prompt)
-            )
-            own = _whole(family) if len(family.responses) == 1 else own
+            if len(family.responses) == 1:
+                seen, own = range(0), _whole(family)
+            else:
+                seen, own = (family.prompt, response) if response else (range(0), family.prompt)
             segments.append(_Segment(seen, own, len(own) - 1))
     # rows that are the same prompt and nothing else end with the same token
     once = sorted(dict.fromkeys(segments), key=lambda segment: segment.own[-1])

@@ -100,43 +100,27 @@ def test_without_reads_every_token_is_computed() -> None:
     assert torch.allclose(lm(ids).logits, before, atol=1e-5)
 
 
-class Mixing(nn.Module):
-    """A feed-forward network that looks at the token before."""
+class Flat(nn.Module):
+    """A feed-forward network with a part of a known name inside that is not handed a row of tokens."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.mlp = mlp
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.inner(states + states.roll(1, dims=1))  # type: ignore[no-any-return]
+        return self.mlp(states.flatten(0, 1)).view(states.shape)  # type: ignore[no-any-return]
 
 
-class Telling(nn.Module):
-    """One that makes more of its tokens than their states."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, states: Tensor) -> tuple[Tensor, int]:
-        return self.inner(states), 0
-
-
-def test_a_layer_that_mixes_tokens_elsewhere_or_is_made_otherwise_stays_whole() -> None:
-    """Such a layer would be wrong with some of its tokens: trying it tells."""
-    from posttrain.models.narrow import narrow_last_layer
-
-    for other in (Mixing, Telling):
-        lm = small.language_model()
-        last = layers_of(lm)[-1]
-        last.mlp = other(last.mlp)
-        with narrow_last_layer(lm) as narrowed:
-            assert narrowed.handles
-            assert last.mlp._forward_hooks
-        assert not last.mlp._forward_hooks
+def test_a_layer_that_is_made_otherwise_stays_whole() -> None:
+    expected = Policy(small.language_model())(collate(ROWS)).logprobs
     lm = small.language_model()
-    layers_of(lm)[-1].mlp = Mixing(layers_of(lm)[-1].mlp)
-    assert not prepare(lm)
+    last = layers_of(lm)[-1]
+    last.mlp = Flat(last.mlp)
+    policy, seen = Policy(lm), []
+    assert policy.packs
+    last.mlp.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert torch.allclose(policy(collate(ROWS)).logprobs, expected, atol=1e-5)
+    assert seen == [20 + 4 * 3 + 5 + 32]
 
 
 def test_a_mixture_of_experts_asks_its_routers_about_every_token() -> None:
