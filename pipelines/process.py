@@ -5,35 +5,75 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from posttrain.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 20.0
+STAGE = "DVC_STAGE"
+"""What dvc calls the stage, in the environment of everything that the stage runs."""
 
 
 def die_with_parent() -> None:
-    """Get SIGTERM when the parent dies, so that a killed dvc leaves no trainer behind on the device (Linux)."""
+    """Get SIGTERM when the parent dies (Linux)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with(pid: int) -> None:
+    """Get SIGTERM when the process `pid`, an ancestor, ends, and SIGKILL after GRACE_SECONDS more (Linux).
+
+    A killed dvc, or launcher, then leaves no trainer behind on the device.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        ended: int | None = os.pidfd_open(pid)
+    except ProcessLookupError:
+        ended = None
+    threading.Thread(target=_follow, args=(ended,), daemon=True).start()
+
+
+def _follow(ended: int | None) -> None:
+    if ended is not None:
+        select.select([ended], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dvc() -> int:
+    """The dvc that runs this stage. Its shell may stay between the two (dash does, bash does not), and outlives a killed dvc."""
+    above = psutil.Process().parents()
+    return next((process.pid for process in above if _stage(process) != os.environ[STAGE]), os.getppid())
+
+
+def _stage(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(STAGE)
+    except psutil.Error:  # of another user, or gone
+        return None
 
 
 class StopSignals:
     """SIGTERM and SIGINT as a request to stop.
 
     A step that has asked `requested()` gets the flag and stops at its next safe point. One that never asks, and any
-    second signal, is interrupted where it stands. If the parent has died too, the process ends within GRACE_SECONDS.
+    second signal, is interrupted where it stands.
     """
 
     def __init__(self) -> None:
         self._stop = False
         self._asked = False
-        self._parent = os.getppid()
 
     def install(self) -> None:
         signal.signal(signal.SIGTERM, self._handle)
@@ -50,10 +90,6 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self._stop = self._stop, True
-        if os.getppid() != self._parent:
-            timer = threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
         if again or not self._asked:
             raise Interrupted(f"stopped by {signal.Signals(number).name}. The same command continues or starts again.")
 

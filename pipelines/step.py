@@ -28,7 +28,7 @@ from pipelines.config import Params, load_params
 from pipelines.follower import Follower
 from pipelines.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.journal import FAILED, FINISHED, KILLED
-from pipelines.process import Lock, StopSignals, die_with_parent
+from pipelines.process import STAGE, Lock, StopSignals, dvc, end_with
 from pipelines.publish import ARTIFACTS, publish
 from pipelines.redaction import redact
 from pipelines.run import CHECKPOINTS, LOCK, Run
@@ -85,12 +85,14 @@ def main(
     once met a numerical fault (--replay).
     """
     environment.quiet()
+    if launch.launched():
+        end_with(os.getppid())
+    elif STAGE in os.environ:
+        end_with(dvc())
     if trains:
         _leave_to_launcher()
     _leave_to_warm_process()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
-    if "DVC_STAGE" in os.environ or launch.launched():
-        die_with_parent()
     step.signals.install()
     args = _parse(step)
     try:
@@ -253,7 +255,7 @@ def _surroundings(params: Params) -> dict[str, Any]:
         "kind": "start",
         "experiment": params.project.experiment,
         "commit": environment.commit(),
-        "dvc_stage": os.environ.get("DVC_STAGE"),
+        "dvc_stage": os.environ.get(STAGE),
         "flow_run": os.environ.get("POSTTRAIN_FLOW_RUN"),
     }
 

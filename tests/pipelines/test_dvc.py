@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
+import pytest
 
 from pipelines.identity import content_digest
 from pipelines.journal import read
@@ -25,7 +27,11 @@ stages:
 """
 
 
-def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project) -> None:
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project, shell: str) -> None:
+    """Bash becomes the step's process; dash stays between dvc and the step, and lives on."""
+    if not Path(shell).exists():
+        pytest.skip(f"no {shell} here")
     (project.folder / "steps.txt").write_text("100")  # twenty seconds: the kill comes before the end on any machine
     assert project.run().returncode == 0
     undisturbed = content_digest(project.directory / "journal.jsonl")
@@ -34,7 +40,7 @@ def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project) -> 
     (project.folder / "dvc.yaml").write_text(GRAPH.format(python=sys.executable))
     assert project.run("init", "-q", "--no-scm", module="dvc").returncode == 0
 
-    dvc = project.start("repro", module="dvc", STEP_SECONDS="0.2")
+    dvc = project.start("repro", module="dvc", SHELL=shell, STEP_SECONDS="0.2")
     deadline = time.monotonic() + 120
     while not any(record.get("step", 0) >= 6 for path in project.folder.glob(".posttrain/runs/*/journal.jsonl")
                   for record in read(path)):  # fmt: skip
