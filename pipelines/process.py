@@ -59,9 +59,10 @@ def dvc() -> int:
 
 def _stage(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get(STAGE)
+        environ: dict[str, str] = process.environ()
     except psutil.Error:  # of another user, or gone
         return None
+    return environ.get(STAGE)
 
 
 class StopSignals:

@@ -170,6 +170,31 @@ def test_the_death_of_one_process_ends_the_other_and_the_next_run_goes_on(
     as_alone(alone, together)
 
 
+DVC = """
+import os, subprocess, sys
+subprocess.run(["/bin/sh", "-c", " ".join(sys.argv[1:]) + "; true"], env=os.environ | {"DVC_STAGE": "align"})
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_dvc_takes_all_along(alone: Workspace, together: Together) -> None:
+    """What stands for dvc here starts the step as dvc does, by a shell that stays."""
+    anew(together, "align-grpo-0")
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", DVC, sys.executable, "-m", *GRPO], cwd=together.folder,
+        env=environment(together.warm.root, **together.over("ddp_cpu")),
+    )  # fmt: skip
+    _after_step(together, "align-grpo-0", 2, dvc)
+    family = psutil.Process(dvc.pid).children(recursive=True)
+    assert len(family) >= 4  # the shell, the launcher, two that train and what helps them
+    dvc.kill()
+    dvc.wait()
+    _all_gone(family)
+    assert ended(read(together.state("align-grpo-0") / "journal.jsonl")) == "KILLED"
+    assert "going on from the checkpoint after step" in together.succeed(*GRPO)
+    as_alone(alone, together)
+
+
 @pytest.mark.slow
 def test_accelerate_launch_by_hand(alone: Workspace, together: Together) -> None:
     anew(alone, "sft")
