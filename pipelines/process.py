@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -29,32 +30,36 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_with(pid: int) -> None:
-    """Get SIGTERM when the process `pid`, an ancestor, ends, and SIGKILL after GRACE_SECONDS more (Linux).
+def end_with(pids: Iterable[int]) -> None:
+    """Get SIGTERM when the first of these ancestors ends, and SIGKILL after GRACE_SECONDS more (Linux).
 
     A killed dvc, or launcher, then leaves no trainer behind on the device.
     """
     if not hasattr(os, "pidfd_open"):
         return
     try:
-        ended: int | None = os.pidfd_open(pid)
+        alive = [os.pidfd_open(pid) for pid in pids]
     except ProcessLookupError:
-        ended = None
-    threading.Thread(target=_follow, args=(ended,), daemon=True).start()
+        alive = []
+    except OSError:  # a sandbox that knows no pidfd: as on other systems
+        return
+    threading.Thread(target=_follow, args=(alive,), daemon=True).start()
 
 
-def _follow(ended: int | None) -> None:
-    if ended is not None:
-        select.select([ended], [], [])
+def _follow(alive: list[int]) -> None:
+    if alive:
+        select.select(alive, [], [])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dvc() -> int:
-    """The dvc that runs this stage. Its shell may stay between the two (dash does, bash does not), and outlives a killed dvc."""
-    above = psutil.Process().parents()
-    return next((process.pid for process in above if _stage(process) != os.environ[STAGE]), os.getppid())
+def up_to_dvc() -> Iterator[int]:
+    """The parent, and on to the dvc that runs this stage: its shell may stay between the two (dash does), and outlives a killed dvc."""
+    for process in psutil.Process().parents():
+        yield process.pid
+        if _stage(process) != os.environ[STAGE]:
+            return
 
 
 def _stage(process: psutil.Process) -> str | None:

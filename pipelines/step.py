@@ -28,7 +28,7 @@ from pipelines.config import Params, load_params
 from pipelines.follower import Follower
 from pipelines.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.journal import FAILED, FINISHED, KILLED
-from pipelines.process import STAGE, Lock, StopSignals, dvc, end_with
+from pipelines.process import STAGE, Lock, StopSignals, end_with, up_to_dvc
 from pipelines.publish import ARTIFACTS, publish
 from pipelines.redaction import redact
 from pipelines.run import CHECKPOINTS, LOCK, Run
@@ -86,9 +86,9 @@ def main(
     """
     environment.quiet()
     if launch.launched():
-        end_with(os.getppid())
+        end_with([os.getppid()])
     elif STAGE in os.environ:
-        end_with(dvc())
+        end_with(up_to_dvc())
     if trains:
         _leave_to_launcher()
     _leave_to_warm_process()
