@@ -12,7 +12,7 @@ from pipelines import environment
 environment.quiet()
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.orchestration"]
+pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 
 
 @pytest.fixture(scope="session")
