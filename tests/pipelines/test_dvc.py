@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ import pytest
 from pipelines.identity import content_digest
 from pipelines.journal import read
 
-from .conftest import Project
+from .conftest import Project, wait_for
 
 GRAPH = """
 stages:
@@ -41,11 +40,10 @@ def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project, she
     assert project.run("init", "-q", "--no-scm", module="dvc").returncode == 0
 
     dvc = project.start("repro", module="dvc", SHELL=shell, STEP_SECONDS="0.2")
-    deadline = time.monotonic() + 120
-    while not any(record.get("step", 0) >= 6 for path in project.folder.glob(".posttrain/runs/*/journal.jsonl")
-                  for record in read(path)):  # fmt: skip
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    journals = project.folder.glob
+    wait_for(
+        lambda: any(r.get("step", 0) >= 6 for path in journals(".posttrain/runs/*/journal.jsonl") for r in read(path))
+    )
     family = psutil.Process(dvc.pid).children(recursive=True)
     assert family
     os.kill(dvc.pid, signal.SIGKILL)

@@ -54,7 +54,7 @@ def test_two_holders_get_two_slots_and_the_third_waits(tmp_path: Path) -> None:
         assert (first.slot.names, second.slot.names) == (("a",), ("b",))
         assert first.environment() == {}
         assert second.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-1"}
-        Thread(target=lambda: (waited.wait(10), stop.set())).start()
+        Thread(target=lambda: (waited.wait(60), stop.set())).start()
         with pytest.raises(Interrupted), lease(both, stop, on_wait=waited.set, directory=tmp_path):
             pass
     with lease(both, Event(), directory=tmp_path) as again:
