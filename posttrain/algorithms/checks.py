@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES
-from posttrain.algorithms.records import Algorithm, OnPolicy, Preference
+from posttrain.algorithms.records import Algorithm, KlEstimator, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -44,6 +44,16 @@ def check_record(record: Algorithm, given: set[str]) -> None:
         _check_preference(record, given)
     else:
         _refuse_without_effect(record, given, LOGGED_EFFECT)
+        if record.kl_coefficient > 0:
+            _refuse_k1_in_loss(record.name, record.kl_estimator)
+
+
+def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
+    if estimator == "k1":
+        raise ConfigError(
+            f"{name}.options.kl_estimator = 'k1': in a loss its gradient does not depend on the reference; use k2 or k3, or, where"
+            " answers are sampled, kl: reward"
+        )
 
 
 def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
@@ -63,13 +73,15 @@ def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
         )
     if record.kl != "none" and record.kl_coefficient == 0 and "kl" in given:
         raise ConfigError(f"{record.name}.options.kl = {record.kl!r}: has no effect while kl_coefficient is 0")
-    if record.mu_valley > record.mu_peak:
+    if record.has_expert and record.mu_valley > record.mu_peak:
         raise ConfigError(f"{record.name}: mu_valley = {record.mu_valley} is above mu_peak = {record.mu_peak}")
     if record.has_expert and not record.mu_decay_steps and record.mu_valley != record.mu_peak:
         raise ConfigError(
             f"{record.name}: without mu_decay_steps the weight is mu_valley = {record.mu_valley} at once, and mu_peak ="
             f" {record.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
         )
+    if record.kl == "loss" and record.kl_coefficient > 0:
+        _refuse_k1_in_loss(record.name, record.kl_estimator)
     if record.kl == "reward" and record.kl_estimator != "k1":
         raise ConfigError(
             f"{record.name}: KL in the reward is the log-ratio k1; {record.kl_estimator} belongs in the loss"

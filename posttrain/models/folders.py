@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter"
 """Of a model folder that was trained with an adapter: the adapter alone, as `PeftModel.from_pretrained` loads it."""
-TRANSFORMED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings with which an architecture's forward changes the head's output (Gemma 2, Cohere, Granite)."""
+PROBE = (3, 4, 5)
+"""Tokens that a policy is tried with when it is loaded."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -50,12 +50,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def load_policy(source: str | Path) -> PreTrainedModel:
     """A causal language model in float32 with dropout off."""
     model = _load(AutoModelForCausalLM, source)
-    for name in TRANSFORMED_LOGITS:
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"{source}: the model changes its logits by {name}, which log-probabilities here do not follow;"
-                " choose an architecture whose logits are the plain output of its head, such as Qwen3 or Llama"
-            )
+    _check_logits(model, source)
     return model
 
 
@@ -130,11 +125,26 @@ def save_model(
     os.replace(partial, folder)
 
 
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, source: str | Path) -> None:
+    """Raises ModelError unless the logits are the head's output for the trunk's last states: scaled, capped or transformed ones
+    (Gemma 2, Cohere, Granite, Falcon-H1 and others) would be trained on other log-probabilities than they sample from."""
+    ids, head = torch.tensor([PROBE]), model.get_output_embeddings()
+    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if head is not None and hidden is not None:
+        plain = torch.nn.functional.linear(hidden, head.weight, head.bias).log_softmax(-1)
+        own = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        if plain.shape == own.shape and bool((plain - own).abs().max() <= 1e-3):
+            return
+    raise ModelError(
+        f"{source}: the logits of {type(model).__name__} are not the plain output of its head, which log-probabilities here would not"
+        " follow; choose an architecture whose logits are, such as Qwen3 or Llama"
+    )
+
+
 def _load(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel:
     _check_folder(source)
-    model: PreTrainedModel = _pretrained(
-        kind, source, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
-    )
+    model: PreTrainedModel = _pretrained(kind, source, dtype=torch.float32, use_safetensors=True, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -147,6 +157,8 @@ def _pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if Path(source).is_dir():
+            raise ModelError(f"{source}: transformers cannot load this folder ({reason})") from error
         raise ModelError(
             f"{source}: there is no such folder here, and it could not be loaded as a hub id ({reason}). Check the path,"
             " or allow the download with HF_HUB_OFFLINE=0"

@@ -11,14 +11,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Outputs [batch, heads, queries, size], causal without a mask. Keys and values may have fewer heads than queries.
+    """Outputs [batch, heads, queries, size], causal without a mask. Keys and values may have fewer heads than queries, and values
+    another size (DeepSeek's latent attention).
 
     mask: [batch, 1, queries, keys] bool.
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    if kind == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+    if kind == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and query.shape[-1] == value.shape[-1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
         outputs: Tensor = _HalfPrecision.apply(query, key, value, mask, scaling)

@@ -50,12 +50,13 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    shape = (*queries.shape[:-1], values.shape[-1])
     if not parts:
-        return torch.zeros_like(queries)[None], None
+        return queries.new_zeros(shape)[None], None
     attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
     order = torch.cat([part.queries.flatten()[part.real] for part in parts])
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
-    return every(queries.shape).index_copy(0, order, attended)[None], None
+    return every(shape).index_copy(0, order, attended)[None], None
 
 
 def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from posttrain.algorithms.records import KlEstimator
@@ -32,6 +34,12 @@ def _k3(difference: Tensor) -> Tensor:
 
 
 def adapted_coefficient(coefficient: float, observed: float, target: float, responses: int, horizon: int) -> float:
-    """The coefficient after `responses` responses of mean KL `observed`, steered to `target` (1909.08593, section 2.2)."""
+    """The coefficient after `responses` responses of mean KL `observed`, steered to `target` (1909.08593, section 2.2).
+
+    It changes by a fifth of itself at most, however many responses a step has, so that its sign stays; and by nothing where the
+    KL is NaN, which is the update's to report.
+    """
+    if math.isnan(observed):
+        return coefficient
     error = min(max(observed / target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * responses / horizon)
+    return coefficient * (1 + error * min(responses / horizon, 1.0))

@@ -159,6 +159,9 @@ class Trainer(Generic[Row]):
             self.optimizer.zero_grad()
             raise NotFiniteError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
         for name, (limit, meaning) in sums.limits.items():
+            if math.isnan(metrics[name]):
+                self.optimizer.zero_grad()
+                raise NotFiniteError(f"{name} of update {self.updates + 1} is {metrics[name]}; weights are unchanged")
             if metrics[name] > limit:
                 self.optimizer.zero_grad()
                 raise NumericalError(

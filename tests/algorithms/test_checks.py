@@ -49,6 +49,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dapo", {"kl": "loss"}, "kl_coefficient is 0"),
     ("grpo", {"kl_horizon": 500}, "kl_target is set"),
     ("grpo", {"kl": "reward"}, "k1"),
+    ("grpo", {"kl_estimator": "k1"}, "does not depend on the reference"),
+    ("grpo_pairs", {"kl_estimator": "k1"}, "does not depend on the reference"),
     ("grpo", {"refill_limit": 3}, "filter is 'refill'"),
     ("grpo", {"refill_partial": True}, "filter is 'refill'"),
     ("grpo", {"mismatch_cap": 3.0}, "mismatch is"),
@@ -125,6 +127,7 @@ def test_every_preset_is_itself_and_passes_its_own_checks(name: str) -> None:
         ("grpo", {"clip_high": float("inf"), "minibatches": 4}),
         ("grpo", {"ratio": "token", "surrogate": "clip"}),
         ("grpo", {"mu_peak": 0.5, "mu_valley": 0.5}),
+        ("chord", {"mu_peak": 0.0}),
         ("grpo", {"reward_combination": "group_normalised", "advantage": "batch_z"}),
         ("dapo", {"refill_limit": 20, "refill_partial": True}),
         ("ppo", {"critic": "shared", "lam": 1, "kl_target": None}),
@@ -181,7 +184,9 @@ def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict
         assert record.has_expert or "phi" not in options or record.phi == "none"
         assert not (record.has_critic and record.ratio == "sequence")
         assert record.kl != "reward" or record.kl_estimator == "k1"
-        assert record.mu_valley <= record.mu_peak <= 1
+        assert record.kl != "loss" or not record.kl_coefficient or record.kl_estimator != "k1"
+        assert record.mu_peak <= 1
+        assert not record.has_expert or record.mu_valley <= record.mu_peak
         assert not record.has_expert or record.mu_decay_steps or record.mu_valley == record.mu_peak
         clipped = {"clip_low", "clip_high"} & set(options)
         assert not clipped or record.epochs * record.minibatches > 1

@@ -48,6 +48,17 @@ def test_bfloat16_forward_is_pytorchs_and_backward_is_near_the_truth(
         assert error <= max(1.1 * allowed, 0.004)
 
 
+def test_values_may_have_another_size() -> None:
+    query, key, value, outer = states(7, 7, torch.float32)
+    narrow = value.detach()[..., :5].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = attention(query, key, narrow, None, None)
+    outputs.backward(outer[..., :5].bfloat16())
+    expected = by_torch(query, key, narrow, None, None)
+    assert torch.allclose(outputs.float(), expected, atol=0.03)
+    assert narrow.grad is not None
+
+
 def test_autocast_is_followed() -> None:
     *given, outer = states(7, 7, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

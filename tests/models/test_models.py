@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
@@ -206,6 +206,67 @@ def test_loading_switches_dropout_off(tmp_path: Path) -> None:
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "head_dim": 8,
+}
+
+
+def saved(kind: str, settings: dict[str, Any], folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gemma2", SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("cohere", SIZES | {"logit_scale": 0.06}),
+        ("granite", SIZES | {"logits_scaling": 8.0}),
+        ("falcon_h1", SIZES | MAMBA | {"lm_head_multiplier": 0.3}),
+        ("recurrent_gemma", SIZES | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16}),
+        ("modernbert-decoder", SIZES),
+    ],
+)
+def test_a_model_that_transforms_its_logits_is_refused(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not the plain output of its head"):
+        load_policy(saved(kind, settings, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gemma3_text", SIZES | {"head_dim": 8}),
+        ("granite", SIZES),
+        ("opt", SIZES | {"word_embed_proj_dim": 32, "ffn_dim": 48}),
+        ("phi", SIZES),  # its head has a bias
+        (
+            "bloom",
+            {"vocab_size": 64, "hidden_size": 32, "n_head": 4, "n_layer": 2},
+        ),  # no kernel of PyTorch's attends for it
+    ],
+)
+def test_a_model_whose_logits_are_plain_is_loaded(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = load_policy(saved(kind, settings, tmp_path / "model"))
+    row = Tokens((3, 4, 5), (6, 7, 2))
+    table = model(torch.tensor([row.prompt + row.response])).logits[0].log_softmax(-1)
+    expected = [float(table[2 + i, token].detach()) for i, token in enumerate(row.response)]
+    assert Policy(model)(collate([row])).logprobs[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         load_policy(tmp_path / "nothing")
@@ -214,6 +275,10 @@ def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_text("pickle")
     with pytest.raises(ModelError, match=r"no safetensors weights \(found config.json, pytorch_model.bin\)"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="transformers cannot load this folder"):
         load_policy(tmp_path)
 
 

@@ -35,6 +35,22 @@ PACKING: dict[str, dict[str, Any]] = {
     "qwen3_moe": COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "mistral": COMMON | {"sliding_window": None},
     "phi3": COMMON,
+    "deepseek_v3": COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 1,
+    },
     "gpt2": {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
 PADDED: dict[str, dict[str, Any]] = {

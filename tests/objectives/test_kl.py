@@ -77,3 +77,7 @@ def test_the_adaptive_coefficient_steers_and_is_bounded() -> None:
     assert adapted_coefficient(0.05, 6.6, 6.0, 100, 1000) == pytest.approx(0.05 * 1.01)
     assert adapted_coefficient(0.05, 600.0, 6.0, 100, 1000) == pytest.approx(0.05 * 1.02)
     assert adapted_coefficient(0.05, 0.0, 6.0, 100, 1000) == pytest.approx(0.05 * 0.98)
+    # a step of ten horizons does not turn the sign, and a KL that is not known changes nothing
+    assert adapted_coefficient(0.05, 0.0, 6.0, 10_000, 1000) == pytest.approx(0.05 * 0.8)
+    assert adapted_coefficient(0.05, 600.0, 6.0, 10_000, 1000) == pytest.approx(0.05 * 1.2)
+    assert adapted_coefficient(0.05, math.nan, 6.0, 100, 1000) == 0.05

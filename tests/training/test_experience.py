@@ -13,7 +13,7 @@ import torch
 
 from posttrain.algorithms import PRESETS
 from posttrain.algorithms.records import OnPolicy
-from posttrain.errors import NumericalError
+from posttrain.errors import NotFiniteError, NumericalError
 from posttrain.models.inference import token_numbers
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
@@ -276,6 +276,19 @@ def test_a_sampler_that_serves_other_weights_stops_the_run() -> None:
     with pytest.raises(NumericalError, match=r"mismatch/mean of update 1 .*the sampler serves other weights"):
         trainer.update(source.next(0).batches[0], objective)
     assert torch.equal(before, policy.lm.lm_head.weight)
+
+
+@pytest.mark.parametrize("mismatch", ["none", "mask"])
+def test_a_log_probability_that_the_sampler_does_not_know_is_a_fault(mismatch: str) -> None:
+    policy = small.policy()
+    source, objective = source_of(record("dr_grpo", mismatch=mismatch), policy)
+    trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
+    first, *others = source.next(0).batches[0]
+    sampled = first.sampled.copy()
+    sampled[0] = math.nan
+    with pytest.raises(NotFiniteError, match="mismatch/mean of update 1 is nan"):
+        trainer.update([replace(first, sampled=sampled), *others], objective)
+    assert trainer.updates == 0
 
 
 def test_a_step_without_any_known_reward_trains_nothing_and_stays_finite() -> None:
