@@ -4,6 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false DVC_NO_ANALYTICS=1 GX_ANALYTICS_ENABLED=false
 PORT ?= 5000
+PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
 .PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench clean
@@ -48,8 +49,8 @@ lint: setup  ## formatting, lint, types, and known vulnerabilities of the depend
 	@$(PYTHON_IN) -m mypy
 	@infra/audit.sh
 
-ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000)
-	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT)
+ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000 PREFECT_PORT=4200)
+	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
 
 bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hour on two cores that do nothing else
 	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl

@@ -12,7 +12,8 @@ from typing import Any
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
 from flows.workspace import refuse_second_flow
-from posttrain.errors import Interrupted, PosttrainError
+from pipelines.redaction import redact
+from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import say
 
 ENVIRONMENT = """environment:
@@ -56,17 +57,25 @@ def main(
     for number in NUMBERS:
         signal.signal(number, raise_interrupt)
     try:
+        if not any((options.root / name).exists() for name in (".dvc", "params.yaml")):
+            raise OrchestrationError(
+                f"{options.root.absolute()} is no project: --root names the folder that holds params.yaml"
+            )
         if alone:
             refuse_second_flow(options.root)
         with prefect_api(options.root) as configured:
-            say("Prefect: " + (configured or "private server"))
+            say("Prefect: " + redact(configured or "private server"))
             return _status(call(options))
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except KeyboardInterrupt as signalled:
         print(f"stopped by {signalled}", file=sys.stderr)
         return Interrupted.exit_code
+
+
+def _told(error: PosttrainError) -> int:
+    print(f"error: {redact(str(error))}", file=sys.stderr)
+    return error.exit_code
 
 
 def _status(state: Any) -> int:
@@ -77,8 +86,7 @@ def _status(state: Any) -> int:
         return Interrupted.exit_code
     error = state.result(raise_on_failure=False)
     if isinstance(error, PosttrainError):
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     if isinstance(error, BaseException):
         raise error
     print(f"error: the flow ended {state.name}: {state.message}", file=sys.stderr)

@@ -27,12 +27,14 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
+from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines import environment
+from pipelines.redaction import redact
 from posttrain.errors import OrchestrationError, PosttrainError
 from tasks.process import child_environment
 
-POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"
+POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"  # as in prefect.yaml
 DEAD = "posttrain: flow runs without a heartbeat"
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work-pools"
 HEARTBEAT_SECONDS = 30
@@ -82,11 +84,12 @@ async def _watch_heartbeats() -> None:
     await there.aupdate()
 
 
-def deploy(root: Path, pool: str, kind: str) -> None:
+def deploy(root: Path, kind: str) -> None:
     """Raises OrchestrationError with what Prefect said."""
-    asyncio.run(prepare(pool, kind))
+    asyncio.run(prepare(POOL, kind))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    project = os.environ.get("POSTTRAIN_PROJECT", str(root.absolute()))
+    # where a run finds the project: in an image of infra/Dockerfile, unless the environment says otherwise
+    project = os.environ.get("POSTTRAIN_PROJECT") or (str(root.absolute()) if kind == "process" else "/app")
     done = subprocess.run(
         command, cwd=root, env=child_environment({"POSTTRAIN_PROJECT": project}), capture_output=True, text=True
     )
@@ -98,19 +101,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pool", default=POOL, help=f"name of the work pool (default: {POOL}, as in prefect.yaml)")
     parser.add_argument("--type", default="process", choices=("process", "docker", "kubernetes"), help="of a new pool")
     args = parser.parse_args(argv)
     try:
-        if not PREFECT_API_URL.value():
+        url = PREFECT_API_URL.value()
+        if not url:
             raise OrchestrationError(
                 "deploying needs a Prefect server: set PREFECT_API_URL, or use `make up` or `make serve`."
             )
-        deploy(environment.root(), args.pool, args.type)
+        require_server(url)
+        deploy(environment.root(), args.type)
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
-    print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {args.pool}")
+    print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {POOL}")
     return 0
 
 

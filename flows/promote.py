@@ -49,6 +49,11 @@ def promote(
     root: str = ".", version: int | None = None, roll_back: bool = False, reason: str = "", approval: bool = False
 ) -> State[None] | None:
     """Make `version` (default: the challenger) champion, or give production back to the previous one."""
+    if roll_back and (version is not None or approval):
+        raise OrchestrationError(
+            "a roll-back goes to the previous champion, at once: it takes neither a version nor an approval. To make"
+            " another version champion, give its number without --roll-back."
+        )
     project = Path(root).absolute()
     registry = registry_of(project)
     if roll_back:

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from pipelines.redaction import redact
 from pipelines.ui import free_port
 from posttrain.errors import OrchestrationError
 from tasks.process import end, start
 
-START_SECONDS = 120.0
+START_SECONDS, ANSWER_SECONDS = 120.0, 5.0
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     """
     configured = PREFECT_API_URL.value()
     if configured:
+        require_server(configured)
         yield configured
         return
     port = free_port(0)
@@ -44,6 +47,23 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
         yield None
+
+
+def require_server(url: str) -> None:
+    """Raises OrchestrationError, in words, where no Prefect server answers at PREFECT_API_URL."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        # Prefect's own client: it knows how to sign in, and whom to trust
+        with get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client:
+            error = client.api_healthcheck()
+        if error is None:
+            return
+        if time.monotonic() > deadline:
+            raise OrchestrationError(
+                f"the Prefect server at {redact(url)} (PREFECT_API_URL) does not answer: {redact(str(error))}. Start it (`make status`"
+                " shows the servers of `make up`), or unset PREFECT_API_URL for a private one."
+            )
+        time.sleep(0.5)
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

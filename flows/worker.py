@@ -17,8 +17,10 @@ from typing import NoReturn
 from prefect.settings import PREFECT_API_URL
 
 from flows.deploy import HEARTBEAT_SECONDS
+from flows.server import require_server
 from flows.workspace import sweep
 from pipelines import environment
+from pipelines.redaction import redact
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -30,14 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     root = environment.root()
     try:
-        if not PREFECT_API_URL.value():
+        url = PREFECT_API_URL.value()
+        if not url:
             raise OrchestrationError(
                 "a worker needs a Prefect server: set PREFECT_API_URL, or `make up` starts servers and a worker,"
                 " or `make serve` does without a worker."
             )
+        require_server(url)
         sweep(root)
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     return become_worker(root, args.pool)
 

@@ -3,6 +3,7 @@
 # database does not answer within three seconds it says so and passes: a machine without the network can still lint.
 # Fails on a vulnerability, unless IGNORED names it with the reason why it cannot be mended or does not matter here.
 set -euo pipefail
+unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PIP_AUDIT="pip-audit==2.10.1"

@@ -21,14 +21,13 @@ def backup(postgres: Postgres, folder: Path) -> list[Path]:
     made = []
     for name in DATABASES:
         path = folder.absolute() / f"{name}.dump"
-        path.touch(mode=0o600)
         postgres.run([*postgres.client("pg_dump"), "--format=custom", "--dbname", name], output=path)
         made.append(path)
     return made
 
 
 def restore(postgres: Postgres, processes: Processes, folder: Path) -> None:
-    """Replace the databases by the dumps. Raises OrchestrationError where a dump is missing or a server still runs."""
+    """Replace the databases by the dumps. Raises OrchestrationError where one is missing or torn, or a server still runs."""
     dumps = {name: folder.absolute() / f"{name}.dump" for name in DATABASES}
     missing = [str(path) for path in dumps.values() if not path.is_file()]
     if missing:
@@ -39,6 +38,8 @@ def restore(postgres: Postgres, processes: Processes, folder: Path) -> None:
             f"{', '.join(running)} would write into a database that is being replaced: stop them first with"
             f" `python -m infra.servers stop {' '.join(running)}`"
         )
+    for path in dumps.values():  # a dump that cannot be read must not cost the database that it was to replace
+        postgres.run(["pg_restore", "--list"], source=path)
     for name, path in dumps.items():
         postgres.run([*postgres.client("dropdb"), "--if-exists", "--force", name])
         postgres.run([*postgres.client("createdb"), name])

@@ -51,7 +51,16 @@ class Postgres:
             secret.unlink()
 
     def create_databases(self) -> None:
-        there = self.run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
+        try:
+            there = self.run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
+        except OrchestrationError as error:
+            if "password authentication failed" not in str(error):
+                raise
+            raise OrchestrationError(
+                f"the databases in {self.data} were made with another password than this project's, probably by a workspace that"
+                " stood here before. Give that one's .posttrain/servers/secrets.json back to keep them; else remove the folder, or name"
+                " another one in POSTTRAIN_PGDATA."
+            ) from error
         for name in DATABASES:
             if name not in there.split():
                 self.run([*self.client("createdb"), name])
@@ -84,7 +93,10 @@ class Postgres:
         if done.returncode:
             raise OrchestrationError(f"{command[0]} failed: {(done.stderr or done.stdout).decode().strip()}")
         if output:
-            output.write_bytes(done.stdout)
+            partial = output.with_name(output.name + ".part")
+            partial.touch(mode=0o600)
+            partial.write_bytes(done.stdout)
+            partial.replace(output)
             return ""
         return done.stdout.decode()
 

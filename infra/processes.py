@@ -70,11 +70,11 @@ class Processes:
         path = self._pid_file(name)
         if not path.is_file():
             return None
-        pid, born = path.read_text(encoding="utf-8").split()
         try:
+            pid, born = path.read_text(encoding="utf-8").split()
             process = psutil.Process(int(pid))
             same = abs(process.create_time() - float(born)) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError):  # ended, or the file was cut off with its writer
             return None
         return int(pid) if same else None
 

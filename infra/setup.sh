@@ -2,6 +2,7 @@
 # Brings .venv to the state that pyproject.toml and constraints.txt describe. Safe to call again: a second call takes
 # under a second. PYTHON names the interpreter to build it from; VENV another folder for it.
 set -euo pipefail
+unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV="${VENV:-.venv}"

@@ -38,7 +38,7 @@ class Topology:
         self.home = home or self.project / ".posttrain" / "servers"
         self.processes = Processes(self.home, self.project)
         self.secrets = self._secrets()
-        first = first_port or int(os.environ.get("POSTTRAIN_PORTS", "15430"))
+        first = first_port or _first_port()
         self.ports = {name: first + i for i, name in enumerate(ORDER[:4])}
         self.postgres = Postgres(self.home, self.ports["postgres"], self.secrets["postgres"])
 
@@ -49,6 +49,7 @@ class Topology:
         """What a command needs to use these servers."""
         return {
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            "POSTTRAIN_PROJECT": str(self.project),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_TRACKING_USERNAME": ADMIN,
             "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow"],
@@ -94,9 +95,10 @@ class Topology:
         """One of them, again."""
         self.processes.start(self.service(name))
         self.processes.wait(self.service(name))
+        self._after(name)
 
     def _before(self, name: str) -> None:
-        if name == "worker" and self.processes.pid("worker") is None:
+        if name == "worker":
             self.deploy()
 
     def _after(self, name: str) -> None:
@@ -176,6 +178,7 @@ class Topology:
                 "region": keys["AWS_DEFAULT_REGION"],
             }
             config["core"]["remote"] = "servers"
+        (self.project / ".dvc" / "config.local").chmod(0o600)  # it holds the store's key
 
     def _secrets(self) -> dict[str, str]:
         path = self.home / "secrets.json"
@@ -193,6 +196,13 @@ class Topology:
     def _stop_signal(self, name: str) -> int:
         """INT is PostgreSQL's fast shutdown: it does not wait for clients."""
         return signal.SIGINT if name == "postgres" else signal.SIGTERM
+
+
+def _first_port() -> int:
+    text = os.environ.get("POSTTRAIN_PORTS", "15430")
+    if not text.isdigit() or not 1024 <= int(text) <= 65532:
+        raise OrchestrationError(f"POSTTRAIN_PORTS = {text!r}: must be the first of four ports, from 1024 to 65532")
+    return int(text)
 
 
 def answers(url: str) -> bool:

@@ -22,6 +22,16 @@ def quiet() -> None:
     """No tool phones home or waits for the network, unless the caller's environment says otherwise."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    _reach_loopback()
+
+
+def _reach_loopback() -> None:
+    """Requests to servers of our own go to them, also where a proxy is set for everything else."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return
+    for name in ("no_proxy", "NO_PROXY"):
+        listed = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
+        os.environ[name] = ",".join(dict.fromkeys([*listed, "127.0.0.1", "localhost"]))
 
 
 def root() -> Path:

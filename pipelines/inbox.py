@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,8 +50,13 @@ class Inbox:
         import fsspec
 
         self.where = where
-        with self._reached():
-            self._files, self._base = fsspec.core.url_to_fs(where)
+        try:
+            with self._reached():
+                self._files, self._base = fsspec.core.url_to_fs(where)
+        except ImportError as error:
+            raise DataError(
+                f"the inbox {where}: {error}. Folders and s3:// work as they are; other stores need their package."
+            ) from error
 
     def arrivals(self) -> list[Arrival]:
         """Every file that waits, by name. Hidden files and those still being written (.part, .tmp …) do not count."""
@@ -74,14 +80,20 @@ class Inbox:
 
     def quarantine(self, arrival: Arrival, reason: str) -> str:
         """Set the file aside with its reason in a text file; returns its new path inside the inbox."""
-        name = f"{QUARANTINED}/{arrival.name}"
-        target = f"{self._base}/{name}"
         with self._reached():
+            name = self._free(f"{QUARANTINED}/{arrival.name}")
+            target = f"{self._base}/{name}"
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(f"{target}.reason.txt", (reason + "\n").encode())
-            self._files.copy(arrival.place, target)
+            self._files.cp_file(arrival.place, target)  # `copy` would take [ and * in a name for a pattern
             self._files.rm_file(arrival.place)
         return name
+
+    def _free(self, name: str) -> str:
+        """The name, or the first of `-2`, `-3` … of it that nothing holds: every refused file is kept."""
+        stem, dot, suffix = name.rpartition(".")
+        names = chain([name], (f"{stem}-{i}{dot}{suffix}" if dot else f"{name}-{i}" for i in count(2)))
+        return next(each for each in names if not self._files.exists(f"{self._base}/{each}"))
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

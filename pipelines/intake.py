@@ -27,7 +27,7 @@ from pipelines.config import Params, load_params
 from pipelines.identity import file_digest
 from pipelines.inbox import Arrival, Inbox, location
 from pipelines.redaction import redact
-from pipelines.sources import ACCEPTED, accepted_files, alike, file_rows, numbered, table_rows
+from pipelines.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from posttrain.errors import DataError, PosttrainError
 from posttrain.problems.parts import KINDS, Kind
 
@@ -111,7 +111,7 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
     """Into data/raw/accepted under the next number, so that files are read in the order in which they came."""
     folder = ACCEPTED / kind
     folder.mkdir(parents=True, exist_ok=True)
-    last = max((int(path.name[:4]) for path in accepted_files(kind) if path.name[:4].isdigit()), default=0)
+    last = max((arrival_number(path) for path in accepted_files(kind)), default=0)
     stem, suffix = os.path.splitext(name)
     safe = re.sub(r"[^\w.-]+", "_", stem)[:_NAME_LENGTH] or hashlib.sha256(stem.encode()).hexdigest()[:12]
     with local.open("rb") as file:

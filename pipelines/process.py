@@ -55,8 +55,13 @@ def _follow(alive: list[int]) -> None:
 
 
 def up_to_dvc() -> Iterator[int]:
-    """The parent, and on to the dvc that runs this stage: its shell may stay between the two (dash does), and outlives a killed dvc."""
+    """The parent, and on to the dvc that runs this stage: its shell may stay between the two (dash does), and outlives a killed dvc.
+
+    Raises ProcessLookupError where dvc has ended already. In a container dvc may be process 1, and then its stage is of its group.
+    """
     for process in psutil.Process().parents():
+        if process.pid == 1 and os.getpgid(1) != os.getpgrp():
+            raise ProcessLookupError("dvc is gone, and init has taken its child")
         yield process.pid
         if _stage(process) != os.environ[STAGE]:
             return

@@ -6,6 +6,7 @@ in which they came.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,14 @@ def table_rows(kind: Kind, data: DataParams) -> list[Row]:
 
 def accepted_files(kind: Kind) -> list[Path]:
     """What the inbox let in for this table; names begin with a rising number."""
-    return sorted(path for path in (ACCEPTED / kind).glob("*") if path.suffix.lower() in READERS)
+    found = [path for path in (ACCEPTED / kind).glob("*") if path.suffix.lower() in READERS]
+    return sorted(found, key=lambda path: (arrival_number(path), path.name))
+
+
+def arrival_number(path: Path) -> int:
+    """The number that an accepted file's name begins with; 0 without one."""
+    digits = re.match(r"\d+", path.name)
+    return int(digits[0]) if digits else 0
 
 
 def file_rows(kind: Kind, data: DataParams, path: Path) -> list[Row]:

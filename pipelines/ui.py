@@ -94,15 +94,17 @@ def prefect_server(port: int) -> Server:
     return Server("Prefect", command, base, "/api/health", {"PREFECT_SERVER_UI_API_URL": f"{base}/api"})
 
 
-def free_port(wanted: int) -> int:
-    """The port, if nobody listens there; any free one for 0."""
+def free_port(wanted: int, option: str = "--port") -> int:
+    """The port, if nobody listens there; any free one for 0. `option` is how its user asks for another."""
+    if not 0 <= wanted <= 65535:
+        raise TrackingError(f"{option} {wanted}: a port is a number up to 65535; 0 takes a free one")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((_HOST, wanted))
         except OSError as error:
             raise TrackingError(
-                f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: --port 0"
+                f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: {option} 0"
             ) from None
         return int(probe.getsockname()[1])
 
@@ -208,7 +210,7 @@ def _show(project: Path, port: int, prefect_port: int) -> None:
         servers.append(mlflow_server(project, free_port(port)))
         base = servers[-1].base
     if not api:
-        servers.append(prefect_server(free_port(prefect_port)))
+        servers.append(prefect_server(free_port(prefect_port, "--prefect-port")))
     found = _links(project, base)
     if api:
         found += f"\nflow runs:\n  {redact(api).removesuffix('/api')}/runs"

@@ -19,9 +19,11 @@ from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
 from pipelines.promotion.registry import CHAMPION, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
+from pipelines.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load
+from pipelines.tracking.store import tracking_uri
 from posttrain.errors import TrackingError
 from tasks.champion import FOLDER, push
 from tasks.console import say
@@ -117,12 +119,17 @@ def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
 
 
 def key(root: Path) -> str:
-    """What a decision is about: the aligned models, their evaluations, the data they answered, and the gate's limits."""
+    """What a decision is about: the aligned models, their evaluations, the data they answered, the gate's limits, and the registry."""
     stages: dict[str, Any] = read_yaml(root / "dvc.lock").get("stages") or {}
     outs = {str(out["path"]): str(out.get("md5")) for stage in stages.values() for out in stage.get("outs", ())}
     watched = {path: md5 for path, md5 in sorted(outs.items()) if path.startswith(_WATCHED)}
     params: Params = load_params(root / "params.yaml")
-    about = {"outs": watched, "project": params.project.model_dump(), "gate": params.gate.model_dump()}
+    about = {
+        "outs": watched,
+        "project": params.project.model_dump(),
+        "gate": params.gate.model_dump(),
+        "registry": redact(tracking_uri(root.absolute())),
+    }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 
 from pipelines.redaction import redact
 from tasks.console import say
@@ -26,12 +26,15 @@ def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
     there = {name: redact(link) for name, link in links.items() if link}
     lines = [redact(text), *(f"{name}: {link}" for name, link in there.items())]
     body = {"event": event, "text": "\n".join(lines), "links": there}
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "posttrain"}
-    )
+    headers = {"Content-Type": "application/json", "User-Agent": "posttrain"}
     try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        say(f"the webhook was not told of `{event}`: {redact(str(error))}")
+    except ValueError:
+        # what urllib says of it holds the whole address, which is a secret
+        say(f"the webhook was not told of `{event}`: POSTTRAIN_WEBHOOK is not an http:// or https:// address")
+        return False
+    except (OSError, HTTPException) as error:
+        say(f"the webhook was not told of `{event}`: {redact(str(error)) or type(error).__name__}")
         return False
     return True

@@ -17,11 +17,14 @@ POLL_SECONDS = 0.1
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment with its own interpreter first on PATH, so that `python` means the same everywhere."""
+    """This process's environment, but its own interpreter first on PATH, so that `python` means the same everywhere, and for dvc, which
+    runs a stage by the user's shell, the shell that every system has.
+    """
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
     first = path if path.split(os.pathsep)[0] == here else here + os.pathsep + path
-    return {**os.environ, "PATH": first, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    inherited = {name: value for name, value in os.environ.items() if name != "BASH_ENV"}
+    return {**inherited, "PATH": first, "SHELL": "/bin/sh", "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def start(

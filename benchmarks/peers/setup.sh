@@ -3,6 +3,7 @@
 #
 #     benchmarks/peers/setup.sh trl
 set -euo pipefail
+unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
 peer="${1:-}"

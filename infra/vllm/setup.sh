@@ -4,6 +4,7 @@
 #   infra/vllm/setup.sh cuda       vLLM for NVIDIA GPUs (not tried here)
 # VENV names another folder. Package indexes and wheel folders are those that uv or pip are configured with.
 set -euo pipefail
+unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 VENV="${VENV:-.venv-vllm}"

@@ -113,12 +113,20 @@ class Registry:
         self._set_alias(CHALLENGER, number)
 
     def roll_back(self, reason: str) -> tuple[Version, Version]:
-        """Give production back to `previous`; (champion now, champion until now). The latter is barred from the gate."""
+        """Give production back to `previous`; (champion now, champion until now). The latter is barred from the gate.
+
+        Raises TrackingError the second time: the same command again, after an error, must not bring back what it took away.
+        """
         champion, previous = self.holding(CHAMPION), self.holding(PREVIOUS)
         if champion is None or previous is None:
             raise TrackingError(
                 f"nothing to roll back to: {self.name} has no {'champion' if champion is None else 'previous version'} yet."
                 " `python -m pipelines.models` shows the versions; promote one by its number."
+            )
+        if ROLLED_BACK in previous.tags or previous.number == champion.number:
+            raise TrackingError(
+                f"{champion.name} is champion after a roll-back, and what was before it is not known to be any better. `python -m"
+                f" flows.promote {champion.number}` brings its weights to models/champion; for another version give its number."
             )
         self.tag(champion.number, {ROLLED_BACK: reason})
         self._set_alias(CHAMPION, previous.number)

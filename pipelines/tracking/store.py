@@ -46,9 +46,16 @@ def open_client(project: Path) -> MlflowClient:
     for name, value in _IMPATIENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     uri = tracking_uri(project)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, ValueError) as error:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI = {redact(uri)}: MLflow knows no such store; it is http://HOST:PORT, a database's address, or unset"
+            " for a file in the project."
+        ) from error
 
 
 def experiment_id(client: MlflowClient, name: str, project: Path) -> str:
@@ -90,7 +97,7 @@ def ask(client: MlflowClient, call: Callable[[], T], problem: str, advice: str) 
 
     try:
         return call()
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise TrackingError(
             f"MLflow at {redact(str(client.tracking_uri))} {problem}: {redact(reason)}. {advice}"

@@ -14,7 +14,7 @@ from pipelines.configure import configure
 from pipelines.inbox import Inbox
 from pipelines.ingest import split_tables
 from pipelines.intake import Taken, take_in
-from pipelines.sources import table_rows
+from pipelines.sources import accepted_files, table_rows
 from pipelines.validation.view import prompt_key
 from posttrain.errors import DataError
 from posttrain.problems.parts import KINDS
@@ -213,3 +213,25 @@ def test_an_inbox_in_an_s3_store_is_emptied_as_a_folder_is(
         assert "known already problems/again.jsonl" in capsys.readouterr().out
     assert intake.main([]) == 2
     assert "error: the inbox s3://data/new/records cannot be used" in capsys.readouterr().err
+
+
+def test_a_bad_file_of_any_name_is_set_aside_and_none_replaces_another(folder: Path) -> None:
+    for day in ("monday", "tuesday"):
+        put(folder, "sft/part[1]*?.jsonl", f"{day}: not JSON")
+        put(folder, f"problems/{day}.jsonl", {"prompt": f"{day}: 17+34?", "answer": "51"})
+        assert sorted(entry.outcome for entry in taken(folder)) == ["accepted", "quarantined"]
+    aside = folder / "inbox" / "quarantined" / "sft"
+    found = {path.name: path.read_text(encoding="utf-8").strip() for path in aside.glob("*.jsonl")}
+    assert found == {"part[1]*?.jsonl": "monday: not JSON", "part[1]*?-2.jsonl": "tuesday: not JSON"}
+    assert {path.name for path in aside.glob("*.txt")} == {f"{name}.reason.txt" for name in found}
+
+
+def test_the_ten_thousandth_file_is_read_last_and_replaces_none(folder: Path) -> None:
+    accepted = folder / "data" / "raw" / "accepted" / "problems"
+    accepted.mkdir(parents=True)
+    (accepted / "9999-data.jsonl").write_text(json.dumps({"prompt": "first: 1+1?", "answer": "2"}) + "\n")
+    for name in ("second", "third"):
+        put(folder, "problems/data.jsonl", {"prompt": f"{name}: 1+1?", "answer": "2"})
+        assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    names = [path.name for path in accepted_files("problems")]
+    assert names == ["9999-data.jsonl", "10000-data.jsonl", "10001-data.jsonl"]

@@ -78,6 +78,12 @@ def test_promotion_moves_the_aliases_and_a_roll_back_gives_production_back_and_b
     assert {md5: version.number for md5, version in registry.barred().items()} == {"b" * 32 + ".dir": 2}
     assert line(registry.version(2)).endswith("rolled back: answers in French")
 
+    # the same command again does not bring back what it took away
+    with pytest.raises(TrackingError, match=r"version 1 \(grpo-0\) is champion after a roll-back.*flows\.promote 1"):
+        registry.roll_back("answers in French")
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+    assert [version.number for version in registry.barred().values()] == [2]
+
     registry.promote(second)
     assert registry.barred() == {}
     assert aliases(registry) == {"champion": 2, "previous": 1}

@@ -141,6 +141,16 @@ def test_a_step_dies_with_dvc_when_dvc_is_killed(project: Project) -> None:
     assert ended(read(project.state / "journal.jsonl")) == "KILLED"
 
 
+def test_a_step_whose_dvc_was_killed_before_it_could_look_ends_at_once(project: Project) -> None:
+    script = "import os, subprocess, sys; os.setsid(); subprocess.Popen([sys.executable, '-m', 'count'])"
+    (project.folder / "steps" / "parent.py").write_text(script)
+    (project.folder / "steps.txt").write_text("100")
+    parent = project.start(module="parent", DVC_STAGE="count", STEP_SECONDS="0.2")
+    parent.communicate(timeout=60)  # the step holds the pipes too: they close when it ends
+    assert all(ended(read(path)) != "FINISHED" for path in project.folder.glob(".posttrain/runs/*/journal.jsonl"))
+    assert not (project.directory / "journal.jsonl").exists()
+
+
 def test_the_key_changes_with_parameters_and_inputs_only(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "b").write_text("2")

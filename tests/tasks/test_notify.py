@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from tasks.notify import notify
 from tests.webhook import listening
+
+
+@contextmanager
+def garbage() -> Iterator[str]:
+    """A server that does not speak HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"who is there?\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/hook"
 
 
 def test_the_body_says_what_happened_and_where_to_look_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,9 +45,15 @@ def test_a_webhook_that_fails_or_is_away_fails_nothing(
         assert not notify("failed", "x", {})
     monkeypatch.setenv("POSTTRAIN_WEBHOOK", "http://127.0.0.1:9/hook?token=not-for-logs")
     assert not notify("promoted", "x", {})
+    monkeypatch.setenv("POSTTRAIN_WEBHOOK", "hooks.example.com/services/not-for-logs")  # its http:// was forgotten
+    assert not notify("waiting", "x", {})
+    with garbage() as url:
+        monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
+        assert not notify("refused", "x", {})
     printed = capsys.readouterr().out
     assert "the webhook was not told of `failed`: HTTP Error 500" in printed
-    assert "the webhook was not told of `promoted`" in printed
+    for event in ("promoted", "waiting", "refused"):
+        assert f"the webhook was not told of `{event}`" in printed
     assert "not-for-logs" not in printed
     monkeypatch.delenv("POSTTRAIN_WEBHOOK")
     assert not notify("promoted", "x", {})
