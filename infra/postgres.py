@@ -65,6 +65,10 @@ class Postgres:
             if name not in there.split():
                 self.run([*self.client("createdb"), name])
 
+    def query(self, database: str, statement: str) -> str:
+        """The one value that a statement gives."""
+        return self.run([*self.client("psql"), "-AtX", "-d", database, "-c", statement]).strip()
+
     def client(self, name: str) -> list[str]:
         """The start of a client program's command line; PGPASSWORD is in `environment`."""
         return [name, "-h", "127.0.0.1", "-p", str(self.port), "-U", ROLE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import psutil
+from alembic.script import ScriptDirectory
 
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
@@ -98,6 +100,8 @@ class Topology:
         self._after(name)
 
     def _before(self, name: str) -> None:
+        if name == "mlflow" and self.processes.pid("mlflow") is None:
+            self._upgrade_mlflow()
         if name == "worker":
             self.deploy()
 
@@ -122,6 +126,26 @@ class Topology:
         )  # fmt: skip
         if done.returncode:
             raise OrchestrationError(done.stderr.removeprefix("error: ").strip())
+
+    def _upgrade_mlflow(self) -> None:
+        """MLflow's server refuses tables of an older version, and makes new ones only in an empty database."""
+        found = self.postgres.query("mlflow", "SELECT to_regclass('alembic_version') IS NOT NULL")
+        if found != "t":
+            return
+        there = self.postgres.query("mlflow", "SELECT version_num FROM alembic_version")
+        package = importlib.util.find_spec("mlflow")
+        assert package is not None
+        assert package.origin is not None
+        wanted = ScriptDirectory(str(Path(package.origin).parent / "store" / "db_migrations")).get_current_head()
+        if there == wanted:
+            return
+        print("  mlflow    brings its tables up to date", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow", "db", "upgrade", self.postgres.uri("mlflow", "psycopg2")],
+            cwd=self.project, env={**child_environment(), **environment.QUIET}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise OrchestrationError(f"`mlflow db upgrade` failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
     def write_environment(self) -> Path:
         path = self.home / "env"

@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.command import add_stages, main
+from flows.promote import promote
+from posttrain.errors import OrchestrationError
 
 
 def test_help_says_what_the_flow_does_and_what_the_environment_sets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,3 +23,31 @@ def test_help_says_what_the_flow_does_and_what_the_environment_sets(capsys: pyte
         "POSTTRAIN_WEBHOOK",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize("url", ["http://someone:a-password@127.0.0.1:9/api", "127.0.0.1:9/api"])
+def test_a_server_that_is_away_is_told_in_words(
+    tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setattr("flows.server.ANSWER_SECONDS", 0.5)
+    with temporary_settings({PREFECT_API_URL: url}):
+        assert main("compare", "", lambda _: None, add_stages, ["--root", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the Prefect server at ")
+    assert "127.0.0.1:9/api (PREFECT_API_URL) does not answer" in printed
+    assert "a-password" not in printed
+
+
+def test_a_root_that_is_no_project_is_told_and_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("compare", "", lambda _: None, add_stages, ["--root", str(tmp_path / "typo")]) == 2
+    assert "typo is no project: --root names the folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_roll_back_takes_neither_a_version_nor_an_approval() -> None:
+    for version, approval in ((1, False), (None, True)):
+        with pytest.raises(OrchestrationError, match="takes neither a version nor an approval"):
+            promote.fn(".", version, roll_back=True, approval=approval)

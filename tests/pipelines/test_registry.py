@@ -99,6 +99,15 @@ def test_what_is_not_there_is_named(registry: Registry) -> None:
         registry.version(7)
 
 
+@pytest.mark.parametrize("uri", ["foo://bar", "127.0.0.1:5000"])
+def test_an_address_that_names_no_store_is_told_in_words(
+    project: Project, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI = {uri}: MLflow knows no such store"):
+        Registry(project.folder, "posttrain").versions()
+
+
 def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def test_the_databases_come_back_as_they_were_backed_up(scene: Scene, tmp_path: 
     assert done.returncode == 2
     assert "worker, prefect, mlflow would write into a database that is being replaced" in done.stderr
     scene.command("infra.servers", "stop", "worker", "prefect", "mlflow")
+    torn = shutil.copytree(tmp_path / "dumps", tmp_path / "torn")
+    (torn / "mlflow_auth.dump").write_bytes(b"")
+    done = scene.clone.run("infra.servers", "restore", str(torn), check=False, **scene.environment)
+    assert done.returncode == 2
+    assert "input file is too short" in done.stderr
+    assert scene.topology.postgres.query("mlflow", "SELECT count(*) FROM model_versions") != "0"
     scene.command("infra.servers", "restore", str(tmp_path / "dumps"))
     scene.command("infra.servers", "up")
     assert scene.aliases() == before
