@@ -77,8 +77,10 @@ class Postgres:
         done = subprocess.run([program("pg_isready"), *self.client("")[1:]], capture_output=True, check=False)
         return done.returncode == 0
 
-    def uri(self, database: str, driver: str) -> str:
-        return f"postgresql+{driver}://{ROLE}:{self.password}@127.0.0.1:{self.port}/{database}"
+    def uri(self, database: str, driver: str, *, password: bool = True) -> str:
+        """Without the password for a command line, which every user of the machine can read; `environment` has it."""
+        secret = f":{self.password}" if password else ""
+        return f"postgresql+{driver}://{ROLE}{secret}@127.0.0.1:{self.port}/{database}"
 
     def run(self, command: Sequence[str], *, source: Path | None = None, output: Path | None = None) -> str:
         """One of PostgreSQL's programs to its end, reading `source`, writing `output`; what it printed."""

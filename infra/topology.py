@@ -141,8 +141,9 @@ class Topology:
             return
         print("  mlflow    brings its tables up to date", flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", "mlflow", "db", "upgrade", self.postgres.uri("mlflow", "psycopg2")],
-            cwd=self.project, env={**child_environment(), **environment.QUIET}, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "mlflow", "db", "upgrade", self.postgres.uri("mlflow", "psycopg2", password=False)],
+            env={**child_environment(), **environment.QUIET, **self.postgres.environment()},
+            cwd=self.project, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise OrchestrationError(f"`mlflow db upgrade` failed:\n{(done.stdout + done.stderr)[-2000:]}")

@@ -1,4 +1,4 @@
-"""Which tests of pytest-xdist share a worker, and which come first: the long ones, so that no worker waits for the other at the end."""
+"""Which tests of pytest-xdist share a worker: those of a file, and those of files that ask for the same long fixture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from xdist.scheduler import LoadFileScheduling
 
 ONE_CLONE = tuple(f"tests/end_to_end/test_{name}.py" for name in ("gate", "pipeline", "remotes"))
 """Each worker that meets the fixture `reproduced` would run the whole pipeline for it."""
-LONG = ("tests/servers/test_nights.py", *ONE_CLONE, "tests/end_to_end/test_real.py")
 
 
 class ByFixture(LoadFileScheduling):
@@ -20,11 +19,3 @@ class ByFixture(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFixture:
     return ByFixture(config, log)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> int:
-        file = item.nodeid.partition("::")[0]
-        return LONG.index(file) if file in LONG else len(LONG)
-
-    items.sort(key=rank)
