@@ -30,7 +30,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines import environment
-from pipelines.redaction import redact
+from pipelines.redaction import told
 from posttrain.errors import OrchestrationError, PosttrainError
 from tasks.process import child_environment
 
@@ -112,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         require_server(url)
         deploy(environment.root(), args.type)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {POOL}")
     return 0
 

@@ -29,7 +29,7 @@ from flows.signals import raise_interrupt
 from flows.workspace import sweep
 from pipelines import environment
 from pipelines.config import read_yaml
-from pipelines.redaction import redact
+from pipelines.redaction import told
 from pipelines.ui import free_port
 from posttrain.errors import PosttrainError
 from tasks.console import say
@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             serve(*found, print_starting_message=False)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     except KeyboardInterrupt:
         return 0
     return 0

@@ -20,7 +20,7 @@ from flows.deploy import HEARTBEAT_SECONDS
 from flows.server import require_server
 from flows.workspace import sweep
 from pipelines import environment
-from pipelines.redaction import redact
+from pipelines.redaction import told
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         require_server(url)
         sweep(root)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return become_worker(root, args.pool)
 
 

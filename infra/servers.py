@@ -21,7 +21,7 @@ from infra.backup import backup, restore
 from infra.topology import ADMIN, ORDER, Topology
 from pipelines import environment
 from pipelines.config import load_params
-from pipelines.redaction import redact
+from pipelines.redaction import told
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -87,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _act(Topology(environment.root()), args.action, args.names)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return 0
 
 

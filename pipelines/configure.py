@@ -24,6 +24,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipelines import environment
 from pipelines.config import flatten, parse_params, read_yaml
+from pipelines.redaction import told
 from posttrain.errors import ConfigError, PosttrainError
 
 _NOTHING: Any = object()
@@ -42,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         changes = configure(path, args.changes, write=not args.check)
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     print("\n".join(changes) or f"{path.name}: valid, nothing changes")
     return 0
 

@@ -26,7 +26,7 @@ from pipelines import environment
 from pipelines.config import Params, load_params
 from pipelines.identity import file_digest
 from pipelines.inbox import Arrival, Inbox, location
-from pipelines.redaction import redact
+from pipelines.redaction import redact, told
 from pipelines.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from posttrain.errors import DataError, PosttrainError
 from posttrain.problems.parts import KINDS, Kind
@@ -132,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         inbox = Inbox(args.inbox or location(project))
         taken = take_in(load_params(project / "params.yaml"), inbox)
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps([asdict(entry) for entry in taken], indent=1) + "\n", encoding="utf-8")
     for entry in taken:

@@ -13,6 +13,7 @@ import sys
 from pipelines import environment
 from pipelines.config import load_params
 from pipelines.promotion.registry import DECISION, MODEL, REASON, ROLLED_BACK, Registry, Version
+from pipelines.redaction import told
 from posttrain.errors import PosttrainError
 
 
@@ -34,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         versions = Registry(project, load_params(project / "params.yaml").project.experiment).versions()
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     print(
         "\n".join(map(line, versions)) or "no version is registered yet; `python -m flows.retrain` registers the first"
     )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import environment
 from pipelines.config import Params, load_params
+from pipelines.redaction import told
 from pipelines.sections import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import PosttrainError
@@ -60,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = model_sizes(params)
         planned = list(phases(params, model))
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
     return int(any(phase.memory.total > limit for phase in planned))

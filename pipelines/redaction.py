@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import Any
+
+from posttrain.errors import PosttrainError
 
 HIDDEN = "***"
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -17,6 +20,12 @@ _TOKEN = re.compile(
 _SECRET_NAME = re.compile(r"(?i)secret|passw(or)?d|credentials?($|_)|(^|_)token($|_)|(api|access|private)_?key")
 _SHORTEST_SECRET = 8
 _WORDS = ("true", "false", "disabled", "enabled")
+
+
+def told(error: PosttrainError) -> int:
+    """Print an error at a command's edge, as one paragraph on stderr; the exit status that it stands for."""
+    print(f"error: {redact(str(error))}", file=sys.stderr)
+    return error.exit_code
 
 
 def redact(text: str) -> str:

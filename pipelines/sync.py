@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines import environment
-from pipelines.redaction import redact
+from pipelines.redaction import redact, told
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import Source, discover, load
 from pipelines.tracking.store import ask, open_client, tracking_uri
@@ -172,8 +172,7 @@ def main(argv: list[str] | None = None) -> int:
             runs = synchronise(project, args.wait)
             print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return 0
 
 

@@ -28,7 +28,7 @@ from urllib.request import urlopen
 from pipelines import environment
 from pipelines.config import load_params
 from pipelines.process import die_with_parent
-from pipelines.redaction import redact
+from pipelines.redaction import redact, told
 from pipelines.sync import synchronise
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
@@ -197,8 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted:
         return 0
     except PosttrainError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return 0
 
 

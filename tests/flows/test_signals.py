@@ -12,6 +12,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
 
+from tests.sockets import addresses
+
 LONG = """
 stages:
   long:
@@ -62,12 +64,6 @@ def running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def listening(pids: list[int]) -> set[str]:
-    """Every address at which one of these processes accepts connections."""
-    sockets = [each for pid in pids for each in psutil.Process(pid).net_connections("inet")]
-    return {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
-
-
 def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
     """Every process below the flow, once the step is at work."""
     until(lambda: (root / "pids").exists())
@@ -114,7 +110,7 @@ def test_a_killed_flow_leaves_no_stage_and_no_server_behind(long: Path) -> None:
     pids = step_and_family(flow, long)
     commands = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
     assert any("server start" in command for command in commands)
-    assert listening(pids) == {"127.0.0.1"}
+    assert addresses(map(psutil.Process, pids)) == {"127.0.0.1"}
     refused = start(long, None)
     output = refused.communicate(timeout=60)[0]
     assert refused.returncode == 2, output

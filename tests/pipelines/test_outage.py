@@ -23,6 +23,7 @@ import pytest
 from pipelines.journal import read
 from pipelines.ui import free_port, server_command
 from posttrain.errors import TrackingError
+from tests.sockets import addresses, family
 
 from .conftest import Project, wait_for
 
@@ -53,9 +54,7 @@ class Server:
     def listens_on(self) -> set[str]:
         """Every address at which the server and its workers accept connections."""
         assert self.process is not None
-        top = psutil.Process(self.process.pid)
-        sockets = [c for p in (top, *top.children(recursive=True)) for c in p.net_connections("inet")]
-        return {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
+        return addresses(family(psutil.Process(self.process.pid)))
 
     def kill(self) -> None:
         self.send(signal.SIGKILL)

@@ -19,6 +19,7 @@ from prefect.states import Cancelled
 from flows.promote import promote
 from pipelines.models import line
 from tests.servers.conftest import Scene, signed_in, wait
+from tests.sockets import addresses, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
@@ -130,9 +131,7 @@ def test_no_server_listens_to_the_network(scene: Scene) -> None:
     for name in ("postgres", "s3", "mlflow", "prefect"):
         pid = scene.topology.processes.pid(name)
         assert pid is not None
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        found = [each for process in family for each in process.net_connections("inet") if each.status == "LISTEN"]
-        listening[name] = {each.laddr.ip for each in found}
+        listening[name] = addresses(family(psutil.Process(pid)))
     assert listening == {name: {"127.0.0.1"} for name in ("postgres", "s3", "mlflow", "prefect")}
 
 

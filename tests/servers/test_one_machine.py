@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from pipelines.configure import configure
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.servers.conftest import QUICK, tables, wait
+from tests.sockets import addresses, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,12 +58,12 @@ def at_work(clone: Clone, home: Path, *command: str) -> Iterator[tuple[psutil.Pr
     try:
         yield process, said
     finally:
-        family = process.children(recursive=True)
+        below = process.children(recursive=True)
         os.killpg(started.pid, signal.SIGINT)
         try:
             status = started.wait(40)
         finally:
-            _, alive = psutil.wait_procs(family, timeout=10)
+            _, alive = psutil.wait_procs(below, timeout=10)
             for left in (process, *alive):
                 if left.is_running():
                     left.kill()
@@ -70,17 +71,10 @@ def at_work(clone: Clone, home: Path, *command: str) -> Iterator[tuple[psutil.Pr
     assert not alive
 
 
-def listening(process: psutil.Process) -> set[str]:
-    """Every address at which the process or one below it accepts connections."""
-    family = [process, *process.children(recursive=True)]
-    sockets = [each for one in family for each in one.net_connections("inet")]
-    return {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
-
-
 def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
     with at_work(clone, tmp_path, "flows.serve", "--port", "0") as (process, said):
         pages = said(r"pages: (http://127\.0\.0\.1:\d+)", 90)
-        assert listening(process) == {"127.0.0.1"}
+        assert addresses(family(process)) == {"127.0.0.1"}
         (clone.root / "inbox" / "preferences").mkdir(parents=True)
         (clone.root / "inbox" / "preferences" / "more.jsonl").write_text(
             '{"prompt": "n?", "chosen": "1", "rejected": "0"}\n'
@@ -98,7 +92,7 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
                 return state.name if state is not None and state.is_final() else None
 
             assert wait(ended, 400) == "Completed"
-        assert listening(process) == {"127.0.0.1"}
+        assert addresses(family(process)) == {"127.0.0.1"}
     assert not any((clone.root / "inbox" / "preferences").iterdir())
     assert (clone.root / "runs/gate/artifacts/decision.html").is_file()
 
@@ -110,4 +104,4 @@ def test_ui_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
             with urlopen(base, timeout=30) as page:
                 assert b"<html" in page.read().lower()
         said("(Ctrl-C) stops them", 30)
-        assert listening(process) == {"127.0.0.1"}
+        assert addresses(family(process)) == {"127.0.0.1"}
