@@ -50,7 +50,7 @@ lint: setup  ## formatting, lint, types, and known vulnerabilities of the depend
 	@infra/audit.sh
 
 ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000 PREFECT_PORT=4200)
-	@$(QUIET) $(PYTHON_IN) -m pipelines.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
+	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
 
 bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hour on two cores that do nothing else
 	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl

@@ -166,17 +166,17 @@ def throughput(device: torch.device, config: Qwen3Config, work: Work) -> list[tu
 def group_source(
     policy: Policy, config: Qwen3Config, engine: NativeEngine, work: Work
 ) -> tuple[ExperienceSource, OnPolicyObjective]:
-    record = PRESETS["grpo"]
+    spec = PRESETS["grpo"]
     encoder = TextEncoder(byte_tokenizer(4096), 4096)
     prompts = texts(4 * work.prompts, work.prompt + 1, 250, 1)
     problems = [Problem(str(i), row.prompt, {}) for i, row in enumerate(prompts)]
     sampler = GroupSampler(
-        problems, engine, encoder, [FunctionReward("bytes", bytes_of)], {"bytes": 1.0}, record,  # type: ignore[arg-type]
+        problems, engine, encoder, [FunctionReward("bytes", bytes_of)], {"bytes": 1.0}, spec,  # type: ignore[arg-type]
         GroupSettings(work.prompts, work.samples, SamplingSettings(work.new_tokens, 1.0)), 0, Accelerator(),
     )  # fmt: skip
-    objective = OnPolicyObjective(record, work.new_tokens, 1.0)  # type: ignore[arg-type]
+    objective = OnPolicyObjective(spec, work.new_tokens, 1.0)  # type: ignore[arg-type]
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    source = ExperienceSource(record, policy, reference, sampler, objective, budget=32_768, bf16=True)  # type: ignore[arg-type]
+    source = ExperienceSource(spec, policy, reference, sampler, objective, budget=32_768, bf16=True)  # type: ignore[arg-type]
     return source, objective
 
 

@@ -4,7 +4,7 @@
 
 Each round runs the three side by side in turn, so that a slow moment of the machine meets them alike. A step is a fixed number of matrix
 products on one thread; 20 metrics and 4 timings are recorded after it, every 10th step a table of 4 samples. The follower is the real
-one, `python -m pipelines.sync --follow`, over SQLite. Reported: the median step, the time inside the
+one, `python -m pipelines.commands.sync --follow`, over SQLite. Reported: the median step, the time inside the
 recording calls as the clock goes and as the processor counts it, and the follower's own processor time. --write puts the
 table into benchmarks/journal.md.
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipelines.config import load_params
-from pipelines.process import Lock
-from pipelines.run import LOCK, Run
+from pipelines.config.params import load_params
+from pipelines.runtime.process import Lock
+from pipelines.runtime.run import LOCK, Run
 from pipelines.tracking.store import open_client
 
 MODES = ("bare", "journal", "journal and MLflow")
@@ -150,7 +150,7 @@ def opened(folder: Path, name: str) -> Run:
 def followed(folder: Path, run: Run) -> psutil.Process:
     """A follower of the run that has made its MLflow run already."""
     open_client(folder).search_experiments()
-    command = [sys.executable, "-m", "pipelines.sync", "--follow", "--run", run.identity]
+    command = [sys.executable, "-m", "pipelines.commands.sync", "--follow", "--run", run.identity]
     process = psutil.Popen(command, cwd=folder, stdin=subprocess.PIPE)
     mark = folder / ".posttrain" / "tracking" / run.identity
     while not mark.is_file():

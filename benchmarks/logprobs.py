@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from posttrain.models.heap import keep_heap
-from posttrain.models.logprobs import taken_logprobs
+from posttrain.models.allocator import keep_heap
+from posttrain.models.logprobs import selected_logprobs
 
 TITLE = "# Log-probability and entropy of the taken tokens at a large vocabulary\n\nMade by `python benchmarks/logprobs.py --write`.\n"
 WAYS = ("whole table", "fused", "fused, bf16")
@@ -102,7 +102,7 @@ def whole_table(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor)
 
 
 def fused(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return taken_logprobs(states, head, None, targets, 1.0)
+    return selected_logprobs(states, head, None, targets, 1.0)
 
 
 def held_mebibytes() -> float:

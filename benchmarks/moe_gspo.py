@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from scipy.stats import t as student
 
 from posttrain.algorithms.gspo import GSPO
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder, table_tokens
-from posttrain.models.inference import token_numbers
+from posttrain.environments.arithmetic import rows as arithmetic
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
-from posttrain.problems.arithmetic import rows as arithmetic
 from posttrain.rewards.functions import answer
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -116,7 +116,7 @@ def problems(encoder: TextEncoder, kind: Any, count: int, seed: int) -> list[Pro
     return [Problem(row["prompt"], tuple(encoder.prompt(row["prompt"])), {"answer": row["answer"]}) for row in rows]
 
 
-def aligned(record: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int, learning_rate: float) -> Outcome:
+def aligned(spec: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int, learning_rate: float) -> Outcome:
     """Train a copy of `lm` and watch it."""
     policy, reference = (Policy(copy.deepcopy(lm)) for _ in range(2))
     reference.requires_grad_(False)
@@ -127,17 +127,17 @@ def aligned(record: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: i
         encoder,
         [FunctionReward("answer", answer)],
         {"answer": 1.0},
-        record,
+        spec,
         GroupSettings(size.prompts, size.samples, SamplingSettings(NEW_TOKENS, 1.0)),
         seed,
         Accelerator(),
     )
-    objective = OnPolicyObjective(record, NEW_TOKENS, 1.0)
-    source = ExperienceSource(record, policy, reference, sampler, objective, budget=BUDGET)
+    objective = OnPolicyObjective(spec, NEW_TOKENS, 1.0)
+    source = ExperienceSource(spec, policy, reference, sampler, objective, budget=BUDGET)
     trainer: Trainer[Any] = Trainer(
         policy,
         OptimizerSettings(learning_rate),
-        total_steps=size.steps * record.minibatches,
+        total_steps=size.steps * spec.minibatches,
         micro_batch_tokens=BUDGET,
     )
     heldout = problems(encoder, "evaluation", size.heldout, seed)
@@ -166,9 +166,9 @@ def one_step(
 
 def ratios(policy: Policy, batch: Sequence[Experience]) -> dict[str, float]:
     """Both ratios of the policy as it is now to the one that sampled, whichever of them the algorithm uses."""
-    numbers = token_numbers(policy, [row.tokens for row in batch], BUDGET)
-    logs = [now.logprobs - row.old for now, row in zip(numbers, batch, strict=True)]
-    changed = [(now.experts != row.old_experts).any((-2, -1)) for now, row in zip(numbers, batch, strict=True)]
+    numbers = token_logprobs(policy, [row.tokens for row in batch], BUDGET)
+    logs = [now.logprobs - row.old_logprobs for now, row in zip(numbers, batch, strict=True)]
+    changed = [(now.experts != row.old_routing).any((-2, -1)) for now, row in zip(numbers, batch, strict=True)]
     every, other = np.concatenate(logs), np.concatenate(changed)
     return {
         "token": float(np.log10(np.exp(every).var() + SMALLEST)),
@@ -196,9 +196,9 @@ def compare(size: Size) -> dict[str, Results]:
     for seed in range(size.seeds):
         lm, encoder = fine_tuned(size, seed)
         for rate, results in found.items():
-            for name, record in ALGORITHMS.items():
+            for name, spec in ALGORITHMS.items():
                 started = time.perf_counter()
-                done = aligned(record, lm, encoder, size, seed, RATES[rate])
+                done = aligned(spec, lm, encoder, size, seed, RATES[rate])
                 results[name].append(done)
                 print(
                     f"seed {seed}, {rate}, {name}: accuracy {done.accuracy_before:.3f} -> {done.accuracy:.3f},"

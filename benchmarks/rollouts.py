@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from benchmarks.peers.rollouts import Apart, Case, Side, Vllm, continuous, generate, native
-from posttrain.models.heap import keep_heap
+from posttrain.models.allocator import keep_heap
 from posttrain.models.tiny import TinyShape, tiny_model
 
 SMALL = TinyShape(max_length=1024)

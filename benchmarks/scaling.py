@@ -27,7 +27,7 @@ from accelerate import Accelerator
 
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
-from posttrain.models.heap import keep_heap
+from posttrain.models.allocator import keep_heap
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.engine import Request, SamplingSettings

@@ -2,7 +2,7 @@
 
 import os
 
-from pipelines.environment import quiet
+from pipelines.runtime.environment import quiet
 
 quiet()
 # Before Prefect is imported. Its own lines go to its server; the terminal shows one line per event (tasks.console).

@@ -12,7 +12,7 @@ from typing import Any
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
 from flows.workspace import refuse_second_flow
-from pipelines.redaction import redact, told
+from pipelines.runtime.redaction import redact, report_error
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import say
 
@@ -67,7 +67,7 @@ def main(
             say("Prefect: " + redact(configured or "private server"))
             return _status(call(options))
     except PosttrainError as error:
-        return told(error)
+        return report_error(error)
     except KeyboardInterrupt as signalled:
         print(f"stopped by {signalled}", file=sys.stderr)
         return Interrupted.exit_code
@@ -81,7 +81,7 @@ def _status(state: Any) -> int:
         return Interrupted.exit_code
     error = state.result(raise_on_failure=False)
     if isinstance(error, PosttrainError):
-        return told(error)
+        return report_error(error)
     if isinstance(error, BaseException):
         raise error
     print(f"error: the flow ended {state.name}: {state.message}", file=sys.stderr)

@@ -14,9 +14,9 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.body import bring_all_up_to_date
 from flows.command import add_stages, main
 from flows.hooks import HOOKS
+from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 
 

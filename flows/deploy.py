@@ -29,8 +29,8 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
-from pipelines import environment
-from pipelines.redaction import told
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
 from posttrain.errors import OrchestrationError, PosttrainError
 from tasks.process import child_environment
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         require_server(url)
         deploy(environment.root(), args.type)
     except PosttrainError as error:
-        return told(error)
+        return report_error(error)
     print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {POOL}")
     return 0
 

@@ -5,7 +5,7 @@
     python -m flows.promote --roll-back --reason "answers in French"
     python -m flows.promote 3 --approval      pauses until a person answers in Prefect's UI
 
-`python -m pipelines.models` shows the versions. A roll-back gives production to the previous champion at once, and bars the
+`python -m pipelines.commands.models` shows the versions. A roll-back gives production to the previous champion at once, and bars the
 weights that were rolled back from the gate.
 """
 
@@ -23,10 +23,10 @@ from prefect.input import RunInput
 from prefect.states import Cancelled
 
 from flows.command import main
+from flows.gatekeeping import links
 from flows.hooks import HOOKS
-from flows.judge import links
 from flows.workspace import WorkspaceBusy, only_flow
-from pipelines.config import load_params
+from pipelines.config.params import load_params
 from pipelines.promotion.registry import CHALLENGER, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
 from tasks import gate
@@ -93,7 +93,7 @@ def _challenger(registry: Registry) -> Version:
     if found is None:
         raise OrchestrationError(
             "there is no challenger: the last candidate was promoted, or none was registered yet. Name a version:"
-            " `python -m pipelines.models` shows them."
+            " `python -m pipelines.commands.models` shows them."
         )
     return found
 

@@ -15,10 +15,10 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.body import bring_all_up_to_date
 from flows.command import add_stages, main
+from flows.gatekeeping import judge
 from flows.hooks import HOOKS
-from flows.judge import judge
+from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 from tasks.console import tell
 from tasks.intake import take_in
@@ -32,7 +32,7 @@ def retrain(
     project = Path(root).absolute()
     with exclusive(project):
         for entry in take_in(str(project)):
-            tell(f"inbox: {entry.told()}")
+            tell(f"inbox: {entry.describe()}")
         stopped = bring_all_up_to_date(project, targets or [], tracking=tracking, refresh=True)
         if stopped is None and not targets:
             judge(project, tracking=tracking, approval=approval)

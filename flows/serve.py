@@ -27,10 +27,10 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from flows.server import wait_until_healthy
 from flows.signals import raise_interrupt
 from flows.workspace import sweep
-from pipelines import environment
-from pipelines.config import read_yaml
-from pipelines.redaction import told
-from pipelines.ui import free_port
+from pipelines.commands.ui import free_port
+from pipelines.config.params import read_yaml
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
 from posttrain.errors import PosttrainError
 from tasks.console import say
 from tasks.process import end, start
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             serve(*found, print_starting_message=False)
     except PosttrainError as error:
-        return told(error)
+        return report_error(error)
     except KeyboardInterrupt:
         return 0
     return 0

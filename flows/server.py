@@ -16,8 +16,8 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from pipelines.redaction import redact
-from pipelines.ui import free_port
+from pipelines.commands.ui import free_port
+from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
 from tasks.process import end, start
 

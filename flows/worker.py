@@ -19,8 +19,8 @@ from prefect.settings import PREFECT_API_URL
 from flows.deploy import HEARTBEAT_SECONDS
 from flows.server import require_server
 from flows.workspace import sweep
-from pipelines import environment
-from pipelines.redaction import told
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         require_server(url)
         sweep(root)
     except PosttrainError as error:
-        return told(error)
+        return report_error(error)
     return become_worker(root, args.pool)
 
 

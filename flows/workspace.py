@@ -165,7 +165,9 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
     path = root / ".posttrain" / "logs" / "follower.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as log:
-        process = start([sys.executable, "-m", "pipelines.sync", "--follow"], root, stdin=subprocess.PIPE, output=log)
+        process = start(
+            [sys.executable, "-m", "pipelines.commands.sync", "--follow"], root, stdin=subprocess.PIPE, output=log
+        )
         try:
             yield
         finally:
@@ -186,7 +188,9 @@ def warm_process(root: Path) -> Iterator[None]:
         log = root / ".posttrain" / "logs" / "warm.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
-            process = start([sys.executable, "-m", "pipelines.warm", str(path)], root, output=output, grace_seconds=1)
+            process = start(
+                [sys.executable, "-m", "pipelines.runtime.fork_server", str(path)], root, output=output, grace_seconds=1
+            )
         os.environ["POSTTRAIN_WARM"] = str(path)
         try:
             yield
@@ -199,6 +203,6 @@ def catch_up(root: Path) -> None:
     """Carry every journal into MLflow. Tracking never fails a flow: the journals are kept, and this can be done at any time."""
     path = root / ".posttrain" / "logs" / "sync.log"
     with path.open("ab") as log:
-        status = end(start([sys.executable, "-m", "pipelines.sync"], root, output=log), CATCH_UP_SECONDS)
+        status = end(start([sys.executable, "-m", "pipelines.commands.sync"], root, output=log), CATCH_UP_SECONDS)
     if status:
-        say(f"MLflow is behind: `python -m pipelines.sync` catches up from the journals (see {path})")
+        say(f"MLflow is behind: `python -m pipelines.commands.sync` catches up from the journals (see {path})")

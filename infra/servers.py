@@ -19,9 +19,9 @@ from pathlib import Path
 
 from infra.backup import backup, restore
 from infra.topology import ADMIN, ORDER, Topology
-from pipelines import environment
-from pipelines.config import load_params
-from pipelines.redaction import told
+from pipelines.config.params import load_params
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _act(Topology(environment.root()), args.action, args.names)
     except PosttrainError as error:
-        return told(error)
+        return report_error(error)
     return 0
 
 

@@ -22,7 +22,7 @@ from alembic.script import ScriptDirectory
 
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
-from pipelines import environment
+from pipelines.runtime import environment
 from posttrain.errors import OrchestrationError
 from tasks.process import child_environment
 

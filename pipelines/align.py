@@ -10,30 +10,30 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from pipelines.run import Run
-from pipelines.step import main
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
 from posttrain.algorithms import OnPolicy
 
 START = Path("models/sft")
 
 
 def run(run: Run) -> None:
-    from pipelines.common import accelerator, peak_memory_mib
+    from pipelines.training.setup import accelerator, peak_memory_mib
 
     name, seed = run.args.algorithm, run.args.seed
-    record = run.params.algorithm(name)
+    spec = run.params.algorithm(name)
     device = accelerator(run.params.align.compute, seed, START)
-    if isinstance(record, OnPolicy):
-        from pipelines.align_on_policy import align
+    if isinstance(spec, OnPolicy):
+        from pipelines.training.on_policy import align
     else:
-        from pipelines.align_preference import align
+        from pipelines.training.preference import align
     run.ready()
     steps, last = align(run, name, seed, device)
     run.timings(steps, {"memory/peak_mib": peak_memory_mib()})
     shown = {key: value for key, value in last.items() if value == value}
     run.summary(shown | {"steps": steps})
     run.tag("algorithm.preset", run.params.algorithms[name].preset)
-    run.tag("algorithm.paper", record.paper)
+    run.tag("algorithm.paper", spec.paper)
 
 
 def folder(run: Run) -> Path:

@@ -12,10 +12,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import load_params
-from pipelines.run import Run
-from pipelines.sections import ModelParams
-from pipelines.step import main
+from pipelines.config.params import load_params
+from pipelines.config.schema import ModelParams
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,14 +11,14 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from pipelines.config import load_params
+from pipelines.config.params import load_params
 from pipelines.report.analysis import Question, compare
 from pipelines.report.costs import write_costs
 from pipelines.report.load import load, wanted
 from pipelines.report.words import solved
 from pipelines.report.write import write
-from pipelines.run import Run
-from pipelines.step import main
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
 from posttrain.evaluation.statistics import Resampling
 
 FOLDER = Path("report")

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import accelerator, announce, peak_memory_mib, problems, read_table
-from pipelines.run import Run
-from pipelines.step import main
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
+from pipelines.training.setup import accelerator, announce, peak_memory_mib, problems, read_table
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
@@ -28,7 +28,7 @@ def run(run: Run) -> None:
     params = run.params.evaluation
     from posttrain.evaluation.statistics import Resampling
 
-    asked = Asked(run, model_folder(run.args.model))
+    asked = Evaluator(run, model_folder(run.args.model))
     answers = asked.answers()
     write_predictions(run.artifact("predictions.parquet"), answers)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
@@ -39,7 +39,7 @@ def run(run: Run) -> None:
     run.tag("model", run.args.model)
 
 
-class Asked:
+class Evaluator:
     """A model folder before the held-out problems, with the settings of params.yaml's `evaluation`."""
 
     def __init__(self, run: Run, folder: Path) -> None:
@@ -54,7 +54,7 @@ class Asked:
         self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
 
     def answers(self) -> list[EvaluatedAnswer]:
-        from pipelines.rewards import reward_sources
+        from pipelines.training.reward_sources import reward_sources
         from posttrain.evaluation.answers import EvaluationSettings, evaluate
         from posttrain.models.folders import load_policy
         from posttrain.models.policy import Policy

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import load_params
-from pipelines.evaluate import Asked, write_predictions
+from pipelines.config.params import load_params
+from pipelines.evaluate import Evaluator, write_predictions
 from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide
 from pipelines.promotion.page import page
-from pipelines.publish import ARTIFACTS
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
-from pipelines.run import Run
-from pipelines.step import main
+from pipelines.runtime.publish import ARTIFACTS
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling
 
@@ -62,7 +62,7 @@ def _reference(run: Run) -> Predictions:
     if run.args.champion is None:
         return predictions(evaluated(SFT))
     path = run.artifact("champion.parquet")
-    write_predictions(path, Asked(run, Path(run.args.champion)).answers())
+    write_predictions(path, Evaluator(run, Path(run.args.champion)).answers())
     return predictions(path)
 
 

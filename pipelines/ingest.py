@@ -11,14 +11,14 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from pipelines.config import load_params
-from pipelines.run import Run
-from pipelines.sections import DataParams
-from pipelines.sources import accepted_files, local_file, table_rows
-from pipelines.step import main
-from pipelines.tables import FOLDER, Row, Table, plain, write_rows
+from pipelines.config.params import load_params
+from pipelines.config.schema import DataParams
+from pipelines.data.sources import accepted_files, local_file, table_rows
+from pipelines.data.tables import FOLDER, Row, Table, plain, write_rows
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
+from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import ConfigError, DataError
-from posttrain.problems.parts import KINDS, Kind
 from posttrain.text import normalised
 
 

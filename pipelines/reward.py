@@ -12,22 +12,22 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common import (
-    Made,
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
+from pipelines.training.setup import (
+    TrainableModel,
     accelerator,
-    adapted,
     adapter_facts,
     announce,
+    apply_training_options,
+    merged_model,
     model_card,
     optimizer_settings,
     peak_memory_mib,
-    plain_again,
     read_table,
     train,
     write_model,
 )
-from pipelines.run import Run
-from pipelines.step import main
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def run(run: Run) -> None:
     heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
-    def make() -> Made[Scorer]:
+    def make() -> TrainableModel[Scorer]:
         scorer = Scorer(load_scorer(START))
-        return Made(scorer, adapted(scorer.model, params.lora, params.compute))
+        return TrainableModel(scorer, apply_training_options(scorer.model, params.lora, params.compute))
 
     made = make()
     trainer: Trainer[RewardPair] = Trainer(
@@ -80,7 +80,7 @@ def run(run: Run) -> None:
         ("loss", "preference/accuracy", "preference/margin"),
         params,
     )
-    made = plain_again(trainer, made, make)
+    made = merged_model(trainer, made, make)
     scorer = made.model.eval()
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)

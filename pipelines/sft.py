@@ -11,23 +11,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.common import (
-    Made,
+from pipelines.data.tables import WEIGHT
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
+from pipelines.training.setup import (
+    TrainableModel,
     accelerator,
-    adapted,
     adapter_facts,
     announce,
+    apply_training_options,
+    merged_model,
     model_card,
     optimizer_settings,
     peak_memory_mib,
-    plain_again,
     read_table,
     train,
     write_model,
 )
-from pipelines.run import Run
-from pipelines.step import main
-from pipelines.tables import WEIGHT
 
 START, FOLDER = Path("models/base"), Path("models/sft")
 
@@ -35,7 +35,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 def run(run: Run) -> None:
     params = run.params.sft
     device = accelerator(params.compute, params.seed, START)
-    from pipelines.samples import GreedySamples
+    from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
     from posttrain.data.tokens import table_tokens
     from posttrain.models.folders import load_encoder, load_policy
@@ -50,9 +50,9 @@ def run(run: Run) -> None:
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
 
-    def make() -> Made[Policy]:
+    def make() -> TrainableModel[Policy]:
         policy = Policy(load_policy(START))
-        return Made(policy, adapted(policy.lm, params.lora, params.compute))
+        return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
     made = make()
     trainer: Trainer[Example] = Trainer(
@@ -79,7 +79,7 @@ def run(run: Run) -> None:
         "batch size": params.batch_size,
         "learning rate": params.optimizer.learning_rate,
     }
-    made = plain_again(trainer, made, make)
+    made = merged_model(trainer, made, make)
     about |= adapter_facts(params.lora)
     card = model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last)
     write_model(run, made.model.lm, encoder, FOLDER, card, made.adapter)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipelines.config import Params
-from pipelines.run import Run
-from pipelines.sections import EvaluationParams
-from pipelines.step import main
-from pipelines.tables import FOLDER, Table, is_messages, read_rows, write_rows
+from pipelines.config.params import Params
+from pipelines.config.schema import EvaluationParams
+from pipelines.data.tables import FOLDER, Table, is_messages, read_rows, write_rows
+from pipelines.runtime.run import Run
+from pipelines.runtime.step import main
 from posttrain.errors import ConfigError, ModelError
 from posttrain.rewards import require_available
 

@@ -14,12 +14,12 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.config import Params, load_params, read_yaml
+from pipelines.config.params import Params, load_params, read_yaml
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
 from pipelines.promotion.registry import CHAMPION, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
-from pipelines.redaction import redact
+from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load

@@ -1,4 +1,4 @@
-"""New files of the inbox become data: checked one by one by pipelines.intake, versioned by DVC."""
+"""New files of the inbox become data: checked one by one by pipelines.commands.intake, versioned by DVC."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.intake import RECORD, Taken
-from pipelines.sources import ACCEPTED
+from pipelines.commands.intake import RECORD, Taken
+from pipelines.data.sources import ACCEPTED
 from tasks.stage import run_logged
 
 
@@ -19,7 +19,7 @@ from tasks.stage import run_logged
 def take_in(root: str) -> list[Taken]:
     """What became of every file that waited. Accepted ones are `dvc add`ed, so that their bytes are kept and pushed."""
     project = Path(root)
-    run_logged(project, "intake", [sys.executable, "-m", "pipelines.intake"])
+    run_logged(project, "intake", [sys.executable, "-m", "pipelines.commands.intake"])
     taken = [Taken(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
     pointer = project / f"{ACCEPTED}.dvc"
     if any(entry.outcome == "accepted" for entry in taken) or ((project / ACCEPTED).is_dir() and not pointer.exists()):

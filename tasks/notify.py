@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
 
-from pipelines.redaction import redact
+from pipelines.runtime.redaction import redact
 from tasks.console import say
 
 TIMEOUT_SECONDS = 10.0

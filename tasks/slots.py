@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from pipelines.launch import configuration, processes
+from pipelines.runtime.launch import configuration, processes
 from posttrain.errors import Interrupted, OrchestrationError
 
 MEMORY_PER_SLOT_BYTES = 2 << 30

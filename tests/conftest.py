@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import environment
+from pipelines.runtime import environment
 
 environment.quiet()
 torch.set_num_threads(1)

@@ -69,8 +69,8 @@ def test_the_library_reads_no_parameter_file(root: Path) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "pipelines.config",
-        "pipelines.step",
+        "pipelines.config.params",
+        "pipelines.runtime.step",
         "pipelines.ingest",
         "posttrain.algorithms",
         "posttrain.rewards.worker",

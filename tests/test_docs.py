@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.training.cases import NAMES, case

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.config import Params, load_params, parse_params, read_yaml
-from pipelines.plan import main, page, phases
+from pipelines.commands.plan import main, page, phases
+from pipelines.config.params import Params, load_params, parse_params, read_yaml
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
@@ -53,9 +53,11 @@ def test_with_lora_the_plan_holds_one_copy_of_the_weights(root: Path) -> None:
     tree["align"]["lora"] = {"rank": 4, "alpha": 8}
     tree["project"]["algorithms"] = ["dapo"]
     tree["algorithms"]["dapo"]["rewards"] = {"answer": 1.0}
-    adapted = parse_params(tree)
+    apply_training_options = parse_params(tree)
     model = sizes(tiny_config(TinyShape()))
-    trained = next(p for p in phases(adapted, model) if p.stage == "align@dapo" and p.name == "train").memory
+    trained = next(
+        p for p in phases(apply_training_options, model) if p.stage == "align@dapo" and p.name == "train"
+    ).memory
     # rank (in + out) of q, k, v, o, gate, up, down in two layers of hidden size 128
     adapter = 2 * 4 * ((128 + 128) + (128 + 64) * 2 + (128 + 128) + (128 + 256) * 3)
     assert trained.weights == 4 * (model.parameters + adapter)

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from posttrain.algorithms import DAPO, DPO, GRPO, GSPO
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.tokens import Tokens
+from posttrain.models.allocator import keep_heap
 from posttrain.models.folders import load_encoder, load_policy, load_scorer
-from posttrain.models.heap import keep_heap
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy, Scorer
-from posttrain.rewards.sources import Judged
+from posttrain.rewards.sources import RewardBatch
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
@@ -114,7 +114,7 @@ class Sevens:
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()
 
-    def score(self, answers: Judged) -> list[float | None]:
+    def score(self, answers: RewardBatch) -> list[float | None]:
         return [float(sum(tokens.response) % 7) for tokens in answers.tokens]
 
 
@@ -150,14 +150,14 @@ def dpo(job: Job, device: Accelerator) -> tuple[Any, ...]:
     """The reference's log-probabilities are computed here, once, and the clock runs."""
     policy = Policy(load_policy(job["model"]))
     tokens = [Tokens(tuple(p), tuple(answer)) for p, *pair in job["rows"] for answer in pair]
-    numbers = token_numbers(policy.eval(), tokens, job["budget"], bf16=job["bf16"])
+    numbers = token_logprobs(policy.eval(), tokens, job["budget"], bf16=job["bf16"])
     answers = [Answer(t, n.logprobs) for t, n in zip(tokens, numbers, strict=True)]
     rows = [PreferencePair(answers[i], answers[i + 1]) for i in range(0, len(answers), 2)]
     return _trainer(job, policy, device), InOrder(rows, job["batch"]), PreferenceObjective(DPO)
 
 
 def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
-    record, encoder = RECORDS[job["kind"]], load_encoder(job["model"])
+    spec, encoder = RECORDS[job["kind"]], load_encoder(job["model"])
     policy, reference = Policy(load_policy(job["model"])), Policy(load_policy(job["model"])).eval()
     ids = [tuple(encoder.prompt(text)) for text in job["rows"]]
     engine: Engine = NativeEngine(policy.lm, encoder.eos_id if job["eos"] else -1, bf16=job["bf16"])
@@ -170,14 +170,14 @@ def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
         encoder,
         [Sevens()],
         {"sevens": 1.0},
-        record,
+        spec,
         GroupSettings(job["batch"], job["samples"], SamplingSettings(job["new_tokens"], 1.0)),
         seed=0,
         accelerator=device,
     )
-    objective = (GivenObjective if job["answers"] else OnPolicyObjective)(record, job["new_tokens"], 1.0)
+    objective = (GivenObjective if job["answers"] else OnPolicyObjective)(spec, job["new_tokens"], 1.0)
     source = ExperienceSource(
-        record, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0
+        spec, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0
     )
     return _trainer(job, policy, device), source, objective
 

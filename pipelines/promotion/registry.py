@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.redaction import redact
+from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import default_remote, locked_output
 from pipelines.tracking.store import ask, open_client
@@ -121,7 +121,7 @@ class Registry:
         if champion is None or previous is None:
             raise TrackingError(
                 f"nothing to roll back to: {self.name} has no {'champion' if champion is None else 'previous version'} yet."
-                " `python -m pipelines.models` shows the versions; promote one by its number."
+                " `python -m pipelines.commands.models` shows the versions; promote one by its number."
             )
         if ROLLED_BACK in previous.tags or previous.number == champion.number:
             raise TrackingError(

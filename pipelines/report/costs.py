@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines import environment
-from pipelines.journal import write_atomic
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
 from pipelines.report.templating import environment as templates
+from pipelines.runtime import environment
+from pipelines.runtime.journal import write_atomic
 from posttrain.errors import PosttrainError
 
 FOLDER = Path(".posttrain") / "costs"

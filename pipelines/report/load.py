@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.journal import number, read
-from pipelines.publish import ARTIFACTS, JOURNAL, METRICS
+from pipelines.runtime.journal import number, read
+from pipelines.runtime.publish import ARTIFACTS, JOURNAL, METRICS
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Floats

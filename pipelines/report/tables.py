@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.journal import representable
 from pipelines.report.analysis import Comparison, Cost, Pair, Summary
 from pipelines.report.load import Results
 from pipelines.report.words import findings, solved, title
+from pipelines.runtime.journal import representable
 from posttrain.evaluation.statistics import Interval
 
 _DIGITS = 10

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipelines.journal import RUNNING
-from pipelines.publish import ARTIFACTS, JOURNAL
+from pipelines.runtime.journal import RUNNING
+from pipelines.runtime.publish import ARTIFACTS, JOURNAL
 from pipelines.tracking.source import Source
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.redaction import redact
+from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.source import Source
 from pipelines.tracking.store import workspace

@@ -7,9 +7,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import read_yaml
-from pipelines.publish import JOURNAL
-from pipelines.redaction import redact
+from pipelines.config.params import read_yaml
+from pipelines.runtime.publish import JOURNAL
+from pipelines.runtime.redaction import redact
 
 
 def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, str]:

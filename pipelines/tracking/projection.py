@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.config import load_params
-from pipelines.journal import FINISHED, RUNNING
-from pipelines.process import Lock
+from pipelines.config.params import load_params
+from pipelines.runtime.journal import FINISHED, RUNNING
+from pipelines.runtime.process import Lock
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
 from pipelines.tracking.source import Source, Value, load

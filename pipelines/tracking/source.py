@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines import environment
-from pipelines.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
-from pipelines.process import held
-from pipelines.publish import JOURNAL
-from pipelines.run import LOCK, MEASUREMENTS
+from pipelines.runtime import environment
+from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
+from pipelines.runtime.process import held
+from pipelines.runtime.publish import JOURNAL
+from pipelines.runtime.run import LOCK, MEASUREMENTS
 from posttrain.errors import TrackingError
 
 Value = tuple[str, int]

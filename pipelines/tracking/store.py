@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines import environment
-from pipelines.redaction import redact
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import redact
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:

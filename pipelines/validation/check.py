@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.sections import RuleParams
-from pipelines.tables import HELD_OUT, TRAINING, Row, Table, plain, required
+from pipelines.config.schema import RuleParams
+from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
 from pipelines.validation.suites import Finding, Limits, Validator
 from pipelines.validation.view import (

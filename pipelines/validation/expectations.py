@@ -23,8 +23,8 @@ from great_expectations.expectations.metrics.map_metric_provider.column_pair_map
 from great_expectations.expectations.metrics.metric_provider import metric_value
 from great_expectations.expectations.metrics.table_metric_provider import TableMetricProvider
 
-from posttrain.problems.arithmetic import answer_value
-from posttrain.problems.expressions import expression_value
+from posttrain.environments.arithmetic import answer_value
+from posttrain.environments.expressions import expression_value
 
 
 class NotBlank(ColumnMapMetricProvider):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.tables import Row, plain
+from pipelines.data.tables import Row, plain
 from pipelines.validation.check import Outcome, Verdict
 from posttrain.errors import DataError, LeakageError
 

@@ -20,7 +20,7 @@ from great_expectations.expectations.core.expect_column_values_to_be_in_set impo
 from great_expectations.expectations.core.expect_column_values_to_not_be_null import ExpectColumnValuesToNotBeNull
 from great_expectations.expectations.core.expect_table_row_count_to_be_between import ExpectTableRowCountToBeBetween
 
-from pipelines.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
+from pipelines.data.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
 from pipelines.validation.view import POSITION, typed_columns
 

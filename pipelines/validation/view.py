@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from pipelines.tables import (
+from pipelines.data.tables import (
     ANSWERED,
     EQUATION,
     HELD_OUT,

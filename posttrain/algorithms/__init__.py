@@ -15,15 +15,15 @@ from posttrain.algorithms.grpo import GRPO
 from posttrain.algorithms.grpo_pairs import GRPO_PAIRS
 from posttrain.algorithms.gspo import GSPO
 from posttrain.algorithms.ppo import PPO
-from posttrain.algorithms.records import Algorithm, LoggedGroups, OnPolicy, Preference
 from posttrain.algorithms.reinforce_pp import REINFORCE_PP
 from posttrain.algorithms.rloo import RLOO
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
 PRESETS: dict[str, Algorithm] = {
-    record.name: record
-    for record in (
+    spec.name: spec
+    for spec in (
         PPO,
         GRPO,
         DR_GRPO,
@@ -49,9 +49,9 @@ def choose(preset: str, options: Mapping[str, Any] | None = None) -> Algorithm:
     """The preset with `options` replaced. Raises ConfigError for unknown names, wrong types and options without effect."""
     if preset not in PRESETS:
         raise ConfigError(f"unknown algorithm preset {preset!r}{nearest(preset, PRESETS)}")
-    record = checked_options(PRESETS[preset], options or {})
-    check_record(record, set(options or {}))
-    return record
+    spec = checked_options(PRESETS[preset], options or {})
+    check_record(spec, set(options or {}))
+    return spec
 
 
 __all__ = ["PRESETS", "Algorithm", "LoggedGroups", "OnPolicy", "Preference", "choose"]

@@ -9,19 +9,19 @@ from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES
-from posttrain.algorithms.records import Algorithm, KlEstimator, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, KlEstimator, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
 Record = TypeVar("Record", bound=Algorithm)
 
 
-def checked_options(record: Record, options: Mapping[str, Any]) -> Record:
+def checked_options(spec: Record, options: Mapping[str, Any]) -> Record:
     """`record` with `options`, after a check of names, types and ranges."""
-    hints = get_type_hints(type(record))
-    valid = {f.name for f in fields(record)} - {"name", "paper"}
+    hints = get_type_hints(type(spec))
+    valid = {f.name for f in fields(spec)} - {"name", "paper"}
     for option, value in options.items():
-        where = f"{record.name}.options.{option}"
+        where = f"{spec.name}.options.{option}"
         if option not in valid:
             raise ConfigError(f"{where}: no such option{nearest(option, valid)}")
         if not _fits(value, hints[option]):
@@ -29,23 +29,23 @@ def checked_options(record: Record, options: Mapping[str, Any]) -> Record:
     changes: dict[str, Any] = {
         k: float(v) if hints[k] in (float, float | None) and v is not None else v for k, v in options.items()
     }
-    return replace(record, **changes)
+    return replace(spec, **changes)
 
 
-def check_record(record: Algorithm, given: set[str]) -> None:
+def check_record(spec: Algorithm, given: set[str]) -> None:
     """Refuse impossible points, and options in `given` that have no effect at this point."""
     for name, (least, greatest) in RANGES.items():
-        value = getattr(record, name, None)
+        value = getattr(spec, name, None)
         if value is not None and not least <= value <= greatest:
-            raise ConfigError(f"{record.name}.options.{name} = {value}: must be {_range(least, greatest)}")
-    if isinstance(record, OnPolicy):
-        _check_on_policy(record, given)
-    elif isinstance(record, Preference):
-        _check_preference(record, given)
+            raise ConfigError(f"{spec.name}.options.{name} = {value}: must be {_range(least, greatest)}")
+    if isinstance(spec, OnPolicy):
+        _check_on_policy(spec, given)
+    elif isinstance(spec, Preference):
+        _check_preference(spec, given)
     else:
-        _refuse_without_effect(record, given, LOGGED_EFFECT)
-        if record.kl_coefficient > 0:
-            _refuse_k1_in_loss(record.name, record.kl_estimator)
+        _refuse_without_effect(spec, given, LOGGED_EFFECT)
+        if spec.kl_coefficient > 0:
+            _refuse_k1_in_loss(spec.name, spec.kl_estimator)
 
 
 def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
@@ -56,51 +56,47 @@ def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
         )
 
 
-def _check_on_policy(record: OnPolicy, given: set[str]) -> None:
-    _refuse_without_effect(record, given, ON_POLICY_EFFECT)
+def _check_on_policy(spec: OnPolicy, given: set[str]) -> None:
+    _refuse_without_effect(spec, given, ON_POLICY_EFFECT)
     if (
-        record.ratio == "sequence"
-        and max(record.clip_low, record.clip_high) > 0.05
+        spec.ratio == "sequence"
+        and max(spec.clip_low, spec.clip_high) > 0.05
         and not {"clip_low", "clip_high"} <= given
     ):
         raise ConfigError(
-            f"{record.name}: a sequence ratio with clip {record.clip_low}/{record.clip_high} never clips, since the ratio is a"
+            f"{spec.name}: a sequence ratio with clip {spec.clip_low}/{spec.clip_high} never clips, since the ratio is a"
             " geometric mean over tokens; set clip_low and clip_high yourself (GSPO uses 3e-4 and 4e-4)"
         )
-    if record.ratio == "sequence" and record.has_critic:
+    if spec.ratio == "sequence" and spec.has_critic:
+        raise ConfigError(f"{spec.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
+    if spec.kl != "none" and spec.kl_coefficient == 0 and "kl" in given:
+        raise ConfigError(f"{spec.name}.options.kl = {spec.kl!r}: has no effect while kl_coefficient is 0")
+    if spec.has_expert and spec.mu_valley > spec.mu_peak:
+        raise ConfigError(f"{spec.name}: mu_valley = {spec.mu_valley} is above mu_peak = {spec.mu_peak}")
+    if spec.has_expert and not spec.mu_decay_steps and spec.mu_valley != spec.mu_peak:
         raise ConfigError(
-            f"{record.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token"
+            f"{spec.name}: without mu_decay_steps the weight is mu_valley = {spec.mu_valley} at once, and mu_peak ="
+            f" {spec.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
         )
-    if record.kl != "none" and record.kl_coefficient == 0 and "kl" in given:
-        raise ConfigError(f"{record.name}.options.kl = {record.kl!r}: has no effect while kl_coefficient is 0")
-    if record.has_expert and record.mu_valley > record.mu_peak:
-        raise ConfigError(f"{record.name}: mu_valley = {record.mu_valley} is above mu_peak = {record.mu_peak}")
-    if record.has_expert and not record.mu_decay_steps and record.mu_valley != record.mu_peak:
-        raise ConfigError(
-            f"{record.name}: without mu_decay_steps the weight is mu_valley = {record.mu_valley} at once, and mu_peak ="
-            f" {record.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
-        )
-    if record.kl == "loss" and record.kl_coefficient > 0:
-        _refuse_k1_in_loss(record.name, record.kl_estimator)
-    if record.kl == "reward" and record.kl_estimator != "k1":
-        raise ConfigError(
-            f"{record.name}: KL in the reward is the log-ratio k1; {record.kl_estimator} belongs in the loss"
-        )
+    if spec.kl == "loss" and spec.kl_coefficient > 0:
+        _refuse_k1_in_loss(spec.name, spec.kl_estimator)
+    if spec.kl == "reward" and spec.kl_estimator != "k1":
+        raise ConfigError(f"{spec.name}: KL in the reward is the log-ratio k1; {spec.kl_estimator} belongs in the loss")
 
 
-def _check_preference(record: Preference, given: set[str]) -> None:
-    _refuse_without_effect(record, given, PREFERENCE_EFFECT)
-    if not 0 <= record.label_smoothing < 0.5:
-        raise ConfigError(f"{record.name}.options.label_smoothing = {record.label_smoothing}: must be in [0, 0.5)")
-    weighting = record.score_weighting
-    if record.link == "square" and (weighting in ("soft", "offset") or record.label_smoothing or record.target_margin):
+def _check_preference(spec: Preference, given: set[str]) -> None:
+    _refuse_without_effect(spec, given, PREFERENCE_EFFECT)
+    if not 0 <= spec.label_smoothing < 0.5:
+        raise ConfigError(f"{spec.name}.options.label_smoothing = {spec.label_smoothing}: must be in [0, 0.5)")
+    weighting = spec.score_weighting
+    if spec.link == "square" and (weighting in ("soft", "offset") or spec.label_smoothing or spec.target_margin):
         raise ConfigError(
-            f"{record.name}: link 'square' regresses onto 1/(2 beta), so it knows no soft target, offset, label_smoothing or"
+            f"{spec.name}: link 'square' regresses onto 1/(2 beta), so it knows no soft target, offset, label_smoothing or"
             " target_margin; use link 'logistic', or remove them"
         )
-    if weighting == "soft" and (record.link == "hinge" or record.robust or record.label_smoothing):
+    if weighting == "soft" and (spec.link == "hinge" or spec.robust or spec.label_smoothing):
         raise ConfigError(
-            f"{record.name}: score_weighting 'soft' sets the target from the scores, under link 'logistic' and without robust or"
+            f"{spec.name}: score_weighting 'soft' sets the target from the scores, under link 'logistic' and without robust or"
             " label_smoothing; remove one of them"
         )
 
@@ -115,14 +111,12 @@ def _range(least: float, greatest: float) -> str:
     )
 
 
-def _refuse_without_effect(
-    record: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]
-) -> None:
+def _refuse_without_effect(spec: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
     for option in sorted(given & table.keys()):
         has_effect, condition = table[option]
-        if not has_effect(record):
+        if not has_effect(spec):
             raise ConfigError(
-                f"{record.name}.options.{option} = {getattr(record, option)!r}: has no effect here;"
+                f"{spec.name}.options.{option} = {getattr(spec, option)!r}: has no effect here;"
                 f" it counts only when {condition}. Remove it."
             )
 

@@ -6,7 +6,7 @@ hinge (2305.10425) · simpo (2405.14734)
 
 from dataclasses import replace
 
-from posttrain.algorithms.records import Preference
+from posttrain.algorithms.specs import Preference
 
 DPO = Preference(name="dpo", paper="2305.18290", beta=0.1)
 DPO_SOFT = replace(DPO, name="dpo_soft", paper="2502.00203", score_weighting="soft")

@@ -4,7 +4,7 @@ The baseline of a response is the mean reward of its group, so no critic is need
 standard deviation, as the paper does.
 """
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 
 GRPO = OnPolicy(
     name="grpo",

@@ -6,12 +6,12 @@ import math
 import sys
 from collections.abc import Callable
 
-from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
 
 
-def _updates_off_policy(record: OnPolicy) -> bool:
+def _updates_off_policy(spec: OnPolicy) -> bool:
     """Whether a rollout serves several updates; in the first one every importance ratio is 1, so that no clip acts."""
-    return record.epochs * record.minibatches > 1
+    return spec.epochs * spec.minibatches > 1
 
 
 OFF_POLICY = "epochs x minibatches > 1, because the importance ratio is 1 in the first update after sampling"

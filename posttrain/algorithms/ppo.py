@@ -3,7 +3,7 @@
 Per-token KL to the reference is part of the reward, advantages come from GAE and are whitened, the value loss is clipped.
 """
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 
 PPO = OnPolicy(
     name="ppo",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rewards.sources import RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
-from posttrain.rollouts.groups import Problem, judged
+from posttrain.rollouts.groups import Problem, reward_batch
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def evaluate(
         for j, completion in enumerate([*first, *others])
     ]
     tokens = [Tokens(problems[i].ids, completion.tokens) for i, _, completion in flat]
-    own = token_numbers(policy, tokens, settings.budget, bf16=settings.bf16)
-    other = own if reference is None else token_numbers(reference, tokens, settings.budget, bf16=settings.bf16)
+    own = token_logprobs(policy, tokens, settings.budget, bf16=settings.bf16)
+    other = own if reference is None else token_logprobs(reference, tokens, settings.budget, bf16=settings.bf16)
     texts = [encoder.text(completion.tokens) for _, _, completion in flat]
-    answers = judged([problems[i] for i, _, _ in flat], texts, tokens)
+    answers = reward_batch([problems[i] for i, _, _ in flat], texts, tokens)
     scored = {reward.name: reward.score(answers) for reward in rewards}
     return [
         EvaluatedAnswer(
@@ -83,7 +83,7 @@ def evaluate(
 
 def preferred_share(policy: Policy, pairs: Sequence[tuple[Tokens, Tokens]], budget: int, bf16: bool = False) -> float:
     """Share of (chosen, rejected) pairs whose chosen response is the more probable one; ties count half."""
-    numbers = token_numbers(policy, [t for pair in pairs for t in pair], budget, bf16=bf16)
+    numbers = token_logprobs(policy, [t for pair in pairs for t in pair], budget, bf16=bf16)
     sums = [float(n.logprobs.sum()) for n in numbers]
     gaps = [sums[i] - sums[i + 1] for i in range(0, len(sums), 2)]
     return sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps)

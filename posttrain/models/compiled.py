@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models.narrow import layers_of, may_be_narrow
+from posttrain.models.last_layer import layers_of, may_be_narrow
 from posttrain.models.packed import NAME, packed_attention
 
 

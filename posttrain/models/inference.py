@@ -14,7 +14,7 @@ from posttrain.models.policy import Policy, Scorer
 
 
 @dataclass(frozen=True)
-class TokenNumbers:
+class TokenLogprobs:
     """Of one response's tokens, [time] float32 each; values is empty without a critic.
 
     experts: [time, layers, experts per token] int16 that a mixture of experts chose, None for a dense model.
@@ -27,12 +27,12 @@ class TokenNumbers:
 
 
 @torch.no_grad()
-def token_numbers(
+def token_logprobs(
     policy: Policy, tokens: Sequence[Tokens], budget: int, temperature: float = 1.0, bf16: bool = False
-) -> list[TokenNumbers]:
+) -> list[TokenLogprobs]:
     """Log-probability, entropy (nats) and value of every response token, at most `budget` tokens a forward."""
     device = next(policy.parameters()).device
-    numbers: list[TokenNumbers | None] = [None] * len(tokens)
+    numbers: list[TokenLogprobs | None] = [None] * len(tokens)
     for group in micro_batches([[t] for t in tokens], budget) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group]).to(device), temperature)
@@ -42,7 +42,7 @@ def token_numbers(
         for row, i in enumerate(group):
             n = len(tokens[i].response)
             none = np.zeros(0, dtype=np.float32)
-            numbers[i] = TokenNumbers(
+            numbers[i] = TokenLogprobs(
                 logprobs[row, :n],
                 entropy[row, :n],
                 none if values is None else values[row, :n],

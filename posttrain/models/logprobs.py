@@ -18,7 +18,7 @@ TILE_ELEMENTS, TILE_WORDS = 2**21, 4096
 """Most logits of a tile, 8 MiB of float32, and most of its words of the vocabulary."""
 
 
-def taken_logprobs(
+def selected_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).

@@ -21,7 +21,7 @@ from posttrain.data.batches import TokenBatch, collate
 from posttrain.data.layout import Attended, Reads
 from posttrain.data.tokens import Tokens
 from posttrain.models.kernels import attention
-from posttrain.models.narrow import narrow_last_layer
+from posttrain.models.last_layer import narrow_last_layer
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
-from posttrain.models.logprobs import taken_logprobs
+from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.routing import Routing, reading, routers_of
 
@@ -54,7 +54,7 @@ class Policy(nn.Module):
         head, mask = self.lm.get_output_embeddings(), batch.mask
         if isinstance(temperature, Tensor):
             temperature = temperature[:, None].expand(mask.shape)[mask]
-        logprobs, entropy = taken_logprobs(
+        logprobs, entropy = selected_logprobs(
             hidden[batch.source[mask]], head.weight, head.bias, batch.targets[mask], temperature
         )
         values = None

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from posttrain.data.batches import share_of
 from posttrain.data.tokens import Tokens
-from posttrain.models.inference import token_numbers
+from posttrain.distributed import any_rank, gather_all
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.processes import anyone, everywhere
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ReferenceCache:
         lengths = [len(t.response) for t in tokens]
         path = self.folder / f"{_digest(self.model, tokens)}.safetensors"
         kept = _read(path, sum(lengths))
-        if anyone(self.accelerator, kept is None):
+        if any_rank(self.accelerator, kept is None):
             policy.eval()
-            computed = everywhere(
+            computed = gather_all(
                 self.accelerator,
                 tokens,
-                lambda own: [numbers.logprobs for numbers in token_numbers(policy, own, budget, bf16=bf16)],
+                lambda own: [numbers.logprobs for numbers in token_logprobs(policy, own, budget, bf16=bf16)],
                 partial(share_of, [[t] for t in tokens]),
             )
             kept = np.concatenate([np.zeros(0, dtype=np.float32), *computed])

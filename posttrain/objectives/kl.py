@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from posttrain.algorithms.records import KlEstimator
+from posttrain.algorithms.specs import KlEstimator
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT
 
 

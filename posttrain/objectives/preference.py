@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from posttrain.algorithms.records import Preference
+from posttrain.algorithms.specs import Preference
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tensor, center: float) -> Tensor:
@@ -17,34 +17,34 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tens
     return logistic(chosen - rejected - margin, target) + center * (chosen + rejected).square()
 
 
-def preference_loss(difference: Tensor, score_gap: Tensor, record: Preference) -> Tensor:
+def preference_loss(difference: Tensor, score_gap: Tensor, spec: Preference) -> Tensor:
     """Per-pair loss [pairs], before the pair weight.
 
     difference: [pairs] (log-ratio of chosen) - (log-ratio of rejected), of sums or of means as `record.logit` says.
     score_gap: [pairs] chosen_score - rejected_score, used by the score weightings alone.
     """
-    if record.link == "square":
-        return (difference - 1 / (2 * record.beta)).square()
-    logit = record.beta * difference - record.target_margin
-    if record.score_weighting == "offset":
-        logit = logit - record.score_scale * score_gap
-    if record.link == "hinge":
-        smoothing = record.label_smoothing
+    if spec.link == "square":
+        return (difference - 1 / (2 * spec.beta)).square()
+    logit = spec.beta * difference - spec.target_margin
+    if spec.score_weighting == "offset":
+        logit = logit - spec.score_scale * score_gap
+    if spec.link == "hinge":
+        smoothing = spec.label_smoothing
         wrong = relu(1 + logit)
-        if record.robust:
+        if spec.robust:
             return ((1 - smoothing) * relu(1 - logit) - smoothing * wrong) / (1 - 2 * smoothing)
         return (1 - smoothing) * relu(1 - logit) + smoothing * wrong
-    if record.robust:
-        smoothing = record.label_smoothing
+    if spec.robust:
+        smoothing = spec.label_smoothing
         return ((1 - smoothing) * -logsigmoid(logit) + smoothing * logsigmoid(-logit)) / (1 - 2 * smoothing)
-    return logistic(logit, preference_target(score_gap, record))
+    return logistic(logit, preference_target(score_gap, spec))
 
 
-def preference_target(score_gap: Tensor, record: Preference) -> Tensor:
+def preference_target(score_gap: Tensor, spec: Preference) -> Tensor:
     """Probability [pairs] that the chosen answer is the better one: 1 - label_smoothing, or sigma(eta * score gap)."""
-    if record.score_weighting == "soft":
-        return torch.sigmoid(record.score_scale * score_gap)
-    return torch.full_like(score_gap, 1 - record.label_smoothing)
+    if spec.score_weighting == "soft":
+        return torch.sigmoid(spec.score_scale * score_gap)
+    return torch.full_like(score_gap, 1 - spec.label_smoothing)
 
 
 def logistic(logit: Tensor, target: Tensor) -> Tensor:

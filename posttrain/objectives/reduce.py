@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import Aggregate
+from posttrain.algorithms.specs import Aggregate
 
 # exp() of a clamped log-ratio stays finite in float32, far beyond any ratio that a clip lets through
 LOG_RATIO_LIMIT = 20.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import Phi
+from posttrain.algorithms.specs import Phi
 
 
 def negative_log_likelihood(logprobs: Tensor, phi: Phi = "none") -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
@@ -16,12 +16,12 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
     return -(over / cache).clamp(0.0, 1.0)
 
 
-def expert_weight(step: int, record: OnPolicy) -> float:
+def expert_weight(step: int, spec: OnPolicy) -> float:
     """CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
-    if step < record.mu_warmup_steps:
-        return record.mu_peak * step / record.mu_warmup_steps
-    decayed = step - record.mu_warmup_steps
-    if decayed >= record.mu_decay_steps:
-        return record.mu_valley
-    cosine = 0.5 * (1 + math.cos(math.pi * decayed / record.mu_decay_steps))
-    return record.mu_valley + (record.mu_peak - record.mu_valley) * cosine
+    if step < spec.mu_warmup_steps:
+        return spec.mu_peak * step / spec.mu_warmup_steps
+    decayed = step - spec.mu_warmup_steps
+    if decayed >= spec.mu_decay_steps:
+        return spec.mu_valley
+    cosine = 0.5 * (1 + math.cos(math.pi * decayed / spec.mu_decay_steps))
+    return spec.mu_valley + (spec.mu_peak - spec.mu_valley) * cosine

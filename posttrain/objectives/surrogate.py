@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import Mismatch, Ratio, Surrogate
+from posttrain.algorithms.specs import Mismatch, Ratio, Surrogate
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT, row_means
 
 

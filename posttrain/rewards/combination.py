@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from posttrain.algorithms.records import RewardCombination
+from posttrain.algorithms.specs import RewardCombination
 from posttrain.objectives.advantages import group_advantages
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.environments.arithmetic import answers_equal, final_answer
+from posttrain.environments.stories import mentions as word_is_mentioned
 from posttrain.errors import ConfigError
-from posttrain.problems.arithmetic import answers_equal, final_answer
-from posttrain.problems.stories import mentions as word_is_mentioned
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.mathematics import math
 from posttrain.text import nearest

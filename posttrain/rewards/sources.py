@@ -26,7 +26,7 @@ NAMED_ROWS = 5
 
 
 @dataclass(frozen=True)
-class Judged:
+class RewardBatch:
     """Answers as a source sees them: texts, token ids, and the columns of their problems. All lists have one entry an answer.
 
     ids: which row of its table an answer's problem is; empty where nobody knows, and then messages count answers instead.
@@ -45,7 +45,7 @@ class RewardSource(Protocol):
     name: str
     failures: Counter[str]
 
-    def score(self, answers: Judged) -> list[float | None]: ...
+    def score(self, answers: RewardBatch) -> list[float | None]: ...
 
 
 class FunctionReward:
@@ -65,7 +65,7 @@ class FunctionReward:
         self.call = function if isinstance(function, Worker) else partial(call, function)
         self.failures: Counter[str] = Counter()
 
-    def score(self, answers: Judged) -> list[float | None]:
+    def score(self, answers: RewardBatch) -> list[float | None]:
         count = len(answers.completions)
         kind = "failed"
         try:
@@ -77,7 +77,7 @@ class FunctionReward:
             self._failed(kind, answers, outcome)
         return _checked(self.name, outcome.values, answers)
 
-    def _failed(self, kind: str, answers: Judged, outcome: Outcome) -> None:
+    def _failed(self, kind: str, answers: RewardBatch, outcome: Outcome) -> None:
         rows, message = sorted(outcome.failures), next(iter(outcome.failures.values()))
         verb = "took too long" if kind == "timed_out" else "failed"
         ids = [answers.ids[row] for row in rows] if answers.ids else rows
@@ -105,7 +105,7 @@ class ModelReward:
         self.name, self.scorer, self.mean, self.budget, self.bf16 = name, scorer, mean, budget, bf16
         self.failures: Counter[str] = Counter()
 
-    def score(self, answers: Judged) -> list[float | None]:
+    def score(self, answers: RewardBatch) -> list[float | None]:
         values = scores(self.scorer, answers.tokens, self.budget, self.bf16)
         # a model has a score for every answer: NaN is no missing reward here
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
@@ -116,7 +116,9 @@ def _short(text: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "…" + shown[0]
 
 
-def _checked(name: str, values: Sequence[Any], answers: Judged, *, nan_is_missing: bool = True) -> list[float | None]:
+def _checked(
+    name: str, values: Sequence[Any], answers: RewardBatch, *, nan_is_missing: bool = True
+) -> list[float | None]:
     expected = len(answers.completions)
     if len(values) != expected:
         raise RewardError(

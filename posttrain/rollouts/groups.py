@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.distributed import gather_all, round_robin
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
-from posttrain.processes import everywhere, turns
 from posttrain.rewards.combination import combined
-from posttrain.rewards.sources import Judged, RewardSource
+from posttrain.rewards.sources import RewardBatch, RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 
 
@@ -33,15 +33,15 @@ class Problem:
     row: int | None = None
 
 
-def judged(problems: Sequence[Problem], texts: list[str], tokens: list[Tokens]) -> Judged:
+def reward_batch(problems: Sequence[Problem], texts: list[str], tokens: list[Tokens]) -> RewardBatch:
     """Answers as reward sources see them; one problem, text and token sequence an answer."""
     columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
     rows = [problem.row for problem in problems]
-    return Judged([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
+    return RewardBatch([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
 
 
 @dataclass(frozen=True)
-class JudgedAnswer:
+class ScoredAnswer:
     """One sampled answer. reward: shaped total, NaN where missing. sources: what each reward source said."""
 
     tokens: Tokens
@@ -72,7 +72,7 @@ class GroupSampler:
         encoder: TextEncoder,
         rewards: Sequence[RewardSource],
         weights: Mapping[str, float],
-        record: OnPolicy,
+        spec: OnPolicy,
         settings: GroupSettings,
         seed: int,
         accelerator: Accelerator,
@@ -84,29 +84,29 @@ class GroupSampler:
             rewards,
             weights,
         )
-        self.record, self.settings, self.seed, self.accelerator = record, settings, seed, accelerator
+        self.spec, self.settings, self.seed, self.accelerator = spec, settings, seed, accelerator
         self.position = 0
         self.tokens_sampled = 0
 
-    def sample(self) -> tuple[list[JudgedAnswer], dict[str, float]]:
+    def sample(self) -> tuple[list[ScoredAnswer], dict[str, float]]:
         """The answers of one step, grouped by prompt, and what sampling them cost.
 
         Raises RolloutError when dynamic sampling finds too few informative groups within its limit.
         """
-        wanted, record = self.settings.prompts, self.record
-        kept: list[list[JudgedAnswer]] = []
+        wanted, spec = self.settings.prompts, self.spec
+        kept: list[list[ScoredAnswer]] = []
         drawn = rounds = zero_variance = 0
         for reward in self.rewards:
             reward.failures.clear()
         while len(kept) < wanted:
-            groups = self._round(wanted if record.filter == "refill" else wanted - drawn)
+            groups = self._round(wanted if spec.filter == "refill" else wanted - drawn)
             drawn, rounds = drawn + len(groups), rounds + 1
             informative = [group for group in groups if _carries_signal(group)]
             zero_variance += len(groups) - len(informative)
-            kept += groups if record.filter == "none" else informative
-            if record.filter != "refill":
+            kept += groups if spec.filter == "none" else informative
+            if spec.filter != "refill":
                 break
-            if rounds >= record.refill_limit and len(kept) < wanted:
+            if rounds >= spec.refill_limit and len(kept) < wanted:
                 self._at_limit(len(kept), wanted, rounds)
                 break
         if not kept:
@@ -126,7 +126,7 @@ class GroupSampler:
         return [answer for group in kept[:wanted] for answer in group], metrics
 
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
-        if not self.record.refill_partial or found == 0:
+        if not self.spec.refill_partial or found == 0:
             raise RolloutError(
                 f"dynamic sampling found {found} of {wanted} groups with unequal rewards in {rounds} rounds: the problems are too"
                 " easy or too hard for this policy. Change the problems, raise options.refill_limit, or set"
@@ -134,7 +134,7 @@ class GroupSampler:
             )
         tqdm.write(f"dynamic sampling: going on with {found} of {wanted} groups after {rounds} rounds", file=sys.stderr)
 
-    def _round(self, prompts: int) -> list[list[JudgedAnswer]]:
+    def _round(self, prompts: int) -> list[list[ScoredAnswer]]:
         positions = range(self.position, self.position + prompts)
         self.position += prompts
         problems = [self._problem(position) for position in positions]
@@ -148,11 +148,11 @@ class GroupSampler:
 
     def _sampled_everywhere(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Every process samples its share; all of them see all answers, in order."""
-        return everywhere(
+        return gather_all(
             self.accelerator,
             requests,
             lambda own: self.engine.sample(own, self.settings.sampling),
-            turns(len(requests)),
+            round_robin(len(requests)),
         )
 
     def _problem(self, position: int) -> Problem:
@@ -161,14 +161,14 @@ class GroupSampler:
 
     def _judged(
         self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
-    ) -> list[list[JudgedAnswer]]:
+    ) -> list[list[ScoredAnswer]]:
         flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
         tokens = [Tokens(problem.ids, completion.tokens, _id(problem)) for problem, _, completion in flat]
         texts = [self.encoder.text(completion.tokens) for _, _, completion in flat]
-        sources = self._scores(judged([problem for problem, _, _ in flat], texts, tokens))
-        totals = combined(sources, self.weights, [group for _, group, _ in flat], self.record.reward_combination)
+        sources = self._scores(reward_batch([problem for problem, _, _ in flat], texts, tokens))
+        totals = combined(sources, self.weights, [group for _, group, _ in flat], self.spec.reward_combination)
         answers = [
-            JudgedAnswer(
+            ScoredAnswer(
                 tokens[i],
                 c,
                 texts[i],
@@ -182,7 +182,7 @@ class GroupSampler:
         size = self.settings.samples
         return [answers[i : i + size] for i in range(0, len(answers), size)]
 
-    def _scores(self, answers: Judged) -> dict[str, list[float | None]]:
+    def _scores(self, answers: RewardBatch) -> dict[str, list[float | None]]:
         """One process judges for all: a function that the clock can stop need not say the same twice."""
         if self.accelerator.num_processes == 1:
             return {reward.name: reward.score(answers) for reward in self.rewards}
@@ -201,10 +201,10 @@ class GroupSampler:
         return scores
 
     def _shaping(self, completion: Completion) -> float:
-        shaped = 0.0 if completion.finished else -self.record.missing_eos_penalty
-        if self.record.overlong_cache:
+        shaped = 0.0 if completion.finished else -self.spec.missing_eos_penalty
+        if self.spec.overlong_cache:
             length = torch.tensor([len(completion.tokens)])
-            shaped += float(overlong_penalty(length, self.settings.sampling.max_new_tokens, self.record.overlong_cache))
+            shaped += float(overlong_penalty(length, self.settings.sampling.max_new_tokens, self.spec.overlong_cache))
         return shaped
 
     def state_dict(self) -> dict[str, int]:
@@ -218,6 +218,6 @@ def _id(problem: Problem) -> str:
     return "" if problem.row is None else f"problem {problem.row}"
 
 
-def _carries_signal(group: Sequence[JudgedAnswer]) -> bool:
+def _carries_signal(group: Sequence[ScoredAnswer]) -> bool:
     known = [answer.reward for answer in group if not math.isnan(answer.reward)]
     return bool(known) and max(known) > min(known)

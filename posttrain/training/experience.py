@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import pad, share_of, shuffled
 from posttrain.data.tokens import Tokens
-from posttrain.models.inference import TokenNumbers, token_numbers
+from posttrain.distributed import gather_all
+from posttrain.models.inference import TokenLogprobs, token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
-from posttrain.processes import everywhere
-from posttrain.rollouts.groups import GroupSampler, JudgedAnswer
+from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
 from posttrain.training.loop import StepData
-from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective, OnPolicyRow
+from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow
 from posttrain.training.sharding import whole
 
 
 @dataclass(frozen=True)
-class Experts:
+class Demonstrations:
     """The expert stream: `batch` rows for each update, in shuffled epochs."""
 
     rows: Sequence[Tokens]
@@ -55,7 +55,7 @@ class ExperienceSource:
 
     def __init__(
         self,
-        record: OnPolicy,
+        spec: OnPolicy,
         policy: Policy,
         reference: Policy,
         sampler: GroupSampler,
@@ -63,11 +63,11 @@ class ExperienceSource:
         *,
         budget: int,
         bf16: bool = False,
-        experts: Experts | None = None,
+        experts: Demonstrations | None = None,
         measure_kl_every: int = 1,
     ) -> None:
-        self.record, self.policy, self.reference, self.sampler, self.objective = (
-            record,
+        self.spec, self.policy, self.reference, self.sampler, self.objective = (
+            spec,
             policy,
             reference,
             sampler,
@@ -76,7 +76,7 @@ class ExperienceSource:
         self.budget, self.bf16, self.experts = budget, bf16, experts
         self.measure_kl_every = measure_kl_every
         self.updates = 0
-        self.last_answers: list[JudgedAnswer] = []
+        self.last_answers: list[ScoredAnswer] = []
 
     def next(self, step: int) -> StepData[OnPolicyRow]:
         started = time.perf_counter()
@@ -92,76 +92,76 @@ class ExperienceSource:
         timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
         return StepData(batches, metrics, timings)
 
-    def _rows(self, answers: Sequence[JudgedAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
-        record, tokens = self.record, [a.tokens for a in answers]
-        measured = record.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
-        reference = self._numbers(self.reference, tokens) if measured else None
+    def _rows(self, answers: Sequence[ScoredAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
+        spec, tokens = self.spec, [a.tokens for a in answers]
+        measured = spec.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
+        reference = self._token_logprobs(self.reference, tokens) if measured else None
         # a single update right after sampling has old = its own log-probabilities; anything else must remember them
         remember = (
-            record.epochs * record.minibatches > 1
-            or record.kl == "reward"
-            or record.kl_target is not None
-            or record.has_critic
-            or record.mismatch != "none"
+            spec.epochs * spec.minibatches > 1
+            or spec.kl == "reward"
+            or spec.kl_target is not None
+            or spec.has_critic
+            or spec.mismatch != "none"
         )
         self.policy.eval()
-        own = self._numbers(self.policy, tokens) if remember else None
+        own = self._token_logprobs(self.policy, tokens) if remember else None
         advantages, returns, metrics = self._advantages(answers, own, reference)
         rows = [
             Experience(
                 tokens=answer.tokens,
                 advantages=advantages[i],
-                sampled=np.asarray(answer.completion.logprobs, dtype=np.float32),
-                reference=reference[i].logprobs if reference else None,
-                old=own[i].logprobs if own else None,
-                old_experts=own[i].experts if own else None,
+                rollout_logprobs=np.asarray(answer.completion.logprobs, dtype=np.float32),
+                ref_logprobs=reference[i].logprobs if reference else None,
+                old_logprobs=own[i].logprobs if own else None,
+                old_routing=own[i].experts if own else None,
                 old_values=own[i].values if own and returns is not None else None,
                 returns=None if returns is None else returns[i],
-                trained=_is_trained(answer, record),
+                trained=_is_trained(answer, spec),
             )
             for i, answer in enumerate(answers)
         ]
         return rows, metrics
 
-    def _numbers(self, model: Policy, tokens: Sequence[Tokens]) -> list[TokenNumbers]:
+    def _token_logprobs(self, model: Policy, tokens: Sequence[Tokens]) -> list[TokenLogprobs]:
         """Every process computes its share."""
-        return everywhere(
+        return gather_all(
             self.sampler.accelerator,
             tokens,
-            lambda own: token_numbers(model, own, self.budget, self.objective.temperature, self.bf16),
+            lambda own: token_logprobs(model, own, self.budget, self.objective.temperature, self.bf16),
             partial(share_of, [[t] for t in tokens]),
         )
 
     def _advantages(
         self,
-        answers: Sequence[JudgedAnswer],
-        own: Sequence[TokenNumbers] | None,
-        reference: Sequence[TokenNumbers] | None,
+        answers: Sequence[ScoredAnswer],
+        own: Sequence[TokenLogprobs] | None,
+        reference: Sequence[TokenLogprobs] | None,
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None, dict[str, float]]:
-        record, lengths = self.record, [len(a.tokens.response) for a in answers]
+        spec, lengths = self.spec, [len(a.tokens.response) for a in answers]
         time_steps = max(1, *lengths)
         mask = torch.arange(time_steps) < torch.tensor(lengths)[:, None]
         rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
         penalty, coefficient = torch.zeros(mask.shape), self.objective.kl_coefficient
-        if record.kl != "none" and own and reference:
+        if spec.kl != "none" and own and reference:
             difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
-            if record.kl == "reward":
+            if spec.kl == "reward":
                 penalty = coefficient * difference
             self._adapt(float(difference.sum()) / len(answers), len(answers))
-        if record.advantage == "gae" or record.advantage == "batch_z":
-            values = pad([n.values for n in own], time_steps) if own and record.has_critic else torch.zeros(mask.shape)
+        if spec.advantage == "gae" or spec.advantage == "batch_z":
+            values = pad([n.values for n in own], time_steps) if own and spec.has_critic else torch.zeros(mask.shape)
             advantages, returns, metrics = self._token_advantages(rewards, penalty, values, mask)
         else:
             groups = torch.tensor([a.group for a in answers])
-            of_answer = group_advantages(rewards - penalty.sum(-1), groups, record.advantage)
+            of_answer = group_advantages(rewards - penalty.sum(-1), groups, spec.advantage)
             advantages, returns, metrics = (
                 of_answer[:, None].expand(mask.shape),
                 None,
                 {"advantage/std": float(of_answer.std(correction=0))},
             )
-        if record.kl != "none":
+        if spec.kl != "none":
             # what is in the reward was weighed before this step's KL was known, what is in the loss is weighed after
-            metrics["kl/coefficient"] = coefficient if record.kl == "reward" else self.objective.kl_coefficient
+            metrics["kl/coefficient"] = coefficient if spec.kl == "reward" else self.objective.kl_coefficient
         cut = [advantages[i, : lengths[i]].numpy() for i in range(len(answers))]
         return (
             cut,
@@ -173,34 +173,34 @@ class ExperienceSource:
         self, rewards: Tensor, penalty: Tensor, values: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
         """One advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
-        record, known = self.record, ~torch.isnan(rewards)
+        spec, known = self.spec, ~torch.isnan(rewards)
         per_token = -penalty
         last = mask.sum(-1) - 1
         per_token[torch.arange(len(rewards)), last] += torch.where(known, rewards, 0.0)
-        judged = mask & known[:, None]
-        if record.has_critic:
-            advantages, returns = gae(per_token, values, judged, record.gamma, record.lam)
+        scored = mask & known[:, None]
+        if spec.has_critic:
+            advantages, returns = gae(per_token, values, scored, spec.gamma, spec.lam)
         else:
-            advantages, returns = gae(per_token, torch.zeros_like(values), judged, 1.0, 1.0)
-        metrics = {"advantage/std": float(advantages[judged].std(correction=0))}
-        if record.has_critic:
-            residual, spread = (returns - values)[judged].var(correction=0), returns[judged].var(correction=0)
+            advantages, returns = gae(per_token, torch.zeros_like(values), scored, 1.0, 1.0)
+        metrics = {"advantage/std": float(advantages[scored].std(correction=0))}
+        if spec.has_critic:
+            residual, spread = (returns - values)[scored].var(correction=0), returns[scored].var(correction=0)
             metrics["value/explained_variance"] = float(1 - residual / spread.clamp(min=1e-12))
-        if record.whiten or not record.has_critic:
-            advantages = whiten(advantages, judged)
-        return advantages, returns if record.has_critic else None, metrics
+        if spec.whiten or not spec.has_critic:
+            advantages = whiten(advantages, scored)
+        return advantages, returns if spec.has_critic else None, metrics
 
     def _adapt(self, kl: float, responses: int) -> None:
-        if self.record.kl_target is not None:
+        if self.spec.kl_target is not None:
             self.objective.kl_coefficient = adapted_coefficient(
-                self.objective.kl_coefficient, kl, self.record.kl_target, responses, self.record.kl_horizon
+                self.objective.kl_coefficient, kl, self.spec.kl_target, responses, self.spec.kl_horizon
             )
 
     def _batches(self, rows: Sequence[Experience], metrics: dict[str, float]) -> list[Sequence[OnPolicyRow]]:
         """Exactly epochs x minibatches batches, as announced; each holds whole groups, in the order in which they were drawn."""
         batches: list[Sequence[OnPolicyRow]] = []
-        for _ in range(self.record.epochs):
-            for part in minibatches(rows, self.sampler.settings.samples, self.record.minibatches):
+        for _ in range(self.spec.epochs):
+            for part in minibatches(rows, self.sampler.settings.samples, self.spec.minibatches):
                 batches.append(self._with_experts(part, metrics))
                 self.updates += 1
         return batches
@@ -208,10 +208,10 @@ class ExperienceSource:
     def _with_experts(self, rows: Sequence[Experience], metrics: dict[str, float]) -> Sequence[OnPolicyRow]:
         if self.experts is None:
             return rows
-        mu = expert_weight(self.updates, self.record)
+        mu = expert_weight(self.updates, self.spec)
         metrics["expert/mu"] = mu
         weighted = [replace(row, weight=1 - mu) for row in rows]
-        return [*weighted, *(Expert(tokens, mu) for tokens in self.experts.draw(self.updates))]
+        return [*weighted, *(Demonstration(tokens, mu) for tokens in self.experts.draw(self.updates))]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -233,14 +233,14 @@ def minibatches(rows: Sequence[Experience], group_size: int, count: int) -> list
     return [[row for group in groups[low:high] for row in group] for low, high in pairwise(bounds)]
 
 
-def _is_trained(answer: JudgedAnswer, record: OnPolicy) -> bool:
+def _is_trained(answer: ScoredAnswer, spec: OnPolicy) -> bool:
     """Truncated answers stay out where the algorithm says so; an unjudged one would teach a critic a return of nothing."""
-    if record.mask_truncated and not answer.completion.finished:
+    if spec.mask_truncated and not answer.completion.finished:
         return False
-    return not (record.has_critic and math.isnan(answer.reward))
+    return not (spec.has_critic and math.isnan(answer.reward))
 
 
-def reward_metrics(answers: Sequence[JudgedAnswer]) -> dict[str, float]:
+def reward_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Mean, std and share of missing of every reward source and of their shaped total; response lengths."""
     metrics = {
         "length/mean": float(np.mean([len(a.completion.tokens) for a in answers])),

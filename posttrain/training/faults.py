@@ -35,10 +35,10 @@ class Faults:
     repeat: str = "posttrain.training.faults.repeat"
     """What repeats a kept fault; a message names it before the folder."""
     skipped: int = 0
-    told: list[dict[str, Any]] = field(default_factory=list)
+    pending: list[dict[str, Any]] = field(default_factory=list)
     """What went wrong in the step in hand, one record a fault."""
 
-    def leave_out(
+    def skip(
         self, error: NotFiniteError, step: int, where: str, rows: Sequence[Any] | None, state: Mapping[str, Any]
     ) -> None:
         """Keep and tell a fault. Raises NotFiniteError when the run has left out as many as it may."""
@@ -47,7 +47,7 @@ class Faults:
         path = self.kept.save(
             self.skipped + 1, {**state, "about": about, "batch": None if rows is None else pack(rows)}
         )
-        self.told.append(about)
+        self.pending.append(about)
         self.skipped += 1
         text = f"step {step}, {where}: {error} (rows {', '.join(ids) or 'unknown'})"
         if self.skipped > self.skip_at_most:
@@ -65,7 +65,7 @@ class Faults:
         )
 
 
-def moment(trainer: Trainer[Row], source: Mapping[str, Any], generators: Mapping[str, Any]) -> dict[str, Any]:
+def snapshot(trainer: Trainer[Row], source: Mapping[str, Any], generators: Mapping[str, Any]) -> dict[str, Any]:
     """What a fault has to keep of a run."""
     return {"trainer": trainer.state_dict(), "source": dict(source), "random": dict(generators)}
 

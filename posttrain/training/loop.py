@@ -10,10 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from posttrain.distributed import all_reduce_max, any_rank
 from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
-from posttrain.processes import anyone, most
 from posttrain.training.checkpoint import Checkpoints
-from posttrain.training.faults import Faults, moment
+from posttrain.training.faults import Faults, snapshot
 from posttrain.training.randomness import random_state, set_random_state
 from posttrain.training.trainer import Objective, Row, Trainer
 
@@ -110,8 +110,8 @@ def fit(
                 step % settings.checkpoint_steps == 0 or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
             )
             # processes have clocks and signals of their own, and write a checkpoint together
-            stop = anyone(trainer.accelerator, recorder.stop_requested()) and step < settings.steps
-            due = anyone(trainer.accelerator, due)
+            stop = any_rank(trainer.accelerator, recorder.stop_requested()) and step < settings.steps
+            due = any_rank(trainer.accelerator, due)
             if (due and step < settings.steps) or stop:
                 checkpoints.save(step, _state(trainer, source, last, faults))
                 saved_at = time.monotonic()
@@ -138,13 +138,13 @@ def _one_step(
         tokens_before = trainer.tokens_trained
         updates = _updates(trainer, source, objective, data.batches, step, faults)
     finally:
-        if faults is not None and faults.told:
-            recorder.faults(step, faults.told)
+        if faults is not None and faults.pending:
+            recorder.faults(step, faults.pending)
     trained = time.perf_counter()
     metrics = data.metrics | _mean_of(updates)
-    if faults is not None and faults.told:
+    if faults is not None and faults.pending:
         metrics["faults/skipped"] = float(faults.skipped)
-        faults.told = []
+        faults.pending = []
     if hook is not None:
         metrics |= hook(step)
     recorder.metrics(step, metrics)
@@ -168,7 +168,7 @@ def _next(trainer: Trainer[Row], source: Source[Row], step: int, faults: Faults 
     try:
         return source.next(step - 1)
     except NotFiniteError as error:
-        faults.leave_out(error, step, "making its batches", None, moment(trainer, before, generators))
+        faults.skip(error, step, "making its batches", None, snapshot(trainer, before, generators))
         return StepData([])
 
 
@@ -188,8 +188,8 @@ def _updates(
         except NotFiniteError as error:
             if faults is None:
                 raise
-            where, state = f"update {number} of {len(batches)}", moment(trainer, source.state_dict(), random_state())
-            faults.leave_out(error, step, where, batch, state)
+            where, state = f"update {number} of {len(batches)}", snapshot(trainer, source.state_dict(), random_state())
+            faults.skip(error, step, where, batch, state)
     return done
 
 
@@ -216,7 +216,7 @@ def _resume(
     """The step to go on after, and the latest metrics until then."""
     found = checkpoints.latest()
     newest = 0 if found is None else found[0]
-    if anyone(trainer.accelerator, newest != most(trainer.accelerator, newest)):
+    if any_rank(trainer.accelerator, newest != all_reduce_max(trainer.accelerator, newest)):
         raise CheckpointError(
             f"the processes of this run do not see the same checkpoints ({newest} is the newest step in {checkpoints.folder} for process"
             f" {trainer.accelerator.process_index}); keep the project on a disk that all of them share"
@@ -239,5 +239,5 @@ def _resume(
 def _state(
     trainer: Trainer[Row], source: Source[Row], last: Mapping[str, float], faults: Faults | None
 ) -> dict[str, Any]:
-    whole = moment(trainer, source.state_dict(), random_state())
+    whole = snapshot(trainer, source.state_dict(), random_state())
     return whole | {"last": dict(last), "skipped": faults.skipped if faults is not None else 0}

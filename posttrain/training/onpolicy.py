@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import PolicyOutput
@@ -39,10 +39,10 @@ class Experience:
 
     tokens: Tokens
     advantages: np.ndarray
-    sampled: np.ndarray
-    reference: np.ndarray | None
-    old: np.ndarray | None = None
-    old_experts: np.ndarray | None = None
+    rollout_logprobs: np.ndarray
+    ref_logprobs: np.ndarray | None
+    old_logprobs: np.ndarray | None = None
+    old_routing: np.ndarray | None = None
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
     trained: bool = True
@@ -50,24 +50,24 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class Expert:
+class Demonstration:
     """An expert's response; weight is mu."""
 
     tokens: Tokens
     weight: float
 
 
-OnPolicyRow = Experience | Expert
+OnPolicyRow = Experience | Demonstration
 
 
 class OnPolicyObjective:
     """L = (1-mu) Agg[w S(rho, A) + beta KL] + value_coefficient * value loss + mu mean_expert[phi(p) (-log p)]."""
 
     def __init__(
-        self, record: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None
+        self, spec: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None
     ) -> None:
-        self.record, self.max_length, self.temperature = record, max_length, temperature
-        self.kl_coefficient = record.kl_coefficient if kl_coefficient is None else kl_coefficient
+        self.spec, self.max_length, self.temperature = spec, max_length, temperature
+        self.kl_coefficient = spec.kl_coefficient if kl_coefficient is None else kl_coefficient
 
     def sequences(self, row: OnPolicyRow) -> Sequence[Tokens]:
         return (row.tokens,)
@@ -80,13 +80,13 @@ class OnPolicyObjective:
             "sequences": float(len(trained)),
             "sampled_tokens": float(sum(len(r.tokens.response) for r in every)),
             "sampled_sequences": float(len(every)),
-            "expert_tokens": float(sum(len(r.tokens.response) for r in rows if isinstance(r, Expert))),
+            "expert_tokens": float(sum(len(r.tokens.response) for r in rows if isinstance(r, Demonstration))),
         }
 
     def terms(self, model: nn.Module, rows: Sequence[OnPolicyRow]) -> Terms:
         device = next(model.parameters()).device
         sampled = [r for r in rows if isinstance(r, Experience)]
-        experts = [r for r in rows if isinstance(r, Expert)]
+        experts = [r for r in rows if isinstance(r, Demonstration)]
         batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
         output = model(batch, self._temperatures(len(sampled), len(experts), device))
         terms, split = Terms(), len(sampled)
@@ -103,42 +103,40 @@ class OnPolicyObjective:
         return torch.tensor([self.temperature] * sampled + [1.0] * experts, dtype=torch.float64, device=device)
 
     def _policy_terms(self, terms: Terms, output: PolicyOutput, columns: _Columns) -> None:
-        record, logprobs, mask = self.record, output.logprobs, columns.mask
-        old = logprobs.detach() if columns.old is None else columns.old
-        ratio = importance_ratio(logprobs, old, mask, record.ratio)
-        surrogate = surrogate_loss(
-            ratio, logprobs, columns.advantages, record.clip_low, record.clip_high, record.surrogate
-        )
-        loss = mismatch_weight(old, columns.sampled, record.mismatch, record.mismatch_cap) * surrogate.loss
-        if record.kl == "loss":
-            assert columns.reference is not None
-            loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.reference, record.kl_estimator)
+        spec, logprobs, mask = self.spec, output.logprobs, columns.mask
+        old = logprobs.detach() if columns.old_logprobs is None else columns.old_logprobs
+        ratio = importance_ratio(logprobs, old, mask, spec.ratio)
+        surrogate = surrogate_loss(ratio, logprobs, columns.advantages, spec.clip_low, spec.clip_high, spec.surrogate)
+        loss = mismatch_weight(old, columns.rollout_logprobs, spec.mismatch, spec.mismatch_cap) * surrogate.loss
+        if spec.kl == "loss":
+            assert columns.ref_logprobs is not None
+            loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.ref_logprobs, spec.kl_estimator)
         trained = mask & columns.trained[:, None]
-        numerator = aggregate(columns.weight * loss, trained, record.aggregate, self.max_length)
-        terms.losses["policy"] = (numerator, denominator(record.aggregate), 1.0)
+        numerator = aggregate(columns.weight * loss, trained, spec.aggregate, self.max_length)
+        terms.losses["policy"] = (numerator, denominator(spec.aggregate), 1.0)
         if output.values is not None and columns.returns is not None and columns.old_values is not None:
-            error = value_loss(output.values, columns.old_values, columns.returns, record.value_clip)
-            terms.losses["value"] = (masked_sum(error, trained), "tokens", record.value_coefficient)
+            error = value_loss(output.values, columns.old_values, columns.returns, spec.value_clip)
+            terms.losses["value"] = (masked_sum(error, trained), "tokens", spec.value_coefficient)
             terms.metrics["value/loss"] = (masked_sum(error, trained), "tokens")
         terms.metrics["clip/low"] = (masked_sum(surrogate.clipped_low.float(), trained), "tokens")
         terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
         self._diagnostics(terms, output, columns, old, ratio.detach())
-        add_routing(terms, output.routing, mask, "sampled_tokens", columns.old_experts)
+        add_routing(terms, output.routing, mask, "sampled_tokens", columns.old_routing)
 
     def _diagnostics(self, terms: Terms, output: PolicyOutput, columns: _Columns, old: Tensor, ratio: Tensor) -> None:
         mask, logprobs = columns.mask, output.logprobs.detach()
-        mismatch = old - columns.sampled
+        mismatch = old - columns.rollout_logprobs
         terms.metrics |= {
             "entropy": (masked_sum(output.entropy, mask), "sampled_tokens"),
             "kl/approx": (masked_sum(kl_metric(old, logprobs), mask), "sampled_tokens"),
             "ratio/mean": (masked_sum(ratio, mask), "sampled_tokens"),
             "mismatch/mean": (masked_sum(mismatch.abs(), mask), "sampled_tokens"),
-            "mismatch/k3": (masked_sum(kl_metric(columns.sampled, old), mask), "sampled_tokens"),
+            "mismatch/k3": (masked_sum(kl_metric(columns.rollout_logprobs, old), mask), "sampled_tokens"),
         }
-        if columns.reference is not None:
+        if columns.ref_logprobs is not None:
             terms.metrics |= {
-                "kl/ref_k1": (masked_sum(logprobs - columns.reference, mask), "sampled_sequences"),
-                "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.reference), mask), "sampled_sequences"),
+                "kl/ref_k1": (masked_sum(logprobs - columns.ref_logprobs, mask), "sampled_sequences"),
+                "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.ref_logprobs), mask), "sampled_sequences"),
             }
         terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
         if mask.any():
@@ -149,10 +147,10 @@ class OnPolicyObjective:
             }
 
     def _expert_terms(self, terms: Terms, logprobs: Tensor, mask: Tensor, mu: float) -> None:
-        loss = masked_sum(negative_log_likelihood(logprobs, self.record.phi), mask)
+        loss = masked_sum(negative_log_likelihood(logprobs, self.spec.phi), mask)
         terms.losses["expert"] = (loss, "expert_tokens", mu)
         terms.metrics["expert/loss"] = (loss, "expert_tokens")
-        terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.record.phi), mask), "expert_tokens")
+        terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.spec.phi), mask), "expert_tokens")
 
 
 class _Columns:
@@ -167,11 +165,11 @@ class _Columns:
             return pad(given, time).to(device) if len(given) == len(rows) else None
 
         self.advantages = pad([r.advantages for r in rows], time).to(device)
-        self.sampled = pad([r.sampled for r in rows], time).to(device)
-        self.reference = padded([r.reference for r in rows])
-        self.old = padded([r.old for r in rows])
-        experts = [torch.from_numpy(r.old_experts) for r in rows if r.old_experts is not None]
-        self.old_experts = pad_choices(experts, time).to(device) if experts and len(experts) == len(rows) else None
+        self.rollout_logprobs = pad([r.rollout_logprobs for r in rows], time).to(device)
+        self.ref_logprobs = padded([r.ref_logprobs for r in rows])
+        self.old_logprobs = padded([r.old_logprobs for r in rows])
+        experts = [torch.from_numpy(r.old_routing) for r in rows if r.old_routing is not None]
+        self.old_routing = pad_choices(experts, time).to(device) if experts and len(experts) == len(rows) else None
         self.old_values = padded([r.old_values for r in rows])
         self.returns = padded([r.returns for r in rows])
         self.trained = torch.tensor([r.trained for r in rows], dtype=torch.bool, device=device)

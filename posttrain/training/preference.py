@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posttrain.algorithms.records import LoggedGroups, Preference
+from posttrain.algorithms.specs import LoggedGroups, Preference
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.objectives.kl import kl_estimate, kl_metric
@@ -25,7 +25,7 @@ class Answer:
     """A logged response with the reference's log-probability of each of its tokens, [time] (zeros without a reference)."""
 
     tokens: Tokens
-    reference: np.ndarray
+    ref_logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class AnswerGroup:
 class PreferenceObjective:
     """One loss a pair, each pair its own logit; chosen and rejected share one forward."""
 
-    def __init__(self, record: Preference) -> None:
-        self.record = record
+    def __init__(self, spec: Preference) -> None:
+        self.spec = spec
 
     def sequences(self, row: PreferencePair) -> Sequence[Tokens]:
         return (row.chosen.tokens, row.rejected.tokens)
 
     def counts(self, rows: Sequence[PreferencePair]) -> Mapping[str, float]:
-        weighted = self.record.score_weighting == "weight"
+        weighted = self.spec.score_weighting == "weight"
         return {
             "pairs": float(len(rows)),
             # weights are normalised to mean 1 over the step's pairs
@@ -68,20 +68,20 @@ class PreferenceObjective:
         answers = [row.chosen for row in rows] + [row.rejected for row in rows]
         batch = collate([a.tokens for a in answers]).to(device)
         output = model(batch)
-        reference = pad([a.reference for a in answers], batch.mask.shape[1]).to(device)
+        reference = pad([a.ref_logprobs for a in answers], batch.mask.shape[1]).to(device)
         summed = row_sums(output.logprobs - reference, batch.mask)
-        ratio = summed if self.record.logit == "sum" else row_means(output.logprobs - reference, batch.mask)
+        ratio = summed if self.spec.logit == "sum" else row_means(output.logprobs - reference, batch.mask)
         difference = ratio[: len(rows)] - ratio[len(rows) :]
         gap = torch.tensor([row.score_gap for row in rows], dtype=difference.dtype, device=device)
-        loss = preference_loss(difference, gap, self.record)
-        weight = gap.abs() if self.record.score_weighting == "weight" else torch.ones_like(gap)
+        loss = preference_loss(difference, gap, self.spec)
+        weight = gap.abs() if self.spec.score_weighting == "weight" else torch.ones_like(gap)
         chosen_mask = batch.mask[: len(rows)]
-        rewards = self.record.beta * ratio
+        rewards = self.spec.beta * ratio
         terms = Terms(
             losses={"pairs": ((weight * loss).sum(), "pair_weight", 1.0)},
             metrics={
                 "preference/accuracy": ((difference > 0).float().sum(), "pairs"),
-                "preference/margin": (self.record.beta * difference.sum(), "pairs"),
+                "preference/margin": (self.spec.beta * difference.sum(), "pairs"),
                 "preference/chosen_reward": (rewards[: len(rows)].sum(), "pairs"),
                 "preference/rejected_reward": (rewards[len(rows) :].sum(), "pairs"),
                 "entropy": (masked_sum(output.entropy[: len(rows)], chosen_mask), "chosen_tokens"),
@@ -94,8 +94,8 @@ class PreferenceObjective:
 class LoggedGroupsObjective:
     """The clipped surrogate of GRPO with `old` = reference for ever, plus beta * KL to the reference."""
 
-    def __init__(self, record: LoggedGroups) -> None:
-        self.record = record
+    def __init__(self, spec: LoggedGroups) -> None:
+        self.spec = spec
 
     def sequences(self, row: AnswerGroup) -> Sequence[Tokens]:
         return [answer.tokens for answer in row.answers]
@@ -109,16 +109,16 @@ class LoggedGroupsObjective:
         }
 
     def terms(self, model: nn.Module, rows: Sequence[AnswerGroup]) -> Terms:
-        record, device = self.record, next(model.parameters()).device
+        spec, device = self.spec, next(model.parameters()).device
         answers = [a for row in rows for a in row.answers]
         batch = collate([a.tokens for a in answers]).to(device)
         output = model(batch)
-        reference = pad([a.reference for a in answers], batch.mask.shape[1]).to(device)
+        reference = pad([a.ref_logprobs for a in answers], batch.mask.shape[1]).to(device)
         advantages = torch.tensor([a for row in rows for a in centred(row.scores)], device=device)
-        ratio = importance_ratio(output.logprobs, reference, batch.mask, record.ratio)
-        surrogate = surrogate_loss(ratio, output.logprobs, advantages[:, None], record.clip_low, record.clip_high)
-        kl = kl_estimate(output.logprobs, reference, record.kl_estimator)
-        loss = surrogate.loss + record.kl_coefficient * kl
+        ratio = importance_ratio(output.logprobs, reference, batch.mask, spec.ratio)
+        surrogate = surrogate_loss(ratio, output.logprobs, advantages[:, None], spec.clip_low, spec.clip_high)
+        kl = kl_estimate(output.logprobs, reference, spec.kl_estimator)
+        loss = surrogate.loss + spec.kl_coefficient * kl
         terms = Terms(
             losses={"policy": (aggregate(loss, batch.mask, "sequence_mean", 0), "sequences", 1.0)},
             metrics={

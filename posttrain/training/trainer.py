@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
+from posttrain.distributed import all_reduce_max
 from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
-from posttrain.models.memory import recomputed_layers
-from posttrain.processes import most
+from posttrain.models.checkpointing import recomputed_layers
 from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
 from posttrain.training.sums import Sums
 
@@ -141,7 +141,7 @@ class Trainer(Generic[Row]):
         groups = micro_batches([every[i] for i in share], self.micro_batch_tokens)
         if self.sharded:
             # every forward gathers weights from all processes, so all must take as many
-            groups += [[]] * (most(self.accelerator, len(groups)) - len(groups))
+            groups += [[]] * (all_reduce_max(self.accelerator, len(groups)) - len(groups))
         sums = Sums(counts)
         for number, group in enumerate(groups):
             at_once = self.sharded or number == len(groups) - 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.algorithms import PRESETS, choose
-from posttrain.algorithms.records import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
 from posttrain.errors import ConfigError
 
 # a preset, options that must be refused, and what the message must say
@@ -138,16 +138,16 @@ def test_every_preset_is_itself_and_passes_its_own_checks(name: str) -> None:
     ],
 )
 def test_neighbours_of_a_preset_are_accepted(preset: str, options: dict[str, Any]) -> None:
-    record = choose(preset, options)
+    spec = choose(preset, options)
     for name, value in options.items():
-        assert getattr(record, name) == value
+        assert getattr(spec, name) == value
 
 
 def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
-    record = choose("ppo", {"lam": 1, "kl_target": 6})
-    assert isinstance(record, OnPolicy)
-    assert isinstance(record.lam, float)
-    assert isinstance(record.kl_target, float)
+    spec = choose("ppo", {"lam": 1, "kl_target": 6})
+    assert isinstance(spec, OnPolicy)
+    assert isinstance(spec.lam, float)
+    assert isinstance(spec.kl_target, float)
 
 
 def strategy(hint: Any) -> st.SearchStrategy[Any]:
@@ -161,9 +161,9 @@ def strategy(hint: Any) -> st.SearchStrategy[Any]:
     return floats if hint is float else st.none() | floats
 
 
-def options_of(record: Algorithm) -> st.SearchStrategy[dict[str, Any]]:
-    hints = get_type_hints(type(record))
-    names = [f.name for f in fields(record) if f.name not in ("name", "paper")]
+def options_of(spec: Algorithm) -> st.SearchStrategy[dict[str, Any]]:
+    hints = get_type_hints(type(spec))
+    names = [f.name for f in fields(spec) if f.name not in ("name", "paper")]
     return st.lists(st.sampled_from(names), max_size=3, unique=True).flatmap(
         lambda chosen: st.fixed_dictionaries({name: strategy(hints[name]) for name in chosen})
     )
@@ -174,28 +174,28 @@ def options_of(record: Algorithm) -> st.SearchStrategy[dict[str, Any]]:
 def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict[str, Any]]) -> None:
     name, options = case
     try:
-        record = choose(name, options)
+        spec = choose(name, options)
     except ConfigError:
         return
-    assert all(getattr(record, key) == value for key, value in options.items())
-    untouched = [f.name for f in fields(record) if f.name not in options]
-    assert all(getattr(record, key) == getattr(PRESETS[name], key) for key in untouched)
-    if isinstance(record, OnPolicy):
-        assert record.has_expert or "phi" not in options or record.phi == "none"
-        assert not (record.has_critic and record.ratio == "sequence")
-        assert record.kl != "reward" or record.kl_estimator == "k1"
-        assert record.kl != "loss" or not record.kl_coefficient or record.kl_estimator != "k1"
-        assert record.mu_peak <= 1
-        assert not record.has_expert or record.mu_valley <= record.mu_peak
-        assert not record.has_expert or record.mu_decay_steps or record.mu_valley == record.mu_peak
+    assert all(getattr(spec, key) == value for key, value in options.items())
+    untouched = [f.name for f in fields(spec) if f.name not in options]
+    assert all(getattr(spec, key) == getattr(PRESETS[name], key) for key in untouched)
+    if isinstance(spec, OnPolicy):
+        assert spec.has_expert or "phi" not in options or spec.phi == "none"
+        assert not (spec.has_critic and spec.ratio == "sequence")
+        assert spec.kl != "reward" or spec.kl_estimator == "k1"
+        assert spec.kl != "loss" or not spec.kl_coefficient or spec.kl_estimator != "k1"
+        assert spec.mu_peak <= 1
+        assert not spec.has_expert or spec.mu_valley <= spec.mu_peak
+        assert not spec.has_expert or spec.mu_decay_steps or spec.mu_valley == spec.mu_peak
         clipped = {"clip_low", "clip_high"} & set(options)
-        assert not clipped or record.epochs * record.minibatches > 1
-    elif isinstance(record, Preference):
-        assert record.beta > 0
-        assert 0 <= record.label_smoothing < 0.5
+        assert not clipped or spec.epochs * spec.minibatches > 1
+    elif isinstance(spec, Preference):
+        assert spec.beta > 0
+        assert 0 <= spec.label_smoothing < 0.5
         # whatever the loss would ignore has been refused
-        assert record.link != "square" or record.score_weighting in ("none", "weight")
-        assert not (record.score_weighting == "soft" and (record.robust or record.link == "hinge"))
+        assert spec.link != "square" or spec.score_weighting in ("none", "weight")
+        assert not (spec.score_weighting == "soft" and (spec.robust or spec.link == "hinge"))
     else:
-        assert isinstance(record, LoggedGroups)
-        assert record.epochs >= 1
+        assert isinstance(spec, LoggedGroups)
+        assert spec.epochs >= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 
 # name: advantage, ratio, clip low, clip high, aggregate, kl, beta
 TABLE = {
@@ -29,16 +29,16 @@ TABLE = {
 
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_the_table(name: str) -> None:
-    record = PRESETS[name]
-    assert isinstance(record, OnPolicy)
-    point = (record.advantage, record.ratio, record.clip_low, record.clip_high)
-    assert (*point, record.aggregate, record.kl, record.kl_coefficient) == TABLE[name]
+    spec = PRESETS[name]
+    assert isinstance(spec, OnPolicy)
+    point = (spec.advantage, spec.ratio, spec.clip_low, spec.clip_high)
+    assert (*point, spec.aggregate, spec.kl, spec.kl_coefficient) == TABLE[name]
 
 
 def test_what_else_the_table_says() -> None:
     ppo, gspo, dapo, chord, phi = (PRESETS[n] for n in ("ppo", "gspo", "dapo", "chord", "chord_phi"))
-    for record in (ppo, gspo, dapo, chord, phi):
-        assert isinstance(record, OnPolicy)
+    for spec in (ppo, gspo, dapo, chord, phi):
+        assert isinstance(spec, OnPolicy)
     assert (ppo.gamma, ppo.lam, ppo.whiten, ppo.value_clip, ppo.epochs) == (1.0, 0.95, True, 0.2, 4)
     assert (ppo.kl_estimator, PRESETS["grpo"].kl_estimator) == ("k1", "k3")
     assert ppo.missing_eos_penalty > 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.moe_gspo import ALGORITHMS, CURVES, MARKS, Outcome, interval, main, ratios, table, write
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.training.onpolicy import Experience
 from tests.models import small
 from tests.models.moe import moe
@@ -32,13 +32,13 @@ def test_ratios_by_hand() -> None:
     with moe():
         policy = small.policy()
     tokens = small.rows(5)
-    now = token_numbers(policy, tokens, 100)
+    now = token_logprobs(policy, tokens, 100)
     shifts = small.numbers(tokens, 1, 0.3)
     experts = [n.experts.copy() for n in now]  # type: ignore[union-attr]
     for chosen in experts:
         chosen[0, 1] = [9, 9]
     rows = [
-        Experience(t, s, s, s, old=n.logprobs - s, old_experts=e)
+        Experience(t, s, s, s, old_logprobs=n.logprobs - s, old_routing=e)
         for t, s, n, e in zip(tokens, shifts, now, experts, strict=True)
     ]
     found = ratios(policy, rows)

@@ -44,7 +44,7 @@ class Clone:
         return done
 
     def configure(self, *changes: str) -> None:
-        self.run("pipelines.configure", *changes)
+        self.run("pipelines.commands.configure", *changes)
 
     def repro(self, *targets: str, **environment: str) -> str:
         return self.run("dvc", "repro", *targets, **environment).stdout
@@ -80,5 +80,5 @@ def reproduced(new_clone: Callable[[], Clone]) -> Clone:
     (clone.root / ".posttrain").mkdir()
     # one projection at the end is quicker than a follower for every step
     clone.repro(POSTTRAIN_TRACE=str(clone.root / ".posttrain" / "trace.jsonl"), POSTTRAIN_FOLLOWER="1")
-    clone.run("pipelines.sync")
+    clone.run("pipelines.commands.sync")
     return clone

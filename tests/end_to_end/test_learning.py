@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import load_params
+from pipelines.config.params import load_params
 from posttrain.algorithms import OnPolicy
 from posttrain.evaluation.statistics import wilson
 from tests.end_to_end.conftest import Clone

@@ -60,7 +60,7 @@ def test_a_fresh_clone_pulls_and_runs_nothing(reproduced: Clone, remote: list[tu
         assert (other.root / model.relative_to(reproduced.root)).read_bytes() == model.read_bytes()
     assert AutoModelForCausalLM.from_pretrained(other.root / "models" / "align" / "ppo-0").config.model_type == "qwen3"
     assert not (other.root / "mlflow.db").exists()
-    other.run("pipelines.sync")
+    other.run("pipelines.commands.sync")
     assert projected(other) == projected(reproduced)
     assert len(projected(other)) == len(stages(other))
 

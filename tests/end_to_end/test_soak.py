@@ -64,7 +64,7 @@ def survive(clone: Clone, longest_seconds: float) -> None:
 
 def finish(clone: Clone) -> None:
     clone.run("flows.compare")
-    clone.run("pipelines.sync")
+    clone.run("pipelines.commands.sync")
 
 
 def test_ten_kills_change_nothing(reproduced: Clone, new_clone: Callable[[], Clone]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipelines.journal import read
+from pipelines.runtime.journal import read
 from tests.end_to_end.conftest import TINY, Clone
 from tests.pipelines.conftest import wait_for
 from tests.rollouts.real import PYTHON, QUICK, REAL, family, gone

@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 from prefect.states import Running
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.body import bring_all_up_to_date
+from flows.run_dag import bring_all_up_to_date
 from flows.workspace import RUN, WorkspaceBusy, exclusive, only_flow
 from posttrain.errors import OrchestrationError
 from tests.workspace import dvc

@@ -15,7 +15,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError
 from posttrain.models import logprobs
 from posttrain.models.folders import load_encoder, load_policy, load_scorer, load_tokenizer, save_model
-from posttrain.models.inference import scores, token_numbers
+from posttrain.models.inference import scores, token_logprobs
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
 from tests.models import small
@@ -48,7 +48,7 @@ def test_the_score_is_read_at_the_last_real_token_even_if_it_looks_like_padding(
 def test_token_numbers_are_those_of_the_full_logits(build: Any, temperature: float) -> None:
     model = build()
     rows = small.rows(6, vocabulary=40)
-    for row, numbers in zip(rows, token_numbers(Policy(model), rows, 25, temperature), strict=True):
+    for row, numbers in zip(rows, token_logprobs(Policy(model), rows, 25, temperature), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([row.prompt + row.response])).logits[0].double() / temperature
         table = logits.log_softmax(-1)[len(row.prompt) - 1 : -1]
@@ -93,7 +93,7 @@ def test_fused_log_probabilities_are_those_of_the_whole_table(
         values, entropy = function(hidden, weight, offset, targets, temperature)
         return (values, entropy, *torch.autograd.grad((values * torch.arange(11)).sum(), leaves))
 
-    for fused, expected in zip(run(logprobs.taken_logprobs), run(plain), strict=True):
+    for fused, expected in zip(run(logprobs.selected_logprobs), run(plain), strict=True):
         assert torch.allclose(fused, expected, atol=1e-12)
 
 
@@ -101,7 +101,7 @@ def test_the_fused_gradient_is_that_of_finite_differences() -> None:
     hidden, weight, offset, targets, temperature = of_head()
 
     def values(*leaves: torch.Tensor) -> torch.Tensor:
-        return logprobs.taken_logprobs(*leaves, targets, temperature)[0]
+        return logprobs.selected_logprobs(*leaves, targets, temperature)[0]
 
     assert torch.autograd.gradcheck(values, (hidden, weight, offset))
 
@@ -109,7 +109,7 @@ def test_the_fused_gradient_is_that_of_finite_differences() -> None:
 def test_a_frozen_head_gets_no_gradient_and_entropy_has_none() -> None:
     hidden, weight, offset, targets, temperature = of_head()
     weight.requires_grad_(False)
-    values, entropy = logprobs.taken_logprobs(hidden, weight, offset, targets, temperature)
+    values, entropy = logprobs.selected_logprobs(hidden, weight, offset, targets, temperature)
     values.sum().backward()
     assert weight.grad is None
     assert float(hidden.grad.abs().sum()) > 0
@@ -119,7 +119,7 @@ def test_a_frozen_head_gets_no_gradient_and_entropy_has_none() -> None:
 def test_under_autocast_the_product_is_bfloat16_and_the_softmax_float32() -> None:
     hidden, weight, _, targets, _ = of_head(torch.float32, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
-        values, entropy = logprobs.taken_logprobs(hidden, weight, None, targets, 1.0)
+        values, entropy = logprobs.selected_logprobs(hidden, weight, None, targets, 1.0)
     assert values.dtype == entropy.dtype == torch.float32
     rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)
     assert torch.allclose(values, rounded[torch.arange(11), targets], atol=1e-6)
@@ -163,8 +163,8 @@ def test_a_saved_policy_is_an_ordinary_model_folder(tmp_path: Path) -> None:
     assert other.decode(other(text)["input_ids"]) == text
     assert (other.eos_token_id, other.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert other.chat_template == tokenizer.chat_template
-    assert token_numbers(Policy(load_policy(tmp_path / "model")), ROWS, 99)[3].logprobs.tolist() == pytest.approx(
-        token_numbers(Policy(model), ROWS, 99)[3].logprobs.tolist()
+    assert token_logprobs(Policy(load_policy(tmp_path / "model")), ROWS, 99)[3].logprobs.tolist() == pytest.approx(
+        token_logprobs(Policy(model), ROWS, 99)[3].logprobs.tolist()
     )
 
 

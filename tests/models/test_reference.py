@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.reference import ReferenceCache
 from posttrain.models.tiny import byte_tokenizer
@@ -32,7 +32,7 @@ def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
 
 def test_the_second_run_reads_what_the_first_computed_bit_by_bit(tmp_path: Path) -> None:
     policy, cache = small.policy(), ReferenceCache(tmp_path / "reference", "sft")
-    expected = [n.logprobs for n in token_numbers(policy, ROWS, 40)]
+    expected = [n.logprobs for n in token_logprobs(policy, ROWS, 40)]
     first = cache.logprobs(policy, ROWS, 40)
     other_weights(policy)
     second = cache.logprobs(policy, ROWS, 40)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.data.batches import collate
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.routing import routers_of
 from posttrain.objectives.routing import changed_choices, expert_loads
@@ -20,7 +20,7 @@ def test_entropy_and_choices_are_those_of_the_tokens_that_predict_the_response()
     output = policy(collate(ROWS))
     assert output.routing is not None
     assert output.routing.experts == 4
-    numbers = token_numbers(policy, ROWS, 30)
+    numbers = token_logprobs(policy, ROWS, 30)
     for i, row in enumerate(ROWS):
         ids = torch.tensor([row.prompt + row.response])
         with torch.no_grad():
@@ -54,7 +54,7 @@ def test_nothing_is_read_from_a_dense_model_and_nothing_stays_on_a_router() -> N
     policy = small.policy()
     assert policy.routers == ()
     assert policy(collate(ROWS)).routing is None
-    assert token_numbers(policy, ROWS, 30)[0].experts is None
+    assert token_logprobs(policy, ROWS, 30)[0].experts is None
     experts = Policy(moe.language_model())
     experts(collate(ROWS))
     assert len(experts.routers) == len(routers_of(experts.lm)) == 2

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import Preference
+from posttrain.algorithms.specs import Preference
 from posttrain.objectives.preference import bradley_terry, preference_loss, preference_target
 
 LN2 = math.log(2)
 
 
-def record(name: str, **options: object) -> Preference:
+def spec(name: str, **options: object) -> Preference:
     found = PRESETS[name]
     assert isinstance(found, Preference)
     return replace(found, **options)
@@ -30,15 +30,13 @@ def sigmoid(x: float) -> float:
 
 
 def losses(name: str, differences: list[float], gaps: list[float] | None = None, **options: object) -> list[float]:
-    return preference_loss(
-        f64(*differences), f64(*(gaps or [0.0] * len(differences))), record(name, **options)
-    ).tolist()
+    return preference_loss(f64(*differences), f64(*(gaps or [0.0] * len(differences))), spec(name, **options)).tolist()
 
 
 def test_dpo_starts_at_ln_2_with_half_beta_as_gradient() -> None:
     chosen, rejected = f64(-3.0).requires_grad_(), f64(-5.0).requires_grad_()
     difference = (chosen - chosen.detach()) - (rejected - rejected.detach())
-    loss = preference_loss(difference, f64(0.0), record("dpo", beta=0.3)).sum()
+    loss = preference_loss(difference, f64(0.0), spec("dpo", beta=0.3)).sum()
     loss.backward()
     assert loss.item() == pytest.approx(LN2, abs=1e-12)
     assert chosen.grad.item() == pytest.approx(-0.15, abs=1e-12)
@@ -80,9 +78,9 @@ def test_hinge_and_simpo_by_hand() -> None:
 
 
 def test_soft_targets_a_tie_is_one_half_with_its_minimum_at_zero() -> None:
-    assert preference_target(f64(0.0, 2.0), record("dpo_soft")).tolist() == pytest.approx([0.5, sigmoid(2.0)])
+    assert preference_target(f64(0.0, 2.0), spec("dpo_soft")).tolist() == pytest.approx([0.5, sigmoid(2.0)])
     x = f64(0.0).requires_grad_()
-    loss = preference_loss(x, f64(0.0), record("dpo_soft")).sum()
+    loss = preference_loss(x, f64(0.0), spec("dpo_soft")).sum()
     (gradient,) = torch.autograd.grad(loss, x)
     assert loss.item() == pytest.approx(LN2, abs=1e-12)
     assert gradient.item() == pytest.approx(0.0, abs=1e-12)
@@ -126,7 +124,7 @@ def test_each_pair_is_its_own_logit() -> None:
 def test_gradients_agree_with_finite_differences(name: str, options: dict[str, object]) -> None:
     difference = f64(-7.0, 0.5, 11.0).requires_grad_()
     gap = f64(1.0, 0.0, -2.0)
-    assert torch.autograd.gradcheck(lambda d: preference_loss(d, gap, record(name, **options)), (difference,))
+    assert torch.autograd.gradcheck(lambda d: preference_loss(d, gap, spec(name, **options)), (difference,))
 
 
 def test_hinge_under_label_noise_by_hand() -> None:
@@ -138,7 +136,7 @@ def test_hinge_under_label_noise_by_hand() -> None:
 
 def test_far_logits_stay_finite() -> None:
     x = torch.tensor([-1e6, 1e6], requires_grad=True)
-    loss = preference_loss(x, torch.zeros(2), record("dpo"))
+    loss = preference_loss(x, torch.zeros(2), spec("dpo"))
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert x.grad.tolist() == pytest.approx([-0.1, 0.0])

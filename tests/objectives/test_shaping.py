@@ -19,13 +19,13 @@ def test_soft_overlong_punishment_of_the_paper() -> None:
 
 
 def test_mu_warms_up_from_zero_decays_by_a_cosine_and_stays() -> None:
-    record = replace(CHORD, mu_warmup_steps=10, mu_decay_steps=100)
-    assert expert_weight(0, record) == 0.0
-    assert expert_weight(5, record) == pytest.approx(0.45)
-    assert expert_weight(10, record) == pytest.approx(0.9)
-    assert expert_weight(60, record) == pytest.approx((0.9 + 0.05) / 2)
-    assert expert_weight(35, record) == pytest.approx(0.05 + 0.85 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert expert_weight(110, record) == expert_weight(10_000, record) == 0.05
+    spec = replace(CHORD, mu_warmup_steps=10, mu_decay_steps=100)
+    assert expert_weight(0, spec) == 0.0
+    assert expert_weight(5, spec) == pytest.approx(0.45)
+    assert expert_weight(10, spec) == pytest.approx(0.9)
+    assert expert_weight(60, spec) == pytest.approx((0.9 + 0.05) / 2)
+    assert expert_weight(35, spec) == pytest.approx(0.05 + 0.85 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert expert_weight(110, spec) == expert_weight(10_000, spec) == 0.05
 
 
 def test_the_schedules_of_the_two_presets() -> None:

@@ -19,7 +19,7 @@ STEP = '''
 """Counts steps. Reads steps.txt for how many."""
 import os, signal, sys, time
 from pathlib import Path
-from pipelines.step import Run, main
+from pipelines.runtime.step import Run, main
 from posttrain.errors import DataError, Interrupted
 
 def run(run: Run) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.config import Params, load_params
-from pipelines.publish import publish
-from pipelines.run import Run
+from pipelines.config.params import Params, load_params
+from pipelines.runtime.publish import publish
+from pipelines.runtime.run import Run
 
 ROOT = Path(__file__).parents[2]
 ATTACK = "<script>alert('sampled')</script> & \"quoted\""

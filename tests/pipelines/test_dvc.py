@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.identity import content_digest
-from pipelines.journal import read
+from pipelines.runtime.identity import content_digest
+from pipelines.runtime.journal import read
 
 from .conftest import Project, wait_for
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.tables import read_rows, write_rows
+from pipelines.data.tables import read_rows, write_rows
 from tests.reliability.workspace import Workspace
 
 INGEST, VALIDATE, BASE, SFT = (f"pipelines.{name}" for name in ("ingest", "validate", "base", "sft"))
@@ -29,7 +29,7 @@ def source(text: str, table: str = "sft", name: str = "rows.jsonl", **options: A
 
 
 def replace(path: str, value: Any) -> Damage:
-    """One parameter, past the checks of `pipelines.configure`: as an editor would."""
+    """One parameter, past the checks of `pipelines.commands.configure`: as an editor would."""
 
     def damage(folder: Path) -> None:
         from ruamel.yaml import YAML

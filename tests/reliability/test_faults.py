@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.journal import ended, read
-from pipelines.tables import read_rows, write_rows
+from pipelines.data.tables import read_rows, write_rows
+from pipelines.runtime.journal import ended, read
 from tests.reliability.workspace import Workspace
 
 SFT = ("pipelines.sft",)
@@ -68,9 +68,9 @@ def test_the_default_is_to_stop_and_to_say_which_row(poisoned: Workspace) -> Non
 
 
 def test_as_many_as_allowed_are_left_out_also_across_a_kill(poisoned: Workspace) -> None:
-    poisoned.succeed("pipelines.configure", "sft.faults.skip_at_most=1")
+    poisoned.succeed("pipelines.commands.configure", "sft.faults.skip_at_most=1")
     assert poisoned.run(*SFT).returncode == 3, "the row comes once an epoch, so twice"
-    poisoned.succeed("pipelines.configure", "sft.faults.skip_at_most=2")
+    poisoned.succeed("pipelines.commands.configure", "sft.faults.skip_at_most=2")
     said = poisoned.succeed(*SFT)
     assert "left out, 2 of at most 2" in said
     undisturbed = poisoned.results("models/sft", "runs/sft")
@@ -88,7 +88,7 @@ def test_an_infinite_reward_is_told_with_its_problems(workspace: Workspace, tmp_
     shutil.copytree(workspace.folder, folder, ignore=shutil.ignore_patterns(".posttrain", "align"))
     grpo = Workspace(folder, workspace.warm)
     step = ("pipelines.align", "--algorithm", "grpo", "--seed", "0")
-    grpo.succeed("pipelines.configure", "rewards.varied.function=tests.reliability.judge:overflowing")
+    grpo.succeed("pipelines.commands.configure", "rewards.varied.function=tests.reliability.judge:overflowing")
     done = grpo.run(*step)
     assert done.returncode == 3, done.stdout + done.stderr
     (kept,) = (grpo.state("align-grpo-0") / "faults").iterdir()

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import Params, load_params
-from pipelines.files import read_file
-from pipelines.sections import GradedAnswers, TableSource
-from pipelines.shape import canonical_rows
-from pipelines.tables import Row, Table, read_rows, write_rows
+from pipelines.config.params import Params, load_params
+from pipelines.config.schema import GradedAnswers, TableSource
+from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.files import read_file
+from pipelines.data.tables import Row, Table, read_rows, write_rows
+from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError, DataError, PosttrainError
-from posttrain.problems.parts import KINDS
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(FEW, max_examples=300)

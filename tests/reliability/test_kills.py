@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pipelines.journal import ended, read
+from pipelines.runtime.journal import ended, read
 from tests.reliability.workspace import Workspace
 
 STEPS = {

@@ -16,7 +16,7 @@ RESULT = ("models/align/ppo-7", "runs/align/ppo-7")
 def test_kills_change_nothing_and_checkpoints_are_small(workspace: Workspace) -> None:
     shutil.copy(workspace.folder / "params.yaml", workspace.folder / "lora.yaml")
     lora = "align.lora={rank: 2, alpha: 4, target_modules: [q_proj, v_proj]}"
-    workspace.succeed("pipelines.configure", "--params", "lora.yaml", lora)
+    workspace.succeed("pipelines.commands.configure", "--params", "lora.yaml", lora)
     step = ("pipelines.align", "--algorithm", "ppo", "--seed", "7", "--params", "lora.yaml")
     points = workspace.points(*step)
     undisturbed = workspace.results(*RESULT)

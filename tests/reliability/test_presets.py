@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from pipelines.config import load_params
-from pipelines.identity import file_digest
-from pipelines.journal import read
+from pipelines.config.params import load_params
+from pipelines.runtime.identity import file_digest
+from pipelines.runtime.journal import read
 from posttrain.algorithms import PRESETS
 from tests.reliability.test_kills import STEPS
 from tests.reliability.workspace import Workspace

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from pipelines.journal import ended, read
+from pipelines.runtime.journal import ended, read
 from tests.reliability.workspace import Workspace, environment
 
 pytestmark = pytest.mark.timeout(900)
@@ -84,7 +84,7 @@ def test_sft_over_two_processes_is_that_of_one(alone: Workspace, together: Toget
     """Batches of 21 rows and, last in each epoch, of one: the other process has nothing then, and FSDP2 waits for all at every layer."""
     for workspace in (alone, together):
         anew(workspace, "sft")
-        workspace.succeed("pipelines.configure", "sft.batch_size=21")
+        workspace.succeed("pipelines.commands.configure", "sft.batch_size=21")
     alone.succeed("pipelines.sft")
     said = together.succeed("pipelines.sft", **together.over("fsdp2_cpu"))
     assert said.count("sft: 8 optimiser steps over 64 rows") == 1
@@ -118,7 +118,7 @@ def test_every_kind_of_training_and_every_way_of_sharing_it(kind: str, alone: Wo
 @pytest.mark.parametrize("kind", ["ddp_cpu", "fsdp2_cpu"])
 def test_with_an_adapter(kind: str, alone: Workspace, together: Together) -> None:
     for workspace, extra in ((alone, {}), (together, together.over(kind))):
-        workspace.succeed("pipelines.configure", "align.lora={rank: 4, alpha: 8}")
+        workspace.succeed("pipelines.commands.configure", "align.lora={rank: 4, alpha: 8}")
         for name in ("ppo", "grpo"):
             anew(workspace, f"align-{name}-0")
             workspace.succeed("pipelines.align", "--algorithm", name, "--seed", "0", **extra)

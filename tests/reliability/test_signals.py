@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.journal import ended, read
+from pipelines.runtime.journal import ended, read
 from tests.reliability.test_kills import STEPS, begin, outputs
 from tests.reliability.workspace import Workspace
 

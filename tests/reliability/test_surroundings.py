@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.journal import ended, read
+from pipelines.runtime.journal import ended, read
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import TrackingError
 from tests.reliability.workspace import Workspace
@@ -105,7 +105,7 @@ def test_an_odd_and_very_long_path_changes_nothing(workspace: Workspace, tmp_pat
     odd = Workspace(folder, workspace.warm)
     odd.succeed(*SFT)
     assert odd.results("models/sft", "runs/sft") == workspace.results("models/sft", "runs/sft")
-    assert odd.succeed("pipelines.sync").startswith("4 runs are up to date in sqlite:///")
+    assert odd.succeed("pipelines.commands.sync").startswith("4 runs are up to date in sqlite:///")
     assert (folder / "mlflow.db").is_file()
 
 

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.identity import file_digest
+from pipelines.runtime.identity import file_digest
 
 DROPPED = ("MLFLOW_TRACKING", "POSTTRAIN_", "DVC_")
-CLIENT = "import sys; from pipelines.warm import run_warm; sys.exit(run_warm(sys.argv[1], sys.argv[2:]))"
+CLIENT = "import sys; from pipelines.runtime.fork_server import run_warm; sys.exit(run_warm(sys.argv[1], sys.argv[2:]))"
 """`python -m` of a step hands over to the warm process too; this does it before anything is imported."""
 OVERLAY = Path(__file__).with_name("tiny.yaml")
 
@@ -27,11 +27,11 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
 
 
 class Warm:
-    """`python -m pipelines.warm`: torch is imported once, every step is a fork."""
+    """`python -m pipelines.runtime.fork_server`: torch is imported once, every step is a fork."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.socket = root, folder / "warm"
-        command = [sys.executable, "-m", "pipelines.warm", str(self.socket)]
+        command = [sys.executable, "-m", "pipelines.runtime.fork_server", str(self.socket)]
         self.process = subprocess.Popen(command, env=environment(root), cwd=folder, start_new_session=True)
         deadline = time.monotonic() + 60
         while not self.socket.exists():
@@ -103,7 +103,7 @@ def prepare(folder: Path, warm: Warm) -> Workspace:
         shutil.copy(warm.root / name, folder)
     (folder / "data" / "raw").mkdir(parents=True)
     workspace = Workspace(folder, warm)
-    workspace.succeed("pipelines.configure", str(OVERLAY))
+    workspace.succeed("pipelines.commands.configure", str(OVERLAY))
     workspace.succeed("pipelines.ingest")
     shutil.copytree(folder / "data" / "tables", folder / "data" / "valid")
     for step in ("base", "sft", "reward"):

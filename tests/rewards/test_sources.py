@@ -14,12 +14,12 @@ import torch
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ConfigError, NotFiniteError, RewardError
 from posttrain.rewards.functions import BUILT_IN, find_function
-from posttrain.rewards.sources import FunctionReward, Judged, ModelReward
+from posttrain.rewards.sources import FunctionReward, ModelReward, RewardBatch
 from tests.models import small
 
 
-def judged(completions: Sequence[str], **columns: list[Any]) -> Judged:
-    return Judged(["p"] * len(completions), list(completions), [Tokens((1,), (2,))] * len(completions), columns)
+def reward_batch(completions: Sequence[str], **columns: list[Any]) -> RewardBatch:
+    return RewardBatch(["p"] * len(completions), list(completions), [Tokens((1,), (2,))] * len(completions), columns)
 
 
 def returning(values: Any) -> FunctionReward:
@@ -27,19 +27,22 @@ def returning(values: Any) -> FunctionReward:
 
 
 def test_built_in_functions_by_hand() -> None:
-    answers = judged(["the answer is 1,200", "1200.0", "12", "no idea"], answer=["1200"] * 4)
+    answers = reward_batch(["the answer is 1,200", "1200.0", "12", "no idea"], answer=["1200"] * 4)
     assert FunctionReward("answer", BUILT_IN["answer"]).score(answers) == [1.0, 1.0, 0.0, 0.0]
-    assert FunctionReward("m", BUILT_IN["mentions"]).score(judged(["a cat.", "cats"], answer=["cat"] * 2)) == [1.0, 0.0]
+    assert FunctionReward("m", BUILT_IN["mentions"]).score(reward_batch(["a cat.", "cats"], answer=["cat"] * 2)) == [
+        1.0,
+        0.0,
+    ]
     length = FunctionReward("length", BUILT_IN["length"], {"target": 4, "tolerance": 2})
-    assert length.score(judged(["abcd", "abc", "ab", "abcdefgh"])) == [1.0, 0.5, 0.0, 0.0]
-    assert FunctionReward("r", BUILT_IN["regex"], {"pattern": r"\d+"}).score(judged(["x 1 y", "x"])) == [1.0, 0.0]
+    assert length.score(reward_batch(["abcd", "abc", "ab", "abcdefgh"])) == [1.0, 0.5, 0.0, 0.0]
+    assert FunctionReward("r", BUILT_IN["regex"], {"pattern": r"\d+"}).score(reward_batch(["x 1 y", "x"])) == [1.0, 0.0]
     whole = FunctionReward("f", BUILT_IN["format"], {"pattern": r"<a>.*</a>"})
-    assert whole.score(judged(["<a>1\n2</a>", "<a>1</a> and more"])) == [1.0, 0.0]
+    assert whole.score(reward_batch(["<a>1\n2</a>", "<a>1</a> and more"])) == [1.0, 0.0]
 
 
 def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
     values = [1, 0.5, True, np.float32(0.25), np.int64(3), None, math.nan, np.float64("nan"), np.float32("nan")]
-    assert returning(values).score(judged(["x"] * 9)) == [1.0, 0.5, 1.0, 0.25, 3.0, None, None, None, None]
+    assert returning(values).score(reward_batch(["x"] * 9)) == [1.0, 0.5, 1.0, 0.25, 3.0, None, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -47,11 +50,11 @@ def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
 )
 def test_what_is_no_finite_number_is_refused(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="'mine' gave"):
-        returning([0.0, value]).score(judged(["x", "y"]))
+        returning([0.0, value]).score(reward_batch(["x", "y"]))
 
 
 def test_an_infinite_reward_names_its_problems() -> None:
-    answers = replace(judged(["x", "y", "z"]), ids=[7, 8, 9])
+    answers = replace(reward_batch(["x", "y", "z"]), ids=[7, 8, 9])
     with pytest.raises(NotFiniteError) as raised:
         returning([math.inf, 0.0, -math.inf]).score(answers)
     assert raised.value.ids == ("problem 7", "problem 9")
@@ -61,14 +64,14 @@ def test_a_reward_model_that_gives_nan_is_broken_not_without_an_opinion() -> Non
     scorer = small.scorer()
     torch.nn.init.constant_(scorer.model.score.weight, math.nan)
     with pytest.raises(NotFiniteError, match="reward 'rm' gave nan"):
-        ModelReward("rm", scorer, 0.0, 100).score(judged(["x"]))
+        ModelReward("rm", scorer, 0.0, 100).score(reward_batch(["x"]))
 
 
 def test_a_wrong_count_is_refused() -> None:
     with pytest.raises(RewardError, match="2 numbers for 3 answers"):
-        returning([1.0, 2.0]).score(judged(["x"] * 3))
+        returning([1.0, 2.0]).score(reward_batch(["x"] * 3))
     with pytest.raises(RewardError, match=r"'mine' failed on 1 of 1 answers .*TypeError"):
-        returning(None).score(judged(["x"]))
+        returning(None).score(reward_batch(["x"]))
 
 
 def test_a_failure_names_the_source_and_is_never_a_zero() -> None:
@@ -78,10 +81,10 @@ def test_a_failure_names_the_source_and_is_never_a_zero() -> None:
     with pytest.raises(
         RewardError, match=r"reward 'judge' failed on 2 of 2 answers \(answers 0, 1; .*KeyError"
     ) as caught:
-        FunctionReward("judge", broken).score(judged(["x", "y"]))
+        FunctionReward("judge", broken).score(reward_batch(["x", "y"]))
     assert 'raise KeyError("no such thing")' in caught.value.__notes__[0]
     skipping = FunctionReward("judge", broken, on_failure="skip")
-    assert skipping.score(judged(["x", "y"])) == [None, None]
+    assert skipping.score(reward_batch(["x", "y"])) == [None, None]
     assert skipping.failures == {"failed": 2}
 
 
@@ -97,7 +100,7 @@ def test_functions_are_found_by_name_or_by_path() -> None:
 
 def test_the_reward_model_scores_by_token_ids_less_its_mean() -> None:
     scorer, tokens = small.scorer(), small.rows(6)
-    answers = Judged(["p"] * 6, [""] * 6, tokens, {})
+    answers = RewardBatch(["p"] * 6, [""] * 6, tokens, {})
     plain = ModelReward("rm", scorer, 0.0, 1000).score(answers)
     shifted = ModelReward("rm", scorer, 1.5, 20).score(answers)
     assert [p - 1.5 for p in plain] == pytest.approx(shifted, abs=1e-5)

@@ -15,16 +15,16 @@ import pytest
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ConfigError, NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.rewards import worker as worker_module
-from posttrain.rewards.sources import FunctionReward, Judged
+from posttrain.rewards.sources import FunctionReward, RewardBatch
 from posttrain.rewards.worker import Worker
 
 Make = Callable[..., FunctionReward]
 
 
-def judged(completions: Sequence[str], prompts: Sequence[Any] | None = None, **columns: list[Any]) -> Judged:
+def reward_batch(completions: Sequence[str], prompts: Sequence[Any] | None = None, **columns: list[Any]) -> RewardBatch:
     rows = len(completions)
     asked = list(prompts or [f"prompt {i}" for i in range(rows)])
-    return Judged(asked, list(completions), [Tokens((1,), (2,))] * rows, columns, [100 + i for i in range(rows)])
+    return RewardBatch(asked, list(completions), [Tokens((1,), (2,))] * rows, columns, [100 + i for i in range(rows)])
 
 
 @pytest.fixture
@@ -57,23 +57,23 @@ def gone(pid: int, within: float = 5.0) -> bool:
 
 
 def test_values_columns_and_arguments_arrive_and_prints_do_no_harm(source: Make) -> None:
-    assert source("lengths", bonus=0.5).score(judged(["abc", "", "é\n"])) == [3.5, None, 2.5]
+    assert source("lengths", bonus=0.5).score(reward_batch(["abc", "", "é\n"])) == [3.5, None, 2.5]
     messages = [[{"role": "user", "content": "2+2="}], [{"role": "user", "content": "1+1="}]]
-    assert source("seen").score(judged(["2+2=4", "1+1=3"], messages, answer=[4, "2"])) == [1.0, 0.0]
+    assert source("seen").score(reward_batch(["2+2=4", "1+1=3"], messages, answer=[4, "2"])) == [1.0, 0.0]
 
 
 def test_one_process_serves_all_calls_and_is_not_this_one(source: Make) -> None:
     reward = source("process_ids")
-    pids = {pid for _ in range(3) for pid in reward.score(judged(["x", "y"]))}
+    pids = {pid for _ in range(3) for pid in reward.score(reward_batch(["x", "y"]))}
     assert len(pids) == 1
     assert pids != {float(os.getpid())}
 
 
 def test_what_is_no_number_is_refused_from_there_too(source: Make) -> None:
     with pytest.raises(NotFiniteError, match="gave inf"):
-        source("infinite").score(judged(["x"]))
+        source("infinite").score(reward_batch(["x"]))
     with pytest.raises(RewardError, match="gave '1j'"):
-        source("complex_number").score(judged(["x"]))
+        source("complex_number").score(reward_batch(["x"]))
 
 
 def test_time_is_up_the_rows_are_named_and_nothing_stays_behind(source: Make, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_time_is_up_the_rows_are_named_and_nothing_stays_behind(source: Make, tm
     with pytest.raises(
         RewardTimeoutError, match=r"'judge' took too long on 2 of 2 answers \(rows 100, 101; .*'prompt 0'"
     ):
-        reward.score(judged(["fine", "slow"]))
+        reward.score(reward_batch(["fine", "slow"]))
     assert time.monotonic() - started < 5
     own, child = map(int, (tmp_path / "pids").read_text().split())
     assert gone(own)
@@ -94,16 +94,16 @@ def test_too_slow_is_missing_and_not_wrong_where_one_may_skip(
     source: Make, function: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward = source(function, 0.5, "skip")
-    assert reward.score(judged(["slow", "x", "y"])) == [None, None, None]
+    assert reward.score(reward_batch(["slow", "x", "y"])) == [None, None, None]
     assert reward.failures == {"timed_out": 3}
     assert "'judge' took too long on 3 of 3 answers" in capsys.readouterr().err
     if function == "sleeper":  # and the next batch finds a new process
-        assert reward.score(judged(["x"])) == [1.0]
+        assert reward.score(reward_batch(["x"])) == [1.0]
         assert reward.failures == {"timed_out": 3}
 
 
 def test_an_exception_costs_the_rows_that_raise_and_no_others(source: Make) -> None:
-    batch = judged(["a", "bad", "c", "bad", "e"])
+    batch = reward_batch(["a", "bad", "c", "bad", "e"])
     reward = source("picky", on_failure="skip")
     assert reward.score(batch) == [3.0, None, 3.0, None, 3.0]
     assert reward.failures == {"failed": 2}
@@ -117,16 +117,16 @@ def test_an_exception_costs_the_rows_that_raise_and_no_others(source: Make) -> N
 
 def test_a_failure_that_no_row_explains_is_one_of_all_rows(source: Make) -> None:
     reward = source("together", on_failure="skip")
-    assert reward.score(judged(["a", "b", "c"])) == [None] * 3
+    assert reward.score(reward_batch(["a", "b", "c"])) == [None] * 3
     assert reward.failures == {"failed": 3}
 
 
 def test_a_process_that_dies_is_an_error_or_missing_rewards(source: Make) -> None:
     with pytest.raises(RewardError, match=r"failed on 2 of 2 answers .*its process ended, killed by SIGSEGV"):
-        source("dying").score(judged(["x", "die"]))
+        source("dying").score(reward_batch(["x", "die"]))
     reward = source("dying", on_failure="skip")
-    assert reward.score(judged(["x", "die"])) == [None, None]
-    assert reward.score(judged(["x", "y"])) == [0.5, 0.5]
+    assert reward.score(reward_batch(["x", "die"])) == [None, None]
+    assert reward.score(reward_batch(["x", "y"])) == [0.5, 0.5]
     assert reward.failures == {"failed": 2}
 
 

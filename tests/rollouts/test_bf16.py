@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posttrain.data.tokens import Tokens
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rollouts import decoder
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -27,7 +27,7 @@ def test_log_probabilities_are_as_near_to_the_trainers_as_its_own_rounding() -> 
     rows = [Tokens(p, c.tokens) for p, group in zip(PROMPTS, answers, strict=True) for c in group]
     ours = np.concatenate([c.logprobs for group in answers for c in group])
     rounded, exact = (
-        np.concatenate([n.logprobs for n in token_numbers(Policy(model), rows, 200, bf16=bf16)])
+        np.concatenate([n.logprobs for n in token_logprobs(Policy(model), rows, 200, bf16=bf16)])
         for bf16 in (True, False)
     )
     rounding = np.abs(rounded - exact).mean()

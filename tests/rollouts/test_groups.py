@@ -44,7 +44,7 @@ def right(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[
 
 
 def make(
-    prompts: Sequence[str], record: Any = GRPO, wanted: int = 2, engine: Scripted | None = None, reward: Any = right
+    prompts: Sequence[str], spec: Any = GRPO, wanted: int = 2, engine: Scripted | None = None, reward: Any = right
 ) -> GroupSampler:
     from accelerate import Accelerator
 
@@ -52,7 +52,7 @@ def make(
     settings = GroupSettings(wanted, 4, SamplingSettings(10, 1.0))
     rewards = [FunctionReward("right", reward)]
     return GroupSampler(
-        problems, engine or Scripted(), ENCODER, rewards, {"right": 2.0}, record, settings, 0, Accelerator()
+        problems, engine or Scripted(), ENCODER, rewards, {"right": 2.0}, spec, settings, 0, Accelerator()
     )
 
 
@@ -116,14 +116,14 @@ def test_refill_fails_loudly_and_bounded() -> None:
 
 
 def test_refill_goes_on_with_what_it_has_only_if_asked_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    record = replace(DAPO, refill_limit=1, refill_partial=True)
-    sampler = make(["easy", "mixed"], record, wanted=2)
+    spec = replace(DAPO, refill_limit=1, refill_partial=True)
+    sampler = make(["easy", "mixed"], spec, wanted=2)
     answers, metrics = sampler.sample()
     assert {a.problem.prompt for a in answers} == {"mixed"}
     assert metrics["groups/trained"] == 1
     assert "going on with 1 of 2 groups" in capsys.readouterr().err
     with pytest.raises(RolloutError, match="found 0 of 2"):
-        make(["easy", "hard"], record).sample()
+        make(["easy", "hard"], spec).sample()
 
 
 def test_drop_keeps_what_carries_a_signal_in_one_round() -> None:
@@ -182,10 +182,10 @@ def test_rewards_normalised_within_the_group_are_what_is_trained_on() -> None:
 
 
 def test_shaping_by_a_missing_end_and_by_length() -> None:
-    record = replace(GRPO, missing_eos_penalty=1.5, overlong_cache=4)
+    spec = replace(GRPO, missing_eos_penalty=1.5, overlong_cache=4)
     # limit 10, cache 4: length 8 costs 1/2, length 10 costs 1
     for finished, length, expected in [(True, 6, 0.0), (True, 8, -0.5), (False, 10, -2.5), (False, 8, -2.0)]:
-        answers, _ = make(["hard", "hard"], record, engine=Scripted(finished=finished, length=length)).sample()
+        answers, _ = make(["hard", "hard"], spec, engine=Scripted(finished=finished, length=length)).sample()
         assert {a.reward for a in answers} == {expected}
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 
 from posttrain.data.tokens import Tokens
 from posttrain.errors import RolloutError
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import Request, SamplingSettings, uniforms
 from posttrain.rollouts.native import NativeEngine
@@ -53,7 +53,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(model: Any) -> None:
 def test_log_probabilities_are_those_of_a_teacher_forced_forward(model: Any, temperature: float) -> None:
     answers = NativeEngine(model, EOS).sample(requests(4), SamplingSettings(12, temperature))
     flat = [(p, c) for p, group in zip(PROMPTS, answers, strict=True) for c in group]
-    forced = token_numbers(Policy(model), [Tokens(p, c.tokens) for p, c in flat], 60, temperature)
+    forced = token_logprobs(Policy(model), [Tokens(p, c.tokens) for p, c in flat], 60, temperature)
     for (_, completion), numbers in zip(flat, forced, strict=True):
         assert completion.logprobs == pytest.approx(numbers.logprobs.tolist(), abs=1e-5)
 

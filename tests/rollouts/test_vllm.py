@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from posttrain.data.tokens import Tokens
 from posttrain.errors import StaleWeightsError
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import tiny_model
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
@@ -33,7 +33,7 @@ from tests.rollouts.served import PROMPTS, SETTINGS, Setup, requests
 def gap(model: Any, answers: list[list[Completion]], temperature: float) -> float:
     """The largest difference of the reported log-probabilities from a teacher-forced forward of `model`."""
     flat = [(p, c) for p, group in zip(PROMPTS, answers, strict=True) for c in group]
-    forced = token_numbers(Policy(model), [Tokens(p, c.tokens) for p, c in flat], 400, temperature)
+    forced = token_logprobs(Policy(model), [Tokens(p, c.tokens) for p, c in flat], 400, temperature)
     return max(
         abs(said - own)
         for (_, c), n in zip(flat, forced, strict=True)

@@ -99,8 +99,8 @@ def test_a_tied_model_is_served_rightly_and_a_stale_head_is_caught(
 
 def test_grpo_goes_on_through_the_death_of_its_server(server: LocalServer, tmp_path: Path) -> None:
     policy, reference = Policy(qwen(tied=False)), Policy(qwen(tied=False))
-    record = replace(GRPO, minibatches=1)
-    source, objective = source_of(record, policy, reference)
+    spec = replace(GRPO, minibatches=1)
+    source, objective = source_of(spec, policy, reference)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(3e-3), total_steps=4, micro_batch_tokens=400)
     sampler = engine_on(server, policy.lm, tmp_path / "served", lambda: trainer.updates)
     source.sampler.engine = sampler

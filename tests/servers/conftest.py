@@ -39,7 +39,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.postgres import program
 from infra.topology import ORDER, Topology
-from pipelines.configure import configure
+from pipelines.commands.configure import configure
 from posttrain.errors import OrchestrationError
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.webhook import Bodies, listening

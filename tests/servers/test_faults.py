@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.journal import ended, read
+from pipelines.runtime.journal import ended, read
 from tests.servers.conftest import Scene, wait
 
 pytestmark = [

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.states import Cancelled
 
 from flows.promote import promote
-from pipelines.models import line
+from pipelines.commands.models import line
 from tests.servers.conftest import Scene, signed_in, wait
 from tests.sockets import addresses, family
 

@@ -18,7 +18,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from pipelines.configure import configure
+from pipelines.commands.configure import configure
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.servers.conftest import QUICK, tables, wait
 from tests.sockets import addresses, family
@@ -98,7 +98,7 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
 
 
 def test_ui_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
-    with at_work(clone, tmp_path, "pipelines.ui", "--port", "0", "--prefect-port", "0") as (process, said):
+    with at_work(clone, tmp_path, "pipelines.commands.ui", "--port", "0", "--prefect-port", "0") as (process, said):
         for name in ("MLflow", "Prefect"):
             base = said(rf"{name} answers at (http://127\.0\.0\.1:\d+)", 120)
             with urlopen(base, timeout=30) as page:

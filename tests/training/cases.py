@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
 from posttrain.data.tokens import Tokens
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective
+from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective
 from posttrain.training.preference import (
     Answer,
     AnswerGroup,
@@ -71,66 +71,66 @@ def case(name: str, double: bool = False) -> Case:
             for i, (c, r) in enumerate(zip(small.rows(7), small.answers(small.rows(7), seed=1), strict=True))
         ]
         return Case(lambda: small.scorer(double=double), RewardObjective(0.05), pairs)
-    record = PRESETS[name]
-    if isinstance(record, OnPolicy):
-        rows = experiences(record)
+    spec = PRESETS[name]
+    if isinstance(spec, OnPolicy):
+        rows = experiences(spec)
         return Case(
-            lambda: small.policy(critic=record.has_critic, double=double),
-            OnPolicyObjective(record, MAX_LENGTH, 0.8),
+            lambda: small.policy(critic=spec.has_critic, double=double),
+            OnPolicyObjective(spec, MAX_LENGTH, 0.8),
             rows,
         )
-    if isinstance(record, Preference):
-        return Case(lambda: small.policy(double=double), PreferenceObjective(record), pairs_for(record))
-    assert isinstance(record, LoggedGroups)
+    if isinstance(spec, Preference):
+        return Case(lambda: small.policy(double=double), PreferenceObjective(spec), pairs_for(spec))
+    assert isinstance(spec, LoggedGroups)
     groups = [AnswerGroup((p.chosen, p.rejected), (0.5, -0.5)) for p in pairs_for(PRESETS["dpo"])]
     ranked = small.rows(3, seed=7)
     groups.append(AnswerGroup(tuple(map(Answer, ranked, small.numbers(ranked, 8))), (2.0, -1.0, 0.5)))
-    return Case(lambda: small.policy(double=double), LoggedGroupsObjective(record), groups)
+    return Case(lambda: small.policy(double=double), LoggedGroupsObjective(spec), groups)
 
 
 def near(
     policy: Policy, tokens: Sequence[Tokens], seed: int, spread: float, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """The policy's own log-probabilities, moved a little: those of an older policy."""
-    own = token_numbers(policy, tokens, 10_000, temperature)
+    own = token_logprobs(policy, tokens, 10_000, temperature)
     return [n.logprobs + noise for n, noise in zip(own, small.numbers(tokens, seed, spread), strict=True)]
 
 
-def experiences(record: OnPolicy) -> list[Any]:
+def experiences(spec: OnPolicy) -> list[Any]:
     first = small.rows(4, seed=3)
     # two answers to each of three prompts, one of them alone
     tokens = [*first, *small.answers(first[:3], seed=16)]
     policy = small.policy()
-    old = near(policy, tokens, 54, 5e-4 if record.ratio == "sequence" else 0.2, 0.8)
+    old = near(policy, tokens, 54, 5e-4 if spec.ratio == "sequence" else 0.2, 0.8)
     reference = near(policy, tokens, 5, 0.5, 0.8)
     advantages, values, returns = (small.numbers(tokens, seed) for seed in (6, 7, 8))
     sampled = [o + n for o, n in zip(old, small.numbers(tokens, 9, 0.01), strict=True)]
-    mu = 0.3 if record.has_expert else 0.0
+    mu = 0.3 if spec.has_expert else 0.0
     made: list[Any] = [
         Experience(
             tokens=t,
-            advantages=advantages[i] if record.has_critic else np.full_like(advantages[i], advantages[i][0]),
-            sampled=sampled[i],
-            reference=reference[i],
-            old=old[i],
-            old_values=values[i] if record.has_critic else None,
-            returns=returns[i] if record.has_critic else None,
+            advantages=advantages[i] if spec.has_critic else np.full_like(advantages[i], advantages[i][0]),
+            rollout_logprobs=sampled[i],
+            ref_logprobs=reference[i],
+            old_logprobs=old[i],
+            old_values=values[i] if spec.has_critic else None,
+            returns=returns[i] if spec.has_critic else None,
             trained=i != 4,
             weight=1 - mu,
         )
         for i, t in enumerate(tokens)
     ]
     # order matters to nobody, so expert rows stand in between
-    experts = [Expert(t, mu) for t in small.rows(4, seed=10)] if record.has_expert else []
+    experts = [Demonstration(t, mu) for t in small.rows(4, seed=10)] if spec.has_expert else []
     return [*made[:3], *experts, *made[3:]]
 
 
-def pairs_for(record: Any) -> list[PreferencePair]:
+def pairs_for(spec: Any) -> list[PreferencePair]:
     chosen = small.rows(7, seed=11)
     rejected = small.answers(chosen, seed=12)
     policy = small.policy()
     references = [near(policy, tokens, seed, 0.5) for tokens, seed in ((chosen, 13), (rejected, 14))]
-    if not record.needs_reference:
+    if not spec.needs_reference:
         references = [[np.zeros_like(r) for r in side] for side in references]
     gaps = small.numbers([Tokens((1,), (1,) * 7)], 15)[0]
     return [
@@ -142,7 +142,7 @@ def pairs_for(record: Any) -> list[PreferencePair]:
 def with_record(made: Case, **options: Any) -> Case:
     """The case with other options of its record."""
     objective = made.objective
-    record = replace(objective.record, **options)
-    if isinstance(record, OnPolicy):
-        return replace(made, objective=OnPolicyObjective(record, objective.max_length, objective.temperature))
-    return replace(made, objective=type(objective)(record))
+    spec = replace(objective.spec, **options)
+    if isinstance(spec, OnPolicy):
+        return replace(made, objective=OnPolicyObjective(spec, objective.max_length, objective.temperature))
+    return replace(made, objective=type(objective)(spec))

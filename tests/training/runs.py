@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder
 from posttrain.models.lora import Adapter, BasePolicy, LoraSettings
@@ -22,7 +22,7 @@ from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.checkpoint import Checkpoints
-from posttrain.training.experience import ExperienceSource, Experts
+from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.supervised import EpochSource
@@ -73,7 +73,7 @@ def varied(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list
     return [None if len(c) % 7 == 3 else float(sum(map(ord, c)) % 3) for c in completions]
 
 
-def sampler(record: OnPolicy, lm: Any, prompts: int = 4, samples: int = 3, **options: Any) -> GroupSampler:
+def sampler(spec: OnPolicy, lm: Any, prompts: int = 4, samples: int = 3, **options: Any) -> GroupSampler:
     encoder = TextEncoder(byte_tokenizer(64), 64)
     texts = ["a", "bc", "a", "def 1", "2+2=", "??"]
     problems = [Problem(t, tuple(encoder.prompt(t)), {"id": i}) for i, t in enumerate(texts)]
@@ -83,30 +83,30 @@ def sampler(record: OnPolicy, lm: Any, prompts: int = 4, samples: int = 3, **opt
         "settings": GroupSettings(prompts, samples, SamplingSettings(6, 0.9)),
         "accelerator": Accelerator(),
     } | options
-    return GroupSampler(problems, NativeEngine(lm, small.EOS), encoder, record=record, seed=5, **arguments)
+    return GroupSampler(problems, NativeEngine(lm, small.EOS), encoder, spec=spec, seed=5, **arguments)
 
 
 def source_of(
-    record: OnPolicy, policy: Policy, reference: Policy | None = None, **options: Any
+    spec: OnPolicy, policy: Policy, reference: Policy | None = None, **options: Any
 ) -> tuple[ExperienceSource, OnPolicyObjective]:
-    objective = OnPolicyObjective(record, 6, 0.9)
-    experts = Experts(small.rows(5, seed=20), 2, 3) if record.has_expert else None
-    drawn = sampler(record, policy.lm, **options)
+    objective = OnPolicyObjective(spec, 6, 0.9)
+    experts = Demonstrations(small.rows(5, seed=20), 2, 3) if spec.has_expert else None
+    drawn = sampler(spec, policy.lm, **options)
     return ExperienceSource(
-        record, policy, reference or small.policy(seed=1), drawn, objective, budget=60, experts=experts
+        spec, policy, reference or small.policy(seed=1), drawn, objective, budget=60, experts=experts
     ), objective
 
 
 def options_of(name: str) -> OnPolicy:
-    record = PRESETS[name]
-    assert isinstance(record, OnPolicy)
+    spec = PRESETS[name]
+    assert isinstance(spec, OnPolicy)
     if name == "ppo":
-        return replace(record, kl_target=1.0, kl_horizon=100)
+        return replace(spec, kl_target=1.0, kl_horizon=100)
     if name == "grpo":
-        return replace(record, minibatches=2)
+        return replace(spec, minibatches=2)
     if name == "chord":
-        return replace(record, mu_warmup_steps=2, mu_decay_steps=3)
-    return record
+        return replace(spec, mu_warmup_steps=2, mu_decay_steps=3)
+    return spec
 
 
 def start(
@@ -128,13 +128,13 @@ def start(
         source = EpochSource(made.rows, EpochOrder(len(made.rows), 3, 2, seed=4))
         updates = STEPS
     else:
-        record = options_of(name)
-        model = small.policy(critic=record.has_critic)
+        spec = options_of(name)
+        model = small.policy(critic=spec.has_critic)
         reference = BasePolicy(model.lm, Adapter(model.lm, lora)) if lora else None
         if lora and model.critic is not None:
             Adapter(model.critic, lora)
-        source, objective = source_of(record, model, reference)
-        updates = STEPS * record.epochs * record.minibatches
+        source, objective = source_of(spec, model, reference)
+        updates = STEPS * spec.epochs * spec.minibatches
     trainer: Trainer[Any] = Trainer(model, optimizer, total_steps=updates, micro_batch_tokens=60)
     fit(trainer, source, objective, LoopSettings(name, STEPS, checkpoint_steps=2), recorder, Checkpoints(folder))
     assert trainer.updates == updates

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy, Preference
+from posttrain.algorithms.specs import OnPolicy, Preference
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
-from posttrain.training.onpolicy import Experience, Expert
+from posttrain.training.onpolicy import Demonstration, Experience
 from posttrain.training.preference import Answer, AnswerGroup
 from tests.training.cases import MAX_LENGTH, case, probe, with_record
 
@@ -35,18 +35,18 @@ def loss_of(name: str) -> tuple[dict[str, float], Policy, list[Any]]:
     return probe(model, 30).update(made.rows, made.objective), model, made.rows
 
 
-def policy_term(record: OnPolicy, lp: list[float], row: Experience) -> list[float]:
-    old, ref = [float(x) for x in row.old], [float(x) for x in row.reference]
+def policy_term(spec: OnPolicy, lp: list[float], row: Experience) -> list[float]:
+    old, ref = [float(x) for x in row.old_logprobs], [float(x) for x in row.ref_logprobs]
     n = len(lp)
     geometric = math.exp(sum(a - b for a, b in zip(lp, old, strict=True)) / n)
     terms = []
     for t in range(n):
         a = float(row.advantages[t])
-        rho = geometric if record.ratio == "sequence" else math.exp(lp[t] - old[t])
-        clipped = min(max(rho, 1 - record.clip_low), 1 + record.clip_high)
-        s = -clipped * a * lp[t] if record.surrogate == "weight" else max(-a * rho, -a * clipped)
-        if record.kl == "loss":
-            s += record.kl_coefficient * (math.exp(ref[t] - lp[t]) - 1 + lp[t] - ref[t])
+        rho = geometric if spec.ratio == "sequence" else math.exp(lp[t] - old[t])
+        clipped = min(max(rho, 1 - spec.clip_low), 1 + spec.clip_high)
+        s = -clipped * a * lp[t] if spec.surrogate == "weight" else max(-a * rho, -a * clipped)
+        if spec.kl == "loss":
+            s += spec.kl_coefficient * (math.exp(ref[t] - lp[t]) - 1 + lp[t] - ref[t])
         terms.append(row.weight * s)
     return terms
 
@@ -64,25 +64,25 @@ def value_term(critic: Any, row: Experience, clip: float) -> float:
 
 @pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, OnPolicy)))
 def test_every_on_policy_preset(name: str) -> None:
-    record = PRESETS[name]
-    assert isinstance(record, OnPolicy)
+    spec = PRESETS[name]
+    assert isinstance(spec, OnPolicy)
     metrics, model, rows = loss_of(name)
     trained = [r for r in rows if isinstance(r, Experience) and r.trained]
-    terms = [policy_term(record, token_logprobs(model, r.tokens, TEMPERATURE), r) for r in trained]
+    terms = [policy_term(spec, token_logprobs(model, r.tokens, TEMPERATURE), r) for r in trained]
     tokens = sum(map(len, terms))
     expected = {
         "token_mean": sum(map(sum, terms)) / tokens,
         "sequence_mean": sum(sum(t) / len(t) for t in terms) / len(terms),
         "constant": sum(map(sum, terms)) / (len(terms) * MAX_LENGTH),
-    }[record.aggregate]
-    if record.has_critic:
-        squared = sum(value_term(model.critic, r, record.value_clip) for r in trained)
-        expected += record.value_coefficient * squared / tokens
+    }[spec.aggregate]
+    if spec.has_critic:
+        squared = sum(value_term(model.critic, r, spec.value_clip) for r in trained)
+        expected += spec.value_coefficient * squared / tokens
         assert metrics["value/loss"] == pytest.approx(squared / tokens, rel=1e-7)
-    experts = [r for r in rows if isinstance(r, Expert)]
+    experts = [r for r in rows if isinstance(r, Demonstration)]
     if experts:
         lps = [lp for r in experts for lp in token_logprobs(model, r.tokens)]
-        phi = [math.exp(lp) * (1 - math.exp(lp)) if record.phi != "none" else 1.0 for lp in lps]
+        phi = [math.exp(lp) * (1 - math.exp(lp)) if spec.phi != "none" else 1.0 for lp in lps]
         nll = sum(-w * lp for w, lp in zip(phi, lps, strict=True)) / len(lps)
         assert metrics["expert/loss"] == pytest.approx(nll, rel=1e-7)
         assert metrics["expert/phi"] == pytest.approx(sum(phi) / len(phi), rel=1e-7)
@@ -100,7 +100,7 @@ def test_the_kl_that_is_reported_is_not_clamped(name: str) -> None:
         return np.asarray(token_logprobs(model, tokens, TEMPERATURE if name == "grpo" else 1.0)) + 40.0
 
     if name == "grpo":
-        rows = [replace(row, reference=far(row.tokens)) for row in made.rows]
+        rows = [replace(row, ref_logprobs=far(row.tokens)) for row in made.rows]
         answers = [row.tokens for row in rows]
     else:
         rows = [AnswerGroup(tuple(Answer(a.tokens, far(a.tokens)) for a in g.answers), g.scores) for g in made.rows]
@@ -113,8 +113,8 @@ def test_the_kl_that_is_reported_is_not_clamped(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
 def test_the_metrics_of_an_update(name: str) -> None:
-    record = PRESETS[name]
-    assert isinstance(record, OnPolicy)
+    spec = PRESETS[name]
+    assert isinstance(spec, OnPolicy)
     metrics, model, rows = loss_of(name)
     sums: dict[str, float] = dict.fromkeys(
         ("k1", "k3", "approx", "mismatch", "mismatch_k3", "entropy", "tokens", "low", "high", "trained"), 0.0
@@ -122,17 +122,19 @@ def test_the_metrics_of_an_update(name: str) -> None:
     ratios, gaps = [], []
     for row in rows:
         lp = token_logprobs(model, row.tokens, TEMPERATURE)
-        old, ref, sampled = (x.astype(np.float64).tolist() for x in (row.old, row.reference, row.sampled))
+        old, ref, sampled = (
+            x.astype(np.float64).tolist() for x in (row.old_logprobs, row.ref_logprobs, row.rollout_logprobs)
+        )
         mean = math.exp(sum(a - b for a, b in zip(lp, old, strict=True)) / len(lp))
         for t, now in enumerate(lp):
-            ratio = mean if record.ratio == "sequence" else math.exp(now - old[t])
+            ratio = mean if spec.ratio == "sequence" else math.exp(now - old[t])
             sums["k1"] += now - ref[t]
             sums["k3"] += math.exp(ref[t] - now) - 1 + now - ref[t]
             sums["approx"] += math.exp(now - old[t]) - 1 + old[t] - now
             sums["mismatch"] += abs(old[t] - sampled[t])
             sums["mismatch_k3"] += math.exp(old[t] - sampled[t]) - 1 + sampled[t] - old[t]
-            sums["low"] += row.trained and ratio < 1 - record.clip_low and row.advantages[t] < 0
-            sums["high"] += row.trained and ratio > 1 + record.clip_high and row.advantages[t] > 0
+            sums["low"] += row.trained and ratio < 1 - spec.clip_low and row.advantages[t] < 0
+            sums["high"] += row.trained and ratio > 1 + spec.clip_high and row.advantages[t] > 0
             ratios.append(ratio)
             gaps.append(abs(old[t] - sampled[t]))
         sums["tokens"] += len(lp)
@@ -164,26 +166,26 @@ def test_the_metrics_of_an_update(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, Preference)))
 def test_every_preference_preset(name: str) -> None:
-    record = PRESETS[name]
-    assert isinstance(record, Preference)
+    spec = PRESETS[name]
+    assert isinstance(spec, Preference)
     metrics, model, rows = loss_of(name)
     total, right = 0.0, 0
     for row in rows:
         sides = []
         for answer in (row.chosen, row.rejected):
             lp = token_logprobs(model, answer.tokens)
-            log_ratio = sum(lp) - float(answer.reference.astype(np.float64).sum())
-            sides.append(log_ratio / len(lp) if record.logit == "mean" else log_ratio)
+            log_ratio = sum(lp) - float(answer.ref_logprobs.astype(np.float64).sum())
+            sides.append(log_ratio / len(lp) if spec.logit == "mean" else log_ratio)
         delta = sides[0] - sides[1]
         right += delta > 0
-        x = record.beta * delta - record.target_margin
+        x = spec.beta * delta - spec.target_margin
         up, down = math.log1p(math.exp(-x)), math.log1p(math.exp(x))
-        target = 1 / (1 + math.exp(-record.score_scale * row.score_gap))
+        target = 1 / (1 + math.exp(-spec.score_scale * row.score_gap))
         total += {
             "dpo": up,
             "dpo_soft": target * up + (1 - target) * down,
             "robust": (0.9 * up - 0.1 * down) / 0.8,
-            "ipo": (delta - 1 / (2 * record.beta)) ** 2,
+            "ipo": (delta - 1 / (2 * spec.beta)) ** 2,
             "hinge": max(0.0, 1 - x),
             "simpo": up,
         }[name]
@@ -208,7 +210,7 @@ def test_preferences_start_at_their_reference(name: str, start: float) -> None:
     model = made.model()
 
     def at_reference(answer: Answer) -> Answer:
-        return replace(answer, reference=np.array(token_logprobs(model, answer.tokens)))
+        return replace(answer, ref_logprobs=np.array(token_logprobs(model, answer.tokens)))
 
     rows = [replace(r, chosen=at_reference(r.chosen), rejected=at_reference(r.rejected)) for r in made.rows]
     assert probe(model, 30).update(rows, made.objective)["loss"] == pytest.approx(start, abs=1e-5 * max(1, start))
@@ -249,7 +251,7 @@ def test_logged_groups() -> None:
         mean = sum(row.scores) / len(row.scores)
         for answer, score in zip(row.answers, row.scores, strict=True):
             lp = token_logprobs(model, answer.tokens)
-            difference = [a - float(b) for a, b in zip(lp, answer.reference, strict=True)]
+            difference = [a - float(b) for a, b in zip(lp, answer.ref_logprobs, strict=True)]
             ratio, a = math.exp(sum(difference) / len(lp)), score - mean
             ratios.append(ratio)
             surrogate = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))

@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.errors import NotFiniteError, NumericalError
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.native import NativeEngine
-from posttrain.training.experience import Experts, minibatches
-from posttrain.training.onpolicy import Experience, Expert
+from posttrain.training.experience import Demonstrations, minibatches
+from posttrain.training.onpolicy import Demonstration, Experience
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.training.runs import source_of
 
 
-def record(name: str, **options: Any) -> OnPolicy:
+def spec(name: str, **options: Any) -> OnPolicy:
     found = PRESETS[name]
     assert isinstance(found, OnPolicy)
     return replace(found, **options)
@@ -39,15 +39,15 @@ def step(made: OnPolicy, **options: Any) -> tuple[Any, Any, Any]:
 
 
 def test_old_and_reference_are_those_of_the_two_models() -> None:
-    source, data, policy = step(record("gspo"))
+    source, data, policy = step(spec("gspo"))
     rows = [row for batch in data.batches for row in batch]
-    own = token_numbers(policy, [r.tokens for r in rows], 50, 0.9)
-    reference = token_numbers(small.policy(seed=1), [r.tokens for r in rows], 50, 0.9)
+    own = token_logprobs(policy, [r.tokens for r in rows], 50, 0.9)
+    reference = token_logprobs(small.policy(seed=1), [r.tokens for r in rows], 50, 0.9)
     for row, mine, other, answer in zip(rows, own, reference, source.last_answers, strict=True):
         assert row.tokens == answer.tokens
-        assert row.old == pytest.approx(mine.logprobs, abs=1e-5)
-        assert row.sampled == pytest.approx(mine.logprobs, abs=1e-5)
-        assert row.reference == pytest.approx(other.logprobs, abs=1e-5)
+        assert row.old_logprobs == pytest.approx(mine.logprobs, abs=1e-5)
+        assert row.rollout_logprobs == pytest.approx(mine.logprobs, abs=1e-5)
+        assert row.ref_logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "measured"), [("gspo", [True, False, True, False]), ("grpo", [True] * 4)])
@@ -55,10 +55,10 @@ def test_the_kl_is_measured_every_second_step_and_always_where_the_loss_needs_it
     name: str, measured: list[bool]
 ) -> None:
     policy = small.policy()
-    source, objective = source_of(record(name, minibatches=1), policy)
+    source, objective = source_of(spec(name, minibatches=1), policy)
     source.measure_kl_every = 2
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=4, micro_batch_tokens=40)
-    every, _ = source_of(record(name, minibatches=1), policy)
+    every, _ = source_of(spec(name, minibatches=1), policy)
     updates = []
     for number in range(4):
         (batch,), (whole,) = source.next(number).batches, every.next(number).batches
@@ -69,7 +69,7 @@ def test_the_kl_is_measured_every_second_step_and_always_where_the_loss_needs_it
 
 
 def test_advantages_are_those_of_the_group_for_every_token() -> None:
-    source, data, _ = step(record("grpo"))
+    source, data, _ = step(spec("grpo"))
     rows = data.batches[0]
     groups: dict[int, list[float]] = {}
     for answer in source.last_answers:
@@ -85,10 +85,10 @@ def test_advantages_are_those_of_the_group_for_every_token() -> None:
 
 
 def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
-    source, data, _policy = step(record("rloo", kl_coefficient=0.3))
+    source, data, _policy = step(spec("rloo", kl_coefficient=0.3))
     rows = data.batches[0]
     paid = [
-        a.reward - 0.3 * float((r.old.astype(float) - r.reference).sum())
+        a.reward - 0.3 * float((r.old_logprobs.astype(float) - r.ref_logprobs).sum())
         for a, r in zip(source.last_answers, rows, strict=True)
     ]
     for i, (row, answer) in enumerate(zip(rows, source.last_answers, strict=True)):
@@ -102,14 +102,14 @@ def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
 
 
 def test_gae_puts_the_score_on_the_last_response_token() -> None:
-    source, data, _policy = step(record("ppo", whiten=False, missing_eos_penalty=0.0))
+    source, data, _policy = step(spec("ppo", whiten=False, missing_eos_penalty=0.0))
     assert len(data.batches) == 4
     for row, answer in zip(data.batches[0], source.last_answers, strict=True):
         if math.isnan(answer.reward):
             assert not row.trained
             assert not row.advantages.any()
             continue
-        rewards = -0.05 * (row.old.astype(float) - row.reference)
+        rewards = -0.05 * (row.old_logprobs.astype(float) - row.ref_logprobs)
         rewards[-1] += answer.reward
         values, running, expected = [*row.old_values.astype(float), 0.0], 0.0, []
         for t in reversed(range(len(rewards))):
@@ -120,23 +120,23 @@ def test_gae_puts_the_score_on_the_last_response_token() -> None:
 
 
 def test_explained_variance_is_what_the_critic_knew_of_the_returns() -> None:
-    _, data, _ = step(record("ppo"))
-    judged = [r for r in data.batches[0] if r.trained]
-    returns = np.concatenate([r.returns for r in judged]).astype(float)
-    values = np.concatenate([r.old_values for r in judged]).astype(float)
+    _, data, _ = step(spec("ppo"))
+    scored = [r for r in data.batches[0] if r.trained]
+    returns = np.concatenate([r.returns for r in scored]).astype(float)
+    values = np.concatenate([r.old_values for r in scored]).astype(float)
     expected = 1 - np.var(returns - values) / np.var(returns)
     assert data.metrics["value/explained_variance"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_whitened_advantages_have_mean_0_and_std_1_over_the_batch() -> None:
-    _, data, _ = step(record("ppo"))
+    _, data, _ = step(spec("ppo"))
     every = np.concatenate([r.advantages for r in data.batches[0] if r.trained])
     assert every.mean() == pytest.approx(0, abs=1e-5)
     assert every.std() == pytest.approx(1, abs=1e-3)
 
 
 def test_reinforce_plus_plus_normalises_the_reward_to_go_over_the_batch() -> None:
-    source, data, _ = step(record("reinforce_pp", kl_coefficient=0.0))
+    source, data, _ = step(spec("reinforce_pp", kl_coefficient=0.0))
     known = [(a.reward, len(a.completion.tokens)) for a in source.last_answers if not math.isnan(a.reward)]
     tokens = np.repeat([r for r, _ in known], [n for _, n in known])
     for row, answer in zip(data.batches[0], source.last_answers, strict=True):
@@ -146,9 +146,9 @@ def test_reinforce_plus_plus_normalises_the_reward_to_go_over_the_batch() -> Non
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_adaptive_coefficient_moves_wherever_the_kl_is(name: str) -> None:
-    made = record(name, kl_target=0.5, kl_horizon=100)
+    made = spec(name, kl_target=0.5, kl_horizon=100)
     source, data, _ = step(made)
-    kl = [float((r.old.astype(float) - r.reference).sum()) for r in data.batches[0]]
+    kl = [float((r.old_logprobs.astype(float) - r.ref_logprobs).sum()) for r in data.batches[0]]
     expected = adapted_coefficient(made.kl_coefficient, float(np.mean(kl)), 0.5, 12, 100)
     assert expected != made.kl_coefficient
     # the reward was paid with the coefficient from before, the loss will be with the one after
@@ -158,7 +158,7 @@ def test_the_adaptive_coefficient_moves_wherever_the_kl_is(name: str) -> None:
 
 
 def test_minibatches_hold_whole_groups_and_every_row_once_an_epoch() -> None:
-    source, data, _ = step(record("grpo", minibatches=2, epochs=2))
+    source, data, _ = step(spec("grpo", minibatches=2, epochs=2))
     assert [len(batch) for batch in data.batches] == [6, 6, 6, 6]
     answers = [a.tokens for a in source.last_answers]
     assert [r.tokens for r in data.batches[0]] + [r.tokens for r in data.batches[1]] == answers
@@ -187,7 +187,7 @@ def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
     def by_prompt(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
         return [float(i % 2) if prompt == "bc" else 1.0 for i, prompt in enumerate(prompts)]
 
-    made = record("grpo", filter="drop", minibatches=4, epochs=2)
+    made = spec("grpo", filter="drop", minibatches=4, epochs=2)
     policy = small.policy()
     # all six problems a step, one of which tells its answers apart
     source, objective = source_of(made, policy, rewards=[FunctionReward("varied", by_prompt)], prompts=6)
@@ -202,7 +202,7 @@ def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
 
 
 def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
-    source, data, _ = step(record("dapo", filter="none", overlong_cache=0, minibatches=1))
+    source, data, _ = step(spec("dapo", filter="none", overlong_cache=0, minibatches=1))
     finished = [a.completion.finished for a in source.last_answers]
     assert [r.trained for r in data.batches[0]] == finished
     assert not all(finished)
@@ -210,7 +210,7 @@ def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
 
 
 def test_a_truncated_answer_is_left_out_of_the_loss_and_stays_in_the_baseline_of_its_group() -> None:
-    made = record("dapo", filter="none", overlong_cache=3, minibatches=1)
+    made = spec("dapo", filter="none", overlong_cache=3, minibatches=1)
     source, data, _ = step(made)
     groups: dict[int, list[float]] = {}
     for answer in source.last_answers:
@@ -232,19 +232,19 @@ def test_a_truncated_answer_is_left_out_of_the_loss_and_stays_in_the_baseline_of
 
 
 def test_experts_join_every_update_with_mu_and_their_cursor_is_the_update() -> None:
-    made = record("chord", mu_warmup_steps=2, mu_decay_steps=4, minibatches=2)
+    made = spec("chord", mu_warmup_steps=2, mu_decay_steps=4, minibatches=2)
     source, data, _ = step(made)
     drawn: list[Any] = []
     for update, batch in enumerate(data.batches):
         mu = expert_weight(update, made)
-        experts = [r for r in batch if isinstance(r, Expert)]
+        experts = [r for r in batch if isinstance(r, Demonstration)]
         assert [e.weight for e in experts] == [mu, mu]
         assert {r.weight for r in batch if isinstance(r, Experience)} == {1 - mu}
         drawn += [e.tokens for e in experts]
     later = source_of(made, small.policy())[0]
     later.load_state_dict(source.state_dict())
-    drawn += [e.tokens for batch in later.next(1).batches for e in batch if isinstance(e, Expert)]
-    stream = Experts(small.rows(5, seed=20), 2, 3)
+    drawn += [e.tokens for batch in later.next(1).batches for e in batch if isinstance(e, Demonstration)]
+    stream = Demonstrations(small.rows(5, seed=20), 2, 3)
     assert drawn == [t for update in range(4) for t in stream.draw(update)]
     assert len({t.response for t in drawn[:5]}) == 5
     assert sorted(t.response for t in drawn[:5]) == sorted(t.response for t in small.rows(5, seed=20))
@@ -252,7 +252,7 @@ def test_experts_join_every_update_with_mu_and_their_cursor_is_the_update() -> N
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "gspo", "chord"])
 def test_the_first_update_of_a_step_is_exactly_on_policy(name: str) -> None:
-    made = record(name)
+    made = spec(name)
     policy = small.policy(critic=made.has_critic)
     source, objective = source_of(made, policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=40)
@@ -269,7 +269,7 @@ def test_the_first_update_of_a_step_is_exactly_on_policy(name: str) -> None:
 
 def test_a_sampler_that_serves_other_weights_stops_the_run() -> None:
     policy = small.policy()
-    source, objective = source_of(record("grpo"), policy)
+    source, objective = source_of(spec("grpo"), policy)
     source.sampler.engine = NativeEngine(small.language_model(seed=9), small.EOS)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
     before = policy.lm.lm_head.weight.clone()
@@ -281,13 +281,13 @@ def test_a_sampler_that_serves_other_weights_stops_the_run() -> None:
 @pytest.mark.parametrize("mismatch", ["none", "mask"])
 def test_a_log_probability_that_the_sampler_does_not_know_is_a_fault(mismatch: str) -> None:
     policy = small.policy()
-    source, objective = source_of(record("dr_grpo", mismatch=mismatch), policy)
+    source, objective = source_of(spec("dr_grpo", mismatch=mismatch), policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
     first, *others = source.next(0).batches[0]
     sampled = first.sampled.copy()
     sampled[0] = math.nan
     with pytest.raises(NotFiniteError, match="mismatch/mean of update 1 is nan"):
-        trainer.update([replace(first, sampled=sampled), *others], objective)
+        trainer.update([replace(first, rollout_logprobs=sampled), *others], objective)
     assert trainer.updates == 0
 
 
@@ -296,7 +296,7 @@ def test_a_step_without_any_known_reward_trains_nothing_and_stays_finite() -> No
         return [None] * len(completions)
 
     for name in ("grpo", "rloo", "gspo"):
-        source, data, policy = step(record(name, kl="none", minibatches=1), rewards=[FunctionReward("varied", silent)])
+        source, data, policy = step(spec(name, kl="none", minibatches=1), rewards=[FunctionReward("varied", silent)])
         assert all(not r.advantages.any() for r in data.batches[0])
         trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
         before = policy.lm.lm_head.weight.clone()
@@ -309,7 +309,7 @@ def test_the_reward_goes_up() -> None:
     def short(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
         return [-float(len(c)) for c in completions]
 
-    made = record("grpo", kl="none", advantage="group_z")
+    made = spec("grpo", kl="none", advantage="group_z")
     policy = small.policy()
     source, objective = source_of(made, policy, rewards=[FunctionReward("varied", short)], samples=8)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(2e-2), total_steps=25, micro_batch_tokens=400)

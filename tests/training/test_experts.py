@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.records import OnPolicy
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.training.onpolicy import Experience
 from posttrain.training.trainer import OptimizerSettings, Terms, Trainer
 from tests.models import small
@@ -22,7 +22,7 @@ from tests.training.test_trainer import Linear
 from tests.training.test_trainer import trainer as linear_trainer
 
 POLICIES = [name for name in NAMES if name != "reward"]
-ON_POLICY = sorted(name for name, record in PRESETS.items() if isinstance(record, OnPolicy))
+ON_POLICY = sorted(name for name, spec in PRESETS.items() if isinstance(spec, OnPolicy))
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
     preset = PRESETS[name]
     assert isinstance(preset, OnPolicy)
     # an untrained policy ends few answers by itself; with the others left out nothing might be trained at all
-    record = replace(preset, mask_truncated=False)
-    policy = small.policy(critic=record.has_critic)
-    source, objective = source_of(record, policy)
+    spec = replace(preset, mask_truncated=False)
+    policy = small.policy(critic=spec.has_critic)
+    source, objective = source_of(spec, policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=60)
     updates = [trainer.update(batch, objective) for batch in source.next(0).batches]
-    assert len(updates) == record.epochs * record.minibatches
+    assert len(updates) == spec.epochs * spec.minibatches
     # the engine's log-probabilities, made token by token with a cache, are those of the trainer's forward
     assert updates[0]["mismatch/max"] < 1e-4
     assert updates[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
@@ -82,7 +82,7 @@ def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
         # a minibatch of few tokens may see none of the changes
         assert 0.0 < max(update["router/changed"] for update in updates[1:]) < 1.0
         assert all(
-            row.old_experts.shape[1:] == (2, 2) for row in source.next(1).batches[0] if isinstance(row, Experience)
+            row.old_routing.shape[1:] == (2, 2) for row in source.next(1).batches[0] if isinstance(row, Experience)
         )
     else:
         # a single update right after sampling is that of the policy that chose
@@ -94,9 +94,9 @@ def test_what_changed_is_counted_against_the_old_policys_choices() -> None:
     rows = [row for batch in source.next(0).batches for row in batch]
     trainer: Trainer[Any] = Trainer(source.policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=30)
     for row in rows[::2]:
-        row.old_experts[0, 1] = 3 - row.old_experts[0, 1][::-1]
+        row.old_routing[0, 1] = 3 - row.old_routing[0, 1][::-1]
     moved = sum(
-        bool((row.old_experts[0, 1] != own).any())
+        bool((row.old_routing[0, 1] != own).any())
         for row, own in zip(rows, [r.copy() for r in _first_choices(source.policy, rows)], strict=True)
     )
     tokens = sum(len(row.tokens.response) for row in rows)
@@ -106,9 +106,9 @@ def test_what_changed_is_counted_against_the_old_policys_choices() -> None:
 
 
 def _first_choices(policy: Any, rows: list[Any]) -> list[Any]:
-    from posttrain.models.inference import token_numbers
+    from posttrain.models.inference import token_logprobs
 
-    return [numbers.experts[0, 1] for numbers in token_numbers(policy, [row.tokens for row in rows], 60, 0.9)]  # type: ignore[index]
+    return [numbers.experts[0, 1] for numbers in token_logprobs(policy, [row.tokens for row in rows], 60, 0.9)]  # type: ignore[index]
 
 
 class Loads(Linear):

@@ -74,7 +74,7 @@ def test_the_gradient_of_cispo_has_the_clipped_ratio_as_a_constant_weight() -> N
             continue
         now, change = token_logprobs(model, row.tokens, TEMPERATURE), derivatives(model, row.tokens, TEMPERATURE)
         for t, lp in enumerate(now):
-            weight = min(math.exp(lp - float(row.old[t])), 1.28)
+            weight = min(math.exp(lp - float(row.old_logprobs[t])), 1.28)
             total += -weight * float(row.advantages[t]) * change[t]
         tokens += len(now)
     assert along_gradient(model, trainer.gradient) == pytest.approx(total / tokens, rel=1e-5)

@@ -13,7 +13,7 @@ from posttrain.algorithms import PRESETS
 from posttrain.data import batches
 from posttrain.data.batches import TokenBatch, collate
 from posttrain.training import onpolicy, preference, supervised
-from posttrain.training.onpolicy import Experience, Expert, OnPolicyObjective
+from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective
 from posttrain.training.supervised import Example, SupervisedObjective
 from tests.models import small
 from tests.training.cases import MAX_LENGTH, NAMES, Case, case, experiences, probe, with_record
@@ -120,7 +120,7 @@ def test_a_step_in_which_nothing_is_trained_is_zero_with_a_graph() -> None:
 def test_mu_zero_is_the_policy_alone_and_mu_one_is_supervised() -> None:
     made = case("chord", double=True)
     policy_rows = [r for r in made.rows if isinstance(r, Experience)]
-    experts = [r for r in made.rows if isinstance(r, Expert)]
+    experts = [r for r in made.rows if isinstance(r, Demonstration)]
     zero = [replace(r, weight=1.0) for r in policy_rows] + [replace(r, weight=0.0) for r in experts]
     alone = replace(
         made, objective=OnPolicyObjective(replace(PRESETS["grpo"], advantage="group_z", kl="none"), MAX_LENGTH, 0.8)
@@ -156,7 +156,7 @@ def test_equal_lengths_make_the_three_aggregates_of_one_policy_agree() -> None:
 )
 def test_the_first_update_after_sampling_has_ratio_one(name: str) -> None:
     made = case(name)
-    metrics, _ = outcome(made, 30, [replace(row, old=None) for row in made.rows])
+    metrics, _ = outcome(made, 30, [replace(row, old_logprobs=None) for row in made.rows])
     assert metrics["ratio/min"] == metrics["ratio/max"] == 1.0
     assert metrics["clip/low"] == metrics["clip/high"] == metrics["kl/approx"] == 0.0
 

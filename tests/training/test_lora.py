@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.models.inference import token_numbers
+from posttrain.models.inference import token_logprobs
 from posttrain.models.lora import Adapter, BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.training.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ def test_dpo_starts_at_ln_2_against_the_policy_without_its_adapter() -> None:
     reference = BasePolicy(lm, adapter)
     chosen = small.rows(5, seed=11)
     sides = [
-        [Answer(t, n.logprobs) for t, n in zip(tokens, token_numbers(reference, tokens, 1000), strict=True)]
+        [Answer(t, n.logprobs) for t, n in zip(tokens, token_logprobs(reference, tokens, 1000), strict=True)]
         for tokens in (chosen, small.answers(chosen, seed=12))
     ]
     pairs = [PreferencePair(*answers) for answers in zip(*sides, strict=True)]
@@ -69,9 +69,9 @@ def test_dpo_starts_at_ln_2_against_the_policy_without_its_adapter() -> None:
 
 def test_a_checkpoint_holds_the_adapter_and_its_moments_alone(tmp_path: Path) -> None:
     made, sizes = case("sft"), {}
-    for name, adapted in (("whole", made), ("adapter", with_adapters(made))):
+    for name, apply_training_options in (("whole", made), ("adapter", with_adapters(made))):
         trainer: Trainer[Any] = Trainer(
-            adapted.model().float(), OptimizerSettings(1e-3), total_steps=1, micro_batch_tokens=100
+            apply_training_options.model().float(), OptimizerSettings(1e-3), total_steps=1, micro_batch_tokens=100
         )
         trainer.update(made.rows, made.objective)
         state = trainer.state_dict()

@@ -14,7 +14,7 @@ from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
-from posttrain.training.onpolicy import Expert
+from posttrain.training.onpolicy import Demonstration
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.models.moe import moe
@@ -79,10 +79,10 @@ def made_case(name: str) -> Case:
 
 def ppo_with_experts() -> Case:
     """PPO with an expert stream, whose longest rows are experts: they give the critic nothing to learn from."""
-    record = replace(PRESETS["ppo"], mu_peak=0.3)
+    spec = replace(PRESETS["ppo"], mu_peak=0.3)
     made = with_record(case("ppo", double=True), mu_peak=0.3)
     longest = [Tokens((5, 6, 7), (*range(10, 20), small.EOS)) for _ in range(2)]
-    return replace(made, rows=[*experiences(record), *(Expert(tokens, 0.3) for tokens in longest)])
+    return replace(made, rows=[*experiences(spec), *(Demonstration(tokens, 0.3) for tokens in longest)])
 
 
 if __name__ == "__main__":

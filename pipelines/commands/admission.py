@@ -1,0 +1,68 @@
+"""Whether the rows of one more file may join the tables: the rules of `validate`, asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.config.params import Params
+from pipelines.data.sources import numbered
+from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
+from pipelines.ingest import split_tables
+from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
+from pipelines.validation.check import check
+from pipelines.validation.messages import paragraphs
+from pipelines.validation.suites import Limits, Validator
+from pipelines.validation.view import prompt_key
+from posttrain.environments.parts import Kind
+from posttrain.errors import DataError, LeakageError
+
+
+class Admission:
+    """`rows`: what the four sources hold now; grows by what is admitted."""
+
+    def __init__(self, params: Params, rows: Mapping[Kind, list[Row]]) -> None:
+        self.rows = dict(rows)
+        self._params = params
+        rules = params.validation
+        self._limits = Limits(rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params))
+        self._lengths = TokenLengths(base_encoder()) if MODEL.is_dir() else _Unknown()
+
+    def check(self, kind: Kind, rows: list[Row]) -> int:
+        """Rows of these that `validate` is going to set aside. Raises DataError where it would stop the pipeline."""
+        outcome = check({kind: rows}, self._params.validation.rules, self._limits, self._lengths, Validator())
+        if outcome.stops:
+            raise DataError("\n".join(paragraphs(outcome, self._params.validation.max_shown_rows)))
+        kept: list[Row] = outcome.kept[kind]
+        if self._params.validation.rules.leakage == "stop":
+            self._refuse_leakage(kind, kept)
+        return len(outcome.quarantined[kind])
+
+    def admit(self, kind: Kind, rows: list[Row]) -> None:
+        self.rows[kind] = numbered([*self.rows[kind], *rows])
+
+    def _refuse_leakage(self, kind: Kind, rows: list[Row]) -> None:
+        """Pairs are split by prompt into training and held-out ones, so the split is made as it will be with these rows."""
+        tables = split_tables({**self.rows, kind: [*self.rows[kind], *rows]}, self._params.data)
+        held_out = _prompts(tables, HELD_OUT)
+        shared = {key: table for key, table in _prompts(tables, TRAINING).items() if key in held_out}
+        if shared:
+            key, table = next(iter(sorted(shared.items())))
+            raise LeakageError(
+                f"{len(shared)} prompts would stand in training and in held-out data, e.g. {key[:60]!r} in {table} and"
+                f" {held_out[key]}. A score on prompts that were trained on says nothing about others: remove them."
+            )
+
+
+def _prompts(tables: Mapping[Table, list[Row]], names: tuple[Table, ...]) -> dict[str, Table]:
+    return {prompt_key(row): name for name in names for row in tables[name]}
+
+
+class _Unknown:
+    """Before the base model is there, no length is known; `validate` asks again."""
+
+    def prompt(self, text: Any) -> int:
+        return 0
+
+    def completion(self, text: Any) -> int:
+        return 0

@@ -1,0 +1,144 @@
+"""Change params.yaml by overlay or by key, checked before anything is written; comments stay.
+
+    python -m pipelines.commands.configure examples/gsm8k.yaml
+    python -m pipelines.commands.configure sft.epochs=2 project.seeds=[0,1]
+    python -m pipelines.commands.configure --check
+
+An overlay is a YAML file that holds only the keys to change. A mapping is merged into the one there is, anything else
+replaces it; `null` removes an optional key. Prints each change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from pipelines.config.params import flatten, parse_params, read_yaml
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
+from posttrain.errors import ConfigError, PosttrainError
+
+_NOTHING: Any = object()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; answers its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.configure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("changes", nargs="*", metavar="OVERLAY.yaml | key=value", help="applied from left to right")
+    parser.add_argument("--check", action="store_true", help="check and show the changes, write nothing")
+    parser.add_argument("--params", type=Path, help="the file to change instead of the project's params.yaml")
+    args = parser.parse_args(arguments)
+    path = args.params or environment.root() / "params.yaml"
+    try:
+        changes = configure(path, args.changes, write=not args.check)
+    except PosttrainError as error:
+        return report_error(error)
+    print("\n".join(changes) or f"{path.name}: valid, nothing changes")
+    return 0
+
+
+def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[str]:
+    """Apply overlays and key=value changes to a params file; `key: old -> new` of each change.
+
+    Raises ConfigError, and leaves the file as it is, where the result would not be valid.
+    """
+    before = read_yaml(path)
+    yaml = _round_trip()
+    tree = yaml.load(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections")
+    for change in changes:
+        _merge(tree, _overlay(change))
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    after = YAML(typ="safe", pure=True).load(text.getvalue())
+    parse_params(after, path.name)
+    differences = _differences(flatten(before), flatten(after))
+    if write and differences:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(partial, path)
+    return differences
+
+
+def _round_trip() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.Representer = _Representer
+    return yaml
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes `null`, where its parent would write nothing. A class of its own, since other users of the parent want it as it is."""
+
+    def represent_null(self, _: Any) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+
+
+def _overlay(change: str) -> dict[str, Any]:
+    """The tree of an overlay file, or of one key=value."""
+    key, assigned, value = change.partition("=")
+    if not assigned:
+        tree = read_yaml(change)
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{change}: an overlay must be a mapping of sections, like params.yaml with most keys left out"
+            )
+        overlay: dict[str, Any] = _round_trip().load(Path(change).read_text(encoding="utf-8"))
+        return overlay
+    names = key.strip().split(".")
+    if not all(names):
+        raise ConfigError(f"{change!r}: write dotted.key=value, e.g. sft.epochs=2")
+    try:
+        tree = _round_trip().load(value)
+    except YAMLError as error:
+        raise ConfigError(f"{change!r}: the value is not YAML: {getattr(error, 'problem', None) or error}") from None
+    for name in reversed(names):
+        tree = {name: tree}
+    return dict(tree)
+
+
+def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
+    """In place, so that comments of what stays are kept."""
+    for key, value in over.items():
+        if value is None:
+            tree.pop(key, None)
+        elif isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        elif tree.get(key, _NOTHING) != value:
+            tree[key] = value
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    keys = [*after, *(key for key in before if key not in after)]
+    return [
+        f"{key}: {_shown(before.get(key, _NOTHING))} -> {_shown(after.get(key, _NOTHING))}"
+        for key in keys
+        if before.get(key, _NOTHING) != after.get(key, _NOTHING)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "(none)" if value is _NOTHING else repr(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The versions of the model registry: aliases, which model, what the gate said.
+
+    python -m pipelines.commands.models
+
+Promote or roll back with `python -m flows.promote`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipelines.config.params import load_params
+from pipelines.promotion.registry import DECISION, MODEL, REASON, ROLLED_BACK, Registry, Version
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
+from posttrain.errors import PosttrainError
+
+
+def line(version: Version) -> str:
+    """One version as one line; a reason with several parts is cut at the first."""
+    tags = version.tags
+    why = f"rolled back: {tags[ROLLED_BACK]}" if ROLLED_BACK in tags else tags.get(REASON, "")
+    aliases = ", ".join(version.aliases) or "-"
+    return f"{version.number:>4}  {aliases:<20} {tags.get(MODEL, '?'):<16} {tags.get(DECISION, '-'):<9} {why}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    environment.quiet()
+    project = environment.root()
+    try:
+        versions = Registry(project, load_params(project / "params.yaml").project.experiment).versions()
+    except PosttrainError as error:
+        return report_error(error)
+    print(
+        "\n".join(map(line, versions)) or "no version is registered yet; `python -m flows.retrain` registers the first"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What a run of the current parameters will take, before anything runs: optimiser steps, tokens, and memory by phase.
+
+    python -m pipelines.commands.plan
+    python -m pipelines.commands.plan --memory 80        # for a device with 80 GiB
+    python -m pipelines.commands.plan --params other.yaml
+
+Memory follows from the model's configuration alone; no weights are loaded. It is that of a process that holds all weights, as each does
+while it samples; under FSDP2 n processes share weights, gradients and moments of what is trained while they update.
+Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables, or, before validation, those that
+`data` asks for. Exit status 1: something will not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.params import Params, load_params
+from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
+from posttrain.algorithms import OnPolicy
+from posttrain.errors import PosttrainError
+
+if TYPE_CHECKING:
+    from posttrain.planning import Memory, Sizes
+
+GIB, MIB = 2**30, 2**20
+COLUMNS = ("weights", "optimiser", "activations", "cache", "logits", "total")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a stage. steps is 0 where nothing is trained; tokens None where the number of rows is not known yet."""
+
+    stage: str
+    name: str
+    steps: int | None
+    tokens: int | None
+    memory: Memory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; answers its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--params", type=Path, help="parameters to use instead of the project's params.yaml")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device; this machine's by default")
+    args = parser.parse_args(arguments)
+    path = args.params.resolve() if args.params else environment.root() / "params.yaml"
+    try:
+        os.chdir(environment.root())
+        params = load_params(path)
+        model = model_sizes(params)
+        planned = list(phases(params, model))
+    except PosttrainError as error:
+        return report_error(error)
+    limit = int(args.memory * GIB) if args.memory else device_bytes()
+    print(page(params, model, planned, limit))
+    return int(any(phase.memory.total > limit for phase in planned))
+
+
+def model_sizes(params: Params) -> Sizes:
+    from posttrain.planning import sizes
+
+    return sizes(_config(params))
+
+
+def _config(params: Params) -> Any:
+    """Of `model.source`: the tiny model's shape, or the configuration of a folder or hub id."""
+    from posttrain.models.folders import load_config
+    from posttrain.models.tiny import TinyShape, tiny_config
+
+    source = params.model.source
+    return tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source)
+
+
+def _adapter(params: Params, lora: LoraParams | None) -> int | None:
+    """Parameters of the adapter, None where all weights are trained."""
+    if lora is None:
+        return None
+    from pipelines.training.setup import lora_settings
+    from posttrain.models.lora import adapter_parameters
+
+    return adapter_parameters(_config(params), lora_settings(lora))
+
+
+def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:
+    """What `posttrain.planning.training` has to know beside the sizes."""
+    return {
+        "adapter": _adapter(params, lora),
+        "bf16": compute.bf16,
+        "recomputes": compute.gradient_checkpointing,
+    }
+
+
+def phases(params: Params, model: Sizes) -> Iterator[Phase]:
+    """Every phase that holds a model, in the order of the DAG; seeds of one algorithm are alike."""
+    from posttrain.planning import training
+
+    longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
+    sft, reward = params.sft, params.reward
+    steps = _steps(rows("sft", params.data.sft.rows), sft.batch_size, sft.epochs)
+    yield Phase("sft", "train", steps, _times(rows("sft", params.data.sft.rows), sft.epochs * longest),
+                training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
+    pairs = rows("preferences", _kept(params))
+    yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
+                training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
+    for name in params.project.algorithms:
+        yield from _alignment(params, name, model, pairs, longest)
+    yield from _evaluation(params, model)
+
+
+def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longest: int) -> Iterator[Phase]:
+    from posttrain.planning import sampling, training
+
+    record, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
+    stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
+    if not isinstance(record, OnPolicy):
+        assert isinstance(budget, PreferenceBudget)
+        steps = _steps(pairs, budget.batch_size, record.epochs)
+        memory = training(model, compute.micro_batch_tokens, **_options(params, compute, params.align.lora))
+        yield Phase(stage, "train", steps, _times(pairs, 2 * record.epochs * longest), memory)
+        return
+    assert isinstance(budget, OnPolicyBudget)
+    answers = budget.prompts_per_step * budget.samples_per_prompt
+    separate = int(record.has_critic and record.critic == "separate")
+    scored = int(
+        any(params.rewards[source].function == "reward_model" for source in params.algorithms[name].rewards or {})
+    )
+    prompt, samples = params.validation.max_prompt_tokens, budget.samples_per_prompt
+    length = prompt + budget.max_new_tokens
+    # an adapter's base is the reference as well
+    held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
+    # a vLLM server keeps its cache on its own device
+    here = answers if budget.rollouts.engine == "native" else 0
+    beside = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
+    rounds = record.refill_limit if record.filter == "refill" else 1
+    yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
+    updates = budget.steps * record.epochs * record.minibatches
+    memory = training(model, compute.micro_batch_tokens, **held | _options(params, compute, params.align.lora))
+    yield Phase(stage, "train", updates, budget.steps * record.epochs * answers * length, memory)
+
+
+def _evaluation(params: Params, model: Sizes) -> Iterator[Phase]:
+    from posttrain.planning import sampling
+    from posttrain.rollouts.engine import MAX_ROWS
+
+    evaluation = params.evaluation
+    asked = rows("evaluation", params.data.evaluation.rows)
+    answers, new_tokens = _times(asked, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
+    at_once = MAX_ROWS if answers is None else answers
+    memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
+    yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
+
+
+def rows(table: str, asked: int | None) -> int | None:
+    """Rows of the validated table, else those that the parameters ask for; None where neither says."""
+    import pyarrow.parquet as pq
+
+    path = Path("data/valid", f"{table}.parquet")
+    return int(pq.read_metadata(path).num_rows) if path.is_file() else asked
+
+
+def _kept(params: Params) -> int | None:
+    """Pairs that are not held out, before validation has counted them."""
+    source = params.data.preferences
+    return None if source.rows is None else source.rows - round(source.rows * source.heldout)
+
+
+def _steps(count: int | None, batch: int, epochs: int) -> int | None:
+    return None if count is None else math.ceil(count / batch) * epochs
+
+
+def _times(count: int | None, factor: int) -> int | None:
+    return None if count is None else count * factor
+
+
+def device_bytes() -> int:
+    """Memory of the first GPU, or this machine's where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int) -> str:
+    """The plan as text."""
+    seeds = len(params.project.seeds)
+    lines = [
+        f"model: {model.parameters:,} parameters ({params.model.source}); {seeds} seed{'s' * (seeds > 1)} per algorithm;"
+        f" a device has {limit / GIB:.1f} GiB\n",
+        _cells(["stage", "phase", "optimiser steps", "tokens, at most", *COLUMNS]),
+    ]
+    lines += [
+        _cells([p.stage, p.name, _count(p.steps), _count(p.tokens), *(_bytes(getattr(p.memory, c)) for c in COLUMNS)])
+        for p in planned
+    ]
+    lines += [_too_large(phase, limit) for phase in planned if phase.memory.total > limit]
+    return "\n".join(lines)
+
+
+def _too_large(phase: Phase, limit: int) -> str:
+    largest = max(COLUMNS[:-1], key=lambda column: getattr(phase.memory, column))
+    advice = {
+        "weights": "use a smaller model or shard it over devices", "optimiser": "use a smaller model or shard it over devices",
+        "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
+        "logits": "lower compute.micro_batch_tokens",
+        "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",
+    }[largest]  # fmt: skip
+    return (
+        f"\n{phase.stage} ({phase.name}) will not fit: {_bytes(phase.memory.total)} of {_bytes(limit)}, most of it {largest};"
+        f" {advice}."
+    )
+
+
+def _cells(cells: Sequence[str]) -> str:
+    widths = (22, 8, 16, 16, *[12] * len(COLUMNS))
+    return "".join(
+        cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _bytes(value: Any) -> str:
+    return f"{value / GIB:,.1f} GiB" if value >= GIB else f"{value / MIB:,.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Bring MLflow up to date with the journals of this project.
+
+    python -m pipelines.commands.sync              once: everything that is here and not yet there
+    python -m pipelines.commands.sync --wait 60    the same, trying again while the server is away
+    python -m pipelines.commands.sync --follow     keep doing so until SIGTERM, Ctrl-C or the end of a piped standard input
+
+Nothing is lost while a tracking server is down: the journals hold everything, and each value arrives exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import redact, report_error
+from pipelines.tracking.projection import Projector
+from pipelines.tracking.source import Source, discover, load
+from pipelines.tracking.store import ask, open_client, tracking_uri
+from posttrain.errors import PosttrainError, TrackingError
+
+T = TypeVar("T")
+_POLL_SECONDS, _LONGEST_REST_SECONDS, _LONGEST_OUTAGE_PAUSE_SECONDS = 1.0, 30.0, 8.0
+_BEHIND_TRAINING = 10
+_REST_FACTOR = 20
+"""A follower rests so many times as long as its last pass took, so that it never competes with the training."""
+
+
+def catch_up(
+    projector: Projector,
+    *,
+    first: str | None = None,
+    recheck: bool = True,
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
+    """Project every journal, then end what is stale; MLflow run id by run identity.
+
+    `recheck=False` trusts this checkout's notes of what was carried over before; `enough` is asked between two journals.
+    Raises TrackingError at the first call that the store does not answer, and after the pass if a journal is damaged.
+    """
+    problems: list[str] = []
+    sources = discover(projector.project_root, problems)
+    sources.sort(key=lambda source: source.identity != first)
+    done: dict[str, str] = {}
+    for source in sources:
+        if enough():
+            return done
+        if recheck or source.identity == first or not projector.settled(source):
+            done[source.identity] = _project(projector, source)
+    _told(projector, partial(projector.sweep, {source.identity for source in sources}))
+    if problems:
+        raise TrackingError("\n".join(problems))
+    return done
+
+
+def _project(projector: Projector, source: Source) -> str:
+    return _told(projector, partial(projector.project, source))
+
+
+def _told(projector: Projector, call: Callable[[], T]) -> T:
+    """The call's answer, or a TrackingError that says that nothing is lost."""
+    return ask(
+        projector.client,
+        call,
+        "did not take the values",
+        "They are safe in the journal; `python -m pipelines.commands.sync` carries them over when it answers again.",
+    )
+
+
+def follow(project: Path, run: str | None, stop: threading.Event) -> None:
+    """Keep the store up to date until `stop`, behind whatever trains here; then once more, before somebody who waits for it."""
+    carrier = _Carrier(Projector(open_client(project), project), run)
+    beside = threading.Thread(target=carrier.keep_up, args=(stop,), daemon=True)
+    beside.start()
+    beside.join()
+    carrier.carry(lambda: False)
+
+
+class _Carrier:
+    """Carries journals over, one pass at a time. An outage is told once, and its end."""
+
+    def __init__(self, projector: Projector, run: str | None) -> None:
+        self._projector, self._run = projector, run
+        self._down, self._whole = False, True
+
+    def keep_up(self, stop: threading.Event) -> None:
+        os.nice(_BEHIND_TRAINING)  # on Linux this thread's alone
+        pause = _POLL_SECONDS
+        while not stop.is_set():
+            began = time.monotonic()
+            if self.carry(stop.is_set):
+                rest = min(_REST_FACTOR * (time.monotonic() - began), _LONGEST_REST_SECONDS)
+                pause = max(_POLL_SECONDS, rest)
+            else:
+                pause = min(2 * pause, _LONGEST_OUTAGE_PAUSE_SECONDS)
+            stop.wait(pause)
+
+    def carry(self, enough: Callable[[], bool]) -> bool:
+        """One pass; False while the store is away. The first one, and each where no run was named, is over every journal."""
+        try:
+            if self._whole or self._run is None:
+                catch_up(self._projector, first=self._run, recheck=False, enough=enough)
+                self._whole = enough()
+            elif (source := _single(self._projector.project_root, self._run)) is not None:
+                _project(self._projector, source)
+        except TrackingError as error:
+            if not self._down:
+                print(f"tracking: {error}", file=sys.stderr, flush=True)
+            self._down = True
+            return False
+        if self._down:
+            print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
+        self._down = False
+        return True
+
+
+def _single(project: Path, run: str) -> Source | None:
+    return load(environment.states(project) / run)
+
+
+def _stop_event() -> threading.Event:
+    """Set by SIGTERM, SIGINT, and the end of standard input when that is a pipe from whoever started us."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+
+        def wait_for_end() -> None:
+            while os.read(0, 1024):
+                pass
+            stop.set()
+
+        threading.Thread(target=wait_for_end, daemon=True).start()
+    return stop
+
+
+def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
+    """One complete pass; while the store is away, again until `wait_seconds` are over."""
+    projector = Projector(open_client(project), project)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return catch_up(projector)
+        except TrackingError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.sync",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--follow", action="store_true", help="keep the store up to date until told to stop")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="try again for so long")
+    parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: the one run to keep following")
+    args = parser.parse_args(argv)
+    project = environment.root()
+    try:
+        if args.follow:
+            follow(project, args.run, _stop_event())
+        else:
+            runs = synchronise(project, args.wait)
+            print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
+    except PosttrainError as error:
+        return report_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

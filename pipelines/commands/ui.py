@@ -1,0 +1,229 @@
+"""Show the runs of this project: MLflow and Prefect on this machine only, and the links worth opening.
+
+    python -m pipelines.commands.ui [--port 5000] [--prefect-port 4200]
+
+Catches up with the journals first. Ctrl-C stops the servers. With MLFLOW_TRACKING_URI or PREFECT_API_URL set to a server,
+only the links to that server are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+from urllib.error import URLError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+from pipelines.commands.sync import synchronise
+from pipelines.config.params import load_params
+from pipelines.runtime import environment
+from pipelines.runtime.process import die_with_parent
+from pipelines.runtime.redaction import redact, report_error
+from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
+from posttrain.errors import Interrupted, PosttrainError, TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_HOST = "127.0.0.1"
+_TRAINING = "workflowType=machine_learning"
+_ALIGN = "tags.stage = 'align'"
+_START_SECONDS = 120.0
+
+
+def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
+    """What to open, by name: the algorithms' curves on the same charts, the newest align runs side by side, every run, the models.
+
+    MLflow opens an experiment on its pages for agents, so each link asks for those of training.
+    """
+    page = f"{base}/#/experiments/{experiment}/runs?{_TRAINING}"
+    found: dict[str, str] = {}
+    newest: dict[str, str] = {}
+    for run in client.search_runs([experiment], "tags.stage = 'align'", order_by=["attributes.start_time ASC"]):
+        newest[run.info.run_name] = run.info.run_id
+    if newest:
+        runs = json.dumps([newest[name] for name in sorted(newest)])
+        found["curves of the algorithms"] = f"{page}&searchFilter={quote(_ALIGN)}&compareRunsMode=CHART"
+        found["comparison of the align runs"] = (
+            f"{base}/#/compare-runs?runs={quote(runs)}&experiments={quote(json.dumps([experiment]))}&{_TRAINING}"
+        )
+    found["every run"] = page
+    for model in client.search_registered_models():
+        found[f"versions of the model {model.name}"] = f"{base}/#/models/{quote(model.name)}?{_TRAINING}"
+    return found
+
+
+@dataclass(frozen=True)
+class Server:
+    """One of the two servers, reachable from this machine only. `health` is the path that answers when it is up."""
+
+    name: str
+    command: list[str]
+    base: str
+    health: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def server_command(project: Path, port: int) -> list[str]:
+    """An MLflow server over the project's store."""
+    store = ["--backend-store-uri", tracking_uri(project), "--no-serve-artifacts"]
+    store += ["--default-artifact-root", artifact_root(project).as_uri()]
+    return [sys.executable, "-m", "mlflow", "server", *store, "--host", _HOST, "--port", str(port), "--workers", "1"]
+
+
+def mlflow_server(project: Path, port: int) -> Server:
+    return Server("MLflow", server_command(project, port), f"http://{_HOST}:{port}", "/health")
+
+
+def prefect_server(port: int) -> Server:
+    """Over the database that the flows' private servers use, ~/.prefect."""
+    base = f"http://{_HOST}:{port}"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
+    # --port alone leaves its pages calling port 4200.
+    return Server("Prefect", command, base, "/api/health", {"PREFECT_SERVER_UI_API_URL": f"{base}/api"})
+
+
+def free_port(wanted: int, option: str = "--port") -> int:
+    """The port, if nobody listens there; any free one for 0. `option` is how its user asks for another."""
+    if not 0 <= wanted <= 65535:
+        raise TrackingError(f"{option} {wanted}: a port is a number up to 65535; 0 takes a free one")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, wanted))
+        except OSError as error:
+            raise TrackingError(
+                f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: {option} 0"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def serve(servers: Sequence[Server], project: Path, found: str) -> None:
+    """Run the servers until Ctrl-C or SIGTERM, then stop them with everything they started."""
+    log = project / ".posttrain" / "logs" / "prefect-ui.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        with log.open("wb") as quiet:
+            for server in servers:
+                # Prefect's greeting would hide the links.
+                output = quiet if server.name == "Prefect" else None
+                running.append(_start(server, project, output))
+        for server, process in zip(servers, running, strict=True):
+            _wait_until_up(server, process)
+            print(f"{server.name} answers at {server.base}", flush=True)
+        print(f"{found}\nCtrl-C stops them", flush=True)
+        while all(process.poll() is None for process in running):
+            time.sleep(0.5)
+        name, code = next((s.name, p.returncode) for s, p in zip(servers, running, strict=True) if p.poll() is not None)
+        raise TrackingError(f"the {name} server ended with exit code {code}; its messages are above, or in {log}.")
+    finally:
+        for process in running:
+            _stop(process)
+
+
+def _start(server: Server, project: Path, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        server.command,
+        cwd=project,
+        env={**os.environ, **server.environment},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(seconds)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise TrackingError(
+                f"the {server.name} server did not start (exit code {process.returncode}); its messages are above."
+            )
+        try:
+            with urlopen(f"{server.base}{server.health}", timeout=2):
+                return
+        except (URLError, OSError, HTTPException):
+            time.sleep(0.2)
+    raise TrackingError(f"the {server.name} server did not answer at {server.base} within {_START_SECONDS:.0f} s.")
+
+
+def _links(project: Path, base: str) -> str:
+    """The links as text, after catching up with the journals."""
+    synchronise(project, 0.0)
+    client = open_client(project)
+    experiment = experiment_id(client, load_params(project / "params.yaml").project.experiment, project)
+    return "\n".join(f"{name}:\n  {link}" for name, link in links(client, base, experiment).items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.ui",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--port", type=int, default=5000, help="of MLflow on 127.0.0.1; 0 takes a free one (default: 5000)"
+    )
+    parser.add_argument("--prefect-port", type=int, default=4200, help="of Prefect, likewise (default: 4200)")
+    args = parser.parse_args(argv)
+    environment.quiet()
+    project = environment.root()
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        _show(project, args.port, args.prefect_port)
+    except Interrupted:
+        return 0
+    except PosttrainError as error:
+        return report_error(error)
+    return 0
+
+
+def _show(project: Path, port: int, prefect_port: int) -> None:
+    servers = []
+    uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL")
+    base = redact(uri).rstrip("/")
+    if not uri.startswith(("http://", "https://")):
+        servers.append(mlflow_server(project, free_port(port)))
+        base = servers[-1].base
+    if not api:
+        servers.append(prefect_server(free_port(prefect_port, "--prefect-port")))
+    found = _links(project, base)
+    if api:
+        found += f"\nflow runs:\n  {redact(api).removesuffix('/api')}/runs"
+    if servers:
+        serve(servers, project, found)
+    else:
+        print(found)
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted("stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

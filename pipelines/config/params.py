@@ -1,0 +1,285 @@
+"""The one typed model of params.yaml. Imports no torch; every message names field, rule, value and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from pipelines.config.schema import (
+    AlgorithmParams,
+    AlignParams,
+    DataParams,
+    EvaluationParams,
+    GateParams,
+    ModelParams,
+    Name,
+    OnPolicyBudget,
+    PreferenceBudget,
+    ProjectParams,
+    ReportParams,
+    RewardParams,
+    RewardSource,
+    Section,
+    SftParams,
+    ValidationParams,
+)
+from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.errors import ConfigError
+from posttrain.rewards import BUILT_IN_NAMES
+from posttrain.text import nearest
+
+REWARD_FUNCTIONS = ("reward_model", *BUILT_IN_NAMES)
+TAKEN_NAMES = ("reward", "total", "prompt", "completion")
+
+S = TypeVar("S", bound=Section)
+
+
+class Params(Section):
+    project: ProjectParams
+    data: DataParams
+    validation: ValidationParams
+    model: ModelParams
+    sft: SftParams
+    reward: RewardParams
+    rewards: dict[Name, RewardSource]
+    align: AlignParams
+    algorithms: dict[Name, AlgorithmParams]
+    evaluation: EvaluationParams
+    report: ReportParams
+    gate: GateParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        self._check_reward_sources()
+        self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
+        for name in self.project.algorithms:
+            if name not in self.algorithms:
+                raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
+        for name in self.algorithms:
+            self.algorithm(name)
+            budget = self.budget(name)
+            if isinstance(budget, OnPolicyBudget):
+                self._check_budget(name, budget)
+            self._check_rewards(name)
+        for field in ("rewards", "accuracy"):
+            names = getattr(self.evaluation, field)
+            for source in [names] if isinstance(names, str) else names:
+                if source not in self.rewards:
+                    raise ValueError(f"evaluation.{field}: no reward {source!r}{nearest(source, self.rewards)}")
+        if self.evaluation.accuracy not in self.evaluation.rewards:
+            raise ValueError("evaluation.accuracy must be one of evaluation.rewards")
+        if max(self.evaluation.pass_k) > self.evaluation.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.pass_k {self.evaluation.pass_k}: k must not exceed samples_per_prompt {self.evaluation.samples_per_prompt}"
+            )
+        return self
+
+    def algorithm(self, name: str) -> Algorithm:
+        """The frozen record that section `algorithms.name` describes."""
+        section = self.algorithms[name]
+        try:
+            return choose(section.preset, section.options)
+        except ConfigError as error:
+            raise ConfigError(f"algorithms.{name}: {error}") from None
+
+    def budget(self, name: str) -> OnPolicyBudget | PreferenceBudget:
+        """`align.on_policy` or `align.preference` with the section's overrides."""
+        on_policy = isinstance(self.algorithm(name), OnPolicy)
+        defaults: Section = self.align.on_policy if on_policy else self.align.preference
+        merged = _merge(defaults.model_dump(), self.algorithms[name].budget)
+        where = ("algorithms", name, "budget")
+        if not on_policy:
+            return _validated(PreferenceBudget, merged, where)
+        return _validated(OnPolicyBudget, merged, where)
+
+    def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
+        record = self.algorithm(name)
+        assert isinstance(record, OnPolicy)
+        grouped = record.advantage in ("group_mean", "group_z", "leave_one_out")
+        if grouped and budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: advantage {record.advantage!r} compares answers to one prompt;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
+        if record.filter != "none" and budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: filter {record.filter!r} keeps prompts whose answers are rewarded differently;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
+        if "critic_learning_rate" in self.algorithms[name].budget and not record.has_critic:
+            raise ConfigError(
+                f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it counts only when advantage is 'gae'. Remove it."
+            )
+        if record.overlong_cache >= budget.max_new_tokens:
+            raise ConfigError(
+                f"algorithms.{name}: overlong_cache = {record.overlong_cache} must be smaller than max_new_tokens ="
+                f" {budget.max_new_tokens}, or every answer is punished for its length"
+            )
+        self._check_context(f"algorithms.{name}: max_new_tokens", budget.max_new_tokens)
+        if budget.prompts_per_step % record.minibatches:
+            raise ConfigError(
+                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {record.minibatches}"
+            )
+
+    def _check_context(self, field: str, new_tokens: int) -> None:
+        context, prompt = self.model.tiny.max_length, self.validation.max_prompt_tokens
+        if self.model.source == "tiny" and prompt + new_tokens > context:
+            raise ConfigError(
+                f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds model.tiny.max_length = {context}"
+            )
+
+    def _check_reward_sources(self) -> None:
+        for name, section in self.rewards.items():
+            if name in TAKEN_NAMES:
+                raise ConfigError(f"rewards.{name}: this name is taken by a column of the tables; choose another")
+            if ":" not in section.function and section.function not in REWARD_FUNCTIONS:
+                raise ConfigError(
+                    f"rewards.{name}.function = {section.function!r}: no such function{nearest(section.function, REWARD_FUNCTIONS)},"
+                    " or an import path package.module:function"
+                )
+
+            for field in ("arguments", "timeout_seconds", "on_failure"):
+                if section.function == "reward_model" and field in section.model_fields_set:
+                    raise ConfigError(f"rewards.{name}.{field}: has no effect on the reward model. Remove it.")
+
+    def _check_rewards(self, name: str) -> None:
+        section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)
+        if not on_policy and section.rewards is not None:
+            raise ConfigError(
+                f"algorithms.{name}.rewards: has no effect, {section.preset} learns from logged pairs. Remove it."
+            )
+        if on_policy and not any((section.rewards or {}).values()):
+            raise ConfigError(
+                f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}"
+            )
+        self._check_combination(name)
+        for source in section.rewards or {}:
+            if source not in self.rewards:
+                raise ConfigError(f"algorithms.{name}.rewards: no reward {source!r}{nearest(source, self.rewards)}")
+
+    def _check_combination(self, name: str) -> None:
+        record, budget = self.algorithm(name), self.budget(name)
+        if not isinstance(record, OnPolicy) or record.reward_combination == "sum":
+            return
+        assert isinstance(budget, OnPolicyBudget)
+        weighed = sorted(source for source, weight in (self.algorithms[name].rewards or {}).items() if weight)
+        if len(weighed) < 2:
+            raise ConfigError(
+                f"algorithms.{name}: reward_combination 'group_normalised' weighs several rewards against each other, and here only"
+                f" {weighed[0]!r} has a weight. Give another one a weight, or use advantage 'group_z'."
+            )
+        if budget.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithms.{name}: reward_combination 'group_normalised' compares answers to one prompt;"
+                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+            )
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a params file. Raises ConfigError with one line per fault."""
+    return parse_params(read_yaml(path), str(path))
+
+
+def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
+    """Check a params tree that is already parsed."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: must be a mapping of sections ({', '.join(Params.model_fields)})")
+    try:
+        return _validated(Params, tree, ())
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """YAML 1.2, as DVC reads it, so that 2e-5 is a number for everyone."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}. Run from the project's root, where params.yaml is."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
+    try:
+        tree = YAML(typ="safe", pure=True).load(StringIO(text))
+        if "\\u" in text.lower():
+            # half a surrogate pair can be spelt in YAML, and is no character
+            json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
+        return tree
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {error.problem!s}, line {_line(error)}; remove one of the two.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply to be read.") from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def _line(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return str(mark.line + 1) if mark else "?"
+
+
+def _validated(kind: type[S], tree: Any, where: tuple[str, ...]) -> S:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, fault, where) for fault in error.errors())) from None
+
+
+def _explain(kind: type[Section], fault: Any, where: tuple[str, ...]) -> str:
+    path = ".".join([*where, *map(str, fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        owner = _model_at(kind, fault["loc"][:-1])
+        return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
+    if fault["type"] == "missing":
+        return f"{path}: missing; add it"
+    message: str = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:
+        return message
+    shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+    return f"{path}{shown}: {message}"
+
+
+def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
+    for part in loc:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = kind.model_fields[part].annotation
+        else:
+            kind = getattr(kind, "__args__", [None])[-1]
+        options = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        if options and not str(kind).startswith(("dict", "list")):
+            kind = options[0]
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested parameters as {"sft.optimizer.learning_rate": 2e-3}; lists stay values."""
+    if isinstance(tree, BaseModel):
+        tree = tree.model_dump()
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        tree = {f.name: getattr(tree, f.name) for f in fields(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

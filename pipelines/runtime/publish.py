@@ -1,0 +1,85 @@
+"""From a finished run's live files to the run directory that DVC keeps. Same run, same bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.runtime.journal import Record, canonical, encode, number, read, representable, write_atomic
+from posttrain.errors import TrackingError
+
+JOURNAL, METRICS, CURVES, ARTIFACTS = "journal.jsonl", "metrics.json", "curves.csv", "artifacts"
+
+
+def publish(state: Path, directory: Path, end: Record) -> None:
+    """Write journal, metrics, curves and recorded artifacts of a finished run into its run directory."""
+    records = canonical([*read(state / JOURNAL), end])
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove(directory)
+    (directory / ARTIFACTS).mkdir()
+    for record in records:
+        if record["kind"] in ("table", "artifact"):
+            _copy(state / record["path"], directory / record["path"])
+    curves = _curves(records)
+    if curves:
+        write_atomic(directory / CURVES, curves.encode())
+    summary: Record = next((r["values"] for r in records if r["kind"] == "summary"), {})
+    write_atomic(directory / METRICS, _json(nested(summary)))
+    write_atomic(directory / JOURNAL, "".join(map(encode, records)).encode())
+
+
+def _remove(directory: Path) -> None:
+    """Unlink rather than overwrite: a file here may be a link into the DVC cache."""
+    for name in (JOURNAL, METRICS, CURVES):
+        (directory / name).unlink(missing_ok=True)
+        for left in directory.glob(f".{name}.*"):
+            left.unlink()  # of a process that was killed while it published; a later stage would count it as its input
+    if (directory / ARTIFACTS).is_dir():
+        shutil.rmtree(directory / ARTIFACTS)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise TrackingError(f"{source} was announced as an artifact and never written. Write it before the step ends.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"heldout/accuracy": .9} as {"heldout": {"accuracy": .9}}, sorted by name."""
+    tree: dict[str, Any] = {}
+    for name, value in sorted(flat.items()):
+        *parents, leaf = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise TrackingError(
+                    f"summary {name!r}: {part!r} is a number already and cannot be a group too; rename one of them."
+                )
+        node[leaf] = value
+    return tree
+
+
+def _curves(records: list[Record]) -> str:
+    """One row per step, one column per metric; empty where a step has no value."""
+    rows = [(record["step"], record["values"]) for record in records if record["kind"] == "metrics"]
+    names = sorted({name for _, values in rows for name in values})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["step", *names])
+    for step, values in rows:
+        writer.writerow([step, *(repr(number(values[name])) if name in values else "" for name in names)])
+    return out.getvalue() if rows else ""
+
+
+def _json(tree: Any) -> bytes:
+    return (json.dumps(representable(tree), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

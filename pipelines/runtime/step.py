@@ -1,0 +1,303 @@
+"""The edge of every step: arguments, identity, resuming, errors, signals and the way out.
+
+A step is a module with `def run(run: Run) -> None` and, at its end,
+
+    if __name__ == "__main__":
+        main(run, "sft", params=("sft", "model"), inputs=("data/valid/sft.parquet", "models/base"))
+
+Imports neither torch nor mlflow: a step that needs no model starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+from pipelines.config.params import Params, load_params
+from pipelines.runtime import environment, launch
+from pipelines.runtime.follower import Follower
+from pipelines.runtime.fork_server import run_warm
+from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
+from pipelines.runtime.journal import FAILED, FINISHED, KILLED
+from pipelines.runtime.param_tracking import Reads, declared_values, watched
+from pipelines.runtime.process import STAGE, Lock, StopSignals, end_with, up_to_dvc
+from pipelines.runtime.publish import ARTIFACTS, publish
+from pipelines.runtime.redaction import redact
+from pipelines.runtime.run import CHECKPOINTS, LOCK, Run
+from posttrain.errors import Interrupted, PosttrainError, TrackingError
+
+Body = Callable[[Run], None]
+Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
+TRACEBACK = "traceback.txt"
+_SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+)
+"""What the machine refuses, whatever the code is."""
+
+
+@dataclass
+class Step:
+    """What a step module tells `main` about itself."""
+
+    body: Body
+    stage: str
+    params: Names = ()
+    inputs: Names = ()
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None
+    variant: Callable[[argparse.Namespace], str] | None = None
+    doc: str | None = None
+    trains: bool = False
+    signals: StopSignals = field(default_factory=StopSignals)
+
+
+def main(
+    body: Body,
+    stage: str,
+    *,
+    params: Names = (),
+    inputs: Names = (),
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    variant: Callable[[argparse.Namespace], str] | None = None,
+    doc: str | None = None,
+    trains: bool = False,
+) -> None:
+    """Run a step and exit with its status: 0, the error's exit_code with one paragraph, or 1 with a traceback.
+
+    `params` are the dotted prefixes that the step may read, `inputs` the files and folders it depends on; both may be
+    functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0". A step that trains can do again what
+    once met a numerical fault (--replay).
+    """
+    environment.quiet()
+    if launch.launched():
+        end_with([os.getppid()])
+    elif STAGE in os.environ:
+        end_with(up_to_dvc())
+    if trains:
+        _leave_to_launcher()
+    _leave_to_warm_process()
+    step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
+    step.signals.install()
+    args = _parse(step)
+    try:
+        _prepare_and_execute(step, args)
+    except PosttrainError as error:
+        print(f"{_speaker()}error: {redact(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            _fail_with_traceback()
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: {step.stage} cannot go on: {error.strerror or error}{where}. Free space, or give this user the right to read and"
+            " write there, then run the same command: it goes on from its last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(PosttrainError.exit_code)
+    except Exception:
+        _fail_with_traceback()
+    finally:
+        _leave_group()
+
+
+def _speaker() -> str:
+    return f"process {launch.process()}: " if launch.process() else ""
+
+
+def _leave_group() -> None:
+    """Where several processes have trained together, part in order: at interpreter exit threads of the group would abort."""
+    if launch.launched() and "torch" in sys.modules:
+        from posttrain.distributed import destroy_group
+
+        destroy_group()
+
+
+def _leave_to_launcher() -> None:
+    """Become the launcher of several processes that do the step together, where the environment asks for it."""
+    alone = {"-h", "--help", "--replay"} & set(sys.argv[1:])
+    if launch.launched() or not os.environ.get(launch.VARIABLE) or alone:
+        return
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a step is run as a module"
+    try:
+        path = launch.configuration()
+        assert path is not None
+        sys.exit(launch.launch(path, spec.name, sys.argv[1:]))
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _fail_with_traceback() -> NoReturn:
+    print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    sys.exit(1)
+
+
+def _leave_to_warm_process() -> None:
+    """Let a process that has torch imported already do the work, where a flow keeps one."""
+    if launch.launched():
+        return
+    spec = sys.modules["__main__"].__spec__
+    status = run_warm(spec.name, sys.argv[1:]) if spec else None
+    if status is not None:
+        sys.exit(status)
+
+
+def _parse(step: Step) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{step.stage}",
+        description=step.doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--params", type=Path, default=None, help="parameters to use instead of the project's params.yaml"
+    )
+    if step.trains:
+        parser.add_argument(
+            "--replay",
+            type=lambda text: Path(text).resolve(),
+            metavar="FOLDER",
+            help="do again the update that is kept in FOLDER, say which rows are at fault, and train nothing",
+        )
+    if step.arguments:
+        step.arguments(parser)
+    return parser.parse_args()
+
+
+def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
+    project = environment.root()
+    path = args.params.resolve() if args.params else project / "params.yaml"
+    os.chdir(project)
+    params = load_params(path)
+    args.params = path
+    variant = step.variant(args) if step.variant else None
+    name = f"{step.stage}-{variant}" if variant else step.stage
+    declared = tuple(step.params(args) if callable(step.params) else step.params)
+    inputs = input_digests(name, step.inputs(args) if callable(step.inputs) else step.inputs)
+    values = declared_values(params, declared)
+    key = run_key(name, values, inputs)
+    state = environment.states(project) / f"{name}-{key[:16]}"
+    if getattr(args, "replay", None) is not None:
+        _replay(step, args, params, name, key)
+    main_process = launch.process() == 0
+    lock = Lock(state / LOCK)
+    if main_process and not lock.acquire():
+        raise TrackingError(
+            f"{name} is already running with these parameters and inputs ({state}). Wait for it or stop it."
+        )
+    reads = Reads(step.stage, declared)
+    run = Run(
+        stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
+        code=code_digest(project, step.stage),
+        directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested, records=main_process,
+    )  # fmt: skip
+    if not main_process:
+        step.body(run)
+        return
+    arguments = {key: value for key, value in sorted(vars(args).items()) if key not in ("params", "replay")}
+    start = {"kind": "start", "stage": step.stage, "name": name, "key": key, "run": state.name, "arguments": arguments,
+             "directory": run.directory.as_posix(), "inputs": inputs}  # fmt: skip
+    run.open(start, {"kind": "params", "values": values}, _surroundings(params))
+    if run.resumed:
+        print(f"{name}: continuing run {run.identity}, journal holds {_held(run)}", file=sys.stderr, flush=True)
+    follower = Follower.start(run.identity)
+    try:
+        _execute(step, run)
+        _trace(run, reads)
+    finally:
+        lock.release()
+        follower.finish()
+
+
+def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
+    """Run the body up to its training, which repeats what is kept and leaves. Nothing is recorded."""
+    with TemporaryDirectory(prefix="posttrain-") as folder:
+        nowhere = Path(folder)
+        step.body(
+            Run(
+                stage=step.stage,
+                name=name,
+                params=params,
+                args=args,
+                key=key,
+                code="",
+                state=nowhere,
+                directory=nowhere,
+            )
+        )
+    raise AssertionError(f"{step.stage} says that it trains, and did not")
+
+
+def _held(run: Run) -> str:
+    last = run.last_step()
+    return "no steps" if last is None else f"steps up to {last}"
+
+
+def _surroundings(params: Params) -> dict[str, Any]:
+    """What tracking shows about where a run happened; no part of its result."""
+    return {
+        "kind": "start",
+        "experiment": params.project.experiment,
+        "commit": environment.commit(),
+        "dvc_stage": os.environ.get(STAGE),
+        "flow_run": os.environ.get("POSTTRAIN_FLOW_RUN"),
+    }
+
+
+def _execute(step: Step, run: Run) -> None:
+    """Run the body and give the journal its end, whatever happens."""
+    try:
+        step.body(run)
+        publish(run.state, run.directory, end={"kind": "end", "status": FINISHED})
+    except (Interrupted, KeyboardInterrupt) as error:
+        step.signals.ignore()
+        run.close(KILLED, str(error))
+        raise
+    except BaseException as error:
+        step.signals.ignore()
+        text = redact(traceback.format_exc())
+        try:
+            (run.state / ARTIFACTS).mkdir(exist_ok=True)
+            (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
+            run.close(FAILED, f"{type(error).__name__}: {error}")
+        except OSError as full:
+            # a journal without an end is that of a run which was cut off: the same command continues it
+            error.add_note(f"nor could the journal be told: {full}")
+        raise
+    step.signals.ignore()
+    run.close(FINISHED)
+    shutil.rmtree(run.state / CHECKPOINTS, ignore_errors=True)
+    (run.state / ARTIFACTS / TRACEBACK).unlink(missing_ok=True)
+
+
+def _trace(run: Run, reads: Reads) -> None:
+    """For the test that what a stage uses is what dvc.yaml declares."""
+    target = os.environ.get("POSTTRAIN_TRACE")
+    if not target:
+        return
+    origins = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    files = {Path(origin).resolve() for origin in origins if origin}
+    modules = (f.relative_to(SOURCES) for f in files if f.is_relative_to(SOURCES))
+    used = sorted(m.as_posix() for m in modules if m.parts[0] in ("posttrain", "pipelines"))
+    line = {"stage": run.stage, "name": run.name, "params": sorted(reads.leaves), "modules": used}
+    with Path(target).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+__all__ = ["Run", "main"]

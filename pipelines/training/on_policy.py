@@ -1,0 +1,166 @@
+"""The on-policy branch of the align step: sample, judge, update, for PPO, GRPO and everything between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.schema import AlignParams, OnPolicyBudget
+from pipelines.runtime.run import Run
+from pipelines.training.reward_sources import reward_sources
+from pipelines.training.rollout_engine import sampling_engine, taken_down
+from pipelines.training.setup import (
+    TrainableModel,
+    adapter_facts,
+    announce,
+    apply_training_options,
+    merged_model,
+    model_card,
+    optimizer_settings,
+    problems,
+    read_table,
+    train,
+    write_model,
+)
+from posttrain.algorithms import OnPolicy
+from posttrain.data.tokens import TextEncoder, table_tokens
+from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer
+from posttrain.models.lora import BasePolicy
+from posttrain.models.policy import Policy
+from posttrain.rollouts.engine import SamplingSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings
+from posttrain.training.experience import Demonstrations, ExperienceSource
+from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.trainer import ParameterGroup, Trainer, trainable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+START, REWARD = "models/sft", Path("models/reward")
+
+
+def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dict[str, float]]:
+    """Train on the policy's own answers; returns the number of steps and the last step's metrics."""
+    from pipelines.align import folder
+
+    spec, budget, params = run.params.algorithm(name), run.params.budget(name), run.params.align
+    assert isinstance(spec, OnPolicy)
+    assert isinstance(budget, OnPolicyBudget)
+    encoder = load_encoder(START)
+    made = _make(spec, params)
+    policy = made.model.to(device.device)
+    reference = _reference(made, device)
+    compute = params.compute
+    weights = dict(run.params.algorithms[name].rewards or {})
+    sources = reward_sources(run, sorted(weights), device.device, compute)
+    asked = problems(encoder, read_table("problems"))
+    engine = sampling_engine(run, budget, policy.lm, encoder, START, asked, device, version=lambda: trainer.updates)
+    sampler = GroupSampler(
+        asked,
+        engine,
+        encoder,
+        sources,
+        weights,
+        spec,
+        GroupSettings(
+            budget.prompts_per_step,
+            budget.samples_per_prompt,
+            SamplingSettings(budget.max_new_tokens, budget.temperature),
+        ),
+        seed,
+        device,
+    )
+    objective = OnPolicyObjective(spec, budget.max_new_tokens, budget.temperature)
+    experts = _experts(spec, encoder, budget, seed)
+    source = ExperienceSource(
+        spec,
+        policy,
+        reference,
+        sampler,
+        objective,
+        budget=compute.micro_batch_tokens,
+        bf16=compute.bf16,
+        experts=experts,
+        measure_kl_every=budget.measure_kl_every,
+    )
+    updates = budget.steps * spec.epochs * spec.minibatches
+    trainer: Trainer[Any] = Trainer(
+        policy,
+        optimizer_settings(budget.optimizer),
+        total_steps=updates,
+        micro_batch_tokens=compute.micro_batch_tokens,
+        groups=_parameter_groups(policy, budget),
+        accelerator=device,
+    )
+    announce(
+        run,
+        f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
+    )
+    shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
+    hook = _Samples(run, source)
+    with taken_down(engine):
+        last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+    about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
+    made = merged_model(trainer, made, lambda: _make(spec, params))
+    card = model_card(run, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
+    write_model(run, made.model.lm, encoder, folder(run), card, made.adapter)
+    return budget.steps, last
+
+
+def _policy(spec: OnPolicy) -> Policy:
+    lm = load_policy(START)
+    if not spec.has_critic:
+        return Policy(lm)
+    if spec.critic == "shared":
+        return Policy(lm, shared_value_head=True)
+    return Policy(lm, critic=load_scorer(REWARD) if spec.critic_start == "reward" else load_new_scorer(START))
+
+
+def _make(spec: OnPolicy, params: AlignParams) -> TrainableModel[Policy]:
+    policy = _policy(spec)
+    adapter = apply_training_options(policy.lm, params.lora, params.compute)
+    if policy.critic is not None:
+        apply_training_options(policy.critic, params.lora, params.compute)
+    return TrainableModel(policy, adapter)
+
+
+def _reference(made: TrainableModel[Policy], device: Accelerator) -> Policy:
+    """The supervised model: loaded a second time, or the policy without its adapter."""
+    if made.adapter is not None:
+        return BasePolicy(made.model.lm, made.adapter)
+    return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
+
+
+def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:
+    groups = [ParameterGroup("policy", trainable(policy.lm), budget.optimizer.learning_rate)]
+    value = policy.critic if policy.critic is not None else policy.value_head
+    if value is not None:
+        groups.append(ParameterGroup("value", trainable(value), budget.critic_learning_rate))
+    return groups
+
+
+def _experts(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Demonstrations | None:
+    if not spec.has_expert:
+        return None
+    rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, read_table("sft"), "completion")]
+    return Demonstrations(rows, budget.prompts_per_step, seed)
+
+
+class _Samples:
+    """Every few steps, a table of what the policy answers."""
+
+    def __init__(self, run: Run, source: ExperienceSource) -> None:
+        self.run, self.source = run, source
+        self.every, self.shown = run.params.align.samples_every, run.params.align.samples_shown
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        if step == 1 or step % self.every == 0:
+            answers = self.source.last_answers[:: self.source.sampler.settings.samples][: self.shown]
+            self.run.table(
+                "samples",
+                step,
+                [{"prompt": a.problem.prompt, "completion": a.text, "reward": a.reward, **a.sources} for a in answers],
+            )
+        return {}

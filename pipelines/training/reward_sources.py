@@ -1,0 +1,46 @@
+"""Reward sources by name, as params.yaml's `rewards` describes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams
+from pipelines.config.schema import RewardSource as RewardSection
+from pipelines.runtime.run import Run
+from posttrain.models.folders import load_scorer
+from posttrain.models.policy import Scorer
+from posttrain.rewards import require_available
+from posttrain.rewards.functions import BUILT_IN
+from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource
+from posttrain.rewards.worker import Worker
+
+if TYPE_CHECKING:
+    import torch
+
+REWARD = Path("models/reward")
+
+
+def reward_sources(run: Run, names: Sequence[str], device: torch.device, compute: ComputeParams) -> list[RewardSource]:
+    """The sources of `names`; a reward model is loaded once, frozen."""
+    sources: list[RewardSource] = []
+    for name in names:
+        section = run.params.rewards[name]
+        if section.function == "reward_model":
+            mean = json.loads((REWARD / "config.json").read_text(encoding="utf-8")).get("reward_mean", 0.0)
+            scorer = Scorer(load_scorer(REWARD)).to(device).eval().requires_grad_(False)
+            sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16))
+        else:
+            sources.append(_function_reward(name, section))
+    return sources
+
+
+def _function_reward(name: str, section: RewardSection) -> FunctionReward:
+    """A built-in is called here, unless it may hang or a limit is asked for; everything else works in a process of its own."""
+    require_available(section.function)
+    if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
+        return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
+    worker = Worker(section.function, section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    return FunctionReward(name, worker, section.arguments, section.on_failure)

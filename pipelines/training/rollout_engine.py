@@ -1,0 +1,123 @@
+"""The sampling engine that params.yaml names, on what the environment gives it.
+
+POSTTRAIN_VLLM_URLS      servers that run already, separated by commas; they read the weights from this machine's disk
+POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start one with; default: that of infra/vllm/setup.sh
+POSTTRAIN_VLLM_ARGS      more arguments for a server that is started
+POSTTRAIN_VLLM_DEVICES   its CUDA_VISIBLE_DEVICES
+POSTTRAIN_VLLM_FOLDER    where the weights are written for it, e.g. on a RAM disk; default: the run's state
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from pipelines.config.schema import OnPolicyBudget
+from pipelines.runtime.run import Run
+from posttrain.errors import ConfigError
+from posttrain.rollouts.engine import Engine
+from posttrain.rollouts.native import NativeEngine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from posttrain.data.tokens import TextEncoder
+    from posttrain.rollouts.groups import Problem
+    from posttrain.rollouts.vllm.server import Server
+
+ENVIRONMENT = Path(".venv-vllm/bin/python")
+LOG = "vllm.log"
+
+
+def sampling_engine(
+    run: Run,
+    budget: OnPolicyBudget,
+    lm: PreTrainedModel,
+    encoder: TextEncoder,
+    tokenizer: str,
+    problems: Sequence[Problem],
+    accelerator: Accelerator,
+    version: Callable[[], int],
+) -> Engine:
+    """`tokenizer`: the folder that it comes from. `version`: a number that changes when the weights of `lm` do.
+
+    Raises ConfigError where vllm is asked for and neither a server nor an environment for one is there.
+    """
+    bf16 = run.params.align.compute.bf16
+    if budget.rollouts.engine == "native":
+        return NativeEngine(lm, encoder.eos_id, bf16=bf16)
+    from posttrain.rollouts.vllm import VllmEngine
+    from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
+
+    prompts = [problem.ids for problem in problems]
+    longest = max(map(len, prompts)) + budget.max_new_tokens
+    context = min(lm.config.max_position_embeddings, max(longest, RANDOM_TOKENS + 1))
+    folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or run.state) / f"vllm-{run.identity}"
+    return VllmEngine(
+        lm,
+        encoder.eos_id,
+        _servers(run, tokenizer, context, bf16),
+        version=version,
+        folder=folder,
+        probes=sequences(prompts, lm.config.vocab_size, context),
+        bf16=bf16,
+        accelerator=accelerator,
+    )
+
+
+@contextmanager
+def taken_down(engine: Engine) -> Iterator[None]:
+    """What the engine has started inside ends here, also after an error."""
+    try:
+        yield
+    finally:
+        close: Callable[[], None] | None = getattr(engine, "close", None)
+        if close is not None:
+            close()
+
+
+def _servers(run: Run, tokenizer: str, context: int, bf16: bool) -> list[Server]:
+    """Those that run already, else one to start."""
+    from posttrain.rollouts.vllm.local import Launch, LocalServer
+    from posttrain.rollouts.vllm.server import Server
+
+    urls = [url for url in os.environ.get("POSTTRAIN_VLLM_URLS", "").replace(",", " ").split() if url]
+    for url in urls:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise ConfigError(f"POSTTRAIN_VLLM_URLS: {url!r} is no address of a server, such as http://127.0.0.1:8000")
+    if urls:
+        return [Server(url) for url in urls]
+    devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
+    launch = Launch(
+        python=_interpreter(),
+        tokenizer=str(Path(tokenizer).resolve()),
+        dtype="bfloat16" if bf16 else "float32",
+        context=context,
+        arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
+        environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
+    )
+    return [LocalServer(launch, run.state.resolve() / LOG)]
+
+
+def _interpreter() -> str:
+    """Absolute, but with its links, by which an environment is known."""
+    given = os.environ.get("POSTTRAIN_VLLM_PYTHON")
+    python = shutil.which(given or ENVIRONMENT)
+    if python is None:
+        missing = (
+            f"POSTTRAIN_VLLM_PYTHON: there is no {given}"
+            if given
+            else "rollouts.engine is vllm, and no server was named"
+        )
+        raise ConfigError(
+            f"{missing}. Make an environment for it with infra/vllm/setup.sh, or name one's interpreter in POSTTRAIN_VLLM_PYTHON,"
+            " or servers that run already in POSTTRAIN_VLLM_URLS (docs/rollouts.md)."
+        )
+    return os.path.abspath(python)

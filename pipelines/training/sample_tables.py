@@ -1,0 +1,39 @@
+"""Tables of what the policy answers while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipelines.runtime.run import Run
+from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.models.policy import Policy
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.native import NativeEngine
+from posttrain.training.sharding import whole
+
+
+class GreedySamples:
+    """Every few steps, greedy answers to the first prompts of the training table, beside what it holds."""
+
+    def __init__(
+        self, run: Run, policy: Policy, encoder: TextEncoder, rows: Sequence[Tokens], every: int, shown: int
+    ) -> None:
+        self.run, self.policy, self.encoder, self.rows, self.every = run, policy, encoder, list(rows[:shown]), every
+        self.engine = NativeEngine(policy.lm, encoder.eos_id)
+        room = encoder.max_length - max(len(row.prompt) for row in self.rows)
+        self.settings = SamplingSettings(min(room, max(len(row.response) for row in rows)), 0.0)
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        if step == 1 or step % self.every == 0:
+            with whole(self.policy):
+                answers = self.engine.sample([Request(row.prompt, ((0,),)) for row in self.rows], self.settings)
+            text = self.encoder.text
+            self.run.table(
+                "samples",
+                step,
+                [
+                    {"prompt": text(row.prompt), "completion": text(answer.tokens), "table": text(row.response)}
+                    for row, (answer,) in zip(self.rows, answers, strict=True)
+                ],
+            )
+        return {}

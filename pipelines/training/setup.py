@@ -1,0 +1,255 @@
+"""What the steps that hold a model share: tables, settings of the library from typed parameters, and the model card."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import pyarrow.parquet as pq
+
+from pipelines.config.schema import (
+    CheckpointParams,
+    ComputeParams,
+    FaultParams,
+    LoraParams,
+    OptimizerParams,
+    TrainingComputeParams,
+)
+from pipelines.runtime.run import FAULTS, Run
+from posttrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from posttrain.data.tokens import TextEncoder
+    from posttrain.models.lora import Adapter, LoraSettings
+    from posttrain.rollouts.groups import Problem
+    from posttrain.training.loop import Source, StepHook
+    from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
+
+VALID = Path("data/valid")
+THREADS_FROM_PARAMETERS = 1_000_000
+"""Fewer are left to one thread. Two are 1.8 times as fast as one at 3 million, 1.5 times at 0.4 million (benchmarks/scaling.md), where
+stages side by side use the cores better."""
+
+
+Model = TypeVar("Model", bound="nn.Module")
+
+
+@dataclass(frozen=True)
+class TrainableModel(Generic[Model]):
+    """A model to train, and the adapter in it if there is one."""
+
+    model: Model
+    adapter: Adapter | None
+
+
+class CheckedTraining(Protocol):
+    """A section of parameters that says how often to write a checkpoint and what to do at a numerical fault."""
+
+    @property
+    def checkpoint(self) -> CheckpointParams: ...
+
+    @property
+    def faults(self) -> FaultParams: ...
+
+
+def read_table(name: str) -> list[dict[str, Any]]:
+    """Rows of a validated table. Raises DataError where it is missing or empty."""
+    path = VALID / f"{name}.parquet"
+    if not path.exists():
+        raise DataError(f"no table {path}; make it with `dvc repro validate`")
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    if not rows:
+        raise DataError(
+            f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html"
+        )
+    return rows
+
+
+def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
+    """Prompts as token ids; every other column goes to the reward functions."""
+    from posttrain.rollouts.groups import Problem
+
+    return [
+        Problem(
+            row["prompt"],
+            tuple(encoder.prompt(row["prompt"])),
+            {k: v for k, v in row.items() if k not in ("prompt", "id")},
+            row["id"],
+        )
+        for row in table
+    ]
+
+
+def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
+    """Memory, threads, seeds and precision of this process, for a model of the size of `start`. The device comes from the environment."""
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging
+
+    from posttrain.models.allocator import keep_heap
+
+    keep_heap()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)
+    torch.manual_seed(seed)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate would leave processes without a GPU each to themselves, unless it is told that they are to use the CPU
+    on_cpu = world > 1 and not torch.accelerator.is_available()
+    made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no")
+    if made.num_processes != world:
+        raise ConfigError(
+            f"{world} processes were launched, and {made.num_processes} have found each other; start them with `accelerate launch`"
+        )
+    return made
+
+
+def _threads(start: Path) -> int:
+    """All cores that this process may use, its share of them among several processes; one for a model that is quicker on one."""
+    from posttrain.models.folders import count_parameters
+
+    if count_parameters(start) < THREADS_FROM_PARAMETERS:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
+    from posttrain.training.trainer import OptimizerSettings
+
+    return OptimizerSettings(
+        learning_rate=params.learning_rate,
+        schedule=params.schedule,
+        warmup_steps=params.warmup_steps,
+        weight_decay=params.weight_decay,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        epsilon=params.epsilon,
+        max_grad_norm=params.max_grad_norm,
+    )
+
+
+def apply_training_options(
+    model: PreTrainedModel, params: LoraParams | None, compute: TrainingComputeParams
+) -> Adapter | None:
+    """The model as it is to be trained: frozen around a low-rank adapter, compiled, recomputed, where the parameters ask for it."""
+    adapter = None
+    if params is not None:
+        from posttrain.models.lora import Adapter
+
+        adapter = Adapter(model, lora_settings(params))
+    if compute.gradient_checkpointing:
+        from posttrain.models.checkpointing import recompute_layers
+
+        recompute_layers(model)
+    if compute.compile:
+        from posttrain.models.compiled import compile_layers
+
+        compile_layers(model)
+    return adapter
+
+
+def lora_settings(params: LoraParams) -> LoraSettings:
+    from posttrain.models.lora import LoraSettings
+
+    modules = params.target_modules
+    return LoraSettings(params.rank, params.alpha, modules if isinstance(modules, str) else tuple(modules))
+
+
+def adapter_facts(params: LoraParams | None) -> dict[str, str]:
+    """Of the model card."""
+    return {} if params is None else {"LoRA": f"rank {params.rank}, alpha {params.alpha:g}, {params.target_modules}"}
+
+
+def train(
+    run: Run,
+    trainer: Trainer[Any],
+    source: Source[Any],
+    objective: Objective[Any],
+    steps: int,
+    shown: Sequence[str],
+    params: CheckedTraining,
+    hook: StepHook | None = None,
+) -> dict[str, float]:
+    """Train to the end, or with --replay do again what once failed, and leave. Returns the latest value of every metric."""
+    from posttrain.training.checkpoint import Checkpoints
+    from posttrain.training.faults import Faults, repeat
+    from posttrain.training.loop import LoopSettings, fit
+
+    if run.args.replay is not None:
+        print(repeat(trainer, source, objective, run.args.replay))
+        sys.exit(0)
+    checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
+    settings = LoopSettings(run.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
+    kept = Checkpoints(run.state / FAULTS, at_most + 1, "fault", run.records)
+    faults = Faults(kept, at_most, f"{run.command} --replay")
+    checkpoints = Checkpoints(run.checkpoints, checkpoint.keep, writes=run.records)
+    return fit(trainer, source, objective, settings, run, checkpoints, hook, faults)
+
+
+def merged_model(
+    trainer: Trainer[Any], made: TrainableModel[Model], make: Callable[[], TrainableModel[Model]]
+) -> TrainableModel[Model]:
+    """What was trained, with its adapter merged; made anew around the weights where those are split over processes."""
+    if trainer.sharded:
+        weights = trainer.weights()
+        made = make()
+        made.model.load_state_dict(weights, strict=False)
+        made.model.to(trainer.accelerator.device)
+    if made.adapter is not None:
+        made.adapter.merge()
+    return made
+
+
+def write_model(
+    run: Run,
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    folder: Path,
+    card: str,
+    adapter: Adapter | None = None,
+    extra_config: dict[str, Any] | None = None,
+) -> None:
+    """Save and record a trained model; of several processes, one does."""
+    from posttrain.models.folders import save_model
+
+    if run.records:
+        save_model(model, encoder.tokenizer, folder, card, extra_config, adapter)
+        run.model(folder)
+
+
+def announce(run: Run, text: str) -> None:
+    """One line before long work starts: what will be done, in numbers."""
+    if run.records:
+        print(f"{run.name}: {text}", flush=True)
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def model_card(run: Run, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
+    """The README.md of a model folder, from the run that made it. Nothing in it depends on clock or host."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    numbers = "\n".join(f"| {name} | {results[name]:.4g} |" for name in sorted(results))
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [posttrain]\n---\n\n"
+        f"# {title}\n\nTrained from `{start}` by the stage `{run.name}` (run key `{run.key[:16]}`).\n\n"
+        f"| parameter | value |\n|---|---|\n{facts}\n\n| last step | value |\n|---|---|\n{numbers}\n\n"
+        "Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)` (a reward model: "
+        "`AutoModelForSequenceClassification`, subtract `config.reward_mean` from its score).\n"
+    )

@@ -1,0 +1,132 @@
+"""Additions with a scratchpad: rows, answers and their judge.
+
+Terms are written with leading zeros, so that a digit's place tells its column. The scratchpad goes column by column from
+the right, each column a running sum; all but the first begin with the carry:
+
+    17+48+09=   7+8=15+9=24;2+1=3+4=7+0=7;#74
+
+Every sum carries at least once, and a careless scratchpad forgets one of its carries, so that its answer is wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+
+from posttrain.environments.numbers import NUMBER, parse_number
+from posttrain.environments.parts import Kind, Row, distinct
+
+_MARKED = re.compile(rf"\s*({NUMBER})(?![\w+*/=-])")
+_TRAILING = re.compile(rf"(?<![\w.,])({NUMBER})[\s.!?)\]]*$")
+_ENUMERABLE = 100_000
+"""Prompts up to which all of them are listed; above, they are drawn."""
+
+
+def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, careless: float) -> list[Row]:
+    """`count` rows of one table. The tables of all kinds have no prompt in common, nor a reordering of one.
+
+    Raises ConfigError where `terms` and `max_term` do not allow for so many prompts.
+    """
+    rng = random.Random(f"arithmetic/{kind}/{seed}")
+    hint = (
+        f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows for few: raise either, or ask for fewer rows."
+    )
+    sums = distinct(kind, count, _draws(rng, terms, max_term, count), _key, hint)
+    width = len(str(max_term))
+    asked = [{"prompt": prompt(numbers, width)} for numbers in sums]
+    if kind == "sft":
+        return [row | _demonstration(numbers, width, rng, careless) for row, numbers in zip(asked, sums, strict=True)]
+    if kind == "preferences":
+        return [row | _pair(numbers, width, rng) for row, numbers in zip(asked, sums, strict=True)]
+    return [row | {"answer": str(sum(numbers))} for row, numbers in zip(asked, sums, strict=True)]
+
+
+def prompt(numbers: Sequence[int], width: int) -> str:
+    return "+".join(f"{number:0{width}}" for number in numbers) + "="
+
+
+def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None) -> str:
+    """The worked addition, ending in `#` and the answer. `forgotten` is the column, from the right, whose incoming carry is lost."""
+    columns, answer, carry = [], 0, 0
+    for column in range(width):
+        if column == forgotten:
+            carry = 0
+        digits = [number // 10**column % 10 for number in numbers]
+        total = carry + sum(digits)
+        columns.append(_chain([carry, *digits] if column else digits))
+        carry = total // 10
+        answer += (total if column == width - 1 else total % 10) * 10**column
+    return ";".join([*columns, f"#{answer}"])
+
+
+def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random) -> str:
+    """A scratchpad that forgets one carry of a sum that has some; its answer is wrong."""
+    return scratchpad(numbers, width, rng.choice(carried_columns(numbers, width)))
+
+
+def carried_columns(numbers: Sequence[int], width: int) -> list[int]:
+    """Columns that something is carried into, counted from the right."""
+    return [column for column in range(1, width) if sum(n % 10**column for n in numbers) >= 10**column]
+
+
+def final_answer(text: str) -> str | None:
+    """The number after the last `#` marker, or, without a marker, the number that ends the text."""
+    if "#" in text:
+        found = _MARKED.match(text.rpartition("#")[2])
+    else:
+        found = _TRAILING.search(text)
+    return found[1].strip().removesuffix(".") if found else None
+
+
+def answers_equal(answer: str, gold: str) -> bool:
+    """Whether both are numbers (alone, or marked as in `#### 42`) of the same value. A gold answer that is none equals nothing."""
+    value = answer_value(answer)
+    return value is not None and value == answer_value(gold)
+
+
+def answer_value(answer: str) -> Fraction | None:
+    """The value of an answer that is a number, alone or after a `#` marker; else None."""
+    marked = final_answer(answer) if "#" in answer else answer
+    return parse_number(marked) if marked is not None else None
+
+
+def _chain(values: Sequence[int]) -> str:
+    """`7+8=15+9=24`."""
+    sums = list(itertools.accumulate(values))[1:]
+    return str(values[0]) + "".join(f"+{value}={done}" for value, done in zip(values[1:], sums, strict=True))
+
+
+def _demonstration(numbers: Sequence[int], width: int, rng: random.Random, careless: float) -> Row:
+    wrong = rng.random() < careless
+    return {"completion": careless_scratchpad(numbers, width, rng) if wrong else scratchpad(numbers, width)}
+
+
+def _pair(numbers: Sequence[int], width: int, rng: random.Random) -> Row:
+    rejected = careless_scratchpad(numbers, width, rng)
+    gold, wrong = sum(numbers), int(rejected.rpartition("#")[2])
+    return {
+        "chosen": scratchpad(numbers, width),
+        "rejected": rejected,
+        "chosen_score": 1.0,
+        "rejected_score": 1.0 - abs(gold - wrong) / max(gold, wrong),
+    }
+
+
+def _key(numbers: Sequence[int]) -> str:
+    return prompt(sorted(numbers), 1)
+
+
+def _draws(rng: random.Random, terms: int, max_term: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Terms of sums that carry: all of them in random order where they can be listed, else random ones."""
+    candidates: Iterable[tuple[int, ...]]
+    if max_term**terms <= _ENUMERABLE:
+        listed = list(itertools.product(range(1, max_term + 1), repeat=terms))
+        rng.shuffle(listed)
+        candidates = listed
+    else:
+        candidates = (tuple(rng.randint(1, max_term) for _ in range(terms)) for _ in range(100 * count + 1000))
+    width = len(str(max_term))
+    return (numbers for numbers in candidates if carried_columns(numbers, width))

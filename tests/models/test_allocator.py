@@ -1,0 +1,58 @@
+"""The heap in a process of its own, since it cannot be given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.models.allocator import OFF, keep_heap
+
+GRANTED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PROGRAM = """
+import json, resource, sys
+import torch
+from posttrain.models.allocator import keep_heap
+
+kept = keep_heap()
+torch.set_num_threads(1)
+def work():
+    for _ in range(5):
+        held = [torch.ones(6 * 2**20) for i in range(8)]  # 24 MiB each
+        del held
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+huge = [int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, sum(huge) / 1024]))
+"""
+
+
+def told(wanted: str) -> tuple[bool, int, float]:
+    """Whether the heap is kept, page faults when memory is asked for that was freed before, and MiB in huge pages."""
+    environment = os.environ | {OFF: wanted}
+    command = [sys.executable, "-c", PROGRAM]
+    kept, faults, huge = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return kept, faults, huge
+
+
+@pytest.mark.skipif(
+    not GRANTED.exists() or "[madvise]" not in GRANTED.read_text(),
+    reason="Linux grants huge pages to nobody, or to all",
+)
+def test_what_was_freed_is_kept_in_huge_pages() -> None:
+    kept, faults, huge = told("1")
+    assert kept
+    assert faults < 500
+    assert huge > 100
+    assert told("0")[0] is False
+    assert told("0")[2] < 10
+
+
+def test_the_environment_can_turn_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OFF, "0")
+    assert not keep_heap()

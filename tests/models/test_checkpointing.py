@@ -1,0 +1,80 @@
+"""Recomputing a layer changes what is kept and nothing else; compiling it changes rounding and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.data.batches import collate
+from posttrain.data.tokens import Tokens
+from posttrain.models.checkpointing import recompute_layers
+from posttrain.models.compiled import compile_layers
+from posttrain.models.policy import Policy
+from posttrain.models.tiny import TinyShape, tiny_model
+from posttrain.planning import sizes
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.native import NativeEngine
+from tests.models import small
+from tests.training.cases import case, probe
+
+
+def gradients(name: str, change: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    made = case(name)
+    model: Any = made.model()
+    for part in (getattr(model, each, None) for each in ("lm", "critic", "model")):
+        if part is not None:
+            change(part)
+    trainer = probe(model, 40)
+    return trainer.update(made.rows, made.objective), trainer.gradient
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "dpo"])
+def test_recomputed_is_computed_to_the_last_bit(name: str) -> None:
+    plain, recomputed = gradients(name, lambda _: None), gradients(name, recompute_layers)
+    assert plain[0] == recomputed[0]
+    assert all(torch.equal(value, recomputed[1][parameter]) for parameter, value in plain[1].items())
+
+
+def test_what_is_kept_is_what_the_plan_says() -> None:
+    """A layer's input each, and one layer at a time."""
+    lm, _ = tiny_model(TinyShape(64, 200, 6, 4, 4), 0)
+    recompute_layers(lm)
+    policy, batch = Policy(lm), collate([Tokens((3 + i, 4, 5, 6), (7,) * 60) for i in range(8)])
+    for layer in lm.model.layers:
+        layer.training = True
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batch)
+    planned = sizes(lm.config)
+    one_layer = (planned.activations_per_token - 4 * 4 * 64) / 6
+    measured = sum(kept.values()) / len(batch.input_ids) + one_layer
+    assert measured == pytest.approx(planned.recomputed_per_token, rel=0.12)
+    assert measured < planned.activations_per_token / 3
+
+
+def test_a_model_that_recomputes_samples_as_before() -> None:
+    asked = [Request((5, 6, 7), ((0,), (1,)))]
+    plain, other = small.language_model(), small.language_model()
+    recompute_layers(other)
+    answers = [NativeEngine(lm, small.EOS).sample(asked, SamplingSettings(8, 1.0)) for lm in (plain, other)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("change", [compile_layers, lambda lm: (recompute_layers(lm), compile_layers(lm))])
+def test_compiled_agrees_with_what_it_was_compiled_from(change: Any) -> None:
+    plain, compiled = gradients("sft", lambda _: None), gradients("sft", change)
+    assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
+    for parameter, value in plain[1].items():
+        assert torch.allclose(value, compiled[1][parameter], atol=1e-5), parameter

@@ -1,0 +1,145 @@
+"""Catching up, following and sweeping, with real processes that are really killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from pipelines.commands.sync import catch_up, synchronise
+from pipelines.commands.ui import free_port, links
+from pipelines.runtime.process import Lock
+from pipelines.tracking.projection import Projector
+from posttrain.errors import TrackingError
+
+from .conftest import Project, wait_for
+
+
+def all_runs(client: Any) -> list[Any]:
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+def test_sync_takes_live_and_restored_journals_once(project: Project, store: Any, history: Any) -> None:
+    project.run()
+    project.run("--seed", "1")
+    shutil.rmtree(project.folder / ".posttrain")
+    project.run("--seed", "2", DIE_AT="7")
+    runs = synchronise(project.folder, 0.0)
+    assert sorted(name[:12] for name in runs) == ["count-grpo-0", "count-grpo-1", "count-grpo-2"]
+    found = {run.info.run_name: run for run in all_runs(store)}
+    assert {name: run.info.status for name, run in found.items()} == {
+        "count grpo seed 0": "FINISHED",
+        "count grpo seed 1": "FINISHED",
+        "count grpo seed 2": "KILLED",
+    }
+    killed = found["count grpo seed 2"].info.run_id
+    assert [step for step, _ in history(store, killed)["loss"]] == list(range(8))
+    assert synchronise(project.folder, 0.0) == runs
+    assert len(all_runs(store)) == 3
+
+
+def test_a_killed_step_is_swept_then_resumed_in_the_same_run(project: Project, store: Any, history: Any) -> None:
+    project.run(DIE_AT="7")
+    projector = Projector(store, project.folder)
+    catch_up(projector)
+    (run,) = all_runs(store)
+    assert run.info.status == "KILLED"
+    done = project.run(POSTTRAIN_FOLLOWER="0", POSTTRAIN_FOLLOWER_SECONDS="60")
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "continuing run" in done.stderr
+    (same,) = all_runs(store)
+    assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
+    assert history(store, run.info.run_id)["loss"] == [(step, 2e-3 / (step + 1)) for step in range(12)]
+
+
+def test_the_follower_of_a_killed_step_ends_its_run_as_killed(project: Project, store: Any) -> None:
+    project.run(DIE_AT="7", STEP_SECONDS="0.1", POSTTRAIN_FOLLOWER="0")
+    wait_for(lambda: [r for r in all_runs(store) if r.info.status == "KILLED"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_follower_stays_behind_the_training_but_not_while_it_is_waited_for(project: Project, store: Any) -> None:
+    follower = project.start("--follow", module="pipelines.commands.sync")
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def priorities() -> set[int]:
+        return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(follower.pid).threads()}
+
+    wait_for(lambda: own + 10 in priorities())
+    assert os.getpriority(os.PRIO_PROCESS, follower.pid) == own  # of the thread that makes the last pass
+    follower.terminate()
+    assert follower.wait(60) == 0
+
+
+def test_a_running_run_whose_journal_is_gone_is_swept(project: Project, store: Any) -> None:
+    project.run(DIE_AT="3")
+    lock = Lock(project.state / "lock")
+    assert lock.acquire()
+    projector = Projector(store, project.folder)
+    catch_up(projector)
+    assert [run.info.status for run in all_runs(store)] == ["RUNNING"]
+    catch_up(projector)
+    assert [run.info.status for run in all_runs(store)] == ["RUNNING"]
+    lock.release()
+    shutil.rmtree(project.state)
+    catch_up(projector)
+    assert [run.info.status for run in all_runs(store)] == ["KILLED"]
+
+
+def test_a_damaged_journal_is_told_and_does_not_stop_the_others(project: Project, store: Any) -> None:
+    project.run()
+    broken = project.folder / ".posttrain" / "runs" / "broken"
+    broken.mkdir()
+    (broken / "journal.jsonl").write_text("not json\n")
+    with pytest.raises(TrackingError, match=r"broken/journal\.jsonl, line 1"):
+        catch_up(Projector(store, project.folder))
+    assert [run.info.status for run in all_runs(store)] == ["FINISHED"]
+
+
+def test_a_step_neither_fails_nor_waits_for_a_server_that_is_down(project: Project, store: Any) -> None:
+    began = time.monotonic()
+    url = f"http://anna:hunter2@127.0.0.1:{free_port(0)}"
+    done = project.run(MLFLOW_TRACKING_URI=url, POSTTRAIN_FOLLOWER="0")
+    assert done.returncode == 0
+    assert time.monotonic() - began < 30
+    assert done.stderr.count("did not take the values") == 1
+    assert "pipelines.commands.sync" in done.stderr
+    assert "hunter2" not in done.stderr
+    assert project.run(module="pipelines.commands.sync", MLFLOW_TRACKING_URI=url).returncode == 2
+    late = project.run(module="pipelines.commands.sync")
+    assert (late.returncode, late.stdout[:19]) == (0, "1 runs are up to da")
+    assert [run.info.status for run in all_runs(store)] == ["FINISHED"]
+
+
+def test_the_comparison_link_names_the_newest_align_runs(project: Project, store: Any) -> None:
+    experiment = store.create_experiment("posttrain")
+    ids = [
+        store.create_run(experiment, start_time=n + 1, run_name=name, tags={"stage": stage}).info.run_id
+        for n, (name, stage) in enumerate([("a", "align"), ("a", "align"), ("b", "align"), ("c", "sft")])
+    ]
+    runs = f"%5B%22{ids[1]}%22%2C%20%22{ids[2]}%22%5D"
+    store.create_registered_model("posttrain")
+    training = "workflowType=machine_learning"
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?{training}"
+    assert links(store, "http://127.0.0.1:5000", experiment) == {
+        "curves of the algorithms": f"{page}&searchFilter=tags.stage%20%3D%20%27align%27&compareRunsMode=CHART",
+        "comparison of the align runs": "http://127.0.0.1:5000/#/compare-runs"
+        f"?runs={runs}&experiments=%5B%22{experiment}%22%5D&{training}",
+        "every run": page,
+        "versions of the model posttrain": f"http://127.0.0.1:5000/#/models/posttrain?{training}",
+    }
+
+
+def test_a_port_in_use_is_refused_with_a_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(TrackingError, match="--port 0"):
+            free_port(taken.getsockname()[1])

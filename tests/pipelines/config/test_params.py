@@ -1,0 +1,131 @@
+"""The typed model of params.yaml: what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.config.params import flatten, load_params, parse_params, read_yaml
+from pipelines.config.schema import OnPolicyBudget
+from posttrain.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def tree(root: Path) -> Any:
+    return read_yaml(root / "params.yaml")
+
+
+def changed(tree: Any, path: str, value: Any) -> Any:
+    """A copy of the tree with one leaf set."""
+    result = copy.deepcopy(tree)
+    node = result
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value
+    return result
+
+
+def test_the_shipped_parameters_are_valid_and_2e_minus_3_is_a_number(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    assert params.sft.optimizer.learning_rate == 0.002
+    assert flatten(params)["sft.optimizer.learning_rate"] == 0.002
+
+
+def test_yaml_reads_an_exponent_without_a_dot_as_a_float(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("a: 2e-5\n", encoding="utf-8")
+    assert read_yaml(tmp_path / "p.yaml") == {"a": 2e-5}
+
+
+def test_a_duplicated_key_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("a: 1\nb: 2\na: 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"duplicate key.*line 3; remove one"):
+        read_yaml(tmp_path / "p.yaml")
+
+
+PPO_DROPPING_ALONE = {
+    "preset": "ppo",
+    "options": {"filter": "drop"},
+    "rewards": {"answer": 1.0},
+    "budget": {"samples_per_prompt": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("sft.epoch", 2, "sft.epoch: unknown parameter; did you mean 'epochs'?"),
+        ("sft.epochs", "2", "sft.epochs = '2': should be a valid integer"),
+        ("sft.optimizer.learning_rate", float("nan"), "must be a finite number"),
+        ("sft.optimizer.beta1", 1.0, "should be less than 1"),
+        ("project.algorithms", ["grp"], "no section algorithms.grp; did you mean 'grpo'?"),
+        ("project.seeds", [0, 0], "must not repeat a value"),
+        ("algorithms.grpo.options", {"gamma": 0.9}, "algorithms.grpo: grpo.options.gamma = 0.9: has no effect here"),
+        ("algorithms.mine", {"preset": "grop"}, "algorithms.mine: unknown algorithm preset 'grop'; did you mean 'grpo'?"),
+        ("algorithms.dpo.rewards", {"answer": 1.0}, "algorithms.dpo.rewards: has no effect"),
+        ("algorithms.grpo.rewards", {"answr": 1.0}, "no reward 'answr'; did you mean 'answer'?"),
+        ("algorithms.grpo.rewards", {"answer": 0.0}, "at least one reward a weight other than 0"),
+        ("algorithms.grpo.budget", {"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
+        ("align.on_policy.top_p", 0.9, "align.on_policy: top_p: truncated sampling biases the importance ratio"),
+        ("algorithms.grpo.budget", {"critic_learning_rate": 1e-3}, "critic_learning_rate: has no effect here"),
+        ("algorithms.ppo", PPO_DROPPING_ALONE, "filter 'drop' keeps prompts whose answers are rewarded differently"),
+        ("algorithms.grpo.options", {"clip_high": 0.28}, "it counts only when epochs x minibatches > 1"),
+        ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
+        ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
+        ("algorithms.grpo.options", {"overlong_cache": 4096}, "must be smaller than max_new_tokens"),
+        ("reward.soft_target_scale", 0.0, "should be greater than 0"),
+        ("rewards.answer.function", "anwser", "no such function; did you mean 'answer'?"),
+        ("rewards.total", {"function": "answer"}, "this name is taken"),
+        ("rewards.rm.timeout_seconds", 5.0, "rewards.rm.timeout_seconds: has no effect on the reward model"),
+        ("rewards.rm.on_failure", "skip", "rewards.rm.on_failure: has no effect on the reward model"),
+        ("rewards.answer.timeout_seconds", 0.0, "should be greater than 0"),
+        ("rewards.answer.on_failure", "ignore", "should be 'stop' or 'skip'"),
+        ("algorithms.grpo.options", {"reward_combination": "group_normalised"}, "only 'answer' has a weight"),
+        ("evaluation.pass_k", [9], "k must not exceed samples_per_prompt"),
+        ("evaluation.max_new_tokens", 5000, "exceeds model.tiny.max_length"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named_with_its_rule_and_the_nearest_name(tree: Any, path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_params(changed(tree, path, value))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("params.yaml: ")
+
+
+def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
+    soft = changed(tree, "reward.soft_target_scale", 2.0)
+    assert parse_params(soft).reward.soft_target_scale == 2.0
+    with pytest.raises(ConfigError, match=r"margin_from_scores and soft_target_scale .* would count twice"):
+        parse_params(changed(soft, "reward.margin_from_scores", True))
+
+
+def test_a_new_point_of_the_design_space_needs_parameters_alone(tree: Any) -> None:
+    section = {"preset": "grpo", "options": {"advantage": "group_z"}, "rewards": {"answer": 1}, "budget": {"steps": 3}}
+    params = parse_params(changed(tree, "algorithms.grpo_z", section))
+    assert params.algorithm("grpo_z").advantage == "group_z"  # type: ignore[union-attr]
+    budget = params.budget("grpo_z")
+    assert isinstance(budget, OnPolicyBudget)
+    assert (budget.steps, budget.samples_per_prompt) == (3, params.align.on_policy.samples_per_prompt)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=JSON)
+def test_whatever_stands_in_a_leaf_it_is_accepted_or_refused_in_words(
+    tree: Any, data: st.DataObject, value: Any
+) -> None:
+    path = data.draw(st.sampled_from(sorted(path for path in flatten(tree) if path)))
+    with contextlib.suppress(ConfigError):  # anything else is a traceback that a user would see
+        parse_params(changed(tree, path, value))

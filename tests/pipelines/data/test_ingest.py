@@ -1,0 +1,274 @@
+"""Sources to canonical tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.config.params import load_params
+from pipelines.config.schema import DataParams, GradedAnswers, TableSource
+from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.files import read_file
+from pipelines.data.sources import table_rows
+from pipelines.data.tables import plain, read_rows, write_rows
+from pipelines.ingest import split_by_prompt
+from posttrain.environments.parts import KINDS
+from posttrain.errors import ConfigError, DataError
+from posttrain.text import normalised
+
+
+@pytest.fixture
+def data(root: Path) -> DataParams:
+    return load_params(root / "params.yaml").data
+
+
+def source(path: object = "memory", **fields: Any) -> TableSource:
+    return TableSource(source=str(path), **fields)
+
+
+def test_default_tables_come_from_the_generator_with_ids_in_order(data: DataParams) -> None:
+    for kind in KINDS:
+        rows = table_rows(kind, data)
+        assert len(rows) == getattr(data, kind).rows
+        assert [row["id"] for row in rows] == list(range(len(rows)))
+
+
+def test_a_generator_refuses_what_would_have_no_effect(data: DataParams) -> None:
+    changed = data.model_copy(update={"sft": source("arithmetic", rows=5, columns={"prompt": "x"})})
+    with pytest.raises(ConfigError, match=r"data\.sft\.columns: has no effect on the generator 'arithmetic'"):
+        table_rows("sft", changed)
+    with pytest.raises(ConfigError, match=r"data\.sft\.rows: missing"):
+        table_rows("sft", data.model_copy(update={"sft": source("arithmetic")}))
+
+
+def test_an_unknown_source_names_the_nearest_generator(data: DataParams) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'arithmetic'\?.*\.jsonl.*hub:OWNER/NAME"):
+        table_rows("sft", data.model_copy(update={"sft": source("aritmetic", rows=3)}))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, suffix: str) -> None:
+    records = [{"prompt": 'a, "b"\nc', "answer": "1"}, {"prompt": "é", "answer": "2"}]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif suffix == ".csv":
+        path.write_text('prompt,answer\n"a, ""b""\nc",1\né,2\n', encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps(records), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+    assert read_file(path) == records
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n{"a": \n', r"x\.jsonl, line 2, column 7: not JSON: Expecting value.*'\{\"a\": '"),
+        ("x.jsonl", '{"a": 1}\n[1]\n', r"x\.jsonl, line 2: must be an object with named columns, and is an array"),
+        ("x.jsonl", "\n \n", r"x\.jsonl: has no records"),
+        ("x.json", '{"a": 1}', r"must hold an array of objects, and holds an object"),
+        ("x.json", '{"a": 1}\n{"a": 2}', r"line 2, column 1: not JSON: Extra data.*rename it"),
+        ("x.json", "[1]", r"element 0: must be an object"),
+        ("x.csv", "a,b\n1,2,3\n", r"x\.csv, line 2: has 3 fields, the header has 2"),
+        ("x.csv", "a,b\n1\n", r"x\.csv, line 2: has 1 fields, the header has 2"),
+        ("x.csv", "a,b\n", r"has no records"),
+        ("x.parquet", "PAR?", r"not a Parquet file"),
+        ("x.txt", "", r"cannot read files that end in '\.txt'.*Valid: \.csv, \.json, \.jsonl, \.parquet"),
+    ],
+)
+def test_a_broken_file_is_named_with_line_and_fault(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_file(path)
+
+
+def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        read_file(tmp_path / "none.jsonl")
+    (tmp_path / "l.jsonl").write_bytes('{"a": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8 text at byte 7"):
+        read_file(tmp_path / "l.jsonl")
+
+
+@settings(max_examples=60)
+@given(st.text())
+def test_any_line_is_records_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(text, encoding="utf-8", errors="ignore")
+    with contextlib.suppress(DataError):
+        assert all(isinstance(record, dict) for record in read_file(path))
+
+
+# Shapes --------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_names_dotted_paths_or_templates() -> None:
+    record = {"q": {"text": "How many?"}, "Body": "Two cats.", "turns": [{"x": "first"}], "a.b": 3, "ID": 9}
+    columns = {"prompt": "{Body} {q.text} {turns.0.x}", "answer": "a.b", "origin": "ID"}
+    assert canonical_rows("problems", source(columns=columns), [record]) == [
+        {"id": 0, "prompt": "Two cats. How many? first", "answer": "3", "origin": "9"}
+    ]
+
+
+def test_number_answers_become_text_and_whole_ones_lose_their_point() -> None:
+    records = [{"prompt": "p", "answer": value} for value in (51.0, 0.5, 7, "x")]
+    assert [row["answer"] for row in canonical_rows("problems", source(), records)] == ["51", "0.5", "7", "x"]
+
+
+def test_a_missing_column_names_those_there_are() -> None:
+    with pytest.raises(
+        DataError,
+        match=r"column 'prompt' should come from 'questoin', which no record has; did you mean 'question'\? Valid: answer, question",
+    ):
+        canonical_rows(
+            "problems", source(columns={"prompt": "questoin", "answer": "answer"}), [{"question": "q", "answer": "1"}]
+        )
+    with pytest.raises(ConfigError, match=r"data\.problems\.columns: has no 'answer'"):
+        canonical_rows("problems", source(columns={"prompt": "question"}), [{"question": "q", "answer": "1"}])
+
+
+def test_extract_keeps_the_first_group_and_names_a_row_without_one() -> None:
+    records = [{"prompt": "p", "answer": "so\n#### 1,200"}, {"prompt": "q", "answer": "none"}]
+    asked = source(extract={"answer": r"#### (\S+)"})
+    assert canonical_rows("problems", asked, records[:1])[0]["answer"] == "1,200"
+    with pytest.raises(DataError, match="row 1: answer 'none' does not match extract"):
+        canonical_rows("problems", asked, records)
+    for pattern, message in (("(", "not a regular expression"), ("x", "has no group")):
+        with pytest.raises(ConfigError, match=message):
+            canonical_rows("problems", source(extract={"answer": pattern}), records)
+
+
+def test_graded_answers_pair_every_better_one_with_every_worse_one() -> None:
+    record = {
+        "q": "p",
+        "a": {"t": "A", "s": 3},
+        "b": {"t": "B", "s": 1},
+        "c": {"t": "C", "s": 1},
+        "d": {"t": "D", "s": 2},
+    }
+    graded = GradedAnswers(columns=["a", "b", "c", "d"], text="t", score="s")
+    rows = canonical_rows("preferences", source(columns={"prompt": "q"}, graded=graded), [record])
+    pairs = {(row["chosen"], row["rejected"], row["chosen_score"], row["rejected_score"]) for row in rows}
+    assert pairs == {("A", "B", 3, 1), ("A", "C", 3, 1), ("A", "D", 3, 2), ("D", "B", 2, 1), ("D", "C", 2, 1)}
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {row["record"] for row in rows} == {0}
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, "high", None])
+def test_a_score_that_is_no_finite_number_is_named(score: Any) -> None:
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1.0, "rejected_score": 0.5}
+    with pytest.raises(DataError, match=r"row 1: rejected_score is "):
+        canonical_rows("preferences", source(), [pair, pair | {"rejected_score": score}])
+
+
+def test_one_score_without_the_other_is_refused() -> None:
+    with pytest.raises(DataError, match="has chosen_score alone"):
+        canonical_rows("preferences", source(), [{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1}])
+
+
+def test_weights_of_examples_are_numbers_and_a_weight_elsewhere_is_a_column_like_any_other(tmp_path: Path) -> None:
+    record = {"prompt": "p", "completion": "c", "weight": 2, "kg": 0.5}
+    rows = canonical_rows("sft", source(), [record])
+    assert rows == [{"id": 0, "prompt": "p", "completion": "c", "weight": 2.0}]
+    write_rows("sft", rows, tmp_path / "sft.parquet")
+    assert read_rows(tmp_path / "sft.parquet") == rows
+    columns = {"prompt": "prompt", "completion": "completion", "weight": "kg"}
+    assert canonical_rows("sft", source(columns=columns), [record])[0]["weight"] == 0.5
+    with pytest.raises(DataError, match="row 0: weight is 'heavy'; it must be a number"):
+        canonical_rows("sft", source(), [record | {"weight": "heavy"}])
+    parcels = {"prompt": "prompt", "answer": "kg", "weight": "weight"}
+    assert canonical_rows("problems", source(columns=parcels), [record])[0]["weight"] == "2"
+
+
+def test_a_column_that_is_never_text_is_the_wrong_column() -> None:
+    with pytest.raises(DataError, match=r"completion is never text; row 0 holds True \(bool\)"):
+        canonical_rows("sft", source(), [{"prompt": "p", "completion": True}])
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_round_trip_with_messages_and_values_of_a_wrong_type(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [
+        {"id": 0, "prompt": messages, "completion": "x", "source": "s"},
+        {"id": 1, "prompt": messages, "completion": True, "source": "s"},
+        {"id": 2, "prompt": messages, "completion": None, "source": "s"},
+    ]
+    write_rows("sft", rows, tmp_path / "sft.parquet")
+    assert pq.read_table(tmp_path / "sft.parquet")["completion"].to_pylist() == ["x", None, None]
+    assert read_rows(tmp_path / "sft.parquet") == rows
+
+
+def test_the_same_rows_are_the_same_bytes_and_an_empty_table_keeps_its_columns(tmp_path: Path) -> None:
+    rows = [{"id": 0, "prompt": "p", "answer": "1"}]
+    for name in ("a", "b"):
+        write_rows("problems", rows, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    write_rows("preferences", [], tmp_path / "empty", extra=["reason"])
+    assert pq.read_table(tmp_path / "empty").column_names == ["id", "prompt", "chosen", "rejected", "reason"]
+
+
+PROMPTS = st.lists(st.text(min_size=1, max_size=8), min_size=4, max_size=40)
+
+
+@given(PROMPTS, st.floats(0.1, 0.5), st.integers(0, 9))
+def test_held_out_pairs_share_no_prompt_with_the_others(prompts: list[str], share: float, seed: int) -> None:
+    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(prompts)]
+    keys = {normalised(plain(row["prompt"])) for row in rows}
+    if len(keys) < 2:
+        return
+    kept, heldout = split_by_prompt(rows, share, seed)
+    assert sorted(row["id"] for row in kept + heldout) == list(range(len(rows)))
+    held = {normalised(row["prompt"]) for row in heldout}
+    assert not held & {normalised(row["prompt"]) for row in kept}
+    assert len(held) == max(1, round(share * len(keys)))
+    assert (kept, heldout) == split_by_prompt(rows, share, seed)
+
+
+def test_heldout_needs_a_share_that_leaves_both_sides() -> None:
+    with pytest.raises(ConfigError, match=r"data\.preferences\.heldout: must be above 0"):
+        split_by_prompt([{"prompt": "a"}, {"prompt": "b"}], 0.0, 0)
+    with pytest.raises(DataError, match="keep 1 of 1 prompts apart"):
+        split_by_prompt([{"prompt": "a"}], 0.2, 0)
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_gsm8k_solutions_make_graded_pairs(shared_data: Path) -> None:
+    records = read_file(shared_data / "gsm8k" / "example_model_solutions.jsonl")
+    names = ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
+    graded = GradedAnswers(columns=names, text="solution", score="is_correct")
+    rows = canonical_rows("preferences", source(columns={"prompt": "question"}, graded=graded), records)
+    right = [sum(record[name]["is_correct"] for name in names) for record in records]
+    assert len(rows) == sum(good * (4 - good) for good in right)
+    assert {(row["chosen_score"], row["rejected_score"]) for row in rows} == {(1.0, 0.0)}
+
+
+@pytest.mark.real
+def test_pandalm_prompts_are_split_by_prompt_and_not_by_row(shared_data: Path) -> None:
+    columns = {"prompt": "{instruction}\n{input}", "chosen": "response1", "rejected": "response2"}
+    records = read_file(shared_data / "pandalm_human" / "testset-v1.json")
+    rows = canonical_rows("preferences", source(columns=columns), records)
+    assert (len(rows), sum(isinstance(row["chosen"], bool) + isinstance(row["rejected"], bool) for row in rows)) == (
+        999,
+        6,
+    )
+    kept, heldout = split_by_prompt(rows, 0.2, 0)
+    assert (len({row["prompt"] for row in kept}), len({row["prompt"] for row in heldout})) == (136, 34)

@@ -1,0 +1,119 @@
+"""Aliases of the model registry, in a real MLflow store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.commands.models import line
+from pipelines.promotion.registry import Registry
+from posttrain.errors import TrackingError
+
+from .conftest import Project
+
+
+@pytest.fixture
+def registry(project: Project, store: Any) -> Registry:
+    lock(project.folder, {"grpo-0": "a" * 32, "dpo-0": "b" * 32})
+    return Registry(project.folder, "posttrain")
+
+
+def lock(folder: Path, models: dict[str, str]) -> None:
+    stages = "".join(
+        f"  align@{name}:\n    cmd: x\n    outs:\n    - path: models/align/{name}\n      md5: {md5}.dir\n"
+        "      size: 120\n      nfiles: 7\n"
+        for name, md5 in models.items()
+    )
+    (folder / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{stages}")
+
+
+def register(registry: Registry, name: str, **tags: str) -> int:
+    return registry.register(name, f"models/align/{name}", tags, "why").number
+
+
+def aliases(registry: Registry) -> dict[str, int]:
+    return {alias: version.number for version in registry.versions() for alias in version.aliases}
+
+
+def test_a_version_points_at_dvc_and_the_same_weights_are_one_version(registry: Registry, store: Any) -> None:
+    number = register(registry, "grpo-0", decision="passed")
+    assert number == register(registry, "grpo-0", decision="refused") == 1
+    found = store.get_model_version("posttrain", "1")
+    assert found.source == f"dvc://models/align/grpo-0?md5={'a' * 32}.dir"
+    assert {key: found.tags[key] for key in ("dvc.md5", "dvc.size", "dvc.nfiles", "model", "decision")} == {
+        "dvc.md5": "a" * 32 + ".dir",
+        "dvc.size": "120",
+        "dvc.nfiles": "7",
+        "model": "grpo-0",
+        "decision": "refused",
+    }
+
+
+def test_promotion_moves_the_aliases_and_a_roll_back_gives_production_back_and_bars_the_weights(
+    registry: Registry,
+) -> None:
+    first = register(registry, "grpo-0")
+    registry.challenge(first)
+    assert aliases(registry) == {"challenger": 1}
+    with pytest.raises(TrackingError, match="nothing to roll back to: posttrain has no champion yet"):
+        registry.roll_back("no")
+    registry.promote(first)
+    assert aliases(registry) == {"champion": 1}
+    with pytest.raises(TrackingError, match="has no previous version yet"):
+        registry.roll_back("no")
+
+    second = register(registry, "dpo-0")
+    registry.challenge(second)
+    registry.promote(second)
+    assert aliases(registry) == {"champion": 2, "previous": 1}
+    registry.promote(second)
+    assert aliases(registry) == {"champion": 2, "previous": 1}
+    assert registry.barred() == {}
+
+    champion, before = registry.roll_back("answers in French")
+    assert (champion.number, before.number) == (1, 2)
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+    assert {md5: version.number for md5, version in registry.barred().items()} == {"b" * 32 + ".dir": 2}
+    assert line(registry.version(2)).endswith("rolled back: answers in French")
+
+    # the same command again does not bring back what it took away
+    with pytest.raises(TrackingError, match=r"version 1 \(grpo-0\) is champion after a roll-back.*flows\.promote 1"):
+        registry.roll_back("answers in French")
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+    assert [version.number for version in registry.barred().values()] == [2]
+
+    registry.promote(second)
+    assert registry.barred() == {}
+    assert aliases(registry) == {"champion": 2, "previous": 1}
+
+
+def test_what_is_not_there_is_named(registry: Registry) -> None:
+    assert registry.versions() == []
+    assert registry.holding("champion") is None
+    with pytest.raises(TrackingError, match=r"dvc\.lock names no models/align/ppo-0"):
+        register(registry, "ppo-0")
+    register(registry, "grpo-0")
+    with pytest.raises(TrackingError, match="no version 7 of posttrain; it holds: 1"):
+        registry.version(7)
+
+
+@pytest.mark.parametrize("uri", ["foo://bar", "127.0.0.1:5000"])
+def test_an_address_that_names_no_store_is_told_in_words(
+    project: Project, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI = {uri}: MLflow knows no such store"):
+        Registry(project.folder, "posttrain").versions()
+
+
+def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:pass-word-1@127.0.0.1:9")
+    with pytest.raises(
+        TrackingError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:9 did not answer for the registry"
+    ) as error:
+        Registry(project.folder, "posttrain").versions()
+    assert "pass-word-1" not in str(error.value)

@@ -1,0 +1,195 @@
+"""The sampler that params.yaml names, on what the environment gives it; and the align stage on a server."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from pipelines.config.params import Params, parse_params, read_yaml
+from pipelines.runtime.journal import read
+from pipelines.runtime.run import Run
+from pipelines.training.on_policy import align
+from pipelines.training.rollout_engine import sampling_engine
+from pipelines.training.setup import accelerator
+from posttrain.data.tokens import TextEncoder
+from posttrain.errors import ConfigError, Interrupted
+from posttrain.models.folders import load_policy, save_model
+from posttrain.models.tiny import byte_tokenizer
+from posttrain.rollouts.groups import Problem
+from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.vllm import VllmEngine
+from posttrain.rollouts.vllm.local import LocalServer
+from tests.models import small
+from tests.rollouts.peer import Peer
+
+SETTINGS = {
+    "steps": 3, "prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 6, "rollouts": {"engine": "vllm"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def params(root: Path) -> Params:
+    tree = read_yaml(root / "params.yaml")
+    tree["align"]["on_policy"] |= SETTINGS
+    tree["align"]["checkpoint"]["every_steps"] = 1
+    tree["project"]["algorithms"] = ["grpo"]
+    tree["rewards"] = tree["rewards"] | {"short": {"function": "length", "arguments": {"target": 3, "tolerance": 9}}}
+    tree["algorithms"] = {"grpo": {"preset": "grpo", "rewards": {"short": 1.0}}}
+    return parse_params(tree)
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """A run of the align stage in a project of its own; made again it is the same run, cut off before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("URLS", "PYTHON", "ARGS", "DEVICES", "FOLDER"):
+        monkeypatch.delenv(f"POSTTRAIN_VLLM_{name}", raising=False)
+    save_model(small.language_model(), byte_tokenizer(64), Path("models/sft"), "")
+    Path("data/valid").mkdir(parents=True)
+    rows = [{"id": i, "prompt": text, "answer": "?"} for i, text in enumerate(["ab", "cde", "f", "gh"])]
+    pd.DataFrame(rows).to_parquet("data/valid/problems.parquet")
+
+    def make(**options: Any) -> Run:
+        args = argparse.Namespace(algorithm="grpo", seed=0, replay=None)
+        made = Run(
+            stage="align", name="align-grpo-0", args=args, directory=Path("runs/align/grpo-0"), state=tmp_path / "state",
+            key="k" * 64, code="c" * 64, **({"params": params} | options),
+        )  # fmt: skip
+        made.open({"kind": "start"}, {"kind": "params", "values": {}}, {"kind": "start"})
+        return made
+
+    return make
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer(small.language_model(seed=9)).start()
+    yield made
+    made.stop()
+
+
+def steps_of(run: Run) -> dict[int, dict[str, float]]:
+    return {r["step"]: r["values"] for r in read(run.state / "journal.jsonl") if r["kind"] == "metrics"}
+
+
+def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
+    new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", f" {peer.url}, ")
+    device = accelerator(params.align.compute, 0, Path("models/sft"))
+    first = new_run(stop_requested=lambda: peer.paths.count("/collective_rpc") == 2)
+    with pytest.raises(Interrupted):
+        align(first, "grpo", 0, device)
+    assert list(steps_of(first)) == [1, 2]
+    # what the servers read is gone, also after an error
+    assert not list(first.state.glob("vllm-*"))
+    second = new_run()
+    align(second, "grpo", 0, device)
+    steps = steps_of(second)
+    assert list(steps) == [1, 2, 3]
+    assert all(values["mismatch/max"] < 1e-5 for values in steps.values())
+    # exactly on-policy: the ratio is the trainer's own, whatever the sampler said
+    assert all(values["ratio/min"] == values["ratio/max"] == 1.0 for values in steps.values())
+    # once for every step, each time with the weights of the update before
+    assert peer.paths.count("/collective_rpc") == 3
+    trained, start = load_policy("models/align/grpo-0"), load_policy("models/sft")
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_an_adapter_is_served_with_its_base(
+    new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", peer.url)
+    tree = params.model_dump(exclude_unset=True)
+    tree["align"]["lora"] = {"rank": 2, "alpha": 8.0}
+    tree["align"]["on_policy"]["optimizer"]["learning_rate"] = 0.05
+    run = new_run(params=parse_params(tree))
+    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/sft")))
+    assert all(values["mismatch/max"] < 1e-4 for values in steps_of(run).values())
+    served, start = peer.model, load_policy("models/sft")
+    with torch.no_grad():
+        moved = served(torch.tensor([[5, 6, 7]])).logits - start(torch.tensor([[5, 6, 7]])).logits
+    assert moved.abs().max() > 0.1
+
+
+def test_the_seeds_of_a_resumed_run_are_those_of_an_undisturbed_one(
+    new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", peer.url)
+    device = accelerator(params.align.compute, 0, Path("models/sft"))
+
+    def asked() -> list[tuple[Any, ...]]:
+        return [(tuple(b["prompt"]), b["seed"]) for b in peer.asked if "stop_token_ids" in b]
+
+    align(new_run(), "grpo", 0, device)
+    undisturbed = sorted(asked())
+    shutil.rmtree("state")
+    peer.asked = []
+    with pytest.raises(Interrupted):
+        align(new_run(stop_requested=lambda: bool(asked())), "grpo", 0, device)
+    align(new_run(), "grpo", 0, device)
+    assert sorted(asked()) == undisturbed
+    assert len(undisturbed) == 3 * 2 * 2
+
+
+def engine(run: Run, params: Params) -> Any:
+    encoder = TextEncoder(byte_tokenizer(64), 64)
+    problems = [Problem("ab", (5, 6, 7), {}), Problem("c", (9,), {})]
+    budget: Any = params.budget("grpo")
+    device = accelerator(params.align.compute, 0, Path("models/sft"))
+    return sampling_engine(run, budget, small.language_model(), encoder, "models/sft", problems, device, lambda: 0)
+
+
+def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
+    new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    with pytest.raises(ConfigError, match=r"no server was named\. .*infra/vllm/setup\.sh"):
+        engine(run, params)
+    monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", "nowhere/python")
+    with pytest.raises(ConfigError, match="POSTTRAIN_VLLM_PYTHON: there is no nowhere/python"):
+        engine(run, params)
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", "127.0.0.1:8000")
+    with pytest.raises(ConfigError, match=r"'127\.0\.0\.1:8000' is no address of a server, such as http://"):
+        engine(run, params)
+
+
+def test_a_server_is_started_as_the_environment_says(
+    new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    python = Path(".venv-vllm/bin/python")
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/bin/sh")
+    monkeypatch.setenv("POSTTRAIN_VLLM_ARGS", "--enforce-eager --max-num-seqs 8")
+    monkeypatch.setenv("POSTTRAIN_VLLM_DEVICES", "1")
+    made = engine(run, params)
+    assert isinstance(made, VllmEngine)
+    (server,) = made.fleet.servers
+    assert isinstance(server, LocalServer)
+    command = server.launch.command(Path("weights"), 8123)
+    # the server has another working directory
+    assert command[0] == str(python.absolute())
+    monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", str(python))
+    assert engine(run, params).fleet.servers[0].launch.python == str(python.absolute())
+    assert command[-3:] == ["--enforce-eager", "--max-num-seqs", "8"]
+    pairs = set(pairwise(command))
+    # prompt and answer have 9 tokens at most, and a probe of 48 must fit as well
+    assert {("--host", "127.0.0.1"), ("--max-model-len", "49"), ("--dtype", "float32"), ("--port", "8123")} <= pairs
+    assert server.launch.environment == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_the_native_engine_is_the_default(root: Path, new_run: Callable[..., Run], params: Params) -> None:
+    assert isinstance(engine(new_run(), parse_params(read_yaml(root / "params.yaml"))), NativeEngine)
+    tree = params.model_dump(exclude_unset=True)
+    tree["align"]["on_policy"]["rollouts"] = {"engine": "vlm"}
+    with pytest.raises(ConfigError, match=r"align.on_policy.rollouts.engine = 'vlm': .*'native' or 'vllm'"):
+        parse_params(tree)

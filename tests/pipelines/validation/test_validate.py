@@ -1,0 +1,357 @@
+"""What may enter training: rules, policies, quarantine, leakage, messages and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import validate
+from pipelines.config.params import load_params
+from pipelines.config.schema import RuleParams, TableSource
+from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.files import read_file
+from pipelines.data.tables import Row, Table, write_rows
+from pipelines.validation import suites
+from pipelines.validation.check import Outcome, check
+from pipelines.validation.messages import refuse, summary
+from pipelines.validation.report import page
+from pipelines.validation.suites import Limits, Validator
+from posttrain.errors import ConfigError, DataError, LeakageError
+
+LIMITS = Limits(max_prompt_tokens=20, max_completion_tokens=20, numeric_answer=True)
+Tables = dict[Table, list[Row]]
+Checked = Callable[..., Outcome]
+
+
+class Characters:
+    """Counts characters, and one for the end of a completion."""
+
+    def prompt(self, text: Any) -> int:
+        return len(text if isinstance(text, str) else text[-1]["content"])
+
+    def completion(self, text: Any) -> int:
+        return self.prompt(text) + 1
+
+
+@pytest.fixture
+def checked(root: Path) -> Checked:
+    """Rows through all rules, under the default policies but for those given."""
+    rules = load_params(root / "params.yaml").validation.rules
+
+    def run(tables: Tables, limits: Limits = LIMITS, docs: Path | None = None, **policies: str) -> Outcome:
+        changed = RuleParams.model_validate(rules.model_dump() | policies)
+        validator = Validator(docs)
+        outcome = check(tables, changed, limits, Characters(), validator)
+        validator.write_docs()
+        return outcome
+
+    return run
+
+
+def sft(*pairs: tuple[Any, Any]) -> Tables:
+    return {"sft": [{"id": i, "prompt": prompt, "completion": text} for i, (prompt, text) in enumerate(pairs)]}
+
+
+def preferences(*pairs: tuple[Any, Any], scores: list[tuple[float, float]] | None = None) -> Tables:
+    rows: list[Row] = [{"id": i, "prompt": f"p {i}", "chosen": c, "rejected": r} for i, (c, r) in enumerate(pairs)]
+    for row, (high, low) in zip(rows, scores or [], strict=False):
+        row |= {"chosen_score": high, "rejected_score": low}
+    return {"preferences": rows}
+
+
+def answers(table: Table, *answers: Any, **columns: list[Any]) -> Tables:
+    rows = [{"id": i, "prompt": f"{table} {i}", "answer": answer} for i, answer in enumerate(answers)]
+    return {table: [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(rows)]}
+
+
+def reasons(outcome: Outcome, table: Table) -> dict[int, str]:
+    return {row["id"]: row["reason"] for row in outcome.quarantined[table]}
+
+
+def count(outcome: Outcome, rule: str) -> float:
+    return summary(outcome)[f"rules/{rule}"]
+
+
+def test_clean_rows_pass_unchanged(checked: Checked) -> None:
+    tables = sft(("a", "b"), ("c", "d")) | preferences(("x", "y"), scores=[(1, 0)]) | answers("evaluation", "1,200")
+    outcome = checked(tables)
+    assert outcome.kept == tables
+    assert not outcome.stops
+    assert {v.finding.status for v in outcome.verdicts} == {"passed"}
+
+
+def test_a_table_without_rows_stops_although_every_other_rule_would_pass(checked: Checked) -> None:
+    outcome = checked({"sft": []})
+    with pytest.raises(DataError, match=r"table sft, rule row_count: the table has no rows\. Give data"):
+        refuse(outcome, 5, Path("report.html"))
+
+
+def test_a_missing_column_stops(checked: Checked) -> None:
+    with pytest.raises(DataError, match=r"table sft, column completion, rule columns: the column is missing"):
+        refuse(checked({"sft": [{"id": 0, "prompt": "a"}]}), 5, Path("report.html"))
+
+
+def test_a_boolean_is_a_wrong_type_before_it_is_a_length(checked: Checked) -> None:
+    outcome = checked(sft(("a", "fine"), ("b", True), ("c", 7), ("d", [{"role": "user"}]), ("e", None)))
+    assert reasons(outcome, "sft") == {
+        1: "wrong_type (completion)", 2: "wrong_type (completion)", 3: "wrong_type (completion)", 4: "empty_text (completion)",
+    }  # fmt: skip
+    assert count(outcome, "sft/wrong_type") == 3
+
+
+def test_a_wrong_type_that_only_warns_is_kept_as_its_json(checked: Checked) -> None:
+    outcome = checked(sft(("a", "fine"), ("b", True), ("c", None)), wrong_type="warn", empty_text="warn")
+    assert [row["completion"] for row in outcome.kept["sft"]] == ["fine", "true", ""]
+
+
+def test_chat_messages_are_text(checked: Checked) -> None:
+    chat = [{"role": "user", "content": "hello"}]
+    empty = [{"role": "user", "content": " "}]
+    outcome = checked(sft((chat, "fine"), (empty, "fine")))
+    assert outcome.kept["sft"] == [{"id": 0, "prompt": chat, "completion": "fine"}]
+    assert reasons(outcome, "sft") == {1: "empty_text (prompt)"}
+
+
+def test_lengths_count_tokens_with_the_end_of_sequence(checked: Checked) -> None:
+    outcome = checked(sft(("p" * 20, "c" * 19), ("p" * 21, "c"), ("p", "c" * 20)))
+    assert reasons(outcome, "sft") == {1: "prompt_length (prompt)", 2: "completion_length (completion)"}
+
+
+def test_identical_pairs_and_scores_in_the_wrong_order_or_tied(checked: Checked) -> None:
+    tables = preferences(("a", "b"), ("c", "c"), ("d", "e"), ("f", "g"), scores=[(1, 0), (1, 0), (0, 1), (1, 1)])
+    outcome = checked(tables)
+    assert reasons(outcome, "preferences") == {1: "identical_pair (rejected)", 2: "score_order (rejected_score)"}
+    assert count(outcome, "preferences/tied_scores") == 1
+    assert [row["id"] for row in outcome.kept["preferences"]] == [0, 3]
+
+
+def test_a_negative_weight_is_quarantined_and_zero_is_none(checked: Checked) -> None:
+    rows = [{"id": i, "prompt": f"p {i}", "completion": "c", "weight": w} for i, w in enumerate((1.0, -0.5, 0.0))]
+    outcome = checked({"sft": rows})
+    assert [row["weight"] for row in outcome.kept["sft"]] == [1.0, 0.0]
+    assert reasons(outcome, "sft") == {1: "negative_weight (weight)"}
+
+
+def test_of_equal_rows_only_the_later_ones_are_duplicates(checked: Checked) -> None:
+    tables = sft(("a", "b"), ("a", "b"), ("a", "c"), ("a", "b"))
+    assert count(checked(tables), "sft/duplicate_rows") == 2
+    assert reasons(checked(tables, duplicate_rows="quarantine"), "sft") == dict.fromkeys((1, 3), "duplicate_rows (row)")
+
+
+def test_a_gold_answer_must_be_a_number_for_a_numeric_reward_and_else_not_empty(checked: Checked) -> None:
+    tables = answers("evaluation", "1,200", "about ten", "", "#### 7", None)
+    assert set(reasons(checked(tables), "evaluation")) == {1, 2, 4}
+    words = Limits(20, 20, numeric_answer=False)
+    assert set(reasons(checked(tables, limits=words), "evaluation")) == {2, 4}
+
+
+def test_an_answer_that_its_equation_contradicts(checked: Checked) -> None:
+    equations = ["( 4.0 - 2.0 )", "( 4.0 - 2.0 )", "see text", None]
+    outcome = checked(answers("evaluation", "2", "3", "4", "5", equation=equations))
+    assert reasons(outcome, "evaluation") == {1: "contradicted_answer (answer)"}
+
+
+def test_a_row_tells_every_reason_of_its_stage(checked: Checked) -> None:
+    outcome = checked(preferences(("", ""), ("a", "b")))
+    assert reasons(outcome, "preferences") == {
+        0: "empty_text (chosen); empty_text (rejected); identical_pair (rejected)"
+    }
+
+
+def test_a_stop_says_table_column_rule_count_rows_and_what_next(checked: Checked) -> None:
+    outcome = checked(sft(("a", ""), ("b", " "), ("c", ""), ("d", "x")), empty_text="stop")
+    with pytest.raises(DataError) as caught:
+        refuse(outcome, 2, Path("report.html"))
+    assert str(caught.value).split("\n") == [
+        "table sft, column completion, rule empty_text (stop): 3 of 4 rows. First rows:",
+        "  id 0: completion ''",
+        "  id 1: completion ' '",
+        "Correct the source, or set validation.rules.empty_text to quarantine (set such rows aside) or warn (keep them).",
+        "The full report: report.html",
+    ]
+    assert not isinstance(caught.value, LeakageError)
+
+
+def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
+    outcome = checked(sft(("a", ""), ("b", "")))
+    with pytest.raises(DataError, match=r"table sft, rule row_count: all 2 rows were quarantined; nothing is left"):
+        refuse(outcome, 5, Path("report.html"))
+
+
+# Leakage -------------------------------------------------------------------------------------------------------------
+
+
+def leaking() -> Tables:
+    tables = sft(("What is 1 + 1?", "2"), ("fine", "3")) | answers("problems", "1") | answers("evaluation", "2")
+    tables["evaluation"][0]["prompt"] = "what is  1 + 1"
+    tables["preferences_heldout"] = [{"id": 8, "prompt": "Problems 0!", "chosen": "a", "rejected": "b"}]
+    return tables
+
+
+def test_leakage_is_found_across_all_tables_and_named_by_row(checked: Checked) -> None:
+    with pytest.raises(LeakageError) as caught:
+        refuse(checked(leaking()), 5, Path("report.html"))
+    assert "table sft, column prompt, rule leakage (stop): 1 of 2 rows" in str(caught.value)
+    assert "  id 0 (as evaluation id 0): prompt 'What is 1 + 1?'" in str(caught.value)
+    assert "table problems, column prompt, rule leakage (stop): 1 of 1 rows" in str(caught.value)
+    assert "  id 0 (as preferences_heldout id 8): prompt 'problems 0'" in str(caught.value)
+
+
+def test_quarantined_leakage_removes_the_training_rows_alone(checked: Checked) -> None:
+    tables = leaking()
+    tables["problems"].append({"id": 1, "prompt": "other", "answer": "4"})
+    outcome = checked(tables, leakage="quarantine")
+    assert not outcome.stops
+    assert [row["id"] for row in outcome.kept["sft"]] == [1]
+    assert reasons(outcome, "sft") == {0: "leakage (prompt of evaluation id 0)"}
+    assert reasons(outcome, "problems") == {0: "leakage (prompt of preferences_heldout id 8)"}
+    assert outcome.kept["evaluation"] == tables["evaluation"]
+    assert outcome.kept["preferences_heldout"] == tables["preferences_heldout"]
+
+
+def test_a_quarantined_evaluation_row_cannot_leak(checked: Checked) -> None:
+    tables = sft(("same", "2")) | answers("evaluation", "no number", "3")
+    tables["evaluation"][0]["prompt"] = "same"
+    assert not checked(tables).stops
+
+
+def test_training_tables_may_share_prompts(checked: Checked) -> None:
+    tables = sft(("same", "2")) | answers("problems", "2")
+    tables["problems"][0]["prompt"] = "same"
+    assert not checked(tables).stops
+
+
+# Errors and reports --------------------------------------------------------------------------------------------------
+
+
+def test_an_expectation_that_raises_is_errored_and_not_failed(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(table: Table, limits: Limits, columns: Any) -> list[Any]:
+        return [suites._differ("chosen", "no_such_column", "identical_pair")]
+
+    monkeypatch.setattr(suites, "content", broken)
+    outcome = checked(preferences(("a", "b")))
+    (verdict,) = [v for v in outcome.verdicts if v.finding.rule == "identical_pair"]
+    assert verdict.finding.status == "errored"
+    assert summary(outcome)["errored"] == 1
+    with pytest.raises(DataError, match=r"rule identical_pair: could not be checked: .*no_such_column"):
+        refuse(outcome, 5, Path("report.html"))
+    assert not checked(preferences(("a", "b")), identical_pair="warn").stops
+
+
+def test_the_report_is_self_contained_escaped_and_always_the_same(checked: Checked) -> None:
+    tables = sft(("<script>alert(1)</script>", "x" * 30), ("b", "y"))
+    html = page(checked(tables), 5)
+    assert html == page(checked(tables), 5)
+    assert "<script" not in html
+    assert "http" not in html
+    assert "Accepted" in html
+    assert "completion_length" in html
+    escaped = page(checked(sft(("<b>", ""), ("b", "<script>" * 4))), 5)
+    assert "&lt;script&gt;" in escaped
+    assert "Refused" in page(checked(sft(("a", "")), empty_text="stop"), 5)
+
+
+def test_data_docs_are_written_for_people(checked: Checked, tmp_path: Path) -> None:
+    checked(sft(("a", "")), docs=tmp_path)
+    assert (tmp_path / "index.html").is_file()
+    assert (tmp_path / "expectations" / "sft-content.html").is_file()
+
+
+# The step ------------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_answer_is_numeric_and_by_mention_is_not(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    assert validate.numeric_answer(params)
+    source = params.rewards["answer"].model_copy(update={"function": "mentions"})
+    assert not validate.numeric_answer(params.model_copy(update={"rewards": params.rewards | {"answer": source}}))
+
+
+def test_a_judge_that_is_not_installed_is_refused_before_anything_is_read_or_trained(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    source = params.rewards["answer"].model_copy(update={"function": "no_such_package.judges:f"})
+    run: Any = SimpleNamespace(params=params.model_copy(update={"rewards": params.rewards | {"mine": source}}))
+    with pytest.raises(ConfigError, match=r"there is no package 'no_such_package'"):
+        validate.run(run)
+
+
+def test_limits_beyond_the_context_are_refused_before_training_would() -> None:
+    validate._check_context(200, 56, 256)
+    with pytest.raises(ConfigError, match="has 257 tokens, and the context of models/base is 256"):
+        validate._check_context(200, 57, 256)
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+WIDE = Limits(max_prompt_tokens=10**6, max_completion_tokens=10**6, numeric_answer=True)
+
+
+@pytest.mark.real
+def test_pandalm_booleans_and_empty_responses_are_counted_and_quarantined(
+    shared_data: Path, tmp_path: Path, checked: Checked
+) -> None:
+    columns = {"prompt": "{instruction}\n{input}", "chosen": "response1", "rejected": "response2", "idx": "idx"}
+    records = read_file(shared_data / "pandalm_human" / "testset-v1.json")
+    rows = canonical_rows("preferences", TableSource(source="pandalm", columns=columns), records)
+    outcome = checked({"preferences": rows}, limits=WIDE)
+    assert count(outcome, "preferences/wrong_type") == 6
+    assert count(outcome, "preferences/empty_text") == 54
+    assert len(outcome.kept["preferences"]) == 999 - 6 - 54
+    write_rows("preferences", outcome.quarantined["preferences"], tmp_path / "q.parquet", extra=["reason"])
+    aside = pq.read_table(tmp_path / "q.parquet").to_pylist()
+    assert [row["idx"] for row in aside if row["wrong_type"]] == ["157", "158", "159", "161", "162", "164"]
+    assert sum("empty_text" in row["reason"] for row in aside) == 54
+
+
+@pytest.mark.real
+def test_pandalm_prompts_stand_in_the_user_tasks_of_self_instruct(shared_data: Path, checked: Checked) -> None:
+    tasks = TableSource(
+        source="tasks", columns={"prompt": "{instruction}\n{instances.0.input}", "answer": "instances.0.output"}
+    )
+    pairs = TableSource(
+        source="pandalm", columns={"prompt": "{instruction}\n{input}", "chosen": "response1", "rejected": "response2"}
+    )
+    evaluation = canonical_rows(
+        "evaluation", tasks, read_file(shared_data / "self_instruct" / "user_oriented_instructions.jsonl")
+    )
+    rows = canonical_rows("preferences", pairs, read_file(shared_data / "pandalm_human" / "testset-v1.json"))
+    words = Limits(10**6, 10**6, numeric_answer=False)
+    kept = {"empty_text": "warn", "wrong_type": "warn", "unparseable_answer": "warn"}
+    outcome = checked({"preferences": rows, "evaluation": evaluation}, limits=words, **kept)
+    (verdict,) = outcome.stops
+    assert verdict.finding.rule == "leakage"
+    assert len({row["prompt"] for row in verdict.rows}) == 169
+
+
+@pytest.mark.real
+def test_training_on_solutions_of_the_gsm8k_test_questions_is_refused(shared_data: Path, checked: Checked) -> None:
+    columns = {"prompt": "question", "completion": "175b_verification.solution"}
+    solutions = read_file(shared_data / "gsm8k" / "example_model_solutions.jsonl")
+    rows = canonical_rows("sft", TableSource(source="solutions", columns=columns), solutions)
+    test = TableSource(
+        source="test", columns={"prompt": "question", "answer": "answer"}, extract={"answer": r"#### (\S+)"}
+    )
+    evaluation = canonical_rows("evaluation", test, read_file(shared_data / "gsm8k" / "test.jsonl"))
+    outcome = checked({"sft": rows, "evaluation": evaluation}, limits=WIDE)
+    with pytest.raises(LeakageError, match=r"rule leakage \(stop\): 1319 of 1319 rows") as caught:
+        refuse(outcome, 5, Path("report.html"))
+    assert 'id 0 (as evaluation id 0): prompt "Janet’s ducks lay 16 eggs per day.' in str(caught.value)
+    assert str(caught.value).count("(as evaluation") == 5
+
+
+@pytest.mark.real
+def test_the_svamp_answer_that_contradicts_its_equation(shared_data: Path, checked: Checked) -> None:
+    columns = {"prompt": "{Body} {Question}", "answer": "Answer", "equation": "Equation", "problem": "ID"}
+    rows = canonical_rows(
+        "evaluation", TableSource(source="svamp", columns=columns), read_file(shared_data / "svamp" / "SVAMP.json")
+    )
+    outcome = checked({"evaluation": rows}, limits=WIDE)
+    assert [row["problem"] for row in outcome.quarantined["evaluation"]] == ["chal-680"]
+    assert len(outcome.kept["evaluation"]) == 999
