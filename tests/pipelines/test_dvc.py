@@ -13,8 +13,7 @@ import pytest
 
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.journal import read
-
-from .conftest import Project, wait_for
+from tests.pipelines.conftest import Project, wait_for
 
 GRAPH = """
 stages:

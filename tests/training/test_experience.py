@@ -284,7 +284,7 @@ def test_a_log_probability_that_the_sampler_does_not_know_is_a_fault(mismatch: s
     source, objective = source_of(spec("dr_grpo", mismatch=mismatch), policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
     first, *others = source.next(0).batches[0]
-    sampled = first.sampled.copy()
+    sampled = first.rollout_logprobs.copy()
     sampled[0] = math.nan
     with pytest.raises(NotFiniteError, match="mismatch/mean of update 1 is nan"):
         trainer.update([replace(first, rollout_logprobs=sampled), *others], objective)

@@ -17,8 +17,7 @@ from pipelines.commands.ui import free_port, links
 from pipelines.runtime.process import Lock
 from pipelines.tracking.projection import Projector
 from posttrain.errors import TrackingError
-
-from .conftest import Project, wait_for
+from tests.pipelines.conftest import Project, wait_for
 
 
 def all_runs(client: Any) -> list[Any]:

@@ -10,8 +10,7 @@ import pytest
 from pipelines.commands.models import line
 from pipelines.promotion.registry import Registry
 from posttrain.errors import TrackingError
-
-from .conftest import Project
+from tests.pipelines.conftest import Project
 
 
 @pytest.fixture

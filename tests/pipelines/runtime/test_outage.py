@@ -23,9 +23,8 @@ import pytest
 from pipelines.commands.ui import free_port, server_command
 from pipelines.runtime.journal import read
 from posttrain.errors import TrackingError
+from tests.pipelines.conftest import Project, wait_for
 from tests.sockets import addresses, family
-
-from .conftest import Project, wait_for
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 STEPS, STEP_SECONDS = 3000, 0.2

@@ -18,8 +18,7 @@ from pipelines.runtime.identity import code_digest, content_digest, input_digest
 from pipelines.runtime.journal import ended, read
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
 from posttrain.errors import ConfigError, DataError
-
-from .conftest import Project, wait_for
+from tests.pipelines.conftest import Project, wait_for
 
 
 def test_a_finished_step_leaves_exactly_its_outputs(project: Project) -> None:

@@ -13,8 +13,7 @@ from pipelines.runtime.journal import Journal
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.projection import project as project_folder
 from pipelines.tracking.source import load
-
-from .conftest import Project
+from tests.pipelines.conftest import Project
 
 START: dict[str, Any] = {
     "kind": "start",
