@@ -26,7 +26,11 @@ FORBIDDEN = {
     "tasks": {"flows", "posttrain.training", "posttrain.models", "pipelines.sft", "pipelines.align"},
 }
 BARE_BOX = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm", "posttrain"}
-EXTRAS = {"math_verify": ["posttrain/rewards/mathematics.py"], "peft": ["posttrain/models/lora.py"]}
+EXTRAS = {
+    "math_verify": ["posttrain/rewards/mathematics.py"],
+    "peft": ["posttrain/models/lora.py"],
+    "scipy": ["posttrain/evaluation/crossed.py"],
+}
 """What the library does without until it is asked for, and the only files that may import it."""
 
 

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
+from posttrain.evaluation.crossed import Crossed, crossed_difference, crossed_mean
 from posttrain.evaluation.statistics import (
     Floats,
     Interval,
@@ -95,6 +96,11 @@ class Comparison:
     """The reward model's accuracy on held-out pairs."""
     heldout_loss: float | None
 
+    @property
+    def about_training(self) -> bool:
+        """True if every algorithm has two or more seeds, so that the tests speak of training and not of these runs only."""
+        return min((len(summary.seeds) for summary in self.algorithms), default=0) > 1
+
     def of(self, name: str) -> Summary:
         return next(summary for summary in self.summaries if summary.name == name)
 
@@ -152,7 +158,7 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
-        accuracy=mean_interval(accuracy, draws),
+        accuracy=_level(accuracy, draws),
         by_seed=tuple(float(np.nanmean(accuracy[:, i])) for i in range(accuracy.shape[1])),
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
         rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards},
@@ -163,6 +169,28 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         entropy=over_samples("entropy", bootstrap),
         preference=float(np.mean(preferences)) if len(preferences) == len(models) else None,
     )
+
+
+def _level(scores: Floats, draws: Resampling) -> Interval:
+    """Estimate a model's mean over [prompts, runs]: over seeds and prompts if there are several runs, else over prompts."""
+    if scores.shape[1] < 2:
+        return mean_interval(scores, draws)
+    return _interval(crossed_mean(scores, draws.confidence))
+
+
+def _interval(found: Crossed) -> Interval:
+    return Interval(found.value, found.low, found.high, found.prompts, found.missing, found.method)
+
+
+def _test(a: Floats, b: Floats, draws: Resampling, tests: int) -> PairedTest:
+    """Compare [prompts, runs] with the same prompts of another algorithm, or with the one model that training starts from.
+
+    With several seeds runs are the unit of replication (posttrain/evaluation/crossed.py); with one the test is over prompts.
+    """
+    if a.shape[1] < 2:
+        return paired(a, b, draws, tests)
+    found = crossed_difference(a, b, draws.confidence)
+    return PairedTest(_interval(found), found.p, found.method)
 
 
 def _if_known(values: Floats, estimate: Estimate, draws: Resampling) -> Interval | None:
@@ -182,7 +210,7 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     """Every algorithm against sft, and every two algorithms; one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
     answers = {name: greedy(results.of(name), question.accuracy) for name in (SFT, *results.algorithms)}
-    tests = [paired(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
+    tests = [_test(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
     adjusted = holm([test.p for test in tests])
     return [Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)]
 

@@ -36,7 +36,14 @@ def solved(comparison: Comparison) -> bool:
 
 
 def title(comparison: Comparison) -> str:
-    """The result in one line."""
+    """Return the result in one line; with one training seed it speaks of this run only."""
+    result = _result(comparison)
+    if comparison.about_training or not solved(comparison):
+        return result
+    return f"In this run, {result[0].lower() + result[1:] if result.startswith('No ') else result}; one training seed allows no more"
+
+
+def _result(comparison: Comparison) -> str:
     first, *others = ranked(comparison)
     if not solved(comparison):
         return "No model solves this task"
@@ -54,12 +61,12 @@ def title(comparison: Comparison) -> str:
 def findings(comparison: Comparison) -> list[str]:
     """What a reader should take away, most important first."""
     first, *others = ranked(comparison)
-    sentences = [_level(comparison, first), _against_sft(comparison, first)]
+    sentences = [_scope(comparison), _level(comparison, first), _against_sft(comparison, first)]
     sentences += [_against(comparison, first, other) for other in others[:1]]
     sentences += [_worse(comparison, other) for other in others if _significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
     sentences += [text] if (text := entropy_kept(comparison)) else []
-    return [*sentences, _scope(comparison)]
+    return sentences
 
 
 def _level(comparison: Comparison, first: Summary) -> str:
@@ -155,14 +162,14 @@ def entropy_kept(comparison: Comparison) -> str | None:
 
 def _scope(comparison: Comparison) -> str:
     seeds = max(len(summary.seeds) for summary in comparison.algorithms)
-    if seeds == 1:
+    if not comparison.about_training:
         return (
-            "One training seed per algorithm: intervals and tests tell what another set of prompts would change, not what"
-            " another training run would."
+            "No statement about training is possible: there is one training seed per algorithm. Intervals and tests cover other"
+            " prompts, for the models of this run. Add seeds to project.seeds (5 or more are advised) to compare the algorithms."
         )
     return (
-        f"{seeds} training seeds per algorithm, averaged within each prompt: intervals and tests tell what another set of prompts"
-        " would change; the spread over seeds is shown beside them."
+        f"{seeds} training seeds per algorithm: intervals and tests cover other seeds and other prompts, with degrees of freedom"
+        " from the seeds."
     )
 
 

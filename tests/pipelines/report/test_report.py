@@ -23,6 +23,7 @@ from pipelines.report.samples import examples
 from pipelines.report.words import entropy_kept, findings, p_value, solved, title
 from pipelines.report.write import write
 from posttrain.errors import DataError
+from posttrain.evaluation.crossed import crossed_difference, crossed_mean
 from posttrain.evaluation.statistics import Interval, Resampling, mcnemar, wilson
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
 
@@ -118,13 +119,13 @@ def test_pairs_are_tested_prompt_by_prompt_and_corrected(project: Path, numbers:
 
 
 def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -> None:
-    assert numbers["title"] == "grpo wins"
+    assert numbers["title"] == "In this run, grpo wins; one training seed allows no more"
     said = " ".join(numbers["findings"])
     assert "grpo has the highest accuracy of the algorithms: it solves 75.8 % of 120 held-out problems" in said
     assert "the difference is significant (exact McNemar, Holm-corrected p < 0.0001)" in said
     assert "ppo made the model worse than SFT, by 14.2 points" in said
     assert "ppo over-optimised the reward model: its score rose from 0.10 (SFT) to 3.00" in said
-    assert "One training seed per algorithm" in said
+    assert numbers["findings"][0].startswith("No statement about training is possible: there is one training seed")
     text = Text(page).text
     for sentence in numbers["findings"]:
         assert sentence in text.replace("\u00a0", " ")
@@ -277,10 +278,16 @@ def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
     assert (row.seeds, both.shape) == ((0, 3), (120, 2))
     assert row.accuracy.value == pytest.approx(both.mean())
     assert row.by_seed == pytest.approx(tuple(both.mean(axis=0)))
-    assert row.accuracy.method == "bootstrap over prompts"
-    assert comparison.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
+    level = crossed_mean(both)
+    assert (row.accuracy.low, row.accuracy.high) == (level.low, level.high)
+    test, by_hand = comparison.pair("dpo", "grpo").test, crossed_difference(greedy(results.of("dpo"), "answer"), both)
+    assert (test.p, test.difference.low, test.difference.high) == (by_hand.p, by_hand.low, by_hand.high)
+    assert test.method == f"t over seeds and prompts, {by_hand.df:.1f} degrees of freedom"
     assert comparison.costs[-1].runs == 2
-    assert "2 training seeds per algorithm" in findings(comparison)[-1]
+    assert findings(comparison)[0].startswith(
+        "2 training seeds per algorithm: intervals and tests cover other seeds and other prompts"
+    )
+    assert "in this run" not in title(comparison).lower()
 
 
 @pytest.mark.parametrize(
@@ -306,8 +313,8 @@ def test_failure_at_the_task_is_called_failure(tmp_path: Path, monkeypatch: pyte
     comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
     assert not solved(comparison)
     assert title(comparison) == "No model solves this task"
-    assert "solves 0.0 % of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[0]
-    assert "The model does not solve the task" in findings(comparison)[0]
+    assert "solves 0.0 % of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[1]
+    assert "The model does not solve the task" in findings(comparison)[1]
     assert comparison.pair("dpo", "grpo").adjusted == 1.0
 
 
@@ -315,10 +322,16 @@ def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(RATES, "grpo", 0.74)
     monkeypatch.setitem(RATES, "dpo", 0.75)
     close = compared(tmp_path / "close", algorithms=("dpo", "grpo"))
-    assert re.fullmatch(r"\w+ beats SFT; (dpo and grpo|grpo and dpo) cannot be told apart", title(close))
-    assert "so these data do not say which is better" in findings(close)[2]
+    assert re.fullmatch(
+        r"In this run, \w+ beats SFT; (dpo and grpo|grpo and dpo) cannot be told apart; one training seed allows no more",
+        title(close),
+    )
+    assert "so these data do not say which is better" in findings(close)[3]
     monkeypatch.setitem(RATES, "sft", 0.9)
-    assert title(compared(tmp_path / "worse", algorithms=("dpo",))) == "No algorithm improved on supervised fine-tuning"
+    assert (
+        title(compared(tmp_path / "worse", algorithms=("dpo",), seeds=(0, 1)))
+        == "No algorithm improved on supervised fine-tuning"
+    )
 
 
 def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> None:
