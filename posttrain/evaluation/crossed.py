@@ -195,7 +195,8 @@ def _stretched(table: Floats) -> Floats:
     if seeds < 2:
         return table
     runs = table.mean(0, keepdims=True)
-    return table + (np.sqrt(seeds / (seeds - 1)) - 1) * (runs - runs.mean())
+    stretched: Floats = table + (np.sqrt(seeds / (seeds - 1)) - 1) * (runs - runs.mean())
+    return stretched
 
 
 def interquartile_mean(scores: ArrayLike) -> float:
@@ -206,7 +207,8 @@ def interquartile_mean(scores: ArrayLike) -> float:
 def performance_profile(scores: ArrayLike, levels: ArrayLike) -> Floats:
     """Return the share of runs whose score exceeds each level (2108.13264)."""
     values = floats(scores).ravel()
-    return (values[None, :] > floats(levels)[:, None]).mean(1)
+    shares: Floats = (values[None, :] > floats(levels)[:, None]).mean(1)
+    return shares
 
 
 def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> float:
