@@ -1,1 +1,1 @@
-"""Policies, critics and reward models on top of transformers, and the tiny one that is built from a seed."""
+"""Policies, critics and reward models on top of transformers, and a tiny model that is built from a seed."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a layer keeps its input alone, and the backward pass computes the rest a second time."""
+"""Activation checkpointing: each layer keeps only its input, and the backward pass computes the rest a second time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from posttrain.errors import ModelError
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Let every decoder layer of `model` be computed again in the backward pass. Raises ModelError where that cannot be."""
+    """Make the backward pass recompute every decoder layer of `model`.
+
+    Raises:
+        ModelError: the architecture does not support it.
+    """
     if not model.supports_gradient_checkpointing:
         raise ModelError(
-            f"{type(model).__name__} cannot compute its layers a second time; set compute.gradient_checkpointing: false"
+            f"{type(model).__name__} does not support activation checkpointing; set compute.gradient_checkpointing: false"
         )
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def recomputed_layers(model: nn.Module) -> list[nn.Module]:
-    """Those that are computed again while their own `training` says so; what is inside them may stay without dropout."""
+    """Return the layers that are recomputed while their own `training` is True; their submodules may stay in evaluation mode."""
     return [
         module
         for module in model.modules()

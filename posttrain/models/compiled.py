@@ -1,4 +1,4 @@
-"""`torch.compile` for the layers of a model, where they compute a flat batch for training; sampling stays as it is."""
+"""Compile the layers of a model with `torch.compile` for training on flat batches; sampling is not compiled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from posttrain.models.packed import NAME, packed_attention
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer for any number of tokens, but not one that computes some of them only.
+    """Compile each decoder layer for any number of tokens, except a last layer that computes only some of them.
 
-    The packed attention, whose parts are others in each batch, stays apart.
+    The packed attention is not compiled, because its parts differ in each batch.
 
-    Raises ModelError where the architecture has no layers of the usual kind.
+    Raises:
+        ModelError: the architecture has no decoder layers of the usual kind.
     """
     layers = layers_of(model)
     if not layers:

@@ -1,4 +1,4 @@
-"""Model folders: what `from_pretrained` loads, safetensors alone, checked before anything trains on them."""
+"""Load, check and write model folders: safetensors weights, configuration and tokenizer as `from_pretrained` reads them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ if TYPE_CHECKING:
     from posttrain.models.lora import Adapter
 
 ADAPTER = "adapter"
-"""Of a model folder that was trained with an adapter: the adapter alone, as `PeftModel.from_pretrained` loads it."""
+"""Subfolder with the adapter of a model that was trained with one, as `PeftModel.from_pretrained` loads it."""
 PROBE = (3, 4, 5)
-"""Tokens that a policy is tried with when it is loaded."""
+"""Token ids of the forward pass that checks a policy when it is loaded."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Raises ModelError without an end of sequence or a pad token."""
+    """Load the tokenizer of a folder or hub id.
+
+    Raises:
+        ModelError: it has no end-of-sequence token or no pad token.
+    """
     _check_folder(source)
     tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, source)
     if tokenizer.eos_token_id is None:
@@ -48,33 +52,37 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_policy(source: str | Path) -> PreTrainedModel:
-    """A causal language model in float32 with dropout off."""
+    """Load a causal language model in float32 with dropout off.
+
+    Raises:
+        ModelError: the folder cannot be used, or the logits are not the plain output of the head.
+    """
     model = _load(AutoModelForCausalLM, source)
     _check_logits(model, source)
     return model
 
 
 def load_scorer(source: str | Path) -> PreTrainedModel:
-    """A trunk with one scalar head: a reward model, or the start of one when `source` is a language model."""
+    """Load a trunk with one scalar head: a reward model, or the start of one if `source` is a language model."""
     return _load(AutoModelForSequenceClassification, source, num_labels=1)
 
 
 def load_new_scorer(source: str | Path) -> PreTrainedModel:
-    """The trunk of a language model with a scalar head of zeros, so that a critic that starts here values everything at 0."""
+    """Load the trunk of a language model with a scalar head of zeros: a critic that starts from it gives every state the value 0."""
     model = load_scorer(source)
     torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
     return model
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
-    """The configuration of a folder or hub id, without its weights."""
+    """Load the configuration of a folder or hub id, without its weights."""
     _check_folder(source)
     config: PreTrainedConfig = _pretrained(AutoConfig, source)
     return config
 
 
 def count_parameters(folder: Path) -> int:
-    """Of the weights in a folder, by their headers alone."""
+    """Return the number of weights in a folder; only the headers of the files are read."""
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
@@ -83,7 +91,11 @@ def count_parameters(folder: Path) -> int:
 
 
 def load_encoder(source: str | Path) -> TextEncoder:
-    """The tokenizer with the model's context length, after a check that the vocabulary fits the embedding."""
+    """Load the tokenizer and the model's context length.
+
+    Raises:
+        ModelError: the vocabulary does not fit the model's embedding.
+    """
     tokenizer = load_tokenizer(source)
     config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
     vocabulary = config.get("vocab_size")
@@ -102,9 +114,13 @@ def save_model(
     extra_config: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and README.md; complete or not at all. Raises ModelError on a full disk.
+    """Write weights (safetensors), configuration, tokenizer and README.md; the folder is complete or absent.
 
-    adapter: already merged into `model`, and kept beside it in a folder of its own.
+    Args:
+        adapter: already merged into `model`; its own weights are kept in the subfolder `adapter`.
+
+    Raises:
+        ModelError: the disk is full or read-only.
     """
     partial = folder.with_name(folder.name + ".partial")
     _remove(partial)
@@ -127,8 +143,11 @@ def save_model(
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, source: str | Path) -> None:
-    """Raises ModelError unless the logits are the head's output for the trunk's last states: scaled, capped or transformed ones
-    (Gemma 2, Cohere, Granite, Falcon-H1 and others) would be trained on other log-probabilities than they sample from."""
+    """Raise ModelError unless the logits are the head's output for the trunk's last hidden states.
+
+    Log-probabilities here are fused with the head. If a model scales, caps or transforms its logits (Gemma 2, Cohere, Granite, Falcon-H1
+    and others), it would be trained on other log-probabilities than it samples from.
+    """
     ids, head = torch.tensor([PROBE]), model.get_output_embeddings()
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     if head is not None and hidden is not None:
@@ -137,8 +156,8 @@ def _check_logits(model: PreTrainedModel, source: str | Path) -> None:
         if plain.shape == own.shape and bool((plain - own).abs().max() <= 1e-3):
             return
     raise ModelError(
-        f"{source}: the logits of {type(model).__name__} are not the plain output of its head, which log-probabilities here would not"
-        " follow; choose an architecture whose logits are, such as Qwen3 or Llama"
+        f"{source}: the logits of {type(model).__name__} are not the plain output of its head, so training would use"
+        " other log-probabilities than sampling does; choose an architecture with plain logits, such as Qwen3 or Llama"
     )
 
 
@@ -152,7 +171,7 @@ def _load(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
-    """`from_pretrained`, which never runs code that comes with a model."""
+    """Call `from_pretrained`, which never runs code that comes with a model."""
     try:
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
@@ -168,13 +187,13 @@ def _pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
 def _check_folder(source: str | Path) -> None:
     folder = Path(source)
     if not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
-        raise ModelError(f"no model folder at {source}; check the path, or run the stage that makes it")
+        raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ModelError(f"{source}: no config.json, so this is not a model folder")
     if folder.is_dir() and not sorted(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ModelError(
-            f"{source}: no safetensors weights (found {found}); convert them, pickled weights are not loaded"
+            f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
         )
 
 

@@ -15,9 +15,13 @@ from posttrain.models.policy import Policy, Scorer
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Of one response's tokens, [time] float32 each; values is empty without a critic.
+    """Measurements of the tokens of one response, [time] float32 each.
 
-    experts: [time, layers, experts per token] int16 that a mixture of experts chose, None for a dense model.
+    Attributes:
+        logprobs: log-probability of each token.
+        entropy: entropy of each next-token distribution, in nats.
+        values: the critic's values; empty without a critic.
+        experts: [time, layers, experts per token] int16 ids that a mixture of experts chose; None for a dense model.
     """
 
     logprobs: np.ndarray
@@ -28,12 +32,25 @@ class TokenLogprobs:
 
 @torch.no_grad()
 def token_logprobs(
-    policy: Policy, tokens: Sequence[Tokens], budget: int, temperature: float = 1.0, bf16: bool = False
+    policy: Policy, tokens: Sequence[Tokens], micro_batch_tokens: int, temperature: float = 1.0, bf16: bool = False
 ) -> list[TokenLogprobs]:
-    """Log-probability, entropy (nats) and value of every response token, at most `budget` tokens a forward."""
+    """Return log-probability, entropy (nats) and value of every response token, in the order of `tokens`.
+
+    Args:
+        micro_batch_tokens: most tokens of one forward pass.
+
+    Example:
+        >>> from posttrain.data.tokens import Tokens
+        >>> from posttrain.models.policy import Policy
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> long, short = token_logprobs(Policy(model), [Tokens((5, 6), (7, 8, 9)), Tokens((5,), (7,))], micro_batch_tokens=64)
+        >>> len(long.logprobs), len(short.logprobs)
+        (3, 1)
+    """
     device = next(policy.parameters()).device
     numbers: list[TokenLogprobs | None] = [None] * len(tokens)
-    for group in micro_batches([[t] for t in tokens], budget) if tokens else []:
+    for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group]).to(device), temperature)
         logprobs, entropy = output.logprobs.cpu().numpy(), output.entropy.cpu().numpy()
@@ -52,11 +69,11 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def scores(scorer: Scorer, tokens: Sequence[Tokens], budget: int, bf16: bool = False) -> list[float]:
-    """The scorer's number for every row."""
+def scores(scorer: Scorer, tokens: Sequence[Tokens], micro_batch_tokens: int, bf16: bool = False) -> list[float]:
+    """Return the scorer's score of every row."""
     device = next(scorer.parameters()).device
     result = [0.0] * len(tokens)
-    for group in micro_batches([[t] for t in tokens], budget) if tokens else []:
+    for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group]).to(device))
         for i, value in zip(group, values.cpu().tolist(), strict=True):

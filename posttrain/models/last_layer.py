@@ -1,7 +1,8 @@
-"""A model's last layer for those tokens alone whose hidden states are read: of the others it needs keys and values, and no more.
+"""Compute a model's last layer only for the tokens whose hidden states are read; other tokens need only keys and values there.
 
-What a layer does to each token by itself, its queries, the projection of its attention and its feed-forward network, is left out where
-nobody looks: most of a layer for a long prompt, nearly all of it for a reward model, which reads one token a row. Exact.
+Queries, the attention's output projection and the feed-forward network treat each token independently, so they are skipped for tokens
+that nothing reads. For a long prompt that is most of a layer; for a reward model, which reads one token a row, nearly all of it.
+The result is exact.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.models.routing import routers_of
 
-ALONE = ("q_proj", "o_proj", "mlp")
-"""Parts of a layer, by the names that most architectures give them, that compute each token by itself."""
+PER_TOKEN_MODULES = ("q_proj", "o_proj", "mlp")
+"""Names, common to most architectures, of the submodules of a layer that treat each token independently."""
 
 
 class NarrowLayer:
-    """Hooks on a layer that is handed `reads`; without, it computes every token. keep: whether they stay."""
+    """Hooks that restrict a layer to the tokens in `reads`, if it is called with `reads`; otherwise it computes every token.
+
+    Attributes:
+        keep: if True, the hooks stay after the trial in `narrow_last_layer`.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self.keep = False
@@ -30,12 +35,12 @@ class NarrowLayer:
         self.count = 0
         self.handles: list[RemovableHandle] = [layer.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for name, module in layer.named_modules():
-            if name.rpartition(".")[2] in ALONE:
+            if name.rpartition(".")[2] in PER_TOKEN_MODULES:
                 self.handles.append(module.register_forward_pre_hook(self._take))
                 self.handles.append(module.register_forward_hook(self._put_back))
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """A layer that is computed again in the backward pass comes by here again."""
+        """Note which tokens are read. A layer that is recomputed in the backward pass enters here a second time."""
         reads = kwargs.get("reads")
         self.tokens = None if reads is None else reads.tokens
         return args, kwargs if reads is None else {**kwargs, "parts": reads.parts}
@@ -44,16 +49,16 @@ class NarrowLayer:
         if self.tokens is None:
             return args
         if not args or args[0].dim() != 3:
-            raise TypeError(f"{type(module).__name__} is not handed one row of tokens")
+            raise TypeError(f"{type(module).__name__} was not called with one row of tokens")
         self.count = args[0].shape[1]
         return (args[0].index_select(1, self.tokens), *args[1:])
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """0 for tokens that were left out."""
+        """Return the output with 0 for the tokens that were skipped."""
         if self.tokens is None:
             return output
         if not isinstance(output, Tensor):
-            raise TypeError(f"{type(module).__name__} makes more of its tokens than states")
+            raise TypeError(f"{type(module).__name__} returns more than hidden states")
         return output.new_zeros(1, self.count, output.shape[2]).index_copy(1, self.tokens, output)
 
     def remove(self) -> None:
@@ -62,19 +67,19 @@ class NarrowLayer:
 
 
 def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The decoder layers of a model that is made as most are; none otherwise."""
+    """Return the decoder layers of a model that is built like most are; empty otherwise."""
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def may_be_narrow(model: PreTrainedModel) -> nn.Module | None:
-    """The last layer. A mixture of experts has none that could be: its routers are asked about every token."""
+    """Return the last layer, or None. A mixture of experts has none: its routers must see every token."""
     layers = layers_of(model)
     return layers[-1] if layers and not routers_of(model) else None
 
 
 @contextmanager
 def narrow_last_layer(model: PreTrainedModel) -> Iterator[NarrowLayer]:
-    """A narrow last layer to be tried; afterwards it is as it was, unless `keep` has been set."""
+    """Try a narrow last layer; the hooks are removed afterwards unless `keep` has been set."""
     narrowed = NarrowLayer(may_be_narrow(model) or nn.Identity())
     try:
         yield narrowed

@@ -1,8 +1,16 @@
-"""Log-probabilities and entropy of given tokens, fused with the language model's head: [tokens, vocabulary] never exists.
+"""Log-probabilities and entropy of selected tokens, fused with the language model's head: no [tokens, vocabulary] tensor ever exists.
 
-The softmax is taken online over tiles of tokens x vocabulary that stay in the processor's cache (the scheme of 2411.09009, which keeps
-them on the chip); the backward pass makes each tile again from the kept normaliser, so that each part of the head's gradient is written
-once.
+The softmax is computed online over tiles of tokens x vocabulary that stay in the processor's cache. This is the scheme of Cut
+Cross-Entropy (2411.09009), which keeps the tiles in GPU shared memory. The backward pass computes each tile again from the saved
+normaliser log sum exp, so that each part of the head's gradient is written once.
+
+Example:
+    A head of zeros over 4 words gives each of them probability 1/4:
+
+    >>> import math, torch
+    >>> logprobs, entropy = selected_logprobs(torch.ones(1, 2), torch.zeros(4, 2), None, torch.tensor([3]), temperature=1.0)
+    >>> math.isclose(float(logprobs), -math.log(4), rel_tol=1e-6), math.isclose(float(entropy), math.log(4), rel_tol=1e-6)
+    (True, True)
 """
 
 from __future__ import annotations
@@ -15,25 +23,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 TILE_ELEMENTS, TILE_WORDS = 2**21, 4096
-"""Most logits of a tile, 8 MiB of float32, and most of its words of the vocabulary."""
+"""Most logits of a tile (8 MiB of float32), and most words of the vocabulary in a tile."""
 
 
 def selected_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).
+    """Return (log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).
 
-    hidden: [tokens, hidden]. weight: [vocabulary, hidden]. targets: [tokens]. temperature: one, or [tokens]. The entropy carries no
-    gradient. The head's product is taken in autocast's type, the softmax in float32 at least (float64 stays).
+    The head's product is selected in autocast's dtype, the softmax in float32 or wider. The entropy carries no gradient.
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: [vocabulary, hidden].
+        bias: [vocabulary] or None.
+        targets: [tokens] ids.
+        temperature: one number, or [tokens].
     """
     kind = hidden.device.type
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    logprobs, entropy = _TakenLogprobs.apply(hidden, weight, bias, targets, temperature, product)
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, targets, temperature, product)
     return logprobs, entropy
 
 
-class _TakenLogprobs(torch.autograd.Function):
-    """d log p(y) / d logits = onehot(y) - p, tile by tile."""
+class _SelectedLogprobs(torch.autograd.Function):
+    """Autograd function: d log p(y) / d logits = onehot(y) - p, tile by tile."""
 
     @staticmethod
     def forward(
@@ -49,20 +63,25 @@ class _TakenLogprobs(torch.autograd.Function):
         logprobs, entropy, normaliser = (
             torch.empty(len(hidden), dtype=head.wide, device=hidden.device) for _ in range(3)
         )
+        # rows outside, words inside: the running softmax of a row needs all of the vocabulary before it is complete
         for rows in head.rows:
-            taken, greatest = (hidden.new_zeros(targets[rows].shape, dtype=head.wide) for _ in range(2))
+            # all four are [tokens of the tile]: the target's logit, the running maximum m, sum of e^(z-m), sum of z e^(z-m)
+            selected, greatest = (hidden.new_zeros(targets[rows].shape, dtype=head.wide) for _ in range(2))
             greatest -= torch.inf
-            total, weighted = torch.zeros_like(taken), torch.zeros_like(taken)
+            total, weighted = torch.zeros_like(selected), torch.zeros_like(selected)
             for words in head.words:
                 logits = head.logits(rows, words)
+                # `column` is clamped for targets outside this tile, so `where` must discard what they gather
                 inside, column = _within(targets[rows], words)
-                taken = torch.where(inside, logits.gather(-1, column)[:, 0], taken)
+                selected = torch.where(inside, logits.gather(-1, column)[:, 0], selected)
                 before, greatest = greatest, torch.maximum(greatest, logits.amax(-1))
-                shrunk, raised = (before - greatest).exp(), (logits - greatest[:, None]).exp_()
-                total = total * shrunk + raised.sum(-1)
-                weighted = weighted * shrunk + torch.linalg.vecdot(raised, logits)
+                # when the maximum rises, both sums are scaled down to it (online softmax, 1805.02867)
+                rescale, exponentials = (before - greatest).exp(), (logits - greatest[:, None]).exp_()
+                total = total * rescale + exponentials.sum(-1)
+                weighted = weighted * rescale + torch.linalg.vecdot(exponentials, logits)
+            # H = log Z - E[z], which follows from -sum p log p with log p = z - log Z
             normaliser[rows] = greatest + total.log()
-            logprobs[rows] = taken - normaliser[rows]
+            logprobs[rows] = selected - normaliser[rows]
             entropy[rows] = normaliser[rows] - weighted / total
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.temperature, ctx.product = temperature, product
@@ -71,28 +90,31 @@ class _TakenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         head = _Head(hidden, weight, bias, ctx.temperature, ctx.product)
-        of_hidden = torch.zeros_like(hidden, dtype=head.wide)
-        of_weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros_like(bias, dtype=head.wide) if bias is not None and ctx.needs_input_grad[2] else None
-        scale = (outer / ctx.temperature).to(head.wide)
+        grad_hidden = torch.zeros_like(hidden, dtype=head.wide)
+        grad_weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=head.wide) if bias is not None and ctx.needs_input_grad[2] else None
+        scale = (grad_logprobs / ctx.temperature).to(head.wide)
+        # words outside, rows inside: a slice of the head's gradient stays in cache until all rows have been added to it
         for words in head.words:
             for rows in head.rows:
-                of_logits = head.logits(rows, words).sub_(normaliser[rows, None]).exp_().mul_(-scale[rows, None])
+                # [tokens, words]: -scale * p, and below + scale at the target, so scale * (onehot - p)
+                grad_logits = head.logits(rows, words).sub_(normaliser[rows, None]).exp_().mul_(-scale[rows, None])
                 inside, column = _within(targets[rows], words)
-                of_logits.scatter_add_(-1, column, (scale[rows] * inside)[:, None])
-                if of_bias is not None:
-                    of_bias[words] += of_logits.sum(0)
-                narrow = of_logits.to(ctx.product)
-                of_hidden[rows] += narrow @ head.weight[words]
-                if of_weight is not None:
-                    of_weight[words] += narrow.T @ head.hidden[rows]
+                grad_logits.scatter_add_(-1, column, (scale[rows] * inside)[:, None])
+                if grad_bias is not None:
+                    grad_bias[words] += grad_logits.sum(0)
+                # the bias is summed in float32 before the products round to autocast's dtype
+                narrow = grad_logits.to(ctx.product)
+                grad_hidden[rows] += narrow @ head.weight[words]
+                if grad_weight is not None:
+                    grad_weight[words] += narrow.T @ head.hidden[rows]
         return (
-            of_hidden.to(hidden.dtype),
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
+            grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
             None,
@@ -104,13 +126,13 @@ def _slices(length: int, most: int) -> list[slice]:
 
 
 def _within(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Whose target is one of these words, [tokens], and the column of the tile to look at, [tokens, 1]."""
+    """Return which targets are among these words, [tokens] bool, and the column of the tile to read, [tokens, 1]."""
     inside = (targets >= words.start) & (targets < words.stop)
     return inside, (targets - words.start).clamp(0, words.stop - words.start - 1)[:, None]
 
 
 class _Head:
-    """The head's matrix and what it is applied to, in the type that products are taken in."""
+    """The head's matrix and its input, in the dtype of the matrix products."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, product: torch.dtype
@@ -123,7 +145,7 @@ class _Head:
         self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), TILE_ELEMENTS // most_words)
 
     def logits(self, rows: slice, words: slice) -> Tensor:
-        """A tile [tokens, words] over the temperature."""
+        """Return one tile of logits [tokens, words], divided by the temperature."""
         bias = None if self.bias is None else self.bias[words]
         logits = linear(self.hidden[rows], self.weight[words], bias).to(self.wide)
         if isinstance(self.temperature, Tensor):

@@ -1,4 +1,4 @@
-"""Low-rank adapters (2106.09685) through peft: the base is frozen and serves as reference, the adapter is trained, kept and merged."""
+"""Low-rank adapters (2106.09685) through peft: the frozen base is the reference; the adapter is trained, kept and merged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from posttrain.errors import ConfigError, ModelError
 from posttrain.models.policy import Policy, PolicyOutput
 
 HEAD = "score"
-"""The scalar head of a reward model or critic, which is trained whole beside the adapter."""
+"""The scalar head of a reward model or critic; it is trained in full next to the adapter."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """W x + (alpha / rank) B A x in every layer that `target_modules` names by the end of its path; B starts at 0.
+    """Settings of W x + (alpha / rank) B A x in the selected layers; B starts at 0.
 
-    `all-linear` is every linear layer but the head. There is no dropout: log-probabilities are taken without any.
+    There is no dropout, because log-probabilities are computed without dropout.
+
+    Attributes:
+        target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head.
+
+    Example:
+        >>> settings = LoraSettings(rank=8, alpha=16)
+        >>> settings.alpha / settings.rank, settings.target_modules
+        (2.0, 'all-linear')
     """
 
     rank: int
@@ -35,10 +43,14 @@ class LoraSettings:
 
 
 class Adapter:
-    """The adapter inside a model, which stays the object that it was: its own layers hold the low-rank ones."""
+    """An adapter inside a model. The model stays the same object; its own layers contain the low-rank ones."""
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings) -> None:
-        """Freezes `model` and adds trainable layers to it. Raises ModelError where no layer has such a name."""
+        """Freeze `model` and add trainable layers to it.
+
+        Raises:
+            ModelError: no layer matches `target_modules`.
+        """
         peft = _peft()
         scalar = hasattr(model, HEAD)
         config = peft.LoraConfig(
@@ -61,26 +73,26 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many are trained, the scalar head included."""
+        """Return the number of trained parameters, the scalar head included."""
         return sum(p.numel() for p in self._peft.parameters() if p.requires_grad)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is its base."""
+        """Compute the base model inside the block."""
         with self._peft.disable_adapter():
             yield
 
     def merge(self) -> None:
-        """Make the model a plain one again, with the adapter added to its weights; what was trained is kept for `save`."""
+        """Add the adapter to the model's weights and remove its layers; `save` can still write the trained adapter."""
         trained = _peft().get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         self._state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
         self._peft.merge_and_unload()
 
     def save(self, folder: Path) -> None:
-        """Write what `merge` kept, as `PeftModel.from_pretrained(base, folder)` loads it."""
+        """Write the adapter that `merge` kept, as `PeftModel.from_pretrained(base, folder)` loads it."""
         config = self._peft.peft_config["default"]
         config.inference_mode = True
-        # peft keeps names as a set, whose order is another one in each process
+        # peft keeps names as a set, whose order differs between processes
         config.target_modules = sorted(config.target_modules)
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
@@ -92,13 +104,13 @@ class Adapter:
         for place in (model.get_output_embeddings(), model.get_input_embeddings()):
             if isinstance(place, BaseTunerLayer):
                 raise ConfigError(
-                    "lora.target_modules: the embedding and the head over the vocabulary cannot carry an adapter here, since"
+                    "lora.target_modules: the embedding and the head over the vocabulary cannot have an adapter, because"
                     " log-probabilities are fused with the head's own weight; name other layers, or use all-linear"
                 )
 
 
 class BasePolicy(Policy):
-    """A policy as it was before its adapter, on the same weights: the reference that costs no memory."""
+    """The policy without its adapter, on the same weights: a reference that costs no memory."""
 
     def __init__(self, lm: PreTrainedModel, adapter: Adapter) -> None:
         super().__init__(lm)
@@ -110,7 +122,7 @@ class BasePolicy(Policy):
 
 
 def adapter_parameters(config: Any, settings: LoraSettings) -> int:
-    """Of the causal language model of a transformers configuration, without making its weights."""
+    """Return the number of an adapter's parameters for a transformers configuration, without allocating weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -125,5 +137,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ConfigError("lora needs the package peft, which is not installed; type: pip install peft") from None
+        raise ConfigError("lora needs the package peft, which is not installed. Type: pip install peft") from None
     return peft

@@ -1,7 +1,7 @@
-"""Hidden states of a flat batch: every token once, with an attention function of our own that transformers calls in each layer.
+"""Hidden states of a flat batch: every token is computed once, by an attention function that transformers calls in each layer.
 
-A model that does not take attention functions, or mixes tokens in another way (convolutions, state spaces, sliding windows shorter
-than a row), is computed on padded rows instead; `packs` finds out by trying.
+Padded rows are used instead if a model does not accept attention functions, or mixes tokens in other ways (convolutions, state spaces,
+sliding windows shorter than a row). `prepare` finds out with a trial.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from posttrain.models.last_layer import narrow_last_layer
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
-"""What models hand to an attention function that changes nothing of plain causal attention within a window."""
+"""Arguments of attention functions that do not change plain causal attention within a window."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
-"""Two rows that share a prompt and one of its own."""
+"""Two rows that share a prompt, and one with its own prompt."""
 
 
 def packed_attention(
@@ -41,10 +41,12 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a flat batch [1, heads, tokens, size] by its parts, 0 for tokens in none; without parts, what `sdpa` computes.
+    """Return attention over a flat batch [1, heads, tokens, size] by its parts; tokens outside all parts get 0.
 
-    reads is for the last layer, which has taken its parts from there.
-    Raises TypeError for a kind of attention that has more to it (soft caps, sinks).
+    Without parts this is `sdpa`. `reads` is for the last layer, which has already replaced its parts.
+
+    Raises:
+        TypeError: the attention is not plain (soft caps, sinks).
     """
     if parts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -60,21 +62,21 @@ def packed_attention(
 
 
 def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
-    """Raises TypeError where a model hands over what plain attention would leave out without a word."""
+    """Raise TypeError if a model passes an argument that plain attention would silently ignore."""
     more = {name for name, given in arguments.items() if given is not None} - WITHOUT_EFFECT
     if more:
         raise TypeError(f"attention with {', '.join(sorted(more))} is not plain attention")
 
 
 def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Outputs of the part's real queries, [queries, heads, size]."""
+    """Return the outputs of the part's real queries, [queries, heads, size]."""
     states = (_rows(query, part.queries), _rows(key, part.keys), _rows(value, part.keys))
     gathered = attention(*states, part.mask, scaling)
     return gathered.transpose(1, 2).flatten(0, 1)[part.real]
 
 
 def _rows(states: Tensor, index: Tensor) -> Tensor:
-    """[tokens, heads, size] at [segments, length] as [segments, heads, length, size]."""
+    """Gather [tokens, heads, size] at [segments, length] into [segments, heads, length, size]."""
     gathered: Tensor = states.index_select(0, index.flatten()).unflatten(0, index.shape)
     return gathered.transpose(1, 2)
 
@@ -84,7 +86,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def prepare(model: PreTrainedModel) -> bool:
-    """Let `model` compute flat batches. False, with the model as it was, where padded rows are the only way."""
+    """Make `model` compute flat batches. Return False, with the model unchanged, if only padded rows work."""
     before = model.config._attn_implementation
     if before == NAME:
         return True
@@ -95,14 +97,13 @@ def prepare(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)
-    except (
-        TypeError
-    ):  # its attention is not plain; what this would have left out may be too little to be seen in a fresh model
+    except TypeError:
+        # its attention is not plain; the difference may be too small to be seen in a fresh model
         packs = False
     if not packs:
         model.set_attn_implementation(before)
         return False
-    with narrow_last_layer(model) as narrowed, suppress(TypeError):  # a layer that is made otherwise stays whole
+    with narrow_last_layer(model) as narrowed, suppress(TypeError):  # unsupported layers are left unchanged
         narrowed.keep = all(
             _agree(_probed(model, batch, partial(_packed, reads=reads))[reads.tokens], own[reads.tokens])
             for reads in (batch.predicting(), batch.ending())
@@ -125,7 +126,11 @@ def _agree(packed: Tensor, own: Tensor) -> bool:
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads: Reads) -> Tensor:
-    """Last hidden states, [tokens, hidden], of a model whose head is applied elsewhere: of the tokens in `reads`, anything of others."""
+    """Return the last hidden states [tokens, hidden], without the head. Only positions in `reads` are valid; the others are undefined.
+
+    Args:
+        packs: the result of `prepare` for this model.
+    """
     window = getattr(model.config, "sliding_window", None)
     if packs and (not window or batch.rows.shape[1] <= window):
         return _packed(model, batch, reads)
@@ -133,7 +138,7 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
 
 
 def _packed(model: PreTrainedModel, batch: TokenBatch, reads: Reads | None = None) -> Tensor:
-    # a mask of four dimensions is passed on as it is; without one transformers would build [tokens, tokens]
+    # transformers passes a mask of four dimensions through; without one it would build [tokens, tokens]
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     output = model.base_model(
         input_ids=batch.input_ids[None],
@@ -148,6 +153,6 @@ def _packed(model: PreTrainedModel, batch: TokenBatch, reads: Reads | None = Non
 
 
 def _padded(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """Padding comes after every real token, so causal attention never sees it and no mask is needed."""
+    """Compute padded rows. Padding follows every real token, so causal attention never sees it and no mask is needed."""
     hidden: Tensor = model.base_model(input_ids=batch.input_ids[batch.rows], use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.place]

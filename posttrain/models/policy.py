@@ -1,4 +1,14 @@
-"""The modules that a trainer optimises: a policy with an optional critic, and a scorer. Forward reads response tokens only."""
+"""Modules that a trainer optimises: a policy with an optional critic, and a scorer. Forward reads only response tokens.
+
+Example:
+    >>> from posttrain.data.batches import collate
+    >>> from posttrain.data.tokens import Tokens
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> output = Policy(model)(collate([Tokens((5, 6), (7, 8, 9)), Tokens((5,), (7,))]))
+    >>> output.logprobs.shape, output.logprobs[1, 1:].tolist()
+    (torch.Size([2, 3]), [0.0, 0.0])
+"""
 
 from __future__ import annotations
 
@@ -17,13 +27,17 @@ from posttrain.models.routing import Routing, reading, routers_of
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Of every response token, [batch, time]; 0 outside the batch's mask. values is None without a critic."""
+    """Outputs for every response token, [batch, time]; 0 outside the batch's mask.
+
+    Attributes:
+        values: None without a critic.
+        routing: None unless the policy is a mixture of experts.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor | None = None
     routing: Routing | None = None
-    """Of a mixture of experts."""
 
     def __getitem__(self, rows: slice) -> PolicyOutput:
         values = None if self.values is None else self.values[rows]
@@ -32,7 +46,7 @@ class PolicyOutput:
 
 
 class Policy(nn.Module):
-    """A causal language model, with a critic on its own trunk ("separate") or a value head on the policy's ("shared")."""
+    """A causal language model with an optional critic: its own trunk ("separate") or a value head on the policy ("shared")."""
 
     def __init__(
         self, lm: PreTrainedModel, critic: PreTrainedModel | None = None, shared_value_head: bool = False
@@ -48,7 +62,11 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
-        """The temperature is one for all rows, or [batch]."""
+        """Return log-probabilities, entropy and values of the response tokens.
+
+        Args:
+            temperature: one number for all rows, or [batch].
+        """
         with reading(self.routers) as routers:
             hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
         head, mask = self.lm.get_output_embeddings(), batch.mask
@@ -66,13 +84,13 @@ class Policy(nn.Module):
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
-    """Value [batch, time] before each response token, by a trunk with one scalar head."""
+    """Return the value [batch, time] before each response token, from a trunk with one scalar head."""
     hidden = hidden_states(critic, batch, packs, batch.predicting())
     return _wide(cast(nn.Module, critic.score)(hidden[batch.source]).squeeze(-1))
 
 
 class Scorer(nn.Module):
-    """A reward model: one number per row, read at the last real token, whatever the padding."""
+    """A reward model: one score per row, read at the last real token and independent of padding."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -85,7 +103,7 @@ class Scorer(nn.Module):
 
 
 def _wide(values: Tensor) -> Tensor:
-    """At least float32; float64 stays, so that identities can be tested to 1e-10."""
+    """Return at least float32; float64 is kept so that identities can be tested to 1e-10."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of a frozen model, kept on disk: computed once for all runs that ask the same of the same model."""
+"""Log-probabilities of a frozen model, cached on disk and shared by all runs with the same model and tokens."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ from posttrain.models.policy import Policy
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """A folder of files that may be deleted at any time.
+    """A cache folder; its files may be deleted at any time. Processes share the computation.
 
-    model: digest of all but the tokens that the numbers depend on: weights, code, precision, size of batches. The tokens are what the
-    template made of the data, cut to the length, so data, template and length count by every id. Processes share the work.
+    Attributes:
+        model: digest of everything except the tokens that the log-probabilities depend on: weights, code, precision, batch size. Tokens
+            enter the file's digest id by id, so that data, template and truncation count too.
     """
 
     folder: Path
     model: str
     accelerator: Accelerator = field(default_factory=Accelerator)
 
-    def logprobs(self, policy: Policy, tokens: Sequence[Tokens], budget: int, bf16: bool = False) -> list[np.ndarray]:
-        """Of every response token, [time] float32 each; from disk where they are, else computed and kept."""
+    def logprobs(
+        self, policy: Policy, tokens: Sequence[Tokens], micro_batch_tokens: int, bf16: bool = False
+    ) -> list[np.ndarray]:
+        """Return the log-probabilities of every response token, [time] float32 each, from disk or computed and stored.
+
+        Args:
+            micro_batch_tokens: most tokens of one forward pass.
+        """
         lengths = [len(t.response) for t in tokens]
         path = self.folder / f"{_digest(self.model, tokens)}.safetensors"
         kept = _read(path, sum(lengths))
@@ -45,7 +52,9 @@ class ReferenceCache:
             computed = gather_all(
                 self.accelerator,
                 tokens,
-                lambda own: [numbers.logprobs for numbers in token_logprobs(policy, own, budget, bf16=bf16)],
+                lambda own: [
+                    numbers.logprobs for numbers in token_logprobs(policy, own, micro_batch_tokens, bf16=bf16)
+                ],
                 partial(share_of, [[t] for t in tokens]),
             )
             kept = np.concatenate([np.zeros(0, dtype=np.float32), *computed])
@@ -55,7 +64,7 @@ class ReferenceCache:
         return [kept[start:stop] for start, stop in pairwise(accumulate(lengths, initial=0))]
 
     def _keep(self, path: Path, logprobs: np.ndarray) -> None:
-        """Whole or not at all, also where two runs keep the same."""
+        """Write atomically, so that two runs may store the same file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         save_file({"logprobs": logprobs}, partial)

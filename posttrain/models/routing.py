@@ -1,6 +1,6 @@
-"""Which experts a mixture-of-experts model chooses for each token, read from its routers while it computes.
+"""Record which experts a mixture-of-experts model chooses for each token, from its routers during the forward pass.
 
-Reading costs an entropy and a sort a router, and nothing at all for a dense model, which has none.
+Recording costs an entropy and a sort per router. It costs nothing for a dense model, which has no routers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from posttrain.data.batches import TokenBatch
 
 @dataclass(frozen=True)
 class Routing:
-    """Of every response token; anything outside the batch's mask.
+    """Routing of every response token; positions outside the batch's mask are undefined.
 
-    entropy: [batch, time] of the routers' distributions over `experts` experts, in nats, mean over layers.
-    chosen: [batch, time, layers, experts per token] int16 ids in ascending order.
+    Attributes:
+        entropy: [batch, time] entropy of the routers' distributions over `experts` experts, in nats, averaged over layers.
+        chosen: [batch, time, layers, experts per token] int16 ids in ascending order.
     """
 
     entropy: Tensor
@@ -34,7 +35,7 @@ class Routing:
 
 
 def routers_of(lm: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The routers whose outputs transformers records for this architecture, in order of layers; none for a dense model."""
+    """Return the routers whose outputs transformers records for this architecture, in order of layers; empty for a dense model."""
     recorded = getattr(lm.base_model, "_can_record_outputs", None) or {}
     kind = recorded.get("router_logits")
     kind = getattr(kind, "target_class", kind)
@@ -43,13 +44,13 @@ def routers_of(lm: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 @dataclass
 class Reading:
-    """What the routers said in one forward pass, a layer each: logits [tokens, experts], chosen ids [tokens, experts per token]."""
+    """Router outputs of one forward pass, one entry per layer: logits [tokens, experts], chosen ids [tokens, experts per token]."""
 
     logits: list[Tensor]
     chosen: list[Tensor]
 
     def at(self, batch: TokenBatch) -> Routing | None:
-        """The routing of the tokens that predict the batch's responses. None without routers, or where they name no experts."""
+        """Return the routing of the tokens that predict the batch's responses. None without routers, or if they do not name experts."""
         if not self.chosen:
             return None
         packed = len(self.chosen[0]) == len(batch.input_ids)
@@ -61,7 +62,7 @@ class Reading:
 
 @contextmanager
 def reading(routers: Sequence[nn.Module]) -> Iterator[Reading]:
-    """Fills a Reading with what `routers` say inside the block."""
+    """Collect the outputs of `routers` inside the block."""
     read = Reading([], [])
 
     def note(router: nn.Module, inputs: Any, output: Any) -> None:

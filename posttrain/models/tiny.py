@@ -1,4 +1,10 @@
-"""A tiny Qwen3 (or Qwen3-MoE) and a byte tokenizer, built from a seed: nothing is downloaded."""
+"""A tiny Qwen3 (or Qwen3-MoE) with a byte tokenizer, built from a seed; nothing is downloaded.
+
+Example:
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> len(tokenizer), len(tokenizer("héy")["input_ids"]), model.config.num_hidden_layers
+    (259, 4, 1)
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyShape:
-    """Sizes of a tiny model; `experts` above 0 makes it a mixture of experts."""
+    """Sizes of a tiny model; it is a mixture of experts if `experts` is above 0."""
 
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -39,7 +45,7 @@ class TinyShape:
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, so that no text is out of vocabulary; pad and end of sequence are different tokens."""
+    """Return a tokenizer with one token per UTF-8 byte: no text is out of vocabulary. Pad and end-of-sequence are different tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate([PAD, START, END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,7 +62,7 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(shape: TinyShape) -> PreTrainedConfig:
-    """Configuration of a model with untied embeddings over the byte vocabulary."""
+    """Return the configuration of a model with untied embeddings over the byte vocabulary."""
     tokenizer = byte_tokenizer(shape.max_length)
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -83,7 +89,7 @@ def tiny_config(shape: TinyShape) -> PreTrainedConfig:
 
 
 def tiny_model(shape: TinyShape, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer; the weights depend on the seed alone."""
+    """Return model and tokenizer; the weights depend only on the seed."""
     tokenizer = byte_tokenizer(shape.max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -116,7 +116,7 @@ def test_names_that_no_layer_has_are_refused() -> None:
 
 @pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
 def test_the_vocabulary_is_refused(place: str) -> None:
-    with pytest.raises(ConfigError, match="cannot carry an adapter"):
+    with pytest.raises(ConfigError, match="cannot have an adapter"):
         Adapter(small.language_model(), LoraSettings(4, 8.0, (place,)))
 
 
