@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 
 from pipelines.config.params import load_params
 from pipelines.config.schema import DataParams
-from pipelines.data.sources import accepted_files, local_file, table_rows
+from pipelines.data.sources import accepted_files, local_files, table_rows
 from pipelines.data.tables import FOLDER, Row, Table, plain, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import ConfigError, DataError
-from posttrain.text import normalised
+from posttrain.text import letters_and_digits, normalised
 
 
 def run(run: Run) -> None:
@@ -49,13 +49,14 @@ def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table
 def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows of about `1 - share` of the prompts, and rows of the others; which ones depends on prompt and seed alone.
 
-    Prompts that differ in case, spacing or punctuation alone count as one.
+    Prompts that differ only in case or spacing count as one. Those that differ in signs are neighbours in the order, so they are
+    rarely parted.
     """
     if not share:
         raise ConfigError(
             "data.preferences.heldout: must be above 0, e.g. 0.1; pairs kept apart measure the reward model"
         )
-    prompts = sorted({_key(row) for row in rows}, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    prompts = sorted({_key(row) for row in rows}, key=lambda key: (_place(key, seed), key))
     count = max(1, round(share * len(prompts)))
     if count >= len(prompts):
         raise DataError(
@@ -64,6 +65,10 @@ def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row]
         )
     heldout = set(prompts[:count])
     return [row for row in rows if _key(row) not in heldout], [row for row in rows if _key(row) in heldout]
+
+
+def _place(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{letters_and_digits(key)}".encode()).digest()
 
 
 def _key(row: Row) -> str:
@@ -77,9 +82,9 @@ def _prompts(rows: Iterable[Row]) -> int:
 def sources(args: argparse.Namespace) -> list[str]:
     """The local files that this step reads: part of what its result is."""
     data = load_params(args.params).data
-    files = [local_file(getattr(data, kind).source) for kind in KINDS]
+    files = [path for kind in KINDS for path in local_files(getattr(data, kind))]
     files += [path for kind in KINDS for path in accepted_files(kind)]
-    return sorted({file.as_posix() for file in files if file})
+    return sorted({file.as_posix() for file in files})
 
 
 if __name__ == "__main__":

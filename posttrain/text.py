@@ -17,6 +17,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def normalised(text: str) -> str:
-    """The text as leakage and duplicate checks compare it: Unicode form, case, punctuation and spacing folded away."""
+    """Return the text as leakage and duplicate checks compare it: one Unicode form, no case, single spaces.
+
+    Signs stay: 8-3 is not 8+3, and a vowel sign makes a different word. Only a full stop or question mark at the end does not count.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(folded.split()).rstrip(" .?。？")
+
+
+def letters_and_digits(text: str) -> str:
+    """Return only the words of a text: what stays similar when punctuation or signs change."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[\W_]+", " ", folded).strip()

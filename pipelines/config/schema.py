@@ -61,8 +61,8 @@ class GradedAnswers(Section):
 class TableSource(Section):
     """One canonical table. `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'."""
 
-    source: str
-    """A generator (arithmetic, stories), a .jsonl/.json/.parquet/.csv file, or hub:OWNER/NAME."""
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """A generator (arithmetic, stories), a file, a folder of files, a pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
     rows: Count | None = None
     columns: dict[str, str] | None = None
     extract: dict[str, str] | None = None
@@ -70,6 +70,11 @@ class TableSource(Section):
     graded: GradedAnswers | None = None
     split: str = "train"
     heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        """The sources, of which there is mostly one."""
+        return [self.source] if isinstance(self.source, str) else self.source
 
 
 class StoriesParams(Section):

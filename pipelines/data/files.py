@@ -1,35 +1,101 @@
-"""Records out of local files: .jsonl, .json (an array of objects), .csv and .parquet. Faults name file, line and what is wrong."""
+"""Read records from local files; errors name file, line and fault.
+
+Formats: .jsonl and .ndjson, .json (an array of objects), .csv, .tsv and .parquet, each also compressed as .gz, .bz2, .xz or .zst.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
-from collections.abc import Callable
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.data.parquet import parquet_records
 from posttrain.errors import DataError
 from posttrain.text import nearest
 
 Record = dict[str, Any]
+_SHARD = re.compile(r"(?P<series>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.")
+_SPLIT = re.compile(r"(?:train|training|test|testing|valid|validation|val|dev|eval)(?=[-_.])")
 
 
 def read_file(path: Path) -> list[Record]:
-    """All records of a file, in order. Raises DataError where one cannot be read."""
-    reader = READERS.get(path.suffix.lower())
+    """Return all records of a file, in order. Raises DataError if one cannot be read."""
+    kind, _ = _kind_and_compression(path)
+    reader = READERS.get(kind)
     if reader is None:
-        raise DataError(
-            f"{path}: cannot read files that end in {path.suffix or 'nothing'!r}{nearest(path.suffix, READERS)}"
-        )
+        raise DataError(f"{path}: cannot read files that end in {kind or 'nothing'!r}{nearest(kind, READERS)}")
     if not path.is_file():
         raise DataError(f"{path}: no such file. Local sources are paths from the project's root; check the spelling.")
     records = reader(path)
     if not records:
         raise DataError(f"{path}: has no records; give a source with at least one")
     return records
+
+
+def is_readable(path: Path) -> bool:
+    """Return True if the name of the file ends as one that can be read."""
+    return _kind_and_compression(path)[0] in READERS
+
+
+def folder_files(folder: Path, split: str) -> list[Path]:
+    """Return the data files of a folder in the order of their names, those of `split` if the names say one.
+
+    Raises DataError if there are none, if they are of several formats, or if a numbered shard is missing.
+    """
+    files = [p for p in sorted(folder.rglob("*")) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
+    named = {path: found[0] for path in files if (found := _SPLIT.match(path.name))}
+    if named:
+        files = [path for path in files if named.get(path) == split]
+        if not files:
+            there = sorted(set(named.values()))
+            raise DataError(f"{folder}: no file of the split {split!r}; set data.*.split to one of: {', '.join(there)}")
+    if not files:
+        raise DataError(f"{folder}: no file that can be read; files must end in one of: {', '.join(READERS)}")
+    kinds = sorted({_kind_and_compression(path)[0] for path in files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder}: holds files of several formats ({', '.join(kinds)}); name the wanted ones by a pattern,"
+            f" e.g. {folder}/*{kinds[-1]}"
+        )
+    _check_shards(folder, files)
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _check_shards(folder: Path, files: Sequence[Path]) -> None:
+    shards: dict[tuple[str, int], set[int]] = {}
+    for path in files:
+        if found := _SHARD.match(path.name):
+            shards.setdefault((found["series"], int(found["count"])), set()).add(int(found["number"]))
+    for (series, count), numbers in sorted(shards.items()):
+        missing = sorted(set(range(count)) - numbers)
+        if missing:
+            raise DataError(
+                f"{folder}: {series} has {len(numbers)} of {count} shards, without number {missing[0]}; a part of the data would"
+                " be missing. Fetch the shard, or name the wanted files by a pattern."
+            )
+
+
+def _kind_and_compression(path: Path) -> tuple[str, str]:
+    """Return the format's suffix and the compression's, e.g. (".jsonl", ".gz"); the second may be empty."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in DECOMPRESSORS:
+        return suffixes[-2], suffixes[-1]
+    return (suffixes[-1] if suffixes else ""), ""
 
 
 def _jsonl(path: Path) -> list[Record]:
@@ -77,14 +143,28 @@ def _json(path: Path) -> list[Record]:
 
 
 def _csv(path: Path) -> list[Record]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), restkey=None, strict=True)
+    return _delimited(path, ",")
+
+
+def _tsv(path: Path) -> list[Record]:
+    return _delimited(path, "\t")
+
+
+def _delimited(path: Path, delimiter: str) -> list[Record]:
+    # only the csv module knows where a record ends: str.splitlines() also splits at characters that a field may hold
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey=None, strict=True, delimiter=delimiter)
     records: list[Record] = []
     try:
+        names = reader.fieldnames or ()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(
+                f"{path}, line 1: the header names column {twice[0]!r} twice, so one would be lost; rename it"
+            )
         for record in reader:
             if None in record or None in record.values():
-                raise DataError(
-                    f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(reader.fieldnames or ())}"
-                )
+                raise DataError(f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(names)}")
             records.append(record)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
@@ -97,20 +177,34 @@ def _fields(record: Record) -> str:
 
 
 def _parquet(path: Path) -> list[Record]:
-    try:
-        records: list[Record] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
-    return records
+    return parquet_records(path, _content(path) if _kind_and_compression(path)[1] else None)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+
+
+def _content(path: Path) -> bytes:
+    """Return the file's bytes, decompressed if its name says that they are compressed."""
+    decompress = DECOMPRESSORS.get(_kind_and_compression(path)[1])
+    try:
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return decompress(data) if decompress else data
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path}: cannot be decompressed: {error}; it may be cut short, or compressed in a different way"
+        ) from None
+
+
+def _zstandard(data: bytes) -> bytes:
+    content: bytes = pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()
+    return content
 
 
 def _object(value: Any, where: str) -> Record:
@@ -131,9 +225,17 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
+DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": _zstandard,
+}
 READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _tsv,
     ".parquet": _parquet,
 }

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipelines.config.schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
-from pipelines.data.files import READERS, Record, read_file
+from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
+from pipelines.data.parquet import table_records
 from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments import arithmetic, stories
 from posttrain.environments.parts import Kind
@@ -37,7 +38,7 @@ def table_rows(kind: Kind, data: DataParams) -> list[Row]:
 
 def accepted_files(kind: Kind) -> list[Path]:
     """What the inbox let in for this table; names begin with a rising number."""
-    found = [path for path in (ACCEPTED / kind).glob("*") if path.suffix.lower() in READERS]
+    found = [path for path in (ACCEPTED / kind).glob("*") if is_readable(path)]
     return sorted(found, key=lambda path: (arrival_number(path), path.name))
 
 
@@ -90,9 +91,26 @@ def _configured_rows(kind: Kind, data: DataParams) -> list[Row]:
     return canonical_rows(kind, source, _records(kind, source))
 
 
-def local_file(source: str) -> Path | None:
-    """The file that a source names, or None for a generator or a hub id."""
-    return Path(source) if Path(source).suffix.lower() in READERS and not source.startswith(HUB) else None
+def local_files(source: TableSource) -> list[Path]:
+    """Return the files that a source names, in order; none for a generator or a hub id.
+
+    A name is a file, a folder of files, or a pattern with `*` or `?`. Raises DataError if one names no file.
+    """
+    return [path for name in source.names for path in _files_of(name, source.split)]
+
+
+def _files_of(name: str, split: str) -> list[Path]:
+    if name.startswith(HUB) or name in GENERATORS:
+        return []
+    path = Path(name)
+    if path.is_dir():
+        return folder_files(path, split)
+    if any(sign in name for sign in "*?"):
+        found = sorted(p for p in path.parent.glob(path.name) if p.is_file())
+        if not found:
+            raise DataError(f"{name}: no file matches this pattern. Patterns are paths from the project's root.")
+        return found
+    return [path] if is_readable(path) else []
 
 
 def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
@@ -115,29 +133,37 @@ def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
 
 
 def _records(kind: Kind, source: TableSource) -> list[Record]:
-    if source.source.startswith(HUB):
-        return _hub(kind, source)
-    path = local_file(source.source)
-    if path is None:
-        raise ConfigError(
-            f"data.{kind}.source = {source.source!r}: no such generator{nearest(source.source, GENERATORS)};"
-            f" or a file ({', '.join(READERS)}), or hub:OWNER/NAME"
-        )
-    return read_file(path)
+    records: list[Record] = []
+    for name in source.names:
+        if name.startswith(HUB):
+            records += _hub(kind, name, source.split)
+            continue
+        if name in GENERATORS:
+            raise ConfigError(
+                f"data.{kind}.source: the generator {name!r} cannot be one of several sources; give it as the only one"
+            )
+        files = _files_of(name, source.split)
+        if not files:
+            raise ConfigError(
+                f"data.{kind}.source = {name!r}: no such generator{nearest(name, GENERATORS)};"
+                f" or a file ({', '.join(READERS)}; also .gz, .bz2, .xz, .zst), a folder of them, or hub:OWNER/NAME"
+            )
+        for path in files:
+            records += read_file(path)
+    return records
 
 
-def _hub(kind: Kind, source: TableSource) -> list[Record]:
-    """hub:OWNER/NAME[:CONFIGURATION][@REVISION]"""
-    name, _, revision = source.source.removeprefix(HUB).partition("@")
+def _hub(kind: Kind, source: str, split: str) -> list[Record]:
+    """Load hub:OWNER/NAME[:CONFIGURATION][@REVISION]."""
+    name, _, revision = source.removeprefix(HUB).partition("@")
     name, _, configuration = name.partition(":")
     from datasets import load_dataset
 
     try:
-        loaded: Any = load_dataset(name, configuration or None, split=source.split, revision=revision or None)
+        loaded: Any = load_dataset(name, configuration or None, split=split, revision=revision or None)
     except Exception as error:
         raise DataError(
-            f"data.{kind}.source = {source.source!r}: cannot load split {source.split!r}: {type(error).__name__}: {error}."
+            f"data.{kind}.source = {source!r}: cannot load split {split!r}: {type(error).__name__}: {error}."
             " Steps run offline by default: set HF_HUB_OFFLINE=0 to download, and check the id and data.*.split."
         ) from error
-    records: list[Record] = loaded.to_list()
-    return records
+    return table_records(loaded.with_format("arrow")[:], source)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from pipelines.data.tables import Row, plain
 from pipelines.validation.check import Outcome, Verdict
 from posttrain.errors import DataError, LeakageError
 
 _WIDTH = 90
+_BEFORE = 18
+"""Characters shown before the place where rows differ."""
 
 
 def refuse(outcome: Outcome, shown: int, report: Path) -> None:
@@ -43,20 +47,36 @@ def _paragraph(verdict: Verdict, outcome: Outcome, shown: int) -> str:
 
 
 def examples(verdict: Verdict, shown: int) -> list[str]:
-    """The first unexpected rows, one line each."""
-    notes = verdict.notes or [""] * len(verdict.rows)
+    """Return the first unexpected rows, one line each, from where their values begin to differ."""
+    rows = verdict.rows[:shown]
+    notes = (verdict.notes or [""] * len(rows))[:shown]
+    column = "prompt" if verdict.finding.column == "row" else verdict.finding.column
+    values = [_value(row, column) for row in rows]
+    start = _first_difference(values)
     lines = []
-    for row, note in list(zip(verdict.rows, notes, strict=True))[:shown]:
+    for row, note, value in zip(rows, notes, values, strict=True):
         same = f" (as {note})" if note else ""
-        lines.append(f"id {row['id']}{same}: {_value(row, verdict.finding.column)}")
+        lines.append(f"id {row['id']}{same}: {column} {_cut(value, start)}")
     return lines
 
 
-def _value(row: Row, column: str) -> str:
-    if column == "row":
-        column = "prompt"
-    text = repr(plain(row[column]) if isinstance(row.get(column), str | list | None) else row[column])
-    return f"{column} {text if len(text) <= _WIDTH else text[: _WIDTH - 3] + '...'}"
+def _value(row: Row, column: str) -> Any:
+    return plain(row[column]) if isinstance(row.get(column), str | list | None) else row[column]
+
+
+def _first_difference(values: Sequence[Any]) -> int:
+    """Return where to begin showing texts that share a long beginning, such as a system prompt; else 0."""
+    texts = sorted({value for value in values if isinstance(value, str)})
+    if len(texts) < 2:
+        return 0
+    # in sorted order, what the first and the last text share is shared by all
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False)))
+    return shared - _BEFORE if shared > _WIDTH // 2 else 0
+
+
+def _cut(value: Any, start: int) -> str:
+    text = repr(value if not start or not isinstance(value, str) else "..." + value[start:])
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def _structure(verdict: Verdict) -> str:

@@ -86,7 +86,11 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, suffix: str) 
         ("x.csv", "a,b\n1\n", r"x\.csv, line 2: has 1 fields, the header has 2"),
         ("x.csv", "a,b\n", r"has no records"),
         ("x.parquet", "PAR?", r"not a Parquet file"),
-        ("x.txt", "", r"cannot read files that end in '\.txt'.*Valid: \.csv, \.json, \.jsonl, \.parquet"),
+        (
+            "x.txt",
+            "",
+            r"cannot read files that end in '\.txt'.*Valid: \.csv, \.json, \.jsonl, \.ndjson, \.parquet, \.tsv",
+        ),
     ],
 )
 def test_a_broken_file_is_named_with_line_and_fault(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -189,7 +189,7 @@ def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
 def leaking() -> Tables:
     tables = sft(("What is 1 + 1?", "2"), ("fine", "3")) | answers("problems", "1") | answers("evaluation", "2")
     tables["evaluation"][0]["prompt"] = "what is  1 + 1"
-    tables["preferences_heldout"] = [{"id": 8, "prompt": "Problems 0!", "chosen": "a", "rejected": "b"}]
+    tables["preferences_heldout"] = [{"id": 8, "prompt": "PROBLEMS  0?", "chosen": "a", "rejected": "b"}]
     return tables
 
 
@@ -200,6 +200,23 @@ def test_leakage_is_found_across_all_tables_and_named_by_row(checked: Checked) -
     assert "  id 0 (as evaluation id 0): prompt 'What is 1 + 1?'" in str(caught.value)
     assert "table problems, column prompt, rule leakage (stop): 1 of 1 rows" in str(caught.value)
     assert "  id 0 (as preferences_heldout id 8): prompt 'problems 0'" in str(caught.value)
+
+
+def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
+    system = "You are careful and answer with a number and nothing else. "
+    tables = sft(*((f"{system}{i} + {i}", "2") for i in range(3)))
+    tables["evaluation"] = [{"id": i, "prompt": f"{system}{i} + {i}", "answer": "2"} for i in range(3)]
+    with pytest.raises(LeakageError) as caught:
+        refuse(checked(tables, limits=Limits(200, 200, numeric_answer=True)), 5, Path("report.html"))
+    for i in range(3):
+        assert f"  id {i} (as evaluation id {i}): prompt '...nd nothing else. {i} + {i}'" in str(caught.value)
+
+
+def test_prompts_that_differ_in_a_sign_do_not_leak(checked: Checked) -> None:
+    tables = sft(("What is 8-3?", "5"), ("Is x<y?", "1"), ("Compute 2.5", "2.5"), ("दिन", "1"))
+    asked = ("What is 8+3?", "Is x>y?", "Compute 2/5", "दान")
+    tables["evaluation"] = [{"id": i, "prompt": prompt, "answer": "1"} for i, prompt in enumerate(asked)]
+    assert not checked(tables).stops
 
 
 def test_quarantined_leakage_removes_the_training_rows_alone(checked: Checked) -> None:
@@ -327,7 +344,8 @@ def test_pandalm_prompts_stand_in_the_user_tasks_of_self_instruct(shared_data: P
     outcome = checked({"preferences": rows, "evaluation": evaluation}, limits=words, **kept)
     (verdict,) = outcome.stops
     assert verdict.finding.rule == "leakage"
-    assert len({row["prompt"] for row in verdict.rows}) == 169
+    # one more prompt differs only in its emojis, which are the question
+    assert len({row["prompt"] for row in verdict.rows}) == 168
 
 
 @pytest.mark.real

@@ -1,0 +1,87 @@
+"""Read Parquet files and Arrow tables as records whose numbers and texts are as they were written."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain.errors import DataError
+
+Convert = Callable[[Any], Any]
+
+
+def parquet_records(path: Path, data: bytes | None = None) -> list[dict[str, Any]]:
+    """Return the rows of a Parquet file, or of its bytes `data`. Raises DataError if it cannot be read."""
+    try:
+        # one file is one table: names such as `year=2024` in its path are no columns
+        table = pq.read_table(pa.BufferReader(data)) if data is not None else pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
+    return table_records(table, str(path))
+
+
+def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow table. Raises DataError if bytes are no UTF-8 text."""
+    records: list[dict[str, Any]] = table.to_pylist()
+    for field in table.schema:
+        convert = _conversion(field.type)
+        if convert is None:
+            continue
+        for number, record in enumerate(records):
+            try:
+                record[field.name] = convert(record[field.name])
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}, row {number}: column {field.name!r} holds bytes that are not UTF-8 text ({error.reason});"
+                    " save the column as text, or leave it out"
+                ) from None
+    return records
+
+
+def _conversion(kind: pa.DataType) -> Convert | None:
+    """Return the function that makes a value of this type JSON-like, or None if it is already."""
+    if pa.types.is_dictionary(kind):
+        return _conversion(kind.value_type)
+    if pa.types.is_map(kind):
+        return lambda value: None if value is None else dict(value)
+    if pa.types.is_struct(kind):
+        inner = {field.name: convert for field in kind if (convert := _conversion(field.type))}
+        return _of_struct(inner) if inner else None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        element = _conversion(kind.value_type)
+        return (lambda value: None if value is None else [element(v) for v in value]) if element else None
+    needed = (
+        pa.types.is_float16(kind) or pa.types.is_float32(kind) or pa.types.is_decimal(kind) or pa.types.is_temporal(kind)
+        or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )  # fmt: skip
+    if not needed:
+        return None
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        narrow = np.float16 if pa.types.is_float16(kind) else np.float32
+        # 0.1 in single precision is 0.10000000149011612 in double precision, which nobody wrote
+        return lambda value: None if value is None else float(str(narrow(value)))
+    return _written
+
+
+def _of_struct(inner: dict[str, Convert]) -> Convert:
+    def convert(value: Any) -> Any:
+        return None if value is None else value | {name: each(value[name]) for name, each in inner.items()}
+
+    return convert
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, decimal.Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return None if value is None else str(value)

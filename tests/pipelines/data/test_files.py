@@ -1,0 +1,153 @@
+"""Files as people have them: compressed, in shards, of several formats, with columns of any type."""
+
+from __future__ import annotations
+
+import bz2
+import datetime
+import gzip
+import lzma
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config.schema import TableSource
+from pipelines.data.files import folder_files, read_file
+from pipelines.data.sources import local_files
+from posttrain.errors import DataError
+from posttrain.text import normalised
+
+LINE = b'{"prompt": "a", "completion": "b"}\n'
+ROWS = [{"prompt": "a", "completion": "b"}]
+
+
+def zstandard(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.ndjson", LINE),
+        ("rows.jsonl.gz", gzip.compress(LINE)),
+        ("rows.ndjson.bz2", bz2.compress(LINE)),
+        ("rows.JSONL.xz", lzma.compress(LINE)),
+        ("v1.2.jsonl.zst", zstandard(LINE)),
+        ("rows.tsv", b"prompt\tcompletion\na\tb\n"),
+        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n")),
+    ],
+)
+def test_compressed_files_and_other_endings_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_file(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl.gz", gzip.compress(LINE)[:-9]), ("x.jsonl.zst", LINE)])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: cannot be decompressed"):
+        read_file(tmp_path / name)
+
+
+def test_a_csv_field_may_be_long_and_hold_any_line_separator_of_unicode(tmp_path: Path) -> None:
+    value = "x" * 140_000 + "\x85\u2028\x0b end"
+    (tmp_path / "x.csv").write_text(f"prompt,completion\nq,{value}\n", encoding="utf-8", newline="")
+    assert read_file(tmp_path / "x.csv") == [{"prompt": "q", "completion": value}]
+
+
+def test_a_csv_header_that_repeats_a_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match="names column 'prompt' twice"):
+        read_file(tmp_path / "x.csv")
+
+
+def test_parquet_numbers_and_texts_are_as_written(tmp_path: Path) -> None:
+    columns = {
+        "single": pa.array([0.1, None], pa.float32()),
+        "money": pa.array([Decimal("7.50"), None], pa.decimal128(10, 2)),
+        "bytes": pa.array(["é".encode(), None], pa.binary()),
+        "word": pa.array(["a", None]).dictionary_encode(),
+        "day": pa.array([datetime.date(2026, 1, 2), None]),
+        "nested": pa.array([{"scores": [0.1, 0.7]}, None], pa.struct([("scores", pa.list_(pa.float32()))])),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert read_file(tmp_path / "x.parquet") == [
+        {
+            "single": 0.1,
+            "money": "7.50",
+            "bytes": "é",
+            "word": "a",
+            "day": "2026-01-02",
+            "nested": {"scores": [0.1, 0.7]},
+        },
+        dict.fromkeys(columns),
+    ]
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"ok", b"\xff\xfe"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="row 1: column 'image' holds bytes that are not UTF-8"):
+        read_file(tmp_path / "x.parquet")
+
+
+def shards(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(LINE)
+
+
+def test_a_folder_is_its_shards_of_one_split_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    shards(folder, "train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl", "README.md")
+    assert [p.name for p in folder_files(folder, "train")] == [
+        "train-00000-of-00002.jsonl",
+        "train-00001-of-00002.jsonl",
+    ]
+    assert [p.name for p in local_files(TableSource(source=str(folder), split="test"))] == ["test-00000-of-00001.jsonl"]
+    with pytest.raises(DataError, match=r"no file of the split 'dev'; set data\.\*\.split to one of: test, train"):
+        folder_files(folder, "dev")
+
+
+def test_a_folder_with_a_missing_shard_mixed_formats_or_nothing_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path / "a", "train-00000-of-00002.jsonl")
+    with pytest.raises(DataError, match="has 1 of 2 shards, without number 1"):
+        folder_files(tmp_path / "a", "train")
+    shards(tmp_path / "b", "x.jsonl", "y.csv")
+    with pytest.raises(DataError, match=r"several formats \(\.csv, \.jsonl\)"):
+        folder_files(tmp_path / "b", "train")
+    shards(tmp_path / "c")
+    with pytest.raises(DataError, match="no file that can be read"):
+        folder_files(tmp_path / "c", "train")
+
+
+def test_a_source_may_be_a_pattern_or_a_list(tmp_path: Path) -> None:
+    shards(tmp_path, "b.jsonl", "a.jsonl", "c.json")
+    pattern = f"{tmp_path}/*.jsonl"
+    assert [p.name for p in local_files(TableSource(source=pattern))] == ["a.jsonl", "b.jsonl"]
+    listed = TableSource(source=[f"{tmp_path}/b.jsonl", f"{tmp_path}/a.jsonl"])
+    assert [p.name for p in local_files(listed)] == ["b.jsonl", "a.jsonl"]
+    with pytest.raises(DataError, match="no file matches"):
+        local_files(TableSource(source=f"{tmp_path}/*.csv"))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("What is 8-3?", "What is 8+3?", False),
+        ("Is x<y?", "Is x>y?", False),
+        ("Compute 2.5", "Compute 2/5", False),
+        ("दिन", "दान", False),
+        ("x²", "x2", False),
+        ("Compute 5!", "Compute 5", False),
+        ("What is 5?", "what is 5", True),
+        ("What  is\n8-3? ", "what is 8-3?", True),
+        ("caf\u00e9", "CAFE\u0301", True),
+    ],
+)
+def test_prompts_are_compared_without_case_spacing_and_unicode_form(a: str, b: str, same: bool) -> None:
+    assert (normalised(a) == normalised(b)) is same
