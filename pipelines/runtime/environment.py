@@ -1,4 +1,7 @@
-"""Where the project is and how quiet its tools are. Imported before any of them."""
+"""Find the project root, and set environment variables that silence third-party tools.
+
+Import this module before Prefect, MLflow, DVC and Great Expectations: they read these variables when they are imported.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,18 @@ QUIET = {
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_OFFLINE": "1",
 }
+"""Environment variables that turn off telemetry, and keep the Hugging Face libraries offline."""
 
 
 def quiet() -> None:
-    """No tool phones home or waits for the network, unless the caller's environment says otherwise."""
+    """Turn off telemetry and network access of third-party tools; a variable that is already set keeps its value."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     _reach_loopback()
 
 
 def _reach_loopback() -> None:
-    """Requests to servers of our own go to them, also where a proxy is set for everything else."""
+    """Exclude loopback addresses from a configured proxy, so that requests to local servers do not leave the machine."""
     if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return
     for name in ("no_proxy", "NO_PROXY"):
@@ -35,7 +39,7 @@ def _reach_loopback() -> None:
 
 
 def root() -> Path:
-    """The project's root: the nearest folder at or above the working directory that holds params.yaml."""
+    """Return the project root: the nearest folder at or above the working directory that holds params.yaml."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "params.yaml").is_file():
@@ -44,12 +48,12 @@ def root() -> Path:
 
 
 def states(project: Path) -> Path:
-    """Where live journals, measurements and checkpoints are: untracked, one folder per run identity."""
+    """Return the untracked folder of live journals, measurements and checkpoints: one sub-folder per run identity."""
     return project / ".posttrain" / "runs"
 
 
 def commit() -> str | None:
-    """The checked-out git commit, or None without git or a repository."""
+    """Return the checked-out git commit, or None without git or a repository."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -1,4 +1,4 @@
-"""The child process that carries a running step's journal into MLflow, so that the step itself never waits for it."""
+"""Start the child process that copies a running step's journal into MLflow, so that the step never waits for MLflow."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import sys
 from posttrain.errors import ConfigError
 
 WAIT_SECONDS = 15.0
+"""Default time that a step waits, at its end, for the last records to reach MLflow."""
 
 
 def _wait_seconds() -> float:
+    """Return POSTTRAIN_FOLLOWER_SECONDS, or the default. Raises ConfigError if it is not a number."""
     text = os.environ.get("POSTTRAIN_FOLLOWER_SECONDS", "").strip()
     try:
         return float(text or WAIT_SECONDS)
     except ValueError:
-        raise ConfigError(f"POSTTRAIN_FOLLOWER_SECONDS = {text!r}: must be a number of seconds") from None
+        raise ConfigError(f"POSTTRAIN_FOLLOWER_SECONDS = {text!r}: must be a number of seconds, e.g. 15") from None
 
 
 class Follower:
-    """`python -m pipelines.commands.sync --follow` for one run. It catches up and ends when its standard input closes."""
+    """Run `python -m pipelines.commands.sync --follow` for one run; it catches up and exits when its standard input closes."""
 
     def __init__(self, process: subprocess.Popen[bytes] | None, wait_seconds: float = WAIT_SECONDS) -> None:
         self._process, self._wait_seconds = process, wait_seconds
 
     @classmethod
     def start(cls, identity: str) -> Follower:
-        """Start one, unless the environment says that somebody follows already (POSTTRAIN_FOLLOWER=1)."""
+        """Start a follower, unless POSTTRAIN_FOLLOWER=1 says that another process already follows the run."""
         if os.environ.get("POSTTRAIN_FOLLOWER") == "1":
             return cls(None)
         wait_seconds = _wait_seconds()
@@ -37,7 +39,10 @@ class Follower:
         return cls(process, wait_seconds)
 
     def finish(self) -> None:
-        """Let it catch up for a while; the next step or `python -m pipelines.commands.sync` carries over what is left then."""
+        """Wait a limited time for the follower to catch up, then kill it.
+
+        The next step, or `python -m pipelines.commands.sync`, copies the remaining records.
+        """
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -48,6 +53,6 @@ class Follower:
             self._process.kill()
             self._process.wait()
             print(
-                "tracking: MLflow is behind; `python -m pipelines.commands.sync` catches up from the journal.",
+                "tracking: MLflow does not have all records yet; `python -m pipelines.commands.sync` copies the rest from the journal.",
                 file=sys.stderr,
             )

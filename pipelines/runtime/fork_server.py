@@ -1,10 +1,10 @@
-"""A process that has imported torch and transformers and forks itself for each step, so that a flow pays for the imports once.
+"""Fork server: a process that has imported torch and transformers, and forks for each step, so that a flow imports them once.
 
     python -m pipelines.runtime.fork_server SOCKET
 
-A step that finds POSTTRAIN_WARM=SOCKET in its environment hands over its arguments, environment, folder and standard streams, and
-waits for the fork's exit status. Signals are passed on; a step that is killed takes its fork with it. Only third-party modules are
-imported ahead: a step always runs the project's code as it is on disk. Not for GPUs, whose driver does not survive a fork.
+If POSTTRAIN_WARM=SOCKET is set, a step sends its arguments, environment, working directory and standard streams to the server, and
+waits for the fork's exit status. It forwards signals, and the fork dies with the step. The server imports only third-party modules
+in advance, so a step always runs the project's code as it is on disk. Do not use it with GPUs: a CUDA driver does not survive a fork.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ AHEAD = (
     "accelerate",
     "pydantic",
     "ruamel.yaml",
-    # pyarrow reads a table with its data sets, which bring pandas along
+    # pyarrow.parquet imports pyarrow.dataset, which imports pandas
     "pandas",
     "pyarrow.dataset",
     "pyarrow.parquet",
     "tqdm",
 )
+"""Modules that the server imports before the first fork."""
 STREAMS = (0, 1, 2)
+"""File descriptors of standard input, output and error."""
 
 
 def serve(path: Path) -> None:
-    """Import what steps need, then fork for every connection until the process is told to end."""
+    """Import the modules that steps need, then fork for every connection until the process is stopped."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        # steps may already knock while the imports go on: waiting for them is no slower than importing
+        # Listen before the imports: a step that connects early waits here, which takes no longer than importing itself.
         server.bind(str(path))
         server.listen()
         for name in AHEAD:
@@ -58,7 +60,7 @@ def serve(path: Path) -> None:
 
 
 def run_warm(module: str, arguments: list[str]) -> int | None:
-    """Run the step `module` in a fork of the warm process; its exit status, or None where no warm process answers."""
+    """Run the step `module` in a fork of the server and return its exit status, or None if no server answers."""
     path = os.environ.get(VARIABLE)
     if not path:
         return None
@@ -72,7 +74,7 @@ def run_warm(module: str, arguments: list[str]) -> int | None:
             answers = connection.makefile("r", encoding="utf-8")
             pid = int(answers.readline() or 0)
         except OSError:
-            return None  # gone: the step imports for itself
+            return None  # The server is gone: the step imports the modules itself.
         if not pid:
             return None
         with answers:
@@ -82,7 +84,7 @@ def run_warm(module: str, arguments: list[str]) -> int | None:
 
 
 def _become_step(connection: socket.socket) -> None:
-    """The fork: take over the caller's streams, folder, environment and arguments, and run the module as `python -m` would."""
+    """Take over the caller's streams, directory, environment and arguments, and run the module as `python -m` does. Runs in the fork."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -111,6 +113,7 @@ def _become_step(connection: socket.socket) -> None:
 
 
 def _run(module: str) -> int:
+    """Run the module as `__main__` and return its exit status."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -119,18 +122,20 @@ def _run(module: str) -> int:
 
 
 def _die_with_caller(lines: object) -> None:
-    """The caller never writes again, so a read returns when it is gone."""
+    """Kill this process when the caller is gone: the caller never writes again, so the read returns only at its end."""
     assert hasattr(lines, "readline")
     lines.readline()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _pass_on(pid: int, number: int) -> None:
+    """Forward a signal to the fork; a fork that has already exited is ignored."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def _reap(number: int, frame: FrameType | None) -> None:
+    """Collect the exit status of finished forks, so that none stays as a zombie."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,7 +1,7 @@
-"""What a run is: its stage, the values of its declared parameters, the content of its inputs. Never clock or host.
+"""Compute a run's identity from its stage, its declared parameters and the content of its inputs, never from clock or host.
 
-Code is no part of the key, so that an edit which changes no result changes no byte downstream. It is what a checkpoint belongs to:
-see `code_digest`.
+The key does not include the code, so a code edit that changes no result changes no byte downstream. Checkpoints depend on the code as
+well: see `code_digest`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from pipelines.runtime.journal import representable
 from posttrain.errors import DataError
 
 SOURCES = Path(__file__).parents[2]
-"""The folder of the packages that run."""
+"""Folder of the packages that are running."""
 LIBRARIES = ("accelerate", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
+"""Packages whose version is part of the code digest."""
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of one file."""
+    """Return the sha256 of one file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's sorted relative names and contents."""
+    """Return the sha256 of a file, or of a folder's sorted relative names and contents."""
     if path.is_file():
         return file_digest(path)
     files = sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
@@ -39,29 +40,29 @@ def content_digest(path: Path) -> str:
 
 
 def input_digests(stage: str, inputs: Iterable[str | Path]) -> dict[str, str]:
-    """Digest by path as given. A missing input raises DataError."""
+    """Return the digest of each input, by its path as given. Raises DataError if an input is missing."""
     digests = {}
     for entry in inputs:
         path = Path(entry)
         if not path.exists():
             raise DataError(
-                f"{stage} needs {path}, which is not there. `dvc repro` makes the inputs of a stage before the stage."
+                f"{stage}: the input {path} does not exist. Run `dvc repro {stage}`: it makes the inputs of a stage first."
             )
         digests[path.as_posix()] = content_digest(path)
     return digests
 
 
 def run_key(name: str, values: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """sha256 over the run's name, parameters and inputs."""
+    """Return the sha256 of the run's name, parameters and inputs."""
     identity = representable({"name": name, "params": dict(values), "inputs": dict(inputs)})
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def code_digest(project: Path, stage: str) -> str:
-    """sha256 of the Python sources that dvc.yaml declares for a stage, and of the versions that compute.
+    """Return the sha256 of the Python sources that dvc.yaml declares for a stage, and of the library versions.
 
-    A checkpoint is continued only by the code that wrote it: DVC runs a stage again when these sources have changed, and half of a
-    result from the old ones would be nobody's.
+    Only the code that wrote a checkpoint continues it. DVC reruns a stage if its sources changed, and a result computed half by the old
+    code would not be reproducible.
     """
     graph = project / "dvc.yaml"
     stages = (read_yaml(graph) or {}).get("stages") or {} if graph.is_file() else {}
@@ -72,7 +73,7 @@ def code_digest(project: Path, stage: str) -> str:
 
 
 def _sources(project: Path, entry: str) -> dict[str, str]:
-    """Digest by name of the .py files of one dependency: of the packages that run, else of the project."""
+    """Return the digest, by name, of a dependency's .py files; running packages are searched before the project."""
     root = next((base for base in (SOURCES, project) if (base / entry).exists()), project)
     path = root / entry
     files = [path] if path.suffix == ".py" and path.is_file() else path.rglob("*.py")

@@ -1,7 +1,7 @@
-"""The truth of a run: JSON lines, appended and fsynced before anything else, without clock or host.
+"""Append-only log of a run in JSON lines, fsynced, without clock or host; MLflow is derived from it.
 
-A crash may tear the last line; it is ignored on reading and cut off on the next append. NaN and infinities, which JSON
-does not have, are written as the strings "NaN", "Infinity" and "-Infinity".
+A crash may leave a partial last line: readers ignore it, and the next append removes it. JSON has no NaN and no infinities; they are
+written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
 
 
 def representable(tree: Any) -> Any:
-    """The tree with NaN and infinities as strings, so that it is valid JSON."""
+    """Return the tree with NaN and infinities as strings, so that it is valid JSON."""
     if isinstance(tree, float) and not math.isfinite(tree):
         return "NaN" if math.isnan(tree) else ("Infinity" if tree > 0 else "-Infinity")
     if isinstance(tree, Mapping):
@@ -32,17 +32,17 @@ def representable(tree: Any) -> Any:
 
 
 def number(value: float | str) -> float:
-    """A metric value as it was before `representable`."""
+    """Return a metric value as a float; undoes `representable`."""
     return float(value)
 
 
 def encode(record: Mapping[str, Any]) -> str:
-    """One line: sorted keys, no secrets, valid JSON."""
+    """Return the record as one line of valid JSON, with sorted keys and without secrets."""
     return json.dumps(representable(redacted(record)), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> list[Record]:
-    """Every complete line of a journal; a torn last line is left out. A missing file is an empty journal."""
+    """Return every complete line of a journal. A partial last line is skipped, and a missing file is an empty journal."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -51,19 +51,21 @@ def read(path: Path) -> list[Record]:
 
 
 def _decode(path: Path, index: int, line: bytes) -> Record:
+    """Parse one line of the journal. Raises TrackingError if it is not a record."""
     try:
         record = json.loads(line)
     except ValueError:
         record = None
     if not isinstance(record, dict):
         raise TrackingError(
-            f"{path}, line {index}: not a journal record. The file was damaged; remove it and run its step again."
+            f"{path}, line {index}: not a journal record: the file is damaged, and its run cannot be continued. Remove"
+            " it, then run its step again."
         )
     return record
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves the old or the new content, never a mixture."""
+    """Replace a file so that a crash leaves either the old or the new content, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
@@ -79,7 +81,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class Journal:
-    """Appends to one journal file. `durable=False` skips fsync, for numbers that may be lost."""
+    """Append records to one journal file. `durable=False` skips fsync, for values that may be lost."""
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
         self.path = path
@@ -88,18 +90,23 @@ class Journal:
         self._file = self._open()
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record, and fsync it if the journal is durable. Raises TrackingError if the disk is full."""
         data = encode(record).encode()
         written = os.write(self._file, data)
         if written != len(data):
-            raise TrackingError(f"{self.path}: only {written} of {len(data)} bytes could be written; is the disk full?")
+            raise TrackingError(
+                f"{self.path}: only {written} of {len(data)} bytes were written; the disk may be full. Free space, then"
+                " run the same command again."
+            )
         if self._durable:
             os.fsync(self._file)
 
     def records(self) -> list[Record]:
+        """Return every complete record of the file."""
         return read(self.path)
 
     def truncate_after(self, step: int) -> list[Record]:
-        """Keep what a run knew when it wrote the checkpoint of `step`; returns the records that were dropped."""
+        """Keep only the records that existed at the checkpoint of `step`, and return the dropped ones."""
         kept: list[Record] = []
         dropped: list[Record] = []
         for record in self.records():
@@ -115,7 +122,7 @@ class Journal:
         return dropped
 
     def clear(self) -> None:
-        """Begin again with an empty file."""
+        """Start again with an empty file."""
         os.close(self._file)
         write_atomic(self.path, b"")
         self._file = self._open()
@@ -124,6 +131,7 @@ class Journal:
         os.close(self._file)
 
     def _open(self) -> int:
+        """Open the file for appending, after removing a partial last line."""
         if self.path.is_file():
             data = self.path.read_bytes()
             if not data.endswith(b"\n") and data:
@@ -132,7 +140,7 @@ class Journal:
 
 
 def ended(records: Iterable[Record]) -> str | None:
-    """The status a run ended with, or None if it was cut off or has been resumed since."""
+    """Return the status that a run ended with, or None if it was cut off or has been resumed since."""
     status = None
     for record in records:
         if record["kind"] == "end":
@@ -143,7 +151,7 @@ def ended(records: Iterable[Record]) -> str | None:
 
 
 def canonical(records: Iterable[Record]) -> list[Record]:
-    """The journal as an undisturbed run writes it, whatever kills, failures and resumes happened on the way."""
+    """Return the journal as an undisturbed run writes it: kills, failures and resumes leave no trace."""
     start: list[Record] = []
     params: list[Record] = []
     tags: Record = {}

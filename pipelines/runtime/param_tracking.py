@@ -1,4 +1,4 @@
-"""Parameters that remember which of them were read, and refuse those that a step does not declare.
+"""Track which parameters a step reads, and reject undeclared ones.
 
 A watched section behaves like the section itself (isinstance, methods, properties), so that callers keep their types.
 """
@@ -18,10 +18,11 @@ from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
 Seen = Callable[[str], None]
+"""A callback that receives the dotted name of every parameter that is read."""
 
 
 class Reads:
-    """The dotted leaves that one stage has read; reading outside the declared prefixes raises ConfigError."""
+    """Collect the dotted names that one stage has read. Raises ConfigError on a read outside the declared prefixes."""
 
     def __init__(self, stage: str, declared: tuple[str, ...]) -> None:
         self.stage = stage
@@ -40,16 +41,17 @@ class Reads:
 
 
 def within(leaf: str, prefix: str) -> bool:
+    """Return True if `leaf` is the prefix or lies below it."""
     return leaf == prefix or leaf.startswith(f"{prefix}.")
 
 
 def watched(params: Params, seen: Seen) -> Params:
-    """`params`, reporting every leaf that is read to `seen`."""
+    """Return `params` in a wrapper that reports every parameter that is read to `seen`."""
     return cast(Params, _Section(params, "", seen))
 
 
 def declared_values(params: Params, prefixes: tuple[str, ...]) -> dict[str, Any]:
-    """The flat values under the declared prefixes, by sorted name. A prefix that names nothing raises ConfigError."""
+    """Return the flat values under the declared prefixes, sorted by name. Raises ConfigError if a prefix names no parameter."""
     values: dict[str, Any] = {}
     for prefix in prefixes:
         node: Any = params
@@ -63,6 +65,7 @@ def declared_values(params: Params, prefixes: tuple[str, ...]) -> dict[str, Any]
 
 
 def _wrap(value: Any, path: str, seen: Seen) -> Any:
+    """Return a value in the wrapper for its type; a plain value is reported as read."""
     if isinstance(value, Section):
         return _Section(value, path, seen)
     if isinstance(value, dict) and value and all(isinstance(item, Section) for item in value.values()):
@@ -72,12 +75,13 @@ def _wrap(value: Any, path: str, seen: Seen) -> Any:
 
 
 def _saw(value: Any, path: str, seen: Seen) -> None:
+    """Report every leaf of a value as read."""
     for leaf in flatten(value, path) or {path: None}:
         seen(leaf)
 
 
 class _Section:
-    """Stands in for a Section; `__class__` makes isinstance answer as the section would."""
+    """Proxy for a Section; `__class__` makes isinstance give the result that the section itself would give."""
 
     __slots__ = ("_path", "_section", "_seen")
 
@@ -105,6 +109,7 @@ class _Section:
         return getattr(self._everything(), name)
 
     def _everything(self) -> Section:
+        """Report the whole section as read and return it."""
         _saw(self._section, self._path, self._seen)
         return self._section
 
@@ -126,7 +131,7 @@ class _Section:
 
 
 class _Table(Mapping[str, Any]):
-    """Stands in for a dictionary of sections. Iterating over the names reads all of it."""
+    """Proxy for a dictionary of sections. Iterating over its names counts as reading all of it."""
 
     def __init__(self, table: dict[str, Any], path: str, seen: Seen) -> None:
         self._table, self._path, self._seen = table, path, seen
@@ -152,4 +157,5 @@ class _Table(Mapping[str, Any]):
 
 
 def _itself(section: Section) -> Section:
+    """Return the section; pickling a proxy restores the plain section."""
     return section

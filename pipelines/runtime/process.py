@@ -1,4 +1,4 @@
-"""Signals, parents and locks of one process."""
+"""Signal handling, parent-death detection and file locks of one process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from posttrain.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 20.0
+"""Time between SIGTERM and SIGKILL after an ancestor has died."""
 STAGE = "DVC_STAGE"
-"""What dvc calls the stage, in the environment of everything that the stage runs."""
+"""Variable that dvc sets to the stage's name in the environment of everything that the stage runs."""
 
 
 def die_with_parent() -> None:
-    """Get SIGTERM when the parent dies (Linux)."""
+    """Ask the kernel for SIGTERM when the parent dies (Linux)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_with(pids: Iterable[int]) -> None:
-    """Get SIGTERM when the first of these ancestors ends, and SIGKILL after GRACE_SECONDS more (Linux).
+    """Send this process SIGTERM when the first of these ancestors ends, and SIGKILL after GRACE_SECONDS more (Linux).
 
-    A killed dvc, or launcher, then leaves no trainer behind on the device.
+    A killed dvc or launcher then leaves no trainer behind on the device.
     """
     if not hasattr(os, "pidfd_open"):
         return
@@ -41,12 +42,13 @@ def end_with(pids: Iterable[int]) -> None:
         alive = [os.pidfd_open(pid) for pid in pids]
     except ProcessLookupError:
         alive = []
-    except OSError:  # a sandbox that knows no pidfd: as on other systems
+    except OSError:  # A sandbox without pidfd: behave as on other systems.
         return
     threading.Thread(target=_follow, args=(alive,), daemon=True).start()
 
 
 def _follow(alive: list[int]) -> None:
+    """Wait until one of the process descriptors ends, then terminate this process."""
     if alive:
         select.select(alive, [], [])
     os.kill(os.getpid(), signal.SIGTERM)
@@ -55,31 +57,33 @@ def _follow(alive: list[int]) -> None:
 
 
 def up_to_dvc() -> Iterator[int]:
-    """The parent, and on to the dvc that runs this stage: its shell may stay between the two (dash does), and outlives a killed dvc.
+    """Yield the process ids from the parent up to the dvc process that runs this stage.
 
-    Raises ProcessLookupError where dvc has ended already. In a container dvc may be process 1, and then its stage is of its group.
+    A shell may stay between dvc and the step (dash does), and outlives a killed dvc. Raises ProcessLookupError if dvc has already ended.
+    In a container dvc may be process 1; its stages then share its process group.
     """
     for process in psutil.Process().parents():
         if process.pid == 1 and os.getpgid(1) != os.getpgrp():
-            raise ProcessLookupError("dvc is gone, and init has taken its child")
+            raise ProcessLookupError("dvc has ended, and init has adopted this process")
         yield process.pid
         if _stage(process) != os.environ[STAGE]:
             return
 
 
 def _stage(process: psutil.Process) -> str | None:
+    """Return the stage that a process runs, or None if its environment cannot be read."""
     try:
         environ: dict[str, str] = process.environ()
-    except psutil.Error:  # of another user, or gone
+    except psutil.Error:  # The process belongs to a different user, or has ended.
         return None
     return environ.get(STAGE)
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a request to stop.
+    """Treat SIGTERM and SIGINT as a request to stop.
 
-    A step that has asked `requested()` gets the flag and stops at its next safe point. One that never asks, and any
-    second signal, is interrupted where it stands.
+    A step that calls `requested()` gets the flag and stops at its next safe point. A step that never calls it is interrupted at once, and
+    so is any step that gets a second signal.
     """
 
     def __init__(self) -> None:
@@ -87,32 +91,35 @@ class StopSignals:
         self._asked = False
 
     def install(self) -> None:
+        """Handle SIGTERM and SIGINT from now on."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
     def ignore(self) -> None:
-        """From here on the run is being closed; a signal must not tear that."""
+        """Ignore further signals while the run is being closed, so that its last records are complete."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def requested(self) -> bool:
+        """Return True if a signal asked to stop. From the first call on, one signal no longer interrupts the step."""
         self._asked = True
         return self._stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self._stop = self._stop, True
         if again or not self._asked:
-            raise Interrupted(f"stopped by {signal.Signals(number).name}. The same command continues or starts again.")
+            raise Interrupted(f"stopped by {signal.Signals(number).name}. Run the same command to continue.")
 
 
 class Lock:
-    """An exclusive file lock that the kernel releases when its process dies, however it dies."""
+    """An exclusive file lock that the kernel releases when its process dies, for whatever reason."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
 
     def acquire(self, *, wait: bool = False) -> bool:
+        """Take the lock and return True; return False if another process holds it and `wait` is False."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -124,6 +131,7 @@ class Lock:
         return True
 
     def release(self) -> None:
+        """Release the lock if this object holds it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -137,7 +145,7 @@ class Lock:
 
 
 def held(path: Path) -> bool:
-    """Whether a living process holds the lock."""
+    """Return True if a living process holds the lock."""
     if not path.exists():
         return False
     probe = Lock(path)

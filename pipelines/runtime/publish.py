@@ -1,4 +1,4 @@
-"""From a finished run's live files to the run directory that DVC keeps. Same run, same bytes."""
+"""Copy a finished run's files into the directory tracked by DVC. The same run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOURNAL, METRICS, CURVES, ARTIFACTS = "journal.jsonl", "metrics.json", "curves.c
 
 
 def publish(state: Path, directory: Path, end: Record) -> None:
-    """Write journal, metrics, curves and recorded artifacts of a finished run into its run directory."""
+    """Write the journal, metrics, curves and recorded artifacts of a finished run into its run directory."""
     records = canonical([*read(state / JOURNAL), end])
     directory.mkdir(parents=True, exist_ok=True)
     _remove(directory)
@@ -34,18 +34,23 @@ def publish(state: Path, directory: Path, end: Record) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Unlink rather than overwrite: a file here may be a link into the DVC cache."""
+    """Unlink the old files; overwriting could write through a link into the DVC cache."""
     for name in (JOURNAL, METRICS, CURVES):
         (directory / name).unlink(missing_ok=True)
         for left in directory.glob(f".{name}.*"):
-            left.unlink()  # of a process that was killed while it published; a later stage would count it as its input
+            # A process that was killed while publishing left this file; a later stage would count it as an input.
+            left.unlink()
     if (directory / ARTIFACTS).is_dir():
         shutil.rmtree(directory / ARTIFACTS)
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy one recorded artifact. Raises TrackingError if the step has not written it."""
     if not source.exists():
-        raise TrackingError(f"{source} was announced as an artifact and never written. Write it before the step ends.")
+        raise TrackingError(
+            f"{source}: recorded as an artifact, but the file does not exist, so the run cannot be published. Write it"
+            " before the step ends."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
@@ -54,7 +59,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"heldout/accuracy": .9} as {"heldout": {"accuracy": .9}}, sorted by name."""
+    """Return {"heldout/accuracy": .9} as {"heldout": {"accuracy": .9}}, sorted by name."""
     tree: dict[str, Any] = {}
     for name, value in sorted(flat.items()):
         *parents, leaf = name.split("/")
@@ -63,14 +68,14 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise TrackingError(
-                    f"summary {name!r}: {part!r} is a number already and cannot be a group too; rename one of them."
+                    f"summary {name!r}: {part!r} is already a number and cannot be a group as well; rename one of them."
                 )
         node[leaf] = value
     return tree
 
 
 def _curves(records: list[Record]) -> str:
-    """One row per step, one column per metric; empty where a step has no value."""
+    """Return the metrics as CSV: one row per step, one column per metric, empty if a step has no value."""
     rows = [(record["step"], record["values"]) for record in records if record["kind"] == "metrics"]
     names = sorted({name for _, values in rows for name in values})
     out = io.StringIO()
@@ -82,4 +87,5 @@ def _curves(records: list[Record]) -> str:
 
 
 def _json(tree: Any) -> bytes:
+    """Return the tree as indented JSON with sorted keys."""
     return (json.dumps(representable(tree), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Keep credentials out of everything that is written down: journals, tables, tracebacks, tracking."""
+"""Remove credentials from everything that is written: journals, tables, tracebacks, tracking."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WORDS = ("true", "false", "disabled", "enabled")
 
 
 def report_error(error: PosttrainError) -> int:
-    """Print an error at a command's edge, as one paragraph on stderr; the exit status that it stands for."""
+    """Print an error as one paragraph on stderr and return its exit status. For the edge of a command."""
     print(f"error: {redact(str(error))}", file=sys.stderr)
     return error.exit_code
 
 
 def redact(text: str) -> str:
-    """The text without credentials: URI user parts, signed query values, known tokens, values of secret variables."""
+    """Return the text without credentials: URI user parts, signed query values, known tokens, values of secret variables."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     text = _USER.sub(HIDDEN, text)
@@ -38,7 +38,7 @@ def redact(text: str) -> str:
 
 
 def redacted(tree: Any) -> Any:
-    """`redact` on every string of a JSON-like tree."""
+    """Apply `redact` to every string of a JSON-like tree."""
     if isinstance(tree, str):
         return redact(tree)
     if isinstance(tree, dict):
@@ -49,7 +49,7 @@ def redacted(tree: Any) -> Any:
 
 
 def _secrets() -> list[str]:
-    """Values of environment variables whose name says secret, longest first; paths and switches are no secrets."""
+    """Return the values of environment variables with a secret-like name, longest first; paths and switches are not secrets."""
     values = {
         value
         for name, value in os.environ.items()

@@ -1,7 +1,7 @@
-"""One run of one step: where it writes what it measured.
+"""Record one run of one step: metrics, tables, artifacts and its state on disk.
 
-Live files are in `state`, which is untracked and survives a kill; a finished run is published into `directory`, which
-DVC keeps. Numbers that depend on the clock go to the measurements only, never to the journal.
+Live files are in `state`, which is untracked and survives a kill. A finished run is published into `directory`, which DVC tracks.
+Values that depend on the clock go only to the measurements, never to the journal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@./:-]*")
 
 
 class Run:
-    """What a step is given. `metrics`, `table`, `summary` … are appended to the journal before they return."""
+    """Parameters, paths and recorder of one step. Each recording method appends to the journal before it returns."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Run:
         self.state = state
         self.key = key
         self.code = code
-        """Digest of what computes; checkpoints of other code are never continued."""
+        """Digest of the code; a checkpoint that different code wrote is never continued."""
         self.stop_requested = stop_requested
-        """Whether a signal asked to stop: write a checkpoint, then raise Interrupted."""
+        """Return True if a signal asked to stop. Then write a checkpoint and raise Interrupted."""
         self.resumed = False
-        """Whether an earlier process of the same run was cut off and this one continues its journal."""
+        """True if an earlier process of this run was cut off and this process continues its journal."""
         self.records = records
-        """Of several processes that do a step together one records; what the others say goes nowhere."""
+        """True for the one process that records; the records of the other ranks are discarded."""
         self._nowhere = None if records else TemporaryDirectory(prefix="posttrain-")
         self._written = Path(self._nowhere.name) if self._nowhere else state
         self._journal = Journal(self._written / JOURNAL)
@@ -73,39 +73,39 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """`name-key`: the folder of the run's state, and its tag in MLflow."""
+        """Return `name-key`: the folder of the run's state, and its tag in MLflow."""
         return self.state.name
 
     @property
     def command(self) -> str:
-        """What runs this step alone."""
+        """Return the command that runs only this step."""
         given = {name: value for name, value in sorted(vars(self.args).items()) if name not in ("params", "replay")}
         options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
         return " ".join([f"python -m pipelines.{self.stage}", *options])
 
     @property
     def checkpoints(self) -> Path:
-        """Where the training loop keeps its checkpoints: those of this code. Removed when the step has succeeded."""
+        """Return the folder of the checkpoints that this code wrote. It is removed when the step has succeeded."""
         return self.state / CHECKPOINTS / self.code[:16]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the metrics of one step. A name takes one value per step, in rising order."""
+        """Append the metrics of one step. Each name takes one value per step, and its steps must rise."""
         numbers = {self._checked(name, step): float(value) for name, value in values.items()}
         self._journal.append({"kind": "metrics", "step": int(step), "values": numbers})
         self._last |= dict.fromkeys(numbers, int(step))
         self._measurements.append({"kind": "step", "step": int(step), "time": time.time()})
 
     def timings(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers that depend on the clock or the machine: shown in MLflow, never part of a result."""
+        """Record values that depend on the clock or the machine: MLflow shows them, and results never include them."""
         numbers = {name: float(value) for name, value in values.items()}
         self._measurements.append({"kind": "timings", "step": int(step), "time": time.time(), "values": numbers})
 
     def ready(self) -> None:
-        """Everything is imported, the work begins: what came before counts as start-up on the page of costs."""
+        """Mark the end of start-up (imports, loading); the page of costs counts the time before it separately."""
         self._measurements.append({"kind": "ready", "time": time.time()})
 
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
-        """Rows as artifacts/{name}-{step}.json."""
+        """Write rows to artifacts/{name}-{step}.json and return the path."""
         path = self._artifact_path(f"{name}-{step:06d}.json")
         text = json.dumps(representable(redacted(rows)), indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
         write_atomic(path, (text + "\n").encode())
@@ -114,42 +114,45 @@ class Run:
         )
         return path
 
-    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
-        """Numerical faults of a step, with the ids of their rows, as a table."""
-        self.table("faults", step, [dict(fault) for fault in told])
+    def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
+        """Record the numerical faults of a step, with the ids of their rows, as a table."""
+        self.table("faults", step, [dict(fault) for fault in found])
 
     def figure(self, name: str, figure: Figure) -> Path:
-        """A matplotlib figure as artifacts/{name}.png, without the library's version or the date in it."""
+        """Write a matplotlib figure to artifacts/{name}.png, without library version and date in its metadata."""
         path = self.artifact(f"{name}.png")
         figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
         return path
 
     def artifact(self, name: str) -> Path:
-        """A path under artifacts/ to write before the step ends; recorded in the journal."""
+        """Record an artifact and return its path under artifacts/; the step must write it before it ends."""
         path = self._artifact_path(name)
         self._journal.append({"kind": "artifact", "path": self._relative(path)})
         return path
 
     def summary(self, values: Mapping[str, float]) -> None:
-        """The run's results by name; `/` makes groups in metrics.json."""
+        """Record the run's results by name; `/` in a name makes groups in metrics.json."""
         numbers = {_named(name): _plain(value) for name, value in values.items()}
         self._journal.append({"kind": "summary", "values": numbers})
 
     def model(self, path: str | Path) -> None:
-        """Record a written model folder by path and by sha256 of its weights; the bytes stay with DVC."""
+        """Record a written model folder by its path and the sha256 of its weights; DVC stores the bytes."""
         folder = Path(path)
         files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
         if not any(file.suffix == ".safetensors" for file in files):
-            raise TrackingError(f"{folder} holds no .safetensors file; save the model there before recording it.")
+            raise TrackingError(
+                f"{folder}: holds no .safetensors file, so there are no weights to record. Save the model there first."
+            )
         weights = {file.name: file_digest(file) for file in files}
         digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
         self._journal.append({"kind": "model", "path": folder.as_posix(), "files": weights, "sha256": digest})
 
     def tag(self, key: str, value: object) -> None:
+        """Record a tag of the run, shown in MLflow."""
         self._journal.append({"kind": "tags", "values": {_named(key): str(value)}})
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was logged after the checkpoint of `step`; -1 forgets everything but the run's identity."""
+        """Drop everything that was logged after the checkpoint of `step`; -1 keeps only the run's identity."""
         for record in self._journal.truncate_after(step):
             if record["kind"] == "table":
                 (self._written / record["path"]).unlink(missing_ok=True)
@@ -157,7 +160,7 @@ class Run:
         self._recall()
 
     def open(self, start: Record, params: Record, measured: Record) -> None:
-        """Begin a new journal, or continue the one of a process that was cut off."""
+        """Start a new journal, or continue the journal of a process that was cut off."""
         records = self._journal.records()
         self.resumed = bool(records) and ended(records) != "FINISHED"
         if records and not self.resumed:
@@ -174,25 +177,28 @@ class Run:
         self._recall()
 
     def _drop_foreign_checkpoints(self) -> None:
+        """Remove checkpoints that other code wrote."""
         every = self.state / CHECKPOINTS
         foreign = [path for path in every.iterdir() if path != self.checkpoints] if every.is_dir() else []
         if foreign:
             print(
-                f"{self.name}: the code has changed since its checkpoints were written; they are dropped",
+                f"{self.name}: the code has changed since the checkpoints were written, so they are removed and training starts again",
                 file=sys.stderr,
             )
         for path in foreign:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self, status: str, reason: str | None = None) -> None:
+        """Record the end of the run with its status."""
         self._journal.append({"kind": "end", "status": status} | ({"reason": reason} if reason else {}))
         self._measurements.append({"kind": "end", "time": time.time()})
 
     def last_step(self) -> int | None:
-        """The last step that has metrics in the journal."""
+        """Return the last step that has metrics in the journal, or None."""
         return max(self._last.values(), default=None)
 
     def _checked(self, name: str, step: int) -> str:
+        """Return the metric's name. Raises TrackingError if the journal already holds this step or a later one."""
         last = self._last.get(_named(name), -1)
         if step <= last:
             raise TrackingError(
@@ -202,6 +208,7 @@ class Run:
         return name
 
     def _artifact_path(self, name: str) -> Path:
+        """Return the path of an artifact. Raises TrackingError if the name leaves artifacts/."""
         path = self._written / ARTIFACTS / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise TrackingError(f"artifact {name!r}: must be a name inside artifacts/, without '..'")
@@ -212,10 +219,12 @@ class Run:
         return path.relative_to(self._written).as_posix()
 
     def _recall(self) -> None:
+        """Read the last step of each metric from the journal."""
         metrics = (record for record in self._journal.records() if record["kind"] == "metrics")
         self._last = {name: record["step"] for record in metrics for name in record["values"]}
 
     def _reset(self) -> None:
+        """Remove the records and files of an earlier, finished run."""
         self._journal.clear()
         self._measurements.clear()
         for folder in (ARTIFACTS, CHECKPOINTS, FAULTS):
@@ -227,13 +236,14 @@ def _has_files(folder: Path) -> bool:
 
 
 def _named(name: str) -> str:
+    """Return the name if it is valid. Raises TrackingError otherwise."""
     if not _NAME.fullmatch(name):
         raise TrackingError(
-            f"{name!r}: a metric or tag is named with letters, digits and _ @ . / : - only, e.g. 'heldout/accuracy'"
+            f"{name!r}: the name of a metric or tag may hold only letters, digits and _ @ . / : -, e.g. 'heldout/accuracy'"
         )
     return name
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's own."""
+    """Return a number of numpy or torch as a plain Python number."""
     return value.item() if hasattr(value, "item") else value

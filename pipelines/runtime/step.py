@@ -1,11 +1,11 @@
-"""The edge of every step: arguments, identity, resuming, errors, signals and the way out.
+"""Entry point of every step: arguments, identity, resuming, errors, signals and exit status.
 
 A step is a module with `def run(run: Run) -> None` and, at its end,
 
     if __name__ == "__main__":
         main(run, "sft", params=("sft", "model"), inputs=("data/valid/sft.parquet", "models/base"))
 
-Imports neither torch nor mlflow: a step that needs no model starts at once.
+This module imports neither torch nor mlflow, so a step that needs no model starts at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from pipelines.runtime.run import CHECKPOINTS, LOCK, Run
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
 
 Body = Callable[[Run], None]
+"""The function that does a step's work."""
 Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
+"""Names of parameters or inputs, or a function that computes them from the parsed arguments."""
 TRACEBACK = "traceback.txt"
 _SURROUNDINGS = (
     errno.ENOSPC,
@@ -49,12 +51,12 @@ _SURROUNDINGS = (
     errno.EIO,
     errno.ENAMETOOLONG,
 )
-"""What the machine refuses, whatever the code is."""
+"""Errors of the machine (disk, rights, quota), which are not bugs of the code."""
 
 
 @dataclass
 class Step:
-    """What a step module tells `main` about itself."""
+    """Everything that a step module passes to `main`."""
 
     body: Body
     stage: str
@@ -78,11 +80,17 @@ def main(
     doc: str | None = None,
     trains: bool = False,
 ) -> None:
-    """Run a step and exit with its status: 0, the error's exit_code with one paragraph, or 1 with a traceback.
+    """Run a step and exit with its status: 0, the error's exit_code after one paragraph, or 1 after a traceback.
 
-    `params` are the dotted prefixes that the step may read, `inputs` the files and folders it depends on; both may be
-    functions of the parsed arguments. `variant` names an instance of a matrix, e.g. "grpo-0". A step that trains can do again what
-    once met a numerical fault (--replay).
+    Args:
+        body: Does the step's work.
+        stage: Name of the step's stage in dvc.yaml.
+        params: Dotted prefixes of the parameters that the step may read, or a function of the parsed arguments.
+        inputs: Files and folders that the step depends on, or a function of the parsed arguments.
+        arguments: Adds the step's own arguments to the parser.
+        variant: Names an instance of a matrix, e.g. "grpo-0".
+        doc: Help text; by default the module's docstring.
+        trains: True if the step trains a model. It can then replay an update that met a numerical fault (--replay).
     """
     environment.quiet()
     if launch.launched():
@@ -103,10 +111,10 @@ def main(
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
             _fail_with_traceback()
-        where = f" {error.filename}" if error.filename else ""
+        name = f" {error.filename}" if error.filename else ""
         print(
-            f"error: {step.stage} cannot go on: {error.strerror or error}{where}. Free space, or give this user the right to read and"
-            " write there, then run the same command: it goes on from its last checkpoint.",
+            f"error: {step.stage} cannot continue: {error.strerror or error}{name}. Free space, or give this user the right to read and"
+            " write there, then run the same command: it continues from its last checkpoint.",
             file=sys.stderr,
         )
         sys.exit(PosttrainError.exit_code)
@@ -117,11 +125,12 @@ def main(
 
 
 def _speaker() -> str:
+    """Return a prefix with the rank for error lines, empty for rank 0."""
     return f"process {launch.process()}: " if launch.process() else ""
 
 
 def _leave_group() -> None:
-    """Where several processes have trained together, part in order: at interpreter exit threads of the group would abort."""
+    """Destroy the process group in order; otherwise its threads would abort at interpreter exit."""
     if launch.launched() and "torch" in sys.modules:
         from posttrain.distributed import destroy_group
 
@@ -129,9 +138,9 @@ def _leave_group() -> None:
 
 
 def _leave_to_launcher() -> None:
-    """Become the launcher of several processes that do the step together, where the environment asks for it."""
-    alone = {"-h", "--help", "--replay"} & set(sys.argv[1:])
-    if launch.launched() or not os.environ.get(launch.VARIABLE) or alone:
+    """Become the launcher of several processes if POSTTRAIN_ACCELERATE asks for it."""
+    single_process = {"-h", "--help", "--replay"} & set(sys.argv[1:])
+    if launch.launched() or not os.environ.get(launch.VARIABLE) or single_process:
         return
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "a step is run as a module"
@@ -145,12 +154,13 @@ def _leave_to_launcher() -> None:
 
 
 def _fail_with_traceback() -> NoReturn:
+    """Print the traceback without secrets and exit with status 1."""
     print(redact(traceback.format_exc()), end="", file=sys.stderr)
     sys.exit(1)
 
 
 def _leave_to_warm_process() -> None:
-    """Let a process that has torch imported already do the work, where a flow keeps one."""
+    """Run the step in the flow's fork server, if there is one."""
     if launch.launched():
         return
     spec = sys.modules["__main__"].__spec__
@@ -160,20 +170,21 @@ def _leave_to_warm_process() -> None:
 
 
 def _parse(step: Step) -> argparse.Namespace:
+    """Parse the command line of a step."""
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines.{step.stage}",
         description=step.doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--params", type=Path, default=None, help="parameters to use instead of the project's params.yaml"
+        "--params", type=Path, default=None, help="parameter file to use instead of the project's params.yaml"
     )
     if step.trains:
         parser.add_argument(
             "--replay",
             type=lambda text: Path(text).resolve(),
             metavar="FOLDER",
-            help="do again the update that is kept in FOLDER, say which rows are at fault, and train nothing",
+            help="replay the update saved in FOLDER, report the rows that cause the fault, and do not train",
         )
     if step.arguments:
         step.arguments(parser)
@@ -181,6 +192,7 @@ def _parse(step: Step) -> argparse.Namespace:
 
 
 def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
+    """Compute the run's identity, take its lock, and run the step's body."""
     project = environment.root()
     path = args.params.resolve() if args.params else project / "params.yaml"
     os.chdir(project)
@@ -199,7 +211,8 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     lock = Lock(state / LOCK)
     if main_process and not lock.acquire():
         raise TrackingError(
-            f"{name} is already running with these parameters and inputs ({state}). Wait for it or stop it."
+            f"{name} is already running with these parameters and inputs ({state}). Two runs would write the same files:"
+            " wait for it or stop it."
         )
     reads = Reads(step.stage, declared)
     run = Run(
@@ -226,7 +239,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
 
 
 def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
-    """Run the body up to its training, which repeats what is kept and leaves. Nothing is recorded."""
+    """Run the body up to its training, which replays the saved update and exits. Nothing is recorded."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         nowhere = Path(folder)
         step.body(
@@ -241,16 +254,17 @@ def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key
                 directory=nowhere,
             )
         )
-    raise AssertionError(f"{step.stage} says that it trains, and did not")
+    raise AssertionError(f"{step.stage} is declared as a training step, but did not train")
 
 
 def _held(run: Run) -> str:
+    """Return the range of steps in the journal, in words."""
     last = run.last_step()
     return "no steps" if last is None else f"steps up to {last}"
 
 
 def _surroundings(params: Params) -> dict[str, Any]:
-    """What tracking shows about where a run happened; no part of its result."""
+    """Return facts about the place of a run that MLflow shows; they are not part of its result."""
     return {
         "kind": "start",
         "experiment": params.project.experiment,
@@ -261,7 +275,7 @@ def _surroundings(params: Params) -> dict[str, Any]:
 
 
 def _execute(step: Step, run: Run) -> None:
-    """Run the body and give the journal its end, whatever happens."""
+    """Run the body and write the end of the journal, whatever happens."""
     try:
         step.body(run)
         publish(run.state, run.directory, end={"kind": "end", "status": FINISHED})
@@ -277,8 +291,8 @@ def _execute(step: Step, run: Run) -> None:
             (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
             run.close(FAILED, f"{type(error).__name__}: {error}")
         except OSError as full:
-            # a journal without an end is that of a run which was cut off: the same command continues it
-            error.add_note(f"nor could the journal be told: {full}")
+            # A journal without an end record marks a run that was cut off: the same command continues it.
+            error.add_note(f"the end could not be written to the journal either: {full}")
         raise
     step.signals.ignore()
     run.close(FINISHED)
@@ -287,7 +301,7 @@ def _execute(step: Step, run: Run) -> None:
 
 
 def _trace(run: Run, reads: Reads) -> None:
-    """For the test that what a stage uses is what dvc.yaml declares."""
+    """Append the modules and parameters that were used to POSTTRAIN_TRACE, for the test of dvc.yaml's dependencies."""
     target = os.environ.get("POSTTRAIN_TRACE")
     if not target:
         return

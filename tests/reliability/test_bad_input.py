@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "no pad": (without("pad"), (SFT,), "no pad token"),
     "pickled weights": (pickled, (SFT,), "pickled weights are not loaded"),
     "other vocabulary": (other_vocabulary, (SFT,), "they do not match"),
-    "no model": (lambda folder: shutil.rmtree(folder / "models" / "base"), (SFT,), "which is not there"),
+    "no model": (lambda folder: shutil.rmtree(folder / "models" / "base"), (SFT,), "does not exist"),
     "no such local model": (replace("model.source", "./nowhere"), (BASE,), "no model folder at ./nowhere"),
     "a folder that is no model": (replace("model.source", "data"), (BASE,), "no config.json"),
 }  # fmt: skip

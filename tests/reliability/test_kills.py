@@ -84,6 +84,6 @@ def test_other_code_does_not_continue_a_checkpoint(workspace: Workspace) -> None
     graph.write_text(declared.replace("- pipelines/sft.py", "- pipelines/sft.py\n      - pipelines/align.py"))
     said = workspace.succeed(*step)
     graph.write_text(declared)
-    assert f"{run}: the code has changed since its checkpoints were written; they are dropped" in said
+    assert f"{run}: the code has changed since the checkpoints were written, so they are removed" in said
     assert "going on from the checkpoint" not in said
     assert workspace.results(*outputs("sft")) == undisturbed

@@ -59,7 +59,7 @@ def refused(copy: Workspace, start: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "start"),
-    [(200, "error: cannot write checkpoint "), (4, "error: sft cannot go on: No space left on device")],
+    [(200, "error: cannot write checkpoint "), (4, "error: sft cannot continue: No space left on device")],
 )
 def test_a_disk_too_small_for_a_checkpoint_or_for_the_journal(
     size: int, start: str, workspace: Workspace, copy: Workspace, mount: Mount
@@ -95,7 +95,7 @@ def test_a_workspace_that_may_not_be_written(copy: Workspace) -> None:
         path.chmod(0o755)
     done = copy.run("tests.reliability.nobody", *SFT)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-    assert "error: sft cannot go on: Permission denied" in done.stderr
+    assert "error: sft cannot continue: Permission denied" in done.stderr
     assert "give this user the right" in done.stderr
 
 

@@ -160,7 +160,7 @@ def test_the_key_changes_with_parameters_and_inputs_only(tmp_path: Path) -> None
     assert key != run_key("sft", {"sft.seed": 1, "sft.epochs": 1}, inputs)
     (tmp_path / "data" / "a").rename(tmp_path / "data" / "c")
     assert content_digest(tmp_path / "data") != inputs["data"]
-    with pytest.raises(DataError, match="sft needs absent"):
+    with pytest.raises(DataError, match="sft: the input absent does not exist"):
         input_digests("sft", ["absent"])
 
 
