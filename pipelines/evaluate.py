@@ -2,13 +2,15 @@
 
     python -m pipelines.evaluate --model sft
     python -m pipelines.evaluate --model grpo-0
+    python -m pipelines.evaluate --algorithm grpo --seed 0       the same
 
 All models answer the same prompts with the same seeds, so that comparisons can be paired.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.setup import accelerator, announce, peak_memory_mib, problems, read_table
+from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
@@ -156,7 +159,23 @@ def model_folder(model: str) -> Path:
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="base, sft, or an aligned model such as grpo-0")
+    parser.add_argument("--model", default="", help="base, sft, or an aligned model such as grpo-0")
+    parser.add_argument("--algorithm", dest="model", action=ModelPart, help="of an aligned model, with --seed")
+    parser.add_argument("--seed", dest="model", action=ModelPart, help="of an aligned model, after --algorithm")
+
+
+class ModelPart(Action):
+    """Join `--algorithm grpo --seed 0` to the model `grpo-0`."""
+
+    def __call__(self, parser: ArgumentParser, args: Namespace, value: Any, option: str | None = None) -> None:
+        args.model = f"{args.model}-{value}" if args.model else str(value)
+
+
+def variant(args: Namespace) -> str:
+    """Return the model's name. Raises ConfigError if it is none of the project's models."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*(-\d+)?", args.model):
+        raise ConfigError(f"--model {args.model!r}: name a model: base, sft, or an aligned one such as grpo-0")
+    return str(args.model)
 
 
 def inputs(args: Namespace) -> list[str]:
@@ -171,5 +190,5 @@ if __name__ == "__main__":
         params=("evaluation", "rewards"),
         inputs=inputs,
         arguments=arguments,
-        variant=lambda args: str(args.model),
+        variant=variant,
     )

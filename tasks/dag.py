@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from posttrain.errors import OrchestrationError
 from posttrain.text import nearest
 
+_NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
 Kind = Literal["data", "import", "stage"]
 
 
@@ -33,6 +35,7 @@ Dag = Mapping[str, Node]
 def read_dag(root: Path) -> dict[str, Node]:
     """Every node by address, in an order that can be run: .dvc files first, then dvc.yaml's own order."""
     with _opened(root) as repo:
+        _refuse_names([stage.name for stage in repo.index.stages if hasattr(stage, "name")])
         graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
         nodes = [
             Node(
@@ -43,6 +46,17 @@ def read_dag(root: Path) -> dict[str, Node]:
             for stage in sorted(graph.nodes, key=position.__getitem__)
         ]
     return in_order(nodes)
+
+
+def _refuse_names(names: Iterable[str]) -> None:
+    """Names of matrix stages come from params.yaml, and become folders that DVC deletes before it runs a stage."""
+    wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
+    if wrong is not None:
+        raise OrchestrationError(
+            f"the stage {wrong!r} of dvc.yaml has a name that could leave the project's folders. Use letters, digits and _ in"
+            " project.algorithms, and whole numbers in project.seeds of params.yaml;"
+            " `python -m pipelines.commands.configure --check` checks the file."
+        )
 
 
 def in_order(nodes: Iterable[Node]) -> dict[str, Node]:

@@ -1,0 +1,74 @@
+"""Names of params.yaml never reach a shell as text, whichever command starts the DAG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from ruamel.yaml import YAML
+
+from posttrain.errors import OrchestrationError
+from tasks.dag import read_dag
+from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
+
+HOSTILE = [
+    "x; touch pwned; $(touch pwned) `touch pwned` | touch pwned & touch pwned #",
+    "x'; touch pwned; '\ntouch pwned\n",
+]
+
+
+@pytest.fixture(scope="module")
+def clone(new_clone: Callable[[], Clone]) -> Clone:  # noqa: F811
+    """A clone in which the inputs of the matrix stages are there, so that DVC gets as far as their commands."""
+    made = new_clone()
+    for table in ("sft", "preferences", "problems", "evaluation", "preferences_heldout"):
+        (made.root / "data/valid").mkdir(parents=True, exist_ok=True)
+        (made.root / f"data/valid/{table}.parquet").touch()
+    for folder in ("sft", "reward"):
+        (made.root / "models" / folder).mkdir(parents=True)
+        (made.root / "models" / folder / "config.json").touch()
+    return made
+
+
+def edit(clone: Clone, name: str, seed: object) -> None:
+    """Write the names into params.yaml by hand, past the command that checks them."""
+    path = clone.root / "params.yaml"
+    tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    tree["project"] |= {"algorithms": [name], "seeds": [seed]}
+    tree["algorithms"] = {name: {"preset": "dpo"}}
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
+@pytest.mark.parametrize("stage", ["align", "evaluate_aligned"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_one_argument_of_its_command_under_dvc(clone: Clone, stage: str, name: str) -> None:
+    edit(clone, name, 0)
+    (clone.root / "models" / "align" / f"{name}-0").mkdir(parents=True, exist_ok=True)
+    done = clone.run("dvc", "repro", "--single-item", f"{stage}@{name}-0", check=False)
+    assert done.returncode != 0
+    assert f"Running stage '{stage}@" in done.stdout
+    assert not list(clone.root.glob("pwned*"))
+
+
+def test_a_seed_is_one_argument_too(clone: Clone) -> None:
+    edit(clone, "dpo", "0; touch pwned")
+    done = clone.run("dvc", "repro", "--single-item", "align@dpo-0; touch pwned", check=False)
+    assert "invalid int value: '0; touch pwned'" in done.stderr
+    assert not list(clone.root.glob("pwned*"))
+
+
+def test_plain_dvc_repro_names_the_parameter(clone: Clone) -> None:
+    edit(clone, "x; touch pwned", 0)
+    done = clone.run("dvc", "repro", check=False)
+    assert "project.algorithms.0 = 'x; touch pwned'" in done.stderr
+    assert not list(clone.root.glob("pwned*"))
+
+
+@pytest.mark.parametrize(("name", "seed"), [(HOSTILE[0], 0), ("dpo", "/../../../docs"), ("dpo", "0; touch pwned")])
+def test_a_flow_refuses_before_it_starts_a_stage(clone: Clone, name: str, seed: object) -> None:
+    """DVC deletes a stage's outputs first: a seed of /../../../docs would delete a folder of the project."""
+    edit(clone, name, seed)
+    with pytest.raises(OrchestrationError, match=r"Use letters, digits and _ in project\.algorithms"):
+        read_dag(clone.root)
+    assert (clone.root / "docs").is_dir()
