@@ -176,7 +176,7 @@ def group_source(
     )  # fmt: skip
     objective = OnPolicyObjective(spec, work.new_tokens, 1.0)  # type: ignore[arg-type]
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    source = ExperienceSource(spec, policy, reference, sampler, objective, budget=32_768, bf16=True)  # type: ignore[arg-type]
+    source = ExperienceSource(spec, policy, reference, sampler, objective, micro_batch_tokens=32_768, bf16=True)  # type: ignore[arg-type]
     return source, objective
 
 

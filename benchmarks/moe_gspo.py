@@ -133,7 +133,7 @@ def aligned(spec: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int
         Accelerator(),
     )
     objective = OnPolicyObjective(spec, NEW_TOKENS, 1.0)
-    source = ExperienceSource(spec, policy, reference, sampler, objective, budget=BUDGET)
+    source = ExperienceSource(spec, policy, reference, sampler, objective, micro_batch_tokens=BUDGET)
     trainer: Trainer[Any] = Trainer(
         policy,
         OptimizerSettings(learning_rate),

@@ -33,8 +33,9 @@ from posttrain.training.experience import ExperienceSource
 from posttrain.training.loop import LoopSettings, StepData, fit
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.preference import Answer, PreferenceObjective, PreferencePair
+from posttrain.training.sums import Terms
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Terms, Trainer
+from posttrain.training.trainer import OptimizerSettings, Trainer
 
 Job = dict[str, Any]
 ONE_UPDATE: dict[str, Any] = {"advantage": "group_mean", "minibatches": 1}
@@ -177,7 +178,14 @@ def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
     )
     objective = (GivenObjective if job["answers"] else OnPolicyObjective)(spec, job["new_tokens"], 1.0)
     source = ExperienceSource(
-        spec, policy, reference, sampler, objective, budget=job["budget"], bf16=job["bf16"], measure_kl_every=0
+        spec,
+        policy,
+        reference,
+        sampler,
+        objective,
+        micro_batch_tokens=job["budget"],
+        bf16=job["bf16"],
+        measure_kl_every=0,
     )
     return _trainer(job, policy, device), source, objective
 

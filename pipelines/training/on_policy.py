@@ -80,7 +80,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         reference,
         sampler,
         objective,
-        budget=compute.micro_batch_tokens,
+        micro_batch_tokens=compute.micro_batch_tokens,
         bf16=compute.bf16,
         experts=experts,
         measure_kl_every=budget.measure_kl_every,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
     from posttrain.models.lora import Adapter, LoraSettings
     from posttrain.rollouts.groups import Problem
-    from posttrain.training.loop import Source, StepHook
+    from posttrain.training.loop import BatchSource, StepHook
     from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
@@ -171,7 +171,7 @@ def adapter_facts(params: LoraParams | None) -> dict[str, str]:
 def train(
     run: Run,
     trainer: Trainer[Any],
-    source: Source[Any],
+    source: BatchSource[Any],
     objective: Objective[Any],
     steps: int,
     shown: Sequence[str],

@@ -1,1 +1,1 @@
-"""From text to token ids, batches and micro-batches."""
+"""Turn text into token ids, batches and micro-batches."""

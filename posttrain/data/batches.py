@@ -1,4 +1,20 @@
-"""Rows to one flat list of tokens, a step's rows to micro-batches, and the order of rows over epochs."""
+"""Lay rows out as one flat list of tokens, split a step's rows into micro-batches, and order rows over epochs.
+
+Example:
+    Two answers share a prompt of four tokens, which is laid out once; 4 + 2 + 1 tokens:
+
+    >>> batch = collate([Tokens((1, 2, 3, 4), (5, 6)), Tokens((1, 2, 3, 4), (7,))])
+    >>> batch.input_ids.tolist(), batch.positions.tolist()
+    ([1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 4])
+    >>> batch.source.tolist(), batch.mask.tolist()
+    ([[3, 4], [3, 0]], [[True, True], [True, False]])
+
+    The order of an epoch depends only on seed and step:
+
+    >>> order = EpochOrder(rows=5, batch_size=2, epochs=1, seed=0)
+    >>> sorted(order.indices(0) + order.indices(1) + order.indices(2)), order.steps
+    ([0, 1, 2, 3, 4], 3)
+"""
 
 from __future__ import annotations
 
@@ -15,18 +31,24 @@ from posttrain.data.layout import Attended, Family, Reads, attended_parts, endin
 from posttrain.data.tokens import Tokens
 
 SHARED_FROM_TOKENS = 4
-"""A shorter prompt is repeated for each of its rows: one causal sequence is cheaper than a branch."""
+"""Tokens. A shorter prompt is repeated for each of its rows, because one causal sequence is cheaper than a branch."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts and responses without padding. A prompt that several rows share stands once, and is computed once.
+    """Prompts and responses without padding; a prompt that several rows share is laid out and computed once.
 
-    input_ids, positions: [tokens], every token with its position in its own row. families: where prompts and responses lie. parts: which
-    token attends to which.
-    source: [batch, time] index of the token whose hidden state predicts the response token. targets: [batch, time] response ids.
-    mask: [batch, time] bool, from lengths and never from ids. last: [batch] index of the row's last token.
-    rows: [batch, length] indices of the row's tokens, padded on the right. place: [tokens] where each token stands in rows.flatten().
+    Attributes:
+        input_ids: [tokens] ids.
+        positions: [tokens] position of each token in its own row.
+        families: flat ranges of prompts and responses.
+        parts: which token attends to which.
+        source: [batch, time] index of the token whose hidden state predicts the response token.
+        targets: [batch, time] response ids.
+        mask: [batch, time] bool, computed from lengths and never from ids: pad may equal eos, and eos is trained.
+        last: [batch] index of the row's last token.
+        rows: [batch, length] indices of the row's tokens, padded on the right.
+        place: [tokens] index of each token in rows.flatten().
     """
 
     input_ids: Tensor
@@ -45,21 +67,22 @@ class TokenBatch:
         return TokenBatch(families=self.families, parts=tuple(part.to(device) for part in self.parts), **moved)
 
     def predicting(self) -> Reads:
-        """The tokens that `source` names under the mask."""
+        """Return the tokens that `source` refers to under the mask."""
         return predicting(self.families).to(self.input_ids.device)
 
     def ending(self) -> Reads:
-        """The tokens that `last` names."""
+        """Return the tokens that `last` refers to."""
         return ending(self.families).to(self.input_ids.device)
 
 
 def collate(tokens: Sequence[Tokens]) -> TokenBatch:
-    """Lay rows out one behind the other; rows with the same prompt branch off from one copy of it."""
+    """Concatenate rows into one flat batch; rows with the same prompt branch off from one copy of it."""
     ids: list[int] = []
     prompts: dict[int, range] = {}
     responses: dict[int, range] = {}
     families = []
     for members in _families([row.prompt for row in tokens], SHARED_FROM_TOKENS):
+        # the prompt is appended once; each response of the family follows it
         stem = _append(ids, tokens[members[0]].prompt)
         for i in members:
             prompts[i], responses[i] = stem, _append(ids, tokens[i].response)
@@ -73,6 +96,7 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
     place[rows[real]] = np.flatnonzero(real)
     positions[rows[real]] = np.nonzero(real)[1]
     targets, mask = _padded([row.response for row in tokens], time)
+    # hidden state t predicts token t + 1: from the prompt's last token to the response's last but one
     source, _ = _padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time)
     numbers = {
         "input_ids": np.array(ids), "positions": positions, "source": source, "targets": targets, "mask": mask,
@@ -86,10 +110,10 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
 
 
 def _families(prompts: Sequence[tuple[int, ...]], shared_from: int = 1) -> list[list[int]]:
-    """Indices with equal prompts together, in order of first appearance; prompts below `shared_from` tokens stay alone."""
+    """Group the indices of equal prompts, in order of first appearance; prompts below `shared_from` tokens are not grouped."""
     families: dict[tuple[object, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        families.setdefault(prompt if len(prompt) >= shared_from else ("alone", i), []).append(i)
+        families.setdefault(prompt if len(prompt) >= shared_from else ("single", i), []).append(i)
     return list(families.values())
 
 
@@ -100,7 +124,7 @@ def _append(ids: list[int], added: Sequence[int]) -> range:
 
 
 def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows filled up with 0 on the right, and which entries are theirs; both [rows, width]."""
+    """Return rows padded with 0 on the right, and the mask of real entries; both [rows, width]."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     real = np.arange(width) < lengths[:, None]
     padded = np.zeros(real.shape, dtype=np.int64)
@@ -109,18 +133,21 @@ def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.
 
 
 def pad(rows: Sequence[Sequence[float] | np.ndarray], time: int) -> Tensor:
-    """Per-token numbers of uneven length as float32 [batch, time], 0 beyond each row's end."""
+    """Return per-token values of uneven length as float32 [batch, time], padded with 0 on the right."""
     padded = np.zeros((len(rows), time), dtype=np.float32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return torch.from_numpy(padded)
 
 
-def micro_batches(rows: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
-    """Indices of rows, each of one or more sequences, grouped so that `collate` lays out `budget` tokens at most.
+def micro_batches(rows: Sequence[Sequence[Tokens]], micro_batch_tokens: int) -> list[list[int]]:
+    """Group rows so that `collate` lays out at most `micro_batch_tokens` tokens per group; return their indices.
 
-    Rows with the same prompt stay together, similar lengths beside each other. A row longer than the budget is a group of its own.
-    Never empty: no rows give one empty group.
+    Rows with the same prompt stay together, and similar lengths are next to each other. A row longer than the limit gets its own group.
+    Without rows the result is one empty group.
+
+    Args:
+        rows: one or more sequences each.
     """
     families = _families([row[0].prompt for row in rows])
     groups: list[list[int]] = [[]]
@@ -128,7 +155,7 @@ def micro_batches(rows: Sequence[Sequence[Tokens]], budget: int) -> list[list[in
     for members in sorted(families, key=lambda members: max(len(t) for i in members for t in rows[i])):
         for i in members:
             cost = _added_tokens(rows[i], present)
-            if groups[-1] and used + cost > budget:
+            if groups[-1] and used + cost > micro_batch_tokens:
                 groups.append([])
                 used, present = 0, set()
                 cost = _added_tokens(rows[i], present)
@@ -139,31 +166,31 @@ def micro_batches(rows: Sequence[Sequence[Tokens]], budget: int) -> list[list[in
 
 
 def _added_tokens(row: Sequence[Tokens], present: set[tuple[int, ...]]) -> int:
-    """Tokens that `collate` lays out for the row, where the prompts in `present` are laid out already."""
+    """Return the number of tokens that `collate` adds for the row if the prompts in `present` are laid out already."""
     shared = {t.prompt for t in row if len(t.prompt) >= SHARED_FROM_TOKENS}
-    alone = sum(len(t.prompt) for t in row if len(t.prompt) < SHARED_FROM_TOKENS)
-    return alone + sum(map(len, shared - present)) + sum(len(t.response) for t in row)
+    repeated = sum(len(t.prompt) for t in row if len(t.prompt) < SHARED_FROM_TOKENS)
+    return repeated + sum(map(len, shared - present)) + sum(len(t.response) for t in row)
 
 
 def share_of(rows: Sequence[Sequence[Tokens]], process: int, processes: int) -> list[int]:
-    """Indices of the rows that one of `processes` trains on: whole prompts where there are enough of them, else single rows.
+    """Return the indices of the rows that process `process` trains on: whole prompts if there are enough of them, else single rows.
 
-    The longest goes first, and each to the process that has the fewest tokens yet, so that nobody waits for long.
+    The longest unit is assigned first, each to the process with the fewest tokens so far, so that processes wait as little as possible.
     """
     families = _families([row[0].prompt for row in rows])
     units = families if len(families) >= processes else [[i] for i in range(len(rows))]
     tokens = [len(rows[unit[0]][0].prompt) + sum(len(t.response) for i in unit for t in rows[i]) for unit in units]
     given, owner = [0] * processes, [0] * len(units)
     for unit in sorted(range(len(units)), key=lambda unit: -tokens[unit]):
-        owner[unit] = min(range(processes), key=lambda other: given[other])
+        owner[unit] = min(range(processes), key=lambda candidate: given[candidate])
         given[owner[unit]] += tokens[unit]
     return [i for unit, members in enumerate(units) if owner[unit] == process for i in members]
 
 
 class EpochOrder:
-    """Batches of row indices over shuffled epochs: a pure function of seed and step, so there is no cursor to lose.
+    """Batches of row indices over shuffled epochs. They are a pure function of seed and step, so there is no cursor to save.
 
-    The last batch of an epoch may be smaller; no row is skipped and none repeated within an epoch.
+    The last batch of an epoch may be smaller; within an epoch no row is skipped or repeated.
     """
 
     def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
@@ -172,11 +199,12 @@ class EpochOrder:
         self.steps = self.steps_per_epoch * epochs
 
     def indices(self, step: int) -> list[int]:
+        """Return the row indices of the batch of optimiser step `step`, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = shuffled(self.rows, self.seed, epoch)
         return order[within * self.batch_size : (within + 1) * self.batch_size]
 
 
 def shuffled(rows: int, *seed: int) -> list[int]:
-    """A permutation of range(rows) that depends on the seeds alone."""
+    """Return a permutation of range(rows) that depends only on the seeds."""
     return [int(i) for i in np.random.Generator(np.random.PCG64(list(seed))).permutation(rows)]

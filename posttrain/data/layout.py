@@ -1,7 +1,16 @@
-"""Which token of a flat batch attends to which: whole rows causally, and answers to a shared prompt through its one copy.
+"""Which token of a flat batch attends to which: causal attention in each row, and through one shared copy of a common prompt.
 
-The tree form of attention that PrefixGrouper (2506.05433) and shared-prefix DPO (2410.20305) use, as plain index tensors: it runs with
-any attention kernel on any device.
+This is the tree attention of PrefixGrouper (2506.05433) and shared-prefix DPO (2410.20305) as plain index tensors, so it runs with any
+attention kernel on any device.
+
+Example:
+    A prompt at 0..1 with responses at 2..3 and 4. The prompt is causal; each response sees the prompt and its own tokens:
+
+    >>> causal, *responses = attended_parts([Family(range(0, 2), (range(2, 4), range(4, 5)))])
+    >>> causal.queries.tolist(), causal.mask is None
+    ([[0, 1]], True)
+    >>> [(part.queries.tolist(), part.keys.tolist()) for part in responses]
+    [([[4]], [[0, 1, 4]]), ([[2, 3]], [[0, 1, 2, 3]])]
 """
 
 from __future__ import annotations
@@ -18,9 +27,11 @@ from torch import Tensor
 class Attended:
     """Segments of similar length that one attention call computes.
 
-    queries: [segments, longest] indices of tokens, padded on the right. keys: [segments, keys] indices of what they may see.
-    mask: [segments, 1, longest, keys] bool; None means causal over keys that are the queries themselves, where padding on the right is
-    never seen. real: [segments * longest] bool, the queries that are no padding.
+    Attributes:
+        queries: [segments, longest] token indices, padded on the right.
+        keys: [segments, keys] token indices that the queries may see.
+        mask: [segments, 1, longest, keys] bool; None means causal, with keys equal to queries, so that right padding is never seen.
+        real: [segments * longest] bool, False for padding.
     """
 
     queries: Tensor
@@ -35,7 +46,12 @@ class Attended:
 
 @dataclass(frozen=True)
 class Reads:
-    """tokens: [read] ascending indices of those whose last hidden states are read. parts: cover each of them, and maybe others."""
+    """Positions of a flat batch whose last hidden states are read.
+
+    Attributes:
+        tokens: [read] ascending token indices.
+        parts: attention parts that cover at least these tokens.
+    """
 
     tokens: Tensor
     parts: tuple[Attended, ...]
@@ -54,7 +70,11 @@ class Family:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Tokens in a row, `own`, after others that they see. first: among `own`, the first that attends; all before it are only seen."""
+    """Consecutive tokens `own` that follow the tokens `seen`.
+
+    Attributes:
+        first: index in `own` of the first query; the tokens before it are only keys.
+    """
 
     seen: range
     own: range
@@ -66,9 +86,9 @@ class _Segment:
 
 
 def attended_parts(families: Iterable[Family]) -> tuple[Attended, ...]:
-    """Parts that cover every token once.
+    """Return parts that cover every token once.
 
-    A prompt with one response is one causal sequence; with several, they are segments that each see the prompt before them.
+    A prompt with one response is one causal sequence. With several responses, each is a segment that sees the prompt before it.
     """
     segments: list[_Segment] = []
     for family in families:
@@ -81,13 +101,13 @@ def attended_parts(families: Iterable[Family]) -> tuple[Attended, ...]:
 
 
 def predicting(families: Sequence[Family]) -> Reads:
-    """The tokens that predict a response's tokens: a prompt's last one, and all of a response but its last."""
+    """Return the tokens that predict response tokens: a prompt's last token, and all tokens of a response except its last."""
     segments: list[_Segment] = []
     for family in families:
         prompt, last = family.prompt, max(0, len(family.prompt) - 1)
         if len(family.responses) == 1:
             own = _whole(family)[:-1]
-            # a mask costs more than the causal queries that it saves, until these are most of the row
+            # skipping the prompt's queries needs a mask, which pays off only if they are more than half of the row
             segments.append(_Segment(range(0), own, last if 2 * last > len(own) else 0))
         else:
             segments.append(_Segment(range(0), prompt, last))
@@ -97,7 +117,7 @@ def predicting(families: Sequence[Family]) -> Reads:
 
 
 def ending(families: Sequence[Family]) -> Reads:
-    """The last token of every row."""
+    """Return the last token of every row."""
     segments: list[_Segment] = []
     for family in families:
         for response in family.responses:
@@ -106,7 +126,7 @@ def ending(families: Sequence[Family]) -> Reads:
             else:
                 seen, own = (family.prompt, response) if response else (range(0), family.prompt)
             segments.append(_Segment(seen, own, len(own) - 1))
-    # rows that are the same prompt and nothing else end with the same token
+    # rows that consist of the same prompt without a response end with the same token
     once = sorted(dict.fromkeys(segments), key=lambda segment: segment.own[-1])
     return Reads(torch.tensor([segment.own[-1] for segment in once], dtype=torch.long), _parts(once))
 
@@ -116,7 +136,7 @@ def _whole(family: Family) -> range:
 
 
 def _parts(segments: Iterable[_Segment]) -> tuple[Attended, ...]:
-    """Segments of 2^k to 2^(k+1) - 1 queries, and so of keys, together, so that less than half of a part is padding."""
+    """Bucket segments with 2^k to 2^(k+1) - 1 queries (and likewise keys), so that less than half of a part is padding."""
     buckets: dict[tuple[bool, int, int], list[_Segment]] = {}
     for segment in segments:
         if segment.queries:
@@ -131,18 +151,20 @@ def _part(segments: Sequence[_Segment]) -> Attended:
     if not any(s.seen or s.first for s in segments):
         return Attended(queries, queries, None, real.flatten())
     own, _ = _indices([s.own for s in segments], max(len(s.own) for s in segments))
-    # the prompt's keys end where the response's begin, so padding is on their left
+    # keys are [prompt, own]; the prompt is aligned on the right, so its padding is on the left: [segments, before]
     seen_lengths = torch.tensor([len(s.seen) for s in segments])
     offset = torch.arange(before) - (before - seen_lengths[:, None])
     seen = torch.tensor([s.seen.start for s in segments])[:, None] + offset.clamp(min=0)
+    # query i of a segment is token first + i of `own`, so it sees own keys up to there: [segments, longest, own keys]
     place = torch.tensor([s.first for s in segments])[:, None] + torch.arange(longest)
     causal = place[:, :, None] >= torch.arange(own.shape[1])
+    # [segments, longest, before + own keys]; padded queries also get a mask row, and `real` drops their output
     mask = torch.cat([(offset >= 0)[:, None].expand(-1, longest, -1), causal], dim=2)
     return Attended(queries, torch.cat([seen, own], dim=1), mask[:, None], real.flatten())
 
 
 def _indices(ranges: Sequence[range], longest: int) -> tuple[Tensor, Tensor]:
-    """[ranges, longest], each padded on the right with its first index, and which entries are no padding."""
+    """Return [ranges, longest] indices, each padded on the right with its first index, and the mask of real entries."""
     starts, lengths = (
         torch.tensor(numbers)[:, None] for numbers in ([r.start for r in ranges], [len(r) for r in ranges])
     )

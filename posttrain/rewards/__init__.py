@@ -1,4 +1,10 @@
-"""Rewards: functions of prompts and completions, and the reward model, behind one interface."""
+"""Rewards behind one interface: functions of prompts and completions, and the reward model.
+
+Example:
+    >>> from posttrain.rewards.functions import find_function
+    >>> find_function("answer")(["17+4="], ["#21"], answer=["21"])
+    [1.0]
+"""
 
 from __future__ import annotations
 
@@ -7,11 +13,11 @@ from importlib.util import find_spec
 from posttrain.errors import ConfigError
 
 BUILT_IN_NAMES = ("answer", "math", "mentions", "length", "regex", "format")
-"""What params.yaml may name without an import path, besides `reward_model`; the functions are in rewards/functions.py."""
+"""Names that params.yaml may use without an import path, besides `reward_model`; rewards/functions.py defines them."""
 
 
 def require_available(function: str) -> None:
-    """Raises ConfigError, saying what to type, where the function's package is not installed. Imports nothing."""
+    """Raise ConfigError with the command to type if the function's package is not installed. This imports nothing."""
     if function == "math" and find_spec("math_verify") is None:
         raise ConfigError(
             "the reward function 'math' needs the package math-verify; install it with: pip install -c constraints.txt '.[math]'"
@@ -19,5 +25,5 @@ def require_available(function: str) -> None:
     package = function.partition(":")[0].partition(".")[0]
     if ":" in function and find_spec(package) is None:
         raise ConfigError(
-            f"the reward function {function!r}: there is no package {package!r}; install it, or put its folder in the project's root"
+            f"the reward function {function!r}: there is no package {package!r}; install it, or move its folder to the project's root"
         )

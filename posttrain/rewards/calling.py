@@ -1,4 +1,12 @@
-"""Calling a reward function on a batch, and finding the rows on which it fails."""
+"""Call a reward function on a batch and find the rows on which it fails.
+
+Example:
+    >>> def inverse(prompts, completions, **_):
+    ...     return [1 / len(text) for text in completions]
+    >>> result = call(inverse, ["p", "p"], ["four", ""], columns={}, arguments={})
+    >>> result.values, result.failures
+    ([0.25, None], {1: 'ZeroDivisionError: division by zero'})
+"""
 
 from __future__ import annotations
 
@@ -11,13 +19,18 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a function said of a batch. values: one a row, None where it failed. failures: row -> "KeyError: 'x'"."""
+class CallResult:
+    """Result of a reward function on one batch.
+
+    Attributes:
+        values: one per row, None if the function failed on it.
+        failures: row -> "KeyError: 'x'".
+        trace: traceback of the exception that the whole batch raised.
+    """
 
     values: list[Any]
     failures: dict[int, str] = field(default_factory=dict)
     trace: str = ""
-    """Traceback of the batch's exception."""
 
 
 def call(
@@ -26,10 +39,10 @@ def call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     arguments: Mapping[str, Any],
-) -> Outcome:
-    """The function's values for the batch. Where it raises, each row is tried alone, and the batch again without those that raise.
+) -> CallResult:
+    """Return the function's values for the batch. If it raises, try each row separately, then the batch without the rows that raise.
 
-    A failure that no single row explains, or that goes on without them, is a failure of all rows.
+    If no single row explains the failure, or the batch still fails without those rows, all rows count as failed.
     """
 
     def values_of(rows: Sequence[int]) -> list[Any]:
@@ -38,27 +51,27 @@ def call(
 
     every = range(len(completions))
     try:
-        return Outcome(values_of(every))
-    except Exception as error:  # whatever a user's function raises belongs to its rows
-        message, trace = _said(error), traceback.format_exc()
+        return CallResult(values_of(every))
+    except Exception as error:  # a user's function may raise anything; the failure is attributed to its rows
+        message, trace = _described(error), traceback.format_exc()
     failures: dict[int, str] = {}
     for row in every:
         try:
             values_of([row])
         except Exception as error:
-            failures[row] = _said(error)
+            failures[row] = _described(error)
     rest = [row for row in every if row not in failures]
     try:
         again = values_of(rest) if failures and rest else None
     except Exception:
         again = None
     if again is None:
-        return Outcome([None] * len(every), failures if not rest else dict.fromkeys(every, message), trace)
+        return CallResult([None] * len(every), failures if not rest else dict.fromkeys(every, message), trace)
     if len(again) != len(rest):
-        return Outcome(again)  # refused for its count, like any other
+        return CallResult(again)  # the caller rejects a wrong count
     known = dict(zip(rest, again, strict=True))
-    return Outcome([known.get(row) for row in every], failures, trace)
+    return CallResult([known.get(row) for row in every], failures, trace)
 
 
-def _said(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,13 @@
-"""Built-in reward functions: `f(prompts, completions, **columns) -> list of numbers`, None where there is nothing to judge."""
+"""Built-in reward functions: `f(prompts, completions, **columns) -> list of numbers`, None if a completion cannot be scored.
+
+Example:
+    >>> length([""], ["abcd"], target=6, tolerance=4)
+    [0.5]
+    >>> regex(["", ""], ["see #4", "four"], pattern=r"#\\d")
+    [1.0, 0.0]
+    >>> mentions([""], ["The dog ran."], answer=["dog"])
+    [1.0]
+"""
 
 from __future__ import annotations
 
@@ -16,30 +25,30 @@ from posttrain.text import nearest
 
 
 def answer(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the completion's final answer equals the gold answer as a number (or as text where neither is one), else 0."""
+    """Return 1 if the completion's final answer equals the gold answer as a number (as text if neither is a number), else 0."""
     return [float(_matches(completion, gold)) for completion, gold in zip(completions, answer, strict=True)]
 
 
 def mentions(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the completion contains the asked word as a word of its own, else 0."""
+    """Return 1 if the completion contains the word as a separate word, else 0."""
     return [float(word_is_mentioned(completion, word)) for completion, word in zip(completions, answer, strict=True)]
 
 
 def length(
     prompts: Sequence[Any], completions: Sequence[str], target: int, tolerance: int, **_: Any
 ) -> list[float | None]:
-    """1 at `target` characters, falling linearly to 0 at `tolerance` characters away from it."""
+    """Return 1 at `target` characters, falling linearly to 0 at `tolerance` characters away from it."""
     return [max(0.0, 1.0 - abs(len(completion) - target) / tolerance) for completion in completions]
 
 
 def regex(prompts: Sequence[Any], completions: Sequence[str], pattern: str, **_: Any) -> list[float | None]:
-    """1 where `pattern` is found in the completion, else 0."""
+    """Return 1 if `pattern` matches anywhere in the completion, else 0."""
     compiled = re.compile(pattern)
     return [float(compiled.search(completion) is not None) for completion in completions]
 
 
 def format(prompts: Sequence[Any], completions: Sequence[str], pattern: str, **_: Any) -> list[float | None]:
-    """1 where the whole completion has the form of `pattern`, else 0."""
+    """Return 1 if `pattern` matches the whole completion, else 0."""
     compiled = re.compile(pattern, re.DOTALL)
     return [float(compiled.fullmatch(completion) is not None) for completion in completions]
 
@@ -60,7 +69,11 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 
 def find_function(name: str) -> RewardFunction:
-    """A built-in by name, or `package.module:function`. Raises ConfigError where there is none."""
+    """Return a built-in function by name, or import `package.module:function`.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, _, attribute = name.partition(":")
@@ -70,6 +83,6 @@ def find_function(name: str) -> RewardFunction:
         )
     try:
         function: RewardFunction = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs a user's module, which may raise anything
+    except Exception as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
     return function

@@ -1,4 +1,10 @@
-"""Answers that are mathematics: LaTeX and expressions, compared by value with the optional package math-verify."""
+"""Score mathematical answers: LaTeX and expressions, compared by value with the optional package math-verify.
+
+Example:
+    >>> from importlib.util import find_spec
+    >>> if find_spec("math_verify"):
+    ...     assert math(["1/2?"], ["It is $0.5$."], answer=["1/2"]) == [1.0]
+"""
 
 from __future__ import annotations
 
@@ -10,22 +16,22 @@ from posttrain.errors import RewardError
 from posttrain.rewards import require_available
 
 WARM_UP_SECONDS = 60
-"""The parser builds its tables when first used, which no answer shall pay for."""
+"""The parser builds its tables on first use; that time is not charged to an answer."""
 _DELIMITERS = ("$", "\\boxed", "\\[", "\\(")
 
 
 def math(
     prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], row_seconds: int = 5, **_: Any
 ) -> list[float | None]:
-    """1 where the completion's last expression equals the gold answer, `\\frac{1}{2}` = 0.5 = 2/4, else 0.
+    """Return 1 if the completion's last expression equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
 
-    None where the gold answer is no mathematics (it can pass nobody), and where parsing or comparing took longer than `row_seconds`.
-    Those limits are signals, so this runs in a main thread alone: a worker's, or that of a script.
+    The reward is None if the gold answer is not mathematics (no answer could match it), or if parsing or comparing took longer than
+    `row_seconds`. The time limits use signals, so this runs only in a main thread: a worker's, or a script's.
     """
     require_available("math")
     if threading.current_thread() is not threading.main_thread():
         raise RewardError(
-            "math bounds its time by signals and so works in a main thread only; give it a worker process"
+            "math limits its time with signals, which work in the main thread only; run it in a worker process"
         )
     _parsed("$1$", WARM_UP_SECONDS)
     return [_compared(text, gold, row_seconds) for text, gold in zip(completions, answer, strict=True)]
@@ -44,12 +50,12 @@ def _compared(completion: str, gold: str, seconds: int) -> float | None:
 
 
 def _parsed(text: str, seconds: int) -> list[Any]:
-    """What the text states, [] where that cannot be read: text that did not parse is never kept as text to be compared."""
+    """Return the parsed expressions, [] if the text cannot be parsed: unparsed text must never be compared as text."""
     from math_verify import parse
 
     try:
         found: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=seconds, raise_on_error=True)
-    except Exception:  # the parser raises what its grammar, SymPy and regular expressions raise
+    except Exception:  # anything that the grammar, SymPy or regular expressions raise
         return []
     return found
 
@@ -59,5 +65,5 @@ def _equal(expected: list[Any], found: list[Any], seconds: int) -> bool:
 
     try:
         return bool(verify(expected, found, timeout_seconds=seconds, raise_on_error=True))
-    except Exception:  # SymPy could not compare the two, so they are not shown to be equal
+    except Exception:  # SymPy could not compare the two, so equality is not proven
         return False

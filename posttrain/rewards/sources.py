@@ -1,4 +1,10 @@
-"""Named sources of reward. A source that fails is named; a missing reward is missing, never 0."""
+"""Named reward sources. Errors name the source that failed, and a missing reward stays missing instead of becoming 0.
+
+Example:
+    >>> source = FunctionReward("short", lambda prompts, completions, **_: [-len(text) for text in completions])
+    >>> source.score(RewardBatch(["a", "b"], ["no", "never"], [], {}))
+    [-2.0, -5.0]
+"""
 
 from __future__ import annotations
 
@@ -17,19 +23,20 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
-from posttrain.rewards.calling import Outcome, RewardFunction, call
+from posttrain.rewards.calling import CallResult, RewardFunction, call
 from posttrain.rewards.worker import Worker
 
 OnFailure = Literal["stop", "skip"]
 NAMED_ROWS = 5
-"""Rows that a message lists."""
+"""Most rows that a message lists."""
 
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Answers as a source sees them: texts, token ids, and the columns of their problems. All lists have one entry an answer.
+    """Answers to score: texts, token ids and the columns of their problems; each list has one entry per answer.
 
-    ids: which row of its table an answer's problem is; empty where nobody knows, and then messages count answers instead.
+    Attributes:
+        ids: the table row of each answer's problem; empty if unknown, and then messages number the answers instead.
     """
 
     prompts: list[Any]
@@ -40,7 +47,11 @@ class RewardBatch:
 
 
 class RewardSource(Protocol):
-    """`failures` counts the answers that got no reward because the source failed ("failed") or took too long ("timed_out")."""
+    """A named source of rewards.
+
+    Attributes:
+        failures: number of answers without a reward because the source raised ("failed") or exceeded its time ("timed_out").
+    """
 
     name: str
     failures: Counter[str]
@@ -49,9 +60,10 @@ class RewardSource(Protocol):
 
 
 class FunctionReward:
-    """A function of texts and columns, called here or, as a Worker, in a process of its own.
+    """A function of texts and columns, called in this process or, as a Worker, in a separate process.
 
-    on_failure: stop raises RewardError with the rows involved; skip says so on stderr and leaves those rows without a reward.
+    Args:
+        on_failure: `stop` raises RewardError with the rows; `skip` reports on stderr and leaves those rows without a reward.
     """
 
     def __init__(
@@ -69,45 +81,55 @@ class FunctionReward:
         count = len(answers.completions)
         kind = "failed"
         try:
-            outcome = self.call(answers.prompts, answers.completions, answers.columns, self.arguments)
+            result = self.call(answers.prompts, answers.completions, answers.columns, self.arguments)
         except RewardError as error:
             kind = "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
-            outcome = Outcome([None] * count, dict.fromkeys(range(count), str(error)))
-        if outcome.failures:
-            self._failed(kind, answers, outcome)
-        return _checked(self.name, outcome.values, answers)
+            result = CallResult([None] * count, dict.fromkeys(range(count), str(error)))
+        if result.failures:
+            self._failed(kind, answers, result)
+        return _checked(self.name, result.values, answers)
 
-    def _failed(self, kind: str, answers: RewardBatch, outcome: Outcome) -> None:
-        rows, message = sorted(outcome.failures), next(iter(outcome.failures.values()))
+    def _failed(self, kind: str, answers: RewardBatch, result: CallResult) -> None:
+        rows, message = sorted(result.failures), next(iter(result.failures.values()))
         verb = "took too long" if kind == "timed_out" else "failed"
         ids = [answers.ids[row] for row in rows] if answers.ids else rows
         listed = ", ".join(str(i) for i in dict.fromkeys(ids[:NAMED_ROWS])) + (", …" if len(rows) > NAMED_ROWS else "")
-        what = (
+        report = (
             f"reward {self.name!r} {verb} on {len(rows)} of {len(answers.completions)} answers ({'rows' if answers.ids else 'answers'}"
             f" {listed}; the first to prompt {_short(answers.prompts[rows[0]])}: {_short(answers.completions[rows[0]])}): {message}"
         )
         if self.on_failure == "stop":
             failure = (RewardTimeoutError if kind == "timed_out" else RewardError)(
-                f"{what}. Correct the function, or let such answers go without a reward: rewards.{self.name}.on_failure: skip"
-                + (f"; a longer limit is rewards.{self.name}.timeout_seconds" if kind == "timed_out" else "")
+                f"{report}. Correct the function, or skip such answers with rewards.{self.name}.on_failure: skip"
+                + (f"; raise the limit with rewards.{self.name}.timeout_seconds" if kind == "timed_out" else "")
             )
-            if outcome.trace:
-                failure.add_note(outcome.trace)
+            if result.trace:
+                failure.add_note(result.trace)
             raise failure
         self.failures[kind] += len(rows)
-        tqdm.write(f"{what}; they go without a reward", file=sys.stderr)
+        tqdm.write(f"{report}; they get no reward", file=sys.stderr)
 
 
 class ModelReward:
-    """A reward model; its mean on the training pairs is subtracted, since the score is free up to a constant."""
+    """A reward model. Its mean on the training pairs is subtracted, because the score is only defined up to a constant.
 
-    def __init__(self, name: str, scorer: Scorer, mean: float, budget: int, bf16: bool = False) -> None:
-        self.name, self.scorer, self.mean, self.budget, self.bf16 = name, scorer, mean, budget, bf16
+    Args:
+        micro_batch_tokens: most tokens of one forward pass.
+    """
+
+    def __init__(self, name: str, scorer: Scorer, mean: float, micro_batch_tokens: int, bf16: bool = False) -> None:
+        self.name, self.scorer, self.mean, self.micro_batch_tokens, self.bf16 = (
+            name,
+            scorer,
+            mean,
+            micro_batch_tokens,
+            bf16,
+        )
         self.failures: Counter[str] = Counter()
 
     def score(self, answers: RewardBatch) -> list[float | None]:
-        values = scores(self.scorer, answers.tokens, self.budget, self.bf16)
-        # a model has a score for every answer: NaN is no missing reward here
+        values = scores(self.scorer, answers.tokens, self.micro_batch_tokens, self.bf16)
+        # a model scores every answer, so NaN is an error here and not a missing reward
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
 
 
@@ -122,7 +144,8 @@ def _checked(
     expected = len(answers.completions)
     if len(values) != expected:
         raise RewardError(
-            f"reward {name!r} gave {len(values)} numbers for {expected} answers; it must give one each, None where it has none"
+            f"reward {name!r} returned {len(values)} numbers for {expected} answers;"
+            " it must return one per answer, None for an answer without a reward"
         )
     checked: list[float | None] = []
     broken = []
@@ -133,8 +156,8 @@ def _checked(
             checked.append(float(value))
             broken += [] if math.isfinite(value) else [i]
         else:
-            raise RewardError(f"reward {name!r} gave {value!r}; it must be a finite number or None")
+            raise RewardError(f"reward {name!r} returned {value!r}; it must be a finite number or None")
     if broken:
         ids = [f"problem {answers.ids[i]}" for i in broken] if answers.ids else []
-        raise NotFiniteError(f"reward {name!r} gave {values[broken[0]]!r}; it must be a finite number or None", ids)
+        raise NotFiniteError(f"reward {name!r} returned {values[broken[0]]!r}; it must be a finite number or None", ids)
     return checked

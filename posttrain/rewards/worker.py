@@ -1,7 +1,7 @@
-"""A process of its own for one reward function, because a thread that hangs can be neither stopped nor left behind.
+"""Run a reward function in a separate process, because a thread that hangs can be neither stopped nor abandoned.
 
-A `Worker` does what calling.call does. When time is up its process is killed, and the next call starts a new one. Rows and
-values travel as lines of JSON, never as pickles; what the function prints goes to standard error.
+A `Worker` does the same as calling.call. After a time-out its process is killed, and the next call starts a new one. Rows and values
+travel as lines of JSON, never as pickles. Anything the function prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from threading import Thread
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
-from posttrain.rewards.calling import Outcome, call
+from posttrain.rewards.calling import CallResult, call
 
 START_SECONDS = 120.0
-"""To import the function's module, which may bring a large library with it."""
+"""Time to import the function's module, which may import a large library."""
 _KILL_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 
 
 class Worker:
-    """The function `path` (a built-in's name or package.module:function), in a process that is killed after `seconds` a batch."""
+    """The function `path` (a built-in's name or package.module:function), in a process that is killed after `seconds` per batch.
+
+    Example:
+        >>> worker = Worker("length", seconds=60)
+        >>> worker([""], ["abcd"], columns={}, arguments={"target": 6, "tolerance": 4}).values
+        [0.5]
+        >>> worker.close()
+    """
 
     def __init__(self, path: str, seconds: float) -> None:
         self.path, self.seconds = path, seconds
@@ -41,22 +48,32 @@ class Worker:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         arguments: Mapping[str, Any],
-    ) -> Outcome:
-        """As calling.call. Raises RewardTimeoutError when time is up, RewardError when the process dies."""
+    ) -> CallResult:
+        """Call the function as calling.call does.
+
+        Raises:
+            RewardTimeoutError: the time is up.
+            RewardError: the process died.
+        """
         process = self._ready()
         reply = self._exchange(
             process, [list(prompts), list(completions), dict(columns), dict(arguments)], self.seconds
         )
         failures = {int(row): message for row, message in reply["failures"].items()}
-        return Outcome(reply["values"], failures, reply["trace"])
+        return CallResult(reply["values"], failures, reply["trace"])
 
     def close(self) -> None:
+        """Kill the process."""
         if self._process is not None:
             _kill(self._process)
             self._process = None
 
     def _ready(self) -> subprocess.Popen[bytes]:
-        """The process, started and with the function imported. Raises ConfigError where it cannot be."""
+        """Return the process, started and with the function imported.
+
+        Raises:
+            ConfigError: the function cannot be imported.
+        """
         if self._process is not None and self._process.poll() is None:
             return self._process
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -77,7 +94,7 @@ class Worker:
         return self._process
 
     def _exchange(self, process: subprocess.Popen[bytes], request: Any, seconds: float) -> dict[str, Any]:
-        """One line there (none for a request of None) and one back; the process is killed if that takes too long or is cut short."""
+        """Send one line (none if the request is None) and read one; kill the process if that takes too long or is cut short."""
         lines: list[bytes] = []
         thread = Thread(target=_converse, args=(process, request, lines), daemon=True)
         thread.start()
@@ -104,12 +121,12 @@ def _converse(process: subprocess.Popen[bytes], request: Any, lines: list[bytes]
             process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
             process.stdin.flush()
         lines.append(process.stdout.readline())
-    except (OSError, ValueError):  # the pipe broke or was closed: no line says so
+    except (OSError, ValueError):  # the pipe broke or was closed; the caller sees that no line came
         return
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process with all that it started, and wait until it has gone."""
+    """Kill the process with all its children, and wait until it has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -120,7 +137,7 @@ def _ending(status: int) -> str:
 
 
 def serve(path: str) -> None:
-    """The process's side: import, then answer line by line until the other side is gone."""
+    """Run in the worker process: import the function, then answer line by line until the parent closes the pipe."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -139,12 +156,12 @@ def serve(path: str) -> None:
         return
     reply({})
     for line in requests:
-        outcome = call(function, *json.loads(line))
-        reply({"values": outcome.values, "failures": outcome.failures, "trace": outcome.trace})
+        result = call(function, *json.loads(line))
+        reply({"values": result.values, "failures": result.failures, "trace": result.trace})
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of other libraries as numbers; whatever else is refused by the other side, which is shown what it was."""
+    """Convert numbers of other libraries to float; other values are sent as text, and the parent rejects them."""
     return float(value) if isinstance(value, Real) else repr(value)
 
 

@@ -1,1 +1,1 @@
-"""One trainer for every objective: exactly normalised, deterministic, resumable."""
+"""One trainer for all objectives: exact normalisation, deterministic, resumable."""

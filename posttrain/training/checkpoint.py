@@ -1,4 +1,13 @@
-"""Checkpoints: written beside their name and renamed, proven by checksum, newest kept; a torn one is named and passed over."""
+"""Checkpoints: written under a temporary name and renamed, verified by checksum, newest kept; a damaged one is reported and skipped.
+
+Example:
+    >>> import tempfile
+    >>> checkpoints = Checkpoints(Path(tempfile.mkdtemp()), keep=2)
+    >>> for step in (10, 20, 30):
+    ...     _ = checkpoints.save(step, {"x": torch.tensor(float(step))})
+    >>> sorted(path.name for path in checkpoints.folder.iterdir()), checkpoints.latest()
+    (['step-00000020', 'step-00000030'], (30, {'x': tensor(30.)}))
+"""
 
 from __future__ import annotations
 
@@ -17,14 +26,23 @@ from posttrain.errors import CheckpointError
 
 
 class Checkpoints:
-    """Checkpoints of one run, in a folder that belongs to its parameters, inputs and code alone."""
+    """Checkpoints of one run, in a folder that is specific to its parameters, inputs and code."""
 
     def __init__(self, folder: Path, keep: int = 2, name: str = "step", writes: bool = True) -> None:
-        """Of several processes that train together only one `writes`, and all read."""
+        """Open the folder.
+
+        Args:
+            keep: number of checkpoints to keep.
+            writes: False for all but one of the processes that train together; all of them read.
+        """
         self.folder, self.keep, self.name, self.writes = folder, keep, name, writes
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps; complete on disk before it gets its name."""
+        """Write the state after `step` steps; it is complete on disk before it gets its final name.
+
+        Raises:
+            CheckpointError: the disk is full or read-only.
+        """
         final = self.folder / f"{self.name}-{step:08d}"
         if not self.writes:
             return final
@@ -40,7 +58,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             _fsync(self.folder)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0.0
             raise CheckpointError(
@@ -48,14 +66,14 @@ class Checkpoints:
                 " again."
             ) from error
         names = self._names()
-        # a later step stands there only when it was torn and passed over
+        # a later step exists only if it was damaged and skipped
         torn = [path for path in names if path.name > final.name]
         for path in [*names[: -self.keep - len(torn)], *torn]:
             shutil.rmtree(path)
         return final
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest whole checkpoint, or None. Names on stderr every one that is torn."""
+        """Return (step, state) of the newest complete checkpoint, or None. Every damaged one is reported on stderr."""
         for path in reversed(self._names()):
             try:
                 return _read(path)
@@ -65,13 +83,18 @@ class Checkpoints:
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
-        """The state in one checkpoint's folder. Raises CheckpointError where it is absent or damaged."""
+        """Return the state in one checkpoint's folder.
+
+        Raises:
+            CheckpointError: it is absent or damaged.
+        """
         try:
             return _read(path)[1]
         except (OSError, ValueError, KeyError, CheckpointError) as error:
-            raise CheckpointError(f"{path}: no whole checkpoint ({error}); check the path") from error
+            raise CheckpointError(f"{path}: not a complete checkpoint ({error}); check the path") from error
 
     def clear(self) -> None:
+        """Remove all checkpoints of the run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _names(self) -> list[Path]:

@@ -1,4 +1,11 @@
-"""From judged answers to the rows of an on-policy update: old and reference log-probabilities, KL in the reward, advantages, experts."""
+"""Turn scored answers into rows of an on-policy update: old and reference log-probabilities, KL in the reward, advantages, demonstrations.
+
+Example:
+    Minibatches hold whole groups, here of one answer each:
+
+    >>> [len(part) for part in minibatches(["a", "b", "c"], group_size=1, count=2)]
+    [1, 2]
+"""
 
 from __future__ import annotations
 
@@ -39,7 +46,7 @@ class Demonstrations:
     seed: int
 
     def draw(self, update: int) -> list[Tokens]:
-        """The rows of an update: a pure function of its number, so the cursor is the optimiser step itself."""
+        """Return the rows of one update. They are a pure function of its number, so the optimiser step is the only cursor."""
         drawn = []
         for position in range(update * self.batch, (update + 1) * self.batch):
             epoch, within = divmod(position, len(self.rows))
@@ -48,9 +55,11 @@ class Demonstrations:
 
 
 class ExperienceSource:
-    """Samples, judges and prepares the batches of a step. Its state: the sampler's position, the update count, the KL coefficient.
+    """Sample, score and prepare the batches of a step. The state is the sampler's position, the update count and the KL coefficient.
 
-    measure_kl_every: steps from one forward of the reference to the next where the loss does not need it; 0 for none at all.
+    Args:
+        micro_batch_tokens: most tokens of one forward pass without gradient.
+        measure_kl_every: steps between forward passes of the reference if the loss does not need it; 0 for none.
     """
 
     def __init__(
@@ -61,7 +70,7 @@ class ExperienceSource:
         sampler: GroupSampler,
         objective: OnPolicyObjective,
         *,
-        budget: int,
+        micro_batch_tokens: int,
         bf16: bool = False,
         experts: Demonstrations | None = None,
         measure_kl_every: int = 1,
@@ -73,12 +82,13 @@ class ExperienceSource:
             sampler,
             objective,
         )
-        self.budget, self.bf16, self.experts = budget, bf16, experts
+        self.micro_batch_tokens, self.bf16, self.experts = micro_batch_tokens, bf16, experts
         self.measure_kl_every = measure_kl_every
         self.updates = 0
         self.last_answers: list[ScoredAnswer] = []
 
     def next(self, step: int) -> StepData[OnPolicyRow]:
+        """Return the batches of step `step`, counted from 0, with their metrics."""
         started = time.perf_counter()
         self.last_answers = []
         with whole(self.policy):
@@ -96,8 +106,8 @@ class ExperienceSource:
         spec, tokens = self.spec, [a.tokens for a in answers]
         measured = spec.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
         reference = self._token_logprobs(self.reference, tokens) if measured else None
-        # a single update right after sampling has old = its own log-probabilities; anything else must remember them
-        remember = (
+        # a single update right after sampling has old = its own log-probabilities; all other cases need them stored
+        stores_old = (
             spec.epochs * spec.minibatches > 1
             or spec.kl == "reward"
             or spec.kl_target is not None
@@ -105,7 +115,7 @@ class ExperienceSource:
             or spec.mismatch != "none"
         )
         self.policy.eval()
-        own = self._token_logprobs(self.policy, tokens) if remember else None
+        own = self._token_logprobs(self.policy, tokens) if stores_old else None
         advantages, returns, metrics = self._advantages(answers, own, reference)
         rows = [
             Experience(
@@ -124,11 +134,11 @@ class ExperienceSource:
         return rows, metrics
 
     def _token_logprobs(self, model: Policy, tokens: Sequence[Tokens]) -> list[TokenLogprobs]:
-        """Every process computes its share."""
+        """Compute log-probabilities; every process computes its share and receives all."""
         return gather_all(
             self.sampler.accelerator,
             tokens,
-            lambda own: token_logprobs(model, own, self.budget, self.objective.temperature, self.bf16),
+            lambda own: token_logprobs(model, own, self.micro_batch_tokens, self.objective.temperature, self.bf16),
             partial(share_of, [[t] for t in tokens]),
         )
 
@@ -160,7 +170,7 @@ class ExperienceSource:
                 {"advantage/std": float(of_answer.std(correction=0))},
             )
         if spec.kl != "none":
-            # what is in the reward was weighed before this step's KL was known, what is in the loss is weighed after
+            # KL in the reward used the coefficient from before this step's KL was known; KL in the loss uses the adapted one
             metrics["kl/coefficient"] = coefficient if spec.kl == "reward" else self.objective.kl_coefficient
         cut = [advantages[i, : lengths[i]].numpy() for i in range(len(answers))]
         return (
@@ -172,7 +182,7 @@ class ExperienceSource:
     def _token_advantages(
         self, rewards: Tensor, penalty: Tensor, values: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-        """One advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
+        """Return one advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
         spec, known = self.spec, ~torch.isnan(rewards)
         per_token = -penalty
         last = mask.sum(-1) - 1
@@ -197,7 +207,7 @@ class ExperienceSource:
             )
 
     def _batches(self, rows: Sequence[Experience], metrics: dict[str, float]) -> list[Sequence[OnPolicyRow]]:
-        """Exactly epochs x minibatches batches, as announced; each holds whole groups, in the order in which they were drawn."""
+        """Return exactly epochs x minibatches batches of whole groups, in the order in which they were drawn."""
         batches: list[Sequence[OnPolicyRow]] = []
         for _ in range(self.spec.epochs):
             for part in minibatches(rows, self.sampler.settings.samples, self.spec.minibatches):
@@ -226,7 +236,7 @@ class ExperienceSource:
 
 
 def minibatches(rows: Sequence[Experience], group_size: int, count: int) -> list[list[Experience]]:
-    """`count` parts of whole groups, as even as can be. Groups serve again where a filter has left fewer of them than parts."""
+    """Split rows into `count` parts of whole groups, as even as possible. Groups repeat if a filter has left fewer groups than parts."""
     groups = [list(rows[i : i + group_size]) for i in range(0, len(rows), group_size)]
     groups = [groups[i % len(groups)] for i in range(max(count, len(groups)))]
     bounds = [len(groups) * part // count for part in range(count + 1)]
@@ -234,14 +244,14 @@ def minibatches(rows: Sequence[Experience], group_size: int, count: int) -> list
 
 
 def _is_trained(answer: ScoredAnswer, spec: OnPolicy) -> bool:
-    """Truncated answers stay out where the algorithm says so; an unjudged one would teach a critic a return of nothing."""
+    """Return False for truncated answers if the algorithm masks them, and for unscored answers if there is a critic to mislead."""
     if spec.mask_truncated and not answer.completion.finished:
         return False
     return not (spec.has_critic and math.isnan(answer.reward))
 
 
 def reward_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
-    """Mean, std and share of missing of every reward source and of their shaped total; response lengths."""
+    """Return mean, std and share of missing values of every reward source and of their shaped total, and response lengths."""
     metrics = {
         "length/mean": float(np.mean([len(a.completion.tokens) for a in answers])),
         "length/truncated": float(np.mean([not a.completion.finished for a in answers])),

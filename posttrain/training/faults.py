@@ -1,6 +1,12 @@
-"""NaN and infinity in training: the update is left out or stops the run, and is kept on disk so that it can be repeated.
+"""NaN and infinity in training: an update is skipped or stops the run, and its state is saved for replay.
 
-A kept fault is a checkpoint of the moment: weights and optimiser as the update met them, the source's position, and the batch itself.
+A saved fault is a checkpoint: weights and optimiser before the update, the source's position, and the batch.
+
+Example:
+    >>> row_ids([Tokens((1,), (2,), id="row 7"), Tokens((1,), (3,))])
+    ['row 7', '#1']
+    >>> unpack(pack([Tokens((1,), (2,))])) == [Tokens((1,), (2,))]
+    True
 """
 
 from __future__ import annotations
@@ -23,25 +29,29 @@ from posttrain.training.randomness import set_random_state
 from posttrain.training.trainer import Objective, Row, Trainer
 
 if TYPE_CHECKING:
-    from posttrain.training.loop import Source
+    from posttrain.training.loop import BatchSource
 
 
 @dataclass
 class Faults:
-    """The policy of one run, and how much of it is used up. `skip_at_most` 0 stops at the first fault."""
+    """How many faults a run may skip, and how many it has skipped. `skip_at_most` 0 stops at the first fault."""
 
     kept: Checkpoints
     skip_at_most: int = 0
     repeat: str = "posttrain.training.faults.repeat"
-    """What repeats a kept fault; a message names it before the folder."""
+    """Command that replays a saved fault; messages name it before the folder."""
     skipped: int = 0
     pending: list[dict[str, Any]] = field(default_factory=list)
-    """What went wrong in the step in hand, one record a fault."""
+    """Faults of the current step."""
 
     def skip(
         self, error: NotFiniteError, step: int, where: str, rows: Sequence[Any] | None, state: Mapping[str, Any]
     ) -> None:
-        """Keep and tell a fault. Raises NotFiniteError when the run has left out as many as it may."""
+        """Save and report a fault.
+
+        Raises:
+            NotFiniteError: the run has already skipped as many faults as it may.
+        """
         ids = row_ids(rows) if rows is not None else list(error.ids)
         about = {"step": step, "where": where, "reason": str(error), "rows": ids}
         path = self.kept.save(
@@ -51,34 +61,35 @@ class Faults:
         self.skipped += 1
         text = f"step {step}, {where}: {error} (rows {', '.join(ids) or 'unknown'})"
         if self.skipped > self.skip_at_most:
-            left = (
-                "no update may be left out" if not self.skip_at_most else f"{self.skip_at_most} were left out already"
-            )
+            left = "no update may be skipped" if not self.skip_at_most else f"{self.skip_at_most} were already skipped"
             raise NotFiniteError(
-                f"{text}; {left} (faults.skip_at_most = {self.skip_at_most}). What it met is kept; repeat it with"
+                f"{text}; {left} (faults.skip_at_most = {self.skip_at_most}). State saved. Replay with:"
                 f" `{self.repeat} {path}`",
                 ids,
             ) from error
         tqdm.write(
-            f"{text}; left out, {self.skipped} of at most {self.skip_at_most}. `{self.repeat} {path}` repeats it",
+            f"{text}; skipped, {self.skipped} of at most {self.skip_at_most}. `{self.repeat} {path}` replays it",
             file=sys.stderr,
         )
 
 
 def snapshot(trainer: Trainer[Row], source: Mapping[str, Any], generators: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fault has to keep of a run."""
+    """Return the part of a run's state that a fault needs for its replay."""
     return {"trainer": trainer.state_dict(), "source": dict(source), "random": dict(generators)}
 
 
-def repeat(trainer: Trainer[Row], source: Source[Row], objective: Objective[Row], folder: Path) -> str:
-    """Do again what failed, on the weights and the batch that it met. Returns one line when it goes well now.
+def repeat(trainer: Trainer[Row], source: BatchSource[Row], objective: Objective[Row], folder: Path) -> str:
+    """Replay a failed step on the weights and batch that it met. Return one line if it succeeds now.
 
-    Raises NotFiniteError, with what can be said of weights and single rows, when the fault is still there, CheckpointError where
-    `folder` is no kept fault.
+    Raises:
+        NotFiniteError: the fault is still there; weights and single rows have been examined and printed.
+        CheckpointError: `folder` is not a saved fault.
     """
     state = Checkpoints.read(folder)
     if "about" not in state:
-        raise CheckpointError(f"{folder} is a checkpoint, not a kept fault; those are in the folder `faults` beside it")
+        raise CheckpointError(
+            f"{folder} is a checkpoint, not a saved fault; saved faults are in the folder `faults` next to it"
+        )
     trainer.load_state_dict(state["trainer"])
     source.load_state_dict(state["source"])
     set_random_state(state["random"])
@@ -91,13 +102,13 @@ def repeat(trainer: Trainer[Row], source: Source[Row], objective: Objective[Row]
     broken = [name for name, value in trainer.unwrapped.named_parameters() if not value.isfinite().all()]
     print(f"weights that are not finite: {', '.join(broken) or 'none'}", flush=True)
     for row, row_id in zip(rows, row_ids(rows), strict=True):
-        print(f"  row {row_id}: {_alone(trainer, objective, row, objective.counts(rows))}", flush=True)
+        print(f"  row {row_id}: {_row_report(trainer, objective, row, objective.counts(rows))}", flush=True)
     metrics = trainer.update(rows, objective)
     return f"the fault is gone: loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
 
 
-def _alone(trainer: Trainer[Row], objective: Objective[Row], row: Row, counts: Mapping[str, float]) -> str:
-    """A row's part of the loss and the norm of its gradient."""
+def _row_report(trainer: Trainer[Row], objective: Objective[Row], row: Row, counts: Mapping[str, float]) -> str:
+    """Return a row's part of the loss and the norm of its gradient."""
     trainer.unwrapped.eval()
     terms = objective.terms(trainer.unwrapped, [row])
     loss = torch.stack([v * (w / max(counts[count], 1e-12)) for v, count, w in terms.losses.values()]).sum()
@@ -108,7 +119,7 @@ def _alone(trainer: Trainer[Row], objective: Objective[Row], row: Row, counts: M
 
 
 def row_ids(rows: Sequence[Any]) -> list[str]:
-    """The id of the table's row behind each row of a batch; its place in the batch where it has none."""
+    """Return the table row's id behind each row of a batch, or its index in the batch if it has none."""
     return [_id(row) or f"#{place}" for place, row in enumerate(rows)]
 
 
@@ -122,7 +133,7 @@ def _id(row: Any) -> str:
 
 
 def pack(value: Any) -> Any:
-    """Rows as plain values and tensors, which load without unpickling code."""
+    """Convert rows to plain values and tensors, which load without unpickling code."""
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         return {
@@ -137,6 +148,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
+    """Restore the rows that `pack` converted."""
     if isinstance(value, list | tuple):
         return type(value)(unpack(member) for member in value)
     if not isinstance(value, dict):
@@ -146,5 +158,7 @@ def unpack(value: Any) -> Any:
     module, _, name = value["kind"].partition(":")
     kind = getattr(importlib.import_module(module), name) if module.startswith("posttrain.") else None
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise CheckpointError(f"{value['kind']!r} is no row of this library; the kept fault comes from elsewhere")
+        raise CheckpointError(
+            f"{value['kind']!r} is not a row type of this library; the saved fault was written by other software"
+        )
     return kind(*map(unpack, value["of"]))

@@ -1,4 +1,4 @@
-"""The loop every training step shares: take a step's batches, update on each, record, checkpoint, stop cleanly."""
+"""The loop of all training steps: take a step's batches, update on each, record, checkpoint, stop cleanly."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RowOut = TypeVar("RowOut", covariant=True)
 
 @dataclass
 class StepData(Generic[Row]):
-    """What one step trains on: one batch per optimiser update, with what was measured while making it."""
+    """Data of one step: one batch per optimiser update, and the metrics and timings (seconds) of preparing them."""
 
     batches: list[Sequence[Row]]
     metrics: dict[str, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
 
-class Source(Protocol[Row]):
-    """Gives the batches of a step. Its state is part of the checkpoint."""
+class BatchSource(Protocol[Row]):
+    """Provides the batches of a step. Its state is part of the checkpoint."""
 
     def next(self, step: int) -> StepData[Row]: ...
 
@@ -40,14 +40,14 @@ class Source(Protocol[Row]):
 
 
 class Recorder(Protocol):
-    """Where a run's numbers go; the steps of the pipeline give their journal."""
+    """Receives a run's metrics. In the pipeline's steps this is their journal."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def timings(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
-        """What went numerically wrong in a step, one record a fault."""
+    def faults(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Record the numerical faults of a step, one record per fault."""
         ...
 
     def truncate_after(self, step: int) -> None: ...
@@ -57,13 +57,13 @@ class Recorder(Protocol):
 
 class StepHook(Protocol):
     def __call__(self, step: int) -> Mapping[str, float]:
-        """Called after step `step` (counted from 1); its metrics join the step's."""
+        """Run after step `step` (counted from 1); the returned metrics are added to the step's."""
         ...
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Shown numbers are the three that the progress bar carries."""
+    """Length, title and checkpoint interval of a run; the progress bar shows the metrics in `shown`."""
 
     title: str
     steps: int
@@ -74,7 +74,7 @@ class LoopSettings:
 
 def fit(
     trainer: Trainer[Row],
-    source: Source[Row],
+    source: BatchSource[Row],
     objective: Objective[Row],
     settings: LoopSettings,
     recorder: Recorder,
@@ -82,10 +82,13 @@ def fit(
     hook: StepHook | None = None,
     faults: Faults | None = None,
 ) -> dict[str, float]:
-    """Train to the end, going on from the newest whole checkpoint if there is one. Returns the latest value of every metric.
+    """Train to the end, resuming from the newest complete checkpoint. Return the latest value of every metric.
 
-    Raises Interrupted, after a checkpoint, when the recorder says that a signal asked the run to stop, and NotFiniteError at a
-    numerical fault that may not be left out; without `faults` none may, and none is kept.
+    Without `faults` no fault may be skipped and none is saved.
+
+    Raises:
+        Interrupted: the recorder reports that a signal asked the run to stop; a checkpoint has been written.
+        NotFiniteError: a numerical fault that may not be skipped.
     """
     first, last = _resume(trainer, source, recorder, checkpoints, faults)
     saved_at = time.monotonic()
@@ -109,7 +112,7 @@ def fit(
             due = (
                 step % settings.checkpoint_steps == 0 or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
             )
-            # processes have clocks and signals of their own, and write a checkpoint together
+            # each process has its own clock and signals, but all must write a checkpoint together
             stop = any_rank(trainer.accelerator, recorder.stop_requested()) and step < settings.steps
             due = any_rank(trainer.accelerator, due)
             if (due and step < settings.steps) or stop:
@@ -117,14 +120,14 @@ def fit(
                 saved_at = time.monotonic()
             if stop:
                 raise Interrupted(
-                    f"{settings.title} was asked to stop after step {step}; run it again and it goes on from there"
+                    f"{settings.title} was stopped by a signal after step {step}; run it again to resume from there"
                 )
     return last
 
 
 def _one_step(
     trainer: Trainer[Row],
-    source: Source[Row],
+    source: BatchSource[Row],
     objective: Objective[Row],
     recorder: Recorder,
     step: int,
@@ -160,27 +163,27 @@ def _one_step(
     return metrics
 
 
-def _next(trainer: Trainer[Row], source: Source[Row], step: int, faults: Faults | None) -> StepData[Row]:
-    """The step's batches; none where making them met a numerical fault that may be left out."""
+def _next(trainer: Trainer[Row], source: BatchSource[Row], step: int, faults: Faults | None) -> StepData[Row]:
+    """Return the step's batches; none if preparing them met a numerical fault that may be skipped."""
     if faults is None:
         return source.next(step - 1)
     before, generators = source.state_dict(), random_state()
     try:
         return source.next(step - 1)
     except NotFiniteError as error:
-        faults.skip(error, step, "making its batches", None, snapshot(trainer, before, generators))
+        faults.skip(error, step, "preparing its batches", None, snapshot(trainer, before, generators))
         return StepData([])
 
 
 def _updates(
     trainer: Trainer[Row],
-    source: Source[Row],
+    source: BatchSource[Row],
     objective: Objective[Row],
     batches: Sequence[Sequence[Row]],
     step: int,
     faults: Faults | None,
 ) -> list[dict[str, float]]:
-    """One optimiser update a batch, without those that met a numerical fault and may be left out."""
+    """Run one optimiser update per batch, and skip those with a numerical fault if that is allowed."""
     done = []
     for number, batch in enumerate(batches, start=1):
         try:
@@ -194,7 +197,7 @@ def _updates(
 
 
 def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of a step from its updates: the mean, but the least, greatest or latest where the name says so."""
+    """Return a step's metrics from its updates: the mean, or the minimum, maximum or latest value depending on the name."""
     names = sorted({name for update in updates for name in update})
     merged = {}
     for name in names:
@@ -211,15 +214,15 @@ def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _resume(
-    trainer: Trainer[Row], source: Source[Row], recorder: Recorder, checkpoints: Checkpoints, faults: Faults | None
+    trainer: Trainer[Row], source: BatchSource[Row], recorder: Recorder, checkpoints: Checkpoints, faults: Faults | None
 ) -> tuple[int, dict[str, float]]:
-    """The step to go on after, and the latest metrics until then."""
+    """Return the step to resume after, and the latest metrics until then."""
     found = checkpoints.latest()
     newest = 0 if found is None else found[0]
     if any_rank(trainer.accelerator, newest != all_reduce_max(trainer.accelerator, newest)):
         raise CheckpointError(
             f"the processes of this run do not see the same checkpoints ({newest} is the newest step in {checkpoints.folder} for process"
-            f" {trainer.accelerator.process_index}); keep the project on a disk that all of them share"
+            f" {trainer.accelerator.process_index}); keep the project on a disk that all processes share"
         )
     if found is None:
         recorder.truncate_after(0)
@@ -232,12 +235,12 @@ def _resume(
         faults.skipped = state["skipped"]
     recorder.truncate_after(step)
     if trainer.accelerator.is_main_process:
-        tqdm.write(f"going on from the checkpoint after step {step}")
+        tqdm.write(f"resuming from the checkpoint after step {step}")
     return step, state["last"]
 
 
 def _state(
-    trainer: Trainer[Row], source: Source[Row], last: Mapping[str, float], faults: Faults | None
+    trainer: Trainer[Row], source: BatchSource[Row], last: Mapping[str, float], faults: Faults | None
 ) -> dict[str, Any]:
-    whole = snapshot(trainer, source.state_dict(), random_state())
-    return whole | {"last": dict(last), "skipped": faults.skipped if faults is not None else 0}
+    state = snapshot(trainer, source.state_dict(), random_state())
+    return state | {"last": dict(last), "skipped": faults.skipped if faults is not None else 0}

@@ -19,22 +19,25 @@ from posttrain.objectives.reduce import aggregate, denominator, masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
 from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
 from posttrain.training.routing import add_routing, pad_choices
-from posttrain.training.trainer import Terms
+from posttrain.training.sums import Terms
 
 MISMATCH_LIMIT = 0.5
-"""Mean |log p of the trainer - log p of the sampler| per token, in nats. Rounding in bfloat16 gives 0.05 at most; a sampler that serves
-other weights gives 1 and more."""
+"""Mean |log p of the trainer - log p of the sampler| per token, in nats. Rounding in bfloat16 gives at most 0.05; a sampler with
+other weights gives 1 or more.
+"""
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A sampled response with what the update needs to know of it; arrays are [time] float32.
+    """A sampled response with the data of its update; arrays are [time] float32.
 
-    sampled: log-probabilities that the sampler reported. old: the same, recomputed by the trainer; None means "as they are in this
-    forward", for the one update that is exactly on-policy. reference: None where the step does not measure the KL to it. old_experts:
-    [time, layers, experts per token] that the old policy chose, where it is a mixture of experts. trained False keeps the response out
-    of the loss (masked truncation).
-    weight: 1 - mu, and 1 without an expert stream.
+    Attributes:
+        rollout_logprobs: log-probabilities reported by the sampler.
+        old_logprobs: the same, recomputed by the trainer; None means "as in this forward pass", for the one exactly on-policy update.
+        ref_logprobs: None if the step does not measure the KL to the reference.
+        old_routing: [time, layers, experts per token] ids chosen by the old policy, if it is a mixture of experts.
+        trained: False keeps the response out of the loss (masked truncation).
+        weight: 1 - mu; 1 without an expert stream.
     """
 
     tokens: Tokens
@@ -61,7 +64,15 @@ OnPolicyRow = Experience | Demonstration
 
 
 class OnPolicyObjective:
-    """L = (1-mu) Agg[w S(rho, A) + beta KL] + value_coefficient * value loss + mu mean_expert[phi(p) (-log p)]."""
+    """L = (1-mu) Agg[w S(rho, A) + beta KL] + value_coefficient * value loss + mu mean_expert[phi(p) (-log p)].
+
+    Example:
+        >>> from posttrain.algorithms.grpo import GRPO
+        >>> objective = OnPolicyObjective(GRPO, max_length=8, temperature=1.0)
+        >>> row = Experience(Tokens((1,), (2, 3)), np.ones(2), rollout_logprobs=np.zeros(2), ref_logprobs=np.zeros(2))
+        >>> objective.counts([row, row])["tokens"], objective.kl_coefficient
+        (4.0, 0.04)
+    """
 
     def __init__(
         self, spec: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None
@@ -90,14 +101,14 @@ class OnPolicyObjective:
         batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
         output = model(batch, self._temperatures(len(sampled), len(experts), device))
         terms, split = Terms(), len(sampled)
-        # without a sampled row these are zeros with a graph: every process waits for a gradient of every parameter
+        # without a sampled row these are zeros with a graph, because all-reduce needs a gradient of every parameter on every rank
         self._policy_terms(terms, output[:split], _Columns(sampled, batch.mask[:split]))
         if experts:
             self._expert_terms(terms, output[split:].logprobs, batch.mask[split:], experts[0].weight)
         return terms
 
     def _temperatures(self, sampled: int, experts: int, device: torch.device) -> float | Tensor:
-        """The expert stream imitates text, so it is learnt at temperature 1 as in SFT."""
+        """Return the temperature of each row. The expert stream imitates text, so it is trained at temperature 1 as in SFT."""
         if not experts:
             return self.temperature
         return torch.tensor([self.temperature] * sampled + [1.0] * experts, dtype=torch.float64, device=device)
@@ -138,7 +149,7 @@ class OnPolicyObjective:
                 "kl/ref_k1": (masked_sum(logprobs - columns.ref_logprobs, mask), "sampled_sequences"),
                 "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.ref_logprobs), mask), "sampled_sequences"),
             }
-        terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler serves other weights than those that are trained")
+        terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler uses other weights than the trainer")
         if mask.any():
             terms.extremes |= {
                 "ratio/min": ratio[mask].min(),
@@ -154,7 +165,7 @@ class OnPolicyObjective:
 
 
 class _Columns:
-    """The rows' numbers as padded tensors [batch, time] on the device of their mask."""
+    """The rows' data as padded tensors [batch, time] on the device of their mask."""
 
     def __init__(self, rows: Sequence[Experience], mask: Tensor) -> None:
         device, time = mask.device, mask.shape[1]

@@ -1,4 +1,9 @@
-"""Learning from logged preferences: the DPO family over pairs, and GRPO over logged groups (objectives/preference.py, surrogate.py)."""
+"""Objectives on logged preferences: the DPO family over pairs, and GRPO over logged groups (objectives/preference.py, surrogate.py).
+
+Example:
+    >>> centred([1.0, 0.0])
+    [0.5, -0.5]
+"""
 
 from __future__ import annotations
 
@@ -17,12 +22,12 @@ from posttrain.objectives.preference import preference_loss
 from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
 from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
 from posttrain.training.routing import add_routing
-from posttrain.training.trainer import Terms
+from posttrain.training.sums import Terms
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A logged response with the reference's log-probability of each of its tokens, [time] (zeros without a reference)."""
+    """A logged response with the reference's log-probability of each token, [time] (zeros without a reference)."""
 
     tokens: Tokens
     ref_logprobs: np.ndarray
@@ -30,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """`score_gap` = chosen_score - rejected_score; 0 where the table has no scores."""
+    """A pair of answers; `score_gap` = chosen_score - rejected_score, or 0 if the table has no scores."""
 
     chosen: Answer
     rejected: Answer
@@ -46,7 +51,7 @@ class AnswerGroup:
 
 
 class PreferenceObjective:
-    """One loss a pair, each pair its own logit; chosen and rejected share one forward."""
+    """One loss and one logit per pair; chosen and rejected share one forward pass."""
 
     def __init__(self, spec: Preference) -> None:
         self.spec = spec
@@ -92,7 +97,7 @@ class PreferenceObjective:
 
 
 class LoggedGroupsObjective:
-    """The clipped surrogate of GRPO with `old` = reference for ever, plus beta * KL to the reference."""
+    """The clipped surrogate of GRPO with `old` fixed to the reference, plus beta * KL to the reference."""
 
     def __init__(self, spec: LoggedGroups) -> None:
         self.spec = spec
@@ -135,20 +140,20 @@ class LoggedGroupsObjective:
             },
         )
         if batch.mask.any():
-            taken = ratio.detach()[batch.mask]
-            terms.extremes |= {"ratio/min": taken.min(), "ratio/max": taken.max()}
+            selected = ratio.detach()[batch.mask]
+            terms.extremes |= {"ratio/min": selected.min(), "ratio/max": selected.max()}
         add_routing(terms, output.routing, batch.mask, "tokens")
         return terms
 
 
 def centred(group_scores: Sequence[float]) -> list[float]:
-    """A = s - mean(s)."""
+    """Return A = s - mean(s)."""
     mean = sum(group_scores) / len(group_scores)
     return [score - mean for score in group_scores]
 
 
 def _ranked_share(log_ratios: Tensor, rows: Sequence[AnswerGroup]) -> Tensor:
-    """Number of groups whose best-scored answer has gained more than the worst-scored one."""
+    """Return the number of groups whose best-scored answer has gained more log-probability than the worst-scored one."""
     right, start = 0, 0
     for row in rows:
         best = start + max(range(len(row.scores)), key=lambda i: row.scores[i])

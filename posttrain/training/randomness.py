@@ -1,4 +1,12 @@
-"""Every generator of the process as part of a checkpoint: Python's, NumPy's, torch's and the devices'."""
+"""Save and restore every random generator of the process: Python's, NumPy's, torch's and the devices'.
+
+Example:
+    >>> state = random_state()
+    >>> first = (random.random(), float(np.random.rand()), float(torch.rand(1)))
+    >>> set_random_state(state)
+    >>> first == (random.random(), float(np.random.rand()), float(torch.rand(1)))
+    True
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """States as tensors and plain values, which load without unpickling code."""
+    """Return the states as tensors and plain values, which load without unpickling code."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -29,6 +37,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore the states that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

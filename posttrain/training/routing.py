@@ -1,4 +1,9 @@
-"""What a mixture-of-experts policy adds to a step's metrics, whatever the objective."""
+"""Router metrics of a mixture-of-experts policy, for any objective.
+
+Example:
+    >>> pad_choices([torch.ones(1, 1, 1), torch.ones(2, 1, 1)], time=2).flatten().tolist()
+    [1.0, 0.0, 1.0, 1.0]
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,14 @@ from torch import Tensor
 from posttrain.models.routing import Routing
 from posttrain.objectives.reduce import masked_sum
 from posttrain.objectives.routing import changed_choices, expert_loads
-from posttrain.training.trainer import Terms
+from posttrain.training.sums import Terms
 
 
 def add_routing(terms: Terms, routing: Routing | None, mask: Tensor, count: str, before: Tensor | None = None) -> None:
-    """Router metrics over the tokens under `mask`, of which the step has as many as the count named `count`.
+    """Add router metrics over the tokens under `mask`; the count named `count` is their number in the step.
 
-    before: [batch, time, layers, experts per token] the old policy's choices, where there is one.
+    Args:
+        before: [batch, time, layers, experts per token] choices of the old policy, if available.
     """
     if routing is None:
         return
@@ -25,7 +31,7 @@ def add_routing(terms: Terms, routing: Routing | None, mask: Tensor, count: str,
 
 
 def pad_choices(rows: list[Tensor], time: int) -> Tensor:
-    """Choices [time, layers, experts per token] of rows of uneven length as [batch, time, layers, experts per token]."""
+    """Pad choices [time, layers, experts per token] of uneven length to [batch, time, layers, experts per token]."""
     padded = torch.zeros(len(rows), time, *rows[0].shape[1:], dtype=rows[0].dtype)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row

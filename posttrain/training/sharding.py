@@ -1,7 +1,13 @@
-"""FSDP2: weights, gradients and moments split over processes, gathered layer by layer while the model computes.
+"""FSDP2: weights, gradients and moments are split over processes and gathered layer by layer during the forward pass.
 
-Torch's own `fully_shard`, asked for by the environment that `accelerate launch` sets for `distributed_type: FSDP`. It runs on CPUs as
-well, where accelerate itself does not shard.
+This is torch's own `fully_shard`, enabled by the environment that `accelerate launch` sets for `distributed_type: FSDP`. It also runs
+on CPUs, where accelerate itself does not shard.
+
+Example:
+    Without shards every function returns its input:
+
+    >>> full({"weight": [torch.tensor(1.0)]})
+    {'weight': [tensor(1.)]}
 """
 
 from __future__ import annotations
@@ -27,23 +33,29 @@ from posttrain.models.packed import PROBE
 from posttrain.models.policy import PolicyOutput
 from posttrain.models.routing import Routing
 
-# fully_shard looks through a module's output for tensors whose gradient tells it when to gather again
+# fully_shard searches a module's output for tensors whose gradient triggers the next gather
 register_dataclass(PolicyOutput)
 register_dataclass(Routing, drop_field_names=["experts"])
 
 
 def shards(accelerator: Accelerator) -> bool:
-    """Whether the environment asks for FSDP2 over several processes."""
+    """Return True if the environment asks for FSDP2 over several processes.
+
+    Raises:
+        ConfigError: it asks for FSDP version 1.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or accelerator.num_processes == 1:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError("FSDP of version 1 is asked for; set `fsdp_version: 2` in the accelerate configuration")
+        raise ConfigError(
+            "the environment asks for FSDP version 1; set `fsdp_version: 2` in the accelerate configuration"
+        )
     return True
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """Split every decoder layer, and what is left of the model, over all processes; the module stays the same object."""
-    # nothing here changes an output in place
+    """Split every decoder layer, and the rest of the model, over all processes; the module stays the same object."""
+    # no code here changes an output in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     model.to(accelerator.device)
@@ -53,7 +65,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
     outermost = fully_shard(model, mesh=mesh)
-    # it must be the first to compute, and sampling calls the layers alone
+    # FSDP initialises at the first forward of the outermost module; sampling would call the layers first
     with torch.no_grad():
         model(collate(PROBE).to(accelerator.device))
     outermost.reshard()
@@ -61,7 +73,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all weights of `model` and computes without waiting for others. Costs their memory."""
+    """Hold all weights of `model` on every process inside the block, so that it computes without waiting. Costs their memory."""
     units: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -75,7 +87,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def full(tree: Any) -> Any:
-    """The tree with every split tensor put together, on the CPU. All processes must ask for it."""
+    """Gather every split tensor of the tree on the CPU. All processes must call it."""
     if isinstance(tree, DTensor):
         return tree.full_tensor().cpu()
     if isinstance(tree, Mapping):
@@ -84,13 +96,13 @@ def full(tree: Any) -> Any:
 
 
 def split_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights as `model` holds them: its own part of each that it splits."""
+    """Return the weights as `model` holds them: this process's part of each split weight."""
     held = model.state_dict()
     return {name: split_like(value, held[name]) for name, value in weights.items()}
 
 
 def split_moments(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """An optimiser's state with each moment split as its parameter is."""
+    """Return an optimiser's state with each moment split like its parameter."""
     moments = {
         index: {
             name: split_like(value, parameters[index]) if value.shape == parameters[index].shape else value
@@ -102,6 +114,7 @@ def split_moments(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dic
 
 
 def split_like(value: Tensor, held: Tensor) -> Tensor:
+    """Return `value` split like `held`, or unchanged if `held` is not split."""
     if not isinstance(held, DTensor):
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)

@@ -1,4 +1,9 @@
-"""Supervised fine-tuning and the reward model: their rows and objectives (objectives/sequence.py, objectives/preference.py)."""
+"""Rows and objectives of supervised fine-tuning and the reward model (objectives/sequence.py, objectives/preference.py).
+
+Example:
+    >>> SupervisedObjective().counts([Example(Tokens((1,), (2, 3)), weight=2.0), Example(Tokens((1,), (2,)))])
+    {'tokens': 3.0, 'weighted_tokens': 5.0}
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,12 @@ from posttrain.objectives.reduce import masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood
 from posttrain.training.loop import StepData
 from posttrain.training.routing import add_routing
-from posttrain.training.trainer import Row, Terms
+from posttrain.training.sums import Terms
+from posttrain.training.trainer import Row
 
 
 class EpochSource(Generic[Row]):
-    """Rows in shuffled epochs; one batch, so one update, a step."""
+    """Rows in shuffled epochs; each step has one batch and so one update."""
 
     def __init__(self, rows: Sequence[Row], order: EpochOrder) -> None:
         self.rows, self.order = rows, order
@@ -32,21 +38,26 @@ class EpochSource(Generic[Row]):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The order is a pure function of seed and step."""
+        """Do nothing: the order is a pure function of seed and step."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the response to imitate. weight: how much each token of it counts against those of other rows; not negative."""
+    """A prompt and the response to imitate.
+
+    Attributes:
+        weight: weight of each of its tokens relative to other rows; not negative.
+    """
 
     tokens: Tokens
     weight: float = 1.0
 
 
 class SupervisedObjective:
-    """L = sum of w (-log p) over response tokens / sum of w over them: a weight of 2 is the row twice, one weight for all is none.
+    """L = sum of w (-log p) over response tokens / sum of w: weight 2 equals the row twice, and equal weights have no effect.
 
-    `all` also learns the prompt, after its first token.
+    Args:
+        train_on: `all` also trains on the prompt, after its first token.
     """
 
     def __init__(self, train_on: Literal["completion", "all"] = "completion") -> None:
@@ -79,7 +90,12 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class RewardPair:
-    """Two responses to one prompt. margin: how much better the chosen one is meant to score. target: how probably it is the better."""
+    """Two responses to one prompt.
+
+    Attributes:
+        margin: score difference that the chosen response should have.
+        target: probability that the chosen response is the better one.
+    """
 
     chosen: Tokens
     rejected: Tokens
@@ -88,7 +104,7 @@ class RewardPair:
 
 
 class RewardObjective:
-    """Bradley-Terry over pairs, with the sum of scores held near zero by `center`. Chosen and rejected share one forward."""
+    """Bradley-Terry loss over pairs, with the sum of scores held near zero by `center`. Chosen and rejected share one forward pass."""
 
     def __init__(self, center: float = 0.01) -> None:
         self.center = center

@@ -1,6 +1,6 @@
-"""One optimiser step for any objective: micro-batches of summed losses over denominators that are counted once for the whole step.
+"""One optimiser step for any objective: micro-batches of summed losses, divided by counts of the whole step.
 
-So loss and gradient are the same for every split of a batch into micro-batches, accumulation and processes.
+Loss and gradient are therefore the same for every split of a batch into micro-batches, accumulation and processes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -21,47 +21,31 @@ from posttrain.distributed import all_reduce_max
 from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
 from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
-from posttrain.training.sums import Sums
+from posttrain.training.sums import Sums, Terms
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
 
 
-@dataclass
-class Terms:
-    """What an objective says of one micro-batch. Sums only: each names the count that the trainer divides it by.
-
-    losses: name -> (sum, count name, weight). metrics: name -> (sum, count name). extremes: name ending in /min or /max -> value.
-    histograms: metric name -> counts [groups, bins]; the metric is the greatest share that a bin has of its group, over an even share.
-    limits: metric name -> (the most that its step may have, what it means to have more).
-    """
-
-    losses: dict[str, tuple[Tensor, str, float]] = field(default_factory=dict)
-    metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
-    extremes: dict[str, Tensor] = field(default_factory=dict)
-    histograms: dict[str, Tensor] = field(default_factory=dict)
-    limits: dict[str, tuple[float, str]] = field(default_factory=dict)
-
-
 class Objective(Protocol[RowIn]):
-    """A loss over rows. Knows nothing of micro-batches, processes or optimisers."""
+    """A loss over rows. It is independent of micro-batches, processes and optimisers."""
 
     def sequences(self, row: RowIn) -> Sequence[Tokens]:
-        """What the row has the model read; `tokens/trained` counts its prompts and responses."""
+        """Return the sequences that the model reads for the row; `tokens/trained` counts their prompts and responses."""
         ...
 
     def counts(self, rows: Sequence[RowIn]) -> Mapping[str, float]:
-        """The denominators of one optimiser step, over all its rows."""
+        """Return the denominators of one optimiser step, over all its rows."""
         ...
 
     def terms(self, model: nn.Module, rows: Sequence[RowIn]) -> Terms:
-        """Sums over some of the step's rows; `rows` is never empty."""
+        """Return sums over some of the step's rows; `rows` is never empty."""
         ...
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with a schedule that counts optimiser steps."""
+    """Settings of AdamW, with a learning-rate schedule that counts optimiser steps."""
 
     learning_rate: float
     schedule: str = "constant"
@@ -75,7 +59,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with a learning rate and a gradient norm of their own; the first group's norm is the metric grad_norm."""
+    """Parameters with their own learning rate and gradient norm; the first group's norm is the metric grad_norm."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -83,7 +67,20 @@ class ParameterGroup:
 
 
 class Trainer(Generic[Row]):
-    """Holds model, optimiser and schedule, and takes optimiser steps."""
+    """Holds model, optimiser and schedule, and takes optimiser steps.
+
+    Example:
+        >>> from posttrain.data.tokens import Tokens
+        >>> from posttrain.models.policy import Policy
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> from posttrain.training.supervised import Example, SupervisedObjective
+        >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> trainer = Trainer(Policy(model), OptimizerSettings(learning_rate=0.01), total_steps=5, micro_batch_tokens=64)
+        >>> rows = [Example(Tokens((5, 6), (7, 8)))]
+        >>> losses = [trainer.update(rows, SupervisedObjective())["loss"] for _ in range(5)]
+        >>> losses[-1] < losses[0], trainer.updates, trainer.tokens_trained
+        (True, 5, 20)
+    """
 
     def __init__(
         self,
@@ -108,7 +105,7 @@ class Trainer(Generic[Row]):
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
-            # one kernel for all parameters: a sixth of the time of a loop over them at 25 million, on a CPU
+            # one kernel for all parameters; with 25 million parameters on a CPU it takes a sixth of the loop's time
             fused=True,
         )
         self.model: nn.Module = model
@@ -121,16 +118,18 @@ class Trainer(Generic[Row]):
 
     @property
     def unwrapped(self) -> nn.Module:
+        """Return the module without the wrapper of data-parallel training."""
         module: nn.Module = self.accelerator.unwrap_model(self.model)
         return module
 
     def update(self, rows: Sequence[Row], objective: Objective[Row]) -> dict[str, float]:
-        """One optimiser step on `rows` (the same list on every process). Returns the step's metrics, averaged over all rows.
+        """Take one optimiser step on `rows` (the same list on every process). Return the step's metrics, averaged over all rows.
 
-        Raises, with the weights as they were, NotFiniteError when loss or gradient are not finite, and NumericalError when a metric is
-        beyond its limit.
+        Raises:
+            NotFiniteError: loss or gradient are not finite; the weights are unchanged.
+            NumericalError: a metric exceeded its limit; the weights are unchanged.
         """
-        # gradients flow in evaluation mode as well, and no kind of dropout or router noise touches a log-probability there
+        # gradients also flow in evaluation mode, where neither dropout nor router noise changes a log-probability
         self.model.eval()
         for layer in self.recomputed:
             layer.training = True
@@ -140,19 +139,19 @@ class Trainer(Generic[Row]):
         own = [rows[i] for i in share]
         groups = micro_batches([every[i] for i in share], self.micro_batch_tokens)
         if self.sharded:
-            # every forward gathers weights from all processes, so all must take as many
+            # every forward pass gathers weights from all processes, so all must run the same number of them
             groups += [[]] * (all_reduce_max(self.accelerator, len(groups)) - len(groups))
         sums = Sums(counts)
         for number, group in enumerate(groups):
             at_once = self.sharded or number == len(groups) - 1
             with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.model):
-                # a process without rows still takes part in what all do, with nothing to add
+                # a process without rows still takes part in collective operations, with weight 0
                 part = [own[i] for i in group] or [rows[0]]
                 with self.accelerator.autocast():
                     terms = objective.terms(self.model, part)
                 weight = 1.0 if group else 0.0
                 loss = sums.add(terms, weight)
-                # the mean over processes that data-parallel training takes is undone here: these are sums
+                # data-parallel training averages gradients over processes; the factor undoes that, because these are sums
                 self.accelerator.backward(loss * weight * self.accelerator.num_processes)
         metrics = sums.reduced(self.accelerator)
         if not math.isfinite(metrics["loss"]):
@@ -187,13 +186,13 @@ class Trainer(Generic[Row]):
         return metrics
 
     def weights(self) -> dict[str, Tensor]:
-        """All that is trained, put together on every process; the rest is as it was in the model that training started from."""
+        """Return all trained weights, gathered on every process; the others are unchanged since the start of training."""
         frozen = _frozen(self.unwrapped)
         weights = {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
         return full(weights) if self.sharded else weights
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an update changes. Any number of processes can go on from it."""
+        """Return everything that an update changes. A different number of processes can resume from it."""
         moments = self.optimizer.state_dict()
         return {
             "model": self.weights(),
@@ -204,6 +203,11 @@ class Trainer(Generic[Row]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`.
+
+        Raises:
+            CheckpointError: the checkpoint has other trained weights than the model.
+        """
         weights, moments = state["model"], state["optimizer"]
         if self.sharded:
             weights = split_weights(weights, self.unwrapped)
@@ -211,8 +215,8 @@ class Trainer(Generic[Row]):
         missing, unexpected = self.unwrapped.load_state_dict(weights, strict=False)
         if unexpected or set(missing) != _frozen(self.unwrapped):
             raise CheckpointError(
-                "the checkpoint holds other weights than those that are trained now; was `lora` changed?"
-                " Remove the run's checkpoints to start over"
+                "the checkpoint has other trained weights than this model; was `lora` changed?"
+                " Remove the run's checkpoints to start again"
             )
         self.optimizer.load_state_dict(moments)
         self.schedule.load_state_dict(state["schedule"])
@@ -220,7 +224,7 @@ class Trainer(Generic[Row]):
 
 
 def _shard(model: nn.Module, groups: Sequence[ParameterGroup], accelerator: Accelerator) -> list[ParameterGroup]:
-    """Split the model; the groups over the parameters that have taken the place of the old ones."""
+    """Split the model; return the groups with the parameters that replaced the old ones."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     named = [(group, [names[parameter] for parameter in group.parameters]) for group in groups]
     shard(model, accelerator)
@@ -229,14 +233,14 @@ def _shard(model: nn.Module, groups: Sequence[ParameterGroup], accelerator: Acce
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """The norm of the gradient over all processes, before it is clipped."""
+    """Clip the gradient. Return its norm over all processes before clipping."""
     norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """What an optimiser may change: everything, or an adapter and the heads beside it."""
+    """Return the parameters that an optimiser may change: all, or an adapter and the heads next to it."""
     return [p for p in module.parameters() if p.requires_grad]
 
 

@@ -48,7 +48,7 @@ def test_the_default_is_to_stop_and_to_say_which_row(poisoned: Workspace) -> Non
     assert last.startswith("error: step ")
     assert "the loss of update" in last
     assert last.endswith(
-        "no update may be left out (faults.skip_at_most = 0). What it met is kept; repeat it with"
+        "no update may be skipped (faults.skip_at_most = 0). State saved. Replay with:"
         f" `python -m pipelines.sft --replay {kept}`"
     )
     assert ended(read(state / "journal.jsonl")) == "FAILED"
@@ -72,7 +72,7 @@ def test_as_many_as_allowed_are_left_out_also_across_a_kill(poisoned: Workspace)
     assert poisoned.run(*SFT).returncode == 3, "the row comes once an epoch, so twice"
     poisoned.succeed("pipelines.commands.configure", "sft.faults.skip_at_most=2")
     said = poisoned.succeed(*SFT)
-    assert "left out, 2 of at most 2" in said
+    assert "skipped, 2 of at most 2" in said
     undisturbed = poisoned.results("models/sft", "runs/sft")
     tables = [path for path in undisturbed if "artifacts/faults-" in path]
     assert len(tables) == 2
@@ -92,11 +92,11 @@ def test_an_infinite_reward_is_told_with_its_problems(workspace: Workspace, tmp_
     done = grpo.run(*step)
     assert done.returncode == 3, done.stdout + done.stderr
     (kept,) = (grpo.state("align-grpo-0") / "faults").iterdir()
-    assert "making its batches: reward 'varied' gave inf" in done.stderr
+    assert "preparing its batches: reward 'varied' returned inf" in done.stderr
     assert "(rows problem " in done.stderr
     again = grpo.run(*step, "--replay", str(kept))
     assert again.returncode == 3
-    assert "reward 'varied' gave inf" in again.stderr
+    assert "reward 'varied' returned inf" in again.stderr
     # the reward is mended, which is no change of the parameters
     again = grpo.run(*step, "--replay", str(kept), MENDED="1")
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "the fault is gone: 2 batches were made")

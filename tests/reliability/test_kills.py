@@ -57,7 +57,7 @@ def test_three_kills_change_nothing(name: str, workspace: Workspace) -> None:
         assert ended(read(workspace.state(run) / "journal.jsonl")) is None
     said = workspace.succeed(*step)
     assert f"{run}: continuing run {workspace.state(run).name}" in said
-    assert "going on from the checkpoint after step" in said
+    assert "resuming from the checkpoint after step" in said
     assert workspace.results(*outputs(name)) == undisturbed
     assert any(record["kind"] == "resume" for record in read(workspace.state(run) / "journal.jsonl"))
 
@@ -85,5 +85,5 @@ def test_other_code_does_not_continue_a_checkpoint(workspace: Workspace) -> None
     said = workspace.succeed(*step)
     graph.write_text(declared)
     assert f"{run}: the code has changed since the checkpoints were written, so they are removed" in said
-    assert "going on from the checkpoint" not in said
+    assert "resuming from the checkpoint" not in said
     assert workspace.results(*outputs("sft")) == undisturbed

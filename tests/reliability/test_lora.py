@@ -34,5 +34,5 @@ def test_kills_change_nothing_and_checkpoints_are_small(workspace: Workspace) ->
         states = sorted(workspace.state("align-ppo-7").glob("checkpoints/*/step-*/state.pt"))
         weights = (folder.parents[1] / "sft" / "model.safetensors").stat().st_size
         assert all(state.stat().st_size < weights for state in states)
-    assert "going on from the checkpoint after step" in workspace.succeed(*step)
+    assert "resuming from the checkpoint after step" in workspace.succeed(*step)
     assert workspace.results(*RESULT) == undisturbed

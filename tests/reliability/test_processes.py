@@ -149,7 +149,7 @@ def test_a_request_to_stop_reaches_all_and_any_number_of_processes_goes_on(
     assert sorted(together.state("align-grpo-0").glob("checkpoints/*/step-*"))
     # one process goes on from what two have left
     said = together.succeed(*GRPO)
-    assert "going on from the checkpoint after step" in said
+    assert "resuming from the checkpoint after step" in said
     as_alone(alone, together)
 
 
@@ -166,7 +166,7 @@ def test_the_death_of_one_process_ends_the_other_and_the_next_run_goes_on(
     process.communicate(timeout=90)
     assert process.returncode not in (0, None)
     _all_gone(family)
-    assert "going on from the checkpoint after step" in together.succeed(*GRPO, **together.over(kind))
+    assert "resuming from the checkpoint after step" in together.succeed(*GRPO, **together.over(kind))
     as_alone(alone, together)
 
 
@@ -191,7 +191,7 @@ def test_a_killed_dvc_takes_all_along(alone: Workspace, together: Together) -> N
     dvc.wait()
     _all_gone(family)
     assert ended(read(together.state("align-grpo-0") / "journal.jsonl")) == "KILLED"
-    assert "going on from the checkpoint after step" in together.succeed(*GRPO)
+    assert "resuming from the checkpoint after step" in together.succeed(*GRPO)
     as_alone(alone, together)
 
 

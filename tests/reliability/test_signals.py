@@ -17,12 +17,12 @@ def test_a_signal_finishes_the_step_in_hand_and_writes_a_checkpoint(
     _, undisturbed = begin(name, workspace)
     done = workspace.run("tests.reliability.dying", "metrics 3", *step, SIGNAL=number)
     assert done.returncode == 143
-    assert f"error: {run} was asked to stop after step 3; run it again and it goes on from there" in done.stderr
+    assert f"error: {run} was stopped by a signal after step 3; run it again to resume from there" in done.stderr
     journal = read(workspace.state(run) / "journal.jsonl")
     assert ended(journal) == "KILLED"
     assert [record["step"] for record in journal if record["kind"] == "metrics"] == [1, 2, 3]
     assert "step-00000003" in {path.name for path in workspace.state(run).rglob("step-*")}
-    assert "going on from the checkpoint after step 3" in workspace.succeed(*step)
+    assert "resuming from the checkpoint after step 3" in workspace.succeed(*step)
     assert workspace.results(*outputs(name)) == undisturbed
 
 
@@ -36,5 +36,5 @@ def test_a_second_signal_stops_at_once_even_while_the_checkpoint_is_written(work
     assert "error: stopped by SIGTERM" in done.stderr
     assert ended(read(workspace.state(run) / "journal.jsonl")) == "KILLED"
     assert "step-00000003" not in {path.name for path in workspace.state(run).rglob("step-*")}
-    assert "going on from the checkpoint after step 2" in workspace.succeed(*step)
+    assert "resuming from the checkpoint after step 2" in workspace.succeed(*step)
     assert workspace.results(*outputs("sft")) == undisturbed

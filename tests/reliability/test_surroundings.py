@@ -83,7 +83,7 @@ def test_a_disk_too_small_for_the_model(workspace: Workspace, copy: Workspace, m
     refused(copy, "error: cannot write the model models/sft: ")
     assert ended(read(copy.state("sft") / "journal.jsonl")) == "FAILED"
     mount(models, 100_000)
-    assert "going on from the checkpoint after step" in copy.succeed(*SFT)
+    assert "resuming from the checkpoint after step" in copy.succeed(*SFT)
     assert copy.results("models/sft", "runs/sft") == workspace.results("models/sft", "runs/sft")
 
 

@@ -49,7 +49,7 @@ def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
     ("value", "error"), [(math.inf, NotFiniteError), (-math.inf, NotFiniteError), ("1", RewardError), (1j, RewardError)]
 )
 def test_what_is_no_finite_number_is_refused(value: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="'mine' gave"):
+    with pytest.raises(error, match="'mine' returned"):
         returning([0.0, value]).score(reward_batch(["x", "y"]))
 
 
@@ -63,7 +63,7 @@ def test_an_infinite_reward_names_its_problems() -> None:
 def test_a_reward_model_that_gives_nan_is_broken_not_without_an_opinion() -> None:
     scorer = small.scorer()
     torch.nn.init.constant_(scorer.model.score.weight, math.nan)
-    with pytest.raises(NotFiniteError, match="reward 'rm' gave nan"):
+    with pytest.raises(NotFiniteError, match="reward 'rm' returned nan"):
         ModelReward("rm", scorer, 0.0, 100).score(reward_batch(["x"]))
 
 

@@ -70,9 +70,9 @@ def test_one_process_serves_all_calls_and_is_not_this_one(source: Make) -> None:
 
 
 def test_what_is_no_number_is_refused_from_there_too(source: Make) -> None:
-    with pytest.raises(NotFiniteError, match="gave inf"):
+    with pytest.raises(NotFiniteError, match="returned inf"):
         source("infinite").score(reward_batch(["x"]))
-    with pytest.raises(RewardError, match="gave '1j'"):
+    with pytest.raises(RewardError, match="returned '1j'"):
         source("complex_number").score(reward_batch(["x"]))
 
 

@@ -93,7 +93,7 @@ def source_of(
     experts = Demonstrations(small.rows(5, seed=20), 2, 3) if spec.has_expert else None
     drawn = sampler(spec, policy.lm, **options)
     return ExperienceSource(
-        spec, policy, reference or small.policy(seed=1), drawn, objective, budget=60, experts=experts
+        spec, policy, reference or small.policy(seed=1), drawn, objective, micro_batch_tokens=60, experts=experts
     ), objective
 
 

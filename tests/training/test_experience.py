@@ -273,7 +273,7 @@ def test_a_sampler_that_serves_other_weights_stops_the_run() -> None:
     source.sampler.engine = NativeEngine(small.language_model(seed=9), small.EOS)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=1, micro_batch_tokens=40)
     before = policy.lm.lm_head.weight.clone()
-    with pytest.raises(NumericalError, match=r"mismatch/mean of update 1 .*the sampler serves other weights"):
+    with pytest.raises(NumericalError, match=r"mismatch/mean of update 1 .*the sampler uses other weights"):
         trainer.update(source.next(0).batches[0], objective)
     assert torch.equal(before, policy.lm.lm_head.weight)
 

@@ -72,14 +72,14 @@ def test_every_fault_is_told_with_its_step_place_and_rows(tmp_path: Path, capsys
     assert told == [
         (2, "update 1 of 1", ["#0", "#1"]),
         (3, "update 2 of 3", ["#0", "#1"]),
-        (4, "making its batches", ["problem 7", "problem 9"]),
+        (4, "preparing its batches", ["problem 7", "problem 9"]),
     ]
     said = capsys.readouterr().err
     assert (
-        "step 2, update 1 of 1: the loss of update 2 is nan; weights are unchanged (rows #0, #1); left out, 1 of at most 3"
+        "step 2, update 1 of 1: the loss of update 2 is nan; weights are unchanged (rows #0, #1); skipped, 1 of at most 3"
         in said
     )
-    assert f"`command --replay {tmp_path / 'faults' / 'fault-00000003'}` repeats it" in said
+    assert f"`command --replay {tmp_path / 'faults' / 'fault-00000003'}` replays it" in said
 
 
 @pytest.mark.parametrize(("at_most", "step"), [(0, 2), (1, 3), (2, 4)])
@@ -100,7 +100,7 @@ def test_faults_before_a_kill_count_after_it(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, BROKEN, 2, recorder)
     recorder.kill_at = None
-    with pytest.raises(NotFiniteError, match=r"step 4, .*2 were left out already"):
+    with pytest.raises(NotFiniteError, match=r"step 4, .*2 were already skipped"):
         run(tmp_path, BROKEN, 2, recorder)
 
 
@@ -144,9 +144,9 @@ def test_a_fault_in_the_making_of_a_batch_is_repeated_too(tmp_path: Path) -> Non
 
 def test_a_plain_checkpoint_is_not_taken_for_a_fault(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).save(1, {"trainer": trainer().state_dict()})
-    with pytest.raises(CheckpointError, match="not a kept fault"):
+    with pytest.raises(CheckpointError, match="not a saved fault"):
         repeat(trainer(), Batches([]), Linear(), path)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         repeat(trainer(), Batches([]), Linear(), tmp_path / "nowhere")
 
 
@@ -164,7 +164,7 @@ def test_the_rows_of_every_objective_come_back_as_they_were(name: str, tmp_path:
 def test_a_kept_row_never_makes_anything_but_rows() -> None:
     with pytest.raises(CheckpointError, match="subprocess:Popen"):
         unpack({"kind": "subprocess:Popen", "of": [["true"]]})
-    with pytest.raises(CheckpointError, match="is no row"):
+    with pytest.raises(CheckpointError, match="is not a row type"):
         unpack({"kind": "posttrain.training.trainer:Trainer", "of": []})
 
 
