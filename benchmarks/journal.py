@@ -23,8 +23,9 @@ import psutil
 import torch
 
 from pipelines.config.params import load_params
+from pipelines.runtime.context import LOCK, RunContext
 from pipelines.runtime.process import Lock
-from pipelines.runtime.run import LOCK, Run
+from pipelines.runtime.run import Run
 from pipelines.tracking.store import open_client
 
 MODES = ("bare", "journal", "journal and MLflow")
@@ -126,33 +127,36 @@ def one(
 
 
 def record(run: Run, step: int) -> None:
-    run.metrics(step, {f"group/metric_{i}": (step + 1) / (i + 3) for i in range(METRICS)})
-    run.timings(step, {f"seconds/part_{i}": 0.1 / (i + 1) for i in range(4)})
+    run.recorder.metrics(step, {f"group/metric_{i}": (step + 1) / (i + 3) for i in range(METRICS)})
+    run.recorder.timings(step, {f"seconds/part_{i}": 0.1 / (i + 1) for i in range(4)})
     if step % 10 == 9:
-        run.table("samples", step, [{"prompt": "1+1=", "completion": "2" * 60, "reward": 0.5} for _ in range(4)])
+        run.recorder.table(
+            "samples", step, [{"prompt": "1+1=", "completion": "2" * 60, "reward": 0.5} for _ in range(4)]
+        )
 
 
 def opened(folder: Path, name: str) -> Run:
     (folder / "params.yaml").write_bytes(Path(__file__).parents[1].joinpath("params.yaml").read_bytes())
     params = load_params(folder / "params.yaml")
     state = folder / ".posttrain" / "runs" / name
-    run = Run(
+    context = RunContext(
         stage="bench", name="bench", params=params, args=argparse.Namespace(), directory=Path("runs/bench"), state=state,
         key="0" * 64, code="0" * 64,
     )  # fmt: skip
-    start = {"kind": "start", "stage": "bench", "name": "bench", "key": run.key, "run": name, "arguments": {},
+    run = Run.create(context)
+    start = {"kind": "start", "stage": "bench", "name": "bench", "key": context.key, "run": name, "arguments": {},
              "directory": "runs/bench", "inputs": {}}  # fmt: skip
     assert Lock(state / LOCK).acquire()  # for as long as this process lives: the run is alive
-    run.open(start, {"kind": "params", "values": {}}, {"kind": "start"})
+    run.recorder.open(start, {"kind": "params", "values": {}}, {"kind": "start"})
     return run
 
 
 def followed(folder: Path, run: Run) -> psutil.Process:
     """A follower of the run that has made its MLflow run already."""
     open_client(folder).search_experiments()
-    command = [sys.executable, "-m", "pipelines.commands.sync", "--follow", "--run", run.identity]
+    command = [sys.executable, "-m", "pipelines.commands.sync", "--follow", "--run", run.context.identity]
     process = psutil.Popen(command, cwd=folder, stdin=subprocess.PIPE)
-    mark = folder / ".posttrain" / "tracking" / run.identity
+    mark = folder / ".posttrain" / "tracking" / run.context.identity
     while not mark.is_file():
         assert process.is_running()
         time.sleep(0.1)

@@ -20,24 +20,21 @@ START = Path("models/sft")
 def run(run: Run) -> None:
     from pipelines.training.setup import accelerator, peak_memory_mib
 
-    name, seed = run.args.algorithm, run.args.seed
-    spec = run.params.algorithm(name)
-    device = accelerator(run.params.align.compute, seed, START)
+    params, args = run.context.params, run.context.args
+    name, seed = args.algorithm, args.seed
+    spec = params.algorithm(name)
+    device = accelerator(params.align.compute, seed, START)
     if isinstance(spec, OnPolicy):
         from pipelines.training.on_policy import align
     else:
         from pipelines.training.preference import align
-    run.ready()
-    steps, last = align(run, name, seed, device)
-    run.timings(steps, {"memory/peak_mib": peak_memory_mib()})
+    run.recorder.ready()
+    steps, last = align(run, name, seed, device, Path("models/align", variant(args)))
+    run.recorder.timings(steps, {"memory/peak_mib": peak_memory_mib()})
     shown = {key: value for key, value in last.items() if value == value}
-    run.summary(shown | {"steps": steps})
-    run.tag("algorithm.preset", run.params.algorithms[name].preset)
-    run.tag("algorithm.paper", spec.paper)
-
-
-def folder(run: Run) -> Path:
-    return Path("models/align", f"{run.args.algorithm}-{run.args.seed}")
+    run.recorder.summary(shown | {"steps": steps})
+    run.recorder.tag("algorithm.preset", params.algorithms[name].preset)
+    run.recorder.tag("algorithm.paper", spec.paper)
 
 
 def arguments(parser: ArgumentParser) -> None:

@@ -27,8 +27,8 @@ def run(run: Run) -> None:
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.tiny import TinyShape, tiny_model
 
-    run.ready()
-    params = run.params.model
+    run.recorder.ready()
+    params = run.context.params.model
     tokenizer: PreTrainedTokenizerBase
     if params.source == "tiny":
         t = params.tiny
@@ -49,8 +49,8 @@ def run(run: Run) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     card = f"# Base model\n\n{model.config.model_type}, {parameters:,} parameters, source `{_origin(params)}`.\n"
     save_model(model, tokenizer, FOLDER, card)
-    run.model(FOLDER)
-    run.summary({"parameters": parameters, "vocabulary": len(tokenizer)})
+    run.outputs.model(FOLDER)
+    run.recorder.summary({"parameters": parameters, "vocabulary": len(tokenizer)})
 
 
 def _origin(params: ModelParams) -> str:

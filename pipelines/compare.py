@@ -11,7 +11,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from pipelines.config.params import load_params
+from pipelines.config.params import Params, load_params
 from pipelines.report.analysis import Question, compare
 from pipelines.report.costs import write_costs
 from pipelines.report.load import load, wanted
@@ -26,29 +26,30 @@ READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evalu
 
 
 def run(run: Run) -> None:
-    project, settings = run.params.project, run.params.report
-    question = question_of(run)
+    params = run.context.params
+    project, settings = params.project, params.report
+    question = question_of(params)
     results = load(project.algorithms, project.seeds)
     comparison = compare(results, question)
     write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
     accuracies = {f"accuracy/{summary.name}": summary.accuracy.value for summary in comparison.summaries}
     significant = sum(pair.significant for pair in comparison.pairs)
-    run.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
-    run.tag("solved", solved(comparison))
+    run.recorder.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
+    run.recorder.tag("solved", solved(comparison))
     for picture in sorted(FOLDER.glob("*.png")):
-        run.artifact(picture.name).write_bytes(picture.read_bytes())
-    run.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
+        run.outputs.artifact(picture.name).write_bytes(picture.read_bytes())
+    run.outputs.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
     write_costs(Path())
 
 
-def question_of(run: Run) -> Question:
-    """What the params ask of the report."""
-    evaluation, settings = run.params.evaluation, run.params.report
+def question_of(params: Params) -> Question:
+    """Return what the parameters ask of the report."""
+    evaluation, settings = params.evaluation, params.report
     sources = tuple(evaluation.rewards)
     return Question(
         accuracy=evaluation.accuracy,
         rewards=sources,
-        reward_models=tuple(name for name in sources if run.params.rewards[name].function == "reward_model"),
+        reward_models=tuple(name for name in sources if params.rewards[name].function == "reward_model"),
         pass_k=tuple(sorted(set(evaluation.pass_k))),
         resampling=Resampling(settings.bootstrap, settings.confidence, settings.seed),
     )

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.runtime.context import RunContext
+from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.setup import accelerator, announce, peak_memory_mib, problems, read_table
@@ -28,31 +30,31 @@ REFERENCE = Path("models/sft")
 
 
 def run(run: Run) -> None:
-    params = run.params.evaluation
+    params = run.context.params.evaluation
     from posttrain.evaluation.statistics import Resampling
 
-    asked = Evaluator(run, model_folder(run.args.model))
+    asked = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
     answers = asked.answers()
-    write_predictions(run.artifact("predictions.parquet"), answers)
+    write_predictions(run.outputs.artifact("predictions.parquet"), answers)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
     results["preference/accuracy"] = asked.preference_accuracy()
-    run.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
-    run.timings(0, {"memory/peak_mib": peak_memory_mib()})
-    run.summary(results)
-    run.tag("model", run.args.model)
+    run.recorder.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
+    run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
+    run.recorder.summary(results)
+    run.recorder.tag("model", run.context.args.model)
 
 
 class Evaluator:
     """A model folder before the held-out problems, with the settings of params.yaml's `evaluation`."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        params = run.params.evaluation
+    def __init__(self, context: RunContext, recorder: RunRecorder, folder: Path) -> None:
+        params = context.params.evaluation
         self.device = accelerator(params.compute, params.seed, folder).device
         from posttrain.models.folders import load_encoder, load_policy
         from posttrain.models.policy import Policy
 
-        run.ready()
-        self.run, self.folder, self.params = run, folder, params
+        recorder.ready()
+        self.context, self.folder, self.params = context, folder, params
         self.encoder = load_encoder(folder)
         self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
 
@@ -76,9 +78,9 @@ class Evaluator:
             compute.bf16,
         )
         asked = problems(self.encoder, read_table("evaluation"))
-        announce(self.run, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
+        announce(self.context, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
         engine = NativeEngine(self.policy.lm, self.encoder.eos_id, bf16=compute.bf16)
-        sources = reward_sources(self.run, params.rewards, self.device, compute)
+        sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
         return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
 
     def preference_accuracy(self) -> float:

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config.params import load_params
+from pipelines.config.params import Params, load_params
+from pipelines.config.schema import GateParams
 from pipelines.evaluate import Evaluator, write_predictions
 from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide
 from pipelines.promotion.page import page
@@ -36,20 +37,23 @@ READ = ("gate", "project", "evaluation", "rewards", "report")
 
 
 def run(run: Run) -> None:
-    settings = run.params.report
-    names = run.args.candidates or aligned(run.params.project.algorithms, run.params.project.seeds)
-    reference = _answers(run, run.args.champion_name or "the supervised model", _reference(run))
-    candidates = [_answers(run, name, predictions(evaluated(name))) for name in names]
+    params, args = run.context.params, run.context.args
+    settings = params.report
+    names = args.candidates or aligned(params.project.algorithms, params.project.seeds)
+    reference = _answers(params, args.champion_name or "the supervised model", _reference(run))
+    candidates = [_answers(params, name, predictions(evaluated(name))) for name in names]
     candidates.sort(key=lambda answers: -float(np.nanmean(answers.reward)))
-    resampling = cautious(Resampling(settings.bootstrap, run.params.gate.confidence, settings.seed), len(candidates))
-    limits = _limits(run)
+    resampling = cautious(Resampling(settings.bootstrap, params.gate.confidence, settings.seed), len(candidates))
+    limits = _limits(params.gate)
     decisions = [decide(candidate, reference, limits, resampling) for candidate in candidates]
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
-    run.artifact(DECISION.name).write_text(json.dumps(_record(chosen, decisions), indent=1) + "\n", encoding="utf-8")
-    run.artifact(PAGE.name).write_text(page(chosen, decisions), encoding="utf-8")
-    run.summary({"promote": float(chosen.promote)} | {check.name: check.value for check in chosen.checks})
-    run.tag("challenger", chosen.challenger)
-    run.tag("decision", "promote" if chosen.promote else "refuse")
+    run.outputs.artifact(DECISION.name).write_text(
+        json.dumps(_record(chosen, decisions), indent=1) + "\n", encoding="utf-8"
+    )
+    run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions), encoding="utf-8")
+    run.recorder.summary({"promote": float(chosen.promote)} | {check.name: check.value for check in chosen.checks})
+    run.recorder.tag("challenger", chosen.challenger)
+    run.recorder.tag("decision", "promote" if chosen.promote else "refuse")
     print(
         f"gate: {'promote' if chosen.promote else 'refuse'} {chosen.challenger} against {chosen.reference}", flush=True
     )
@@ -59,21 +63,22 @@ def run(run: Run) -> None:
 
 def _reference(run: Run) -> Predictions:
     """What the champion answers now, on the table and with the seeds of the candidates' evaluations."""
-    if run.args.champion is None:
+    champion = run.context.args.champion
+    if champion is None:
         return predictions(evaluated(SFT))
-    path = run.artifact("champion.parquet")
-    write_predictions(path, Evaluator(run, Path(run.args.champion)).answers())
+    path = run.outputs.artifact("champion.parquet")
+    write_predictions(path, Evaluator(run.context, run.recorder, Path(champion)).answers())
     return predictions(path)
 
 
-def _answers(run: Run, name: str, found: Predictions) -> Answers:
+def _answers(params: Params, name: str, found: Predictions) -> Answers:
     """The sampled answers; the greedy one, in column 0, is another question."""
-    evaluation, form = run.params.evaluation, run.params.gate.format
+    evaluation, form = params.evaluation, params.gate.format
     numbers = {key: values[:, 1:] for key, values in found.numbers.items()}
     lacking = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
     if lacking:
         raise DataError(f"the evaluation of {name} lacks the rewards {', '.join(lacking)}; evaluate again: `dvc repro`")
-    models = [source for source in evaluation.rewards if run.params.rewards[source].function == "reward_model"]
+    models = [source for source in evaluation.rewards if params.rewards[source].function == "reward_model"]
     return Answers(
         name,
         reward=numbers[f"reward_{evaluation.accuracy}"],
@@ -87,8 +92,7 @@ def _answers(run: Run, name: str, found: Predictions) -> Answers:
     )
 
 
-def _limits(run: Run) -> Limits:
-    gate = run.params.gate
+def _limits(gate: GateParams) -> Limits:
     return Limits(
         gate.tolerated_loss,
         gate.max_kl,

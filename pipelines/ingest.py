@@ -23,15 +23,15 @@ from posttrain.text import letters_and_digits, normalised
 
 
 def run(run: Run) -> None:
-    data = run.params.data
+    data = run.context.params.data
     tables = split_tables({kind: table_rows(kind, data) for kind in KINDS}, data)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for table, rows in sorted(tables.items()):
         write_rows(table, rows, FOLDER / f"{table}.parquet")
-        run.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])
+        run.recorder.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])
         print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts", flush=True)
     counts = {f"rows/{table}": len(rows) for table, rows in tables.items()}
-    run.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items()})
+    run.recorder.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items()})
 
 
 def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table, list[Row]]:

@@ -39,7 +39,7 @@ START, FOLDER = Path("models/sft"), Path("models/reward")
 
 
 def run(run: Run) -> None:
-    params = run.params.reward
+    params = run.context.params.reward
     device = accelerator(params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
     from posttrain.models.folders import load_encoder, load_scorer
@@ -48,7 +48,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, RewardObjective
     from posttrain.training.trainer import Trainer
 
-    run.ready()
+    run.recorder.ready()
     encoder = load_encoder(START)
     pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
     heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
@@ -67,7 +67,7 @@ def run(run: Run) -> None:
         accelerator=device,
     )
     announce(
-        run,
+        run.context,
         f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out"
         + (f"; {cut} prompts lost their start to fit the context of {encoder.max_length} tokens" if cut else ""),
     )
@@ -87,12 +87,12 @@ def run(run: Run) -> None:
     mean = sum(trained_scores) / len(trained_scores)
     results = heldout_results(scorer, heldout, budget, bf16)
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
-    card = model_card(run, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
+    card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
-    write_model(run, scorer.model, encoder, FOLDER, card, made.adapter, extra)
-    run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
+    write_model(run.outputs, scorer.model, encoder, FOLDER, card, made.adapter, extra)
+    run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
-    run.summary(results | {"reward_mean": mean} | counts)
+    run.recorder.summary(results | {"reward_mean": mean} | counts)
 
 
 def reward_pairs(

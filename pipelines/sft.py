@@ -33,7 +33,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 
 
 def run(run: Run) -> None:
-    params = run.params.sft
+    params = run.context.params.sft
     device = accelerator(params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
@@ -43,7 +43,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
-    run.ready()
+    run.recorder.ready()
     encoder = load_encoder(START)
     table = read_table("sft")
     tokens = table_tokens(encoder, table, "completion")
@@ -63,7 +63,7 @@ def run(run: Run) -> None:
         accelerator=device,
     )
     weighted = f", weighted by the column {WEIGHT}" if WEIGHT in table[0] else ""
-    announce(run, f"{order.steps} optimiser steps over {len(rows)} rows{weighted}, {params.epochs} epochs")
+    announce(run.context, f"{order.steps} optimiser steps over {len(rows)} rows{weighted}, {params.epochs} epochs")
     last = train(
         run,
         trainer,
@@ -72,7 +72,7 @@ def run(run: Run) -> None:
         order.steps,
         ("loss", "entropy", "grad_norm"),
         params,
-        GreedySamples(run, made.model, encoder, tokens, params.samples_every, params.samples_shown),
+        GreedySamples(run.recorder, made.model, encoder, tokens, params.samples_every, params.samples_shown),
     )
     about: dict[str, Any] = {
         "epochs": params.epochs,
@@ -81,10 +81,10 @@ def run(run: Run) -> None:
     }
     made = merged_model(trainer, made, make)
     about |= adapter_facts(params.lora)
-    card = model_card(run, "Supervised fine-tuned model", START.as_posix(), about, last)
-    write_model(run, made.model.lm, encoder, FOLDER, card, made.adapter)
-    run.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
-    run.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})
+    card = model_card(run.context, "Supervised fine-tuned model", START.as_posix(), about, last)
+    write_model(run.outputs, made.model.lm, encoder, FOLDER, card, made.adapter)
+    run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
+    run.recorder.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ TABLES: tuple[Table, ...] = get_args(Table)
 
 
 def run(run: Run) -> None:
-    params = run.params.validation
-    for section in run.params.rewards.values():
+    project = run.context.params
+    params = project.validation
+    for section in project.rewards.values():
         # hours of training come before the first answer is judged
         require_available(section.function)
     tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
@@ -41,15 +42,15 @@ def run(run: Run) -> None:
     from pipelines.validation.report import page
     from pipelines.validation.suites import Limits, Validator
 
-    run.ready()
-    limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(run.params))
+    run.recorder.ready()
+    limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project))
     validator = Validator(DOCS)
     outcome = check(tables, params.rules, limits, lengths, validator)
     validator.write_docs()
-    report = run.artifact("validation.html")
+    report = run.outputs.artifact("validation.html")
     report.write_text(page(outcome, params.max_shown_rows), encoding="utf-8")
     numbers = summary(outcome)
-    run.summary(numbers)
+    run.recorder.summary(numbers)
     refuse(outcome, params.max_shown_rows, report)
     for table in TABLES:
         write_rows(table, outcome.kept[table], VALID / f"{table}.parquet")

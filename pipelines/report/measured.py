@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.runtime.context import MEASUREMENTS
 from pipelines.runtime.environment import states
 from pipelines.runtime.journal import Record, read
-from pipelines.runtime.run import MEASUREMENTS
 from posttrain.errors import TrackingError
 
 FLOW = Path(".posttrain") / "flow.json"

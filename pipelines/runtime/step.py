@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from pipelines.config.params import Params, load_params
 from pipelines.runtime import environment, launch
+from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
 from pipelines.runtime.fork_server import run_warm
 from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
@@ -33,7 +34,7 @@ from pipelines.runtime.param_tracking import Reads, declared_values, watched
 from pipelines.runtime.process import STAGE, Lock, StopSignals, end_with, up_to_dvc
 from pipelines.runtime.publish import ARTIFACTS, publish
 from pipelines.runtime.redaction import redact
-from pipelines.runtime.run import CHECKPOINTS, LOCK, Run
+from pipelines.runtime.run import Run
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
 
 Body = Callable[[Run], None]
@@ -215,24 +216,27 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
             " wait for it or stop it."
         )
     reads = Reads(step.stage, declared)
-    run = Run(
+    context = RunContext(
         stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
         code=code_digest(project, step.stage),
         directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested, records=main_process,
     )  # fmt: skip
+    run = Run.create(context)
     if not main_process:
         step.body(run)
         return
     arguments = {key: value for key, value in sorted(vars(args).items()) if key not in ("params", "replay")}
     start = {"kind": "start", "stage": step.stage, "name": name, "key": key, "run": state.name, "arguments": arguments,
-             "directory": run.directory.as_posix(), "inputs": inputs}  # fmt: skip
-    run.open(start, {"kind": "params", "values": values}, _surroundings(params))
-    if run.resumed:
-        print(f"{name}: continuing run {run.identity}, journal holds {_held(run)}", file=sys.stderr, flush=True)
-    follower = Follower.start(run.identity)
+             "directory": context.directory.as_posix(), "inputs": inputs}  # fmt: skip
+    recorder = run.recorder
+    recorder.open(start, {"kind": "params", "values": values}, _surroundings(params))
+    if recorder.resumed:
+        held = _held(recorder.last_step())
+        print(f"{name}: continuing run {context.identity}, journal holds {held}", file=sys.stderr, flush=True)
+    follower = Follower.start(context.identity)
     try:
         _execute(step, run)
-        _trace(run, reads)
+        _trace(context, reads)
     finally:
         lock.release()
         follower.finish()
@@ -242,24 +246,15 @@ def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key
     """Run the body up to its training, which replays the saved update and exits. Nothing is recorded."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         nowhere = Path(folder)
-        step.body(
-            Run(
-                stage=step.stage,
-                name=name,
-                params=params,
-                args=args,
-                key=key,
-                code="",
-                state=nowhere,
-                directory=nowhere,
-            )
+        context = RunContext(
+            stage=step.stage, name=name, params=params, args=args, key=key, code="", state=nowhere, directory=nowhere
         )
+        step.body(Run.create(context))
     raise AssertionError(f"{step.stage} is declared as a training step, but did not train")
 
 
-def _held(run: Run) -> str:
+def _held(last: int | None) -> str:
     """Return the range of steps in the journal, in words."""
-    last = run.last_step()
     return "no steps" if last is None else f"steps up to {last}"
 
 
@@ -276,31 +271,32 @@ def _surroundings(params: Params) -> dict[str, Any]:
 
 def _execute(step: Step, run: Run) -> None:
     """Run the body and write the end of the journal, whatever happens."""
+    state, recorder = run.context.state, run.recorder
     try:
         step.body(run)
-        publish(run.state, run.directory, end={"kind": "end", "status": FINISHED})
+        publish(state, run.context.directory, end={"kind": "end", "status": FINISHED})
     except (Interrupted, KeyboardInterrupt) as error:
         step.signals.ignore()
-        run.close(KILLED, str(error))
+        recorder.close(KILLED, str(error))
         raise
     except BaseException as error:
         step.signals.ignore()
         text = redact(traceback.format_exc())
         try:
-            (run.state / ARTIFACTS).mkdir(exist_ok=True)
-            (run.state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
-            run.close(FAILED, f"{type(error).__name__}: {error}")
+            (state / ARTIFACTS).mkdir(exist_ok=True)
+            (state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
+            recorder.close(FAILED, f"{type(error).__name__}: {error}")
         except OSError as full:
             # A journal without an end record marks a run that was cut off: the same command continues it.
             error.add_note(f"the end could not be written to the journal either: {full}")
         raise
     step.signals.ignore()
-    run.close(FINISHED)
-    shutil.rmtree(run.state / CHECKPOINTS, ignore_errors=True)
-    (run.state / ARTIFACTS / TRACEBACK).unlink(missing_ok=True)
+    recorder.close(FINISHED)
+    shutil.rmtree(state / CHECKPOINTS, ignore_errors=True)
+    (state / ARTIFACTS / TRACEBACK).unlink(missing_ok=True)
 
 
-def _trace(run: Run, reads: Reads) -> None:
+def _trace(context: RunContext, reads: Reads) -> None:
     """Append the modules and parameters that were used to POSTTRAIN_TRACE, for the test of dvc.yaml's dependencies."""
     target = os.environ.get("POSTTRAIN_TRACE")
     if not target:
@@ -309,7 +305,7 @@ def _trace(run: Run, reads: Reads) -> None:
     files = {Path(origin).resolve() for origin in origins if origin}
     modules = (f.relative_to(SOURCES) for f in files if f.is_relative_to(SOURCES))
     used = sorted(m.as_posix() for m in modules if m.parts[0] in ("posttrain", "pipelines"))
-    line = {"stage": run.stage, "name": run.name, "params": sorted(reads.leaves), "modules": used}
+    line = {"stage": context.stage, "name": context.name, "params": sorted(reads.leaves), "modules": used}
     with Path(target).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.runtime import environment
+from pipelines.runtime.context import LOCK, MEASUREMENTS
 from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
-from pipelines.runtime.run import LOCK, MEASUREMENTS
 from posttrain.errors import TrackingError
 
 Value = tuple[str, int]

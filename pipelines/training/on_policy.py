@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.schema import AlignParams, OnPolicyBudget
+from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.training.reward_sources import reward_sources
 from pipelines.training.rollout_engine import sampling_engine, taken_down
@@ -41,11 +42,10 @@ if TYPE_CHECKING:
 START, REWARD = "models/sft", Path("models/reward")
 
 
-def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dict[str, float]]:
+def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
     """Train on the policy's own answers; returns the number of steps and the last step's metrics."""
-    from pipelines.align import folder
-
-    spec, budget, params = run.params.algorithm(name), run.params.budget(name), run.params.align
+    context = run.context
+    spec, budget, params = context.params.algorithm(name), context.params.budget(name), context.params.align
     assert isinstance(spec, OnPolicy)
     assert isinstance(budget, OnPolicyBudget)
     encoder = load_encoder(START)
@@ -53,10 +53,10 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     policy = made.model.to(device.device)
     reference = _reference(made, device)
     compute = params.compute
-    weights = dict(run.params.algorithms[name].rewards or {})
-    sources = reward_sources(run, sorted(weights), device.device, compute)
+    weights = dict(context.params.algorithms[name].rewards or {})
+    sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
     asked = problems(encoder, read_table("problems"))
-    engine = sampling_engine(run, budget, policy.lm, encoder, START, asked, device, version=lambda: trainer.updates)
+    engine = sampling_engine(context, budget, policy.lm, encoder, START, asked, device, version=lambda: trainer.updates)
     sampler = GroupSampler(
         asked,
         engine,
@@ -95,17 +95,17 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
         accelerator=device,
     )
     announce(
-        run,
+        context,
         f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
     )
     shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
-    hook = _Samples(run, source)
+    hook = _Samples(run.recorder, source, params.samples_every, params.samples_shown)
     with taken_down(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
     made = merged_model(trainer, made, lambda: _make(spec, params))
-    card = model_card(run, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
-    write_model(run, made.model.lm, encoder, folder(run), card, made.adapter)
+    card = model_card(context, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
+    write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return budget.steps, last
 
 
@@ -151,14 +151,13 @@ def _experts(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed:
 class _Samples:
     """Every few steps, a table of what the policy answers."""
 
-    def __init__(self, run: Run, source: ExperienceSource) -> None:
-        self.run, self.source = run, source
-        self.every, self.shown = run.params.align.samples_every, run.params.align.samples_shown
+    def __init__(self, recorder: RunRecorder, source: ExperienceSource, every: int, shown: int) -> None:
+        self.recorder, self.source, self.every, self.shown = recorder, source, every, shown
 
     def __call__(self, step: int) -> Mapping[str, float]:
         if step == 1 or step % self.every == 0:
             answers = self.source.last_answers[:: self.source.sampler.settings.samples][: self.shown]
-            self.run.table(
+            self.recorder.table(
                 "samples",
                 step,
                 [{"prompt": a.problem.prompt, "completion": a.text, "reward": a.reward, **a.sources} for a in answers],

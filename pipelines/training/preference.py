@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.config.schema import AlignParams, PreferenceBudget
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.run import Run
 from pipelines.training.sample_tables import GreedySamples
@@ -48,17 +49,16 @@ if TYPE_CHECKING:
 START = "models/sft"
 
 
-def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dict[str, float]]:
+def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
     """Train on logged pairs; returns the number of steps and the last step's metrics."""
-    from pipelines.align import folder
-
-    spec, budget, compute = run.params.algorithm(name), run.params.budget(name), run.params.align.compute
+    context = run.context
+    spec, budget, compute = context.params.algorithm(name), context.params.budget(name), context.params.align.compute
     assert isinstance(spec, Preference | LoggedGroups)
     assert isinstance(budget, PreferenceBudget)
-    encoder, made = load_encoder(START), _make(run.params.align)
+    encoder, made = load_encoder(START), _make(context.params.align)
     policy = made.model.to(device.device)
     table = read_table("preferences")
-    cache = reference_cache(run, device) if spec.needs_reference else None
+    cache = reference_cache(context, device) if spec.needs_reference else None
     answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, cache)
     rows: list[Any] = groups(table, answers) if isinstance(spec, LoggedGroups) else pairs(table, answers, spec)
     objective: Any = LoggedGroupsObjective(spec) if isinstance(spec, LoggedGroups) else PreferenceObjective(spec)
@@ -67,21 +67,21 @@ def align(run: Run, name: str, seed: int, device: Accelerator) -> tuple[int, dic
     trainer: Trainer[Any] = Trainer(
         policy, settings, total_steps=order.steps, micro_batch_tokens=compute.micro_batch_tokens, accelerator=device
     )
-    announce(run, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {spec.epochs} epochs")
+    announce(context, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {spec.epochs} epochs")
     shown = ("loss", "preference/accuracy", "preference/margin")
     preferred = [chosen.tokens for chosen, _ in answers]
     hook = GreedySamples(
-        run, policy, encoder, preferred, run.params.align.samples_every, run.params.align.samples_shown
+        run.recorder, policy, encoder, preferred, context.params.align.samples_every, context.params.align.samples_shown
     )
-    last = train(run, trainer, EpochSource(rows, order), objective, order.steps, shown, run.params.align, hook)
+    last = train(run, trainer, EpochSource(rows, order), objective, order.steps, shown, context.params.align, hook)
     about = {
         "algorithm": f"{spec.name} (arXiv {spec.paper})",
         "seed": seed,
         "learning rate": settings.learning_rate,
-    } | adapter_facts(run.params.align.lora)
-    made = merged_model(trainer, made, lambda: _make(run.params.align))
-    card = model_card(run, f"Aligned with {name}", START, about, last)
-    write_model(run, made.model.lm, encoder, folder(run), card, made.adapter)
+    } | adapter_facts(context.params.align.lora)
+    made = merged_model(trainer, made, lambda: _make(context.params.align))
+    card = model_card(context, f"Aligned with {name}", START, about, last)
+    write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return order.steps, last
 
 
@@ -91,11 +91,11 @@ def _make(params: AlignParams) -> TrainableModel[Policy]:
     return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
 
-def reference_cache(run: Run, device: Accelerator) -> ReferenceCache:
+def reference_cache(context: RunContext, device: Accelerator) -> ReferenceCache:
     """One for the checkout: all algorithms and seeds that start from the same model, by the same code and settings, share it."""
-    compute = json.dumps(run.params.align.compute.model_dump(), sort_keys=True)
-    key = " ".join([content_digest(Path(START)), run.code, compute, device.device.type])
-    return ReferenceCache(run.state.parent.parent / "reference", key, device)
+    compute = json.dumps(context.params.align.compute.model_dump(), sort_keys=True)
+    key = " ".join([content_digest(Path(START)), context.code, compute, device.device.type])
+    return ReferenceCache(context.state.parent.parent / "reference", key, device)
 
 
 def reference_answers(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams
 from pipelines.config.schema import RewardSource as RewardSection
-from pipelines.runtime.run import Run
 from posttrain.models.folders import load_scorer
 from posttrain.models.policy import Scorer
 from posttrain.rewards import require_available
@@ -23,11 +22,13 @@ if TYPE_CHECKING:
 REWARD = Path("models/reward")
 
 
-def reward_sources(run: Run, names: Sequence[str], device: torch.device, compute: ComputeParams) -> list[RewardSource]:
-    """The sources of `names`; a reward model is loaded once, frozen."""
+def reward_sources(
+    sections: Mapping[str, RewardSection], names: Sequence[str], device: torch.device, compute: ComputeParams
+) -> list[RewardSource]:
+    """Make the sources of `names` from their sections of params.yaml; a reward model is loaded once, frozen."""
     sources: list[RewardSource] = []
     for name in names:
-        section = run.params.rewards[name]
+        section = sections[name]
         if section.function == "reward_model":
             mean = json.loads((REWARD / "config.json").read_text(encoding="utf-8")).get("reward_mean", 0.0)
             scorer = Scorer(load_scorer(REWARD)).to(device).eval().requires_grad_(False)

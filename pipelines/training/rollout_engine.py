@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipelines.config.schema import OnPolicyBudget
-from pipelines.runtime.run import Run
+from pipelines.runtime.context import RunContext
 from posttrain.errors import ConfigError
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.native import NativeEngine
@@ -37,7 +37,7 @@ LOG = "vllm.log"
 
 
 def sampling_engine(
-    run: Run,
+    context: RunContext,
     budget: OnPolicyBudget,
     lm: PreTrainedModel,
     encoder: TextEncoder,
@@ -50,7 +50,7 @@ def sampling_engine(
 
     Raises ConfigError where vllm is asked for and neither a server nor an environment for one is there.
     """
-    bf16 = run.params.align.compute.bf16
+    bf16 = context.params.align.compute.bf16
     if budget.rollouts.engine == "native":
         return NativeEngine(lm, encoder.eos_id, bf16=bf16)
     from posttrain.rollouts.vllm import VllmEngine
@@ -58,15 +58,15 @@ def sampling_engine(
 
     prompts = [problem.ids for problem in problems]
     longest = max(map(len, prompts)) + budget.max_new_tokens
-    context = min(lm.config.max_position_embeddings, max(longest, RANDOM_TOKENS + 1))
-    folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or run.state) / f"vllm-{run.identity}"
+    length = min(lm.config.max_position_embeddings, max(longest, RANDOM_TOKENS + 1))
+    folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
     return VllmEngine(
         lm,
         encoder.eos_id,
-        _servers(run, tokenizer, context, bf16),
+        _servers(context.state.resolve() / LOG, tokenizer, length, bf16),
         version=version,
         folder=folder,
-        probes=sequences(prompts, lm.config.vocab_size, context),
+        probes=sequences(prompts, lm.config.vocab_size, length),
         bf16=bf16,
         accelerator=accelerator,
     )
@@ -83,7 +83,7 @@ def taken_down(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _servers(run: Run, tokenizer: str, context: int, bf16: bool) -> list[Server]:
+def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[Server]:
     """Those that run already, else one to start."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
     from posttrain.rollouts.vllm.server import Server
@@ -99,11 +99,11 @@ def _servers(run: Run, tokenizer: str, context: int, bf16: bool) -> list[Server]
         python=_interpreter(),
         tokenizer=str(Path(tokenizer).resolve()),
         dtype="bfloat16" if bf16 else "float32",
-        context=context,
+        context=length,
         arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
         environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
     )
-    return [LocalServer(launch, run.state.resolve() / LOG)]
+    return [LocalServer(launch, log)]
 
 
 def _interpreter() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.runtime.run import Run
+from pipelines.runtime.recorder import RunRecorder
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -16,9 +16,16 @@ class GreedySamples:
     """Every few steps, greedy answers to the first prompts of the training table, beside what it holds."""
 
     def __init__(
-        self, run: Run, policy: Policy, encoder: TextEncoder, rows: Sequence[Tokens], every: int, shown: int
+        self,
+        recorder: RunRecorder,
+        policy: Policy,
+        encoder: TextEncoder,
+        rows: Sequence[Tokens],
+        every: int,
+        shown: int,
     ) -> None:
-        self.run, self.policy, self.encoder, self.rows, self.every = run, policy, encoder, list(rows[:shown]), every
+        self.recorder, self.policy, self.encoder = recorder, policy, encoder
+        self.rows, self.every = list(rows[:shown]), every
         self.engine = NativeEngine(policy.lm, encoder.eos_id)
         room = encoder.max_length - max(len(row.prompt) for row in self.rows)
         self.settings = SamplingSettings(min(room, max(len(row.response) for row in rows)), 0.0)
@@ -28,7 +35,7 @@ class GreedySamples:
             with whole(self.policy):
                 answers = self.engine.sample([Request(row.prompt, ((0,),)) for row in self.rows], self.settings)
             text = self.encoder.text
-            self.run.table(
+            self.recorder.table(
                 "samples",
                 step,
                 [

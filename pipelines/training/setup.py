@@ -19,7 +19,9 @@ from pipelines.config.schema import (
     OptimizerParams,
     TrainingComputeParams,
 )
-from pipelines.runtime.run import FAULTS, Run
+from pipelines.runtime.context import FAULTS, RunContext
+from pipelines.runtime.outputs import RunOutputs
+from pipelines.runtime.run import Run
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -183,15 +185,16 @@ def train(
     from posttrain.training.faults import Faults, repeat
     from posttrain.training.loop import LoopSettings, fit
 
-    if run.args.replay is not None:
-        print(repeat(trainer, source, objective, run.args.replay))
+    context = run.context
+    if context.args.replay is not None:
+        print(repeat(trainer, source, objective, context.args.replay))
         sys.exit(0)
     checkpoint, at_most = params.checkpoint, params.faults.skip_at_most
-    settings = LoopSettings(run.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
-    kept = Checkpoints(run.state / FAULTS, at_most + 1, "fault", run.records)
-    faults = Faults(kept, at_most, f"{run.command} --replay")
-    checkpoints = Checkpoints(run.checkpoints, checkpoint.keep, writes=run.records)
-    return fit(trainer, source, objective, settings, run, checkpoints, hook, faults)
+    settings = LoopSettings(context.name, steps, tuple(shown), checkpoint.every_steps, checkpoint.every_minutes)
+    kept = Checkpoints(context.state / FAULTS, at_most + 1, "fault", context.records)
+    faults = Faults(kept, at_most, f"{context.command} --replay")
+    checkpoints = Checkpoints(context.checkpoints, checkpoint.keep, writes=context.records)
+    return fit(trainer, source, objective, settings, run.recorder, checkpoints, hook, faults)
 
 
 def merged_model(
@@ -209,7 +212,7 @@ def merged_model(
 
 
 def write_model(
-    run: Run,
+    outputs: RunOutputs,
     model: PreTrainedModel,
     encoder: TextEncoder,
     folder: Path,
@@ -220,15 +223,15 @@ def write_model(
     """Save and record a trained model; of several processes, one does."""
     from posttrain.models.folders import save_model
 
-    if run.records:
+    if outputs.records:
         save_model(model, encoder.tokenizer, folder, card, extra_config, adapter)
-        run.model(folder)
+        outputs.model(folder)
 
 
-def announce(run: Run, text: str) -> None:
+def announce(context: RunContext, text: str) -> None:
     """One line before long work starts: what will be done, in numbers."""
-    if run.records:
-        print(f"{run.name}: {text}", flush=True)
+    if context.records:
+        print(f"{context.name}: {text}", flush=True)
 
 
 def peak_memory_mib() -> float:
@@ -242,13 +245,13 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def model_card(run: Run, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
+def model_card(context: RunContext, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
     """The README.md of a model folder, from the run that made it. Nothing in it depends on clock or host."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in about.items())
     numbers = "\n".join(f"| {name} | {results[name]:.4g} |" for name in sorted(results))
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [posttrain]\n---\n\n"
-        f"# {title}\n\nTrained from `{start}` by the stage `{run.name}` (run key `{run.key[:16]}`).\n\n"
+        f"# {title}\n\nTrained from `{start}` by the stage `{context.name}` (run key `{context.key[:16]}`).\n\n"
         f"| parameter | value |\n|---|---|\n{facts}\n\n| last step | value |\n|---|---|\n{numbers}\n\n"
         "Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)` (a reward model: "
         "`AutoModelForSequenceClassification`, subtract `config.reward_mean` from its score).\n"

@@ -24,19 +24,19 @@ from posttrain.errors import DataError, Interrupted
 
 def run(run: Run) -> None:
     last = int(Path("steps.txt").read_text())
-    rate = run.params.sft.optimizer.learning_rate
-    cursor = run.checkpoints / "cursor"
+    rate = run.context.params.sft.optimizer.learning_rate
+    cursor = run.context.checkpoints / "cursor"
     done = int(cursor.read_text()) if cursor.exists() else -1
-    run.truncate_after(done)
-    run.tag("flavour", "plain")
+    run.recorder.truncate_after(done)
+    run.recorder.tag("flavour", "plain")
     for step in range(done + 1, last):
-        if run.stop_requested():
+        if run.context.stop_requested():
             raise Interrupted("stopped at a safe point")
-        run.metrics(step, {"loss": rate / (step + 1), "odd": float("nan") if step % 2 else float("inf")})
-        run.timings(step, {"seconds/step": 0.25})
+        run.recorder.metrics(step, {"loss": rate / (step + 1), "odd": float("nan") if step % 2 else float("inf")})
+        run.recorder.timings(step, {"seconds/step": 0.25})
         if step % 5 == 4:
-            run.table("samples", step, [{"prompt": "1+1", "completion": str(step), "score": float("nan")}])
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            run.recorder.table("samples", step, [{"prompt": "1+1", "completion": str(step), "score": float("nan")}])
+            run.context.checkpoints.mkdir(parents=True, exist_ok=True)
             cursor.write_text(str(step))
         if os.environ.get("DIE_AT") == str(step):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -48,9 +48,9 @@ def run(run: Run) -> None:
         if Path("enough").exists():
             break
     if "READ" in os.environ:
-        print(run.params.reward.epochs)
-    run.artifact("note.txt").write_text("finished")
-    run.summary({"heldout/accuracy": 0.75, "pass@4": 0.5, "loss": rate / last})
+        print(run.context.params.reward.epochs)
+    run.outputs.artifact("note.txt").write_text("finished")
+    run.recorder.summary({"heldout/accuracy": 0.75, "pass@4": 0.5, "loss": rate / last})
 
 if __name__ == "__main__":
     main(run, "count", params=lambda args: ("sft", f"algorithms.{args.algorithm}"), inputs=("steps.txt",),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config.params import Params, load_params
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.publish import publish
 from pipelines.runtime.run import Run
 
@@ -25,12 +26,13 @@ SCORES = {"base": -2.0, "sft": 0.1, "dpo": 0.5, "grpo": 1.0, "ppo": 3.0}
 
 def finished(folder: Path, directory: Path, name: str, values: Mapping[str, Any], params: Params) -> Run:
     """An open run; `close` publishes it."""
-    run = Run(
+    context = RunContext(
         stage=directory.parts[1], name=name, params=params, args=argparse.Namespace(), directory=folder / directory,
         state=folder / "state" / name, key="k" * 64, code="c" * 64,
     )  # fmt: skip
-    run.open(
-        {"kind": "start", "stage": run.stage, "name": name},
+    run = Run.create(context)
+    run.recorder.open(
+        {"kind": "start", "stage": context.stage, "name": name},
         {"kind": "params", "values": dict(values)},
         {"kind": "start"},
     )
@@ -38,8 +40,8 @@ def finished(folder: Path, directory: Path, name: str, values: Mapping[str, Any]
 
 
 def close(run: Run, summary: Mapping[str, float]) -> None:
-    run.summary(summary)
-    publish(run.state, run.directory, {"kind": "end", "status": "FINISHED"})
+    run.recorder.summary(summary)
+    publish(run.context.state, run.context.directory, {"kind": "end", "status": "FINISHED"})
 
 
 def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, params: Params) -> None:
@@ -49,7 +51,7 @@ def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, par
     run = finished(folder, Path("runs/align", name), f"align-{name}", values, params)
     noise = np.random.Generator(np.random.PCG64([len(algorithm), ord(algorithm[0]), seed]))
     for step in range(1, steps + 1):
-        run.metrics(step, _training_metrics(algorithm, step, step / steps, noise))
+        run.recorder.metrics(step, _training_metrics(algorithm, step, step / steps, noise))
     close(run, {"steps": steps})
 
 
@@ -85,7 +87,7 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
                 "kl": 0.0 if group == "sft" else float(own.gamma(2.0)), "reward_answer": float(right),
                 "reward_rm": None if name == "base" and i == 0 else SCORES[group] + float(own.normal(0, 0.3)),
             })  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows), run.artifact("predictions.parquet"))
+    pq.write_table(pa.Table.from_pylist(rows), run.outputs.artifact("predictions.parquet"))
     close(run, {"accuracy": RATES[group], "preference/accuracy": 0.5 + RATES[group] / 4})
 
 
@@ -103,7 +105,7 @@ def build(
     for name, last in (("sft", {"tokens/trained": 90_000.0}), ("reward", {"tokens/trained": 40_000.0})):
         run = finished(folder, Path("runs", name), name, {}, params)
         for step in range(1, 11):
-            run.metrics(step, {"loss": 2 / step, "tokens/trained": last["tokens/trained"] * step / 10})
+            run.recorder.metrics(step, {"loss": 2 / step, "tokens/trained": last["tokens/trained"] * step / 10})
         heldout = {"heldout/accuracy": 0.9, "heldout/loss": 0.25, "heldout/pairs": 100.0} if name == "reward" else {}
         close(run, {"steps": 10} | heldout)
     for model in ("base", "sft"):

@@ -70,7 +70,7 @@ def test_sigterm_stops_at_a_safe_point_and_is_told_as_killed(project: Project) -
 
 def test_a_step_that_never_asks_is_interrupted_where_it_stands(project: Project) -> None:
     source = project.folder / "steps" / "count.py"
-    source.write_text(source.read_text().replace("run.stop_requested()", "False"))
+    source.write_text(source.read_text().replace("run.context.stop_requested()", "False"))
     process = project.start(STEP_SECONDS="60")
     wait_for(lambda: any(read(path) for path in project.folder.glob(".posttrain/runs/*/measurements.jsonl")))
     process.send_signal(signal.SIGTERM)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +21,7 @@ def sources(root: Path, **sections: Any) -> dict[str, FunctionReward]:
     tree = read_yaml(root / "params.yaml")
     tree["rewards"] |= sections
     params = parse_params(tree)
-    run: Any = SimpleNamespace(params=params)
-    made = reward_sources(run, sorted(sections), torch.device("cpu"), params.align.compute)
+    made = reward_sources(params.rewards, sorted(sections), torch.device("cpu"), params.align.compute)
     return {source.name: source for source in made if isinstance(source, FunctionReward)}
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipelines.config.params import Params, parse_params, read_yaml
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.journal import read
 from pipelines.runtime.run import Run
 from pipelines.training.on_policy import align
@@ -30,6 +31,7 @@ from posttrain.rollouts.vllm.local import LocalServer
 from tests.models import small
 from tests.rollouts.peer import Peer
 
+MODEL = Path("models/align/grpo-0")
 SETTINGS = {
     "steps": 3, "prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 6, "rollouts": {"engine": "vllm"},
 }  # fmt: skip
@@ -59,11 +61,12 @@ def new_run(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
 
     def make(**options: Any) -> Run:
         args = argparse.Namespace(algorithm="grpo", seed=0, replay=None)
-        made = Run(
+        context = RunContext(
             stage="align", name="align-grpo-0", args=args, directory=Path("runs/align/grpo-0"), state=tmp_path / "state",
             key="k" * 64, code="c" * 64, **({"params": params} | options),
         )  # fmt: skip
-        made.open({"kind": "start"}, {"kind": "params", "values": {}}, {"kind": "start"})
+        made = Run.create(context)
+        made.recorder.open({"kind": "start"}, {"kind": "params", "values": {}}, {"kind": "start"})
         return made
 
     return make
@@ -77,7 +80,7 @@ def peer() -> Iterator[Peer]:
 
 
 def steps_of(run: Run) -> dict[int, dict[str, float]]:
-    return {r["step"]: r["values"] for r in read(run.state / "journal.jsonl") if r["kind"] == "metrics"}
+    return {r["step"]: r["values"] for r in read(run.context.state / "journal.jsonl") if r["kind"] == "metrics"}
 
 
 def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
@@ -87,12 +90,12 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     device = accelerator(params.align.compute, 0, Path("models/sft"))
     first = new_run(stop_requested=lambda: peer.paths.count("/collective_rpc") == 2)
     with pytest.raises(Interrupted):
-        align(first, "grpo", 0, device)
+        align(first, "grpo", 0, device, MODEL)
     assert list(steps_of(first)) == [1, 2]
     # what the servers read is gone, also after an error
-    assert not list(first.state.glob("vllm-*"))
+    assert not list(first.context.state.glob("vllm-*"))
     second = new_run()
-    align(second, "grpo", 0, device)
+    align(second, "grpo", 0, device, MODEL)
     steps = steps_of(second)
     assert list(steps) == [1, 2, 3]
     assert all(values["mismatch/max"] < 1e-5 for values in steps.values())
@@ -112,7 +115,7 @@ def test_an_adapter_is_served_with_its_base(
     tree["align"]["lora"] = {"rank": 2, "alpha": 8.0}
     tree["align"]["on_policy"]["optimizer"]["learning_rate"] = 0.05
     run = new_run(params=parse_params(tree))
-    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/sft")))
+    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/sft")), MODEL)
     assert all(values["mismatch/max"] < 1e-4 for values in steps_of(run).values())
     served, start = peer.model, load_policy("models/sft")
     with torch.no_grad():
@@ -129,13 +132,13 @@ def test_the_seeds_of_a_resumed_run_are_those_of_an_undisturbed_one(
     def asked() -> list[tuple[Any, ...]]:
         return [(tuple(b["prompt"]), b["seed"]) for b in peer.asked if "stop_token_ids" in b]
 
-    align(new_run(), "grpo", 0, device)
+    align(new_run(), "grpo", 0, device, MODEL)
     undisturbed = sorted(asked())
     shutil.rmtree("state")
     peer.asked = []
     with pytest.raises(Interrupted):
-        align(new_run(stop_requested=lambda: bool(asked())), "grpo", 0, device)
-    align(new_run(), "grpo", 0, device)
+        align(new_run(stop_requested=lambda: bool(asked())), "grpo", 0, device, MODEL)
+    align(new_run(), "grpo", 0, device, MODEL)
     assert sorted(asked()) == undisturbed
     assert len(undisturbed) == 3 * 2 * 2
 
@@ -145,7 +148,9 @@ def engine(run: Run, params: Params) -> Any:
     problems = [Problem("ab", (5, 6, 7), {}), Problem("c", (9,), {})]
     budget: Any = params.budget("grpo")
     device = accelerator(params.align.compute, 0, Path("models/sft"))
-    return sampling_engine(run, budget, small.language_model(), encoder, "models/sft", problems, device, lambda: 0)
+    return sampling_engine(
+        run.context, budget, small.language_model(), encoder, "models/sft", problems, device, lambda: 0
+    )
 
 
 def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
