@@ -1,4 +1,11 @@
-"""What the processes of one run tell each other. With one process nothing is told, and nothing is imported for it."""
+"""Collective operations of the processes of one run. With one process they return at once and import nothing.
+
+Example:
+    >>> gather_all(Accelerator(), [1, 2, 3], lambda own: [10 * x for x in own], round_robin(3))
+    [10, 20, 30]
+    >>> list(round_robin(5)(1, 2))
+    [1, 3]
+"""
 
 from __future__ import annotations
 
@@ -18,9 +25,12 @@ def gather_all(
     work: Callable[[Sequence[Item]], list[Result]],
     share: Callable[[int, int], Sequence[int]],
 ) -> list[Result]:
-    """`work` on all items, each process on the indices that `share` of (process, processes) gives it; all get all, in order.
+    """Apply `work` to all items, split over processes; every process returns all results, in order.
 
-    A process without items works as well: it may be something that takes all of them.
+    A process without items also calls `work`, which may itself be collective.
+
+    Args:
+        share: returns the indices for (process, number of processes).
     """
     world = accelerator.num_processes
     if world == 1:
@@ -35,25 +45,25 @@ def gather_all(
 
 
 def round_robin(count: int) -> Callable[[int, int], Sequence[int]]:
-    """A share for `everywhere`: every n-th item."""
+    """Return a share for `gather_all`: every n-th item."""
     return lambda process, processes: range(process, count, processes)
 
 
 def all_reduce_max(accelerator: Accelerator, value: int) -> int:
-    """The greatest of the processes' values."""
+    """Return the largest of the processes' values."""
     if accelerator.num_processes == 1:
         return value
-    told = torch.tensor([value], device=accelerator.device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return int(told)
+    largest = torch.tensor([value], device=accelerator.device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process says so."""
+    """Return True if `flag` is True on any process."""
     return bool(all_reduce_max(accelerator, int(flag)))
 
 
 def destroy_group() -> None:
-    """End this process's part of the group while everything is still there; at interpreter exit it would be too late."""
+    """Leave the process group while all processes still exist; at interpreter exit it would be too late."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,30 +1,37 @@
-"""Everything this project raises on purpose.
+"""All exceptions that this project raises on purpose.
 
 PosttrainError
-├── ConfigError        a parameter is unknown, of the wrong type, or without effect
+├── ConfigError        a parameter is unknown, has the wrong type, or has no effect
 ├── DataError          a record, table or column cannot be used
 │   └── LeakageError   training data share prompts with evaluation data
 ├── ModelError         a model folder, tokenizer or vocabulary cannot be used
-├── RewardError        a reward function failed or answered nonsense
-│   └── RewardTimeoutError  it took longer than it may
-├── RolloutError       sampling could not deliver what was asked of it
+├── RewardError        a reward function failed or returned an invalid value
+│   └── RewardTimeoutError  it exceeded its time limit
+├── RolloutError       sampling could not deliver what was requested
 │   ├── ServerError         an inference server is gone, hung or broken
-│   └── StaleWeightsError   an inference server answers with other weights than the policy's
-├── NumericalError     a number of the training is beyond what it may be
+│   └── StaleWeightsError   an inference server uses other weights than the policy's
+├── NumericalError     a training metric exceeded its limit
 │   └── NotFiniteError NaN or infinity in a loss, gradient or reward
-├── CheckpointError    a checkpoint is torn, foreign or unreadable
+├── CheckpointError    a checkpoint is damaged, foreign or unreadable
 ├── TrackingError      the journal or its projection into MLflow cannot be read or written
 ├── OrchestrationError a stage or flow could not be run
 └── Interrupted        a signal asked the run to stop; a checkpoint was written
 
 Commands catch PosttrainError at the edge, print its one paragraph and exit with `exit_code`.
+
+Example:
+    >>> try:
+    ...     raise NotFiniteError("the loss is nan", ["row 7"])
+    ... except PosttrainError as error:
+    ...     print(error, error.exit_code, error.ids)
+    the loss is nan 3 ('row 7',)
 """
 
 from collections.abc import Sequence
 
 
 class PosttrainError(Exception):
-    """Base of the tree. The message says what happened, why, and what to do next."""
+    """Base of the tree. The message states what happened, why it matters, and what to type."""
 
     exit_code = 2
 
@@ -70,7 +77,7 @@ class NumericalError(PosttrainError):
 
 
 class NotFiniteError(NumericalError):
-    """`ids` names the rows that were at hand."""
+    """NaN or infinity; `ids` names the rows involved."""
 
     def __init__(self, message: str, ids: Sequence[str] = ()) -> None:
         super().__init__(message)

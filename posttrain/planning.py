@@ -1,7 +1,15 @@
-"""What a training or sampling phase will hold in memory, from a model's configuration alone.
+"""Estimate the memory of a training or sampling phase from a model's configuration.
 
-Weights, gradients and AdamW's two moments are exact. Activations are what the backward pass of a Llama-like layer keeps a token
-(tests/test_planning.py holds the estimate against what autograd really saves); logits and key-value cache follow from the code.
+Weights, gradients and AdamW's two moments are exact. Activations are the tensors that the backward pass of a Llama-like layer stores per
+token (tests/test_planning.py compares the estimate with autograd's own count). Logits and key-value cache follow from the code.
+
+Example:
+    Weights, gradient and two moments of one model: 4 x 4 bytes per parameter:
+
+    >>> model = Sizes(parameters=1000, hidden=8, layers=1, query_width=8, key_width=8, intermediate=16, vocabulary=10)
+    >>> memory = training(model, micro_batch_tokens=1)
+    >>> memory.weights, memory.optimiser
+    (4000, 12000)
 """
 
 from __future__ import annotations
@@ -12,12 +20,12 @@ from typing import Any
 
 FLOAT32_BYTES = 4
 AUTOCAST_SHARE = 0.75
-"""Of float32's activations, what is kept under bfloat16 autocast: norms and residuals stay wide."""
+"""Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory depends on. `intermediate` counts the experts that one token passes through."""
+    """The sizes of a model that determine memory. `intermediate` counts the experts that one token passes through."""
 
     parameters: int
     hidden: int
@@ -29,25 +37,25 @@ class Sizes:
 
     @property
     def activations_per_token(self) -> int:
-        """Bytes that the backward pass needs of one token, in float32, where every token is read."""
+        """Return the bytes that the backward pass stores per token, in float32, if every token is read."""
         layer = 4 * self.intermediate + 4 * self.key_width + 4 * self.hidden + 8 * self.query_width
-        picked_out = 2 * self.hidden + self.query_width  # what the last layer computes of some tokens, copied
+        picked_out = 2 * self.hidden + self.query_width  # copies of the tokens that the last layer computes
         return FLOAT32_BYTES * (self.layers * layer + picked_out + 4 * self.hidden)
 
     @property
     def recomputed_per_token(self) -> int:
-        """Bytes that are left where each layer keeps its input alone, with the one that is computed again."""
+        """Return the bytes per token if each layer stores only its input, including the layer that is being recomputed."""
         layers = FLOAT32_BYTES * (self.layers * self.hidden + 4 * self.hidden)
         return layers + (self.activations_per_token - FLOAT32_BYTES * 4 * self.hidden) // self.layers
 
     @property
     def cache_per_token(self) -> int:
-        """Bytes of keys and values of one token."""
+        """Return the bytes of one token's keys and values."""
         return FLOAT32_BYTES * 2 * self.layers * self.key_width
 
 
 def sizes(config: Any) -> Sizes:
-    """Sizes of the causal language model of a transformers configuration; its parameters are counted without making them."""
+    """Return the sizes of a causal language model from its transformers configuration, without allocating weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +78,7 @@ def sizes(config: Any) -> Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one phase by what holds them."""
+    """Bytes of one phase by use."""
 
     weights: int = 0
     optimiser: int = 0
@@ -80,6 +88,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Return the sum over all uses."""
         return self.weights + self.optimiser + self.activations + self.cache + self.logits
 
 
@@ -93,9 +102,10 @@ def training(
     bf16: bool = False,
     recomputes: bool = False,
 ) -> Memory:
-    """`trained` copies of the model with gradient and moments, `frozen` ones beside them, one micro-batch under way.
+    """Return the memory of `trained` copies of the model with gradient and moments, `frozen` copies, and one micro-batch.
 
-    adapter: parameters of a low-rank adapter in each trained copy, which alone has gradient and moments then.
+    Args:
+        adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
     """
     from posttrain.models.logprobs import TILE_ELEMENTS
 
@@ -126,7 +136,7 @@ def sampling(
     frozen: int = 1,
     adapter: int | None = None,
 ) -> Memory:
-    """`answers` to be given, `samples` to each prompt of `prompt` tokens, beside `trained` models with their moments."""
+    """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments."""
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
 
     rows = min(answers, MAX_ROWS)
@@ -136,11 +146,11 @@ def sampling(
         weights=held * (trained + frozen) + _added(adapter, trained),
         optimiser=2 * (held * trained if adapter is None else _added(adapter, trained)),
         cache=tokens * model.cache_per_token,
-        # logits, their probabilities, and these cumulated in float64
+        # logits, probabilities, and cumulative probabilities in float64
         logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
     )
 
 
 def _added(adapter: int | None, trained: int) -> int:
-    """Bytes of the adapters' own weights."""
+    """Return the bytes of the adapters' own weights."""
     return FLOAT32_BYTES * (adapter or 0) * trained

@@ -1,4 +1,11 @@
-"""Small helpers for messages and for comparing texts."""
+"""Helpers for error messages and for comparing texts.
+
+Example:
+    >>> nearest("grop", ["grpo", "dpo"])
+    "; did you mean 'grpo'? Valid: dpo, grpo"
+    >>> normalised("What is  2+2?") == normalised("what is 2+2"), normalised("8-3") == normalised("8+3")
+    (True, False)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'? Valid: ...`, for the end of an error message."""
+    """Return `; did you mean 'x'? Valid: ...`, for the end of an error message."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from posttrain.data.tokens import TextEncoder
     from posttrain.rollouts.groups import Problem
-    from posttrain.rollouts.vllm.server import Server
+    from posttrain.rollouts.vllm.server import VllmServer
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")
 LOG = "vllm.log"
@@ -83,17 +83,17 @@ def taken_down(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[Server]:
+def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmServer]:
     """Those that run already, else one to start."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
-    from posttrain.rollouts.vllm.server import Server
+    from posttrain.rollouts.vllm.server import VllmServer
 
     urls = [url for url in os.environ.get("POSTTRAIN_VLLM_URLS", "").replace(",", " ").split() if url]
     for url in urls:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ConfigError(f"POSTTRAIN_VLLM_URLS: {url!r} is no address of a server, such as http://127.0.0.1:8000")
     if urls:
-        return [Server(url) for url in urls]
+        return [VllmServer(url) for url in urls]
     devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
     launch = Launch(
         python=_interpreter(),

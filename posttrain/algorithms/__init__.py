@@ -1,11 +1,18 @@
-"""The presets by name, and the way to a neighbour of one: `choose("grpo", {"advantage": "group_z"})`."""
+"""The presets by name, and variants of a preset by options.
+
+Example:
+    >>> choose("grpo").advantage, choose("grpo", {"advantage": "group_z"}).advantage
+    ('group_mean', 'group_z')
+    >>> choose("dpo", {"beta": 0.2}).beta
+    0.2
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.algorithms.checks import check_record, checked_options
+from posttrain.algorithms.checks import check_spec, checked_options
 from posttrain.algorithms.chord import CHORD, CHORD_PHI
 from posttrain.algorithms.cispo import CISPO
 from posttrain.algorithms.dapo import DAPO
@@ -46,11 +53,15 @@ PRESETS: dict[str, Algorithm] = {
 
 
 def choose(preset: str, options: Mapping[str, Any] | None = None) -> Algorithm:
-    """The preset with `options` replaced. Raises ConfigError for unknown names, wrong types and options without effect."""
+    """Return the preset with `options` replaced.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type, or an option without effect.
+    """
     if preset not in PRESETS:
         raise ConfigError(f"unknown algorithm preset {preset!r}{nearest(preset, PRESETS)}")
     spec = checked_options(PRESETS[preset], options or {})
-    check_record(spec, set(options or {}))
+    check_spec(spec, set(options or {}))
     return spec
 
 

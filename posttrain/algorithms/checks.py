@@ -1,4 +1,12 @@
-"""Refusals: unknown options, wrong types, impossible combinations, and options that would change nothing."""
+"""Reject unknown options, wrong types, impossible combinations, and options without effect.
+
+Example:
+    >>> from posttrain.algorithms.grpo import GRPO
+    >>> check_spec(checked_options(GRPO, {"clip_high": 0.3}), given={"clip_high"})
+    Traceback (most recent call last):
+    ...
+    posttrain.errors.ConfigError: grpo.options.clip_high = 0.3: has no effect here; it counts only when epochs x minibatches > 1, ...
+"""
 
 from __future__ import annotations
 
@@ -13,11 +21,11 @@ from posttrain.algorithms.specs import Algorithm, KlEstimator, OnPolicy, Prefere
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
-Record = TypeVar("Record", bound=Algorithm)
+Spec = TypeVar("Spec", bound=Algorithm)
 
 
-def checked_options(spec: Record, options: Mapping[str, Any]) -> Record:
-    """`record` with `options`, after a check of names, types and ranges."""
+def checked_options(spec: Spec, options: Mapping[str, Any]) -> Spec:
+    """Return `spec` with `options`, after a check of names, types and ranges."""
     hints = get_type_hints(type(spec))
     valid = {f.name for f in fields(spec)} - {"name", "paper"}
     for option, value in options.items():
@@ -32,8 +40,8 @@ def checked_options(spec: Record, options: Mapping[str, Any]) -> Record:
     return replace(spec, **changes)
 
 
-def check_record(spec: Algorithm, given: set[str]) -> None:
-    """Refuse impossible points, and options in `given` that have no effect at this point."""
+def check_spec(spec: Algorithm, given: set[str]) -> None:
+    """Raise ConfigError for impossible points, and for options in `given` that have no effect at this point."""
     for name, (least, greatest) in RANGES.items():
         value = getattr(spec, name, None)
         if value is not None and not least <= value <= greatest:
@@ -51,8 +59,8 @@ def check_record(spec: Algorithm, given: set[str]) -> None:
 def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
     if estimator == "k1":
         raise ConfigError(
-            f"{name}.options.kl_estimator = 'k1': in a loss its gradient does not depend on the reference; use k2 or k3, or, where"
-            " answers are sampled, kl: reward"
+            f"{name}.options.kl_estimator = 'k1': in a loss its gradient does not depend on the reference; use k2 or k3, or"
+            " kl: reward if answers are sampled"
         )
 
 
@@ -91,7 +99,7 @@ def _check_preference(spec: Preference, given: set[str]) -> None:
     weighting = spec.score_weighting
     if spec.link == "square" and (weighting in ("soft", "offset") or spec.label_smoothing or spec.target_margin):
         raise ConfigError(
-            f"{spec.name}: link 'square' regresses onto 1/(2 beta), so it knows no soft target, offset, label_smoothing or"
+            f"{spec.name}: link 'square' regresses onto 1/(2 beta), so it has no soft target, offset, label_smoothing or"
             " target_margin; use link 'logistic', or remove them"
         )
     if weighting == "soft" and (spec.link == "hinge" or spec.robust or spec.label_smoothing):

@@ -1,6 +1,10 @@
 """CHORD (arXiv 2508.11408): GRPO with an expert stream whose weight mu decays, from imitation to exploration.
 
-`phi="p_one_minus_p"` weights each expert token by p(1-p): tokens already learnt and tokens far out of reach count little.
+`phi="p_one_minus_p"` weights each expert token by p(1-p): learnt tokens and tokens far out of reach count little.
+
+Example:
+    >>> CHORD.mu_peak, CHORD.mu_valley, CHORD_PHI.phi
+    (0.9, 0.05, 'p_one_minus_p')
 """
 
 from dataclasses import replace

@@ -1,6 +1,11 @@
 """CISPO (arXiv 2506.13585): clip the importance weight, not the update. Clipped tokens keep their gradient.
 
-A rollout serves four updates (16 in the paper), since every weight is 1 in the first one. There is no lower bound: 1 - clip_low is 0.
+A rollout is used for four updates (16 in the paper), because every weight is 1 in the first one. There is no lower bound:
+1 - clip_low is 0.
+
+Example:
+    >>> CISPO.surrogate, CISPO.clip_high, CISPO.minibatches
+    ('weight', 0.28, 4)
 """
 
 from dataclasses import replace

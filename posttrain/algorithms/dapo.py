@@ -1,8 +1,12 @@
-"""DAPO (arXiv 2503.14476): GRPO, but a higher upper clip, a mean over tokens, and only groups that carry a signal.
+"""DAPO (arXiv 2503.14476): GRPO with a higher upper clip, a mean over tokens, and only groups that carry a signal.
 
-Groups of equal rewards are replaced by further prompts (dynamic sampling); truncated answers are masked, long ones shaped softly.
-A rollout serves four updates (16 in the paper), since no clip acts in the first one. Equal is meant of the shaped reward, which the
-advantage is made of, where the paper compares correctness alone.
+Groups of equal rewards are replaced by further prompts (dynamic sampling). Truncated answers are masked, long ones get a soft penalty.
+A rollout is used for four updates (16 in the paper), because the clip has no effect in the first one. Groups are compared by shaped
+reward, which the advantage uses; the paper compares only correctness.
+
+Example:
+    >>> DAPO.clip_low, DAPO.clip_high, DAPO.filter
+    (0.2, 0.28, 'refill')
 """
 
 from dataclasses import replace

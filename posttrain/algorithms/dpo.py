@@ -1,7 +1,11 @@
-"""DPO and its family: one loss over pairs with other links, targets and weights.
+"""DPO and its family: one loss over pairs with different links, targets and weights.
 
 dpo (2305.18290) · dpo_soft: targets from graded scores (2502.00203) · robust (2403.00409) · ipo (2310.12036) ·
 hinge (2305.10425) · simpo (2405.14734)
+
+Example:
+    >>> DPO.beta, IPO.link, SIMPO.needs_reference
+    (0.1, 'square', False)
 """
 
 from dataclasses import replace

@@ -1,4 +1,9 @@
-"""Dr. GRPO (arXiv 2503.20783): GRPO without its length bias. One constant divides every sum of tokens, and there is no KL."""
+"""Dr. GRPO (arXiv 2503.20783): GRPO without its length bias. One constant divides every sum of tokens, and there is no KL.
+
+Example:
+    >>> DR_GRPO.aggregate, DR_GRPO.kl
+    ('constant', 'none')
+"""
 
 from dataclasses import replace
 

@@ -1,7 +1,11 @@
-"""GRPO: group-relative policy optimisation (arXiv 2402.03300), in the reading A = R - mean(R).
+"""GRPO: group-relative policy optimisation (arXiv 2402.03300), with A = R - mean(R).
 
-The baseline of a response is the mean reward of its group, so no critic is needed. `advantage="group_z"` divides by the group's
-standard deviation, as the paper does.
+The baseline of a response is the mean reward of its group, so no critic is needed. `advantage="group_z"` also divides by the group's
+standard deviation, as in the paper.
+
+Example:
+    >>> GRPO.advantage, GRPO.kl_coefficient, GRPO.has_critic
+    ('group_mean', 0.04, False)
 """
 
 from posttrain.algorithms.specs import OnPolicy

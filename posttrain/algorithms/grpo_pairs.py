@@ -1,6 +1,10 @@
-"""GRPO over logged preferences: no reward model, no sampling. A pair (or ranked list) is a group, `old` stays the reference.
+"""GRPO over logged preferences, without reward model or sampling. A pair (or ranked list) is a group, and `old` is the reference.
 
-With scores A = s - mean(s), without A = +1/2 and -1/2. The clip on the negative side keeps it from diverging on off-policy text.
+With scores A = s - mean(s), without scores A = +1/2 and -1/2. The clip on the negative side prevents divergence on off-policy text.
+
+Example:
+    >>> GRPO_PAIRS.ratio, GRPO_PAIRS.clip_low
+    ('sequence', 0.2)
 """
 
 from posttrain.algorithms.specs import LoggedGroups

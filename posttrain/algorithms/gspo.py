@@ -1,6 +1,10 @@
-"""GSPO (arXiv 2507.18071): GRPO, but one length-normalised importance ratio per sequence, clipped in a band of its own width.
+"""GSPO (arXiv 2507.18071): GRPO with one length-normalised importance ratio per sequence, and its own clip widths.
 
-The ratio of a whole sequence tolerates single tokens whose experts changed, which is why it suits mixture-of-experts policies.
+The ratio of a whole sequence tolerates single tokens whose experts changed, so it suits mixture-of-experts policies.
+
+Example:
+    >>> GSPO.ratio, GSPO.clip_low, GSPO.clip_high
+    ('sequence', 0.0003, 0.0004)
 """
 
 from dataclasses import replace

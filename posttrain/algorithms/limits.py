@@ -1,4 +1,11 @@
-"""What the checks know of every option: when it has an effect, and which numbers it may be."""
+"""For every option: when it has an effect, and its range.
+
+Example:
+    >>> from posttrain.algorithms.ppo import PPO
+    >>> has_effect, condition = ON_POLICY_EFFECT["gamma"]
+    >>> has_effect(PPO), condition, RANGES["gamma"]
+    (True, "advantage is 'gae'", (0.0, 1.0))
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,13 @@ from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
 
 
 def _updates_off_policy(spec: OnPolicy) -> bool:
-    """Whether a rollout serves several updates; in the first one every importance ratio is 1, so that no clip acts."""
+    """Return True if a rollout is used for several updates; in the first one every importance ratio is 1, so no clip has an effect."""
     return spec.epochs * spec.minibatches > 1
 
 
 OFF_POLICY = "epochs x minibatches > 1, because the importance ratio is 1 in the first update after sampling"
 PENALISED = "kl is 'reward' or 'loss' and kl_coefficient > 0"
-# option -> (when it has an effect, how to say so)
+# option -> (predicate that it has an effect, the same in words)
 ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "ratio": (lambda r: _updates_off_policy(r) or r.ratio == "token", OFF_POLICY),
     "surrogate": (lambda r: _updates_off_policy(r) or r.surrogate == "clip", OFF_POLICY),
@@ -35,7 +42,10 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),
     "mu_valley": (lambda r: r.has_expert, "mu_peak > 0"),
     "mu_warmup_steps": (lambda r: r.has_expert, "mu_peak > 0"),
-    "mu_decay_steps": (lambda r: r.has_expert and r.mu_valley != r.mu_peak, "mu_peak > 0 and mu_valley is another"),
+    "mu_decay_steps": (
+        lambda r: r.has_expert and r.mu_valley != r.mu_peak,
+        "mu_peak > 0 and mu_valley differs from it",
+    ),
     "phi": (lambda r: r.has_expert or r.phi == "none", "mu_peak > 0"),
     "gamma": (lambda r: r.has_critic, "advantage is 'gae'"),
     "lam": (lambda r: r.has_critic, "advantage is 'gae'"),
@@ -60,7 +70,7 @@ PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
 LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
     "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
 }
-# option -> (least, greatest); infinity is a number only for the widths of a clip
+# option -> (minimum, maximum); only clip widths and counts may be infinite
 RANGES: dict[str, tuple[float, float]] = {
     "clip_low": (0.0, math.inf),
     "clip_high": (0.0, math.inf),

@@ -1,6 +1,10 @@
 """PPO with a critic (arXiv 1707.06347, for language models 2203.02155).
 
-Per-token KL to the reference is part of the reward, advantages come from GAE and are whitened, the value loss is clipped.
+Per-token KL to the reference is part of the reward, advantages come from GAE and are whitened, and the value loss is clipped.
+
+Example:
+    >>> PPO.has_critic, PPO.lam, PPO.epochs
+    (True, 0.95, 4)
 """
 
 from posttrain.algorithms.specs import OnPolicy

@@ -1,4 +1,9 @@
-"""REINFORCE++ (arXiv 2501.03262): no critic and no groups; per-token KL in the reward, advantages normalised over the whole batch."""
+"""REINFORCE++ (arXiv 2501.03262): no critic and no groups; per-token KL in the reward, advantages normalised over the whole batch.
+
+Example:
+    >>> REINFORCE_PP.advantage, REINFORCE_PP.kl
+    ('batch_z', 'reward')
+"""
 
 from dataclasses import replace
 

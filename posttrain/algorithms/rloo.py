@@ -1,6 +1,10 @@
-"""RLOO (arXiv 2402.14740): the baseline of a response is the mean reward of the *other* responses; REINFORCE with KL in the reward.
+"""RLOO (arXiv 2402.14740): REINFORCE with KL in the reward; a response's baseline is the mean reward of the *other* responses.
 
-A response is one action: its log-probability is the sum over its tokens, so that every sum is divided by one constant and no length.
+A response is one action: its log-probability is the sum over its tokens, so every sum is divided by one constant and not by its length.
+
+Example:
+    >>> RLOO.advantage, RLOO.aggregate
+    ('leave_one_out', 'constant')
 """
 
 from dataclasses import replace

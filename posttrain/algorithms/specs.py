@@ -1,7 +1,15 @@
 """The design space of post-training algorithms as frozen records.
 
-An algorithm is a point in this space: data, not code. A neighbour of a preset is `replace(GRPO, aggregate="constant")`.
-This module imports neither torch nor transformers, so that a configuration can be checked anywhere.
+An algorithm is a point in this space: data, not code. This module imports neither torch nor transformers, so that a configuration can be
+checked without them.
+
+Example:
+    A variant of a preset is a replaced field:
+
+    >>> from dataclasses import replace
+    >>> from posttrain.algorithms.grpo import GRPO
+    >>> replace(GRPO, aggregate="constant").aggregate
+    'constant'
 """
 
 from __future__ import annotations
@@ -37,7 +45,7 @@ class OnPolicy:
     aggregate: Aggregate
     ratio: Ratio = "token"
     surrogate: Surrogate = "clip"
-    """clip: the pessimistic minimum of PPO. weight: sg[clip(rho)] * A * log p (CISPO), gradient kept where clipped."""
+    """clip: the pessimistic minimum of PPO. weight: sg[clip(rho)] * A * log p (CISPO), which keeps the gradient of clipped tokens."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl: KlPlace = "none"
@@ -46,27 +54,27 @@ class OnPolicy:
     kl_target: float | None = None
     """Mean KL per response (nats) that an adaptive coefficient steers to; None keeps the coefficient fixed."""
     kl_horizon: int = 1000
-    """The adaptive coefficient changes by a fifth of itself at most over so many responses (1909.08593)."""
+    """Responses over which the adaptive coefficient changes by at most a fifth (1909.08593)."""
     reward_combination: RewardCombination = "sum"
     """group_normalised: each reward is normalised within its group before the weighted sum (2601.05242)."""
     filter: Filter = "none"
     refill_limit: int = 8
-    """Rounds of sampling per step at most, the first one included."""
+    """Most rounds of sampling per step, including the first one."""
     refill_partial: bool = False
-    """At the limit: False stops with an error, True trains on the groups there are and says so."""
+    """At the limit: False stops with an error, True trains on the groups found so far and reports their number."""
     missing_eos_penalty: float = 0.0
     overlong_cache: int = 0
-    """Tokens before the length limit over which the soft overlong penalty grows to -1; 0 switches it off."""
+    """Tokens before the length limit over which the soft overlong penalty grows to -1; 0 turns it off."""
     mask_truncated: bool = False
     mismatch: Mismatch = "none"
     mismatch_cap: float = 2.0
     mu_peak: float = 0.0
-    """Weight of the expert stream at its highest; 0 means there is no expert stream."""
+    """Largest weight of the expert stream; 0 means there is no expert stream."""
     mu_valley: float = 0.0
-    """Where it ends; equal to mu_peak for a constant weight."""
+    """Final weight of the expert stream; equal to mu_peak for a constant weight."""
     mu_warmup_steps: int = 0
     mu_decay_steps: int = 0
-    """Optimiser steps, as the warm-up's."""
+    """Optimiser steps of the decay, after the warm-up's."""
     phi: Phi = "none"
     gamma: float = 1.0
     lam: float = 0.95
@@ -75,21 +83,24 @@ class OnPolicy:
     value_coefficient: float = 0.5
     critic: Critic = "separate"
     critic_start: CriticStart = "reward"
-    """What a separate critic starts from: the reward model, or the supervised model with a value head of zeros."""
+    """Start of a separate critic: the reward model, or the supervised model with a value head of zeros."""
     epochs: int = 1
-    """Passes over a rollout, in `minibatches` updates each. With one update in all the ratio is 1, and no clip ever acts."""
+    """Passes over a rollout, in `minibatches` updates each. With one update in total the ratio is 1 and the clip has no effect."""
     minibatches: int = 1
 
     @property
     def has_critic(self) -> bool:
+        """Return True if advantages need a critic."""
         return self.advantage == "gae"
 
     @property
     def has_expert(self) -> bool:
+        """Return True if there is an expert stream."""
         return self.mu_peak > 0
 
     @property
     def needs_reference(self) -> bool:
+        """Return True if the objective uses the reference policy."""
         return self.kl != "none"
 
 
@@ -113,17 +124,18 @@ class Preference:
     score_scale: float = 1.0
     """eta of `soft`, alpha of `offset`."""
     target_margin: float = 0.0
-    """gamma of SimPO: the margin that is taken from the logit."""
+    """gamma of SimPO: the margin that is subtracted from the logit."""
     epochs: int = 1
 
     @property
     def needs_reference(self) -> bool:
+        """Return True if the objective uses the reference policy."""
         return self.reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedGroups:
-    """Relative policy optimisation over logged answers: a pair or ranked list is a group, `old` is the reference."""
+    """Relative policy optimisation over logged answers: a pair or ranked list is a group, and `old` is the reference."""
 
     name: str
     paper: str
@@ -136,6 +148,7 @@ class LoggedGroups:
 
     @property
     def needs_reference(self) -> bool:
+        """Return True: `old` is the reference policy."""
         return True
 
 

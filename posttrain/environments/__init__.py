@@ -1,1 +1,1 @@
-"""Tasks with a verifiable answer: one file each, with the rows, the answer and its judge side by side."""
+"""Environments with a verifiable answer: one file each, with rows, answer and judge."""

@@ -1,11 +1,19 @@
 """Additions with a scratchpad: rows, answers and their judge.
 
-Terms are written with leading zeros, so that a digit's place tells its column. The scratchpad goes column by column from
-the right, each column a running sum; all but the first begin with the carry:
+Terms are written with leading zeros, so that a digit's place indicates its column. The scratchpad goes column by column from the right.
+Each column is a running sum; all but the first begin with the carry:
 
     17+48+09=   7+8=15+9=24;2+1=3+4=7+0=7;#74
 
-Every sum carries at least once, and a careless scratchpad forgets one of its carries, so that its answer is wrong.
+Every sum carries at least once. A careless scratchpad forgets one of its carries, so that its answer is wrong.
+
+Example:
+    >>> prompt((17, 48, 9), width=2) + scratchpad((17, 48, 9), width=2)
+    '17+48+09=7+8=15+9=24;2+1=3+4=7+0=7;#74'
+    >>> final_answer("1+2=3;#33"), answers_equal("#33", "33.0")
+    ('33', True)
+    >>> rows("problems", 1, seed=0, terms=2, max_term=99, careless=0.0)
+    [{'prompt': '35+85=', 'answer': '120'}]
 """
 
 from __future__ import annotations
@@ -22,18 +30,17 @@ from posttrain.environments.parts import Kind, Row, distinct
 _MARKED = re.compile(rf"\s*({NUMBER})(?![\w+*/=-])")
 _TRAILING = re.compile(rf"(?<![\w.,])({NUMBER})[\s.!?)\]]*$")
 _ENUMERABLE = 100_000
-"""Prompts up to which all of them are listed; above, they are drawn."""
+"""Most prompts that are listed in full; a larger space is sampled."""
 
 
 def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, careless: float) -> list[Row]:
-    """`count` rows of one table. The tables of all kinds have no prompt in common, nor a reordering of one.
+    """Return `count` rows of one table. No two tables share a prompt or a reordering of its terms.
 
-    Raises ConfigError where `terms` and `max_term` do not allow for so many prompts.
+    Raises:
+        ConfigError: `terms` and `max_term` do not allow so many prompts.
     """
     rng = random.Random(f"arithmetic/{kind}/{seed}")
-    hint = (
-        f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows for few: raise either, or ask for fewer rows."
-    )
+    hint = f"data.arithmetic (terms = {terms}, max_term = {max_term}) allows few sums: raise either, or lower the number of rows."
     sums = distinct(kind, count, _draws(rng, terms, max_term, count), _key, hint)
     width = len(str(max_term))
     asked = [{"prompt": prompt(numbers, width)} for numbers in sums]
@@ -45,11 +52,16 @@ def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, carele
 
 
 def prompt(numbers: Sequence[int], width: int) -> str:
+    """Return the prompt of a sum, with each term padded to `width` digits."""
     return "+".join(f"{number:0{width}}" for number in numbers) + "="
 
 
 def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None) -> str:
-    """The worked addition, ending in `#` and the answer. `forgotten` is the column, from the right, whose incoming carry is lost."""
+    """Return the worked addition, ending in `#` and the answer.
+
+    Args:
+        forgotten: the column, from the right, whose incoming carry is lost.
+    """
     columns, answer, carry = [], 0, 0
     for column in range(width):
         if column == forgotten:
@@ -63,17 +75,17 @@ def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None)
 
 
 def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random) -> str:
-    """A scratchpad that forgets one carry of a sum that has some; its answer is wrong."""
+    """Return a scratchpad that forgets one carry; its answer is wrong."""
     return scratchpad(numbers, width, rng.choice(carried_columns(numbers, width)))
 
 
 def carried_columns(numbers: Sequence[int], width: int) -> list[int]:
-    """Columns that something is carried into, counted from the right."""
+    """Return the columns with an incoming carry, counted from the right."""
     return [column for column in range(1, width) if sum(n % 10**column for n in numbers) >= 10**column]
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the last `#` marker, or, without a marker, the number that ends the text."""
+    """Return the number after the last `#` marker or, without a marker, the number at the end of the text."""
     if "#" in text:
         found = _MARKED.match(text.rpartition("#")[2])
     else:
@@ -82,19 +94,19 @@ def final_answer(text: str) -> str | None:
 
 
 def answers_equal(answer: str, gold: str) -> bool:
-    """Whether both are numbers (alone, or marked as in `#### 42`) of the same value. A gold answer that is none equals nothing."""
+    """Return True if both are numbers (bare, or marked as in `#### 42`) of equal value; anything else equals nothing."""
     value = answer_value(answer)
     return value is not None and value == answer_value(gold)
 
 
 def answer_value(answer: str) -> Fraction | None:
-    """The value of an answer that is a number, alone or after a `#` marker; else None."""
+    """Return the value of an answer that is a number, bare or after a `#` marker; else None."""
     marked = final_answer(answer) if "#" in answer else answer
     return parse_number(marked) if marked is not None else None
 
 
 def _chain(values: Sequence[int]) -> str:
-    """`7+8=15+9=24`."""
+    """Return a running sum such as `7+8=15+9=24`."""
     sums = list(itertools.accumulate(values))[1:]
     return str(values[0]) + "".join(f"+{value}={done}" for value, done in zip(values[1:], sums, strict=True))
 
@@ -120,7 +132,7 @@ def _key(numbers: Sequence[int]) -> str:
 
 
 def _draws(rng: random.Random, terms: int, max_term: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Terms of sums that carry: all of them in random order where they can be listed, else random ones."""
+    """Return the terms of sums that carry: all in random order if they can be listed, else random ones."""
     candidates: Iterable[tuple[int, ...]]
     if max_term**terms <= _ENUMERABLE:
         listed = list(itertools.product(range(1, max_term + 1), repeat=terms))

@@ -1,4 +1,9 @@
-"""The exact value of a written sum such as `( ( 4.0 - 2.0 ) + 3.0 )`."""
+"""The exact value of a written expression such as `( ( 4.0 - 2.0 ) + 3.0 )`.
+
+Example:
+    >>> expression_value("( ( 4.0 - 2.0 ) + 3.0 )"), expression_value("1/0")
+    (Fraction(5, 1), None)
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ _LONGEST = 500
 
 
 def expression_value(text: str) -> Fraction | None:
-    """The value of numbers, brackets and + - * /; None for anything else, and for a division by zero."""
+    """Return the value of numbers, brackets and + - * /; None for anything else, and for a division by zero."""
     if len(text) > _LONGEST:
         return None
     try:
@@ -33,4 +38,4 @@ def _value(node: ast.expr) -> Fraction:
         return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand)
-    raise ValueError(f"{ast.dump(node)} is no arithmetic")
+    raise ValueError(f"{ast.dump(node)} is not arithmetic")

@@ -1,4 +1,9 @@
-"""Which table a generated prompt may enter. A prompt belongs to one table by a hash of itself, so tables cannot share one."""
+"""Assign each generated prompt to one table by its hash, so that tables never share a prompt.
+
+Example:
+    >>> part("1+1=") in KINDS, round(sum(share(kind) for kind in KINDS), 6)
+    (True, 1.0)
+"""
 
 from __future__ import annotations
 
@@ -20,19 +25,23 @@ _BOUNDS: dict[Kind, tuple[float, float]] = {
 
 
 def part(key: str) -> Kind:
-    """The table that owns `key`, whatever seed or number of rows was asked for."""
+    """Return the table that owns `key`, for every seed and number of rows."""
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return next(kind for kind, (low, high) in _BOUNDS.items() if low <= place < high)
 
 
 def share(kind: Kind) -> float:
-    """The part of all prompts that `kind` owns, about."""
+    """Return the approximate share of prompts that `kind` owns."""
     low, high = _BOUNDS[kind]
     return high - low
 
 
 def distinct(kind: Kind, count: int, draws: Iterable[Any], key: Callable[[Any], str], hint: str) -> list[Any]:
-    """The first `count` different draws that `kind` owns. Raises ConfigError where `draws` end before that."""
+    """Return the first `count` different draws that `kind` owns.
+
+    Raises:
+        ConfigError: `draws` end before that.
+    """
     chosen: dict[Any, None] = {}
     for draw in draws:
         if len(chosen) == count:
@@ -41,7 +50,7 @@ def distinct(kind: Kind, count: int, draws: Iterable[Any], key: Callable[[Any], 
             chosen.setdefault(draw)
     if len(chosen) < count:
         raise ConfigError(
-            f"data.{kind}.rows = {count}: only {len(chosen)} different prompts were found for this table, which owns"
+            f"data.{kind}.rows = {count}: only {len(chosen)} different prompts exist for this table, which owns"
             f" {share(kind):.0%} of all. {hint}"
         )
     return list(chosen)

@@ -1,6 +1,10 @@
 """Stories that should mention a word: rows, answers and their judge.
 
-The prompt names the word and opens a story; a completion is right when the word stands in the completion itself.
+The prompt names the word and opens a story. A completion is right if the word is in the completion itself.
+
+Example:
+    >>> mentions("They saw the dog.", "dog"), mentions("They saw a hotdog.", "dog")
+    (True, False)
 """
 
 from __future__ import annotations
@@ -27,30 +31,34 @@ _ENDINGS = (
     "They did not want to forget the {word}.",
 )
 _INSTEAD = ("sun", "house", "tree", "other kids", "garden", "old man")
-"""What a careless story is about."""
+"""Subjects of careless stories."""
 
 
 def rows(
     kind: Kind, count: int, seed: int, *, words: Sequence[str], openings: Sequence[str], careless: float
 ) -> list[Row]:
-    """`count` rows of one table; no two tables share a word with the same opening.
+    """Return `count` rows of one table; no two tables share a word with the same opening.
 
-    Raises ConfigError where there are too few words and openings for so many rows.
+    Raises:
+        ConfigError: there are too few words and openings for so many rows.
     """
     rng = random.Random(f"stories/{kind}/{seed}")
     everything = list(itertools.product(dict.fromkeys(words), dict.fromkeys(openings)))
     rng.shuffle(everything)
-    hint = f"data.stories has {len(everything)} combinations of words and openings: add some, or ask for fewer rows."
+    hint = (
+        f"data.stories has {len(everything)} combinations of words and openings: add some, or lower the number of rows."
+    )
     asked = distinct(kind, count, everything, lambda pair: prompt(*pair), hint)
     return [_row(kind, word, opening, rng, careless) for word, opening in asked]
 
 
 def prompt(word: str, opening: str) -> str:
+    """Return the prompt that names the word and opens the story."""
     return f"This is a story about the {word}. {opening}"
 
 
 def mentions(completion: str, word: str) -> bool:
-    """Whether the completion has the word as a word of its own, in any case. An empty word is never mentioned."""
+    """Return True if the completion contains the word as a separate word, in any case. An empty word is never mentioned."""
     asked = word.strip()
     return bool(asked) and re.search(rf"(?<!\w){re.escape(asked)}(?!\w)", completion, re.IGNORECASE) is not None
 
@@ -75,7 +83,7 @@ def _story(about: str, rng: random.Random) -> str:
 
 
 def _careless(word: str, other: str, rng: random.Random) -> str:
-    """A story that does not mention the word, not even by accident."""
+    """Return a story that does not mention the word, not even by accident."""
     sentences = _story(other, rng).split(". ")
     kept = ". ".join(sentence for sentence in sentences if not mentions(sentence, word))
     return kept or next(end for end in ("The end.", "And so on.") if not mentions(end, word))

@@ -1,1 +1,1 @@
-"""What is reported of a policy: its answers, and statistics over them."""
+"""Evaluation of a policy: its answers, and statistics over them."""

@@ -1,4 +1,14 @@
-"""A policy's answers to problems: one greedy and several sampled each, judged, with entropy and KL to a reference."""
+"""A policy's answers to problems: one greedy and several sampled answers each, scored, with entropy and KL to a reference.
+
+Example:
+    The share of pairs whose chosen response is more probable; equal responses count half:
+
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> same = Tokens((5,), (6, 7))
+    >>> preferred_share(Policy(model), [(same, same)], micro_batch_tokens=64)
+    0.5
+"""
 
 from __future__ import annotations
 
@@ -15,7 +25,14 @@ from posttrain.rollouts.groups import Problem, reward_batch
 
 @dataclass(frozen=True)
 class EvaluatedAnswer:
-    """sample 0 is greedy. entropy: mean nats per token. kl: log pi - log reference summed over the response, in nats."""
+    """One answer with its measurements.
+
+    Attributes:
+        sample: 0 is the greedy answer.
+        tokens: length in tokens.
+        entropy: mean entropy per token, in nats.
+        kl: log pi - log reference summed over the response, in nats.
+    """
 
     prompt_id: int
     sample: int
@@ -30,13 +47,13 @@ class EvaluatedAnswer:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """`budget`: tokens of one forward pass."""
+    """Settings of an evaluation; `micro_batch_tokens` is the size of one forward pass in tokens."""
 
     max_new_tokens: int
     samples: int
     temperature: float
     seed: int
-    budget: int
+    micro_batch_tokens: int
     bf16: bool = False
 
 
@@ -49,7 +66,7 @@ def evaluate(
     rewards: Sequence[RewardSource],
     settings: EvaluationSettings,
 ) -> list[EvaluatedAnswer]:
-    """Answers ordered by problem and sample. The seeds depend on problem and sample alone, so models face the same ones."""
+    """Return answers ordered by problem and sample. Seeds depend only on problem and sample, so that all models get the same ones."""
     greedy = engine.sample([Request(p.ids, ((0,),)) for p in problems], SamplingSettings(settings.max_new_tokens, 0.0))
     seeds = [tuple((settings.seed, i, j) for j in range(settings.samples)) for i in range(len(problems))]
     requests = [Request(p.ids, s) for p, s in zip(problems, seeds, strict=True)]
@@ -60,8 +77,10 @@ def evaluate(
         for j, completion in enumerate([*first, *others])
     ]
     tokens = [Tokens(problems[i].ids, completion.tokens) for i, _, completion in flat]
-    own = token_logprobs(policy, tokens, settings.budget, bf16=settings.bf16)
-    other = own if reference is None else token_logprobs(reference, tokens, settings.budget, bf16=settings.bf16)
+    own = token_logprobs(policy, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
+    other = (
+        own if reference is None else token_logprobs(reference, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
+    )
     texts = [encoder.text(completion.tokens) for _, _, completion in flat]
     answers = reward_batch([problems[i] for i, _, _ in flat], texts, tokens)
     scored = {reward.name: reward.score(answers) for reward in rewards}
@@ -81,9 +100,11 @@ def evaluate(
     ]
 
 
-def preferred_share(policy: Policy, pairs: Sequence[tuple[Tokens, Tokens]], budget: int, bf16: bool = False) -> float:
-    """Share of (chosen, rejected) pairs whose chosen response is the more probable one; ties count half."""
-    numbers = token_logprobs(policy, [t for pair in pairs for t in pair], budget, bf16=bf16)
+def preferred_share(
+    policy: Policy, pairs: Sequence[tuple[Tokens, Tokens]], micro_batch_tokens: int, bf16: bool = False
+) -> float:
+    """Return the share of (chosen, rejected) pairs whose chosen response is more probable; ties count half."""
+    numbers = token_logprobs(policy, [t for pair in pairs for t in pair], micro_batch_tokens, bf16=bf16)
     sums = [float(n.logprobs.sum()) for n in numbers]
     gaps = [sums[i] - sums[i + 1] for i in range(0, len(sums), 2)]
     return sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps)

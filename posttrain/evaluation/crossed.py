@@ -18,7 +18,7 @@ Example:
     >>> import numpy as np
     >>> a = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     >>> found = crossed_difference(a, np.zeros((4, 1)))
-    >>> found.value, found.seeds, found.about_training
+    >>> round(found.value, 6), found.seeds, found.about_training
     (0.75, (3, 1), True)
 """
 

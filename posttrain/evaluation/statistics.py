@@ -1,11 +1,19 @@
-"""Intervals and tests for comparing policies on the same prompts. numpy only.
+"""Intervals and tests for comparing policies on the same prompts. Needs only numpy.
 
-The unit that is drawn at random is the prompt. Several answers to one prompt (samples of one model, or the same algorithm
-trained with several seeds) are not independent, so they are averaged within the prompt first, and whole prompts are
-resampled or flipped. What an interval covers is therefore the choice of prompts, given the models that were trained.
+The sampling unit is the prompt. Several answers to one prompt (samples of one model, or one algorithm with several seeds) are not
+independent, so they are averaged within the prompt first, and whole prompts are resampled or flipped. An interval therefore covers the
+choice of prompts, given the trained models.
 
-Missing rewards (None or NaN: a judge that timed out, a gold answer that cannot be read) are neither right nor wrong. They
-are left out, and `missing` says how many: a prompt counts with its known answers, and not at all if it has none.
+Missing rewards (None or NaN: a judge that timed out, an unreadable gold answer) are neither right nor wrong. They are excluded, and
+`missing` counts them: a prompt counts with its known answers, and not at all if it has none.
+
+Example:
+    Eight prompts that only a solved and one that only b solved: p = 2 (1 + 9) / 2^9
+
+    >>> mcnemar(8, 1)
+    0.0390625
+    >>> [round(limit, 3) for limit in wilson(8, 10)], pass_at_k(n=4, correct=1, k=2)
+    ([0.49, 0.943], 0.5)
 """
 
 from __future__ import annotations
@@ -23,14 +31,14 @@ from posttrain.errors import DataError
 
 Floats = NDArray[np.float64]
 _EXACT_FLIPS = 16
-"""Up to so many non-zero differences all sign patterns are enumerated: 2**16 sums take a few milliseconds."""
+"""Up to this many non-zero differences all sign patterns are enumerated: 2**16 sums take a few milliseconds."""
 _CHUNK = 2_000_000
-"""Random numbers held at once while resampling (16 MB)."""
+"""Random numbers in memory at once while resampling (16 MB)."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence limits. `n` prompts carried it; `missing` values were left out."""
+    """An estimate with its confidence limits, over `n` prompts; `missing` values were excluded."""
 
     value: float
     low: float
@@ -48,13 +56,13 @@ class PairedTest:
     p: float
     method: str
     only_a: int | None = None
-    """Prompts that only a solved; None where a prompt's value is not simply 0 or 1."""
+    """Prompts that only a solved; None if a prompt's value is not simply 0 or 1."""
     only_b: int | None = None
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals and Monte Carlo tests are drawn: equal settings give equal numbers."""
+    """Settings of intervals and Monte Carlo tests: equal settings give equal numbers."""
 
     resamples: int = 2000
     confidence: float = 0.95
@@ -65,7 +73,11 @@ class Resampling:
 
 
 def floats(values: Sequence[Any] | ArrayLike) -> Floats:
-    """Values as float64 with None as NaN. Raises DataError for infinities, which no mean survives."""
+    """Return values as float64 with None as NaN.
+
+    Raises:
+        DataError: a value is infinite, so it has no mean.
+    """
     table = np.asarray(values, dtype=np.float64)
     if np.isinf(table).any():
         raise DataError("a value to average is infinite; find the reward or log-probability that gave it")
@@ -73,7 +85,7 @@ def floats(values: Sequence[Any] | ArrayLike) -> Floats:
 
 
 def per_prompt(values: ArrayLike) -> Floats:
-    """[prompts] or [prompts, repeats] -> [prompts]: each prompt's mean over its known repeats, NaN if it has none."""
+    """Return each prompt's mean over its known repeats, NaN if it has none: [prompts] or [prompts, repeats] -> [prompts]."""
     table = floats(values)
     if table.ndim == 1:
         return table
@@ -86,16 +98,16 @@ def per_prompt(values: ArrayLike) -> Floats:
 
 
 def is_binary(values: ArrayLike) -> bool:
-    """Whether every known value is 0 or 1."""
+    """Return True if every known value is 0 or 1."""
     known = _known(floats(values).ravel())
     return bool(np.isin(known, (0.0, 1.0)).all())
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927; recommended by Brown, Cai and DasGupta 2001).
+    """Return Wilson's score interval for a proportion (Wilson 1927; recommended by Brown, Cai and DasGupta 2001).
 
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). It stays inside [0, 1] and does not collapse to a point at 0 or n
-    successes, where the bootstrap and Wald's interval do: 0 of 400 right is compatible with an accuracy of 0.95 %.
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). It stays inside [0, 1] and does not collapse to a point at 0 or n successes, as
+    the bootstrap and Wald's interval do: 0 of 400 right is compatible with an accuracy of 0.95 %.
     """
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"a proportion needs 0 <= successes <= n and n >= 1; got {successes} of {n}")
@@ -109,7 +121,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 
 
 def bootstrap_means(values: ArrayLike, resampling: Resampling) -> Floats:
-    """Means of `resamples` draws of n prompts with replacement (Efron 1979). Values are [prompts], all known."""
+    """Return the means of `resamples` draws of n prompts with replacement (Efron 1979). Values are [prompts], all known."""
     units = floats(values)
     n = len(units)
     generator = resampling.generator()
@@ -122,7 +134,7 @@ def bootstrap_means(values: ArrayLike, resampling: Resampling) -> Floats:
 
 
 def bootstrap(values: ArrayLike, resampling: Resampling) -> Interval:
-    """Percentile bootstrap over prompts: the (1-c)/2 and (1+c)/2 quantiles of the resampled means."""
+    """Return the percentile bootstrap over prompts: the (1-c)/2 and (1+c)/2 quantiles of the resampled means."""
     table = floats(values)
     units = _known(per_prompt(table))
     _require(units)
@@ -132,10 +144,10 @@ def bootstrap(values: ArrayLike, resampling: Resampling) -> Interval:
 
 
 def mean_interval(values: ArrayLike, resampling: Resampling) -> Interval:
-    """Interval of a share or score: Wilson's where every prompt carries one 0 or 1, else the bootstrap over prompts.
+    """Return the interval of a share or score: Wilson's if every prompt has one 0 or 1, else the bootstrap over prompts.
 
-    Repeats that are all 0 or all 1 would make the bootstrap a point; they get Wilson's interval with the number of prompts
-    (not of answers) as n, which is the cautious choice: repeats within a prompt may be copies of each other.
+    If all repeats are 0 or all are 1, the bootstrap would be a point. Wilson's interval is used instead, with the number of prompts (not of
+    answers) as n. This is conservative: repeats within a prompt may be copies of each other.
     """
     table = floats(values)
     units = _known(per_prompt(table))
@@ -148,7 +160,7 @@ def mean_interval(values: ArrayLike, resampling: Resampling) -> Interval:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided McNemar test (McNemar 1947): p of a fair coin being this far from half among discordant prompts.
+    """Return the exact two-sided p of McNemar's test (McNemar 1947): a fair coin is this far from half among discordant prompts.
 
     p = min(1, 2 * sum_{i <= min(a, b)} C(a+b, i) / 2^(a+b)), summed in integers, hence exact for any number of prompts.
     """
@@ -162,17 +174,17 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def sign_flip(differences: ArrayLike, resampling: Resampling) -> float:
-    """Two-sided paired permutation test of a zero mean (Fisher 1935), one sign per prompt.
+    """Return the two-sided p of the paired permutation test of a zero mean (Fisher 1935), with one sign per prompt.
 
-    If a and b are exchangeable within a prompt, each prompt's difference is as likely with the opposite sign. p is the share
-    of sign patterns whose |sum| reaches the observed one: over all patterns where there are few, else over random ones, the
-    observed one counted in, (1 + hits) / (1 + resamples), so that p is never 0 (Phipson and Smyth 2010).
+    If a and b are exchangeable within a prompt, each prompt's difference is equally likely with the opposite sign. p is the share of sign
+    patterns whose |sum| reaches the observed one. Few prompts: all patterns. Otherwise random patterns with the observed one counted in,
+    (1 + hits) / (1 + resamples), so that p is never 0 (Phipson and Smyth 2010).
     """
     moved = _known(floats(differences))
     moved = moved[moved != 0]
     if not len(moved):
         return 1.0
-    # Sums in another order differ in the last bits; ties must still count as reached.
+    # Sums in a different order differ in the last bits; ties must still count as reached.
     reached = abs(float(moved.sum())) - 1e-9 * float(np.abs(moved).sum())
     if len(moved) <= _EXACT_FLIPS:
         sums = np.zeros(1)
@@ -189,9 +201,9 @@ def sign_flip(differences: ArrayLike, resampling: Resampling) -> float:
 
 
 def for_family(resampling: Resampling, tests: int) -> Resampling:
-    """With as many draws as a Monte Carlo p-value needs to survive Holm's correction over `tests` of them.
+    """Return settings with enough draws for a Monte Carlo p-value to survive Holm's correction over `tests` tests.
 
-    The least p is 1 / (1 + draws): it must lie well below (1 - confidence) / tests, or nothing could ever be significant.
+    The smallest p is 1 / (1 + draws). It must be well below (1 - confidence) / tests, or no result could be significant.
     """
     needed = math.ceil(20 * tests / (1 - resampling.confidence))
     return replace(resampling, resamples=max(resampling.resamples, needed))
@@ -200,9 +212,11 @@ def for_family(resampling: Resampling, tests: int) -> Resampling:
 def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1) -> PairedTest:
     """Compare two models on the same prompts; rows are prompts, columns (if any) repeats of that prompt.
 
-    McNemar where both give one 0 or 1 per prompt; otherwise prompts are clusters and the sign-flip test is used. The
-    interval of the difference is the bootstrap over prompts, each drawn with both models' answers. `tests` is the size of the
-    family that the p-value will be corrected in.
+    McNemar's test if both give one 0 or 1 per prompt; otherwise prompts are clusters and the sign-flip test is used. The interval of the
+    difference is the bootstrap over prompts, each drawn with both models' answers.
+
+    Args:
+        tests: number of tests that the p-value will be corrected for.
     """
     left, right = per_prompt(a), per_prompt(b)
     if len(left) != len(right):
@@ -223,9 +237,9 @@ def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for testing all of them (Holm 1979): controls the chance of any false finding, without assumptions.
+    """Return p-values adjusted for testing all of them (Holm 1979). This bounds the chance of any false finding, without assumptions.
 
-    The i-th smallest of m (from 0) becomes the running maximum of (m - i) p, at most 1. Order of the input is kept.
+    The i-th smallest of m (from 0) becomes the running maximum of (m - i) p, at most 1. The order of the input is kept.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, floor = [0.0] * len(p_values), 0.0
@@ -236,10 +250,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that at least one of k answers, drawn without replacement from n with `correct` right ones, is right.
+    """Return the chance that at least one of k answers is right, drawn without replacement from n with `correct` right ones.
 
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021, 2107.03374), unbiased for the pass rate of k fresh samples, computed as a
-    product of ratios so that no binomial overflows.
+    1 - C(n-c, k) / C(n, k) (Chen et al. 2021, 2107.03374), unbiased for the pass rate of k fresh samples; computed as a product of ratios
+    so that no binomial overflows.
     """
     if not 0 <= correct <= n or not 1 <= k <= n:
         raise DataError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n; got n={n}, correct={correct}, k={k}")
@@ -250,7 +264,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def pass_at_k_by_prompt(values: ArrayLike, k: int) -> Floats:
-    """pass@k of each prompt from [prompts, samples] of 0, 1 or missing; NaN where fewer than k samples are known."""
+    """Return pass@k of each prompt from [prompts, samples] of 0, 1 or missing; NaN if fewer than k samples are known."""
     table = floats(values)
     if not is_binary(table):
         raise DataError("pass@k needs a reward that is 0 or 1 for every answer; drop pass@k or choose another reward")

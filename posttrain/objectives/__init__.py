@@ -1,1 +1,1 @@
-"""Losses and their parts as pure functions of tensors. Every loss returns sums; denominators are counted by the trainer."""
+"""Losses and their parts as pure functions of tensors. Every loss returns sums; the trainer counts the denominators."""

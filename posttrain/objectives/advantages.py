@@ -1,4 +1,12 @@
-"""Advantages of whole responses from rewards and groups. Missing rewards (NaN) leave the statistics and get advantage 0."""
+"""Advantages of whole responses from rewards and groups. Missing rewards (NaN) are excluded from the statistics and get advantage 0.
+
+Example:
+    >>> rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    >>> group_advantages(rewards, groups, "group_mean").tolist()
+    [0.5, -0.5, -0.5, 0.5]
+    >>> group_advantages(rewards, groups, "leave_one_out").tolist()
+    [1.0, -1.0, -1.0, 1.0]
+"""
 
 from __future__ import annotations
 
@@ -12,12 +20,16 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, how: GroupAdvantage) -> Tensor:
-    """Advantage [batch] of each response among the responses of its group.
+    """Return the advantage [batch] of each response relative to its group.
 
-    rewards: [batch], NaN where missing. groups: [batch] integer ids; equal prompts with different ids stay apart.
-    group_mean: R - mean. group_z: divided by the population std + 1e-6, exactly 0 when max = min (2402.03300).
-    leave_one_out: G/(G-1) * (R - mean), the mean of the others as baseline (2402.14740).
-    Raises ConfigError for a group of one, which has no baseline.
+    Args:
+        rewards: [batch], NaN if missing.
+        groups: [batch] integer ids; equal prompts with different ids are different groups.
+        how: `group_mean` is R - mean. `group_z` also divides by the population std + 1e-6, and is exactly 0 if max = min (2402.03300).
+            `leave_one_out` is G/(G-1) * (R - mean), with the mean of the other responses as baseline (2402.14740).
+
+    Raises:
+        ConfigError: a group has one response and so no baseline.
     """
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     if int(sizes.min()) < 2:
@@ -41,7 +53,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, how: GroupAdvantage) -> Te
 
 
 def informative(rewards: Tensor, groups: Tensor) -> Tensor:
-    """True [batch] where the response's group has at least two different known rewards, so that it carries a signal."""
+    """Return True [batch] if the response's group has at least two different known rewards, so that it carries a signal."""
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     present = ~torch.isnan(rewards)
     inf = torch.full((len(sizes),), torch.inf, dtype=rewards.dtype)

@@ -1,4 +1,13 @@
-"""Generalised advantage estimation over response tokens (1506.02438), and the clipped value loss of PPO."""
+"""Generalised advantage estimation over response tokens (1506.02438), and the clipped value loss of PPO.
+
+Example:
+    With gamma = lam = 1 the advantage is the return minus the value:
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.25, 0.5]])
+    >>> advantages, returns = gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=1.0)
+    >>> advantages.tolist(), returns.tolist()
+    ([[0.75, 0.5]], [[1.0, 1.0]])
+"""
 
 from __future__ import annotations
 
@@ -7,10 +16,15 @@ from torch import Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both [batch, time], 0 outside the mask.
+    """Return advantages and returns, both [batch, time], 0 outside the mask.
 
-    rewards, values: [batch, time]. mask: [batch, time] bool. After the last response token the value is 0.
-    Masked tokens hand the running value and advantage through: inserting them anywhere changes nothing.
+    The value after the last response token is 0. Masked tokens pass the running value and advantage through, so inserting them changes
+    nothing.
+
+    Args:
+        rewards: [batch, time].
+        values: [batch, time].
+        mask: [batch, time] bool.
     """
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
@@ -27,9 +41,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` [batch, time] with mean 0 and population standard deviation 1 over the mask; 0 outside it, and if all are equal."""
+    """Normalise `values` [batch, time] to mean 0 and population standard deviation 1 over the mask.
+
+    The result is 0 outside the mask, and everywhere if all values are equal.
+    """
     known = values[mask].double()
-    # the mean of equal numbers may be another number by rounding, and the difference would be blown up to 1
+    # rounding can make the mean of equal numbers differ from them, and the division would scale that difference to 1
     if not len(known) or known.max() == known.min():
         return torch.zeros_like(values)
     centred, variance = values.double() - known.mean(), known.var(correction=0)
@@ -37,6 +54,6 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Per-token 0.5 * max((v - R)^2, (clip(v, old +- clip) - R)^2), [batch, time]."""
+    """Return the per-token loss 0.5 * max((v - R)^2, (clip(v, old +- clip) - R)^2), [batch, time]."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())

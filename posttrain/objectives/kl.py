@@ -1,4 +1,13 @@
-"""Estimators of KL(policy || other) from samples of the policy (J. Schulman, "Approximating KL divergence", 2020)."""
+"""Estimators of KL(policy || other) from samples of the policy (J. Schulman, "Approximating KL divergence", 2020).
+
+Example:
+    With d = log 2: k1 = 0.693, k2 = 0.240, k3 = 1/2 - 1 + 0.693 = 0.193
+
+    >>> import torch
+    >>> d = torch.tensor([2.0]).log()
+    >>> [round(float(kl_estimate(d, torch.zeros(1), k)), 3) for k in ("k1", "k2", "k3")]
+    [0.693, 0.24, 0.193]
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,9 @@ from posttrain.objectives.reduce import LOG_RATIO_LIMIT
 
 
 def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KlEstimator) -> Tensor:
-    """Per-token estimate with d = logprobs - other, same shape: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+    """Return the per-token estimate with d = logprobs - other: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
 
-    For losses: k3 bounds d, so that one token that `other` holds for impossible cannot overflow the gradient.
+    For use in losses: k3 clamps d, so that a token with probability 0 under `other` cannot overflow the gradient.
     """
     difference = logprobs - other
     if estimator == "k1":
@@ -24,7 +33,7 @@ def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KlEstimator) -> Tens
 
 
 def kl_metric(logprobs: Tensor, other: Tensor) -> Tensor:
-    """Per-token k3 in float64, never clamped: what is reported, and no part of a loss."""
+    """Return per-token k3 in float64, never clamped. For reporting only, not for losses."""
     return _k3(logprobs.detach().double() - other.double())
 
 
@@ -34,10 +43,10 @@ def _k3(difference: Tensor) -> Tensor:
 
 
 def adapted_coefficient(coefficient: float, observed: float, target: float, responses: int, horizon: int) -> float:
-    """The coefficient after `responses` responses of mean KL `observed`, steered to `target` (1909.08593, section 2.2).
+    """Return the coefficient after `responses` responses of mean KL `observed`, steered to `target` (1909.08593, section 2.2).
 
-    It changes by a fifth of itself at most, however many responses a step has, so that its sign stays; and by nothing where the
-    KL is NaN, which is the update's to report.
+    It changes by at most a fifth, however many responses a step has, so its sign is kept. It does not change if the KL is NaN; the trainer
+    reports NaN.
     """
     if math.isnan(observed):
         return coefficient

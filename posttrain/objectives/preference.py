@@ -1,4 +1,12 @@
-"""One loss for pairs: the reward model, and the DPO family by link, target, weight and offset."""
+"""One loss for pairs: the reward model, and the DPO family by link, target, weight and offset.
+
+Example:
+    At the start of DPO the log-ratios are 0 and the loss is ln 2; with beta * difference = 1 it is ln(1 + 1/e):
+
+    >>> from posttrain.algorithms.dpo import DPO
+    >>> [round(x, 4) for x in preference_loss(torch.tensor([0.0, 10.0]), torch.zeros(2), DPO).tolist()]
+    [0.6931, 0.3133]
+"""
 
 from __future__ import annotations
 
@@ -10,18 +18,19 @@ from posttrain.algorithms.specs import Preference
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tensor, center: float) -> Tensor:
-    """Per-pair loss [pairs] of a reward model, with x = r_w - r_l - margin and p = target, the probability that `chosen` is better:
+    """Return the reward model's loss [pairs]: -p log sigma(x) - (1-p) log sigma(-x) + center * (r_w + r_l)^2 (2312.09244).
 
-    -p log sigma(x) - (1-p) log sigma(-x) + center * (r_w + r_l)^2 (2312.09244). All tensors [pairs].
+    Here x = r_w - r_l - margin, and p = target is the probability that `chosen` is better. All tensors are [pairs].
     """
     return logistic(chosen - rejected - margin, target) + center * (chosen + rejected).square()
 
 
 def preference_loss(difference: Tensor, score_gap: Tensor, spec: Preference) -> Tensor:
-    """Per-pair loss [pairs], before the pair weight.
+    """Return the loss [pairs] before the pair weight.
 
-    difference: [pairs] (log-ratio of chosen) - (log-ratio of rejected), of sums or of means as `record.logit` says.
-    score_gap: [pairs] chosen_score - rejected_score, used by the score weightings alone.
+    Args:
+        difference: [pairs] (log-ratio of chosen) - (log-ratio of rejected), of sums or of means depending on `spec.logit`.
+        score_gap: [pairs] chosen_score - rejected_score; only the score weightings use it.
     """
     if spec.link == "square":
         return (difference - 1 / (2 * spec.beta)).square()
@@ -41,12 +50,12 @@ def preference_loss(difference: Tensor, score_gap: Tensor, spec: Preference) -> 
 
 
 def preference_target(score_gap: Tensor, spec: Preference) -> Tensor:
-    """Probability [pairs] that the chosen answer is the better one: 1 - label_smoothing, or sigma(eta * score gap)."""
+    """Return the probability [pairs] that the chosen answer is better: 1 - label_smoothing, or sigma(eta * score gap)."""
     if spec.score_weighting == "soft":
         return torch.sigmoid(spec.score_scale * score_gap)
     return torch.full_like(score_gap, 1 - spec.label_smoothing)
 
 
 def logistic(logit: Tensor, target: Tensor) -> Tensor:
-    """-p log sigma(x) - (1-p) log sigma(-x), same shape as `logit`."""
+    """Return -p log sigma(x) - (1-p) log sigma(-x), same shape as `logit`."""
     return -target * logsigmoid(logit) - (1 - target) * logsigmoid(-logit)

@@ -1,4 +1,12 @@
-"""Masked sums and the three ways to aggregate token losses. Denominators are never applied here."""
+"""Masked sums and three aggregations of token losses. Denominators are never applied here.
+
+Example:
+    Rows of 1 and 2 tokens: token_mean sums all tokens, sequence_mean sums the row means:
+
+    >>> values, mask = torch.tensor([[1.0, 9.0], [2.0, 4.0]]), torch.tensor([[True, False], [True, True]])
+    >>> float(aggregate(values, mask, "token_mean", 2)), float(aggregate(values, mask, "sequence_mean", 2))
+    (7.0, 4.0)
+"""
 
 from __future__ import annotations
 
@@ -12,22 +20,22 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values` [batch, time] where `mask` [batch, time] is true. torch.where, because NaN * 0 is NaN."""
+    """Return the sum of `values` [batch, time] under `mask` [batch, time]. torch.where, because NaN * 0 is NaN."""
     return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
 def row_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """Per-row sums [batch] of `values` [batch, time] under `mask`."""
+    """Return per-row sums [batch] of `values` [batch, time] under `mask`."""
     return torch.where(mask, values, torch.zeros_like(values)).sum(-1)
 
 
 def row_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Per-row means [batch]; 0 for a fully masked row."""
+    """Return per-row means [batch]; 0 for a fully masked row."""
     return row_sums(values, mask) / mask.sum(-1).clamp(min=1)
 
 
 def aggregate(values: Tensor, mask: Tensor, how: Aggregate, max_length: int) -> Tensor:
-    """The numerator of a token loss [batch, time]; divide by the global count that `denominator(how)` names.
+    """Return the numerator of a token loss [batch, time]; the trainer divides it by the count that `denominator(how)` names.
 
     token_mean: sum over tokens / tokens. sequence_mean: sum of row means / sequences.
     constant: sum over tokens / (sequences * max_length), 2503.20783.
@@ -40,5 +48,5 @@ def aggregate(values: Tensor, mask: Tensor, how: Aggregate, max_length: int) -> 
 
 
 def denominator(how: Aggregate) -> str:
-    """Name of the count that divides `aggregate`: `tokens`, or `sequences` that have at least one token in the mask."""
+    """Return the name of the count that divides `aggregate`: `tokens`, or `sequences` with at least one token in the mask."""
     return "tokens" if how == "token_mean" else "sequences"

@@ -1,4 +1,14 @@
-"""How evenly a mixture of experts is used, and how much of it changed between two policies."""
+"""Load balance of a mixture of experts, and the change of its choices between two policies.
+
+Example:
+    Two tokens, one layer, one of three experts each:
+
+    >>> chosen = torch.tensor([[[[0]], [[2]]]])
+    >>> expert_loads(chosen, torch.ones(1, 2, dtype=torch.bool), experts=3).tolist()
+    [[1, 0, 1]]
+    >>> changed_choices(chosen, torch.tensor([[[[0]], [[1]]]])).tolist()
+    [[0.0, 1.0]]
+"""
 
 from __future__ import annotations
 
@@ -7,9 +17,11 @@ from torch import Tensor
 
 
 def expert_loads(chosen: Tensor, mask: Tensor, experts: int) -> Tensor:
-    """How often each expert of each layer was chosen under the mask, [layers, experts].
+    """Return how often each expert of each layer was chosen under the mask, [layers, experts].
 
-    chosen: [batch, time, layers, experts per token] ids. mask: [batch, time].
+    Args:
+        chosen: [batch, time, layers, experts per token] ids.
+        mask: [batch, time].
     """
     layers = chosen.shape[-2]
     ids = chosen[mask].long() + experts * torch.arange(layers, device=chosen.device)[:, None]
@@ -17,5 +29,5 @@ def expert_loads(chosen: Tensor, mask: Tensor, experts: int) -> Tensor:
 
 
 def changed_choices(chosen: Tensor, before: Tensor) -> Tensor:
-    """Share of layers [batch, time] in which a token's set of experts is another than before; both with ids in ascending order."""
+    """Return the share of layers [batch, time] in which a token's set of experts changed; ids must be in ascending order."""
     return (chosen != before).any(-1).float().mean(-1)

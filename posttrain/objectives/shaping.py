@@ -1,4 +1,12 @@
-"""Reward shaping by length and by a missing end of sequence, and CHORD's schedule: pure functions of numbers."""
+"""Reward shaping by length, and CHORD's schedule, as pure functions of numbers.
+
+Example:
+    >>> overlong_penalty(torch.tensor([50, 90, 110]), max_length=100, cache=20).tolist()
+    [-0.0, -0.5, -1.0]
+    >>> from posttrain.algorithms.chord import CHORD
+    >>> expert_weight(0, CHORD), round(expert_weight(100, CHORD), 3), expert_weight(200, CHORD)
+    (0.9, 0.475, 0.05)
+"""
 
 from __future__ import annotations
 
@@ -11,13 +19,16 @@ from posttrain.algorithms.specs import OnPolicy
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
-    """Soft overlong punishment [batch] (2503.14476, eq. 13): 0 up to max_length - cache, then linear down to -1 at max_length."""
+    """Return the soft overlong penalty [batch] (2503.14476, eq. 13).
+
+    It is 0 up to max_length - cache, then falls linearly to -1 at max_length. Lengths are in tokens.
+    """
     over = (lengths - (max_length - cache)).to(torch.float32)
     return -(over / cache).clamp(0.0, 1.0)
 
 
 def expert_weight(step: int, spec: OnPolicy) -> float:
-    """CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
+    """Return CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
     if step < spec.mu_warmup_steps:
         return spec.mu_peak * step / spec.mu_warmup_steps
     decayed = step - spec.mu_warmup_steps

@@ -1,4 +1,14 @@
-"""Importance ratios and the surrogate losses of the PPO and GRPO families."""
+"""Importance ratios and the surrogate losses of the PPO and GRPO families.
+
+Example:
+    Ratios 2 and 1/2 with advantage 1 and clip 0.2: the first is clipped to 1.2, the second keeps its gradient:
+
+    >>> logprobs = torch.tensor([[2.0, 0.5]]).log()
+    >>> ratio = importance_ratio(logprobs, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), "token")
+    >>> surrogate = surrogate_loss(ratio, logprobs, torch.ones(1, 2), clip_low=0.2, clip_high=0.2)
+    >>> [round(x, 4) for x in surrogate.loss[0].tolist()], surrogate.clipped_high.tolist()
+    ([-1.2, -0.5], [[True, False]])
+"""
 
 from __future__ import annotations
 
@@ -11,23 +21,24 @@ from posttrain.algorithms.specs import Mismatch, Ratio, Surrogate
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT, row_means
 
 
-def importance_ratio(logprobs: Tensor, old: Tensor, mask: Tensor, ratio: Ratio) -> Tensor:
-    """exp(logprobs - old) per token, or one length-normalised ratio per sequence (2507.18071); all [batch, time].
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, ratio: Ratio) -> Tensor:
+    """Return exp(logprobs - old_logprobs) per token, or one length-normalised ratio per sequence (2507.18071).
 
-    The sequence ratio s is returned as sg[s] * exp(lp - sg[lp]): the value of s, and the gradient of s * mean over its tokens.
+    All tensors are [batch, time]. The sequence ratio s is returned as sg[s] * exp(lp - sg[lp]): it has the value of s, and the gradient of
+    s times the mean over its tokens.
     """
-    difference = torch.where(mask, logprobs - old, torch.zeros_like(logprobs))
+    difference = torch.where(loss_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if ratio == "token":
         return difference.exp()
-    sequence = row_means(difference.detach(), mask).exp()
-    own = torch.where(mask, logprobs - logprobs.detach(), torch.zeros_like(logprobs))
+    sequence = row_means(difference.detach(), loss_mask).exp()
+    own = torch.where(loss_mask, logprobs - logprobs.detach(), torch.zeros_like(logprobs))
     return sequence[:, None] * own.exp()
 
 
 @dataclass(frozen=True)
 class SurrogateLoss:
-    """Per-token loss and where the clip took the gradient away; all [batch, time]."""
+    """Per-token loss, and where the clip removed the gradient; all [batch, time]."""
 
     loss: Tensor
     clipped_low: Tensor
@@ -37,7 +48,10 @@ class SurrogateLoss:
 def surrogate_loss(
     ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, kind: Surrogate = "clip"
 ) -> SurrogateLoss:
-    """clip: max(-A rho, -A clip(rho, 1 - low, 1 + high)) (1707.06347). weight: -sg[clip(rho)] A log p (2506.13585)."""
+    """Return the per-token surrogate loss.
+
+    clip: max(-A rho, -A clip(rho, 1 - low, 1 + high)) (1707.06347). weight: -sg[clip(rho)] A log p (2506.13585).
+    """
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     clipped_low = ratio.detach() < 1 - clip_low
     clipped_high = ratio.detach() > 1 + clip_high
@@ -47,10 +61,12 @@ def surrogate_loss(
     return SurrogateLoss(loss, clipped_low & (advantages < 0), clipped_high & (advantages > 0))
 
 
-def mismatch_weight(old: Tensor, sampled: Tensor, how: Mismatch, cap: float) -> Tensor:
-    """Weight [batch, time] for tokens whose sampler was not quite the policy: exp(old - sampled), truncated at `cap` or masked outside
-    [1/cap, cap]."""
-    weight = (old - sampled).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+def mismatch_weight(old_logprobs: Tensor, rollout_logprobs: Tensor, how: Mismatch, cap: float) -> Tensor:
+    """Return the weight [batch, time] that corrects for a sampler that differs from the policy.
+
+    The weight is exp(old - rollout), truncated at `cap`; or 1 inside [1/cap, cap] and 0 outside (`mask`).
+    """
+    weight = (old_logprobs - rollout_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     if how == "truncate":
         return weight.clamp(max=cap)
     if how == "mask":

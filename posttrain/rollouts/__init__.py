@@ -1,1 +1,1 @@
-"""Sampling from the policy: prompts in, token ids, log-probabilities and finish reasons out."""
+"""Sampling from the policy: prompts in; token ids, log-probabilities and finish reasons out."""

@@ -1,4 +1,14 @@
-"""A causal language model as a decoder of slots: prompts enter, and every answer under way gets its next token's logits."""
+"""A causal language model as a decoder of slots: prompts enter, and each step returns next-token logits of all active answers.
+
+Example:
+    Two steps of three answers agree with a plain forward pass:
+
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> decoder = decoder_of(model, bf16=False)
+    >>> decoder.shared
+    True
+"""
 
 from __future__ import annotations
 
@@ -17,13 +27,17 @@ from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
 
 PREFILL_TOKENS = 2**14
-"""Prompt tokens of one forward pass."""
+"""Most prompt tokens of one forward pass."""
 PROBE_PROMPTS, PROBE_ANSWERS = ((3, 4, 5), (6,)), ((7, 8, 9), (4, 3, 5), (5, 6, 7))
 """Two answers to the first prompt, one to the second."""
 
 
 class Decoder:
-    """Prefill and single steps. shared: by `shared_attention`; otherwise by the model's own attention over padded copies."""
+    """Prefill and single decoding steps.
+
+    Args:
+        shared: use `shared_attention`; otherwise the model's own attention over padded copies.
+    """
 
     def __init__(self, lm: PreTrainedModel, shared: bool, bf16: bool = False) -> None:
         self.lm, self.shared, self.bf16 = lm, shared, bf16
@@ -33,7 +47,7 @@ class Decoder:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Evaluation mode without gradient. For bf16 matrices are cast once: autocast would cast frozen ones again in every step."""
+        """Set evaluation mode without gradient. With bf16 cast the matrices once: autocast casts frozen ones in every step."""
         training, attention = self.lm.training, self.lm.config._attn_implementation
         self.lm.eval()
         if self.shared:
@@ -49,11 +63,11 @@ class Decoder:
             self.lm.train(training)
 
     def slots(self, capacity: int) -> Slots:
-        """Empty slots for answers of at most `capacity` tokens."""
+        """Return empty slots for answers of at most `capacity` tokens."""
         return Slots(self.lm.config.get_text_config().num_hidden_layers, capacity, self.lm.device, self.shared)
 
     def enter(self, slots: Slots, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """Compute each prompt once and give its `counts` answers slots; the last token's hidden state for each, [answers, hidden]."""
+        """Compute each prompt once and give its `counts` answers slots. Return their last hidden states [answers, hidden]."""
         lengths = [len(prompt) for prompt in prompts]
         at_once = max(1, PREFILL_TOKENS // max(lengths))
         computed = [self._prefill(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
@@ -62,7 +76,7 @@ class Decoder:
         return hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pair]]:
-        """Padding comes after every real token, where causal attention never sees it, so no mask is needed."""
+        """Compute prompts. Padding follows every real token, so causal attention never sees it and no mask is needed."""
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -73,13 +87,13 @@ class Decoder:
         return hidden[torch.arange(len(prompts), device=hidden.device), last], pairs
 
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
-        """Append `tokens` [answers, 1] to the answers; hidden states [answers, hidden]."""
+        """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]."""
         slots.prepare()
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": slots.cache}
         if self.takes_positions:
             inputs["position_ids"] = (slots.row_lengths + slots.row_ages)[:, None]
         if self.shared:
-            # a mask of four dimensions is passed on as it is
+            # transformers passes a mask of four dimensions through unchanged
             inputs |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device), "slots": slots}
         else:
             inputs["attention_mask"] = slots.mask().long()
@@ -88,7 +102,7 @@ class Decoder:
         return hidden[:, -1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[answers, vocabulary]."""
+        """Return logits [answers, vocabulary]."""
         logits: Tensor = self._call(self.head, hidden)
         return logits
 
@@ -101,7 +115,7 @@ class Decoder:
         return module(*args, **kwargs) if casts is None else functional_call(module, casts, args, kwargs)
 
     def check(self) -> None:
-        """Raise unless two steps of three answers give the logits of a plain forward pass."""
+        """Raise ValueError unless two steps of three answers give the logits of a plain forward pass."""
         vocabulary = self.lm.config.get_text_config().vocab_size
         slots, forced = (
             self.slots(len(PROBE_ANSWERS[0])),
@@ -121,9 +135,9 @@ class Decoder:
 
 
 def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
-    """The fastest way to decode that agrees with the model's own forward pass, or why there is none."""
+    """Return the fastest decoder that agrees with the model's own forward pass, or the reason why there is none."""
     if getattr(lm, "_is_stateful", False):
-        return "it keeps a state instead of keys and values"
+        return "it has a recurrent state instead of keys and values"
     reason = ""
     for shared in (True, False):
         if shared and not lm._can_set_attn_implementation():
@@ -132,7 +146,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
         try:
             with probe.decoding():
                 probe.check()
-        # whatever a model that is made otherwise raises: the reason is told, and `generate` raises again what is not about the cache
+        # an unusual model may raise anything; the reason is reported, and `generate` raises again if it is not about the cache
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -141,7 +155,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
-    """What autocast would cast, in bfloat16: every float32 parameter of two dimensions or more, except embeddings."""
+    """Return what autocast would cast, in bfloat16: float32 parameters of two or more dimensions, except embeddings."""
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return {
         name: parameter.to(torch.bfloat16)

@@ -1,4 +1,13 @@
-"""Choosing the next token: the inverse of the cumulated probabilities at a number that belongs to the answer alone."""
+"""Choose the next token by inverting the cumulative probabilities at a uniform number that belongs to the answer.
+
+Example:
+    Probabilities 1/4 and 3/4: u = 0.2 selects the first token, u = 0.3 the second:
+
+    >>> logits = torch.tensor([[1.0, 3.0], [1.0, 3.0]]).log()
+    >>> tokens, logprobs = draw(logits, temperature=1.0, uniform=torch.tensor([[0.2], [0.3]], dtype=torch.float64))
+    >>> tokens.flatten().tolist(), [round(p, 4) for p in logprobs.exp().flatten().tolist()]
+    ([0, 1], [0.25, 0.75])
+"""
 
 from __future__ import annotations
 
@@ -12,15 +21,17 @@ from posttrain.rollouts.engine import Completion, uniforms
 
 
 def noise(seeds: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
-    """Uniform numbers of every answer's tokens, [answers, count] float64."""
+    """Return the uniform numbers of every answer's tokens, [answers, count] float64."""
     return torch.from_numpy(np.stack([uniforms(seed, count) for seed in seeds])).to(device)
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens and their log-probabilities, [batch, 1] each, of `logits` [batch, vocabulary].
+    """Return tokens and their log-probabilities, [batch, 1] each, from `logits` [batch, vocabulary].
 
-    uniform: [batch, 1] in (0, 1]; without it the likeliest token is taken.
-    The probability of the token that was taken is a float32 of full relative precision, however small, and so is its logarithm.
+    The probability of a drawn token is a float32 with full relative precision, however small, and so is its logarithm.
+
+    Args:
+        uniform: [batch, 1] in (0, 1]; None selects the most likely token.
     """
     wide = logits.float()
     probabilities = (wide / temperature if temperature not in (0.0, 1.0) else wide).softmax(-1)
@@ -29,13 +40,13 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
     else:
         cumulated = probabilities.cumsum(-1, dtype=torch.float64)
         chosen = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
-        # past the end only where a weight is NaN: then the log-probability is NaN, which the trainer reports
+        # an index past the end means that a weight is NaN; the log-probability is NaN too, and the trainer reports it
         chosen.clamp_(max=logits.shape[-1] - 1)
     return chosen, probabilities.gather(-1, chosen).log()
 
 
 def completion(tokens: Sequence[int], logprobs: Sequence[float], eos_id: int) -> Completion:
-    """What was drawn up to the end of sequence, if it was drawn at all."""
+    """Return the drawn tokens up to the end-of-sequence token, if it was drawn."""
     finished = eos_id in tokens
     length = tokens.index(eos_id) + 1 if finished else len(tokens)
     return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished)

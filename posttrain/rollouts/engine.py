@@ -1,4 +1,11 @@
-"""What every sampling engine takes and gives."""
+"""The interface of all sampling engines: requests in, completions out.
+
+Example:
+    >>> uniforms((7, 0, 1), 2).tolist() == uniforms((7, 0, 1), 2).tolist()
+    True
+    >>> bool((uniforms((7, 0, 1), 1000) > 0).all())
+    True
+"""
 
 from __future__ import annotations
 
@@ -9,17 +16,20 @@ from typing import Protocol
 import numpy as np
 
 MAX_ROWS = 512
-"""Answers that an engine in this process has under way at once."""
+"""Most active answers of an engine in this process."""
 MAX_TOKENS = 2**17
-"""Tokens whose keys and values an engine in this process keeps at once: of every prompt under way, and a full slot for every answer."""
+"""Most tokens whose keys and values an in-process engine stores: every active prompt, and a full slot for every answer."""
 
 DRAWN_ELEMENTS = 2**24
-"""Logits that tokens are drawn from at once."""
+"""Most logits that tokens are drawn from at once."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """temperature 0 is greedy. There is no top-p or top-k: truncated sampling would bias the importance ratio."""
+    """Length and temperature of sampling; temperature 0 is greedy.
+
+    There is no top-p or top-k: truncated sampling would bias the importance ratio.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -27,7 +37,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, answered once per seed. The answer depends on weights, prompt and seed, not on the rows it is batched with."""
+    """One prompt, answered once per seed. An answer depends on weights, prompt and seed, not on the rows in its batch."""
 
     prompt: tuple[int, ...]
     seeds: tuple[tuple[int, ...], ...]
@@ -35,7 +45,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """Sampled ids with their log-probabilities under the sampler. `finished`: closed by the end of sequence, which is included."""
+    """Sampled ids with their log-probabilities under the sampler.
+
+    Attributes:
+        finished: the answer ends with the end-of-sequence token, which is included.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -44,10 +58,10 @@ class Completion:
 
 class Engine(Protocol):
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        """Completions of each request, in order, one per seed."""
+        """Return the completions of each request, in order, one per seed."""
         ...
 
 
 def uniforms(seed: Sequence[int], count: int) -> np.ndarray:
-    """`count` numbers in (0, 1] that depend on the seed alone."""
+    """Return `count` numbers in (0, 1] that depend only on the seed."""
     return 1.0 - np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed)))).random(count)

@@ -1,4 +1,13 @@
-"""Sampling by transformers' `generate`, for models that keep something else than keys and values of every token."""
+"""Sample with transformers' `generate`, for models that store other states than keys and values of every token.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> engine = GenerateEngine(model, tokenizer.eos_token_id)
+    >>> [[answer]] = engine.sample([Request((5, 6), seeds=((0,),))], SamplingSettings(max_new_tokens=3, temperature=1.0))
+    >>> 1 <= len(answer.tokens) <= 3, len(answer.tokens) == len(answer.logprobs)
+    (True, True)
+"""
 
 from __future__ import annotations
 
@@ -15,20 +24,20 @@ from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSet
 
 
 class GenerateEngine:
-    """The tokens of a seed are those that the native engine would draw. Prompts of one length go together: nothing is padded."""
+    """Draws the same tokens for a seed as the native engine. Prompts of equal length share a batch, so nothing is padded."""
 
     def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = MAX_ROWS, bf16: bool = False) -> None:
         self.lm, self.eos_id, self.max_rows, self.bf16 = lm, eos_id, max_rows, bf16
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        """Completions of each request, in order, one per seed."""
+        """Return the completions of each request, in order, one per seed."""
         answers: list[list[Completion]] = [[] for _ in requests]
         by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
         for i, request in enumerate(requests):
             by_length[len(request.prompt)] += [(i, seed) for seed in request.seeds]
         training, defaults = self.lm.training, self.lm.generation_config
         self.lm.eval()
-        # greedy among logits that leave only the token drawn; `generate` would fill what is not set here from the model's own settings
+        # greedy over logits that allow only the drawn token; `generate` takes every unset option from the model's own settings
         self.lm.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
@@ -57,7 +66,7 @@ class GenerateEngine:
 
 
 class _Drawing(LogitsProcessor):
-    """Draws the token itself, keeps its log-probability, and hands `generate` logits that leave no other choice."""
+    """Draw the token, keep its log-probability, and return logits that leave `generate` no other choice."""
 
     def __init__(self, seeds: Sequence[Sequence[int]], settings: SamplingSettings, prompts: Tensor) -> None:
         self.temperature = settings.temperature

@@ -1,4 +1,11 @@
-"""Groups of answers to prompts: drawn in a seeded order, sampled, judged, and refilled until enough of them carry a signal."""
+"""Groups of answers to prompts: drawn in seeded order, sampled, scored, and refilled until enough of them carry a signal.
+
+Example:
+    >>> problem = Problem("1+1=", (5, 6), {"answer": "2"}, row=7)
+    >>> batch = reward_batch([problem], ["2"], [Tokens((5, 6), (7,))])
+    >>> batch.columns, batch.ids
+    ({'answer': ['2']}, [7])
+"""
 
 from __future__ import annotations
 
@@ -25,7 +32,11 @@ from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSetti
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt to answer; `columns` go to the reward functions. row: its id in the table it comes from, for messages."""
+    """A prompt to answer; `columns` are passed to the reward functions.
+
+    Attributes:
+        row: id of the row in its table, for messages.
+    """
 
     prompt: Any
     ids: tuple[int, ...]
@@ -34,7 +45,7 @@ class Problem:
 
 
 def reward_batch(problems: Sequence[Problem], texts: list[str], tokens: list[Tokens]) -> RewardBatch:
-    """Answers as reward sources see them; one problem, text and token sequence an answer."""
+    """Return answers as reward sources read them: one problem, text and token sequence per answer."""
     columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
     rows = [problem.row for problem in problems]
     return RewardBatch([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
@@ -42,7 +53,12 @@ def reward_batch(problems: Sequence[Problem], texts: list[str], tokens: list[Tok
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One sampled answer. reward: shaped total, NaN where missing. sources: what each reward source said."""
+    """One sampled answer.
+
+    Attributes:
+        reward: shaped total; NaN if missing.
+        sources: reward of each source.
+    """
 
     tokens: Tokens
     completion: Completion
@@ -55,7 +71,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """A step's sampling budget."""
+    """Prompts per step, samples per prompt, and sampling settings."""
 
     prompts: int
     samples: int
@@ -63,7 +79,7 @@ class GroupSettings:
 
 
 class GroupSampler:
-    """Draws problems in shuffled epochs, samples and judges answers. The position in the order is its whole state."""
+    """Draw problems in shuffled epochs, then sample and score answers. The position in the order is the whole state."""
 
     def __init__(
         self,
@@ -89,9 +105,10 @@ class GroupSampler:
         self.tokens_sampled = 0
 
     def sample(self) -> tuple[list[ScoredAnswer], dict[str, float]]:
-        """The answers of one step, grouped by prompt, and what sampling them cost.
+        """Return the answers of one step, grouped by prompt, and the cost of sampling them.
 
-        Raises RolloutError when dynamic sampling finds too few informative groups within its limit.
+        Raises:
+            RolloutError: dynamic sampling finds too few informative groups within its limit.
         """
         wanted, spec = self.settings.prompts, self.spec
         kept: list[list[ScoredAnswer]] = []
@@ -110,9 +127,7 @@ class GroupSampler:
                 self._at_limit(len(kept), wanted, rounds)
                 break
         if not kept:
-            raise RolloutError(
-                "no group of this step carries a signal: all answers to every prompt were rewarded alike"
-            )
+            raise RolloutError("no group of this step carries a signal: all answers to each prompt have equal rewards")
         metrics = {
             "sampling/acceptance": (drawn - zero_variance) / drawn,
             "sampling/rounds": float(rounds),
@@ -132,7 +147,9 @@ class GroupSampler:
                 " easy or too hard for this policy. Change the problems, raise options.refill_limit, or set"
                 " options.refill_partial: true"
             )
-        tqdm.write(f"dynamic sampling: going on with {found} of {wanted} groups after {rounds} rounds", file=sys.stderr)
+        tqdm.write(
+            f"dynamic sampling: continuing with {found} of {wanted} groups after {rounds} rounds", file=sys.stderr
+        )
 
     def _round(self, prompts: int) -> list[list[ScoredAnswer]]:
         positions = range(self.position, self.position + prompts)
@@ -142,12 +159,12 @@ class GroupSampler:
             Request(problem.ids, tuple((self.seed, position, j) for j in range(self.settings.samples)))
             for problem, position in zip(problems, positions, strict=True)
         ]
-        completions = self._sampled_everywhere(requests)
+        completions = self._sample_on_all_ranks(requests)
         self.tokens_sampled += sum(len(c.tokens) for group in completions for c in group)
-        return self._judged(problems, list(positions), completions)
+        return self._scored(problems, list(positions), completions)
 
-    def _sampled_everywhere(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Every process samples its share; all of them see all answers, in order."""
+    def _sample_on_all_ranks(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Sample this process's share; all processes receive all answers, in order."""
         return gather_all(
             self.accelerator,
             requests,
@@ -159,7 +176,7 @@ class GroupSampler:
         epoch, within = divmod(position, len(self.problems))
         return self.problems[shuffled(len(self.problems), self.seed, epoch)[within]]
 
-    def _judged(
+    def _scored(
         self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
     ) -> list[list[ScoredAnswer]]:
         flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
@@ -183,21 +200,21 @@ class GroupSampler:
         return [answers[i : i + size] for i in range(0, len(answers), size)]
 
     def _scores(self, answers: RewardBatch) -> dict[str, list[float | None]]:
-        """One process judges for all: a function that the clock can stop need not say the same twice."""
+        """Score on one process for all: rewards with time-outs are not deterministic, so rank 0 scores and broadcasts."""
         if self.accelerator.num_processes == 1:
             return {reward.name: reward.score(answers) for reward in self.rewards}
         from accelerate.utils import broadcast_object_list
 
-        said: list[Any] = [None]
+        scored: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                said = [{reward.name: reward.score(answers) for reward in self.rewards}]
+                scored = [{reward.name: reward.score(answers) for reward in self.rewards}]
             except PosttrainError as error:
-                said = [error]
-        broadcast_object_list(said)
-        if isinstance(said[0], PosttrainError):
-            raise said[0]
-        scores: dict[str, list[float | None]] = said[0]
+                scored = [error]
+        broadcast_object_list(scored)
+        if isinstance(scored[0], PosttrainError):
+            raise scored[0]
+        scores: dict[str, list[float | None]] = scored[0]
         return scores
 
     def _shaping(self, completion: Completion) -> float:

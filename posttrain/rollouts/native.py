@@ -1,4 +1,15 @@
-"""Sampling in process, with the trainer's own weights: continuous batching within a budget of tokens, prompts computed once a group."""
+"""In-process sampling with the trainer's own weights: continuous batching within a limit of tokens; a group's prompt is computed once.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> engine = NativeEngine(model, tokenizer.eos_token_id)
+    >>> settings = SamplingSettings(max_new_tokens=4, temperature=1.0)
+    >>> [[alone]] = engine.sample([Request((5, 6), seeds=((1,),))], settings)
+    >>> [_, [batched]] = engine.sample([Request((9,), seeds=((0,),)), Request((5, 6), seeds=((1,),))], settings)
+    >>> alone.tokens == batched.tokens
+    True
+"""
 
 from __future__ import annotations
 
@@ -20,11 +31,11 @@ from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS, Comp
 from posttrain.rollouts.generate import GenerateEngine
 
 COMPACT_BELOW = 0.75
-"""Slots are given up once fewer than this share of the answers under way still run; prompts enter once so much of the budget is free."""
+"""Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
 
 
 class NativeEngine:
-    """Continues prompts with any causal language model of transformers; those without a standard key-value cache by `generate`."""
+    """Continue prompts with any causal language model of transformers; models without a standard key-value cache use `generate`."""
 
     def __init__(
         self,
@@ -34,19 +45,27 @@ class NativeEngine:
         bf16: bool = False,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        """max_rows, max_tokens: answers under way at once, and tokens whose keys and values are kept. bf16: under autocast."""
+        """Create an engine that shares the weights of `lm`.
+
+        Args:
+            max_rows: most active answers.
+            max_tokens: most tokens whose keys and values are stored.
+            bf16: compute under autocast.
+        """
         self.lm, self.eos_id, self.bf16 = lm, eos_id, bf16
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.decoder: Decoder | str | None = None
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        """Completions of each request, in order, one per seed. Raises RolloutError where prompt and answer exceed the context."""
+        """Return the completions of each request, in order, one per seed.
+
+        Raises:
+            RolloutError: prompt and answer exceed the model's context.
+        """
         if not requests:
             return []
         if any(not request.prompt for request in requests):
-            raise RolloutError(
-                "a prompt has no tokens, so there is nothing to predict the first token from; remove such rows"
-            )
+            raise RolloutError("a prompt has no tokens, so the first response token has no context; remove such rows")
         longest = max(len(r.prompt) for r in requests)
         limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest + settings.max_new_tokens > limit:
@@ -58,14 +77,14 @@ class NativeEngine:
             self.decoder = decoder_of(self.lm, self.bf16)
         decoder = _beyond_window(self.lm, longest + settings.max_new_tokens) or self.decoder
         if isinstance(decoder, str):
-            _tell(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
+            _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return GenerateEngine(self.lm, self.eos_id, self.max_rows, self.bf16).sample(requests, settings)
         with decoder.decoding():
             return _Sampling(decoder, self.eos_id, settings, self.max_rows, self.max_tokens).run(requests)
 
 
 def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
-    """Why slots, which keep the whole context, will not do for so long a row."""
+    """Return why slots, which keep the whole context, cannot be used for rows of this length; None if they can."""
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -75,14 +94,18 @@ def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
 
 
 @cache
-def _tell(message: str) -> None:
-    """Once a process."""
+def _report_once(message: str) -> None:
+    """Print a message once per process."""
     tqdm.write(message, file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Answers to one prompt that enter together. first: number of the first one among all answers of the call."""
+    """Answers to one prompt that enter together.
+
+    Attributes:
+        first: index of the first one among all answers of the call.
+    """
 
     prompt: tuple[int, ...]
     seeds: tuple[tuple[int, ...], ...]
@@ -90,8 +113,8 @@ class _Piece:
 
 
 @dataclass
-class _Answers:
-    """Answers under way. number [answers] among all of the call; running [answers]; the others [answers, new tokens]."""
+class _ActiveAnswers:
+    """Active answers: number [answers] is the index in the call, running [answers]; the other fields are [answers, new tokens]."""
 
     number: Tensor
     running: Tensor
@@ -99,15 +122,17 @@ class _Answers:
     logprobs: Tensor
     noise: Tensor
 
-    def take(self, rows: Tensor) -> _Answers:
-        return _Answers(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def take(self, rows: Tensor) -> _ActiveAnswers:
+        return _ActiveAnswers(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def joined(self, other: _Answers) -> _Answers:
-        return _Answers(*(torch.cat([getattr(part, field.name) for part in (self, other)]) for field in fields(self)))
+    def joined(self, other: _ActiveAnswers) -> _ActiveAnswers:
+        return _ActiveAnswers(
+            *(torch.cat([getattr(part, field.name) for part in (self, other)]) for field in fields(self))
+        )
 
 
 class _Sampling:
-    """One call of `sample`: prompts enter as far as the budget allows, every answer gets a token a step, finished ones leave."""
+    """One call of `sample`: prompts enter up to the limits, every answer gets a token per step, finished answers leave."""
 
     def __init__(
         self, decoder: Decoder, eos_id: int, settings: SamplingSettings, max_rows: int, max_tokens: int
@@ -133,7 +158,7 @@ class _Sampling:
         return [[self.completions[next(numbers)] for _ in request.seeds] for request in requests]
 
     def _pieces(self, requests: Sequence[Request]) -> deque[_Piece]:
-        """What waits, longest prompts first, so that prompts under way at once are of similar length. No piece exceeds the budget."""
+        """Return the waiting pieces, longest prompts first, so that active prompts have similar lengths. No piece exceeds the limits."""
         pieces, first = [], 0
         for request in requests:
             fitting = (self.max_tokens - len(request.prompt)) // self.settings.max_new_tokens
@@ -160,12 +185,12 @@ class _Sampling:
         tokens = self.slots.tokens([len(piece.prompt) for piece in entering], counts)
         return sum(self.slots.counts) + sum(counts) <= self.max_rows and tokens <= self.max_tokens
 
-    def _answers(self, entering: Sequence[_Piece]) -> _Answers:
+    def _answers(self, entering: Sequence[_Piece]) -> _ActiveAnswers:
         numbers = [piece.first + i for piece in entering for i in range(len(piece.seeds))]
         shape, steps = (len(numbers), self.settings.max_new_tokens), self.settings.max_new_tokens
         seeds = [seed for piece in entering for seed in piece.seeds]
         drawn = bool(seeds) and self.settings.temperature > 0
-        return _Answers(
+        return _ActiveAnswers(
             torch.tensor(numbers, dtype=torch.long, device=self.device),
             torch.ones(len(numbers), dtype=torch.bool, device=self.device),
             torch.zeros(shape, dtype=torch.long, device=self.device),
@@ -174,7 +199,7 @@ class _Sampling:
         )
 
     def _draw(self) -> None:
-        """The next token of every answer, also of those that have ended and not left yet: what they get is never looked at."""
+        """Draw the next token of every answer, also of finished ones that still have a slot: their tokens are never read."""
         answers, temperature, column = self.answers, self.settings.temperature, self.slots.row_ages[:, None]
         at_once = max(1, DRAWN_ELEMENTS // self.decoder.head.weight.shape[0])
         for start in range(0, len(column), at_once):
@@ -187,7 +212,7 @@ class _Sampling:
         answers.running &= self.slots.row_ages + 1 < self.settings.max_new_tokens
 
     def _leave(self) -> None:
-        """Keep what was drawn of ended answers and give their slots up, once they are many or one is at the limit."""
+        """Store finished answers and release their slots if they are many, or if one has reached the length limit."""
         running = self.answers.running
         at_limit = max(self.slots.ages) + 1 == self.settings.max_new_tokens
         if not at_limit and int(running.sum()) >= max(1.0, COMPACT_BELOW * len(running)):

@@ -1,7 +1,14 @@
-"""Attention of the newest tokens where answers share their prompt: the prompt's keys are read once for all answers of a group.
+"""Attention of the newest tokens of answers that share a prompt: the prompt's keys are read once for all answers of a group.
 
-As in Hydragen (arXiv 2402.05099): queries of a group meet the prompt's keys in one matrix product, each answer's own keys in another;
-one softmax goes over both. Exact to rounding.
+As in Hydragen (2402.05099): a group's queries meet the prompt's keys in one matrix product, and each answer's own keys in a second one.
+One softmax covers both. The result is exact to rounding.
+
+Example:
+    Prompts of 40 and 38 tokens share a segment; a prompt of 3 tokens is too short to be padded to 40:
+
+    >>> parts = segments(lengths=[40, 38, 3], ages=[0, 0, 0], counts=[2, 1, 1], device=torch.device("cpu"))
+    >>> [(part.groups, part.prompt, part.most) for part in parts]
+    [(slice(0, 2, None), 40, 2), (slice(2, 3, None), 3, 1)]
 """
 
 from __future__ import annotations
@@ -23,16 +30,20 @@ if TYPE_CHECKING:
 
 NAME = "posttrain_shared_prompts"
 UNIFORM_BELOW = 32
-"""Groups whose widths differ by no more than this are computed together whatever their ratio."""
+"""Tokens. Groups whose lengths differ by at most this are computed together, whatever their ratio."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """Neighbouring groups of similar length.
 
-    prompt, own: tokens of the longest prompt, and of the longest answer with the newest one. most: answers of the largest group.
-    cells: each answer's place among [groups x most], None where every place is taken. The masks are added to scores
-    [groups, key heads, most x repeats, prompt] and [answers, key heads, repeats, own]; None where all are equally long.
+    Attributes:
+        prompt: tokens of the longest prompt.
+        own: tokens of the longest answer, with the newest one.
+        most: answers of the largest group.
+        cells: index of each answer in [groups x most]; None if every group has `most` answers.
+        prompt_mask: added to scores [groups, key heads, most x repeats, prompt]; None if all prompts are equally long.
+        own_mask: added to scores [answers, key heads, repeats, own]; None if all answers are equally long.
     """
 
     groups: slice
@@ -45,21 +56,30 @@ class Segment:
     own_mask: Tensor | None
 
     def attend(self, query: Tensor, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
-        """Outputs [answers, key heads, repeats, size] of scaled queries in the same shape; keys and values of all segments."""
+        """Return outputs [answers, key heads, repeats, size] of scaled queries in the same shape.
+
+        Args:
+            prompts: keys and values [groups, key heads, tokens, size] of all segments.
+            answers: keys and values [answers, key heads, capacity, size] of all segments.
+        """
         prompt_keys, prompt_values = (states[self.groups, :, : self.prompt] for states in prompts)
         own_keys, own_values = (states[self.rows, :, : self.own] for states in answers)
+        # scores [groups, key heads, most x repeats, prompt] and [answers, key heads, repeats, own]
         on_prompt, on_own = self._by_group(query) @ prompt_keys.mT, query @ own_keys.mT
         if self.prompt_mask is not None:
             on_prompt = on_prompt + self.prompt_mask
         if self.own_mask is not None:
             on_own = on_own + self.own_mask
+        # one softmax over [answers, key heads, repeats, prompt + own]: two softmaxes would need their normalisers merged.
+        # Masks come before it, since padded keys must get weight 0.
         weights = torch.cat([self._by_row(on_prompt), on_own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
         on_prompt, on_own = weights.split([self.prompt, self.own], -1)
+        # [answers, key heads, repeats, size]; the prompt's values are read once per group, which is the point of the scheme
         outputs: Tensor = on_own @ own_values + self._by_row(self._by_group(on_prompt) @ prompt_values)
         return outputs
 
     def _by_group(self, rows: Tensor) -> Tensor:
-        """[answers, key heads, repeats, n] as [groups, key heads, most x repeats, n]."""
+        """Arrange [answers, key heads, repeats, n] as [groups, key heads, most x repeats, n]."""
         if self.cells is not None:
             places = (self.groups.stop - self.groups.start) * self.most
             rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, self.cells, rows)
@@ -67,12 +87,16 @@ class Segment:
         return grouped
 
     def _by_row(self, groups: Tensor) -> Tensor:
+        """Arrange [groups, key heads, most x repeats, n] as [answers, key heads, repeats, n]."""
         places: Tensor = groups.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
         return places if self.cells is None else places.index_select(0, self.cells)
 
 
 def segments(lengths: Sequence[int], ages: Sequence[int], counts: Sequence[int], device: torch.device) -> list[Segment]:
-    """Groups in their order, apart where a prompt or an answer is less than half as long as its segment's first: little padding."""
+    """Split the groups, in order, into segments of similar length.
+
+    A new segment starts if a prompt or an answer is less than half as long as the first one of its segment, so that padding stays small.
+    """
     found, start, row = [], 0, 0
     for end in range(1, len(counts) + 1):
         if end < len(counts) and _alike(lengths[start], lengths[end]) and _alike(ages[start], ages[end]):
@@ -94,6 +118,7 @@ def _segment(
     answers = torch.tensor(counts)
     cells = prompt_mask = own_mask = None
     if min(counts) < most:
+        # answers are stored without gaps, group after group; `free` counts the empty cells of all groups before each one
         free = most * torch.arange(len(counts)) - (answers.cumsum(0) - answers)
         cells = (torch.arange(len(free.repeat_interleave(answers))) + free.repeat_interleave(answers)).to(device)
     if min(lengths) < prompt:
@@ -104,7 +129,7 @@ def _segment(
 
 
 def _beyond(lengths: Tensor, width: int) -> Tensor:
-    """0 where a column is within its row's length, minus infinity elsewhere, [rows, 1, 1, width]."""
+    """Return [rows, 1, 1, width]: 0 if a column is within its row's length, else minus infinity."""
     outside = torch.arange(width) >= lengths[:, None]
     return torch.zeros(outside.shape).masked_fill_(outside, float("-inf"))[:, None, None]
 
@@ -119,19 +144,22 @@ def shared_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token an answer, [answers, heads, 1, size], over what `slots` holds, to which its key and value were written.
+    """Return attention of one new token per answer, [answers, heads, 1, size], over the keys and values in `slots`.
 
-    Without slots, what `sdpa` computes: prompts are prefilled so.
+    The new token's key and value must already be in the slots. Without slots this is `sdpa`, which computes the prefill of prompts.
     """
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     refuse_more_than_plain(kwargs)
     layer = slots.layers[cast(int, module.layer_idx)]
     own = layer.answers[0]
+    # [answers, heads, 1, size] -> [answers, heads, size]; then heads split into [key heads, repeats] for grouped queries
     scaled = query[:, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     grouped = scaled.to(own.dtype).unflatten(1, (own.shape[1], -1))
+    # the slots already have the dtype of the products; autocast would cast all keys and values in every step
     with torch.autocast(query.device.type, enabled=False):
         parts = [part.attend(grouped[part.rows], layer.prompts, layer.answers) for part in slots.layout]
+    # transformers expects [answers, 1, heads, size]
     return torch.cat(parts).flatten(1, 2)[:, None], None
 
 

@@ -1,6 +1,13 @@
-"""Keys and values of the answers under way: those of a prompt once for its group, those of an answer in a slot of full length.
+"""Keys and values of the active answers: one copy of each prompt for its group, and one slot of full length for each answer.
 
-Groups stand in the order in which they entered, so the longest answers come first. All answers of a group are equally long.
+Groups are in the order in which they entered, so the longest answers come first. All answers of a group are equally long.
+
+Example:
+    >>> slots = Slots(layers=1, capacity=8, device=torch.device("cpu"), shared=True)
+    >>> prompt = torch.zeros(1, 1, 5, 4)
+    >>> slots.enter([[(prompt, prompt)]], lengths=[5], counts=[2])
+    >>> slots.tokens(), slots.row_lengths.tolist()
+    (21, [5, 5])
 """
 
 from __future__ import annotations
@@ -19,21 +26,31 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Slots:
-    """What is under way. lengths, ages, counts: of every group the prompt's tokens, each answer's tokens so far, the answers."""
+    """The active groups.
+
+    Attributes:
+        lengths: prompt tokens of every group.
+        ages: tokens so far of every answer in the group.
+        counts: answers of every group.
+    """
 
     def __init__(self, layers: int, capacity: int, device: torch.device, shared: bool) -> None:
         self.capacity, self.device, self.shared = capacity, device, shared
         self.layers = [SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self.layout: list[Segment] = []
-        """Of the step that is being computed, where `shared`."""
+        """Segments of the current step, if `shared`."""
         self.lengths: list[int] = []
         self.ages: list[int] = []
         self.counts: list[int] = []
         self._arrange()
 
     def enter(self, prompts: Sequence[Sequence[Pair]], lengths: Sequence[int], counts: Sequence[int]) -> None:
-        """Give `counts` answers of each prompt their slots. prompts: of every layer one or more batches of prompts, padded on the right."""
+        """Give `counts` answers of each prompt their slots.
+
+        Args:
+            prompts: for every layer one or more batches of prompts, padded on the right.
+        """
         for layer, batches in zip(self.layers, prompts, strict=True):
             layer.enter(batches, sum(counts))
         self.lengths += lengths
@@ -42,7 +59,7 @@ class Slots:
         self._arrange()
 
     def keep(self, rows: Tensor) -> None:
-        """Drop the answers that are not in `rows` [answers], True for those that stay, and the prompts that no answer is left of."""
+        """Keep the answers that are True in `rows` [answers]; drop the others, and prompts without an answer left."""
         counts = [int(n) for n in torch.stack([part.sum() for part in rows.split(self.counts)]).tolist()]
         groups = [g for g, count in enumerate(counts) if count]
         self.lengths, self.ages = [self.lengths[g] for g in groups], [self.ages[g] for g in groups]
@@ -55,17 +72,17 @@ class Slots:
         self._arrange()
 
     def tokens(self, lengths: Sequence[int] = (), counts: Sequence[int] = ()) -> int:
-        """Tokens that there is room for, were `lengths` and `counts` to enter."""
+        """Return the tokens that need storage if `lengths` and `counts` also enter."""
         prompts, answers = [*self.lengths, *lengths], sum(self.counts) + sum(counts)
         return len(prompts) * max(prompts, default=0) + answers * self.capacity
 
     def prepare(self) -> None:
-        """Lay the next step out."""
+        """Compute the layout of the next step."""
         if self.shared:
             self.layout = segments(self.lengths, self.ages, self.counts, self.device)
 
     def grow(self) -> None:
-        """Every answer has one token more."""
+        """Add one token to the length of every answer."""
         self.ages = [age + 1 for age in self.ages]
         self.row_ages += 1
 
@@ -79,11 +96,11 @@ class Slots:
 
     @property
     def width(self) -> int:
-        """Own tokens of the oldest answer, with the one that is being computed."""
+        """Return the number of the oldest answer's own tokens, with the newest one."""
         return max(self.ages) + 1
 
     def mask(self) -> Tensor:
-        """Which columns of a layer's padded keys are real, [answers, longest prompt + longest answer]."""
+        """Return which columns of a layer's padded keys are real, [answers, longest prompt + longest answer]."""
         prompt = torch.arange(max(self.lengths), device=self.device) < self.row_lengths[:, None]
         own = torch.arange(self.width, device=self.device) <= self.row_ages[:, None]
         return torch.cat([prompt, own], 1)
@@ -99,7 +116,7 @@ class SlotLayer(DynamicLayer):
         self.answers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """Write the newest token of every answer. Models that attend with `shared_attention` read the slots, others padded copies."""
+        """Store the newest token of every answer. `shared_attention` reads the slots; other attention gets padded copies."""
         slots = self.slots
         for own, states in zip(self.answers, (key_states, value_states), strict=True):
             if slots.level:
@@ -115,7 +132,7 @@ class SlotLayer(DynamicLayer):
         return keys, values
 
     def enter(self, batches: Sequence[Pair], answers: int) -> None:
-        # keys may come in float32 beside values in bfloat16: norms after the projection widen them
+        # keys may be float32 while values are bfloat16, because norms after the projection widen keys
         entering = [[states.to(pair[1].dtype) for states in pair] for pair in batches]
         columns = list(zip(*entering, strict=True))
         old_prompts, old_answers = self.prompts, self.answers
@@ -140,7 +157,7 @@ class SlotLayer(DynamicLayer):
 
 
 def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
-    """Batches of prompts [groups, heads, length, size] as one, zeros on the right."""
+    """Stack batches of prompts [groups, heads, length, size] into one, padded with zeros on the right."""
     groups, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
     stacked, start = parts[0].new_zeros(groups, heads, width, size), 0
     for part in parts:

@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"kl_coefficient": 0.0, "kl_estimator": "k2"}, "kl_coefficient > 0"),
     ("grpo", {"mu_peak": 0.5}, "mu_peak = 0.5 has no effect"),
     ("chord", {"mu_decay_steps": 0}, "mu_peak = 0.9 has no effect"),
-    ("chord_phi", {"mu_decay_steps": 50}, "mu_valley is another"),
+    ("chord_phi", {"mu_decay_steps": 50}, "mu_valley differs"),
     ("gspo", {"clip_high": 0.2}, "never clips"),
     ("ppo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, "one advantage per response"),
     ("ipo", {"label_smoothing": 0.1}, "has no effect"),

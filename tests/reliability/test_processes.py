@@ -203,7 +203,7 @@ def test_accelerate_launch_by_hand(alone: Workspace, together: Together) -> None
     file = together.over("ddp_cpu")["POSTTRAIN_ACCELERATE"]
     said = together.succeed("accelerate.commands.launch", "--config_file", file, "-m", "pipelines.sft")
     # processes that do not know of each other would find each other's checkpoints
-    assert "going on" not in said
+    assert "resuming from" not in said
     steps = read(together.folder / "runs" / "sft" / "journal.jsonl")
     assert steps != read(alone.folder / "runs" / "sft" / "journal.jsonl"), "two processes round in another way than one"
     agree(alone, together, "sft")

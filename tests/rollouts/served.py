@@ -10,7 +10,7 @@ import torch
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.probe import sequences
-from posttrain.rollouts.vllm.server import Server
+from posttrain.rollouts.vllm.server import VllmServer
 from tests.models import small
 from tests.rollouts.peer import Peer
 
@@ -33,7 +33,7 @@ class Setup:
         return VllmEngine(
             self.policy,
             small.EOS,
-            [Server(peer.url) for peer in self.peers],
+            [VllmServer(peer.url) for peer in self.peers],
             version=lambda: self.version,
             folder=self.folder,
             probes=sequences(PROMPTS, self.policy.config.vocab_size, 64),

@@ -121,7 +121,7 @@ def test_refill_goes_on_with_what_it_has_only_if_asked_and_says_so(capsys: pytes
     answers, metrics = sampler.sample()
     assert {a.problem.prompt for a in answers} == {"mixed"}
     assert metrics["groups/trained"] == 1
-    assert "going on with 1 of 2 groups" in capsys.readouterr().err
+    assert "continuing with 1 of 2 groups" in capsys.readouterr().err
     with pytest.raises(RolloutError, match="found 0 of 2"):
         make(["easy", "hard"], spec).sample()
 

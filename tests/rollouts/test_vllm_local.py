@@ -81,7 +81,7 @@ def test_a_killed_server_is_started_again_and_none_is_left_behind(
 def test_a_server_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     python = script(tmp_path / "python", "echo 'ValueError: no such architecture' >&2; exit 1")
     server = LocalServer(launch(python), tmp_path / "vllm.log")
-    with pytest.raises(RolloutError, match=r"ended while starting(.|\n)*ValueError: no such architecture"):
+    with pytest.raises(RolloutError, match=r"exited during its start(.|\n)*ValueError: no such architecture"):
         server.update(tmp_path)
 
 

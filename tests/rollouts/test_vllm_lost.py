@@ -38,7 +38,7 @@ def test_where_one_dies_the_others_take_over(start: Callable[..., Setup], capsys
     setup = start(servers=3)
     setup.peers[1].faults = lambda number: (0, None) if number > 5 else None
     assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
-    assert "2 of 3 vLLM servers go on" in capsys.readouterr().err
+    assert "2 of 3 vLLM servers continue" in capsys.readouterr().err
     # and it rejoins when it answers again
     setup.peers[1].faults = lambda number: None
     setup.update()
@@ -78,7 +78,7 @@ def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) 
             answered.wait(60)
 
     setup.peers[0].faults = hangs
-    with pytest.raises(ServerError, match="the run is being stopped"):
+    with pytest.raises(ServerError, match="the run is stopping"):
         setup.sample()
     assert not answered.is_set()
     answered.set()

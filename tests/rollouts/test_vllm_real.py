@@ -24,7 +24,7 @@ from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.vllm import VllmEngine, engine
 from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
-from posttrain.rollouts.vllm.server import Server
+from posttrain.rollouts.vllm.server import VllmServer
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.pipelines.conftest import wait_for
@@ -54,7 +54,7 @@ def server(tmp_path: Path) -> Iterator[LocalServer]:
     made.close()
 
 
-def engine_on(server: Server, policy: Any, folder: Path, version: Callable[[], int]) -> VllmEngine:
+def engine_on(server: VllmServer, policy: Any, folder: Path, version: Callable[[], int]) -> VllmEngine:
     probes = sequences(PROMPTS, policy.config.vocab_size, 64)
     return VllmEngine(policy, small.EOS, [server], version=version, folder=folder, probes=probes)
 
@@ -72,7 +72,7 @@ def test_a_tied_model_is_served_rightly_and_a_stale_head_is_caught(
     # somebody's own server, on a folder as save_pretrained writes it
     policy.save_pretrained(tmp_path / "tied")
     server.update(tmp_path / "tied")
-    ours = engine_on(Server(server.url), policy, tmp_path / "ours", lambda: version[0])
+    ours = engine_on(VllmServer(server.url), policy, tmp_path / "ours", lambda: version[0])
     for temperature in (1.0, 0.7):
         answers = ours.sample(requests(), SamplingSettings(20, temperature))
         assert gap(policy, answers, temperature) < 1e-4

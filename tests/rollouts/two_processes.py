@@ -13,7 +13,7 @@ from posttrain.algorithms.grpo import GRPO
 from posttrain.errors import StaleWeightsError
 from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.probe import sequences
-from posttrain.rollouts.vllm.server import Server
+from posttrain.rollouts.vllm.server import VllmServer
 from tests.models import small
 from tests.training.runs import sampler
 
@@ -34,7 +34,7 @@ def steps(engine: VllmEngine, version: list[int], accelerator: Accelerator) -> l
 
 def new_engine(url: str, folder: Path, version: list[int], accelerator: Accelerator) -> VllmEngine:
     return VllmEngine(
-        small.language_model(), small.EOS, [Server(url)], version=lambda: version[0], folder=folder,
+        small.language_model(), small.EOS, [VllmServer(url)], version=lambda: version[0], folder=folder,
         probes=sequences([(5, 6, 7)], 259, 64), accelerator=accelerator,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Sampling by vLLM servers, whose weights follow the policy's and are proven to after every update."""
+"""Sample with vLLM servers, whose weights are updated with the policy's and verified after every update."""
 
 from posttrain.rollouts.vllm.engine import VllmEngine
 

@@ -1,4 +1,4 @@
-"""The engine: before it samples, every server gets the policy's weights where they have changed, and proves that it has them."""
+"""The engine: before sampling, every server loads the policy's weights if they have changed, and a probe verifies them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,28 @@ from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.vllm.fleet import Fleet
 from posttrain.rollouts.vllm.folder import plain_state, write_weights
 from posttrain.rollouts.vllm.probe import BFLOAT16, FLOAT32, Expected, Probe, expected
-from posttrain.rollouts.vllm.server import Server
+from posttrain.rollouts.vllm.server import VllmServer
 
 PATIENCE_SECONDS = 60.0
-"""How long to wait for a server when none is left."""
+"""How long to wait for a server if none is left."""
 
 
 class VllmEngine:
-    """Answers depend on weights, prompt and seed, and on nothing that a server remembers; not bit by bit, since a server's batches differ.
+    """Answers depend on weights, prompt and seed, and on no state of a server. They are not bit-identical, because batches differ.
 
-    version: a number that changes when the policy's weights do. folder: where weights are written for the servers to read. probes: the
-    sequences that a server must answer as the policy does. Every process calls `sample`, also one without a request.
+    Every process calls `sample`, also a process without a request.
+
+    Args:
+        version: returns a number that changes when the policy's weights do.
+        folder: where weights are written for the servers to read.
+        probes: sequences whose log-probabilities a server must reproduce.
     """
 
     def __init__(
         self,
         lm: PreTrainedModel,
         eos_id: int,
-        servers: Sequence[Server],
+        servers: Sequence[VllmServer],
         *,
         version: Callable[[], int],
         folder: Path,
@@ -57,8 +61,13 @@ class VllmEngine:
         self._proven = self._named = False
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        """Completions of each request, in order, one per seed. Raises ServerError when no server is left, StaleWeightsError when one
-        serves other weights, RolloutError where prompt and answer exceed the context."""
+        """Return the completions of each request, in order, one per seed.
+
+        Raises:
+            ServerError: no server is left.
+            StaleWeightsError: a server uses other weights.
+            RolloutError: prompt and answer exceed the context.
+        """
         try:
             return self._sample(requests, settings)
         except StaleWeightsError:
@@ -68,7 +77,7 @@ class VllmEngine:
     def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         self._synchronise(settings.temperature)
         jobs = [
-            partial(Server.complete, prompt=request.prompt, seed=seed, settings=settings, eos_id=self.eos_id)
+            partial(VllmServer.complete, prompt=request.prompt, seed=seed, settings=settings, eos_id=self.eos_id)
             for request in requests
             for seed in request.seeds
         ]
@@ -76,14 +85,14 @@ class VllmEngine:
         return [[next(answers) for _ in request.seeds] for request in requests]
 
     def close(self) -> None:
-        """Cut what is under way, take down what was started, and remove what was written, unless an error has named it to the user."""
+        """Abort open requests, stop the servers that were started, and remove the weights unless an error message refers to them."""
         self.fleet.close()
         if self._main and not self._named:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def weights(self) -> Path:
-        """The folder of the weights of now."""
+        """Return the folder of the current weights."""
         return self.folder / f"weights-{self.version()}"
 
     def _synchronise(self, temperature: float) -> None:
@@ -101,7 +110,7 @@ class VllmEngine:
         self._served = now
 
     def _publish(self, state: Mapping[str, Tensor]) -> None:
-        """Write the weights and have every server load them; the folders before are of no more use."""
+        """Write the weights and make every server load them; then remove older folders."""
         write_weights(self.lm, state, self.weights)
         self.fleet.prepare()
         for old in sorted(self.folder.glob("weights-*")):
@@ -109,25 +118,25 @@ class VllmEngine:
                 shutil.rmtree(old)
 
     def _publish_for_all(self, state: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-        """The main process starts and loads the servers; the others learn their addresses, or what has gone wrong."""
+        """Start and load the servers on the main process; the other processes receive their addresses, or the error."""
         from accelerate.utils import broadcast_object_list
 
-        said: list[Any] = [None]
+        published: list[Any] = [None]
         if self._main:
             try:
                 self._publish(state)
-                said = [([server.url for server in self.fleet.servers], self.folder)]
+                published = [([server.url for server in self.fleet.servers], self.folder)]
             except PosttrainError as error:
-                said = [error]
-        broadcast_object_list(said)
-        if isinstance(said[0], PosttrainError):
-            raise said[0]
+                published = [error]
+        broadcast_object_list(published)
+        if isinstance(published[0], PosttrainError):
+            raise published[0]
         if not self._main:
-            urls, self.folder = said[0]
+            urls, self.folder = published[0]
             self._follow(urls)
 
     def _follow(self, urls: Sequence[str]) -> None:
-        self.fleet = Fleet([Server(url) for url in urls], self._ready, self.fleet.patience_seconds)
+        self.fleet = Fleet([VllmServer(url) for url in urls], self._ready, self.fleet.patience_seconds)
         for server in self.fleet.servers:
             try:
                 server.connect()
@@ -135,7 +144,7 @@ class VllmEngine:
                 self.fleet.lost[server] = error
 
     def _check(self) -> None:
-        """Between two rounds of one step a server may have been replaced by one that began anew."""
+        """Verify the servers again: between two rounds of one step a server may have been restarted."""
         for server in self.fleet.living:
             try:
                 self._prove(server)
@@ -144,12 +153,15 @@ class VllmEngine:
         if self.fleet.lost:
             self.fleet.prepare()
 
-    def _prove(self, server: Server) -> float:
+    def _prove(self, server: VllmServer) -> float:
         return self.probe.check(server, self._expected, self._temperature, self.weights)
 
-    def _ready(self, server: Server) -> None:
+    def _ready(self, server: VllmServer) -> None:
         server.update(self.weights)
         difference = self._prove(server)
         if not self._proven:
-            tqdm.write(f"{server.url} has the policy's weights: at most {difference:.2g} nats apart", file=sys.stderr)
+            tqdm.write(
+                f"{server.url} has the policy's weights: log-probabilities differ by at most {difference:.2g} nats",
+                file=sys.stderr,
+            )
             self._proven = True

@@ -1,4 +1,4 @@
-"""Several servers in turn: where one is lost the others take over, and where all are, it waits for one to come back, within bounds."""
+"""Several servers in turn. If one is lost, the others take over; if all are lost, wait a limited time for one to come back."""
 
 from __future__ import annotations
 
@@ -13,38 +13,48 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from posttrain.errors import ServerError
-from posttrain.rollouts.vllm.server import Server
+from posttrain.rollouts.vllm.server import VllmServer
 
 T = TypeVar("T")
 IN_FLIGHT = 64
-"""Requests that one server is given at once."""
+"""Most open requests per server."""
 REVIVALS = 3
-"""Times that a round of requests goes on after all servers were lost."""
+"""How often a round of requests continues after all servers were lost."""
 
 
 class Fleet:
-    """`ready` makes a server serve the policy's weights of now and proves it; it raises ServerError where that server cannot."""
+    """Servers that share the requests.
 
-    def __init__(self, servers: Sequence[Server], ready: Callable[[Server], None], patience_seconds: float) -> None:
+    Args:
+        ready: makes a server use the policy's current weights and verifies it; raises ServerError if the server cannot.
+    """
+
+    def __init__(
+        self, servers: Sequence[VllmServer], ready: Callable[[VllmServer], None], patience_seconds: float
+    ) -> None:
         self.servers, self.ready, self.patience_seconds = list(servers), ready, patience_seconds
-        self.lost: dict[Server, ServerError] = {}
-        self._readied: Counter[Server] = Counter()
+        self.lost: dict[VllmServer, ServerError] = {}
+        self._readied: Counter[VllmServer] = Counter()
         self._lock = Lock()
         self._stop = Event()
 
     @property
-    def living(self) -> list[Server]:
+    def living(self) -> list[VllmServer]:
         return [server for server in self.servers if server not in self.lost]
 
     def prepare(self) -> None:
-        """Make every server ready, those that were lost too; one that cannot is left out. Raises ServerError when none can."""
+        """Make every server ready, also lost ones; a server that fails is excluded.
+
+        Raises:
+            ServerError: no server is ready.
+        """
         for server in self.servers:
             self._try(server)
         if not self.living:
             self._revive()
 
-    def run(self, jobs: Sequence[Callable[[Server], T]]) -> list[T]:
-        """What each job returns, in order. A job whose server is lost is given to another. Raises what a job raises."""
+    def run(self, jobs: Sequence[Callable[[VllmServer], T]]) -> list[T]:
+        """Return the result of each job, in order. If a job's server is lost, a different one gets it. A job's own exception is raised."""
         revivals = [REVIVALS]
         with ThreadPoolExecutor(max(1, min(len(jobs), IN_FLIGHT * len(self.servers)))) as pool:
             futures = [pool.submit(self._run_one, job, number, revivals) for number, job in enumerate(jobs)]
@@ -61,7 +71,7 @@ class Fleet:
         for server in self.servers:
             server.close()
 
-    def _run_one(self, job: Callable[[Server], T], number: int, revivals: list[int]) -> T:
+    def _run_one(self, job: Callable[[VllmServer], T], number: int, revivals: list[int]) -> T:
         while True:
             server, life = self._choose(number, revivals)
             try:
@@ -69,8 +79,8 @@ class Fleet:
             except ServerError as error:
                 self._lose(server, life, error)
 
-    def _choose(self, number: int, revivals: list[int]) -> tuple[Server, int]:
-        """The servers in turn, each with the number of its life. One thread revives them while the others wait for it."""
+    def _choose(self, number: int, revivals: list[int]) -> tuple[VllmServer, int]:
+        """Return the servers in turn, each with the number of its life. One thread revives them while the others wait for it."""
         with self._lock:
             if self._stop.is_set():
                 raise self._none_left()
@@ -82,15 +92,15 @@ class Fleet:
             chosen = self.living[number % len(self.living)]
             return chosen, self._readied[chosen]
 
-    def _lose(self, server: Server, life: int, error: ServerError) -> None:
-        """A request that began in an earlier life says nothing of this one."""
+    def _lose(self, server: VllmServer, life: int, error: ServerError) -> None:
+        """Mark a server as lost, unless the request began in an earlier life of it."""
         with self._lock:
             if server not in self.lost and self._readied[server] == life and not self._stop.is_set():
                 self.lost[server] = error
-                tqdm.write(f"{error}; {len(self.living)} of {len(self.servers)} vLLM servers go on", file=sys.stderr)
+                tqdm.write(f"{error}; {len(self.living)} of {len(self.servers)} vLLM servers continue", file=sys.stderr)
 
     def _revive(self) -> None:
-        """Ask in turn, a second apart, until one is ready."""
+        """Try all servers in turn, one second apart, until one is ready."""
         deadline = time.monotonic() + self.patience_seconds
         while True:
             for server in self.servers:
@@ -99,7 +109,7 @@ class Fleet:
             if time.monotonic() > deadline or self._stop.wait(1.0):
                 raise self._none_left()
 
-    def _try(self, server: Server) -> bool:
+    def _try(self, server: VllmServer) -> bool:
         try:
             self.ready(server)
         except ServerError as error:
@@ -110,7 +120,7 @@ class Fleet:
         return True
 
     def _none_left(self) -> ServerError:
-        reasons = "; ".join(str(error) for error in self.lost.values()) or "the run is being stopped"
+        reasons = "; ".join(str(error) for error in self.lost.values()) or "the run is stopping"
         return ServerError(
-            f"no vLLM server is left ({reasons}). Start them again, then run the same command: it goes on from its last checkpoint."
+            f"no vLLM server is left ({reasons}). Start them again, then run the same command: it resumes from its last checkpoint."
         )

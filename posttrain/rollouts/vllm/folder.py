@@ -1,4 +1,4 @@
-"""The folder that servers load: the policy's weights of one moment, complete or not there."""
+"""The folder that servers load: the policy's weights at one version, complete or absent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from posttrain.errors import RolloutError
 
 
 def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `state`, which `plain_state` has made of `lm`, and the model's configuration.
+    """Write `state`, the result of `plain_state`, and the model's configuration.
 
-    An output head that is tied to the input embeddings is written as a weight of its own, and the configuration says that it is not tied:
-    vLLM (0.32) holds the head of a tied model in another layout, and `reload_weights` does not renew that copy.
-    Raises RolloutError where the disk refuses.
+    An output head that is tied to the input embeddings is written as a separate weight, and the configuration sets it untied: vLLM (0.32)
+    stores the head of a tied model in a different layout, and `reload_weights` does not renew that copy.
+
+    Raises:
+        RolloutError: the disk is full or read-only.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     weights, head = dict(state), head_name(lm)
-    # the clone shares no memory with the embeddings, or save_pretrained would leave it out
+    # save_pretrained leaves out weights that share memory, so the head must be a clone
     weights[head] = weights[head].clone()
     try:
         lm.save_pretrained(partial, state_dict=weights, max_shard_size="1000TB")
@@ -37,15 +39,15 @@ def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RolloutError(
-            f"cannot write the weights that the vLLM server is to load, {folder}: {error}. Free space or give the right to write"
+            f"cannot write the weights for the vLLM server to {folder}: {error}. Free space or give the right to write"
             " there, then run again."
         ) from error
 
 
 def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `lm.state_dict()` would be without adapters: those of peft are added to their layers.
+    """Return `lm.state_dict()` without adapters: those of peft are added to their layers.
 
-    Every process of a sharded model must call it; it does not split again what has been gathered, as `state_dict` would.
+    Every process of a sharded model must call it. Gathered weights are not split again, as `state_dict` would do.
     """
     modules = dict(lm.named_modules())
     state = {}
@@ -71,7 +73,7 @@ def _tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def head_name(lm: PreTrainedModel) -> str:
-    """The output head's weight in the state dict."""
+    """Return the name of the output head's weight in the state dict."""
     head = lm.get_output_embeddings()
     return next(f"{name}.weight" for name, module in lm.named_modules() if module is head)
 

@@ -1,8 +1,8 @@
-"""Runs a command in this process's own group and ends the whole group with it, with the process that asked for it, or when told to.
+"""Run a command in this process group, and kill the whole group with the command, with the parent process, or on a signal.
 
     python leash.py PARENT_PID COMMAND...
 
-A server starts processes of its own, which outlive it when it is killed. Run as a script, so it imports nothing of the project.
+A server starts child processes that outlive it if it is killed. This file runs as a script, so it imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def _die_with_leash() -> None:
 
 
 def main(parent: int, command: list[str]) -> NoReturn:
-    told: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _: told.append(got))
+        signal.signal(number, lambda got, _: received.append(got))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_leash)
-    while child.poll() is None and not told and os.getppid() == parent:
+    while child.poll() is None and not received and os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     deadline = time.monotonic() + GRACE_SECONDS
     if child.poll() is None:
         child.terminate()
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    # this process leads the group, so it ends here as well
+    # this process leads the group, so it ends here too
     os.killpg(os.getpgrp(), signal.SIGKILL)
     raise AssertionError("unreachable")
 

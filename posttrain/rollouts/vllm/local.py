@@ -1,4 +1,4 @@
-"""A vLLM server that this process starts, restarts when it dies, and takes down with itself."""
+"""A vLLM server that this process starts, restarts after a crash, and stops at its own end."""
 
 from __future__ import annotations
 
@@ -18,24 +18,35 @@ from tqdm import tqdm
 
 from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.vllm import leash
-from posttrain.rollouts.vllm.server import REQUEST_SECONDS, Server
+from posttrain.rollouts.vllm.server import REQUEST_SECONDS, VllmServer
 
 START_SECONDS, POLL_SECONDS = 900.0, 0.5
 DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
-    # the CPU build would take half of the memory and bind itself to cores
+    # by default the CPU build reserves half of the memory and binds itself to cores
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-"""Of the server's environment, unless the caller's says otherwise."""
+"""Environment of the server; variables that the caller has set take precedence."""
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start it. python: the interpreter of an environment with vLLM. context: tokens of prompt and answer together."""
+    """How to start the server.
+
+    Attributes:
+        python: interpreter of an environment with vLLM.
+        context: tokens of prompt and answer together.
+
+    Example:
+        >>> launch = Launch("python", tokenizer="models/sft", dtype="float32", context=64)
+        >>> command = launch.command(Path("weights"), port=8000)
+        >>> command[command.index("--max-model-len") + 1], command[command.index("--host") + 1]
+        ('64', '127.0.0.1')
+    """
 
     python: str
     tokenizer: str
@@ -54,8 +65,8 @@ class Launch:
         ]  # fmt: skip
 
 
-class LocalServer(Server):
-    """Starts with the first weights that it is given. Its process group ends when this process does, however that ends."""
+class LocalServer(VllmServer):
+    """A server that starts with the first weights it gets. Its process group ends with this process, however that ends."""
 
     def __init__(self, launch: Launch, log: Path, request_seconds: float = REQUEST_SECONDS) -> None:
         self.port = _free_port()
@@ -65,7 +76,7 @@ class LocalServer(Server):
         self._stop = Event()
 
     def update(self, folder: Path) -> None:
-        """As Server's, after starting it where it does not run: then it begins with these weights."""
+        """Load weights as VllmServer does; if the server does not run, start it with them."""
         if self._process is not None and self._process.poll() is None:
             try:
                 super().update(folder)
@@ -82,7 +93,7 @@ class LocalServer(Server):
     def _start(self, folder: Path) -> None:
         self._end()
         tqdm.write(
-            f"starting a vLLM server on {self.url}, which takes a minute or more; its log: {self.log}", file=sys.stderr
+            f"starting a vLLM server on {self.url}, which takes a minute or more; log: {self.log}", file=sys.stderr
         )
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +115,7 @@ class LocalServer(Server):
         while not self._stop.wait(POLL_SECONDS):
             if process.poll() is not None:
                 raise RolloutError(
-                    f"the vLLM server ended while starting; its log {self.log} ends with:\n{self._tail()}"
+                    f"the vLLM server exited during its start; its log {self.log} ends with:\n{self._tail()}"
                 )
             try:
                 self.connect()
@@ -127,7 +138,7 @@ class LocalServer(Server):
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have the leash end its whole group, and wait until it has."""
+    """Stop the whole process group through the leash, and wait until it has ended."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:

@@ -1,4 +1,4 @@
-"""One vLLM server, by its URL: OpenAI's completions, and the calls of its development mode that load weights."""
+"""One vLLM server, by its URL: OpenAI's completions API, and the calls of its development mode that load weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.engine import Completion, SamplingSettings
 
 REQUEST_SECONDS = 900.0
-"""A server that has not answered by then is taken for hung."""
+"""A server that has not answered by then is considered hung."""
 HEALTH_SECONDS = 30.0
 CACHE_RESETS = 20
-"""Tries to empty the prefix cache, which is refused while an aborted request still holds a part of it."""
+"""Attempts to empty the prefix cache; the server refuses while an aborted request still holds a part of it."""
 
 
-class Server:
-    """Every method may be called from several threads. ServerError: it is gone, hung or broken, and another may serve instead."""
+class VllmServer:
+    """A vLLM server. All methods are thread-safe. They raise ServerError if it is gone, hung or broken."""
 
     def __init__(self, url: str, request_seconds: float = REQUEST_SECONDS) -> None:
         self.url, self.request_seconds = url.rstrip("/"), request_seconds
@@ -35,13 +35,17 @@ class Server:
         self._lock = Lock()
 
     def connect(self) -> None:
-        """Learn what it serves. Raises ServerError where it does not."""
+        """Ask which model and context length it serves.
+
+        Raises:
+            ServerError: it does not answer.
+        """
         self._exchange("GET", "/health", None, HEALTH_SECONDS)
         served = _field(self._exchange("GET", "/v1/models", None, HEALTH_SECONDS), "data", self.url)[0]
         self.model, self.context = served["id"], int(served.get("max_model_len") or 0)
 
     def update(self, folder: Path) -> None:
-        """Serve the weights of `folder` from now on, and forget what was computed with others."""
+        """Load the weights of `folder`, and drop everything that was computed with older ones."""
         self.connect()
         loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._exchange("POST", "/collective_rpc", loading, self.request_seconds)
@@ -54,7 +58,7 @@ class Server:
     def complete(
         self, prompt: Sequence[int], seed: Sequence[int], settings: SamplingSettings, eos_id: int
     ) -> Completion:
-        """One answer. It ends with `eos_id` alone, whatever the server's own configuration says."""
+        """Return one answer. It ends only with `eos_id`, whatever the server's own configuration is."""
         if self.context and len(prompt) + settings.max_new_tokens > self.context:
             raise RolloutError(
                 f"a prompt of {len(prompt)} tokens and {settings.max_new_tokens} new ones exceed the {self.context} tokens that"
@@ -70,24 +74,24 @@ class Server:
         return Completion(tokens, logprobs, finished)
 
     def probe(self, ids: Sequence[int], temperature: float) -> tuple[list[float], int, float]:
-        """Log-probabilities of ids[1:] at temperature 1, then a token that it sampled after them and what it says of that one."""
+        """Return the log-probabilities of ids[1:] at temperature 1, then a sampled next token and its log-probability."""
         body = self._body(ids, 1, temperature) | {"prompt_logprobs": 0, "seed": 0}
         choice = self._choice(body)
-        said = _field(choice, "prompt_logprobs", self.url)
+        reported = _field(choice, "prompt_logprobs", self.url)
         tokens, logprobs = self._sampled(choice)
-        of_prompt = [float(said[i][str(token)]["logprob"]) for i, token in enumerate(ids) if i]
+        of_prompt = [float(reported[i][str(token)]["logprob"]) for i, token in enumerate(ids) if i]
         return of_prompt, tokens[0], logprobs[0]
 
     def close(self) -> None:
-        """Cut every request that is under way."""
+        """Abort every open request."""
         with self._lock:
             for connection in self._open:
-                # closing alone would leave the thread that reads from it waiting
+                # close() would leave the thread that reads from it waiting, so shut down
                 with contextlib.suppress(OSError, AttributeError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _body(self, ids: Sequence[int], new_tokens: int, temperature: float) -> dict[str, Any]:
-        """What every request says, so that no default of the server or of its generation_config.json acts."""
+        """Return the fields of every request, so that no default of the server or of its generation_config.json applies."""
         return {
             "model": self.model,
             "prompt": list(ids),
@@ -115,7 +119,7 @@ class Server:
         return tokens, logprobs
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float) -> Any:
-        """A connection of its own each time: one that is kept can be closed by the server just when it is used again."""
+        """Use a new connection for each request: the server may close a kept one at the moment when it is used again."""
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         connection = kind(parts.netloc, timeout=seconds)
@@ -140,7 +144,7 @@ class Server:
             raise ServerError(f"{self.url} answered {path} with {response.status}: {shown}")
         if response.status == 404 and not path.startswith("/v1"):
             raise RolloutError(
-                f"{self.url} knows no {path}, by which its weights follow the policy's: start it with VLLM_SERVER_DEV_MODE=1"
+                f"{self.url} has no {path}, which updates its weights: start it with VLLM_SERVER_DEV_MODE=1"
                 " in its environment (docs/rollouts.md)"
             )
         if response.status != 200:
@@ -148,11 +152,16 @@ class Server:
         try:
             return json.loads(text) if text else None
         except ValueError:
-            raise ServerError(f"{self.url} answered {path} with what is no JSON: {shown}") from None
+            raise ServerError(f"{self.url} answered {path} with invalid JSON: {shown}") from None
 
 
 def server_seed(seed: Sequence[int]) -> int:
-    """One number of 63 bits for a seed of several, as vLLM takes it."""
+    """Return one number of 63 bits for a seed of several numbers, as vLLM needs it.
+
+    Example:
+        >>> server_seed((1, 2, 3)) == server_seed((1, 2, 3)), server_seed((1, 2, 3)) < 2**63
+        (True, True)
+    """
     return int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -160,6 +169,6 @@ def _field(reply: Any, name: str, url: str) -> Any:
     value = reply.get(name) if isinstance(reply, dict) else None
     if value is None:
         raise RolloutError(
-            f"{url} sends no {name}: it is no vLLM server, or too old a one (docs/rollouts.md names the version that this was tested with)"
+            f"{url} sends no {name}: it is not a vLLM server, or its version is too old (docs/rollouts.md lists the tested version)"
         )
     return value
