@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench clean
+.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench calibrate clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hou
 	@for name in training rollouts logprobs scaling journal orchestration; do \
 		echo "== benchmarks/$$name.py"; $(QUIET) $(PYTHON_IN) "benchmarks/$$name.py" --write || exit 1; done
 	@$(PYTHON_IN) benchmarks/results.py
+
+calibrate: workspace  ## compare finished runs of one algorithm with each other: how often are equal copies called different?
+	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
 
 clean:  ## remove caches and logs; keeps data, models, runs, report and MLflow's database
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .posttrain/logs

@@ -7,7 +7,8 @@
 Memory follows from the model's configuration alone; no weights are loaded. It is that of a process that holds all weights, as each does
 while it samples; under FSDP2 n processes share weights, gradients and moments of what is trained while they update.
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables, or, before validation, those that
-`data` asks for. Exit status 1: something will not fit.
+`data` asks for. The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
+Exit status 1: something will not fit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.commands.calibrate import power
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from pipelines.runtime import environment
@@ -62,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params = load_params(path)
         model = model_sizes(params)
         planned = list(phases(params, model))
+        shown = power(params)
     except PosttrainError as error:
         return report_error(error)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
+    print(f"\n{shown}")
     return int(any(phase.memory.total > limit for phase in planned))
 
 
