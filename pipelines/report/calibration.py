@@ -69,7 +69,8 @@ def splits(runs: int, k: int, seed: int) -> list[tuple[list[int], list[int]]]:
         return []
     if k == 1:
         return [([a], [b]) for a, b in combinations(range(runs), 2)]
-    generator, seen = np.random.Generator(np.random.PCG64([seed, k])), {}
+    generator = np.random.Generator(np.random.PCG64([seed, k]))
+    seen: dict[str, tuple[list[int], list[int]]] = {}
     for _ in range(4 * SPLITS):
         order = generator.permutation(runs)
         halves = sorted([sorted(order[:k].tolist()), sorted(order[k : 2 * k].tolist())])
