@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench calibrate clean
+.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench calibrate docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hou
 
 calibrate: workspace  ## compare finished runs of one algorithm with each other: how often are equal copies called different?
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
+
+docs: setup  ## build the documentation into .posttrain/site, offline
+	@NO_MKDOCS_2_WARNING=true $(PYTHON_IN) -m mkdocs build --strict --quiet
 
 clean:  ## remove caches and logs; keeps data, models, runs, report and MLflow's database
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .posttrain/logs

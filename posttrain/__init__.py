@@ -1,3 +1,3 @@
 """Post-training of language models: objectives, trainer, rollouts, evaluation. Knows only text and tensors."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
