@@ -4,7 +4,8 @@
     python -m pipelines.gate --champion models/champion --champion-name "version 3"
 
 Reads the finished evaluations, answers once more with the champion's weights, and writes runs/gate: decision.json, and
-decision.html for people. Candidates are asked in the order of their true reward; the first that passes every check wins.
+decision.html for people. Candidates are asked in the order of their true reward; the first that passes every check wins. A candidate
+whose answers cannot be used is refused with the reason and does not stop the others.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import GateParams
 from pipelines.evaluate import Evaluator, write_predictions
-from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide
+from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide, not_judged
 from pipelines.promotion.page import page
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
+from pipelines.runtime.journal import representable
 from pipelines.runtime.publish import ARTIFACTS
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
@@ -41,17 +43,17 @@ def run(run: Run) -> None:
     settings = params.report
     names = args.candidates or aligned(params.project.algorithms, params.project.seeds)
     reference = _answers(params, args.champion_name or "the supervised model", _reference(run))
-    candidates = [_answers(params, name, predictions(evaluated(name))) for name in names]
-    candidates.sort(key=lambda answers: -float(np.nanmean(answers.reward)))
-    resampling = cautious(Resampling(settings.bootstrap, params.gate.confidence, settings.seed), len(candidates))
-    limits = _limits(params.gate)
-    decisions = [decide(candidate, reference, limits, resampling) for candidate in candidates]
+    resampling = cautious(Resampling(settings.bootstrap, params.gate.confidence, settings.seed), len(names))
+    decisions = _judged(params, names, reference, resampling)
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
     run.outputs.artifact(DECISION.name).write_text(
-        json.dumps(_record(chosen, decisions), indent=1) + "\n", encoding="utf-8"
+        json.dumps(representable(_record(chosen, decisions)), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
     run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions), encoding="utf-8")
-    run.recorder.summary({"promote": float(chosen.promote)} | {check.name: check.value for check in chosen.checks})
+    run.recorder.summary(
+        {"promote": float(chosen.promote), "detectable": chosen.detectable}
+        | {check.name: check.value for check in chosen.checks}
+    )
     run.recorder.tag("challenger", chosen.challenger)
     run.recorder.tag("decision", "promote" if chosen.promote else "refuse")
     print(
@@ -59,6 +61,21 @@ def run(run: Run) -> None:
     )
     for check in chosen.checks:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
+
+
+def _judged(params: Params, names: Sequence[str], reference: Answers, resampling: Resampling) -> list[Decision]:
+    """Decide about every candidate, the best mean difference first. Raises DataError if no candidate can be judged."""
+    limits, decisions, unusable = _limits(params.gate), [], []
+    for name in names:
+        try:
+            decisions.append(
+                decide(_answers(params, name, predictions(evaluated(name))), reference, limits, resampling)
+            )
+        except DataError as error:
+            unusable.append(not_judged(name, reference.name, str(error)))
+    if not decisions:
+        raise DataError("no candidate can be judged: " + "; ".join(d.checks[0].words for d in unusable))
+    return [*sorted(decisions, key=lambda decision: -decision.difference.value), *unusable]
 
 
 def _reference(run: Run) -> Predictions:
@@ -81,6 +98,7 @@ def _answers(params: Params, name: str, found: Predictions) -> Answers:
     models = [source for source in evaluation.rewards if params.rewards[source].function == "reward_model"]
     return Answers(
         name,
+        tuple(zip(found.prompt_ids, found.prompts, found.answers, strict=True)),
         reward=numbers[f"reward_{evaluation.accuracy}"],
         scores={source: numbers[f"reward_{source}"] for source in models if source != evaluation.accuracy},
         kl=numbers["kl"],
@@ -99,6 +117,8 @@ def _limits(gate: GateParams) -> Limits:
         gate.max_length_ratio,
         gate.max_truncated,
         gate.max_divergence,
+        gate.min_prompts,
+        gate.max_missing,
         None if gate.format is None else gate.format.min_share,
     )
 
@@ -110,6 +130,7 @@ def _record(chosen: Decision, decisions: Sequence[Decision]) -> dict[str, Any]:
         "reference": chosen.reference,
         "refusals": chosen.refusals,
         "reward_gain": asdict(chosen.difference),
+        "power": {"level": chosen.level, "detectable": chosen.detectable},
         "candidates": [
             {"name": d.challenger, "promote": d.promote, "checks": [asdict(check) for check in d.checks]}
             for d in decisions

@@ -346,7 +346,11 @@ class GateParams(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     """Of the interval of the paired difference of true rewards; divided among the candidates."""
     tolerated_loss: NonNegative
-    """The interval may reach so far below 0."""
+    """The interval may reach so far below 0. With 0 the gain must be shown to be above 0."""
+    min_prompts: Annotated[int, Field(ge=2)]
+    """Fewer prompts in the evaluation table show nothing, and nobody is promoted."""
+    max_missing: Share
+    """Share of answers without a true reward, of either model; each of them is not counted as right."""
     max_kl: Positive
     """Mean nats per response to the supervised model."""
     max_length_ratio: Annotated[Finite, Field(ge=1)]

@@ -1,6 +1,7 @@
 """The gate: may a challenger replace the champion? A pure function of their answers to the same prompts and seeds.
 
-Every check is one-sided towards caution: what cannot be told apart from a loss counts as one.
+Every check is one-sided towards caution: a gain that is not shown counts as a loss, and an answer without a reward is not
+counted as right.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.promotion.gain import Gain, gain
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Floats, Interval, Resampling, paired
+from posttrain.evaluation.statistics import Floats, Interval, Resampling
+
+Prompt = tuple[int, str, str]
+"""Identity of a prompt: its id, its text and its gold answer."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Answers:
     """One model's sampled answers, [prompts, samples] each. A reward that is not known is NaN."""
 
     name: str
+    prompts: tuple[Prompt, ...]
     reward: Floats
     """The true reward: what `evaluation.accuracy` names."""
     scores: Mapping[str, Floats]
@@ -41,6 +47,8 @@ class Limits:
     max_length_ratio: float
     max_truncated: float
     max_divergence: float
+    min_prompts: int
+    max_missing: float
     min_formatted: float | None = None
 
 
@@ -63,6 +71,10 @@ class Decision:
     reference: str
     difference: Interval
     checks: tuple[Check, ...]
+    detectable: float = float("nan")
+    """True gain that is found with a chance of 80 % with these prompts."""
+    level: float = float("nan")
+    """Chance of promoting this candidate that is allowed if it equals the reference."""
 
     @property
     def promote(self) -> bool:
@@ -81,16 +93,19 @@ def cautious(resampling: Resampling, candidates: int) -> Resampling:
 def decide(challenger: Answers, reference: Answers, limits: Limits, resampling: Resampling) -> Decision:
     """Compare a challenger with the champion (or with the supervised model while there is none).
 
-    Raises DataError where the two did not answer the same prompts equally often.
+    Raises DataError if the two did not answer the same prompts equally often.
     """
-    if challenger.reward.shape != reference.reward.shape:
-        raise DataError(
-            f"the gate compares answers to the same prompts and seeds; {challenger.name} has {challenger.reward.shape} and"
-            f" {reference.name} {reference.reward.shape} [prompts, samples]. Evaluate both again: `dvc repro`."
-        )
-    difference = paired(challenger.reward, reference.reward, resampling).difference
+    _require_same_prompts(challenger, reference)
+    differences = paired_differences(challenger.reward, reference.reward)
+    known = np.concatenate([challenger.reward.ravel(), reference.reward.ravel()])
+    known = known[np.isfinite(known)]
+    span = float(known.max() - known.min()) if len(known) else 0.0
+    found = gain(differences, limits.tolerated_loss, span, resampling)
     checks = [
-        _loss(difference, reference.name, limits.tolerated_loss, resampling.confidence),
+        _loss(found, reference.name, limits.tolerated_loss),
+        _prompts(len(differences), limits.min_prompts),
+        _missing(challenger, reference, limits.max_missing),
+        _judge(known, span),
         _at_most("kl", float(challenger.kl.mean()), limits.max_kl, "KL to the supervised model, nats per response"),
         _length(challenger, reference, limits.max_length_ratio),
         _at_most("truncated", float(challenger.truncated.mean()), limits.max_truncated, "share of responses cut off"),
@@ -101,7 +116,43 @@ def decide(challenger: Answers, reference: Answers, limits: Limits, resampling: 
         gap = divergence(challenger, reference, name)
         words = f"standard deviations by which {name} gains more than the true reward"
         checks.append(_at_most(f"divergence/{name}", gap, limits.max_divergence, words))
-    return Decision(challenger.name, reference.name, difference, tuple(checks))
+    return Decision(challenger.name, reference.name, found.interval, tuple(checks), found.detectable, found.level)
+
+
+def not_judged(name: str, reference: str, reason: str) -> Decision:
+    """Refuse a candidate whose answers cannot be used; the other candidates are judged all the same."""
+    nothing = Interval(float("nan"), float("nan"), float("nan"), 0, 0, "none")
+    return Decision(name, reference, nothing, (Check("answers", float("nan"), float("nan"), False, reason),))
+
+
+def paired_differences(challenger: Floats, reference: Floats) -> Floats:
+    """Return each prompt's mean reward of the challenger minus that of the reference, [prompts].
+
+    A missing reward is not shown to be right: it counts as the lowest known reward for the challenger and as the highest one for the
+    reference. A prompt without a single reward on either side counts as no difference.
+    """
+    known = np.isfinite(challenger), np.isfinite(reference)
+    if not (known[0].any() or known[1].any()):
+        return np.zeros(len(challenger))
+    values = np.concatenate([challenger[known[0]], reference[known[1]]])
+    mine = np.where(known[0], challenger, values.min()).mean(1)
+    theirs = np.where(known[1], reference, values.max()).mean(1)
+    judged = known[0].any(1) | known[1].any(1)
+    return np.where(judged, mine - theirs, 0.0)
+
+
+def _require_same_prompts(challenger: Answers, reference: Answers) -> None:
+    if challenger.reward.shape != reference.reward.shape:
+        raise DataError(
+            f"the gate compares answers to the same prompts and seeds; {challenger.name} has {challenger.reward.shape} and"
+            f" {reference.name} {reference.reward.shape} [prompts, samples]. Evaluate both again: `dvc repro`."
+        )
+    for mine, theirs in zip(challenger.prompts, reference.prompts, strict=True):
+        if mine != theirs:
+            raise DataError(
+                f"the gate compares answers to the same prompts; {challenger.name} answered {mine[1]!r} (gold answer {mine[2]!r}) where"
+                f" {reference.name} answered {theirs[1]!r} (gold answer {theirs[2]!r}). Evaluate both again: `dvc repro`."
+            )
 
 
 def divergence(challenger: Answers, reference: Answers, name: str) -> float:
@@ -116,17 +167,45 @@ def divergence(challenger: Answers, reference: Answers, name: str) -> float:
 
 
 def standardised_gain(a: Floats, b: Floats) -> float:
-    """(mean a - mean b) / standard deviation of all values; 0 where all values are equal. NaN values are left out."""
+    """(mean a - mean b) / standard deviation of all values; 0 if all values are equal. NaN values are left out; NaN if none is known."""
+    if not (np.isfinite(a).any() and np.isfinite(b).any()):
+        return float("nan")
     spread = float(np.nanstd(np.concatenate([a.ravel(), b.ravel()])))
     return 0.0 if spread == 0 else float(np.nanmean(a) - np.nanmean(b)) / spread
 
 
-def _loss(difference: Interval, reference: str, tolerated: float, confidence: float) -> Check:
+def _loss(found: Gain, reference: str, tolerated: float) -> Check:
+    difference, confidence = found.interval, 100 * (1 - 2 * found.level)
+    sign_flip = "" if tolerated > 0 else f", sign-flip test p {found.p:.4g} (at most {found.level:.4g})"
     words = (
-        f"true reward against {reference} {difference.value:+.4g}, {100 * confidence:.4g} % interval {difference.low:+.4g} to"
-        f" {difference.high:+.4g} over {difference.n} prompts (must not reach below {0.0 - tolerated:.4g})"
+        f"true reward against {reference} {difference.value:+.4g}, {confidence:.4g} % interval {difference.low:+.4g} to"
+        f" {difference.high:+.4g} over {difference.n} prompts (must lie above {0.0 - tolerated:.4g}){sign_flip}"
     )
-    return Check("loss", difference.low, -tolerated, difference.low >= -tolerated, words)
+    return Check("loss", difference.low, -tolerated, found.shown, words)
+
+
+def _prompts(count: int, limit: int) -> Check:
+    words = f"prompts that the interval rests on: {count} (at least {limit})"
+    return Check("prompts", count, limit, count >= limit, words)
+
+
+def _missing(challenger: Answers, reference: Answers, limit: float) -> Check:
+    mine, theirs = (float(np.isnan(answers.reward).mean()) for answers in (challenger, reference))
+    words = (
+        f"share of answers without a true reward: {mine:.4g}, and {theirs:.4g} of {reference.name} (at most {limit:.4g}); such an"
+        " answer is not counted as right"
+    )
+    return Check("missing", max(mine, theirs), limit, max(mine, theirs) <= limit, words)
+
+
+def _judge(known: Floats, span: float) -> Check:
+    if not len(known):
+        words = "no answer of either model has a true reward"
+    elif span == 0:
+        words = f"the true reward is {known[0]:.4g} for every answer of both models; such a judge cannot compare them"
+    else:
+        words = f"the true reward ranges from {known.min():.4g} to {known.max():.4g}"
+    return Check("judge", span, 0.0, span > 0, words)
 
 
 def _at_most(name: str, value: float, limit: float, what: str) -> Check:
@@ -135,7 +214,9 @@ def _at_most(name: str, value: float, limit: float, what: str) -> Check:
 
 def _length(challenger: Answers, reference: Answers, limit: float) -> Check:
     mine, theirs = float(challenger.tokens.mean()), float(reference.tokens.mean())
-    ratio = max(mine, theirs) / min(mine, theirs)
+    ratio = (
+        max(mine, theirs) / min(mine, theirs) if min(mine, theirs) > 0 else (1.0 if mine == theirs else float("inf"))
+    )
     words = f"mean length {mine:.4g} tokens against {theirs:.4g} of {reference.name}: a factor of {ratio:.3g} (at most {limit:.4g})"
     return Check("length", ratio, limit, ratio <= limit, words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -29,9 +30,19 @@ def page(chosen: Decision, decisions: Sequence[Decision]) -> str:
     why = f"<p>Because:</p><ul>{reasons}</ul>" if reasons else "<p>Every check was passed.</p>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}"
+        f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
         + "".join(_table(decision) for decision in decisions)
         + "</body></html>\n"
+    )
+
+
+def power(decision: Decision) -> str:
+    """Say how large a gain had to be to be found, and how often an equal model would be promoted."""
+    if math.isnan(decision.detectable):
+        return "Power: unknown, since no two prompts differ in their gain."
+    return (
+        f"Power: with these {decision.difference.n} prompts a true gain of {decision.detectable:.3g} is found with a chance of 80 %. A"
+        f" candidate that equals {decision.reference} is promoted with a chance of at most {100 * decision.level:.3g} %."
     )
 
 

@@ -18,64 +18,104 @@ from pipelines.promotion.decision import (
     cautious,
     decide,
     divergence,
+    paired_differences,
     standardised_gain,
 )
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling
 
-LIMITS = Limits(tolerated_loss=0.0, max_kl=5.0, max_length_ratio=1.5, max_truncated=0.25, max_divergence=0.5)
+LIMITS = Limits(
+    tolerated_loss=0.0,
+    max_kl=5.0,
+    max_length_ratio=1.5,
+    max_truncated=0.25,
+    max_divergence=0.5,
+    min_prompts=8,
+    max_missing=0.25,
+)
 RESAMPLING = Resampling(2000, 0.95, 0)
 
 
 def answers(name: str, reward: list[list[float]], **fields: object) -> Answers:
     table = np.array(reward, float)
     given = {
+        "prompts": tuple((i, f"{i}+1?", str(i + 1)) for i in range(len(reward))),
         "scores": {"rm": table.copy()},
         "kl": np.full(table.shape, 2.0),
         "tokens": np.full(table.shape, 10.0),
         "truncated": np.zeros(table.shape),
     } | fields
-    return Answers(name, table, **given)  # type: ignore[arg-type]
+    return Answers(name, reward=table, **given)  # type: ignore[arg-type]
 
 
 def check(decision: Decision, name: str) -> Check:
     return next(found for found in decision.checks if found.name == name)
 
 
-CHAMPION = answers("champion", [[0, 1], [0, 0], [1, 1], [0, 1]])
-BETTER = answers("better", [[1, 1], [1, 1], [1, 1], [1, 1]])
+SHAPE = (8, 2)
+CHAMPION = answers("champion", [[0, 1], [0, 0], [1, 1], [0, 1]] * 2)
+BETTER = answers("better", [[1, 1]] * 8)
 
 
-def test_a_model_that_is_better_on_every_prompt_passes_all_checks() -> None:
-    decision = decide(BETTER, CHAMPION, LIMITS, RESAMPLING)
+def test_a_model_that_is_better_on_enough_prompts_passes_all_checks() -> None:
+    champion = answers("champion", [[0, 1], [0, 0], [0, 0], [0, 1]] * 2)
+    decision = decide(BETTER, champion, LIMITS, RESAMPLING)
     assert decision.promote
     assert decision.refusals == []
-    # per prompt .5, 1, 0, .5: the mean is .5 and no draw of four prompts has a mean below 0
-    assert decision.difference.value == 0.5
-    assert 0.0 <= check(decision, "loss").value <= 0.25
-    assert [found.name for found in decision.checks] == ["loss", "kl", "length", "truncated", "divergence/rm"]
+    # per prompt .5, 1, 1, .5, twice: mean .75, variance 8 * .0625 / 7 = 1/14, t(.975, 7) = 2.364624
+    assert decision.difference.value == 0.75
+    assert check(decision, "loss").value == pytest.approx(0.75 - 2.364624 * math.sqrt(1 / 14 / 8))
+    names = ["loss", "prompts", "missing", "judge", "kl", "length", "truncated", "divergence/rm"]
+    assert [found.name for found in decision.checks] == names
+    # a gain of (t(.975, 7) + t(.8, 7)) standard errors is found with a chance of 80 %
+    assert decision.detectable == pytest.approx((2.364624 + 0.896030) * math.sqrt(1 / 14 / 8), rel=1e-5)
+    assert decision.level == pytest.approx(0.025)
+
+
+def test_too_few_prompts_show_nothing_however_large_the_gain() -> None:
+    # six prompts, all better: 1 of 64 sign patterns reaches the sum, which is less than .025
+    decision = decide(answers("b", [[1, 1]] * 6), answers("c", [[0, 1], [0, 0]] * 3), LIMITS, RESAMPLING)
+    assert check(decision, "loss").passed
+    assert decision.refusals == ["prompts that the interval rests on: 6 (at least 8)"]
+    # five prompts, all better: 1 of 32 patterns, more than .025
+    fewer = decide(answers("b", [[1, 1]] * 5), answers("c", [[0, 1]] * 4 + [[0, 0]]), LIMITS, RESAMPLING)
+    assert not check(fewer, "loss").passed
+    single = decide(answers("b", [[1, 1]]), answers("c", [[0, 0]]), LIMITS, RESAMPLING)
+    assert not check(single, "loss").passed
 
 
 def test_an_interval_that_reaches_below_zero_is_a_loss_however_good_the_mean() -> None:
-    # +1, +1, +1, -1 per prompt: the mean is +.5; four draws are all -1 once in 256, two or more -1 in 67 of 256 draws
-    mixed = answers("mixed", [[1, 1], [1, 1], [1, 1], [0, 0]])
-    reference = answers("reference", [[0, 0], [0, 0], [0, 0], [1, 1]])
+    # +1 six times, -1 twice: the mean is .5, the variance 8 * .75 / 7, and t(.975, 7) = 2.364624
+    mixed = answers("mixed", [[1, 1]] * 6 + [[0, 0]] * 2)
+    reference = answers("reference", [[0, 0]] * 6 + [[1, 1]] * 2)
     decision = decide(mixed, reference, LIMITS, RESAMPLING)
     assert decision.difference.value == 0.5
-    assert check(decision, "loss").value == -0.5
+    assert check(decision, "loss").value == pytest.approx(0.5 - 2.364624 * math.sqrt(6 / 7 / 8))
     assert not decision.promote
     assert decision.refusals == [check(decision, "loss").words]
-    assert "-0.5 to +1" in decision.refusals[0]
-    tolerant = decide(mixed, reference, dataclasses.replace(LIMITS, tolerated_loss=0.5), RESAMPLING)
-    assert tolerant.promote
+    assert "-0.274 to +1.274 over 8 prompts (must lie above 0)" in decision.refusals[0]
+    assert not decide(mixed, reference, dataclasses.replace(LIMITS, tolerated_loss=0.25), RESAMPLING).promote
+    assert decide(mixed, reference, dataclasses.replace(LIMITS, tolerated_loss=1.5), RESAMPLING).promote
+
+
+def test_a_tolerated_loss_that_no_prompt_has_shown_is_not_thereby_excluded() -> None:
+    # 40 equal prompts with rewards of 0 and 1: a loss of 2 % stays unseen with a chance of .98 ** 40 = .45
+    same = [[1.0, 1.0], [0.0, 0.0]] * 20
+    limits = dataclasses.replace(LIMITS, tolerated_loss=0.02)
+    assert not decide(answers("a", same), answers("b", same), limits, RESAMPLING).promote
+    # 400 prompts exclude it: the exact limit is ln(40) / 400 = .0092
+    many = same * 10
+    decision = decide(answers("a", many), answers("b", many), limits, RESAMPLING)
+    assert decision.promote
+    assert -0.02 < check(decision, "loss").value < -math.log(40) / 400
 
 
 def test_every_limit_refuses_alone_and_says_its_number() -> None:
-    shape = (4, 2)
+    shape = SHAPE
     cases = {
         "kl": ({"kl": np.full(shape, 5.5)}, 5.5),
         "length": ({"tokens": np.full(shape, 16.0)}, 1.6),
-        "truncated": ({"truncated": np.array([[1, 0], [1, 0], [1, 0], [0, 0]])}, 3 / 8),
+        "truncated": ({"truncated": np.array([[1, 0], [1, 0], [1, 0], [0, 0]] * 2)}, 3 / 8),
     }
     for name, (change, value) in cases.items():
         decision = decide(dataclasses.replace(BETTER, **change), CHAMPION, LIMITS, RESAMPLING)  # type: ignore[arg-type]
@@ -85,19 +125,19 @@ def test_every_limit_refuses_alone_and_says_its_number() -> None:
 
 
 def test_a_limit_is_passed_when_it_is_met_exactly() -> None:
-    met = dataclasses.replace(BETTER, kl=np.full((4, 2), 5.0), tokens=np.full((4, 2), 15.0))
+    met = dataclasses.replace(BETTER, kl=np.full(SHAPE, 5.0), tokens=np.full(SHAPE, 15.0))
     assert decide(met, CHAMPION, LIMITS, RESAMPLING).promote
 
 
 def test_much_shorter_answers_are_as_suspect_as_much_longer_ones() -> None:
-    short = dataclasses.replace(BETTER, tokens=np.full((4, 2), 5.0))
+    short = dataclasses.replace(BETTER, tokens=np.full(SHAPE, 5.0))
     decision = decide(short, CHAMPION, LIMITS, RESAMPLING)
     assert check(decision, "length").value == 2.0
     assert not decision.promote
 
 
 def test_the_format_is_asked_only_where_one_is_given() -> None:
-    formatted = dataclasses.replace(BETTER, formatted=np.array([[1, 1], [1, 1], [1, 1], [1, 0]]))
+    formatted = dataclasses.replace(BETTER, formatted=np.array([[1, 1], [1, 1], [1, 1], [1, 0]] * 2))
     limits = dataclasses.replace(LIMITS, min_formatted=0.9)
     decision = decide(formatted, CHAMPION, limits, RESAMPLING)
     assert check(decision, "format").value == 7 / 8
@@ -106,8 +146,8 @@ def test_the_format_is_asked_only_where_one_is_given() -> None:
 
 def test_divergence_is_the_gain_of_the_score_beyond_the_gain_of_the_reward_in_deviations() -> None:
     # reward: champion 4 of 8, challenger 2 of 8: gain -1/4, deviation of 6 ones among 16 = sqrt(6/16 * 10/16)
-    worse = answers("worse", [[0, 0], [0, 0], [1, 1], [0, 0]], scores={"rm": np.full((4, 2), 3.0)})
-    champion = dataclasses.replace(CHAMPION, scores={"rm": np.full((4, 2), 1.0)})
+    worse = answers("worse", [[0, 0], [0, 0], [1, 1], [0, 0]] * 2, scores={"rm": np.full(SHAPE, 3.0)})
+    champion = dataclasses.replace(CHAMPION, scores={"rm": np.full(SHAPE, 1.0)})
     # score: 1 to 3: the deviation of eight 1s and eight 3s is 1, the gain 2 deviations
     expected = 2.0 - (-0.25) / math.sqrt(6 / 16 * 10 / 16)
     assert divergence(worse, champion, "rm") == pytest.approx(expected)
@@ -126,17 +166,61 @@ def test_several_candidates_share_one_chance_of_error() -> None:
 
 
 def test_answers_to_other_prompts_are_not_compared() -> None:
-    with pytest.raises(DataError, match=r"other has \(1, 2\) and champion \(4, 2\)"):
+    with pytest.raises(DataError, match=r"other has \(1, 2\) and champion \(8, 2\)"):
         decide(answers("other", [[1, 1]]), CHAMPION, LIMITS, RESAMPLING)
+    prompts = list(BETTER.prompts)
+    prompts[3] = (3, "9+9?", "18")
+    other = dataclasses.replace(BETTER, prompts=tuple(prompts))
+    with pytest.raises(
+        DataError, match=r"better answered '9\+9\?' \(gold answer '18'\) where champion answered '3\+1\?'"
+    ):
+        decide(other, CHAMPION, LIMITS, RESAMPLING)
+
+
+def test_a_missing_reward_is_not_shown_to_be_right() -> None:
+    nan = math.nan
+    mine, theirs = np.array([[1, nan], [nan, nan], [0.5, 1]]), np.array([[0, 1], [nan, nan], [nan, 0]])
+    # missing counts as 0 for the challenger and as 1 for the champion; nobody has a reward for the second prompt
+    assert paired_differences(mine, theirs).tolist() == [0.5 - 0.5, 0.0, 0.75 - 0.5]
+
+
+def test_a_model_whose_wrong_answers_have_no_reward_does_not_beat_one_that_is_right_more_often() -> None:
+    # 30 % right and the rest without a reward, against 80 % right and the rest 0
+    nan = math.nan
+    skipping = answers("skipping", [[1.0]] * 12 + [[nan]] * 28)
+    champion = answers("champion", [[1.0]] * 32 + [[0.0]] * 8)
+    decision = decide(skipping, champion, dataclasses.replace(LIMITS, max_missing=1.0), RESAMPLING)
+    assert decision.difference.value == pytest.approx(0.3 - 0.8)
+    assert not decision.promote
+    shares = decide(skipping, champion, LIMITS, RESAMPLING)
+    assert check(shares, "missing").value == 0.7
+    assert (
+        "share of answers without a true reward: 0.7, and 0 of champion (at most 0.25)"
+        in check(shares, "missing").words
+    )
+
+
+@pytest.mark.parametrize("reward", [1.0, 0.0, math.nan])
+def test_a_judge_that_says_the_same_of_every_answer_promotes_nobody(reward: float) -> None:
+    constant = [[reward, reward]] * 40
+    limits = dataclasses.replace(LIMITS, tolerated_loss=0.5, max_missing=1.0)
+    decision = decide(answers("mine", constant), answers("theirs", constant), limits, RESAMPLING)
+    assert not check(decision, "judge").passed
+    assert not decision.promote
+
+
+def test_answers_without_a_token_are_a_length_and_no_error() -> None:
+    empty = dataclasses.replace(BETTER, tokens=np.zeros(SHAPE))
+    assert check(decide(empty, CHAMPION, LIMITS, RESAMPLING), "length").value == math.inf
+    both = dataclasses.replace(CHAMPION, tokens=np.zeros(SHAPE))
+    assert check(decide(empty, both, LIMITS, RESAMPLING), "length").value == 1.0
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=12))
-def test_nobody_loses_against_himself_and_both_directions_are_never_a_strict_gain(
-    rows: list[tuple[float, float]],
-) -> None:
+def test_an_equal_model_is_never_promoted_and_at_most_one_direction_is_a_gain(rows: list[tuple[float, float]]) -> None:
     mine = answers("mine", [[a] for a, _ in rows])
     theirs = answers("theirs", [[b] for _, b in rows])
-    assert check(decide(mine, mine, LIMITS, RESAMPLING), "loss").value == 0.0
-    forth, back = (check(decide(*pair, LIMITS, RESAMPLING), "loss").value for pair in ((mine, theirs), (theirs, mine)))
-    assert not (forth > 0 and back > 0)
+    assert not check(decide(mine, mine, LIMITS, RESAMPLING), "loss").passed
+    forth, back = (check(decide(*pair, LIMITS, RESAMPLING), "loss").passed for pair in ((mine, theirs), (theirs, mine)))
+    assert not (forth and back)
