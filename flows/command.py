@@ -22,6 +22,7 @@ ENVIRONMENT = """environment:
   PREFECT_API_URL          a Prefect server to report to (default: a private one that ends with the command)
   MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
+  POSTTRAIN_SETTLE_SECONDS time for which a file of the inbox must not have changed (default 10)
   POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)"""
 
 

@@ -7,12 +7,15 @@ params.yaml's `validation` as the step `validate` will check it. One that would 
 column, shares prompts with held-out data …) goes to INBOX/quarantined with its reason beside it; the others go to
 data/raw/accepted and are read by `ingest` from now on. Single bad rows are left to `validate`, which sets them aside.
 
+An entry that is still being written, or that is a link or a pipe, stays where it is and is reported.
+
 Killed in the middle, the next call goes on: a file leaves the inbox only after it stands where it belongs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
-from pipelines.data.inbox import Arrival, Inbox, location
+from pipelines.data.inbox import Arrival, Inbox, location, open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest
@@ -38,11 +41,12 @@ if TYPE_CHECKING:
 RECORD = Path(".posttrain/intake.json")
 _WORK = Path(".posttrain/intake")
 _NAME_LENGTH = 80
+MOST_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One file that was dealt with. `outcome`: accepted, known (the same bytes were taken in before) or quarantined."""
+    """One file that was dealt with. `outcome`: accepted, known (the same bytes were taken in before), quarantined, or left (waits)."""
 
     file: str
     outcome: str
@@ -58,39 +62,84 @@ class Taken:
             return f"accepted {self.file}: {self.rows} rows for {self.table}{aside}"
         if self.outcome == "known":
             return f"known already {self.file}: the same bytes were taken in before"
+        if self.outcome == "left":
+            return f"left {self.file}: {self.reason}"
         return f"quarantined {self.file}: {self.reason}"
 
 
 def take_in(params: Params, inbox: Inbox) -> list[Taken]:
-    """Deal with every file that waits, in the order of their names."""
+    """Deal with every file that waits, in the order of their names. An entry that cannot be taken never stops the others."""
     arrivals = inbox.arrivals()
-    if not arrivals:
-        return []
+    if all(arrival.left for arrival in arrivals):
+        return [Taken(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
     from pipelines.commands.admission import Admission
 
     admission = Admission(params, {kind: table_rows(kind, params.data) for kind in KINDS})
-    return [_take(arrival, params, inbox, admission) for arrival in arrivals]
+    return [_claimed(arrival, params, inbox, admission) for arrival in arrivals]
+
+
+def _claimed(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> Taken:
+    claimed = arrival if arrival.left else inbox.claim(arrival)
+    if claimed.left:
+        return Taken(claimed.name, "left", reason=claimed.left)
+    if claimed.attempts >= MOST_ATTEMPTS:
+        reason = (
+            f"{claimed.file}: {claimed.attempts} processes were killed while they read this file; most likely it needs more memory"
+            " than there is. Split it, and move the parts back."
+        )
+        inbox.quarantine(claimed, reason)
+        return Taken(claimed.name, "quarantined", reason=reason)
+    try:
+        return _take(claimed, params, inbox, admission)
+    except BaseException:
+        with contextlib.suppress(PosttrainError):
+            inbox.give_back(claimed)
+        raise
 
 
 def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> Taken:
     local = _WORK / arrival.file
-    inbox.fetch(arrival, local)
     try:
         kind = _kind(arrival)
+        inbox.fetch(arrival, local)
         if file_digest(local) in {file_digest(path) for path in accepted_files(kind)}:
-            inbox.remove(arrival)
-            return Taken(arrival.name, "known", kind)
+            return _finished(arrival, inbox, Taken(arrival.name, "known", kind))
         rows = _rows(kind, params, local, admission)
         aside = admission.check(kind, rows)
     except PosttrainError as error:
-        reason = redact(str(error).replace(str(local), arrival.file))
-        inbox.quarantine(arrival, reason)
-        local.unlink()
-        return Taken(arrival.name, "quarantined", reason=reason)
+        return _set_aside(arrival, inbox, local, str(error))
+    except OSError:
+        raise
+    except Exception as error:  # whatever one file's content does to a reader, the others are taken
+        return _set_aside(arrival, inbox, local, f"it cannot be checked: {type(error).__name__}: {error}")
+    if not inbox.unchanged(arrival):
+        return _postponed(arrival, inbox)
     _keep(local, kind, arrival.file)
     inbox.remove(arrival)
     admission.admit(kind, rows)
     return Taken(arrival.name, "accepted", kind, len(rows), aside)
+
+
+def _set_aside(arrival: Arrival, inbox: Inbox, local: Path, why: str) -> Taken:
+    reason = redact(why.replace(str(local), arrival.file))
+    if not inbox.unchanged(arrival):
+        return _postponed(arrival, inbox)
+    inbox.quarantine(arrival, reason)
+    local.unlink(missing_ok=True)
+    return Taken(arrival.name, "quarantined", reason=reason)
+
+
+def _finished(arrival: Arrival, inbox: Inbox, taken: Taken) -> Taken:
+    if not inbox.unchanged(arrival):
+        return _postponed(arrival, inbox)
+    inbox.remove(arrival)
+    return taken
+
+
+def _postponed(arrival: Arrival, inbox: Inbox) -> Taken:
+    """A file that is written to while it is read is neither accepted nor removed."""
+    inbox.give_back(arrival)
+    return Taken(arrival.name, "left", reason="it was changed while it was read; the next run takes it")
 
 
 def _kind(arrival: Arrival) -> Kind:
@@ -131,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     try:
-        inbox = Inbox(args.inbox or location(project))
+        inbox = open_inbox(
+            args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX"))
+        )
         taken = take_in(load_params(project / "params.yaml"), inbox)
     except PosttrainError as error:
         return report_error(error)

@@ -1,9 +1,13 @@
 """The inbox: a folder or an S3 prefix where new files of records arrive, one sub-folder per table.
 
     INBOX/preferences/monday.jsonl          waits to be taken in
-    INBOX/quarantined/preferences/…         what was refused, each with its reason beside it
+    INBOX/quarantined/preferences/…         refused files, each with its reason next to it
 
 POSTTRAIN_INBOX names it (default: `inbox` in the project). For S3, `s3://BUCKET/PREFIX` with the usual AWS_… variables.
+
+A file is taken if it is finished: nobody has it open for writing, and it was not changed for POSTTRAIN_SETTLE_SECONDS (default 10). It is
+claimed by a rename first, so a new file of the same name never meets the claimed one. Links, pipes and other entries that are no
+files stay where they are and are reported.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from posttrain.errors import DataError
 
@@ -24,10 +28,21 @@ _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload")
 
 @dataclass(frozen=True)
 class Arrival:
-    """One file of the inbox. `name` is its path inside the inbox, `place` its path on the file system."""
+    """One entry of the inbox.
+
+    Attributes:
+        name: path inside the inbox; what cannot be printed is escaped.
+        place: path on the file system, or key in the store.
+        state: changes whenever the content may have changed.
+        left: why the entry stays where it is; nothing if it can be taken.
+        attempts: processes that were killed while they read it.
+    """
 
     name: str
     place: str
+    state: tuple[object, ...] = ()
+    left: str = ""
+    attempts: int = 0
 
     @property
     def folder(self) -> str:
@@ -39,12 +54,73 @@ class Arrival:
         return PurePosixPath(self.name).name
 
 
+class Inbox(Protocol):
+    """The operations on an inbox. All raise DataError, naming the inbox, if it cannot be reached."""
+
+    where: str
+
+    def arrivals(self) -> list[Arrival]:
+        """List every entry that waits, by name. Hidden files and unfinished ones (.part, .tmp …) do not count."""
+        ...
+
+    def claim(self, arrival: Arrival) -> Arrival:
+        """Make sure that nobody else changes the file. Sets `left` if that is not possible any more."""
+        ...
+
+    def fetch(self, arrival: Arrival, target: Path) -> None:
+        """Copy the file's bytes to `target`."""
+        ...
+
+    def unchanged(self, arrival: Arrival) -> bool:
+        """Return True if the file is still the one that was claimed."""
+        ...
+
+    def remove(self, arrival: Arrival) -> None: ...
+
+    def give_back(self, arrival: Arrival) -> None:
+        """Undo the claim, so that the file waits again."""
+        ...
+
+    def quarantine(self, arrival: Arrival, reason: str) -> str:
+        """Set the file aside with its reason in a text file; return its new path inside the inbox."""
+        ...
+
+
 def location(project: Path) -> str:
     return os.environ.get("POSTTRAIN_INBOX") or str(project / "inbox")
 
 
-class Inbox:
-    """Raises DataError, naming the inbox, where it cannot be reached."""
+def open_inbox(where: str, *, required: bool = False) -> Inbox:
+    """Open a folder or a store. `required` refuses a folder that is not there, which a misspelt setting looks like."""
+    if "://" in where and not where.startswith("file://"):
+        return StoreInbox(where)
+    from pipelines.data.inbox_folder import FolderInbox
+
+    return FolderInbox(Path(where.removeprefix("file://")).expanduser(), required=required)
+
+
+def waits(name: str) -> bool:
+    """Return True if a path inside the inbox is neither hidden, nor quarantined, nor still being written."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and parts[0] != QUARANTINED and not name.endswith(_UNFINISHED)
+
+
+def free_names(name: str) -> Iterator[str]:
+    """Yield the name, then `-2`, `-3` … of it: every refused file is kept."""
+    stem, dot, suffix = name.rpartition(".")
+    return chain([name], (f"{stem}-{i}{dot}{suffix}" if dot else f"{name}-{i}" for i in count(2)))
+
+
+def unusable(where: str, said: object) -> DataError:
+    return DataError(
+        f"the inbox {where} cannot be used: {said}. Nothing was lost; correct POSTTRAIN_INBOX or the rights"
+        " of the folder, or wait until the store answers, and run again."
+    )
+
+
+class StoreInbox:
+    """An S3 prefix. An object is written as a whole, so it is finished as soon as it is listed."""
 
     def __init__(self, where: str) -> None:
         import fsspec
@@ -59,41 +135,42 @@ class Inbox:
             ) from error
 
     def arrivals(self) -> list[Arrival]:
-        """Every file that waits, by name. Hidden files and those still being written (.part, .tmp …) do not count."""
         with self._reached():
             self._files.invalidate_cache()
             if not self._files.exists(self._base):
                 return []
-            places = self._files.find(self._base)
-        names = {place: str(PurePosixPath(place).relative_to(self._base)) for place in sorted(places)}
-        return [Arrival(name, place) for place, name in names.items() if _waits(name)]
+            found = self._files.find(self._base, detail=True)
+        named = {str(PurePosixPath(place).relative_to(self._base)): place for place in sorted(found)}
+        return [Arrival(name, place, _version(found[place])) for name, place in named.items() if waits(name)]
+
+    def claim(self, arrival: Arrival) -> Arrival:
+        return arrival
 
     def fetch(self, arrival: Arrival, target: Path) -> None:
-        """Copy the file's bytes to `target`."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._reached():
             self._files.get_file(arrival.place, str(target))
+
+    def unchanged(self, arrival: Arrival) -> bool:
+        with self._reached():
+            self._files.invalidate_cache()
+            return self._files.exists(arrival.place) and _version(self._files.info(arrival.place)) == arrival.state
 
     def remove(self, arrival: Arrival) -> None:
         with self._reached():
             self._files.rm_file(arrival.place)
 
+    def give_back(self, arrival: Arrival) -> None: ...
+
     def quarantine(self, arrival: Arrival, reason: str) -> str:
-        """Set the file aside with its reason in a text file; returns its new path inside the inbox."""
         with self._reached():
-            name = self._free(f"{QUARANTINED}/{arrival.name}")
+            names = free_names(f"{QUARANTINED}/{arrival.name}")
+            name = next(each for each in names if not self._files.exists(f"{self._base}/{each}"))
             target = f"{self._base}/{name}"
-            self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(f"{target}.reason.txt", (reason + "\n").encode())
             self._files.cp_file(arrival.place, target)  # `copy` would take [ and * in a name for a pattern
             self._files.rm_file(arrival.place)
         return name
-
-    def _free(self, name: str) -> str:
-        """The name, or the first of `-2`, `-3` … of it that nothing holds: every refused file is kept."""
-        stem, dot, suffix = name.rpartition(".")
-        names = chain([name], (f"{stem}-{i}{dot}{suffix}" if dot else f"{name}-{i}" for i in count(2)))
-        return next(each for each in names if not self._files.exists(f"{self._base}/{each}"))
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
@@ -103,13 +180,8 @@ class Inbox:
             yield
         except (OSError, BotoCoreError, ValueError) as error:
             said: Any = getattr(error, "strerror", None) or error
-            raise DataError(
-                f"the inbox {self.where} cannot be used: {said}. Nothing was lost; correct POSTTRAIN_INBOX or the rights"
-                " of the folder, or wait until the store answers, and run again."
-            ) from error
+            raise unusable(self.where, said) from error
 
 
-def _waits(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") for part in parts)
-    return not hidden and parts[0] != QUARANTINED and not name.endswith(_UNFINISHED)
+def _version(info: dict[str, Any]) -> tuple[object, ...]:
+    return tuple(str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime"))

@@ -12,7 +12,8 @@ from pipelines.commands import intake
 from pipelines.commands.configure import configure
 from pipelines.commands.intake import Taken, take_in
 from pipelines.config.params import load_params
-from pipelines.data.inbox import Inbox
+from pipelines.data.inbox import open_inbox
+from pipelines.data.inbox_folder import FolderInbox
 from pipelines.data.sources import accepted_files, table_rows
 from pipelines.ingest import split_tables
 from pipelines.validation.view import prompt_key
@@ -31,6 +32,7 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     configure(tmp_path / "params.yaml", [str(root / "tests" / "end_to_end" / "tiny.yaml")])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("POSTTRAIN_INBOX", raising=False)
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "0")
     return tmp_path
 
 
@@ -43,7 +45,7 @@ def put(folder: Path, name: str, *records: Record | str) -> Path:
 
 
 def taken(folder: Path) -> list[Taken]:
-    return take_in(load_params(folder / "params.yaml"), Inbox(str(folder / "inbox")))
+    return take_in(load_params(folder / "params.yaml"), open_inbox(str(folder / "inbox")))
 
 
 def left(folder: Path) -> list[str]:
@@ -148,7 +150,7 @@ def test_killed_between_keeping_and_removing_a_file_nothing_is_taken_twice(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Inbox, "remove", die)
+        patched.setattr(FolderInbox, "remove", die)
         with pytest.raises(KeyboardInterrupt):
             taken(folder)
     assert left(folder) == ["problems/a.jsonl"]
@@ -173,7 +175,7 @@ def test_the_command_records_what_it_did_and_an_inbox_out_of_reach_is_an_error(
 
 def test_an_unknown_scheme_names_the_inbox() -> None:
     with pytest.raises(DataError, match="the inbox nowhere://bucket cannot be used"):
-        Inbox("nowhere://bucket")
+        open_inbox("nowhere://bucket")
 
 
 @pytest.mark.servers

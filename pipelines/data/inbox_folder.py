@@ -1,0 +1,237 @@
+"""An inbox that is a folder: finished files are claimed by a rename into a hidden folder next to them.
+
+    INBOX/.claimed/1/TABLE/NAME     claimed; still there if the process that read it was killed
+    INBOX/.claimed/2/TABLE/NAME     claimed for the second time
+
+A file that has ended two processes is quarantined: most likely it needs more memory than there is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pipelines.data.inbox import QUARANTINED, Arrival, free_names, unusable, waits
+from posttrain.errors import ConfigError, DataError
+
+CLAIMED = ".claimed"
+_ATTEMPTS = ("1", "2")
+_NAME_BYTES = 200
+"""Longest name in quarantine; with `-2` and `.reason.txt` it stays below the 255 bytes of a file system."""
+
+
+def settle_seconds() -> float:
+    """Return POSTTRAIN_SETTLE_SECONDS, the time for which a file must not have changed. Raises ConfigError if it is no number."""
+    text = os.environ.get("POSTTRAIN_SETTLE_SECONDS", "10")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise ConfigError(f"POSTTRAIN_SETTLE_SECONDS = {text!r}: must be a number of seconds from 0 to 3600.")
+    return seconds
+
+
+class FolderInbox:
+    def __init__(self, base: Path, *, required: bool = False) -> None:
+        self.where, self.base = str(base), base
+        if required and not base.is_dir():
+            raise DataError(
+                f"the inbox {base} is not a folder, so no new data would ever arrive. Correct POSTTRAIN_INBOX, or make it:"
+                f" mkdir -p {base}"
+            )
+
+    def arrivals(self) -> list[Arrival]:
+        with self._reached():
+            if not self.base.exists():
+                return []
+            if not self.base.is_dir():
+                raise unusable(self.where, "it is a file and must be a folder")
+            recovered = list(self._recovered())
+            first = {arrival.place: arrival for arrival in self._scan("")}
+        wait = max((_age_to_wait(arrival) for arrival in first.values() if not arrival.left), default=0.0)
+        time.sleep(wait)
+        with self._reached():
+            second = list(self._scan(""))
+        found = [_settled(arrival, first.get(arrival.place)) for arrival in second]
+        return sorted([*recovered, *found], key=lambda arrival: (not arrival.attempts, arrival.name))
+
+    def claim(self, arrival: Arrival) -> Arrival:
+        attempt = arrival.attempts
+        if attempt >= len(_ATTEMPTS):
+            return arrival
+        target = self.base / CLAIMED / _ATTEMPTS[attempt] / arrival.name
+        try:
+            if target.exists():
+                return replace(arrival, left="an older file of this name is still being dealt with")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(arrival.place, target)
+        except FileNotFoundError:
+            return replace(arrival, left="it has vanished")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise unusable(self.where, error.strerror) from error
+            return replace(
+                arrival, left=f"it cannot be moved: {error.strerror}; give this user the right to write in its folder"
+            )
+        claimed = replace(arrival, place=str(target))
+        if _state(os.lstat(target)) != arrival.state or being_written(target):
+            self.give_back(claimed)
+            return replace(arrival, left="it was changed a moment ago; the next run takes it")
+        return claimed
+
+    def fetch(self, arrival: Arrival, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(arrival.place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except PermissionError as error:
+            raise DataError(f"{arrival.file}: this user may not read it; `chmod u+r` it and move it back") from error
+        with open(descriptor, "rb") as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+
+    def unchanged(self, arrival: Arrival) -> bool:
+        with self._reached():
+            return _state(os.lstat(arrival.place)) == arrival.state and not being_written(Path(arrival.place))
+
+    def remove(self, arrival: Arrival) -> None:
+        with self._reached():
+            os.unlink(arrival.place)
+
+    def give_back(self, arrival: Arrival) -> None:
+        """Rename the file to its old place, or next to it if a new file has come there."""
+        with self._reached():
+            free = next(each for each in free_names(arrival.name) if not os.path.lexists(self.base / each))
+            (self.base / free).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(arrival.place, self.base / free)
+
+    def quarantine(self, arrival: Arrival, reason: str) -> str:
+        with self._reached():
+            folder, file = os.path.split(f"{QUARANTINED}/{arrival.name}")
+            names = free_names(f"{folder}/{_shortened(file)}")
+            name = next(each for each in names if not os.path.lexists(self.base / each))
+            target = self.base / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (target.parent / f"{target.name}.reason.txt").write_text(reason + "\n", encoding="utf-8")
+            os.rename(arrival.place, target)
+        return name
+
+    def _recovered(self) -> Iterator[Arrival]:
+        """Yield files that a killed process had claimed."""
+        for number, attempt in enumerate(_ATTEMPTS, start=1):
+            for arrival in self._scan(f"{CLAIMED}/{attempt}"):
+                yield replace(arrival, attempts=number)
+
+    def _scan(self, below: str) -> Iterator[Arrival]:
+        """Yield the entries under a folder, by name. Links are never followed."""
+        top = self.base / below if below else self.base
+        if not top.is_dir():
+            return
+        pending = [""]
+        while pending:
+            inside = pending.pop()
+            try:
+                entries = sorted(os.scandir(top / inside), key=lambda entry: entry.name)
+            except OSError as error:
+                if not inside:
+                    raise
+                yield Arrival(_printable(inside), str(top / inside), left=f"it cannot be listed: {error.strerror}")
+                continue
+            for entry in entries:
+                name = f"{inside}/{entry.name}" if inside else entry.name
+                if not waits(name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(name)
+                elif (arrival := _arrival(name, entry.path)) is not None:
+                    yield arrival
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unusable(self.where, error.strerror or error) from error
+
+
+def being_written(path: Path) -> bool:
+    """Return True if a process has the file open for writing, as far as the file system can say (a lease is refused then)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    # the kernel asks the holder of a lease by SIGIO to give it up, which would end the process
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN) if main else None
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(descriptor)
+        if main:
+            signal.signal(signal.SIGIO, before)
+    return False
+
+
+def _arrival(name: str, place: str) -> Arrival | None:
+    try:
+        status = os.lstat(place)
+    except FileNotFoundError:
+        return None
+    kind = _not_a_file(status.st_mode)
+    if kind:
+        return Arrival(_printable(name), place, left=f"it is {kind}; put the file itself here")
+    if _printable(name) != name:
+        return Arrival(_printable(name), place, left="its name is not printable UTF-8; rename it")
+    return Arrival(name, place, _state(status))
+
+
+def _not_a_file(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return ""
+    names = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+def _state(status: os.stat_result) -> tuple[object, ...]:
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _age_to_wait(arrival: Arrival) -> float:
+    """Return the seconds until the file is old enough; a time in the future (the clock was set back) counts as now."""
+    settle, changed = settle_seconds(), float(str(arrival.state[1])) / 1e9
+    age = max(0.0, time.time() - changed)
+    return max(0.0, settle - age)
+
+
+def _settled(arrival: Arrival, before: Arrival | None) -> Arrival:
+    if arrival.left:
+        return arrival
+    if before is None or before.state != arrival.state or being_written(Path(arrival.place)):
+        return replace(arrival, left="it is still being written; the next run takes it")
+    return arrival
+
+
+def _printable(name: str) -> str:
+    clean = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in clean)
+
+
+def _shortened(file: str) -> str:
+    encoded = file.encode("utf-8")
+    if len(encoded) <= _NAME_BYTES:
+        return file
+    stem, suffix = os.path.splitext(file)
+    kept = stem.encode("utf-8")[: _NAME_BYTES - len(suffix.encode("utf-8")[:20])].decode("utf-8", "ignore")
+    return kept + suffix.encode("utf-8")[:20].decode("utf-8", "ignore")

@@ -1,0 +1,195 @@
+"""Nights of the inbox: files still being written, replaced or odd; none is lost, none is taken in part, none stops the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.commands import intake
+from pipelines.commands.admission import Admission
+from pipelines.data import inbox_folder
+from pipelines.data.sources import accepted_files
+from posttrain.errors import ConfigError
+from tests.pipelines.commands.test_intake import folder, left, put, taken
+
+__all__ = ["folder"]
+
+
+def problem(text: str) -> dict[str, Any]:
+    return {"prompt": f"{text}: 17+34?", "answer": "51"}
+
+
+def accepted(number: int = -1) -> list[str]:
+    return accepted_files("problems")[number].read_text(encoding="utf-8").splitlines()
+
+
+def test_a_file_that_is_open_for_writing_waits_and_is_taken_whole_later(folder: Path) -> None:
+    path = put(folder, "problems/copied.jsonl", problem("one"))
+    with path.open("a") as writer:
+        writer.write(json.dumps(problem("two")))
+        writer.flush()
+        (entry,) = taken(folder)
+        assert (entry.outcome, entry.reason) == ("left", "it is still being written; the next run takes it")
+        writer.write("\n" + json.dumps(problem("three")) + "\n")
+    assert [entry.rows for entry in taken(folder)] == [3]
+    assert left(folder) == []
+
+
+def test_a_file_that_grows_between_two_looks_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "600")
+    path = put(folder, "problems/copied.jsonl", problem("one"))
+    asked: list[float] = []
+
+    def another_line_arrives(seconds: float) -> None:
+        asked.append(seconds)
+        path.write_text(path.read_text() + json.dumps(problem("two")) + "\n")
+
+    monkeypatch.setattr(inbox_folder.time, "sleep", another_line_arrives)
+    assert [entry.outcome for entry in taken(folder)] == ["left"]
+    assert 500 < asked[0] <= 600
+    monkeypatch.setattr(inbox_folder.time, "sleep", asked.append)
+    assert [entry.rows for entry in taken(folder)] == [2]
+
+
+def test_a_file_that_was_not_touched_for_long_is_taken_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "600")
+    os.utime(put(folder, "problems/old.jsonl", problem("one")), (1e9, 1e9))
+    asked: list[float] = []
+    monkeypatch.setattr(inbox_folder.time, "sleep", asked.append)
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    assert asked == [0.0]
+
+
+def test_a_corrected_file_moved_over_the_old_one_during_the_check_is_read_next_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(folder, "problems/a.jsonl", problem("old"))
+    corrected = put(folder, "corrected.part", problem("corrected"))
+    check = Admission.check
+
+    def moved(self: Admission, *arguments: Any) -> int:
+        if corrected.exists():
+            corrected.replace(path)
+        return check(self, *arguments)
+
+    monkeypatch.setattr(Admission, "check", moved)
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    assert accepted() == [json.dumps(problem("old"))]
+    assert left(folder) == ["problems/a.jsonl"]
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    assert accepted() == [json.dumps(problem("corrected"))]
+
+
+def test_a_file_that_is_written_to_during_the_check_is_given_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(folder, "problems/a.jsonl", problem("one"))
+    check = Admission.check
+
+    def appended(self: Admission, *arguments: Any) -> int:
+        if not path.exists():
+            claimed = folder / "inbox" / ".claimed" / "1" / "problems" / "a.jsonl"
+            claimed.write_text(claimed.read_text() + json.dumps(problem("two")) + "\n")
+        return check(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Admission, "check", appended)
+        (entry,) = taken(folder)
+    assert (entry.outcome, entry.reason) == ("left", "it was changed while it was read; the next run takes it")
+    assert accepted_files("problems") == []
+    assert [entry.rows for entry in taken(folder)] == [2]
+
+
+def test_links_pipes_and_odd_names_stay_with_a_line_and_stop_nothing(folder: Path) -> None:
+    outside = folder / "secret.jsonl"
+    outside.write_text(json.dumps(problem("secret")) + "\n")
+    tables = put(folder, "problems/good.jsonl", problem("good")).parent
+    (tables / "dangling.jsonl").symlink_to(folder / "nothing")
+    (tables / "linked.jsonl").symlink_to(outside)
+    (tables / "loop").symlink_to(".")
+    (folder / "inbox" / "sft").symlink_to(tables)
+    os.mkfifo(tables / "pipe.jsonl")
+    here = os.getcwd()
+    os.chdir(tables)  # a socket's path is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jsonl")
+    os.chdir(here)
+    Path(os.fsdecode(os.fsencode(tables) + b"/bad\xff.jsonl")).write_text("x")
+    (tables / ("n" * 240 + ".jsonl")).write_text("not JSON\n")
+    (tables / "esc\x1b[2J.jsonl").write_text("x")
+
+    found = {entry.file: entry for entry in taken(folder)}
+    assert found["problems/good.jsonl"].outcome == "accepted"
+    kinds = {"dangling.jsonl": "a link", "linked.jsonl": "a link", "loop": "a link", "pipe.jsonl": "a pipe"}
+    for name, kind in (kinds | {"socket.jsonl": "a socket"}).items():
+        assert found[f"problems/{name}"].reason == f"it is {kind}; put the file itself here"
+    assert found["sft"].outcome == "left"
+    assert found["problems/bad\\udcff.jsonl"].reason == "its name is not printable UTF-8; rename it"
+    assert found["problems/esc\\x1b[2J.jsonl"].outcome == "left"
+    assert found["problems/" + "n" * 240 + ".jsonl"].outcome == "quarantined"
+    assert (tables / "linked.jsonl").is_symlink()
+    assert (folder / "inbox" / "sft").is_symlink()
+    assert "secret" not in "".join(
+        path.read_text() for path in (folder / "inbox" / "quarantined").rglob("*") if path.is_file()
+    )
+
+
+def test_a_quarantined_file_keeps_its_mode(folder: Path) -> None:
+    put(folder, "problems/private.jsonl", "not JSON").chmod(0o600)
+    taken(folder)
+    assert (folder / "inbox" / "quarantined" / "problems" / "private.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_whose_reader_was_killed_is_tried_once_more_and_then_set_aside(folder: Path) -> None:
+    put(folder, ".claimed/1/problems/once.jsonl", problem("once"))
+    put(folder, ".claimed/2/problems/twice.jsonl", problem("twice"))
+    found = {entry.file: entry for entry in taken(folder)}
+    assert found["problems/once.jsonl"].outcome == "accepted"
+    assert found["problems/twice.jsonl"].outcome == "quarantined"
+    assert "2 processes were killed while they read this file" in found["problems/twice.jsonl"].reason
+    assert taken(folder) == []
+
+
+def test_whatever_a_row_does_to_its_reader_the_other_files_are_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(folder, "problems/a.jsonl", problem("bad"))
+    put(folder, "problems/b.jsonl", problem("good"))
+    check = Admission.check
+
+    def refusing(self: Admission, kind: Any, rows: Any) -> int:
+        if "bad" in rows[0]["prompt"]:
+            raise ZeroDivisionError("of a template")
+        return check(self, kind, rows)
+
+    monkeypatch.setattr(Admission, "check", refusing)
+    first, second = taken(folder)
+    assert (first.outcome, first.reason) == ("quarantined", "it cannot be checked: ZeroDivisionError: of a template")
+    assert second.outcome == "accepted"
+
+
+def test_a_misspelt_inbox_is_refused_and_a_tilde_is_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_INBOX", str(folder / "imbox"))
+    assert intake.main([]) == 2
+    assert f"the inbox {folder / 'imbox'} is not a folder, so no new data would ever arrive" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("POSTTRAIN_INBOX", "~/inbox")
+    put(folder, "problems/a.jsonl", problem("one"))
+    assert intake.main([]) == 0
+    assert "accepted problems/a.jsonl" in capsys.readouterr().out
+    monkeypatch.setenv("POSTTRAIN_INBOX", str(folder / "params.yaml"))
+    assert intake.main([]) == 2
+
+
+def test_a_settle_time_that_is_no_number_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "soon")
+    put(folder, "problems/a.jsonl", problem("one"))
+    with pytest.raises(ConfigError, match="POSTTRAIN_SETTLE_SECONDS = 'soon': must be a number of seconds"):
+        taken(folder)
