@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from pipelines.config.params import load_params
 from pipelines.config.schema import DataParams
+from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, local_files, table_rows
-from pipelines.data.tables import FOLDER, Row, Table, plain, write_rows
+from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS, Kind
@@ -24,8 +26,14 @@ from posttrain.text import letters_and_digits, normalised
 
 def run(run: Run) -> None:
     data = run.context.params.data
-    tables = split_tables({kind: table_rows(kind, data) for kind in KINDS}, data)
+    changes: dict[str, Changes] = {kind: Counter() for kind in KINDS}
+    tables = split_tables({kind: table_rows(kind, data, changes[kind]) for kind in KINDS}, data)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    write_changes(changes, FOLDER)
+    for kind, counted in changes.items():
+        for description, count in sorted(counted.items()):
+            if count:
+                print(f"ingest: {kind}: {count} {description}", flush=True)
     for table, rows in sorted(tables.items()):
         write_rows(table, rows, FOLDER / f"{table}.parquet")
         run.recorder.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])

@@ -9,6 +9,7 @@ subtracts it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def reward_pairs(
     soft_target_scale: float | None = None,
 ) -> tuple[list[RewardPair], int]:
     """Pairs cut to the context, and how many were: over-long ones lose the start of the prompt, never the end of a response."""
-    from posttrain.data.tokens import Tokens
+    from posttrain.data.tokens import row_tools
     from posttrain.training.supervised import RewardPair
 
     graded = margin_from_scores or soft_target_scale is not None
@@ -114,16 +115,17 @@ def reward_pairs(
         )
     pairs, cut = [], 0
     for row in rows:
-        prompt = encoder.prompt(row["prompt"])
-        sides = [encoder.completion(row[side]) for side in ("chosen", "rejected")]
-        room = encoder.max_length - max(len(side) for side in sides)
+        answers = [
+            encoder.tokens(row["prompt"], row[side], str(row["id"]), row_tools(row)) for side in ("chosen", "rejected")
+        ]
+        room = encoder.max_length - max(len(answer.response) for answer in answers)
         if room < 1:
             raise DataError(
                 f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no room for its prompt in the"
                 f" model's context of {encoder.max_length}; lower validation.max_completion_tokens"
             )
-        cut += len(prompt) > room
-        chosen, rejected = (Tokens(tuple(prompt[-room:]), tuple(side), str(row["id"])) for side in sides)
+        cut += any(len(answer.prompt) > room for answer in answers)
+        chosen, rejected = (replace(answer, prompt=answer.prompt[-room:]) for answer in answers)
         gap = row["chosen_score"] - row["rejected_score"] if graded else 0.0
         target = 1.0 if soft_target_scale is None else _sigmoid(soft_target_scale * gap)
         pairs.append(RewardPair(chosen, rejected, gap if margin_from_scores else 0.0, target))

@@ -37,6 +37,7 @@ def run(run: Run) -> None:
     device = accelerator(params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
+    from posttrain.data.conversations import TrainOn
     from posttrain.data.tokens import table_tokens
     from posttrain.models.folders import load_encoder, load_policy
     from posttrain.models.policy import Policy
@@ -46,7 +47,8 @@ def run(run: Run) -> None:
     run.recorder.ready()
     encoder = load_encoder(START)
     table = read_table("sft")
-    tokens = table_tokens(encoder, table, "completion")
+    train_on: TrainOn = "completion" if params.train_on == "all" else params.train_on
+    tokens = table_tokens(encoder, table, "completion", train_on)
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
 
@@ -68,7 +70,7 @@ def run(run: Run) -> None:
         run,
         trainer,
         EpochSource(rows, order),
-        SupervisedObjective(params.train_on),
+        SupervisedObjective("all" if params.train_on == "all" else "completion"),
         order.steps,
         ("loss", "entropy", "grad_norm"),
         params,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.config.params import Params
 from pipelines.config.schema import EvaluationParams
-from pipelines.data.tables import FOLDER, Table, is_messages, read_rows, write_rows
+from pipelines.data.tables import FOLDER, Row, Table, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from posttrain.errors import ConfigError, ModelError
+from posttrain.errors import ConfigError
 from posttrain.rewards import require_available
 
 if TYPE_CHECKING:
@@ -68,21 +68,22 @@ def run(run: Run) -> None:
 
 
 class TokenLengths:
-    """Token counts as training is going to see them: special tokens, chat template and end of sequence included."""
+    """Count tokens as training is going to see them: special tokens, chat template and end of sequence included."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder = encoder
 
-    def prompt(self, text: Any) -> int:
-        if is_messages(text) and not self.encoder.tokenizer.chat_template:
-            raise ModelError(
-                f"a prompt is chat messages, and the tokenizer in {MODEL} has no chat template. Use a chat model as model.source,"
-                " or map the prompt to plain text in data.*.columns."
-            )
-        return len(self.encoder.prompt(text))
+    def prompt(self, row: Row) -> int:
+        return len(self.encoder.prompt(row["prompt"] or "", self._tools(row), str(row["id"])))
 
-    def completion(self, text: Any) -> int:
-        return len(self.encoder.completion(text))
+    def pair(self, row: Row, column: str) -> tuple[int, int]:
+        tokens = self.encoder.tokens(row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row))
+        return len(tokens.prompt), len(tokens.response)
+
+    def _tools(self, row: Row) -> list[Any] | None:
+        from posttrain.data.tokens import row_tools
+
+        return row_tools(row)
 
 
 def numeric_answer(params: Params) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipelines.config.params import Params
 from pipelines.data.sources import numbered
@@ -11,9 +10,9 @@ from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
 from pipelines.ingest import split_tables
 from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
 from pipelines.validation.check import check
+from pipelines.validation.leakage import prompt_keys, shown_prompt
 from pipelines.validation.messages import paragraphs
 from pipelines.validation.suites import Limits, Validator
-from pipelines.validation.view import prompt_key
 from posttrain.environments.parts import Kind
 from posttrain.errors import DataError, LeakageError
 
@@ -44,25 +43,31 @@ class Admission:
     def _refuse_leakage(self, kind: Kind, rows: list[Row]) -> None:
         """Pairs are split by prompt into training and held-out ones, so the split is made as it will be with these rows."""
         tables = split_tables({**self.rows, kind: [*self.rows[kind], *rows]}, self._params.data)
-        held_out = _prompts(tables, HELD_OUT)
-        shared = {key: table for key, table in _prompts(tables, TRAINING).items() if key in held_out}
+        held_out = _keys(tables, HELD_OUT)
+        shared = [
+            (row, table, held_out[key])
+            for table in TRAINING
+            for row in tables[table]
+            for key in sorted(prompt_keys(row, held_out=False) & held_out.keys())[:1]
+        ]
         if shared:
-            key, table = next(iter(sorted(shared.items())))
+            row, table, place = shared[0]
+            prompts = len({shown_prompt(leaking) for leaking, _, _ in shared})
             raise LeakageError(
-                f"{len(shared)} prompts would stand in training and in held-out data, e.g. {key[:60]!r} in {table} and"
-                f" {held_out[key]}. A score on prompts that were trained on says nothing about others: remove them."
+                f"{prompts} prompts would stand in training and in held-out data, e.g. {shown_prompt(row)!r} in {table} and"
+                f" {place}. A score on prompts that were trained on says nothing about others: remove them."
             )
 
 
-def _prompts(tables: Mapping[Table, list[Row]], names: tuple[Table, ...]) -> dict[str, Table]:
-    return {prompt_key(row): name for name in names for row in tables[name]}
+def _keys(tables: Mapping[Table, list[Row]], names: tuple[Table, ...]) -> dict[str, Table]:
+    return {key: name for name in names for row in tables[name] for key in prompt_keys(row, held_out=True)}
 
 
 class _Unknown:
     """Before the base model is there, no length is known; `validate` asks again."""
 
-    def prompt(self, text: Any) -> int:
+    def prompt(self, row: Row) -> int:
         return 0
 
-    def completion(self, text: Any) -> int:
-        return 0
+    def pair(self, row: Row, column: str) -> tuple[int, int]:
+        return 0, 0

@@ -51,11 +51,35 @@ class ArithmeticParams(Section):
 
 
 class GradedAnswers(Section):
-    """Pairs out of records that hold several graded answers: every better answer against every worse one."""
+    """Make pairs of records that hold several graded answers: every better answer against every worse one."""
 
-    columns: Annotated[list[str], Field(min_length=2)]
-    text: str
+    columns: Annotated[list[str], Field(min_length=2)] | None = None
+    """Columns that hold one answer each,"""
+    answers: str | None = None
+    """or the column or path of one list of answers."""
+    text: str = ""
+    """The name of an answer's text within it; not needed for a list of strings."""
     score: str
+    """The name of an answer's score within it; for a list of strings, the column of their scores."""
+    better: Literal["higher", "lower"] | None = None
+    """Whether a higher score is better or a lower one, such as a rank. Needed unless the scores are booleans."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> GradedAnswers:
+        if (self.columns is None) == (self.answers is None):
+            raise ValueError("give either columns (one answer each) or answers (one list)")
+        return self
+
+
+class PreferredAnswer(Section):
+    """Make pairs of records that hold two answers and a label, or several annotators' labels, of the better one."""
+
+    columns: Annotated[list[str], Field(min_length=1)]
+    """The label's column, or one column for each annotator; most of them decide."""
+    answers: Annotated[dict[str, str], Field(min_length=2, max_length=2)]
+    """Label to the column of the answer that it says is better, e.g. {a: response_a, b: response_b}."""
+    ties: list[str] = []
+    """Labels that say neither is better. Such records are left out and counted."""
 
 
 class TableSource(Section):
@@ -68,8 +92,21 @@ class TableSource(Section):
     extract: dict[str, str] | None = None
     """Canonical column to a regular expression whose first group is kept."""
     graded: GradedAnswers | None = None
+    preferred: PreferredAnswer | None = None
+    system: str | None = None
+    """The system message of every row that has none; plain prompts become a user's turn."""
+    template: str | None = None
+    """What a user's turn says, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
     split: str = "train"
     heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _usable(self) -> TableSource:
+        if self.graded and self.preferred:
+            raise ValueError("give either graded or preferred: each makes pairs in its own way")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"template {self.template!r} must contain {{prompt}}, else every row would ask the same")
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +145,8 @@ class RuleParams(Section):
     negative_weight: Policy = "quarantine"
     """Of a row of the sft table, where a source maps a `weight`."""
     wrong_type: Policy
+    chat_template: Policy = "stop"
+    """The model's chat template refuses a conversation, or it cannot be told exactly which of its tokens are trained."""
     leakage: Policy
 
 
@@ -202,7 +241,7 @@ class SftParams(Section):
     seed: Seed
     epochs: Count
     batch_size: Count
-    train_on: Literal["completion", "all"]
+    train_on: Literal["completion", "last", "marked", "all"]
     samples_every: Count
     samples_shown: Count
     optimizer: OptimizerParams

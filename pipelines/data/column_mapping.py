@@ -1,74 +1,126 @@
-"""Records of any shape to canonical rows: columns by name, dotted path or template; regular expressions; graded answers."""
+"""Map records of any shape to canonical rows: columns by name, dotted path or template; regular expressions; conversations."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.config.schema import GradedAnswers, TableSource
+from pipelines.config.schema import TableSource
+from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import Record
-from pipelines.data.tables import SCORES, TEXT, WEIGHT, Row, is_number, is_text, required
+from pipelines.data.formats import recognised, require_known
+from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumbs_pairs
+from pipelines.data.tables import SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _ABSENT: Any = object()
+_MESSAGES = "messages"
+"""A canonical column that holds a whole conversation: it becomes prompt and completion."""
 
 
-def canonical_rows(kind: Kind, source: TableSource, records: Sequence[Record]) -> list[Row]:
-    """Rows with the table's canonical columns and `id`. Raises DataError naming column and row where that cannot be."""
-    where = f"data.{kind} ({source.source})"
+def canonical_rows(
+    kind: Kind, source: TableSource, records: Sequence[Record], changes: Changes | None = None
+) -> list[Row]:
+    """Return rows with the table's canonical columns and `id`.
+
+    `changes` counts what was left out or added. Raises DataError naming column and row if a record cannot be mapped.
+    """
+    where = f"data.{kind} ({', '.join(source.names)})"
+    changes = Counter() if changes is None else changes
+    pairing = source.graded or source.preferred
+    if source.columns is None and not pairing:
+        records = _in_known_format(kind, records, where, changes)
     columns = _columns(kind, source, records, where)
     rows = [{name: read(record) for name, read in columns.items()} for record in records]
     for row in rows:
         if "answer" in row:
             row["answer"] = _answer(row["answer"])
+        if not row.get(TOOLS):
+            row.pop(TOOLS, None)
     if source.graded:
-        rows = [
-            pair | {"record": i}
-            for i, row in enumerate(rows)
-            for pair in _pairs(row, records[i], source.graded, f"{where}, row {i}")
-        ]
-        if not rows:
-            raise DataError(
-                f"{where}: no record holds a better and a worse answer among {', '.join(source.graded.columns)}"
-            )
+        rows = graded_pairs(rows, records, source.graded, where, _at, _ABSENT, changes)
+    elif source.preferred:
+        rows = preferred_pairs(rows, records, source.preferred, where, _at, changes)
     rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
+    rows = chat_rows(kind, rows, source, where, changes)
     _check_texts(kind, rows, where)
     _check_scores(rows, where)
     if kind == "sft":
         for row in rows:
             if WEIGHT in row:
-                row[WEIGHT] = _number(row[WEIGHT], f"{where}, row {row['id']}: {WEIGHT}")
+                row[WEIGHT] = number(row[WEIGHT], f"{where}, row {row['id']}: {WEIGHT}")
     return rows
+
+
+def _in_known_format(kind: Kind, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
+    """Return the records with canonical columns, if their columns are of a known format."""
+    found = recognised(kind, records)
+    if found is None:
+        require_known(kind, records, where)
+        return records
+    if found.name == "KTO":
+        if kind == "preferences":
+            return thumbs_pairs(records, changes)
+        changes["answers with label false, left out of imitation"] += sum(not record.get("label") for record in records)
+        records = [record for record in records if record.get("label")]
+        if not records:
+            raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
+    return [found.convert(record) for record in records]
 
 
 def _columns(
     kind: Kind, source: TableSource, records: Sequence[Record], where: str
 ) -> dict[str, Callable[[Record], Any]]:
-    """How each column of the table is read from a record."""
-    needed = [name for name in required(kind) if not (source.graded and name in ("chosen", "rejected"))]
+    """Return how each column of the table is read from a record."""
     wanted = dict(source.columns or {})
     if "id" in wanted:
         raise ConfigError(
             f"data.{kind}.columns.id: `id` is the row's position in the source; keep the source's own under another name"
         )
+    present = {name for record in records for name in record}
+    whole = _MESSAGES in (wanted if source.columns is not None else present - {"prompt"})
+    needed = _needed(kind, source, whole, present)
     if source.columns is None:
-        first = {name for record in records for name in record}
-        wanted = {
-            name: name for name in [*needed, *(n for n in (*SCORES, WEIGHT) if n in first and is_number(kind, n))]
-        }
+        optional = (*SCORES, WEIGHT) if kind in ("sft", "preferences") else ()
+        names = [*needed, *(n for n in optional if n in present and is_number(kind, n))]
+        wanted = {name: name for name in [*names, *([TOOLS] if TOOLS in present else [])]}
     for name in needed:
         if name not in wanted:
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
-    as_it_is = {*TEXT["sft"], *TEXT["preferences"], "answer", *(name for name in wanted if is_number(kind, name))}
+    _refuse_leak(kind, source, wanted)
+    numbers = (name for name in wanted if is_number(kind, name))
+    as_it_is = {*TEXT["sft"], *TEXT["preferences"], _MESSAGES, "answer", *numbers}
     return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
+
+
+def _needed(kind: Kind, source: TableSource, whole: bool, present: set[str]) -> list[str]:
+    if whole and kind == "sft":
+        return [_MESSAGES]
+    made = ("chosen", "rejected") if source.graded or source.preferred else ()
+    needed = [name for name in required(kind) if name not in made]
+    # pairs of whole conversations share their prompt
+    prompt = "prompt" in source.columns if source.columns is not None else "prompt" in present
+    return [name for name in needed if name != "prompt" or prompt or kind != "preferences" or made]
+
+
+def _refuse_leak(kind: Kind, source: TableSource, wanted: dict[str, str]) -> None:
+    """Raise ConfigError if a prompt is read from the place of its answer, without an expression that parts them."""
+    asked = set(_FIELD.findall(wanted.get("prompt", "")) or [wanted.get("prompt", "")])
+    for name in ("completion", "chosen", "rejected", "answer", _MESSAGES):
+        if wanted.get(name) in asked and "prompt" not in (source.extract or {}):
+            raise ConfigError(
+                f"data.{kind}.columns: prompt and {name} are both read from {wanted[name]!r}, so the answer would stand in the"
+                " prompt. Map different columns; for a whole conversation, map `messages` (sft) or leave `prompt` out (preferences)."
+            )
 
 
 def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_is: bool) -> Callable[[Record], Any]:
@@ -78,7 +130,7 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
             there = sorted({str(key) for record in records for key in record})
             raise DataError(
                 f"{where}: column {name!r} should come from {path!r}, which no record has{nearest(path, there)}."
-                f" Say where it is, e.g. columns: {{{name}: {there[0] if there else 'COLUMN'}}}"
+                f" Correct data.*.columns.{name}; a prompt must not contain its answer."
             )
 
     def read(record: Record) -> Any:
@@ -112,45 +164,16 @@ def _written(value: Any) -> str:
 
 
 def _answer(value: Any) -> Any:
-    """A gold answer that is a number, as text; 51.0 is 51."""
+    """Return a gold answer that is a number as text (51.0 is 51), and several accepted answers as a JSON list of texts."""
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(v, str | int | float) and not isinstance(v, bool) for v in value)
+    ):
+        return json.dumps([_answer(v) for v in value], ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(int(value)) if math.isfinite(value) and value == int(value) else repr(value)
-
-
-def _pairs(row: Row, record: Record, graded: GradedAnswers, where: str) -> list[Row]:
-    """Every better answer of one record against every worse one."""
-    answers = [
-        (_at(record, f"{column}.{graded.text}"), _at(record, f"{column}.{graded.score}"), column)
-        for column in graded.columns
-    ]
-    there = [
-        (text, _number(score, f"{where}: {column}.{graded.score}"))
-        for text, score, column in answers
-        if text is not _ABSENT
-    ]
-    if not there:
-        names = sorted(map(str, record))
-        raise DataError(
-            f"{where}: has none of the graded answers {graded.columns[0]}.{graded.text}{nearest(graded.columns[0], names)}"
-        )
-    return [
-        row | {"chosen": better, "rejected": worse, "chosen_score": high, "rejected_score": low}
-        for better, high in there
-        for worse, low in there
-        if high > low
-    ]
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        shown = "missing" if value is _ABSENT else repr(value)
-        raise DataError(f"{where} is {shown}; it must be a number or a boolean") from None
-    if not math.isfinite(number):
-        raise DataError(f"{where} is {number}; it must be finite. Correct or remove the record.")
-    return number
 
 
 def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -> None:
@@ -195,6 +218,6 @@ def _check_scores(rows: list[Row], where: str) -> None:
     for row in rows:
         for name in SCORES:
             if given:
-                row[name] = _number(row.get(name, _ABSENT), f"{where}, row {row['id']}: {name}")
+                row[name] = number(row.get(name, "missing"), f"{where}, row {row['id']}: {name}")
             else:
                 row.pop(name, None)

@@ -7,12 +7,15 @@ in which they came.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
+from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
 from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments import arithmetic, stories
@@ -25,14 +28,14 @@ HUB = "hub:"
 ACCEPTED = Path("data/raw/accepted")
 
 
-def table_rows(kind: Kind, data: DataParams) -> list[Row]:
+def table_rows(kind: Kind, data: DataParams, changes: Changes | None = None) -> list[Row]:
     """The rows of `data.{kind}` and of its accepted files, with canonical columns and `id`, their position.
 
     Raises ConfigError for a source that cannot be asked for, DataError for one that cannot be used.
     """
-    rows = _configured_rows(kind, data)
+    rows = _configured_rows(kind, data, changes)
     for path in accepted_files(kind):
-        rows += alike(kind, rows, file_rows(kind, data, path), path)
+        rows += alike(kind, rows, file_rows(kind, data, path, changes), path)
     return numbered(rows)
 
 
@@ -48,13 +51,13 @@ def arrival_number(path: Path) -> int:
     return int(digits[0]) if digits else 0
 
 
-def file_rows(kind: Kind, data: DataParams, path: Path) -> list[Row]:
+def file_rows(kind: Kind, data: DataParams, path: Path, changes: Changes | None = None) -> list[Row]:
     """Rows of one more file. It has the columns of a configured file or hub source, else the canonical ones."""
     source: TableSource = getattr(data, kind)
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
     if source.source in GENERATORS:
-        update |= {"columns": None, "extract": None, "graded": None}
-    return canonical_rows(kind, source.model_copy(update=update), read_file(path))
+        update |= {"columns": None, "extract": None, "graded": None, "preferred": None}
+    return canonical_rows(kind, source.model_copy(update=update), read_file(path), changes)
 
 
 def alike(kind: Kind, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
@@ -81,14 +84,17 @@ def _form(value: Any) -> str:
     return "chat messages" if isinstance(value, list) else "plain text"
 
 
-def _configured_rows(kind: Kind, data: DataParams) -> list[Row]:
+def _configured_rows(kind: Kind, data: DataParams, changes: Changes | None) -> list[Row]:
     source: TableSource = getattr(data, kind)
     if source.source in GENERATORS:
         rows = _generated(kind, source, data)
-        return [{"id": i, **row} for i, row in enumerate(rows)]
+        made = [{"id": i, **row} for i, row in enumerate(rows)]
+        return chat_rows(kind, made, source, f"data.{kind}", Counter() if changes is None else changes)
+    if source.preferred and kind != "preferences":
+        raise ConfigError(f"data.{kind}.preferred: only data.preferences makes pairs out of two answers; remove it")
     if source.graded and kind != "preferences":
         raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
-    return canonical_rows(kind, source, _records(kind, source))
+    return canonical_rows(kind, source, _records(kind, source), changes)
 
 
 def local_files(source: TableSource) -> list[Path]:
@@ -114,7 +120,7 @@ def _files_of(name: str, split: str) -> list[Path]:
 
 
 def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
-    for field in ("columns", "extract", "graded"):
+    for field in ("columns", "extract", "graded", "preferred"):
         if getattr(source, field) is not None:
             raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
     if source.rows is None:

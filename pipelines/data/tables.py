@@ -35,10 +35,17 @@ EQUATION = "equation"
 """Optional in tables with an answer: arithmetic that the answer must be the value of."""
 WEIGHT = "weight"
 """Optional in `sft`: how much each token of a row counts, a number that is not negative."""
+TOOLS = "tools"
+"""Optional: the tools that a conversation offers, as JSON."""
 FOLDER = Path("data/tables")
 """Where ingest writes them."""
+CHANGES = "changes.json"
+"""Next to the tables: how many records ingest left out or changed, by table and description. Missing if none."""
 WRONG_TYPE = "wrong_type"
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_TURN = [("role", pa.string()), ("content", pa.string())]
+_MESSAGES = pa.list_(pa.struct(_TURN))
+_MESSAGES_WITH_FIELDS = pa.list_(pa.struct([*_TURN, ("fields", pa.string())]))
+"""`fields`: the message's other fields as JSON, such as tool_calls, name and weight."""
 
 
 def required(table: Table) -> tuple[str, ...]:
@@ -53,9 +60,7 @@ def is_messages(value: Any) -> bool:
 
 def _is_message(message: Any) -> bool:
     return (
-        isinstance(message, dict)
-        and set(message) == {"role", "content"}
-        and all(isinstance(v, str) for v in message.values())
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )
 
 
@@ -64,12 +69,23 @@ def is_text(value: Any) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Text of a string or of chat messages, to compare and to show; nothing for a missing value."""
+    """Return the text of a string or of chat messages, to compare and to show; nothing for a missing value."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    return "\n".join(message["content"] for message in value) if is_messages(value) else json.dumps(value)
+    if not is_messages(value):
+        return json.dumps(value)
+    if len(value) == 1 and set(value[0]) == {"role", "content"}:
+        return str(value[0]["content"])
+    return "\n".join(_shown(message) for message in value)
+
+
+def _shown(message: Mapping[str, Any]) -> str:
+    """Return a turn with its role, and with other fields such as tool calls."""
+    other = {name: message[name] for name in sorted(set(message) - {"role", "content"})}
+    fields = f" {json.dumps(other, sort_keys=True, ensure_ascii=False)}" if other else ""
+    return f"{message['role']}: {message['content']}{fields}"
 
 
 def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[str] = ()) -> None:
@@ -79,12 +95,29 @@ def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     pq.write_table(
-        pa.Table.from_pylist(typed, schema=pa.schema(columns)),
+        pa.Table.from_pylist([_flat(row) for row in typed], schema=pa.schema(columns)),
         path,
         compression="zstd",
         version="2.6",
         store_schema=False,
     )
+
+
+def write_changes(changes: Mapping[str, Mapping[str, int]], folder: Path) -> None:
+    """Write what ingest left out or changed, if anything."""
+    some = {table: {name: n for name, n in sorted(counts.items()) if n} for table, counts in sorted(changes.items())}
+    some = {table: counts for table, counts in some.items() if counts}
+    path = folder / CHANGES
+    path.unlink(missing_ok=True)
+    if some:
+        path.write_text(json.dumps(some, indent=1) + "\n", encoding="utf-8")
+
+
+def read_changes(folder: Path) -> dict[str, dict[str, int]]:
+    """Return what ingest left out or changed, by table and description."""
+    path = folder / CHANGES
+    found: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,8 +131,13 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: not a Parquet file that can be read ({error}); make it again with `dvc repro ingest`"
         ) from error
     for row in rows:
+        row |= {name: _turns(value) for name, value in row.items() if isinstance(value, list)}
         row |= json.loads(row.pop(WRONG_TYPE, None) or "{}")
     return rows
+
+
+def _turns(messages: list[Any]) -> list[Any]:
+    return [message | json.loads(message.pop("fields", None) or "{}") for message in messages]
 
 
 def _set_apart(table: Table, row: Row) -> Row:
@@ -128,4 +166,20 @@ def _type(table: Table, name: str, rows: Sequence[Row]) -> pa.DataType:
         return pa.int64()
     if is_number(table, name):
         return pa.float64()
-    return _MESSAGES if any(isinstance(row.get(name), list) for row in rows) else pa.string()
+    turns = [turn for row in rows if isinstance(row.get(name), list) for turn in row[name]]
+    if not turns:
+        return pa.string()
+    return _MESSAGES if all(set(turn) == {"role", "content"} for turn in turns) else _MESSAGES_WITH_FIELDS
+
+
+def _flat(row: Row) -> Row:
+    """Return the row with each message's other fields as JSON."""
+    return {
+        name: [_flat_turn(turn) for turn in value] if isinstance(value, list) else value for name, value in row.items()
+    }
+
+
+def _flat_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    other = {name: turn[name] for name in sorted(set(turn) - {"role", "content"})}
+    fields = {"fields": json.dumps(other, sort_keys=True, ensure_ascii=False)} if other else {}
+    return {"role": turn["role"], "content": turn["content"], **fields}

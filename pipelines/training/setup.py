@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-import pyarrow.parquet as pq
-
 from pipelines.config.schema import (
     CheckpointParams,
     ComputeParams,
@@ -19,6 +17,7 @@ from pipelines.config.schema import (
     OptimizerParams,
     TrainingComputeParams,
 )
+from pipelines.data.tables import read_rows
 from pipelines.runtime.context import FAULTS, RunContext
 from pipelines.runtime.outputs import RunOutputs
 from pipelines.runtime.run import Run
@@ -67,7 +66,7 @@ def read_table(name: str) -> list[dict[str, Any]]:
     path = VALID / f"{name}.parquet"
     if not path.exists():
         raise DataError(f"no table {path}; make it with `dvc repro validate`")
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows = read_rows(path)
     if not rows:
         raise DataError(
             f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html"
@@ -77,12 +76,13 @@ def read_table(name: str) -> list[dict[str, Any]]:
 
 def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
     """Prompts as token ids; every other column goes to the reward functions."""
+    from posttrain.data.tokens import row_tools
     from posttrain.rollouts.groups import Problem
 
     return [
         Problem(
             row["prompt"],
-            tuple(encoder.prompt(row["prompt"])),
+            tuple(encoder.prompt(row["prompt"], row_tools(row), str(row["id"]))),
             {k: v for k, v in row.items() if k not in ("prompt", "id")},
             row["id"],
         )

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pipelines.config.schema import RuleParams
 from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
+from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.suites import Finding, Limits, Validator
 from pipelines.validation.view import (
+    TEMPLATE,
     Lengths,
     content_view,
     present_scores,
-    prompt_key,
     prompts_view,
     structure_view,
     types_view,
@@ -90,11 +91,20 @@ class _Checker:
         if rows:
             view = content_view(self.table, rows, lengths)
             suite = suites.content(self.table, limits, list(view.columns))
-            self._settle(rows, self.validator.run(self.table, "content", view, suite))
+            refused = list(view[TEMPLATE]) if TEMPLATE in view.columns else []
+            self._settle(rows, self.validator.run(self.table, "content", view, suite), refused)
 
-    def _settle(self, rows: list[Row], findings: Sequence[Finding]) -> bool:
-        """Record the findings and set rows aside; whether one of them stops the run."""
-        verdicts = [Verdict(f, _policy(self.rules, f.rule), [rows[i] for i in f.rows]) for f in findings]
+    def _settle(self, rows: list[Row], findings: Sequence[Finding], refused: Sequence[str] = ()) -> bool:
+        """Record the findings and set rows aside. Return True if one of them stops the run. `refused`: see view.TEMPLATE."""
+        verdicts = [
+            Verdict(
+                f,
+                _policy(self.rules, f.rule),
+                [rows[i] for i in f.rows],
+                [refused[i] for i in f.rows] if f.column == TEMPLATE else [],
+            )
+            for f in findings
+        ]
         self.outcome.verdicts += verdicts
         reasons: dict[int, list[str]] = {}
         for verdict in verdicts:
@@ -126,11 +136,17 @@ def _check_leakage(outcome: Outcome, rules: RuleParams, validator: Validator) ->
     tables = [(table, outcome.kept[table]) for table in (*TRAINING, *HELD_OUT) if outcome.kept.get(table)]
     every = [(table, i, row) for table, rows in tables for i, row in enumerate(rows)]
     (finding,) = validator.run("all", "leakage", prompts_view(tables), suites.leakage())
-    held_out = {prompt_key(row): (table, row["id"]) for table, _, row in reversed(every) if table in HELD_OUT}
+    held_out = {
+        key: (table, row["id"])
+        for table, _, row in reversed(every)
+        if table in HELD_OUT
+        for key in prompt_keys(row, held_out=True)
+    }
     shared: dict[Table, dict[int, str]] = {}
     for position in finding.rows:
         table, i, row = every[position]
-        shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[prompt_key(row)])
+        key = min(prompt_keys(row, held_out=False) & held_out.keys())
+        shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[key])
     if finding.status == "errored" or not shared:
         outcome.verdicts.append(Verdict(finding, rules.leakage, []))
     for table, notes in shared.items():

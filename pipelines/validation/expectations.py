@@ -126,7 +126,8 @@ class SharedPrompts(TableMetricProvider):
     def _pandas(cls, execution_engine: Any, metric_domain_kwargs: Any, **_: Any) -> list[int]:
         frame, _, _ = execution_engine.get_compute_domain(metric_domain_kwargs, domain_type=MetricDomainTypes.TABLE)
         held_out = set(frame.loc[frame["held_out"], "prompt_key"])
-        return [int(p) for p in frame.loc[~frame["held_out"] & frame["prompt_key"].isin(held_out), "position"]]
+        shared = frame.loc[~frame["held_out"] & frame["prompt_key"].isin(held_out), "position"]
+        return [int(position) for position in shared.unique()]
 
 
 class ExpectTrainingPromptsToNotBeHeldOut(BatchExpectation):

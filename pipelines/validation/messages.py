@@ -50,6 +50,8 @@ def examples(verdict: Verdict, shown: int) -> list[str]:
     """Return the first unexpected rows, one line each, from where their values begin to differ."""
     rows = verdict.rows[:shown]
     notes = (verdict.notes or [""] * len(rows))[:shown]
+    if verdict.finding.rule == "chat_template":
+        return [f"id {row['id']}: {note}" for row, note in zip(rows, notes, strict=True)]
     column = "prompt" if verdict.finding.column == "row" else verdict.finding.column
     values = [_value(row, column) for row in rows]
     start = _first_difference(values)

@@ -22,7 +22,7 @@ from great_expectations.expectations.core.expect_table_row_count_to_be_between i
 
 from pipelines.data.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
-from pipelines.validation.view import POSITION, typed_columns
+from pipelines.validation.view import POSITION, TEMPLATE, typed_columns
 
 Status = Literal["passed", "failed", "errored"]
 Expectation = Any
@@ -91,6 +91,10 @@ def content(table: Table, limits: Limits, columns: Collection[str]) -> list[Expe
         suite.append(_differ("chosen_score", "rejected_score", "tied_scores"))
     if WEIGHT in columns:
         suite.append(ExpectColumnValuesToBeBetween(column=WEIGHT, min_value=0, meta=_meta("negative_weight", WEIGHT)))
+    if TEMPLATE in columns:
+        suite.append(
+            ExpectColumnValuesToBeInSet(column=TEMPLATE, value_set=[""], meta=_meta("chat_template", TEMPLATE))
+        )
     if table in ANSWERED:
         answer = own.ExpectColumnValuesToBeNumbers if limits.numeric_answer else own.ExpectColumnValuesToNotBeBlank
         suite.append(answer(column="answer", meta=_meta("unparseable_answer", "answer")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import pandas as pd
@@ -21,18 +21,23 @@ from pipelines.data.tables import (
     is_number,
     plain,
 )
-from posttrain.text import normalised
+from pipelines.validation.leakage import prompt_keys
+from posttrain.errors import DataError
 
 POSITION = "position"
 """Index of a row in its table: how results point at rows."""
+TEMPLATE = "template"
+"""Why the chat template refuses a row; empty if it does not."""
 
 
 class Lengths(Protocol):
-    """Tokens of a prompt and of a completion, as the model is going to see them."""
+    """Tokens of a row, as the model is going to see them. Raises DataError if the chat template refuses the row."""
 
-    def prompt(self, text: Any) -> int: ...
+    def prompt(self, row: Row) -> int: ...
 
-    def completion(self, text: Any) -> int: ...
+    def pair(self, row: Row, column: str) -> tuple[int, int]:
+        """Return the tokens of prompt and completion; the completion begins with the first token that carries loss."""
+        ...
 
 
 def structure_view(rows: Sequence[Row]) -> pd.DataFrame:
@@ -55,9 +60,12 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
     """Plain text, tokens, scores, weight, answer and a key of the whole row."""
     columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
     for name in TEXT[table]:
-        count: Callable[[Any], int] = lengths.prompt if name == "prompt" else lengths.completion
-        columns[name] = pd.Series([plain(row[name]) for row in rows], dtype=object)
-        columns[f"{name}_tokens"] = pd.Series([count(_present(row[name])) for row in rows], dtype="int64")
+        columns[name] = pd.Series([_judged(row[name], name) for row in rows], dtype=object)
+    counted, refused = zip(*(_tokens(table, row, lengths) for row in rows), strict=True)
+    for name in TEXT[table]:
+        columns[f"{name}_tokens"] = pd.Series([tokens[name] for tokens in counted], dtype="int64")
+    if any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
+        columns[TEMPLATE] = pd.Series(refused, dtype=object)
     for name in present_scores(rows):
         columns[name] = pd.Series([row[name] for row in rows], dtype="float64")
     if is_number(table, WEIGHT) and WEIGHT in rows[0]:
@@ -70,23 +78,47 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
     return pd.DataFrame(columns)
 
 
+def _judged(value: Any, name: str) -> str:
+    """Return the text that rules look at: nothing for a completion in which no assistant says anything."""
+    text = plain(value)
+    if name == "prompt" or not isinstance(value, list):
+        return text
+    spoken = [m for m in value if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    return text if spoken else ""
+
+
+def _tokens(table: Table, row: Row, lengths: Lengths) -> tuple[dict[str, int], str]:
+    """Return the tokens of each text column, and why the chat template refuses the row, if it does."""
+    counted = dict.fromkeys(TEXT[table], 0)
+    completions = [name for name in TEXT[table] if name != "prompt"]
+    try:
+        for name in completions:
+            if not isinstance(row[name], list) or _judged(row[name], name):
+                prompt, counted[name] = lengths.pair(row, name)
+                counted["prompt"] = max(counted["prompt"], prompt)
+        if not completions:
+            counted["prompt"] = lengths.prompt(row)
+    except DataError as error:
+        return counted, str(error)
+    return counted, ""
+
+
 def prompts_view(tables: Sequence[tuple[Table, Sequence[Row]]]) -> pd.DataFrame:
-    """All prompts of all tables below each other, with what each is compared by."""
-    every = [(table, row) for table, rows in tables for row in rows]
+    """All prompts of all tables below each other, one line a key that they are compared by."""
+    every = [
+        (position, table, row, key)
+        for position, (table, row) in enumerate((table, row) for table, rows in tables for row in rows)
+        for key in sorted(prompt_keys(row, table in HELD_OUT))
+    ]
     return pd.DataFrame(
         {
-            POSITION: range(len(every)),
-            "table": pd.Series([table for table, _ in every], dtype=object),
-            "id": pd.Series([row["id"] for _, row in every], dtype="int64"),
-            "held_out": pd.Series([table in HELD_OUT for table, _ in every], dtype=bool),
-            "prompt_key": pd.Series([prompt_key(row) for _, row in every], dtype=object),
+            POSITION: pd.Series([position for position, *_ in every], dtype="int64"),
+            "table": pd.Series([table for _, table, _, _ in every], dtype=object),
+            "id": pd.Series([row["id"] for _, _, row, _ in every], dtype="int64"),
+            "held_out": pd.Series([table in HELD_OUT for _, table, _, _ in every], dtype=bool),
+            "prompt_key": pd.Series([key for *_, key in every], dtype=object),
         }
     )
-
-
-def prompt_key(row: Row) -> str:
-    text = plain(row["prompt"])
-    return normalised(text) or text
 
 
 def typed_columns(table: Table) -> tuple[str, ...]:
@@ -107,10 +139,6 @@ def kind(value: Any) -> str:
         return "messages"
     names = {bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
     return names.get(type(value), type(value).__name__)
-
-
-def _present(value: Any) -> Any:
-    return "" if value is None else value
 
 
 def _whole(row: Row) -> str:

@@ -45,7 +45,7 @@ class TokenBatch:
         parts: which token attends to which.
         source: [batch, time] index of the token whose hidden state predicts the response token.
         targets: [batch, time] response ids.
-        mask: [batch, time] bool, computed from lengths and never from ids: pad may equal eos, and eos is trained.
+        mask: [batch, time] bool, computed from lengths and weights and never from ids: pad may equal eos, and eos is trained.
         last: [batch] index of the row's last token.
         rows: [batch, length] indices of the row's tokens, padded on the right.
         place: [tokens] index of each token in rows.flatten().
@@ -96,6 +96,9 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
     place[rows[real]] = np.flatnonzero(real)
     positions[rows[real]] = np.nonzero(real)[1]
     targets, mask = _padded([row.response for row in tokens], time)
+    for i, row in enumerate(tokens):
+        if row.weights is not None:
+            mask[i, : len(row.weights)] = np.array(row.weights) != 0
     # hidden state t predicts token t + 1: from the prompt's last token to the response's last but one
     source, _ = _padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time)
     numbers = {

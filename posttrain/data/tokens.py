@@ -10,16 +10,19 @@ Example:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data.alignment import continuation_ids, weighted_ids
+from posttrain.data.conversations import ChatTemplate, TrainOn, as_messages
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Text = str | Sequence[dict[str, str]]
+Text = str | Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,21 @@ class Tokens:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     id: str = field(default="", compare=False)
+    weights: tuple[float, ...] | None = None
+    """How much each response token counts in a loss; 0: not at all, such as a user's turn. None: all count 1."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def loss_tokens(self) -> int:
+        """The number of response tokens that carry loss."""
+        return len(self.response) if self.weights is None else sum(weight != 0 for weight in self.weights)
+
+    @property
+    def loss_weight(self) -> float:
+        """The sum of the response tokens' weights."""
+        return float(len(self.response)) if self.weights is None else sum(self.weights)
 
 
 class TextEncoder:
@@ -45,8 +60,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
+        self.template = ChatTemplate(tokenizer)
 
-    def prompt(self, prompt: Text) -> list[int]:
+    def prompt(self, prompt: Text, tools: list[Any] | None = None, row: str = "") -> list[int]:
         """Return the ids of a prompt, ready for a response to follow."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, add_special_tokens=True)["input_ids"]
@@ -55,25 +71,24 @@ class TextEncoder:
             # a text that already contains the beginning-of-sequence token does not get a second one
             doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
             return ids[1:] if doubled else ids
-        messages = [dict(message) for message in prompt]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self.template.render(prompt, tools, generate=True, row=row)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def completion(self, completion: Text) -> list[int]:
-        """Return the ids of a completion, closed by the end-of-sequence token."""
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+    def completion(self, completion: str) -> list[int]:
+        """Return the ids of a plain completion, closed by one end of sequence."""
+        ids = continuation_ids(self.tokenizer, completion)
+        return ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
 
-    def pair(self, prompt: Text, completion: Text, row: str = "") -> Tokens:
-        """Return the ids of prompt and completion.
-
-        Args:
-            row: id of the table's row, for messages.
-
-        Raises:
-            DataError: the prompt is empty, or both together exceed the model's context.
-        """
-        tokens = Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion)), row)
+    def pair(
+        self,
+        prompt: Text,
+        completion: Text,
+        row: str = "",
+        tools: list[Any] | None = None,
+        train_on: TrainOn = "completion",
+    ) -> Tokens:
+        """Return the ids of both. Raises DataError if they do not fit the model's context; `row` is for messages."""
+        tokens = self.tokens(prompt, completion, row, tools, train_on)
         where = f"row {row}" if row else "a row"
         if not tokens.prompt:
             raise DataError(
@@ -86,11 +101,52 @@ class TextEncoder:
             )
         return tokens
 
+    def tokens(
+        self,
+        prompt: Text,
+        completion: Text,
+        row: str = "",
+        tools: list[Any] | None = None,
+        train_on: TrainOn = "completion",
+    ) -> Tokens:
+        """Return the ids of both, of any length. If one is chat messages, both go through the template, which is applied once.
+
+        The response begins with the first token that carries loss and ends with the last one.
+        """
+        if isinstance(prompt, str) and isinstance(completion, str):
+            if train_on == "marked":
+                raise DataError(f"row {row}: is plain text, which has no marks; set sft.train_on: completion")
+            return Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion)), row)
+        text, spans = self.template.spans(
+            as_messages(prompt, "user"), as_messages(completion, "assistant"), tools, train_on, row
+        )
+        ids, weights = weighted_ids(self.tokenizer, text, spans, self.eos_id)
+        trained = [i for i, weight in enumerate(weights) if weight]
+        if not trained:
+            raise DataError(
+                f"row {row}: no token carries loss: no assistant turn has text and a weight above 0; remove the row"
+            )
+        first, stop = trained[0], trained[-1] + 1
+        own = tuple(weights[first:stop])
+        return Tokens(tuple(ids[:first]), tuple(ids[first:stop]), row, None if set(own) == {1.0} else own)
+
     def text(self, ids: Sequence[int]) -> str:
-        """Return the text of response ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Return the text of response ids as it was sampled, with special tokens such as `<think>`; only the end is cut off."""
+        shown = list(ids[:-1]) if ids and ids[-1] == self.eos_id else list(ids)
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
 
-def table_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], completion: str) -> list[Tokens]:
-    """Return the `Tokens` of the columns `prompt` and `completion` of every row."""
-    return [encoder.pair(row["prompt"], row[completion], str(row.get("id", i))) for i, row in enumerate(rows)]
+def table_tokens(
+    encoder: TextEncoder, rows: Sequence[dict[str, Any]], completion: str, train_on: TrainOn = "completion"
+) -> list[Tokens]:
+    """Return `Tokens` of the columns `prompt` and `completion` of every row."""
+    return [
+        encoder.pair(row["prompt"], row[completion], str(row.get("id", i)), row_tools(row), train_on)
+        for i, row in enumerate(rows)
+    ]
+
+
+def row_tools(row: dict[str, Any]) -> list[Any] | None:
+    """Return the tools that a row offers, which a table holds as JSON."""
+    tools = row.get("tools")
+    return json.loads(tools) or None if isinstance(tools, str) and tools else tools or None

@@ -86,4 +86,7 @@ def _digest(model: str, tokens: Sequence[Tokens]) -> str:
     digest = hashlib.sha256(model.encode())
     for t in tokens:
         digest.update(np.array([len(t.prompt), len(t.response), *t.prompt, *t.response], dtype=np.int64).tobytes())
+        if t.weights is not None:
+            # tokens that carry no loss are kept as 0
+            digest.update(np.array([weight != 0 for weight in t.weights]).tobytes())
     return digest.hexdigest()

@@ -87,11 +87,11 @@ class OnPolicyObjective:
         trained = [r for r in rows if isinstance(r, Experience) and r.trained]
         every = [r for r in rows if isinstance(r, Experience)]
         return {
-            "tokens": float(sum(len(r.tokens.response) for r in trained)),
+            "tokens": float(sum(r.tokens.loss_tokens for r in trained)),
             "sequences": float(len(trained)),
-            "sampled_tokens": float(sum(len(r.tokens.response) for r in every)),
+            "sampled_tokens": float(sum(r.tokens.loss_tokens for r in every)),
             "sampled_sequences": float(len(every)),
-            "expert_tokens": float(sum(len(r.tokens.response) for r in rows if isinstance(r, Demonstration))),
+            "expert_tokens": float(sum(r.tokens.loss_tokens for r in rows if isinstance(r, Demonstration))),
         }
 
     def terms(self, model: nn.Module, rows: Sequence[OnPolicyRow]) -> Terms:

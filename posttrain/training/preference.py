@@ -65,7 +65,7 @@ class PreferenceObjective:
             "pairs": float(len(rows)),
             # weights are normalised to mean 1 over the step's pairs
             "pair_weight": float(sum(abs(row.score_gap) for row in rows)) if weighted else float(len(rows)),
-            "chosen_tokens": float(sum(len(row.chosen.tokens.response) for row in rows)),
+            "chosen_tokens": float(sum(row.chosen.tokens.loss_tokens for row in rows)),
         }
 
     def terms(self, model: nn.Module, rows: Sequence[PreferencePair]) -> Terms:
@@ -109,7 +109,7 @@ class LoggedGroupsObjective:
         answers = [a for row in rows for a in row.answers]
         return {
             "sequences": float(len(answers)),
-            "tokens": float(sum(len(a.tokens.response) for a in answers)),
+            "tokens": float(sum(a.tokens.loss_tokens for a in answers)),
             "groups": float(len(rows)),
         }
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal
 import torch
 from torch import nn
 
-from posttrain.data.batches import EpochOrder, collate
+from posttrain.data.batches import EpochOrder, collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.objectives.preference import bradley_terry
 from posttrain.objectives.reduce import masked_sum
@@ -67,15 +67,19 @@ class SupervisedObjective:
         return (self._split(row.tokens),)
 
     def counts(self, rows: Sequence[Example]) -> Mapping[str, float]:
-        lengths = [len(self._split(row.tokens).response) for row in rows]
-        weighted = sum(row.weight * length for row, length in zip(rows, lengths, strict=True))
-        return {"tokens": float(sum(lengths)), "weighted_tokens": weighted}
+        split = [self._split(row.tokens) for row in rows]
+        weighted = sum(row.weight * tokens.loss_weight for row, tokens in zip(rows, split, strict=True))
+        return {"tokens": float(sum(tokens.loss_tokens for tokens in split)), "weighted_tokens": weighted}
 
     def terms(self, model: nn.Module, rows: Sequence[Example]) -> Terms:
         device = next(model.parameters()).device
-        batch = collate([self._split(row.tokens) for row in rows]).to(device)
+        split = [self._split(row.tokens) for row in rows]
+        batch = collate(split).to(device)
         output = model(batch)
         weight = torch.tensor([row.weight for row in rows], dtype=output.logprobs.dtype, device=device)[:, None]
+        if any(tokens.weights is not None for tokens in split):
+            own = [tokens.weights or (1.0,) * len(tokens.response) for tokens in split]
+            weight = weight * pad(own, batch.mask.shape[1]).to(weight)
         loss = masked_sum(weight * negative_log_likelihood(output.logprobs), batch.mask)
         entropy = masked_sum(output.entropy, batch.mask)
         terms = Terms(losses={"nll": (loss, "weighted_tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})

@@ -102,7 +102,9 @@ def test_any_table_is_taken_or_refused_in_words(
     name: st.fixed_dictionaries({}, optional={"text": JSON, "score": SCALARS}) | SCALARS for name in ("one", "two")
 }), min_size=1, max_size=4))  # fmt: skip
 def test_any_graded_answers_are_paired_or_refused_in_words(tmp_path: Path, records: list[Row]) -> None:
-    source = TableSource(source="rows.jsonl", graded=GradedAnswers(columns=["one", "two"], text="text", score="score"))
+    source = TableSource(
+        source="rows.jsonl", graded=GradedAnswers(columns=["one", "two"], text="text", score="score", better="higher")
+    )
     try:
         rows = through_ingest(tmp_path, "preferences", source, records)
     except PosttrainError:

@@ -16,7 +16,7 @@ from pipelines.data.inbox import open_inbox
 from pipelines.data.inbox_folder import FolderInbox
 from pipelines.data.sources import accepted_files, table_rows
 from pipelines.ingest import split_tables
-from pipelines.validation.view import prompt_key
+from pipelines.validation.leakage import shown_prompt
 from posttrain.environments.parts import KINDS
 from posttrain.errors import DataError
 from tests.s3 import CREDENTIALS, serving
@@ -118,7 +118,7 @@ def test_prompts_of_held_out_data_are_refused_in_every_direction(folder: Path) -
     found = taken(folder)
     assert [entry.outcome for entry in found] == ["quarantined"] * 3
     assert all("1 prompts would stand in training and in held-out data" in entry.reason for entry in found)
-    assert prompt_key({"prompt": evaluated}) in next(entry.reason for entry in found if entry.file.startswith("sft"))
+    assert shown_prompt({"prompt": evaluated}) in next(entry.reason for entry in found if entry.file.startswith("sft"))
 
 
 def test_rows_that_validation_sets_aside_are_counted_and_a_file_of_nothing_else_is_refused(folder: Path) -> None:

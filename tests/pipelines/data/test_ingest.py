@@ -164,7 +164,7 @@ def test_graded_answers_pair_every_better_one_with_every_worse_one() -> None:
         "c": {"t": "C", "s": 1},
         "d": {"t": "D", "s": 2},
     }
-    graded = GradedAnswers(columns=["a", "b", "c", "d"], text="t", score="s")
+    graded = GradedAnswers(columns=["a", "b", "c", "d"], text="t", score="s", better="higher")
     rows = canonical_rows("preferences", source(columns={"prompt": "q"}, graded=graded), [record])
     pairs = {(row["chosen"], row["rejected"], row["chosen_score"], row["rejected_score"]) for row in rows}
     assert pairs == {("A", "B", 3, 1), ("A", "C", 3, 1), ("A", "D", 3, 2), ("D", "B", 2, 1), ("D", "C", 2, 1)}

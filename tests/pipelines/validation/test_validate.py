@@ -31,11 +31,14 @@ Checked = Callable[..., Outcome]
 class Characters:
     """Counts characters, and one for the end of a completion."""
 
-    def prompt(self, text: Any) -> int:
-        return len(text if isinstance(text, str) else text[-1]["content"])
+    def prompt(self, row: Row) -> int:
+        return self._count(row["prompt"])
 
-    def completion(self, text: Any) -> int:
-        return self.prompt(text) + 1
+    def pair(self, row: Row, column: str) -> tuple[int, int]:
+        return self._count(row["prompt"]), self._count(row[column]) + 1
+
+    def _count(self, text: Any) -> int:
+        return len(text or "") if isinstance(text, str | None) else len(text[-1]["content"])
 
 
 @pytest.fixture
@@ -209,7 +212,7 @@ def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
     with pytest.raises(LeakageError) as caught:
         refuse(checked(tables, limits=Limits(200, 200, numeric_answer=True)), 5, Path("report.html"))
     for i in range(3):
-        assert f"  id {i} (as evaluation id {i}): prompt '...nd nothing else. {i} + {i}'" in str(caught.value)
+        assert f"  id {i} (as evaluation id {i}): prompt '...and nothing else. {i} + {i}'" in str(caught.value)
 
 
 def test_prompts_that_differ_in_a_sign_do_not_leak(checked: Checked) -> None:

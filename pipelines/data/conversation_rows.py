@@ -1,0 +1,91 @@
+"""Turn rows into conversations: whole ones are parted into prompt and completion, plain ones get a system message or a template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.config.schema import TableSource
+from pipelines.data.messages import canonical_messages
+from pipelines.data.pairs import Changes, with_prompt
+from pipelines.data.tables import TEXT, Row, is_messages
+from posttrain.environments.parts import Kind
+from posttrain.errors import ConfigError, DataError
+
+_WHOLE = "messages"
+
+
+def chat_rows(kind: Kind, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
+    """Return the rows with chat messages in the canonical form. Raises DataError naming the row if they have none."""
+    made = []
+    for row in rows:
+        place = f"{where}, row {row['id']}"
+        row = row | {
+            n: canonical_messages(row[n], place) for n in (*TEXT[kind], _WHOLE) if isinstance(row.get(n), list)
+        }
+        if kind == "sft" and _WHOLE in row:
+            row = _parted(row, place, changes)
+        if kind == "preferences":
+            row = with_prompt(row, place)
+        row = _as_conversation(kind, row, source)
+        if (
+            kind != "preferences"
+            and is_messages(row["prompt"])
+            and row["prompt"][-1]["role"] == "assistant"
+            and row.get("completion", 1)
+        ):
+            raise DataError(
+                f"{place}: the prompt ends with an assistant turn, so the answer would stand in the prompt. End it with the user's"
+                " question; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
+            )
+        made.append(_with_system(kind, row, source, changes))
+    return made
+
+
+def _parted(row: Row, where: str, changes: Changes) -> Row:
+    """Return a whole conversation as the turns before the first answer, and those from it on."""
+    turns = row.pop(_WHOLE)
+    rest = {name: value for name, value in row.items() if name != "id"}
+    if not is_messages(turns):
+        raise DataError(
+            f"{where}: its conversation is {_shown(turns)}; it must be a list of messages with role and content"
+        )
+    asked = [i for i, turn in enumerate(turns) if turn["role"] != "system"]
+    greets = bool(asked) and turns[asked[0]]["role"] == "assistant"
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1 if greets else 0 :]
+    changes["conversations that begin with the assistant, whose first turn is not trained"] += greets
+    changes["conversations that end with a turn of the user or a tool, which is not trained"] += (
+        turns[-1]["role"] != "assistant"
+    )
+    first = answers[0] if answers else len(turns)
+    return {"id": row["id"], "prompt": turns[:first] or None, "completion": turns[first:] or None, **rest}
+
+
+def _as_conversation(kind: Kind, row: Row, source: TableSource) -> Row:
+    """Return the row with messages in all columns if one has them, or if the table is given a template or a system message."""
+    template = source.template or ("{prompt}" if source.system is not None else None)
+    values = [row[name] for name in TEXT[kind]]
+    if source.template is not None and isinstance(row["prompt"], list):
+        raise ConfigError(f"data.{kind}.template: has no effect on prompts that are chat messages already. Remove it.")
+    if template is None and not any(is_messages(value) for value in values):
+        return row
+    roles = {name: "user" if name == "prompt" else "assistant" for name in TEXT[kind]}
+    written = dict(row)
+    if isinstance(row["prompt"], str) and template is not None:
+        written["prompt"] = template.replace("{prompt}", row["prompt"])
+    turned = {n: [{"role": role, "content": written[n]}] for n, role in roles.items() if isinstance(written[n], str)}
+    return written | turned
+
+
+def _with_system(kind: Kind, row: Row, source: TableSource, changes: Changes) -> Row:
+    prompt = row["prompt"]
+    if source.system is None or not is_messages(prompt):
+        return row
+    if any(turn["role"] == "system" for turn in prompt):
+        changes["conversations that keep their own system message instead of data.*.system"] += 1
+        return row
+    return row | {"prompt": [{"role": "system", "content": source.system}, *prompt]}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

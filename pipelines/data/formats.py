@@ -1,0 +1,131 @@
+"""Recognise the common formats of data sets by their columns, so that they need no mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.data.files import Record
+from posttrain.environments.parts import Kind
+from posttrain.errors import DataError
+
+Convert = Callable[[Record], Record]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format. `convert` returns a record with the canonical columns."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    needs: frozenset[str]
+    convert: Convert
+
+
+def recognised(kind: Kind, records: Sequence[Record]) -> Format | None:
+    """Return the format of records whose columns say it."""
+    present = {str(name) for record in records for name in record}
+    return next((f for f in FORMATS if kind in f.kinds and f.needs <= present), None)
+
+
+def require_known(kind: Kind, records: Sequence[Record], where: str) -> None:
+    """Raise DataError if the records' columns are of no known format. The message proposes no mapping: a wrong one would leak."""
+    there = sorted({str(name) for record in records for name in record})
+    if there == ["text"]:
+        raise DataError(
+            f"{where}: its only column is `text`, one whole text per record; this table needs to know what is prompt and what is"
+            " answer. Make two columns, prompt and completion, in the file; only completions are trained."
+        )
+    graded = (
+        " Several graded or ranked answers per record: data.preferences.graded; a label that says which of two answers won:"
+        " data.preferences.preferred."
+        if kind == "preferences"
+        else ""
+    )
+    known = "; ".join(f"{f.name}: {', '.join(sorted(f.needs))}" for f in FORMATS if kind in f.kinds)
+    raise DataError(
+        f"{where}: no known format has its columns ({', '.join(there)}). Known by their columns are {known}. For other names, map"
+        f" each column in data.{kind}.columns; a prompt must not contain its answer.{graded}"
+    )
+
+
+def _same(record: Record) -> Record:
+    return record
+
+
+def _messages(name: str) -> Convert:
+    def convert(record: Record) -> Record:
+        turns = record.get(name)
+        system = record.get("system") or record.get("system_prompt")
+        if isinstance(turns, list) and isinstance(system, str) and system and not _has_system(turns):
+            turns = [{"role": "system", "content": system}, *turns]
+            turns[1:] = [_role_named(turn) for turn in turns[1:]]
+        return record | {"messages": turns, "tools": record.get("tools") or record.get("functions")}
+
+    return convert
+
+
+def _has_system(turns: list[Any]) -> bool:
+    return bool(turns) and isinstance(turns[0], dict) and "system" in (turns[0].get("role"), turns[0].get("from"))
+
+
+def _role_named(turn: Any) -> Any:
+    """Return a ShareGPT turn with the names that the system message has."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    return {"role": turn["from"], "content": turn.get("value")} | {
+        k: v for k, v in turn.items() if k not in ("from", "value")
+    }
+
+
+def _instruction(more: str, answer: str) -> Convert:
+    def convert(record: Record) -> Record:
+        asked = "\n".join(
+            part for part in (record.get("instruction"), record.get(more)) if isinstance(part, str) and part
+        )
+        history, system = record.get("history") or [], record.get("system")
+        if not history and not system:
+            return record | {"prompt": asked, "completion": record.get(answer)}
+        turns = [{"role": "system", "content": system}] if system else []
+        for question, reply in history:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        return record | {
+            "prompt": [*turns, {"role": "user", "content": asked}],
+            "completion": [{"role": "assistant", "content": record.get(answer)}],
+        }
+
+    return convert
+
+
+def _pair(record: Record) -> Record:
+    """Take UltraFeedback's names of the scores, too."""
+    names = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
+    return record | {new: record[old] for old, new in names.items() if old in record and new not in record}
+
+
+def _asked(name: str) -> Convert:
+    return lambda record: record | {"prompt": record.get(name)}
+
+
+def _verl(record: Record) -> Record:
+    judge = record.get("reward_model")
+    return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
+
+
+_PROBLEMS: tuple[Kind, ...] = ("problems", "evaluation")
+FORMATS = (
+    Format("KTO", ("sft", "preferences"), frozenset({"prompt", "completion", "label"}), _same),
+    Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
+    Format("messages", ("sft",), frozenset({"messages"}), _messages("messages")),
+    Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations")),
+    Format("conversation", ("sft",), frozenset({"conversation"}), _messages("conversation")),
+    Format("Alpaca", ("sft",), frozenset({"instruction", "output"}), _instruction("input", "output")),
+    Format("Dolly", ("sft",), frozenset({"instruction", "response"}), _instruction("context", "response")),
+    Format("preferences", ("preferences",), frozenset({"prompt", "chosen", "rejected"}), _pair),
+    Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),
+    Format("problems", _PROBLEMS, frozenset({"prompt", "answer"}), _same),
+    Format("verl", _PROBLEMS, frozenset({"prompt", "reward_model"}), _verl),
+    Format("questions", _PROBLEMS, frozenset({"question", "answer"}), _asked("question")),
+    Format("mathematics", _PROBLEMS, frozenset({"problem", "answer"}), _asked("problem")),
+)

@@ -1,0 +1,112 @@
+"""Bring chat messages of any common spelling to one form: a list of {role, content} with text, and other fields as they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import DataError
+
+Message = dict[str, Any]
+_ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "observation": "tool", "function_response": "tool", "function": "tool",
+}  # fmt: skip
+_SPELLINGS = (("role", "content"), ("from", "value"), ("role", "value"))
+_HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def canonical_messages(value: Any, where: str) -> Any:
+    """Return chat messages in the canonical form; anything else as it is. Raises DataError for what is no text."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
+        return value
+    names = next(
+        ((r, c) for r, c in _SPELLINGS if all(r in turn for turn in value) and any(c in turn for turn in value)), None
+    )
+    if names is None:
+        return value
+    return [_message(turn, *names, f"{where}, turn {i}") for i, turn in enumerate(value)]
+
+
+def human_assistant(text: str) -> list[Message] | None:
+    r"""Return the turns of a text such as "\n\nHuman: ... \n\nAssistant: ...", or None if it is none."""
+    parts = _HUMAN.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(1, len(parts), 2)]
+
+
+def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Message:
+    if not isinstance(turn[role], str):
+        raise DataError(f"{where}: the role is {turn[role]!r}; it must be text, such as user or assistant")
+    name = turn[role].strip()
+    # a column's file format may fill up absent fields with null
+    others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
+    message = {"role": _ROLES.get(name.lower(), name), "content": _text(turn.get(content), where), **others}
+    if name == "function_call":
+        message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
+    if isinstance(message.get("function_call"), Mapping):
+        message["tool_calls"] = [message.pop("function_call")]
+    if "tool_calls" in message:
+        message["tool_calls"] = [_call(call, where) for call in message["tool_calls"] or ()]
+    if "weight" in message:
+        message["weight"] = _weight(message["weight"], where)
+    return message
+
+
+def _text(content: Any, where: str) -> str:
+    """Return the text of a content, which may be missing, or a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(
+            f"{where}: the content is {content!r} ({type(content).__name__}); it must be text or a list of text parts"
+        )
+    return "".join(_part(part, where) for part in content)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise DataError(
+            f"{where}: holds a content part of type {kind!r}; only text can be trained. Remove the row or the part."
+        )
+    return text
+
+
+def _call(call: Any, where: str) -> Any:
+    """Return a tool call as templates expect it: {type, function: {name, arguments}} with arguments as an object."""
+    call = _parsed(call)
+    if not isinstance(call, Mapping):
+        raise DataError(f"{where}: a tool call is {call!r}; it must be an object with name and arguments")
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise DataError(f"{where}: a tool call without a function name; correct the row")
+    inner = {**function, "arguments": _parsed(function.get("arguments", {}))}
+    outer = call if "function" in call else {}
+    return {"type": "function", **{k: v for k, v in outer.items() if v is not None}, "function": inner}
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if isinstance(found, dict) else value
+
+
+def _weight(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise DataError(f"{where}: the weight is {value!r}; it must be a number that is not negative")
+    return float(value)

@@ -1,0 +1,200 @@
+"""Make preference pairs: of graded answers, of a label that names the winner, of single answers with thumbs up or down."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipelines.config.schema import GradedAnswers, PreferredAnswer
+from pipelines.data.files import Record
+from pipelines.data.messages import human_assistant
+from pipelines.data.tables import Row
+from posttrain.errors import ConfigError, DataError
+from posttrain.text import nearest
+
+Changes = Counter[str]
+"""How many records a change of the data is about, by its description."""
+At = Callable[[Any, str], Any]
+"""The value at a dotted path of a record, or `absent`."""
+
+
+def graded_pairs(
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    graded: GradedAnswers,
+    where: str,
+    at: At,
+    absent: Any,
+    changes: Changes,
+) -> list[Row]:
+    """Return every better answer of each record against every worse one."""
+    pairs: list[Row] = []
+    for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+        answers = _graded(record, graded, f"{where}, row {i}", at, absent)
+        if graded.better is None and not all(isinstance(score, bool) for _, score in answers):
+            shown = ", ".join(str(score) for _, score in answers[:4])
+            raise ConfigError(
+                f"data.preferences.graded.better: missing. Say whether a higher or a lower `{graded.score}` is better (row {i} has"
+                f" {shown}): better: higher, or better: lower for ranks. The wrong one would invert every pair."
+            )
+        sign = -1.0 if graded.better == "lower" else 1.0
+        scored = [(text, sign * number(score, f"{where}, row {i}: {graded.score}") + 0.0) for text, score in answers]
+        found = [
+            row | {"chosen": better, "rejected": worse, "chosen_score": high, "rejected_score": low, "record": i}
+            for better, high in scored
+            for worse, low in scored
+            if high > low
+        ]
+        changes["records without a better and a worse answer, left out"] += not found
+        pairs += found
+    if not pairs:
+        raise DataError(
+            f"{where}: no record holds a better and a worse answer among {graded.answers or ', '.join(graded.columns or ())}"
+        )
+    return pairs
+
+
+def _graded(record: Record, graded: GradedAnswers, where: str, at: At, absent: Any) -> list[tuple[Any, Any]]:
+    """Return (answer, score) of every answer of the record."""
+    if graded.answers is None:
+        columns = graded.columns or []
+        found = [(at(record, f"{column}.{graded.text}"), at(record, f"{column}.{graded.score}")) for column in columns]
+        there = [pair for pair in found if pair[0] is not absent]
+        if not there:
+            names = sorted(map(str, record))
+            raise DataError(
+                f"{where}: has none of the graded answers {columns[0]}.{graded.text}{nearest(columns[0], names)}"
+            )
+        return [(text, "missing" if score is absent else score) for text, score in there]
+    listed = at(record, graded.answers)
+    if not isinstance(listed, list):
+        raise DataError(f"{where}: {graded.answers} is no list of answers{nearest(graded.answers, map(str, record))}")
+    if all(isinstance(answer, Mapping) for answer in listed):
+        return [(answer.get(graded.text), answer.get(graded.score, "missing")) for answer in listed]
+    scores = at(record, graded.score)
+    if not isinstance(scores, list) or len(scores) != len(listed):
+        raise DataError(f"{where}: {graded.score} must be a list with one score for each of the {len(listed)} answers")
+    return list(zip(listed, scores, strict=True))
+
+
+def preferred_pairs(
+    rows: Sequence[Row], records: Sequence[Record], preferred: PreferredAnswer, where: str, at: At, changes: Changes
+) -> list[Row]:
+    """Return a pair for each record whose label, or most of whose annotators, name one of its two answers."""
+    pairs: list[Row] = []
+    (first, one), (second, two) = preferred.answers.items()
+    for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+        votes = Counter(
+            _vote(at(record, column), preferred, f"{where}, row {i}: {column}") for column in preferred.columns
+        )
+        if votes[first] == votes[second] or max(votes[first], votes[second]) < votes[""]:
+            changes["pairs without a winner, left out"] += 1
+            continue
+        better, worse = (one, two) if votes[first] > votes[second] else (two, one)
+        pairs.append(row | {"chosen": at(record, better), "rejected": at(record, worse), "record": i})
+    if not pairs:
+        raise DataError(f"{where}: no record has a winner by {', '.join(preferred.columns)}")
+    return pairs
+
+
+def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str:
+    """Return the label of the winner, or "" for a tie."""
+    label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if label in preferred.answers:
+        return label
+    if label in preferred.ties:
+        return ""
+    raise DataError(
+        f"{where} is {label!r}, which is none of data.preferences.preferred.answers ({', '.join(preferred.answers)}); if it is a"
+        f" tie, add it: ties: [{label!r}]"
+    )
+
+
+def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
+    """Return every answer with thumbs up against every one with thumbs down to the same prompt."""
+    prompts: dict[str, dict[bool, list[Any]]] = {}
+    for record in records:
+        answers = prompts.setdefault(json.dumps(record["prompt"], sort_keys=True), {True: [], False: []})
+        answers[bool(record["label"])].append(record["completion"])
+    pairs = [
+        {"prompt": json.loads(prompt), "chosen": good, "rejected": bad}
+        for prompt, answers in prompts.items()
+        for good in answers[True]
+        for bad in answers[False]
+    ]
+    changes["answers with a label but no counterpart of the same prompt, left out"] += sum(
+        len(a[True]) + len(a[False]) for a in prompts.values() if not (a[True] and a[False])
+    )
+    if not pairs:
+        raise DataError("no prompt has both an answer with label true and one with label false, so there is no pair")
+    return pairs
+
+
+def with_prompt(row: Row, where: str) -> Row:
+    """Return the pair with its shared conversation in `prompt`, and what differs in chosen and rejected."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
+        chosen, rejected = human_assistant(chosen), human_assistant(rejected)
+        if chosen is None or rejected is None:
+            raise DataError(
+                f"{where}: the pair has no prompt, and its texts are no conversations that begin with 'Human:'; give the prompt a"
+                " column of its own"
+            )
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return row
+    if row.get("prompt") is None:
+        shared = _shared(chosen, rejected)
+        return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    prompts, answers = zip(
+        *(_without_prompt(row["prompt"], answer, where) for answer in (chosen, rejected)), strict=True
+    )
+    if prompts[0] != prompts[1]:
+        raise DataError(f"{where}: chosen and rejected begin with different prompts; correct or remove the row")
+    return row | {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
+
+
+def _shared(chosen: list[Any], rejected: list[Any]) -> int:
+    """Return how many first turns are the prompt of both: all that are equal, but each keeps an answer."""
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    while count and not (_speaks(chosen[count:]) and _speaks(rejected[count:])):
+        count -= 1
+    return count
+
+
+def _speaks(turns: list[Any]) -> bool:
+    return any(turn["role"] == "assistant" for turn in turns)
+
+
+def _without_prompt(prompt: Any, answer: list[Any], where: str) -> tuple[list[Any], list[Any]]:
+    """Return the prompt as messages, and the answer without it: data sets repeat the prompt or do not."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if answer[: len(asked)] == asked:
+        return asked, answer[len(asked) :]
+    first = next((i for i, turn in enumerate(answer) if turn["role"] == "assistant"), len(answer))
+    lead = answer[:first]
+    if not lead:
+        return asked, answer
+    if isinstance(prompt, str) and any(
+        turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in lead
+    ):
+        return lead, answer[first:]
+    raise DataError(
+        f"{where}: the answer begins with a turn of {lead[0]['role']} that is not the prompt; leave the prompt column out of"
+        " data.preferences.columns, so that the turns that both answers share are the prompt"
+    )
+
+
+def number(value: Any, where: str) -> float:
+    """Return a score as a finite number. Raises DataError otherwise."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        shown = "missing" if value == "missing" else repr(value)
+        raise DataError(f"{where} is {shown}; it must be a number or a boolean") from None
+    if result != result or result in (float("inf"), float("-inf")):
+        raise DataError(f"{where} is {result}; it must be finite. Correct or remove the record.")
+    return result

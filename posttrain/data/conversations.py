@@ -1,0 +1,203 @@
+"""Render a conversation once and find which characters of it are trained.
+
+A turn's text is found by rendering the conversation up to it (prefix rendering). Templates that render history differently, e.g.
+without its reasoning, are asked with two stand-ins for the turn's content: what changes is the content. `{% generation %}` marks
+are used if both fail, or if only they are asked for. A row for which nothing is exact is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import path
+from typing import TYPE_CHECKING, Any, Literal
+
+from posttrain.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+TrainOn = Literal["completion", "last", "marked", "all"]
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_INS = ("\ue000\ue000", "\ue001\ue001")
+_OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of the rendered text that one assistant turn is trained on, and their weight."""
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+
+class ChatTemplate:
+    """A tokenizer's chat template. `row` names the row in messages."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def render(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
+    ) -> str:
+        """Return the text of a conversation; `generate` opens the assistant's next turn.
+
+        Raises ModelError without a template, DataError if the template refuses the conversation.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"{_row(row)}: its text is chat messages, and the tokenizer has no chat template. Use a chat model as model.source,"
+                " or map the column to plain text in data.*.columns."
+            )
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=generate,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{_row(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
+                f" {', '.join(str(message.get('role')) for message in messages)}. Change the row, e.g. put a system message into the"
+                " user's, or take a model whose template allows it."
+            ) from None
+        return str(text)
+
+    def spans(
+        self,
+        prompt: Sequence[Message],
+        completion: Sequence[Message],
+        tools: list[Any] | None = None,
+        train_on: TrainOn = "completion",
+        row: str = "",
+    ) -> tuple[str, list[Span]]:
+        """Return the rendered conversation and the trained spans: assistant turns of the completion whose weight is not 0.
+
+        Raises DataError if a span cannot be found exactly.
+        """
+        messages, first = [*prompt, *completion], len(prompt)
+        full = self.render(messages, tools, row=row)
+        turns = [i for i in range(first, len(messages)) if messages[i].get("role") == "assistant"]
+        if train_on == "last":
+            turns = turns[-1:]
+        if train_on == "marked":
+            return full, self._marked(messages, turns, tools, row)
+        found = []
+        for turn in turns:
+            weight = float(messages[turn].get("weight", 1.0))
+            if weight:
+                span = self._by_prefix(messages, turn, full, tools) or self._by_stand_ins(messages, turn, full, tools)
+                if span is None and _MARK.search(str(self.tokenizer.chat_template)):
+                    return full, self._marked(messages, turns, tools, row)
+                if span is None:
+                    raise DataError(
+                        f"{_row(row)}: it cannot be told exactly which tokens of turn {turn} (assistant) the chat template makes, so"
+                        " training could learn other turns' text. Use a template with {% generation %} marks, or remove the row."
+                    )
+                found.append(Span(*span, weight))
+        return full, found
+
+    def _by_prefix(
+        self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
+    ) -> tuple[int, int] | None:
+        if not turn:
+            return None
+        before = self._try(messages[:turn], tools, generate=True)
+        after = self._try(messages[: turn + 1], tools)
+        if before is None or after is None or not full.startswith(before) or not full.startswith(after):
+            return None
+        return (len(before), len(after)) if len(before) <= len(after) else None
+
+    def _by_stand_ins(
+        self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
+    ) -> tuple[int, int] | None:
+        """Find the content by what changes with it, the turn's opening by the generation prompt, its closing by the last turn's."""
+        content = messages[turn].get("content")
+        if not isinstance(content, str) or not content.strip() or any(messages[turn].get(f) for f in _OTHER_FIELDS):
+            return None
+        bodies = self._stand_ins(messages, turn, tools)
+        if bodies is None:
+            return None
+        head, tail = bodies
+        if not full.startswith(head) or not full.endswith(tail) or len(head) + len(tail) > len(full):
+            return None
+        start, stop = len(head), len(full) - len(tail)
+        if not content.strip().endswith(full[start:stop].strip()) or not full[start:stop].strip():
+            return None
+        alone = self._stand_ins(messages[: turn + 1], turn, tools)
+        if alone is None or not full.startswith(alone[1], stop):
+            return None
+        opened = self._opening(messages[:turn], full, start, tools)
+        return None if opened is None else (opened, stop + len(alone[1]))
+
+    def _opening(self, before: Sequence[Message], full: str, content: int, tools: list[Any] | None) -> int | None:
+        """Return where the answer begins: after what generation prompt and conversation share, at its content at the latest."""
+        if not before:
+            return content
+        history, asked = self._try(before, tools), self._try(before, tools, generate=True)
+        if history is None or asked is None or not full.startswith(history):
+            return content if asked is None or history is None else None
+        return max(len(history), min(_shared(asked, full), content))
+
+    def _stand_ins(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, str] | None:
+        """Return the text before and after the turn's content."""
+        texts = []
+        for stand_in in _STAND_INS:
+            changed = [*messages]
+            changed[turn] = {**messages[turn], "content": stand_in}
+            texts.append(self._try(changed, tools))
+        if None in texts:
+            return None
+        one, two = str(texts[0]), str(texts[1])
+        start = one.find(_STAND_INS[0])
+        stop = start + len(_STAND_INS[0])
+        once = one.count(_STAND_INS[0]) == 1 and two == one[:start] + _STAND_INS[1] + one[stop:]
+        return (one[:start], one[stop:]) if once else None
+
+    def _try(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False) -> str | None:
+        """Render a part of a conversation, which templates may refuse though they take the whole."""
+        try:
+            return self.render(messages, tools, generate)
+        except DataError:
+            return None
+
+    def _marked(self, messages: Sequence[Message], turns: Sequence[int], tools: Any, row: str) -> list[Span]:
+        template = str(self.tokenizer.chat_template)
+        if not _MARK.search(template):
+            raise DataError(
+                f"{_row(row)}: sft.train_on is `marked`, and the model's chat template has no {{% generation %}} marks;"
+                " set train_on: completion, or give a template that has them"
+            )
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = {"return_assistant_tokens_mask": True, **self.tokenizer.special_tokens_map}
+        conversation = [dict(message) for message in messages]
+        rendered: Any = render_jinja_template([conversation], tools=tools, chat_template=template, **options)
+        (marks,) = rendered[1]
+        every = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        if len(marks) != len(every):
+            raise DataError(
+                f"{_row(row)}: the chat template marks {len(marks)} spans, and the conversation has {len(every)} assistant turns, so"
+                " it cannot be told which span is which turn; correct the template, or remove the row"
+            )
+        weights = {i: float(messages[i].get("weight", 1.0)) for i in turns}
+        return [Span(mark[0], mark[1], weights[i]) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
+
+
+def as_messages(text: str | Sequence[Message], role: str) -> list[Message]:
+    """Return a conversation as it is, a string as one turn of `role`."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def _shared(a: str, b: str) -> int:
+    return len(path.commonprefix([a, b]))  # noqa: RUF071
+
+
+def _row(row: str) -> str:
+    return f"row {row}" if row else "a row"

@@ -1,0 +1,225 @@
+"""Formats of data sets as people have them: recognised by their columns, or one mapping away; never a mapping that leaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config.schema import DataParams, GradedAnswers, PreferredAnswer, TableSource
+from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.pairs import Changes
+from pipelines.data.sources import table_rows
+from pipelines.data.tables import read_changes, read_rows, write_changes, write_rows
+from posttrain.errors import ConfigError, DataError, PosttrainError
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def rows(kind: Any, *records: dict[str, Any], changes: Changes | None = None, **fields: Any) -> list[dict[str, Any]]:
+    made = canonical_rows(kind, TableSource(source="memory.jsonl", **fields), records, changes)
+    return [{name: value for name, value in row.items() if name not in ("id", "record")} for row in made]
+
+
+FRUIT = {"prompt": [user("Name a fruit")], "completion": [says("Plum"), user("Another"), says("Pear")]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [user("Name a fruit"), says("Plum"), user("Another"), says("Pear")]},
+        {"conversations": [
+            {"from": "human", "value": "Name a fruit"}, {"from": "gpt", "value": "Plum"},
+            {"from": "human", "value": "Another"}, {"from": "gpt", "value": "Pear"},
+        ], "id": "a1"},
+        {"prompt": "Name a fruit", "completion": [says("Plum"), user("Another"), says("Pear")]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "fruit"}]}],
+         "completion": [says("Plum"), user("Another"), {"role": "assistant", "content": "Pear", "tool_calls": None}]},
+    ],
+)  # fmt: skip
+def test_conversations_of_every_spelling_are_one_form(record: dict[str, Any]) -> None:
+    assert rows("sft", record) == [FRUIT]
+
+
+def test_a_conversation_may_stand_in_any_column() -> None:
+    assert rows("sft", {"dialog": [*FRUIT["prompt"], *FRUIT["completion"]]}, columns={"messages": "dialog"}) == [FRUIT]
+
+
+def test_instructions_with_input_history_and_system() -> None:
+    plain = {"instruction": "Translate", "input": "dog", "output": "chien"}
+    assert rows("sft", plain, {"instruction": "Name", "input": "", "output": "Plum"}) == [
+        {"prompt": "Translate\ndog", "completion": "chien"},
+        {"prompt": "Name", "completion": "Plum"},
+    ]
+    assert rows("sft", plain | {"history": [["a", "b"]], "system": "s"}) == [
+        {
+            "prompt": [{"role": "system", "content": "s"}, user("a"), says("b"), user("Translate\ndog")],
+            "completion": [says("chien")],
+        }
+    ]
+
+
+def test_tool_calls_of_openai_are_read_and_survive_the_table(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Graz"}'}}
+    record = {
+        "messages": [user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1},
+                     {"role": "tool", "content": "rain", "tool_call_id": "1"}, says("It rains")],
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+    }  # fmt: skip
+    (row,) = canonical_rows("sft", TableSource(source="memory.jsonl"), [record])
+    assert row["completion"][0]["content"] == ""
+    assert row["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Graz"}
+    assert row["completion"][0]["weight"] == 1.0
+    assert row["tools"] == '[{"function": {"name": "weather"}, "type": "function"}]'
+    write_rows("sft", [row], tmp_path / "sft.parquet")
+    assert read_rows(tmp_path / "sft.parquet") == [row]
+
+
+def test_pairs_share_the_turns_that_are_equal() -> None:
+    shared = [user("Name a fruit"), says("Plum"), user("Red one?")]
+    expected = [{"prompt": shared, "chosen": [says("Cherry")], "rejected": [says("Brick")]}]
+    assert rows("preferences", {"chosen": [*shared, says("Cherry")], "rejected": [*shared, says("Brick")]}) == expected
+    texts = {name: f"\n\nHuman: Name a fruit\n\nAssistant: Plum\n\nHuman: Red one?\n\nAssistant: {last}"
+             for name, last in (("chosen", "Cherry"), ("rejected", "Brick"))}  # fmt: skip
+    assert rows("preferences", texts) == expected
+    with pytest.raises(DataError, match="row 0: the pair has no prompt"):
+        rows("preferences", {"chosen": "a", "rejected": "b"})
+
+
+def test_a_prompt_that_the_answers_repeat_is_not_doubled_and_scores_have_two_names() -> None:
+    record = {"prompt": "p", "chosen": [user("p"), says("a")], "rejected": [user("p"), says("b")]}
+    expected = {"prompt": [user("p")], "chosen": [says("a")], "rejected": [says("b")]}
+    assert rows("preferences", record) == [expected]
+    assert rows("preferences", record | {"score_chosen": 8.5, "score_rejected": 2}) == [
+        expected | {"chosen_score": 8.5, "rejected_score": 2.0}
+    ]
+    with pytest.raises(DataError, match="row 0: the answer begins with a turn of user that is not the prompt"):
+        rows("preferences", record | {"prompt": "q"})
+
+
+def test_thumbs_make_pairs_and_only_thumbs_up_are_imitated() -> None:
+    records = [{"prompt": "p", "completion": c, "label": up} for c, up in (("a", True), ("b", False), ("c", True))]
+    records.append({"prompt": "q", "completion": "d", "label": True})
+    changes: Changes = Counter()
+    assert rows("preferences", *records, changes=changes) == [
+        {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "c", "rejected": "b"},
+    ]  # fmt: skip
+    assert list((+changes).values()) == [1]
+    changes.clear()
+    assert [row["completion"] for row in rows("sft", *records, changes=changes)] == ["a", "c", "d"]
+    assert dict(+changes) == {"answers with label false, left out of imitation": 1}
+
+
+def test_ranks_ask_which_end_is_better() -> None:
+    record = {"q": "p", "replies": [{"text": "best", "rank": 0}, {"text": "worst", "rank": 2}]}
+    graded = {"answers": "replies", "text": "text", "score": "rank"}
+    with pytest.raises(ConfigError, match=r"graded\.better: missing.*row 0 has 0, 2"):
+        rows("preferences", record, columns={"prompt": "q"}, graded=GradedAnswers(**graded))
+    (pair,) = rows("preferences", record, columns={"prompt": "q"}, graded=GradedAnswers(**graded, better="lower"))
+    assert pair == {"prompt": "p", "chosen": "best", "rejected": "worst", "chosen_score": 0.0, "rejected_score": -2.0}
+    parallel = {"prompt": "p", "texts": ["best", "worst"], "ranks": [0, 2]}
+    listed = GradedAnswers(answers="texts", score="ranks", better="lower")
+    assert rows("preferences", parallel, graded=listed) == [pair]
+
+
+def test_records_without_a_pair_are_counted() -> None:
+    changes: Changes = Counter()
+    graded = GradedAnswers(answers="a", text="t", score="s", better="higher")
+    records = [{"prompt": "p", "a": [{"t": str(s), "s": s} for s in scores]} for scores in ((1, 0), (1,), (2, 2))]
+    assert len(rows("preferences", *records, graded=graded, changes=changes)) == 1
+    assert dict(+changes) == {"records without a better and a worse answer, left out": 2}
+
+
+def test_a_label_or_most_annotators_say_which_answer_won() -> None:
+    preferred = PreferredAnswer(columns=["x", "y", "z"], answers={"1": "one", "2": "two"}, ties=["0"])
+
+    def vote(*labels: Any) -> dict[str, Any]:
+        return {"prompt": "p", "one": "A", "two": "B", **dict(zip("xyz", labels, strict=True))}
+
+    changes: Changes = Counter()
+    found = rows(
+        "preferences",
+        vote(1, 1, 2),
+        vote(2, 2.0, "0"),
+        vote(1, 2, 0),
+        vote(0, 0, 1),
+        preferred=preferred,
+        changes=changes,
+    )
+    assert [(row["chosen"], row["rejected"]) for row in found] == [("A", "B"), ("B", "A")]
+    assert dict(+changes) == {"pairs without a winner, left out": 2}
+    with pytest.raises(
+        DataError, match=r"row 0: x is '3', which is none of data\.preferences\.preferred\.answers \(1, 2\)"
+    ):
+        rows("preferences", vote(3, 1, 1), preferred=preferred)
+
+
+def test_problems_of_verl_and_lists_of_accepted_answers() -> None:
+    verl = {"data_source": "x", "prompt": [user("3+4?")], "reward_model": {"style": "rule", "ground_truth": "7"}}
+    assert rows("problems", verl) == [{"prompt": [user("3+4?")], "answer": "7"}]
+    assert rows("problems", {"question": "Capital?", "answer": ["Madrid", 7]}) == [
+        {"prompt": "Capital?", "answer": '["Madrid", "7"]'}
+    ]
+
+
+def test_no_hint_and_no_mapping_puts_the_answer_into_the_prompt() -> None:
+    whole = {"messages": [user("q"), says("a")]}
+    for kind, other in (("sft", "completion"), ("problems", "answer")):
+        with pytest.raises(ConfigError, match="so the answer would stand in the prompt"):
+            rows(kind, whole, columns={"prompt": "messages", other: "messages"})
+    with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
+        rows("problems", whole | {"x": "a"}, columns={"prompt": "messages", "answer": "x"})
+    for kind, record in (("problems", whole), ("preferences", whole), ("sft", {"text": "t"}), ("sft", {"chosen": "c"})):
+        with pytest.raises(PosttrainError) as caught:
+            rows(kind, record)
+        assert "{prompt:" not in str(caught.value)
+
+
+def test_a_system_message_and_a_template_for_plain_columns(root: Path) -> None:
+    fields = {"system": "Be brief.", "template": "Q: {prompt}"}
+    (row,) = rows("sft", {"prompt": "1+1?", "completion": "2"}, **fields)
+    system = {"role": "system", "content": "Be brief."}
+    assert row == {"prompt": [system, user("Q: 1+1?")], "completion": [says("2")]}
+    with pytest.raises(ConfigError, match=r"data\.sft\.template: has no effect"):
+        rows("sft", {"messages": [user("q"), says("a")]}, **fields)
+    with pytest.raises(ValueError, match=r"must contain {prompt}"):
+        TableSource(source="x.jsonl", template="Q:")
+    from pipelines.config.params import load_params
+
+    data: DataParams = load_params(root / "params.yaml").data
+    few = TableSource(source="arithmetic", rows=2, template="{prompt}")
+    made = table_rows("problems", data.model_copy(update={"problems": few}))
+    assert all(row["prompt"][0]["role"] == "user" for row in made)
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "turn 0: holds a content part of type 'image_url'"),
+        ({"role": "user", "content": 3}, r"turn 0: the content is 3 \(int\)"),
+        ({"role": "user", "content": "q", "weight": -1}, r"turn 0: the weight is -1"),
+    ],
+)
+def test_what_is_no_text_is_named(turn: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"row 0, {message}"):
+        rows("sft", {"messages": [turn, says("a")]})
+
+
+def test_what_a_conversation_does_not_train_is_counted_and_kept_for_validation(tmp_path: Path) -> None:
+    changes: Changes = Counter()
+    (row,) = rows("sft", {"messages": [says("Hello"), user("q"), says("a"), user("thanks")]}, changes=changes)
+    assert row == {"prompt": [says("Hello"), user("q")], "completion": [says("a"), user("thanks")]}
+    assert sorted((+changes).values()) == [1, 1]
+    write_changes({"sft": changes, "problems": Counter()}, tmp_path)
+    assert read_changes(tmp_path) == {"sft": dict(+changes)}
+    write_changes({}, tmp_path)
+    assert read_changes(tmp_path) == {}
+    assert not list(tmp_path.iterdir())
