@@ -52,8 +52,6 @@ class ChatTemplate:
                 f"{_row(row)}: its text is chat messages, and the tokenizer has no chat template. Use a chat model as model.source,"
                 " or map the column to plain text in data.*.columns."
             )
-        import jinja2
-
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -61,12 +59,12 @@ class ChatTemplate:
                 add_generation_prompt=generate,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # a template is a program of the model's author, which may raise anything
             raise DataError(
                 f"{_row(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
                 f" {', '.join(str(message.get('role')) for message in messages)}. Change the row, e.g. put a system message into the"
                 " user's, or take a model whose template allows it."
-            ) from None
+            ) from error
         return str(text)
 
     def spans(
