@@ -15,18 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.runtime.context import RunContext
-from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from pipelines.training.setup import accelerator, announce, peak_memory_mib, problems, read_table
+from pipelines.training.evaluator import REFERENCE, Evaluator, prompt_text, write_predictions
+from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
     from posttrain.evaluation.statistics import Resampling
-
-REFERENCE = Path("models/sft")
 
 
 def run(run: Run) -> None:
@@ -42,56 +39,6 @@ def run(run: Run) -> None:
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary(results)
     run.recorder.tag("model", run.context.args.model)
-
-
-class Evaluator:
-    """A model folder before the held-out problems, with the settings of params.yaml's `evaluation`."""
-
-    def __init__(self, context: RunContext, recorder: RunRecorder, folder: Path) -> None:
-        params = context.params.evaluation
-        self.device = accelerator(params.compute, params.seed, folder).device
-        from posttrain.models.folders import load_encoder, load_policy
-        from posttrain.models.policy import Policy
-
-        recorder.ready()
-        self.context, self.folder, self.params = context, folder, params
-        self.encoder = load_encoder(folder)
-        self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
-
-    def answers(self) -> list[EvaluatedAnswer]:
-        from pipelines.training.reward_sources import reward_sources
-        from posttrain.evaluation.answers import EvaluationSettings, evaluate
-        from posttrain.models.folders import load_policy
-        from posttrain.models.policy import Policy
-        from posttrain.rollouts.native import NativeEngine
-
-        params, compute = self.params, self.params.compute
-        reference = None
-        if self.folder != REFERENCE:
-            reference = Policy(load_policy(REFERENCE)).to(self.device).eval().requires_grad_(False)
-        settings = EvaluationSettings(
-            params.max_new_tokens,
-            params.samples_per_prompt,
-            params.temperature,
-            params.seed,
-            compute.micro_batch_tokens,
-            compute.bf16,
-        )
-        asked = problems(self.encoder, read_table("evaluation"))
-        announce(self.context, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
-        engine = NativeEngine(self.policy.lm, self.encoder.eos_id, bf16=compute.bf16)
-        sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
-        return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
-
-    def preference_accuracy(self) -> float:
-        """Share of held-out pairs whose chosen answer the policy finds the more probable one."""
-        from posttrain.data.tokens import table_tokens
-        from posttrain.evaluation.answers import preferred_share
-
-        rows, compute = read_table("preferences_heldout"), self.params.compute
-        chosen, rejected = (table_tokens(self.encoder, rows, name) for name in ("chosen", "rejected"))
-        pairs = list(zip(chosen, rejected, strict=True))
-        return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16)
 
 
 def summary(
@@ -127,32 +74,8 @@ def summary(
     }
 
 
-def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {
-        "prompt_id": pa.array([a.prompt_id for a in answers], pa.int64()),
-        "sample": pa.array([a.sample for a in answers], pa.int64()),
-        "prompt": [_text(a.problem.prompt) for a in answers],
-        "answer": [str(a.problem.columns.get("answer", "")) for a in answers],
-        "completion": [a.text for a in answers],
-        "tokens": pa.array([a.tokens for a in answers], pa.int64()),
-        "truncated": pa.array([a.truncated for a in answers], pa.bool_()),
-        "entropy": pa.array([a.entropy for a in answers], pa.float64()),
-        "kl": pa.array([a.kl for a in answers], pa.float64()),
-    }
-    for source in sorted(answers[0].rewards):
-        columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
-    pq.write_table(pa.table(columns), path)
-
-
 def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:
-    return {"prompt": _text(answer.problem.prompt), "completion": answer.text, **answer.rewards}
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return {"prompt": prompt_text(answer.problem.prompt), "completion": answer.text, **answer.rewards}
 
 
 def model_folder(model: str) -> Path:

@@ -22,7 +22,6 @@ import numpy as np
 
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import GateParams
-from pipelines.evaluate import Evaluator, write_predictions
 from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide, not_judged
 from pipelines.promotion.page import page
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
@@ -30,6 +29,7 @@ from pipelines.runtime.journal import representable
 from pipelines.runtime.publish import ARTIFACTS
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
+from pipelines.training.evaluator import Evaluator, write_predictions
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling
 

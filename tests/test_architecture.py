@@ -1,10 +1,12 @@
-"""The arrows run one way: flows -> tasks -> pipelines -> posttrain."""
+"""The arrows run one way: flows -> tasks -> pipelines -> posttrain; rooms form no circle; old names are gone."""
 
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,15 +36,144 @@ EXTRAS = {
 """What the library does without until it is asked for, and the only files that may import it."""
 
 
+STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate"}
+ROOMS = {
+    "aliases": {"commands"},
+    "commands": {"config", "data", "promotion", "runtime", "stages", "tracking", "training", "validation"},
+    "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
+    "training": {"config", "data", "runtime"},
+    "promotion": {"runtime", "tracking"},
+    "report": {"runtime"},
+    "validation": {"config", "data"},
+    "tracking": {"config", "runtime"},
+    "data": {"config"},
+    "runtime": {"config"},
+    "config": set(),
+}
+"""Rooms of `pipelines`, and the rooms that each may import. `stages` are the modules directly in `pipelines`."""
+OLD_NAMES = (
+    r"pipelines[./](common|warm|watch|shape|sections|columns|align_on_policy|align_preference|rewards|samples|sampling)\b",
+    r"pipelines[./](step|run|journal|process|publish|identity|environment|redaction|follower|launch)\b",
+    r"pipelines[./](sources|files|tables|inbox|admission)\b",
+    r"posttrain[./](problems|processes)\b",
+    r"models[./](heap|narrow|memory)\b",
+    r"algorithms[./]records\b",
+    r"flows[./](body|judge)\b",
+    r"\b(taken_logprobs|token_numbers|plain_again|old_experts|leave_out)\b",
+    r"\b(Experts|Asked)\b",
+)
+"""Module and identifier names that were replaced by the field's terms."""
+
+
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
+    """Return every module that a file imports, wherever in the file."""
+    return imported(ast.parse(path.read_text(encoding="utf-8")), at_run_time=False)
+
+
+def imported(node: ast.AST, *, at_run_time: bool) -> set[str]:
+    """Return what is imported below a node; `at_run_time` leaves out what only a type checker sees."""
+    found: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
+            found.add(child.module)
+            if at_run_time:
+                found |= {f"{child.module}.{alias.name}" for alias in child.names}
+        elif at_run_time and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            found |= {name for each in child.orelse for name in imported(each, at_run_time=True)}
+        else:
+            found |= imported(child, at_run_time=at_run_time)
     return found
+
+
+def module_arrows(root: Path) -> dict[str, set[str]]:
+    """Return the modules that each module of pipelines and posttrain imports, also inside functions."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("pipelines", "posttrain")
+        for path in sorted((root / package).rglob("*.py"))
+    }
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    return {name: imported(tree, at_run_time=True) & (paths.keys() - {name}) for name, tree in trees.items()}
+
+
+def room(module: str, packages: set[str]) -> str:
+    """Return the package of a module: `pipelines.runtime`, `posttrain.models`, `pipelines.stages`; else the module itself."""
+    top, *rest = module.split(".")
+    if rest and f"{top}.{rest[0]}" in packages:
+        return f"{top}.{rest[0]}"
+    return "pipelines.stages" if top == "pipelines" else module
+
+
+def room_arrows(root: Path) -> dict[str, set[str]]:
+    arrows = module_arrows(root)
+    packages = {
+        f"{p.parent.parent.name}.{p.parent.name}"
+        for top in ("pipelines", "posttrain")
+        for p in (root / top).glob("*/__init__.py")
+    }
+    rooms: dict[str, set[str]] = {}
+    for module, targets in arrows.items():
+        here = room(module, packages)
+        rooms.setdefault(here, set()).update({room(target, packages) for target in targets} - {here})
+    return rooms
+
+
+def circle(arrows: dict[str, set[str]]) -> tuple[str, ...]:
+    """Return one circle of the arrows, or nothing."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return tuple(error.args[1])
+    return ()
+
+
+def test_a_circle_is_found() -> None:
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ()
+    tree = ast.parse("if TYPE_CHECKING:\n    import a\ndef f():\n    from b import c\n")
+    assert imported(tree, at_run_time=True) == {"b", "b.c"}
+    assert imported(tree, at_run_time=False) == {"a", "b"}
+
+
+def test_no_module_imports_itself_through_others(root: Path) -> None:
+    assert circle(module_arrows(root)) == ()
+
+
+def test_no_room_imports_itself_through_others(root: Path) -> None:
+    assert circle(room_arrows(root)) == ()
+
+
+def test_the_rooms_of_pipelines_import_only_what_is_drawn(root: Path) -> None:
+    found = {
+        name.removeprefix("pipelines."): {t.removeprefix("pipelines.") for t in targets if t.startswith("pipelines.")}
+        for name, targets in room_arrows(root).items()
+        if name.startswith("pipelines.")
+    }
+    assert found.keys() == ROOMS.keys()
+    assert {name: targets - ROOMS[name] for name, targets in found.items() if targets - ROOMS[name]} == {}
+
+
+def test_pipelines_holds_only_the_stages_and_no_stage_imports_a_stage(root: Path) -> None:
+    assert {path.stem for path in (root / "pipelines").glob("*.py")} == STAGES | {"__init__"}
+    between = {
+        (module, target)
+        for module, targets in module_arrows(root).items()
+        for target in targets
+        if {module, target} <= {f"pipelines.{stage}" for stage in STAGES}
+    }
+    assert between == set()
+
+
+@pytest.mark.parametrize("pattern", OLD_NAMES)
+def test_no_old_name_is_left(root: Path, pattern: str) -> None:
+    if shutil.which("git") is None or not (root / ".git").exists():
+        pytest.skip("this needs the git checkout")
+    command = ["git", "grep", "-nIP", pattern, "--", ".", ":!tests/test_architecture.py", ":!CHANGELOG.md"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert found.returncode in (0, 1), found.stderr
+    assert found.stdout == ""
 
 
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))

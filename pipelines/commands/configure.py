@@ -1,8 +1,8 @@
 """Change params.yaml by overlay or by key, checked before anything is written; comments stay.
 
-    python -m pipelines.commands.configure examples/gsm8k.yaml
-    python -m pipelines.commands.configure sft.epochs=2 project.seeds=[0,1]
-    python -m pipelines.commands.configure --check
+    posttrain configure examples/gsm8k.yaml
+    posttrain configure sft.epochs=2 project.seeds=[0,1]
+    posttrain configure --check
 
 An overlay is a YAML file that holds only the keys to change. A mapping is merged into the one there is, anything else
 replaces it; `null` removes an optional key. Prints each change.
@@ -33,7 +33,7 @@ _NOTHING: Any = object()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; answers its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.configure",
+        prog="posttrain configure",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Take new files of the inbox in, each checked on its own: good ones join the data, bad ones are set aside with the reason.
 
-    python -m pipelines.commands.intake
+    posttrain intake
 
 A file INBOX/TABLE/NAME (TABLE: sft, preferences, problems or evaluation) is read, shaped and checked by the rules of
 params.yaml's `validation` as the step `validate` will check it. One that would stop the pipeline (it cannot be read, lacks a
@@ -170,7 +170,7 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.intake",
+        prog="posttrain intake",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

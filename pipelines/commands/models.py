@@ -1,6 +1,6 @@
 """The versions of the model registry: aliases, which model, what the gate said.
 
-    python -m pipelines.commands.models
+    posttrain models
 
 Promote or roll back with `python -m flows.promote`.
 """
@@ -27,7 +27,7 @@ def line(version: Version) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.models",
+        prog="posttrain models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,8 +1,8 @@
 """What a run of the current parameters will take, before anything runs: optimiser steps, tokens, and memory by phase.
 
-    python -m pipelines.commands.plan
-    python -m pipelines.commands.plan --memory 80        # for a device with 80 GiB
-    python -m pipelines.commands.plan --params other.yaml
+    posttrain plan
+    posttrain plan --memory 80        # for a device with 80 GiB
+    posttrain plan --params other.yaml
 
 Memory follows from the model's configuration alone; no weights are loaded. It is that of a process that holds all weights, as each does
 while it samples; under FSDP2 n processes share weights, gradients and moments of what is trained while they update.
@@ -51,7 +51,7 @@ class Phase:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; answers its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.plan",
+        prog="posttrain plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,8 +1,8 @@
 """Bring MLflow up to date with the journals of this project.
 
-    python -m pipelines.commands.sync              once: everything that is here and not yet there
-    python -m pipelines.commands.sync --wait 60    the same, trying again while the server is away
-    python -m pipelines.commands.sync --follow     keep doing so until SIGTERM, Ctrl-C or the end of a piped standard input
+    posttrain sync              once: everything that is here and not yet there
+    posttrain sync --wait 60    the same, trying again while the server is away
+    posttrain sync --follow     keep doing so until SIGTERM, Ctrl-C or the end of a piped standard input
 
 Nothing is lost while a tracking server is down: the journals hold everything, and each value arrives exactly once.
 """
@@ -158,7 +158,7 @@ def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.sync",
+        prog="posttrain sync",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

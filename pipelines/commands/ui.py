@@ -1,6 +1,6 @@
 """Show the runs of this project: MLflow and Prefect on this machine only, and the links worth opening.
 
-    python -m pipelines.commands.ui [--port 5000] [--prefect-port 4200]
+    posttrain ui [--port 5000] [--prefect-port 4200]
 
 Catches up with the journals first. Ctrl-C stops the servers. With MLFLOW_TRACKING_URI or PREFECT_API_URL set to a server,
 only the links to that server are printed.
@@ -181,7 +181,7 @@ def _links(project: Path, base: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.ui",
+        prog="posttrain ui",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -51,7 +51,7 @@ class Limits:
 
 
 def structure(columns: Sequence[str]) -> list[Expectation]:
-    """Asked first: every other expectation passes on a table without rows."""
+    """Checked first: every other expectation passes on a table without rows."""
     exist = [ExpectColumnToExist(column=name, meta=_meta("columns", name)) for name in columns]
     return [ExpectTableRowCountToBeBetween(min_value=1, meta=_meta("row_count", "")), *exist]
 

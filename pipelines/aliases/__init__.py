@@ -1,0 +1,1 @@
+"""Old module names of commands, on the path of `pipelines`."""
