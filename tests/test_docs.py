@@ -22,7 +22,7 @@ ELSEWHERE = ("heldout/", "pairs/", "faults/", "router/")
 
 
 def documents(root: Path) -> list[Path]:
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def test_every_test_that_a_document_names_exists(root: Path) -> None:
