@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ ENVIRONMENT = """environment:
   MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
   POSTTRAIN_SETTLE_SECONDS time for which a file of the inbox must not have changed (default 10)
-  POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)"""
+  POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)
+  POSTTRAIN_WEBHOOK_SECRET signs what the webhook is told: header X-Posttrain-Signature"""
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,8 @@ def main(
             )
         if alone:
             refuse_second_flow(options.root)
-        with prefect_api(options.root) as configured:
+        # a flow works in the current directory: a parameter of its run could name any folder
+        with contextlib.chdir(options.root), prefect_api(Path.cwd()) as configured:
             say("Prefect: " + redact(configured or "private server"))
             return _status(call(options))
     except PosttrainError as error:

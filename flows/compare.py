@@ -21,14 +21,14 @@ from flows.workspace import exclusive
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
-def compare(root: str = ".", targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
-    """Base model to report. `targets` limits it to some stages and what they need."""
-    with exclusive(Path(root)):
-        return bring_all_up_to_date(Path(root), targets or [], tracking=tracking)
+def compare(targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
+    """Base model to report, in the current directory. `targets` limits it to some stages and what they need."""
+    with exclusive(Path.cwd()):
+        return bring_all_up_to_date(Path.cwd(), targets or [], tracking=tracking)
 
 
 def _call(options: argparse.Namespace) -> Any:
-    return compare(str(options.root), options.targets, not options.no_tracking, return_state=True)
+    return compare(options.targets, not options.no_tracking, return_state=True)
 
 
 if __name__ == "__main__":

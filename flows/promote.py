@@ -46,15 +46,15 @@ class Approval(RunInput):
 
 @flow(name="promote", persist_result=False, **HOOKS)
 def promote(
-    root: str = ".", version: int | None = None, roll_back: bool = False, reason: str = "", approval: bool = False
+    version: int | None = None, roll_back: bool = False, reason: str = "", approval: bool = False
 ) -> State[None] | None:
-    """Make `version` (default: the challenger) champion, or give production back to the previous one."""
+    """Make `version` (default: the challenger) champion of the current directory's project, or give production back."""
     if roll_back and (version is not None or approval):
         raise OrchestrationError(
             "a roll-back goes to the previous champion, at once: it takes neither a version nor an approval. To make"
             " another version champion, give its number without --roll-back."
         )
-    project = Path(root).absolute()
+    project = Path.cwd()
     registry = registry_of(project)
     if roll_back:
         _roll_back(project, registry, reason or "no reason was given")
@@ -129,9 +129,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _call(options: argparse.Namespace) -> Any:
     if options.approval:
         say("waits for an answer in Prefect's UI; PREFECT_API_URL must name a server")
-    return promote(
-        str(options.root), options.version, options.roll_back, options.reason, options.approval, return_state=True
-    )
+    return promote(options.version, options.roll_back, options.reason, options.approval, return_state=True)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from tasks.intake import take_in
 
 
 @flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
-def retrain(
-    root: str = ".", targets: list[str] | None = None, tracking: bool = True, approval: bool = False
-) -> State[None] | None:
-    """New data to champion. `targets` limits it to some stages, without the gate; `approval` asks a person first."""
-    project = Path(root).absolute()
+def retrain(targets: list[str] | None = None, tracking: bool = True, approval: bool = False) -> State[None] | None:
+    """New data to champion, in the current directory.
+
+    `targets` limits it to some stages, without the gate; `approval` asks a person first.
+    """
+    project = Path.cwd()
     with exclusive(project):
         for entry in take_in(str(project)):
             tell(f"inbox: {entry.describe()}")
@@ -45,7 +46,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _call(options: argparse.Namespace) -> Any:
-    return retrain(str(options.root), options.targets, not options.no_tracking, options.approval, return_state=True)
+    return retrain(options.targets, not options.no_tracking, options.approval, return_state=True)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from typing import Any
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from flows.server import wait_until_healthy
 from flows.signals import raise_interrupt
 from flows.workspace import sweep
 from pipelines.commands.ui import free_port
 from pipelines.config.params import read_yaml
-from pipelines.runtime import environment
+from pipelines.runtime import credentials, environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import PosttrainError
 from tasks.console import say
@@ -64,22 +64,24 @@ def server(root: Path, port: int) -> Iterator[str]:
     port = free_port(port)
     base, log = f"http://127.0.0.1:{port}", root / ".posttrain" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _start_server(root, port, log)
+    auth = credentials.prefect_auth(root)
+    process = _start_server(root, port, log, auth)
     try:
         wait_until_healthy(process, f"{base}/api", log)
         # For this process, and for those of the flow runs.
-        os.environ["PREFECT_API_URL"], os.environ["PREFECT_UI_URL"] = f"{base}/api", base
-        with temporary_settings({PREFECT_API_URL: f"{base}/api", PREFECT_UI_URL: base}):
+        address = {"PREFECT_API_URL": f"{base}/api", "PREFECT_UI_URL": base}
+        os.environ.update(address | credentials.prefect_client(auth))
+        with temporary_settings({PREFECT_API_URL: f"{base}/api", PREFECT_UI_URL: base, PREFECT_API_AUTH_STRING: auth}):
             yield base
     finally:
         process.terminate()
         end(process, 20)
 
 
-def _start_server(root: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    extra = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
     with log.open("wb") as output:
+        extra = credentials.prefect_server(auth, port)
         return start(command, root, output=output, extra=extra, grace_seconds=5)
 
 

@@ -14,9 +14,10 @@ from http.client import HTTPException
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from pipelines.commands.ui import free_port
+from pipelines.runtime import credentials
 from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
 from tasks.process import end, start
@@ -40,12 +41,14 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     path = root / ".posttrain" / "logs" / "prefect.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    auth = credentials.prefect_auth(root)
+    extra = credentials.prefect_server(auth, port) | {"PREFECT_SERVER_UI_ENABLED": "false"}
     with path.open("wb") as log:
-        process = start(command, root, output=log, extra={"PREFECT_SERVER_UI_ENABLED": "false"}, grace_seconds=5)
+        process = start(command, root, output=log, extra=extra, grace_seconds=5)
     # Prefect sends its last log lines and events when the interpreter shuts its threads down, which comes before this.
     atexit.register(end, process, 0)
     wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
-    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_API_AUTH_STRING: auth}):
         yield None
 
 

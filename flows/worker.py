@@ -3,25 +3,37 @@
     python -m flows.worker [--pool posttrain]
 
 PREFECT_API_URL names the server. A flow run that died with the worker before this one is marked Crashed first, which gives
-its place in the queue back; the next run goes on from its checkpoints.
+its place in the queue back; the next run goes on from its checkpoints. Flow runs that are not those of this project's
+prefect.yaml are refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
+import anyio.abc
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.settings import PREFECT_API_URL
+from prefect.utilities.processutils import setup_signal_handlers_worker
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
 from flows.deploy import HEARTBEAT_SECONDS
 from flows.server import require_server
 from flows.workspace import sweep
+from pipelines.config.params import read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import OrchestrationError, PosttrainError
+
+PULL = "prefect.deployments.steps.set_working_directory"
+ENVIRONMENT = {"POSTTRAIN_SLOTS", "POSTTRAIN_GRACE_SECONDS", "CUDA_VISIBLE_DEVICES"}
+"""Variables that a flow run may set: where it runs, never what."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,14 +54,72 @@ def main(argv: list[str] | None = None) -> int:
         sweep(root)
     except PosttrainError as error:
         return report_error(error)
-    return become_worker(root, args.pool)
+    asyncio.run(work(root, args.pool))
+    return 0
 
 
-def become_worker(root: Path, pool: str) -> NoReturn:
+async def work(root: Path, pool: str) -> None:
+    """Poll the pool until a signal ends this process."""
     os.chdir(root)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
-    prefect = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    os.execv(sys.executable, [*prefect, "--name", os.uname().nodename])
+    setup_signal_handlers_worker(os.getpid(), "the process worker", print)
+    worker = ProjectWorker(work_pool_name=pool, name=os.uname().nodename)
+    worker.root = root
+    await worker.start()
+
+
+class ProjectWorker(ProcessWorker):
+    """Run only what prefect.yaml of this project deploys: whoever may write to the server could otherwise run any command here."""
+
+    root: Path
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: ProcessJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> ProcessWorkerResult:
+        """Run a flow run of ours. Raises OrchestrationError, which ends it as Crashed, for any other."""
+        if flow_run.deployment_id is None:
+            raise OrchestrationError(
+                f"flow run {flow_run.name}: has no deployment; this worker runs prefect.yaml's only."
+            )
+        deployment = await self.client.read_deployment(flow_run.deployment_id)
+        wrong = foreign(deployment, flow_run, configuration, self.root)
+        if wrong:
+            raise OrchestrationError(
+                f"flow run {flow_run.name} of {deployment.name} is refused: its {wrong} is not the one that prefect.yaml of"
+                f" {self.root} gives. Deploy again with `python -m flows.deploy`, and change the server's password if"
+                " nobody here has changed the deployment."
+            )
+        return await super().run(flow_run, configuration, task_status)
+
+
+def foreign(
+    deployment: DeploymentResponse, flow_run: FlowRun, configuration: ProcessJobConfiguration, root: Path
+) -> str | None:
+    """Return the first setting of a flow run that could run something else than this project's flows, or None."""
+    tree = read_yaml(root / "prefect.yaml")
+    ours = {entry["name"]: entry["entrypoint"] for entry in tree["deployments"]}
+    variables = {**(deployment.job_variables or {}), **(flow_run.job_variables or {})}
+    asked = set(variables.pop("env", None) or {})
+    checks = {
+        "entry point": deployment.entrypoint != ours.get(deployment.name, ""),
+        "pull step": not _is_our_pull(deployment.pull_steps, root),
+        "storage": deployment.storage_document_id is not None,
+        "command": configuration._command_configured,
+        "working directory": configuration.working_dir is not None,
+        "job variables": bool(variables or asked - ENVIRONMENT),
+    }
+    return next((name for name, differs in checks.items() if differs), None)
+
+
+def _is_our_pull(steps: list[dict[str, Any]] | None, root: Path) -> bool:
+    """Return True if the only step enters this project's folder."""
+    if not steps or len(steps) != 1 or set(steps[0]) != {PULL}:
+        return False
+    values = steps[0][PULL]
+    return set(values) == {"directory"} and Path(values["directory"]).resolve() == root.resolve()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Processes:
         if self.pid(service.name) is not None:
             return
         self.home.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)  # logs and pid files of this user's servers
         with self.log(service.name).open("ab") as log:
             process = subprocess.Popen(
                 service.command,

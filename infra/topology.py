@@ -22,13 +22,13 @@ from alembic.script import ScriptDirectory
 
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
-from pipelines.runtime import environment
+from pipelines.runtime import credentials, environment
 from posttrain.errors import OrchestrationError
 from tasks.process import child_environment
 
 BUCKET = "posttrain"
 STORE_KEY = "posttrain-store-key"
-ADMIN = "admin"
+ADMIN = credentials.ADMIN
 ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
 
 
@@ -51,6 +51,7 @@ class Topology:
         """What a command needs to use these servers."""
         return {
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            **credentials.prefect_client(f"{credentials.USER}:{self.secrets['prefect']}"),
             "POSTTRAIN_PROJECT": str(self.project),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_TRACKING_USERNAME": ADMIN,
@@ -67,10 +68,9 @@ class Topology:
         return [
             Service("postgres", self.postgres.command(), self.postgres.environment(), self.postgres.healthy,
                     user=self.postgres.user),
-            Service("s3", [*python, "moto.server", "-H", "127.0.0.1", "-p", str(self.ports["s3"])], here,
-                    lambda: answers(f"{self.url('s3')}/moto-api/")),
-            Service("mlflow", [*python, "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port",
-                               str(self.ports["mlflow"]), "--workers", "1"],
+            Service("s3", [*python, "infra.s3", str(self.ports["s3"])], here,
+                    lambda: answers(self.url("s3"))),
+            Service("mlflow", [*python, "mlflow", "server", *credentials.mlflow_options(self.ports["mlflow"])],
                     here | self._mlflow(), lambda: answers(f"{self.url('mlflow')}/health")),
             Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
                                 str(self.ports["prefect"])],
@@ -151,30 +151,26 @@ class Topology:
     def write_environment(self) -> Path:
         path = self.home / "env"
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
-        _private(path, "\n".join(lines) + "\n")
+        credentials.write_private(path, "\n".join(lines) + "\n")
         return path
 
     def _mlflow(self) -> dict[str, str]:
-        config = self.home / "mlflow-auth.ini"
-        auth = self.postgres.uri("mlflow_auth", "psycopg2")
-        _private(
-            config,
-            f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {auth}\nadmin_username = {ADMIN}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\nauth_cache_ttl_seconds = 60\n",
+        accounts = credentials.mlflow_server(
+            self.home / "mlflow-auth.ini",
+            self.postgres.uri("mlflow_auth", "psycopg2"),
+            self.secrets["mlflow"],
+            self.secrets["flask"],
         )
-        return {
+        return accounts | {
             "MLFLOW_BACKEND_STORE_URI": self.postgres.uri("mlflow", "psycopg2"),
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
             "MLFLOW_S3_ENDPOINT_URL": self.url("s3"),
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_PASSWORD": self.secrets["mlflow"],
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": self.secrets["flask"],
         }
 
     def _prefect(self) -> dict[str, str]:
-        return {
-            "PREFECT_API_DATABASE_CONNECTION_URL": self.postgres.uri("prefect", "asyncpg"),
-            "PREFECT_SERVER_UI_API_URL": f"{self.url('prefect')}/api",
+        auth = f"{credentials.USER}:{self.secrets['prefect']}"
+        return credentials.prefect_server(auth, self.ports["prefect"]) | {
+            "PREFECT_API_DATABASE_CONNECTION_URL": self.postgres.uri("prefect", "asyncpg")
         }
 
     def _prepare_store(self) -> None:
@@ -207,10 +203,11 @@ class Topology:
 
     def _secrets(self) -> dict[str, str]:
         path = self.home / "secrets.json"
-        if not path.is_file():
-            made = {name: secrets.token_urlsafe(24) for name in ("postgres", "mlflow", "flask", "s3")}
-            _private(path, json.dumps(made))
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        missing = [name for name in ("postgres", "mlflow", "flask", "s3", "prefect") if name not in found]
+        if missing:
+            found |= {name: secrets.token_urlsafe(24) for name in missing}
+            credentials.write_private(path, json.dumps(found))
         return found
 
     def _worker_polls(self) -> bool:
@@ -239,9 +236,3 @@ def answers(url: str) -> bool:
     except (urllib.error.URLError, OSError, HTTPException):
         return False
     return True
-
-
-def _private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(text, encoding="utf-8")

@@ -2,8 +2,7 @@
 
     python -m pipelines.validate
 
-Writes data/valid and data/quarantine (rows with a `reason`), validation.html among the run's artifacts, and Great
-Expectations' own Data Docs in .posttrain/data_docs, which carry the time and are no part of the result.
+Writes data/valid and data/quarantine (rows with a `reason`), and validation.html among the run's artifacts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
 
 MODEL = Path("models/base")
-VALID, QUARANTINE, DOCS = Path("data/valid"), Path("data/quarantine"), Path(".posttrain/data_docs")
+VALID, QUARANTINE = Path("data/valid"), Path("data/quarantine")
 TABLES: tuple[Table, ...] = get_args(Table)
 
 
@@ -44,9 +43,8 @@ def run(run: Run) -> None:
 
     run.recorder.ready()
     limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project))
-    validator = Validator(DOCS)
+    validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
-    validator.write_docs()
     report = run.outputs.artifact("validation.html")
     report.write_text(page(outcome, params.max_shown_rows), encoding="utf-8")
     numbers = summary(outcome)

@@ -8,6 +8,8 @@ from threading import Lock
 
 from prefect.logging import get_run_logger
 
+from pipelines.runtime.redaction import printable
+
 _STARTED = time.monotonic()
 _LOCK = Lock()
 
@@ -15,7 +17,7 @@ _LOCK = Lock()
 def say(text: str) -> None:
     """One line with the seconds since the command was typed."""
     with _LOCK:
-        sys.stdout.write(f"{time.monotonic() - _STARTED:7.1f} s  {text}\n")
+        sys.stdout.write(f"{time.monotonic() - _STARTED:7.1f} s  {printable(text)}\n")
         sys.stdout.flush()
 
 

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines.commands.intake import RECORD, Taken
 from pipelines.data.sources import ACCEPTED
+from pipelines.runtime.markup import markdown_text
 from tasks.stage import run_logged
 
 
@@ -26,7 +27,12 @@ def take_in(root: str) -> list[Taken]:
         run_logged(project, "intake-version", [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)])
     if taken:
         rows = [
-            {"file": entry.file, "outcome": entry.outcome, "rows": entry.rows, "reason": entry.reason}
+            {
+                "file": markdown_text(entry.file),
+                "outcome": entry.outcome,
+                "rows": entry.rows,
+                "reason": markdown_text(entry.reason),
+            }
             for entry in taken
         ]
         create_table_artifact(key="intake", table=rows, description="Files of the inbox, and what became of them")

@@ -1,21 +1,43 @@
 """One message to a webhook: what happened and where to look. POSTTRAIN_WEBHOOK is its URL; unset, nobody is told.
 
 The body is JSON with `event` (promoted, refused, rolled back, failed, waiting), `text`, which Slack and Mattermost show as it
-is, and `links`. A webhook that does not answer never fails a flow.
+is, and `links`. A webhook that does not answer never fails a flow. Redirects are not followed. With POSTTRAIN_WEBHOOK_SECRET the
+header X-Posttrain-Signature holds `sha256=` and the HMAC-SHA256 of the body.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
+from typing import Any
 
 from pipelines.runtime.redaction import redact
 from tasks.console import say
 
 TIMEOUT_SECONDS = 10.0
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would let the webhook's host send our request into the private network."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _signature(body: bytes) -> dict[str, str]:
+    """Return the header by which the receiver knows the sender, if POSTTRAIN_WEBHOOK_SECRET is set."""
+    secret = os.environ.get("POSTTRAIN_WEBHOOK_SECRET")
+    if not secret:
+        return {}
+    return {"X-Posttrain-Signature": "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}
 
 
 def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
@@ -26,10 +48,12 @@ def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
     there = {name: redact(link) for name, link in links.items() if link}
     lines = [redact(text), *(f"{name}: {link}" for name, link in there.items())]
     body = {"event": event, "text": "\n".join(lines), "links": there}
-    headers = {"Content-Type": "application/json", "User-Agent": "posttrain"}
+    data = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "User-Agent": "posttrain", **_signature(data)}
     try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("not an address of the web")
+        _OPENER.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS).close()
     except ValueError:
         # what urllib says of it holds the whole address, which is a secret
         say(f"the webhook was not told of `{event}`: POSTTRAIN_WEBHOOK is not an http:// or https:// address")

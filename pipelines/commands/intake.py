@@ -30,7 +30,7 @@ from pipelines.data.inbox import Arrival, Inbox, location, open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest
-from pipelines.runtime.redaction import redact, report_error
+from pipelines.runtime.redaction import printable, redact, report_error
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps([asdict(entry) for entry in taken], indent=1) + "\n", encoding="utf-8")
     for entry in taken:
-        print(f"intake: {entry.describe()}", flush=True)
+        print(f"intake: {printable(entry.describe())}", flush=True)
     if not taken:
         print(f"intake: nothing waits in {redact(inbox.where)}", flush=True)
     return 0

@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
-from pipelines.runtime import environment
+from pipelines.runtime import credentials, environment
 from pipelines.runtime.process import die_with_parent
 from pipelines.runtime.redaction import redact, report_error
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _HOST = "127.0.0.1"
 _TRAINING = "workflowType=machine_learning"
 _ALIGN = "tags.stage = 'align'"
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 
 
 def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
@@ -75,23 +75,27 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def server_command(project: Path, port: int) -> list[str]:
-    """An MLflow server over the project's store."""
-    store = ["--backend-store-uri", tracking_uri(project), "--no-serve-artifacts"]
-    store += ["--default-artifact-root", artifact_root(project).as_uri()]
-    return [sys.executable, "-m", "mlflow", "server", *store, "--host", _HOST, "--port", str(port), "--workers", "1"]
-
-
 def mlflow_server(project: Path, port: int) -> Server:
-    return Server("MLflow", server_command(project, port), f"http://{_HOST}:{port}", "/health")
+    """Return an MLflow server over the project's store, with accounts. Its address may hold a password: environment."""
+    store = ["--no-serve-artifacts", "--default-artifact-root", artifact_root(project).as_uri()]
+    home = project / credentials.FOLDER
+    extra = credentials.mlflow_server(
+        home / "mlflow-auth.ini",
+        f"sqlite:///{home / 'mlflow-accounts.db'}",
+        credentials.secret(project, "mlflow"),
+        credentials.secret(project, "flask"),
+    )
+    command = [sys.executable, "-m", "mlflow", "server", *store, *credentials.mlflow_options(port)]
+    address = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(project)}
+    return Server("MLflow", command, f"http://{_HOST}:{port}", "/health", extra | address)
 
 
-def prefect_server(port: int) -> Server:
-    """Over the database that the flows' private servers use, ~/.prefect."""
+def prefect_server(project: Path, port: int) -> Server:
+    """Return a Prefect server over the database that the flows' private servers use, ~/.prefect."""
     base = f"http://{_HOST}:{port}"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
-    # --port alone leaves its pages calling port 4200.
-    return Server("Prefect", command, base, "/api/health", {"PREFECT_SERVER_UI_API_URL": f"{base}/api"})
+    extra = credentials.prefect_server(credentials.prefect_auth(project), port)
+    return Server("Prefect", command, base, "/api/health", extra)
 
 
 def free_port(wanted: int, option: str = "--port") -> int:
@@ -123,7 +127,7 @@ def serve(servers: Sequence[Server], project: Path, found: str) -> None:
         for server, process in zip(servers, running, strict=True):
             _wait_until_up(server, process)
             print(f"{server.name} answers at {server.base}", flush=True)
-        print(f"{found}\nCtrl-C stops them", flush=True)
+        print(f"{found}\n{_sign_in(project)}\nCtrl-C stops them", flush=True)
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
         name, code = next((s.name, p.returncode) for s, p in zip(servers, running, strict=True) if p.poll() is not None)
@@ -131,6 +135,14 @@ def serve(servers: Sequence[Server], project: Path, found: str) -> None:
     finally:
         for process in running:
             _stop(process)
+
+
+def _sign_in(project: Path) -> str:
+    folder = project / credentials.FOLDER
+    return (
+        f"sign in to MLflow as {credentials.ADMIN} with the password in {folder / 'mlflow'}; to Prefect with"
+        f" {credentials.USER}:PASSWORD, the password is in {folder / 'prefect'}"
+    )
 
 
 def _start(server: Server, project: Path, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -211,7 +223,7 @@ def _show(project: Path, port: int, prefect_port: int) -> None:
         servers.append(mlflow_server(project, free_port(port)))
         base = servers[-1].base
     if not api:
-        servers.append(prefect_server(free_port(prefect_port, "--prefect-port")))
+        servers.append(prefect_server(project, free_port(prefect_port, "--prefect-port")))
     found = _links(project, base)
     if api:
         found += f"\nflow runs:\n  {redact(api).removesuffix('/api')}/runs"

@@ -31,7 +31,8 @@ class Section(BaseModel):
 
 
 class ProjectParams(Section):
-    experiment: Annotated[str, Field(min_length=1)]
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_. -]{0,98}[A-Za-z0-9])?$")]
+    """Also names the registered model, and stands in addresses: letters, digits and _ . - within, at most 100."""
     algorithms: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from pipelines.promotion.decision import Decision
+from pipelines.runtime.markup import markdown_text
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
@@ -60,12 +61,14 @@ def markdown(decision: dict[str, object], note: str) -> str:
     """decision.json as a short Markdown text for Prefect."""
     candidates = decision["candidates"]
     assert isinstance(candidates, list)
-    lines = [f"**{note}**", ""]
+    lines = [f"**{markdown_text(note)}**", ""]
     for candidate in candidates:
-        lines += [f"### {candidate['name']} against {decision['reference']}", "", "| check | verdict | in words |"]
+        title = markdown_text(f"{candidate['name']} against {decision['reference']}")
+        lines += [f"### {title}", "", "| check | verdict | in words |"]
         lines.append("| --- | --- | --- |")
         lines += [
-            f"| {check['name']} | {_passed(check['passed'])} | {check['words']} |" for check in candidate["checks"]
+            f"| {markdown_text(check['name'])} | {_passed(check['passed'])} | {markdown_text(check['words'])} |"
+            for check in candidate["checks"]
         ]
         lines.append("")
     return "\n".join(lines)

@@ -131,8 +131,13 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([["" if cell is None else _rounded(cell) for cell in row] for row in rows])
+    writer.writerows([["" if cell is None else _text(_rounded(cell)) for cell in row] for row in rows])
     return out.getvalue()
+
+
+def _text(cell: Any) -> Any:
+    """Return text that a spreadsheet does not take for a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
 def _rounded(tree: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import traceback
 from typing import Any
 
 from posttrain.errors import PosttrainError
@@ -17,24 +19,42 @@ _QUERY = re.compile(
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{20,})"
 )
-_SECRET_NAME = re.compile(r"(?i)secret|passw(or)?d|credentials?($|_)|(^|_)token($|_)|(api|access|private)_?key")
-_SHORTEST_SECRET = 8
+_HEADER = re.compile(r"(?i)\b(bearer|basic) +(?=[^ ]*[0-9=])[A-Za-z0-9._~+/=-]{12,}")
+_AZURE = re.compile(r"(?i)\b((?:Account|SharedAccess)(?:Key|Signature)=)[^;\s'\"]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SECRET_NAME = re.compile(
+    r"(?i)secret|passw(or)?d|credentials?($|_)|(^|_)(token|pass|pwd|sas)($|_)|(api|access|private|account|storage)_?key"
+    r"|auth_string|connection_string|webhook"
+)
+_SHORTEST_SECRET = 4
+_WHOLE_WORD = 8
+"""A shorter secret is hidden only as a word by itself: as a part of words it would eat the text."""
 _WORDS = ("true", "false", "disabled", "enabled")
 
 
 def report_error(error: PosttrainError) -> int:
     """Print an error as one paragraph on stderr and return its exit status. For the edge of a command."""
-    print(f"error: {redact(str(error))}", file=sys.stderr)
+    print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
     return error.exit_code
 
 
 def redact(text: str) -> str:
     """Return the text without credentials: URI user parts, signed query values, known tokens, values of secret variables."""
     for secret in _secrets():
-        text = text.replace(secret, HIDDEN)
+        if len(secret) >= _WHOLE_WORD:
+            text = text.replace(secret, HIDDEN)
+        elif secret in text:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     text = _USER.sub(HIDDEN, text)
     text = _QUERY.sub(rf"\g<1>{HIDDEN}", text)
+    text = _HEADER.sub(rf"\g<1> {HIDDEN}", text)
+    text = _AZURE.sub(rf"\g<1>{HIDDEN}", text)
     return _TOKEN.sub(HIDDEN, text)
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters spelt out: a file's name could otherwise rewrite the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def redacted(tree: Any) -> Any:
@@ -49,10 +69,27 @@ def redacted(tree: Any) -> Any:
 
 
 def _secrets() -> list[str]:
-    """Return the values of environment variables with a secret-like name, longest first; paths and switches are not secrets."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and value.lower() not in _WORDS
-    }
-    return sorted((v for v in values if not v.startswith("/")), key=lambda v: (-len(v), v))
+    """Values of environment variables whose name says secret, longest first; existing paths and switches are no secrets."""
+    named = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and value.lower() not in _WORDS}
+    # of `user:password` the password, which stands alone where somebody signs in
+    parts = {value.rpartition(":")[2] for name, value in os.environ.items() if name.endswith("AUTH_STRING")}
+    found = {value for value in named | parts if len(value) >= _SHORTEST_SECRET}
+    return sorted((v for v in found if not (v.startswith("/") and os.path.exists(v))), key=lambda v: (-len(v), v))
+
+
+def redact_log_records() -> None:
+    """Hide credentials in every log record of this process, in its message and in its chained traceback."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def factory(*args: Any, **options: Any) -> logging.LogRecord:
+        record = make(*args, **options)
+        if record.name.startswith("prefect"):
+            record.msg, record.args = redact(record.getMessage()), None
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
+        return record
+
+    factory.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(factory)

@@ -33,7 +33,7 @@ from pipelines.runtime.journal import FAILED, FINISHED, KILLED
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
 from pipelines.runtime.process import STAGE, Lock, StopSignals, end_with, up_to_dvc
 from pipelines.runtime.publish import ARTIFACTS, publish
-from pipelines.runtime.redaction import redact
+from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.run import Run
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
 
@@ -107,7 +107,7 @@ def main(
     try:
         _prepare_and_execute(step, args)
     except PosttrainError as error:
-        print(f"{_speaker()}error: {redact(str(error))}", file=sys.stderr)
+        print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _SURROUNDINGS:

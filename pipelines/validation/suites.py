@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import great_expectations as gx
@@ -26,7 +25,6 @@ from pipelines.validation.view import POSITION, TEMPLATE, typed_columns
 
 Status = Literal["passed", "failed", "errored"]
 Expectation = Any
-_SITE = "local"
 
 
 @dataclass(frozen=True)
@@ -109,23 +107,12 @@ def leakage() -> list[Expectation]:
 
 
 class Validator:
-    """An ephemeral context; every run is kept for Data Docs."""
+    """An ephemeral context, without Data Docs: those pages show rows of the data as markup."""
 
-    def __init__(self, docs: Path | None = None) -> None:
+    def __init__(self) -> None:
         self.context = gx.get_context(mode="ephemeral")
         self.context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
         self._discard_default_site()
-        if docs:
-            store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
-            self.context.add_data_docs_site(
-                _SITE,
-                {
-                    "class_name": "SiteBuilder",
-                    "store_backend": store,
-                    "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-                },
-            )
-        self.docs = docs
         self.source = self.context.data_sources.add_pandas("tables")
 
     def run(self, table: str, stage: str, frame: pd.DataFrame, suite: Sequence[Expectation]) -> list[Finding]:
@@ -148,11 +135,6 @@ class Validator:
         for name, site in list((self.context.variables.data_docs_sites or {}).items()):
             shutil.rmtree(site["store_backend"]["base_directory"], ignore_errors=True)
             self.context.delete_data_docs_site(name)
-
-    def write_docs(self) -> None:
-        """HTML pages of every result so far. They carry the time and load styles from the network: for people, never an output."""
-        if self.docs:
-            self.context.build_data_docs(site_names=[_SITE])
 
 
 def _differ(first: str, second: str, rule: str) -> Expectation:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("prefect_url")
 
 
 def run(root: Path, *targets: str) -> None:
-    compare(str(root), list(targets), tracking=False)
+    with contextlib.chdir(root):
+        compare(list(targets), tracking=False)
 
 
 def test_order_is_kept_independent_stages_overlap_and_the_lock_is_dvcs_own(

@@ -113,8 +113,9 @@ def test_a_killed_worker_is_found_and_poisoned_data_is_refused_after_the_resume(
     assert "true reward against the champion, version 1 (dpo-0) -" in scene.told[2]["text"]
 
 
-def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene) -> None:
-    promote(str(scene.root), reason="to see it fail")
+def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scene.root)
+    promote(reason="to see it fail")
     assert scene.aliases() == {"champion": 2, "previous": 1}
     printed = scene.command("flows.promote", "--roll-back", "--reason", "it answers 0")
     assert "version 1 (dpo-0) is champion again, in place of version 2 (dpo-0): it answers 0" in printed

@@ -20,7 +20,8 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from pipelines.commands.ui import free_port, server_command
+from pipelines.commands.ui import free_port, mlflow_server
+from pipelines.runtime import credentials
 from pipelines.runtime.journal import read
 from posttrain.errors import TrackingError
 from tests.pipelines.conftest import Project, wait_for
@@ -37,12 +38,22 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port(0)
         self.url = f"http://127.0.0.1:{self.port}"
+        self.client = {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": credentials.ADMIN,
+            "MLFLOW_TRACKING_PASSWORD": credentials.secret(folder, "mlflow"),
+        }
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = server_command(self.folder, self.port)
+        server = mlflow_server(self.folder, self.port)
         self.process = subprocess.Popen(
-            command, cwd=self.folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            server.command,
+            cwd=self.folder,
+            env=os.environ | server.environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         wait_for(self._answers)
 
@@ -114,7 +125,7 @@ def test_an_outage_of_every_kind_changes_neither_the_numbers_nor_the_pace(
 ) -> None:
     (project.folder / "steps.txt").write_text(str(STEPS))
     step = project.start(
-        STEP_SECONDS=str(STEP_SECONDS), POSTTRAIN_FOLLOWER="0", POSTTRAIN_FOLLOWER_SECONDS="60", MLFLOW_TRACKING_URI=server.url
+        STEP_SECONDS=str(STEP_SECONDS), POSTTRAIN_FOLLOWER="0", POSTTRAIN_FOLLOWER_SECONDS="60", **server.client
     )  # fmt: skip
     journal = wait_for(lambda: list(project.folder.glob(".posttrain/runs/*/journal.jsonl")))[0]
 
@@ -142,7 +153,7 @@ def test_an_outage_of_every_kind_changes_neither_the_numbers_nor_the_pace(
     assert step.returncode == 0, err
     steps = sum(record["kind"] == "metrics" for record in read(journal))
     assert 20 < steps < STEPS
-    synced = project.run("--wait", "30", module="pipelines.commands.sync", MLFLOW_TRACKING_URI=server.url)
+    synced = project.run("--wait", "30", module="pipelines.commands.sync", **server.client)
     assert synced.returncode == 0, synced.stderr
 
     (run,) = store.search_runs([e.experiment_id for e in store.search_experiments()])

@@ -278,12 +278,6 @@ def test_the_report_is_self_contained_escaped_and_always_the_same(checked: Check
     assert "Refused" in page(checked(sft(("a", "")), empty_text="stop"), 5)
 
 
-def test_data_docs_are_written_for_people(checked: Checked, tmp_path: Path) -> None:
-    checked(sft(("a", "")), docs=tmp_path)
-    assert (tmp_path / "index.html").is_file()
-    assert (tmp_path / "expectations" / "sft-content.html").is_file()
-
-
 # The step ------------------------------------------------------------------------------------------------------------
 
 
