@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.models.folders import load_new_scorer, save_model
+from posttrain.models.folders import save_model
+from posttrain.models.scorers import load_new_scorer
 from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
 
 HERE = Path(__file__).parent

@@ -43,9 +43,10 @@ def run(run: Run) -> None:
     params = run.context.params.reward
     device = accelerator(params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
-    from posttrain.models.folders import load_encoder, load_scorer
+    from posttrain.models.folders import load_encoder
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
+    from posttrain.models.scorers import scoring_pad, start_scorer
     from posttrain.training.supervised import EpochSource, RewardObjective
     from posttrain.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ def run(run: Run) -> None:
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
     def make() -> TrainableModel[Scorer]:
-        scorer = Scorer(load_scorer(START))
+        scorer = Scorer(start_scorer(START))
         return TrainableModel(scorer, apply_training_options(scorer.model, params.lora, params.compute))
 
     made = make()
@@ -89,6 +90,8 @@ def run(run: Run) -> None:
     results = heldout_results(scorer, heldout, budget, bf16)
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
+    encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
+    scorer.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
     write_model(run.outputs, scorer.model, encoder, FOLDER, card, made.adapter, extra)
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})

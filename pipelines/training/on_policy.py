@@ -27,9 +27,10 @@ from pipelines.training.setup import (
 )
 from posttrain.algorithms import OnPolicy
 from posttrain.data.tokens import TextEncoder, table_tokens
-from posttrain.models.folders import load_encoder, load_new_scorer, load_policy, load_scorer
+from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
+from posttrain.models.scorers import load_new_scorer, load_scorer
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings
 from posttrain.training.experience import Demonstrations, ExperienceSource

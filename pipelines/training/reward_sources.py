@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams
 from pipelines.config.schema import RewardSource as RewardSection
-from posttrain.models.folders import load_scorer
 from posttrain.models.policy import Scorer
+from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
 from posttrain.rewards.functions import BUILT_IN
 from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource

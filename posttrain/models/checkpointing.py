@@ -10,7 +10,7 @@ from posttrain.errors import ModelError
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Make the backward pass recompute every decoder layer of `model`.
+    """Make the backward pass recompute every decoder layer of `model`, without dropout: a recomputed layer is in training mode.
 
     Raises:
         ModelError: the architecture does not support it.
@@ -19,7 +19,18 @@ def recompute_layers(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} does not support activation checkpointing; set compute.gradient_checkpointing: false"
         )
+    without_dropout(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: that of dropout modules, and the numbers that functional dropout reads (OPT, BioGPT, XGLM)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def recomputed_layers(model: nn.Module) -> list[nn.Module]:

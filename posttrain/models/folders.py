@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,12 +22,23 @@ from transformers import (
 
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
+from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
 
 if TYPE_CHECKING:
     from posttrain.models.lora import Adapter
 
 ADAPTER = "adapter"
 """Subfolder with the adapter of a model that was trained with one, as `PeftModel.from_pretrained` loads it."""
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "n_ctx",
+    "context_length",
+)
+"""How configurations spell the context length."""
 PROBE = (3, 4, 5)
 """Token ids of the forward pass that checks a policy when it is loaded."""
 
@@ -36,17 +47,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id.
 
     Raises:
-        ModelError: it has no end-of-sequence token or no pad token.
+        ModelError: there is none, or it has no end-of-sequence token.
     """
-    _check_folder(source)
-    tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, source)
+    check_folder(source)
+    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, source)
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"{source}: there is no tokenizer (no tokenizer.json or vocabulary file), and transformers would make one up that knows no"
+            " words; copy the tokenizer's files of the original model into the folder"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration"
         )
     if tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"{source}: the tokenizer has no pad token; set pad_token (it may be the eos token) in its configuration"
+        # nothing is padded here; the saved tokenizer needs one for those who pad
+        tokenizer.pad_token = tokenizer.eos_token
+        tqdm.write(
+            f"{source}: the tokenizer has no pad token; {tokenizer.eos_token!r} is saved as pad", file=sys.stderr
         )
     return tokenizer
 
@@ -57,27 +75,16 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     Raises:
         ModelError: the folder cannot be used, or the logits are not the plain output of the head.
     """
-    model = _load(AutoModelForCausalLM, source)
+    refuse_other_heads(load_config(source), source)
+    model = load_whole(AutoModelForCausalLM, source)
     _check_logits(model, source)
-    return model
-
-
-def load_scorer(source: str | Path) -> PreTrainedModel:
-    """Load a trunk with one scalar head: a reward model, or the start of one if `source` is a language model."""
-    return _load(AutoModelForSequenceClassification, source, num_labels=1)
-
-
-def load_new_scorer(source: str | Path) -> PreTrainedModel:
-    """Load the trunk of a language model with a scalar head of zeros: a critic that starts from it gives every state the value 0."""
-    model = load_scorer(source)
-    torch.nn.init.zeros_(cast(torch.nn.Linear, model.score).weight)
     return model
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
     """Load the configuration of a folder or hub id, without its weights."""
-    _check_folder(source)
-    config: PreTrainedConfig = _pretrained(AutoConfig, source)
+    check_folder(source)
+    config: PreTrainedConfig = pretrained(AutoConfig, source)
     return config
 
 
@@ -96,14 +103,23 @@ def load_encoder(source: str | Path) -> TextEncoder:
     Raises:
         ModelError: the vocabulary does not fit the model's embedding.
     """
-    tokenizer = load_tokenizer(source)
-    config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
-    vocabulary = config.get("vocab_size")
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise ModelError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match"
         )
-    return TextEncoder(tokenizer, int(config.get("max_position_embeddings", tokenizer.model_max_length)))
+    return TextEncoder(tokenizer, context_length(config) or int(tokenizer.model_max_length))
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a row may have at most, None if the configuration names no limit."""
+    text = config.get_text_config()
+    for name in CONTEXT_NAMES:
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def save_model(
@@ -159,42 +175,6 @@ def _check_logits(model: PreTrainedModel, source: str | Path) -> None:
         f"{source}: the logits of {type(model).__name__} are not the plain output of its head, so training would use"
         " other log-probabilities than sampling does; choose an architecture with plain logits, such as Qwen3 or Llama"
     )
-
-
-def _load(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel:
-    _check_folder(source)
-    model: PreTrainedModel = _pretrained(kind, source, dtype=torch.float32, use_safetensors=True, **options)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def _pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
-    """Call `from_pretrained`, which never runs code that comes with a model."""
-    try:
-        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if Path(source).is_dir():
-            raise ModelError(f"{source}: transformers cannot load this folder ({reason})") from error
-        raise ModelError(
-            f"{source}: there is no such folder here, and it could not be loaded as a hub id ({reason}). Check the path,"
-            " or allow the download with HF_HUB_OFFLINE=0"
-        ) from error
-
-
-def _check_folder(source: str | Path) -> None:
-    folder = Path(source)
-    if not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
-        raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise ModelError(f"{source}: no config.json, so this is not a model folder")
-    if folder.is_dir() and not sorted(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ModelError(
-            f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
-        )
 
 
 def _remove(folder: Path) -> None:

@@ -14,9 +14,10 @@ from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError
 from posttrain.models import logprobs
-from posttrain.models.folders import load_encoder, load_policy, load_scorer, load_tokenizer, save_model
+from posttrain.models.folders import load_encoder, load_policy, load_tokenizer, save_model
 from posttrain.models.inference import scores, token_logprobs
 from posttrain.models.policy import Policy, Scorer
+from posttrain.models.scorers import load_scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
 from tests.models import small
 

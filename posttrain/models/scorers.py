@@ -1,0 +1,129 @@
+"""Load reward models and critics: a trunk with one scalar head, also for architectures that transformers gives none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from posttrain.errors import ModelError
+from posttrain.models.folders import load_config, load_policy
+from posttrain.models.weights import load_whole
+
+HEAD = "score"
+PROBE = (3, 4, 5, 3)
+
+
+def load_scorer(source: str | Path) -> PreTrainedModel:
+    """Load a finished reward model: every weight, its head included, comes from the folder.
+
+    Raises:
+        ModelError: the folder lacks weights, has more than one label, or its score is not the plain output of a linear head.
+    """
+    config = load_config(source)
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{source}: a reward model gives one number, and this one has {config.num_labels} labels; give a model with num_labels = 1"
+        )
+    model = load_whole(_scorer_kind(config), source)
+    _check_score(model, source)
+    return model
+
+
+def start_scorer(source: str | Path) -> PreTrainedModel:
+    """Load the trunk of a language model and put a new scalar head on it, random as the architecture's own initialisation."""
+    lm = load_policy(source)
+    config = lm.config
+    config.num_labels = 1
+    with torch.device("meta"):
+        scorer: Any = _scorer_kind(config)(config)
+    setattr(scorer, scorer.base_model_prefix, lm.base_model)
+    scorer.score = nn.Linear(_width(config), 1, bias=False, device="meta").to_empty(device="cpu")
+    scorer._init_weights(scorer.score)
+    config.architectures = [type(scorer).__name__]
+    started: PreTrainedModel = scorer.eval()
+    return started
+
+
+def load_new_scorer(source: str | Path) -> PreTrainedModel:
+    """Load the trunk of a language model with a scalar head of zeros: a critic that starts from it gives every state the value 0."""
+    model = start_scorer(source)
+    nn.init.zeros_(cast(nn.Linear, model.score).weight)
+    return model
+
+
+def scoring_pad(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a pad token for a reward model's folder.
+
+    transformers reads a score at the last token that is not pad, and rows end with the end of sequence: pad must be another token.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return str(tokenizer.pad_token)
+    special = [tokenizer.bos_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids]
+    other = [i for i in (*special, *range(len(tokenizer))) if i is not None and i != tokenizer.eos_token_id]
+    return str(tokenizer.convert_ids_to_tokens(other[0]))
+
+
+def _scorer_kind(config: PreTrainedConfig) -> Any:
+    """Return transformers' own class if its trunk and head are of the usual kind, else one from the generic parts."""
+    with torch.device("meta"):
+        trunk = type(AutoModelForCausalLM.from_config(config).base_model)
+        if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            own = AutoModelForSequenceClassification.from_config(config)
+            if type(own.base_model) is trunk and isinstance(getattr(own, HEAD, None), nn.Linear):
+                return type(own)
+    return _scorer_class(trunk)
+
+
+def _scorer_class(trunk: type) -> Any:
+    """Return a sequence-classification class on `trunk`, named as transformers would name it."""
+    name = trunk.__name__.removesuffix("Model") + "ForSequenceClassification"
+    base = next(kind for kind in trunk.__mro__[1:] if issubclass(kind, PreTrainedModel))
+
+    def initialise(self: Any, config: PreTrainedConfig) -> None:
+        base.__init__(self, config)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, trunk(config))
+        self.score = nn.Linear(_width(config), config.num_labels, bias=False)
+        self.post_init()
+
+    members = {"__init__": initialise, "base_model_prefix": base.base_model_prefix or "model"}
+    return type(name, (GenericForSequenceClassification, base), members)
+
+
+def _width(config: PreTrainedConfig) -> int:
+    width = config.get_text_config().hidden_size
+    assert isinstance(width, int)
+    return width
+
+
+@torch.no_grad()
+def _check_score(model: PreTrainedModel, source: str | Path) -> None:
+    """Raise ModelError unless the score is the head's output for the last hidden state of the trunk."""
+    ids = torch.tensor([PROBE])
+    head, hidden = (
+        getattr(model, HEAD, None),
+        getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None),
+    )
+    if isinstance(head, nn.Linear) and hidden is not None:
+        pad, model.config.get_text_config().pad_token_id = model.config.get_text_config().pad_token_id, None
+        own = model(input_ids=ids).logits.flatten()
+        model.config.get_text_config().pad_token_id = pad
+        plain = head(hidden[0, -1]).flatten()
+        if own.shape == plain.shape == (1,) and float((own - plain).abs()) <= 1e-4 * max(1.0, float(own.abs())):
+            return
+    raise ModelError(
+        f"{source}: the score of {type(model).__name__} is not the output of one linear layer `{HEAD}` at the last token, so it would be"
+        " computed wrongly here; train a reward model by the stage reward, or give one whose class ends in ForSequenceClassification"
+    )

@@ -1,0 +1,209 @@
+"""Load every weight of a model or refuse the folder: nothing that a folder lacks may stay random."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils import logging
+
+from posttrain.errors import ModelError
+from posttrain.models.checkpointing import without_dropout
+
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "peft",
+    "module.": "DistributedDataParallel",
+}
+"""Prefixes that a wrapper adds to the names of weights."""
+SHOWN = 4
+POINTER = b"version https://git-lfs"
+
+
+def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a model in float32 with dropout off.
+
+    A known wrapper's prefix is stripped from the names of the weights if that makes the model whole; a line on stderr reports it.
+
+    Raises:
+        ModelError: weights are missing, left over, of another shape or not finite, or the folder cannot be loaded.
+    """
+    check_folder(source)
+    model, info = _loaded(kind, source, **options)
+    found = _wrappers(info["unexpected_keys"])
+    if found:
+        pattern = "|".join(re.escape(prefix) for prefix in sorted(found))
+        inner, again = _loaded(kind, source, key_mapping={rf"(^|(?<=\.))({pattern})+": ""}, **options)
+        if not _faults(again):
+            tqdm.write(f"{source}: read the weights without the prefix {_named(found)}", file=sys.stderr)
+            model, info = inner, again
+    if faults := _faults(info):
+        raise ModelError(
+            f"{source}: the weights do not make up a whole {type(model).__name__}: {faults}. Weights that a folder lacks would stay"
+            " random. Save the model again with save_pretrained, unwrapped and with its head"
+        )
+    _check_finite(model, source)
+    without_dropout(model)
+    return model
+
+
+def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
+    """Call `from_pretrained`, which never runs code that comes with a model.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of weights is an error here, with the same names
+    try:
+        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
+    # configurations and files of strangers fail in any way; the type of the error says what transformers met
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        if Path(source).is_dir():
+            raise ModelError(f"{source}: transformers cannot load this folder ({reason})") from error
+        raise ModelError(
+            f"{source}: there is no such folder here, and it could not be loaded as a hub id ({reason}). Check the path,"
+            " or allow the download with HF_HUB_OFFLINE=0"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_folder(source: str | Path) -> None:
+    """Raise ModelError unless `source` is a hub id or a folder with a configuration and whole safetensors files."""
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
+        raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{source}: no config.json, so this is not a model folder")
+    _check_quantisation(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ModelError(
+            f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
+        )
+    for path in files:
+        _check_file(path)
+
+
+def _check_quantisation(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}: config.json is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: config.json holds no mapping, so this is not a model folder")
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise ModelError(
+            f"{folder}: its weights are quantised ({method}), and quantised weights cannot be trained here; give the folder of the"
+            " original model, or save it dequantised in float32 or bfloat16"
+        )
+
+
+def _check_file(path: Path) -> None:
+    with path.open("rb") as file:
+        pointer = file.read(len(POINTER)) == POINTER
+    if pointer:
+        raise ModelError(f"{path}: a git-lfs pointer instead of the weights; type: git lfs pull")
+    try:
+        with safe_open(path, "pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path}: damaged or cut short ({error}), {path.stat().st_size:,} bytes; transformers cannot load this folder."
+            " Fetch the file again"
+        ) from error
+
+
+def refuse_other_heads(config: Any, source: str | Path) -> None:
+    """Raise ModelError if the folder was saved as a model without a language model's head."""
+    for name in getattr(config, "architectures", None) or []:
+        if re.search(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel", name):
+            raise ModelError(
+                f"{source}: {name} is no language model (its head is a classifier or reward), so there is nothing to sample from;"
+                " give the folder of the language model"
+            )
+        if name in _trunks(config.model_type):
+            raise ModelError(
+                f"{source}: {name} is a trunk without a language model's head, which would be random; save the model with its head"
+                " (AutoModelForCausalLM)"
+            )
+
+
+def _trunks(model_type: str) -> tuple[str, ...]:
+    names: Any = MODEL_MAPPING_NAMES.get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _loaded(kind: Any, source: str | Path, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    model, info = pretrained(
+        kind,
+        source,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    return model, info
+
+
+def _wrappers(names: Iterable[str]) -> set[str]:
+    names = list(names)
+    return {prefix for prefix in WRAPPERS if any(n.startswith(prefix) or f".{prefix}" in n for n in names)}
+
+
+def _named(prefixes: Iterable[str]) -> str:
+    return ", ".join(f"{prefix} ({WRAPPERS[prefix]})" for prefix in sorted(prefixes))
+
+
+def _faults(info: Mapping[str, Any]) -> str:
+    mismatched = [
+        f"{name} {_shape(saved)} instead of {_shape(wanted)}" for name, saved, wanted in info["mismatched_keys"]
+    ]
+    groups = {
+        "missing": sorted(info["missing_keys"]),
+        "not part of it": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(mismatched),
+        "unreadable": list(info["error_msgs"]),
+    }
+    return "; ".join(
+        f"{_some(names)} {'is' if len(names) == 1 else 'are'} {fault}" for fault, names in groups.items() if names
+    )
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        raise ModelError(
+            f"{source}: {_some(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity, so every output would be NaN;"
+            " fetch the weights again, or take an earlier checkpoint"
+        )

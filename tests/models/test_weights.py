@@ -1,0 +1,202 @@
+"""A model folder is loaded whole or refused in one paragraph that names the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from posttrain.data.tokens import Tokens
+from posttrain.errors import ModelError
+from posttrain.models.checkpointing import recompute_layers
+from posttrain.models.folders import load_encoder, load_policy, load_tokenizer, save_model
+from posttrain.models.inference import scores
+from posttrain.models.policy import Scorer
+from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
+from posttrain.models.tiny import byte_tokenizer, tiny_model
+from tests.models import small
+
+CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
+with_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the small cases are not next to the project")
+SIZES = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, tokenizer = tiny_model(small.SHAPE, 3)
+    save_model(model, tokenizer, tmp_path / "m", "")
+    return tmp_path / "m"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+def test_a_known_prefix_is_stripped_and_reported(folder: Path, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = load_policy(folder).state_dict()
+    assert "prefix" not in capsys.readouterr().err
+    rewrite(folder, lambda weights: {prefix + name: weight for name, weight in weights.items()})
+    loaded = load_policy(folder).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in expected.items())
+    assert "read the weights without the prefix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}, "lm_head.weight is missing"),
+        (lambda w: {n: t for n, t in w.items() if "layers.1" not in n}, r"model\.layers\.1\..* and 7 more are missing"),
+        (
+            lambda w: {f"strange.{n}": t for n, t in w.items()},
+            "are missing; strange.lm_head.weight, .* are not part of it",
+        ),
+        (lambda w: w | {"model.extra": torch.zeros(2)}, "model.extra is not part of it"),
+        (
+            lambda w: w | {"lm_head.weight": torch.zeros(250, 16)},
+            "lm_head.weight 250x16 instead of 259x16 is of another shape",
+        ),
+        (
+            lambda w: w | {"model.norm.weight": torch.full((16,), float("nan"))},
+            "model.norm.weight holds NaN or infinity",
+        ),
+    ],
+)
+def test_weights_that_are_not_whole_are_named(folder: Path, change: Any, words: str) -> None:
+    rewrite(folder, change)
+    with pytest.raises(ModelError, match=words):
+        load_policy(folder)
+
+
+def test_files_that_are_not_whole_say_what_they_are(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        load_policy(folder)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(ModelError, match="git lfs pull"):
+        load_policy(folder)
+    path.write_bytes(whole)
+    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
+        reconfigure(folder, quantization_config={"quant_method": method, "bits": 4})
+        with pytest.raises(ModelError, match=f"quantised \\({method}\\)"):
+            load_policy(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_policy(folder)
+
+
+@with_cases
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("trunk", "Qwen3Model is a trunk without a language model's head"),
+        ("reward_model", "Qwen3ForSequenceClassification is no language model"),
+        ("gptq", r"quantised \(gptq\)"),
+    ],
+)
+def test_cases_that_are_refused(case: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load_policy(CASES / case)
+
+
+@with_cases
+def test_cases_of_tokenizers_and_contexts() -> None:
+    with pytest.raises(ModelError, match="there is no tokenizer"):
+        load_encoder(CASES / "no_tokenizer")
+    assert load_encoder(CASES / "gpt2_48").max_length == 48
+    assert load_encoder(CASES / "gemma3_composite").max_length == 128
+
+
+def test_a_context_of_null_is_a_paragraph(folder: Path) -> None:
+    reconfigure(folder, max_position_embeddings=None)
+    with pytest.raises(ModelError, match=r"max_position_embeddings.*expected int, got NoneType"):
+        load_encoder(folder)
+
+
+def test_a_tokenizer_without_pad_saves_its_end_as_pad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = byte_tokenizer(64)
+    bare.pad_token = None
+    bare.save_pretrained(folder)
+    assert load_tokenizer(folder).pad_token == "<|im_end|>"
+    assert "has no pad token" in capsys.readouterr().err
+
+
+@with_cases
+def test_a_finished_reward_model_is_loaded_whole_or_refused(tmp_path: Path) -> None:
+    row = Tokens((5, 6, 7), (8, 2))
+    theirs = AutoModelForSequenceClassification.from_pretrained(CASES / "reward_model").eval()
+    with torch.no_grad():
+        expected = float(theirs(torch.tensor([row.prompt + row.response])).logits)
+    assert scores(Scorer(load_scorer(CASES / "reward_model")), [row], 99) == pytest.approx([expected], abs=1e-6)
+    shutil.copytree(CASES / "reward_model", tmp_path / "m")
+    rewrite(tmp_path / "m", lambda w: {n: t for n, t in w.items() if n != "score.weight"})
+    with pytest.raises(ModelError, match=r"score\.weight is missing"):
+        load_scorer(tmp_path / "m")
+    reconfigure(tmp_path / "m", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(ModelError, match="this one has 2 labels"):
+        load_scorer(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "olmo3", "gpt2", "opt"])
+def test_any_decoder_gets_a_scalar_head_that_is_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if kind == "opt" else {}
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | extra))
+    save_model(lm, byte_tokenizer(64), tmp_path / "lm", "")
+    scorer = start_scorer(tmp_path / "lm")
+    row = Tokens((5, 6, 7), (8, 2))
+    with torch.no_grad():
+        hidden = load_policy(tmp_path / "lm").base_model(torch.tensor([[5, 6, 7, 8, 2]])).last_hidden_state[0, -1]
+    expected = [float(hidden @ scorer.score.weight[0].detach())]
+    assert scores(Scorer(scorer), [row], 99) == pytest.approx(expected, abs=1e-5)
+    save_model(scorer, byte_tokenizer(64), tmp_path / "rm", "")
+    assert scores(Scorer(load_scorer(tmp_path / "rm")), [row], 99) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_folder_of_pad_equal_eos_scores_alike_in_transformers(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(64)
+    tokenizer.pad_token = tokenizer.eos_token
+    scorer = small.scorer()
+    tokenizer.pad_token = scoring_pad(tokenizer)
+    assert tokenizer.pad_token != tokenizer.eos_token
+    save_model(scorer.model, tokenizer, tmp_path / "rm", "", {"pad_token_id": tokenizer.pad_token_id})
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    rows = small.rows(6)
+    padded = tokenizer.pad({"input_ids": [list(t.prompt + t.response) for t in rows]}, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs(**{name: padded[name] for name in ("input_ids", "attention_mask")}).logits[:, 0].tolist()
+    assert found == pytest.approx(scores(scorer, rows, 999), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["opt", "biogpt", "xglm"])
+def test_recomputed_layers_have_no_dropout(kind: str) -> None:
+    """Functional dropout reads a number of its layer, and recomputed layers are in training mode."""
+    rate = {"dropout": 0.5, "attention_dropout": 0.5, "activation_dropout": 0.5, "hidden_dropout_prob": 0.5}
+    names = {
+        "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+        "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | rate | names.get(kind, {}))).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        recompute_layers(model)
+        assert torch.equal(model.train()(ids).logits, expected)
