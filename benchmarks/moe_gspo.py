@@ -120,7 +120,7 @@ def aligned(spec: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int
     """Train a copy of `lm` and watch it."""
     policy, reference = (Policy(copy.deepcopy(lm)) for _ in range(2))
     reference.requires_grad_(False)
-    engine = NativeEngine(policy.lm, encoder.eos_id)
+    engine = NativeEngine(policy.lm, encoder.ends)
     sampler = GroupSampler(
         problems(encoder, "problems", 1000, seed),
         engine,

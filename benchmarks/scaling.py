@@ -186,7 +186,7 @@ def answers(rounds: int) -> list[str]:
     """Groups of 1 and of 8 answers to the same prompts: sampling and update."""
     trainer = trainer_of(SMALL)
     objective = OnPolicyObjective(PRESETS["grpo"], ANSWER, 1.0)
-    engine = NativeEngine(trainer.unwrapped.lm, eos_id=-1)
+    engine = NativeEngine(trainer.unwrapped.lm, ends=())
     prompts = [t.prompt for t in random_rows(PROMPTS, PROMPT, 1)]
     rows = {group: experiences(prompts, group) for group in (1, 8)}
     sampling = SamplingSettings(ANSWER, 1.0)

@@ -24,12 +24,14 @@ FOLDER = Path("models/base")
 
 
 def run(run: Run) -> None:
+    from posttrain.data.ends import described
     from posttrain.models.folders import load_encoder, load_policy, save_model
     from posttrain.models.tiny import TinyShape, tiny_model
 
     run.recorder.ready()
     params = run.context.params.model
     tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...] = ()
     if params.source == "tiny":
         t = params.tiny
         shape = TinyShape(
@@ -45,10 +47,11 @@ def run(run: Run) -> None:
         model, tokenizer = tiny_model(shape, params.seed)
     else:
         encoder = load_encoder(params.source)
-        model, tokenizer = load_policy(params.source), encoder.tokenizer
+        model, tokenizer, ends = load_policy(params.source), encoder.tokenizer, encoder.ends
+        print(f"base: an answer ends with {described(tokenizer, encoder.end_origins)}", flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     card = f"# Base model\n\n{model.config.model_type}, {parameters:,} parameters, source `{_origin(params)}`.\n"
-    save_model(model, tokenizer, FOLDER, card)
+    save_model(model, tokenizer, FOLDER, card, ends=ends)
     run.outputs.model(FOLDER)
     run.recorder.summary({"parameters": parameters, "vocabulary": len(tokenizer)})
 

@@ -51,7 +51,7 @@ class Evaluator:
         )
         asked = problems(self.encoder, read_table("evaluation"))
         announce(self.context, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
-        engine = NativeEngine(self.policy.lm, self.encoder.eos_id, bf16=compute.bf16)
+        engine = NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16)
         sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
         return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
 

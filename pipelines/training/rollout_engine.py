@@ -52,7 +52,7 @@ def sampling_engine(
     """
     bf16 = context.params.align.compute.bf16
     if budget.rollouts.engine == "native":
-        return NativeEngine(lm, encoder.eos_id, bf16=bf16)
+        return NativeEngine(lm, encoder.ends, bf16=bf16)
     from posttrain.rollouts.vllm import VllmEngine
     from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 
@@ -62,7 +62,7 @@ def sampling_engine(
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
     return VllmEngine(
         lm,
-        encoder.eos_id,
+        encoder.ends,
         _servers(context.state.resolve() / LOG, tokenizer, length, bf16),
         version=version,
         folder=folder,

@@ -26,7 +26,7 @@ class GreedySamples:
     ) -> None:
         self.recorder, self.policy, self.encoder = recorder, policy, encoder
         self.rows, self.every = list(rows[:shown]), every
-        self.engine = NativeEngine(policy.lm, encoder.eos_id)
+        self.engine = NativeEngine(policy.lm, encoder.ends)
         room = encoder.max_length - max(len(row.prompt) for row in self.rows)
         self.settings = SamplingSettings(min(room, max(len(row.response) for row in rows)), 0.0)
 

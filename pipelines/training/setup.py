@@ -224,7 +224,7 @@ def write_model(
     from posttrain.models.folders import save_model
 
     if outputs.records:
-        save_model(model, encoder.tokenizer, folder, card, extra_config, adapter)
+        save_model(model, encoder.tokenizer, folder, card, extra_config, adapter, encoder.ends)
         outputs.model(folder)
 
 

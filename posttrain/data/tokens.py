@@ -4,19 +4,20 @@ Example:
     >>> from posttrain.models.tiny import byte_tokenizer
     >>> encoder = TextEncoder(byte_tokenizer(max_length=64), max_length=64)
     >>> tokens = encoder.pair("1+1=", "2")
-    >>> len(tokens.prompt), len(tokens.response), tokens.response[-1] == encoder.eos_id, encoder.text(tokens.response)
+    >>> len(tokens.prompt), len(tokens.response), tokens.response[-1] == encoder.ends, encoder.text(tokens.response)
     (4, 2, True, '2')
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.alignment import continuation_ids, weighted_ids
 from posttrain.data.conversations import ChatTemplate, TrainOn, as_messages
+from posttrain.data.ends import end_tokens
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,10 +57,14 @@ class TextEncoder:
     prompts get the special tokens that the tokenizer adds by default. Chat messages go through its chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, configured_ends: Iterable[int] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
+        self.end_origins = end_tokens(tokenizer, configured_ends)
+        self.ends = tuple(self.end_origins)
         self.template = ChatTemplate(tokenizer)
 
     def prompt(self, prompt: Text, tools: list[Any] | None = None, row: str = "") -> list[int]:
@@ -77,7 +82,7 @@ class TextEncoder:
     def completion(self, completion: str) -> list[int]:
         """Return the ids of a plain completion, closed by one end of sequence."""
         ids = continuation_ids(self.tokenizer, completion)
-        return ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
+        return ids if ids and ids[-1] in self.ends else [*ids, self.eos_id]
 
     def pair(
         self,
@@ -132,7 +137,7 @@ class TextEncoder:
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of response ids as it was sampled, with special tokens such as `<think>`; only the end is cut off."""
-        shown = list(ids[:-1]) if ids and ids[-1] == self.eos_id else list(ids)
+        shown = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -109,7 +111,20 @@ def load_encoder(source: str | Path) -> TextEncoder:
         raise ModelError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match"
         )
-    return TextEncoder(tokenizer, context_length(config) or int(tokenizer.model_max_length))
+    length = context_length(config) or int(tokenizer.model_max_length)
+    return TextEncoder(tokenizer, length, _configured_ends(source, config))
+
+
+def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
+    """Return the ends of sequence of generation_config.json and config.json."""
+    try:
+        generation = GenerationConfig.from_pretrained(str(source)).eos_token_id
+    except OSError:  # most folders of old models have none
+        generation = None
+    ids: list[int] = []
+    for named in (generation, config.get_text_config().eos_token_id):
+        ids += [] if named is None else named if isinstance(named, list) else [named]
+    return ids
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -129,10 +144,12 @@ def save_model(
     card: str,
     extra_config: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
+    ends: Sequence[int] = (),
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and README.md; the folder is complete or absent.
 
     Args:
+        ends: ids that end an answer; saved in generation_config.json, so that other tools stop there as well.
         adapter: already merged into `model`; its own weights are kept in the subfolder `adapter`.
 
     Raises:
@@ -142,6 +159,8 @@ def save_model(
     _remove(partial)
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
+    if ends and model.generation_config is not None:
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

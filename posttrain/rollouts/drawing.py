@@ -45,8 +45,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
     return chosen, probabilities.gather(-1, chosen).log()
 
 
-def completion(tokens: Sequence[int], logprobs: Sequence[float], eos_id: int) -> Completion:
-    """Return the drawn tokens up to the end-of-sequence token, if it was drawn."""
-    finished = eos_id in tokens
-    length = tokens.index(eos_id) + 1 if finished else len(tokens)
+def completion(tokens: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:
+    """Return the drawn tokens up to the first of `ends`, if one was drawn."""
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    finished = end is not None
+    length = len(tokens) if end is None else end + 1
     return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished)

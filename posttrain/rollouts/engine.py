@@ -9,7 +9,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,11 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Return the completions of each request, in order, one per seed."""
         ...
+
+
+def end_ids(ends: int | Iterable[int]) -> tuple[int, ...]:
+    """Return the ids that end an answer, given as one or several."""
+    return (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def uniforms(seed: Sequence[int], count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from posttrain.rollouts.drawing import completion, draw, noise
-from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings
+from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, end_ids
 
 
 class GenerateEngine:
     """Draws the same tokens for a seed as the native engine. Prompts of equal length share a batch, so nothing is padded."""
 
-    def __init__(self, lm: PreTrainedModel, eos_id: int, max_rows: int = MAX_ROWS, bf16: bool = False) -> None:
-        self.lm, self.eos_id, self.max_rows, self.bf16 = lm, eos_id, max_rows, bf16
+    def __init__(
+        self, lm: PreTrainedModel, ends: int | Iterable[int], max_rows: int = MAX_ROWS, bf16: bool = False
+    ) -> None:
+        self.lm, self.ends, self.max_rows, self.bf16 = lm, end_ids(ends), max_rows, bf16
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Return the completions of each request, in order, one per seed."""
@@ -41,7 +43,7 @@ class GenerateEngine:
         self.lm.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.eos_id if self.eos_id >= 0 else None,
+            eos_token_id=[end for end in self.ends if end >= 0] or None,
             pad_token_id=0,
         )
         try:
@@ -62,7 +64,7 @@ class GenerateEngine:
         with torch.no_grad(), torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.bf16):
             self.lm.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[drawing])  # type: ignore[operator]
         tokens, logprobs = (torch.cat(columns, 1).tolist() for columns in (drawing.tokens, drawing.logprobs))
-        return [completion(row, numbers, self.eos_id) for row, numbers in zip(tokens, logprobs, strict=True)]
+        return [completion(row, numbers, self.ends) for row, numbers in zip(tokens, logprobs, strict=True)]
 
 
 class _Drawing(LogitsProcessor):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -27,7 +27,15 @@ from transformers import PreTrainedModel
 from posttrain.errors import RolloutError
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import completion, draw, noise
-from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS, Completion, Request, SamplingSettings
+from posttrain.rollouts.engine import (
+    DRAWN_ELEMENTS,
+    MAX_ROWS,
+    MAX_TOKENS,
+    Completion,
+    Request,
+    SamplingSettings,
+    end_ids,
+)
 from posttrain.rollouts.generate import GenerateEngine
 
 COMPACT_BELOW = 0.75
@@ -40,7 +48,7 @@ class NativeEngine:
     def __init__(
         self,
         lm: PreTrainedModel,
-        eos_id: int,
+        ends: int | Iterable[int],
         max_rows: int = MAX_ROWS,
         bf16: bool = False,
         max_tokens: int = MAX_TOKENS,
@@ -52,7 +60,7 @@ class NativeEngine:
             max_tokens: most tokens whose keys and values are stored.
             bf16: compute under autocast.
         """
-        self.lm, self.eos_id, self.bf16 = lm, eos_id, bf16
+        self.lm, self.ends, self.bf16 = lm, end_ids(ends), bf16
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.decoder: Decoder | str | None = None
 
@@ -78,9 +86,9 @@ class NativeEngine:
         decoder = _beyond_window(self.lm, longest + settings.max_new_tokens) or self.decoder
         if isinstance(decoder, str):
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
-            return GenerateEngine(self.lm, self.eos_id, self.max_rows, self.bf16).sample(requests, settings)
+            return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
         with decoder.decoding():
-            return _Sampling(decoder, self.eos_id, settings, self.max_rows, self.max_tokens).run(requests)
+            return _Sampling(decoder, self.ends, settings, self.max_rows, self.max_tokens).run(requests)
 
 
 def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
@@ -135,11 +143,12 @@ class _Sampling:
     """One call of `sample`: prompts enter up to the limits, every answer gets a token per step, finished answers leave."""
 
     def __init__(
-        self, decoder: Decoder, eos_id: int, settings: SamplingSettings, max_rows: int, max_tokens: int
+        self, decoder: Decoder, ends: tuple[int, ...], settings: SamplingSettings, max_rows: int, max_tokens: int
     ) -> None:
-        self.decoder, self.eos_id, self.settings = decoder, eos_id, settings
+        self.decoder, self.ends, self.settings = decoder, ends, settings
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.device = decoder.lm.device
+        self.end_row = torch.tensor([ends], device=self.device)
         self.slots = decoder.slots(settings.max_new_tokens)
         self.answers = self._answers([])
         self.hidden = torch.empty(0, device=self.device)
@@ -208,7 +217,7 @@ class _Sampling:
             tokens, logprobs = draw(self.decoder.logits(self.hidden[part]), temperature, uniform)
             answers.tokens[part].scatter_(1, column[part], tokens)
             answers.logprobs[part].scatter_(1, column[part], logprobs)
-            answers.running[part] &= tokens[:, 0] != self.eos_id
+            answers.running[part] &= (tokens != self.end_row).all(-1)
         answers.running &= self.slots.row_ages + 1 < self.settings.max_new_tokens
 
     def _leave(self) -> None:
@@ -220,6 +229,6 @@ class _Sampling:
         ended = self.answers.take(~running)
         drawn = zip(ended.number.tolist(), ended.tokens.tolist(), ended.logprobs.tolist(), strict=True)
         for number, tokens, logprobs in drawn:
-            self.completions[number] = completion(tokens, logprobs, self.eos_id)
+            self.completions[number] = completion(tokens, logprobs, self.ends)
         self.answers = self.answers.take(running)
         self.slots.keep(running)

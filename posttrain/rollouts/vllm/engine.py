@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from posttrain.errors import PosttrainError, ServerError, StaleWeightsError
-from posttrain.rollouts.engine import Completion, Request, SamplingSettings
+from posttrain.rollouts.engine import Completion, Request, SamplingSettings, end_ids
 from posttrain.rollouts.vllm.fleet import Fleet
 from posttrain.rollouts.vllm.folder import plain_state, write_weights
 from posttrain.rollouts.vllm.probe import BFLOAT16, FLOAT32, Expected, Probe, expected
@@ -40,7 +40,7 @@ class VllmEngine:
     def __init__(
         self,
         lm: PreTrainedModel,
-        eos_id: int,
+        ends: int | Iterable[int],
         servers: Sequence[VllmServer],
         *,
         version: Callable[[], int],
@@ -50,7 +50,7 @@ class VllmEngine:
         accelerator: Accelerator | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
-        self.lm, self.eos_id, self.version, self.folder = lm, eos_id, version, folder.resolve()
+        self.lm, self.ends, self.version, self.folder = lm, end_ids(ends), version, folder.resolve()
         self.probes, self.bf16, self.accelerator = list(probes), bf16, accelerator
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.probe = Probe(BFLOAT16 if bf16 else FLOAT32, str(self.dtype).removeprefix("torch."))
@@ -77,7 +77,7 @@ class VllmEngine:
     def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         self._synchronise(settings.temperature)
         jobs = [
-            partial(VllmServer.complete, prompt=request.prompt, seed=seed, settings=settings, eos_id=self.eos_id)
+            partial(VllmServer.complete, prompt=request.prompt, seed=seed, settings=settings, ends=self.ends)
             for request in requests
             for seed in request.seeds
         ]

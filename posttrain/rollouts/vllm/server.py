@@ -56,9 +56,9 @@ class VllmServer:
         raise ServerError(f"{self.url} did not empty its prefix cache after {CACHE_RESETS} requests to")
 
     def complete(
-        self, prompt: Sequence[int], seed: Sequence[int], settings: SamplingSettings, eos_id: int
+        self, prompt: Sequence[int], seed: Sequence[int], settings: SamplingSettings, ends: Sequence[int]
     ) -> Completion:
-        """Return one answer. It ends only with `eos_id`, whatever the server's own configuration is."""
+        """Return one answer. It ends only with one of `ends`, whatever the server's own configuration is."""
         if self.context and len(prompt) + settings.max_new_tokens > self.context:
             raise RolloutError(
                 f"a prompt of {len(prompt)} tokens and {settings.max_new_tokens} new ones exceed the {self.context} tokens that"
@@ -66,11 +66,11 @@ class VllmServer:
             )
         body = self._body(prompt, settings.max_new_tokens, settings.temperature) | {
             "seed": server_seed(seed),
-            "stop_token_ids": [eos_id],
+            "stop_token_ids": list(ends),
         }
         choice = self._choice(body)
         tokens, logprobs = self._sampled(choice)
-        finished = choice.get("finish_reason") == "stop" and tokens[-1] == eos_id
+        finished = choice.get("finish_reason") == "stop" and tokens[-1] in ends
         return Completion(tokens, logprobs, finished)
 
     def probe(self, ids: Sequence[int], temperature: float) -> tuple[list[float], int, float]:

@@ -1,0 +1,69 @@
+"""One set of end tokens: what stops a sample is what training teaches and what the folder saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from posttrain.data.ends import described, end_tokens, template_end
+from posttrain.data.tokens import TextEncoder
+from posttrain.models.folders import load_encoder, load_policy, save_model
+from posttrain.models.tiny import byte_tokenizer
+from posttrain.rollouts.drawing import completion
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.generate import GenerateEngine
+from posttrain.rollouts.native import NativeEngine
+from tests.models import small
+
+CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
+with_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the small cases are not next to the project")
+
+
+def test_an_answer_ends_at_the_first_of_its_ends() -> None:
+    assert completion([5, 1, 2, 7], [0.0] * 4, (2, 1)).tokens == (5, 1)
+    assert completion([5, 6], [0.0] * 2, (2, 1)).finished is False
+
+
+def test_ends_are_the_tokenizers_the_templates_and_the_special_ones_of_the_settings() -> None:
+    tokenizer = byte_tokenizer(64)
+    assert end_tokens(tokenizer, [2, 1, 70]) == {
+        2: "tokenizer",
+        1: "generation settings",
+    }  # 70 is a byte, no special token
+    tokenizer.eos_token = tokenizer.pad_token
+    ends = end_tokens(tokenizer)
+    assert ends == {0: "tokenizer", 2: "chat template"}
+    assert described(tokenizer, ends) == "<|endoftext|> (tokenizer), <|im_end|> (chat template)"
+    encoder = TextEncoder(tokenizer, 64)
+    assert encoder.completion("a")[-1] == 0
+    assert encoder.completion([{"role": "assistant", "content": "a"}])[-1] == 2
+    assert encoder.completion("a<|im_end|>") == encoder.completion([{"role": "assistant", "content": "a"}])
+
+
+def test_a_template_that_raises_has_no_end() -> None:
+    tokenizer = byte_tokenizer(64)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    assert template_end(tokenizer) is None
+
+
+@pytest.mark.parametrize("kind", [NativeEngine, GenerateEngine])
+def test_sampling_stops_at_each_end(kind: type[NativeEngine | GenerateEngine]) -> None:
+    model, asked, settings = small.language_model(), [Request((5, 6, 7), ((0,), (1,)))], SamplingSettings(12, 1.0)
+    free = [c.tokens for c in kind(model, ()).sample(asked, settings)[0]]
+    assert all(len(tokens) == 12 for tokens in free)
+    ends = (free[0][3], free[1][5])
+    for tokens, answer in zip(free, kind(model, ends).sample(asked, settings)[0], strict=True):
+        first = next(i for i, token in enumerate(tokens) if token in ends)
+        assert (answer.tokens, answer.finished) == (tokens[: first + 1], True)
+
+
+@with_cases
+@pytest.mark.parametrize(("case", "ends"), [("two_ends", (2, 1)), ("template_end_is_not_eos", (0, 2))])
+def test_the_ends_of_a_folder_are_found_and_saved(case: str, ends: tuple[int, ...], tmp_path: Path) -> None:
+    encoder = load_encoder(CASES / case)
+    assert encoder.ends == ends
+    save_model(load_policy(CASES / case), encoder.tokenizer, tmp_path / "m", "", ends=encoder.ends)
+    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == list(ends)
+    assert load_encoder(tmp_path / "m").ends == ends
