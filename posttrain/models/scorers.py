@@ -95,7 +95,7 @@ def _scorer_class(trunk: type) -> Any:
         base.__init__(self, config)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, trunk(config))
-        self.score = nn.Linear(_width(config), config.num_labels, bias=False)
+        self.score = nn.Linear(_width(config), 1, bias=False)
         self.post_init()
 
     members = {"__init__": initialise, "base_model_prefix": base.base_model_prefix or "model"}
