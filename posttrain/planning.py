@@ -15,12 +15,21 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FLOAT32_BYTES = 4
 AUTOCAST_SHARE = 0.75
 """Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
+
+
+HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model")
+HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+KEY_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+LAYER_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_feedforward")
+"""How configurations spell the same number."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +70,33 @@ def sizes(config: Any) -> Sizes:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    experts = getattr(config, "num_experts_per_tok", None)
-    width = getattr(config, "moe_intermediate_size", None) if experts else config.intermediate_size
+    text = config.get_text_config()
+    hidden = _number(text, HIDDEN_NAMES) or model.get_input_embeddings().embedding_dim
+    heads = _number(text, HEAD_NAMES) or 1
+    head_size = _number(text, ("head_dim",)) or hidden // heads
+    key_heads = _number(text, KEY_HEAD_NAMES) or (1 if getattr(text, "multi_query", False) else heads)
+    experts = _number(text, ("num_experts_per_tok",))
+    width = _number(text, ("moe_intermediate_size",)) if experts else None
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
+        hidden=hidden,
+        layers=_number(text, LAYER_NAMES) or 1,
         query_width=heads * head_size,
-        key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        intermediate=(width or config.intermediate_size) * (experts or 1),
-        vocabulary=config.vocab_size,
+        key_width=key_heads * head_size,
+        intermediate=(width or _number(text, INTERMEDIATE_NAMES) or 4 * hidden) * (experts or 1),
+        vocabulary=model.get_input_embeddings().num_embeddings,
     )
+
+
+def _number(config: Any, names: Sequence[str]) -> int | None:
+    """Return the first of `names` that the configuration gives as a number; the largest if it differs between layers."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
+            return int(max(value))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (
 
 def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token by which the chat template closes an assistant's turn, None if there is none."""
-    from jinja2.exceptions import TemplateError
-
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,20 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.policy import Policy, PolicyOutput
+from posttrain.models.reach import probe_ids
 
 HEAD = "score"
 """The scalar head of a reward model or critic; it is trained in full next to the adapter."""
+
+
+MERGE_TOLERANCE = 1e-3
+"""Greatest change of a hidden state by merging, as a share of the largest one."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Adapter:
             ModelError: no layer matches `target_modules`.
         """
         peft = _peft()
+        self._model = model
         scalar = hasattr(model, HEAD)
         config = peft.LoraConfig(
             r=settings.rank,
@@ -63,12 +71,13 @@ class Adapter:
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self._peft: Any = peft.get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"lora.target_modules {_modules(settings)!r}: {str(error).rstrip('.')}. Name linear layers of"
                 f" {type(model).__name__}, such as [q_proj, v_proj], or use all-linear"
             ) from error
         self._refuse_head(model)
+        self._refuse_unmatched(model, settings)
         self._state: dict[str, Tensor] = {}
 
     @property
@@ -84,9 +93,28 @@ class Adapter:
 
     def merge(self) -> None:
         """Add the adapter to the model's weights and remove its layers; `save` can still write the trained adapter."""
+        before = self._probe()
         trained = _peft().get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         self._state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
         self._peft.merge_and_unload()
+        after = self._probe()
+        worst, scale = float((after - before).abs().max()), float(before.abs().max())
+        if not worst <= MERGE_TOLERANCE * max(scale, 1.0):
+            raise ModelError(
+                f"merging the adapter into {type(self._model).__name__} changes its outputs by {worst:.2g}, so the saved model would not be"
+                " the one that was trained; some layer reads its weight directly. Name other layers, such as [q_proj, v_proj]"
+            )
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Return hidden states of a short row."""
+        model = self._model
+        training = model.training
+        model.eval()
+        ids = torch.tensor([probe_ids(8, model.config.get_text_config().vocab_size)], device=model.device)
+        hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        model.train(training)
+        return hidden
 
     def save(self, folder: Path) -> None:
         """Write the adapter that `merge` kept, as `PeftModel.from_pretrained(base, folder)` loads it."""
@@ -97,6 +125,30 @@ class Adapter:
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
         save_file(self._state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @staticmethod
+    def _refuse_unmatched(model: PreTrainedModel, settings: LoraSettings) -> None:
+        """Raise ModelError if a name matches no layer, and report the experts' weights that no adapter reaches."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+        if not isinstance(settings.target_modules, str):
+            for wanted in settings.target_modules:
+                if not any(name == wanted or name.endswith(f".{wanted}") for name in adapted):
+                    known = sorted({name.rpartition(".")[2] for name in adapted})
+                    raise ModelError(
+                        f"lora.target_modules: {wanted!r} matches no linear layer of {type(model).__name__}, so it would have no effect;"
+                        f" remove it or correct its name (matched: {', '.join(known)})"
+                    )
+        bare = sorted(
+            {name.rpartition(".")[2] for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
+        )
+        if bare:
+            tqdm.write(
+                f"LoRA: the experts of {type(model).__name__} ({', '.join(bare)}) are no linear layers and get no adapter; they stay as"
+                " they are",
+                file=sys.stderr,
+            )
 
     def _refuse_head(self, model: PreTrainedModel) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer

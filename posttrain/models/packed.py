@@ -22,10 +22,13 @@ from posttrain.data.layout import Attended, Reads
 from posttrain.data.tokens import Tokens
 from posttrain.models.kernels import attention
 from posttrain.models.last_layer import narrow_last_layer
+from posttrain.models.reach import find_reach, probe_ids
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
 """Arguments of attention functions that do not change plain causal attention within a window."""
+REACH = "_posttrain_reach"
+"""Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
 """Two rows that share a prompt, and one with its own prompt."""
 
@@ -97,6 +100,8 @@ def prepare(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)
+        setattr(model, REACH, find_reach(model.config, partial(_packs_long, model)) if packs else 0)
+        packs = getattr(model, REACH) != 0
     except TypeError:
         # its attention is not plain; the difference may be too small to be seen in a fresh model
         packs = False
@@ -109,6 +114,13 @@ def prepare(model: PreTrainedModel) -> bool:
             for reads in (batch.predicting(), batch.ending())
         )
     return True
+
+
+def _packs_long(model: PreTrainedModel, length: int) -> bool:
+    """Return True if one row of `length` tokens has the same hidden states packed and padded."""
+    ids = probe_ids(length, model.config.get_text_config().vocab_size)
+    batch = collate([Tokens(ids[:1], ids[1:])]).to(model.device)
+    return _agree(_probed(model, batch, _packed), _probed(model, batch, _padded))
 
 
 @torch.no_grad()
@@ -131,8 +143,8 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
     Args:
         packs: the result of `prepare` for this model.
     """
-    window = getattr(model.config, "sliding_window", None)
-    if packs and (not window or batch.rows.shape[1] <= window):
+    reach = getattr(model, REACH, None)
+    if packs and (reach is None or batch.rows.shape[1] <= reach):
         return _packed(model, batch, reads)
     return _padded(model, batch)
 

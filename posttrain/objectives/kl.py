@@ -22,14 +22,14 @@ from posttrain.objectives.reduce import LOG_RATIO_LIMIT
 def kl_estimate(logprobs: Tensor, other: Tensor, estimator: KlEstimator) -> Tensor:
     """Return the per-token estimate with d = logprobs - other: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
 
-    For use in losses: k3 clamps d, so that a token with probability 0 under `other` cannot overflow the gradient.
+    For use in losses: k3 clamps d from below, where exp(-d) would overflow; a token that `other` finds impossible keeps its gradient.
     """
     difference = logprobs - other
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
-    return _k3(difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return _k3(difference.clamp(min=-LOG_RATIO_LIMIT))
 
 
 def kl_metric(logprobs: Tensor, other: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
 
@@ -39,8 +40,8 @@ class Decoder:
         shared: use `shared_attention`; otherwise the model's own attention over padded copies.
     """
 
-    def __init__(self, lm: PreTrainedModel, shared: bool, bf16: bool = False) -> None:
-        self.lm, self.shared, self.bf16 = lm, shared, bf16
+    def __init__(self, lm: PreTrainedModel, shared: bool, bf16: bool = False, reach: int | None = None) -> None:
+        self.lm, self.shared, self.bf16, self.reach = lm, shared, bf16, reach
         self.head = lm.get_output_embeddings()
         self.takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
         self.casts: dict[nn.Module, dict[str, Tensor]] = {}
@@ -114,14 +115,24 @@ class Decoder:
         casts = self.casts.get(module)
         return module(*args, **kwargs) if casts is None else functional_call(module, casts, args, kwargs)
 
-    def check(self) -> None:
+    def agrees(self, length: int) -> bool:
+        """Return True if the last steps of rows of `length` tokens give the logits of a plain forward pass."""
+        ids = probe_ids(length, self.lm.config.get_text_config().vocab_size)
+        prompt = ids[: max(1, length - len(PROBE_ANSWERS[0]) + 1)]
+        try:
+            self.check((prompt, prompt[: len(prompt) // 2 + 1]))
+        except ValueError:
+            return False
+        return True
+
+    def check(self, of_prompts: Sequence[Sequence[int]] = PROBE_PROMPTS) -> None:
         """Raise ValueError unless two steps of three answers give the logits of a plain forward pass."""
         vocabulary = self.lm.config.get_text_config().vocab_size
         slots, forced = (
             self.slots(len(PROBE_ANSWERS[0])),
             torch.tensor(PROBE_ANSWERS, device=self.lm.device) % vocabulary,
         )
-        prompts = [tuple(token % vocabulary for token in prompt) for prompt in PROBE_PROMPTS]
+        prompts = [tuple(token % vocabulary for token in prompt) for prompt in of_prompts]
         hidden = [self.enter(slots, prompts, (2, 1))]
         hidden += [self.step(slots, forced[:, i : i + 1]) for i in range(forced.shape[1] - 1)]
         found = torch.stack([self.logits(h) for h in hidden], 1)
@@ -146,11 +157,15 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
         try:
             with probe.decoding():
                 probe.check()
+                reach = find_reach(lm.config, probe.agrees)
         # an unusual model may raise anything; the reason is reported, and `generate` raises again if it is not about the cache
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            return Decoder(lm, shared, bf16)
+            if reach == 0:
+                reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"
+                continue
+            return Decoder(lm, shared, bf16, reach)
     return reason
 
 

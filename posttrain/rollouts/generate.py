@@ -19,8 +19,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
+from posttrain.errors import RolloutError
+from posttrain.models.reach import probe_ids, trial_length
 from posttrain.rollouts.drawing import completion, draw, noise
 from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, end_ids
+
+PROBED = 8
+"""Tokens that are sampled to confirm a model."""
+TOLERANCE = 1e-3
+"""Greatest difference of a log-probability, in nats, between sampling and a plain forward pass."""
 
 
 class GenerateEngine:
@@ -82,3 +89,25 @@ class _Drawing(LogitsProcessor):
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
+
+
+def confirm_generate(lm: PreTrainedModel) -> None:
+    """Raise RolloutError unless `generate` draws from the distributions of a plain forward pass, also past the model's windows."""
+    text = lm.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or 2**31
+    prompt = probe_ids(min(trial_length(text), max(1, context - PROBED)), text.vocab_size)
+    new_tokens = min(PROBED, context - len(prompt))
+    [[answer]] = GenerateEngine(lm, ()).sample([Request(prompt, ((0,),))], SamplingSettings(new_tokens, 1.0))
+    training = lm.training
+    lm.eval()
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([[*prompt, *answer.tokens]], device=lm.device), use_cache=False).logits
+    lm.train(training)
+    plain = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    expected = plain.gather(-1, torch.tensor(answer.tokens, device=lm.device)[:, None])[:, 0]
+    worst = float((expected - torch.tensor(answer.logprobs, device=lm.device)).abs().max())
+    if not worst <= TOLERANCE:
+        raise RolloutError(
+            f"{type(lm).__name__} samples from other distributions with its cache than without (by up to {worst:.2g} nats), so the"
+            " policy would be trained on other probabilities than it sampled from; choose another architecture, such as Qwen3 or Llama"
+        )

@@ -36,7 +36,7 @@ from posttrain.rollouts.engine import (
     SamplingSettings,
     end_ids,
 )
-from posttrain.rollouts.generate import GenerateEngine
+from posttrain.rollouts.generate import GenerateEngine, confirm_generate
 
 COMPACT_BELOW = 0.75
 """Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
@@ -63,12 +63,13 @@ class NativeEngine:
         self.lm, self.ends, self.bf16 = lm, end_ids(ends), bf16
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.decoder: Decoder | str | None = None
+        self.confirmed = False
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         """Return the completions of each request, in order, one per seed.
 
         Raises:
-            RolloutError: prompt and answer exceed the model's context.
+            RolloutError: the model's cache does not agree with its own forward pass, or prompt and answer exceed the model's context.
         """
         if not requests:
             return []
@@ -83,22 +84,17 @@ class NativeEngine:
             )
         if self.decoder is None:
             self.decoder = decoder_of(self.lm, self.bf16)
-        decoder = _beyond_window(self.lm, longest + settings.max_new_tokens) or self.decoder
+        decoder, tokens = self.decoder, longest + settings.max_new_tokens
+        if isinstance(decoder, Decoder) and decoder.reach is not None and tokens > decoder.reach:
+            decoder = f"it attends over a window of {decoder.reach} tokens, and prompt and answer may have {tokens}"
         if isinstance(decoder, str):
+            if not self.confirmed:
+                confirm_generate(self.lm)
+                self.confirmed = True
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
         with decoder.decoding():
             return _Sampling(decoder, self.ends, settings, self.max_rows, self.max_tokens).run(requests)
-
-
-def _beyond_window(lm: PreTrainedModel, tokens: int) -> str | None:
-    """Return why slots, which keep the whole context, cannot be used for rows of this length; None if they can."""
-    config = lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and windowed and tokens > window:
-        return f"it attends over a window of {window} tokens, and prompt and answer may have {tokens}"
-    return None
 
 
 @cache

@@ -20,7 +20,7 @@ from transformers import (
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.generate import GenerateEngine
-from posttrain.rollouts.native import NativeEngine, _tell
+from posttrain.rollouts.native import NativeEngine, _report_once
 from tests.models import small
 
 EOS = small.EOS
@@ -74,7 +74,7 @@ def assert_right(model: Any, asked: list[Request], answers: list[list[Completion
     ("make", "reason"), [(mamba, "keeps a state"), (windowed, "window of 8 tokens"), (capped, "logits by slots differ")]
 )
 def test_it_falls_back_and_says_so_once(make: Any, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _tell.cache_clear()
+    _report_once.cache_clear()
     model, asked = make(), requests(6)
     engine = NativeEngine(model, EOS)
     answers = engine.sample(asked, SamplingSettings(12, 1.3))

@@ -1,0 +1,62 @@
+"""Find out by trying up to which length of row a faster way of computing agrees with the model's own: windows end it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+TRIED = 512
+"""Longer windows are believed without a trial, which would cost a forward pass over so many tokens."""
+PAST = 8
+"""Tokens that a trial goes beyond a window."""
+PLAIN_LENGTH = 48
+"""Tokens of the trial that every model gets, whatever its configuration says."""
+LIMITS = re.compile(r"window|chunk|local|block|topk|top_k|sparse|sliding|stride")
+
+
+def find_reach(config: PreTrainedConfig, agrees: Callable[[int], bool]) -> int | None:
+    """Return the longest row for which `agrees` can be relied on, None without a limit, 0 if it never agrees.
+
+    Every number of the configuration that could limit attention is tried a few tokens beyond it, whatever its exact name.
+    """
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or 2**31
+    for window in _candidates(text):
+        if window >= context:
+            continue
+        if window > TRIED:
+            return window
+        if not agrees(min(window + PAST, context)):
+            return window if agrees(window) else 0
+    return None if agrees(min(PLAIN_LENGTH, context)) else 0
+
+
+def trial_length(config: PreTrainedConfig) -> int:
+    """Return the length of a row that is past every window that may be tried."""
+    return max([PLAIN_LENGTH, *(window + PAST for window in _candidates(config) if window <= TRIED)])
+
+
+def probe_ids(length: int, vocabulary: int) -> tuple[int, ...]:
+    """Return `length` token ids without a period, so that no two parts of the row look alike."""
+    most = max(2, min(vocabulary, 251) - 3)
+    return tuple(min(3, vocabulary - 1) + (i * i + 3 * i) % most for i in range(length))
+
+
+def _candidates(config: PreTrainedConfig) -> list[int]:
+    """Return the configuration's numbers above 1 with a name that a limit may have, ascending."""
+    numbers = {n for name, value in config.to_dict().items() if LIMITS.search(name) for n in _integers(value)}
+    kinds = getattr(config, "layer_types", None)
+    if kinds and set(kinds) == {"full_attention"}:
+        numbers.discard(getattr(config, "sliding_window", None) or 0)
+    return sorted(n for n in numbers if n > 1)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _integers(part)

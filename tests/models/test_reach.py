@@ -1,0 +1,151 @@
+"""Windows are found by trying: log-probabilities and samples of long rows are those of transformers, or the model is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from posttrain.data.batches import collate
+from posttrain.data.tokens import Tokens
+from posttrain.errors import ModelError, RolloutError
+from posttrain.models.folders import load_policy
+from posttrain.models.lora import Adapter, LoraSettings
+from posttrain.models.policy import Policy
+from posttrain.models.reach import find_reach, probe_ids
+from posttrain.objectives.kl import kl_estimate
+from posttrain.planning import sizes
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.generate import confirm_generate
+from posttrain.rollouts.native import NativeEngine
+from tests.models import small
+
+CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
+with_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the small cases are not next to the project")
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def model(kind: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | settings))
+    return small.sharpened(made).eval()
+
+
+def gpt_neo() -> Any:
+    return model("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8)
+
+
+def transformers_logprobs(lm: Any, row: Tokens) -> list[float]:
+    with torch.no_grad():
+        table = lm(torch.tensor([row.prompt + row.response]), use_cache=False).logits[0].log_softmax(-1)
+    return [float(table[len(row.prompt) - 1 + i, token]) for i, token in enumerate(row.response)]
+
+
+def assert_agrees(lm: Any, length: int = 100) -> None:
+    ids = probe_ids(length, lm.config.get_text_config().vocab_size)
+    row = Tokens(ids[:20], ids[20:])
+    expected = transformers_logprobs(lm, row)
+    with torch.no_grad():
+        assert Policy(lm)(collate([row])).logprobs[0].tolist() == pytest.approx(expected, abs=1e-4)
+    requests = [Request(ids[:40], ((0,), (1,))), Request(ids[:9], ((2,),))]
+    answers = NativeEngine(lm, ()).sample(requests, SamplingSettings(12, 1.0))
+    for request, group in zip(requests, answers, strict=True):
+        for answer in group:
+            again = transformers_logprobs(lm, Tokens(request.prompt, answer.tokens))
+            assert answer.logprobs == pytest.approx(again, abs=1e-4)
+
+
+@with_cases
+def test_a_window_in_a_nested_configuration() -> None:
+    assert_agrees(load_policy(CASES / "gemma3_composite"))
+
+
+def test_windows_of_any_name() -> None:
+    assert_agrees(gpt_neo())
+    assert_agrees(model("mistral", sliding_window=8))
+
+
+def test_the_reach_is_where_agreement_ends() -> None:
+    config = AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 8})
+    assert find_reach(config, lambda length: length <= 8) == 8
+    assert find_reach(config, lambda length: True) is None
+    assert find_reach(config, lambda length: False) == 0
+    # a longer window than is tried is believed
+    far = AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 1024, "max_position_embeddings": 4096})
+    assert find_reach(far, lambda length: True) == 1024
+    full = AutoConfig.for_model("qwen2", **SIZES | {"sliding_window": 1024, "max_position_embeddings": 4096})
+    assert find_reach(full, lambda length: True) is None
+
+
+def test_a_cache_that_disagrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("llama")
+    confirm_generate(lm)
+    forward = lm.forward
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            output.logits = output.logits + torch.arange(64)
+        return output
+
+    monkeypatch.setattr(lm, "forward", forgetful)
+    with pytest.raises(RolloutError, match="LlamaForCausalLM samples from other distributions"):
+        confirm_generate(lm)
+
+
+def test_a_lora_name_without_a_layer_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"'qproj' matches no linear layer of LlamaForCausalLM.*matched: v_proj"):
+        Adapter(model("llama"), LoraSettings(2, 4, ("v_proj", "qproj")))
+
+
+def test_experts_without_an_adapter_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    Adapter(small.language_model(shape=small.MOE), LoraSettings(2, 4))
+    assert "get no adapter" in capsys.readouterr().err
+
+
+def test_a_merge_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("llama")
+    adapter = Adapter(lm, LoraSettings(2, 4, ("v_proj",)))
+    layer = lm.model.layers[0].self_attn.v_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    monkeypatch.setattr(type(layer), "merge", lambda *_, **__: None)
+    with pytest.raises(ModelError, match="merging the adapter into LlamaForCausalLM changes its outputs"):
+        adapter.merge()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, (32, 2, 32, 32, 128)),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, (32, 2, 32, 32, 128)),
+        ("bloom", {"n_head": 4, "n_layer": 2}, (32, 2, 32, 32, 128)),
+        ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, (32, 2, 32, 32, 128)),
+        ("opt", {"num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}, (32, 2, 32, 32, 48)),
+    ],
+)
+def test_the_plan_reads_every_spelling(kind: str, settings: dict[str, Any], expected: tuple[int, ...]) -> None:
+    found = sizes(AutoConfig.for_model(kind, **{"vocab_size": 64, "hidden_size": 32} | settings))
+    assert (found.hidden, found.layers, found.query_width, found.key_width, found.intermediate) == expected
+
+
+@pytest.mark.parametrize("kind", ["mamba", "xglm", "falcon", "codegen", "gptj", "gpt_bigcode"])
+def test_the_plan_never_ends_in_a_traceback(kind: str) -> None:
+    assert sizes(AutoConfig.for_model(kind)).parameters > 1000
+
+
+def test_k3_keeps_its_gradient_where_the_reference_finds_a_token_likely_not() -> None:
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    kl_estimate(logprob, torch.tensor([-31.0]), "k3").sum().backward()
+    # d = 30: k3 = exp(-30) - 1 + 30, its derivative 1 - exp(-30)
+    assert logprob.grad is not None
+    assert float(logprob.grad) == pytest.approx(1.0)
+    far = torch.tensor([-100.0], requires_grad=True)
+    kl_estimate(far, torch.tensor([-1.0]), "k3").sum().backward()
+    assert far.grad is not None
+    assert torch.isfinite(far.grad).all()
