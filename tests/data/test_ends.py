@@ -38,8 +38,9 @@ def test_ends_are_the_tokenizers_the_templates_and_the_special_ones_of_the_setti
     assert described(tokenizer, ends) == "<|endoftext|> (tokenizer), <|im_end|> (chat template)"
     encoder = TextEncoder(tokenizer, 64)
     assert encoder.completion("a")[-1] == 0
-    assert encoder.completion([{"role": "assistant", "content": "a"}])[-1] == 2
-    assert encoder.completion("a<|im_end|>") == encoder.completion([{"role": "assistant", "content": "a"}])
+    chat = encoder.tokens([{"role": "user", "content": "?"}], [{"role": "assistant", "content": "a"}])
+    assert chat.response[-1] == 2
+    assert encoder.completion("a<|im_end|>")[-1] == 2
 
 
 def test_a_template_that_raises_has_no_end() -> None:
