@@ -67,6 +67,13 @@ class ScoredAnswer:
     problem: Problem
     reward: float
     sources: dict[str, float | None]
+    task_reward: float | None = None
+    """The total before shaping by length; None if it is `reward`."""
+
+    @property
+    def task(self) -> float:
+        """Return the reward of the task, without shaping."""
+        return self.reward if self.task_reward is None else self.task_reward
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,7 @@ class GroupSampler:
                 p,
                 totals[i] + self._shaping(c),
                 {name: values[i] for name, values in sources.items()},
+                totals[i],
             )
             for i, (p, g, c) in enumerate(flat)
         ]
@@ -236,5 +244,5 @@ def _id(problem: Problem) -> str:
 
 
 def _carries_signal(group: Sequence[ScoredAnswer]) -> bool:
-    known = [answer.reward for answer in group if not math.isnan(answer.reward)]
+    known = [answer.task for answer in group if not math.isnan(answer.task)]
     return bool(known) and max(known) > min(known)

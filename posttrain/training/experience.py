@@ -164,6 +164,8 @@ class ExperienceSource:
         else:
             groups = torch.tensor([a.group for a in answers])
             of_answer = group_advantages(rewards - penalty.sum(-1), groups, spec.advantage)
+            if spec.mask_truncated:
+                of_answer = torch.where(_informative_members(answers, spec), of_answer, 0.0)
             advantages, returns, metrics = (
                 of_answer[:, None].expand(mask.shape),
                 None,
@@ -248,6 +250,15 @@ def _is_trained(answer: ScoredAnswer, spec: OnPolicy) -> bool:
     if spec.mask_truncated and not answer.completion.finished:
         return False
     return not (spec.has_critic and math.isnan(answer.reward))
+
+
+def _informative_members(answers: Sequence[ScoredAnswer], spec: OnPolicy) -> Tensor:
+    """Return False [answers] for groups whose trained members all have the same task reward: shaping alone would raise equal answers."""
+    trained: dict[int, set[float]] = {}
+    for answer in answers:
+        if _is_trained(answer, spec) and not math.isnan(answer.task):
+            trained.setdefault(answer.group, set()).add(answer.task)
+    return torch.tensor([len(trained.get(answer.group, ())) > 1 for answer in answers])
 
 
 def reward_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, float]:

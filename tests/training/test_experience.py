@@ -13,13 +13,16 @@ import torch
 
 from posttrain.algorithms import PRESETS
 from posttrain.algorithms.specs import OnPolicy
+from posttrain.data.tokens import Tokens
 from posttrain.errors import NotFiniteError, NumericalError
 from posttrain.models.inference import token_logprobs
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.engine import Completion
+from posttrain.rollouts.groups import Problem, ScoredAnswer, _carries_signal
 from posttrain.rollouts.native import NativeEngine
-from posttrain.training.experience import Demonstrations, minibatches
+from posttrain.training.experience import Demonstrations, _informative_members, minibatches
 from posttrain.training.onpolicy import Demonstration, Experience
 from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
@@ -320,3 +323,20 @@ def test_the_reward_goes_up() -> None:
         for batch in data.batches:
             trainer.update(batch, objective)
     assert np.mean(means[-5:]) > np.mean(means[:5]) + 1.0
+
+
+def scored(group: int, task: float, shaped: float, finished: bool) -> ScoredAnswer:
+    completion = Completion((5, 2), (0.0, 0.0), finished)
+    problem = Problem("", (3,), {})
+    return ScoredAnswer(Tokens((3,), (5, 2)), completion, "", group, problem, task + shaped, {}, task)
+
+
+def test_length_shaping_makes_no_group_informative_and_raises_no_equal_answers() -> None:
+    """Four wrong answers of which one is truncated, and punished for its length: nothing is to be learnt from them (2503.14476)."""
+    wrong = [scored(0, 0.0, 0.0, True) for _ in range(3)] + [scored(0, 0.0, -1.0, False)]
+    mixed = [scored(1, 1.0, 0.0, True), scored(1, 0.0, -0.5, True)]
+    right_but_cut = [scored(2, 0.0, 0.0, True), scored(2, 1.0, -1.0, False)]
+    assert [_carries_signal(group) for group in (wrong, mixed, right_but_cut)] == [False, True, True]
+    # of the third group only one answer is trained, so there is nothing to compare it with
+    found = _informative_members([*wrong, *mixed, *right_but_cut], spec("dapo"))
+    assert found.tolist() == [False] * 4 + [True] * 2 + [False] * 2
