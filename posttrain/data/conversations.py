@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.data.limits import bounded
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -53,12 +54,18 @@ class ChatTemplate:
                 " or map the column to plain text in data.*.columns."
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools,
-                add_generation_prompt=generate,
-                tokenize=False,
-            )
+            with bounded():
+                text = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=tools,
+                    add_generation_prompt=generate,
+                    tokenize=False,
+                )
+        except (TimeoutError, MemoryError) as error:
+            reason = str(error) or "it asked for more than 1 GiB of memory"
+            raise ModelError(
+                f"{_row(row)}: the model's chat template was stopped: {reason}. Take a model whose template you trust."
+            ) from None
         except Exception as error:  # a template is a program of the model's author, which may raise anything
             raise DataError(
                 f"{_row(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"

@@ -1,0 +1,56 @@
+"""Bound the time and memory of code that comes with a model, such as its chat template."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+SECONDS = 10.0
+BYTES = 2**30
+"""Address space that one rendering may add: far more than any conversation needs."""
+_STATM = Path("/proc/self/statm")
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, size: int = BYTES) -> Iterator[None]:
+    """Raise TimeoutError after `seconds` (main thread only), and MemoryError beyond `size` more bytes (Linux only)."""
+    with _time(seconds), _memory(size):
+        yield
+
+
+@contextmanager
+def _time(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"it ran for more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _memory(size: int) -> Iterator[None]:
+    if not _STATM.is_file():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(_STATM.read_text().split()[0]) * resource.getpagesize() + size
+    within = [limit for limit in (wanted, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(within), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
