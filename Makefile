@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-slow lint ui bench calibrate docs clean
+.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ status: setup  ## which of them run, and where to look
 
 test: setup  ## the tests that take minutes, not hours
 	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py
+
+test-fast: setup  ## the tests of the mathematics, data and parameters, for the inner loop
+	@$(QUIET) $(PYTHON_IN) -m pytest $(FAST) $(ARGS)
 
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import flows  # noqa: F401  (Prefect's quiet environment)
 from flows.server import wait_until_healthy
-from pipelines.commands.ui import free_port
+from posttrain.network import free_port
 from tasks.process import child_environment, end, start
 
 PROJECT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.models.allocator import keep_heap
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
+from posttrain.network import free_port
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from posttrain.training.onpolicy import Experience, OnPolicyObjective
@@ -105,9 +105,7 @@ class Team:
     """Processes that take a step when they are told to."""
 
     def __init__(self, count: int, args: argparse.Namespace) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         group = {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),

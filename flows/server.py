@@ -6,20 +6,17 @@ import atexit
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from pipelines.commands.ui import free_port
 from pipelines.runtime import credentials
 from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
+from posttrain.network import answers, free_port, wait_until
 from tasks.process import end, start
 
 START_SECONDS, ANSWER_SECONDS = 120.0, 5.0
@@ -70,15 +67,9 @@ def require_server(url: str) -> None:
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise OrchestrationError(
-                f"Prefect's server ended with status {process.returncode} while starting; see {log}"
-            )
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError, HTTPException):
-            time.sleep(0.05)
+    health = f"{url}/health"
+    if wait_until(lambda: answers(health), lambda: process.poll() is None, START_SECONDS):
+        return
+    if process.poll() is not None:
+        raise OrchestrationError(f"Prefect's server ended with status {process.returncode} while starting; see {log}")
     raise OrchestrationError(f"Prefect's server did not answer in {START_SECONDS:.0f} s; see {log}")

@@ -22,6 +22,7 @@ from prefect.states import Crashed
 
 from flows.hooks import tell_end
 from posttrain.errors import OrchestrationError
+from posttrain.files import write_atomic
 from tasks import stage as stages
 from tasks.console import say, tell
 from tasks.process import end, start
@@ -136,11 +137,7 @@ def write_record(root: Path, started: float, ended: float, results: Mapping[str,
         name: {"started": result.started, "ended": result.ended, "ran": result.ran, "outcome": result.outcome}
         for name, result in sorted(results.items())
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"started": started, "ended": ended, "stages": stages}, indent=1) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_atomic(path, (json.dumps({"started": started, "ended": ended, "stages": stages}, indent=1) + "\n").encode())
 
 
 def write_costs(root: Path) -> Path | None:

@@ -25,6 +25,7 @@ from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import TrackingError
+from posttrain.files import write_atomic
 from tasks.champion import FOLDER, push
 from tasks.console import say
 from tasks.slots import lease, machine_slots
@@ -145,9 +146,7 @@ def settled(root: Path) -> str | None:
 def settle(root: Path, words: str) -> None:
     """Remember that this state was decided about, so that a run without anything new ends at once."""
     path = root / SETTLED
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({"key": key(root), "words": words}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, (json.dumps({"key": key(root), "words": words}, indent=1) + "\n").encode())
 
 
 def _md5(root: Path, name: str) -> str:

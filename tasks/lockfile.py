@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from posttrain.files import write_atomic
+
 _ENTRY = re.compile(r"^  (?! )'?(.+?)'?:\n", re.MULTILINE)
 
 
@@ -17,9 +19,7 @@ def sort_lock(root: Path, order: Iterable[str]) -> None:
     text = path.read_text(encoding="utf-8")
     ordered = sorted_lock(text, order)
     if ordered != text:
-        temporary = root / ".posttrain" / "dvc.lock.tmp"
-        temporary.write_text(ordered, encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, ordered.encode())
 
 
 def sorted_lock(text: str, order: Iterable[str]) -> str:

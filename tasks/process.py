@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import IO
 
-from tasks.guard import guarded
+from posttrain.guard import guarded
 
 POLL_SECONDS = 0.1
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from pipelines.commands.ui import free_port
+from posttrain.network import free_port
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "posttrain-test",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,7 @@ OLD_NAMES = (
     r"models[./](heap|narrow|memory)\b",
     r"algorithms[./]records\b",
     r"flows[./](body|judge)\b",
+    r"tasks[./]guard\b|vllm[./]leash\b|\bdie_with_parent\b",
     r"\b(taken_logprobs|token_numbers|plain_again|old_experts|leave_out)\b",
     r"\b(Experts|Asked)\b",
 )
@@ -194,6 +196,21 @@ def test_the_library_needs_only_what_a_bare_gpu_box_has(root: Path) -> None:
         for package in {module.split(".")[0] for module in imports(path)} - allowed:
             others.setdefault(package, set()).add(str(path.relative_to(root)))
     assert {package: sorted(files) for package, files in others.items()} == EXTRAS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"\bprctl\b|pidfd_open|PDEATHSIG", "posttrain/guard.py"),
+        (r"os\.replace\(|\.replace\((path|final|target)\)", "posttrain/files.py"),
+        (r"\.bind\(\(", "posttrain/network.py"),
+    ],
+)
+def test_one_module_does_it_for_all(root: Path, pattern: str, home: str) -> None:
+    packages = ("posttrain", "pipelines", "tasks", "flows", "infra", "benchmarks")
+    paths = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
+    found = [path for path in paths if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert [path.relative_to(root).as_posix() for path in found] == [home]
 
 
 def test_the_library_reads_no_parameter_file(root: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands.ui import free_port
+from posttrain.network import free_port
 
 
 def audit(root: Path, url: str, tool: Path) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipelines.config.params import flatten, parse_params, read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.files import write_atomic
 
 _NOTHING: Any = object()
 
@@ -68,9 +68,7 @@ def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[st
     parse_params(after, path.name)
     differences = _differences(flatten(before), flatten(after))
     if write and differences:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, text.getvalue().encode())
     return differences
 
 

@@ -12,31 +12,28 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-from urllib.error import URLError
 from urllib.parse import quote
-from urllib.request import urlopen
 
 from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.process import die_with_parent
 from pipelines.runtime.redaction import redact, report_error
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
+from posttrain import network
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
+from posttrain.guard import signal_at_parents_death
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_HOST = "127.0.0.1"
+_HOST = network.HOST
 _TRAINING = "workflowType=machine_learning"
 _ALIGN = "tags.stage = 'align'"
 _START_SECONDS = 300.0
@@ -102,15 +99,12 @@ def free_port(wanted: int, option: str = "--port") -> int:
     """The port, if nobody listens there; any free one for 0. `option` is how its user asks for another."""
     if not 0 <= wanted <= 65535:
         raise TrackingError(f"{option} {wanted}: a port is a number up to 65535; 0 takes a free one")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, wanted))
-        except OSError as error:
-            raise TrackingError(
-                f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: {option} 0"
-            ) from None
-        return int(probe.getsockname()[1])
+    try:
+        return network.free_port(wanted)
+    except OSError as error:
+        raise TrackingError(
+            f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: {option} 0"
+        ) from None
 
 
 def serve(servers: Sequence[Server], project: Path, found: str) -> None:
@@ -153,7 +147,7 @@ def _start(server: Server, project: Path, output: IO[bytes] | None) -> subproces
         stdout=output,
         stderr=output,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=signal_at_parents_death,
     )
 
 
@@ -169,17 +163,13 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise TrackingError(
-                f"the {server.name} server did not start (exit code {process.returncode}); its messages are above."
-            )
-        try:
-            with urlopen(f"{server.base}{server.health}", timeout=2):
-                return
-        except (URLError, OSError, HTTPException):
-            time.sleep(0.2)
+    url = f"{server.base}{server.health}"
+    if network.wait_until(lambda: network.answers(url), lambda: process.poll() is None, _START_SECONDS):
+        return
+    if process.poll() is not None:
+        raise TrackingError(
+            f"the {server.name} server did not start (exit code {process.returncode}); its messages are above."
+        )
     raise TrackingError(f"the {server.name} server did not answer at {server.base} within {_START_SECONDS:.0f} s.")
 
 

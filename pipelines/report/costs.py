@@ -16,8 +16,8 @@ from typing import Any
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
-from pipelines.runtime.journal import write_atomic
 from posttrain.errors import PosttrainError
+from posttrain.files import write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
 TARGET = 0.25

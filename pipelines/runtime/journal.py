@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines.runtime.redaction import redacted
 from posttrain.errors import TrackingError
+from posttrain.files import write_atomic
 
 Record = dict[str, Any]
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
@@ -62,22 +63,6 @@ def _decode(path: Path, index: int, line: bytes) -> Record:
             " it, then run its step again."
         )
     return record
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves either the old or the new content, never a mixture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Journal:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import select
 import signal
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -18,42 +13,10 @@ import psutil
 
 from posttrain.errors import Interrupted
 
-_PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 20.0
 """Time between SIGTERM and SIGKILL after an ancestor has died."""
 STAGE = "DVC_STAGE"
 """Variable that dvc sets to the stage's name in the environment of everything that the stage runs."""
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def end_with(pids: Iterable[int]) -> None:
-    """Send this process SIGTERM when the first of these ancestors ends, and SIGKILL after GRACE_SECONDS more (Linux).
-
-    A killed dvc or launcher then leaves no trainer behind on the device.
-    """
-    if not hasattr(os, "pidfd_open"):
-        return
-    try:
-        alive = [os.pidfd_open(pid) for pid in pids]
-    except ProcessLookupError:
-        alive = []
-    except OSError:  # A sandbox without pidfd: behave as on other systems.
-        return
-    threading.Thread(target=_follow, args=(alive,), daemon=True).start()
-
-
-def _follow(alive: list[int]) -> None:
-    """Wait until one of the process descriptors ends, then terminate this process."""
-    if alive:
-        select.select(alive, [], [])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def up_to_dvc() -> Iterator[int]:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.journal import Record, canonical, encode, number, read, representable, write_atomic
+from pipelines.runtime.journal import Record, canonical, encode, number, read, representable
 from posttrain.errors import TrackingError
+from posttrain.files import write_atomic
 
 JOURNAL, METRICS, CURVES, ARTIFACTS = "journal.jsonl", "metrics.json", "curves.csv", "artifacts"
 

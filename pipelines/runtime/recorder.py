@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.runtime.context import CHECKPOINTS, FAULTS, MEASUREMENTS, RunContext
-from pipelines.runtime.journal import Journal, Record, ended, representable, write_atomic
+from pipelines.runtime.journal import Journal, Record, ended, representable
 from pipelines.runtime.outputs import artifact_path
 from pipelines.runtime.publish import ARTIFACTS, JOURNAL
 from pipelines.runtime.redaction import redacted
 from posttrain.errors import TrackingError
+from posttrain.files import write_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@./:-]*")
 

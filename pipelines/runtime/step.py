@@ -31,11 +31,12 @@ from pipelines.runtime.fork_server import run_warm
 from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.runtime.journal import FAILED, FINISHED, KILLED
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
-from pipelines.runtime.process import STAGE, Lock, StopSignals, end_with, up_to_dvc
+from pipelines.runtime.process import GRACE_SECONDS, STAGE, Lock, StopSignals, up_to_dvc
 from pipelines.runtime.publish import ARTIFACTS, publish
 from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.run import Run
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
+from posttrain.guard import end_with
 
 Body = Callable[[Run], None]
 """The function that does a step's work."""
@@ -95,9 +96,9 @@ def main(
     """
     environment.quiet()
     if launch.launched():
-        end_with([os.getppid()])
+        end_with([os.getppid()], GRACE_SECONDS)
     elif STAGE in os.environ:
-        end_with(up_to_dvc())
+        end_with(up_to_dvc(), GRACE_SECONDS)
     if trains:
         _leave_to_launcher()
     _leave_to_warm_process()

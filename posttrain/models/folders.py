@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
 
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
+from posttrain.files import replace
 from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def save_model(
             f"cannot write the model {folder}: {error}. Free space or give the right to write, then run again."
         ) from error
     _remove(folder)
-    os.replace(partial, folder)
+    replace(partial, folder)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from posttrain.data.batches import share_of
 from posttrain.data.tokens import Tokens
 from posttrain.distributed import any_rank, gather_all
+from posttrain.files import write_atomic
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 
@@ -65,10 +65,7 @@ class ReferenceCache:
 
     def _keep(self, path: Path, logprobs: np.ndarray) -> None:
         """Write atomically, so that two runs may store the same file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"logprobs": logprobs}, partial)
-        os.replace(partial, path)
+        write_atomic(path, save({"logprobs": logprobs}))
 
 
 def _read(path: Path, count: int) -> np.ndarray | None:

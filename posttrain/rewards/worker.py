@@ -6,7 +6,6 @@ travel as lines of JSON, never as pickles. Anything the function prints goes to 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,12 +18,11 @@ from threading import Thread
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
+from posttrain.guard import signal_at_parents_death
 from posttrain.rewards.calling import CallResult, call
 
 START_SECONDS = 120.0
 """Time to import the function's module, which may import a large library."""
-_KILL_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of Linux's prctl."""
 
 
 class Worker:
@@ -138,8 +136,7 @@ def _ending(status: int) -> str:
 
 def serve(path: str) -> None:
     """Run in the worker process: import the function, then answer line by line until the parent closes the pipe."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    signal_at_parents_death(signal.SIGKILL)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

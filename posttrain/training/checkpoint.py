@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import CheckpointError
+from posttrain.files import replace, sync
 
 
 class Checkpoints:
@@ -54,10 +54,8 @@ class Checkpoints:
             manifest = {"step": step, "sha256": _sha256(partial / "state.pt")}
             (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
             for path in (partial / "state.pt", partial / "manifest.json", partial):
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            _fsync(self.folder)
+                sync(path)
+            replace(partial, final)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0.0
@@ -114,11 +112,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -98,6 +98,9 @@ PLUMBING = (
     "pipelines/runtime",
     "posttrain/__init__.py",
     "posttrain/errors.py",
+    "posttrain/files.py",
+    "posttrain/guard.py",
+    "posttrain/network.py",
 )
 
 

@@ -20,9 +20,9 @@ from posttrain.errors import StaleWeightsError
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import tiny_model
+from posttrain.network import free_port
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.rollouts.vllm.local import _free_port
 from posttrain.rollouts.vllm.probe import Tolerance
 from posttrain.rollouts.vllm.server import server_seed
 from tests.models import small
@@ -199,7 +199,7 @@ def test_two_processes_sample_their_shares_from_servers_that_one_of_them_keeps_u
     peer = start().peers[0]
     command = [sys.executable, "-m", "tests.rollouts.two_processes", peer.url, str(tmp_path / "shared")]
     together = os.environ | {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root),
     }  # fmt: skip
     processes = [

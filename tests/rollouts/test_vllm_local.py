@@ -14,7 +14,7 @@ import pytest
 
 from posttrain.errors import RolloutError
 from posttrain.rollouts.engine import Request, SamplingSettings
-from posttrain.rollouts.vllm import VllmEngine, leash
+from posttrain.rollouts.vllm import VllmEngine
 from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from tests.models import small
@@ -53,7 +53,7 @@ def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
 
 
 def started(engine: VllmEngine) -> list[psutil.Process]:
-    """The leash and all that runs under it."""
+    """The guard and all that runs under it."""
     (server,) = engine.fleet.servers
     assert isinstance(server, LocalServer)
     assert server._process is not None
@@ -65,7 +65,7 @@ def test_a_killed_server_is_started_again_and_none_is_left_behind(
 ) -> None:
     answers = engine.sample(REQUESTS, SETTINGS)
     first = started(engine)
-    # the leash, the server, and the server's own child
+    # the guard, the server, and the server's own child
     assert len(first) == 3
     (serving,) = [p for p in first if any("peer.py" in part for part in p.cmdline())]
     serving.kill()
@@ -96,16 +96,17 @@ def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
 
 
 PARENT = """
-import os, subprocess, sys, time
+import subprocess, time
+from posttrain.guard import guarded_group
 command = "sleep 1000 & echo $! > grandchild; sleep 1000"
-subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid()), "sh", "-c", command], start_new_session=True)
+subprocess.Popen(guarded_group(["sh", "-c", command]), start_new_session=True)
 time.sleep(1000)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_whole_group_ends_with_the_process_that_asked_for_it(tmp_path: Path, number: int) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, leash.__file__], cwd=tmp_path)
+def test_the_whole_group_ends_with_the_process_that_asked_for_it(root: Path, tmp_path: Path, number: int) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
     grandchild = tmp_path / "grandchild"
     wait_for(lambda: grandchild.exists() and grandchild.read_text().strip())
     process = psutil.Process(int(grandchild.read_text()))

@@ -122,7 +122,7 @@ def test_grpo_goes_on_through_the_death_of_its_server(server: LocalServer, tmp_p
         pids.append(server._process.pid)  # type: ignore[union-attr]
     assert pids[0] == pids[1] != pids[2]
     last = family(pids[2])
-    # the leash, the API server, its engine core and worker
+    # the guard, the API server, its engine core and worker
     assert len(last) >= 4
     sampler.close()
     assert gone(last)

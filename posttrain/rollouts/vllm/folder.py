@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import RolloutError
+from posttrain.files import replace
 
 
 def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -34,8 +34,7 @@ def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
     try:
         lm.save_pretrained(partial, state_dict=weights, max_shard_size="1000TB")
         _untie(partial / "config.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        replace(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RolloutError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,8 @@ from threading import Event
 from tqdm import tqdm
 
 from posttrain.errors import RolloutError, ServerError
-from posttrain.rollouts.vllm import leash
+from posttrain.guard import GROUP_GRACE_SECONDS, guarded_group
+from posttrain.network import free_port
 from posttrain.rollouts.vllm.server import REQUEST_SECONDS, VllmServer
 
 START_SECONDS, POLL_SECONDS = 900.0, 0.5
@@ -69,7 +69,7 @@ class LocalServer(VllmServer):
     """A server that starts with the first weights it gets. Its process group ends with this process, however that ends."""
 
     def __init__(self, launch: Launch, log: Path, request_seconds: float = REQUEST_SECONDS) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", request_seconds)
         self.launch, self.log = launch, log
         self._process: subprocess.Popen[bytes] | None = None
@@ -99,7 +99,7 @@ class LocalServer(VllmServer):
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", leash.__file__, str(os.getpid()), *self.launch.command(folder, self.port)],
+                guarded_group(self.launch.command(folder, self.port)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -138,18 +138,11 @@ class LocalServer(VllmServer):
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop the whole process group through the leash, and wait until it has ended."""
+    """Stop the whole process group through its guard, and wait until it has ended."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(2 * leash.GRACE_SECONDS)
+            process.wait(2 * GROUP_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tasks.guard import guarded
+from posttrain.guard import guarded
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -72,10 +72,10 @@ def test_the_group_ends_when_the_parent_is_killed(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     parent = f"""
 import subprocess, sys, time
-from tasks.guard import guarded
+from posttrain.guard import guarded
 subprocess.Popen(guarded([sys.executable, "-c", {STUBBORN!r}, {str(ready)!r}], grace_seconds=0.2)).wait()
 """
-    holder = subprocess.Popen([sys.executable, "-c", parent], cwd=Path(__file__).parents[2])
+    holder = subprocess.Popen([sys.executable, "-c", parent], cwd=Path(__file__).parents[1])
     pids = pids_in(ready, 2)
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

@@ -1,0 +1,48 @@
+"""Writes that a crash leaves whole: the old content or the new one, never a mixture.
+
+Example:
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_atomic(Path(folder, "note.txt"), b"new")
+    ...     Path(folder, "note.txt").read_text()
+    'new'
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the content of a file; its folder is made. Both are on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    replace(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name under which this process writes `path` before it replaces it."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def replace(partial: Path, final: Path) -> None:
+    """Give a complete file or folder its final name, in place of what was there, and sync the parent folder."""
+    if partial.is_dir() and final.is_dir():
+        shutil.rmtree(final)  # rename(2) refuses to replace a folder that is not empty
+    os.replace(partial, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a folder's list of names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""Ports and servers of this machine.
+
+Example:
+    >>> 0 < free_port() < 65536
+    True
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+
+HOST = "127.0.0.1"
+
+
+def free_port(port: int = 0) -> int:
+    """Return `port` if nobody listens there, or any free port for 0. Raises OSError if it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((HOST, port))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Return True if a server answers the URL with success within two seconds."""
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except (urllib.error.URLError, OSError, HTTPException):
+        return False
+    return True
+
+
+def wait_until(
+    condition: Callable[[], bool], alive: Callable[[], bool], seconds: float, poll_seconds: float = 0.1
+) -> bool:
+    """Wait until a condition holds. Return False if the process that should bring it about ended, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if not alive() or time.monotonic() > deadline:
+            return False
+        time.sleep(poll_seconds)
+    return True
