@@ -22,6 +22,7 @@ from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipelines.config.schema import RewardSource as RewardSection
     from posttrain.evaluation.answers import EvaluatedAnswer
     from posttrain.evaluation.statistics import Resampling
 
@@ -34,6 +35,7 @@ def run(run: Run) -> None:
     answers = asked.answers()
     write_predictions(run.outputs.artifact("predictions.parquet"), answers)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
+    results |= answers_not_found(answers, run.context.params.rewards[params.accuracy])
     results["preference/accuracy"] = asked.preference_accuracy()
     run.recorder.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
@@ -72,6 +74,17 @@ def summary(
         "entropy": float(np.mean([a.entropy for a in sampled])),
         "tokens/sampled": float(sum(a.tokens for a in answers)),
     }
+
+
+def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardSection) -> dict[str, float]:
+    """Return the share of answers, greedy and sampled, in which the judge found nothing to compare; they count as wrong."""
+    from posttrain.rewards.extraction import extracted
+
+    if judge.function != "answer":
+        return {}
+    options = {name: judge.arguments[name] for name in ("extract", "kind") if name in judge.arguments}
+    missing = sum(extracted(answer.text, **options) is None for answer in answers)
+    return {"answers/not_found": missing / len(answers)}
 
 
 def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.config.params import Params
 from pipelines.config.schema import EvaluationParams
-from pipelines.data.tables import FOLDER, Row, Table, read_rows, write_rows
+from pipelines.data.tables import FOLDER, Row, Table, read_changes, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import ConfigError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
 
 MODEL = Path("models/base")
+SAMPLES = 2
+"""Rows of each table whose trained tokens the page shows."""
 VALID, QUARANTINE = Path("data/valid"), Path("data/quarantine")
 TABLES: tuple[Table, ...] = get_args(Table)
 
@@ -37,6 +39,7 @@ def run(run: Run) -> None:
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
 
     from pipelines.validation.check import check
+    from pipelines.validation.masks import samples
     from pipelines.validation.messages import refuse, summary
     from pipelines.validation.report import page
     from pipelines.validation.suites import Limits, Validator
@@ -46,7 +49,8 @@ def run(run: Run) -> None:
     validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
     report = run.outputs.artifact("validation.html")
-    report.write_text(page(outcome, params.max_shown_rows), encoding="utf-8")
+    shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES)
+    report.write_text(page(outcome, params.max_shown_rows, read_changes(FOLDER), shown), encoding="utf-8")
     numbers = summary(outcome)
     run.recorder.summary(numbers)
     refuse(outcome, params.max_shown_rows, report)
@@ -87,7 +91,8 @@ class TokenLengths:
 def numeric_answer(params: Params) -> bool:
     """Whether accuracy is the reward that compares numbers."""
     evaluation: EvaluationParams = params.evaluation
-    return params.rewards[evaluation.accuracy].function == "answer"
+    judge = params.rewards[evaluation.accuracy]
+    return judge.function == "answer" and judge.arguments.get("kind", "number") == "number"
 
 
 def base_encoder() -> TextEncoder:

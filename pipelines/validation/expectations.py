@@ -25,6 +25,7 @@ from great_expectations.expectations.metrics.table_metric_provider import TableM
 
 from posttrain.environments.arithmetic import answer_value
 from posttrain.environments.expressions import expression_value
+from posttrain.rewards.extraction import gold_answers, gold_value
 
 
 class NotBlank(ColumnMapMetricProvider):
@@ -62,7 +63,12 @@ class IsNumber(ColumnMapMetricProvider):
 
     @column_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
-        return column.fillna("").map(lambda text: answer_value(text) is not None).astype(bool)
+        return column.fillna("").map(_is_number).astype(bool)
+
+
+def _is_number(gold: str) -> bool:
+    """Return True if one of the accepted answers is a number."""
+    return any(gold_value(answer) is not None for answer in gold_answers(gold))
 
 
 class ExpectColumnValuesToBeNumbers(ColumnMapExpectation):

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from pipelines.validation.check import Outcome, Verdict
+from pipelines.validation.masks import Part
 from pipelines.validation.messages import by_rule, examples
 
+Sample = tuple[str, Sequence[Part]]
+"""A row's label and the parts of its text."""
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8dee4;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:13px;overflow-wrap:anywhere}
+mark{background:#aceebb}
 .passed{color:#1a7f37}.failed{color:#9a6700}.stop,.errored{color:#cf222e;font-weight:600}
 """
 
 
-def page(outcome: Outcome, shown: int) -> str:
-    """The whole page."""
+def page(
+    outcome: Outcome,
+    shown: int,
+    changes: Mapping[str, Mapping[str, int]] | None = None,
+    samples: Sequence[Sample] = (),
+) -> str:
+    """Return the whole page. changes: what ingest left out, by table; samples: rows with their trained tokens."""
     verdict = "Refused" if outcome.stops else "Accepted"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validation: {verdict}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>Validation: {verdict}</h1>{_tables(outcome)}{_rules(outcome, shown)}</body></html>\n"
+        f"<body><h1>Validation: {verdict}</h1>{_tables(outcome)}{_changes(changes or {})}{_rules(outcome, shown)}{_samples(samples)}"
+        "</body></html>\n"
     )
+
+
+def _changes(changes: Mapping[str, Mapping[str, int]]) -> str:
+    rows = [_cells([table, name, count]) for table, counts in changes.items() for name, count in counts.items()]
+    if not rows:
+        return ""
+    return f"<h2>Left out or changed by ingest</h2><table><tr><th>table<th>what<th>count</tr>{''.join(rows)}</table>"
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    texts = "".join(
+        f"<p>{escape(label)}<br><code>{''.join(_part(text, trained) for text, _, trained in parts)}</code></p>"
+        for label, parts in samples
+    )
+    return f"<h2>Trained tokens</h2><p>Only <mark>marked</mark> text carries loss.</p>{texts}"
+
+
+def _part(text: str, trained: bool) -> str:
+    shown = escape(text).replace("\n", "\u23ce<br>")
+    return f"<mark>{shown}</mark>" if trained else shown
 
 
 def _tables(outcome: Outcome) -> str:

@@ -16,17 +16,35 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.environments.arithmetic import answers_equal, final_answer
 from posttrain.environments.stories import mentions as word_is_mentioned
 from posttrain.errors import ConfigError
 from posttrain.rewards.calling import RewardFunction
+from posttrain.rewards.extraction import EXTRACTS, AnswerKind, Extract, equal, extracted
+from posttrain.rewards.extraction import KINDS as ANSWER_KINDS
 from posttrain.rewards.mathematics import math
 from posttrain.text import nearest
 
 
-def answer(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """Return 1 if the completion's final answer equals the gold answer as a number (as text if neither is a number), else 0."""
-    return [float(_matches(completion, gold)) for completion, gold in zip(completions, answer, strict=True)]
+def answer(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    answer: Sequence[str],
+    extract: Extract = "flexible",
+    kind: AnswerKind = "number",
+    **_: Any,
+) -> list[float | None]:
+    """Return 1 if the completion's answer equals the gold answer, else 0, also if none was found.
+
+    extract: strict takes only what follows a marker such as `####` or "the answer is"; flexible else takes the last number.
+    kind: number, choice (a letter) or text.
+    """
+    if extract not in EXTRACTS or kind not in ANSWER_KINDS:
+        raise ConfigError(
+            f"the reward `answer`: extract {extract!r}, kind {kind!r}; extract is one of {', '.join(EXTRACTS)}, kind one of"
+            f" {', '.join(ANSWER_KINDS)}"
+        )
+    found = [extracted(completion, extract, kind) for completion in completions]
+    return [float(said is not None and equal(said, gold, kind)) for said, gold in zip(found, answer, strict=True)]
 
 
 def mentions(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
@@ -51,11 +69,6 @@ def format(prompts: Sequence[Any], completions: Sequence[str], pattern: str, **_
     """Return 1 if `pattern` matches the whole completion, else 0."""
     compiled = re.compile(pattern, re.DOTALL)
     return [float(compiled.fullmatch(completion) is not None) for completion in completions]
-
-
-def _matches(completion: str, gold: str) -> bool:
-    found = final_answer(completion)
-    return found is not None and answers_equal(found, gold)
 
 
 BUILT_IN: dict[str, RewardFunction] = {

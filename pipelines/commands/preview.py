@@ -1,0 +1,65 @@
+"""Show which tokens of a table's row are trained.
+
+    python -m pipelines.commands.preview TABLE ROW
+
+TABLE: sft, preferences, preferences_heldout, problems or evaluation. ROW: its id. Trained tokens are green and underlined in a
+terminal, and in [[brackets]] elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import get_args
+
+from pipelines.data.tables import FOLDER, Table, read_rows
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
+from posttrain.errors import ConfigError, PosttrainError
+
+_GREEN, _PLAIN = "\033[4;32m", "\033[0m"
+
+
+def preview(table: Table, row_id: int, colour: bool) -> str:
+    """Return the row's text with its trained tokens marked. Raises ConfigError if there is no such row."""
+    from pipelines.validate import base_encoder
+    from pipelines.validation.masks import trained_parts
+
+    rows = read_rows(FOLDER / f"{table}.parquet")
+    row = next((row for row in rows if row["id"] == row_id), None)
+    if row is None:
+        ids = sorted(row["id"] for row in rows)
+        raise ConfigError(f"table {table} has no row {row_id}; its ids go from {ids[0]} to {ids[-1]}")
+    encoder, lines = base_encoder(), []
+    for name, parts in trained_parts(encoder, table, row).items():
+        count = sum(tokens for _, tokens, trained in parts if trained)
+        lines.append(f"{table} {row_id}, {name}: {count} of {sum(tokens for _, tokens, _ in parts)} tokens are trained")
+        lines.append("".join(_marked(text, colour) if trained else text for text, _, trained in parts))
+    return "\n".join(lines)
+
+
+def _marked(text: str, colour: bool) -> str:
+    return f"{_GREEN}{text}{_PLAIN}" if colour else f"[[{text}]]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.commands.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", choices=get_args(Table))
+    parser.add_argument("row", type=int, help="the row's id")
+    args = parser.parse_args(argv)
+    environment.quiet()
+    os.chdir(environment.root())
+    try:
+        print(preview(args.table, args.row, sys.stdout.isatty()))
+    except PosttrainError as error:
+        return report_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
