@@ -13,6 +13,7 @@ from typing import Any
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
 from flows.workspace import refuse_second_flow
+from pipelines.runtime.machine import require_stage_guard
 from pipelines.runtime.redaction import redact, report_error
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import say
@@ -60,6 +61,7 @@ def main(
     for number in NUMBERS:
         signal.signal(number, raise_interrupt)
     try:
+        require_stage_guard()
         if not any((options.root / name).exists() for name in (".dvc", "params.yaml")):
             raise OrchestrationError(
                 f"{options.root.absolute()} is no project: --root names the folder that holds params.yaml"

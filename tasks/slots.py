@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Event
 
 from pipelines.runtime.launch import configuration, processes
+from pipelines.runtime.machine import available_cores
 from posttrain.errors import Interrupted, OrchestrationError
 
 MEMORY_PER_SLOT_BYTES = 2 << 30
@@ -165,7 +166,7 @@ def _asked(environ: Mapping[str, str]) -> int | None:
 
 def _cpu_slots() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // MEMORY_PER_SLOT_BYTES))
+    return max(1, min(available_cores(), memory // MEMORY_PER_SLOT_BYTES))
 
 
 def _nvidia_smi() -> str:

@@ -36,7 +36,10 @@ def read_file(path: Path) -> list[Record]:
     if reader is None:
         raise DataError(f"{path}: cannot read files that end in {kind or 'nothing'!r}{nearest(kind, READERS)}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Local sources are paths from the project's root; check the spelling.")
+        raise DataError(
+            f"{path}: no such file. Local sources are paths from the project's root; check the spelling."
+            " The data of examples/*.yaml are not part of the project: docs/examples.md lists where to download them."
+        )
     records = reader(path)
     if not records:
         raise DataError(f"{path}: has no records; give a source with at least one")

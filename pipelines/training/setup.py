@@ -19,6 +19,7 @@ from pipelines.config.schema import (
 )
 from pipelines.data.tables import read_rows
 from pipelines.runtime.context import FAULTS, RunContext
+from pipelines.runtime.machine import available_cores, peak_resident_mib
 from pipelines.runtime.outputs import RunOutputs
 from pipelines.runtime.run import Run
 from posttrain.errors import ConfigError, DataError
@@ -120,7 +121,7 @@ def _threads(start: Path) -> int:
 
     if count_parameters(start) < THREADS_FROM_PARAMETERS:
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
@@ -236,13 +237,11 @@ def announce(context: RunContext, text: str) -> None:
 
 def peak_memory_mib() -> float:
     """Most memory that this process has held: on the GPU where there is one, else resident."""
-    import resource
-
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident_mib()
 
 
 def model_card(context: RunContext, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
