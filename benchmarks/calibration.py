@@ -127,7 +127,9 @@ def aligned(spec: Any, lm: Any, encoder: TextEncoder, size: Size, seed: int) -> 
         Accelerator(),
     )
     objective = OnPolicyObjective(spec, NEW_TOKENS, 1.0)
-    source = ExperienceSource(spec, policy, reference, sampler, objective, micro_batch_tokens=BUDGET, measure_kl_every=0)
+    source = ExperienceSource(
+        spec, policy, reference, sampler, objective, micro_batch_tokens=BUDGET, measure_kl_every=0
+    )
     updates = size.steps * spec.minibatches * spec.epochs
     trainer: Trainer[Any] = Trainer(
         policy, OptimizerSettings(size.learning_rate), total_steps=updates, micro_batch_tokens=BUDGET

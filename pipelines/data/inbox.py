@@ -90,15 +90,6 @@ def location(project: Path) -> str:
     return os.environ.get("POSTTRAIN_INBOX") or str(project / "inbox")
 
 
-def open_inbox(where: str, *, required: bool = False) -> Inbox:
-    """Open a folder or a store. `required` refuses a folder that is not there, which a misspelt setting looks like."""
-    if "://" in where and not where.startswith("file://"):
-        return StoreInbox(where)
-    from pipelines.data.inbox_folder import FolderInbox
-
-    return FolderInbox(Path(where.removeprefix("file://")).expanduser(), required=required)
-
-
 def waits(name: str) -> bool:
     """Return True if a path inside the inbox is neither hidden, nor quarantined, nor still being written."""
     parts = PurePosixPath(name).parts

@@ -159,7 +159,7 @@ def save_model(
     _remove(partial)
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
-    if ends and model.generation_config is not None:
+    if ends and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     try:
         model.save_pretrained(partial)

@@ -46,11 +46,10 @@ def checked(root: Path) -> Checked:
     """Rows through all rules, under the default policies but for those given."""
     rules = load_params(root / "params.yaml").validation.rules
 
-    def run(tables: Tables, limits: Limits = LIMITS, docs: Path | None = None, **policies: str) -> Outcome:
+    def run(tables: Tables, limits: Limits = LIMITS, **policies: str) -> Outcome:
         changed = RuleParams.model_validate(rules.model_dump() | policies)
-        validator = Validator(docs)
+        validator = Validator()
         outcome = check(tables, changed, limits, Characters(), validator)
-        validator.write_docs()
         return outcome
 
     return run
