@@ -11,7 +11,7 @@ import posttrain
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITHOUT_EXAMPLE = {
-    "posttrain.rollouts.vllm.leash": "is a script that ends its process group",
+    "posttrain.guard": "ends the process or its group",
     "posttrain.models.allocator": "changes the memory allocator of the process",
     "posttrain.models.compiled": "needs a C++ compiler",
 }
