@@ -1,4 +1,10 @@
-"""Token ids of a rendered conversation, and the weight of each token in the loss."""
+"""Token ids of a rendered conversation, and the weight of each token in the loss.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> len(continuation_ids(byte_tokenizer(64), "42"))
+    2
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,12 @@
 A turn's text is found by rendering the conversation up to it (prefix rendering). Templates that render history differently, e.g.
 without its reasoning, are asked with two stand-ins for the turn's content: what changes is the content. `{% generation %}` marks
 are used if both fail, or if only they are asked for. A row for which nothing is exact is refused.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> text = ChatTemplate(byte_tokenizer(64)).render([{"role": "user", "content": "hi"}], generate=True)
+    >>> text.endswith("assistant\\n"), "hi" in text
+    (True, True)
 """
 
 from __future__ import annotations

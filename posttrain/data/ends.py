@@ -1,4 +1,11 @@
-"""The one set of tokens that end an answer: what sampling stops at, training teaches, evaluation counts and folders save."""
+"""The one set of tokens that end an answer: what sampling stops at, training teaches, evaluation counts and folders save.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> tokenizer = byte_tokenizer(64)
+    >>> next(iter(end_tokens(tokenizer))) == tokenizer.eos_token_id == template_end(tokenizer)
+    True
+"""
 
 from __future__ import annotations
 

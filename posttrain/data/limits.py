@@ -1,4 +1,10 @@
-"""Bound the time and memory of code that comes with a model, such as its chat template."""
+"""Bound the time and memory of code that comes with a model, such as its chat template.
+
+Example:
+    >>> with bounded(seconds=60):
+    ...     print(1 + 1)
+    2
+"""
 
 from __future__ import annotations
 

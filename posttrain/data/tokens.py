@@ -4,7 +4,7 @@ Example:
     >>> from posttrain.models.tiny import byte_tokenizer
     >>> encoder = TextEncoder(byte_tokenizer(max_length=64), max_length=64)
     >>> tokens = encoder.pair("1+1=", "2")
-    >>> len(tokens.prompt), len(tokens.response), tokens.response[-1] == encoder.ends, encoder.text(tokens.response)
+    >>> len(tokens.prompt), len(tokens.response), tokens.response[-1] in encoder.ends, encoder.text(tokens.response)
     (4, 2, True, '2')
 """
 

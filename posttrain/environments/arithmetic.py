@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
+from posttrain.environments.base import Environment
 from posttrain.environments.numbers import NUMBER, parse_number
 from posttrain.environments.parts import Kind, Row, distinct
 
@@ -99,6 +100,12 @@ def answers_equal(answer: str, gold: str) -> bool:
     return value is not None and value == answer_value(gold)
 
 
+def judge(completion: str, answer: str) -> float:
+    """Return 1 if the completion's final answer equals the gold answer, else 0."""
+    found = final_answer(completion)
+    return float(found is not None and answers_equal(found, answer))
+
+
 def answer_value(answer: str) -> Fraction | None:
     """Return the value of an answer that is a number, bare or after a `#` marker; else None."""
     marked = final_answer(answer) if "#" in answer else answer
@@ -142,3 +149,6 @@ def _draws(rng: random.Random, terms: int, max_term: int, count: int) -> Iterato
         candidates = (tuple(rng.randint(1, max_term) for _ in range(terms)) for _ in range(100 * count + 1000))
     width = len(str(max_term))
     return (numbers for numbers in candidates if carried_columns(numbers, width))
+
+
+ENVIRONMENT = Environment("arithmetic", rows, judge)

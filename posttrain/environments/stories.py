@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from posttrain.environments.base import Environment
 from posttrain.environments.parts import Kind, Row, distinct
 
 _MEETINGS = (
@@ -63,6 +64,11 @@ def mentions(completion: str, word: str) -> bool:
     return bool(asked) and re.search(rf"(?<!\w){re.escape(asked)}(?!\w)", completion, re.IGNORECASE) is not None
 
 
+def judge(completion: str, answer: str) -> float:
+    """Return 1 if the completion mentions the word, else 0."""
+    return float(mentions(completion, answer))
+
+
 def _row(kind: Kind, word: str, opening: str, rng: random.Random, careless: float) -> Row:
     asked = prompt(word, opening)
     other = rng.choice([o for o in _INSTEAD if not mentions(o, word)])
@@ -87,3 +93,6 @@ def _careless(word: str, other: str, rng: random.Random) -> str:
     sentences = _story(other, rng).split(". ")
     kept = ". ".join(sentence for sentence in sentences if not mentions(sentence, word))
     return kept or next(end for end in ("The end.", "And so on.") if not mentions(end, word))
+
+
+ENVIRONMENT = Environment("stories", rows, judge)

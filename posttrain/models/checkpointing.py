@@ -1,4 +1,12 @@
-"""Activation checkpointing: each layer keeps only its input, and the backward pass computes the rest a second time."""
+"""Activation checkpointing: each layer keeps only its input, and the backward pass computes the rest a second time.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=2, heads=2, kv_heads=1), seed=0)
+    >>> recompute_layers(model)
+    >>> len(recomputed_layers(model))
+    2
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""Load, check and write model folders: safetensors weights, configuration and tokenizer as `from_pretrained` reads them."""
+"""Load, check and write model folders: safetensors weights, configuration and tokenizer as `from_pretrained` reads them.
+
+Example:
+    >>> import tempfile
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> folder = Path(tempfile.mkdtemp()) / "model"
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> save_model(model, tokenizer, folder, card="# A tiny model")
+    >>> count_parameters(folder) == sum(p.numel() for p in load_policy(folder).parameters())
+    True
+"""
 
 from __future__ import annotations
 
@@ -79,7 +89,7 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     """
     refuse_other_heads(load_config(source), source)
     model = load_whole(AutoModelForCausalLM, source)
-    _check_logits(model, source)
+    check_logits(model, source)
     return model
 
 
@@ -177,7 +187,7 @@ def save_model(
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, source: str | Path) -> None:
+def check_logits(model: PreTrainedModel, source: str | Path) -> None:
     """Raise ModelError unless the logits are the head's output for the trunk's last hidden states.
 
     Log-probabilities here are fused with the head. If a model scales, caps or transforms its logits (Gemma 2, Cohere, Granite, Falcon-H1

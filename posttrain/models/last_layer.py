@@ -3,6 +3,12 @@
 Queries, the attention's output projection and the feed-forward network treat each token independently, so they are skipped for tokens
 that nothing reads. For a long prompt that is most of a layer; for a reward model, which reads one token a row, nearly all of it.
 The result is exact.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=2, heads=2, kv_heads=1), seed=0)
+    >>> may_be_narrow(model) is layers_of(model)[1]
+    True
 """
 
 from __future__ import annotations

@@ -2,6 +2,15 @@
 
 Padded rows are used instead if a model does not accept attention functions, or mixes tokens in other ways (convolutions, state spaces,
 sliding windows shorter than a row). `prepare` finds out with a trial.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> prepare(model)
+    True
+    >>> batch = collate(PROBE)
+    >>> hidden_states(model, batch, packs=True, reads=batch.predicting()).shape
+    torch.Size([11, 16])
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Find out by trying up to which length of row a faster way of computing agrees with the model's own: windows end it."""
+"""Find out by trying up to which length of row a faster way of computing agrees with the model's own: windows end it.
+
+Example:
+    >>> probe_ids(4, vocabulary=300)
+    (3, 7, 13, 21)
+"""
 
 from __future__ import annotations
 

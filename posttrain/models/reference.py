@@ -1,4 +1,15 @@
-"""Log-probabilities of a frozen model, cached on disk and shared by all runs with the same model and tokens."""
+"""Log-probabilities of a frozen model, cached on disk and shared by all runs with the same model and tokens.
+
+Example:
+    >>> import tempfile
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> cache = ReferenceCache(Path(tempfile.mkdtemp()), model="tiny-0")
+    >>> first = cache.logprobs(Policy(model), [Tokens((5,), (6, 7))], micro_batch_tokens=64)
+    >>> again = cache.logprobs(Policy(model), [Tokens((5,), (6, 7))], micro_batch_tokens=64)
+    >>> bool((first[0] == again[0]).all()), len(list(cache.folder.iterdir()))
+    (True, 1)
+"""
 
 from __future__ import annotations
 

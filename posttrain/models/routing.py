@@ -1,6 +1,15 @@
 """Record which experts a mixture-of-experts model chooses for each token, from its routers during the forward pass.
 
 Recording costs an entropy and a sort per router. It costs nothing for a dense model, which has no routers.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> shape = TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, experts=4)
+    >>> model, _ = tiny_model(shape, seed=0)
+    >>> with reading(routers_of(model)) as read:
+    ...     _ = model(torch.tensor([[5, 6, 7]]))
+    >>> read.logits[0].shape, read.chosen[0].shape
+    (torch.Size([3, 4]), torch.Size([3, 2]))
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Load reward models and critics: a trunk with one scalar head, also for architectures that transformers gives none."""
+"""Load reward models and critics: a trunk with one scalar head, also for architectures that transformers gives none.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> scoring_pad(byte_tokenizer(64))
+    '<|endoftext|>'
+"""
 
 from __future__ import annotations
 

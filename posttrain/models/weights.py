@@ -1,4 +1,12 @@
-"""Load every weight of a model or refuse the folder: nothing that a folder lacks may stay random."""
+"""Load every weight of a model or refuse the folder: nothing that a folder lacks may stay random.
+
+Example:
+    >>> try:
+    ...     check_folder("models/none")
+    ... except ModelError as error:
+    ...     print(error)
+    no model folder at models/none; check the path, or run the stage that writes it
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The loop of all training steps: take a step's batches, update on each, record, checkpoint, stop cleanly."""
+"""The loop of all training steps: take a step's batches, update on each, record, checkpoint, stop cleanly.
+
+Example:
+    Metrics of several updates of one step are merged by name:
+
+    >>> _mean_of([{"loss": 1.0, "ratio/max": 2.0}, {"loss": 3.0, "ratio/max": 1.0}])
+    {'loss': 2.0, 'ratio/max': 2.0}
+"""
 
 from __future__ import annotations
 
@@ -78,13 +85,13 @@ def fit(
     objective: Objective[Row],
     settings: LoopSettings,
     recorder: Recorder,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None = None,
     hook: StepHook | None = None,
     faults: Faults | None = None,
 ) -> dict[str, float]:
     """Train to the end, resuming from the newest complete checkpoint. Return the latest value of every metric.
 
-    Without `faults` no fault may be skipped and none is saved.
+    Without `checkpoints` the run cannot be resumed. Without `faults` no fault may be skipped and none is saved.
 
     Raises:
         Interrupted: the recorder reports that a signal asked the run to stop; a checkpoint has been written.
@@ -115,7 +122,7 @@ def fit(
             # each process has its own clock and signals, but all must write a checkpoint together
             stop = any_rank(trainer.accelerator, recorder.stop_requested()) and step < settings.steps
             due = any_rank(trainer.accelerator, due)
-            if (due and step < settings.steps) or stop:
+            if checkpoints is not None and ((due and step < settings.steps) or stop):
                 checkpoints.save(step, _state(trainer, source, last, faults))
                 saved_at = time.monotonic()
             if stop:
@@ -214,9 +221,16 @@ def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _resume(
-    trainer: Trainer[Row], source: BatchSource[Row], recorder: Recorder, checkpoints: Checkpoints, faults: Faults | None
+    trainer: Trainer[Row],
+    source: BatchSource[Row],
+    recorder: Recorder,
+    checkpoints: Checkpoints | None,
+    faults: Faults | None,
 ) -> tuple[int, dict[str, float]]:
     """Return the step to resume after, and the latest metrics until then."""
+    if checkpoints is None:
+        recorder.truncate_after(0)
+        return 0, {}
     found = checkpoints.latest()
     newest = 0 if found is None else found[0]
     if any_rank(trainer.accelerator, newest != all_reduce_max(trainer.accelerator, newest)):

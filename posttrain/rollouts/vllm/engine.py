@@ -1,4 +1,12 @@
-"""The engine: before sampling, every server loads the policy's weights if they have changed, and a probe verifies them."""
+"""The engine: before sampling, every server loads the policy's weights if they have changed, and a probe verifies them.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> engine = VllmEngine(model, tokenizer.eos_token_id, [], version=lambda: 3, folder=Path("served"), probes=[])
+    >>> engine.weights.name
+    'weights-3'
+"""
 
 from __future__ import annotations
 

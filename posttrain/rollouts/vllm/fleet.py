@@ -1,4 +1,11 @@
-"""Several servers in turn. If one is lost, the others take over; if all are lost, wait a limited time for one to come back."""
+"""Several servers in turn. If one is lost, the others take over; if all are lost, wait a limited time for one to come back.
+
+Example:
+    >>> fleet = Fleet([VllmServer("http://127.0.0.1:8001")], ready=lambda server: None, patience_seconds=0)
+    >>> fleet.prepare()
+    >>> fleet.run([lambda server: server.url] * 2)
+    ['http://127.0.0.1:8001', 'http://127.0.0.1:8001']
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The folder that servers load: the policy's weights at one version, complete or absent."""
+"""The folder that servers load: the policy's weights at one version, complete or absent.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> head_name(model), plain_state(model, torch.bfloat16)["lm_head.weight"].dtype
+    ('lm_head.weight', torch.bfloat16)
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,226 @@
+"""Train a model with one call: `train(model, "grpo", prompts, reward=…)`, `train(model, "dpo", pairs)`, `train(model, "sft", rows)`.
+
+Example:
+    Imitation lowers the loss of the row that it imitates:
+
+    >>> from posttrain.api import tiny
+    >>> model = tiny(seed=0, hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1)
+    >>> history = train(
+    ...     model, "sft", [{"prompt": "1+1=", "completion": "2"}], steps=3, learning_rate=0.01, batch_size=1
+    ... )
+    >>> history[2]["loss"] < history[0]["loss"]
+    True
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain.algorithms import Algorithm, LoggedGroups, OnPolicy, Preference, choose
+from posttrain.api import Model
+from posttrain.data.batches import EpochOrder
+from posttrain.data.tokens import Tokens, table_tokens
+from posttrain.errors import ConfigError, DataError
+from posttrain.models.folders import check_logits
+from posttrain.models.inference import token_logprobs
+from posttrain.models.policy import Policy
+from posttrain.rewards.calling import RewardFunction
+from posttrain.rewards.functions import find_function
+from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.engine import SamplingSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.native import NativeEngine
+from posttrain.training.experience import Demonstrations, ExperienceSource
+from posttrain.training.history import History
+from posttrain.training.loop import LoopSettings, fit
+from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.preference import (
+    Answer,
+    AnswerGroup,
+    LoggedGroupsObjective,
+    PreferenceObjective,
+    PreferencePair,
+)
+from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
+from posttrain.training.trainer import OptimizerSettings, Trainer
+
+if TYPE_CHECKING:
+    from posttrain.training.checkpoint import Checkpoints
+    from posttrain.training.loop import Recorder
+
+Table = Sequence[Mapping[str, Any]]
+Reward = RewardFunction | str | Mapping[str, RewardFunction | str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of `train` that do not depend on the algorithm."""
+
+    model: Model
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    micro_batch_tokens: int
+    history: History
+    checkpoints: Checkpoints | None
+
+    def trainer(self, policy: Policy, updates: int) -> Trainer[Any]:
+        settings = OptimizerSettings(self.learning_rate)
+        return Trainer(policy, settings, total_steps=updates, micro_batch_tokens=self.micro_batch_tokens)
+
+    def fit(self, trainer: Trainer[Any], source: Any, objective: Any, shown: str) -> None:
+        settings = LoopSettings("training", self.steps, (shown,))
+        fit(trainer, source, objective, settings, self.history, self.checkpoints)
+
+    def epochs(self, rows: Sequence[Any]) -> EpochSource[Any]:
+        return EpochSource(rows, EpochOrder(len(rows), self.batch_size, 1, self.seed))
+
+
+def train(
+    model: Model,
+    algorithm: str | Algorithm,
+    rows: Sequence[Mapping[str, Any] | str],
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    reward: Reward | None = None,
+    samples: int = 8,
+    max_new_tokens: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    micro_batch_tokens: int = 16_384,
+    threads: int | None = None,
+    demonstrations: Table = (),
+    recorder: Recorder | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place and return the metrics of every step.
+
+    Args:
+        algorithm: a preset's name, a spec such as `replace(GRPO, …)`, or "sft".
+        rows: prompts, or rows with `prompt` and further columns for the reward (on-policy); `prompt`, `chosen`, `rejected` and optional
+            scores (preferences); `prompt`, `completion` (sft).
+        batch_size: prompts, pairs or rows per step.
+        reward: a function `f(prompts, completions, **columns) -> list of numbers or None`, a built-in's name, or several by name, whose
+            sum is used.
+        samples: answers per prompt of an on-policy step.
+        threads: CPU threads of this process; a tiny model is fastest on 1. None leaves them unchanged.
+        demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
+
+    Raises:
+        ConfigError: an argument is missing, or has no effect for this algorithm.
+        DataError: there are no rows.
+        ModelError: the logits of the model are not the plain output of its head.
+    """
+    table = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    if not table:
+        raise DataError("train needs at least one row; rows is empty")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_logits(model.lm, "the model to train")
+    run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
+    spec = choose(algorithm) if isinstance(algorithm, str) and algorithm != "sft" else algorithm
+    if isinstance(spec, OnPolicy):
+        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature))
+        _on_policy(run, spec, table, reward, sampling, demonstrations)
+    elif reward is not None or demonstrations:
+        raise ConfigError(
+            "reward and demonstrations have no effect here: only on-policy algorithms use them. Remove them."
+        )
+    elif isinstance(spec, str):
+        examples = [
+            Example(tokens) for tokens in table_tokens(model.encoder, [dict(row) for row in table], "completion")
+        ]
+        run.fit(run.trainer(Policy(model.lm), steps), run.epochs(examples), SupervisedObjective(), "loss")
+    else:
+        _preferences(run, spec, table)
+    model.lm.eval()
+    return [run.history.steps[step] for step in sorted(run.history.steps)]
+
+
+def _on_policy(
+    run: _Run, spec: OnPolicy, table: Table, reward: Reward | None, sampling: GroupSettings, demonstrations: Table
+) -> None:
+    if reward is None:
+        raise ConfigError(
+            f"{spec.name} learns from rewards: pass reward=, a function or a built-in's name such as 'answer'"
+        )
+    if spec.has_critic and spec.critic == "separate":
+        raise ConfigError(
+            f"{spec.name}: train has no separate critic; use choose({spec.name!r}, {{'critic': 'shared'}})"
+        )
+    if spec.has_expert != bool(demonstrations):
+        raise ConfigError(
+            f"{spec.name}: pass demonstrations= if and only if the algorithm has an expert stream (mu_peak > 0)"
+        )
+    model = run.model
+    functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+    sources = [FunctionReward(n, find_function(f) if isinstance(f, str) else f) for n, f in functions.items()]
+    reference = Policy(copy.deepcopy(model.lm)) if spec.needs_reference else None
+    policy = Policy(model.lm, shared_value_head=spec.has_critic)
+    trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
+    device = trainer.accelerator.device
+    experts = table_tokens(model.encoder, [dict(row) for row in demonstrations], "completion")
+    objective = OnPolicyObjective(spec, sampling.sampling.max_new_tokens, sampling.sampling.temperature)
+    sampler = GroupSampler(
+        [_problem(model, row, i) for i, row in enumerate(table)],
+        NativeEngine(model.lm, model.encoder.ends),
+        model.encoder,
+        sources,
+        dict.fromkeys(functions, 1.0),
+        spec,
+        sampling,
+        run.seed,
+        trainer.accelerator,
+    )
+    source = ExperienceSource(
+        spec,
+        policy,
+        policy if reference is None else reference.to(device).eval().requires_grad_(False),
+        sampler,
+        objective,
+        micro_batch_tokens=run.micro_batch_tokens,
+        experts=Demonstrations(experts, run.batch_size, run.seed) if experts else None,
+        measure_kl_every=0 if reference is None else 1,
+    )
+    run.fit(trainer, source, objective, "reward/total/mean")
+
+
+def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    return Problem(row["prompt"], tuple(model.encoder.prompt(row["prompt"])), columns, number)
+
+
+def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> None:
+    if spec.epochs != 1:
+        raise ConfigError(f"{spec.name}.epochs = {spec.epochs} has no effect here; `steps` is the length of training")
+    policy = Policy(run.model.lm)
+    trainer = run.trainer(policy, run.steps)
+    rows = [dict(row) for row in table]
+    chosen, rejected = (_answers(run, spec, policy, rows, column) for column in ("chosen", "rejected"))
+    scores = [(float(row.get("chosen_score", 0.5)), float(row.get("rejected_score", -0.5))) for row in rows]
+    if isinstance(spec, Preference):
+        gaps = [high - low if "chosen_score" in row else 0.0 for row, (high, low) in zip(rows, scores, strict=True)]
+        pairs = [PreferencePair(*pair) for pair in zip(chosen, rejected, gaps, strict=True)]
+        run.fit(trainer, run.epochs(pairs), PreferenceObjective(spec), "preference/accuracy")
+    else:
+        groups = [AnswerGroup((a, b), s) for a, b, s in zip(chosen, rejected, scores, strict=True)]
+        run.fit(trainer, run.epochs(groups), LoggedGroupsObjective(spec), "preference/accuracy")
+
+
+def _answers(
+    run: _Run, spec: Preference | LoggedGroups, policy: Policy, rows: Sequence[dict[str, Any]], column: str
+) -> list[Answer]:
+    """Return the answers with the log-probabilities of the policy before training, which is the reference."""
+    tokens: list[Tokens] = table_tokens(run.model.encoder, rows, column)
+    measured = token_logprobs(policy.eval(), tokens, run.micro_batch_tokens)
+    return [
+        Answer(t, m.logprobs if spec.needs_reference else 0 * m.logprobs) for t, m in zip(tokens, measured, strict=True)
+    ]
