@@ -20,7 +20,7 @@ from posttrain.text import nearest
 
 STEPS = ("ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate")
 """The versioned steps, in the order in which a pipeline runs them."""
-COMMANDS = ("plan", "configure", "ui", "models", "sync", "intake")
+COMMANDS = ("plan", "calibrate", "preview", "configure", "ui", "models", "sync", "intake")
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -28,7 +28,7 @@ def require_stage_guard() -> None:
     if sys.platform.startswith("linux") and hasattr(signal, "sigtimedwait"):
         return
     raise OrchestrationError(
-        f"flows need Linux, and this system is {sys.platform}: a flow guards its stages with sigtimedwait and prctl, so that none stays"
+        f"flows need Linux, and this system is {sys.platform}: a flow guards its stages with signals of Linux, so that none stays"
         " behind when it is killed. Type `dvc repro` to run the same stages here without a flow, or start this command in a Linux"
         " container (infra/Dockerfile, target cpu)."
     )

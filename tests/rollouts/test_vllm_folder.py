@@ -65,5 +65,5 @@ def test_the_weights_are_those_of_the_state_dict(model: Callable[[], Any]) -> No
 def test_a_disk_that_refuses_is_said_in_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     lm = small.language_model()
-    with pytest.raises(RolloutError, match="cannot write the weights that the vLLM server is to load"):
+    with pytest.raises(RolloutError, match="cannot write the weights for the vLLM server"):
         write_weights(lm, plain_state(lm, torch.float32), tmp_path / "file" / "served")

@@ -49,8 +49,7 @@ def checked(root: Path) -> Checked:
     def run(tables: Tables, limits: Limits = LIMITS, **policies: str) -> Outcome:
         changed = RuleParams.model_validate(rules.model_dump() | policies)
         validator = Validator()
-        outcome = check(tables, changed, limits, Characters(), validator)
-        return outcome
+        return check(tables, changed, limits, Characters(), validator)
 
     return run
 
@@ -290,7 +289,9 @@ def test_accuracy_by_answer_is_numeric_and_by_mention_is_not(root: Path) -> None
 def test_a_judge_that_is_not_installed_is_refused_before_anything_is_read_or_trained(root: Path) -> None:
     params = load_params(root / "params.yaml")
     source = params.rewards["answer"].model_copy(update={"function": "no_such_package.judges:f"})
-    run: Any = SimpleNamespace(params=params.model_copy(update={"rewards": params.rewards | {"mine": source}}))
+    run: Any = SimpleNamespace(
+        context=SimpleNamespace(params=params.model_copy(update={"rewards": params.rewards | {"mine": source}}))
+    )
     with pytest.raises(ConfigError, match=r"there is no package 'no_such_package'"):
         validate.run(run)
 
