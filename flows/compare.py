@@ -1,6 +1,6 @@
 """Compare algorithms: the base model, every algorithm and seed of params.yaml, their evaluation and the report.
 
-Brings every stage of dvc.yaml up to date; what is already up to date is not run again.
+Brings every stage of dvc.yaml up to date; stages that are up to date do not run again.
 """
 
 from __future__ import annotations

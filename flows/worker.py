@@ -1,4 +1,4 @@
-"""A worker of this workspace: polls the work pool for flow runs, and starts each in its own process.
+"""Run a worker of this workspace: it polls the work pool for flow runs and starts each in its own process.
 
     python -m flows.worker [--pool posttrain]
 
@@ -37,6 +37,7 @@ ENVIRONMENT = {"POSTTRAIN_SLOTS", "POSTTRAIN_GRACE_SECONDS", "CUDA_VISIBLE_DEVIC
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         url = PREFECT_API_URL.value()
         if not url:
             raise OrchestrationError(
-                "a worker needs a Prefect server: set PREFECT_API_URL, or `make up` starts servers and a worker,"
-                " or `make serve` does without a worker."
+                "a worker needs a Prefect server: set PREFECT_API_URL, start servers and a worker with `make up`,"
+                " or use `make serve`, which needs no worker."
             )
         require_server(url)
         sweep(root)

@@ -31,7 +31,7 @@ class Arrival:
     """One entry of the inbox.
 
     Attributes:
-        name: path inside the inbox; what cannot be printed is escaped.
+        name: path inside the inbox; unprintable characters are escaped.
         place: path on the file system, or key in the store.
         state: changes whenever the content may have changed.
         left: why the entry stays where it is; nothing if it can be taken.
