@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
-from pipelines.data.inbox import Arrival, Inbox, location, open_inbox
+from pipelines.data.inbox import Arrival, Inbox, location
+from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest

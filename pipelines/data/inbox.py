@@ -31,7 +31,7 @@ class Arrival:
     """One entry of the inbox.
 
     Attributes:
-        name: path inside the inbox; unprintable characters are escaped.
+        name: path inside the inbox; what cannot be printed is escaped.
         place: path on the file system, or key in the store.
         state: changes whenever the content may have changed.
         left: why the entry stays where it is; nothing if it can be taken.
@@ -88,15 +88,6 @@ class Inbox(Protocol):
 
 def location(project: Path) -> str:
     return os.environ.get("POSTTRAIN_INBOX") or str(project / "inbox")
-
-
-def open_inbox(where: str, *, required: bool = False) -> Inbox:
-    """Open a folder or a store. `required` refuses a folder that is not there, which a misspelt setting looks like."""
-    if "://" in where and not where.startswith("file://"):
-        return StoreInbox(where)
-    from pipelines.data.inbox_folder import FolderInbox
-
-    return FolderInbox(Path(where.removeprefix("file://")).expanduser(), required=required)
 
 
 def waits(name: str) -> bool:

@@ -12,8 +12,7 @@ from pipelines.commands import intake
 from pipelines.commands.configure import configure
 from pipelines.commands.intake import IntakeResult, take_in
 from pipelines.config.params import load_params
-from pipelines.data.inbox import open_inbox
-from pipelines.data.inbox_folder import FolderInbox
+from pipelines.data.inbox_folder import FolderInbox, open_inbox
 from pipelines.data.sources import accepted_files, table_rows
 from pipelines.ingest import split_tables
 from pipelines.validation.leakage import shown_prompt
