@@ -25,7 +25,7 @@ ENVIRONMENT = """environment:
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
   POSTTRAIN_SETTLE_SECONDS time for which a file of the inbox must not have changed (default 10)
   POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)
-  POSTTRAIN_WEBHOOK_SECRET signs what the webhook is told: header X-Posttrain-Signature"""
+  POSTTRAIN_WEBHOOK_SECRET secret that signs webhook messages: header X-Posttrain-Signature"""
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ from posttrain.errors import OrchestrationError, PosttrainError
 
 PULL = "prefect.deployments.steps.set_working_directory"
 ENVIRONMENT = {"POSTTRAIN_SLOTS", "POSTTRAIN_GRACE_SECONDS", "CUDA_VISIBLE_DEVICES"}
-"""Variables that a flow run may set: where it runs, never what."""
+"""Variables that a flow run may set: they select its machine, not its code."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ async def work(root: Path, pool: str) -> None:
 
 
 class ProjectWorker(ProcessWorker):
-    """Run only what prefect.yaml of this project deploys: whoever may write to the server could otherwise run any command here."""
+    """Run only deployments of this project's prefect.yaml; otherwise any user of the server could run any command here."""
 
     root: Path
 

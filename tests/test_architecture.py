@@ -40,7 +40,7 @@ EXTRAS = {
 STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate"}
 ROOMS = {
     "aliases": {"commands"},
-    "commands": {"config", "data", "promotion", "runtime", "stages", "tracking", "training", "validation"},
+    "commands": {"config", "data", "promotion", "report", "runtime", "stages", "tracking", "training", "validation"},
     "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
     "training": {"config", "data", "runtime"},
     "promotion": {"runtime", "tracking"},

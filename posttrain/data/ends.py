@@ -1,4 +1,4 @@
-"""The one set of tokens that end an answer: what sampling stops at, training teaches, evaluation counts and folders save."""
+"""The one set of tokens that end an answer: sampling stops at them, training teaches them, evaluation counts them and folders save them."""
 
 from __future__ import annotations
 
