@@ -1,4 +1,4 @@
-# `make` alone lists the commands.
+# `make` without a target lists the commands.
 PYTHON_IN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
@@ -19,13 +19,13 @@ workspace: setup
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 
-demo: workspace  ## train, align and compare on built-in data, then say where the report is
+demo: workspace  ## train, align and compare on built-in data, then print the report's path
 	@$(QUIET) $(PYTHON_IN) -m flows.compare
 
-retrain: workspace  ## take the inbox in, train what is stale, ask the gate, promote; ends in seconds when nothing is new
+retrain: workspace  ## take in new files, run stale stages, run the gate, promote; ends in seconds if nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain
 
-serve: workspace  ## retrain nightly and compare weekly on this machine alone, with Prefect's pages (Ctrl-C stops)
+serve: workspace  ## retrain nightly and compare weekly on this machine only, with Prefect's UI (Ctrl-C stops)
 	@$(QUIET) $(PYTHON_IN) -m flows.serve
 
 up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
@@ -34,10 +34,10 @@ up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect a
 down: setup  ## stop them; databases and logs are kept
 	@$(QUIET) $(PYTHON_IN) -m infra.servers down
 
-status: setup  ## which of them run, and where to look
+status: setup  ## show which of them run, and their addresses
 	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
-test: setup  ## the tests that take minutes, not hours
+test: setup  ## run the tests that take minutes
 	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py
@@ -48,16 +48,16 @@ test-fast: setup  ## the tests of the mathematics, data and parameters, for the 
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
 
-lint: setup  ## formatting, lint, types, and known vulnerabilities of the dependencies
+lint: setup  ## check formatting, lint, types, and known vulnerabilities of the dependencies
 	@$(PYTHON_IN) -m ruff format --check .
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m mypy
 	@infra/audit.sh
 
-ui: setup  ## open MLflow on the recorded runs and Prefect on the flows, with links to what is worth seeing (PORT=5000 PREFECT_PORT=4200)
+ui: setup  ## open MLflow for the recorded runs and Prefect for the flows, with useful links (PORT=5000 PREFECT_PORT=4200)
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
 
-bench: setup  ## measure everything anew and write benchmarks/RESULTS.md: an hour on two cores that do nothing else
+bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hour on two idle cores
 	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl
 	@for name in training rollouts logprobs scaling journal orchestration; do \
 		echo "== benchmarks/$$name.py"; $(QUIET) $(PYTHON_IN) "benchmarks/$$name.py" --write || exit 1; done

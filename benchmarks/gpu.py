@@ -1,11 +1,11 @@
-"""What a GPU gives: agreement with the CPU, SFT and GRPO throughput, model FLOP utilisation, rollouts a second, peak memory.
+"""Measure a GPU: agreement with the CPU, SFT and GRPO throughput, model FLOP utilisation, rollouts per second, peak memory.
 
-    python benchmarks/gpu.py                      # a randomly initialised Qwen3 of 0.6 B parameters (0.75 B with its untied head)
-    python benchmarks/gpu.py --tiny               # the same path in seconds, also on a CPU
+    python benchmarks/gpu.py                      # a randomly initialised Qwen3 with 0.6 B parameters (0.75 B with its untied head)
+    python benchmarks/gpu.py --tiny               # the same code in seconds, also on a CPU
     python benchmarks/gpu.py --layers 36 --hidden 2560 --intermediate 9728 --heads 32      # 4 B
 
-Needs torch, transformers, accelerate and safetensors only. Prints a Markdown table (and writes it with --out). On a CPU the "device" is
-the CPU itself, in bfloat16 autocast against float32.
+Needs only torch, transformers, accelerate and safetensors. Prints a Markdown table, and writes it with --out. On a CPU the "device" is
+the CPU itself: bfloat16 autocast is compared with float32.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-"""Dense bfloat16, from NVIDIA's data sheets."""
+"""Dense bfloat16 TFLOP/s from NVIDIA's data sheets."""
 NO_EOS = -1
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of what is timed."""
+    """Sizes of the timed work."""
 
     batch: int
     length: int
@@ -102,7 +102,7 @@ def configuration(args: argparse.Namespace) -> Qwen3Config:
 
 
 def agreement(device: torch.device, config: Qwen3Config, tiny: bool) -> list[tuple[str, str]]:
-    """Loss, gradient norm and log-probabilities of one SFT step on the CPU in float32 and on the device."""
+    """Compare loss, gradient norm and log-probabilities of one SFT step: on the CPU in float32, and on the device."""
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 2, min(config.vocab_size, 8000)
     start = Qwen3ForCausalLM(small)
@@ -197,7 +197,7 @@ def texts(rows: int, length: int, vocabulary: int, prompt: int) -> list[Tokens]:
 
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, str]:
-    """Median seconds of a call after one that warms up, and the peak of the device's memory."""
+    """Return the median seconds of a call after one warm-up call, and the peak device memory."""
     run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -218,7 +218,10 @@ def wait(device: torch.device) -> None:
 
 
 def utilisation(device: torch.device, config: Qwen3Config, tokens_per_second: float, length: int) -> str:
-    """Forward and backward: 6 FLOP a parameter and token, and 6 x layers x query width x length of causal attention (2204.02311)."""
+    """Return the FLOP utilisation of forward and backward.
+
+    It counts 6 FLOP per parameter and token, and 6 x layers x query width x length for causal attention (arXiv 2204.02311).
+    """
     known = [peak for name, peak in PEAK_TFLOPS.items() if name in describe(device)]
     embedding = config.vocab_size * config.hidden_size
     model = sizes(config)

@@ -1,12 +1,11 @@
-"""What the journal and MLflow cost a training step: steps of about 200 ms, bare, with the journal, and with an MLflow follower beside it.
+"""Measure the cost of journal and MLflow per training step: bare steps of 200 ms, with the journal, and with an MLflow follower.
 
     python benchmarks/journal.py [--steps 60] [--rounds 3] [--write]
 
-Each round runs the three side by side in turn, so that a slow moment of the machine meets them alike. A step is a fixed number of matrix
-products on one thread; 20 metrics and 4 timings are recorded after it, every 10th step a table of 4 samples. The follower is the real
-one, `python -m pipelines.commands.sync --follow`, over SQLite. Reported: the median step, the time inside the
-recording calls as the clock goes and as the processor counts it, and the follower's own processor time. --write puts the
-table into benchmarks/journal.md.
+Each round runs the three modes in turn, so that a slow phase of the machine affects all of them. A step is a fixed number of matrix
+products on one thread. It records 20 metrics and 4 timings, and every 10th step a table of 4 samples. The follower is
+`python -m pipelines.commands.sync --follow` with SQLite. Reported are the median step, the wall time and processor time inside the
+recording calls, and the follower's processor time. --write puts the table into benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def table(
 
 
 def calibrated() -> int:
-    """Matrix products that take STEP_SECONDS here."""
+    """Return the number of matrix products that take STEP_SECONDS on this machine."""
     matrix = torch.rand(SIZE, SIZE)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 2.0:
@@ -103,7 +102,7 @@ def one(
     steps: list[float],
     recording: list[tuple[float, float]],
 ) -> float | None:
-    """Run `count` steps; the share of one core that the follower used meanwhile."""
+    """Run `count` steps and return the share of one core that the follower used."""
     run = opened(folder, f"bench-{number:016d}")
     process = followed(folder, run) if mode == MODES[2] else None
     used = sum(process.cpu_times()[:2]) if process else 0.0
@@ -152,7 +151,7 @@ def opened(folder: Path, name: str) -> Run:
 
 
 def followed(folder: Path, run: Run) -> psutil.Process:
-    """A follower of the run that has made its MLflow run already."""
+    """Start a follower of the run and wait until it has created its MLflow run."""
     open_client(folder).search_experiments()
     command = [sys.executable, "-m", "pipelines.commands.sync", "--follow", "--run", run.context.identity]
     process = psutil.Popen(command, cwd=folder, stdin=subprocess.PIPE)

@@ -1,10 +1,10 @@
-"""Log-probability and entropy of the taken tokens at a large vocabulary, forward and backward: fused with the head against the whole table.
+"""Measure log-probability and entropy of selected tokens with a large vocabulary, forward and backward: fused head against full logits.
 
     python benchmarks/logprobs.py [--repeats 3] [--tokens 4096] [--hidden 256] [--vocabulary 151936] [--write]
 
-Every measurement is a process of its own, one thread, memory as the pipeline's steps set it, the ways alternating. Memory in the table is
-the process's peak above what it held before the first pass, the gradients of head and hidden states included. The gradients' norms show
-that the ways compute the same.
+Every measurement is a separate process with one thread and the pipeline's memory settings; the variants alternate. The memory in the
+table is the process's peak minus its memory before the first pass, and includes the gradients of head and hidden states. The gradient
+norms show that the variants compute the same values.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def row(way: str, measured: list[dict[str, float]], base: list[dict[str, float]]
 
 
 def measure(way: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     torch.set_num_threads(1)
     keep_heap()
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ def held_mebibytes() -> float:
 
 
 def peak_mebibytes() -> float:
-    """The most that this process has held; Linux counts in KiB."""
+    """Return the peak memory of this process; Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

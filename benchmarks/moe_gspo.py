@@ -1,11 +1,10 @@
-"""GSPO against GRPO on a mixture of experts: how the importance ratio varies, what is clipped, which experts change, what is learnt.
+"""Compare GSPO with GRPO on a mixture of experts: spread of the importance ratio, clipping, changes of routing, learning.
 
     python benchmarks/moe_gspo.py [--seeds 5] [--steps 30]
 
-Per seed: a tiny Qwen3-MoE is fine-tuned on additions, then aligned from there by both, at a calm and at a hasty learning rate. They
-differ in the ratio and its clip alone: the advantage (group_z), the absence of a KL term, prompts, sampling seeds and the four
-minibatches a step (so that three of four updates are off-policy, equally for both) are GSPO's. Writes the tables into
-benchmarks/moe_gspo.md and the picture beside it.
+For each seed, a tiny Qwen3-MoE is fine-tuned on additions, then both algorithms align it at a low and at a high learning rate. They
+differ only in the ratio and its clip. Advantage (group_z), no KL term, prompts, sampling seeds and four minibatches per step are GSPO's,
+so three of four updates are off-policy for both. Writes the tables and the plot into benchmarks/moe_gspo.md and a file next to it.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Size:
-    """What the comparison costs."""
+    """Size of the comparison."""
 
     seeds: int = 5
     steps: int = 30
@@ -78,9 +77,9 @@ class Size:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One algorithm, rate and seed. curves: name -> one number a step. accuracy: greedy, on held-out problems.
+    """Results of one algorithm, learning rate and seed. curves: one value per step, by name. accuracy: greedy, on held-out problems.
 
-    moved_changed, moved_others: mean |log ratio| of the tokens whose experts changed in some layer, and of the others.
+    moved_changed, moved_others: mean |log ratio| of the tokens whose experts changed in some layer, and of the other tokens.
     """
 
     curves: dict[str, list[float]]
@@ -91,11 +90,11 @@ class Outcome:
 
 
 Results = dict[str, list[Outcome]]
-"""By algorithm, one outcome a seed."""
+"""One outcome per seed, by algorithm."""
 
 
 def fine_tuned(size: Size, seed: int) -> tuple[Any, TextEncoder]:
-    """A tiny mixture of experts that adds, though not well."""
+    """Return a tiny mixture of experts that adds, with errors."""
     lm, tokenizer = tiny_model(SHAPE, seed)
     encoder = TextEncoder(tokenizer, SHAPE.max_length)
     demonstrations = arithmetic("sft", size.sft_rows, seed, **TASK)
@@ -117,7 +116,7 @@ def problems(encoder: TextEncoder, kind: Any, count: int, seed: int) -> list[Pro
 
 
 def aligned(spec: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int, learning_rate: float) -> Outcome:
-    """Train a copy of `lm` and watch it."""
+    """Train a copy of `lm` and record its curves."""
     policy, reference = (Policy(copy.deepcopy(lm)) for _ in range(2))
     reference.requires_grad_(False)
     engine = NativeEngine(policy.lm, encoder.ends)
@@ -151,7 +150,7 @@ def aligned(spec: OnPolicy, lm: Any, encoder: TextEncoder, size: Size, seed: int
 def one_step(
     source: ExperienceSource, trainer: Trainer[Any], objective: OnPolicyObjective, step: int
 ) -> dict[str, float]:
-    """Sample, update on every minibatch, and look at the last one right before it is trained on."""
+    """Sample, update on every minibatch, and measure the last minibatch just before its update."""
     data = source.next(step)
     *others, last = data.batches
     updates = [trainer.update(batch, objective) for batch in others]
@@ -165,7 +164,7 @@ def one_step(
 
 
 def ratios(policy: Policy, batch: Sequence[Experience]) -> dict[str, float]:
-    """Both ratios of the policy as it is now to the one that sampled, whichever of them the algorithm uses."""
+    """Return both ratios of the current policy to the sampling policy, for either algorithm."""
     numbers = token_logprobs(policy, [row.tokens for row in batch], BUDGET)
     logs = [now.logprobs - row.old_logprobs for now, row in zip(numbers, batch, strict=True)]
     changed = [(now.experts != row.old_routing).any((-2, -1)) for now, row in zip(numbers, batch, strict=True)]
@@ -185,13 +184,13 @@ def accuracy(engine: NativeEngine, encoder: TextEncoder, asked: Sequence[Problem
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t)."""
+    """Return the mean over seeds and half the width of its 95 % interval (Student's t)."""
     spread = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return float(np.mean(values)), float(student.ppf(0.975, len(values) - 1)) * spread
 
 
 def compare(size: Size) -> dict[str, Results]:
-    """By learning rate."""
+    """Return the results by learning rate."""
     found: dict[str, Results] = {rate: {name: [] for name in ALGORITHMS} for rate in RATES}
     for seed in range(size.seeds):
         lm, encoder = fine_tuned(size, seed)
@@ -209,7 +208,7 @@ def compare(size: Size) -> dict[str, Results]:
 
 
 def table(results: Results) -> str:
-    """Means over seeds with 95 % intervals, and the difference of the two, paired by seed; * where its interval excludes 0."""
+    """Return means over seeds with 95 % intervals, and the paired difference; * marks an interval that excludes 0."""
 
     def row(title: str, *of: Callable[[Outcome], float]) -> str:
         values = [
@@ -260,7 +259,7 @@ def picture(found: dict[str, Results], path: Path) -> None:
 
 
 def smaller(path: Path) -> None:
-    """A picture of few colours needs no more of them in its file."""
+    """Reduce the number of colours in a plot's file."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -269,7 +268,7 @@ def smaller(path: Path) -> None:
 
 
 def write(report: str, path: Path) -> None:
-    """Put the tables between the marks of `path`; what is said around them stays."""
+    """Put the tables between the marks in `path`; the text around them is kept."""
     before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0]) if path.exists() else ("", "", "")
     after = rest.partition(MARKS[1])[2]
     path.write_text(f"{before}{MARKS[0]}\n\n{report}\n\n{MARKS[1]}{after or chr(10)}", encoding="utf-8")

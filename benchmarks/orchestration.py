@@ -1,11 +1,10 @@
-"""What Prefect adds: to a flow's start, to every stage, and to its end. Against a server of its own, stages that do nothing.
+"""Measure Prefect's overhead at a flow's start, per stage, and at its end, with a private server and stages that do nothing.
 
     python benchmarks/orchestration.py [--stages 8] [--repeats 3] [--database URL] [--write]
 
-A chain of stages runs through flows.compare on one slot, and through `dvc repro --single-item` alone. The flow's start is
-the time from typing the command to the first stage's start; a stage's overhead is what a stage costs in the flow, the gap
-to the next one included, beyond what the same `dvc repro --single-item` costs alone. --write puts the table into
-benchmarks/orchestration.md.
+A chain of stages runs through flows.compare on one slot, and through `dvc repro --single-item` without Prefect. The flow's start is the
+time from the command to the first stage's start. A stage's overhead is its time in the flow, including the gap to the next stage, minus
+the time of the same `dvc repro --single-item`. --write puts the table into benchmarks/orchestration.md.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def workspace(folder: Path, stages: int) -> Path:
-    """A chain of stages that copy one byte."""
+    """Create a chain of stages that copy one byte."""
     folder.mkdir()
     (folder / "out-0").write_text("x")
     lines = ["stages:"]
@@ -62,7 +61,7 @@ def prefect(folder: Path, database: str | None) -> Iterator[str]:
 
 
 def flow(root: Path, api: str) -> dict[str, float]:
-    """Seconds of one run of flows.compare over stale stages."""
+    """Return the seconds of one run of flows.compare over stale stages."""
     environment = {
         "PREFECT_API_URL": api,
         "POSTTRAIN_SLOTS": "1",
@@ -88,7 +87,7 @@ def flow(root: Path, api: str) -> dict[str, float]:
 
 
 def bare(root: Path, stages: int) -> float:
-    """Seconds of one stage by dvc alone."""
+    """Return the seconds of one stage with only dvc."""
     began = time.monotonic()
     for i in range(1, stages + 1):
         command = [sys.executable, "-m", "dvc", "repro", "-q", "--single-item", f"s{i}"]

@@ -1,8 +1,8 @@
-"""benchmarks/RESULTS.md from the tables that the other scripts have written beside it.
+"""Write benchmarks/RESULTS.md from the tables that the other scripts have written.
 
     python benchmarks/results.py
 
-`make bench` measures everything anew and ends with this.
+`make bench` repeats all measurements and ends with this script.
 """
 
 from __future__ import annotations

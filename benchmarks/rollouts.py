@@ -1,13 +1,13 @@
-"""Sampling: the native engine against transformers' `generate` and continuous batching, and against vLLM's CPU build in process.
+"""Measure sampling: the native engine against transformers' `generate` and continuous batching, and against vLLM's CPU build.
 
     python benchmarks/rollouts.py [--quick] [--write] [--vllm /path/to/python]
 
-Same model, prompts and number of answers; one thread a side and a process each, ours with its memory as a step of the pipeline sets it,
-the others' as they find it; the sides take turns in one run. Rates are tokens in a second of processor time,
-which on a machine that others use as well says more than the clock on the wall: medians, and the least and greatest in parentheses.
-The 30 M model runs under autocast on both sides where it says bfloat16. Uneven answers end with the same probability at every token.
---quick: a short form, under a minute. --write: benchmarks/rollouts.md, and a picture of where the time goes. --vllm: the interpreter
-of an environment with vLLM's CPU build.
+All sides use the same model, prompts and number of answers, one thread and one process each, and take turns. The native engine has the
+memory settings of the pipeline's steps; the other sides have their defaults. Rates are tokens per second of processor time, which is
+less affected by other load than wall time; reported are medians, with minimum and maximum in parentheses. With bfloat16, the 30 M model
+runs under autocast on both sides. Uneven answers end with the same probability at every token.
+--quick: a short run, under a minute. --write: write benchmarks/rollouts.md and a plot of the native engine's time. --vllm: interpreter of
+an environment with vLLM's CPU build.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, the sides' module is a package's
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # If this file is run as a script, the sides' module still belongs to a package.
 
 import torch
 import transformers
@@ -44,7 +46,7 @@ BOTH = ("generate_batch", "vllm")
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a run of this script is. lengths: of prompts, with the bar for each. uneven: prompts, rows at once, new tokens.
+    """Amount of work. lengths: prompt lengths, each with its target. uneven: prompts, rows at once, new tokens.
 
     large: prompts and new tokens for the 30 M model. shapes: prompts, samples and new tokens of the scaling curve.
     """
@@ -72,7 +74,7 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. bar: what native's rate should be at least, times `generate`'s. peers: the sides beside these two."""
+    """One row of the table. bar: target of native's rate, as a multiple of `generate`'s. peers: further sides."""
 
     name: str
     model: Any
@@ -93,14 +95,14 @@ def built_in(shape: TinyShape) -> Any:
 
 
 def ending(model: Any) -> Any:
-    """The model with an end of sequence that every token is with the same probability: answers of very uneven, geometric length."""
+    """Return the model with the same end-of-sequence probability at every token, so that answers have geometric lengths."""
     head = model.lm_head
     model.lm_head = torch.nn.Linear(head.in_features, head.out_features)
     with torch.no_grad():
         model.lm_head.weight.copy_(head.weight)
         model.lm_head.weight[EOS] = 0.0
         model.lm_head.bias.zero_()
-        # the other logits of an untrained model are all about 0
+        # The other logits of an untrained model are all close to 0.
         model.lm_head.bias[EOS] = torch.tensor(head.out_features / MEAN_LENGTH).log()
     return model
 
@@ -131,13 +133,13 @@ PEERS = {"generate": generate, "generate_batch": continuous}
 
 
 def apart(row: Row) -> dict[str, Apart]:
-    """transformers' sides of a row, each in a process of its own with Python's usual memory."""
+    """Start transformers' sides of a row, each in its own process with Python's default memory settings."""
     names = ("generate", *(name for name in row.peers if name in PEERS))
     return {name: Apart(PEERS[name](row.model, row.case)) for name in names}
 
 
 def measured(row: Row, peers: Mapping[str, Apart], python: str | None, repeats: int) -> dict[str, list[float]]:
-    """Rates of every side, taken in turns after one run each to warm up; of `generate_batch`, which takes many times as long, once."""
+    """Return the rates of all sides, taken in turns after one warm-up run each; the slow `generate_batch` runs only once."""
     side = native(row.model, row.case)
     sides: dict[str, Callable[[], float]] = {"native": lambda: rate(side)} | {n: peer.rate for n, peer in peers.items()}
     rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -187,13 +189,13 @@ def spread(rates: Sequence[float]) -> str:
 
 
 def curve(size: Size) -> list[Row]:
-    """Prompts, samples and length grow, at the 0.3 M model with 128-token prompts."""
+    """Measure growing prompts, samples and lengths with the 0.3 M model and 128-token prompts."""
     model = built_in(size.models[0])
     return [Row("", model, Case(prompts(count, 128), samples, new)) for count, samples, new in size.shapes]
 
 
 def scaling(shapes: Sequence[tuple[Row, Mapping[str, Apart]]]) -> str:
-    """Seconds of processor time."""
+    """Return a table with seconds of processor time."""
     lines = ["| prompts | answers each | new tokens | native, s | `generate`, s |", "|---|---|---|---|---|"]
     for row, peers in shapes:
         rates, case = measured(row, peers, None, 1), row.case
@@ -204,7 +206,7 @@ def scaling(shapes: Sequence[tuple[Row, Mapping[str, Apart]]]) -> str:
 
 
 def shares(model: Any, case: Case) -> dict[str, float]:
-    """Share of the native engine's processor time by what it goes to; nested parts are counted once."""
+    """Return the share of the native engine's processor time by part; nested parts are counted once."""
     from posttrain.rollouts import native as module
     from posttrain.rollouts.decoder import Decoder
     from posttrain.rollouts.shared import Segment
@@ -252,7 +254,7 @@ def shares(model: Any, case: Case) -> dict[str, float]:
 
 
 def picture(size: Size, path: Path) -> None:
-    """Where the native engine's time goes, a bar a case."""
+    """Plot the parts of the native engine's time, one bar per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     found = {}
     with_peers, shapes = ([(row, apart(row)) for row in of] for of in (rows(args.size), curve(args.size)))
-    keep_heap()  # as every step of the pipeline does
+    keep_heap()  # Every step of the pipeline does the same.
     for row, peers in with_peers:
         found[row.name] = (row, measured(row, peers, args.vllm, args.size.repeats))
         medians = {side: round(statistics.median(rates)) for side, rates in found[row.name][1].items()}

@@ -1,11 +1,11 @@
-"""How the time of a training step grows: with processes, with tokens, with answers to a prompt, and with threads.
+"""Measure how the time of a training step grows with processes, tokens, answers per prompt, and threads.
 
     python benchmarks/scaling.py [--rounds 5] [--small] [--write]
 
-Everything that is compared lives side by side and takes turns, one thread each unless threads are what is compared. Two processes train
-under DDP over gloo, as `accelerate launch` sets them up; while one process is timed they wait at a pipe, and the other way round. Medians
-and, in brackets, the least and the greatest. On a machine that others use as well the clock says little about processes: the processor's
-time is given beside it, for two processes that of the slower one.
+All compared variants are alive at the same time and take turns, with one thread each unless threads are compared. Two processes train
+with DDP over gloo, as `accelerate launch` starts them; they wait at a pipe while one process is timed, and vice versa. Reported are
+medians, with minimum and maximum in brackets. Wall time of processes is unreliable on a shared machine, so processor time is given as
+well; for two processes it is the slower one's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def processes(shape: TinyShape, args: argparse.Namespace) -> list[str]:
-    """One process against two, on the same rows."""
+    """Compare one process with two, on the same rows."""
     one, two = Team(1, args), Team(2, args)
     times: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
     try:
@@ -102,7 +102,7 @@ def processes(shape: TinyShape, args: argparse.Namespace) -> list[str]:
 
 
 class Team:
-    """Processes that take a step when they are told to."""
+    """Processes that run a step on request."""
 
     def __init__(self, count: int, args: argparse.Namespace) -> None:
         port = free_port()
@@ -130,7 +130,7 @@ class Team:
         ]  # fmt: skip
 
     def step(self) -> tuple[float, float]:
-        """Seconds by the clock, and by the processor of the member that worked longest."""
+        """Return the wall time, and the largest processor time of the members, in seconds."""
         started = time.perf_counter()
         for member in self.members:
             assert member.stdin is not None
@@ -148,7 +148,7 @@ class Team:
 
 
 def work(shape: TinyShape, count: int) -> None:
-    """A member of a team: one step a line, answered with the seconds of the processor that it took."""
+    """Run one step per input line and print its processor time in seconds. The main function of a member."""
     accelerator = Accelerator(cpu=True)
     trainer = trainer_of(shape, accelerator=accelerator)
     rows = [Example(t) for t in random_rows(count // 128, 64, 64)]
@@ -162,7 +162,7 @@ def work(shape: TinyShape, count: int) -> None:
 
 
 def tokens(rounds: int) -> list[str]:
-    """Steps of 2,048 to 16,384 tokens."""
+    """Measure steps of 2,048 to 16,384 tokens."""
     trainer, objective = trainer_of(SMALL), SupervisedObjective()
     sizes = [2048, 4096, 8192, 16384]
     batches = {size: [Example(t) for t in random_rows(size // 128, 64, 64)] for size in sizes}
@@ -181,7 +181,7 @@ def tokens(rounds: int) -> list[str]:
 
 
 def answers(rounds: int) -> list[str]:
-    """Groups of 1 and of 8 answers to the same prompts: sampling and update."""
+    """Measure sampling and update of groups with 1 and with 8 answers to the same prompts."""
     trainer = trainer_of(SMALL)
     objective = OnPolicyObjective(PRESETS["grpo"], ANSWER, 1.0)
     engine = NativeEngine(trainer.unwrapped.lm, ends=())
@@ -204,7 +204,7 @@ def answers(rounds: int) -> list[str]:
 
 
 def threads(shapes: Sequence[TinyShape], rounds: int) -> list[str]:
-    """One thread against all cores."""
+    """Compare one thread with all cores."""
     cores = len(os.sched_getaffinity(0))
     lines = [
         "## Threads\n\nSFT, 1,024 tokens a step.\n",
@@ -227,7 +227,7 @@ def threads(shapes: Sequence[TinyShape], rounds: int) -> list[str]:
 
 
 def in_turn(things: dict[int, Callable[[], Any]], rounds: int) -> dict[int, Seconds]:
-    """Seconds of each, after one round that is not counted."""
+    """Return the seconds of each variant, after one warm-up round."""
     times: dict[int, Seconds] = {name: [] for name in things}
     for number in range(rounds + 1):
         for name, do in things.items():
@@ -255,7 +255,7 @@ def experiences(prompts: Sequence[tuple[int, ...]], group: int) -> list[Experien
     for prompt in prompts:
         for _ in range(group):
             answer = Tokens(prompt, tuple(map(int, generator.integers(3, 259, ANSWER))))
-            # a sampler that agrees with nobody would stop the run, so both say what an untrained model says
+            # Mismatched sampler log-probabilities would stop the run, so both are set to those of an untrained model.
             flat = np.full(ANSWER, -np.log(259), dtype=np.float32)
             made.append(Experience(answer, np.full(ANSWER, generator.normal(), dtype=np.float32), flat, flat))
     return made

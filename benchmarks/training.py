@@ -1,9 +1,9 @@
-"""Training steps against TRL: the same model, rows, batches and numerics, in alternating runs on one thread each.
+"""Compare training steps with TRL: the same model, rows, batches and numerics, in alternating runs with one thread each.
 
     python benchmarks/training.py [--repeats 5] [--cases sft,grpo-long] [--quick] [--write]
 
-TRL runs in an environment of its own, which `benchmarks/peers/setup.sh trl` makes. Each case is proven to be the same work first: loss
-and gradient norm of the first step, on the same tokens, must agree. A run is the whole loop of a new trainer, without loading the model.
+TRL runs in its own environment, which `benchmarks/peers/setup.sh trl` creates. First, each case is shown to be the same work: loss and
+gradient norm of the first step must agree on the same tokens. A run is the whole loop of a new trainer, without loading the model.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, k
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. prompt, answer: lengths in tokens, (least, most), or log-normal where `log_normal`.
+    """One row of the table. prompt, answer: lengths in tokens, (minimum, maximum), or log-normal if `log_normal`.
 
-    batch: rows or prompts a step. micro_rows: TRL's rows a forward, the fastest that was found for it. bar: ratio that is wanted.
+    batch: rows or prompts per step. micro_rows: TRL's fastest number of rows per forward pass. bar: target of the ratio.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Case:
     bf16: bool = False
     budget: int = 16384
     vocabulary: int = 0
-    """Of the embeddings and the head, where they are larger than the tokenizer's."""
+    """Vocabulary of embeddings and head, if larger than the tokenizer's."""
 
 
 CASES = (
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """The processor's name where Linux tells it, and how many there are."""
+    """Return the processor's name, if Linux reports it, and the number of processors."""
     info = Path("/proc/cpuinfo")
     names = [row.split(":")[1].strip() for row in info.read_text().splitlines() if row.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
@@ -147,7 +147,7 @@ Workers = Mapping[str, "subprocess.Popen[str]"]
 
 @contextmanager
 def sides(trl: Path, folder: Path) -> Iterator[Workers]:
-    """A process of each side, with one thread; both end with the block."""
+    """Start one process per side, with one thread; both end with the context."""
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     ours = environ | {"PYTHONPATH": str(HERE.parent)}
     with ExitStack() as stack:
@@ -170,7 +170,7 @@ def sides(trl: Path, folder: Path) -> Iterator[Workers]:
 
 
 class BrokenWorkerError(Exception):
-    """A side has ended in the middle of a job."""
+    """A side ended during a job."""
 
     def __init__(self, side: str) -> None:
         super().__init__(side)
@@ -202,7 +202,7 @@ class Measured:
 
 
 def measured(case: Case, folder: Path, workers: Workers, repeats: int) -> Measured:
-    """The proof of equal work, then `repeats` timed runs of each side in turn, after one of each that does not count."""
+    """Show that the work is equal, then return `repeats` timed runs of each side in turn, after one warm-up run each."""
     model = saved_model(case, folder)
     proof = job(case, model, seed=0, given=True)
     first = {side: asked(workers, side, proof | {"steps": 1}) for side in SIDES}
@@ -242,7 +242,7 @@ def saved_model(case: Case, folder: Path) -> str:
 
 
 def job(case: Case, model: str, seed: int, given: bool) -> dict[str, Any]:
-    """What both sides read; rows are drawn from the seed."""
+    """Return the job that both sides read; rows are drawn from the seed."""
     drawn = np.random.Generator(np.random.PCG64(seed))
     count = case.batch * case.steps
     prompts = [_text(drawn, case.prompt) for _ in range(count)]
@@ -296,7 +296,7 @@ def line(case: Case, found: Measured) -> str:
 
 
 def draw(profiles: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """One bar a case, its parts by kind of operator."""
+    """Plot one bar per case, with its parts by kind of operator."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""When and where: flows read the DAG from dvc.yaml and bring its stages up to date through Prefect."""
+"""Prefect flows: they read the DAG from dvc.yaml and bring its stages up to date."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The command line that flows share, and the edge where errors become one paragraph and an exit status."""
+"""Command line that the flows share: it turns errors into one paragraph and an exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flows.workspace import refuse_second_flow
 from pipelines.runtime.machine import require_stage_guard
 from pipelines.runtime.redaction import redact, report_error
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
-from tasks.console import say
+from tasks.console import print_line
 
 ENVIRONMENT = """environment:
   POSTTRAIN_SLOTS          stages side by side (default: one per CUDA device, else per CPU core)
@@ -26,15 +26,18 @@ ENVIRONMENT = """environment:
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
   POSTTRAIN_SETTLE_SECONDS time for which a file of the inbox must not have changed (default 10)
   POSTTRAIN_WEBHOOK        URL that is told of failures, promotions and refusals (default: nobody)
-  POSTTRAIN_WEBHOOK_SECRET signs what the webhook is told: header X-Posttrain-Signature"""
+  POSTTRAIN_WEBHOOK_SECRET secret that signs webhook messages: header X-Posttrain-Signature"""
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:
-    """The argument of flows over the DAG: which stages."""
+    """Add the arguments of flows over the DAG: which stages, and whether to track them."""
     parser.add_argument(
-        "targets", nargs="*", metavar="STAGE", help="only these stages and what they need (default: all of dvc.yaml)"
+        "targets",
+        nargs="*",
+        metavar="STAGE",
+        help="only these stages and their dependencies (default: all of dvc.yaml)",
     )
-    parser.add_argument("--no-tracking", action="store_true", help="do not carry the journals into MLflow now")
+    parser.add_argument("--no-tracking", action="store_true", help="do not copy the journals into MLflow now")
 
 
 def main(
@@ -44,9 +47,12 @@ def main(
     add_arguments: Callable[[argparse.ArgumentParser], object],
     arguments: list[str] | None = None,
     *,
-    alone: bool = True,
+    exclusive: bool = True,
 ) -> int:
-    """Run a flow from the command line. `call` gives its final state; `alone` refuses to start beside another flow."""
+    """Run a flow from the command line and return its exit status.
+
+    `call` returns the flow's final state. If `exclusive` is true, the command refuses to start while a flow runs in this workspace.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.{name}",
         description=doc,
@@ -64,13 +70,13 @@ def main(
         require_stage_guard()
         if not any((options.root / name).exists() for name in (".dvc", "params.yaml")):
             raise OrchestrationError(
-                f"{options.root.absolute()} is no project: --root names the folder that holds params.yaml"
+                f"{options.root.absolute()} is not a project: it has no params.yaml. Set --root to the folder that holds it."
             )
-        if alone:
+        if exclusive:
             refuse_second_flow(options.root)
         # a flow works in the current directory: a parameter of its run could name any folder
         with contextlib.chdir(options.root), prefect_api(Path.cwd()) as configured:
-            say("Prefect: " + redact(configured or "private server"))
+            print_line("Prefect: " + redact(configured or "private server"))
             return _status(call(options))
     except PosttrainError as error:
         return report_error(error)
@@ -80,6 +86,7 @@ def main(
 
 
 def _status(state: Any) -> int:
+    """Return the exit status of a flow's final state, after printing its error."""
     if state.is_completed():
         return 0
     if state.is_cancelled():
@@ -90,5 +97,5 @@ def _status(state: Any) -> int:
         return report_error(error)
     if isinstance(error, BaseException):
         raise error
-    print(f"error: the flow ended {state.name}: {state.message}", file=sys.stderr)
+    print(f"error: the flow ended in the state {state.name}: {state.message}", file=sys.stderr)
     return 1

@@ -1,6 +1,6 @@
 """Compare algorithms: the base model, every algorithm and seed of params.yaml, their evaluation and the report.
 
-Brings every stage of dvc.yaml up to date; what is already up to date is not run again.
+Brings every stage of dvc.yaml up to date; stages that are up to date do not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flows.workspace import exclusive
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
 def compare(targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
-    """Base model to report, in the current directory. `targets` limits it to some stages and what they need."""
+    """Bring the stages up to date, from the base model to the report. `targets` limits this to some stages and their dependencies."""
     with exclusive(Path.cwd()):
         return bring_all_up_to_date(Path.cwd(), targets or [], tracking=tracking)
 

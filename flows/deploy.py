@@ -1,9 +1,9 @@
-"""Put prefect.yaml's deployments on a Prefect server: work pool, queues, schedules, and the automation that finds the dead.
+"""Deploy prefect.yaml to a Prefect server: work pool, queues, schedules, and an automation that marks dead flow runs.
 
     python -m flows.deploy [--type process|docker|kubernetes]
 
-PREFECT_API_URL names the server. Safe to call again: it updates what is there. Retraining and comparison wait in a queue of
-one, since both work in one workspace; a promotion that waits for a person does not hold them up.
+PREFECT_API_URL names the server. The command is safe to repeat: it updates existing objects. Retraining and comparison share a
+queue with one place, because both work in one workspace; a promotion that waits for a person does not block them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HEARTBEAT_SECONDS = 30
 
 
 async def prepare(pool: str, kind: str) -> None:
-    """The work pool with its two queues, and the automation."""
+    """Create or update the work pool, its two queues, and the automation."""
     async with get_client() as client:
         with contextlib.suppress(ObjectAlreadyExists):
             template = json.loads((TEMPLATES / f"{kind}.json").read_text(encoding="utf-8"))
@@ -52,6 +52,7 @@ async def prepare(pool: str, kind: str) -> None:
 
 
 async def _queue(client: PrefectClient, pool: str, name: str, limit: int | None) -> None:
+    """Create a work queue or update its concurrency limit."""
     try:
         queue = await client.read_work_queue_by_name(name, work_pool_name=pool)
         await client.update_work_queue(queue.id, concurrency_limit=limit)
@@ -60,7 +61,10 @@ async def _queue(client: PrefectClient, pool: str, name: str, limit: int | None)
 
 
 async def _watch_heartbeats() -> None:
-    """A run whose process and worker are both gone says nothing any more: after SILENCE_SECONDS without a heartbeat it is Crashed."""
+    """Create or update the automation that marks a run Crashed after SILENCE_SECONDS without a heartbeat.
+
+    It catches runs whose process and worker are both gone: nothing else would report them.
+    """
     ended = {
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
     }
@@ -74,21 +78,21 @@ async def _watch_heartbeats() -> None:
         within=timedelta(seconds=SILENCE_SECONDS),
     )
     action = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=SILENT, force=False)
-    wanted = Automation(name=DEAD, trigger=trigger, actions=[action])
+    automation = Automation(name=DEAD, trigger=trigger, actions=[action])
     try:
-        there = await Automation.aread(name=DEAD)
+        existing = await Automation.aread(name=DEAD)
     except ValueError:
-        await wanted.acreate()
+        await automation.acreate()
         return
-    there.trigger, there.actions = wanted.trigger, wanted.actions
-    await there.aupdate()
+    existing.trigger, existing.actions = automation.trigger, automation.actions
+    await existing.aupdate()
 
 
 def deploy(root: Path, kind: str) -> None:
-    """Raises OrchestrationError with what Prefect said."""
+    """Deploy every entry of prefect.yaml. Raises OrchestrationError with Prefect's output if that fails."""
     asyncio.run(prepare(POOL, kind))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    # where a run finds the project: in an image of infra/Dockerfile, unless the environment says otherwise
+    # A container finds the project at /app, as infra/Dockerfile builds it, unless POSTTRAIN_PROJECT is set.
     project = os.environ.get("POSTTRAIN_PROJECT") or (str(root.absolute()) if kind == "process" else "/app")
     done = subprocess.run(
         command, cwd=root, env=child_environment({"POSTTRAIN_PROJECT": project}), capture_output=True, text=True
@@ -98,10 +102,16 @@ def deploy(root: Path, kind: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--type", default="process", choices=("process", "docker", "kubernetes"), help="of a new pool")
+    parser.add_argument(
+        "--type",
+        default="process",
+        choices=("process", "docker", "kubernetes"),
+        help="type of a new work pool (default: process)",
+    )
     args = parser.parse_args(argv)
     try:
         url = PREFECT_API_URL.value()

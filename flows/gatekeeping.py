@@ -1,4 +1,4 @@
-"""From finished evaluations to the registry: ask the gate, promote or refuse, say why, tell whoever wants to know."""
+"""Decide on promotion after the evaluations: run the gate, promote or refuse, and report the result."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from pipelines.gate import PAGE
 from pipelines.promotion.registry import Registry, Version
 from tasks import gate
 from tasks.champion import restore, restore_champion
-from tasks.console import tell
+from tasks.console import log_line
 from tasks.notify import notify
 
 
-def judge(root: Path, *, tracking: bool, approval: bool) -> None:
-    """Decide about what the evaluations found, once: a state that was decided about is left alone."""
+def decide_promotion(root: Path, *, tracking: bool, approval: bool) -> None:
+    """Run the gate on the current evaluations, once: a state that was already decided is skipped."""
     words = gate.settled(root)
     if words is not None:
-        tell(f"nothing new, nothing to decide: {words}")
+        log_line(f"nothing new to decide: {words}")
         return
-    standing = gate.look_up(str(root))
-    for name, version in standing.barred.items():
-        tell(f"{name} is not asked: {version.name} was rolled back by hand: {version.tags.get('rolled_back')}")
-    if not standing.candidates:
-        assert standing.champion is not None or standing.barred
-        gate.settle(root, tell("no candidate differs from the champion and from what was rolled back"))
+    situation = gate.look_up(str(root))
+    for name, version in situation.barred.items():
+        log_line(
+            f"{name} is not considered, because {version.name} was rolled back by hand: {version.tags.get('rolled_back')}"
+        )
+    if not situation.candidates:
+        assert situation.champion is not None or situation.barred
+        gate.settle(root, log_line("no candidate differs from the champion and from the models that were rolled back"))
         return
-    if standing.champion is not None:
-        restore_champion(str(root), standing.champion)
-    decision = gate.ask(str(root), standing.champion, standing.candidates, str(flow_run.get_id() or ""), tracking)
+    if situation.champion is not None:
+        restore_champion(str(root), situation.champion)
+    decision = gate.ask(str(root), situation.champion, situation.candidates, str(flow_run.get_id() or ""), tracking)
     version = gate.register(str(root), decision)
     gate.settle(root, _act(root, decision, version, approval))
 
 
 def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool) -> str:
-    """Carry the decision out; what was done, in words."""
+    """Carry the decision out and return the result in words."""
     if not decision["promote"]:
         words = f"{version.name} was refused, {decision['reference']} stays: " + "; ".join(decision["refusals"])
         event = "refused"
@@ -48,14 +50,14 @@ def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool)
         restore(root, champion)
         words, event = f"{version.name} is champion, in place of {decision['reference']}", "promoted"
     gate.publish(root, decision, words)
-    tell(words)
-    tell(f"why: {PAGE}")
+    log_line(words)
+    log_line(f"why: {PAGE}")
     notify(event, words, links(root, version))
     return words
 
 
 def _ask_for_approval(version: Version) -> str:
-    """Start the deployment of flows.promote, which pauses in Prefect's UI; without one, the command to type."""
+    """Start the deployment of flows.promote, which pauses in Prefect's UI; without a deployment, return the command to type."""
     from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectNotFound
 
@@ -69,7 +71,7 @@ def _ask_for_approval(version: Version) -> str:
 
 
 def links(root: Path, version: Version) -> dict[str, str | None]:
-    """Where to look: the flow's run, the version's page, the reasons."""
+    """Return links to the flow run, the version's page and the page of reasons."""
     from pipelines.config.params import load_params
 
     registry = Registry(root, load_params(root / "params.yaml").project.experiment)

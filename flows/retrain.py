@@ -1,7 +1,7 @@
-"""Retrain on new data and let the better model into production.
+"""Retrain on new data and promote the new model if it is better.
 
-Takes the inbox in (POSTTRAIN_INBOX), brings changed .dvc inputs (`dvc update` for imported ones) and stale stages up to date,
-and asks the gate whether the best aligned model may replace the champion of MLflow's registry. Nothing new ends at once.
+Takes in the files of the inbox (POSTTRAIN_INBOX), updates changed .dvc inputs (`dvc update` for imports) and stale stages, and asks the
+gate if the best aligned model may replace the champion in MLflow's registry. Without new data it ends at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from prefect.client.schemas import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.command import add_stages, main
-from flows.gatekeeping import judge
+from flows.gatekeeping import decide_promotion
 from flows.hooks import HOOKS
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
-from tasks.console import tell
+from tasks.console import log_line
 from tasks.intake import take_in
 
 
@@ -33,16 +33,19 @@ def retrain(targets: list[str] | None = None, tracking: bool = True, approval: b
     project = Path.cwd()
     with exclusive(project):
         for entry in take_in(str(project)):
-            tell(f"inbox: {entry.describe()}")
+            log_line(f"inbox: {entry.describe()}")
         stopped = bring_all_up_to_date(project, targets or [], tracking=tracking, refresh=True)
         if stopped is None and not targets:
-            judge(project, tracking=tracking, approval=approval)
+            decide_promotion(project, tracking=tracking, approval=approval)
         return stopped
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flow's arguments."""
     add_stages(parser)
-    parser.add_argument("--approval", action="store_true", help="a model that passes the gate waits for a person")
+    parser.add_argument(
+        "--approval", action="store_true", help="wait for a person's approval after a model has passed the gate"
+    )
 
 
 def _call(options: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""What every flow does: read the DAG, bring its nodes up to date side by side, record, publish and say how it went."""
+"""Run the DAG: read it, bring its nodes up to date in parallel, record the times, publish the report and print a summary."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from prefect.client.schemas import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from flows.schedule import Future, Outcome, run_all
+from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
-from flows.workspace import follower, warm_process, write_costs, write_record
+from flows.workspace import follower, fork_server, write_costs, write_record
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks import stage as stages
-from tasks.console import say, tell
+from tasks.console import log_line, print_line
 from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
 from tasks.publish import publish_report
@@ -25,7 +25,10 @@ from tasks.slots import machine_slots
 def bring_all_up_to_date(
     root: Path, targets: Collection[str], *, tracking: bool, refresh: bool = False
 ) -> State[None] | None:
-    """The body of both flows, inside `exclusive`. Returns Cancelled when it was stopped, raises OrchestrationError after a failure."""
+    """Bring the targets and their dependencies up to date; the body of both flows, inside `exclusive`.
+
+    Returns a Cancelled state if it was stopped. Raises OrchestrationError if a stage failed.
+    """
     with stop_on_signal(stages.stop) as received:
         whole = read_dag(root)
         dag = needed_for(whole, targets)
@@ -36,25 +39,26 @@ def bring_all_up_to_date(
             _finish(root)
             return None
         started = time.time()
-        with warm_process(root), follower(root, tracking):
+        with fork_server(root), follower(root, tracking):
             outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, _report_end)
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
-            return Cancelled(message=f"{reason(received)}; finished stages are kept, the next run goes on")
+            return Cancelled(message=f"{reason(received)}; finished stages are kept, and the next run continues")
         _raise_failures(outcome)
         _assert_current(root, dag)
         costs = write_costs(root)
         _finish(root)
         if costs is not None:
-            say(f"costs: {costs}")
-        _say_seconds(outcome, time.time() - started)
+            print_line(f"costs: {costs}")
+        _print_seconds(outcome, time.time() - started)
     return None
 
 
 def _submitter(
     root: Path, todo: set[str], refresh: bool
 ) -> Callable[[Node, list[Future], Callable[[str], None]], Future]:
+    """Return the function that submits one node as a Prefect task."""
     identity = str(flow_run.get_id() or "")
 
     def submit(node: Node, above: list[Future], done: Callable[[str], None]) -> Future:
@@ -75,49 +79,55 @@ def _submitter(
 
 
 def _announce(dag: Dag, todo: set[str]) -> None:
+    """Log the number of stages to run."""
     if not todo:
-        tell(f"nothing to do: all {len(dag)} stages are up to date")
+        log_line(f"nothing to do: all {len(dag)} stages are up to date")
         return
-    tell(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} side by side")
+    log_line(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} in parallel")
 
 
-def _report_end(name: str, outcome: Outcome) -> None:
+def _report_end(name: str, outcome: DagOutcome) -> None:
+    """Log the result of one stage."""
     if name in outcome.failures:
         error = outcome.failures[name]
-        tell(f"{name:<24} {'stopped' if isinstance(error, Interrupted) else 'FAILED'}: {error}")
+        log_line(f"{name:<24} {'stopped' if isinstance(error, Interrupted) else 'FAILED'}: {error}")
         return
     result = outcome.results[name]
     if result.ended > result.started:
         words = {"ran": "done", "restored": "restored from the cache", "up-to-date": "was up to date"}
-        tell(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
+        log_line(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
 
 
-def _raise_failures(outcome: Outcome) -> None:
+def _raise_failures(outcome: DagOutcome) -> None:
+    """Raise OrchestrationError with the errors of all failed stages."""
     if not outcome.failures:
         return
     lines = [str(error) for _, error in sorted(outcome.failures.items())]
     if outcome.not_started:
-        lines.append(f"not started, because they depend on it: {', '.join(outcome.not_started)}")
+        lines.append(f"not started, because they depend on a failed stage: {', '.join(outcome.not_started)}")
     raise OrchestrationError("\n".join(lines))
 
 
 def _assert_current(root: Path, dag: Dag) -> None:
+    """Raise OrchestrationError if a stage is still stale after the flow."""
     left = sorted(changed(root) & set(dag))
     if left:
         raise OrchestrationError(
-            f"still not up to date after the flow: {', '.join(left)}. An input changed while it ran; run the flow again."
+            f"still not up to date after the flow: {', '.join(left)}. An input changed during the flow; run the flow again."
         )
 
 
 def _finish(root: Path) -> None:
+    """Publish the report and print its address."""
     report = publish_report(root)
     if report is not None:
-        say(f"report: {report}")
-        say("metrics: `make ui` opens MLflow")
+        print_line(f"report: {report}")
+        print_line("metrics: `make ui` opens MLflow")
 
 
-def _say_seconds(outcome: Outcome, total: float) -> None:
+def _print_seconds(outcome: DagOutcome, total: float) -> None:
+    """Print the seconds of each stage and the wall time."""
     spent = {name: result.seconds for name, result in outcome.results.items() if result.seconds}
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"    {name:<28} {seconds:8.1f} s")
-    print(f"    {'all, as the clock goes':<28} {total:8.1f} s")
+    print(f"    {'wall time':<28} {total:8.1f} s")

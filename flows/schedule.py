@@ -1,4 +1,4 @@
-"""Which node may start next: dependencies first, as many side by side as there are slots, a failure stops only its dependants."""
+"""Choose the next nodes to start: dependencies first, at most one per slot; a failure stops only the nodes that depend on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POLL_SECONDS = 0.2
 
 
 class Future(Protocol):
-    """What the schedule needs of a Prefect future."""
+    """The part of a Prefect future that the schedule uses."""
 
     def result(self) -> StageResult: ...
 
@@ -25,16 +25,16 @@ Submit = Callable[[Node, list[Future], Callable[[str], None]], Future]
 
 
 @dataclass
-class Outcome:
+class DagOutcome:
     results: dict[str, StageResult] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
     not_started: list[str] = field(default_factory=list)
     interrupted: bool = False
 
 
-def run_all(dag: Dag, submit: Submit, limit: int, stop: Event, on_end: Callable[[str, Outcome], None]) -> Outcome:
-    """Run every node of `dag`, at most `limit` at once. Returns when nothing runs any more."""
-    outcome, done = Outcome(), SimpleQueue[str]()
+def run_all(dag: Dag, submit: Submit, limit: int, stop: Event, on_end: Callable[[str, DagOutcome], None]) -> DagOutcome:
+    """Run every node of `dag`, at most `limit` at once. Returns when no node is running any more."""
+    outcome, done = DagOutcome(), SimpleQueue[str]()
     futures: dict[str, Future] = {}
     running: set[str] = set()
     while True:
@@ -58,6 +58,7 @@ def run_all(dag: Dag, submit: Submit, limit: int, stop: Event, on_end: Callable[
 
 
 def _ready(dag: Dag, started: Mapping[str, Future], finished: Mapping[str, StageResult]) -> list[Node]:
+    """Return the nodes that have not started and whose dependencies have finished."""
     return [
         node
         for name, node in dag.items()
@@ -65,8 +66,9 @@ def _ready(dag: Dag, started: Mapping[str, Future], finished: Mapping[str, Stage
     ]
 
 
-def _settle(name: str, future: Future, outcome: Outcome) -> None:
+def _settle(name: str, future: Future, outcome: DagOutcome) -> None:
+    """Store the result or the failure of one node."""
     try:
         outcome.results[name] = future.result()
-    except Exception as error:  # the edge of one stage: its failure is reported at the end, the others go on
+    except Exception as error:  # One stage failed: report it at the end and let the other stages continue.
         outcome.failures[name] = error

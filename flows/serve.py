@@ -1,9 +1,9 @@
-"""Everything scheduled, on this machine alone: a Prefect server with its pages, and the flows of prefect.yaml at their hours.
+"""Run the schedules on one machine: a Prefect server with its UI, and the flows of prefect.yaml at their scheduled times.
 
     python -m flows.serve [--port 4200]
 
-Runs until Ctrl-C. No work pool and no worker: each flow run is a process of this command. With PREFECT_API_URL set to a
-server, that one is used. Past runs are in ~/.prefect, models and numbers in the project as always.
+Runs until Ctrl-C, without work pool and worker: each flow run is a child process of this command. If PREFECT_API_URL is set, that
+server is used. Past runs are stored in ~/.prefect; models and metrics are stored in the project, as always.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ from pipelines.config.params import read_yaml
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import PosttrainError
-from tasks.console import say
+from tasks.console import print_line
 from tasks.process import end, start
 
 
 def deployments(path: Path) -> list[RunnerDeployment]:
-    """prefect.yaml's deployments as processes of this command: the same names, hours, parameters and limits."""
+    """Return prefect.yaml's deployments as processes of this command, with the same names, times, parameters and limits."""
     return [_deployment(entry) for entry in read_yaml(path)["deployments"]]
 
 
 def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+    """Return one entry of prefect.yaml as a deployment."""
     module, function = entry["entrypoint"].split(":")
     flow = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
-    made: RunnerDeployment = flow.to_deployment(
+    deployment: RunnerDeployment = flow.to_deployment(
         name=entry["name"],
         schedules=[Cron(each["cron"], timezone=each.get("timezone", "UTC")) for each in entry["schedules"]],
         parameters=entry["parameters"],
         description=entry["description"],
         tags=entry["tags"],
     )
-    return made
+    return deployment
 
 
 @contextmanager
 def server(root: Path, port: int) -> Iterator[str]:
-    """The configured Prefect server, or one with pages of its own that ends with this command; the URL of its pages."""
+    """Yield the URL of Prefect's UI: of the configured server, or of a private one that ends with this command."""
     configured = PREFECT_API_URL.value()
     if configured:
         yield PREFECT_UI_URL.value() or configured.removesuffix("/api")
@@ -86,11 +87,12 @@ def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Pop
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--port", type=int, default=4200, help="of the Prefect server; 0 takes a free one (default: 4200)"
+        "--port", type=int, default=4200, help="port of the Prefect server; 0 chooses a free one (default: 4200)"
     )
     args = parser.parse_args(argv)
     root = environment.root()
@@ -103,9 +105,9 @@ def main(argv: list[str] | None = None) -> int:
             found = deployments(root / "prefect.yaml")
             for deployment in found:
                 hours = ", ".join(str(each.schedule.cron) for each in deployment.schedules or ()) or "by hand"  # type: ignore[union-attr]
-                say(f"{deployment.flow_name}/{deployment.name}: {hours}")
-            say(
-                f"pages: {pages}   new data go into: {os.environ.get('POSTTRAIN_INBOX') or root / 'inbox'}   Ctrl-C stops"
+                print_line(f"{deployment.flow_name}/{deployment.name}: {hours}")
+            print_line(
+                f"Prefect: {pages}   inbox for new data: {os.environ.get('POSTTRAIN_INBOX') or root / 'inbox'}   Ctrl-C stops"
             )
             serve(*found, print_starting_message=False)
     except PosttrainError as error:

@@ -1,4 +1,4 @@
-"""The Prefect API of a command: the configured one, or a private server that ends with the command, however it ends."""
+"""Provide the Prefect API of a command: the configured server, or a private one that ends with the command, however it ends."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ START_SECONDS, ANSWER_SECONDS = 120.0, 5.0
 
 @contextmanager
 def prefect_api(root: Path) -> Iterator[str | None]:
-    """Yields the configured server's URL, or None when a private one was started.
+    """Yield the configured server's URL, or None if a private one was started.
 
-    Prefect's own temporary server shares the terminal's process group, so Ctrl-C takes it away while the flow still
-    needs it, and it outlives a flow that is killed. Ours runs under a guard and uses the same database.
+    Prefect's own temporary server shares the terminal's process group: Ctrl-C stops it while the flow still needs it, and it outlives
+    a killed flow. This private server runs under a guard and uses the same database.
     """
     configured = PREFECT_API_URL.value()
     if configured:
@@ -50,18 +50,18 @@ def prefect_api(root: Path) -> Iterator[str | None]:
 
 
 def require_server(url: str) -> None:
-    """Raises OrchestrationError, in words, where no Prefect server answers at PREFECT_API_URL."""
+    """Raise OrchestrationError if no Prefect server responds at the URL."""
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
-        # Prefect's own client: it knows how to sign in, and whom to trust
+        # Prefect's own client handles authentication and certificates.
         with get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client:
             error = client.api_healthcheck()
         if error is None:
             return
         if time.monotonic() > deadline:
             raise OrchestrationError(
-                f"the Prefect server at {redact(url)} (PREFECT_API_URL) does not answer: {redact(str(error))}. Start it (`make status`"
-                " shows the servers of `make up`), or unset PREFECT_API_URL for a private one."
+                f"the Prefect server at {redact(url)} (PREFECT_API_URL) does not respond: {redact(str(error))}. Start it (`make status`"
+                " shows the servers of `make up`), or unset PREFECT_API_URL to use a private one."
             )
         time.sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""What ends a flow from outside: Ctrl-C, TERM, or *Cancel* in Prefect. Its stages are stopped cleanly, then it ends Cancelled."""
+"""Stop a flow on Ctrl-C, TERM or *Cancel* in Prefect: its stages stop cleanly, then the flow ends Cancelled."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ POLL_SECONDS = 2.0
 
 
 def raise_interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-    """For the time before and after the stages: unwind, so that whatever was started is stopped."""
+    """Raise KeyboardInterrupt. Used before and after the stages, so that everything that was started is stopped."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @contextmanager
 def stop_on_signal(stop: Event) -> Iterator[list[str]]:
-    """While inside, a signal or a cancellation in Prefect sets `stop`; yields the signals that came."""
+    """Set `stop` on a signal or a cancellation in Prefect; yields the list of received signals."""
     received: list[str] = []
     with _on_signal(stop, received), _on_cancellation(stop):
         yield received
 
 
 def reason(received: list[str]) -> str:
-    """Why the flow stops. A worker hands a person's *Cancel* on as a signal, which then is not the reason."""
+    """Return why the flow stops. A worker forwards a person's *Cancel* as a signal, so cancellation is checked first."""
     identity = flow_run.get_id()
     with _own_client() as client:
         if identity is not None and _is_cancelled(client, UUID(identity)):
             return "cancelled in Prefect"
-    # without a signal only a cancellation can have stopped it, also where the server no longer answers
+    # Without a signal, only a cancellation can have stopped it, even if the server no longer responds.
     return f"stopped by {received[0]}" if received else "cancelled in Prefect"
 
 
 @contextmanager
 def _on_signal(stop: Event, received: list[str]) -> Iterator[None]:
+    """Record signals and set `stop` while inside; only the main thread can handle signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heed(number: int, _frame: FrameType | None) -> None:
+    def record(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
         stop.set()
 
-    before = {number: signal.signal(number, heed) for number in NUMBERS}
+    before = {number: signal.signal(number, record) for number in NUMBERS}
     try:
         yield
     finally:
@@ -63,7 +64,7 @@ def _on_signal(stop: Event, received: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _on_cancellation(stop: Event) -> Iterator[None]:
-    """A flow that was typed in a terminal has no worker above it to send a signal, so it asks."""
+    """Poll Prefect for a cancellation: a flow started in a terminal has no worker that would send a signal."""
     identity = flow_run.get_id()
     if identity is None:
         yield
@@ -79,6 +80,7 @@ def _on_cancellation(stop: Event) -> Iterator[None]:
 
 
 def _ask(client: SyncPrefectClient, identity: UUID, stop: Event, over: Event) -> None:
+    """Poll the flow run's state until it is cancelled or the flow is over."""
     with client:
         while not over.wait(POLL_SECONDS):
             if _is_cancelled(client, identity):
@@ -87,13 +89,14 @@ def _ask(client: SyncPrefectClient, identity: UUID, stop: Event, over: Event) ->
 
 
 def _is_cancelled(client: SyncPrefectClient, identity: UUID) -> bool:
+    """Return True if Prefect reports the flow run as cancelled."""
     try:
         state = client.read_flow_run(identity).state
-    except (httpx.HTTPError, ObjectNotFound):  # the server is away; the flow's own requests say so when they give up
+    except (httpx.HTTPError, ObjectNotFound):  # The server is down; the flow's own requests report that.
         return False
     return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def _own_client() -> SyncPrefectClient:
-    """Settings of its own make it another client than the flow's, which is not shared between threads."""
+    """Return a client of this thread. Different settings keep Prefect from returning the flow's client, which threads must not share."""
     return get_client(httpx_settings={"timeout": 10.0}, sync_client=True)

@@ -1,4 +1,4 @@
-"""A worker of this workspace: polls the work pool for flow runs, and starts each in its own process.
+"""Run a worker of this workspace: it polls the work pool for flow runs and starts each in its own process.
 
     python -m flows.worker [--pool posttrain]
 
@@ -33,10 +33,11 @@ from posttrain.errors import OrchestrationError, PosttrainError
 
 PULL = "prefect.deployments.steps.set_working_directory"
 ENVIRONMENT = {"POSTTRAIN_SLOTS", "POSTTRAIN_GRACE_SECONDS", "CUDA_VISIBLE_DEVICES"}
-"""Variables that a flow run may set: where it runs, never what."""
+"""Variables that a flow run may set: they select its machine, not its code."""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         url = PREFECT_API_URL.value()
         if not url:
             raise OrchestrationError(
-                "a worker needs a Prefect server: set PREFECT_API_URL, or `make up` starts servers and a worker,"
-                " or `make serve` does without a worker."
+                "a worker needs a Prefect server: set PREFECT_API_URL, start servers and a worker with `make up`,"
+                " or use `make serve`, which needs no worker."
             )
         require_server(url)
         sweep(root)
@@ -69,7 +70,7 @@ async def work(root: Path, pool: str) -> None:
 
 
 class ProjectWorker(ProcessWorker):
-    """Run only what prefect.yaml of this project deploys: whoever may write to the server could otherwise run any command here."""
+    """Run only deployments of this project's prefect.yaml; otherwise any user of the server could run any command here."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""What a flow keeps in .posttrain: the lock that makes it the only one, the record of its stages, and its follower."""
+"""Files of a flow in .posttrain: the lock that allows one flow at a time, the record of its stages, and helper processes."""
 
 from __future__ import annotations
 
@@ -20,50 +20,53 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
-from flows.hooks import tell_end
+from flows.hooks import notify_end
 from posttrain.errors import OrchestrationError
 from posttrain.files import write_atomic
 from tasks import stage as stages
-from tasks.console import say, tell
+from tasks.console import log_line, print_line
 from tasks.process import end, start
 from tasks.slots import cuda_devices
 from tasks.stage import CATCH_UP_SECONDS, StageResult
 
 WAIT_SECONDS = 2.0
 RUN = Path(".posttrain/flow.run")
-"""Holds the id of the flow run at work; left behind by one that was killed."""
+"""Holds the id of the running flow run; a killed one leaves it behind."""
 SILENCE_SECONDS = 300
-"""Longer than a restart of the Prefect server or its database takes, during which heartbeats are lost."""
+"""Longer than a restart of the Prefect server or its database, which loses heartbeats."""
 SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
-"""What the server says of a run that it marks Crashed; see flows.deploy."""
+"""The server's message for a run that it marks Crashed; see flows.deploy."""
 
 
 class WorkspaceBusy(OrchestrationError):
-    """Another flow is at work in this workspace."""
+    """A flow is already running in this workspace."""
 
 
 def refuse_second_flow(root: Path) -> None:
-    """Raise at once if a flow is at work in this workspace."""
+    """Raise WorkspaceBusy if a flow is running in this workspace."""
     with only_flow(root):
         pass
 
 
 @contextmanager
 def only_flow(root: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold .posttrain/flow.lock; a second flow in the same workspace waits or is refused, naming the first one's process."""
+    """Hold .posttrain/flow.lock.
+
+    If a flow already runs in this workspace, wait for it, or raise WorkspaceBusy with its process id.
+    """
     path = root / ".posttrain" / "flow.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        told = False
+        logged = False
         while not _locked(file):
             file.seek(0)
-            holder = f"another flow is running in {root.absolute()} (process {file.read().strip() or 'unknown'})"
+            holder = f"a flow is already running in {root.absolute()} (process {file.read().strip() or 'unknown'})"
             if not wait:
                 raise WorkspaceBusy(
                     f"{holder}. Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
                 )
-            if not told:
-                told = bool(tell(f"waits: {holder}"))
+            if not logged:
+                logged = bool(log_line(f"waiting: {holder}"))
             time.sleep(WAIT_SECONDS)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -72,6 +75,7 @@ def only_flow(root: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _locked(file: IO[str]) -> bool:
+    """Take the lock and return True; return False if it is taken."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,9 +85,9 @@ def _locked(file: IO[str]) -> bool:
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Be the only flow in this workspace: a run of a deployment waits for its turn, a command is refused at once.
+    """Be the only flow in this workspace: a deployment's run waits for its turn, a command is refused at once.
 
-    A run that was here before and was killed is marked Crashed in Prefect.
+    An earlier run that was killed is marked Crashed in Prefect.
     """
     stages.stop.clear()
     with only_flow(root, wait=deployment.get_id() is not None):
@@ -95,7 +99,7 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def sweep(root: Path) -> None:
-    """End what a killed flow left behind in Prefect, unless a flow is at work here."""
+    """Mark a killed flow's run as Crashed in Prefect, unless a flow is running here."""
     try:
         with only_flow(root):
             end_dead_run(root / RUN)
@@ -104,10 +108,10 @@ def sweep(root: Path) -> None:
 
 
 def end_dead_run(path: Path) -> str | None:
-    """Mark the run that `path` names Crashed if Prefect still believes it at work; its name. Only for who holds the lock.
+    """Mark the run in `path` Crashed if Prefect still considers it running, and return its name. Call it only while holding the lock.
 
-    A worker marks a flow that it sees dying, and tells the webhook; one that dies with its worker would stay Running, and
-    hold its place in the queue, for ever, or be marked by the server for its silence. Then we tell.
+    A worker marks a flow that dies under it and notifies the webhook. If the worker dies as well, the run stays Running and keeps its
+    place in the queue, or the server marks it for its silence. In these cases this function sends the notification.
     """
     identity = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if not identity or identity == str(flow_run.get_id() or ""):
@@ -121,17 +125,17 @@ def end_dead_run(path: Path) -> str | None:
             return None
         state = run.state
         if not state.is_final():
-            state = Crashed(message="The process of this run is gone; the next run goes on from its checkpoints.")
+            state = Crashed(message="The process of this run is gone; the next run continues from its checkpoints.")
             client.set_flow_run_state(run.id, state, force=True)
         flow = client.read_flow(run.flow_id)
-    say(f"flow run {run.name} was killed: marked Crashed")
+    print_line(f"flow run {run.name} was killed, and is now marked Crashed")
     path.unlink()
-    tell_end(flow.name, run, state)
+    notify_end(flow.name, run, state)
     return str(run.name)
 
 
 def write_record(root: Path, started: float, ended: float, results: Mapping[str, StageResult]) -> None:
-    """.posttrain/flow.json, in Unix seconds, for the report's page of costs."""
+    """Write .posttrain/flow.json, with times in Unix seconds, for the page of costs."""
     path = root / ".posttrain" / "flow.json"
     stages = {
         name: {"started": result.started, "ended": result.ended, "ran": result.ran, "outcome": result.outcome}
@@ -141,21 +145,21 @@ def write_record(root: Path, started: float, ended: float, results: Mapping[str,
 
 
 def write_costs(root: Path) -> Path | None:
-    """The page of machine costs over this flow's record; None where no step has measured anything."""
+    """Write the page of machine costs for this flow and return its path; None if no step recorded measurements."""
     if not (root / ".posttrain" / "runs").is_dir():
         return None
     path = root / ".posttrain" / "logs" / "costs.log"
     with path.open("wb") as log:
         status = end(start([sys.executable, "-m", "pipelines.report.costs"], root, output=log), CATCH_UP_SECONDS)
     if status:
-        say(f"the page of costs could not be written: see {path}")
+        print_line(f"the page of costs could not be written: see {path}")
         return None
     return root / ".posttrain" / "costs" / "index.html"
 
 
 @contextmanager
 def follower(root: Path, wanted: bool) -> Iterator[None]:
-    """One process that carries every stage's journal into MLflow while the stages run, and catches up at the end."""
+    """Run one process that copies every stage's journal into MLflow while the stages run, and catches up at the end."""
     if not wanted:
         yield
         return
@@ -175,8 +179,8 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def warm_process(root: Path) -> Iterator[None]:
-    """One process that has torch imported and forks for each step; not where steps use a GPU, or see another environment."""
+def fork_server(root: Path) -> Iterator[None]:
+    """Run one process that has imported torch and forks for each step. Not used with GPUs."""
     if cuda_devices():
         yield
         return
@@ -197,9 +201,12 @@ def warm_process(root: Path) -> Iterator[None]:
 
 
 def catch_up(root: Path) -> None:
-    """Carry every journal into MLflow. Tracking never fails a flow: the journals are kept, and this can be done at any time."""
+    """Copy every journal into MLflow. Tracking never fails a flow: the journals are kept, and a later sync copies them."""
     path = root / ".posttrain" / "logs" / "sync.log"
     with path.open("ab") as log:
         status = end(start([sys.executable, "-m", "pipelines.commands.sync"], root, output=log), CATCH_UP_SECONDS)
     if status:
-        say(f"MLflow is behind: `python -m pipelines.commands.sync` catches up from the journals (see {path})")
+        print_line(
+            "MLflow does not have all records yet: `python -m pipelines.commands.sync` copies the rest from the"
+            f" journals (see {path})"
+        )

@@ -1,1 +1,1 @@
-"""Where the pipeline runs: set-up, images, and the servers as plain processes."""
+"""Infrastructure of the pipeline: set-up, images, and the servers as plain processes."""

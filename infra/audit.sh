@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of what constraints.txt pins: pip-audit (in an environment of its own) over the OSV database. Where the
-# database does not answer within three seconds it says so and passes: a machine without the network can still lint.
+# Report known vulnerabilities of the versions in constraints.txt: pip-audit (in its own environment) with the OSV database. If the
+# database does not respond within three seconds, it prints a message and passes, so that lint works without a network.
 # Fails on a vulnerability, unless IGNORED names it with the reason why it cannot be mended or does not matter here.
 set -euo pipefail
 unset CDPATH  # with it, cd may go elsewhere

@@ -1,6 +1,6 @@
-"""Back-up and restore of the three databases: Prefect's runs and schedules, MLflow's runs and registry, MLflow's accounts.
+"""Back up and restore the three databases: Prefect's runs and schedules, MLflow's runs and registry, MLflow's accounts.
 
-Weights, data and artifacts are in the S3 store and in DVC's cache, not here: copy those with the store's own means.
+The S3 store and DVC's cache hold weights, data and artifacts; copy those with the store's own tools.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ USERS = ("worker", "prefect", "mlflow")
 
 
 def backup(postgres: Postgres, folder: Path) -> list[Path]:
-    """One dump per database, consistent in itself; nothing need be stopped."""
+    """Write one dump per database and return their paths. Each dump is consistent, and nothing has to be stopped."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    written = []
     for name in DATABASES:
         path = folder.absolute() / f"{name}.dump"
         postgres.run([*postgres.client("pg_dump"), "--format=custom", "--dbname", name], output=path)
-        made.append(path)
-    return made
+        written.append(path)
+    return written
 
 
 def restore(postgres: Postgres, processes: Processes, folder: Path) -> None:
-    """Replace the databases by the dumps. Raises OrchestrationError where one is missing or torn, or a server still runs."""
+    """Replace the databases by the dumps. Raises OrchestrationError if a dump is missing or damaged, or a server is running."""
     dumps = {name: folder.absolute() / f"{name}.dump" for name in DATABASES}
     missing = [str(path) for path in dumps.values() if not path.is_file()]
     if missing:
@@ -35,10 +35,11 @@ def restore(postgres: Postgres, processes: Processes, folder: Path) -> None:
     running = [name for name in USERS if processes.pid(name) is not None]
     if running:
         raise OrchestrationError(
-            f"{', '.join(running)} would write into a database that is being replaced: stop them first with"
+            f"{', '.join(running)} would write into a database during its replacement. Stop them first with"
             f" `python -m infra.servers stop {' '.join(running)}`"
         )
-    for path in dumps.values():  # a dump that cannot be read must not cost the database that it was to replace
+    # Read every dump first: a damaged one must not destroy the database that it should replace.
+    for path in dumps.values():
         postgres.run(["pg_restore", "--list"], source=path)
     for name, path in dumps.items():
         postgres.run([*postgres.client("dropdb"), "--if-exists", "--force", name])

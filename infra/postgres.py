@@ -1,4 +1,4 @@
-"""PostgreSQL out of the distribution's packages: one cluster of our own, on loopback, with a password."""
+"""Run PostgreSQL from the distribution's packages: one private cluster on the loopback address, with a password."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLE = "posttrain"
 
 
 class Postgres:
-    """`home` is the topology's folder. PostgreSQL refuses root: root's cluster belongs to the user `postgres`."""
+    """One cluster in the topology's folder `home`. PostgreSQL refuses to run as root, so root's cluster belongs to the user `postgres`."""
 
     def __init__(self, home: Path, port: int, password: str) -> None:
         self.port, self.password = port, password
@@ -25,14 +25,16 @@ class Postgres:
         self.data = _data_folder(home)
 
     def command(self) -> list[str]:
+        """Return the server's command line."""
         options = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""}
         return [program("postgres"), "-D", str(self.data), *(f"-c{name}={value}" for name, value in options.items())]
 
     def environment(self) -> dict[str, str]:
+        """Return the environment of all PostgreSQL programs, with the password."""
         return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "PGPASSWORD": self.password}
 
     def create(self) -> None:
-        """Make the cluster, once."""
+        """Create the cluster if it does not exist."""
         if (self.data / "PG_VERSION").is_file():
             return
         self.data.mkdir(parents=True, exist_ok=True)
@@ -51,39 +53,43 @@ class Postgres:
             secret.unlink()
 
     def create_databases(self) -> None:
+        """Create the missing databases. Raises OrchestrationError if the cluster has a different password."""
         try:
-            there = self.run([*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"])
+            existing = self.run(
+                [*self.client("psql"), "-AtX", "-d", "postgres", "-c", "SELECT datname FROM pg_database"]
+            )
         except OrchestrationError as error:
             if "password authentication failed" not in str(error):
                 raise
             raise OrchestrationError(
-                f"the databases in {self.data} were made with another password than this project's, probably by a workspace that"
-                " stood here before. Give that one's .posttrain/servers/secrets.json back to keep them; else remove the folder, or name"
-                " another one in POSTTRAIN_PGDATA."
+                f"the databases in {self.data} were created with a different password, probably by an earlier workspace at this"
+                " path. To keep them, restore its .posttrain/servers/secrets.json; else remove the folder, or set POSTTRAIN_PGDATA"
+                " to a different folder."
             ) from error
         for name in DATABASES:
-            if name not in there.split():
+            if name not in existing.split():
                 self.run([*self.client("createdb"), name])
 
     def query(self, database: str, statement: str) -> str:
-        """The one value that a statement gives."""
+        """Return the single value of a statement."""
         return self.run([*self.client("psql"), "-AtX", "-d", database, "-c", statement]).strip()
 
     def client(self, name: str) -> list[str]:
-        """The start of a client program's command line; PGPASSWORD is in `environment`."""
+        """Return the start of a client program's command line; `environment` has PGPASSWORD."""
         return [name, "-h", "127.0.0.1", "-p", str(self.port), "-U", ROLE]
 
     def healthy(self) -> bool:
+        """Return True if the server accepts connections."""
         done = subprocess.run([program("pg_isready"), *self.client("")[1:]], capture_output=True, check=False)
         return done.returncode == 0
 
     def uri(self, database: str, driver: str, *, password: bool = True) -> str:
-        """Without the password for a command line, which every user of the machine can read; `environment` has it."""
+        """Return a database's address. Omit the password on a command line, which every user of the machine can read."""
         secret = f":{self.password}" if password else ""
         return f"postgresql+{driver}://{ROLE}{secret}@127.0.0.1:{self.port}/{database}"
 
     def run(self, command: Sequence[str], *, source: Path | None = None, output: Path | None = None) -> str:
-        """One of PostgreSQL's programs to its end, reading `source`, writing `output`; what it printed."""
+        """Run one of PostgreSQL's programs with `source` as input; write its output to `output`, or return it."""
         done = subprocess.run(
             [program(command[0]), *command[1:]],
             cwd="/",
@@ -91,7 +97,7 @@ class Postgres:
             user=self.user,
             group=self.user,
             extra_groups=[] if self.user else None,
-            # The user postgres could not open files of ours.
+            # The user postgres cannot open files of the current user.
             input=source.read_bytes() if source else None,
             capture_output=True,
             check=False,
@@ -108,18 +114,18 @@ class Postgres:
 
 
 def program(name: str) -> str:
-    """A program of PostgreSQL: on PATH, or where Debian keeps the newest version."""
+    """Return the path of a PostgreSQL program: Debian's newest version, else the one on PATH."""
     places = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
     found = str(places[-1]) if places else shutil.which(name)
     if found is None:
         raise OrchestrationError(
-            f"PostgreSQL's {name} is not installed. Debian and Ubuntu: sudo apt-get install postgresql; or use infra/compose.yaml."
+            f"PostgreSQL's {name} is not installed. On Debian and Ubuntu: sudo apt-get install postgresql; or use infra/compose.yaml."
         )
     return found
 
 
 def _data_folder(home: Path) -> Path:
-    """Root's home is closed to the user postgres, so its cluster lives where the distribution keeps clusters."""
+    """Return the cluster's folder. The user postgres cannot enter root's home, so root's cluster is in the distribution's folder."""
     if os.geteuid():
         return home / "postgres"
     name = hashlib.sha256(str(home.absolute()).encode()).hexdigest()[:12]

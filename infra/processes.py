@@ -1,4 +1,4 @@
-"""Long-running processes that outlive the command that started them: a pid file and a log each."""
+"""Run processes that outlive the command that started them, each with a pid file and a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from posttrain.errors import OrchestrationError
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the topology. `healthy` asks whether it answers."""
+    """One process of the topology. `healthy` returns True if it responds."""
 
     name: str
     command: list[str]
@@ -29,13 +29,13 @@ class Service:
 
 
 class Processes:
-    """Pid files and logs in one folder. A pid that now belongs to another process counts as ended."""
+    """Pid files and logs in one folder. If a pid now belongs to a different process, the service counts as ended."""
 
     def __init__(self, home: Path, cwd: Path) -> None:
         self.home, self.cwd = home, cwd
 
     def start(self, service: Service) -> None:
-        """Start it unless it runs."""
+        """Start the service unless it is running."""
         if self.pid(service.name) is not None:
             return
         self.home.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Processes:
         self._pid_file(service.name).write_text(f"{process.pid} {born}\n", encoding="utf-8")
 
     def wait(self, service: Service) -> None:
-        """Return when it answers. Raises OrchestrationError with the end of its log where it does not."""
+        """Wait until the service responds. Raises OrchestrationError with the end of its log if it does not."""
         deadline = time.monotonic() + service.start_seconds
         while not service.healthy():
             if self.pid(service.name) is None or time.monotonic() > deadline:
@@ -67,7 +67,7 @@ class Processes:
             time.sleep(0.2)
 
     def pid(self, name: str) -> int | None:
-        """The pid of the running process, or None."""
+        """Return the pid of the running process, or None."""
         path = self._pid_file(name)
         if not path.is_file():
             return None
@@ -75,12 +75,12 @@ class Processes:
             pid, born = path.read_text(encoding="utf-8").split()
             process = psutil.Process(int(pid))
             same = abs(process.create_time() - float(born)) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.NoSuchProcess, ValueError):  # ended, or the file was cut off with its writer
+        except (psutil.NoSuchProcess, ValueError):  # The process has ended, or its pid file is incomplete.
             return None
         return int(pid) if same else None
 
     def stop(self, name: str, number: int = signal.SIGTERM, seconds: float = 40.0) -> bool:
-        """Ask it to stop, then kill it with all of its children; False where it did not run."""
+        """Ask the process to stop, then kill it with all its children; return False if it was not running."""
         pid = self.pid(name)
         if pid is None:
             return False
@@ -97,18 +97,21 @@ class Processes:
         return True
 
     def log(self, name: str) -> Path:
+        """Return the path of the service's log."""
         return self.home / f"{name}.log"
 
     def tail(self, name: str, lines: int = 15) -> str:
+        """Return the last lines of the service's log."""
         path = self.log(name)
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         return "\n".join(text.splitlines()[-lines:])
 
     def _pid_file(self, name: str) -> Path:
+        """Return the path of the service's pid file."""
         return self.home / f"{name}.pid"
 
 
 def _reap(pid: int) -> None:
-    """Where the process is our own child (start and stop in one command), take its exit status."""
+    """Collect the exit status if the process is a child of this one (start and stop in one command)."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)

@@ -26,7 +26,7 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class Signed:
-    """WSGI middleware: pass on what the store's key has signed, answer 403 to everything else."""
+    """WSGI middleware: forward requests signed with the store's key, and refuse all others with 403."""
 
     def __init__(self, app: App, key: str, secret: str) -> None:
         self.app, self.credentials = app, Credentials(key, secret)
@@ -61,7 +61,7 @@ class Signed:
 
 
 class _Verifier(S3SigV4Auth):
-    """Sign what the client signed: the headers that it named, and the digest of the body that it sent."""
+    """Sign the headers that the client named, and the digest of its body."""
 
     def headers_to_sign(self, request: Any) -> Any:
         return request.headers

@@ -1,14 +1,14 @@
-"""All servers as plain processes on this machine, for those without containers.
+"""Run all servers as plain processes on this machine, without containers.
 
     python -m infra.servers up       PostgreSQL, S3 store, MLflow with accounts, Prefect server, one worker; deploys prefect.yaml
-    python -m infra.servers status   what runs, and where to look
+    python -m infra.servers status   running servers and their addresses
     python -m infra.servers down     stop them; databases and logs are kept
     python -m infra.servers start NAME... | stop NAME...      some of them: postgres s3 mlflow prefect worker
     python -m infra.servers backup FOLDER | restore FOLDER    the databases
 
-Everything listens on 127.0.0.1. Passwords are made once and kept in .posttrain/servers/secrets.json; `source
-.posttrain/servers/env` lets any command of this project use the servers. POSTTRAIN_PORTS sets the first of four ports
-(default 15430): PostgreSQL, S3, MLflow, Prefect.
+All servers listen only on 127.0.0.1. Passwords are generated once and stored in .posttrain/servers/secrets.json. After
+`source .posttrain/servers/env`, any command of this project uses the servers. POSTTRAIN_PORTS sets the first of four ports (default
+15430): PostgreSQL, S3, MLflow, Prefect.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from posttrain.errors import OrchestrationError, PosttrainError
 
 
 def status(topology: Topology) -> str:
+    """Return the state of each server and their addresses."""
     rows = []
     for service in topology.services():
         pid = topology.processes.pid(service.name)
-        state = "does not run" if pid is None else f"pid {pid}, {'answers' if service.healthy() else 'DOES NOT ANSWER'}"
+        state = (
+            "not running" if pid is None else f"pid {pid}, {'responds' if service.healthy() else 'DOES NOT RESPOND'}"
+        )
         rows.append(f"  {service.name:<9} {state}")
     experiment = load_params(topology.project / "params.yaml").project.experiment
     return "\n".join(
@@ -44,6 +47,7 @@ def status(topology: Topology) -> str:
 
 
 def _act(topology: Topology, action: str, names: list[str]) -> None:
+    """Carry out one action."""
     if action == "up":
         topology.up()
     elif action == "down":
@@ -62,6 +66,7 @@ def _act(topology: Topology, action: str, names: list[str]) -> None:
 
 
 def _copy(topology: Topology, action: str, folder: Path) -> None:
+    """Back the databases up, or restore them."""
     if action == "backup":
         print("\n".join(f"  {path}" for path in backup(topology.postgres, folder)))
     else:
@@ -70,13 +75,17 @@ def _copy(topology: Topology, action: str, folder: Path) -> None:
 
 
 def _known(names: list[str]) -> list[str]:
+    """Return the names. Raises OrchestrationError if one is unknown."""
     wrong = [name for name in names if name not in ORDER]
     if wrong or not names:
-        raise OrchestrationError(f"{' '.join(wrong) or 'no name'}: name one or more of {', '.join(ORDER)}")
+        raise OrchestrationError(
+            f"{' '.join(wrong) or 'no name'}: not a server; give one or more of {', '.join(ORDER)}"
+        )
     return names
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.servers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

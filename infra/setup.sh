@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings .venv to the state that pyproject.toml and constraints.txt describe. Safe to call again: a second call takes
-# under a second. PYTHON names the interpreter to build it from; VENV another folder for it.
+# under a second. PYTHON names the interpreter to build it from; VENV a different folder for it.
 set -euo pipefail
 unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

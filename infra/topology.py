@@ -1,4 +1,4 @@
-"""The five processes of one project: which they are, how each is started, and what a command needs to use them."""
+"""Define the five processes of one project: their commands, and the environment for commands that use them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ class Topology:
         self.postgres = Postgres(self.home, self.ports["postgres"], self.secrets["postgres"])
 
     def url(self, name: str) -> str:
+        """Return the address of a server."""
         return f"http://127.0.0.1:{self.ports[name]}"
 
     def client_environment(self) -> dict[str, str]:
-        """What a command needs to use these servers."""
+        """Return the variables that a command needs to use these servers."""
         return {
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
             **credentials.prefect_client(f"{credentials.USER}:{self.secrets['prefect']}"),
@@ -63,24 +64,25 @@ class Topology:
         }
 
     def services(self) -> list[Service]:
+        """Return the five services in the order of their start."""
         here = {**child_environment(), **environment.QUIET, **self.client_environment()}
         python = [sys.executable, "-m"]
         return [
             Service("postgres", self.postgres.command(), self.postgres.environment(), self.postgres.healthy,
                     user=self.postgres.user),
             Service("s3", [*python, "infra.s3", str(self.ports["s3"])], here,
-                    lambda: answers(self.url("s3"))),
+                    lambda: responds(self.url("s3"))),
             Service("mlflow", [*python, "mlflow", "server", *credentials.mlflow_options(self.ports["mlflow"])],
-                    here | self._mlflow(), lambda: answers(f"{self.url('mlflow')}/health")),
+                    here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health")),
             Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
                                 str(self.ports["prefect"])],
-                    here | self._prefect(), lambda: answers(f"{self.url('prefect')}/api/health")),
+                    here | self._prefect(), lambda: responds(f"{self.url('prefect')}/api/health")),
             Service("worker", [*python, "flows.worker"], here | {"PREFECT_UI_URL": self.url("prefect")},
                     self._worker_polls),
         ]  # fmt: skip
 
     def up(self) -> None:
-        """Start what does not run. The database comes first, the worker last, the others side by side."""
+        """Start the services that are not running: the database first, the worker last, the others in parallel."""
         self.write_environment()
         self.postgres.create()
         began = time.monotonic()
@@ -91,35 +93,41 @@ class Topology:
             for name in names:
                 self.processes.wait(self.service(name))
                 self._after(name)
-                print(f"  {name:<9} runs ({time.monotonic() - began:.1f} s)", flush=True)
+                print(f"  {name:<9} is running ({time.monotonic() - began:.1f} s)", flush=True)
 
     def start(self, name: str) -> None:
-        """One of them, again."""
+        """Start one service."""
         self.processes.start(self.service(name))
         self.processes.wait(self.service(name))
         self._after(name)
 
     def _before(self, name: str) -> None:
+        """Prepare the start of a service."""
         if name == "mlflow" and self.processes.pid("mlflow") is None:
             self._upgrade_mlflow()
         if name == "worker":
             self.deploy()
 
     def _after(self, name: str) -> None:
+        """Finish the start of a service."""
         if name == "postgres":
             self.postgres.create_databases()
         if name == "s3":
             self._prepare_store()
 
     def service(self, name: str) -> Service:
+        """Return one service by its name."""
         return next(service for service in self.services() if service.name == name)
 
     def down(self, names: Sequence[str] = ORDER) -> None:
+        """Stop the services in reverse order."""
         for name in sorted(names, key=ORDER.index, reverse=True):
-            print(f"  {name:<9} {'stopped' if self.processes.stop(name, self._stop_signal(name)) else 'did not run'}")
+            print(
+                f"  {name:<9} {'stopped' if self.processes.stop(name, self._stop_signal(name)) else 'was not running'}"
+            )
 
     def deploy(self) -> None:
-        """prefect.yaml's deployments into the server, and its work pool."""
+        """Deploy prefect.yaml and its work pool to the server."""
         done = subprocess.run(
             [sys.executable, "-m", "flows.deploy"], cwd=self.project, capture_output=True, text=True, check=False,
             env={**child_environment(), **environment.QUIET, **self.client_environment()},
@@ -128,18 +136,18 @@ class Topology:
             raise OrchestrationError(done.stderr.removeprefix("error: ").strip())
 
     def _upgrade_mlflow(self) -> None:
-        """MLflow's server refuses tables of an older version, and makes new ones only in an empty database."""
+        """Upgrade MLflow's tables: its server refuses tables of an older version, and creates tables only in an empty database."""
         found = self.postgres.query("mlflow", "SELECT to_regclass('alembic_version') IS NOT NULL")
         if found != "t":
             return
-        there = self.postgres.query("mlflow", "SELECT version_num FROM alembic_version")
+        installed = self.postgres.query("mlflow", "SELECT version_num FROM alembic_version")
         package = importlib.util.find_spec("mlflow")
         assert package is not None
         assert package.origin is not None
-        wanted = ScriptDirectory(str(Path(package.origin).parent / "store" / "db_migrations")).get_current_head()
-        if there == wanted:
+        required = ScriptDirectory(str(Path(package.origin).parent / "store" / "db_migrations")).get_current_head()
+        if installed == required:
             return
-        print("  mlflow    brings its tables up to date", flush=True)
+        print("  mlflow    upgrades its tables", flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "db", "upgrade", self.postgres.uri("mlflow", "psycopg2", password=False)],
             env={**child_environment(), **environment.QUIET, **self.postgres.environment()},
@@ -149,6 +157,7 @@ class Topology:
             raise OrchestrationError(f"`mlflow db upgrade` failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
     def write_environment(self) -> Path:
+        """Write the file to source before commands that use the servers, and return its path."""
         path = self.home / "env"
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
         credentials.write_private(path, "\n".join(lines) + "\n")
@@ -174,7 +183,7 @@ class Topology:
         }
 
     def _prepare_store(self) -> None:
-        """The bucket, and this project's default DVC remote in it (.dvc/config.local, which git ignores)."""
+        """Create the bucket, and set it as this project's default DVC remote (.dvc/config.local, which git ignores)."""
         import boto3
 
         keys = self.client_environment()
@@ -188,6 +197,7 @@ class Topology:
             self._set_remote(keys)
 
     def _set_remote(self, keys: dict[str, str]) -> None:
+        """Write the DVC remote with the store's keys."""
         from dvc.config import Config
 
         with Config(str(self.project / ".dvc")).edit("local") as config:
@@ -202,6 +212,7 @@ class Topology:
         (self.project / ".dvc" / "config.local").chmod(0o600)  # it holds the store's key
 
     def _secrets(self) -> dict[str, str]:
+        """Load the passwords, and generate them at the first call."""
         path = self.home / "secrets.json"
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         missing = [name for name in ("postgres", "mlflow", "flask", "s3", "prefect") if name not in found]
@@ -211,28 +222,30 @@ class Topology:
         return found
 
     def _worker_polls(self) -> bool:
-        """Prefect's worker has no port of its own; it says so when it begins to poll. Its log grows with every start."""
+        """Return True if the worker is polling. It has no port, so this checks that Prefect's worker has replaced the start-up process."""
         pid = self.processes.pid("worker")
         return pid is not None and "worker" in " ".join(psutil.Process(pid).cmdline()[2:5])
 
     def _stop_signal(self, name: str) -> int:
-        """INT is PostgreSQL's fast shutdown: it does not wait for clients."""
+        """Return the signal that stops a service. PostgreSQL's fast shutdown is INT: it does not wait for clients."""
         return signal.SIGINT if name == "postgres" else signal.SIGTERM
 
 
 def _first_port() -> int:
+    """Return the first of the four ports. Raises OrchestrationError if POSTTRAIN_PORTS is not valid."""
     text = os.environ.get("POSTTRAIN_PORTS", "15430")
     if not text.isdigit() or not 1024 <= int(text) <= 65532:
         raise OrchestrationError(f"POSTTRAIN_PORTS = {text!r}: must be the first of four ports, from 1024 to 65532")
     return int(text)
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
+    """Return True if a server responds at the URL."""
     try:
         urllib.request.urlopen(url, timeout=2).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
-    # HTTPException: a probe of a port that nobody holds may be connected to itself
+    # HTTPException: a probe of an unused port may connect to itself.
     except (urllib.error.URLError, OSError, HTTPException):
         return False
     return True

@@ -1,8 +1,9 @@
-"""Align the supervised model with one algorithm and one seed, as params.yaml's `algorithms` section of that name says.
+"""Align the supervised model with one algorithm and one seed, as configured under `algorithms` in params.yaml.
 
     python -m pipelines.align --algorithm grpo --seed 0
 
-On-policy presets sample, judge and update; preference presets learn from logged pairs. All start from models/sft and keep it as reference.
+On-policy presets sample, score and update; preference presets learn from logged pairs. All of them start from models/sft, which is also
+the reference policy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ START = Path("models/sft")
 
 
 def run(run: Run) -> None:
+    """Train with the configured algorithm and record the results."""
     from pipelines.training.setup import accelerator, peak_memory_mib
 
     params, args = run.context.params, run.context.args
@@ -38,15 +40,20 @@ def run(run: Run) -> None:
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--algorithm", required=True, help="a section of params.yaml under `algorithms`, e.g. grpo")
-    parser.add_argument("--seed", type=int, required=True, help="seed of the order of data and of sampling, e.g. 0")
+    """Add the step's arguments."""
+    parser.add_argument(
+        "--algorithm", required=True, help="name of a section under `algorithms` in params.yaml, e.g. grpo"
+    )
+    parser.add_argument("--seed", type=int, required=True, help="seed of the data order and of sampling, e.g. 0")
 
 
 def variant(args: Namespace) -> str:
+    """Return the name of this instance of the matrix."""
     return f"{args.algorithm}-{args.seed}"
 
 
 def read_parameters(args: Namespace) -> tuple[str, ...]:
+    """Return the prefixes of the parameters that this instance reads."""
     return ("align", "rewards", f"algorithms.{args.algorithm}")
 
 

@@ -1,9 +1,9 @@
-"""Bring the base model into the project: a tiny Qwen3 built from a seed (default), a local folder, or a hub id.
+"""Create the base model: a tiny Qwen3 built from a seed (default), a local folder, or a hub id.
 
     python -m pipelines.base
 
-Writes models/base: what `from_pretrained` loads, safetensors only. A model without a pad token trains with its own eos as pad only if its
-tokenizer says so; masks come from lengths, so that eos is learnt either way.
+Writes models/base in safetensors, ready for `from_pretrained`. Loss masks come from lengths, so a model learns its eos token even if
+its tokenizer uses eos as the pad token.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def run(run: Run) -> None:
 
 
 def _origin(params: ModelParams) -> str:
+    """Return the model's origin for the model card."""
     return f"built from seed {params.seed}" if params.source == "tiny" else Path(params.source).name
 
 
 def inputs(args: Namespace) -> list[str]:
-    """A local model is part of what this step's result is; a seed or a hub id is a parameter already."""
+    """Return the local model folder, which is part of the step's identity; a seed or a hub id is already a parameter."""
     source = load_params(args.params).model.source
     return [source] if source != "tiny" and Path(source).is_dir() else []
 

@@ -2,8 +2,8 @@
 
     python -m pipelines.compare
 
-Reads the finished runs of base, sft, reward and of every algorithm and seed of params.yaml. Nothing in report/ depends on
-the clock or the machine; times and memory are on a page of their own, .posttrain/costs/index.html.
+Reads the finished runs of base, sft, reward and of every algorithm and seed in params.yaml. Nothing in report/ depends on the clock or
+the machine; times and memory are on a separate page, .posttrain/costs/index.html.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evalu
 
 
 def run(run: Run) -> None:
+    """Compute the comparison, write the report and record the results."""
     params = run.context.params
     project, settings = params.project, params.report
     question = question_of(params)
@@ -43,7 +44,7 @@ def run(run: Run) -> None:
 
 
 def question_of(params: Params) -> Question:
-    """Return what the parameters ask of the report."""
+    """Return the settings of the comparison from the parameters."""
     evaluation, settings = params.evaluation, params.report
     sources = tuple(evaluation.rewards)
     return Question(
@@ -56,7 +57,7 @@ def question_of(params: Params) -> Question:
 
 
 def inputs(args: Namespace) -> list[str]:
-    """Exactly the runs of the configured algorithms and seeds: others that lie about change nothing."""
+    """Return exactly the runs of the configured algorithms and seeds; unrelated runs are ignored."""
     params = load_params(args.params)
     return [path.as_posix() for path in wanted(params.project.algorithms, params.project.seeds)]
 

@@ -1,10 +1,9 @@
-"""Evaluate one model: greedy and sampled answers on held-out problems, every reward source, KL to the supervised policy, intervals.
+"""Evaluate one model: greedy and sampled answers on held-out problems, every reward, KL to the supervised policy, intervals.
 
     python -m pipelines.evaluate --model sft
     python -m pipelines.evaluate --model grpo-0
-    python -m pipelines.evaluate --algorithm grpo --seed 0       the same
 
-All models answer the same prompts with the same seeds, so that comparisons can be paired.
+All models answer the same prompts with the same seeds, so that comparisons are paired.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.schema import RewardFunctionParams
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.evaluator import REFERENCE, Evaluator, prompt_text, write_predictions
@@ -22,21 +22,21 @@ from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.config.schema import RewardSource as RewardSection
     from posttrain.evaluation.answers import EvaluatedAnswer
     from posttrain.evaluation.statistics import Resampling
 
 
 def run(run: Run) -> None:
+    """Evaluate the model and record predictions and results."""
     params = run.context.params.evaluation
     from posttrain.evaluation.statistics import Resampling
 
-    asked = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
-    answers = asked.answers()
+    evaluator = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
+    answers = evaluator.answers()
     write_predictions(run.outputs.artifact("predictions.parquet"), answers)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
     results |= answers_not_found(answers, run.context.params.rewards[params.accuracy])
-    results["preference/accuracy"] = asked.preference_accuracy()
+    results["preference/accuracy"] = evaluator.preference_accuracy()
     run.recorder.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary(results)
@@ -46,7 +46,7 @@ def run(run: Run) -> None:
 def summary(
     answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[int], resampling: Resampling
 ) -> dict[str, float]:
-    """The numbers of metrics.json; intervals are over prompts."""
+    """Return the values of metrics.json; intervals are over prompts."""
     import numpy as np
 
     from posttrain.evaluation.statistics import floats, mean_interval, pass_at_k_by_prompt
@@ -76,7 +76,7 @@ def summary(
     }
 
 
-def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardSection) -> dict[str, float]:
+def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardFunctionParams) -> dict[str, float]:
     """Return the share of answers, greedy and sampled, in which the judge found nothing to compare; they count as wrong."""
     from posttrain.rewards.extraction import extracted
 
@@ -92,14 +92,17 @@ def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:
 
 
 def model_folder(model: str) -> Path:
-    """models/base, models/sft, or models/align/{algorithm}-{seed}."""
+    """Return models/base, models/sft, or models/align/{algorithm}-{seed}."""
     return Path("models", model) if model in ("base", "sft") else Path("models", "align", model)
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", default="", help="base, sft, or an aligned model such as grpo-0")
-    parser.add_argument("--algorithm", dest="model", action=ModelPart, help="of an aligned model, with --seed")
-    parser.add_argument("--seed", dest="model", action=ModelPart, help="of an aligned model, after --algorithm")
+    """Add the step's arguments."""
+    parser.add_argument("--model", default="", help="base, sft, or the name of an aligned model, e.g. grpo-0")
+    parser.add_argument(
+        "--algorithm", dest="model", action=ModelPart, help="algorithm of an aligned model, with --seed"
+    )
+    parser.add_argument("--seed", dest="model", action=ModelPart, help="seed of an aligned model, after --algorithm")
 
 
 class ModelPart(Action):
@@ -110,13 +113,16 @@ class ModelPart(Action):
 
 
 def variant(args: Namespace) -> str:
-    """Return the model's name. Raises ConfigError if it is none of the project's models."""
+    """Return the model's name. Raises ConfigError if it is not a model of the project."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*(-\d+)?", args.model):
-        raise ConfigError(f"--model {args.model!r}: name a model: base, sft, or an aligned one such as grpo-0")
+        raise ConfigError(
+            f"--model {args.model!r}: not a model of this project; give base, sft, or an aligned model, e.g. grpo-0"
+        )
     return str(args.model)
 
 
 def inputs(args: Namespace) -> list[str]:
+    """Return the files and folders that the evaluation reads."""
     folders = {str(model_folder(args.model)), str(REFERENCE), "models/reward"}
     return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders)]
 

@@ -1,6 +1,6 @@
-"""The gate: may the best aligned model replace the champion? Both answer the same held-out prompts with the same seeds.
+"""Decide if the best aligned model may replace the champion. Both answer the same held-out prompts with the same seeds.
 
-    python -m pipelines.gate                                   against the supervised model, while there is no champion
+    python -m pipelines.gate                                   against the supervised model, if there is no champion
     python -m pipelines.gate --champion models/champion --champion-name "version 3"
 
 Reads the finished evaluations, answers once more with the champion's weights, and writes runs/gate: decision.json, and
@@ -22,7 +22,7 @@ import numpy as np
 
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import GateParams
-from pipelines.promotion.decision import Answers, Decision, Limits, cautious, decide, not_judged
+from pipelines.promotion.decision import Decision, GateLimits, SampledAnswers, cautious, decide, not_judged
 from pipelines.promotion.page import page
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
 from pipelines.runtime.journal import representable
@@ -39,6 +39,7 @@ READ = ("gate", "project", "evaluation", "rewards", "report")
 
 
 def run(run: Run) -> None:
+    """Check all candidates, and record the decision."""
     params, args = run.context.params, run.context.args
     settings = params.report
     names = args.candidates or aligned(params.project.algorithms, params.project.seeds)
@@ -63,7 +64,7 @@ def run(run: Run) -> None:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
 
 
-def _judged(params: Params, names: Sequence[str], reference: Answers, resampling: Resampling) -> list[Decision]:
+def _judged(params: Params, names: Sequence[str], reference: SampledAnswers, resampling: Resampling) -> list[Decision]:
     """Decide about every candidate, the best mean difference first. Raises DataError if no candidate can be judged."""
     limits, decisions, unusable = _limits(params.gate), [], []
     for name in names:
@@ -79,7 +80,7 @@ def _judged(params: Params, names: Sequence[str], reference: Answers, resampling
 
 
 def _reference(run: Run) -> Predictions:
-    """What the champion answers now, on the table and with the seeds of the candidates' evaluations."""
+    """Return the champion's answers to the same table with the same seeds as the candidates' evaluations."""
     champion = run.context.args.champion
     if champion is None:
         return predictions(evaluated(SFT))
@@ -88,15 +89,17 @@ def _reference(run: Run) -> Predictions:
     return predictions(path)
 
 
-def _answers(params: Params, name: str, found: Predictions) -> Answers:
-    """The sampled answers; the greedy one, in column 0, is another question."""
+def _answers(params: Params, name: str, found: Predictions) -> SampledAnswers:
+    """Return the sampled answers; column 0 holds the greedy answer, which the gate does not use."""
     evaluation, form = params.evaluation, params.gate.format
     numbers = {key: values[:, 1:] for key, values in found.numbers.items()}
-    lacking = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
-    if lacking:
-        raise DataError(f"the evaluation of {name} lacks the rewards {', '.join(lacking)}; evaluate again: `dvc repro`")
+    missing = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
+    if missing:
+        raise DataError(
+            f"the evaluation of {name} has no rewards {', '.join(missing)}, so it cannot be compared; evaluate again: `dvc repro`"
+        )
     models = [source for source in evaluation.rewards if params.rewards[source].function == "reward_model"]
-    return Answers(
+    return SampledAnswers(
         name,
         tuple(zip(found.prompt_ids, found.prompts, found.answers, strict=True)),
         reward=numbers[f"reward_{evaluation.accuracy}"],
@@ -110,8 +113,9 @@ def _answers(params: Params, name: str, found: Predictions) -> Answers:
     )
 
 
-def _limits(gate: GateParams) -> Limits:
-    return Limits(
+def _limits(gate: GateParams) -> GateLimits:
+    """Return the gate's limits from the parameters."""
+    return GateLimits(
         gate.tolerated_loss,
         gate.max_kl,
         gate.max_length_ratio,
@@ -124,6 +128,7 @@ def _limits(gate: GateParams) -> Limits:
 
 
 def _record(chosen: Decision, decisions: Sequence[Decision]) -> dict[str, Any]:
+    """Return the content of decision.json."""
     return {
         "promote": chosen.promote,
         "challenger": chosen.challenger,
@@ -139,21 +144,26 @@ def _record(chosen: Decision, decisions: Sequence[Decision]) -> dict[str, Any]:
 
 
 def aligned(algorithms: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Every model of the align matrix, by name."""
+    """Return the name of every model of the align matrix."""
     return [f"{algorithm}-{seed}" for algorithm in algorithms for seed in seeds]
 
 
 def evaluated(model: str) -> Path:
+    """Return the path of a model's predictions."""
     return RUNS / "evaluate" / model / ARTIFACTS / PREDICTIONS
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--champion", help="the champion's model folder (default: none, the supervised model)")
-    parser.add_argument("--champion-name", help="how the page calls it")
-    parser.add_argument("--candidates", nargs="+", help="aligned models to ask (default: all of params.yaml)")
+    """Add the step's arguments."""
+    parser.add_argument(
+        "--champion", help="folder of the champion's model (default: compare with the supervised model)"
+    )
+    parser.add_argument("--champion-name", help="name of the champion on the page")
+    parser.add_argument("--candidates", nargs="+", help="aligned models to check (default: all of params.yaml)")
 
 
 def inputs(args: Namespace) -> list[str]:
+    """Return the evaluations and models that the gate reads."""
     project = load_params(args.params).project
     names = args.candidates or aligned(project.algorithms, project.seeds)
     reference = [str(evaluated(SFT))]

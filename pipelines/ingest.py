@@ -1,8 +1,8 @@
-"""Sources to the canonical tables in data/tables. Loads no model.
+"""Convert the sources to the canonical tables in data/tables. Loads no model.
 
     python -m pipelines.ingest
 
-Pairs are split by prompt into `preferences` and `preferences_heldout`, so that accuracy on held-out pairs is on unseen prompts.
+Pairs are split by prompt into `preferences` and `preferences_heldout`, so that the accuracy on held-out pairs is for unseen prompts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from posttrain.text import letters_and_digits, normalised
 
 
 def run(run: Run) -> None:
+    """Read the sources, write the tables and record their sizes."""
     data = run.context.params.data
     changes: dict[str, Changes] = {kind: Counter() for kind in KINDS}
     tables = split_tables({kind: table_rows(kind, data, changes[kind]) for kind in KINDS}, data)
@@ -43,7 +44,7 @@ def run(run: Run) -> None:
 
 
 def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table, list[Row]]:
-    """The five tables out of the rows of the four sources."""
+    """Return the five tables from the rows of the four sources."""
     kept, heldout = split_by_prompt(rows["preferences"], data.preferences.heldout, data.seed)
     return {
         "sft": rows["sft"],
@@ -55,40 +56,43 @@ def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table
 
 
 def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows of about `1 - share` of the prompts, and rows of the others; which ones depends on prompt and seed alone.
+    """Return the rows of about `1 - share` of the prompts, and the rows of the remaining prompts.
 
-    Prompts that differ only in case or spacing count as one. Those that differ in signs are neighbours in the order, so they are
-    rarely parted.
+    The split depends only on prompts and seed. Prompts that differ only in case or spacing count as one. Prompts that differ only in
+    punctuation are neighbours in the order, so they are rarely separated.
     """
     if not share:
         raise ConfigError(
-            "data.preferences.heldout: must be above 0, e.g. 0.1; pairs kept apart measure the reward model"
+            "data.preferences.heldout: must be greater than 0, e.g. 0.1, because held-out pairs measure the reward model"
         )
     prompts = sorted({_key(row) for row in rows}, key=lambda key: (_place(key, seed), key))
     count = max(1, round(share * len(prompts)))
     if count >= len(prompts):
         raise DataError(
-            f"data.preferences.heldout = {share} would keep {count} of {len(prompts)} prompts apart and leave none to train on;"
-            " lower it or give more pairs"
+            f"data.preferences.heldout = {share} would hold out {count} of {len(prompts)} prompts and leave none for training;"
+            " lower it, or add pairs"
         )
     heldout = set(prompts[:count])
     return [row for row in rows if _key(row) not in heldout], [row for row in rows if _key(row) in heldout]
 
 
 def _place(key: str, seed: int) -> bytes:
+    """Return the prompt's place in a random order that depends only on prompt and seed."""
     return hashlib.sha256(f"{seed}\0{letters_and_digits(key)}".encode()).digest()
 
 
 def _key(row: Row) -> str:
+    """Return the prompt without differences of case and spacing."""
     return normalised(plain(row["prompt"]))
 
 
 def _prompts(rows: Iterable[Row]) -> int:
+    """Return the number of different prompts."""
     return len({_key(row) for row in rows})
 
 
 def sources(args: argparse.Namespace) -> list[str]:
-    """The local files that this step reads: part of what its result is."""
+    """Return the local files that this step reads; they are part of its identity."""
     data = load_params(args.params).data
     files = [path for kind in KINDS for path in local_files(getattr(data, kind))]
     files += [path for kind in KINDS for path in accepted_files(kind)]

@@ -1,9 +1,9 @@
-"""The reward model: Bradley-Terry over preference pairs, scores centred, accuracy measured on held-out prompts.
+"""Train the reward model: Bradley-Terry on preference pairs, with centred scores and accuracy on held-out prompts.
 
     python -m pipelines.reward
 
-Starts from the supervised model. Its mean score on the training pairs is stored in config.json as `reward_mean`; whoever uses the score
-subtracts it.
+Starts from the supervised model. The mean score of the training pairs is stored in config.json as `reward_mean`; users of the score
+subtract it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ START, FOLDER = Path("models/sft"), Path("models/reward")
 
 
 def run(run: Run) -> None:
+    """Train, measure and save the reward model."""
     params = run.context.params.reward
     device = accelerator(params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
@@ -71,7 +72,7 @@ def run(run: Run) -> None:
     announce(
         run.context,
         f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out"
-        + (f"; {cut} prompts lost their start to fit the context of {encoder.max_length} tokens" if cut else ""),
+        + (f"; {cut} prompts were cut at the start to fit the context of {encoder.max_length} tokens" if cut else ""),
     )
     last = train(
         run,
@@ -113,7 +114,7 @@ def reward_pairs(
     if graded and "chosen_score" not in rows[0]:
         option, off = ("margin_from_scores", "false") if margin_from_scores else ("soft_target_scale", "null")
         raise DataError(
-            f"reward.{option} needs the columns chosen_score and rejected_score, which the preferences table does not have;"
+            f"reward.{option} needs the columns chosen_score and rejected_score, but the preferences table has none;"
             f" add them in data.preferences.columns, or set {option}: {off}"
         )
     pairs, cut = [], 0
@@ -124,7 +125,7 @@ def reward_pairs(
         room = encoder.max_length - max(len(answer.response) for answer in answers)
         if room < 1:
             raise DataError(
-                f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no room for its prompt in the"
+                f"preference row {row.get('id')}: a response of {encoder.max_length - room} tokens leaves no space for its prompt in the"
                 f" model's context of {encoder.max_length}; lower validation.max_completion_tokens"
             )
         cut += any(len(answer.prompt) > room for answer in answers)
@@ -136,12 +137,13 @@ def reward_pairs(
 
 
 def _sigmoid(x: float) -> float:
-    # tanh does not overflow, whatever the scale of the scores
+    # tanh does not overflow, whatever the scale of the scores is.
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return 0.5 + 0.5 * math.tanh(x / 2)
 
 
 def heldout_results(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> dict[str, float]:
-    """Accuracy, with ties as half, and mean Bradley-Terry loss on pairs whose prompts were never trained on."""
+    """Return accuracy (ties count half) and mean Bradley-Terry loss on pairs with unseen prompts."""
     from posttrain.models.inference import scores
 
     chosen = scores(scorer, [pair.chosen for pair in pairs], budget, bf16)

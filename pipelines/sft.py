@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of response tokens (one denominator for the whole step).
+"""Supervised fine-tuning: minimise the mean negative log-likelihood of response tokens (one denominator for the whole step).
 
     python -m pipelines.sft
 
-Simplifies nothing: every response token of a batch counts the same, or as much as its row's `weight` says where the table has that
-column; the last batch of an epoch may be smaller.
+Every response token of a batch has the same weight, or its row's `weight` if the table has that column. The last batch of an epoch may
+be smaller.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 
 
 def run(run: Run) -> None:
+    """Train on the supervised table and save the model."""
     params = run.context.params.sft
     device = accelerator(params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples

@@ -1,4 +1,4 @@
-"""Check the canonical tables with Great Expectations: what may enter training, what is quarantined, what stops the run.
+"""Check the canonical tables with Great Expectations: accept rows, quarantine rows, or stop the run.
 
     python -m pipelines.validate
 
@@ -29,10 +29,11 @@ TABLES: tuple[Table, ...] = get_args(Table)
 
 
 def run(run: Run) -> None:
+    """Check all tables, write the valid and the quarantined rows, and record the counts."""
     project = run.context.params
     params = project.validation
     for section in project.rewards.values():
-        # hours of training come before the first answer is judged
+        # Check now: the first answer is scored only after hours of training.
         require_available(section.function)
     tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
     lengths = TokenLengths(base_encoder())
@@ -42,10 +43,10 @@ def run(run: Run) -> None:
     from pipelines.validation.masks import samples
     from pipelines.validation.messages import refuse, summary
     from pipelines.validation.report import page
-    from pipelines.validation.suites import Limits, Validator
+    from pipelines.validation.suites import TableLimits, Validator
 
     run.recorder.ready()
-    limits = Limits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project))
+    limits = TableLimits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project))
     validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
     report = run.outputs.artifact("validation.html")
@@ -63,9 +64,10 @@ def run(run: Run) -> None:
         )
     for verdict in outcome.verdicts:
         if verdict.finding.status != "passed":
-            where = f"{verdict.finding.table}: {verdict.finding.rule} ({verdict.finding.column})"
+            check_name = f"{verdict.finding.table}: {verdict.finding.rule} ({verdict.finding.column})"
             print(
-                f"validate: {verdict.policy}: {where}: {verdict.finding.status}, {len(verdict.rows)} rows", flush=True
+                f"validate: {verdict.policy}: {check_name}: {verdict.finding.status}, {len(verdict.rows)} rows",
+                flush=True,
             )
 
 
@@ -89,13 +91,14 @@ class TokenLengths:
 
 
 def numeric_answer(params: Params) -> bool:
-    """Whether accuracy is the reward that compares numbers."""
+    """Return True if accuracy is the reward that compares numbers."""
     evaluation: EvaluationParams = params.evaluation
     judge = params.rewards[evaluation.accuracy]
     return judge.function == "answer" and judge.arguments.get("kind", "number") == "number"
 
 
 def base_encoder() -> TextEncoder:
+    """Load the base model's tokenizer."""
     from transformers.utils import logging
 
     from posttrain.models.folders import load_encoder
@@ -105,10 +108,11 @@ def base_encoder() -> TextEncoder:
 
 
 def _check_context(prompt: int, completion: int, context: int) -> None:
+    """Raise ConfigError if a row of maximum length does not fit the model's context."""
     if prompt + completion > context:
         raise ConfigError(
             f"validation.max_prompt_tokens = {prompt} and max_completion_tokens = {completion}: a row of both lengths has"
-            f" {prompt + completion} tokens, and the context of {MODEL} is {context}. Lower one of them."
+            f" {prompt + completion} tokens, but the context of {MODEL} is {context}. Lower one of them."
         )
 
 

@@ -32,7 +32,7 @@ def partial_path(path: Path) -> Path:
 
 
 def replace(partial: Path, final: Path) -> None:
-    """Give a complete file or folder its final name, in place of what was there, and sync the parent folder."""
+    """Give a complete file or folder its final name, replacing an existing one, and sync the parent folder."""
     if partial.is_dir() and final.is_dir():
         shutil.rmtree(final)  # rename(2) refuses to replace a folder that is not empty
     os.replace(partial, final)

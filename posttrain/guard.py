@@ -1,4 +1,4 @@
-"""Ending with another process: a parent, an ancestor, or the process that asked for a command.
+"""End with a different process: a parent, an ancestor, or the process that asked for a command.
 
 Imports only the standard library. Run as a script it is the guard of one command and starts in 20 ms:
 

@@ -33,6 +33,6 @@ def normalised(text: str) -> str:
 
 
 def letters_and_digits(text: str) -> str:
-    """Return only the words of a text: what stays similar when punctuation or signs change."""
+    """Return only the words of a text: the part that stays similar if punctuation or signs change."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[\W_]+", " ", folded).strip()

@@ -1,6 +1,6 @@
-"""The champion's weights in this workspace: models/champion, restored by DVC from the hash that the registry points at.
+"""Restore the champion's weights to models/champion: DVC fetches them by the hash that the registry points at.
 
-champion.dvc is written here, so that `dvc pull` fetches and `dvc gc --workspace` keeps the champion like every other output.
+This module writes champion.dvc, so that `dvc pull` fetches the champion and `dvc gc --workspace` keeps it, like every other output.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ POINTER = Path("champion.dvc")
 
 @task(name="restore champion", task_run_name="restore champion", cache_policy=NO_CACHE, persist_result=False)
 def restore_champion(root: str, version: Version) -> Path:
-    """Bring the version's weights into models/champion, from the cache or else from the remote."""
+    """Restore the version's weights to models/champion, from the cache or else from the remote."""
     restore(Path(root), version)
     return FOLDER
 
 
 def restore(root: Path, version: Version) -> None:
+    """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError if neither has them."""
     text = pointer(version)
     path = root / POINTER
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -38,12 +39,13 @@ def restore(root: Path, version: Version) -> None:
     if error is not None:
         raise OrchestrationError(
             f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
-            f" remote: {error}. `dvc remote list` shows where DVC looks; or promote a version whose weights are there."
+            f" remote: {error}. `dvc remote list` shows the remotes that DVC reads. Correct the remote, or promote a"
+            " version whose weights exist."
         )
 
 
 def pointer(version: Version) -> str:
-    """champion.dvc, as `dvc add` would write it."""
+    """Return the content of champion.dvc, as `dvc add` would write it."""
     return (
         f"outs:\n- md5: {version.md5}\n  size: {version.tags[SIZE]}\n  nfiles: {version.tags[FILES]}\n"
         f"  hash: md5\n  path: {FOLDER.as_posix()}\n"
@@ -51,7 +53,7 @@ def pointer(version: Version) -> str:
 
 
 def push(root: Path) -> bool:
-    """Push what DVC keeps to the default remote; False where there is none. Raises OrchestrationError where it fails."""
+    """Push DVC's outputs to the default remote; return False if there is none. Raises OrchestrationError if the push fails."""
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
     )
@@ -60,13 +62,13 @@ def push(root: Path) -> bool:
     error = _dvc(root, "push", "--quiet")
     if error is not None:
         raise OrchestrationError(
-            f"`dvc push` failed, so no version was registered: {error}. Run again when the remote answers."
+            f"`dvc push` failed, so no version was registered: {error}. Run again when the remote responds."
         )
     return True
 
 
 def _dvc(root: Path, *arguments: str) -> str | None:
-    """None, or the last line of what dvc said when it failed."""
+    """Run dvc; return None on success, else the error line of its output."""
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode == 0:

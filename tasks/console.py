@@ -1,4 +1,4 @@
-"""The flow's own lines: on the terminal, and in the flow's log in Prefect."""
+"""Print the flow's own lines on the terminal and log them in Prefect."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _STARTED = time.monotonic()
 _LOCK = Lock()
 
 
-def say(text: str) -> None:
-    """One line with the seconds since the command was typed."""
+def print_line(text: str) -> None:
+    """Print one line with the seconds since the command started."""
     with _LOCK:
         sys.stdout.write(f"{time.monotonic() - _STARTED:7.1f} s  {printable(text)}\n")
         sys.stdout.flush()
 
 
-def tell(text: str) -> str:
-    """The text to the terminal and to the flow's log in Prefect; gives it back."""
-    say(text)
+def log_line(text: str) -> str:
+    """Print the text, log it in the flow's log in Prefect, and return it."""
+    print_line(text)
     get_run_logger().info(text)
     return text

@@ -1,4 +1,4 @@
-"""The DAG, read from dvc.yaml by DVC itself: the only place where the order of the stages is written."""
+"""Read the DAG from dvc.yaml through DVC: the order of the stages is written only there."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Kind = Literal["data", "import", "stage"]
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of dvc.yaml, or one .dvc file: `data` that was `dvc add`ed, or an `import` from elsewhere."""
+    """One stage of dvc.yaml, or one .dvc file: `data` added by `dvc add`, or an `import`."""
 
     name: str
     """The address that `dvc repro` takes."""
     kind: Kind
     after: tuple[str, ...]
-    """Names of the nodes whose outputs it reads, sorted."""
+    """Names of the nodes whose outputs this node reads, sorted."""
 
 
 Dag = Mapping[str, Node]
 
 
 def read_dag(root: Path) -> dict[str, Node]:
-    """Every node by address, in an order that can be run: .dvc files first, then dvc.yaml's own order."""
+    """Return every node by its address, in an order that can run: .dvc files first, then dvc.yaml's own order."""
     with _opened(root) as repo:
         _refuse_names([stage.name for stage in repo.index.stages if hasattr(stage, "name")])
         graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
@@ -60,7 +60,7 @@ def _refuse_names(names: Iterable[str]) -> None:
 
 
 def in_order(nodes: Iterable[Node]) -> dict[str, Node]:
-    """Topological order; among what may run, .dvc files first, then the given order."""
+    """Return the nodes in topological order; among those that may run, .dvc files first, then the given order."""
     listed = list(nodes)
     rank = {node.name: (node.kind == "stage", i) for i, node in enumerate(listed)}
     by_name = {node.name: node for node in listed}
@@ -83,10 +83,10 @@ def in_order(nodes: Iterable[Node]) -> dict[str, Node]:
 
 
 def needed_for(dag: Dag, targets: Collection[str]) -> dict[str, Node]:
-    """The targets and everything they depend on; the whole DAG when no target is named."""
+    """Return the targets and all their dependencies; the whole DAG if there are no targets."""
     wanted = set(targets) or set(dag)
     for name in sorted(wanted - set(dag)):
-        raise OrchestrationError(f"no stage {name!r} in dvc.yaml{nearest(name, dag)}")
+        raise OrchestrationError(f"dvc.yaml has no stage {name!r}{nearest(name, dag)}")
     for name in reversed(list(dag)):
         if name in wanted:
             wanted.update(dag[name].after)
@@ -94,7 +94,7 @@ def needed_for(dag: Dag, targets: Collection[str]) -> dict[str, Node]:
 
 
 def stale(dag: Dag, changed: Collection[str]) -> set[str]:
-    """The changed nodes and everything that depends on one."""
+    """Return the changed nodes and everything that depends on one of them."""
     result: set[str] = set()
     for name, node in dag.items():
         if name in changed or result.intersection(node.after):
@@ -103,7 +103,10 @@ def stale(dag: Dag, changed: Collection[str]) -> set[str]:
 
 
 def changed(root: Path) -> set[str]:
-    """Addresses for which `dvc status` names a difference. Called while no stage runs: DVC's lock is not made for threads."""
+    """Return the addresses for which `dvc status` reports a difference.
+
+    Call it only while no stage runs: DVC's lock is not thread-safe.
+    """
     from dvc.repo import lock_repo
 
     with _opened(root) as repo, lock_repo(repo):
@@ -112,29 +115,32 @@ def changed(root: Path) -> set[str]:
 
 @contextmanager
 def _opened(root: Path) -> Iterator[Any]:
-    """DVC's own view of the workspace; waits while another dvc process holds its lock."""
+    """Open the workspace in DVC; waits while a dvc process holds its lock."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     if not (root / ".dvc").is_dir():
         raise OrchestrationError(
-            f"{root.absolute()} is not a DVC workspace. Run from the project's root, or `dvc init` there."
+            f"{root.absolute()} is not a DVC workspace. Run the command in the project's root, or run `dvc init` there."
         )
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except DvcException as error:
-        raise OrchestrationError(f"DVC cannot read the pipeline: {error}. `dvc status` shows the same.") from error
+        raise OrchestrationError(
+            f"DVC cannot read the pipeline: {error}. Correct dvc.yaml or dvc.lock; `dvc status` shows the same error."
+        ) from error
 
 
 def _kind(stage: Any) -> Kind:
+    """Return the kind of a DVC stage."""
     if hasattr(stage, "name"):
         return "stage"
     return "import" if stage.is_import else "data"
 
 
 def _address(stage: Any, root: Path) -> str:
-    """As `stage.addressing`, but relative to `root` whatever the current directory is."""
+    """Return `stage.addressing`, but relative to `root`, whatever the current directory is."""
     path = os.path.relpath(stage.path, root.absolute())
     if not hasattr(stage, "name"):
         return path

@@ -1,4 +1,4 @@
-"""The gate as tasks: who stands where, who may be asked, what was decided, and what follows from it in the registry."""
+"""Tasks of the gate: find champion and candidates, decide, and update the registry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipelines.tracking.store import tracking_uri
 from posttrain.errors import TrackingError
 from posttrain.files import write_atomic
 from tasks.champion import FOLDER, push
-from tasks.console import say
+from tasks.console import print_line
 from tasks.slots import lease, machine_slots
 from tasks.stage import run_logged, stop
 
@@ -37,7 +37,7 @@ RETRY_SECONDS = [2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 60.0]
 
 
 def is_away(_task: Any, _run: Any, state: Any) -> bool:
-    """Prefect's question after a failure: is it worth another try? A registry that does not answer is."""
+    """Tell Prefect to retry if the registry did not respond."""
     return isinstance(state.result(raise_on_failure=False), TrackingError) and not stop.is_set()
 
 
@@ -51,8 +51,8 @@ _patient: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Standing:
-    """`candidates` may be asked; `barred` were rolled back by hand, by name with the version that says why."""
+class Situation:
+    """Champion, candidates and barred models. `barred` maps a model to the version that was rolled back by hand."""
 
     champion: Version | None
     candidates: tuple[str, ...]
@@ -60,26 +60,26 @@ class Standing:
 
 
 @task(name="champion and candidates", task_run_name="champion and candidates", **_patient)
-def look_up(root: str) -> Standing:
-    """Aligned models whose weights are neither the champion's nor were rolled back by hand."""
+def look_up(root: str) -> Situation:
+    """Return the aligned models whose weights are neither the champion's nor rolled back by hand."""
     project = Path(root)
     params = load_params(project / "params.yaml")
     registry = Registry(project, params.project.experiment)
     champion, barred = registry.holding(CHAMPION), registry.barred()
     hashes = {name: _md5(project, name) for name in aligned(params.project.algorithms, params.project.seeds)}
     free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or md5 != champion.md5)]
-    return Standing(champion, tuple(free), {name: barred[md5] for name, md5 in hashes.items() if md5 in barred})
+    return Situation(champion, tuple(free), {name: barred[md5] for name, md5 in hashes.items() if md5 in barred})
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def ask(
     root: str, champion: Version | None, candidates: Sequence[str], flow_run: str = "", tracking: bool = True
 ) -> dict[str, Any]:
-    """Run pipelines.gate on a slot of its own; the content of decision.json."""
+    """Run pipelines.gate in its own slot and return the content of decision.json."""
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
     if champion is not None:
         command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
-    with lease(machine_slots(), stop, on_wait=lambda: say("gate waits for a free slot")) as held:
+    with lease(machine_slots(), stop, on_wait=lambda: print_line("gate waits for a free slot")) as held:
         run_logged(Path(root), "gate", command, held=held, flow_run=flow_run, followed=not tracking)
     decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))
     return decision
@@ -87,8 +87,9 @@ def ask(
 
 @task(name="register", task_run_name="register {decision[challenger]}", **_patient)
 def register(root: str, decision: Mapping[str, Any]) -> Version:
-    """The challenger as a version of the registry, with what was decided and why. Its weights go to DVC's remote first,
-    where there is one, so that every version can be promoted later, also from another workspace.
+    """Register the challenger with the decision and its reasons.
+
+    Its weights are first pushed to DVC's remote, if there is one, so that any workspace can promote the version later.
     """
     pushed = push(Path(root))
     project, name = Path(root), str(decision["challenger"])
@@ -100,19 +101,21 @@ def register(root: str, decision: Mapping[str, Any]) -> Version:
         tags[RUN_TAG] = trained.identity
     version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")
     registry.challenge(version.number)
-    say(f"{version.name} is registered; its weights are in DVC's {'remote' if pushed else 'cache (no remote is set)'}")
+    print_line(
+        f"{version.name} is registered; its weights are in DVC's {'remote' if pushed else 'cache (no remote is set)'}"
+    )
     return registry.version(version.number)
 
 
 @task(name="promote", task_run_name="promote version {number}", **_patient)
 def make_champion(root: str, number: int) -> Version:
-    """Move the aliases, which is what production follows."""
+    """Move the registry's aliases, which production follows."""
     project = Path(root)
     return Registry(project, load_params(project / "params.yaml").project.experiment).promote(number)
 
 
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
-    """The decision as Prefect artifacts."""
+    """Publish the decision as Prefect artifacts."""
     create_markdown_artifact(key="decision", markdown=markdown(dict(decision), note), description=note)
     create_link_artifact(
         key="decision-page", link=(root / PAGE).absolute().as_uri(), link_text="Why", description=PAGE.as_posix()
@@ -120,7 +123,7 @@ def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
 
 
 def key(root: Path) -> str:
-    """What a decision is about: the aligned models, their evaluations, the data they answered, the gate's limits, and the registry."""
+    """Return a hash of everything that a decision depends on: models, evaluations, data, the gate's limits, the registry."""
     stages: dict[str, Any] = read_yaml(root / "dvc.lock").get("stages") or {}
     outs = {str(out["path"]): str(out.get("md5")) for stage in stages.values() for out in stage.get("outs", ())}
     watched = {path: md5 for path, md5 in sorted(outs.items()) if path.startswith(_WATCHED)}
@@ -135,7 +138,7 @@ def key(root: Path) -> str:
 
 
 def settled(root: Path) -> str | None:
-    """What was decided about exactly this state, in words; None where nothing was."""
+    """Return the earlier decision about exactly this state, in words; None if there is none."""
     path = root / SETTLED
     if not path.is_file():
         return None
@@ -144,11 +147,12 @@ def settled(root: Path) -> str | None:
 
 
 def settle(root: Path, words: str) -> None:
-    """Remember that this state was decided about, so that a run without anything new ends at once."""
+    """Remember that this state was decided, so that a run without anything new ends at once."""
     path = root / SETTLED
     write_atomic(path, (json.dumps({"key": key(root), "words": words}, indent=1) + "\n").encode())
 
 
 def _md5(root: Path, name: str) -> str:
+    """Return the hash of a model in dvc.lock, empty if it has none."""
     entry = locked_output(root, f"models/align/{name}")
     return "" if entry is None else str(entry["md5"])

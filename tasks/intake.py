@@ -1,4 +1,4 @@
-"""New files of the inbox become data: checked one by one by pipelines.commands.intake, versioned by DVC."""
+"""Take in new files of the inbox: pipelines.commands.intake checks them one by one, DVC versions them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.commands.intake import RECORD, Taken
+from pipelines.commands.intake import RECORD, IntakeResult
 from pipelines.data.sources import ACCEPTED
 from pipelines.runtime.markup import markdown_text
 from tasks.stage import run_logged
 
 
 @task(name="intake", task_run_name="intake", cache_policy=NO_CACHE, persist_result=False)
-def take_in(root: str) -> list[Taken]:
-    """What became of every file that waited. Accepted ones are `dvc add`ed, so that their bytes are kept and pushed."""
+def take_in(root: str) -> list[IntakeResult]:
+    """Return the result for every waiting file. Accepted files are added to DVC, so that their bytes are kept and pushed."""
     project = Path(root)
     run_logged(project, "intake", [sys.executable, "-m", "pipelines.commands.intake"])
-    taken = [Taken(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
+    taken = [IntakeResult(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
     pointer = project / f"{ACCEPTED}.dvc"
     if any(entry.outcome == "accepted" for entry in taken) or ((project / ACCEPTED).is_dir() and not pointer.exists()):
         run_logged(project, "intake-version", [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)])
@@ -35,5 +35,5 @@ def take_in(root: str) -> list[Taken]:
             }
             for entry in taken
         ]
-        create_table_artifact(key="intake", table=rows, description="Files of the inbox, and what became of them")
+        create_table_artifact(key="intake", table=rows, description="Files of the inbox, and their results")
     return taken

@@ -1,4 +1,4 @@
-"""dvc.lock in the order of the DAG: DVC appends a stage when it finishes, and side by side that order is chance."""
+"""Sort dvc.lock in the order of the DAG: DVC appends each stage when it finishes, which is random for parallel stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ENTRY = re.compile(r"^  (?! )'?(.+?)'?:\n", re.MULTILINE)
 
 
 def sort_lock(root: Path, order: Iterable[str]) -> None:
-    """Rewrite dvc.lock so that two runs differ only where results differ. Entries are moved, never changed."""
+    """Rewrite dvc.lock so that two runs differ only if results differ. Entries are moved, never changed."""
     path = root / "dvc.lock"
     if not path.is_file():
         return
@@ -23,7 +23,7 @@ def sort_lock(root: Path, order: Iterable[str]) -> None:
 
 
 def sorted_lock(text: str, order: Iterable[str]) -> str:
-    """The same text with the entries of its last section, `stages:`, in `order`; unknown ones follow by name."""
+    """Return the text with the entries of its last section, `stages:`, in `order`; unknown entries follow by name."""
     head, marker, body = text.partition("stages:\n")
     starts = [match.start() for match in _ENTRY.finditer(body)]
     if not marker or not starts or starts[0] != 0:

@@ -1,4 +1,4 @@
-"""What a stage says: whole lines for the logger, few progress updates, and the line that explains a failure."""
+"""Read a stage's output: emit whole lines, limit progress updates, and keep the line that explains a failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import IO, Literal
 
-Outcome = Literal["ran", "restored", "up-to-date"]
+StageOutcome = Literal["ran", "restored", "up-to-date"]
+"""How a stage became up to date."""
 
 PROGRESS_SECONDS = 30.0
 MAX_CHARACTERS = 2000
@@ -23,7 +24,7 @@ _TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock
 
 
 class StageLog:
-    """Fed with raw output; emits lines, writes everything to `file`, and remembers how the stage ended."""
+    """Split raw output into lines, emit them, write everything to `file`, and track how the stage ended."""
 
     def __init__(
         self, emit: Callable[[str], None], file: IO[bytes], clock: Callable[[], float] = time.monotonic
@@ -33,10 +34,11 @@ class StageLog:
         self._last_progress = clock()
         self._step_lines: list[str] = []
         self._dvc_errors: list[str] = []
-        self.outcome: Outcome = "up-to-date"
+        self.outcome: StageOutcome = "up-to-date"
         self.transient = False
 
     def feed(self, chunk: bytes) -> None:
+        """Process the next bytes of output."""
         self._file.write(chunk)
         self._file.flush()
         data = self._rest + chunk
@@ -49,12 +51,13 @@ class StageLog:
         self._rest = data[consumed:]
 
     def close(self) -> None:
+        """Process an unfinished last line."""
         if self._rest.strip():
             self._line(self._rest, progress=False)
         self._rest = b""
 
     def last_error(self) -> str:
-        """The step's last `error:` line, else its last line, else what dvc said."""
+        """Return the step's last `error:` line, else its last line, else dvc's last error."""
         for line in reversed(self._step_lines):
             if line.casefold().startswith("error:"):
                 return line
@@ -62,9 +65,11 @@ class StageLog:
         return lines[0] if lines else "it wrote nothing"
 
     def dvc_error(self) -> str:
+        """Return dvc's last error, else the step's."""
         return self._dvc_errors[-1] if self._dvc_errors else self.last_error()
 
     def _line(self, raw: bytes, *, progress: bool) -> None:
+        """Emit one line, unless it is advice, or progress that comes too soon."""
         text = _ANSI.sub("", raw.decode("utf-8", "replace")).rstrip()[:MAX_CHARACTERS]
         if not text.strip() or _ADVICE.match(text):
             return
@@ -77,6 +82,7 @@ class StageLog:
         self._emit(text)
 
     def _read(self, text: str) -> None:
+        """Update outcome and errors from one line."""
         if _TRANSIENT.search(text):
             self.transient = True
         if _DVC_ERROR.match(text):

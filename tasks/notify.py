@@ -1,4 +1,4 @@
-"""One message to a webhook: what happened and where to look. POSTTRAIN_WEBHOOK is its URL; unset, nobody is told.
+"""Send one message to a webhook: the event and links to it. POSTTRAIN_WEBHOOK is its URL; if unset, nothing is sent.
 
 The body is JSON with `event` (promoted, refused, rolled back, failed, waiting), `text`, which Slack and Mattermost show as it
 is, and `links`. A webhook that does not answer never fails a flow. Redirects are not followed. With POSTTRAIN_WEBHOOK_SECRET the
@@ -17,7 +17,7 @@ from http.client import HTTPException
 from typing import Any
 
 from pipelines.runtime.redaction import redact
-from tasks.console import say
+from tasks.console import print_line
 
 TIMEOUT_SECONDS = 10.0
 
@@ -41,7 +41,7 @@ def _signature(body: bytes) -> dict[str, str]:
 
 
 def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
-    """Whether the webhook took it."""
+    """Send the message; return True if the webhook accepted it."""
     url = os.environ.get("POSTTRAIN_WEBHOOK")
     if not url:
         return False
@@ -55,10 +55,10 @@ def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
             raise ValueError("not an address of the web")
         _OPENER.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS).close()
     except ValueError:
-        # what urllib says of it holds the whole address, which is a secret
-        say(f"the webhook was not told of `{event}`: POSTTRAIN_WEBHOOK is not an http:// or https:// address")
+        # urllib's message contains the whole address, which is a secret.
+        print_line(f"the webhook did not receive `{event}`: POSTTRAIN_WEBHOOK must be an http:// or https:// address")
         return False
     except (OSError, HTTPException) as error:
-        say(f"the webhook was not told of `{event}`: {redact(str(error)) or type(error).__name__}")
+        print_line(f"the webhook did not receive `{event}`: {redact(str(error)) or type(error).__name__}")
         return False
     return True

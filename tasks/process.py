@@ -1,4 +1,4 @@
-"""A command under a guard: its output line by line, and a stop that leaves no process behind."""
+"""Run a command under a guard: read its output in chunks, and stop it without leaving a process behind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ POLL_SECONDS = 0.1
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, but its own interpreter first on PATH, so that `python` means the same everywhere, and for dvc, which
-    runs a stage by the user's shell, the shell that every system has.
+    """Return the environment for a child process.
+
+    It is this process's environment with its own interpreter first on PATH, so that `python` is the same everywhere. dvc runs a stage in
+    the user's shell; SHELL names the shell that every system has.
     """
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
@@ -37,7 +39,7 @@ def start(
     pass_fds: tuple[int, ...] = (),
     grace_seconds: float = 20.0,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in `root` under a guard that dies with the calling thread, and takes the command's group with it."""
+    """Start `command` in `root` under a guard that dies with the calling thread and ends the command's process group."""
     return subprocess.Popen(
         guarded(command, grace_seconds),
         cwd=root,
@@ -51,13 +53,13 @@ def start(
 
 
 def chunks(process: subprocess.Popen[bytes], stop: Event) -> Iterator[bytes]:
-    """What the process writes, until it ends. When `stop` is set the process is asked to stop, once."""
+    """Yield the process's output until it ends. If `stop` is set, ask the process once to stop."""
     assert process.stdout is not None
-    descriptor, told = process.stdout.fileno(), False
+    descriptor, asked = process.stdout.fileno(), False
     while True:
-        if stop.is_set() and not told:
+        if stop.is_set() and not asked:
             process.terminate()
-            told = True
+            asked = True
         if select.select([descriptor], [], [], POLL_SECONDS)[0]:
             chunk = os.read(descriptor, 1 << 16)
             if not chunk:
@@ -68,7 +70,7 @@ def chunks(process: subprocess.Popen[bytes], stop: Event) -> Iterator[bytes]:
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Wait, then ask to stop, then kill. Returns the exit status."""
+    """Wait, then terminate, then kill. Returns the exit status."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The report as Prefect artifacts: its summary table, and a link to the page itself."""
+"""Publish the report as Prefect artifacts: its summary table, and a link to the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 
 def publish_report(root: Path) -> Path | None:
-    """Publish report/comparison.json and report/index.html, as far as they exist; returns the page's path."""
+    """Publish report/comparison.json and report/index.html if they exist; return the page's path."""
     page, numbers = root / "report" / "index.html", root / "report" / "comparison.json"
     if numbers.is_file():
         table = markdown_table(json.loads(numbers.read_text(encoding="utf-8")))
@@ -24,7 +24,7 @@ def publish_report(root: Path) -> Path | None:
 
 
 def markdown_table(comparison: Any) -> str:
-    """One row per model: its columns are the scalar entries; a mean with bounds is written `0.512 (0.48 to 0.54)`."""
+    """Return one row per model with its scalar entries as columns; a mean with bounds is written `0.512 (0.48 to 0.54)`."""
     models = comparison.get("models", comparison) if isinstance(comparison, dict) else comparison
     named = (
         [{"model": name, **row} for name, row in models.items() if isinstance(row, dict)]
@@ -39,6 +39,7 @@ def markdown_table(comparison: Any) -> str:
 
 
 def _cell(value: Any) -> str | None:
+    """Return a cell's text, or None if the value is not a scalar."""
     if isinstance(value, dict) and all(isinstance(value.get(part), int | float) for part in ("mean", "low", "high")):
         return f"{value['mean']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
     if isinstance(value, float):

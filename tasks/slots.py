@@ -1,8 +1,8 @@
-"""How many stages may run side by side on this machine, and leases that the kernel takes back from a dead holder.
+"""Lease slots for parallel stages; the kernel releases the lease of a dead process.
 
-A slot is a lock file in a directory shared by every flow of the machine (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
-POSTTRAIN_SLOTS sets their number; by default one per CUDA device, else one per CPU core with 2 GiB of memory to itself. Where
-POSTTRAIN_ACCELERATE starts n processes for a stage, a slot is n devices or cores, and holds the lock of each.
+A slot is a lock file in a directory that all flows of the machine share (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
+POSTTRAIN_SLOTS sets the number of slots; the default is one per CUDA device, else one per CPU core with 2 GiB of memory. If
+POSTTRAIN_ACCELERATE starts n processes per stage, a slot is n devices or cores and holds the lock of each.
 """
 
 from __future__ import annotations
@@ -29,30 +29,35 @@ _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 
 @dataclass(frozen=True)
 class Slot:
+    """One place for a stage: its lock files and its devices."""
+
     names: tuple[str, ...]
-    """Of the lock files to hold, one for each process of a stage."""
+    """Names of the lock files to hold, one for each process of a stage."""
     device: str | None
     """UUIDs or indices for CUDA_VISIBLE_DEVICES; None on a CPU."""
 
 
 @dataclass(frozen=True)
 class Lease:
+    """A held slot."""
+
     slot: Slot
     descriptors: tuple[int, ...]
-    """Handed to the stage's guard: the device is free when the last process that may use it is gone."""
+    """Open lock files, passed to the stage's guard: the slot is free when the last process that may use it has ended."""
 
     def environment(self) -> dict[str, str]:
+        """Return the variables that select the slot's devices."""
         return {} if self.slot.device is None else {"CUDA_VISIBLE_DEVICES": self.slot.device}
 
 
 def machine_slots(environ: Mapping[str, str] = os.environ) -> list[Slot]:
-    """The slots of this machine: with more slots than devices, several stages share a device."""
+    """Return the slots of this machine; with more slots than devices, several stages share a device."""
     devices, each = cuda_devices(environ), processes(configuration(environ))
     if devices and len(devices) < each:
         raise OrchestrationError(
-            f"POSTTRAIN_ACCELERATE asks for {each} processes a stage, and there are {len(devices)} devices; lower num_processes"
+            f"POSTTRAIN_ACCELERATE asks for {each} processes per stage, but this machine has {len(devices)} devices; lower num_processes"
         )
-    count = _asked(environ) or len(devices) // each or max(1, _cpu_slots() // each)
+    count = _requested_slots(environ) or len(devices) // each or max(1, _cpu_slots() // each)
     groups = [range(i * each, (i + 1) * each) for i in range(count)]
     if not devices:
         return [Slot(tuple(f"cpu-{i}" for i in group), None) for group in groups]
@@ -65,7 +70,7 @@ def machine_slots(environ: Mapping[str, str] = os.environ) -> list[Slot]:
 
 
 def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """UUIDs of the devices that this process may use; MIG instances in place of the device that is split into them."""
+    """Return the UUIDs of the devices that this process may use; a device split by MIG is replaced by its instances."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return []
@@ -73,12 +78,12 @@ def cuda_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     if visible is None:
         return present
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    # An index means another device in another order; the UUID means the same one for every flow.
+    # The meaning of an index depends on the order of devices; a UUID is the same for every flow.
     return [present[int(name)] if name.isdigit() and int(name) < len(present) else name for name in names]
 
 
 def parse_devices(listing: str) -> list[str]:
-    """UUIDs out of `nvidia-smi -L`."""
+    """Return the UUIDs in the output of `nvidia-smi -L`."""
     found: list[str] = []
     for line in listing.splitlines():
         match = _UUID.search(line)
@@ -94,12 +99,12 @@ def parse_devices(listing: str) -> list[str]:
 def lease(
     slots: Sequence[Slot], stop: Event, on_wait: Callable[[], None] = lambda: None, directory: Path | None = None
 ) -> Iterator[Lease]:
-    """The first free slot; waits while all are taken, by this flow or another one. Raises Interrupted when `stop` is set."""
-    where = directory or lease_directory()
-    told = False
+    """Yield the first free slot; waits while all are taken, by this flow or a different one. Raises Interrupted if `stop` is set."""
+    folder = directory or lease_directory()
+    reported = False
     while True:
         for slot in slots:
-            descriptors = _try_all([where / name for name in slot.names])
+            descriptors = _try_all([folder / name for name in slot.names])
             if descriptors is None:
                 continue
             try:
@@ -107,23 +112,24 @@ def lease(
             finally:
                 _close(descriptors)
             return
-        if not told:
+        if not reported:
             on_wait()
-            told = True
+            reported = True
         if stop.wait(POLL_SECONDS):
             raise Interrupted("stopped while waiting for a free slot")
 
 
 def lease_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    where = Path(environ.get("POSTTRAIN_LEASES") or Path(tempfile.gettempdir()) / "posttrain-slots")
-    if not where.is_dir():
-        where.mkdir(parents=True, exist_ok=True)
-        where.chmod(0o1777)
-    return where
+    """Return the directory of the lock files, and create it for all users."""
+    folder = Path(environ.get("POSTTRAIN_LEASES") or Path(tempfile.gettempdir()) / "posttrain-slots")
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o1777)
+    return folder
 
 
 def _try_all(paths: Sequence[Path]) -> tuple[int, ...] | None:
-    """Every lock, or none."""
+    """Take every lock, or none."""
     held: list[int] = []
     for path in paths:
         descriptor = _try_lock(path)
@@ -135,16 +141,18 @@ def _try_all(paths: Sequence[Path]) -> tuple[int, ...] | None:
 
 
 def _close(descriptors: Sequence[int]) -> None:
+    """Close the descriptors, which releases their locks."""
     for descriptor in descriptors:
         os.close(descriptor)
 
 
 def _try_lock(path: Path) -> int | None:
+    """Take one lock file; return None if it is held."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.fchmod(descriptor, 0o644)  # all users of the machine take turns, whatever the umask of the first
+        os.fchmod(descriptor, 0o644)  # All users of the machine share the lock, whatever the first user's umask is.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,29 +161,32 @@ def _try_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _asked(environ: Mapping[str, str]) -> int | None:
+def _requested_slots(environ: Mapping[str, str]) -> int | None:
+    """Return POSTTRAIN_SLOTS, or None if it is unset. Raises OrchestrationError if it is not a positive number."""
     text = environ.get("POSTTRAIN_SLOTS", "").strip()
     if not text:
         return None
     if not text.isdigit() or int(text) < 1:
         raise OrchestrationError(
-            f"POSTTRAIN_SLOTS = {text!r}: must be a whole number from 1; unset it for the machine's own number."
+            f"POSTTRAIN_SLOTS = {text!r}: must be a whole number of at least 1; unset it to use the machine's default."
         )
     return int(text)
 
 
 def _cpu_slots() -> int:
+    """Return the number of CPU cores that have enough memory each."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(available_cores(), memory // MEMORY_PER_SLOT_BYTES))
 
 
 def _nvidia_smi() -> str:
+    """Return the output of `nvidia-smi -L`, empty without a GPU."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     except FileNotFoundError:
         return ""
     except subprocess.TimeoutExpired:
         raise OrchestrationError(
-            "`nvidia-smi -L` did not answer in 30 s. Set CUDA_VISIBLE_DEVICES= to run on the CPU."
+            "`nvidia-smi -L` did not respond within 30 s. Set CUDA_VISIBLE_DEVICES= to run on the CPU."
         ) from None
     return done.stdout if done.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""The task that brings one stage up to date: one dvc subprocess, watched, logged and taken down with the flow."""
+"""Bring one stage up to date: run one dvc subprocess, log its output, and stop it with the flow."""
 
 from __future__ import annotations
 
@@ -16,43 +16,46 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from posttrain.errors import Interrupted, OrchestrationError
-from tasks.console import say
+from tasks.console import print_line
 from tasks.dag import Kind
-from tasks.log import Outcome, StageLog
+from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
 from tasks.slots import Lease, lease, machine_slots
 
 RETRY_SECONDS = [1, 2, 4, 8]
 CATCH_UP_SECONDS = 60.0
-"""So long a flow waits for MLflow to have everything."""
+"""Maximum time that a flow waits for MLflow to receive all records."""
 stop = Event()
 """Set by the flow to stop every stage of this process; one flow runs per process."""
 
 
 class LockBusy(OrchestrationError):
-    """Another dvc process holds this stage; worth another try."""
+    """A dvc process already holds this stage; a retry may succeed."""
 
 
 class StageFailed(OrchestrationError):
-    """The step itself failed; trying again would fail again."""
+    """The step itself failed; a retry would fail again."""
 
 
 @dataclass(frozen=True)
 class StageResult:
+    """How one stage ended, and its times."""
+
     stage: str
-    outcome: Outcome
+    outcome: StageOutcome
     seconds: float
     started: float
-    """Unix time at which the stage had its slot."""
+    """Unix time at which the stage got its slot."""
     ended: float
 
     @property
     def ran(self) -> bool:
+        """Return True if the stage's command ran."""
         return self.outcome == "ran"
 
 
 def is_transient(_task: Any, _run: Any, state: Any) -> bool:
-    """Prefect's question after a failure: is it worth another try? Only a lock is."""
+    """Tell Prefect to retry if the failure was a busy lock."""
     return isinstance(state.result(raise_on_failure=False), LockBusy) and not stop.is_set()
 
 
@@ -68,31 +71,33 @@ def is_transient(_task: Any, _run: Any, state: Any) -> bool:
 def bring_up_to_date(
     root: str, name: str, kind: Kind = "stage", current: bool = False, flow_run: str = "", refresh: bool = False
 ) -> StageResult:
-    """Run `dvc repro --single-item` for one node (`dvc update` for an import, when `refresh`).
+    """Run `dvc repro --single-item` for one node, or `dvc update` for an import if `refresh` is true.
 
-    `current` says that `dvc status` found nothing to do for it or above it, and saves the subprocess.
+    `current` means that `dvc status` found the node and its dependencies up to date; the subprocess is then skipped.
     """
     if stop.is_set():
         raise Interrupted(f"{name} was not started: the flow was asked to stop")
     if current:
         now = time.time()
         return StageResult(name, "up-to-date", 0.0, now, now)
-    with lease(machine_slots(), stop, on_wait=lambda: say(f"{name:<24} waits for a free slot")) as held:
-        say(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
+    with lease(machine_slots(), stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
+        print_line(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
         return _run(Path(root), name, dvc_command(name, kind, refresh=refresh), held, flow_run)
 
 
 def dvc_command(name: str, kind: Kind, *, refresh: bool) -> list[str]:
+    """Return the dvc command line for a node."""
     action = ["update", name] if kind == "import" and refresh else ["repro", "--single-item", name]
     return [sys.executable, "-m", "dvc", "--wait-for-lock", *action]
 
 
 def log_path(root: Path, name: str) -> Path:
-    """Where the stage's complete output is kept."""
+    """Return the file that holds the stage's complete output."""
     return root / ".posttrain" / "logs" / f"{name.replace('/', '_')}.log"
 
 
 def _run(root: Path, name: str, command: list[str], held: Lease, flow_run: str) -> StageResult:
+    """Run the command and measure its time."""
     began, clock = time.time(), time.monotonic()
     log = run_logged(root, name, command, held=held, flow_run=flow_run)
     return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())
@@ -107,10 +112,10 @@ def run_logged(
     flow_run: str = "",
     followed: bool = True,
 ) -> StageLog:
-    """Run a command to its end, line by line into Prefect's log and whole into .posttrain/logs.
+    """Run a command to its end; its lines go to Prefect's log, its whole output to .posttrain/logs.
 
-    `followed` says that carrying its journal into MLflow is not the command's own business: the flow does it, or nobody.
-    Raises Interrupted when `stop` was set, LockBusy where another try is worth it, else StageFailed with its last error line.
+    If `followed` is true, the flow copies the command's journal into MLflow, so the command does not. Raises Interrupted if `stop` was
+    set, LockBusy if a retry may succeed, else StageFailed with the last error line.
     """
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +133,14 @@ def run_logged(
         )
         status = _watch(process, log)
     if stop.is_set() and status:
-        raise Interrupted(f"{name} was stopped; its checkpoint is kept, the next run resumes from it")
+        raise Interrupted(f"{name} was stopped; its checkpoint is kept, and the next run continues from it")
     if status:
         raise _failure(name, log, path)
     return log
 
 
 def grace_seconds() -> float:
-    """Time for a step to write its checkpoint before it is put down (POSTTRAIN_GRACE_SECONDS)."""
+    """Return the time for a step to write its checkpoint before it is killed (POSTTRAIN_GRACE_SECONDS)."""
     text = os.environ.get("POSTTRAIN_GRACE_SECONDS", "8")
     try:
         return float(text)
@@ -144,6 +149,7 @@ def grace_seconds() -> float:
 
 
 def _watch(process: subprocess.Popen[bytes], log: StageLog) -> int:
+    """Feed the output to the log and return the exit status."""
     try:
         for chunk in chunks(process, stop):
             log.feed(chunk)
@@ -157,8 +163,9 @@ def _watch(process: subprocess.Popen[bytes], log: StageLog) -> int:
 
 
 def _failure(name: str, log: StageLog, path: Path) -> OrchestrationError:
+    """Return the exception for a failed command."""
     if log.transient:
         return LockBusy(
-            f"stage {name}: another dvc process is at work here: {log.dvc_error()}. Wait for it or stop it, then run again."
+            f"stage {name}: a dvc process is already running here: {log.dvc_error()}. Wait for it or stop it, then run again."
         )
-    return StageFailed(f"stage {name} failed: {log.last_error()}\n  its whole output: {path}")
+    return StageFailed(f"stage {name} failed: {log.last_error()}\n  complete output: {path}")

@@ -1,4 +1,4 @@
-"""Our side of benchmarks/training.py: the library as the pipeline's steps use it. Jobs and answers as in trl_side.py."""
+"""Run this project's side of benchmarks/training.py, with the library as the steps use it. Jobs and results are as in trl_side.py."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ RECORDS: dict[str, OnPolicy] = {
     "gspo": replace(GSPO, **ONE_UPDATE),
     "dapo": replace(DAPO, **ONE_UPDATE, filter="none", overlong_cache=0, mask_truncated=False),
 }
-"""What TRL's settings of these names compute: one update a rollout, all groups, A = R - mean."""
+"""Specs that equal TRL's settings of these names: one update per rollout, all groups, A = R - mean."""
 
 
 class InOrder:
-    """Batches of consecutive rows, as TRL's sequential sampler gives them."""
+    """Batches of consecutive rows, as from TRL's sequential sampler."""
 
     def __init__(self, rows: Sequence[Any], batch: int) -> None:
         self.rows, self.batch = rows, batch
@@ -61,7 +61,7 @@ class InOrder:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The order is the table's."""
+        """Do nothing: the order is the table's."""
 
 
 class Numbers:
@@ -74,13 +74,13 @@ class Numbers:
         self.kept.append(dict(values))
 
     def timings(self, step: int, values: Mapping[str, float]) -> None:
-        """The whole is timed."""
+        """Ignore timings: the whole run is timed."""
 
     def faults(self, step: int, told: Sequence[Mapping[str, Any]]) -> None:
         raise RuntimeError(f"step {step}: {told}")
 
     def truncate_after(self, step: int) -> None:
-        """Every job is a new run."""
+        """Do nothing: every job is a new run."""
 
     def stop_requested(self) -> bool:
         return False
@@ -100,7 +100,7 @@ class GivenAnswers:
 
 
 class GivenObjective(OnPolicyObjective):
-    """Nobody has sampled given answers, so their log-probabilities may be anything."""
+    """Ignore the sampler's log-probabilities, which given answers do not have."""
 
     def terms(self, model: torch.nn.Module, rows: Sequence[Any]) -> Terms:
         terms = super().terms(model, rows)
@@ -109,7 +109,7 @@ class GivenObjective(OnPolicyObjective):
 
 
 class Sevens:
-    """A reward of the token ids alone: their sum modulo 7."""
+    """A reward that depends only on the token ids: their sum modulo 7."""
 
     name = "sevens"
 
@@ -149,7 +149,7 @@ def rm(job: Job, device: Accelerator) -> tuple[Any, ...]:
 
 
 def dpo(job: Job, device: Accelerator) -> tuple[Any, ...]:
-    """The reference's log-probabilities are computed here, once, and the clock runs."""
+    """Prepare DPO; the reference's log-probabilities are computed once, inside the timed run."""
     policy = Policy(load_policy(job["model"]))
     tokens = [Tokens(tuple(p), tuple(answer)) for p, *pair in job["rows"] for answer in pair]
     numbers = token_logprobs(policy.eval(), tokens, job["budget"], bf16=job["bf16"])
@@ -196,7 +196,7 @@ def clock() -> tuple[float, float]:
 
 
 def spent(since: tuple[float, float]) -> dict[str, float]:
-    """Seconds by the clock, and of the processor: one thread alone works, so these are the same where nobody else does."""
+    """Return wall time and processor time in seconds. They are equal for one thread on an idle machine."""
     return {"seconds": time.perf_counter() - since[0], "processor": time.process_time() - since[1]}
 
 
@@ -206,7 +206,7 @@ MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": on_policy, "gspo": on_policy
 def run(job: Job) -> Job:
     if job.get("profile"):
         return {"shares": shares(job)}
-    AcceleratorState._reset_state(reset_partial_state=True)  # the last job's precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # Reset the precision that the last job set.
     device = Accelerator(mixed_precision="bf16" if job["bf16"] else "no", cpu=True)
     numbers = Numbers()
     started = clock()
@@ -233,11 +233,11 @@ GROUPS = {
     ),
     "optimiser": ("Optimizer.step", "aten::_fused_adam", "aten::_foreach", "aten::addcdiv", "aten::addcmul", "aten::lerp"),
 }  # fmt: skip
-"""Operators whose names begin like this; all others of torch count as elementwise."""
+"""Groups of operators by the start of their names; torch's other operators count as elementwise."""
 
 
 def shares(job: Job) -> dict[str, float]:
-    """Seconds of each group of operators in a run, as torch's profiler tells; what is left of the processor's time is Python."""
+    """Return the seconds of each group of operators from torch's profiler; the rest of the processor time is Python."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         spent_in_all = run({**job, "profile": False})["processor"]
     seconds = dict.fromkeys([*GROUPS, "elementwise and softmax"], 0.0)

@@ -1,4 +1,7 @@
-"""The sides of benchmarks/rollouts.py: each samples a case's answers and counts their tokens. As a program, vLLM in its own environment."""
+"""Define the sides of benchmarks/rollouts.py: each samples a case's answers and counts their tokens.
+
+As a program, it runs vLLM in vLLM's own environment.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 Side = Callable[[], int]
-"""Samples once; the number of tokens sampled."""
+"""Samples once and returns the number of sampled tokens."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """prompts x samples answers of at most new_tokens; with an end of sequence (eos below 0: none) they may be shorter."""
+    """prompts x samples answers with at most new_tokens tokens; with an end of sequence (eos >= 0) they may be shorter."""
 
     prompts: list[list[int]]
     samples: int
@@ -41,7 +44,7 @@ def native(model: Any, case: Case) -> Side:
 
 
 def generate(model: Any, case: Case) -> Side:
-    """`generate` with its dynamic cache, sampling like us, all answers in one batch."""
+    """Return the side of `generate` with its dynamic cache and the same sampling settings, all answers in one batch."""
     import torch
 
     prompts = torch.tensor(case.prompts)
@@ -61,7 +64,7 @@ def generate(model: Any, case: Case) -> Side:
 
 
 def continuous(model: Any, case: Case) -> Side:
-    """transformers' own continuous batching, with log-probabilities as an RL trainer needs them."""
+    """Return the side of transformers' continuous batching, with the log-probabilities that an RL trainer needs."""
     import torch
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -90,7 +93,7 @@ def continuous(model: Any, case: Case) -> Side:
 
 
 class Apart:
-    """A side in a fork of this process, which keeps what was set for the memory of this one until now from what is set later."""
+    """A side in a fork of this process. The fork keeps the memory settings of this moment; later settings do not affect it."""
 
     def __init__(self, side: Side) -> None:
         context = multiprocessing.get_context("fork")
@@ -100,13 +103,13 @@ class Apart:
         there.close()
 
     def rate(self) -> float:
-        """Tokens in a second of the child's processor time."""
+        """Return the tokens per second of the child's processor time."""
         self.here.send("again")
         tokens, seconds = self.here.recv()
         return float(tokens / seconds)
 
     def close(self) -> None:
-        self.here.send(None)  # closing would not do: later forks hold this end as well
+        self.here.send(None)  # Closing is not sufficient: later forks hold this end as well.
         self.child.join()
 
 
@@ -118,7 +121,7 @@ def _answer(asked: Any, side: Side) -> None:
 
 
 class Vllm:
-    """vLLM's CPU build in process, in a child of its own environment that samples at every line it is sent."""
+    """vLLM's CPU build in a child process with its own environment; the child samples once per input line."""
 
     def __init__(self, python: str, folder: Path, case: Case) -> None:
         environment = os.environ | {
@@ -144,7 +147,7 @@ class Vllm:
         raise RuntimeError(f"vLLM ended with status {self.child.wait()}")
 
     def rate(self) -> float:
-        """Tokens in a second of the child's processor time."""
+        """Return the tokens per second of the child's processor time."""
         said = self._ask("again")
         return float(said["tokens"] / said["seconds"])
 
@@ -155,7 +158,7 @@ class Vllm:
 
 
 def serve() -> None:
-    """The child: the first line is the case, every other one asks for a run."""
+    """Run the child: the first line is the case, each further line requests a run."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     case = json.loads(sys.stdin.readline())

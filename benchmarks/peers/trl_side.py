@@ -1,6 +1,6 @@
-"""TRL's side of benchmarks/training.py; runs in an environment of its own (benchmarks/peers/setup.sh makes it), which has no posttrain.
+"""Run TRL's side of benchmarks/training.py in its own environment (benchmarks/peers/setup.sh creates it), without posttrain.
 
-Reads one job a line from standard input and answers each with a line of JSON: benchmarks/training.py writes them.
+Reads one job per line from standard input and prints one line of JSON per job; benchmarks/training.py is the caller.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def dpo(job: Job, folder: str, tokenizer: Any) -> Any:
     )  # fmt: skip
 
     class Tokenized(DPOTrainer):  # type: ignore[misc]
-        """Takes the token ids as they are: its own preparation would tokenize text again."""
+        """Uses the token ids directly: the parent class would tokenize text again."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             columns = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -124,7 +124,7 @@ def clock() -> tuple[float, float]:
 
 
 def spent(since: tuple[float, float]) -> dict[str, float]:
-    """Seconds by the clock, and of the processor: one thread alone works, so these are the same where nobody else does."""
+    """Return wall time and processor time in seconds. They are equal for one thread on an idle machine."""
     return {"seconds": time.perf_counter() - since[0], "processor": time.process_time() - since[1]}
 
 
@@ -139,7 +139,7 @@ def run(job: Job) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         started = clock()
         trainer = MAKERS[job["kind"]](job, folder, tokenizer)
-        if not job.get("precompute"):  # DPO's trainer computes the reference while it is made
+        if not job.get("precompute"):  # DPO's trainer computes the reference in its constructor.
             started = clock()
         trainer.add_callback(numbers)
         trainer.train()
@@ -153,7 +153,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not stand among the answers
+    os.dup2(2, 1)  # Output of the libraries must not mix with the results.
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), file=answers, flush=True)
 

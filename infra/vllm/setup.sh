@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv-vllm, an environment of its own for vLLM servers: its torch is another one than that of .venv. Safe to call again.
+# Creates .venv-vllm, a separate environment for vLLM servers, because its torch differs from that of .venv. Safe to repeat.
 #   infra/vllm/setup.sh            vLLM's CPU build
 #   infra/vllm/setup.sh cuda       vLLM for NVIDIA GPUs (not tried here)
-# VENV names another folder. Package indexes and wheel folders are those that uv or pip are configured with.
+# VENV selects a different folder. uv or pip use their configured package indexes and wheel folders.
 set -euo pipefail
 unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -17,7 +17,7 @@ cuda) PACKAGES=("vllm==0.32.0") ;;
     ;;
 esac
 
-# The same interpreter as .venv, and its uv where none is installed.
+# The same interpreter as .venv, and its uv if none is installed.
 [ -x .venv/bin/python ] || infra/setup.sh
 [ -x "$VENV/bin/python" ] || .venv/bin/python -m venv "$VENV"
 if UV="$(command -v uv || ls .venv/bin/uv 2>/dev/null)"; then
@@ -32,7 +32,7 @@ echo "vllm: installing ${PACKAGES[*]} into $VENV (about 3 GB)"
 FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}}"
 "${INSTALL[@]}" --quiet ${FIND_LINKS:+--find-links "$FIND_LINKS"} "${PACKAGES[@]}"
 if [ "${1:-cpu}" = cpu ]; then
-    # they come along built for another torch, and importing transformers would load them
+    # They are built for a different torch, and importing transformers would load them.
     "${REMOVE[@]}" --quiet torchvision torchcodec torchaudio
 fi
 "$VENV/bin/python" -c 'import vllm; print("vllm: version", vllm.__version__, "is ready")'

@@ -1,4 +1,4 @@
-"""Whether the rows of one more file may join the tables: the rules of `validate`, asked before anything is changed."""
+"""Check if the rows of one additional file may join the tables, by the rules of `validate`, before anything changes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
 from pipelines.validation.check import check
 from pipelines.validation.leakage import prompt_keys, shown_prompt
 from pipelines.validation.messages import paragraphs
-from pipelines.validation.suites import Limits, Validator
+from pipelines.validation.suites import TableLimits, Validator
 from posttrain.environments.parts import Kind
 from posttrain.errors import DataError, LeakageError
 
 
 class Admission:
-    """`rows`: what the four sources hold now; grows by what is admitted."""
+    """Check new files against the current rows. `rows` holds the rows of the four sources and grows with each admitted file."""
 
     def __init__(self, params: Params, rows: Mapping[Kind, list[Row]]) -> None:
         self.rows = dict(rows)
         self._params = params
         rules = params.validation
-        self._limits = Limits(rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params))
+        self._limits = TableLimits(rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params))
         self._lengths = TokenLengths(base_encoder()) if MODEL.is_dir() else _Unknown()
 
     def check(self, kind: Kind, rows: list[Row]) -> int:
-        """Rows of these that `validate` is going to set aside. Raises DataError where it would stop the pipeline."""
+        """Return the number of rows that `validate` will quarantine. Raises DataError if it would stop the pipeline."""
         outcome = check({kind: rows}, self._params.validation.rules, self._limits, self._lengths, Validator())
         if outcome.stops:
             raise DataError("\n".join(paragraphs(outcome, self._params.validation.max_shown_rows)))
@@ -38,10 +38,14 @@ class Admission:
         return len(outcome.quarantined[kind])
 
     def admit(self, kind: Kind, rows: list[Row]) -> None:
+        """Add the rows to a table."""
         self.rows[kind] = numbered([*self.rows[kind], *rows])
 
     def _refuse_leakage(self, kind: Kind, rows: list[Row]) -> None:
-        """Pairs are split by prompt into training and held-out ones, so the split is made as it will be with these rows."""
+        """Raise LeakageError if a prompt would be in training and in held-out data.
+
+        Pairs are split by prompt, so the split is computed as it will be with the new rows.
+        """
         tables = split_tables({**self.rows, kind: [*self.rows[kind], *rows]}, self._params.data)
         held_out = _keys(tables, HELD_OUT)
         shared = [
@@ -64,7 +68,7 @@ def _keys(tables: Mapping[Table, list[Row]], names: tuple[Table, ...]) -> dict[s
 
 
 class _Unknown:
-    """Before the base model is there, no length is known; `validate` asks again."""
+    """Token lengths without a base model: unknown, so 0; `validate` checks the lengths later."""
 
     def prompt(self, row: Row) -> int:
         return 0

@@ -63,7 +63,7 @@ def tables(params: Params) -> dict[str, Floats]:
 
 
 def power(params: Params) -> str:
-    """Say what the present seeds and prompts can show, from finished runs with these params, or how to find out."""
+    """Report the differences that the present seeds and prompts can show, from finished runs, or the command to measure them."""
     try:
         scores = tables(params)
     except DataError:

@@ -1,11 +1,11 @@
-"""Change params.yaml by overlay or by key, checked before anything is written; comments stay.
+"""Change params.yaml by overlay or by key. The result is validated before anything is written, and comments are kept.
 
     posttrain configure examples/gsm8k.yaml
     posttrain configure sft.epochs=2 project.seeds=[0,1]
     posttrain configure --check
 
-An overlay is a YAML file that holds only the keys to change. A mapping is merged into the one there is, anything else
-replaces it; `null` removes an optional key. Prints each change.
+An overlay is a YAML file that holds only the keys to change. A mapping is merged into the existing one, any other value replaces the
+existing value, and `null` removes an optional key. Prints each change.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ _NOTHING: Any = object()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; answers its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain configure",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("changes", nargs="*", metavar="OVERLAY.yaml | key=value", help="applied from left to right")
-    parser.add_argument("--check", action="store_true", help="check and show the changes, write nothing")
-    parser.add_argument("--params", type=Path, help="the file to change instead of the project's params.yaml")
+    parser.add_argument(
+        "changes", nargs="*", metavar="OVERLAY.yaml | key=value", help="changes, applied from left to right"
+    )
+    parser.add_argument("--check", action="store_true", help="validate and print the changes, but write nothing")
+    parser.add_argument("--params", type=Path, help="file to change instead of the project's params.yaml")
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
     try:
@@ -51,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[str]:
-    """Apply overlays and key=value changes to a params file; `key: old -> new` of each change.
+    """Apply overlays and key=value changes to a params file, and return one line `key: old -> new` per change.
 
-    Raises ConfigError, and leaves the file as it is, where the result would not be valid.
+    Raises ConfigError and leaves the file unchanged if the result is not valid.
     """
     before = read_yaml(path)
     yaml = _round_trip()
@@ -73,6 +75,7 @@ def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[st
 
 
 def _round_trip() -> YAML:
+    """Return a YAML reader and writer that keeps comments and quotes."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
@@ -82,7 +85,7 @@ def _round_trip() -> YAML:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes `null`, where its parent would write nothing. A class of its own, since other users of the parent want it as it is."""
+    """Write `null` explicitly; ruamel's default writes nothing. A subclass, because the parent class is shared."""
 
     def represent_null(self, _: Any) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -92,13 +95,13 @@ _Representer.add_representer(type(None), _Representer.represent_null)
 
 
 def _overlay(change: str) -> dict[str, Any]:
-    """The tree of an overlay file, or of one key=value."""
+    """Return the tree of an overlay file, or of one key=value."""
     key, assigned, value = change.partition("=")
     if not assigned:
         tree = read_yaml(change)
         if not isinstance(tree, dict):
             raise ConfigError(
-                f"{change}: an overlay must be a mapping of sections, like params.yaml with most keys left out"
+                f"{change}: an overlay must be a mapping of sections, like params.yaml but with only the keys to change"
             )
         overlay: dict[str, Any] = _round_trip().load(Path(change).read_text(encoding="utf-8"))
         return overlay
@@ -115,7 +118,7 @@ def _overlay(change: str) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
-    """In place, so that comments of what stays are kept."""
+    """Merge `over` into `tree` in place, so that the comments of unchanged keys are kept."""
     for key, value in over.items():
         if value is None:
             tree.pop(key, None)
@@ -126,6 +129,7 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return one line for each key that differs."""
     keys = [*after, *(key for key in before if key not in after)]
     return [
         f"{key}: {_shown(before.get(key, _NOTHING))} -> {_shown(after.get(key, _NOTHING))}"
@@ -135,6 +139,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    """Return a value as text for a change line."""
     return "(none)" if value is _NOTHING else repr(value)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
 from pipelines.data.inbox import Arrival, Inbox, location
-from pipelines.data.open_inbox import open_inbox
+from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest
@@ -46,7 +46,7 @@ MOST_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
-class Taken:
+class IntakeResult:
     """One file that was dealt with. `outcome`: accepted, known (the same bytes were taken in before), quarantined, or left (waits)."""
 
     file: str
@@ -58,6 +58,7 @@ class Taken:
     reason: str = ""
 
     def describe(self) -> str:
+        """Return the result in one line."""
         if self.outcome == "accepted":
             aside = f", {self.set_aside} of them to be set aside" if self.set_aside else ""
             return f"accepted {self.file}: {self.rows} rows for {self.table}{aside}"
@@ -68,28 +69,28 @@ class Taken:
         return f"quarantined {self.file}: {self.reason}"
 
 
-def take_in(params: Params, inbox: Inbox) -> list[Taken]:
+def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     """Deal with every file that waits, in the order of their names. An entry that cannot be taken never stops the others."""
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
-        return [Taken(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
+        return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
     from pipelines.commands.admission import Admission
 
     admission = Admission(params, {kind: table_rows(kind, params.data) for kind in KINDS})
     return [_claimed(arrival, params, inbox, admission) for arrival in arrivals]
 
 
-def _claimed(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> Taken:
+def _claimed(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> IntakeResult:
     claimed = arrival if arrival.left else inbox.claim(arrival)
     if claimed.left:
-        return Taken(claimed.name, "left", reason=claimed.left)
+        return IntakeResult(claimed.name, "left", reason=claimed.left)
     if claimed.attempts >= MOST_ATTEMPTS:
         reason = (
             f"{claimed.file}: {claimed.attempts} processes were killed while they read this file; most likely it needs more memory"
             " than there is. Split it, and move the parts back."
         )
         inbox.quarantine(claimed, reason)
-        return Taken(claimed.name, "quarantined", reason=reason)
+        return IntakeResult(claimed.name, "quarantined", reason=reason)
     try:
         return _take(claimed, params, inbox, admission)
     except BaseException:
@@ -98,13 +99,14 @@ def _claimed(arrival: Arrival, params: Params, inbox: Inbox, admission: Admissio
         raise
 
 
-def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> Taken:
+def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) -> IntakeResult:
+    """Process one file."""
     local = _WORK / arrival.file
     try:
         kind = _kind(arrival)
         inbox.fetch(arrival, local)
         if file_digest(local) in {file_digest(path) for path in accepted_files(kind)}:
-            return _finished(arrival, inbox, Taken(arrival.name, "known", kind))
+            return _finished(arrival, inbox, IntakeResult(arrival.name, "known", kind))
         rows = _rows(kind, params, local, admission)
         aside = admission.check(kind, rows)
     except PosttrainError as error:
@@ -118,32 +120,33 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
     _keep(local, kind, arrival.file)
     inbox.remove(arrival)
     admission.admit(kind, rows)
-    return Taken(arrival.name, "accepted", kind, len(rows), aside)
+    return IntakeResult(arrival.name, "accepted", kind, len(rows), aside)
 
 
-def _set_aside(arrival: Arrival, inbox: Inbox, local: Path, why: str) -> Taken:
+def _set_aside(arrival: Arrival, inbox: Inbox, local: Path, why: str) -> IntakeResult:
     reason = redact(why.replace(str(local), arrival.file))
     if not inbox.unchanged(arrival):
         return _postponed(arrival, inbox)
     inbox.quarantine(arrival, reason)
     local.unlink(missing_ok=True)
-    return Taken(arrival.name, "quarantined", reason=reason)
+    return IntakeResult(arrival.name, "quarantined", reason=reason)
 
 
-def _finished(arrival: Arrival, inbox: Inbox, taken: Taken) -> Taken:
+def _finished(arrival: Arrival, inbox: Inbox, taken: IntakeResult) -> IntakeResult:
     if not inbox.unchanged(arrival):
         return _postponed(arrival, inbox)
     inbox.remove(arrival)
     return taken
 
 
-def _postponed(arrival: Arrival, inbox: Inbox) -> Taken:
+def _postponed(arrival: Arrival, inbox: Inbox) -> IntakeResult:
     """A file that is written to while it is read is neither accepted nor removed."""
     inbox.give_back(arrival)
-    return Taken(arrival.name, "left", reason="it was changed while it was read; the next run takes it")
+    return IntakeResult(arrival.name, "left", reason="it was changed while it was read; the next run takes it")
 
 
 def _kind(arrival: Arrival) -> Kind:
+    """Return the table that the file's folder names. Raises DataError if there is none."""
     for kind in KINDS:
         if arrival.folder == kind:
             return kind
@@ -154,11 +157,12 @@ def _kind(arrival: Arrival) -> Kind:
 
 
 def _rows(kind: Kind, params: Params, path: Path, admission: Admission) -> list[Row]:
+    """Return the file's rows. Raises DataError if they do not fit the table."""
     return numbered(alike(kind, admission.rows[kind], file_rows(kind, params.data, path), path))
 
 
 def _keep(local: Path, kind: Kind, name: str) -> None:
-    """Into data/raw/accepted under the next number, so that files are read in the order in which they came."""
+    """Move the file to data/raw/accepted under the next number, so that files are read in the order of their arrival."""
     folder = ACCEPTED / kind
     folder.mkdir(parents=True, exist_ok=True)
     last = max((arrival_number(path) for path in accepted_files(kind)), default=0)
@@ -170,6 +174,7 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain intake",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""The versions of the model registry: aliases, which model, what the gate said.
+"""List the versions of the model registry: aliases, model, and the gate's decision.
 
     posttrain models
 
@@ -18,7 +18,7 @@ from posttrain.errors import PosttrainError
 
 
 def line(version: Version) -> str:
-    """One version as one line; a reason with several parts is cut at the first."""
+    """Return one version as one line."""
     tags = version.tags
     why = f"rolled back: {tags[ROLLED_BACK]}" if ROLLED_BACK in tags else tags.get(REASON, "")
     aliases = ", ".join(version.aliases) or "-"
@@ -26,6 +26,7 @@ def line(version: Version) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain models",
         description=__doc__,
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     except PosttrainError as error:
         return report_error(error)
     print(
-        "\n".join(map(line, versions)) or "no version is registered yet; `python -m flows.retrain` registers the first"
+        "\n".join(map(line, versions))
+        or "no version is registered yet; `python -m flows.retrain` registers the first one"
     )
     return 0
 

@@ -1,11 +1,11 @@
-"""What a run of the current parameters will take, before anything runs: optimiser steps, tokens, and memory by phase.
+"""Estimate a run with the current parameters before it starts: optimiser steps, tokens, and memory by phase.
 
     posttrain plan
     posttrain plan --memory 80        # for a device with 80 GiB
     posttrain plan --params other.yaml
 
-Memory follows from the model's configuration alone; no weights are loaded. It is that of a process that holds all weights, as each does
-while it samples; under FSDP2 n processes share weights, gradients and moments of what is trained while they update.
+Memory is computed from the model's configuration; no weights are loaded. It is the memory of a process that holds all weights, which
+every process does while it samples. Under FSDP2, n processes share the weights, gradients and moments of trained models during updates.
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables, or, before validation, those that
 `data` asks for. The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
 Exit status 1: something will not fit.
@@ -39,7 +39,7 @@ COLUMNS = ("weights", "optimiser", "activations", "cache", "logits", "total")
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a stage. steps is 0 where nothing is trained; tokens None where the number of rows is not known yet."""
+    """One part of a stage. `steps` is 0 if nothing is trained; `tokens` is None if the number of rows is not known yet."""
 
     stage: str
     name: str
@@ -49,14 +49,16 @@ class Phase:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; answers its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--params", type=Path, help="parameters to use instead of the project's params.yaml")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device; this machine's by default")
+    parser.add_argument("--params", type=Path, help="parameter file to use instead of the project's params.yaml")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of one device in GiB (default: this machine's)"
+    )
     args = parser.parse_args(arguments)
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
     try:
@@ -74,13 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def model_sizes(params: Params) -> Sizes:
+    """Return the sizes of the configured model."""
     from posttrain.planning import sizes
 
     return sizes(_config(params))
 
 
 def _config(params: Params) -> Any:
-    """Of `model.source`: the tiny model's shape, or the configuration of a folder or hub id."""
+    """Return the model's configuration: the tiny model's shape, or the configuration of a folder or hub id."""
     from posttrain.models.folders import load_config
     from posttrain.models.tiny import TinyShape, tiny_config
 
@@ -89,7 +92,7 @@ def _config(params: Params) -> Any:
 
 
 def _adapter(params: Params, lora: LoraParams | None) -> int | None:
-    """Parameters of the adapter, None where all weights are trained."""
+    """Return the number of the adapter's parameters, or None if all weights are trained."""
     if lora is None:
         return None
     from pipelines.training.setup import lora_settings
@@ -99,7 +102,7 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
 
 
 def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:
-    """What `posttrain.planning.training` has to know beside the sizes."""
+    """Return the options of `posttrain.planning.training` other than the sizes."""
     return {
         "adapter": _adapter(params, lora),
         "bf16": compute.bf16,
@@ -108,7 +111,7 @@ def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | 
 
 
 def phases(params: Params, model: Sizes) -> Iterator[Phase]:
-    """Every phase that holds a model, in the order of the DAG; seeds of one algorithm are alike."""
+    """Yield every phase that holds a model, in the order of the DAG; all seeds of an algorithm have the same plan."""
     from posttrain.planning import training
 
     longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
@@ -125,72 +128,76 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
 
 
 def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longest: int) -> Iterator[Phase]:
+    """Yield the phases of one algorithm."""
     from posttrain.planning import sampling, training
 
-    record, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
+    spec, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
     stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
-    if not isinstance(record, OnPolicy):
+    if not isinstance(spec, OnPolicy):
         assert isinstance(budget, PreferenceBudget)
-        steps = _steps(pairs, budget.batch_size, record.epochs)
+        steps = _steps(pairs, budget.batch_size, spec.epochs)
         memory = training(model, compute.micro_batch_tokens, **_options(params, compute, params.align.lora))
-        yield Phase(stage, "train", steps, _times(pairs, 2 * record.epochs * longest), memory)
+        yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory)
         return
     assert isinstance(budget, OnPolicyBudget)
     answers = budget.prompts_per_step * budget.samples_per_prompt
-    separate = int(record.has_critic and record.critic == "separate")
+    separate = int(spec.has_critic and spec.critic == "separate")
     scored = int(
         any(params.rewards[source].function == "reward_model" for source in params.algorithms[name].rewards or {})
     )
     prompt, samples = params.validation.max_prompt_tokens, budget.samples_per_prompt
     length = prompt + budget.max_new_tokens
-    # an adapter's base is the reference as well
+    # With an adapter, the frozen base model is also the reference policy.
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
-    # a vLLM server keeps its cache on its own device
+    # A vLLM server has its cache on its own device.
     here = answers if budget.rollouts.engine == "native" else 0
-    beside = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
-    rounds = record.refill_limit if record.filter == "refill" else 1
-    yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, beside)
-    updates = budget.steps * record.epochs * record.minibatches
+    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
+    rounds = spec.refill_limit if spec.filter == "refill" else 1
+    yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
+    updates = budget.steps * spec.epochs * spec.minibatches
     memory = training(model, compute.micro_batch_tokens, **held | _options(params, compute, params.align.lora))
-    yield Phase(stage, "train", updates, budget.steps * record.epochs * answers * length, memory)
+    yield Phase(stage, "train", updates, budget.steps * spec.epochs * answers * length, memory)
 
 
 def _evaluation(params: Params, model: Sizes) -> Iterator[Phase]:
+    """Yield the phase of the evaluation."""
     from posttrain.planning import sampling
     from posttrain.rollouts.engine import MAX_ROWS
 
     evaluation = params.evaluation
-    asked = rows("evaluation", params.data.evaluation.rows)
-    answers, new_tokens = _times(asked, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
+    count = rows("evaluation", params.data.evaluation.rows)
+    answers, new_tokens = _times(count, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
     at_once = MAX_ROWS if answers is None else answers
     memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
 
 
-def rows(table: str, asked: int | None) -> int | None:
-    """Rows of the validated table, else those that the parameters ask for; None where neither says."""
+def rows(table: str, configured: int | None) -> int | None:
+    """Return the rows of the validated table, else the number in the parameters; None if neither is known."""
     import pyarrow.parquet as pq
 
     path = Path("data/valid", f"{table}.parquet")
-    return int(pq.read_metadata(path).num_rows) if path.is_file() else asked
+    return int(pq.read_metadata(path).num_rows) if path.is_file() else configured
 
 
 def _kept(params: Params) -> int | None:
-    """Pairs that are not held out, before validation has counted them."""
+    """Return the number of training pairs, before validation has counted them."""
     source = params.data.preferences
     return None if source.rows is None else source.rows - round(source.rows * source.heldout)
 
 
 def _steps(count: int | None, batch: int, epochs: int) -> int | None:
+    """Return the number of optimiser steps, or None if the number of rows is unknown."""
     return None if count is None else math.ceil(count / batch) * epochs
 
 
 def _times(count: int | None, factor: int) -> int | None:
+    """Return the product, or None if the count is unknown."""
     return None if count is None else count * factor
 
 
 def device_bytes() -> int:
-    """Memory of the first GPU, or this machine's where there is none."""
+    """Return the memory of the first GPU, or this machine's memory if there is no GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -199,12 +206,12 @@ def device_bytes() -> int:
 
 
 def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     seeds = len(params.project.seeds)
     lines = [
         f"model: {model.parameters:,} parameters ({params.model.source}); {seeds} seed{'s' * (seeds > 1)} per algorithm;"
         f" a device has {limit / GIB:.1f} GiB\n",
-        _cells(["stage", "phase", "optimiser steps", "tokens, at most", *COLUMNS]),
+        _cells(["stage", "phase", "optimiser steps", "max. tokens", *COLUMNS]),
     ]
     lines += [
         _cells([p.stage, p.name, _count(p.steps), _count(p.tokens), *(_bytes(getattr(p.memory, c)) for c in COLUMNS)])
@@ -215,6 +222,7 @@ def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int) -> 
 
 
 def _too_large(phase: Phase, limit: int) -> str:
+    """Return a message with the largest part of a phase that does not fit, and advice."""
     largest = max(COLUMNS[:-1], key=lambda column: getattr(phase.memory, column))
     advice = {
         "weights": "use a smaller model or shard it over devices", "optimiser": "use a smaller model or shard it over devices",
@@ -223,12 +231,13 @@ def _too_large(phase: Phase, limit: int) -> str:
         "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",
     }[largest]  # fmt: skip
     return (
-        f"\n{phase.stage} ({phase.name}) will not fit: {_bytes(phase.memory.total)} of {_bytes(limit)}, most of it {largest};"
+        f"\n{phase.stage} ({phase.name}) does not fit: it needs {_bytes(phase.memory.total)} of {_bytes(limit)}, most of it for {largest};"
         f" {advice}."
     )
 
 
 def _cells(cells: Sequence[str]) -> str:
+    """Return one aligned row."""
     widths = (22, 8, 16, 16, *[12] * len(COLUMNS))
     return "".join(
         cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
@@ -236,10 +245,12 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def _count(value: int | None) -> str:
+    """Return a count as text."""
     return "unknown" if value is None else f"{value:,}"
 
 
 def _bytes(value: Any) -> str:
+    """Return a number of bytes in GiB or MiB."""
     return f"{value / GIB:,.1f} GiB" if value >= GIB else f"{value / MIB:,.1f} MiB"
 
 

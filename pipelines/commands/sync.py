@@ -1,10 +1,10 @@
-"""Bring MLflow up to date with the journals of this project.
+"""Copy the journals of this project into MLflow.
 
     posttrain sync              once: everything that is here and not yet there
     posttrain sync --wait 60    the same, trying again while the server is away
     posttrain sync --follow     keep doing so until SIGTERM, Ctrl-C or the end of a piped standard input
 
-Nothing is lost while a tracking server is down: the journals hold everything, and each value arrives exactly once.
+Nothing is lost while a tracking server is down: the journals hold everything, and each value is stored exactly once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TypeVar
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import redact, report_error
 from pipelines.tracking.projection import Projector
-from pipelines.tracking.source import Source, discover, load
+from pipelines.tracking.source import RecordedRun, discover, load
 from pipelines.tracking.store import ask, open_client, tracking_uri
 from posttrain.errors import PosttrainError, TrackingError
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 _POLL_SECONDS, _LONGEST_REST_SECONDS, _LONGEST_OUTAGE_PAUSE_SECONDS = 1.0, 30.0, 8.0
 _BEHIND_TRAINING = 10
 _REST_FACTOR = 20
-"""A follower rests so many times as long as its last pass took, so that it never competes with the training."""
+"""A follower rests this many times the duration of its last pass, so that it never competes with training."""
 
 
 def catch_up(
@@ -42,10 +42,10 @@ def catch_up(
     recheck: bool = True,
     enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """Project every journal, then end what is stale; MLflow run id by run identity.
+    """Copy every journal, then end stale runs; return the MLflow run id by run identity.
 
-    `recheck=False` trusts this checkout's notes of what was carried over before; `enough` is asked between two journals.
-    Raises TrackingError at the first call that the store does not answer, and after the pass if a journal is damaged.
+    `recheck=False` trusts this checkout's notes of earlier copies; `enough` is called between two journals and ends the pass if true.
+    Raises TrackingError at the first call that the store does not complete, and after the pass if a journal is damaged.
     """
     problems: list[str] = []
     sources = discover(projector.project_root, problems)
@@ -56,44 +56,46 @@ def catch_up(
             return done
         if recheck or source.identity == first or not projector.settled(source):
             done[source.identity] = _project(projector, source)
-    _told(projector, partial(projector.sweep, {source.identity for source in sources}))
+    _ask_store(projector, partial(projector.sweep, {source.identity for source in sources}))
     if problems:
         raise TrackingError("\n".join(problems))
     return done
 
 
-def _project(projector: Projector, source: Source) -> str:
-    return _told(projector, partial(projector.project, source))
+def _project(projector: Projector, source: RecordedRun) -> str:
+    """Copy one journal."""
+    return _ask_store(projector, partial(projector.project, source))
 
 
-def _told(projector: Projector, call: Callable[[], T]) -> T:
-    """The call's answer, or a TrackingError that says that nothing is lost."""
+def _ask_store(projector: Projector, call: Callable[[], T]) -> T:
+    """Return the result of the call. Raises TrackingError, which explains that nothing is lost."""
     return ask(
         projector.client,
         call,
-        "did not take the values",
-        "They are safe in the journal; `python -m pipelines.commands.sync` carries them over when it answers again.",
+        "did not accept the values",
+        "They are safe in the journal; `python -m pipelines.commands.sync` copies them when it responds again.",
     )
 
 
 def follow(project: Path, run: str | None, stop: threading.Event) -> None:
-    """Keep the store up to date until `stop`, behind whatever trains here; then once more, before somebody who waits for it."""
-    carrier = _Carrier(Projector(open_client(project), project), run)
-    beside = threading.Thread(target=carrier.keep_up, args=(stop,), daemon=True)
-    beside.start()
-    beside.join()
+    """Keep the store up to date at low priority until `stop` is set; then copy once more at normal priority."""
+    carrier = _JournalCopier(Projector(open_client(project), project), run)
+    worker = threading.Thread(target=carrier.keep_up, args=(stop,), daemon=True)
+    worker.start()
+    worker.join()
     carrier.carry(lambda: False)
 
 
-class _Carrier:
-    """Carries journals over, one pass at a time. An outage is told once, and its end."""
+class _JournalCopier:
+    """Copy journals, one pass at a time; report an outage once, and its end."""
 
     def __init__(self, projector: Projector, run: str | None) -> None:
         self._projector, self._run = projector, run
         self._down, self._whole = False, True
 
     def keep_up(self, stop: threading.Event) -> None:
-        os.nice(_BEHIND_TRAINING)  # on Linux this thread's alone
+        """Repeat passes until `stop` is set."""
+        os.nice(_BEHIND_TRAINING)  # On Linux, this changes only this thread.
         pause = _POLL_SECONDS
         while not stop.is_set():
             began = time.monotonic()
@@ -105,7 +107,10 @@ class _Carrier:
             stop.wait(pause)
 
     def carry(self, enough: Callable[[], bool]) -> bool:
-        """One pass; False while the store is away. The first one, and each where no run was named, is over every journal."""
+        """Run one pass and return False while the store is down.
+
+        The first pass covers every journal, and so does each pass if no run was named.
+        """
         try:
             if self._whole or self._run is None:
                 catch_up(self._projector, first=self._run, recheck=False, enough=enough)
@@ -118,17 +123,18 @@ class _Carrier:
             self._down = True
             return False
         if self._down:
-            print("tracking: MLflow answers again and has caught up.", file=sys.stderr, flush=True)
+            print("tracking: MLflow responds again and has all records.", file=sys.stderr, flush=True)
         self._down = False
         return True
 
 
-def _single(project: Path, run: str) -> Source | None:
+def _single(project: Path, run: str) -> RecordedRun | None:
+    """Return the journal of one run, or None."""
     return load(environment.states(project) / run)
 
 
 def _stop_event() -> threading.Event:
-    """Set by SIGTERM, SIGINT, and the end of standard input when that is a pipe from whoever started us."""
+    """Return an event that SIGTERM, SIGINT, or the end of a piped standard input sets."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -144,7 +150,7 @@ def _stop_event() -> threading.Event:
 
 
 def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
-    """One complete pass; while the store is away, again until `wait_seconds` are over."""
+    """Run one complete pass; while the store is down, retry until `wait_seconds` are over."""
     projector = Projector(open_client(project), project)
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -157,14 +163,17 @@ def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain sync",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--follow", action="store_true", help="keep the store up to date until told to stop")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="try again for so long")
-    parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: the one run to keep following")
+    parser.add_argument("--follow", action="store_true", help="keep the store up to date until SIGTERM or Ctrl-C")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="retry for this many seconds while the store is down"
+    )
+    parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: follow only this run")
     args = parser.parse_args(argv)
     project = environment.root()
     try:

@@ -1,9 +1,9 @@
-"""Show the runs of this project: MLflow and Prefect on this machine only, and the links worth opening.
+"""Show the runs of this project: start MLflow and Prefect on this machine only, and print useful links.
 
     posttrain ui [--port 5000] [--prefect-port 4200]
 
-Catches up with the journals first. Ctrl-C stops the servers. With MLFLOW_TRACKING_URI or PREFECT_API_URL set to a server,
-only the links to that server are printed.
+Copies the journals into MLflow first. Ctrl-C stops the servers. If MLFLOW_TRACKING_URI or PREFECT_API_URL names a server, only the
+links to that server are printed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _START_SECONDS = 300.0
 
 
 def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
-    """What to open, by name: the algorithms' curves on the same charts, the newest align runs side by side, every run, the models.
+    """Return links by name: the algorithms' curves in shared charts, the newest align runs side by side, all runs, the models.
 
-    MLflow opens an experiment on its pages for agents, so each link asks for those of training.
+    By default MLflow opens an experiment on its pages for agents, so each link asks for the training pages.
     """
     page = f"{base}/#/experiments/{experiment}/runs?{_TRAINING}"
     found: dict[str, str] = {}
@@ -62,8 +62,8 @@ def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Server:
-    """One of the two servers, reachable from this machine only. `health` is the path that answers when it is up."""
+class UiServer:
+    """One of the two servers, reachable only from this machine. `health` is the path that responds when the server is up."""
 
     name: str
     command: list[str]
@@ -72,7 +72,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def mlflow_server(project: Path, port: int) -> Server:
+def mlflow_server(project: Path, port: int) -> UiServer:
     """Return an MLflow server over the project's store, with accounts. Its address may hold a password: environment."""
     store = ["--no-serve-artifacts", "--default-artifact-root", artifact_root(project).as_uri()]
     home = project / credentials.FOLDER
@@ -84,19 +84,19 @@ def mlflow_server(project: Path, port: int) -> Server:
     )
     command = [sys.executable, "-m", "mlflow", "server", *store, *credentials.mlflow_options(port)]
     address = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(project)}
-    return Server("MLflow", command, f"http://{_HOST}:{port}", "/health", extra | address)
+    return UiServer("MLflow", command, f"http://{_HOST}:{port}", "/health", extra | address)
 
 
-def prefect_server(project: Path, port: int) -> Server:
+def prefect_server(project: Path, port: int) -> UiServer:
     """Return a Prefect server over the database that the flows' private servers use, ~/.prefect."""
     base = f"http://{_HOST}:{port}"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
     extra = credentials.prefect_server(credentials.prefect_auth(project), port)
-    return Server("Prefect", command, base, "/api/health", extra)
+    return UiServer("Prefect", command, base, "/api/health", extra)
 
 
 def free_port(wanted: int, option: str = "--port") -> int:
-    """The port, if nobody listens there; any free one for 0. `option` is how its user asks for another."""
+    """Return the port if it is free, or any free port for 0. `option` is the command-line option for the error message."""
     if not 0 <= wanted <= 65535:
         raise TrackingError(f"{option} {wanted}: a port is a number up to 65535; 0 takes a free one")
     try:
@@ -107,15 +107,15 @@ def free_port(wanted: int, option: str = "--port") -> int:
         ) from None
 
 
-def serve(servers: Sequence[Server], project: Path, found: str) -> None:
-    """Run the servers until Ctrl-C or SIGTERM, then stop them with everything they started."""
+def serve(servers: Sequence[UiServer], project: Path, found: str) -> None:
+    """Run the servers until Ctrl-C or SIGTERM, then stop them and everything they started."""
     log = project / ".posttrain" / "logs" / "prefect-ui.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     running: list[subprocess.Popen[bytes]] = []
     try:
         with log.open("wb") as quiet:
             for server in servers:
-                # Prefect's greeting would hide the links.
+                # Prefect's start-up message would hide the links.
                 output = quiet if server.name == "Prefect" else None
                 running.append(_start(server, project, output))
         for server, process in zip(servers, running, strict=True):
@@ -139,7 +139,7 @@ def _sign_in(project: Path) -> str:
     )
 
 
-def _start(server: Server, project: Path, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _start(server: UiServer, project: Path, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         server.command,
         cwd=project,
@@ -152,6 +152,7 @@ def _start(server: Server, project: Path, output: IO[bytes] | None) -> subproces
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
+    """Stop the server's process group: SIGTERM, then SIGKILL."""
     for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(server.pid, number)
@@ -162,7 +163,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_up(server: UiServer, process: subprocess.Popen[bytes]) -> None:
     url = f"{server.base}{server.health}"
     if network.wait_until(lambda: network.answers(url), lambda: process.poll() is None, _START_SECONDS):
         return
@@ -174,7 +175,7 @@ def _wait_until_up(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 
 def _links(project: Path, base: str) -> str:
-    """The links as text, after catching up with the journals."""
+    """Return the links as text, after copying the journals."""
     synchronise(project, 0.0)
     client = open_client(project)
     experiment = experiment_id(client, load_params(project / "params.yaml").project.experiment, project)
@@ -182,15 +183,18 @@ def _links(project: Path, base: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="posttrain ui",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--port", type=int, default=5000, help="of MLflow on 127.0.0.1; 0 takes a free one (default: 5000)"
+        "--port", type=int, default=5000, help="port of MLflow on 127.0.0.1; 0 chooses a free one (default: 5000)"
     )
-    parser.add_argument("--prefect-port", type=int, default=4200, help="of Prefect, likewise (default: 4200)")
+    parser.add_argument(
+        "--prefect-port", type=int, default=4200, help="port of Prefect; 0 chooses a free one (default: 4200)"
+    )
     args = parser.parse_args(argv)
     environment.quiet()
     project = environment.root()
@@ -206,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(project: Path, port: int, prefect_port: int) -> None:
+    """Start the servers that are needed and print the links."""
     servers = []
     uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL")
     base = redact(uri).rstrip("/")
@@ -224,6 +229,7 @@ def _show(project: Path, port: int, prefect_port: int) -> None:
 
 
 def _interrupt(*_: object) -> None:
+    """Raise Interrupted on a signal."""
     raise Interrupted("stopped")
 
 

@@ -1,4 +1,4 @@
-"""The one typed model of params.yaml. Imports no torch; every message names field, rule, value and the nearest valid name."""
+"""Load and check params.yaml as one typed model. Imports no torch; every error names field, rule, value and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipelines.config.schema import (
     PreferenceBudget,
     ProjectParams,
     ReportParams,
+    RewardFunctionParams,
     RewardParams,
-    RewardSource,
     Section,
     SftParams,
     ValidationParams,
@@ -37,19 +37,21 @@ from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
 
 REWARD_FUNCTIONS = ("reward_model", *BUILT_IN_NAMES)
-TAKEN_NAMES = ("reward", "total", "prompt", "completion")
+RESERVED_NAMES = ("reward", "total", "prompt", "completion")
 
 S = TypeVar("S", bound=Section)
 
 
 class Params(Section):
+    """All parameters of params.yaml."""
+
     project: ProjectParams
     data: DataParams
     validation: ValidationParams
     model: ModelParams
     sft: SftParams
     reward: RewardParams
-    rewards: dict[Name, RewardSource]
+    rewards: dict[Name, RewardFunctionParams]
     align: AlignParams
     algorithms: dict[Name, AlgorithmParams]
     evaluation: EvaluationParams
@@ -58,6 +60,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
+        """Check the rules that involve several sections."""
         self._check_reward_sources()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         for name in self.project.algorithms:
@@ -83,7 +86,7 @@ class Params(Section):
         return self
 
     def algorithm(self, name: str) -> Algorithm:
-        """The frozen record that section `algorithms.name` describes."""
+        """Return the algorithm's spec that section `algorithms.name` describes."""
         section = self.algorithms[name]
         try:
             return choose(section.preset, section.options)
@@ -91,45 +94,47 @@ class Params(Section):
             raise ConfigError(f"algorithms.{name}: {error}") from None
 
     def budget(self, name: str) -> OnPolicyBudget | PreferenceBudget:
-        """`align.on_policy` or `align.preference` with the section's overrides."""
+        """Return `align.on_policy` or `align.preference` with the section's overrides."""
         on_policy = isinstance(self.algorithm(name), OnPolicy)
         defaults: Section = self.align.on_policy if on_policy else self.align.preference
         merged = _merge(defaults.model_dump(), self.algorithms[name].budget)
-        where = ("algorithms", name, "budget")
+        location = ("algorithms", name, "budget")
         if not on_policy:
-            return _validated(PreferenceBudget, merged, where)
-        return _validated(OnPolicyBudget, merged, where)
+            return _validated(PreferenceBudget, merged, location)
+        return _validated(OnPolicyBudget, merged, location)
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
-        record = self.algorithm(name)
-        assert isinstance(record, OnPolicy)
-        grouped = record.advantage in ("group_mean", "group_z", "leave_one_out")
+        """Check one algorithm's sampling settings against its spec."""
+        spec = self.algorithm(name)
+        assert isinstance(spec, OnPolicy)
+        grouped = spec.advantage in ("group_mean", "group_z", "leave_one_out")
         if grouped and budget.samples_per_prompt < 2:
             raise ConfigError(
-                f"algorithms.{name}: advantage {record.advantage!r} compares answers to one prompt;"
+                f"algorithms.{name}: advantage {spec.advantage!r} compares several answers to one prompt;"
                 f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
-        if record.filter != "none" and budget.samples_per_prompt < 2:
+        if spec.filter != "none" and budget.samples_per_prompt < 2:
             raise ConfigError(
-                f"algorithms.{name}: filter {record.filter!r} keeps prompts whose answers are rewarded differently;"
+                f"algorithms.{name}: filter {spec.filter!r} keeps prompts whose answers are rewarded differently;"
                 f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
-        if "critic_learning_rate" in self.algorithms[name].budget and not record.has_critic:
+        if "critic_learning_rate" in self.algorithms[name].budget and not spec.has_critic:
             raise ConfigError(
-                f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it counts only when advantage is 'gae'. Remove it."
+                f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it is used only if advantage is 'gae'. Remove it."
             )
-        if record.overlong_cache >= budget.max_new_tokens:
+        if spec.overlong_cache >= budget.max_new_tokens:
             raise ConfigError(
-                f"algorithms.{name}: overlong_cache = {record.overlong_cache} must be smaller than max_new_tokens ="
-                f" {budget.max_new_tokens}, or every answer is punished for its length"
+                f"algorithms.{name}: overlong_cache = {spec.overlong_cache} must be smaller than max_new_tokens ="
+                f" {budget.max_new_tokens}, otherwise every answer gets a length penalty"
             )
         self._check_context(f"algorithms.{name}: max_new_tokens", budget.max_new_tokens)
-        if budget.prompts_per_step % record.minibatches:
+        if budget.prompts_per_step % spec.minibatches:
             raise ConfigError(
-                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {record.minibatches}"
+                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {spec.minibatches}"
             )
 
     def _check_context(self, field: str, new_tokens: int) -> None:
+        """Raise ConfigError if prompt and new tokens exceed the tiny model's context."""
         context, prompt = self.model.tiny.max_length, self.validation.max_prompt_tokens
         if self.model.source == "tiny" and prompt + new_tokens > context:
             raise ConfigError(
@@ -137,9 +142,12 @@ class Params(Section):
             )
 
     def _check_reward_sources(self) -> None:
+        """Check the section `rewards`."""
         for name, section in self.rewards.items():
-            if name in TAKEN_NAMES:
-                raise ConfigError(f"rewards.{name}: this name is taken by a column of the tables; choose another")
+            if name in RESERVED_NAMES:
+                raise ConfigError(
+                    f"rewards.{name}: this name is reserved for a column of the tables; choose a different name"
+                )
             if ":" not in section.function and section.function not in REWARD_FUNCTIONS:
                 raise ConfigError(
                     f"rewards.{name}.function = {section.function!r}: no such function{nearest(section.function, REWARD_FUNCTIONS)},"
@@ -151,10 +159,11 @@ class Params(Section):
                     raise ConfigError(f"rewards.{name}.{field}: has no effect on the reward model. Remove it.")
 
     def _check_rewards(self, name: str) -> None:
+        """Check one algorithm's reward weights."""
         section, on_policy = self.algorithms[name], isinstance(self.algorithm(name), OnPolicy)
         if not on_policy and section.rewards is not None:
             raise ConfigError(
-                f"algorithms.{name}.rewards: has no effect, {section.preset} learns from logged pairs. Remove it."
+                f"algorithms.{name}.rewards: has no effect, because {section.preset} learns from logged pairs. Remove it."
             )
         if on_policy and not any((section.rewards or {}).values()):
             raise ConfigError(
@@ -166,25 +175,26 @@ class Params(Section):
                 raise ConfigError(f"algorithms.{name}.rewards: no reward {source!r}{nearest(source, self.rewards)}")
 
     def _check_combination(self, name: str) -> None:
-        record, budget = self.algorithm(name), self.budget(name)
-        if not isinstance(record, OnPolicy) or record.reward_combination == "sum":
+        """Check that a group-normalised combination has several rewards."""
+        spec, budget = self.algorithm(name), self.budget(name)
+        if not isinstance(spec, OnPolicy) or spec.reward_combination == "sum":
             return
         assert isinstance(budget, OnPolicyBudget)
         weighed = sorted(source for source, weight in (self.algorithms[name].rewards or {}).items() if weight)
         if len(weighed) < 2:
             raise ConfigError(
-                f"algorithms.{name}: reward_combination 'group_normalised' weighs several rewards against each other, and here only"
-                f" {weighed[0]!r} has a weight. Give another one a weight, or use advantage 'group_z'."
+                f"algorithms.{name}: reward_combination 'group_normalised' combines several rewards, but here only"
+                f" {weighed[0]!r} has a weight. Give a second reward a weight, or use advantage 'group_z'."
             )
         if budget.samples_per_prompt < 2:
             raise ConfigError(
-                f"algorithms.{name}: reward_combination 'group_normalised' compares answers to one prompt;"
+                f"algorithms.{name}: reward_combination 'group_normalised' compares several answers to one prompt;"
                 f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
-    """Read and check a params file. Raises ConfigError with one line per fault."""
+    """Load and check a params file. Raises ConfigError with one line per error."""
     return parse_params(read_yaml(path), str(path))
 
 
@@ -199,19 +209,19 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """YAML 1.2, as DVC reads it, so that 2e-5 is a number for everyone."""
+    """Load YAML 1.2 as DVC does, so that 2e-5 is a number everywhere."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cannot read {path}: {error.strerror}. Run from the project's root, where params.yaml is."
+            f"cannot read {path}: {error.strerror}. Run the command in the project's root, which holds params.yaml."
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
     try:
         tree = YAML(typ="safe", pure=True).load(StringIO(text))
         if "\\u" in text.lower():
-            # half a surrogate pair can be spelt in YAML, and is no character
+            # YAML can spell half of a surrogate pair, which UTF-8 cannot encode.
             json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
         return tree
     except DuplicateKeyError as error:
@@ -225,19 +235,22 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _line(error: Any) -> str:
+    """Return the line of a YAML error."""
     mark = getattr(error, "problem_mark", None)
     return str(mark.line + 1) if mark else "?"
 
 
-def _validated(kind: type[S], tree: Any, where: tuple[str, ...]) -> S:
+def _validated(kind: type[S], tree: Any, location: tuple[str, ...]) -> S:
+    """Validate a tree. Raises ConfigError with one line per error."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, fault, where) for fault in error.errors())) from None
+        raise ConfigError("\n".join(_explain(kind, fault, location) for fault in error.errors())) from None
 
 
-def _explain(kind: type[Section], fault: Any, where: tuple[str, ...]) -> str:
-    path = ".".join([*where, *map(str, fault["loc"])])
+def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
+    """Return one error of pydantic as a line."""
+    path = ".".join([*location, *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
         owner = _model_at(kind, fault["loc"][:-1])
         return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
@@ -251,6 +264,7 @@ def _explain(kind: type[Section], fault: Any, where: tuple[str, ...]) -> str:
 
 
 def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
+    """Return the section at a location of an error."""
     for part in loc:
         if isinstance(kind, type) and issubclass(kind, Section):
             kind = kind.model_fields[part].annotation
@@ -263,6 +277,7 @@ def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`, merged recursively."""
     merged = dict(base)
     for key, value in over.items():
         merged[key] = (
@@ -272,7 +287,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested parameters as {"sft.optimizer.learning_rate": 2e-3}; lists stay values."""
+    """Return nested parameters as {"sft.optimizer.learning_rate": 2e-3}; lists stay values."""
     if isinstance(tree, BaseModel):
         tree = tree.model_dump()
     elif is_dataclass(tree) and not isinstance(tree, type):

@@ -1,4 +1,4 @@
-"""The sections of params.yaml, one typed model each. What they must be together is config.py's."""
+"""Define the sections of params.yaml, one typed model each. `pipelines.config.params` checks rules across sections."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 
 def _finite(value: float) -> float:
+    """Return the value if it is finite. Raises ValueError otherwise."""
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
     return value
@@ -23,10 +24,12 @@ Momentum = Annotated[Finite, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-Policy = Literal["stop", "quarantine", "warn"]
+RulePolicy = Literal["stop", "quarantine", "warn"]
 
 
 class Section(BaseModel):
+    """Base of all sections: strict, frozen, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
@@ -38,6 +41,7 @@ class ProjectParams(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> ProjectParams:
+        """Check that no value is repeated."""
         for field in ("algorithms", "seeds"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
@@ -46,6 +50,8 @@ class ProjectParams(Section):
 
 
 class ArithmeticParams(Section):
+    """Settings of the generator `arithmetic`."""
+
     terms: Annotated[int, Field(ge=2, le=8)]
     max_term: Annotated[int, Field(ge=1, le=10**6)]
     careless: Share
@@ -78,26 +84,29 @@ class PreferredAnswer(Section):
     columns: Annotated[list[str], Field(min_length=1)]
     """The label's column, or one column for each annotator; most of them decide."""
     answers: Annotated[dict[str, str], Field(min_length=2, max_length=2)]
-    """Label to the column of the answer that it says is better, e.g. {a: response_a, b: response_b}."""
+    """Label to the column of the better answer, e.g. {a: response_a, b: response_b}."""
     ties: list[str] = []
     """Labels that say neither is better. Such records are left out and counted."""
 
 
 class TableSource(Section):
-    """One canonical table. `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'."""
+    """The source of one canonical table.
+
+    `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'.
+    """
 
     source: str | Annotated[list[str], Field(min_length=1)]
     """A generator (arithmetic, stories), a file, a folder of files, a pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
     rows: Count | None = None
     columns: dict[str, str] | None = None
     extract: dict[str, str] | None = None
-    """Canonical column to a regular expression whose first group is kept."""
+    """Maps a canonical column to a regular expression; its first group replaces the value."""
     graded: GradedAnswers | None = None
     preferred: PreferredAnswer | None = None
     system: str | None = None
     """The system message of every row that has none; plain prompts become a user's turn."""
     template: str | None = None
-    """What a user's turn says, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
+    """Text of a user's turn, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
     split: str = "train"
     heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
 
@@ -111,18 +120,22 @@ class TableSource(Section):
 
     @property
     def names(self) -> list[str]:
-        """The sources, of which there is mostly one."""
+        """Return all sources; usually one."""
         return [self.source] if isinstance(self.source, str) else self.source
 
 
 class StoriesParams(Section):
+    """Settings of the generator `stories`."""
+
     words: Annotated[list[str], Field(min_length=1)]
     openings: Annotated[list[str], Field(min_length=1)]
     careless: Share = 0.5
-    """Share of stories in the sft table that forget the word."""
+    """Share of stories in the sft table that omit the word."""
 
 
 class DataParams(Section):
+    """Sources of all tables."""
+
     seed: Seed
     arithmetic: ArithmeticParams
     stories: StoriesParams | None = None
@@ -133,25 +146,27 @@ class DataParams(Section):
 
 
 class RuleParams(Section):
-    empty_text: Policy
-    identical_pair: Policy
-    duplicate_rows: Policy
-    score_order: Policy
-    tied_scores: Policy
-    prompt_length: Policy
-    completion_length: Policy
-    unparseable_answer: Policy
-    contradicted_answer: Policy = "quarantine"
+    empty_text: RulePolicy
+    identical_pair: RulePolicy
+    duplicate_rows: RulePolicy
+    score_order: RulePolicy
+    tied_scores: RulePolicy
+    prompt_length: RulePolicy
+    completion_length: RulePolicy
+    unparseable_answer: RulePolicy
+    contradicted_answer: RulePolicy = "quarantine"
     """The answer is not the value of the row's `equation`, where a source maps one."""
-    negative_weight: Policy = "quarantine"
+    negative_weight: RulePolicy = "quarantine"
     """Of a row of the sft table, where a source maps a `weight`."""
-    wrong_type: Policy
-    chat_template: Policy = "stop"
+    wrong_type: RulePolicy
+    chat_template: RulePolicy = "stop"
     """The model's chat template refuses a conversation, or it cannot be told exactly which of its tokens are trained."""
-    leakage: Policy
+    leakage: RulePolicy
 
 
 class ValidationParams(Section):
+    """Limits and policies of validation."""
+
     max_prompt_tokens: Count
     max_completion_tokens: Count
     max_shown_rows: Count
@@ -159,6 +174,8 @@ class ValidationParams(Section):
 
 
 class TinyParams(Section):
+    """Shape of the tiny model."""
+
     hidden_size: Count
     intermediate_size: Count
     layers: Count
@@ -170,6 +187,7 @@ class TinyParams(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> TinyParams:
+        """Check that the sizes fit together."""
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
         if self.heads % self.kv_heads:
@@ -180,12 +198,16 @@ class TinyParams(Section):
 
 
 class ModelParams(Section):
+    """The base model."""
+
     source: str
     seed: Seed
     tiny: TinyParams
 
 
 class OptimizerParams(Section):
+    """Settings of the optimiser and its schedule."""
+
     learning_rate: Positive
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -197,48 +219,61 @@ class OptimizerParams(Section):
 
 
 class ComputeParams(Section):
+    """Precision, batch size in tokens, and threads."""
+
     micro_batch_tokens: Count
     bf16: bool
     threads: Count | Literal["auto"]
-    """Of a process on a CPU. auto: by the model's size, all cores or one; another number of threads is another rounding."""
+    """Threads of a CPU process. `auto` uses all cores or one, by the model's size; the number of threads changes rounding."""
 
 
 class TrainingComputeParams(ComputeParams):
+    """Settings of computation during training."""
+
     gradient_checkpointing: bool = False
-    """Keep each layer's input alone and compute the layer again in the backward pass: less memory, a third more time."""
+    """Keep only each layer's input and recompute the layer in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """torch.compile for the decoder layers: pays off in long runs, after some minutes of compiling."""
+    """Use torch.compile for the decoder layers; worthwhile for long runs, because compiling takes some minutes."""
 
 
 class CheckpointParams(Section):
+    """Interval and number of checkpoints."""
+
     every_steps: Count
     every_minutes: Positive
     keep: Count
 
 
 class FaultParams(Section):
+    """Reaction to NaN and infinity."""
+
     skip_at_most: Annotated[int, Field(ge=0)] = 0
-    """Updates with NaN or infinity that a run may leave out; 0 stops at the first. Each is kept for replay."""
+    """Number of updates with NaN or infinity that a run may skip; 0 stops at the first. Each is saved for replay."""
 
 
 class LoraParams(Section):
-    """Train a low-rank adapter (2106.09685) instead of all weights. It is merged into the model that the stage writes."""
+    """Train a low-rank adapter (arXiv 2106.09685) instead of all weights. The stage writes the merged model."""
 
     rank: Count
     alpha: Positive
-    """The adapter counts alpha / rank times."""
+    """The adapter's output is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Linear layers by the end of their name, e.g. [q_proj, v_proj]; all-linear is every one but the head."""
+    """Linear layers by the end of their name, e.g. [q_proj, v_proj]; all-linear means all except the output head."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_dropout(cls, given: Any) -> Any:
+        """Refuse dropout."""
         if isinstance(given, dict) and "dropout" in given:
-            raise ValueError("dropout: would have no effect, since log-probabilities are taken without any; remove it")
+            raise ValueError(
+                "dropout: has no effect, because log-probabilities are computed without dropout; remove it"
+            )
         return given
 
 
 class SftParams(Section):
+    """Supervised fine-tuning."""
+
     seed: Seed
     epochs: Count
     batch_size: Count
@@ -253,13 +288,15 @@ class SftParams(Section):
 
 
 class RewardParams(Section):
+    """Training of the reward model."""
+
     seed: Seed
     epochs: Count
     batch_size: Count
     margin_from_scores: bool
-    """A pair's margin is the difference of its scores."""
+    """True if a pair's margin is the difference of its scores."""
     soft_target_scale: Positive | None = None
-    """eta: a pair's target is sigma(eta * difference of its scores). None: the chosen answer is better for certain."""
+    """eta: a pair's target is sigma(eta * difference of its scores). None: the target is 1."""
     center_coefficient: NonNegative
     optimizer: OptimizerParams
     lora: LoraParams | None = None
@@ -269,9 +306,10 @@ class RewardParams(Section):
 
     @model_validator(mode="after")
     def _scores_count_once(self) -> RewardParams:
+        """Refuse two options that add the same term."""
         if self.margin_from_scores and self.soft_target_scale is not None:
             raise ValueError(
-                "margin_from_scores and soft_target_scale both make the loss out of the scores' difference, which would count twice;"
+                "margin_from_scores and soft_target_scale both add the difference of the scores to the loss, which would count it twice;"
                 " set margin_from_scores: false, or soft_target_scale: null"
             )
         return self
@@ -280,33 +318,37 @@ class RewardParams(Section):
 DEFAULT_TIMEOUT_SECONDS = 60.0
 
 
-class RewardSource(Section):
+class RewardFunctionParams(Section):
+    """One reward function."""
+
     function: str
     """A built-in (reward_model, answer, math, mentions, length, regex, format) or an import path package.module:function."""
     arguments: dict[str, Any] = {}
     timeout_seconds: Positive | None = None
-    """For one batch of answers, in a process of its own that is killed then. Not set: 60 for `math` and import paths, none otherwise."""
+    """Time limit for one batch of answers, after which its process is killed. Default: 60 for `math` and import paths, else none."""
     on_failure: Literal["stop", "skip"] = "stop"
-    """What an exception or a time-out does: stop the run, or leave the answers concerned without a reward (never a 0)."""
+    """Reaction to an exception or a time-out: stop the run, or give these answers no reward (never 0)."""
 
 
 TRUNCATIONS = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
 class RolloutParams(Section):
-    """Who samples. Where it runs is environment (docs/rollouts.md)."""
+    """The sampling engine. The environment selects its servers (docs/rollouts.md)."""
 
     engine: Literal["native", "vllm"] = "native"
 
 
 class OnPolicyBudget(Section):
+    """Sampling and training of an on-policy algorithm."""
+
     steps: Count
     prompts_per_step: Count
     samples_per_prompt: Count
     temperature: Positive
     max_new_tokens: Count
     measure_kl_every: Annotated[int, Field(ge=0)] = 1
-    """Steps from one forward of the reference to the next where the loss does not need it; 0 for none at all."""
+    """Interval in steps between forward passes of the reference, if the loss does not need them; 0 disables them."""
     rollouts: RolloutParams = RolloutParams()
     optimizer: OptimizerParams
     critic_learning_rate: Positive
@@ -314,6 +356,7 @@ class OnPolicyBudget(Section):
     @model_validator(mode="before")
     @classmethod
     def _untruncated(cls, given: Any) -> Any:
+        """Refuse options that truncate the sampling distribution."""
         for name in sorted(TRUNCATIONS & set(given if isinstance(given, dict) else ())):
             raise ValueError(
                 f"{name}: truncated sampling biases the importance ratio, since the trainer's probabilities cover the tokens that"
@@ -323,11 +366,15 @@ class OnPolicyBudget(Section):
 
 
 class PreferenceBudget(Section):
+    """Training of a preference algorithm."""
+
     batch_size: Count
     optimizer: OptimizerParams
 
 
 class AlignParams(Section):
+    """Alignment: defaults of all algorithms."""
+
     on_policy: OnPolicyBudget
     preference: PreferenceBudget
     samples_every: Count
@@ -339,15 +386,19 @@ class AlignParams(Section):
 
 
 class AlgorithmParams(Section):
+    """One algorithm: a preset with options."""
+
     preset: str
     options: dict[str, Any] = {}
     rewards: dict[str, Finite] | None = None
-    """Reward source to weight; weight 0 measures without training on it."""
+    """Weight of each reward; weight 0 measures a reward without training on it."""
     budget: dict[str, Any] = {}
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
 
 
 class EvaluationParams(Section):
+    """Evaluation on held-out problems."""
+
     seed: Seed
     max_new_tokens: Count
     samples_per_prompt: Count
@@ -360,6 +411,8 @@ class EvaluationParams(Section):
 
 
 class ReportParams(Section):
+    """Statistics of the report."""
+
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
@@ -367,12 +420,15 @@ class ReportParams(Section):
 
 
 class FormatParams(Section):
+    """A required format of completions."""
+
     pattern: str
-    """Regular expression that a well-formed completion matches somewhere."""
+    """Regular expression that a well-formed completion must contain."""
     min_share: Share
 
     @model_validator(mode="after")
     def _compiles(self) -> FormatParams:
+        """Check that the pattern is a regular expression."""
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -381,10 +437,10 @@ class FormatParams(Section):
 
 
 class GateParams(Section):
-    """What an aligned model must show to become champion, on the evaluation table's prompts and seeds."""
+    """Requirements for an aligned model to become champion, on the prompts and seeds of the evaluation table."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    """Of the interval of the paired difference of true rewards; divided among the candidates."""
+    """Confidence of the interval of the paired difference of true rewards; divided among the candidates."""
     tolerated_loss: NonNegative
     """The interval may reach so far below 0. With 0 the gain must be shown to be above 0."""
     min_prompts: Annotated[int, Field(ge=2)]
@@ -392,10 +448,10 @@ class GateParams(Section):
     max_missing: Share
     """Share of answers without a true reward, of either model; each of them is not counted as right."""
     max_kl: Positive
-    """Mean nats per response to the supervised model."""
+    """Limit of the mean KL to the supervised model, in nats per response."""
     max_length_ratio: Annotated[Finite, Field(ge=1)]
-    """Mean length against the champion's, or the champion's against it."""
+    """Limit of the ratio of mean lengths, of challenger and champion, in either direction."""
     max_truncated: Share
     max_divergence: NonNegative
-    """Standard deviations that a reward model's score may gain more than the true reward."""
+    """Limit by which a reward model's score may gain more than the true reward, in standard deviations."""
     format: FormatParams | None = None

@@ -30,7 +30,7 @@ def canonical_rows(
 ) -> list[Row]:
     """Return rows with the table's canonical columns and `id`.
 
-    `changes` counts what was left out or added. Raises DataError naming column and row if a record cannot be mapped.
+    `changes` counts omitted and added values. Raises DataError naming column and row if a record cannot be mapped.
     """
     where = f"data.{kind} ({', '.join(source.names)})"
     changes = Counter() if changes is None else changes
@@ -124,6 +124,7 @@ def _refuse_leak(kind: Kind, source: TableSource, wanted: dict[str, str]) -> Non
 
 
 def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_is: bool) -> Callable[[Record], Any]:
+    """Return the function that reads one column. Raises DataError if no record has the named path."""
     template = bool(_FIELD.search(spec))
     for path in _FIELD.findall(spec) if template else [spec]:
         if all(_at(record, path) is _ABSENT for record in records):
@@ -143,7 +144,7 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
 
 
 def _at(record: Any, path: str) -> Any:
-    """The value at a dotted path; a name that holds dots itself comes first, a number counts into a list."""
+    """Return the value at a dotted path. A name that contains dots is tried first; a number indexes a list."""
     if isinstance(record, dict) and path in record:
         return record[path]
     head, _, rest = path.partition(".")
@@ -157,7 +158,7 @@ def _at(record: Any, path: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """A value inside a template or of an extra column, as text."""
+    """Return a value as text, for a template or an extra column."""
     if value is None or value is _ABSENT:
         return ""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
@@ -177,6 +178,7 @@ def _answer(value: Any) -> Any:
 
 
 def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -> None:
+    """Replace a column by the first group of a regular expression. Raises DataError if a row does not match."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -195,7 +197,10 @@ def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -
 
 
 def _check_texts(kind: Kind, rows: list[Row], where: str) -> None:
-    """A few values of a wrong type are for validation to count; a column of nothing else is the wrong column."""
+    """Raise DataError if a column holds no text at all, or mixes plain text and chat messages.
+
+    Validation counts single values of a wrong type; a column without any text is the wrong column.
+    """
     for name in TEXT[kind]:
         if not any(row[name] is None or is_text(row[name]) for row in rows):
             value = rows[0][name]
@@ -212,6 +217,7 @@ def _check_texts(kind: Kind, rows: list[Row], where: str) -> None:
 
 
 def _check_scores(rows: list[Row], where: str) -> None:
+    """Convert both scores to numbers. Raises DataError if the records have only one of them."""
     given = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
     if len(given) == 1:
         raise DataError(f"{where}: has {given[0]} alone; pairs need both {' and '.join(SCORES)}, or neither")

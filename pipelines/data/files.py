@@ -102,11 +102,13 @@ def _kind_and_compression(path: Path) -> tuple[str, str]:
 
 
 def _jsonl(path: Path) -> list[Record]:
+    """Read one object per line."""
     lines = enumerate(_text(path).split("\n"), start=1)
     return [_object(_parsed(line, path, number), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def _parsed(line: str, path: Path, number: int) -> Any:
+    """Parse one line of JSON. Raises DataError with line and column if it is not JSON."""
     shown = line if len(line) <= 60 else line[:57] + "..."
     try:
         return _loaded(line, f"{path}, line {number}")
@@ -117,7 +119,10 @@ def _parsed(line: str, path: Path, number: int) -> Any:
 
 
 def _loaded(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises DataError where it is JSON that cannot be held, JSONDecodeError where it is none."""
+    """Return the value of a JSON text.
+
+    Raises DataError if the JSON cannot be represented, and JSONDecodeError if the text is not JSON.
+    """
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
@@ -133,6 +138,7 @@ def _loaded(text: str, where: str) -> Any:
 
 
 def _json(path: Path) -> list[Record]:
+    """Read an array of objects."""
     try:
         tree = _loaded(_text(path), str(path))
     except json.JSONDecodeError as error:
@@ -146,6 +152,7 @@ def _json(path: Path) -> list[Record]:
 
 
 def _csv(path: Path) -> list[Record]:
+    """Read a CSV file with a header. Raises DataError if a row has too many or too few fields."""
     return _delimited(path, ",")
 
 
@@ -175,15 +182,18 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
 
 
 def _fields(record: Record) -> str:
+    """Return the number of fields of a CSV row, in words."""
     beyond = len(record.get(None, ()))  # type: ignore[call-overload]
     return f"{sum(v is not None for k, v in record.items() if k is not None) + beyond} fields"
 
 
 def _parquet(path: Path) -> list[Record]:
+    """Read a Parquet file."""
     return parquet_records(path, _content(path) if _kind_and_compression(path)[1] else None)
 
 
 def _text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises DataError if it cannot be read."""
     try:
         return _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,12 +221,14 @@ def _zstandard(data: bytes) -> bytes:
 
 
 def _object(value: Any, where: str) -> Record:
+    """Return the value if it is an object. Raises DataError otherwise."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: must be an object with named columns, and is {_kind(value)}")
     return value
 
 
 def _kind(value: Any) -> str:
+    """Return the JSON name of a value's type."""
     names = {
         dict: "an object",
         list: "an array",
@@ -242,3 +254,4 @@ READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".tsv": _tsv,
     ".parquet": _parquet,
 }
+"""The reader for each file ending."""

@@ -46,7 +46,7 @@ class Arrival:
 
     @property
     def folder(self) -> str:
-        """The sub-folder, which names the table; nothing for a file at the top."""
+        """Return the sub-folder, which names the table; nothing for a file at the top."""
         return str(PurePosixPath(self.name).parent).removeprefix(".")
 
     @property

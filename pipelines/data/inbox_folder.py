@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.data.inbox import QUARANTINED, Arrival, free_names, unusable, waits
+from pipelines.data.inbox import QUARANTINED, Arrival, Inbox, StoreInbox, free_names, unusable, waits
 from posttrain.errors import ConfigError, DataError
 
 CLAIMED = ".claimed"
@@ -235,3 +235,10 @@ def _shortened(file: str) -> str:
     stem, suffix = os.path.splitext(file)
     kept = stem.encode("utf-8")[: _NAME_BYTES - len(suffix.encode("utf-8")[:20])].decode("utf-8", "ignore")
     return kept + suffix.encode("utf-8")[:20].decode("utf-8", "ignore")
+
+
+def open_inbox(address: str, *, required: bool = False) -> Inbox:
+    """Open a folder or a store. `required` refuses a folder that does not exist, which a misspelt setting looks like."""
+    if "://" in address and not address.startswith("file://"):
+        return StoreInbox(address)
+    return FolderInbox(Path(address.removeprefix("file://")).expanduser(), required=required)

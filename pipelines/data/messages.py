@@ -20,7 +20,7 @@ _HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def canonical_messages(value: Any, where: str) -> Any:
-    """Return chat messages in the canonical form; anything else as it is. Raises DataError for what is no text."""
+    """Return chat messages in the canonical form; anything else as it is. Raises DataError for content that is not text."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         return value
     names = next(

@@ -133,7 +133,7 @@ def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
 
 
 def with_prompt(row: Row, where: str) -> Row:
-    """Return the pair with its shared conversation in `prompt`, and what differs in chosen and rejected."""
+    """Return the pair with its shared conversation in `prompt`, and the different turns in chosen and rejected."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = human_assistant(chosen), human_assistant(rejected)

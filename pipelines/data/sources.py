@@ -1,7 +1,7 @@
-"""Sources to canonical rows: a generator, a local file, or hub:OWNER/NAME, shaped as `TableSource` says; then accepted files.
+"""Load a table's rows from a generator, a local file or hub:OWNER/NAME, as `TableSource` describes; then add the accepted files.
 
-Files that the inbox let in (pipelines.commands.intake) stand in data/raw/accepted/TABLE and follow the configured source, in the order
-in which they came.
+Intake (pipelines.commands.intake) stores accepted files in data/raw/accepted/TABLE. They follow the configured source in the order of
+their arrival.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ACCEPTED = Path("data/raw/accepted")
 
 
 def table_rows(kind: Kind, data: DataParams, changes: Changes | None = None) -> list[Row]:
-    """The rows of `data.{kind}` and of its accepted files, with canonical columns and `id`, their position.
+    """Return the rows of `data.{kind}` and of its accepted files, with canonical columns and their position as `id`.
 
-    Raises ConfigError for a source that cannot be asked for, DataError for one that cannot be used.
+    Raises ConfigError if the source is not valid, DataError if it cannot be read.
     """
     rows = _configured_rows(kind, data, changes)
     for path in accepted_files(kind):
@@ -40,19 +40,19 @@ def table_rows(kind: Kind, data: DataParams, changes: Changes | None = None) -> 
 
 
 def accepted_files(kind: Kind) -> list[Path]:
-    """What the inbox let in for this table; names begin with a rising number."""
+    """Return the accepted files of this table, sorted by the number at the start of their names."""
     found = [path for path in (ACCEPTED / kind).glob("*") if is_readable(path)]
     return sorted(found, key=lambda path: (arrival_number(path), path.name))
 
 
 def arrival_number(path: Path) -> int:
-    """The number that an accepted file's name begins with; 0 without one."""
+    """Return the number that an accepted file's name begins with; 0 without one."""
     digits = re.match(r"\d+", path.name)
     return int(digits[0]) if digits else 0
 
 
 def file_rows(kind: Kind, data: DataParams, path: Path, changes: Changes | None = None) -> list[Row]:
-    """Rows of one more file. It has the columns of a configured file or hub source, else the canonical ones."""
+    """Return the rows of one additional file. It has the columns of a configured file or hub source, else the canonical ones."""
     source: TableSource = getattr(data, kind)
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
     if source.source in GENERATORS:
@@ -61,9 +61,9 @@ def file_rows(kind: Kind, data: DataParams, path: Path, changes: Changes | None 
 
 
 def alike(kind: Kind, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
-    """`more`, which must be text where the table has text, messages where it has messages, and graded if it is graded.
+    """Return `more` if its rows have the form of the table: text or messages, and with or without scores.
 
-    Raises DataError where they cannot stand in one table.
+    Raises DataError if they do not fit into one table.
     """
     for name in TEXT[kind]:
         mine, theirs = _form(more[0][name]), _form(rows[0][name])
@@ -77,14 +77,17 @@ def alike(kind: Kind, rows: list[Row], more: list[Row], path: Path) -> list[Row]
 
 
 def numbered(rows: list[Row]) -> list[Row]:
+    """Return the rows with their position as `id`."""
     return [{**row, "id": i} for i, row in enumerate(rows)]
 
 
 def _form(value: Any) -> str:
+    """Return the form of a text value, in words."""
     return "chat messages" if isinstance(value, list) else "plain text"
 
 
 def _configured_rows(kind: Kind, data: DataParams, changes: Changes | None) -> list[Row]:
+    """Return the rows of the source that params.yaml configures."""
     source: TableSource = getattr(data, kind)
     if source.source in GENERATORS:
         rows = _generated(kind, source, data)
@@ -120,6 +123,7 @@ def _files_of(name: str, split: str) -> list[Path]:
 
 
 def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
+    """Return the rows of a built-in generator. Raises ConfigError for options that have no effect on it."""
     for field in ("columns", "extract", "graded", "preferred"):
         if getattr(source, field) is not None:
             raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
@@ -139,6 +143,7 @@ def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
 
 
 def _records(kind: Kind, source: TableSource) -> list[Record]:
+    """Return the records of a file or hub source."""
     records: list[Record] = []
     for name in source.names:
         if name.startswith(HUB):

@@ -1,7 +1,7 @@
-"""The five canonical tables as Parquet files: columns, types and bytes that depend on the rows alone.
+"""Read and write the five canonical tables as Parquet files; columns, types and bytes depend only on the rows.
 
-A value of the wrong type (a JSON boolean where text belongs) cannot stand in a typed column. It is kept beside it, in the
-column `wrong_type`, so that validation can find, count and show it.
+A typed column cannot store a value of the wrong type, such as a JSON boolean in a text column. Such a value goes into the column
+`wrong_type`, so that validation can find, count and show it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SCORES = ("chosen_score", "rejected_score")
 TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
 EQUATION = "equation"
-"""Optional in tables with an answer: arithmetic that the answer must be the value of."""
+"""Optional column in tables with an answer: an arithmetic expression whose value must be the answer."""
 WEIGHT = "weight"
-"""Optional in `sft`: how much each token of a row counts, a number that is not negative."""
+"""Optional column in `sft`: the weight of each token of the row, a number that is not negative."""
 TOOLS = "tools"
 """Optional: the tools that a conversation offers, as JSON."""
 FOLDER = Path("data/tables")
-"""Where ingest writes them."""
+"""Folder that ingest writes the tables to."""
 CHANGES = "changes.json"
 """Next to the tables: how many records ingest left out or changed, by table and description. Missing if none."""
 WRONG_TYPE = "wrong_type"
@@ -49,22 +49,24 @@ _MESSAGES_WITH_FIELDS = pa.list_(pa.struct([*_TURN, ("fields", pa.string())]))
 
 
 def required(table: Table) -> tuple[str, ...]:
-    """Canonical columns that every row of the table has."""
+    """Return the canonical columns that every row of the table has."""
     return (*TEXT[table], "answer") if table in ANSWERED else TEXT[table]
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is chat messages: a list, not empty, of {role, content} with strings."""
+    """Return True if the value is chat messages: a non-empty list of {role, content} with string values."""
     return isinstance(value, list) and bool(value) and all(_is_message(message) for message in value)
 
 
 def _is_message(message: Any) -> bool:
+    """Return True if the value is one chat message."""
     return (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )
 
 
 def is_text(value: Any) -> bool:
+    """Return True if the value is a string or chat messages."""
     return isinstance(value, str) or is_messages(value)
 
 
@@ -89,7 +91,10 @@ def _shown(message: Mapping[str, Any]) -> str:
 
 
 def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[str] = ()) -> None:
-    """Write rows as Parquet: `id`, the canonical columns, then other columns by name. `extra` columns are strings, there or not."""
+    """Write rows as Parquet: `id`, the canonical columns, then other columns by name.
+
+    `extra` names string columns that are written even if no row has them.
+    """
     typed = [_set_apart(table, row) for row in rows]
     columns = [pa.field(name, _type(table, name, typed)) for name in _order(table, typed, extra)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[st
 
 
 def write_changes(changes: Mapping[str, Mapping[str, int]], folder: Path) -> None:
-    """Write what ingest left out or changed, if anything."""
+    """Write the omissions and changes of ingest, if any."""
     some = {table: {name: n for name, n in sorted(counts.items()) if n} for table, counts in sorted(changes.items())}
     some = {table: counts for table, counts in some.items() if counts}
     path = folder / CHANGES
@@ -114,14 +119,14 @@ def write_changes(changes: Mapping[str, Mapping[str, int]], folder: Path) -> Non
 
 
 def read_changes(folder: Path) -> dict[str, dict[str, int]]:
-    """Return what ingest left out or changed, by table and description."""
+    """Return the omissions and changes of ingest, by table and description."""
     path = folder / CHANGES
     found: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows as they were written, values of a wrong type back in their place. Raises DataError where the file cannot be read."""
+    """Return the rows as they were written, with values of a wrong type restored. Raises DataError if the file cannot be read."""
     if not path.exists():
         raise DataError(f"no table {path}; make it with `dvc repro ingest`")
     try:
@@ -141,7 +146,7 @@ def _turns(messages: list[Any]) -> list[Any]:
 
 
 def _set_apart(table: Table, row: Row) -> Row:
-    """The row with values of a wrong type moved into `wrong_type`, as JSON."""
+    """Return the row with values of a wrong type moved into `wrong_type`, as JSON."""
     wrong = {name: row[name] for name in TEXT[table] if row[name] is not None and not is_text(row[name])}
     if "answer" in row and row["answer"] is not None and not isinstance(row["answer"], str):
         wrong["answer"] = row["answer"]
@@ -151,17 +156,19 @@ def _set_apart(table: Table, row: Row) -> Row:
 
 
 def _order(table: Table, rows: Sequence[Row], extra: Sequence[str]) -> list[str]:
+    """Return the order of the columns."""
     present = {name for row in rows for name in row} | set(extra)
     first = ["id", *required(table), *(name for name in SCORES if name in present)]
     return [*first, *sorted(present - set(first))]
 
 
 def is_number(table: Table, name: str) -> bool:
-    """Whether a column, if it is there, holds numbers."""
+    """Return True if a column holds numbers."""
     return name in SCORES or (table == "sft" and name == WEIGHT)
 
 
 def _type(table: Table, name: str, rows: Sequence[Row]) -> pa.DataType:
+    """Return the Arrow type of a column."""
     if name in ("id", "record"):
         return pa.int64()
     if is_number(table, name):

@@ -1,1 +1,1 @@
-"""From a trained model to the champion: the gate's arithmetic, its page, and the registry's aliases."""
+"""Promotion of a trained model: the gate's decision, its page, and the registry's aliases."""

@@ -1,4 +1,4 @@
-"""The gate: may a challenger replace the champion? A pure function of their answers to the same prompts and seeds.
+"""Decide whether a challenger may replace the champion: a pure function of their answers to the same prompts and seeds.
 
 Every check is one-sided towards caution: a gain that is not shown counts as a loss, and an answer without a reward is not
 counted as right.
@@ -20,27 +20,27 @@ Prompt = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One model's sampled answers, [prompts, samples] each. A reward that is not known is NaN."""
+class SampledAnswers:
+    """One model's sampled answers, [prompts, samples] each. An unknown reward is NaN."""
 
     name: str
     prompts: tuple[Prompt, ...]
     reward: Floats
-    """The true reward: what `evaluation.accuracy` names."""
+    """The true reward, which `evaluation.accuracy` names."""
     scores: Mapping[str, Floats]
-    """What each reward model says, by its name."""
+    """Score of each reward model, by its name."""
     kl: Floats
     """log policy - log supervised model, summed over the response, in nats."""
     tokens: Floats
     truncated: Floats
-    """1 where the response was cut off before its end, else 0."""
+    """1 if the response was cut off before its end, else 0."""
     formatted: Floats | None = None
-    """1 where the response has the wanted format, else 0; None where no format is asked for."""
+    """1 if the response has the required format, else 0; None if no format is required."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the gate allows; see `GateParams` for each."""
+class GateLimits:
+    """The limits of the gate; `GateParams` documents each one."""
 
     tolerated_loss: float
     max_kl: float
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Check:
-    """One question of the gate. `words` say what was measured and what is allowed."""
+    """One check of the gate. `words` report the measured value and its limit."""
 
     name: str
     value: float
@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says about one challenger, with every reason."""
+    """The gate's decision about one challenger, with every reason."""
 
     challenger: str
     reference: str
@@ -78,20 +78,24 @@ class Decision:
 
     @property
     def promote(self) -> bool:
+        """Return True if every check passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def refusals(self) -> list[str]:
+        """Return the words of every failed check."""
         return [check.words for check in self.checks if not check.passed]
 
 
 def cautious(resampling: Resampling, candidates: int) -> Resampling:
-    """The same resampling, at a confidence that holds for all candidates at once (Bonferroni), since the best one is picked."""
+    """Return the same resampling at a confidence that holds for all candidates at once (Bonferroni), because the best one is picked."""
     return Resampling(resampling.resamples, 1 - (1 - resampling.confidence) / candidates, resampling.seed)
 
 
-def decide(challenger: Answers, reference: Answers, limits: Limits, resampling: Resampling) -> Decision:
-    """Compare a challenger with the champion (or with the supervised model while there is none).
+def decide(
+    challenger: SampledAnswers, reference: SampledAnswers, limits: GateLimits, resampling: Resampling
+) -> Decision:
+    """Compare a challenger with the champion, or with the supervised model if there is no champion yet.
 
     Raises DataError if the two did not answer the same prompts equally often.
     """
@@ -141,7 +145,7 @@ def paired_differences(challenger: Floats, reference: Floats) -> Floats:
     return np.where(judged, mine - theirs, 0.0)
 
 
-def _require_same_prompts(challenger: Answers, reference: Answers) -> None:
+def _require_same_prompts(challenger: SampledAnswers, reference: SampledAnswers) -> None:
     if challenger.reward.shape != reference.reward.shape:
         raise DataError(
             f"the gate compares answers to the same prompts and seeds; {challenger.name} has {challenger.reward.shape} and"
@@ -155,11 +159,11 @@ def _require_same_prompts(challenger: Answers, reference: Answers) -> None:
             )
 
 
-def divergence(challenger: Answers, reference: Answers, name: str) -> float:
-    """How much more the reward model's score gained than the true reward, each in its own standard deviations.
+def divergence(challenger: SampledAnswers, reference: SampledAnswers, name: str) -> float:
+    """Return how much more the reward model's score gained than the true reward, each in its own standard deviations.
 
-    A model that learns what the reward model likes, and not what it stands for, gains score without gaining reward
-    (over-optimisation, arXiv 2210.10760). The unit is the deviation over all answers of both models.
+    A model can learn to please the reward model and gain score without reward (over-optimisation, arXiv 2210.10760). The unit is the
+    standard deviation over all answers of both models.
     """
     return standardised_gain(challenger.scores[name], reference.scores[name]) - standardised_gain(
         challenger.reward, reference.reward
@@ -189,7 +193,7 @@ def _prompts(count: int, limit: int) -> Check:
     return Check("prompts", count, limit, count >= limit, words)
 
 
-def _missing(challenger: Answers, reference: Answers, limit: float) -> Check:
+def _missing(challenger: SampledAnswers, reference: SampledAnswers, limit: float) -> Check:
     mine, theirs = (float(np.isnan(answers.reward).mean()) for answers in (challenger, reference))
     words = (
         f"share of answers without a true reward: {mine:.4g}, and {theirs:.4g} of {reference.name} (at most {limit:.4g}); such an"
@@ -208,11 +212,13 @@ def _judge(known: Floats, span: float) -> Check:
     return Check("judge", span, 0.0, span > 0, words)
 
 
-def _at_most(name: str, value: float, limit: float, what: str) -> Check:
-    return Check(name, value, limit, value <= limit, f"{what}: {value:.4g} (at most {limit:.4g})")
+def _at_most(name: str, value: float, limit: float, description: str) -> Check:
+    """Check that a value does not exceed its limit."""
+    return Check(name, value, limit, value <= limit, f"{description}: {value:.4g} (at most {limit:.4g})")
 
 
-def _length(challenger: Answers, reference: Answers, limit: float) -> Check:
+def _length(challenger: SampledAnswers, reference: SampledAnswers, limit: float) -> Check:
+    """Check the ratio of the mean lengths."""
     mine, theirs = float(challenger.tokens.mean()), float(reference.tokens.mean())
     ratio = (
         max(mine, theirs) / min(mine, theirs) if min(mine, theirs) > 0 else (1.0 if mine == theirs else float("inf"))
@@ -222,4 +228,5 @@ def _length(challenger: Answers, reference: Answers, limit: float) -> Check:
 
 
 def _format(share: float, limit: float) -> Check:
+    """Check the share of responses in the required format."""
     return Check("format", share, limit, share >= limit, f"share in the format: {share:.4g} (at least {limit:.4g})")

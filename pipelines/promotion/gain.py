@@ -5,7 +5,7 @@ are asked, and both must be answered with yes:
 
 * a sign-flip test (Fisher 1935): if the models are equal, every prompt's difference is as likely with the opposite sign. This holds
   for any number of prompts, with ties, and for any distribution of rewards;
-* the lower limit of a t interval over prompts, which is also what the page shows.
+* the lower limit of a t interval over prompts, which the page shows as well.
 
 With a tolerated loss the models need not be equal, so there is no sign to flip. Then a loss that few prompts have shown must be
 bounded: the interval counts z^2 / 2 further prompts with the worst possible difference, as Wilson's interval does for a share.

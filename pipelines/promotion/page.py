@@ -1,4 +1,4 @@
-"""The decision as a page for people: what was decided, why, and every number that was asked for."""
+"""Render the decision as an HTML page: the result, its reasons, and every measured value."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ h1 small{font-weight:400;color:#59636e}
 
 
 def verdict(decision: Decision) -> str:
-    """One sentence: what was decided."""
+    """Return the result in one sentence."""
     if decision.promote:
         return f"{decision.challenger} may replace {decision.reference}"
     return f"{decision.challenger} was refused; {decision.reference} stays"
 
 
 def page(chosen: Decision, decisions: Sequence[Decision]) -> str:
-    """The whole page. `decisions` are all candidates in the order in which they were asked."""
+    """Return the whole page. `decisions` are all candidates in the order in which the gate checked them."""
     title = "Promote" if chosen.promote else "Refuse"
     reasons = "".join(f"<li>{escape(words)}</li>" for words in chosen.refusals)
     why = f"<p>Because:</p><ul>{reasons}</ul>" if reasons else "<p>Every check was passed.</p>"
@@ -48,6 +48,7 @@ def power(decision: Decision) -> str:
 
 
 def _table(decision: Decision) -> str:
+    """Return one decision as an HTML table."""
     rows = "".join(
         f'<tr><td>{escape(check.name)}<td class="{_passed(check.passed)}">{_passed(check.passed)}'
         f'<td class="n">{check.value:.4g}<td class="n">{check.limit:.4g}<td>{escape(check.words)}</tr>'
@@ -58,7 +59,7 @@ def _table(decision: Decision) -> str:
 
 
 def markdown(decision: dict[str, object], note: str) -> str:
-    """decision.json as a short Markdown text for Prefect."""
+    """Return decision.json as a short Markdown text for Prefect."""
     candidates = decision["candidates"]
     assert isinstance(candidates, list)
     lines = [f"**{markdown_text(note)}**", ""]
@@ -75,4 +76,5 @@ def markdown(decision: dict[str, object], note: str) -> str:
 
 
 def _passed(passed: bool) -> str:
+    """Return the word for a check's result."""
     return "passed" if passed else "failed"

@@ -1,7 +1,7 @@
-"""MLflow's model registry: who is champion, challenger and previous. Weights stay with DVC; a version points at them.
+"""Read and change MLflow's model registry: champion, challenger and previous. DVC keeps the weights; a version points at them.
 
-Aliases: `champion` is what is in production, `challenger` the last candidate that the gate looked at, `previous` the champion
-before this one. A version's source is dvc://PATH?md5=HASH; its tags hold the hash, the remote and the gate's reasons.
+Aliases: `champion` is in production, `challenger` is the last candidate that the gate checked, `previous` is the champion before
+the current one. A version's source is dvc://PATH?md5=HASH; its tags hold the hash, the remote and the gate's reasons.
 """
 
 from __future__ import annotations
@@ -41,42 +41,49 @@ class Version:
 
     @property
     def name(self) -> str:
+        """Return the version's number and the model's name, for messages."""
         return f"version {self.number} ({self.tags.get(MODEL, 'unknown')})"
 
     @property
     def md5(self) -> str:
+        """Return the hash of the weights."""
         return self.tags[MD5]
 
 
 class Registry:
-    """The versions of one registered model. Raises TrackingError where MLflow does not answer."""
+    """The versions of one registered model. Raises TrackingError if MLflow does not respond."""
 
     def __init__(self, project: Path, name: str) -> None:
         self.project, self.name = project, name
         self._client: MlflowClient = open_client(project)
 
     def versions(self) -> list[Version]:
-        """All of them, the newest first."""
+        """Return all versions, newest first."""
         found = self._ask(lambda: self._client.search_model_versions(f"name = '{self.name}'", max_results=1000))
         aliases = self._aliases()
         listed = [_version(each, aliases) for each in found]
         return sorted(listed, key=lambda version: -version.number)
 
     def holding(self, alias: str) -> Version | None:
+        """Return the version that holds an alias, or None."""
         return next((version for version in self.versions() if alias in version.aliases), None)
 
     def version(self, number: int) -> Version:
+        """Return one version by its number. Raises TrackingError if there is none."""
         for version in self.versions():
             if version.number == number:
                 return version
         known = ", ".join(str(version.number) for version in self.versions()) or "none"
-        raise TrackingError(f"the registry holds no version {number} of {self.name}; it holds: {known}")
+        raise TrackingError(f"the registry has no version {number} of {self.name}; it has: {known}")
 
     def register(self, model: str, folder: str, tags: Mapping[str, str], description: str) -> Version:
-        """A version for the weights that dvc.lock names under `folder`, or the one there is for the same weights."""
+        """Register the weights that dvc.lock names under `folder`, or update the existing version with the same weights."""
         entry = locked_output(self.project, folder)
         if entry is None:
-            raise TrackingError(f"dvc.lock names no {folder}; make it with `dvc repro`, then run again")
+            raise TrackingError(
+                f"{folder} is not in dvc.lock, so there are no weights to register; make it with `dvc"
+                " repro`, then run again"
+            )
         md5 = str(entry["md5"])
         known = next((version for version in self.versions() if version.tags.get(MD5) == md5), None)
         pointer = {MODEL: model, MD5: md5, PATH: folder, SIZE: str(entry["size"]), FILES: str(entry.get("nfiles", 1))}
@@ -89,15 +96,15 @@ class Registry:
         self._create_model()
         run_id = self._run_id(tags.get(RUN_TAG))
         source = f"dvc://{folder}?md5={md5}"
-        made = self._ask(
+        created = self._ask(
             lambda: self._client.create_model_version(
                 self.name, source, run_id=run_id, tags=every, description=redact(description)
             )
         )
-        return self.version(int(made.version))
+        return self.version(int(created.version))
 
     def promote(self, number: int) -> Version:
-        """Make a version champion; the champion until now becomes previous. Its own earlier roll-back is forgotten."""
+        """Make a version champion; the champion until now becomes previous. A roll-back mark on the new champion is removed."""
         before = self.holding(CHAMPION)
         if before is not None and before.number != number:
             self._set_alias(PREVIOUS, before.number)
@@ -110,23 +117,24 @@ class Registry:
         return self.version(number)
 
     def challenge(self, number: int) -> None:
+        """Give a version the alias `challenger`."""
         self._set_alias(CHALLENGER, number)
 
     def roll_back(self, reason: str) -> tuple[Version, Version]:
-        """Give production back to `previous`; (champion now, champion until now). The latter is barred from the gate.
+        """Make `previous` champion again and bar the current champion; return (new champion, old champion).
 
-        Raises TrackingError the second time: the same command again, after an error, must not bring back what it took away.
+        Raises TrackingError on a second call: the same command, repeated after an error, must not restore the version it removed.
         """
         champion, previous = self.holding(CHAMPION), self.holding(PREVIOUS)
         if champion is None or previous is None:
             raise TrackingError(
                 f"nothing to roll back to: {self.name} has no {'champion' if champion is None else 'previous version'} yet."
-                " `python -m pipelines.commands.models` shows the versions; promote one by its number."
+                " `python -m pipelines.commands.models` lists the versions; promote one by its number."
             )
         if ROLLED_BACK in previous.tags or previous.number == champion.number:
             raise TrackingError(
-                f"{champion.name} is champion after a roll-back, and what was before it is not known to be any better. `python -m"
-                f" flows.promote {champion.number}` brings its weights to models/champion; for another version give its number."
+                f"{champion.name} is champion after a roll-back, and no version before it is known to be better. `python -m"
+                f" flows.promote {champion.number}` copies its weights to models/champion; to promote a different version, give its number."
             )
         self.tag(champion.number, {ROLLED_BACK: reason})
         self._set_alias(CHAMPION, previous.number)
@@ -134,15 +142,16 @@ class Registry:
         return self.version(previous.number), self.version(champion.number)
 
     def barred(self) -> dict[str, Version]:
-        """Weights that were rolled back by hand, by their hash: the gate does not let them in again."""
+        """Return the versions that were rolled back by hand, by the hash of their weights; the gate refuses these weights."""
         return {version.md5: version for version in self.versions() if ROLLED_BACK in version.tags}
 
     def tag(self, number: int, tags: Mapping[str, str]) -> None:
+        """Set tags on a version."""
         for key, value in tags.items():
             self._ask(partial(self._client.set_model_version_tag, self.name, str(number), key, value))
 
     def link(self, number: int) -> str | None:
-        """The version's page, where MLflow is a server."""
+        """Return the URL of the version's page, or None if MLflow is not a server."""
         uri = str(self._client.tracking_uri)
         return (
             f"{redact(uri).rstrip('/')}/#/models/{self.name}/versions/{number}"
@@ -151,15 +160,17 @@ class Registry:
         )
 
     def _aliases(self) -> dict[str, int]:
+        """Return the version number of each alias."""
         found = self._ask(lambda: self._client.search_registered_models(f"name = '{self.name}'"))
         return {alias: int(number) for model in found for alias, number in model.aliases.items()}
 
     def _create_model(self) -> None:
+        """Create the registered model if it does not exist."""
         if not self._ask(lambda: self._client.search_registered_models(f"name = '{self.name}'")):
             self._ask(lambda: self._client.create_registered_model(self.name))
 
     def _run_id(self, identity: str | None) -> str | None:
-        """The MLflow run that trained the weights, if its journal was carried over."""
+        """Return the MLflow run that trained the weights, if its journal was copied to MLflow."""
         if identity is None:
             return None
         experiment = self._ask(lambda: self._client.get_experiment_by_name(self.name))
@@ -170,17 +181,21 @@ class Registry:
         return str(runs[0].info.run_id) if runs else None
 
     def _set_alias(self, alias: str, number: int) -> None:
+        """Point an alias at a version."""
         self._ask(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
 
     def _drop_alias(self, alias: str) -> None:
+        """Remove an alias."""
         self._ask(lambda: self._client.delete_registered_model_alias(self.name, alias))
 
     def _ask(self, call: Callable[[], T]) -> T:
-        advice = "The trained models and the decision are kept; run again when it answers."
-        return ask(self._client, call, "did not answer for the registry", advice)
+        """Call MLflow. Raises TrackingError with advice if it does not respond."""
+        advice = "The trained models and the decision are kept; run again when it responds."
+        return ask(self._client, call, "did not respond to a request for the registry", advice)
 
 
 def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:
+    """Convert MLflow's version object."""
     number = int(found.version)
     mine = tuple(alias for alias in ALIASES if aliases.get(alias) == number)
     tags: dict[str, Any] = dict(found.tags)

@@ -1,1 +1,1 @@
-"""The comparison of all algorithms: read finished runs, compute, draw, write. Imports no torch."""
+"""Compare all algorithms: read finished runs, compute, draw, write. Imports no torch."""

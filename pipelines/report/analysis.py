@@ -1,4 +1,4 @@
-"""What the report states, as numbers: intervals per model, paired tests, costs."""
+"""Compute the numbers of the report: intervals per model, paired tests, costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Estimate = Callable[[Floats, Resampling], Interval]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the runs: which reward is accuracy, which are reward models, how sure to be."""
+    """Settings of the comparison: the accuracy reward, the reward models, and the confidence."""
 
     accuracy: str
     rewards: tuple[str, ...]
@@ -40,22 +40,23 @@ class Question:
 
     @property
     def alpha(self) -> float:
+        """Return the significance level."""
         return 1 - self.resampling.confidence
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of the report: base, sft, or an algorithm over all its seeds. None is a number that was not measured."""
+    """One row of the report: base, sft, or an algorithm over all its seeds. None means not measured."""
 
     name: str
     seeds: tuple[int, ...]
     accuracy: Interval
     by_seed: tuple[float, ...]
-    """Accuracy of every seed's model, in the order of `seeds`; for base and sft the one accuracy."""
+    """Accuracy of each seed's model, in the order of `seeds`; one value for base and sft."""
     pass_at: dict[int, Interval | None]
     rewards: dict[str, Interval | None]
     win_rate: Interval | None
-    """Against sft: see `wins`. None for sft itself."""
+    """Win rate against sft, see `wins`; None for sft itself."""
     kl: Interval | None
     length: Interval | None
     truncated: Interval | None
@@ -65,7 +66,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
-    """Is `a` better than `b`? `adjusted` is Holm's p over all pairs of the report."""
+    """The test of model `a` against model `b`; `adjusted` is Holm's p over all pairs of the report."""
 
     a: str
     b: str
@@ -76,7 +77,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work that does not depend on the machine, as the journals count it; the mean over seeds for an algorithm."""
+    """Work from the journals, independent of the machine; for an algorithm, the mean over its seeds."""
 
     name: str
     runs: int
@@ -87,6 +88,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
+    """All numbers of the report."""
+
     question: Question
     prompts: int
     summaries: list[Summary]
@@ -98,23 +101,25 @@ class Comparison:
 
     @property
     def about_training(self) -> bool:
-        """True if every algorithm has two or more seeds, so that the tests speak of training and not of these runs only."""
+        """Return True if every algorithm has at least two seeds, so that the tests are about training and not only about these runs."""
         return min((len(summary.seeds) for summary in self.algorithms), default=0) > 1
 
     def of(self, name: str) -> Summary:
+        """Return the summary of one model."""
         return next(summary for summary in self.summaries if summary.name == name)
 
     def pair(self, a: str, b: str) -> Pair:
-        """The test of two models in the order in which it was made."""
+        """Return the test of two models, in the order in which it was computed."""
         return next(pair for pair in self.pairs if {pair.a, pair.b} == {a, b})
 
     @property
     def algorithms(self) -> list[Summary]:
+        """Return the summaries of the algorithms, without base and sft."""
         return [summary for summary in self.summaries if summary.seeds]
 
 
 def compare(results: Results, question: Question) -> Comparison:
-    """All numbers of the report."""
+    """Compute all numbers of the report."""
     heldout, loss = _reward_model(results.reward, question.resampling.confidence)
     return Comparison(
         question,
@@ -128,25 +133,26 @@ def compare(results: Results, question: Question) -> Comparison:
 
 
 def greedy(models: Sequence[Model], source: str) -> Floats:
-    """[prompts, models]: the reward of each model's greedy answer."""
+    """Return the reward of each model's greedy answer, [prompts, models]."""
     return np.stack([model.predictions.numbers[f"reward_{source}"][:, 0] for model in models], axis=1)
 
 
 def sampled(models: Sequence[Model], column: str) -> Floats:
-    """[prompts, models x samples] without the greedy answers."""
+    """Return a column of the sampled answers, [prompts, models x samples]."""
     return np.concatenate([model.predictions.numbers[column][:, 1:] for model in models], axis=1)
 
 
 def wins(values: Floats, others: Floats) -> Floats:
-    """[prompts]: how often one of `values` [prompts, n] is above one of `others` [prompts, m] of its prompt, a tie counting as half.
+    """Return the win rate of `values` [prompts, n] against `others` [prompts, m] per prompt, [prompts]; a tie counts half.
 
-    Over all pairs that are known; NaN for a prompt without one.
+    Only pairs of known values count; a prompt without one gets NaN.
     """
     gaps = values[:, :, None] - others[:, None, :]
     return per_prompt(np.where(np.isnan(gaps), np.nan, 0.5 + 0.5 * np.sign(gaps)).reshape(len(values), -1))
 
 
 def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question: Question) -> Summary:
+    """Compute one row of the report."""
     source, draws = question.accuracy, question.resampling
     accuracy = greedy(models, source)
 
@@ -179,13 +185,14 @@ def _level(scores: Floats, draws: Resampling) -> Interval:
 
 
 def _interval(found: Crossed) -> Interval:
+    """Convert a crossed estimate to an interval."""
     return Interval(found.value, found.low, found.high, found.prompts, found.missing, found.method)
 
 
 def _test(a: Floats, b: Floats, draws: Resampling, tests: int) -> PairedTest:
-    """Compare [prompts, runs] with the same prompts of another algorithm, or with the one model that training starts from.
+    """Compare [prompts, runs] with the same prompts of a second algorithm, or with the model that training starts from.
 
-    With several seeds runs are the unit of replication (posttrain/evaluation/crossed.py); with one the test is over prompts.
+    With several seeds, runs are the unit of replication (posttrain/evaluation/crossed.py); with one seed, the test is over prompts.
     """
     if a.shape[1] < 2:
         return paired(a, b, draws, tests)
@@ -194,11 +201,12 @@ def _test(a: Floats, b: Floats, draws: Resampling, tests: int) -> PairedTest:
 
 
 def _if_known(values: Floats, estimate: Estimate, draws: Resampling) -> Interval | None:
+    """Return the estimate, or None if all values are NaN."""
     return estimate(values, draws) if np.isfinite(values).any() else None
 
 
 def _pass_at(models: Sequence[Model], k: int, question: Question) -> Interval | None:
-    """None where the reward is not simply right or wrong, or too few samples were drawn."""
+    """Return pass@k, or None if the reward is not binary or the samples are too few."""
     tables = [model.predictions.numbers[f"reward_{question.accuracy}"][:, 1:] for model in models]
     if not all(is_binary(table) for table in tables):
         return None
@@ -207,7 +215,7 @@ def _pass_at(models: Sequence[Model], k: int, question: Question) -> Interval | 
 
 
 def _pairs(results: Results, question: Question) -> list[Pair]:
-    """Every algorithm against sft, and every two algorithms; one family for Holm's correction."""
+    """Test every algorithm against sft, and every two algorithms, as one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
     answers = {name: greedy(results.of(name), question.accuracy) for name in (SFT, *results.algorithms)}
     tests = [_test(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
@@ -216,6 +224,7 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
 
 
 def _costs(results: Results) -> list[Cost]:
+    """Return the costs of sft, the reward model and every algorithm."""
     first = [_cost(run.name, [run], [round(run.summary["steps"])]) for run in (results.sft, results.reward)]
     aligned = []
     for name in results.algorithms:
@@ -225,6 +234,7 @@ def _costs(results: Results) -> list[Cost]:
 
 
 def _cost(name: str, runs: Sequence[Training], steps: Sequence[int]) -> Cost:
+    """Return the mean cost of the runs."""
     return Cost(
         name,
         len(runs),
@@ -235,12 +245,13 @@ def _cost(name: str, runs: Sequence[Training], steps: Sequence[int]) -> Cost:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if a value is missing."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _reward_model(run: Training, confidence: float) -> tuple[Interval | None, float | None]:
-    """Held-out accuracy with Wilson's interval over pairs; a tie counts as half a success."""
+    """Return the held-out accuracy with Wilson's interval over pairs (a tie counts half), and the loss."""
     accuracy, pairs = run.summary.get("heldout/accuracy"), run.summary.get("heldout/pairs")
     loss = run.summary.get("heldout/loss")
     if accuracy is None:

@@ -1,4 +1,4 @@
-"""Measure how often the comparison calls copies of one algorithm different (A/A), and what it could show."""
+"""Measure how often the comparison calls copies of one algorithm different (A/A), and the smallest difference it could show."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rate:
 def rates(tables: Sequence[Floats], sides: Sequence[int], draws: Resampling) -> list[Rate]:
     """Compare every algorithm with itself: [prompts, runs] tables, split into two sides of `k` runs for each k of `sides`.
 
-    Both methods judge the same pairs: the crossed one, whose unit is the run, and the older one over prompts alone. One run a
+    Both methods judge the same pairs: the crossed one, whose unit is the run, and the older one over prompts only. One run a
     side has no crossed test. Sides that no algorithm has runs for are left out.
     """
     found = []
@@ -102,7 +102,7 @@ def _drawn(generator: np.random.Generator, spread: Spread, seeds: int, prompts: 
 
 
 def power_lines(spread: Spread, seeds: int, prompts: int) -> Iterator[str]:
-    """Say what the present seeds and prompts can show with 80 % power, and how many seeds 2, 5 and 10 points would take."""
+    """Report the differences that the present seeds and prompts show with 80 % power, and the seeds for 2, 5 and 10 points."""
     if seeds > 1:
         smallest = 100 * spread.smallest_difference(seeds, prompts)
         yield f"{seeds} seeds an algorithm and {prompts} prompts show a difference of {smallest:.1f} points with 80 % power"

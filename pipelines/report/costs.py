@@ -1,8 +1,8 @@
-"""The page of machine costs: wall time, share of orchestration, memory and throughput of the runs on this machine.
+"""Write the page of machine costs: wall time, share of orchestration, memory and throughput of the runs on this machine.
 
     python -m pipelines.report.costs
 
-Writes .posttrain/costs/index.html and costs.json. They depend on the clock, so they are no part of report/ and of no result.
+Writes .posttrain/costs/index.html and costs.json. They depend on the clock, so they are not part of report/ or of any result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from posttrain.files import write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
 TARGET = 0.25
-"""Orchestration should stay below this share: more, and the machinery is the cost."""
+"""Orchestration should take less than this share of the time."""
 PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging", "seconds/train": "updating"}
 
 
 def write_costs(project: Path) -> Path:
-    """Read the measurements of this machine and write the page; returns its path."""
+    """Read the measurements of this machine, write the page and return its path."""
     runs = all_runs(project)
     flow = flow_time(project, runs)
     rows = [_row(run) for run in newest(runs)]
@@ -49,6 +49,7 @@ def write_costs(project: Path) -> Path:
 
 
 def _row(run: RunMeasures) -> dict[str, Any]:
+    """Return one run as a row of the page."""
     return {
         "name": run.name,
         "seconds": run.seconds,
@@ -62,6 +63,7 @@ def _row(run: RunMeasures) -> dict[str, Any]:
 
 
 def _flow(flow: FlowTime) -> dict[str, Any]:
+    """Return the flow's times as JSON."""
     return {
         "wall_seconds": flow.wall,
         "overhead_seconds": flow.overhead,
@@ -80,7 +82,7 @@ def _flow(flow: FlowTime) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line: no options, the project is the one of the working directory."""
+    """Run the command line for the project of the working directory."""
     argparse.ArgumentParser(
         prog="python -m pipelines.report.costs", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""Pictures of training: every algorithm's journal on the same axes, and reward against distance from the reference."""
+"""Draw the training curves: every algorithm's journal on the same axes, and reward against KL to the reference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from posttrain.evaluation.statistics import Floats
 KL = "kl/ref_k1"
 WIDTH = 5.6
 WINDOW = 5
-"""Steps in the running mean of the over-optimisation picture; the single steps are shown behind it."""
+"""Steps in the running mean of the over-optimisation plot; single steps are drawn behind it."""
 
 Curve = tuple[Floats, Floats]
 
 
 def metrics_shown(question: Question) -> dict[str, str]:
-    """Metric of the journal to the title of its picture, in the order of the page."""
+    """Return the plot title of each journal metric, in the order of the page."""
     rewards = [question.accuracy, *(name for name in question.rewards if name != question.accuracy)]
     titles = {
         f"reward/{name}/mean": f"True reward: {name}" if name == question.accuracy else f"Reward: {name}"
@@ -39,20 +39,20 @@ def metrics_shown(question: Question) -> dict[str, str]:
 
 
 def curves_of(results: Results, algorithm: str, metric: str) -> list[Curve]:
-    """One curve per seed that logged the metric."""
+    """Return one curve per seed that logged the metric."""
     runs = [model.training for model in results.of(algorithm)]
     return [run.curves[metric] for run in runs if run is not None and metric in run.curves]
 
 
 def seed_mean(curves: Sequence[Curve]) -> Curve:
-    """Mean over seeds at the steps that every seed logged."""
+    """Return the mean over seeds at the steps that every seed logged."""
     tables = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in curves]
     shared = sorted(set.intersection(*(set(table) for table in tables)))
     return np.asarray(shared), np.asarray([np.mean([table[step] for table in tables]) for step in shared])
 
 
 def learning(results: Results, metric: str, look: Look) -> Figure:
-    """One metric against training steps; thin lines are seeds, the strong line their mean."""
+    """Plot one metric against training steps; thin lines are seeds, the thick line is their mean."""
     drawn, (axes,) = figure(WIDTH, 3.3)
     for name in results.algorithms:
         curves = curves_of(results, name, metric)
@@ -70,17 +70,18 @@ def learning(results: Results, metric: str, look: Look) -> Figure:
 
 
 def logged_by(results: Results, metric: str) -> list[str]:
+    """Return the algorithms that logged the metric."""
     return [name for name in results.algorithms if curves_of(results, name, metric)]
 
 
 def on_policy(results: Results, question: Question) -> list[str]:
-    """Algorithms that sampled while training, and so logged both the true reward and KL."""
+    """Return the algorithms that sampled during training, so that they logged both the true reward and KL."""
     true = f"reward/{question.accuracy}/mean"
     return [name for name in logged_by(results, KL) if curves_of(results, name, true)]
 
 
 def over_optimisation(results: Results, question: Question, look: Look) -> Figure:
-    """True reward (top) and reward-model score (below) against KL to the reference, along training."""
+    """Plot true reward (top) and reward-model score (below) against KL to the reference during training."""
     sources = [question.accuracy, *question.reward_models]
     drawn, panels = figure(6.0, 0.6 + 2.5 * len(sources), len(sources))
     for axes, source in zip(panels, sources, strict=True):
@@ -96,6 +97,7 @@ def over_optimisation(results: Results, question: Question, look: Look) -> Figur
 
 
 def _trajectory(axes: Axes, kl: Curve, reward: Curve, name: str, look: Look) -> None:
+    """Plot one algorithm's reward against its KL."""
     shared, left, right = np.intersect1d(kl[0], reward[0], return_indices=True)
     if not len(shared):
         return
@@ -108,7 +110,7 @@ def _trajectory(axes: Axes, kl: Curve, reward: Curve, name: str, look: Look) -> 
 
 
 def running_mean(values: Floats, window: int = WINDOW) -> Floats:
-    """Mean of the last `window` values at each place, fewer at the start; missing values are passed over."""
+    """Return the mean of the last `window` values at each position, fewer at the start; missing values are skipped."""
     known, sums = np.isfinite(values), np.where(np.isfinite(values), values, 0.0)
     starts = [max(0, i + 1 - window) for i in range(len(values))]
     counts = [int(known[start : i + 1].sum()) for i, start in enumerate(starts)]
@@ -118,6 +120,7 @@ def running_mean(values: Floats, window: int = WINDOW) -> Floats:
 
 
 def _mark_end(axes: Axes, steps: Floats, values: Floats, name: str, look: Look) -> None:
+    """Mark the last known value of a curve."""
     known = np.flatnonzero(np.isfinite(values))
     if len(known):
         axes.plot(steps[known[-1]], values[known[-1]], look.marker(name), color=look.colour(name), markersize=6)

@@ -1,4 +1,4 @@
-"""Pictures of the evaluation: estimates with their intervals, one row per model."""
+"""Draw the plots of the evaluation: estimates with their intervals, one row per model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 6.0
 
 
 def accuracy(comparison: Comparison, look: Look) -> Figure:
-    """Forest plot: accuracy of every model, the small marks are single seeds, the line is SFT."""
+    """Plot the accuracy of every model; small marks are single seeds, the line is SFT."""
     summaries = comparison.summaries
     drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(summaries))
     _forest(axes, [(s.name, s.accuracy) for s in summaries], look)
@@ -33,7 +33,7 @@ def accuracy(comparison: Comparison, look: Look) -> Figure:
 
 
 def differences(comparison: Comparison, look: Look) -> Figure:
-    """Forest plot of the paired differences; filled marks are significant after Holm's correction."""
+    """Plot the paired differences; filled marks are significant after Holm's correction."""
     drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(comparison.pairs))
     rows = [(f"{pair.a} − {pair.b}", pair.test.difference) for pair in comparison.pairs]
     _forest(axes, rows, look, [pair.a for pair in comparison.pairs], [pair.significant for pair in comparison.pairs])
@@ -44,7 +44,7 @@ def differences(comparison: Comparison, look: Look) -> Figure:
 
 
 def rewards(comparison: Comparison, look: Look) -> Figure:
-    """Mean of every reward source over sampled answers."""
+    """Plot the mean of every reward source over sampled answers."""
     sources, summaries = comparison.question.rewards, comparison.summaries
     drawn, panels = figure(WIDTH, 0.4 + (0.75 + 0.36 * len(summaries)) * len(sources), len(sources))
     for axes, source in zip(panels, sources, strict=True):
@@ -58,7 +58,7 @@ def rewards(comparison: Comparison, look: Look) -> Figure:
 
 
 def pass_at_k(comparison: Comparison, look: Look) -> Figure:
-    """pass@k against k."""
+    """Plot pass@k against k."""
     drawn, (axes,) = figure(WIDTH, 3.4)
     for summary in comparison.summaries:
         points = [(k, value) for k, value in sorted(summary.pass_at.items()) if value is not None]
@@ -84,7 +84,7 @@ def _forest(
     names: Sequence[str] | None = None,
     filled: Sequence[bool] | None = None,
 ) -> None:
-    """Rows from top to bottom; a row without a value keeps its label and stays empty."""
+    """Draw rows from top to bottom; a row without a value keeps its label and stays empty."""
     for row, (label, interval) in enumerate(rows):
         if interval is None:
             continue

@@ -1,4 +1,4 @@
-"""Finished runs as the report reads them: predictions by prompt, curves by metric, results by name."""
+"""Load finished runs for the report: predictions by prompt, curves by metric, results by name."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ BASE, SFT = "base", "sft"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Answers of one model. Rows are prompts in order of prompt_id; column 0 is greedy, the others are sampled."""
+    """Answers of one model. Rows are prompts sorted by prompt_id; column 0 is greedy, the other columns are sampled."""
 
     prompt_ids: tuple[int, ...]
     prompts: list[str]
     answers: list[str]
     completions: list[list[str]]
     numbers: dict[str, Floats]
-    """Name to [prompts, samples], NaN where there is no value."""
+    """Values by name, [prompts, samples]; NaN if there is no value."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training run from its journal. `curves`: metric to (steps, values)."""
+    """One training run from its journal. `curves` maps a metric to (steps, values)."""
 
     name: str
     curves: dict[str, tuple[Floats, Floats]]
@@ -46,6 +46,7 @@ class Training:
     params: dict[str, Any]
 
     def last(self, metric: str) -> float | None:
+        """Return the last value of a metric, or None."""
         if metric not in self.curves:
             return None
         return float(self.curves[metric][1][-1])
@@ -65,7 +66,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report is made of. Models are in the order base, sft, algorithms as params.yaml lists them."""
+    """All data of the report. The order of models is base, sft, then algorithms as in params.yaml."""
 
     models: list[Model]
     sft: Training
@@ -75,31 +76,33 @@ class Results:
 
     @property
     def groups(self) -> list[str]:
+        """Return the names of all rows of the report."""
         return [BASE, SFT, *self.algorithms]
 
     def of(self, group: str) -> list[Model]:
+        """Return the models of one group."""
         return [model for model in self.models if model.group == group]
 
     @property
     def prompts(self) -> Predictions:
-        """Prompts and gold answers, which are the same for every model."""
+        """Return prompts and gold answers, which are the same for every model."""
         return self.models[0].predictions
 
 
 def wanted(algorithms: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """The run directories that a report over these algorithms and seeds reads."""
+    """Return the run directories that a report over these algorithms and seeds reads."""
     aligned = [f"{algorithm}-{seed}" for algorithm in algorithms for seed in seeds]
     evaluated = [RUNS / "evaluate" / name for name in (BASE, SFT, *aligned)]
     return [RUNS / "sft", RUNS / "reward", *(RUNS / "align" / name for name in aligned), *evaluated]
 
 
 def load(algorithms: Sequence[str], seeds: Sequence[int], root: Path = Path()) -> Results:
-    """Read exactly the runs of these algorithms and seeds; other runs that lie about are not looked at."""
+    """Read exactly the runs of these algorithms and seeds; unrelated runs are ignored."""
     missing = [path.as_posix() for path in wanted(algorithms, seeds) if not (root / path / JOURNAL).is_file()]
     if missing:
         raise DataError(
-            f"the report needs runs that are not there: {', '.join(missing)}. `dvc repro` makes them; or take the algorithm or"
-            " seed out of project in params.yaml."
+            f"the report needs runs that do not exist: {', '.join(missing)}. Run `dvc repro`; or remove the algorithm or"
+            " seed from project in params.yaml."
         )
     models = [_model(root, BASE, BASE, None), _model(root, SFT, SFT, None)]
     models += [_model(root, f"{name}-{seed}", name, seed) for name in algorithms for seed in seeds]
@@ -111,21 +114,26 @@ def load(algorithms: Sequence[str], seeds: Sequence[int], root: Path = Path()) -
 
 
 def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
+    """Load one evaluated model."""
     folder = root / RUNS / "evaluate" / name
     trained = None if seed is None else training(root / RUNS / "align" / name, name)
     return Model(name, group, seed, predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS), trained)
 
 
 def predictions(path: Path) -> Predictions:
-    """One parquet of predictions, with samples as columns. Raises DataError where it cannot be used."""
+    """Load one Parquet file of predictions, with samples as columns. Raises DataError if it is not usable."""
     if not path.is_file():
         raise DataError(
-            f"{path} is not there although its run has finished; run its evaluate stage again with `dvc repro --force`"
+            f"{path} does not exist although its run has finished; run its evaluate stage again with `dvc repro --force`"
         )
     table = pq.read_table(path)
-    lacking = [name for name in ("prompt_id", "sample", *TEXTS, *NUMBERS) if name not in table.column_names]
-    if lacking or not table.num_rows:
-        raise DataError(f"{path}: " + (f"lacks the columns {', '.join(lacking)}" if lacking else "has no rows"))
+    absent = [name for name in ("prompt_id", "sample", *TEXTS, *NUMBERS) if name not in table.column_names]
+    if absent or not table.num_rows:
+        raise DataError(
+            f"{path}: "
+            + (f"the columns {', '.join(absent)} are missing" if absent else "has no rows")
+            + "; evaluate again: `dvc repro --force`"
+        )
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     ids = sorted(set(columns["prompt_id"]))
     row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
@@ -144,6 +152,7 @@ def predictions(path: Path) -> Predictions:
 
 
 def _check_same_prompts(models: Sequence[Model]) -> None:
+    """Raise DataError if two models answered different prompts."""
     first = models[0]
     for model in models[1:]:
         ours, theirs = model.predictions, first.predictions
@@ -155,7 +164,7 @@ def _check_same_prompts(models: Sequence[Model]) -> None:
 
 
 def training(folder: Path, name: str) -> Training:
-    """Curves, summary and params of a journal."""
+    """Load curves, summary and parameters from a journal."""
     points: dict[str, list[tuple[int, float]]] = {}
     summary: dict[str, float] = {}
     params: dict[str, Any] = {}
@@ -174,25 +183,27 @@ def training(folder: Path, name: str) -> Training:
     return Training(name, curves, summary, params)
 
 
-def record_of(run: Training, algorithm: str) -> Algorithm:
-    """The algorithm's record as the run itself was configured."""
+def spec_of(run: Training, algorithm: str) -> Algorithm:
+    """Return the algorithm's spec as the run was configured."""
     start = f"algorithms.{algorithm}.options."
     options = {key.removeprefix(start): value for key, value in run.params.items() if key.startswith(start)}
     return choose(run.params[f"algorithms.{algorithm}.preset"], options)
 
 
 def optimiser_steps(run: Training, algorithm: str) -> int:
-    """Updates of the weights: every on-policy step makes epochs x minibatches of them."""
-    record = record_of(run, algorithm)
-    each = record.epochs * record.minibatches if isinstance(record, OnPolicy) else 1
+    """Return the number of weight updates; every on-policy step makes epochs x minibatches of them."""
+    spec = spec_of(run, algorithm)
+    each = spec.epochs * spec.minibatches if isinstance(spec, OnPolicy) else 1
     return round(run.summary["steps"]) * each
 
 
 def _metrics(path: Path) -> dict[str, float]:
+    """Load metrics.json as flat names and values."""
     return dict(_flat(json.loads(path.read_text(encoding="utf-8")), ""))
 
 
 def _flat(tree: Any, prefix: str) -> list[tuple[str, float]]:
+    """Return the leaves of a nested mapping with their path as name."""
     if not isinstance(tree, dict):
         return [(prefix, number(tree))]
     return [leaf for key, value in tree.items() for leaf in _flat(value, f"{prefix}/{key}" if prefix else key)]

@@ -1,4 +1,4 @@
-"""report/comparison.md: the comparison as one table, for a pull request or a document."""
+"""Write report/comparison.md: the comparison as one table, for a pull request or a document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = (
 
 
 def comparison_md(comparison: Comparison) -> str:
-    """Title, findings and the table; costs are the mean over seeds of one run."""
+    """Return title, findings and the table; costs are the mean over the seeds of one run."""
     costs = {cost.name: cost for cost in comparison.costs}
     rows = [_row(comparison, summary, costs.get(summary.name)) for summary in comparison.summaries]
     confidence = 100 * comparison.question.resampling.confidence
@@ -31,6 +31,7 @@ def comparison_md(comparison: Comparison) -> str:
 
 
 def _row(comparison: Comparison, summary: Summary, cost: Cost | None) -> list[str]:
+    """Return one row of the table."""
     return [
         summary.name,
         str(len(summary.seeds) or "—"),
@@ -50,6 +51,7 @@ def _row(comparison: Comparison, summary: Summary, cost: Cost | None) -> list[st
 
 
 def _difference(comparison: Comparison, summary: Summary) -> str:
+    """Return the difference to SFT with interval and p."""
     if not summary.seeds:
         return "—"
     pair = comparison.pair(summary.name, SFT)
@@ -60,14 +62,17 @@ def _difference(comparison: Comparison, summary: Summary) -> str:
 
 
 def _interval(interval: Interval | None, digits: int) -> str:
+    """Return a value with its interval, or a dash."""
     if interval is None:
         return "—"
     return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _count(value: float | None) -> str:
+    """Return a count, or a dash."""
     return "—" if value is None else f"{value:,.0f}"
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:
+    """Return one line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

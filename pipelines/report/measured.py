@@ -1,4 +1,4 @@
-"""What the clock and the machine said: measurements of every run, and the record that a flow leaves behind."""
+"""Load time and memory measurements: of every run, and of the last flow."""
 
 from __future__ import annotations
 
@@ -23,31 +23,35 @@ Span = tuple[float, float]
 
 @dataclass
 class RunMeasures:
-    """The newest run of one stage instance on this machine. Spans are Unix seconds of work: imports come before them."""
+    """The measurements of one run of a stage. Spans are Unix seconds of work, without the imports."""
 
     name: str
     stage: str | None
-    """The stage as DVC calls it; None where the step was run by hand."""
+    """The stage's name in DVC; None if the step was started by hand."""
     spans: list[Span] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of work."""
         return sum(end - start for start, end in self.spans)
 
     def total(self, metric: str) -> float | None:
+        """Return the sum of a metric, or None."""
         return sum(self.values[metric]) if metric in self.values else None
 
     def greatest(self, metric: str) -> float | None:
+        """Return the maximum of a metric, or None."""
         return max(self.values[metric]) if metric in self.values else None
 
     def median(self, metric: str) -> float | None:
+        """Return the median of a metric, or None."""
         return float(np.median(self.values[metric])) if metric in self.values else None
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage of a flow: its wall time from slot to result, and the part of it inside the step's body."""
+    """One stage of a flow: its wall time from slot to result, and the part spent in the step's body."""
 
     name: str
     wall: float
@@ -56,12 +60,13 @@ class StageTime:
 
     @property
     def orchestration(self) -> float:
+        """Return the seconds outside the step's body."""
         return self.wall - self.work
 
 
 @dataclass(frozen=True)
 class FlowTime:
-    """The last flow. `overhead` is the time in which no stage was under way."""
+    """Times of the last flow. `overhead` is the time without any running stage."""
 
     wall: float
     overhead: float
@@ -69,29 +74,30 @@ class FlowTime:
 
     @property
     def ran(self) -> list[StageTime]:
+        """Return the stages that ran."""
         return [stage for stage in self.stages if stage.ran]
 
     @property
     def orchestration(self) -> float:
-        """Seconds that were not the work of a step, summed over stages, and the flow's own."""
+        """Return the seconds that were not a step's work, summed over stages, plus the flow's overhead."""
         return self.overhead + sum(stage.orchestration for stage in self.stages)
 
     @property
     def share(self) -> float | None:
-        """Orchestration as a part of all stage time and the flow's own; None where nothing was stale."""
+        """Return orchestration as a share of all stage time and overhead; None if no stage ran."""
         total = self.overhead + sum(stage.wall for stage in self.stages)
         return self.orchestration / total if self.ran and total > 0 else None
 
 
 def all_runs(project: Path) -> list[RunMeasures]:
-    """Every run folder of this machine that has measurements, in the order in which they began."""
+    """Return every run of this machine that has measurements, sorted by its start."""
     files = sorted(states(project).glob(f"*/{MEASUREMENTS}"))
     found = [run for path in files if (run := _run(path.parent.name[:-_KEY_CHARACTERS], read(path))).spans]
     return sorted(found, key=lambda run: (run.spans[0][0], run.name))
 
 
 def newest(runs: Iterable[RunMeasures]) -> list[RunMeasures]:
-    """Of every name the run that was active last: others had other params or inputs."""
+    """Return, for each name, the run that was active last; older runs had different parameters or inputs."""
     latest: dict[str, RunMeasures] = {}
     for run in runs:
         if run.name not in latest or run.spans[-1] > latest[run.name].spans[-1]:
@@ -100,6 +106,7 @@ def newest(runs: Iterable[RunMeasures]) -> list[RunMeasures]:
 
 
 def _run(name: str, records: Sequence[Record]) -> RunMeasures:
+    """Read the measurements of one run."""
     run = RunMeasures(name, None)
     for record in records:
         time = float(record["time"])
@@ -116,7 +123,7 @@ def _run(name: str, records: Sequence[Record]) -> RunMeasures:
 
 
 def flow_time(project: Path, runs: Sequence[RunMeasures]) -> FlowTime | None:
-    """The last flow's times, or None where no flow has run here."""
+    """Return the last flow's times, or None if no flow has run here."""
     path = project / FLOW
     if not path.is_file():
         return None
@@ -127,7 +134,8 @@ def flow_time(project: Path, runs: Sequence[RunMeasures]) -> FlowTime | None:
         ran = {name: bool(stage.get("ran", True)) for name, stage in record["stages"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise TrackingError(
-            f"{path} is not a flow's record ({error!r}). Remove it; the next flow writes a new one."
+            f"{path}: not a record of a flow ({error!r}), so the page of costs cannot be written. Remove it; the next"
+            " flow writes a new one."
         ) from None
     stages = [
         StageTime(name, window[1] - window[0], _work(name, window, runs), ran[name])
@@ -137,17 +145,18 @@ def flow_time(project: Path, runs: Sequence[RunMeasures]) -> FlowTime | None:
 
 
 def _work(stage: str, window: Span, runs: Sequence[RunMeasures]) -> float:
+    """Return the seconds in which the stage's runs worked."""
     return union([overlap(span, window) for run in runs if run.stage == stage for span in run.spans])
 
 
 def overlap(a: Span, b: Span) -> Span:
-    """The common part of two spans; an empty one at the later start if there is none."""
+    """Return the common part of two spans; without one, an empty span at the later start."""
     start = max(a[0], b[0])
     return start, max(start, min(a[1], b[1]))
 
 
 def union(spans: Iterable[Span]) -> float:
-    """Seconds covered by at least one span."""
+    """Return the seconds covered by at least one span."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))

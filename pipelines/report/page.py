@@ -1,4 +1,4 @@
-"""report/index.html: one file that needs no network, no script and no other file."""
+"""Render report/index.html: one file without network access, scripts or other files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.report.words import findings, ranked, solved, title
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture in both schemes, and the words that go with it."""
+    """One plot in both colour schemes, with title and description."""
 
     name: str
     title: str
@@ -28,11 +28,12 @@ class Picture:
     size: tuple[int, int]
 
     def uri(self, scheme: Scheme) -> str:
+        """Return the image as a data URI."""
         return "data:image/png;base64," + base64.b64encode(self.bytes[scheme]).decode("ascii")
 
 
 def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
-    """Every picture of the report, in both schemes."""
+    """Draw every plot of the report in both colour schemes."""
     question = comparison.question
     algorithms = tuple(results.algorithms)
     drawn = {
@@ -60,6 +61,7 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
 
 
 def _learning_picture(results: Results, metric: str, name: str) -> Picture:
+    """Draw the curves of one metric."""
     logged = curves.logged_by(results, metric)
     silent = [algorithm for algorithm in results.algorithms if algorithm not in logged]
     text = f"Journal metric {metric}." + (f" Not logged by {', '.join(silent)}." if silent else "")
@@ -68,6 +70,7 @@ def _learning_picture(results: Results, metric: str, name: str) -> Picture:
 
 
 def _draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw: Callable[[Look], Figure]) -> Picture:
+    """Draw one plot in both colour schemes."""
     rendered, size = {}, (0, 0)
     for scheme in SCHEMES:
         look = Look(scheme, algorithms)
@@ -80,7 +83,7 @@ def _draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw:
 
 
 def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture], samples_shown: int, seed: int) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     question = comparison.question
     looks = {scheme: Look(scheme, tuple(results.algorithms)) for scheme in SCHEMES}
     template = environment().get_template("index.html.j2")

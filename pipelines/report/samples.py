@@ -1,4 +1,4 @@
-"""A few prompts with every model's greedy answer side by side."""
+"""Select a few prompts and show every model's greedy answer side by side."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Example:
+    """One prompt with the answers of all models."""
+
     prompt: str
     answer: str
     why: str
@@ -32,7 +34,7 @@ class Example:
 
 
 def examples(results: Results, question: Question, count: int, seed: int) -> list[Example]:
-    """Half the prompts are drawn where the models disagree, half from all others; with several seeds, the first answers."""
+    """Draw half of the prompts from those on which the models disagree, half from the rest; with several seeds, the first one answers."""
     models = [results.of(group)[0] for group in results.groups]
     rewards = greedy(models, question.accuracy)
     split = np.nanmax(np.nan_to_num(rewards), axis=1) != np.nanmin(np.nan_to_num(rewards), axis=1)
@@ -40,17 +42,19 @@ def examples(results: Results, question: Question, count: int, seed: int) -> lis
     disagree, agree = (generator.permutation(np.flatnonzero(mask)).tolist() for mask in (split, ~split))
     first = disagree[: max((count + 1) // 2, count - len(agree))]
     rest = agree[: count - len(first)]
-    rows = [(row, "drawn where the models disagree") for row in first]
-    rows += [(row, "drawn where all models score alike") for row in rest]
+    rows = [(row, "selected because the models disagree") for row in first]
+    rows += [(row, "selected from problems with equal scores") for row in rest]
     return [_example(results, models, question, row, why) for row, why in rows]
 
 
 def _example(results: Results, models: list[Model], question: Question, row: int, why: str) -> Example:
+    """Return one prompt with its cards."""
     shared = results.prompts
     return Example(shared.prompts[row], shared.answers[row], why, [_card(model, question, row) for model in models])
 
 
 def _card(model: Model, question: Question, row: int) -> Card:
+    """Return one model's answer."""
     numbers = {name: float(values[row, 0]) for name, values in model.predictions.numbers.items()}
     others = [name for name in question.rewards if name != question.accuracy]
     shown = [(name, numbers[f"reward_{name}"]) for name in others]
@@ -66,6 +70,7 @@ def _card(model: Model, question: Question, row: int) -> Card:
 
 
 def _mark(reward: float) -> str:
+    """Return the mark for a reward."""
     if np.isnan(reward):
         return "unjudged"
     return {0.0: "wrong", 1.0: "right"}.get(reward, "partly")

@@ -1,4 +1,4 @@
-"""One calm look for all pictures: a colour and a marker per model, the same everywhere, in light and in dark."""
+"""Define one style for all plots: a fixed colour and marker per model, in a light and a dark scheme."""
 
 from __future__ import annotations
 
@@ -41,30 +41,35 @@ class Look:
     algorithms: tuple[str, ...]
 
     def colour(self, name: str) -> str:
+        """Return the model's colour."""
         if name in _GREY[self.scheme]:
             return _GREY[self.scheme][name]
         palette = _LIGHT if self.scheme == "light" else _DARK
         return palette[self.algorithms.index(name) % len(palette)]
 
     def marker(self, name: str) -> str:
+        """Return the model's marker."""
         if name in (BASE, SFT):
             return "|" if name == BASE else "d"
         return _MARKERS[self.algorithms.index(name) % len(_MARKERS)]
 
     def dashes(self, name: str) -> str:
-        """More algorithms than colours: the second round is dashed."""
+        """Return the line style: dashed if all colours are already used."""
         return "-" if self.algorithms.index(name) < len(_LIGHT) else "--"
 
     @property
     def ink(self) -> str:
+        """Return the colour of text and axes."""
         return _INK[self.scheme][1]
 
     @property
     def ground(self) -> str:
+        """Return the background colour."""
         return _INK[self.scheme][0]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
+        """Apply the style to matplotlib inside the context."""
         ground, ink, rule = _INK[self.scheme]
         settings: dict[Any, Any] = {
             "figure.facecolor": ground, "axes.facecolor": ground, "savefig.facecolor": ground,
@@ -77,19 +82,19 @@ class Look:
             "axes.formatter.useoffset": False,
         }  # fmt: skip
         with matplotlib.rc_context():
-            matplotlib.rcdefaults()  # a matplotlibrc of this machine must not reach the picture
+            matplotlib.rcdefaults()  # A matplotlibrc of this machine must not change the plot.
             matplotlib.rcParams.update(settings)
             yield
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure that no global state of matplotlib holds on to."""
+    """Return a figure that matplotlib's global state does not hold."""
     drawn = Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
 
 
 def png(drawn: Figure) -> bytes:
-    """PNG bytes that depend on the picture only: no date, no version of the library."""
+    """Return PNG bytes that depend only on the plot, without date and library version."""
     target = BytesIO()
     drawn.savefig(target, format="png", dpi=DPI, metadata={"Software": None})
     return target.getvalue()

@@ -1,4 +1,4 @@
-"""The report's numbers as files: comparison.json, accuracy.csv, pairwise.csv, curves.csv."""
+"""Write the report's numbers as files: comparison.json, accuracy.csv, pairwise.csv, curves.csv."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DIGITS = 10
 
 
 def comparison_json(comparison: Comparison) -> str:
-    """Everything the page states, for programs."""
+    """Return all numbers of the page as JSON, for programs."""
     question, best = comparison.question, max(comparison.algorithms, key=lambda s: s.accuracy.value)
     tree = {
         "title": title(comparison),
@@ -40,6 +40,7 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
+    """Return one model's row as JSON."""
     return {
         "seeds": list(summary.seeds),
         "accuracy": _interval(summary.accuracy),
@@ -56,12 +57,14 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:
+    """Return an interval as JSON."""
     if interval is None:
         return None
     return {"mean": interval.value} | {key: value for key, value in asdict(interval).items() if key != "value"}
 
 
 def _pair(pair: Pair) -> dict[str, Any]:
+    """Return one test as JSON."""
     return {
         "a": pair.a,
         "b": pair.b,
@@ -76,11 +79,12 @@ def _pair(pair: Pair) -> dict[str, Any]:
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
+    """Return the costs of one row as JSON."""
     return {key: value for key, value in asdict(cost).items() if key != "name"}
 
 
 def accuracy_csv(comparison: Comparison) -> str:
-    """One row per model."""
+    """Return one row per model."""
     header = ["model", "seeds", "accuracy", "low", "high", "prompts", "missing", "method"]
     rows = [
         [s.name, max(1, len(s.seeds)), s.accuracy.value, s.accuracy.low, s.accuracy.high, s.accuracy.n, s.accuracy.missing,
@@ -91,7 +95,7 @@ def accuracy_csv(comparison: Comparison) -> str:
 
 
 def pairwise_csv(comparison: Comparison) -> str:
-    """One row per test."""
+    """Return one row per test."""
     header = [
         "a",
         "b",
@@ -115,7 +119,7 @@ def pairwise_csv(comparison: Comparison) -> str:
 
 
 def curves_csv(results: Results) -> str:
-    """Long format: one row per run, metric and step."""
+    """Return the curves in long format: one row per run, metric and step."""
     runs = [("sft", "", results.sft), ("reward", "", results.reward)]
     runs += [(m.group, str(m.seed), m.training) for m in results.models if m.training is not None]
     rows = [
@@ -128,6 +132,7 @@ def curves_csv(results: Results) -> str:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return header and rows as CSV."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -141,7 +146,7 @@ def _text(cell: Any) -> Any:
 
 
 def _rounded(tree: Any) -> Any:
-    """Floats to ten significant digits: more is noise of the order of summation."""
+    """Round floats to ten significant digits; further digits depend on the order of summation."""
     if isinstance(tree, float) and math.isfinite(tree):
         return float(f"{tree:.{_DIGITS}g}")
     if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""The page's templates, with the filters that turn numbers into text."""
+"""Load the page's templates, with filters that turn numbers into text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FOLDER = Path(__file__).parent / "templates"
 
 
 def environment() -> Environment:
-    """Templates with autoescape on: sampled text is shown, never interpreted."""
-    made = Environment(
+    """Return the template environment with autoescape on, so that sampled text is shown and never interpreted."""
+    templates = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "percent": percent,
         "p": p_value,
         "share": share,
@@ -30,30 +30,30 @@ def environment() -> Environment:
         "bound": bound,
         "signed": signed,
     }
-    return made
+    return templates
 
 
 def share(interval: Interval) -> tuple[str, str]:
-    """`48.2 %` and `43.4 to 53.1`."""
+    """Return `48.2 %` and `43.4 to 53.1`."""
     return percent(interval.value), f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def score(interval: Interval) -> tuple[str, str]:
-    """`1.24` and `1.10 to 1.38`."""
+    """Return `1.24` and `1.10 to 1.38`."""
     value, low, high = (f"{x:.2f}".replace("-", "−") for x in (interval.value, interval.low, interval.high))
     return value, f"{low} to {high}"
 
 
 def signed(value: float) -> str:
-    """A difference in percentage points, with a true minus sign."""
+    """Return a difference in percentage points, with a true minus sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def bound(text: str) -> str:
-    """The text with spaces that must not break: in `48 %` and `p < 0.001`."""
+    """Return the text with non-breaking spaces in `48 %` and `p < 0.001`."""
     return text.replace(" %", "\u00a0%").replace("p = ", "p\u00a0=\u00a0").replace("p < ", "p\u00a0<\u00a0")
 
 
 def count(value: float | None) -> str:
-    """`1,234,567`, or a dash for what was not measured."""
+    """Return `1,234,567`, or a dash if the value was not measured."""
     return "–" if value is None else f"{value:,.0f}"

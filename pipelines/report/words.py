@@ -1,4 +1,4 @@
-"""The findings in plain sentences. Each is derived from a number of the comparison, and says how sure that number is."""
+"""State the findings in sentences. Each is derived from a number of the comparison and reports its uncertainty."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from pipelines.report.load import SFT
 from posttrain.evaluation.statistics import Interval
 
 UNSOLVED = 0.05
-"""An accuracy whose upper limit is below this is called failure, however the algorithms rank among each other."""
+"""If the upper limit of a model's accuracy is below this value, the task counts as unsolved, whatever the ranking is."""
 
 
 def percent(value: float) -> str:
+    """Return a share in percent."""
     return f"{100 * value:.1f} %"
 
 
 def span(interval: Interval, confidence: float) -> str:
+    """Return an interval in words."""
     return f"{100 * confidence:.4g} % interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 def p_value(p: float) -> str:
-    """`p = 0.012`; below a thousandth only its bound, which is all that matters there."""
+    """Return `p = 0.012`; below 0.001 only an upper bound."""
     if p >= 0.001:
         return f"p = {p:.3f}"
     return "p < 0.001" if p >= 0.0001 else "p < 0.0001"
 
 
 def ranked(comparison: Comparison) -> list[Summary]:
-    """Algorithms by accuracy; equal ones stay in the order of params.yaml."""
+    """Return the algorithms sorted by accuracy; ties keep the order of params.yaml."""
     return sorted(comparison.algorithms, key=lambda summary: -summary.accuracy.value)
 
 
 def solved(comparison: Comparison) -> bool:
-    """Whether any model's accuracy can be told from failure."""
+    """Return True if any model's accuracy is distinguishable from failure."""
     return max(summary.accuracy.high for summary in comparison.summaries) >= UNSOLVED
 
 
 def title(comparison: Comparison) -> str:
-    """Return the result in one line; with one training seed it speaks of this run only."""
+    """Return the result in one line; with one training seed it is limited to this run."""
     result = _result(comparison)
     if comparison.about_training or not solved(comparison):
         return result
@@ -44,6 +46,7 @@ def title(comparison: Comparison) -> str:
 
 
 def _result(comparison: Comparison) -> str:
+    """Return the result in one line."""
     first, *others = ranked(comparison)
     if not solved(comparison):
         return "No model solves this task"
@@ -59,7 +62,7 @@ def _result(comparison: Comparison) -> str:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What a reader should take away, most important first."""
+    """Return the findings, most important first."""
     first, *others = ranked(comparison)
     sentences = [_scope(comparison), _level(comparison, first), _against_sft(comparison, first)]
     sentences += [_against(comparison, first, other) for other in others[:1]]
@@ -70,6 +73,7 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _level(comparison: Comparison, first: Summary) -> str:
+    """Return a sentence on the best algorithm's accuracy."""
     confidence, accuracy = comparison.question.resampling.confidence, first.accuracy
     if not solved(comparison):
         best = max(comparison.summaries, key=lambda summary: summary.accuracy.value)
@@ -86,15 +90,18 @@ def _level(comparison: Comparison, first: Summary) -> str:
 
 
 def _against_sft(comparison: Comparison, first: Summary) -> str:
+    """Compare the best algorithm with SFT."""
     return _difference(comparison, first.name, SFT, f"SFT ({percent(comparison.of(SFT).accuracy.value)})")
 
 
 def _against(comparison: Comparison, first: Summary, second: Summary) -> str:
+    """Compare the best algorithm with the next one."""
     called = f"the next algorithm, {second.name} ({percent(second.accuracy.value)}),"
     return _difference(comparison, first.name, second.name, called)
 
 
 def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
+    """Return a sentence on the difference of two models."""
     pair, confidence = comparison.pair(a, b), comparison.question.resampling.confidence
     sign = 1 if pair.a == a else -1
     spread = pair.test.difference
@@ -103,15 +110,15 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
     start = f"Against {called} {a} is"
     if points == 0:
         return f"{start} level; {verdict(pair)}."
-    where = "ahead" if points > 0 else "behind"
+    direction = "ahead" if points > 0 else "behind"
     return (
-        f"{start} {abs(points):.1f} points {where} ({100 * confidence:.4g} % interval of the difference"
+        f"{start} {abs(points):.1f} points {direction} ({100 * confidence:.4g} % interval of the difference"
         f" {low:+.1f} to {high:+.1f}); {verdict(pair)}."
     )
 
 
 def verdict(pair: Pair) -> str:
-    """Significant or not, with the test and its corrected p."""
+    """Return the result of a test in words, with its method and corrected p."""
     how = f"{pair.test.method}, Holm-corrected {p_value(pair.adjusted)}"
     if pair.significant:
         return f"the difference is significant ({how})"
@@ -119,11 +126,13 @@ def verdict(pair: Pair) -> str:
 
 
 def _significantly_worse(comparison: Comparison, summary: Summary) -> bool:
+    """Return True if the algorithm is significantly worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
     return pair.significant and pair.test.difference.value < 0
 
 
 def _worse(comparison: Comparison, summary: Summary) -> str:
+    """Return a sentence on an algorithm that is worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
     return (
         f"{summary.name} made the model worse than SFT, by {-100 * pair.test.difference.value:.1f} points"
@@ -132,7 +141,7 @@ def _worse(comparison: Comparison, summary: Summary) -> str:
 
 
 def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
-    """A reward model's score clearly up while accuracy is significantly down: Goodhart's law at work."""
+    """Return a sentence if a reward model's score rose clearly while accuracy fell significantly (Goodhart's law)."""
     if not _significantly_worse(comparison, summary):
         return None
     before = comparison.of(SFT)
@@ -147,7 +156,7 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
 
 
 def entropy_kept(comparison: Comparison) -> str | None:
-    """DAPO's higher upper clip is meant to keep entropy up, with GRPO as the measure."""
+    """Return a sentence on DAPO's entropy against GRPO's: its higher upper clip should keep entropy high."""
     measured = {summary.name: summary.entropy for summary in comparison.algorithms}
     dapo, grpo = measured.get("dapo"), measured.get("grpo")
     if dapo is None or grpo is None:
@@ -161,6 +170,7 @@ def entropy_kept(comparison: Comparison) -> str | None:
 
 
 def _scope(comparison: Comparison) -> str:
+    """Return a sentence on the population that intervals and tests cover."""
     seeds = max(len(summary.seeds) for summary in comparison.algorithms)
     if not comparison.about_training:
         return (
@@ -174,4 +184,5 @@ def _scope(comparison: Comparison) -> str:
 
 
 def _listed(names: list[str]) -> str:
+    """Return names as a list in words."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""The report folder: page, pictures and tables. Equal runs give equal bytes."""
+"""Write the report folder: page, plots and tables. Equal runs give equal bytes."""
 
 from __future__ import annotations
 

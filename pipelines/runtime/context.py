@@ -1,4 +1,4 @@
-"""The identity, parameters and paths of one run. Nothing here writes."""
+"""Hold the identity, parameters and paths of one run. This module writes nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ MEASUREMENTS, CHECKPOINTS, FAULTS, LOCK = "measurements.jsonl", "checkpoints", "
 
 
 def _never() -> bool:
+    """Return False: nothing asks a run without signal handling to stop."""
     return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """One run of one step. `state` holds its live files and survives a kill; `directory` is what DVC keeps of a finished run."""
+    """One run of one step.
+
+    `state` holds its live files and survives a kill; `directory` is the finished run's folder, which DVC tracks.
+    """
 
     stage: str
     name: str
@@ -29,11 +33,11 @@ class RunContext:
     state: Path
     key: str
     code: str
-    """Digest of the code and libraries. A checkpoint of other code is never continued."""
+    """Digest of the code and libraries. A checkpoint that different code wrote is never continued."""
     stop_requested: Callable[[], bool] = _never
     """Return True if a signal asked to stop: write a checkpoint, then raise Interrupted."""
     records: bool = True
-    """True for the one process that records, if several processes do a step together."""
+    """True for the one process that records, if several processes run a step together."""
 
     @property
     def identity(self) -> str:

@@ -29,7 +29,7 @@ class Follower:
 
     @classmethod
     def start(cls, identity: str) -> Follower:
-        """Start a follower, unless POSTTRAIN_FOLLOWER=1 says that another process already follows the run."""
+        """Start a follower, unless POSTTRAIN_FOLLOWER=1 is set, because a different process then follows the run."""
         if os.environ.get("POSTTRAIN_FOLLOWER") == "1":
             return cls(None)
         wait_seconds = _wait_seconds()

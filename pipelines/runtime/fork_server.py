@@ -59,7 +59,7 @@ def serve(path: Path) -> None:
                     _become_step(connection)
 
 
-def run_warm(module: str, arguments: list[str]) -> int | None:
+def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
     """Run the step `module` in a fork of the server and return its exit status, or None if no server answers."""
     path = os.environ.get(VARIABLE)
     if not path:

@@ -113,6 +113,7 @@ class Journal:
         self._file = self._open()
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._file)
 
     def _open(self) -> int:

@@ -1,4 +1,4 @@
-"""The files that a step writes next to its numbers: artifacts, figures and a model."""
+"""Record the files that a step writes: artifacts, figures and a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
 class RunOutputs:
-    """Record the files of a run in its journal. `records` is False for the processes of a step that do not record."""
+    """Record the files of a run in its journal. `records` is False in processes that do not record."""
 
     def __init__(self, journal: Journal, folder: Path, *, records: bool) -> None:
         self._journal, self._folder, self.records = journal, folder, records
@@ -50,7 +50,7 @@ class RunOutputs:
 
 
 def artifact_path(folder: Path, name: str) -> Path:
-    """Return artifacts/{name} in a run's folder; its parent is made. Raises TrackingError if the name leads outside."""
+    """Return artifacts/{name} in a run's folder, and create its parent. Raises TrackingError if the name leads outside."""
     if ".." in Path(name).parts or Path(name).is_absolute():
         raise TrackingError(f"artifact {name!r}: must be a name inside artifacts/, without '..'")
     path = folder / ARTIFACTS / name

@@ -69,6 +69,7 @@ class StopSignals:
         return self._stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Set the flag, or raise Interrupted if nothing polls it."""
         again, self._stop = self._stop, True
         if again or not self._asked:
             raise Interrupted(f"stopped by {signal.Signals(number).name}. Run the same command to continue.")
@@ -82,7 +83,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self, *, wait: bool = False) -> bool:
-        """Take the lock and return True; return False if another process holds it and `wait` is False."""
+        """Take the lock and return True; return False if a different process holds it and `wait` is False."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -1,6 +1,6 @@
-"""The numbers and tables of a run, appended to its journal before a call returns.
+"""Record metrics and tables of a run; each call appends to the journal before it returns.
 
-Numbers that depend on the clock go to the measurements only, never to the journal.
+Values that depend on the clock go only to the measurements, never to the journal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@./:-]*")
 
 
 class RunRecorder:
-    """Write the journal and the measurements of a run. A process that does not record writes to a folder that vanishes."""
+    """Write the journal and the measurements of a run. A process that does not record writes to a temporary folder."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -152,6 +152,7 @@ def _drop_foreign_checkpoints(context: RunContext) -> None:
 
 
 def _has_files(folder: Path) -> bool:
+    """Return True if the folder exists and is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 

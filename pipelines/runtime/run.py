@@ -1,4 +1,4 @@
-"""The argument of a step's `run`: who it is, where its numbers go, where its files go."""
+"""Define the argument of a step's `run`: its context, its recorder and its outputs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class Run:
 
     @classmethod
     def create(cls, context: RunContext) -> Run:
-        """Make the recorder and the outputs of a context; both write to one journal."""
+        """Create the recorder and the outputs of a context; both write to one journal."""
         recorder = RunRecorder(context)
         return cls(context, recorder, RunOutputs(recorder.journal, recorder.folder, records=context.records))

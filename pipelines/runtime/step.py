@@ -27,7 +27,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.runtime import environment, launch
 from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
-from pipelines.runtime.fork_server import run_warm
+from pipelines.runtime.fork_server import run_in_fork_server
 from pipelines.runtime.identity import SOURCES, code_digest, input_digests, run_key
 from pipelines.runtime.journal import FAILED, FINISHED, KILLED
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
@@ -100,8 +100,8 @@ def main(
     elif STAGE in os.environ:
         end_with(up_to_dvc(), GRACE_SECONDS)
     if trains:
-        _leave_to_launcher()
-    _leave_to_warm_process()
+        _become_launcher()
+    _run_in_fork_server()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)
     step.signals.install()
     args = _parse(step)
@@ -139,7 +139,7 @@ def _leave_group() -> None:
         destroy_group()
 
 
-def _leave_to_launcher() -> None:
+def _become_launcher() -> None:
     """Become the launcher of several processes if POSTTRAIN_ACCELERATE asks for it."""
     single_process = {"-h", "--help", "--replay"} & set(sys.argv[1:])
     if launch.launched() or not os.environ.get(launch.VARIABLE) or single_process:
@@ -161,12 +161,12 @@ def _fail_with_traceback() -> NoReturn:
     sys.exit(1)
 
 
-def _leave_to_warm_process() -> None:
+def _run_in_fork_server() -> None:
     """Run the step in the flow's fork server, if there is one."""
     if launch.launched():
         return
     spec = sys.modules["__main__"].__spec__
-    status = run_warm(spec.name, sys.argv[1:]) if spec else None
+    status = run_in_fork_server(spec.name, sys.argv[1:]) if spec else None
     if status is not None:
         sys.exit(status)
 
@@ -246,9 +246,9 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
 def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
     """Run the body up to its training, which replays the saved update and exits. Nothing is recorded."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
-        nowhere = Path(folder)
+        scratch = Path(folder)
         context = RunContext(
-            stage=step.stage, name=name, params=params, args=args, key=key, code="", state=nowhere, directory=nowhere
+            stage=step.stage, name=name, params=params, args=args, key=key, code="", state=scratch, directory=scratch
         )
         step.body(Run.create(context))
     raise AssertionError(f"{step.stage} is declared as a training step, but did not train")

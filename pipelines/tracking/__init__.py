@@ -1,1 +1,1 @@
-"""MLflow as a projection of journals: what the store does not hold yet is added, and nothing is ever there twice."""
+"""Copy journals to MLflow: missing values are added, and no value is stored twice."""

@@ -1,4 +1,4 @@
-"""Tables, figures and the journal as MLflow artifacts. A file is sent once, again only if its size has changed."""
+"""Upload tables, figures and the journal as MLflow artifacts. A file is sent once, and again only if its size has changed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.runtime.journal import RUNNING
 from pipelines.runtime.publish import ARTIFACTS, JOURNAL
-from pipelines.tracking.source import Source
+from pipelines.tracking.source import RecordedRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LARGEST_BYTES = 64 * 2**20
-"""Larger files stay with DVC, which keeps the bytes."""
+"""Larger files are not uploaded; DVC keeps them."""
 TRACEBACK = f"{ARTIFACTS}/traceback.txt"
 
 
-def send_artifacts(client: MlflowClient, run_id: str, source: Source, sent: set[str]) -> None:
-    """Upload what is not in `sent`; names are added to it."""
+def send_artifacts(client: MlflowClient, run_id: str, source: RecordedRun, sent: set[str]) -> None:
+    """Upload everything that is not in `sent`, and add the names to it."""
     pending = dict(_contents(source, sent))
     if not pending:
         return
@@ -32,8 +32,8 @@ def send_artifacts(client: MlflowClient, run_id: str, source: Source, sent: set[
         sent.add(name)
 
 
-def _contents(source: Source, sent: set[str]) -> Iterator[tuple[str, bytes]]:
-    """A table is complete when the journal names it; other files and the journal only when the run has ended."""
+def _contents(source: RecordedRun, sent: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the files to send: tables as soon as the journal names them, other files and the journal after the run has ended."""
     for record in source.of("table"):
         if record["path"] not in sent and (source.folder / record["path"]).is_file():
             yield record["path"], split_table((source.folder / record["path"]).read_bytes())
@@ -49,7 +49,7 @@ def _contents(source: Source, sent: set[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def split_table(data: bytes) -> bytes:
-    """Rows as `mlflow.log_table` writes them, so that the UI shows and compares them as a table."""
+    """Return the rows in the format of `mlflow.log_table`, which MLflow's UI shows as a table."""
     rows: list[dict[str, Any]] = json.loads(data)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
@@ -57,11 +57,13 @@ def split_table(data: bytes) -> bytes:
 
 
 def _present(client: MlflowClient, run_id: str, parents: list[str]) -> dict[str, int | None]:
+    """Return the size of each artifact that is already stored."""
     listed = (info for parent in parents for info in client.list_artifacts(run_id, None if parent == "." else parent))
     return {info.path: info.file_size for info in listed if not info.is_dir}
 
 
 def _upload(client: MlflowClient, run_id: str, name: str, data: bytes) -> None:
+    """Upload one artifact."""
     target = PurePosixPath(name)
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, target.name)

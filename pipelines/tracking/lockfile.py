@@ -1,4 +1,4 @@
-"""What DVC knows about a run: the hashes of its outputs and the remote that keeps them."""
+"""Read DVC's records of a run: the hashes of its outputs, and the remote that keeps them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.runtime.redaction import redact
 
 
 def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, str]:
-    """Path to DVC hash of everything the stage wrote, if dvc.lock is about exactly this journal."""
+    """Return the DVC hash of each output of the stage, if dvc.lock belongs to exactly this journal."""
     path = project / "dvc.lock"
     if not path.is_file():
         return {}
@@ -28,7 +28,7 @@ def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, s
 
 
 def locked_output(project: Path, output: str) -> dict[str, Any] | None:
-    """DVC's own entry of one output of dvc.lock: path, md5, size, nfiles. None where no stage has written it."""
+    """Return the entry of one output in dvc.lock: path, md5, size, nfiles. None if no stage has written it."""
     path = project / "dvc.lock"
     stages: dict[str, Any] = (read_yaml(path) or {}).get("stages") or {} if path.is_file() else {}
     entries = (out for stage in stages.values() for out in stage.get("outs", ()))
@@ -36,7 +36,7 @@ def locked_output(project: Path, output: str) -> dict[str, Any] | None:
 
 
 def default_remote(project: Path) -> str | None:
-    """URL of DVC's default remote, without credentials."""
+    """Return the URL of DVC's default remote, without credentials."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
     name = parser.get("core", "remote", fallback=None)

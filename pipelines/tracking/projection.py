@@ -1,9 +1,8 @@
-"""Bring the MLflow store to what a journal says.
+"""Bring the MLflow store up to date with a journal.
 
-One MLflow run per run identity (tag `posttrain.run`). Before anything is added the store is asked which values it has,
-so that an interrupted, repeated or concurrent projection leaves exactly one value per metric and step. Where the store
-contradicts the journal (the same run was executed again with another outcome) its run is deleted and written anew:
-MLflow cannot take back a value.
+Each run identity has one MLflow run (tag `posttrain.run`). The store is queried for existing values before any are added, so an
+interrupted, repeated or concurrent projection leaves exactly one value per metric and step. MLflow cannot remove a value. If the store
+contradicts the journal, because the same run was executed again with a different result, its MLflow run is deleted and written again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipelines.runtime.journal import FINISHED, RUNNING
 from pipelines.runtime.process import Lock
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
-from pipelines.tracking.source import Source, Value, load
+from pipelines.tracking.source import RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
 from posttrain.errors import TrackingError
 
@@ -38,7 +37,7 @@ _LARGEST_DOUBLE = 1.7976931348623157e308
 
 @dataclass
 class Link:
-    """What the store is known to hold of one run."""
+    """The known contents of one MLflow run."""
 
     run_id: str
     status: str
@@ -49,7 +48,7 @@ class Link:
 
 
 class Projector:
-    """Projects journals of one project into one store. Keeps what it knows of the store between calls."""
+    """Copy the journals of one project into one store. Caches the store's contents between calls."""
 
     def __init__(self, client: MlflowClient, project: Path) -> None:
         self.client = client
@@ -59,12 +58,12 @@ class Projector:
         self._links: dict[str, Link] = {}
         self._experiments: dict[str, str] = {}
 
-    def project(self, source: Source) -> str:
-        """Bring the store to what the source says; returns the MLflow run id. A second call changes nothing."""
+    def project(self, source: RecordedRun) -> str:
+        """Bring the store up to date with a run and return the MLflow run id. A second call changes nothing."""
         mark = self._mark(source)
         with Lock(mark):
             if not mark.read_text().startswith(self._token):
-                # Another process has written this run since: what we remember of it may be old.
+                # A different process has written this run since then, so the cached contents may be outdated.
                 self._links.pop(source.identity, None)
             mark.write_text(self._token)
             try:
@@ -73,24 +72,26 @@ class Projector:
                     mark.write_text(f"{self._token} {self._stamp(source)}")
                 return run_id
             except Exception:
-                # A call may have been carried out although its answer was lost: ask the store again next time.
+                # The store may have executed a call although its response was lost: query the store again next time.
                 self._links.pop(source.identity, None)
                 raise
 
-    def settled(self, source: Source) -> bool:
-        """Whether this checkout has carried exactly this journal into this store before, without asking the store."""
+    def settled(self, source: RecordedRun) -> bool:
+        """Return True if this checkout has already copied exactly this journal into this store; the store is not queried."""
         mark = self._mark(source)
         return mark.is_file() and mark.read_text().endswith(self._stamp(source))
 
-    def _mark(self, source: Source) -> Path:
+    def _mark(self, source: RecordedRun) -> Path:
+        """Return the file that notes the last copy of a run."""
         return self.project_root / ".posttrain" / "tracking" / source.identity
 
-    def _stamp(self, source: Source) -> str:
+    def _stamp(self, source: RecordedRun) -> str:
+        """Return a hash of the store's address and the run's contents."""
         state = [self.client.tracking_uri, source.status, source.digest, describe.tags(source, self.project_root)]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def sweep(self, alive: set[str]) -> list[str]:
-        """End as KILLED every run of this checkout that the store calls running and that no journal here speaks of."""
+        """End as KILLED every run of this checkout that the store calls running but that has no journal here."""
         query = f"tags.`{describe.WORKSPACE_TAG}` = '{self._workspace}' and attributes.status = 'RUNNING'"
         runs = self._search([self._experiment(self._default_experiment())], query)
         stale = [run for run in runs if self._is_ours(run) and run.data.tags.get(describe.RUN_TAG) not in alive]
@@ -98,19 +99,22 @@ class Projector:
             self.client.set_terminated(run.info.run_id, "KILLED")
         return [str(run.info.run_id) for run in stale]
 
-    def experiment(self, source: Source) -> str:
-        """Id of the experiment the source reports to."""
+    def experiment(self, source: RecordedRun) -> str:
+        """Return the id of the run's experiment."""
         return self._experiment(str(source.surroundings().get("experiment") or self._default_experiment()))
 
     def _default_experiment(self) -> str:
+        """Return the experiment's name in params.yaml."""
         return load_params(self.project_root / "params.yaml").project.experiment
 
     def _experiment(self, name: str) -> str:
+        """Return the id of an experiment, and create it if necessary."""
         if name not in self._experiments:
             self._experiments[name] = experiment_id(self.client, name, self.project_root)
         return self._experiments[name]
 
-    def _project(self, source: Source) -> str:
+    def _project(self, source: RecordedRun) -> str:
+        """Add missing parameters, metrics, tags and artifacts, and the end of the run."""
         wanted_tags = describe.tags(source, self.project_root)
         link = self._links.get(source.identity)
         if link is None:
@@ -134,43 +138,48 @@ class Projector:
         self._end(link, source)
         return link.run_id
 
-    def _candidates(self, source: Source) -> list[MlflowRun]:
-        """The store's runs of this identity, our own first, without those that were replaced."""
+    def _candidates(self, source: RecordedRun) -> list[MlflowRun]:
+        """Return the store's runs of this identity, those of this checkout first, without replaced ones."""
         query = f"tags.`{describe.RUN_TAG}` = '{source.identity}'"
         runs = self._search([self.experiment(source)], query)
         kept = [run for run in runs if describe.REPLACED_TAG not in run.data.tags]
         return sorted(kept, key=lambda run: run.data.tags.get(describe.WORKSPACE_TAG) != self._workspace)
 
-    def _attach(self, source: Source, runs: Sequence[MlflowRun]) -> Link:
-        """Our own run of this identity, or a new one. Another checkout's run is left to it."""
+    def _attach(self, source: RecordedRun, runs: Sequence[MlflowRun]) -> Link:
+        """Return this checkout's run of the identity, or a new one. A run of a different checkout is left unchanged."""
         for run in runs:
             if self._is_ours(run):
                 return self._link(run)
         return self._create(source)
 
     def _is_ours(self, run: MlflowRun) -> bool:
+        """Return True if the run belongs to this checkout and is not deleted."""
         mine = run.data.tags.get(describe.WORKSPACE_TAG) == self._workspace
         return mine and bool(run.info.lifecycle_stage == "active")
 
     def _link(self, run: MlflowRun) -> Link:
+        """Read the contents of an MLflow run."""
         run_id = str(run.info.run_id)
         history = (metric for name in run.data.metrics for metric in self.client.get_metric_history(run_id, name))
         values = {(metric.key, metric.step): metric.value for metric in history}
         return Link(run_id, run.info.status, dict(run.data.tags), dict(run.data.params), values)
 
-    def _create(self, source: Source) -> Link:
+    def _create(self, source: RecordedRun) -> Link:
+        """Create an MLflow run."""
         tags = describe.identity_tags(source, self.project_root)
         run = self.client.create_run(
             self.experiment(source), start_time=source.started(), tags=tags, run_name=describe.run_name(source)
         )
         return Link(str(run.info.run_id), RUNNING, dict(run.data.tags), {}, {})
 
-    def _replace(self, link: Link, source: Source) -> Link:
+    def _replace(self, link: Link, source: RecordedRun) -> Link:
+        """Delete the MLflow run and create a new one."""
         self.client.set_tag(link.run_id, describe.REPLACED_TAG, "true")
         self.client.delete_run(link.run_id)
         return self._create(source)
 
     def _add_params(self, link: Link, wanted: dict[str, str]) -> None:
+        """Add missing parameters."""
         from mlflow.entities import Param
 
         missing = [Param(name, value) for name, value in sorted(wanted.items()) if name not in link.params]
@@ -178,7 +187,8 @@ class Projector:
             self.client.log_batch(link.run_id, params=batch)
             link.params |= {param.key: param.value for param in batch}
 
-    def _add_metrics(self, link: Link, source: Source) -> None:
+    def _add_metrics(self, link: Link, source: RecordedRun) -> None:
+        """Add missing metric values."""
         from mlflow.entities import Metric
 
         wanted = _stored_names(source.timings | source.metrics)
@@ -192,6 +202,7 @@ class Projector:
             link.values |= {(metric.key, metric.step): metric.value for metric in batch}
 
     def _add_tags(self, run_id: str, present: dict[str, str], wanted: dict[str, str]) -> None:
+        """Add missing or changed tags."""
         from mlflow.entities import RunTag
 
         missing = [RunTag(name, value) for name, value in sorted(wanted.items()) if present.get(name) != value]
@@ -199,7 +210,8 @@ class Projector:
             self.client.log_batch(run_id, tags=batch)
             present |= {tag.key: tag.value for tag in batch}
 
-    def _end(self, link: Link, source: Source) -> None:
+    def _end(self, link: Link, source: RecordedRun) -> None:
+        """Set the final status."""
         if source.status == RUNNING:
             return
         if source.status == FINISHED and link.tags.pop(describe.REASON_TAG, ""):
@@ -210,6 +222,7 @@ class Projector:
         self._add_tags(link.run_id, link.tags, {describe.JOURNAL_TAG: source.digest})
 
     def _search(self, experiments: list[str], query: str) -> list[MlflowRun]:
+        """Return all MLflow runs that match the query."""
         from mlflow.entities import ViewType
 
         found: list[MlflowRun] = []
@@ -223,19 +236,22 @@ class Projector:
 
 
 def project(folder: Path, client: MlflowClient, root: Path) -> str:
-    """Project the journal in one folder; returns the MLflow run id."""
+    """Copy the journal in one folder and return the MLflow run id."""
     source = load(folder)
     if source is None:
-        raise TrackingError(f"{folder} holds no journal with a start record; run its step first.")
+        raise TrackingError(
+            f"{folder}: no journal with a start record, so there is nothing to copy; run its step first."
+        )
     return Projector(client, root).project(source)
 
 
-def _complete(run: MlflowRun, source: Source) -> bool:
-    """Whether everything was carried over. Holds for another checkout's run, and for one that was deleted by hand."""
+def _complete(run: MlflowRun, source: RecordedRun) -> bool:
+    """Return True if everything was copied; also for a run of a different checkout, or one deleted by hand."""
     return run.info.status == source.status != RUNNING and run.data.tags.get(describe.JOURNAL_TAG) == source.digest
 
 
-def _contradicts(link: Link, source: Source) -> bool:
+def _contradicts(link: Link, source: RecordedRun) -> bool:
+    """Return True if the store holds a value that the journal does not have."""
     wanted = _stored_names(source.metrics)
     if any(not _equal(wanted[key], value) for key, value in link.values.items() if key in wanted):
         return True
@@ -251,16 +267,18 @@ def _contradicts(link: Link, source: Source) -> bool:
 
 
 def _stored_names(values: dict[Value, float]) -> dict[Value, float]:
+    """Return the values under the names that MLflow accepts."""
     return {(describe.entity_name(name), step): value for (name, step), value in values.items()}
 
 
 def _equal(ours: float, stored: float) -> bool:
-    """MLflow keeps an infinity as the largest double."""
+    """Return True if the values are equal; MLflow stores an infinity as the largest double."""
     if math.isinf(ours) and abs(stored) == _LARGEST_DOUBLE:
         return (ours > 0) == (stored > 0)
     return ours == stored or (math.isnan(ours) and math.isnan(stored))
 
 
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of at most `size`."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]

@@ -1,4 +1,4 @@
-"""Journals that can be projected: live ones with their measurements, and finished ones restored from the DVC cache."""
+"""Load recorded runs: live journals with their measurements, and finished journals restored from the DVC cache."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Value = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One journal as it was when it was read, with the status of its process."""
+class RecordedRun:
+    """One journal at the time of reading, with the status of its process."""
 
     folder: Path
     records: list[Record]
@@ -31,30 +31,35 @@ class Source:
 
     @cached_property
     def start(self) -> Record:
+        """Return the start record."""
         return next(record for record in self.records if record["kind"] == "start")
 
     @property
     def identity(self) -> str:
+        """Return the run's identity."""
         return str(self.start["run"])
 
     def of(self, kind: str) -> list[Record]:
+        """Return all records of a kind."""
         return [record for record in self.records if record["kind"] == kind]
 
     def values_of(self, kind: str) -> dict[str, Any]:
+        """Return the merged values of all records of a kind."""
         return {name: value for record in self.of(kind) for name, value in record["values"].items()}
 
     @cached_property
     def journal(self) -> bytes:
-        """The canonical journal: the same bytes from the live folder and from the run directory."""
+        """Return the canonical journal; the bytes are the same from the live folder and from the run directory."""
         return "".join(map(encode, self.records)).encode()
 
     @property
     def digest(self) -> str:
+        """Return the sha256 of the canonical journal."""
         return hashlib.sha256(self.journal).hexdigest()
 
     @cached_property
     def metrics(self) -> dict[Value, float]:
-        """Every value of the journal: the series, and the summary at the last step."""
+        """Return every value of the journal: the series, and the summary at the last step."""
         series = {
             (name, record["step"]): number(value)
             for record in self.of("metrics")
@@ -68,7 +73,7 @@ class Source:
 
     @cached_property
     def timings(self) -> dict[Value, float]:
-        """The values that depend on the clock, one per name and step."""
+        """Return the values that depend on the clock, one per name and step."""
         return {
             (name, record["step"]): number(value)
             for record in self.measurements
@@ -78,49 +83,52 @@ class Source:
 
     @cached_property
     def times(self) -> dict[int, int]:
-        """When each step was logged, in milliseconds of the epoch."""
+        """Return the time of each step, in milliseconds since the epoch."""
         return {r["step"]: _milliseconds(r["time"]) for r in self.measurements if "step" in r}
 
     def surroundings(self) -> Record:
-        """Where the run happened last: commit, flow, DVC stage, experiment. Empty for a restored journal."""
+        """Return commit, flow, DVC stage and experiment of the last start. Empty for a restored journal."""
         return next((record for record in reversed(self.measurements) if record["kind"] == "start"), {})
 
     def started(self) -> int | None:
+        """Return the start time in milliseconds since the epoch, or None."""
         times = [record["time"] for record in self.measurements if record["kind"] == "start"]
         return _milliseconds(times[0]) if times else None
 
     def stopped(self) -> int | None:
+        """Return the time of the last measurement in milliseconds since the epoch, or None."""
         return _milliseconds(self.measurements[-1]["time"]) if self.measurements else None
 
 
 def _milliseconds(seconds: float) -> int:
+    """Convert seconds to whole milliseconds."""
     return int(seconds * 1000)
 
 
-def load(folder: Path) -> Source | None:
-    """The journal in a folder, or None while it has no start yet."""
+def load(folder: Path) -> RecordedRun | None:
+    """Load the journal in a folder; None if it has no start record yet."""
     raw = read(folder / JOURNAL)
     if not any(record["kind"] == "start" for record in raw):
         return None
-    # The lock is asked before the journal is read again: a process that ends in between is then seen to have ended.
+    # Check the lock before reading the journal again: a process that ends in between is then reported as ended.
     alive = held(folder / LOCK)
     raw = read(folder / JOURNAL)
     status = ended(raw) or (RUNNING if alive else KILLED)
-    return Source(folder, canonical(raw), read(folder / MEASUREMENTS), status)
+    return RecordedRun(folder, canonical(raw), read(folder / MEASUREMENTS), status)
 
 
 def folders(project: Path) -> Iterator[Path]:
-    """Every folder that holds a journal: live ones first, then run directories."""
+    """Yield every folder that holds a journal: live folders first, then run directories."""
     yield from sorted(path.parent for path in environment.states(project).glob(f"*/{JOURNAL}"))
     yield from sorted(path.parent for path in (project / "runs").rglob(JOURNAL))
 
 
-def discover(project: Path, problems: list[str]) -> list[Source]:
-    """One source per run; what is damaged is told in `problems`.
+def discover(project: Path, problems: list[str]) -> list[RecordedRun]:
+    """Return one recorded run per identity, and append an error for each damaged journal to `problems`.
 
-    The live folder knows times as well, so it is preferred, but a finished journal beats one that was cut off.
+    A live folder is preferred, because it also has times; but a finished journal is preferred to one that was cut off.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, RecordedRun] = {}
     for folder in folders(project):
         try:
             source = load(folder)

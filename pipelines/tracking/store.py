@@ -1,4 +1,4 @@
-"""Which tracking store is used, and how long one call to it may take."""
+"""Open the tracking store, and limit the time of one call to it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,32 @@ _IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
-    # Alembic tells about every one of its migrations when the database is made.
+    # Alembic would log each of its migrations when the database is created.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
 def tracking_uri(project: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite database in the project's root. Raises TrackingError for a root that no address can name."""
+    """Return MLFLOW_TRACKING_URI, or a SQLite database in the project's root.
+
+    Raises TrackingError if the root's path cannot be part of an address.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given and "?" in str(project):
         raise TrackingError(
-            f"{project} holds a '?', which begins the options of a database's address: rename the folder, or set MLFLOW_TRACKING_URI."
+            f"{project}: the path contains '?', which would start the options of a database address. Rename the folder,"
+            " or set MLFLOW_TRACKING_URI."
         )
     return given or f"sqlite:///{project / 'mlflow.db'}"
 
 
 def artifact_root(project: Path) -> Path:
+    """Return the folder of local artifacts."""
     return project / "mlartifacts"
 
 
 def open_client(project: Path) -> MlflowClient:
-    """A client whose calls fail at once when the server is down: the journal makes up for it later."""
+    """Return a client whose calls fail at once if the server is down; the journal is copied later."""
     environment.quiet()
     for name, value in _IMPATIENT.items():
         os.environ.setdefault(name, value)
@@ -53,13 +58,14 @@ def open_client(project: Path) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, ValueError) as error:
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI = {redact(uri)}: MLflow knows no such store; it is http://HOST:PORT, a database's address, or unset"
+            f"MLFLOW_TRACKING_URI = {redact(uri)}: not an address that MLflow accepts. Set it to http://HOST:PORT or a"
+            " database's address, or unset it"
             " for a file in the project."
         ) from error
 
 
 def experiment_id(client: MlflowClient, name: str, project: Path) -> str:
-    """The experiment of that name, made if there is none."""
+    """Return the id of the experiment with that name, and create it if necessary."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -68,29 +74,30 @@ def experiment_id(client: MlflowClient, name: str, project: Path) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
-            # Another follower was faster.
+            # A different follower has created it in the meantime.
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
             f"the MLflow experiment {name!r} was deleted. Restore it with `mlflow experiments restore -x"
-            f" {found.experiment_id}`, or choose another name under project.experiment in params.yaml."
+            f" {found.experiment_id}`, or set project.experiment in params.yaml to a different name."
         )
     return str(found.experiment_id)
 
 
 def _remote(client: MlflowClient) -> bool:
+    """Return True if the store is a server."""
     return str(client.tracking_uri).startswith(("http://", "https://"))
 
 
 def workspace(project: Path) -> str:
-    """An opaque name of this checkout on this machine: whose processes we may call dead."""
+    """Return an opaque name of this checkout on this machine; only its own runs may be ended as stale."""
     return hashlib.sha256(f"{platform.node()}:{project.resolve()}".encode()).hexdigest()[:16]
 
 
 def ask(client: MlflowClient, call: Callable[[], T], problem: str, advice: str) -> T:
-    """The call's answer. Whatever a store raises becomes one TrackingError: which store, `problem`, its reason, `advice`."""
+    """Return the result of the call; convert any error of the store into TrackingError with the store, `problem`, reason and `advice`."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError

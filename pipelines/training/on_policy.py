@@ -1,4 +1,4 @@
-"""The on-policy branch of the align step: sample, judge, update, for PPO, GRPO and everything between."""
+"""Run the on-policy branch of the align step: sample, score and update, for PPO, GRPO and their variants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.config.schema import AlignParams, OnPolicyBudget
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.training.reward_sources import reward_sources
-from pipelines.training.rollout_engine import sampling_engine, taken_down
+from pipelines.training.rollout_engine import closing, sampling_engine
 from pipelines.training.setup import (
     TrainableModel,
     adapter_facts,
@@ -44,7 +44,7 @@ START, REWARD = "models/sft", Path("models/reward")
 
 
 def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
-    """Train on the policy's own answers; returns the number of steps and the last step's metrics."""
+    """Train on the policy's own answers; return the number of steps and the last step's metrics."""
     context = run.context
     spec, budget, params = context.params.algorithm(name), context.params.budget(name), context.params.align
     assert isinstance(spec, OnPolicy)
@@ -56,10 +56,12 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     compute = params.compute
     weights = dict(context.params.algorithms[name].rewards or {})
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
-    asked = problems(encoder, read_table("problems"))
-    engine = sampling_engine(context, budget, policy.lm, encoder, START, asked, device, version=lambda: trainer.updates)
+    training_problems = problems(encoder, read_table("problems"))
+    engine = sampling_engine(
+        context, budget, policy.lm, encoder, START, training_problems, device, version=lambda: trainer.updates
+    )
     sampler = GroupSampler(
-        asked,
+        training_problems,
         engine,
         encoder,
         sources,
@@ -74,7 +76,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         device,
     )
     objective = OnPolicyObjective(spec, budget.max_new_tokens, budget.temperature)
-    experts = _experts(spec, encoder, budget, seed)
+    experts = _demonstrations(spec, encoder, budget, seed)
     source = ExperienceSource(
         spec,
         policy,
@@ -101,7 +103,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
     hook = _Samples(run.recorder, source, params.samples_every, params.samples_shown)
-    with taken_down(engine):
+    with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
     made = merged_model(trainer, made, lambda: _make(spec, params))
@@ -111,6 +113,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
 
 
 def _policy(spec: OnPolicy) -> Policy:
+    """Load the policy, with the critic that the algorithm needs."""
     lm = load_policy(START)
     if not spec.has_critic:
         return Policy(lm)
@@ -120,6 +123,7 @@ def _policy(spec: OnPolicy) -> Policy:
 
 
 def _make(spec: OnPolicy, params: AlignParams) -> TrainableModel[Policy]:
+    """Build the policy with its training options."""
     policy = _policy(spec)
     adapter = apply_training_options(policy.lm, params.lora, params.compute)
     if policy.critic is not None:
@@ -128,13 +132,14 @@ def _make(spec: OnPolicy, params: AlignParams) -> TrainableModel[Policy]:
 
 
 def _reference(made: TrainableModel[Policy], device: Accelerator) -> Policy:
-    """The supervised model: loaded a second time, or the policy without its adapter."""
+    """Return the supervised model: loaded a second time, or the policy without its adapter."""
     if made.adapter is not None:
         return BasePolicy(made.model.lm, made.adapter)
     return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
 
 
 def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:
+    """Return the optimiser's parameter groups, with a separate learning rate for the value function."""
     groups = [ParameterGroup("policy", trainable(policy.lm), budget.optimizer.learning_rate)]
     value = policy.critic if policy.critic is not None else policy.value_head
     if value is not None:
@@ -142,7 +147,8 @@ def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterG
     return groups
 
 
-def _experts(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Demonstrations | None:
+def _demonstrations(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Demonstrations | None:
+    """Return the demonstrations of CHORD, or None if the algorithm uses none."""
     if not spec.has_expert:
         return None
     rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, read_table("sft"), "completion")]
@@ -150,7 +156,7 @@ def _experts(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed:
 
 
 class _Samples:
-    """Every few steps, a table of what the policy answers."""
+    """Write a table of the policy's answers every few steps."""
 
     def __init__(self, recorder: RunRecorder, source: ExperienceSource, every: int, shown: int) -> None:
         self.recorder, self.source, self.every, self.shown = recorder, source, every, shown

@@ -1,4 +1,4 @@
-"""The preference branch of the align step: the DPO family and GRPO over logged groups."""
+"""Run the preference branch of the align step: the DPO family, and GRPO over logged groups."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ START = "models/sft"
 
 
 def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
-    """Train on logged pairs; returns the number of steps and the last step's metrics."""
+    """Train on logged pairs; return the number of steps and the last step's metrics."""
     context = run.context
     spec, budget, compute = context.params.algorithm(name), context.params.budget(name), context.params.align.compute
     assert isinstance(spec, Preference | LoggedGroups)
@@ -86,13 +86,16 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
 
 
 def _make(params: AlignParams) -> TrainableModel[Policy]:
-    """The supervised model, and an adapter that changes nothing yet: before training, it is its own reference."""
+    """Build the supervised model with its training options. A new adapter changes nothing yet, so the model is its own reference."""
     policy = Policy(load_policy(START))
     return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
 
 def reference_cache(context: RunContext, device: Accelerator) -> ReferenceCache:
-    """One for the checkout: all algorithms and seeds that start from the same model, by the same code and settings, share it."""
+    """Return the checkout's cache of reference log-probabilities.
+
+    All algorithms and seeds with the same start model, code and settings share it.
+    """
     compute = json.dumps(context.params.align.compute.model_dump(), sort_keys=True)
     key = " ".join([content_digest(Path(START)), context.code, compute, device.device.type])
     return ReferenceCache(context.state.parent.parent / "reference", key, device)
@@ -106,7 +109,7 @@ def reference_answers(
     bf16: bool,
     cache: ReferenceCache | None,
 ) -> list[tuple[Answer, Answer]]:
-    """(chosen, rejected) of every row with the reference's log-probabilities; zeros where there is no reference, so no cache."""
+    """Return (chosen, rejected) of every row with the reference's log-probabilities; zeros without a reference."""
     chosen = table_tokens(encoder, table, "chosen")
     rejected = table_tokens(encoder, table, "rejected")
     tokens = chosen + rejected
@@ -119,20 +122,21 @@ def reference_answers(
 
 
 def pairs(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]], spec: Preference) -> list[PreferencePair]:
+    """Return the preference pairs. Raises DataError if a score weighting is set but the table has no scores."""
     weighting = spec.score_weighting != "none"
     if weighting and "chosen_score" not in table[0]:
         raise DataError(
-            f"score_weighting {spec.score_weighting!r} needs the columns chosen_score and rejected_score, which the preferences table"
-            " does not have; add them in data.preferences.columns, or set score_weighting: none"
+            f"score_weighting {spec.score_weighting!r} needs the columns chosen_score and rejected_score, but the preferences table"
+            " has none; add them in data.preferences.columns, or set score_weighting: none"
         )
     gaps = [row["chosen_score"] - row["rejected_score"] if weighting else 0.0 for row in table]
     return [PreferencePair(chosen, rejected, gap) for (chosen, rejected), gap in zip(answers, gaps, strict=True)]
 
 
 def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) -> list[AnswerGroup]:
-    """Each pair is a group; with scores, the pairs of one prompt are one ranked list of their distinct answers.
+    """Return each pair as a group; with scores, all pairs of a prompt form one ranked list of their distinct answers.
 
-    An answer that was scored several times has the mean of its scores. Raises DataError where a list holds one answer alone.
+    An answer with several scores gets their mean. Raises DataError if a list has only one answer.
     """
     if "chosen_score" not in table[0]:
         return [AnswerGroup(pair, (0.5, -0.5)) for pair in answers]

@@ -1,4 +1,4 @@
-"""Reward sources by name, as params.yaml's `rewards` describes them."""
+"""Build the reward sources that params.yaml's `rewards` describes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams
-from pipelines.config.schema import RewardSource as RewardSection
+from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams, RewardFunctionParams
 from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
@@ -23,9 +22,9 @@ REWARD = Path("models/reward")
 
 
 def reward_sources(
-    sections: Mapping[str, RewardSection], names: Sequence[str], device: torch.device, compute: ComputeParams
+    sections: Mapping[str, RewardFunctionParams], names: Sequence[str], device: torch.device, compute: ComputeParams
 ) -> list[RewardSource]:
-    """Make the sources of `names` from their sections of params.yaml; a reward model is loaded once, frozen."""
+    """Return the sources of `names`; a reward model is loaded once and frozen."""
     sources: list[RewardSource] = []
     for name in names:
         section = sections[name]
@@ -38,8 +37,8 @@ def reward_sources(
     return sources
 
 
-def _function_reward(name: str, section: RewardSection) -> FunctionReward:
-    """A built-in is called here, unless it may hang or a limit is asked for; everything else works in a process of its own."""
+def _function_reward(name: str, section: RewardFunctionParams) -> FunctionReward:
+    """Return a function reward. A fast built-in is called directly; any other function runs in its own process with a time limit."""
     require_available(section.function)
     if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
         return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)

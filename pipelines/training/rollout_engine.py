@@ -1,10 +1,10 @@
-"""The sampling engine that params.yaml names, on what the environment gives it.
+"""Build the sampling engine that params.yaml names, with servers from the environment.
 
-POSTTRAIN_VLLM_URLS      servers that run already, separated by commas; they read the weights from this machine's disk
-POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start one with; default: that of infra/vllm/setup.sh
-POSTTRAIN_VLLM_ARGS      more arguments for a server that is started
-POSTTRAIN_VLLM_DEVICES   its CUDA_VISIBLE_DEVICES
-POSTTRAIN_VLLM_FOLDER    where the weights are written for it, e.g. on a RAM disk; default: the run's state
+POSTTRAIN_VLLM_URLS      running servers, separated by commas; they read the weights from this machine's disk
+POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a server; default: the one of infra/vllm/setup.sh
+POSTTRAIN_VLLM_ARGS      additional arguments for a started server
+POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
+POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
 """
 
 from __future__ import annotations
@@ -46,9 +46,19 @@ def sampling_engine(
     accelerator: Accelerator,
     version: Callable[[], int],
 ) -> Engine:
-    """`tokenizer`: the folder that it comes from. `version`: a number that changes when the weights of `lm` do.
+    """Return the configured engine.
 
-    Raises ConfigError where vllm is asked for and neither a server nor an environment for one is there.
+    Args:
+        run: The run, for its parameters and its folder.
+        budget: The sampling settings of the algorithm.
+        lm: The model that samples.
+        encoder: Its tokenizer.
+        tokenizer: The folder of the tokenizer.
+        problems: The training problems, whose prompts bound the context.
+        accelerator: The processes that train together.
+        version: Returns a number that changes when the weights of `lm` change.
+
+    Raises ConfigError if vllm is configured, but neither a server nor an environment for one exists.
     """
     bf16 = context.params.align.compute.bf16
     if budget.rollouts.engine == "native":
@@ -73,8 +83,8 @@ def sampling_engine(
 
 
 @contextmanager
-def taken_down(engine: Engine) -> Iterator[None]:
-    """What the engine has started inside ends here, also after an error."""
+def closing(engine: Engine) -> Iterator[None]:
+    """Close the engine at the end, even after an error, and stop the servers that it started."""
     try:
         yield
     finally:
@@ -84,14 +94,16 @@ def taken_down(engine: Engine) -> Iterator[None]:
 
 
 def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmServer]:
-    """Those that run already, else one to start."""
+    """Return the running servers, or one to start."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
     from posttrain.rollouts.vllm.server import VllmServer
 
     urls = [url for url in os.environ.get("POSTTRAIN_VLLM_URLS", "").replace(",", " ").split() if url]
     for url in urls:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise ConfigError(f"POSTTRAIN_VLLM_URLS: {url!r} is no address of a server, such as http://127.0.0.1:8000")
+            raise ConfigError(
+                f"POSTTRAIN_VLLM_URLS: {url!r} is not the address of a server; write e.g. http://127.0.0.1:8000"
+            )
     if urls:
         return [VllmServer(url) for url in urls]
     devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
@@ -107,17 +119,17 @@ def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmSer
 
 
 def _interpreter() -> str:
-    """Absolute, but with its links, by which an environment is known."""
+    """Return the absolute path of the interpreter without resolving links, because a link identifies its virtual environment."""
     given = os.environ.get("POSTTRAIN_VLLM_PYTHON")
     python = shutil.which(given or ENVIRONMENT)
     if python is None:
         missing = (
-            f"POSTTRAIN_VLLM_PYTHON: there is no {given}"
+            f"POSTTRAIN_VLLM_PYTHON: {given} does not exist"
             if given
-            else "rollouts.engine is vllm, and no server was named"
+            else "rollouts.engine is vllm, but no server is named"
         )
         raise ConfigError(
-            f"{missing}. Make an environment for it with infra/vllm/setup.sh, or name one's interpreter in POSTTRAIN_VLLM_PYTHON,"
-            " or servers that run already in POSTTRAIN_VLLM_URLS (docs/rollouts.md)."
+            f"{missing}. Make an environment with infra/vllm/setup.sh, or set POSTTRAIN_VLLM_PYTHON to the interpreter of one,"
+            " or set POSTTRAIN_VLLM_URLS to running servers (docs/rollouts.md)."
         )
     return os.path.abspath(python)

@@ -1,4 +1,4 @@
-"""Tables of what the policy answers while it trains."""
+"""Write tables of the policy's answers during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.training.sharding import whole
 
 
 class GreedySamples:
-    """Every few steps, greedy answers to the first prompts of the training table, beside what it holds."""
+    """Every few steps, write greedy answers to the first prompts of the training table, next to the table's responses."""
 
     def __init__(
         self,

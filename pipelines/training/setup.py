@@ -1,4 +1,4 @@
-"""What the steps that hold a model share: tables, settings of the library from typed parameters, and the model card."""
+"""Helpers shared by the training steps: tables, library settings from typed parameters, and the model card."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 
 VALID = Path("data/valid")
 THREADS_FROM_PARAMETERS = 1_000_000
-"""Fewer are left to one thread. Two are 1.8 times as fast as one at 3 million, 1.5 times at 0.4 million (benchmarks/scaling.md), where
-stages side by side use the cores better."""
+"""Smaller models use one thread.
+
+Two threads are 1.8 times as fast as one at 3 million parameters, and 1.5 times at 0.4 million (benchmarks/scaling.md). Below this size,
+parallel stages use the cores better.
+"""
 
 
 Model = TypeVar("Model", bound="nn.Module")
@@ -46,14 +49,14 @@ Model = TypeVar("Model", bound="nn.Module")
 
 @dataclass(frozen=True)
 class TrainableModel(Generic[Model]):
-    """A model to train, and the adapter in it if there is one."""
+    """A model to train, and its adapter if it has one."""
 
     model: Model
     adapter: Adapter | None
 
 
 class CheckedTraining(Protocol):
-    """A section of parameters that says how often to write a checkpoint and what to do at a numerical fault."""
+    """A section of parameters with the settings for checkpoints and numerical faults."""
 
     @property
     def checkpoint(self) -> CheckpointParams: ...
@@ -63,14 +66,15 @@ class CheckedTraining(Protocol):
 
 
 def read_table(name: str) -> list[dict[str, Any]]:
-    """Rows of a validated table. Raises DataError where it is missing or empty."""
+    """Return the rows of a validated table. Raises DataError if it is missing or empty."""
     path = VALID / f"{name}.parquet"
     if not path.exists():
         raise DataError(f"no table {path}; make it with `dvc repro validate`")
     rows = read_rows(path)
     if not rows:
         raise DataError(
-            f"{path} has no rows; see the quarantine in data/quarantine and runs/validate/artifacts/validation.html"
+            f"{path} has no rows, so there is nothing to train on; see the quarantine in data/quarantine and"
+            " runs/validate/artifacts/validation.html"
         )
     return rows
 
@@ -92,7 +96,7 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
 
 
 def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
-    """Memory, threads, seeds and precision of this process, for a model of the size of `start`. The device comes from the environment."""
+    """Set memory, threads, seeds and precision of this process for a model of the size of `start`. The environment selects the device."""
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging
@@ -105,18 +109,18 @@ def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
     torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)
     torch.manual_seed(seed)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    # accelerate would leave processes without a GPU each to themselves, unless it is told that they are to use the CPU
+    # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()
     made = Accelerator(cpu=on_cpu, mixed_precision="bf16" if compute.bf16 else "no")
     if made.num_processes != world:
         raise ConfigError(
-            f"{world} processes were launched, and {made.num_processes} have found each other; start them with `accelerate launch`"
+            f"{world} processes were launched, but only {made.num_processes} are connected; start them with `accelerate launch`"
         )
     return made
 
 
 def _threads(start: Path) -> int:
-    """All cores that this process may use, its share of them among several processes; one for a model that is quicker on one."""
+    """Return all cores of this process, or its share among several processes; 1 for a small model, which is faster on one thread."""
     from posttrain.models.folders import count_parameters
 
     if count_parameters(start) < THREADS_FROM_PARAMETERS:
@@ -125,6 +129,7 @@ def _threads(start: Path) -> int:
 
 
 def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
+    """Return the library's optimiser settings."""
     from posttrain.training.trainer import OptimizerSettings
 
     return OptimizerSettings(
@@ -142,7 +147,7 @@ def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
 def apply_training_options(
     model: PreTrainedModel, params: LoraParams | None, compute: TrainingComputeParams
 ) -> Adapter | None:
-    """The model as it is to be trained: frozen around a low-rank adapter, compiled, recomputed, where the parameters ask for it."""
+    """Prepare a model for training: freeze it around a low-rank adapter, recompute activations and compile, as configured."""
     adapter = None
     if params is not None:
         from posttrain.models.lora import Adapter
@@ -160,6 +165,7 @@ def apply_training_options(
 
 
 def lora_settings(params: LoraParams) -> LoraSettings:
+    """Return the library's adapter settings."""
     from posttrain.models.lora import LoraSettings
 
     modules = params.target_modules
@@ -167,7 +173,7 @@ def lora_settings(params: LoraParams) -> LoraSettings:
 
 
 def adapter_facts(params: LoraParams | None) -> dict[str, str]:
-    """Of the model card."""
+    """Return the adapter's row of the model card."""
     return {} if params is None else {"LoRA": f"rank {params.rank}, alpha {params.alpha:g}, {params.target_modules}"}
 
 
@@ -181,7 +187,7 @@ def train(
     params: CheckedTraining,
     hook: StepHook | None = None,
 ) -> dict[str, float]:
-    """Train to the end, or with --replay do again what once failed, and leave. Returns the latest value of every metric."""
+    """Train to the end and return the latest value of every metric; with --replay, repeat a saved update and exit."""
     from posttrain.training.checkpoint import Checkpoints
     from posttrain.training.faults import Faults, repeat
     from posttrain.training.loop import LoopSettings, fit
@@ -201,7 +207,7 @@ def train(
 def merged_model(
     trainer: Trainer[Any], made: TrainableModel[Model], make: Callable[[], TrainableModel[Model]]
 ) -> TrainableModel[Model]:
-    """What was trained, with its adapter merged; made anew around the weights where those are split over processes."""
+    """Return the trained model with its adapter merged. Weights that are sharded over processes are gathered into a new model."""
     if trainer.sharded:
         weights = trainer.weights()
         made = make()
@@ -221,7 +227,7 @@ def write_model(
     adapter: Adapter | None = None,
     extra_config: dict[str, Any] | None = None,
 ) -> None:
-    """Save and record a trained model; of several processes, one does."""
+    """Save and record a trained model; only one of several processes does."""
     from posttrain.models.folders import save_model
 
     if outputs.records:
@@ -230,13 +236,13 @@ def write_model(
 
 
 def announce(context: RunContext, text: str) -> None:
-    """One line before long work starts: what will be done, in numbers."""
+    """Print one line with the amount of work before it starts."""
     if context.records:
         print(f"{context.name}: {text}", flush=True)
 
 
 def peak_memory_mib() -> float:
-    """Most memory that this process has held: on the GPU where there is one, else resident."""
+    """Return the peak memory of this process in MiB: on the GPU if there is one, else resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -245,7 +251,7 @@ def peak_memory_mib() -> float:
 
 
 def model_card(context: RunContext, title: str, start: str, about: dict[str, Any], results: dict[str, float]) -> str:
-    """The README.md of a model folder, from the run that made it. Nothing in it depends on clock or host."""
+    """Return the README.md of a model folder. It does not depend on clock or host."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in about.items())
     numbers = "\n".join(f"| {name} | {results[name]:.4g} |" for name in sorted(results))
     return (

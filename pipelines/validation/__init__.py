@@ -1,1 +1,1 @@
-"""What may enter training: suites of Great Expectations per table, policies per rule, quarantine and report."""
+"""Validate tables before training: Great Expectations suites per table, a policy per rule, quarantine and report."""

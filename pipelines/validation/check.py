@@ -1,4 +1,4 @@
-"""Policies over findings: what is kept, what is quarantined and why, and what stops the run."""
+"""Apply policies to findings: keep rows, quarantine rows with a reason, or stop the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.config.schema import RuleParams
 from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
 from pipelines.validation.leakage import prompt_keys
-from pipelines.validation.suites import Finding, Limits, Validator
+from pipelines.validation.suites import Finding, TableLimits, Validator
 from pipelines.validation.view import (
     TEMPLATE,
     Lengths,
@@ -25,7 +25,7 @@ STOP, QUARANTINE, WARN = "stop", "quarantine", "warn"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finding with the policy of its rule and the rows it is about. `notes` say more about each row."""
+    """A finding with the policy of its rule and the affected rows. `notes` describe each row further."""
 
     finding: Finding
     policy: str
@@ -34,32 +34,34 @@ class Verdict:
 
     @property
     def stops(self) -> bool:
-        """A rule that could not be checked does not let data pass, except where it would only warn."""
+        """Return True if the run must stop: the rule failed, or could not be checked and is not a mere warning."""
         unchecked = self.finding.status == "errored" and self.policy != WARN
         return unchecked or (self.finding.status == "failed" and self.policy == STOP)
 
 
 @dataclass
-class Outcome:
-    """`kept` and `quarantined` together are the rows that came in; quarantined ones carry `reason`."""
+class ValidationOutcome:
+    """The result for all tables. `kept` and `quarantined` together are the input rows; quarantined rows have a `reason`."""
 
     kept: dict[Table, list[Row]] = field(default_factory=dict)
     quarantined: dict[Table, list[Row]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
 
     def rows_in(self, table: str) -> int:
+        """Return the number of input rows of a table."""
         return sum(len(rows) for part in (self.kept, self.quarantined) for name, rows in part.items() if name == table)
 
     @property
     def stops(self) -> list[Verdict]:
+        """Return the verdicts that stop the run."""
         return [verdict for verdict in self.verdicts if verdict.stops]
 
 
 def check(
-    tables: Mapping[Table, list[Row]], rules: RuleParams, limits: Limits, lengths: Lengths, validator: Validator
-) -> Outcome:
-    """Ask every rule of every table, then leakage across all of them. Raises nothing: see `Outcome.stops`."""
-    outcome = Outcome()
+    tables: Mapping[Table, list[Row]], rules: RuleParams, limits: TableLimits, lengths: Lengths, validator: Validator
+) -> ValidationOutcome:
+    """Check every rule of every table, then leakage across all tables. Does not raise: see `ValidationOutcome.stops`."""
+    outcome = ValidationOutcome()
     for table, rows in tables.items():
         _Checker(table, rules, outcome, validator).check(rows, limits, lengths)
     if not outcome.stops:
@@ -70,12 +72,13 @@ def check(
 
 
 class _Checker:
-    """One table, one stage of rules after the other; a row leaves at the first stage that quarantines it."""
+    """Check one table in stages of rules; a row leaves at the first stage that quarantines it."""
 
-    def __init__(self, table: Table, rules: RuleParams, outcome: Outcome, validator: Validator) -> None:
+    def __init__(self, table: Table, rules: RuleParams, outcome: ValidationOutcome, validator: Validator) -> None:
         self.table, self.rules, self.outcome, self.validator = table, rules, outcome, validator
 
-    def check(self, rows: list[Row], limits: Limits, lengths: Lengths) -> None:
+    def check(self, rows: list[Row], limits: TableLimits, lengths: Lengths) -> None:
+        """Run all stages of rules on the rows."""
         self.outcome.kept[self.table], self.outcome.quarantined[self.table] = rows, []
         scores = present_scores(rows)
         columns = ["id", *required(self.table)]
@@ -110,29 +113,33 @@ class _Checker:
         for verdict in verdicts:
             for place in verdict.finding.rows if verdict.policy == QUARANTINE else ():
                 reasons.setdefault(place, []).append(f"{verdict.finding.rule} ({verdict.finding.column})")
-        _set_aside(self.outcome, self.table, rows, reasons)
+        _quarantine(self.outcome, self.table, rows, reasons)
         return any(verdict.stops for verdict in verdicts)
 
 
-def _set_aside(outcome: Outcome, table: Table, rows: list[Row], reasons: Mapping[int, Sequence[str]]) -> None:
+def _quarantine(
+    outcome: ValidationOutcome, table: Table, rows: list[Row], reasons: Mapping[int, Sequence[str]]
+) -> None:
+    """Move rows to the quarantine with their reasons."""
     outcome.quarantined[table] += [rows[i] | {"reason": "; ".join(reasons[i])} for i in sorted(reasons)]
     outcome.kept[table] = [row for i, row in enumerate(rows) if i not in reasons]
 
 
 def _policy(rules: RuleParams, rule: str) -> str:
-    """Rules without a parameter are about the table itself, and always stop."""
+    """Return the policy of a rule. A rule without a parameter is about the table itself and always stops."""
     return str(getattr(rules, rule)) if rule in RuleParams.model_fields else STOP
 
 
 def _texts(table: Table, row: Row) -> Row:
-    """A row that may be written as text: nothing is an empty text, and a wrong type that only warns is its JSON."""
+    """Return a row that can be written as text: a missing value becomes empty, a value of a wrong type becomes JSON."""
     return row | {
         name: value if isinstance(value := row[name], str | list) and value else plain(value)
         for name in required(table)
     }
 
 
-def _check_leakage(outcome: Outcome, rules: RuleParams, validator: Validator) -> None:
+def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Validator) -> None:
+    """Find training rows whose prompt is also in held-out data."""
     tables = [(table, outcome.kept[table]) for table in (*TRAINING, *HELD_OUT) if outcome.kept.get(table)]
     every = [(table, i, row) for table, rows in tables for i, row in enumerate(rows)]
     (finding,) = validator.run("all", "leakage", prompts_view(tables), suites.leakage())
@@ -154,12 +161,12 @@ def _check_leakage(outcome: Outcome, rules: RuleParams, validator: Validator) ->
         found = Finding(table, "leakage", "prompt", "failed", tuple(notes))
         outcome.verdicts.append(Verdict(found, rules.leakage, [rows[i] for i in notes], list(notes.values())))
         if rules.leakage == QUARANTINE:
-            _set_aside(outcome, table, rows, {i: [f"leakage (prompt of {note})"] for i, note in notes.items()})
+            _quarantine(outcome, table, rows, {i: [f"leakage (prompt of {note})"] for i, note in notes.items()})
 
 
-def _check_emptied(outcome: Outcome) -> None:
+def _check_emptied(outcome: ValidationOutcome) -> None:
+    """Stop if a table has no rows left."""
     for table, rows in outcome.kept.items():
         if not rows:
-            away = len(outcome.quarantined[table])
-            detail = f"all {away} rows were quarantined"
+            detail = f"all {len(outcome.quarantined[table])} rows were quarantined"
             outcome.verdicts.append(Verdict(Finding(table, "row_count", "", "failed", detail=detail), STOP, []))

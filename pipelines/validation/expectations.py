@@ -1,4 +1,4 @@
-"""Expectations that Great Expectations does not have. Importing this module registers them (and imports Great Expectations)."""
+"""Define the expectations that Great Expectations lacks. Importing this module registers them and imports Great Expectations."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from posttrain.rewards.extraction import gold_answers, gold_value
 
 
 class NotBlank(ColumnMapMetricProvider):
+    """Metric: the text has a character other than white space."""
+
     condition_metric_name = "column_values.not_blank"
     filter_column_isnull = False
 
@@ -38,12 +40,14 @@ class NotBlank(ColumnMapMetricProvider):
 
 
 class ExpectColumnValuesToNotBeBlank(ColumnMapExpectation):
-    """Text with something other than white space in it."""
+    """Expect text with a character other than white space."""
 
     map_metric: ClassVar[str] = "column_values.not_blank"
 
 
 class FirstOccurrence(ColumnMapMetricProvider):
+    """Metric: no earlier row has the same value."""
+
     condition_metric_name = "column_values.first_occurrence"
 
     @column_condition_partial(engine=PandasExecutionEngine)
@@ -52,12 +56,14 @@ class FirstOccurrence(ColumnMapMetricProvider):
 
 
 class ExpectColumnValuesToBeFirstOccurrences(ColumnMapExpectation):
-    """No value stands in an earlier row; of equal rows only the later ones are unexpected."""
+    """Expect that no earlier row has the same value; among equal rows, only the later ones are unexpected."""
 
     map_metric: ClassVar[str] = "column_values.first_occurrence"
 
 
 class IsNumber(ColumnMapMetricProvider):
+    """Metric: the reward `answer` reads the text as a number."""
+
     condition_metric_name = "column_values.is_number"
     filter_column_isnull = False
 
@@ -72,12 +78,14 @@ def _is_number(gold: str) -> bool:
 
 
 class ExpectColumnValuesToBeNumbers(ColumnMapExpectation):
-    """Text that the reward `answer` reads as a number."""
+    """Expect text that the reward `answer` reads as a number."""
 
     map_metric: ClassVar[str] = "column_values.is_number"
 
 
 class PairDiffers(ColumnPairMapMetricProvider):
+    """Metric: the two values of a row differ."""
+
     condition_metric_name = "column_pair_values.differ"
     condition_domain_keys = (
         "batch_id", "table", "column_A", "column_B", "row_condition", "condition_parser", "ignore_row_if",
@@ -89,16 +97,18 @@ class PairDiffers(ColumnPairMapMetricProvider):
 
 
 class ExpectColumnPairValuesToDiffer(ColumnPairMapExpectation):
-    """The two values of every row are not the same."""
+    """Expect that the two values of every row differ."""
 
     ignore_row_if: Literal["both_values_are_missing", "either_value_is_missing", "neither"] = "both_values_are_missing"
     map_metric: ClassVar[str] = "column_pair_values.differ"
-    # the metric cannot be computed without `ignore_row_if`, and gets it only from here
+    # The metric needs `ignore_row_if` and receives it only through success_keys.
     success_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B", "ignore_row_if", "mostly")
     args_keys: ClassVar[tuple[str, ...]] = ("column_A", "column_B")
 
 
 class EquationAgrees(ColumnPairMapMetricProvider):
+    """Metric: the answer does not contradict the equation."""
+
     condition_metric_name = "column_pair_values.equation_agrees"
     condition_domain_keys = PairDiffers.condition_domain_keys
 
@@ -109,13 +119,13 @@ class EquationAgrees(ColumnPairMapMetricProvider):
 
 
 def _contradicts(answer: str, equation: str) -> bool:
-    """Nothing is said of an equation that is no arithmetic, or of an answer that is no number."""
-    value, said = expression_value(equation), answer_value(answer)
-    return value is not None and said is not None and value != said
+    """Return True if both are numbers and differ; an equation that is not arithmetic is never contradicted."""
+    value, given = expression_value(equation), answer_value(answer)
+    return value is not None and given is not None and value != given
 
 
 class ExpectColumnPairAnswerToSolveEquation(ColumnPairMapExpectation):
-    """The answer in A is the value of the equation in B."""
+    """Expect that the answer in A is the value of the equation in B."""
 
     ignore_row_if: Literal["both_values_are_missing", "either_value_is_missing", "neither"] = "either_value_is_missing"
     map_metric: ClassVar[str] = "column_pair_values.equation_agrees"
@@ -124,7 +134,7 @@ class ExpectColumnPairAnswerToSolveEquation(ColumnPairMapExpectation):
 
 
 class SharedPrompts(TableMetricProvider):
-    """Positions of training rows whose `prompt_key` stands in a held-out row too."""
+    """Metric: positions of training rows whose `prompt_key` is also in a held-out row."""
 
     metric_name = "table.shared_prompts"
 
@@ -137,7 +147,7 @@ class SharedPrompts(TableMetricProvider):
 
 
 class ExpectTrainingPromptsToNotBeHeldOut(BatchExpectation):
-    """No prompt of a training table stands in a held-out table, compared without case, spacing and punctuation."""
+    """Expect that no training prompt is in a held-out table, compared by `prompt_key`."""
 
     metric_dependencies = ("table.shared_prompts",)
     success_keys: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""What prompts of training and held-out rows are compared by."""
+"""Form in which prompts of training and held-out rows are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stopped validation says: table, column, rule, count, the first rows, and what to do next."""
+"""Write the messages of a stopped validation: table, column, rule, count, first rows, and the next step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.tables import Row, plain
-from pipelines.validation.check import Outcome, Verdict
+from pipelines.validation.check import ValidationOutcome, Verdict
 from posttrain.errors import DataError, LeakageError
 
 _WIDTH = 90
 _BEFORE = 18
-"""Characters shown before the place where rows differ."""
+"""Number of characters shown before the position at which rows differ."""
 
 
-def refuse(outcome: Outcome, shown: int, report: Path) -> None:
-    """Raise DataError (LeakageError where leakage is all there is) if a rule stops the run."""
+def refuse(outcome: ValidationOutcome, shown: int, report: Path) -> None:
+    """Raise DataError if a rule stops the run, or LeakageError if leakage is the only reason."""
     stops = outcome.stops
     if not stops:
         return
@@ -25,29 +25,28 @@ def refuse(outcome: Outcome, shown: int, report: Path) -> None:
     raise kind("\n".join([*paragraphs(outcome, shown), f"The full report: {report}"]))
 
 
-def paragraphs(outcome: Outcome, shown: int) -> list[str]:
-    """What each rule that stops the run says."""
+def paragraphs(outcome: ValidationOutcome, shown: int) -> list[str]:
+    """Return one paragraph for each rule that stops the run."""
     return [_paragraph(verdict, outcome, shown) for verdict in outcome.stops]
 
 
-def _paragraph(verdict: Verdict, outcome: Outcome, shown: int) -> str:
+def _paragraph(verdict: Verdict, outcome: ValidationOutcome, shown: int) -> str:
+    """Return the paragraph of one rule."""
     finding = verdict.finding
-    where = (
+    subject = (
         f"table {finding.table}" + (f", column {finding.column}" if finding.column else "") + f", rule {finding.rule}"
     )
     if finding.status == "errored":
-        return f"{where}: could not be checked: {finding.detail}. Mend the data, or set validation.rules.{finding.rule} to warn."
+        return f"{subject}: could not be checked: {finding.detail}. Correct the data, or set validation.rules.{finding.rule} to warn."
     if finding.rule in ("row_count", "columns"):
-        return f"{where}: {_structure(verdict)}"
+        return f"{subject}: {_structure(verdict)}"
     total = outcome.rows_in(finding.table)
     rows = "".join(f"\n  {line}" for line in examples(verdict, shown))
-    return (
-        f"{where} (stop): {len(verdict.rows)} of {total} rows. First rows:{rows}\n{_next(finding.rule, finding.table)}"
-    )
+    return f"{subject} (stop): {len(verdict.rows)} of {total} rows. First rows:{rows}\n{_next(finding.rule, finding.table)}"
 
 
 def examples(verdict: Verdict, shown: int) -> list[str]:
-    """Return the first unexpected rows, one line each, from where their values begin to differ."""
+    """Return the first unexpected rows, one line each, starting near the position at which their values differ."""
     rows = verdict.rows[:shown]
     notes = (verdict.notes or [""] * len(rows))[:shown]
     if verdict.finding.rule == "chat_template":
@@ -63,45 +62,47 @@ def examples(verdict: Verdict, shown: int) -> list[str]:
 
 
 def _value(row: Row, column: str) -> Any:
+    """Return the shown value of a row."""
     return plain(row[column]) if isinstance(row.get(column), str | list | None) else row[column]
 
 
 def _first_difference(values: Sequence[Any]) -> int:
-    """Return where to begin showing texts that share a long beginning, such as a system prompt; else 0."""
+    """Return the position from which to show texts with a long common start, such as a system prompt; else 0."""
     texts = sorted({value for value in values if isinstance(value, str)})
     if len(texts) < 2:
         return 0
-    # in sorted order, what the first and the last text share is shared by all
+    # In sorted order, the common start of the first and the last text is common to all.
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False)))
     return shared - _BEFORE if shared > _WIDTH // 2 else 0
 
 
 def _cut(value: Any, start: int) -> str:
+    """Return a value, shortened at both ends."""
     text = repr(value if not start or not isinstance(value, str) else "..." + value[start:])
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def _structure(verdict: Verdict) -> str:
+    """Return the message for a missing column or an empty table."""
     if verdict.finding.rule == "columns":
         return "the column is missing. Make the table again with `dvc repro ingest`, or map it in data.*.columns."
-    said = verdict.finding.detail
-    return (f"{said}; nothing is left. See data.*.source and the limits under validation." if "quarantined" in said
-            else "the table has no rows. Give data.*.source one that has, or raise data.*.rows.")  # fmt: skip
+    detail = verdict.finding.detail
+    return (f"{detail}, so no row is left. Check data.*.source and the limits under validation." if "quarantined" in detail
+            else "the table has no rows. Set data.*.source to a source with rows, or raise data.*.rows.")  # fmt: skip
 
 
 def _next(rule: str, table: str) -> str:
+    """Return the next step for a rule."""
     if rule == "leakage":
         return (
-            "A score on prompts that were trained on says nothing about others. Take another source for"
+            "Training on held-out prompts would inflate the score. Use a different source for"
             f" data.{table} or for the held-out table, or set validation.rules.leakage to quarantine to remove these training rows."
         )
-    return (
-        f"Correct the source, or set validation.rules.{rule} to quarantine (set such rows aside) or warn (keep them)."
-    )
+    return f"Correct the source, or set validation.rules.{rule} to quarantine (remove these rows) or warn (keep them)."
 
 
-def summary(outcome: Outcome) -> dict[str, float]:
-    """Rows in, valid and quarantined per table; rows that each rule found, over its columns."""
+def summary(outcome: ValidationOutcome) -> dict[str, float]:
+    """Return the rows in, valid and quarantined per table, and the rows that each rule found."""
     numbers: dict[str, float] = {}
     for table in sorted(outcome.kept):
         kept, away = len(outcome.kept[table]), len(outcome.quarantined[table])
@@ -113,6 +114,7 @@ def summary(outcome: Outcome) -> dict[str, float]:
 
 
 def by_rule(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], list[Verdict]]:
+    """Group the verdicts by table and rule."""
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault((verdict.finding.table, verdict.finding.rule), []).append(verdict)

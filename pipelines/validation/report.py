@@ -1,4 +1,4 @@
-"""The validation report: one HTML page without scripts, clock or network. Every text of the data is escaped."""
+"""Render the validation report: one HTML page without scripts, clock or network. All text from the data is escaped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipelines.validation.check import Outcome, Verdict
+from pipelines.validation.check import ValidationOutcome, Verdict
 from pipelines.validation.masks import Part
 from pipelines.validation.messages import by_rule, examples
 
@@ -23,7 +23,7 @@ mark{background:#aceebb}
 
 
 def page(
-    outcome: Outcome,
+    outcome: ValidationOutcome,
     shown: int,
     changes: Mapping[str, Mapping[str, int]] | None = None,
     samples: Sequence[Sample] = (),
@@ -59,7 +59,7 @@ def _part(text: str, trained: bool) -> str:
     return f"<mark>{shown}</mark>" if trained else shown
 
 
-def _tables(outcome: Outcome) -> str:
+def _tables(outcome: ValidationOutcome) -> str:
     rows = [
         _cells([table, len(kept) + len(outcome.quarantined[table]), len(kept), len(outcome.quarantined[table])])
         for table, kept in sorted(outcome.kept.items())
@@ -67,13 +67,15 @@ def _tables(outcome: Outcome) -> str:
     return f"<h2>Tables</h2><table><tr><th>table<th>rows in<th>valid<th>quarantined</tr>{''.join(rows)}</table>"
 
 
-def _rules(outcome: Outcome, shown: int) -> str:
+def _rules(outcome: ValidationOutcome, shown: int) -> str:
+    """Return the table of rules."""
     rows = [_rule(*name, verdicts, shown) for name, verdicts in by_rule(outcome.verdicts).items()]
     head = "<tr><th>table<th>rule<th>policy<th>status<th>rows<th>first rows</tr>"
     return f"<h2>Rules</h2><table>{head}{''.join(rows)}</table>"
 
 
 def _rule(table: str, rule: str, verdicts: list[Verdict], shown: int) -> str:
+    """Return one row of the table of rules."""
     states = {verdict.finding.status for verdict in verdicts}
     status = next(s for s in ("errored", "failed", "passed") if s in states)
     css = "stop" if any(verdict.stops for verdict in verdicts) else status
@@ -85,10 +87,12 @@ def _rule(table: str, rule: str, verdicts: list[Verdict], shown: int) -> str:
 
 
 def _details(verdict: Verdict) -> list[str]:
-    told = verdict.finding.status == "errored" or verdict.finding.rule == "row_count"
-    return [verdict.finding.detail] if told and verdict.finding.detail else []
+    """Return the finding's detail if it is of interest."""
+    relevant = verdict.finding.status == "errored" or verdict.finding.rule == "row_count"
+    return [verdict.finding.detail] if relevant and verdict.finding.detail else []
 
 
 def _cells(values: list[Any], close: bool = True) -> str:
+    """Return cells of a table row."""
     cells = "".join(f'<td class="n">{v}' if isinstance(v, int) else f"<td>{escape(str(v))}" for v in values)
     return f"<tr>{cells}" + ("</tr>" if close else "")

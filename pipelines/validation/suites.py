@@ -1,4 +1,4 @@
-"""Suites of expectations per table, and their results as findings. The only place that runs Great Expectations."""
+"""Build suites of expectations per table, and run Great Expectations. No other module runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Expectation = Any
 
 @dataclass(frozen=True)
 class Finding:
-    """What one expectation said. `rows`: positions of unexpected rows; `detail`: what was observed, or why it raised."""
+    """The result of one expectation. `rows` are positions of unexpected rows; `detail` is the observed value or the exception."""
 
     table: str
     rule: str
@@ -40,8 +40,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the rules compare with. `numeric_answer`: a gold answer must be a number, not just text."""
+class TableLimits:
+    """TableLimits of the rules. `numeric_answer`: a gold answer must be a number, not only text."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
@@ -55,7 +55,7 @@ def structure(columns: Sequence[str]) -> list[Expectation]:
 
 
 def types(table: Table, scores: Sequence[str]) -> list[Expectation]:
-    """A length check passes on a boolean, so types are asked before content."""
+    """Return the expectations about types. They come before content, because a length check passes on a boolean."""
     texts = [
         ExpectColumnValuesToBeInSet(
             column=f"{name}_type",
@@ -68,8 +68,8 @@ def types(table: Table, scores: Sequence[str]) -> list[Expectation]:
     return texts + given
 
 
-def content(table: Table, limits: Limits, columns: Collection[str]) -> list[Expectation]:
-    """Rules about single rows of the right type; `columns` are those that the view has."""
+def content(table: Table, limits: TableLimits, columns: Collection[str]) -> list[Expectation]:
+    """Return the rules about single rows with valid types; `columns` are the view's columns."""
     suite: list[Expectation] = [
         own.ExpectColumnValuesToNotBeBlank(column=name, meta=_meta("empty_text", name)) for name in TEXT[table]
     ]
@@ -103,6 +103,7 @@ def content(table: Table, limits: Limits, columns: Collection[str]) -> list[Expe
 
 
 def leakage() -> list[Expectation]:
+    """Return the expectation about shared prompts."""
     return [own.ExpectTrainingPromptsToNotBeHeldOut(meta=_meta("leakage", "prompt"))]
 
 
@@ -116,7 +117,7 @@ class Validator:
         self.source = self.context.data_sources.add_pandas("tables")
 
     def run(self, table: str, stage: str, frame: pd.DataFrame, suite: Sequence[Expectation]) -> list[Finding]:
-        """One finding per expectation, in the suite's order."""
+        """Return one finding per expectation, in the order of the suite."""
         name = f"{table}-{stage}"
         data = self.source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
         held = self.context.suites.add(gx.ExpectationSuite(name=name, expectations=list(suite)))
@@ -127,21 +128,23 @@ class Validator:
             if len(frame)
             else "BASIC",
         )
-        asked = {(e.meta["rule"], e.meta["column"]): place for place, e in enumerate(suite)}
-        return sorted((_finding(table, result) for result in outcome.results), key=lambda f: asked[f.rule, f.column])
+        order = {(e.meta["rule"], e.meta["column"]): place for place, e in enumerate(suite)}
+        return sorted((_finding(table, result) for result in outcome.results), key=lambda f: order[f.rule, f.column])
 
     def _discard_default_site(self) -> None:
-        """The context makes a site of its own in a temporary folder, and leaves the folder behind."""
+        """Remove the site that the context creates in a temporary folder, which it would leave behind."""
         for name, site in list((self.context.variables.data_docs_sites or {}).items()):
             shutil.rmtree(site["store_backend"]["base_directory"], ignore_errors=True)
             self.context.delete_data_docs_site(name)
 
 
 def _differ(first: str, second: str, rule: str) -> Expectation:
+    """Return the expectation that two columns differ."""
     return own.ExpectColumnPairValuesToDiffer(column_A=first, column_B=second, meta=_meta(rule, second))
 
 
-def _length(name: str, limits: Limits) -> Expectation:
+def _length(name: str, limits: TableLimits) -> Expectation:
+    """Return the expectation about a column's number of tokens."""
     rule, most = (
         ("prompt_length", limits.max_prompt_tokens)
         if name == "prompt"
@@ -151,22 +154,24 @@ def _length(name: str, limits: Limits) -> Expectation:
 
 
 def _meta(rule: str, column: str) -> dict[str, str]:
+    """Return the rule and column of an expectation."""
     return {"rule": rule, "column": column}
 
 
 def _finding(table: str, result: Any) -> Finding:
+    """Convert a result of Great Expectations."""
     meta = result.expectation_config.meta
-    where = (table, meta["rule"], meta["column"])
+    subject = (table, meta["rule"], meta["column"])
     raised = sorted(set(_exceptions(result.exception_info)))
     if raised:
-        return Finding(*where, "errored", detail="; ".join(raised))
+        return Finding(*subject, "errored", detail="; ".join(raised))
     rows = tuple(sorted({_position(entry) for entry in result.result.get("unexpected_index_list") or ()}))
     observed = result.result.get("observed_value")
-    return Finding(*where, "passed" if result.success else "failed", rows, "" if observed is None else str(observed))
+    return Finding(*subject, "passed" if result.success else "failed", rows, "" if observed is None else str(observed))
 
 
 def _exceptions(info: Any) -> Iterator[str]:
-    """A result says that it raised either directly or by metric."""
+    """Yield the exceptions of a result, which are stored directly or by metric."""
     if not info:
         return
     if "raised_exception" not in info:
@@ -177,4 +182,5 @@ def _exceptions(info: Any) -> Iterator[str]:
 
 
 def _position(entry: Any) -> int:
+    """Return the row's position in an entry of a result."""
     return int(entry[POSITION] if isinstance(entry, dict) else entry)

@@ -1,4 +1,4 @@
-"""What the expectations look at: one frame per table with every fact about a row in a column of a plain type."""
+"""Build the data frames that expectations check: one per table, with every fact about a row in a column of a simple type."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Lengths(Protocol):
 
 
 def structure_view(rows: Sequence[Row]) -> pd.DataFrame:
-    """The columns as they came."""
+    """Return the columns unchanged."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
 
 
 def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
-    """`{column}_type` of every text column; scores as they are."""
+    """Return `{column}_type` of every text column, and the scores."""
     columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
     for name in typed_columns(table):
         columns[f"{name}_type"] = pd.Series([kind(row[name]) for row in rows], dtype=object)
@@ -57,7 +57,7 @@ def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.DataFrame:
-    """Plain text, tokens, scores, weight, answer and a key of the whole row."""
+    """Return text, token counts, scores, weight, answer, and a key of the whole row."""
     columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
     for name in TEXT[table]:
         columns[name] = pd.Series([_judged(row[name], name) for row in rows], dtype=object)
@@ -79,7 +79,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
 
 
 def _judged(value: Any, name: str) -> str:
-    """Return the text that rules look at: nothing for a completion in which no assistant says anything."""
+    """Return the text that rules look at: nothing for a completion without an assistant's text."""
     text = plain(value)
     if name == "prompt" or not isinstance(value, list):
         return text
@@ -122,15 +122,17 @@ def prompts_view(tables: Sequence[tuple[Table, Sequence[Row]]]) -> pd.DataFrame:
 
 
 def typed_columns(table: Table) -> tuple[str, ...]:
+    """Return the columns whose type is checked."""
     return (*TEXT[table], "answer") if table in ANSWERED else TEXT[table]
 
 
 def present_scores(rows: Sequence[Row]) -> list[str]:
+    """Return the score columns that the rows have."""
     return [name for name in SCORES if rows and name in rows[0]]
 
 
 def kind(value: Any) -> str:
-    """text, messages, missing, or the JSON type that stands where text belongs."""
+    """Return text, messages, missing, or the JSON type of a wrong value."""
     if value is None:
         return "missing"
     if isinstance(value, str):
@@ -142,5 +144,5 @@ def kind(value: Any) -> str:
 
 
 def _whole(row: Row) -> str:
-    """Everything but where the row came from."""
+    """Return the row as a key, without its origin."""
     return json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _ANCHORS = ("\n", "=", "(", "0", "a")
 _SPACES = ("\u2581", "\u0120")
-"""What tokenizers write for a space that they put before the first word."""
+"""Characters that tokenizers write for a space before the first word."""
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Render a conversation once and find which characters of it are trained.
 
 A turn's text is found by rendering the conversation up to it (prefix rendering). Templates that render history differently, e.g.
-without its reasoning, are asked with two stand-ins for the turn's content: what changes is the content. `{% generation %}` marks
+without its reasoning, are asked with two stand-ins for the turn's content: only the content changes. `{% generation %}` marks
 are used if both fail, or if only they are asked for. A row for which nothing is exact is refused.
 
 Example:
@@ -128,7 +128,7 @@ class ChatTemplate:
     def _by_stand_ins(
         self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
     ) -> tuple[int, int] | None:
-        """Find the content by what changes with it, the turn's opening by the generation prompt, its closing by the last turn's."""
+        """Find the content by its changes, the turn's opening by the generation prompt, its closing by the last turn's."""
         content = messages[turn].get("content")
         if not isinstance(content, str) or not content.strip() or any(messages[turn].get(f) for f in _OTHER_FIELDS):
             return None
@@ -148,7 +148,7 @@ class ChatTemplate:
         return None if opened is None else (opened, stop + len(alone[1]))
 
     def _opening(self, before: Sequence[Message], full: str, content: int, tools: list[Any] | None) -> int | None:
-        """Return where the answer begins: after what generation prompt and conversation share, at its content at the latest."""
+        """Return where the answer begins: after the common start of generation prompt and conversation, at its content at the latest."""
         if not before:
             return content
         history, asked = self._try(before, tools), self._try(before, tools, generate=True)

@@ -41,12 +41,12 @@ class Tokens:
 
     @property
     def loss_tokens(self) -> int:
-        """The number of response tokens that carry loss."""
+        """Return the number of response tokens that carry loss."""
         return len(self.response) if self.weights is None else sum(weight != 0 for weight in self.weights)
 
     @property
     def loss_weight(self) -> float:
-        """The sum of the response tokens' weights."""
+        """Return the sum of the response tokens' weights."""
         return float(len(self.response)) if self.weights is None else sum(self.weights)
 
 

@@ -115,7 +115,7 @@ def _unit(sides: list[Floats]) -> float:
 
 
 def _excess(table: Floats) -> tuple[NDArray[np.float64], int]:
-    """Return the variance of the mean over runs beyond what the rest explains, [...], and the number of seeds."""
+    """Return the variance of the mean over runs beyond the part that the rest explains, [...], and the number of seeds."""
     prompts, seeds = table.shape[-2:]
     runs = table.mean(-2)
     rest = table - table.mean(-1, keepdims=True) - runs[..., None, :] + table.mean((-1, -2), keepdims=True)

@@ -72,7 +72,7 @@ def load_new_scorer(source: str | Path) -> PreTrainedModel:
 def scoring_pad(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a pad token for a reward model's folder.
 
-    transformers reads a score at the last token that is not pad, and rows end with the end of sequence: pad must be another token.
+    transformers reads a score at the last token that is not pad, and rows end with the end of sequence: pad must be a different token.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return str(tokenizer.pad_token)

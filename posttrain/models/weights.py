@@ -45,7 +45,7 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
     A known wrapper's prefix is stripped from the names of the weights if that makes the model whole; a line on stderr reports it.
 
     Raises:
-        ModelError: weights are missing, left over, of another shape or not finite, or the folder cannot be loaded.
+        ModelError: weights are missing, left over, of a different shape or not finite, or the folder cannot be loaded.
     """
     check_folder(source)
     model, info = _loaded(kind, source, **options)
@@ -191,7 +191,7 @@ def _faults(info: Mapping[str, Any]) -> str:
     groups = {
         "missing": sorted(info["missing_keys"]),
         "not part of it": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(mismatched),
+        "of a different shape": sorted(mismatched),
         "unreadable": list(info["error_msgs"]),
     }
     return "; ".join(

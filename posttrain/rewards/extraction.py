@@ -106,7 +106,7 @@ def number_value(text: str) -> Fraction | None:
 
 
 def gold_value(gold: str) -> Fraction | None:
-    """Return the value of a gold answer: a number, alone or after a marker."""
+    """Return the value of a gold answer: a number, by itself or after a marker."""
     alone = number_value(gold)
     marked = strict(gold) if alone is None else None
     return number_value(marked) if marked is not None else alone
@@ -139,7 +139,7 @@ def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
 
 
 def _marked(completion: str) -> str | None:
-    """Return what follows the last marker, on its line or in its box."""
+    """Return the text after the last marker, on its line or in its box."""
     text = _cleaned(completion)
     found = [(m.start(), m["after"]) for pattern in (_HASH, _WORD) for m in pattern.finditer(text) if _is_marker(m)]
     found += [(m.start(), _braced(text, m.end())) for m in _BOXED.finditer(text)]

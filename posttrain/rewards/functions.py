@@ -35,7 +35,7 @@ def answer(
 ) -> list[float | None]:
     """Return 1 if the completion's answer equals the gold answer, else 0, also if none was found.
 
-    extract: strict takes only what follows a marker such as `####` or "the answer is"; flexible else takes the last number.
+    extract: strict takes only the text after a marker such as `####` or "the answer is"; flexible else takes the last number.
     kind: number, choice (a letter) or text.
     """
     if extract not in EXTRACTS or kind not in ANSWER_KINDS:

@@ -170,7 +170,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
-    """Return what autocast would cast, in bfloat16: float32 parameters of two or more dimensions, except embeddings."""
+    """Return the tensors that autocast would cast to bfloat16: float32 parameters of two or more dimensions, except embeddings."""
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return {
         name: parameter.to(torch.bfloat16)

@@ -253,7 +253,7 @@ def _is_trained(answer: ScoredAnswer, spec: OnPolicy) -> bool:
 
 
 def _informative_members(answers: Sequence[ScoredAnswer], spec: OnPolicy) -> Tensor:
-    """Return False [answers] for groups whose trained members all have the same task reward: shaping alone would raise equal answers."""
+    """Return False [answers] for groups whose trained members all have the same task reward: only shaping would raise equal answers."""
     trained: dict[int, set[float]] = {}
     for answer in answers:
         if _is_trained(answer, spec) and not math.isnan(answer.task):

@@ -35,7 +35,7 @@ def test_a_server_that_is_away_is_told_in_words(
         assert main("compare", "", lambda _: None, add_stages, ["--root", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: the Prefect server at ")
-    assert "127.0.0.1:9/api (PREFECT_API_URL) does not answer" in printed
+    assert "127.0.0.1:9/api (PREFECT_API_URL) does not respond" in printed
     assert "a-password" not in printed
 
 
@@ -43,7 +43,7 @@ def test_a_root_that_is_no_project_is_told_and_left_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main("compare", "", lambda _: None, add_stages, ["--root", str(tmp_path / "typo")]) == 2
-    assert "typo is no project: --root names the folder" in capsys.readouterr().err
+    assert "typo is not a project: it has no params.yaml. Set --root" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -82,7 +82,7 @@ def test_a_failure_stops_only_its_dependants_and_the_webhook_is_told(
     assert "stage broken failed: error: no such reward" in body["text"]
     message = str(failure.value)
     assert "stage broken failed: error: no such reward" in message
-    assert message.endswith("not started, because they depend on it: after_broken")
+    assert message.endswith("not started, because they depend on a failed stage: after_broken")
     assert sorted(times(workspace)) == ["join", "side-left", "side-right", "start"]
     assert "broken                   FAILED" in capsys.readouterr().out
 

@@ -83,8 +83,8 @@ def test_a_run_that_was_killed_is_marked_crashed_by_the_next_one(
         state = client.read_flow_run(killed.id).state
         assert state is not None
         assert state.is_crashed()
-        assert state.message == "The process of this run is gone; the next run goes on from its checkpoints."
-        assert f"flow run {killed.name} was killed: marked Crashed" in capsys.readouterr().out
+        assert state.message == "The process of this run is gone; the next run continues from its checkpoints."
+        assert f"flow run {killed.name} was killed, and is now marked Crashed" in capsys.readouterr().out
 
         path.write_text(ended)
         identity(str(workspace))
@@ -112,4 +112,4 @@ def test_who_may_wait_gets_his_turn_and_who_may_not_is_refused(
         began = time.monotonic()
         patient(str(workspace))
         assert time.monotonic() - began > 2
-    assert f"waits: another flow is running in {workspace} (process {holder.pid})" in capsys.readouterr().out
+    assert f"waiting: a flow is already running in {workspace} (process {holder.pid})" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_a_signal_ends_the_stage_and_all_its_processes(long: Path, prefect_url: 
     output = flow.communicate(timeout=60)[0]
     assert time.monotonic() - signalled < 10
     assert flow.returncode == 143, output
-    assert f"stopped by {number.name}; finished stages are kept, the next run goes on" in output
+    assert f"stopped by {number.name}; finished stages are kept, and the next run continues" in output
     assert not any(running(pid) for pid in pids)
     assert not (long / "after.txt").exists()
 
@@ -98,7 +98,7 @@ def test_a_run_that_is_cancelled_in_prefect_stops_its_stage_and_says_so(long: Pa
         state = client.read_flow_run(identity).state
     assert flow.returncode == 143, output
     assert "long                     stopped: long was stopped; its checkpoint is kept" in output
-    assert "\ncancelled in Prefect; finished stages are kept, the next run goes on\n" in output
+    assert "\ncancelled in Prefect; finished stages are kept, and the next run continues\n" in output
     assert state is not None
     assert state.is_cancelled()
     assert not any(running(pid) for pid in pids)
@@ -114,7 +114,7 @@ def test_a_killed_flow_leaves_no_stage_and_no_server_behind(long: Path) -> None:
     refused = start(long, None)
     output = refused.communicate(timeout=60)[0]
     assert refused.returncode == 2, output
-    assert f"another flow is running in {long} (process {flow.pid})" in output
+    assert f"a flow is already running in {long} (process {flow.pid})" in output
     flow.kill()
     flow.communicate()
     until(lambda: not any(running(pid) for pid in pids), 30)

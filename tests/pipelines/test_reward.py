@@ -49,5 +49,5 @@ def test_without_scores_it_says_which_option_needs_them(options: dict[str, Any])
 
 
 def test_a_response_that_fills_the_context_is_refused_by_row() -> None:
-    with pytest.raises(DataError, match="preference row 3: a response of 16 tokens leaves no room"):
+    with pytest.raises(DataError, match="preference row 3: a response of 16 tokens leaves no space"):
         reward_pairs(ENCODER, [ROW | {"rejected": "x" * 15}])

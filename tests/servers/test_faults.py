@@ -50,7 +50,7 @@ def test_the_databases_come_back_as_they_were_backed_up(scene: Scene, tmp_path: 
     assert scene.aliases() != before
     done = scene.clone.run("infra.servers", "restore", str(tmp_path / "dumps"), check=False, **scene.environment)
     assert done.returncode == 2
-    assert "worker, prefect, mlflow would write into a database that is being replaced" in done.stderr
+    assert "worker, prefect, mlflow would write into a database during its replacement" in done.stderr
     scene.command("infra.servers", "stop", "worker", "prefect", "mlflow")
     torn = shutil.copytree(tmp_path / "dumps", tmp_path / "torn")
     (torn / "mlflow_auth.dump").write_bytes(b"")

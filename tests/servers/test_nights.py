@@ -73,7 +73,7 @@ def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> Non
     lock = (scene.root / "dvc.lock").read_bytes()
     flow = (scene.root / ".posttrain/flow.json").read_bytes()
     run = scene.fire()
-    log = scene.completed(run, "nothing new, nothing to decide: version 1 (dpo-0) is champion")
+    log = scene.completed(run, "nothing new to decide: version 1 (dpo-0) is champion")
     assert "nothing to do: all" in log
     assert (scene.root / "dvc.lock").read_bytes() == lock
     assert (scene.root / ".posttrain/flow.json").read_bytes() == flow

@@ -73,7 +73,7 @@ def at_work(clone: Clone, home: Path, *command: str) -> Iterator[tuple[psutil.Pr
 
 def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
     with at_work(clone, tmp_path, "flows.serve", "--port", "0") as (process, said):
-        pages = said(r"pages: (http://127\.0\.0\.1:\d+)", 90)
+        pages = said(r"Prefect: (http://127\.0\.0\.1:\d+)", 90)
         assert addresses(family(process)) == {"127.0.0.1"}
         (clone.root / "inbox" / "preferences").mkdir(parents=True)
         (clone.root / "inbox" / "preferences" / "more.jsonl").write_text(
@@ -100,8 +100,8 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
 def test_ui_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
     with at_work(clone, tmp_path, "pipelines.commands.ui", "--port", "0", "--prefect-port", "0") as (process, said):
         for name in ("MLflow", "Prefect"):
-            base = said(rf"{name} answers at (http://127\.0\.0\.1:\d+)", 120)
+            base = said(rf"{name} runs at (http://127\.0\.0\.1:\d+)", 120)
             with urlopen(base, timeout=30) as page:
                 assert b"<html" in page.read().lower()
-        said("(Ctrl-C) stops them", 30)
+        said("(Ctrl-C) stops the servers", 30)
         assert addresses(family(process)) == {"127.0.0.1"}

@@ -38,7 +38,7 @@ def test_a_target_brings_what_it_needs_and_a_change_what_depends_on_it() -> None
     assert list(needed_for(dag, [])) == ["a", "b", "c", "d"]
     assert stale(dag, {"b"}) == {"b", "d"}
     assert stale(dag, set()) == set()
-    with pytest.raises(OrchestrationError, match=r"no stage 'e' in dvc\.yaml"):
+    with pytest.raises(OrchestrationError, match=r"dvc\.yaml has no stage 'e'"):
         needed_for(dag, ["e"])
 
 

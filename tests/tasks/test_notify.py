@@ -51,9 +51,9 @@ def test_a_webhook_that_fails_or_is_away_fails_nothing(
         monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
         assert not notify("refused", "x", {})
     printed = capsys.readouterr().out
-    assert "the webhook was not told of `failed`: HTTP Error 500" in printed
+    assert "the webhook did not receive `failed`: HTTP Error 500" in printed
     for event in ("promoted", "waiting", "refused"):
-        assert f"the webhook was not told of `{event}`" in printed
+        assert f"the webhook did not receive `{event}`" in printed
     assert "not-for-logs" not in printed
     monkeypatch.delenv("POSTTRAIN_WEBHOOK")
     assert not notify("promoted", "x", {})

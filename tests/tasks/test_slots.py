@@ -43,7 +43,7 @@ def test_more_slots_than_devices_share_them_in_turn(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_a_nonsensical_number_of_slots_is_refused(text: str) -> None:
-    with pytest.raises(OrchestrationError, match="whole number from 1"):
+    with pytest.raises(OrchestrationError, match="whole number of at least 1"):
         machine_slots({"POSTTRAIN_SLOTS": text, "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -108,7 +108,7 @@ def test_a_stage_of_two_processes_takes_two_devices(
     assert [slot.device for slot in machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0,1,2"})] == [
         "GPU-aaaa,MIG-b1"
     ]
-    with pytest.raises(OrchestrationError, match="2 processes a stage, and there are 1 devices"):
+    with pytest.raises(OrchestrationError, match="2 processes per stage, but this machine has 1 devices"):
         machine_slots(two_processes | {"CUDA_VISIBLE_DEVICES": "0"})
     cores = two_processes | {"CUDA_VISIBLE_DEVICES": "", "POSTTRAIN_SLOTS": "2"}
     assert machine_slots(cores) == [Slot(("cpu-0", "cpu-1"), None), Slot(("cpu-2", "cpu-3"), None)]

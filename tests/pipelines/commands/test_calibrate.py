@@ -52,6 +52,6 @@ def test_without_two_seeds_the_plan_says_how_to_find_out(
     assert "set project.seeds to [0, 1] and run `make demo`" in power(params_with(root, [0]))
     with pytest.raises(DataError, match=r"project\.seeds has 1 seed; copies of an algorithm are runs with other seeds"):
         tables(params_with(root, [0]))
-    with pytest.raises(DataError, match="the report needs runs that are not there"):
+    with pytest.raises(DataError, match="the report needs runs that do not exist"):
         tables(params_with(root, [0, 1]))
     assert np.isfinite(replace(Spread(0.1, 0.1, 0.1), run=0.0).smallest_difference(2, 10))

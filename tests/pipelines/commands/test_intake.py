@@ -10,10 +10,9 @@ import pytest
 
 from pipelines.commands import intake
 from pipelines.commands.configure import configure
-from pipelines.commands.intake import Taken, take_in
+from pipelines.commands.intake import IntakeResult, take_in
 from pipelines.config.params import load_params
-from pipelines.data.inbox_folder import FolderInbox
-from pipelines.data.open_inbox import open_inbox
+from pipelines.data.inbox_folder import FolderInbox, open_inbox
 from pipelines.data.sources import accepted_files, table_rows
 from pipelines.ingest import split_tables
 from pipelines.validation.leakage import shown_prompt
@@ -44,7 +43,7 @@ def put(folder: Path, name: str, *records: Record | str) -> Path:
     return path
 
 
-def taken(folder: Path) -> list[Taken]:
+def taken(folder: Path) -> list[IntakeResult]:
     return take_in(load_params(folder / "params.yaml"), open_inbox(str(folder / "inbox")))
 
 
@@ -65,7 +64,7 @@ def test_bad_files_are_set_aside_with_their_reason_and_never_block_good_ones(fol
     put(folder, "preferences/uploading.jsonl.part", "x")
 
     found = {entry.file: entry for entry in taken(folder)}
-    assert found["preferences/b-good.jsonl"] == Taken("preferences/b-good.jsonl", "accepted", "preferences", 2)
+    assert found["preferences/b-good.jsonl"] == IntakeResult("preferences/b-good.jsonl", "accepted", "preferences", 2)
     reasons = {name: entry.reason for name, entry in found.items() if entry.outcome == "quarantined"}
     assert len(found) == 7
     assert set(reasons) == set(found) - {"preferences/b-good.jsonl"}

@@ -81,7 +81,7 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.options", {"overlong_cache": 4096}, "must be smaller than max_new_tokens"),
         ("reward.soft_target_scale", 0.0, "should be greater than 0"),
         ("rewards.answer.function", "anwser", "no such function; did you mean 'answer'?"),
-        ("rewards.total", {"function": "answer"}, "this name is taken"),
+        ("rewards.total", {"function": "answer"}, "this name is reserved"),
         ("rewards.rm.timeout_seconds", 5.0, "rewards.rm.timeout_seconds: has no effect on the reward model"),
         ("rewards.rm.on_failure", "skip", "rewards.rm.on_failure: has no effect on the reward model"),
         ("rewards.answer.timeout_seconds", 0.0, "should be greater than 0"),
@@ -101,7 +101,7 @@ def test_a_fault_is_named_with_its_rule_and_the_nearest_name(tree: Any, path: st
 def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
     soft = changed(tree, "reward.soft_target_scale", 2.0)
     assert parse_params(soft).reward.soft_target_scale == 2.0
-    with pytest.raises(ConfigError, match=r"margin_from_scores and soft_target_scale .* would count twice"):
+    with pytest.raises(ConfigError, match=r"margin_from_scores and soft_target_scale .* would count it twice"):
         parse_params(changed(soft, "reward.margin_from_scores", True))
 
 

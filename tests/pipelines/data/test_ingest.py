@@ -245,9 +245,9 @@ def test_held_out_pairs_share_no_prompt_with_the_others(prompts: list[str], shar
 
 
 def test_heldout_needs_a_share_that_leaves_both_sides() -> None:
-    with pytest.raises(ConfigError, match=r"data\.preferences\.heldout: must be above 0"):
+    with pytest.raises(ConfigError, match=r"data\.preferences\.heldout: must be greater than 0"):
         split_by_prompt([{"prompt": "a"}, {"prompt": "b"}], 0.0, 0)
-    with pytest.raises(DataError, match="keep 1 of 1 prompts apart"):
+    with pytest.raises(DataError, match="hold out 1 of 1 prompts"):
         split_by_prompt([{"prompt": "a"}], 0.2, 0)
 
 

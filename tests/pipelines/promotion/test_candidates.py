@@ -59,7 +59,7 @@ def test_a_candidate_without_rewards_or_with_other_prompts_is_refused_and_the_ot
     decisions = {decision.challenger: decision for decision in judged(params, "dpo-0", "ppo-0", "dapo-0", "grpo-0")}
     assert next(iter(decisions)) == "grpo-0"
     assert [name for name, decision in decisions.items() if decision.promote] == ["grpo-0"]
-    assert "the evaluation of dpo-0 lacks the rewards answer" in decisions["dpo-0"].refusals[0]
+    assert "the evaluation of dpo-0 has no rewards answer" in decisions["dpo-0"].refusals[0]
     assert "dapo-0 answered '1+1?' (gold answer '1') where" in decisions["dapo-0"].refusals[0]
     failed = {check.name for check in decisions["ppo-0"].checks if not check.passed}
     assert failed >= {"loss", "missing"}

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.promotion.decision import (
-    Answers,
     Check,
     Decision,
-    Limits,
+    GateLimits,
+    SampledAnswers,
     cautious,
     decide,
     divergence,
@@ -24,7 +24,7 @@ from pipelines.promotion.decision import (
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling
 
-LIMITS = Limits(
+LIMITS = GateLimits(
     tolerated_loss=0.0,
     max_kl=5.0,
     max_length_ratio=1.5,
@@ -36,7 +36,7 @@ LIMITS = Limits(
 RESAMPLING = Resampling(2000, 0.95, 0)
 
 
-def answers(name: str, reward: list[list[float]], **fields: object) -> Answers:
+def answers(name: str, reward: list[list[float]], **fields: object) -> SampledAnswers:
     table = np.array(reward, float)
     given = {
         "prompts": tuple((i, f"{i}+1?", str(i + 1)) for i in range(len(reward))),
@@ -45,7 +45,7 @@ def answers(name: str, reward: list[list[float]], **fields: object) -> Answers:
         "tokens": np.full(table.shape, 10.0),
         "truncated": np.zeros(table.shape),
     } | fields
-    return Answers(name, reward=table, **given)  # type: ignore[arg-type]
+    return SampledAnswers(name, reward=table, **given)  # type: ignore[arg-type]
 
 
 def check(decision: Decision, name: str) -> Check:

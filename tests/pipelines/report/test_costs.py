@@ -98,7 +98,7 @@ def test_a_flow_that_found_nothing_stale_has_no_share(project: Path) -> None:
 
 def test_a_damaged_record_is_named(project: Path, root: Path) -> None:
     (project / ".posttrain" / "flow.json").write_text('{"started": 1}')
-    with pytest.raises(TrackingError, match=r"flow.json is not a flow's record"):
+    with pytest.raises(TrackingError, match=r"flow.json: not a record of a flow"):
         write_costs(project)
     (project / "params.yaml").write_text("")
     command = [sys.executable, "-m", "pipelines.report.costs"]

@@ -357,7 +357,7 @@ def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> Non
 
 def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
     build(tmp_path, algorithms=("grpo",), steps=2, prompts=4)
-    with pytest.raises(DataError, match=r"not there: runs/align/rloo-0, runs/evaluate/rloo-0. `dvc repro` makes them"):
+    with pytest.raises(DataError, match=r"do not exist: runs/align/rloo-0, runs/evaluate/rloo-0. Run `dvc repro`"):
         load(("grpo", "rloo"), (0,), tmp_path)
 
 
@@ -372,7 +372,7 @@ def test_models_that_answered_other_prompts_are_not_compared(tmp_path: Path) -> 
 
 def test_predictions_without_a_column_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"prompt_id": 1, "sample": 0}]), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="lacks the columns prompt, answer, completion, tokens"):
+    with pytest.raises(DataError, match="the columns prompt, answer, completion, tokens"):
         predictions(tmp_path / "p.parquet")
 
 

@@ -157,13 +157,13 @@ def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
     new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run()
-    with pytest.raises(ConfigError, match=r"no server was named\. .*infra/vllm/setup\.sh"):
+    with pytest.raises(ConfigError, match=r"no server is named\. .*infra/vllm/setup\.sh"):
         engine(run, params)
     monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", "nowhere/python")
-    with pytest.raises(ConfigError, match="POSTTRAIN_VLLM_PYTHON: there is no nowhere/python"):
+    with pytest.raises(ConfigError, match="POSTTRAIN_VLLM_PYTHON: nowhere/python does not exist"):
         engine(run, params)
     monkeypatch.setenv("POSTTRAIN_VLLM_URLS", "127.0.0.1:8000")
-    with pytest.raises(ConfigError, match=r"'127\.0\.0\.1:8000' is no address of a server, such as http://"):
+    with pytest.raises(ConfigError, match=r"'127\.0\.0\.1:8000' is not the address of a server; write e\.g\. http://"):
         engine(run, params)
 
 

@@ -17,15 +17,15 @@ from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.tables import Row, Table, write_rows
 from pipelines.validation import suites
-from pipelines.validation.check import Outcome, check
+from pipelines.validation.check import ValidationOutcome, check
 from pipelines.validation.messages import refuse, summary
 from pipelines.validation.report import page
-from pipelines.validation.suites import Limits, Validator
+from pipelines.validation.suites import TableLimits, Validator
 from posttrain.errors import ConfigError, DataError, LeakageError
 
-LIMITS = Limits(max_prompt_tokens=20, max_completion_tokens=20, numeric_answer=True)
+LIMITS = TableLimits(max_prompt_tokens=20, max_completion_tokens=20, numeric_answer=True)
 Tables = dict[Table, list[Row]]
-Checked = Callable[..., Outcome]
+Checked = Callable[..., ValidationOutcome]
 
 
 class Characters:
@@ -46,7 +46,7 @@ def checked(root: Path) -> Checked:
     """Rows through all rules, under the default policies but for those given."""
     rules = load_params(root / "params.yaml").validation.rules
 
-    def run(tables: Tables, limits: Limits = LIMITS, **policies: str) -> Outcome:
+    def run(tables: Tables, limits: TableLimits = LIMITS, **policies: str) -> ValidationOutcome:
         changed = RuleParams.model_validate(rules.model_dump() | policies)
         validator = Validator()
         return check(tables, changed, limits, Characters(), validator)
@@ -70,11 +70,11 @@ def answers(table: Table, *answers: Any, **columns: list[Any]) -> Tables:
     return {table: [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(rows)]}
 
 
-def reasons(outcome: Outcome, table: Table) -> dict[int, str]:
+def reasons(outcome: ValidationOutcome, table: Table) -> dict[int, str]:
     return {row["id"]: row["reason"] for row in outcome.quarantined[table]}
 
 
-def count(outcome: Outcome, rule: str) -> float:
+def count(outcome: ValidationOutcome, rule: str) -> float:
     return summary(outcome)[f"rules/{rule}"]
 
 
@@ -88,7 +88,7 @@ def test_clean_rows_pass_unchanged(checked: Checked) -> None:
 
 def test_a_table_without_rows_stops_although_every_other_rule_would_pass(checked: Checked) -> None:
     outcome = checked({"sft": []})
-    with pytest.raises(DataError, match=r"table sft, rule row_count: the table has no rows\. Give data"):
+    with pytest.raises(DataError, match=r"table sft, rule row_count: the table has no rows\. Set data"):
         refuse(outcome, 5, Path("report.html"))
 
 
@@ -147,7 +147,7 @@ def test_of_equal_rows_only_the_later_ones_are_duplicates(checked: Checked) -> N
 def test_a_gold_answer_must_be_a_number_for_a_numeric_reward_and_else_not_empty(checked: Checked) -> None:
     tables = answers("evaluation", "1,200", "about ten", "", "#### 7", None)
     assert set(reasons(checked(tables), "evaluation")) == {1, 2, 4}
-    words = Limits(20, 20, numeric_answer=False)
+    words = TableLimits(20, 20, numeric_answer=False)
     assert set(reasons(checked(tables, limits=words), "evaluation")) == {2, 4}
 
 
@@ -172,7 +172,7 @@ def test_a_stop_says_table_column_rule_count_rows_and_what_next(checked: Checked
         "table sft, column completion, rule empty_text (stop): 3 of 4 rows. First rows:",
         "  id 0: completion ''",
         "  id 1: completion ' '",
-        "Correct the source, or set validation.rules.empty_text to quarantine (set such rows aside) or warn (keep them).",
+        "Correct the source, or set validation.rules.empty_text to quarantine (remove these rows) or warn (keep them).",
         "The full report: report.html",
     ]
     assert not isinstance(caught.value, LeakageError)
@@ -180,7 +180,7 @@ def test_a_stop_says_table_column_rule_count_rows_and_what_next(checked: Checked
 
 def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
     outcome = checked(sft(("a", ""), ("b", "")))
-    with pytest.raises(DataError, match=r"table sft, rule row_count: all 2 rows were quarantined; nothing is left"):
+    with pytest.raises(DataError, match=r"table sft, rule row_count: all 2 rows were quarantined, so no row is left"):
         refuse(outcome, 5, Path("report.html"))
 
 
@@ -208,7 +208,7 @@ def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
     tables = sft(*((f"{system}{i} + {i}", "2") for i in range(3)))
     tables["evaluation"] = [{"id": i, "prompt": f"{system}{i} + {i}", "answer": "2"} for i in range(3)]
     with pytest.raises(LeakageError) as caught:
-        refuse(checked(tables, limits=Limits(200, 200, numeric_answer=True)), 5, Path("report.html"))
+        refuse(checked(tables, limits=TableLimits(200, 200, numeric_answer=True)), 5, Path("report.html"))
     for i in range(3):
         assert f"  id {i} (as evaluation id {i}): prompt '...and nothing else. {i} + {i}'" in str(caught.value)
 
@@ -250,7 +250,7 @@ def test_training_tables_may_share_prompts(checked: Checked) -> None:
 def test_an_expectation_that_raises_is_errored_and_not_failed(
     checked: Checked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(table: Table, limits: Limits, columns: Any) -> list[Any]:
+    def broken(table: Table, limits: TableLimits, columns: Any) -> list[Any]:
         return [suites._differ("chosen", "no_such_column", "identical_pair")]
 
     monkeypatch.setattr(suites, "content", broken)
@@ -298,13 +298,13 @@ def test_a_judge_that_is_not_installed_is_refused_before_anything_is_read_or_tra
 
 def test_limits_beyond_the_context_are_refused_before_training_would() -> None:
     validate._check_context(200, 56, 256)
-    with pytest.raises(ConfigError, match="has 257 tokens, and the context of models/base is 256"):
+    with pytest.raises(ConfigError, match="has 257 tokens, but the context of models/base is 256"):
         validate._check_context(200, 57, 256)
 
 
 # Real data -----------------------------------------------------------------------------------------------------------
 
-WIDE = Limits(max_prompt_tokens=10**6, max_completion_tokens=10**6, numeric_answer=True)
+WIDE = TableLimits(max_prompt_tokens=10**6, max_completion_tokens=10**6, numeric_answer=True)
 
 
 @pytest.mark.real
@@ -336,7 +336,7 @@ def test_pandalm_prompts_stand_in_the_user_tasks_of_self_instruct(shared_data: P
         "evaluation", tasks, read_file(shared_data / "self_instruct" / "user_oriented_instructions.jsonl")
     )
     rows = canonical_rows("preferences", pairs, read_file(shared_data / "pandalm_human" / "testset-v1.json"))
-    words = Limits(10**6, 10**6, numeric_answer=False)
+    words = TableLimits(10**6, 10**6, numeric_answer=False)
     kept = {"empty_text": "warn", "wrong_type": "warn", "unparseable_answer": "warn"}
     outcome = checked({"preferences": rows, "evaluation": evaluation}, limits=words, **kept)
     (verdict,) = outcome.stops
