@@ -49,5 +49,5 @@ def test_a_root_that_is_no_project_is_told_and_left_as_it_is(
 
 def test_a_roll_back_takes_neither_a_version_nor_an_approval() -> None:
     for version, approval in ((1, False), (None, True)):
-        with pytest.raises(OrchestrationError, match="takes neither a version nor an approval"):
+        with pytest.raises(OrchestrationError, match="takes neither a version nor --approval"):
             promote.fn(version, roll_back=True, approval=approval)

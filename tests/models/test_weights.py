@@ -69,7 +69,7 @@ def test_a_known_prefix_is_stripped_and_reported(folder: Path, prefix: str, caps
         (lambda w: w | {"model.extra": torch.zeros(2)}, "model.extra is not part of it"),
         (
             lambda w: w | {"lm_head.weight": torch.zeros(250, 16)},
-            "lm_head.weight 250x16 instead of 259x16 is of another shape",
+            "lm_head.weight 250x16 instead of 259x16 is of a different shape",
         ),
         (
             lambda w: w | {"model.norm.weight": torch.full((16,), float("nan"))},

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.runtime.identity import file_digest
 
 DROPPED = ("MLFLOW_TRACKING", "POSTTRAIN_", "DVC_")
-CLIENT = "import sys; from pipelines.runtime.fork_server import run_warm; sys.exit(run_warm(sys.argv[1], sys.argv[2:]))"
+CLIENT = "import sys; from pipelines.runtime.fork_server import run_in_fork_server; sys.exit(run_in_fork_server(sys.argv[1], sys.argv[2:]))"
 """`python -m` of a step hands over to the warm process too; this does it before anything is imported."""
 OVERLAY = Path(__file__).with_name("tiny.yaml")
 

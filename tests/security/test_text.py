@@ -146,7 +146,7 @@ def test_a_webhook_is_signed_and_sends_nobody_elsewhere(
         assert not notify("promoted", "x", {})
         assert reached == []
         assert given[0] == given[1]
-        assert "the webhook was not told of `promoted`: HTTP Error 307" in capsys.readouterr().out
+        assert "the webhook did not receive `promoted`: HTTP Error 307" in capsys.readouterr().out
 
 
 def test_a_webhook_is_an_address_of_the_web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.validation.check import Outcome
+from pipelines.validation.check import ValidationOutcome
 from pipelines.validation.masks import samples, trained_parts
 from pipelines.validation.report import page
 from posttrain.data.tokens import TextEncoder
@@ -30,6 +30,6 @@ def test_parts_of_a_conversation_say_which_tokens_are_trained() -> None:
 
 def test_the_page_marks_them_and_counts_what_ingest_left_out() -> None:
     encoder = TextEncoder(byte_tokenizer(256), 256)
-    html = page(Outcome(), 5, {"sft": {"answers left out": 7}}, samples(encoder, {"sft": [ROW]}, 1))
+    html = page(ValidationOutcome(), 5, {"sft": {"answers left out": 7}}, samples(encoder, {"sft": [ROW]}, 1))
     assert "<mark>&lt;b&gt;&lt;|im_end|&gt;</mark>" in html
     assert '<td>answers left out<td class="n">7' in html
