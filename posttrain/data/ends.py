@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from posttrain.data.conversations import ChatTemplate
+from posttrain.errors import DataError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -42,8 +45,10 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template may raise anything for turns that it does not know; its rows are refused one by one
+        text = ChatTemplate(tokenizer).render(turns, row="of the probe for its end")
+    except (
+        DataError
+    ):  # it refuses a plain question and answer: rows of such turns are refused by name when they are read
         return None
     after = tokenizer(text.rpartition(MARK)[2].strip(), add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
