@@ -140,7 +140,9 @@ def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pyte
     assert "does not fit" not in page(params, SIZES, planned, 1 << 40)
     said = page(params, SIZES, planned, 1 << 20)
     assert "sft (train) does not fit: " in said
-    assert "most of it for activations; lower compute.micro_batch_tokens, or set compute.gradient_checkpointing." in said
+    assert (
+        "most of it for activations; lower compute.micro_batch_tokens, or set compute.gradient_checkpointing." in said
+    )
     assert main(["--params", str(root / "params.yaml"), "--memory", "1000"]) == 0
     assert "361,984 parameters (tiny); 1 seed per algorithm; a device has 1000.0 GiB" in capsys.readouterr().out
     assert main(["--params", str(root / "params.yaml"), "--memory", "0.1"]) == 1

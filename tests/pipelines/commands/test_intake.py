@@ -69,9 +69,7 @@ def test_bad_files_are_set_aside_with_their_reason_and_never_block_good_ones(fol
     assert len(found) == 7
     assert set(reasons) == set(found) - {"preferences/b-good.jsonl"}
     assert "line 1, column 30: not JSON" in reasons["preferences/a-broken.jsonl"]
-    assert (
-        "no known format has its columns (prompt)" in reasons["sft/no-completion.jsonl"]
-    )
+    assert "no known format has its columns (prompt)" in reasons["sft/no-completion.jsonl"]
     assert "has no records" in reasons["sft/empty.jsonl"]
     assert "the folder says which table a file is for: sft, preferences" in reasons["loose.jsonl"]
     assert "the folder says which table" in reasons["preference/typo.jsonl"]

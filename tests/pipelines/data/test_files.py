@@ -34,12 +34,12 @@ def zstandard(data: bytes) -> bytes:
     ("name", "content"),
     [
         ("rows.ndjson", LINE),
-        ("rows.jsonl.gz", gzip.compress(LINE)),
+        ("rows.jsonl.gz", gzip.compress(LINE, mtime=0)),
         ("rows.ndjson.bz2", bz2.compress(LINE)),
         ("rows.JSONL.xz", lzma.compress(LINE)),
         ("v1.2.jsonl.zst", zstandard(LINE)),
         ("rows.tsv", b"prompt\tcompletion\na\tb\n"),
-        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n")),
+        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n", mtime=0)),
     ],
 )
 def test_compressed_files_and_other_endings_are_read(tmp_path: Path, name: str, content: bytes) -> None:
@@ -47,7 +47,9 @@ def test_compressed_files_and_other_endings_are_read(tmp_path: Path, name: str, 
     assert read_file(tmp_path / name) == ROWS
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.jsonl.gz", gzip.compress(LINE)[:-9]), ("x.jsonl.zst", LINE)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9]), ("x.jsonl.zst", LINE)]
+)
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: cannot be decompressed"):
