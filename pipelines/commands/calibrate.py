@@ -1,7 +1,7 @@
 """Compare every algorithm with itself (A/A): how often would the report call copies different?
 
-    python -m pipelines.commands.calibrate                       # the algorithms and seeds of params.yaml
-    python -m pipelines.commands.calibrate --sides 3 5 10        # seeds on each side
+    posttrain calibrate                       # the algorithms and seeds of params.yaml
+    posttrain calibrate --sides 3 5 10        # seeds on each side
 
 Reads finished evaluations (runs/evaluate). The seeds of each algorithm are split into two sides, and the sides are compared as
 the report compares algorithms. A method that holds its level calls at most 5 % of such pairs different. 2k seeds are needed for k
@@ -32,7 +32,7 @@ from posttrain.evaluation.statistics import Floats, Resampling
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.calibrate",
+        prog="posttrain calibrate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

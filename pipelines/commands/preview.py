@@ -1,6 +1,6 @@
 """Show which tokens of a table's row are trained.
 
-    python -m pipelines.commands.preview TABLE ROW
+    posttrain preview TABLE ROW
 
 TABLE: sft, preferences, preferences_heldout, problems or evaluation. ROW: its id. Trained tokens are green and underlined in a
 terminal, and in [[brackets]] elsewhere.
@@ -45,7 +45,7 @@ def _marked(text: str, colour: bool) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.preview",
+        prog="posttrain preview",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

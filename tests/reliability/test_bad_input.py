@@ -91,8 +91,8 @@ GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
 CASES: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "malformed line": (source(GOOD + '{"prompt": "1'), (INGEST,), "data/raw/rows.jsonl, line 2, column"),
     "wrong column": (source(GOOD, columns={"prompt": "prompt", "completion": "complete"}), (INGEST,),
-                     "column 'completion' is read from 'complete', but no record has it; did you mean 'completion'"),
-    "wrong type": (source('{"prompt": "1+1=", "completion": true}\n'), (INGEST,), "completion never holds text"),
+                     "column 'completion' should come from 'complete', which no record has; did you mean 'completion'"),
+    "wrong type": (source('{"prompt": "1+1=", "completion": true}\n'), (INGEST,), "completion is never text; row 0 holds True (bool)"),
     "empty file": (source(""), (INGEST,), "data/raw/rows.jsonl: has no records"),
     "missing file": (replace("data.sft", {"source": "data/raw/none.jsonl"}), (INGEST,), "data/raw/none.jsonl"),
     "NaN score": (source(PAIR % 1 + PAIR % "NaN", "preferences", heldout=0.5), (INGEST,), "row 1: chosen_score is nan"),
@@ -104,7 +104,6 @@ CASES: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "empty table": (emptied, (SFT,), "has no rows"),
     "prompt beyond the context": (row("sft", 3, prompt="1+" * 100), (SFT,), "row 3: "),
     "no eos": (without("eos"), (SFT,), "no eos token"),
-    "no pad": (without("pad"), (SFT,), "no pad token"),
     "pickled weights": (pickled, (SFT,), "pickled weights are not loaded"),
     "other vocabulary": (other_vocabulary, (SFT,), "they do not match"),
     "no model": (lambda folder: shutil.rmtree(folder / "models" / "base"), (SFT,), "does not exist"),

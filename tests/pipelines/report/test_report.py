@@ -148,7 +148,7 @@ def test_what_was_not_measured_is_not_invented(page: str, numbers: Any) -> None:
     }
     assert numbers["models"]["base"]["reward"]["rm"]["missing"] == 4
     text = Text(page).text
-    assert "dpo: no sampling while training" in text
+    assert "dpo: these do not sample during training" in text
     assert "Journal metric reward/rm/mean. Not logged by dpo." in text
     assert "base: reward rm is missing for 4 sampled answers" in text
 
@@ -349,7 +349,7 @@ def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> Non
     assert comparison.pair("dpo", "sft").test.method == "sign-flip permutation over prompts"
     write(tmp_path / "report", results, comparison, 2, 0)
     text = Text((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
-    assert "None of the algorithms samples while training" in text
+    assert "No algorithm samples during training" in text
     assert "the 1 test made here" in text
     assert "rm missing" in text
     assert not (tmp_path / "report" / "over_optimisation.png").exists()
