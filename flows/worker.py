@@ -91,7 +91,7 @@ class ProjectWorker(ProcessWorker):
             raise OrchestrationError(
                 f"flow run {flow_run.name} of {deployment.name} is refused: its {wrong} is not the one that prefect.yaml of"
                 f" {self.root} gives. Deploy again with `python -m flows.deploy`, and change the server's password if"
-                " nobody here has changed the deployment."
+                " no user of this project changed the deployment."
             )
         return await super().run(flow_run, configuration, task_status)
 

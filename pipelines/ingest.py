@@ -12,8 +12,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
-from pipelines.config.schema import DataParams
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, local_files, table_rows
 from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows

@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 def free_port(port: int = 0) -> int:
-    """Return `port` if nobody listens there, or any free port for 0. Raises OSError if it is taken."""
+    """Return `port` if no process listens there, or any free port for 0. Raises OSError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((HOST, port))

@@ -50,7 +50,7 @@ def test_the_helpers_of_steps_work_without_the_calls_of_linux(root: Path) -> Non
 
 
 def test_a_missing_file_of_an_example_is_named_with_what_to_do(tmp_path: Path) -> None:
-    from pipelines.config.schema import TableSource
+    from pipelines.config.data_schema import TableSource
     from pipelines.data.sources import _records
     from posttrain.errors import DataError
 

@@ -92,8 +92,10 @@ def errors() -> str:
 
 
 def _classes() -> dict[str, ast.ClassDef]:
-    tree = ast.parse((ROOT / "pipelines/config/schema.py").read_text(encoding="utf-8"))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """Return the classes of the parameters' schema by name."""
+    files = [ROOT / "pipelines" / "config" / name for name in ("schema.py", "data_schema.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _is_text(node: Any) -> bool:
@@ -102,7 +104,7 @@ def _is_text(node: Any) -> bool:
 
 def _section(annotation: Any) -> Any:
     """Return the section class in an annotation: itself, optional, or the value of a mapping."""
-    from pipelines.config.schema import Section
+    from pipelines.config.types import Section
 
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, Section) else None

@@ -58,7 +58,7 @@ class Admission:
             row, table, place = shared[0]
             prompts = len({shown_prompt(leaking) for leaking, _, _ in shared})
             raise LeakageError(
-                f"{prompts} prompts would stand in training and in held-out data, e.g. {shown_prompt(row)!r} in {table} and"
+                f"{prompts} prompts would be in training and in held-out data, e.g. {shown_prompt(row)!r} in {table} and"
                 f" {place}. A score on prompts that were trained on says nothing about others: remove them."
             )
 

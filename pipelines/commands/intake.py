@@ -9,7 +9,7 @@ data/raw/accepted and are read by `ingest` from now on. Single bad rows are left
 
 An entry that is still being written, or that is a link or a pipe, stays where it is and is reported.
 
-Killed in the middle, the next call goes on: a file leaves the inbox only after it stands where it belongs.
+Killed in the middle, the next call goes on: a file leaves the inbox only after it is in its place.
 """
 
 from __future__ import annotations

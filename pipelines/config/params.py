@@ -13,24 +13,23 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
+from pipelines.config.data_schema import DataParams
 from pipelines.config.schema import (
     AlgorithmParams,
     AlignParams,
-    DataParams,
     EvaluationParams,
     GateParams,
     ModelParams,
-    Name,
     OnPolicyBudget,
     PreferenceBudget,
     ProjectParams,
     ReportParams,
     RewardFunctionParams,
     RewardParams,
-    Section,
     SftParams,
     ValidationParams,
 )
+from pipelines.config.types import Name, Section
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES

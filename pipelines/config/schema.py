@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def _finite(value: float) -> float:
-    """Return the value if it is finite. Raises ValueError otherwise."""
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
-Positive = Annotated[Finite, Field(gt=0)]
-NonNegative = Annotated[Finite, Field(ge=0)]
-Share = Annotated[Finite, Field(ge=0, le=1)]
-Momentum = Annotated[Finite, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-RulePolicy = Literal["stop", "quarantine", "warn"]
-
-
-class Section(BaseModel):
-    """Base of all sections: strict, frozen, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+from pipelines.config.types import (
+    Count,
+    Finite,
+    Momentum,
+    Name,
+    NonNegative,
+    Positive,
+    RulePolicy,
+    Section,
+    Seed,
+    Share,
+)
 
 
 class ProjectParams(Section):
     experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_. -]{0,98}[A-Za-z0-9])?$")]
-    """Also names the registered model, and stands in addresses: letters, digits and _ . - within, at most 100."""
+    """Also names the registered model, and is part of addresses: letters, digits and _ . - within, at most 100."""
     algorithms: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
@@ -47,102 +35,6 @@ class ProjectParams(Section):
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} {values} must not repeat a value")
         return self
-
-
-class ArithmeticParams(Section):
-    """Settings of the generator `arithmetic`."""
-
-    terms: Annotated[int, Field(ge=2, le=8)]
-    max_term: Annotated[int, Field(ge=1, le=10**6)]
-    careless: Share
-
-
-class GradedAnswers(Section):
-    """Make pairs of records that hold several graded answers: every better answer against every worse one."""
-
-    columns: Annotated[list[str], Field(min_length=2)] | None = None
-    """Columns that hold one answer each,"""
-    answers: str | None = None
-    """or the column or path of one list of answers."""
-    text: str = ""
-    """The name of an answer's text within it; not needed for a list of strings."""
-    score: str
-    """The name of an answer's score within it; for a list of strings, the column of their scores."""
-    better: Literal["higher", "lower"] | None = None
-    """Whether a higher score is better or a lower one, such as a rank. Needed unless the scores are booleans."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> GradedAnswers:
-        if (self.columns is None) == (self.answers is None):
-            raise ValueError("give either columns (one answer each) or answers (one list)")
-        return self
-
-
-class PreferredAnswer(Section):
-    """Make pairs of records that hold two answers and a label, or several annotators' labels, of the better one."""
-
-    columns: Annotated[list[str], Field(min_length=1)]
-    """The label's column, or one column for each annotator; most of them decide."""
-    answers: Annotated[dict[str, str], Field(min_length=2, max_length=2)]
-    """Label to the column of the better answer, e.g. {a: response_a, b: response_b}."""
-    ties: list[str] = []
-    """Labels that say neither is better. Such records are left out and counted."""
-
-
-class TableSource(Section):
-    """The source of one canonical table.
-
-    `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'.
-    """
-
-    source: str | Annotated[list[str], Field(min_length=1)]
-    """A generator (arithmetic, stories), a file, a folder of files, a pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
-    rows: Count | None = None
-    columns: dict[str, str] | None = None
-    extract: dict[str, str] | None = None
-    """Maps a canonical column to a regular expression; its first group replaces the value."""
-    graded: GradedAnswers | None = None
-    preferred: PreferredAnswer | None = None
-    system: str | None = None
-    """The system message of every row that has none; plain prompts become a user's turn."""
-    template: str | None = None
-    """Text of a user's turn, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
-    split: str = "train"
-    heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _usable(self) -> TableSource:
-        if self.graded and self.preferred:
-            raise ValueError("give either graded or preferred: each makes pairs in its own way")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError(f"template {self.template!r} must contain {{prompt}}, else every row would ask the same")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """Return all sources; usually one."""
-        return [self.source] if isinstance(self.source, str) else self.source
-
-
-class StoriesParams(Section):
-    """Settings of the generator `stories`."""
-
-    words: Annotated[list[str], Field(min_length=1)]
-    openings: Annotated[list[str], Field(min_length=1)]
-    careless: Share = 0.5
-    """Share of stories in the sft table that omit the word."""
-
-
-class DataParams(Section):
-    """Sources of all tables."""
-
-    seed: Seed
-    arithmetic: ArithmeticParams
-    stories: StoriesParams | None = None
-    sft: TableSource
-    preferences: TableSource
-    problems: TableSource
-    evaluation: TableSource
 
 
 class RuleParams(Section):
@@ -160,7 +52,7 @@ class RuleParams(Section):
     """Of a row of the sft table, where a source maps a `weight`."""
     wrong_type: RulePolicy
     chat_template: RulePolicy = "stop"
-    """The model's chat template refuses a conversation, or it cannot be told exactly which of its tokens are trained."""
+    """The model's chat template refuses a conversation, or it is not certain which of its tokens are trained."""
     leakage: RulePolicy
 
 
@@ -323,7 +215,7 @@ class RewardFunctionParams(Section):
 
     function: str
     """A built-in (reward_model, answer, math, mentions, length, regex, format) or an import path package.module:function."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     timeout_seconds: Positive | None = None
     """Time limit for one batch of answers, after which its process is killed. Default: 60 for `math` and import paths, else none."""
     on_failure: Literal["stop", "skip"] = "stop"
@@ -389,10 +281,10 @@ class AlgorithmParams(Section):
     """One algorithm: a preset with options."""
 
     preset: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     rewards: dict[str, Finite] | None = None
     """Weight of each reward; weight 0 measures a reward without training on it."""
-    budget: dict[str, Any] = {}
+    budget: dict[str, Any] = Field(default_factory=dict)
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
 
 
@@ -444,7 +336,7 @@ class GateParams(Section):
     tolerated_loss: NonNegative
     """The interval may reach so far below 0. With 0 the gain must be shown to be above 0."""
     min_prompts: Annotated[int, Field(ge=2)]
-    """Fewer prompts in the evaluation table show nothing, and nobody is promoted."""
+    """Fewer prompts in the evaluation table show nothing, and no model is promoted."""
     max_missing: Share
     """Share of answers without a true reward, of either model; each of them is not counted as right."""
     max_kl: Positive

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.config.schema import TableSource
+from pipelines.config.data_schema import TableSource
 from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised, require_known
@@ -118,7 +118,7 @@ def _refuse_leak(kind: Kind, source: TableSource, wanted: dict[str, str]) -> Non
     for name in ("completion", "chosen", "rejected", "answer", _MESSAGES):
         if wanted.get(name) in asked and "prompt" not in (source.extract or {}):
             raise ConfigError(
-                f"data.{kind}.columns: prompt and {name} are both read from {wanted[name]!r}, so the answer would stand in the"
+                f"data.{kind}.columns: prompt and {name} are both read from {wanted[name]!r}, so the answer would be in the"
                 " prompt. Map different columns; for a whole conversation, map `messages` (sft) or leave `prompt` out (preferences)."
             )
 
@@ -220,7 +220,7 @@ def _check_scores(rows: list[Row], where: str) -> None:
     """Convert both scores to numbers. Raises DataError if the records have only one of them."""
     given = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
     if len(given) == 1:
-        raise DataError(f"{where}: has {given[0]} alone; pairs need both {' and '.join(SCORES)}, or neither")
+        raise DataError(f"{where}: has only {given[0]}; pairs need both {' and '.join(SCORES)}, or neither")
     for row in rows:
         for name in SCORES:
             if given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.config.schema import TableSource
+from pipelines.config.data_schema import TableSource
 from pipelines.data.messages import canonical_messages
 from pipelines.data.pairs import Changes, with_prompt
 from pipelines.data.tables import TEXT, Row, is_messages
@@ -34,7 +34,7 @@ def chat_rows(kind: Kind, rows: list[Row], source: TableSource, where: str, chan
             and row.get("completion", 1)
         ):
             raise DataError(
-                f"{place}: the prompt ends with an assistant turn, so the answer would stand in the prompt. End it with the user's"
+                f"{place}: the prompt ends with an assistant turn, so the answer would be in the prompt. End it with the user's"
                 " question; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
             )
         made.append(_with_system(kind, row, source, changes))

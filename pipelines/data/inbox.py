@@ -5,7 +5,7 @@
 
 POSTTRAIN_INBOX names it (default: `inbox` in the project). For S3, `s3://BUCKET/PREFIX` with the usual AWS_… variables.
 
-A file is taken if it is finished: nobody has it open for writing, and it was not changed for POSTTRAIN_SETTLE_SECONDS (default 10). It is
+A finished file is taken: no process has it open for writing, and it was not changed for POSTTRAIN_SETTLE_SECONDS (default 10). It is
 claimed by a rename first, so a new file of the same name never meets the claimed one. Links, pipes and other entries that are no
 files stay where they are and are reported.
 """
@@ -64,7 +64,7 @@ class Inbox(Protocol):
         ...
 
     def claim(self, arrival: Arrival) -> Arrival:
-        """Make sure that nobody else changes the file. Sets `left` if that is not possible any more."""
+        """Make sure that no other process changes the file. Sets `left` if that is not possible any more."""
         ...
 
     def fetch(self, arrival: Arrival, target: Path) -> None:

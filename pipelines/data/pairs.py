@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.config.schema import GradedAnswers, PreferredAnswer
+from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
 from pipelines.data.files import Record
 from pipelines.data.messages import human_assistant
 from pipelines.data.tables import Row
@@ -140,7 +140,7 @@ def with_prompt(row: Row, where: str) -> Row:
         if chosen is None or rejected is None:
             raise DataError(
                 f"{where}: the pair has no prompt, and its texts are no conversations that begin with 'Human:'; give the prompt a"
-                " column of its own"
+                " its own column"
             )
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         return row

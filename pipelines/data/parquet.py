@@ -65,7 +65,7 @@ def _conversion(kind: pa.DataType) -> Convert | None:
         return None
     if pa.types.is_float16(kind) or pa.types.is_float32(kind):
         narrow = np.float16 if pa.types.is_float16(kind) else np.float32
-        # 0.1 in single precision is 0.10000000149011612 in double precision, which nobody wrote
+        # 0.1 in single precision is 0.10000000149011612 in double precision, which no file says
         return lambda value: None if value is None else float(str(narrow(value)))
     return _written
 

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.schema import DataParams, TableSource
+from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file

@@ -65,7 +65,7 @@ def prefect_server(auth: str, port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
-        # `--port` alone leaves its pages calling port 4200
+        # with only `--port`, its pages call port 4200
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
     }
 

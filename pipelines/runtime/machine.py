@@ -11,7 +11,7 @@ from posttrain.errors import OrchestrationError
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores that this process may use; all cores where the system cannot restrict them."""
+    """Return the number of CPU cores that this process may use; all cores if the system cannot restrict them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from pipelines.config.params import Params, flatten
-from pipelines.config.schema import Section
+from pipelines.config.types import Section
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 

@@ -71,7 +71,7 @@ def redacted(tree: Any) -> Any:
 def _secrets() -> list[str]:
     """Values of environment variables whose name says secret, longest first; existing paths and switches are no secrets."""
     named = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and value.lower() not in _WORDS}
-    # of `user:password` the password, which stands alone where somebody signs in
+    # of `user:password` the password, which appears without its user at a login
     parts = {value.rpartition(":")[2] for name, value in os.environ.items() if name.endswith("AUTH_STRING")}
     found = {value for value in named | parts if len(value) >= _SHORTEST_SECRET}
     return sorted((v for v in found if not (v.startswith("/") and os.path.exists(v))), key=lambda v: (-len(v), v))

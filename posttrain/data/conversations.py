@@ -108,7 +108,7 @@ class ChatTemplate:
                     return full, self._marked(messages, turns, tools, row)
                 if span is None:
                     raise DataError(
-                        f"{_row(row)}: it cannot be told exactly which tokens of turn {turn} (assistant) the chat template makes, so"
+                        f"{_row(row)}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so"
                         " training could learn other turns' text. Use a template with {% generation %} marks, or remove the row."
                     )
                 found.append(Span(*span, weight))
@@ -195,7 +195,7 @@ class ChatTemplate:
         if len(marks) != len(every):
             raise DataError(
                 f"{_row(row)}: the chat template marks {len(marks)} spans, and the conversation has {len(every)} assistant turns, so"
-                " it cannot be told which span is which turn; correct the template, or remove the row"
+                " it is not certain which span is which turn; correct the template, or remove the row"
             )
         weights = {i: float(messages[i].get("weight", 1.0)) for i in turns}
         return [Span(mark[0], mark[1], weights[i]) for i, mark in zip(every, marks, strict=True) if weights.get(i)]

@@ -112,7 +112,7 @@ def test_what_a_template_refuses_or_hides_names_the_row() -> None:
     system = [{"role": "system", "content": "s"}, *turns("a")]
     with pytest.raises(DataError, match=r"row 4: .*System role not supported.*system, user"):
         encoder(NO_SYSTEM).prompt(system, row="4")
-    with pytest.raises(DataError, match="row 5: it cannot be told exactly which tokens of turn 1"):
+    with pytest.raises(DataError, match="row 5: it is not certain which tokens of turn 1"):
         encoder(HIDDEN).pair(turns("a"), turns("Plum", "b", "Pear", first="assistant"), "5")
     with pytest.raises(DataError, match="row 6: no token carries loss"):
         encoder().pair(turns("a"), [{"role": "user", "content": "b"}], "6")

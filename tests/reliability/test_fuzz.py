@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.config.data_schema import GradedAnswers, TableSource
 from pipelines.config.params import Params, load_params
-from pipelines.config.schema import GradedAnswers, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.tables import Row, Table, read_rows, write_rows

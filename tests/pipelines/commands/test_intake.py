@@ -114,7 +114,7 @@ def test_prompts_of_held_out_data_are_refused_in_every_direction(folder: Path) -
     put(folder, "problems/c.jsonl", {"prompt": f" {pair}", "answer": "4"})
     found = taken(folder)
     assert [entry.outcome for entry in found] == ["quarantined"] * 3
-    assert all("1 prompts would stand in training and in held-out data" in entry.reason for entry in found)
+    assert all("1 prompts would be in training and in held-out data" in entry.reason for entry in found)
     assert shown_prompt({"prompt": evaluated}) in next(entry.reason for entry in found if entry.file.startswith("sft"))
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config.schema import TableSource
+from pipelines.config.data_schema import TableSource
 from pipelines.data.files import folder_files, read_file
 from pipelines.data.sources import local_files
 from posttrain.errors import DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.schema import DataParams, GradedAnswers, PreferredAnswer, TableSource
+from pipelines.config.data_schema import DataParams, GradedAnswers, PreferredAnswer, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import table_rows
@@ -173,7 +173,7 @@ def test_problems_of_verl_and_lists_of_accepted_answers() -> None:
 def test_no_hint_and_no_mapping_puts_the_answer_into_the_prompt() -> None:
     whole = {"messages": [user("q"), says("a")]}
     for kind, other in (("sft", "completion"), ("problems", "answer")):
-        with pytest.raises(ConfigError, match="so the answer would stand in the prompt"):
+        with pytest.raises(ConfigError, match="so the answer would be in the prompt"):
             rows(kind, whole, columns={"prompt": "messages", other: "messages"})
     with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
         rows("problems", whole | {"x": "a"}, columns={"prompt": "messages", "answer": "x"})

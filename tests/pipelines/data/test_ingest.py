@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.config.data_schema import DataParams, GradedAnswers, TableSource
 from pipelines.config.params import load_params
-from pipelines.config.schema import DataParams, GradedAnswers, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.sources import table_rows
@@ -180,7 +180,7 @@ def test_a_score_that_is_no_finite_number_is_named(score: Any) -> None:
 
 
 def test_one_score_without_the_other_is_refused() -> None:
-    with pytest.raises(DataError, match="has chosen_score alone"):
+    with pytest.raises(DataError, match="has only chosen_score"):
         canonical_rows("preferences", source(), [{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1}])
 
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import validate
+from pipelines.config.data_schema import TableSource
 from pipelines.config.params import load_params
-from pipelines.config.schema import RuleParams, TableSource
+from pipelines.config.schema import RuleParams
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.tables import Row, Table, write_rows

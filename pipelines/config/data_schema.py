@@ -1,0 +1,105 @@
+"""The section `data` of params.yaml: sources of the tables, and the settings of the generators."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.config.types import Count, Finite, Section, Seed, Share
+
+
+class ArithmeticParams(Section):
+    """Settings of the generator `arithmetic`."""
+
+    terms: Annotated[int, Field(ge=2, le=8)]
+    max_term: Annotated[int, Field(ge=1, le=10**6)]
+    careless: Share
+
+
+class GradedAnswers(Section):
+    """Make pairs of records that hold several graded answers: every better answer against every worse one."""
+
+    columns: Annotated[list[str], Field(min_length=2)] | None = None
+    """Columns that hold one answer each,"""
+    answers: str | None = None
+    """or the column or path of one list of answers."""
+    text: str = ""
+    """The name of an answer's text within it; not needed for a list of strings."""
+    score: str
+    """The name of an answer's score within it; for a list of strings, the column of their scores."""
+    better: Literal["higher", "lower"] | None = None
+    """Whether a higher score is better or a lower one, such as a rank. Needed unless the scores are booleans."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> GradedAnswers:
+        if (self.columns is None) == (self.answers is None):
+            raise ValueError("give either columns (one answer each) or answers (one list)")
+        return self
+
+
+class PreferredAnswer(Section):
+    """Make pairs of records that hold two answers and a label, or several annotators' labels, of the better one."""
+
+    columns: Annotated[list[str], Field(min_length=1)]
+    """The label's column, or one column for each annotator; most of them decide."""
+    answers: Annotated[dict[str, str], Field(min_length=2, max_length=2)]
+    """Label to the column of the better answer, e.g. {a: response_a, b: response_b}."""
+    ties: list[str] = Field(default_factory=list)
+    """Labels that say neither is better. Such records are left out and counted."""
+
+
+class TableSource(Section):
+    """The source of one canonical table.
+
+    `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'.
+    """
+
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """A generator (arithmetic, stories), a file, a folder of files, a pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
+    rows: Count | None = None
+    columns: dict[str, str] | None = None
+    extract: dict[str, str] | None = None
+    """Maps a canonical column to a regular expression; its first group replaces the value."""
+    graded: GradedAnswers | None = None
+    preferred: PreferredAnswer | None = None
+    system: str | None = None
+    """The system message of every row that has none; plain prompts become a user's turn."""
+    template: str | None = None
+    """Text of a user's turn, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
+    split: str = "train"
+    heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _usable(self) -> TableSource:
+        if self.graded and self.preferred:
+            raise ValueError("give either graded or preferred: each makes pairs in its own way")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"template {self.template!r} must contain {{prompt}}, else every row would ask the same")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Return all sources; usually one."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+
+class StoriesParams(Section):
+    """Settings of the generator `stories`."""
+
+    words: Annotated[list[str], Field(min_length=1)]
+    openings: Annotated[list[str], Field(min_length=1)]
+    careless: Share = 0.5
+    """Share of stories in the sft table that omit the word."""
+
+
+class DataParams(Section):
+    """Sources of all tables."""
+
+    seed: Seed
+    arithmetic: ArithmeticParams
+    stories: StoriesParams | None = None
+    sft: TableSource
+    preferences: TableSource
+    problems: TableSource
+    evaluation: TableSource
