@@ -106,10 +106,10 @@ PLUMBING = (
 
 def _command(trace: dict[str, str]) -> str:
     stage, variant = trace["stage"], trace["name"].removeprefix(trace["stage"]).removeprefix("-")
-    if stage == "align":
-        algorithm, _, seed = variant.rpartition("-")
-        return f"pipelines.align --algorithm {algorithm} --seed {seed}"
-    return f"pipelines.evaluate --model {variant}" if stage == "evaluate" else f"pipelines.{stage}"
+    algorithm, _, seed = variant.rpartition("-")
+    if algorithm:
+        return f"pipelines.{stage} --algorithm {algorithm} --seed {seed}"
+    return f"pipelines.{stage} --model {variant}" if variant else f"pipelines.{stage}"
 
 
 def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -> None:
