@@ -143,6 +143,11 @@ def with_prompt(row: Row, where: str) -> Row:
                 " its own column"
             )
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        if row.get("prompt") is None:
+            raise DataError(
+                f"{where}: the pair has no prompt, and chosen or rejected is no conversation that could hold one; give the row a"
+                " prompt, or remove it"
+            )
         return row
     if row.get("prompt") is None:
         shared = _shared(chosen, rejected)

@@ -1,4 +1,4 @@
-"""NaN and infinity in real steps: one letter that the model has no number for, one reward that overflows."""
+"""NaN and infinity in real steps: one row whose weight overflows, one reward that overflows."""
 
 from __future__ import annotations
 
@@ -17,25 +17,16 @@ SFT = ("pipelines.sft",)
 
 @pytest.fixture
 def poisoned(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """Row 7 of the sft table holds a letter whose embedding is NaN; no other row does."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
-
+    """Row 7 of the sft table has a weight that float32 cannot hold; every other row has weight 1."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(workspace.folder / name, tmp_path)
     shutil.copytree(workspace.folder / "data", tmp_path / "data")
     shutil.copytree(workspace.folder / "models" / "base", tmp_path / "models" / "base")
     table = tmp_path / "data" / "valid" / "sft.parquet"
-    rows = read_rows(table)
+    rows = [row | {"weight": 1.0} for row in read_rows(table)]
     assert rows[7]["id"] == 7
-    rows[7]["prompt"] = "~"
+    rows[7]["weight"] = 1e39
     write_rows("sft", rows, table)
-    base = tmp_path / "models" / "base"
-    (letter,) = AutoTokenizer.from_pretrained(base)("~")["input_ids"]
-    weights = load_file(base / "model.safetensors")
-    weights["model.embed_tokens.weight"][letter] = torch.nan
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
     return Workspace(tmp_path, workspace.warm)
 
 
@@ -61,8 +52,8 @@ def test_the_default_is_to_stop_and_to_say_which_row(poisoned: Workspace) -> Non
     before = sorted(state.rglob("*"))
     again = poisoned.run(*SFT, "--replay", str(kept))
     assert again.returncode == 3
-    assert "weights that are not finite: lm.model.embed_tokens.weight" in again.stdout
-    broken = [line.split(":")[0].strip() for line in again.stdout.splitlines() if "loss nan" in line]
+    assert "weights that are not finite: none" in again.stdout
+    broken = [line.split(":")[0].strip() for line in again.stdout.splitlines() if "loss inf" in line]
     assert broken == ["row 7"]
     assert sorted(state.rglob("*")) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,3 +37,17 @@ def test_a_template_without_bounds_is_stopped(text: str, words: str, monkeypatch
 def test_a_template_that_raises_is_told_with_its_row() -> None:
     with pytest.raises(DataError, match="refuses the conversation"):
         template("{{ raise_exception('no') }}").render([{"role": "user", "content": "x"}], row="3")
+
+
+def test_an_alarm_that_is_set_already_keeps_its_time() -> None:
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    try:
+        with pytest.raises(TimeoutError, match=r"0\.1 s"), bounded(seconds=0.1):
+            while True:
+                pass
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] < 59.95
+        with bounded(seconds=90):
+            assert signal.getsignal(signal.SIGALRM) is before[0], "the outer alarm is due first"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before[1])

@@ -105,6 +105,14 @@ def test_a_prompt_that_the_answers_repeat_is_not_doubled_and_scores_have_two_nam
         rows("preferences", record | {"prompt": "q"})
 
 
+@pytest.mark.parametrize(
+    "pair", [{"chosen": None, "rejected": []}, {"chosen": [user("q"), says("a")], "rejected": "b"}]
+)
+def test_a_pair_without_a_prompt_is_refused(pair: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="the pair has no prompt, and chosen or rejected is no conversation"):
+        rows("preferences", pair)
+
+
 def test_thumbs_make_pairs_and_only_thumbs_up_are_imitated() -> None:
     records = [{"prompt": "p", "completion": c, "label": up} for c, up in (("a", True), ("b", False), ("c", True))]
     records.append({"prompt": "q", "completion": "d", "label": True})
