@@ -15,6 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from pipelines.runtime.consistency import VARIABLE, InputSnapshot, listed
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks.console import print_line
 from tasks.dag import Kind
@@ -82,7 +83,30 @@ def bring_up_to_date(
         return StageResult(name, "up-to-date", 0.0, now, now)
     with lease(machine_slots(), stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
         print_line(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
-        return _run(Path(root), name, dvc_command(name, kind, refresh=refresh), held, flow_run)
+        project, command = Path(root), dvc_command(name, kind, refresh=refresh)
+        result = _run(project, name, command, held, flow_run)
+        for change in _changes(project, name, result):
+            # dvc has recorded the new state; only a forced run ignores that, and its cache of runs
+            print_line(f"{name:<24} runs again: {change} while it ran")
+            result = _run(project, name, [*command, "--force"], held, flow_run)
+        if still := _changes(project, name, result):
+            raise StageFailed(
+                f"stage {name}: {still[0]} during both of its runs, so dvc.lock may record a state that it did not use. Run"
+                f" `dvc repro --force --single-item {name}` when nobody edits the project."
+            )
+        return result
+
+
+def _changes(root: Path, name: str, result: StageResult) -> list[str]:
+    """Return one phrase if something changed between a step's own check and dvc's record of it; else nothing."""
+    snapshot = InputSnapshot.read(snapshot_path(root, name)) if result.ran else None
+    found = snapshot.changes(root=root) if snapshot else []
+    return [listed(found)] if found else []
+
+
+def snapshot_path(root: Path, name: str) -> Path:
+    """Return the file to which a stage's step writes what it had read."""
+    return root / ".posttrain" / "logs" / f"{name.replace('/', '_')}.snapshot.json"
 
 
 def dvc_command(name: str, kind: Kind, *, refresh: bool) -> list[str]:
@@ -120,7 +144,9 @@ def run_logged(
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     follower = {"POSTTRAIN_FOLLOWER": "1"} if followed else {"POSTTRAIN_FOLLOWER_SECONDS": str(CATCH_UP_SECONDS)}
-    extra = follower | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
+    snapshot = snapshot_path(root, name)
+    snapshot.unlink(missing_ok=True)
+    extra = follower | {VARIABLE: str(snapshot.absolute())} | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
     descriptors = held.descriptors if held else ()
     with path.open("wb") as file:
         log = StageLog(get_run_logger().info, file)

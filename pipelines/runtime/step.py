@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from pipelines.config.params import Params, load_params
 from pipelines.runtime import environment, launch
+from pipelines.runtime.consistency import InputSnapshot
 from pipelines.runtime.context import CHECKPOINTS, LOCK, RunContext
 from pipelines.runtime.follower import Follower
 from pipelines.runtime.fork_server import run_in_fork_server
@@ -198,12 +199,14 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     project = environment.root()
     path = args.params.resolve() if args.params else project / "params.yaml"
     os.chdir(project)
-    params = load_params(path)
     args.params = path
     variant = step.variant(args) if step.variant else None
     name = f"{step.stage}-{variant}" if variant else step.stage
+    params = load_params(path)
     declared = tuple(step.params(args) if callable(step.params) else step.params)
-    inputs = input_digests(name, step.inputs(args) if callable(step.inputs) else step.inputs)
+    entries = step.inputs(args) if callable(step.inputs) else step.inputs
+    snapshot = InputSnapshot.take(step.stage, path, declared, entries)
+    inputs = input_digests(name, entries)
     values = declared_values(params, declared)
     key = run_key(name, values, inputs)
     state = environment.states(project) / f"{name}-{key[:16]}"
@@ -236,11 +239,13 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
         print(f"{name}: continuing run {context.identity}, journal holds {held}", file=sys.stderr, flush=True)
     follower = Follower.start(context.identity)
     try:
-        _execute(step, run)
+        _execute(step, run, lambda: snapshot.verify(inputs))
         _trace(context, reads)
     finally:
         lock.release()
         follower.finish()
+    snapshot.verify(inputs)  # again, because the follower may have waited for a server
+    snapshot.write()
 
 
 def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
@@ -270,11 +275,12 @@ def _surroundings(params: Params) -> dict[str, Any]:
     }
 
 
-def _execute(step: Step, run: Run) -> None:
-    """Run the body and write the end of the journal, whatever happens."""
+def _execute(step: Step, run: Run, verify: Callable[[], None]) -> None:
+    """Run the body, verify that its inputs are as they were, and write the end of the journal, whatever happens."""
     state, recorder = run.context.state, run.recorder
     try:
         step.body(run)
+        verify()
         publish(state, run.context.directory, end={"kind": "end", "status": FINISHED})
     except (Interrupted, KeyboardInterrupt) as error:
         step.signals.ignore()

@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.config.params import read_yaml
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.journal import read
 from tests.pipelines.conftest import Project, wait_for
+from tests.pipelines.runtime.test_consistency import epochs
 
 GRAPH = """
 stages:
@@ -55,3 +57,21 @@ def test_dvc_repro_after_a_kill_of_dvc_resumes_and_says_so(project: Project, she
     assert again.returncode == 0, again.stderr
     assert f"continuing run {project.state.name}, journal holds steps up to" in again.stdout + again.stderr
     assert content_digest(project.directory / "journal.jsonl") == undisturbed
+
+
+def test_dvc_records_nothing_if_parameters_change_while_a_stage_runs(project: Project) -> None:
+    """Otherwise dvc.lock would say 7 epochs, the journal 6, and `dvc status` nothing."""
+    (project.folder / "dvc.yaml").write_text(GRAPH.format(python=sys.executable))
+    assert project.run("init", "-q", "--no-scm", module="dvc").returncode == 0
+    dvc = project.start("repro", module="dvc", STEP_SECONDS="0.2")
+    wait_for(lambda: any(len(read(path)) > 3 for path in project.folder.glob(".posttrain/runs/*/journal.jsonl")))
+    epochs(project)
+    out, err = dvc.communicate(timeout=60)
+    assert dvc.returncode != 0
+    assert "error: count: sft.epochs changed from 6 to 7 in params.yaml while the stage ran" in out + err
+    assert not (project.folder / "dvc.lock").exists()
+
+    assert project.run("repro", module="dvc").returncode == 0
+    locked = read_yaml(project.folder / "dvc.lock")["stages"]["count"]["params"]["params.yaml"]["sft"]["epochs"]
+    (recorded,) = (r["values"]["sft.epochs"] for r in read(project.directory / "journal.jsonl") if r["kind"] == "params")
+    assert (locked, recorded) == (7, 7)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -7,7 +8,9 @@ from threading import Timer
 
 import pytest
 
+from pipelines.runtime.journal import read
 from tasks.stage import StageFailed, bring_up_to_date, dvc_command, log_path
+from tests.pipelines.conftest import STEP
 
 pytestmark = pytest.mark.usefixtures("prefect_url")
 
@@ -57,3 +60,29 @@ def test_only_a_refresh_asks_for_new_versions_of_imports() -> None:
     assert dvc_command("data.dvc", "import", refresh=True)[-2:] == ["update", "data.dvc"]
     assert dvc_command("data.dvc", "import", refresh=False)[-3:] == ["repro", "--single-item", "data.dvc"]
     assert dvc_command("inbox.dvc", "data", refresh=True)[-3:] == ["repro", "--single-item", "inbox.dvc"]
+
+
+COUNT = """
+  count:
+    cmd: python count.py && (test -e once || (touch once && echo 13 > steps.txt))
+    deps: [steps.txt]
+    params: [sft, algorithms.grpo]
+    outs: [runs/count/grpo-0/journal.jsonl, runs/count/grpo-0/artifacts]
+"""
+
+
+def test_a_change_between_the_steps_end_and_dvcs_record_of_it_makes_the_stage_run_again(
+    workspace: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell edits steps.txt after the step has checked it and before dvc hashes it."""
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    (workspace / "count.py").write_text(STEP)
+    (workspace / "steps.txt").write_text("12")
+    shutil.copy(root / "params.yaml", workspace)
+    with (workspace / "dvc.yaml").open("a") as graph:
+        graph.write(COUNT)
+    result = bring_up_to_date(str(workspace), "count")
+    assert result.ran
+    journal = read(workspace / "runs" / "count" / "grpo-0" / "journal.jsonl")
+    assert max(record["step"] for record in journal if record["kind"] == "metrics") == 12
+    assert bring_up_to_date(str(workspace), "count").outcome == "up-to-date"

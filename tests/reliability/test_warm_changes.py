@@ -1,0 +1,30 @@
+"""A fork of the warm process checks its parameters like any other step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+
+from tests.pipelines.conftest import wait_for
+from tests.reliability.workspace import Workspace
+
+
+def test_parameters_that_change_under_a_fork_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(workspace.folder, folder, ignore=shutil.ignore_patterns(".posttrain", "align"))
+    copy = Workspace(folder, workspace.warm)
+    process = copy.start("tests.reliability.dying", "metrics 3", "pipelines.reward", SIGNAL="SIGSTOP")
+    forks = psutil.Process(workspace.warm.process.pid).children
+    (stopped,) = wait_for(lambda: [fork for fork in forks() if fork.status() == psutil.STATUS_STOPPED])
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("\nreward:\n", "\nreward:\n  # edited\n", 1))
+    before, section, rest = params.read_text().partition("\nreward:\n")
+    params.write_text(before + section + rest.replace("epochs: 2", "epochs: 3", 1))
+    os.kill(stopped.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: reward: reward.epochs changed from 2 to 3 in params.yaml while the stage ran" in err
