@@ -65,7 +65,9 @@ class InputSnapshot:
         found += _differences(self.code, _code(self.entries, root), "the code")
         now = _data(self.entries, root)
         moved = [entry for entry in self.entries if _below(self.data, entry) != _below(now, entry)]
-        return found + [f"the data {entry} changed" for entry in moved if not _same(root / entry, (digests or {}).get(entry))]
+        return found + [
+            f"the data {entry} changed" for entry in moved if not _same(root / entry, (digests or {}).get(entry))
+        ]
 
     def verify(self, digests: Mapping[str, str]) -> None:
         """Raise TrackingError if something changed since the snapshot."""

@@ -73,5 +73,7 @@ def test_dvc_records_nothing_if_parameters_change_while_a_stage_runs(project: Pr
 
     assert project.run("repro", module="dvc").returncode == 0
     locked = read_yaml(project.folder / "dvc.lock")["stages"]["count"]["params"]["params.yaml"]["sft"]["epochs"]
-    (recorded,) = (r["values"]["sft.epochs"] for r in read(project.directory / "journal.jsonl") if r["kind"] == "params")
+    (recorded,) = (
+        r["values"]["sft.epochs"] for r in read(project.directory / "journal.jsonl") if r["kind"] == "params"
+    )
     assert (locked, recorded) == (7, 7)
