@@ -105,7 +105,7 @@ def _changes(root: Path, name: str, result: StageResult) -> list[str]:
 
 
 def snapshot_path(root: Path, name: str) -> Path:
-    """Return the file to which a stage's step writes what it had read."""
+    """Return the file to which a stage's step writes its snapshot."""
     return root / ".posttrain" / "logs" / f"{name.replace('/', '_')}.snapshot.json"
 
 

@@ -27,7 +27,7 @@ _CODE = ("posttrain", "pipelines")
 
 @dataclass(frozen=True)
 class InputSnapshot:
-    """What a stage had read when it started: values of params.yaml, hashes of its code, size and time of its data."""
+    """The inputs that a stage read at its start: values of params.yaml, hashes of its code, size and time of its data."""
 
     stage: str
     params: str | None
@@ -124,13 +124,13 @@ def _files(root: Path, entry: str) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.endswith(".pyc"))
 
 
-def _each(entries: Iterable[str], root: Path, what: Callable[[Path], Any]) -> dict[str, Any]:
-    """Return `what` of every file by name. A file that disappears meanwhile is left out, which makes a difference."""
+def _each(entries: Iterable[str], root: Path, measure: Callable[[Path], Any]) -> dict[str, Any]:
+    """Apply `measure` to every file, by name. A file that disappears meanwhile is left out, which counts as a change."""
     found = {}
     for entry in entries:
         for path in _files(root, entry):
             try:
-                found[(Path(entry) / path.relative_to(root / entry)).as_posix()] = what(path)
+                found[(Path(entry) / path.relative_to(root / entry)).as_posix()] = measure(path)
             except FileNotFoundError:
                 continue
     return found
