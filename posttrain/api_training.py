@@ -26,7 +26,7 @@ from posttrain.api import Model
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens, table_tokens
 from posttrain.errors import ConfigError, DataError
-from posttrain.models.folders import check_logits
+from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rewards.calling import RewardFunction
@@ -124,7 +124,7 @@ def train(
         raise DataError("train needs at least one row; rows is empty")
     if threads is not None:
         torch.set_num_threads(threads)
-    check_logits(model.lm, "the model to train")
+    check_policy(model.lm, "the model to train")
     run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
     spec = choose(algorithm) if isinstance(algorithm, str) and algorithm != "sft" else algorithm
     if isinstance(spec, OnPolicy):

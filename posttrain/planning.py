@@ -91,12 +91,23 @@ def sizes(config: Any) -> Sizes:
 def _number(config: Any, names: Sequence[str]) -> int | None:
     """Return the first of `names` that the configuration gives as a number; the largest if it differs between layers."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _read(config, name)
         if isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
             return int(max(value))
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
+
+
+def _read(config: Any, name: str) -> Any:
+    """Return a number of the configuration; a list if it differs between layers, which transformers refuses to give as one number."""
+    layers = getattr(config, "per_layer_config", None)
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        if not layers:
+            raise
+    return [getattr(layer, name, 0) for layer in (layers.values() if isinstance(layers, dict) else layers)]
 
 
 @dataclass(frozen=True)

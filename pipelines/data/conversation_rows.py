@@ -27,6 +27,9 @@ def chat_rows(kind: Kind, rows: list[Row], source: TableSource, where: str, chan
         if kind == "preferences":
             row = with_prompt(row, place)
         row = _as_conversation(kind, row, source)
+        changes["conversations that end with a turn of the user or a tool, which is not trained"] += any(
+            is_messages(row[name]) and row[name][-1]["role"] != "assistant" for name in TEXT[kind] if name != "prompt"
+        )
         if (
             kind != "preferences"
             and is_messages(row["prompt"])
@@ -53,9 +56,6 @@ def _parted(row: Row, where: str, changes: Changes) -> Row:
     greets = bool(asked) and turns[asked[0]]["role"] == "assistant"
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1 if greets else 0 :]
     changes["conversations that begin with the assistant, whose first turn is not trained"] += greets
-    changes["conversations that end with a turn of the user or a tool, which is not trained"] += (
-        turns[-1]["role"] != "assistant"
-    )
     first = answers[0] if answers else len(turns)
     return {"id": row["id"], "prompt": turns[:first] or None, "completion": turns[first:] or None, **rest}
 

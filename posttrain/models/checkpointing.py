@@ -10,11 +10,17 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.errors import ModelError
+
+RATES = "_posttrain_dropout_rates"
+"""Attribute of a model that recomputes its layers: its configuration's own dropout rates."""
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -28,7 +34,30 @@ def recompute_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not support activation checkpointing; set compute.gradient_checkpointing: false"
         )
     without_dropout(model)
+    setattr(model, RATES, _zeroed_rates(model.config) | getattr(model, RATES, {}))
     model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def _zeroed_rates(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every dropout rate of the configuration to 0, which some layers read in each call (Falcon, Bloom); return the former rates."""
+    text = config.get_text_config()
+    rates = {name: value for name, value in vars(text).items() if isinstance(value, float) and "drop" in name and value}
+    for name in rates:
+        setattr(text, name, 0.0)
+    return rates
+
+
+@contextmanager
+def own_dropout_rates(model: PreTrainedModel) -> Iterator[None]:
+    """Give the configuration its own dropout rates inside the block, to save it as it was loaded."""
+    text, rates = model.config.get_text_config(), getattr(model, RATES, {})
+    for name, value in rates.items():
+        setattr(text, name, value)
+    try:
+        yield
+    finally:
+        for name in rates:
+            setattr(text, name, 0.0)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import (
@@ -34,6 +33,8 @@ from transformers import (
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
 from posttrain.files import replace
+from posttrain.models.causal import check_policy
+from posttrain.models.checkpointing import own_dropout_rates
 from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ CONTEXT_NAMES = (
     "context_length",
 )
 """How configurations spell the context length."""
-PROBE = (3, 4, 5)
-"""Token ids of the forward pass that checks a policy when it is loaded."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -89,7 +88,7 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     """
     refuse_other_heads(load_config(source), source)
     model = load_whole(AutoModelForCausalLM, source)
-    check_logits(model, source)
+    check_policy(model, source)
     return model
 
 
@@ -172,7 +171,8 @@ def save_model(
     if ends and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     try:
-        model.save_pretrained(partial)
+        with own_dropout_rates(model):
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if adapter is not None:
             adapter.save(partial / ADAPTER)
@@ -184,26 +184,6 @@ def save_model(
         ) from error
     _remove(folder)
     replace(partial, folder)
-
-
-@torch.no_grad()
-def check_logits(model: PreTrainedModel, source: str | Path) -> None:
-    """Raise ModelError unless the logits are the head's output for the trunk's last hidden states.
-
-    Log-probabilities here are fused with the head. If a model scales, caps or transforms its logits (Gemma 2, Cohere, Granite, Falcon-H1
-    and others), it would be trained on other log-probabilities than it samples from.
-    """
-    ids, head = torch.tensor([PROBE]), model.get_output_embeddings()
-    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if head is not None and hidden is not None:
-        plain = torch.nn.functional.linear(hidden, head.weight, head.bias).log_softmax(-1)
-        own = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        if plain.shape == own.shape and bool((plain - own).abs().max() <= 1e-3):
-            return
-    raise ModelError(
-        f"{source}: the logits of {type(model).__name__} are not the plain output of its head, so training would use"
-        " other log-probabilities than sampling does; choose an architecture with plain logits, such as Qwen3 or Llama"
-    )
 
 
 def _remove(folder: Path) -> None:

@@ -68,16 +68,20 @@ class Adapter:
             task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
             modules_to_save=[HEAD] if scalar else None,
         )
+        names = _linear_names(model)
+        before = None if model.device.type == "meta" else self._probe()
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self._peft: Any = peft.get_peft_model(model, config)
         except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"lora.target_modules {_modules(settings)!r}: {str(error).rstrip('.')}. Name linear layers of"
-                f" {type(model).__name__}, such as [q_proj, v_proj], or use all-linear"
+                f" {type(model).__name__}: {', '.join(name for name in names if repr(name) not in str(error))}"
             ) from error
         self._refuse_head(model)
         self._refuse_unmatched(model, settings)
+        if before is not None:
+            self._refuse_changed(before)
         self._state: dict[str, Tensor] = {}
 
     @property
@@ -103,6 +107,20 @@ class Adapter:
             raise ModelError(
                 f"merging the adapter into {type(self._model).__name__} changes its outputs by {worst:.2g}, so the saved model would not be"
                 " the one that was trained; some layer reads its weight directly. Name other layers, such as [q_proj, v_proj]"
+            )
+
+    def _refuse_changed(self, before: Tensor) -> None:
+        """Raise ModelError if the model with a new adapter, which adds 0, computes other states than before or none."""
+        try:
+            change = float((self._probe() - before).abs().max())
+            worst, same = f"by {change:.2g}", change <= MERGE_TOLERANCE * max(1.0, float(before.abs().max()))
+        # a layer that is more than a linear one may raise anything inside the adapter
+        except Exception as error:
+            worst, same = f"({type(error).__name__}: {error})", False
+        if not same:
+            raise ModelError(
+                f"an adapter on these layers changes the outputs of {type(self._model).__name__} before training {worst}: some of them"
+                " are no plain linear layers. Set lora.target_modules to the names of others, such as [q_proj, v_proj]"
             )
 
     @torch.no_grad()
@@ -179,6 +197,17 @@ def adapter_parameters(config: Any, settings: LoraSettings) -> int:
 
     with torch.device("meta"):
         return Adapter(cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)), settings).parameters
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the model's linear layers, except the heads."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if part is not head and isinstance(part, torch.nn.Linear) and name.rpartition(".")[2] != HEAD
+    }
+    return sorted(found)
 
 
 def _modules(settings: LoraSettings) -> str | list[str]:

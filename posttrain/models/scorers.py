@@ -8,11 +8,13 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from posttrain.errors import ModelError
@@ -82,13 +84,18 @@ def scoring_pad(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _scorer_kind(config: PreTrainedConfig) -> Any:
-    """Return transformers' own class if its trunk and head are of the usual kind, else one from the generic parts."""
+    """Return transformers' own class if its trunk and head are of the usual kind, else one from the trunk and a linear head."""
     with torch.device("meta"):
         trunk = type(AutoModelForCausalLM.from_config(config).base_model)
         if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             own = AutoModelForSequenceClassification.from_config(config)
             if type(own.base_model) is trunk and isinstance(getattr(own, HEAD, None), nn.Linear):
                 return type(own)
+            tqdm.write(
+                f"{type(own).__name__} of transformers has a different head than `{HEAD}`, and would leave it random; read scores from a"
+                " folder of this reward model only with this library",
+                file=sys.stderr,
+            )
     return _scorer_class(trunk)
 
 
@@ -104,8 +111,28 @@ def _scorer_class(trunk: type) -> Any:
         self.score = nn.Linear(_width(config), 1, bias=False)
         self.post_init()
 
-    members = {"__init__": initialise, "base_model_prefix": base.base_model_prefix or "model"}
-    return type(name, (GenericForSequenceClassification, base), members)
+    # transformers finds out from the source of the class's module which attention and which experts it supports
+    members = {
+        "__init__": initialise,
+        "forward": _score_of_last_token,
+        "__module__": trunk.__module__,
+        "base_model_prefix": base.base_model_prefix or "model",
+    }
+    return type(name, (base,), members)
+
+
+def _score_of_last_token(
+    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
+) -> SequenceClassifierOutput:
+    """Return the score at the last token that is not pad, as transformers' classes do."""
+    hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+    pad = self.config.get_text_config().pad_token_id
+    count = input_ids.shape[1]
+    positions = torch.arange(count, device=input_ids.device)
+    real = torch.ones_like(input_ids) if pad is None else (input_ids != pad).to(positions.dtype)
+    last = (positions * real).argmax(-1)
+    scores = self.score(hidden[torch.arange(len(input_ids), device=input_ids.device), last])
+    return SequenceClassifierOutput(logits=scores)
 
 
 def _width(config: PreTrainedConfig) -> int:
@@ -124,7 +151,7 @@ def _check_score(model: PreTrainedModel, source: str | Path) -> None:
     )
     if isinstance(head, nn.Linear) and hidden is not None:
         pad, model.config.get_text_config().pad_token_id = model.config.get_text_config().pad_token_id, None
-        own = model(input_ids=ids).logits.flatten()
+        own = model(input_ids=ids, use_cache=False).logits.flatten()
         model.config.get_text_config().pad_token_id = pad
         plain = head(hidden[0, -1]).flatten()
         if own.shape == plain.shape == (1,) and float((own - plain).abs()) <= 1e-4 * max(1.0, float(own.abs())):

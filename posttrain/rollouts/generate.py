@@ -97,7 +97,13 @@ def confirm_generate(lm: PreTrainedModel) -> None:
     context = getattr(text, "max_position_embeddings", None) or 2**31
     prompt = probe_ids(min(trial_length(text), max(1, context - PROBED)), text.vocab_size)
     new_tokens = min(PROBED, context - len(prompt))
-    [[answer]] = GenerateEngine(lm, ()).sample([Request(prompt, ((0,),))], SamplingSettings(new_tokens, 1.0))
+    try:
+        [[answer]] = GenerateEngine(lm, ()).sample([Request(prompt, ((0,),))], SamplingSettings(new_tokens, 1.0))
+    except Exception as error:  # a cache of its own kind may raise anything; the reason names it
+        raise RolloutError(
+            f"{type(lm).__name__} cannot be sampled by transformers' generate ({type(error).__name__}: {error}); use it for SFT,"
+            " a reward model or preferences, or choose another architecture, such as Qwen3 or Llama"
+        ) from error
     training = lm.training
     lm.eval()
     with torch.no_grad():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
-from posttrain.models.checkpointing import recompute_layers
+from posttrain.models.checkpointing import recompute_layers, recomputed_layers
 from posttrain.models.compiled import compile_layers
+from posttrain.models.folders import save_model
 from posttrain.models.policy import Policy
-from posttrain.models.tiny import TinyShape, tiny_model
+from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
 from posttrain.planning import sizes
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
@@ -78,3 +82,19 @@ def test_compiled_agrees_with_what_it_was_compiled_from(change: Any) -> None:
     assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
     for parameter, value in plain[1].items():
         assert torch.allclose(value, compiled[1][parameter], atol=1e-5), parameter
+
+
+def test_rates_that_a_layer_reads_from_the_configuration_have_no_effect_and_are_saved(tmp_path: Path) -> None:
+    """Falcon's layers read `config.hidden_dropout` in each call while they are in training mode."""
+    sizes_of = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes_of, hidden_dropout=0.5)).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = lm(ids).logits
+        recompute_layers(lm)
+        for layer in recomputed_layers(lm):
+            layer.training = True
+        assert torch.equal(lm(ids).logits, expected)
+    save_model(lm, byte_tokenizer(64), tmp_path / "m", "")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["hidden_dropout"] == 0.5

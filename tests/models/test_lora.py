@@ -110,7 +110,9 @@ def test_a_reward_model_keeps_its_head_in_both(tmp_path: Path) -> None:
 
 
 def test_names_that_no_layer_has_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"\['query'\].*\[q_proj, v_proj\], or use all-linear"):
+    with pytest.raises(
+        ModelError, match=r"\['query'\].*: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    ):
         Adapter(small.language_model(), LoraSettings(4, 8.0, ("query",)))
 
 
@@ -124,3 +126,14 @@ def test_without_peft_the_message_says_what_to_type(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match="pip install peft"):
         Adapter(small.language_model(), SETTINGS)
+
+
+def test_an_adapter_that_changes_the_model_before_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers look linear and are more, such as the grouped projections of DeepSeek V4."""
+    other = small.language_model()
+    layer = other.model.layers[0].mlp.down_proj
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight) * (2 if hasattr(other, "peft_config") else 1)
+    with pytest.raises(
+        ModelError, match=r"changes the outputs of Qwen3ForCausalLM before training by .*\[q_proj, v_proj\]"
+    ):
+        Adapter(other, SETTINGS)

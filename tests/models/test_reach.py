@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError, RolloutError
+from posttrain.models.causal import check_policy
 from posttrain.models.folders import load_policy
 from posttrain.models.lora import Adapter, LoraSettings
 from posttrain.models.policy import Policy
@@ -149,3 +150,34 @@ def test_k3_keeps_its_gradient_where_the_reference_finds_a_token_likely_not() ->
     kl_estimate(far, torch.tensor([-1.0]), "k3").sum().backward()
     assert far.grad is not None
     assert torch.isfinite(far.grad).all()
+
+
+def attending_to_all(lm: Any) -> Any:
+    for layer in lm.model.layers:
+        layer.self_attn.is_causal = False
+    return lm
+
+
+def test_a_model_that_is_not_causal_is_refused() -> None:
+    lm = model("llama")
+    check_policy(lm, "m")
+    with pytest.raises(
+        ModelError, match=r"m: LlamaForCausalLM is not causal: later tokens change the states of earlier ones"
+    ):
+        check_policy(attending_to_all(lm), "m")
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is not causal.*is_decoder: true"):
+        check_policy(model("bert"), "m")
+
+
+def test_a_model_that_computes_no_logits_from_ids_is_refused_by_name() -> None:
+    broken = model("llama")
+    del broken.model.norm
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM does not compute logits from a row of token ids \(AttributeError"
+    ):
+        check_policy(broken, "m")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+def test_state_spaces_are_padded_and_sampled_by_generate(kind: str) -> None:
+    assert_agrees(model(kind, state_size=8), length=30)
