@@ -44,7 +44,7 @@ ROOMS = {
     "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
     "training": {"config", "data", "runtime"},
     "promotion": {"runtime", "tracking"},
-    "report": {"runtime"},
+    "report": {"config", "runtime"},
     "validation": {"config", "data"},
     "tracking": {"config", "runtime"},
     "data": {"config"},

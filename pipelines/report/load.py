@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipelines.config.effective import spec_of
 from pipelines.runtime.journal import number, read
 from pipelines.runtime.publish import ARTIFACTS, JOURNAL, METRICS
-from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.algorithms import OnPolicy
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Floats
 
@@ -183,16 +184,9 @@ def training(folder: Path, name: str) -> Training:
     return Training(name, curves, summary, params)
 
 
-def spec_of(run: Training, algorithm: str) -> Algorithm:
-    """Return the algorithm's spec as the run was configured."""
-    start = f"algorithms.{algorithm}.options."
-    options = {key.removeprefix(start): value for key, value in run.params.items() if key.startswith(start)}
-    return choose(run.params[f"algorithms.{algorithm}.preset"], options)
-
-
 def optimiser_steps(run: Training, algorithm: str) -> int:
     """Return the number of weight updates; every on-policy step makes epochs x minibatches of them."""
-    spec = spec_of(run, algorithm)
+    spec = spec_of(algorithm, run.params)
     each = spec.epochs * spec.minibatches if isinstance(spec, OnPolicy) else 1
     return round(run.summary["steps"]) * each
 

@@ -13,17 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.report.load import BASE, SFT
+from pipelines.runtime import palette
 
 matplotlib.use("Agg")
 
 Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
-# Okabe and Ito's palette for colour-blind readers, then Tol's muted one; the dark variants are lighter for contrast.
-_LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD6", "#882255", "#5B4FC9", "#7A7A1F", "#44AA99")
-_DARK = ("#4DA3DC", "#F08A45", "#35C79B", "#E3A3C6", "#E6B93D", "#8CCBF2", "#D3749F", "#9C92F2", "#C4C45A", "#7FD3C6")
 _MARKERS = "osD^vP*Xhp"
 _GREY: dict[Scheme, dict[str, str]] = {
-    "light": {BASE: "#9AA0A6", SFT: "#4A4F55"},
+    "light": palette.GREY,
     "dark": {BASE: "#7D838A", SFT: "#C9CED4"},
 }
 _INK: dict[Scheme, tuple[str, str, str]] = {
@@ -44,8 +42,8 @@ class Look:
         """Return the model's colour."""
         if name in _GREY[self.scheme]:
             return _GREY[self.scheme][name]
-        palette = _LIGHT if self.scheme == "light" else _DARK
-        return palette[self.algorithms.index(name) % len(palette)]
+        colours = palette.LIGHT if self.scheme == "light" else palette.DARK
+        return colours[self.algorithms.index(name) % len(colours)]
 
     def marker(self, name: str) -> str:
         """Return the model's marker."""
@@ -55,7 +53,7 @@ class Look:
 
     def dashes(self, name: str) -> str:
         """Return the line style: dashed if all colours are already used."""
-        return "-" if self.algorithms.index(name) < len(_LIGHT) else "--"
+        return "-" if self.algorithms.index(name) < len(palette.LIGHT) else "--"
 
     @property
     def ink(self) -> str:

@@ -34,9 +34,18 @@ def content_digest(path: Path) -> str:
     """Return the sha256 of a file, or of a folder's sorted relative names and contents."""
     if path.is_file():
         return file_digest(path)
+    return joined_digest(folder_digests(path))
+
+
+def folder_digests(path: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a folder by its relative name, sorted by name."""
     files = sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
-    lines = [f"{p.relative_to(path).as_posix()} {file_digest(p)}\n" for p in files if p.is_file()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return {p.relative_to(path).as_posix(): file_digest(p) for p in files if p.is_file()}
+
+
+def joined_digest(digests: Mapping[str, str]) -> str:
+    """Return the sha256 of a folder from the digests of its files."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
 def input_digests(stage: str, inputs: Iterable[str | Path]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.identity import file_digest
+from pipelines.runtime.identity import folder_digests, joined_digest
 from pipelines.runtime.journal import Journal
 from pipelines.runtime.publish import ARTIFACTS
 from posttrain.errors import TrackingError
@@ -44,9 +44,12 @@ class RunOutputs:
             raise TrackingError(
                 f"{folder}: holds no .safetensors file, so there are no weights to record. Save the model there first."
             )
-        weights = {file.name: file_digest(file) for file in files}
+        every = folder_digests(folder)
+        weights = {file.name: every[file.name] for file in files}
         digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-        self._journal.append({"kind": "model", "path": folder.as_posix(), "files": weights, "sha256": digest})
+        record = {"kind": "model", "path": folder.as_posix(), "files": weights, "sha256": digest}
+        # The same digest that a later step records for this folder as its input.
+        self._journal.append(record | {"content": joined_digest(every)})
 
 
 def artifact_path(folder: Path, name: str) -> Path:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipelines.config.effective import effective_parameters
+from pipelines.config.params import load_params
+from pipelines.config.schema import ProjectParams
+from pipelines.runtime.palette import colour
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.source import RecordedRun
@@ -14,7 +20,9 @@ from pipelines.tracking.store import workspace
 
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
 TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
-REASON_TAG = "posttrain.reason"
+REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
+DVC_TAG = "dvc.md5"
+"""The hash of each output in DVC's cache, as JSON in one tag."""
 _PARAM_LENGTH, _TAG_LENGTH, _SHOWN_TABLES = 6000, 8000, 100
 
 
@@ -38,8 +46,9 @@ def entity_name(name: str) -> str:
 
 
 def parameters(source: RecordedRun) -> dict[str, str]:
-    """Return the run's parameters as text."""
-    return {entity_name(name): _text(value)[:_PARAM_LENGTH] for name, value in source.values_of("params").items()}
+    """Return the hyper-parameters that the run used, under one name each, as text."""
+    given = effective_parameters(source.start["stage"], source.start.get("arguments", {}), source.values_of("params"))
+    return {entity_name(name): _text(value)[:_PARAM_LENGTH] for name, value in given.items()}
 
 
 def identity_tags(source: RecordedRun, project: Path) -> dict[str, str]:
@@ -50,9 +59,11 @@ def identity_tags(source: RecordedRun, project: Path) -> dict[str, str]:
 def tags(source: RecordedRun, project: Path) -> dict[str, str]:
     """Return all tags for filters and comparisons. Unknown values are omitted, e.g. for a restored journal."""
     surroundings = source.surroundings()
+    locked = locked_outputs(project, source.start["directory"], source.journal)
     found: dict[str, Any] = {
         "stage": source.start["stage"],
         **{key: _text(value) for key, value in arguments(source).items()},
+        **grouping(source, project),
         **source.values_of("tags"),
         "mlflow.note.content": _note(source),
         "mlflow.source.git.commit": surroundings.get("commit"),
@@ -62,11 +73,36 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "mlflow.loggedArtifacts": _tables(source),
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),
         **_model(source, project),
-        **{
-            f"dvc.md5/{p}": md5 for p, md5 in locked_outputs(project, source.start["directory"], source.journal).items()
-        },
+        EVALUATION_TAG: None if source.evaluation is None else source.evaluation.digest,
+        DVC_TAG: json.dumps(locked) if locked else None,
     }
     return {entity_name(k): redact(str(v))[:_TAG_LENGTH] for k, v in found.items() if v not in (None, "")}
+
+
+def grouping(source: RecordedRun, project: Path) -> dict[str, str]:
+    """Return the tags by which runs are grouped: algorithm, seed, study, protocol, and the algorithm's colour.
+
+    `protocol` is a hash of the models that training and evaluation start from: only runs with equal protocols can be compared.
+    """
+    given, inputs = source.start.get("arguments", {}), source.start.get("inputs", {})
+    name, _, seed = str(given.get("model") or "").rpartition("-") if source.start["stage"] == "evaluate" else ("",) * 3
+    algorithm = str(given.get("algorithm") or name or seed)
+    settings = _project_section(project / "params.yaml", (project / "params.yaml").stat().st_mtime_ns)
+    starts = [str(inputs[path]) for path in ("models/sft", "models/reward") if path in inputs]
+    found = {
+        "algorithm": algorithm,
+        "seed": seed if name else "",
+        "study": str(source.surroundings().get("experiment") or settings.experiment),
+        "protocol": hashlib.sha256(" ".join(starts).encode()).hexdigest()[:8] if starts else "",
+        "mlflow.runColor": colour(algorithm, settings.algorithms) or "",
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+@lru_cache(maxsize=8)
+def _project_section(path: Path, changed: int) -> ProjectParams:
+    """Return the section `project` of a params file; the time of its last change is part of the key of the cache."""
+    return load_params(path).project
 
 
 def _model(source: RecordedRun, project: Path) -> dict[str, Any]:
@@ -88,15 +124,27 @@ def _tables(source: RecordedRun) -> str | None:
 
 
 def _note(source: RecordedRun) -> str:
-    """Return the run's note."""
+    """Return the run's description: its result in words, its files, and the command that repeats it."""
     options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in arguments(source).items())
     stage = source.start["stage"]
     return (
-        f"Stage **{stage}**{', ' + run_name(source).removeprefix(stage).strip() if options else ''}.\n\n"
+        f"Stage **{stage}**{', ' + run_name(source).removeprefix(stage).strip() if options else ''}.{_result(source)}\n\n"
         f"* files: `{source.start['directory']}`\n"
         f"* comparison of all runs: `report/`\n"
         f"* run only this stage: `python -m pipelines.{stage}{options}`\n"
     )
+
+
+def _result(source: RecordedRun) -> str:
+    """Return a sentence with the accuracy of the evaluated model, empty if it has not been evaluated."""
+    evaluation = source if source.start["stage"] == "evaluate" else source.evaluation
+    measured = {} if evaluation is None else evaluation.values_of("summary")
+    if "accuracy" not in measured:
+        return ""
+    accuracy, low, high = (
+        f"{100 * float(measured[name]):.1f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
+    )
+    return f" **{accuracy} %** of the held-out problems are solved (95 % interval {low} to {high} %)."
 
 
 def _text(value: Any) -> str:

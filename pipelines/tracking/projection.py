@@ -22,7 +22,7 @@ from pipelines.runtime.journal import FINISHED, RUNNING
 from pipelines.runtime.process import Lock
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
-from pipelines.tracking.source import RecordedRun, Value, load
+from pipelines.tracking.source import RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
 from posttrain.errors import TrackingError
 
@@ -119,7 +119,7 @@ class Projector:
         link = self._links.get(source.identity)
         if link is None:
             runs = self._candidates(source)
-            done = next((run for run in runs if _complete(run, source)), None)
+            done = next((run for run in runs if _complete(run, source) and self._has_results(run, wanted_tags)), None)
             if done is not None:
                 if self._is_ours(done):
                     self._add_tags(done.info.run_id, dict(done.data.tags), wanted_tags)
@@ -137,6 +137,12 @@ class Projector:
         send_artifacts(self.client, link.run_id, source, link.sent)
         self._end(link, source)
         return link.run_id
+
+    def _has_results(self, run: MlflowRun, wanted: dict[str, str]) -> bool:
+        """Return True if the run holds the results of the evaluation, or belongs to a different checkout, which adds its own."""
+        return not self._is_ours(run) or run.data.tags.get(describe.EVALUATION_TAG) == wanted.get(
+            describe.EVALUATION_TAG
+        )
 
     def _candidates(self, source: RecordedRun) -> list[MlflowRun]:
         """Return the store's runs of this identity, those of this checkout first, without replaced ones."""
@@ -263,7 +269,7 @@ def _contradicts(link: Link, source: RecordedRun) -> bool:
         return False
     timings = {name for name in link.tags.get(describe.TIMINGS_TAG, "").split(",") if name}
     timings |= {describe.entity_name(name) for name, _ in source.timings}
-    return any(key not in wanted and key[0] not in timings for key in link.values)
+    return any(key not in wanted and key[0] not in timings and not key[0].startswith(RESULT) for key in link.values)
 
 
 def _stored_names(values: dict[Value, float]) -> dict[Value, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from posttrain.errors import TrackingError
 
 Value = tuple[str, int]
 """Metric name and step."""
+RESULT, COST = "evaluation/", "cost/"
+"""Prefixes of the values that a training run has next to its curves."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class RecordedRun:
     records: list[Record]
     measurements: list[Record]
     status: str
+    evaluation: RecordedRun | None = None
+    """The finished evaluation of exactly the model that this run wrote."""
 
     @cached_property
     def start(self) -> Record:
@@ -59,7 +63,11 @@ class RecordedRun:
 
     @cached_property
     def metrics(self) -> dict[Value, float]:
-        """Return every value of the journal: the series, and the summary at the last step."""
+        """Return every value of the journal, the results of the model's evaluation, and the cost in work.
+
+        A summary value that has a series is its last step, so it is not repeated. Results and cost are at step 0: MLflow draws
+        them as bars.
+        """
         series = {
             (name, record["step"]): number(value)
             for record in self.of("metrics")
@@ -67,19 +75,40 @@ class RecordedRun:
         }
         names = {name for name, _ in series}
         last = max((step for _, step in series), default=0)
-        summary = self.values_of("summary")
-        final = {(f"final/{name}" if name in names else name, last): number(value) for name, value in summary.items()}
-        return series | final
+        summary = {
+            (name, last): number(value) for name, value in self.values_of("summary").items() if name not in names
+        }
+        cost = {(f"{COST}{name}", 0): value for name, value in self._work(series, last).items()}
+        return series | summary | cost | ({} if self.evaluation is None else results(self.evaluation))
+
+    def _work(self, series: dict[Value, float], last: int) -> dict[str, float]:
+        """Return the tokens that a finished training run sampled and trained on."""
+        if self.status != FINISHED:
+            return {}
+        ends = {name: series.get((name, last)) for name in ("tokens/sampled", "tokens/trained")}
+        return {name.replace("/", "_"): value for name, value in ends.items() if value is not None}
 
     @cached_property
     def timings(self) -> dict[Value, float]:
         """Return the values that depend on the clock, one per name and step."""
-        return {
+        values = {
             (name, record["step"]): number(value)
             for record in self.measurements
             if record["kind"] == "timings"
             for name, value in record["values"].items()
         }
+        seconds = self._seconds()
+        return values | ({(f"{COST}seconds", 0): seconds} if seconds and self.status == FINISHED else {})
+
+    def _seconds(self) -> float:
+        """Return the seconds from the start to the last record of each process of the run."""
+        total, began, reached = 0.0, 0.0, 0.0
+        for record in self.measurements:
+            if record["kind"] == "start":
+                total, began = total + reached - began, float(record["time"])
+                reached = began
+            reached = max(reached, float(record["time"]))
+        return total + reached - began if began else 0.0
 
     @cached_property
     def times(self) -> dict[int, int]:
@@ -98,6 +127,18 @@ class RecordedRun:
     def stopped(self) -> int | None:
         """Return the time of the last measurement in milliseconds since the epoch, or None."""
         return _milliseconds(self.measurements[-1]["time"]) if self.measurements else None
+
+
+def results(evaluation: RecordedRun) -> dict[Value, float]:
+    """Return an evaluation's results by the names that they have on the run of the evaluated model, at step 0."""
+    summary = evaluation.values_of("summary")
+    return {(RESULT + name.replace("/mean", "").replace("/", "_"), 0): number(value) for name, value in summary.items()}
+
+
+def evaluated_folder(evaluation: RecordedRun) -> str:
+    """Return the folder of the model that was evaluated: models/sft, or models/align/grpo-0."""
+    model = str(evaluation.start["arguments"].get("model"))
+    return f"models/{model}" if model in ("base", "sft") else f"models/align/{model}"
 
 
 def _milliseconds(seconds: float) -> int:
@@ -129,6 +170,7 @@ def discover(project: Path, problems: list[str]) -> list[RecordedRun]:
     A live folder is preferred, because it also has times; but a finished journal is preferred to one that was cut off.
     """
     found: dict[str, RecordedRun] = {}
+    current: set[str] = set()
     for folder in folders(project):
         try:
             source = load(folder)
@@ -137,7 +179,26 @@ def discover(project: Path, problems: list[str]) -> list[RecordedRun]:
             continue
         if source is None:
             continue
+        if folder.is_relative_to(project / "runs"):
+            current.add(source.identity)
         known = found.get(source.identity)
         if known is None or known.status not in (FINISHED, RUNNING):
             found[source.identity] = source
-    return list(found.values())
+    return _with_evaluations(list(found.values()), current)
+
+
+def _with_evaluations(sources: list[RecordedRun], current: set[str]) -> list[RecordedRun]:
+    """Attach to each run that wrote a model its evaluation; of several, that in runs/, else the last one that ran."""
+    order = sorted(sources, key=lambda source: (source.identity in current, source.stopped() or 0))
+    evaluations = {
+        (folder, source.start["inputs"].get(folder)): source
+        for source in order
+        if source.start["stage"] == "evaluate" and source.status == FINISHED
+        for folder in [evaluated_folder(source)]
+    }
+    found = []
+    for source in sources:
+        model = next(iter(source.of("model")), {})
+        evaluation = evaluations.get((str(model["path"]), str(model["content"]))) if "content" in model else None
+        found.append(source if evaluation is None else replace(source, evaluation=evaluation))
+    return found

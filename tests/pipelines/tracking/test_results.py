@@ -1,0 +1,131 @@
+"""A training run in MLflow answers the question: its result, its cost, what it was set to, and the tags to group it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config.effective import effective_parameters
+from pipelines.config.params import load_params
+from pipelines.runtime.journal import Journal
+from pipelines.runtime.param_tracking import declared_values
+from pipelines.tracking import describe
+from pipelines.tracking.source import RecordedRun, discover, load
+
+SFT_DIGEST, RM_DIGEST = "5" * 64, "6" * 64
+STARTS = {"models/sft": SFT_DIGEST, "models/reward": RM_DIGEST}
+RESULT = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "reward/answer/mean": 0.625, "kl/ref_k1": 2.5}
+END = {"kind": "end", "status": "FINISHED"}
+
+
+def start(stage: str, name: str, arguments: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    run = f"{stage}-{name}-{'0' * 16}"
+    return {"kind": "start", "stage": stage, "name": f"{stage}-{name}", "key": "0" * 64, "run": run,
+            "arguments": arguments, "directory": f"runs/{stage}/{name}", "inputs": inputs}  # fmt: skip
+
+
+def write(folder: Path, *records: dict[str, Any]) -> None:
+    journal = Journal(folder / "journal.jsonl")
+    for record in records:
+        journal.append(record)
+    journal.close()
+
+
+@pytest.fixture
+def project(tmp_path: Path, root: Path) -> Path:
+    """An align run of grpo with two steps, and the evaluation of its model; dpo's evaluation is of a model that is gone."""
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    model = {"kind": "model", "path": "models/align/grpo-0", "sha256": "a" * 64, "content": "b" * 64, "files": {}}
+    steps = [
+        {"kind": "metrics", "step": step, "values": {"loss": 1 / step, "tokens/trained": 100.0 * step}}
+        for step in (1, 2)
+    ]
+    summary = {"kind": "summary", "values": {"loss": 0.5, "steps": 2}}
+    write(tmp_path / "runs/align/grpo-0", start("align", "grpo-0", {"algorithm": "grpo", "seed": 0}, STARTS), *steps, model,
+          summary, END)  # fmt: skip
+    evaluated = STARTS | {"models/align/grpo-0": "b" * 64}
+    done = {"kind": "summary", "values": RESULT}
+    write(tmp_path / "runs/evaluate/grpo-0", start("evaluate", "grpo-0", {"model": "grpo-0"}, evaluated), done, END)
+    return tmp_path
+
+
+def found(project: Path, stage: str) -> RecordedRun:
+    (run,) = (source for source in discover(project, []) if source.start["stage"] == stage)
+    return run
+
+
+def test_the_align_run_has_the_results_of_exactly_its_model(project: Path) -> None:
+    values = found(project, "align").metrics
+    assert values["evaluation/accuracy", 0] == 0.75
+    assert values["evaluation/reward_answer", 0] == 0.625
+    assert values["evaluation/kl_ref_k1", 0] == 2.5
+    assert values["cost/tokens_trained", 0] == 200.0
+    assert values["steps", 2] == 2
+    assert not [name for name, _ in values if name.startswith("final/")]
+    journal = project / "runs/evaluate/grpo-0/journal.jsonl"
+    journal.write_text(journal.read_text().replace("b" * 64, "c" * 64))
+    assert ("evaluation/accuracy", 0) not in found(project, "align").metrics
+
+
+def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> None:
+    aligned, evaluated = (describe.tags(found(project, stage), project) for stage in ("align", "evaluate"))
+    for name in ("algorithm", "seed", "study", "protocol", "mlflow.runColor"):
+        assert aligned[name] == evaluated[name], name
+    assert (aligned["algorithm"], aligned["seed"], aligned["study"]) == ("grpo", "0", "posttrain")
+    assert (
+        "**75.0 %** of the held-out problems are solved (95 % interval 50.0 to 87.5 %)"
+        in aligned["mlflow.note.content"]
+    )
+
+
+def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(project: Path) -> None:
+    alone = load(project / "runs/align/grpo-0")
+    assert alone is not None
+    assert alone.digest == found(project, "align").digest
+    assert describe.EVALUATION_TAG not in describe.tags(alone, project)
+
+
+def effective(root: Path, algorithm: str) -> dict[str, Any]:
+    params = load_params(root / "params.yaml")
+    values = declared_values(params, ("align", "rewards", f"algorithms.{algorithm}"))
+    return effective_parameters("align", {"algorithm": algorithm, "seed": 0}, values)
+
+
+def test_hyper_parameters_have_one_name_and_only_those_that_were_used(root: Path) -> None:
+    ppo, grpo, dpo, chord = (effective(root, name) for name in ("ppo", "grpo", "dpo", "chord"))
+    params = load_params(root / "params.yaml").align
+    assert (ppo["optimizer.learning_rate"], dpo["optimizer.learning_rate"]) == (
+        params.on_policy.optimizer.learning_rate,
+        params.preference.optimizer.learning_rate,
+    )
+    assert (ppo["kl_coefficient"], ppo["epochs"], ppo["clip_high"]) == (0.2, 2, 0.2)
+    assert (grpo["kl_coefficient"], grpo["ratio"], grpo["aggregate"]) == (0.04, "token", "sequence_mean")
+    assert (grpo["reward_weight.answer"], "reward_weight.rm" in grpo) == (1.0, False)
+    assert dpo["beta"] == 0.1
+    assert {"mu_peak", "mu_decay_steps"} <= chord.keys()
+    assert not {"mu_decay_steps", "critic_learning_rate", "lam", "kl_target", "refill_limit", "beta"} & grpo.keys()
+    assert not {"samples_per_prompt", "clip_high", "temperature"} & dpo.keys()
+    assert not [name for name in ppo if name.startswith(("align.", "algorithms.", "rewards.", "checkpoint."))]
+
+
+def test_an_override_of_the_budget_replaces_the_default(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    values = declared_values(params, ("align", "rewards", "algorithms.gspo"))
+    values["algorithms.gspo.budget.optimizer.learning_rate"] = 1e-3
+    assert effective_parameters("align", {"algorithm": "gspo"}, values)["optimizer.learning_rate"] == 1e-3
+
+
+def test_other_stages_use_the_same_names(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    sft = effective_parameters("sft", {}, declared_values(params, ("sft",)))
+    assert sft["optimizer.learning_rate"] == params.sft.optimizer.learning_rate
+    assert "lora" not in sft
+    raw = declared_values(params, ("data",))
+    assert effective_parameters("ingest", {}, raw) == raw
+
+
+def test_a_preset_that_is_gone_keeps_the_names_of_the_journal() -> None:
+    values = {"algorithms.old.preset": "withdrawn", "align.on_policy.steps": 3}
+    assert effective_parameters("align", {"algorithm": "old"}, values) == values
