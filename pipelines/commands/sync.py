@@ -57,6 +57,8 @@ def catch_up(
         if recheck or source.identity == first or not projector.settled(source):
             done[source.identity] = _project(projector, source)
     _ask_store(projector, partial(projector.sweep, {source.identity for source in sources}))
+    if done:
+        _ask_store(projector, partial(projector.describe_experiment, sources))
     if problems:
         raise TrackingError("\n".join(problems))
     return done

@@ -9,7 +9,6 @@ links to that server are printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.redaction import redact, report_error
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
+from pipelines.tracking.views import FILTER, TRAINING_PAGES, runs_page
 from posttrain import network
 from posttrain.errors import Interrupted, PosttrainError, TrackingError
 from posttrain.guard import signal_at_parents_death
@@ -34,30 +34,22 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _HOST = network.HOST
-_TRAINING = "workflowType=machine_learning"
-_ALIGN = "tags.stage = 'align'"
 _START_SECONDS = 300.0
 
 
 def links(client: MlflowClient, base: str, experiment: str) -> dict[str, str]:
-    """Return links by name: the algorithms' curves in shared charts, the newest align runs side by side, all runs, the models.
+    """Return links by name: the algorithms' curves in shared charts, their results in a table, all runs, the models.
 
     By default MLflow opens an experiment on its pages for agents, so each link asks for the training pages.
     """
-    page = f"{base}/#/experiments/{experiment}/runs?{_TRAINING}"
+    page = f"{base}/#/experiments/{experiment}/runs?{TRAINING_PAGES}"
     found: dict[str, str] = {}
-    newest: dict[str, str] = {}
-    for run in client.search_runs([experiment], "tags.stage = 'align'", order_by=["attributes.start_time ASC"]):
-        newest[run.info.run_name] = run.info.run_id
-    if newest:
-        runs = json.dumps([newest[name] for name in sorted(newest)])
-        found["curves of the algorithms"] = f"{page}&searchFilter={quote(_ALIGN)}&compareRunsMode=CHART"
-        found["comparison of the align runs"] = (
-            f"{base}/#/compare-runs?runs={quote(runs)}&experiments={quote(json.dumps([experiment]))}&{_TRAINING}"
-        )
+    if client.search_runs([experiment], FILTER, max_results=1):
+        found["curves of the algorithms"] = f"{base}{runs_page(experiment)}&compareRunsMode=CHART"
+        found["results of the algorithms side by side"] = f"{base}{runs_page(experiment)}&compareRunsMode=TABLE"
     found["every run"] = page
     for model in client.search_registered_models():
-        found[f"versions of the model {model.name}"] = f"{base}/#/models/{quote(model.name)}?{_TRAINING}"
+        found[f"versions of the model {model.name}"] = f"{base}/#/models/{quote(model.name)}?{TRAINING_PAGES}"
     return found
 
 

@@ -22,8 +22,10 @@ from pipelines.runtime.journal import FINISHED, RUNNING
 from pipelines.runtime.process import Lock
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
+from pipelines.tracking.lineage import log_datasets, logged_model
 from pipelines.tracking.source import RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
+from pipelines.tracking.views import experiment_tags
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -99,6 +101,14 @@ class Projector:
             self.client.set_terminated(run.info.run_id, "KILLED")
         return [str(run.info.run_id) for run in stale]
 
+    def describe_experiment(self, sources: Sequence[RecordedRun]) -> None:
+        """Bring the experiment's description and its saved view up to date."""
+        experiment = self._experiment(self._default_experiment())
+        present = dict(self.client.get_experiment(experiment).tags)
+        for name, value in experiment_tags(experiment, sources).items():
+            if present.get(name) != value:
+                self.client.set_experiment_tag(experiment, name, value)
+
     def experiment(self, source: RecordedRun) -> str:
         """Return the id of the run's experiment."""
         return self._experiment(str(source.surroundings().get("experiment") or self._default_experiment()))
@@ -132,7 +142,8 @@ class Projector:
             self.client.update_run(link.run_id, status=RUNNING)
             link.status = RUNNING
         self._add_params(link, describe.parameters(source))
-        self._add_metrics(link, source)
+        model_id = logged_model(self.client, self.experiment(source), link.run_id, source)
+        self._add_metrics(link, source, model_id)
         self._add_tags(link.run_id, link.tags, wanted_tags)
         send_artifacts(self.client, link.run_id, source, link.sent)
         self._end(link, source)
@@ -176,11 +187,14 @@ class Projector:
         run = self.client.create_run(
             self.experiment(source), start_time=source.started(), tags=tags, run_name=describe.run_name(source)
         )
+        log_datasets(self.client, str(run.info.run_id), source)
         return Link(str(run.info.run_id), RUNNING, dict(run.data.tags), {}, {})
 
     def _replace(self, link: Link, source: RecordedRun) -> Link:
         """Delete the MLflow run and create a new one."""
         self.client.set_tag(link.run_id, describe.REPLACED_TAG, "true")
+        for model in self.client.search_logged_models([self.experiment(source)], f"source_run_id = '{link.run_id}'"):
+            self.client.delete_logged_model(model.model_id)
         self.client.delete_run(link.run_id)
         return self._create(source)
 
@@ -193,13 +207,20 @@ class Projector:
             self.client.log_batch(link.run_id, params=batch)
             link.params |= {param.key: param.value for param in batch}
 
-    def _add_metrics(self, link: Link, source: RecordedRun) -> None:
-        """Add missing metric values."""
+    def _add_metrics(self, link: Link, source: RecordedRun, model_id: str | None) -> None:
+        """Add missing metric values; results of the evaluation are the model's as well."""
         from mlflow.entities import Metric
 
         wanted = _stored_names(source.timings | source.metrics)
         missing = [
-            Metric(name, value, source.times.get(step, step), step)
+            Metric(
+                name,
+                value,
+                source.times.get(step, step),
+                step,
+                model_id=model_id if name.startswith(RESULT) else None,
+                run_id=link.run_id,
+            )
             for (name, step), value in wanted.items()
             if (name, step) not in link.values
         ]

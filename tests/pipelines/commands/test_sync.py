@@ -117,22 +117,19 @@ def test_a_step_neither_fails_nor_waits_for_a_server_that_is_down(project: Proje
     assert [run.info.status for run in all_runs(store)] == ["FINISHED"]
 
 
-def test_the_comparison_link_names_the_newest_align_runs(project: Project, store: Any) -> None:
+def test_the_links_open_the_saved_view_of_the_algorithms(store: Any) -> None:
     experiment = store.create_experiment("posttrain")
-    ids = [
-        store.create_run(experiment, start_time=n + 1, run_name=name, tags={"stage": stage}).info.run_id
-        for n, (name, stage) in enumerate([("a", "align"), ("a", "align"), ("b", "align"), ("c", "sft")])
-    ]
-    runs = f"%5B%22{ids[1]}%22%2C%20%22{ids[2]}%22%5D"
     store.create_registered_model("posttrain")
-    training = "workflowType=machine_learning"
-    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?{training}"
-    assert links(store, "http://127.0.0.1:5000", experiment) == {
-        "curves of the algorithms": f"{page}&searchFilter=tags.stage%20%3D%20%27align%27&compareRunsMode=CHART",
-        "comparison of the align runs": "http://127.0.0.1:5000/#/compare-runs"
-        f"?runs={runs}&experiments=%5B%22{experiment}%22%5D&{training}",
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    without = {
         "every run": page,
-        "versions of the model posttrain": f"http://127.0.0.1:5000/#/models/posttrain?{training}",
+        "versions of the model posttrain": "http://127.0.0.1:5000/#/models/posttrain?workflowType=machine_learning",
+    }
+    assert links(store, "http://127.0.0.1:5000", experiment) == without
+    store.create_run(experiment, run_name="a", tags={"stage": "align"})
+    assert links(store, "http://127.0.0.1:5000", experiment) == without | {
+        "curves of the algorithms": f"{page}&viewStateShareKey=algorithms&compareRunsMode=CHART",
+        "results of the algorithms side by side": f"{page}&viewStateShareKey=algorithms&compareRunsMode=TABLE",
     }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,10 @@ from pipelines.config.params import load_params
 from pipelines.runtime.journal import Journal
 from pipelines.runtime.param_tracking import declared_values
 from pipelines.tracking import describe
+from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import RecordedRun, discover, load
+from pipelines.tracking.store import open_client
+from pipelines.tracking.views import VIEW_TAG, experiment_tags
 
 SFT_DIGEST, RM_DIGEST = "5" * 64, "6" * 64
 STARTS = {"models/sft": SFT_DIGEST, "models/reward": RM_DIGEST}
@@ -85,6 +92,46 @@ def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(p
     assert alone is not None
     assert alone.digest == found(project, "align").digest
     assert describe.EVALUATION_TAG not in describe.tags(alone, project)
+
+
+def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
+    tags = experiment_tags("7", discover(project, []))
+    view = json.loads(tags[VIEW_TAG])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert len(tags[VIEW_TAG]) < 20_000
+    sections = {section["uuid"]: section["name"] for section in state["compareRunSections"]}
+    assert list(sections.values()) == ["Result on held-out problems", "Loss", "Cost", "More"]
+    charts = [
+        (chart["metricKey"], chart["type"], sections[chart["metricSectionId"]])
+        for chart in state["compareRunCharts"][1:]
+    ]
+    assert charts[0] == ("evaluation/accuracy", "BAR", "Result on held-out problems")
+    assert ("loss", "LINE", "Loss") in charts
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/accuracy"]
+    assert "metrics.`evaluation/accuracy`" in state["selectedColumns"]
+    # one run of one algorithm: nothing to average
+    assert state["groupBy"] is None
+    assert (
+        "/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=algorithms"
+        in tags["mlflow.note.content"]
+    )
+    assert experiment_tags("7", [found(project, "evaluate")]) == {}
+
+
+def test_models_and_tables_are_linked_to_the_run(project: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, project / "mlflow.db")
+    store, projector = open_client(project), Projector(open_client(project), project)
+    source = found(project, "align")
+    source.start["inputs"]["data/valid/sft.parquet"] = "d" * 64
+    run = store.get_run(projector.project(source))
+    (table,) = run.inputs.dataset_inputs
+    assert (table.dataset.name, table.dataset.digest) == ("sft", "d" * 32)
+    (model,) = store.search_logged_models([run.info.experiment_id])
+    assert (model.name, model.source_run_id, str(model.status)) == ("align-grpo-0", run.info.run_id, "READY")
+    assert {metric.key: metric.value for metric in model.metrics}["evaluation/accuracy"] == 0.75
+    assert run.data.metrics["evaluation/accuracy"] == 0.75
+    assert projector.project(source) == run.info.run_id
+    assert len(store.search_logged_models([run.info.experiment_id])) == 1
 
 
 def effective(root: Path, algorithm: str) -> dict[str, Any]:

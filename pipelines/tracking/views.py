@@ -1,0 +1,193 @@
+"""Describe the experiment for MLflow's pages: a text that links to the runs, and a saved view that compares the algorithms.
+
+The saved view is a tag that MLflow's page reads: columns, grouping, and the order of the charts. Without it MLflow sorts charts by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipelines.tracking import describe
+from pipelines.tracking.source import COST, RESULT, RecordedRun
+
+KEY = "algorithms"
+VIEW_TAG, NOTE_TAG = f"mlflow.sharedViewState.{KEY}", "mlflow.note.content"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+TRAINING_PAGES = "workflowType=machine_learning"
+"""MLflow opens an experiment on its pages for agents; only the address can ask for the pages of training runs."""
+FILTER = "tags.stage = 'align'"
+SECTIONS = (
+    ("Result on held-out problems", (RESULT,)),
+    ("Reward", ("reward/",)),
+    ("Accuracy on pairs", ("preference/accuracy", "heldout/")),
+    ("KL", ("kl/",)),
+    ("Entropy", ("entropy",)),
+    ("Length", ("length/",)),
+    ("Loss", ("loss",)),
+    ("Cost", (COST, "tokens/")),
+)
+"""Title of each section of charts, and the prefixes of its metrics, in the order of the page."""
+REST = "More"
+BOUNDS = ("_low", "_high")
+"""Ends of the names of interval bounds, which are columns of the table but have no charts."""
+FIRST = ("evaluation/accuracy", "reward/total/mean", "kl/ref_k1", "preference/accuracy")
+"""Metrics that come first in their section."""
+COLUMNS = (
+    "tags.`algorithm`",
+    "tags.`seed`",
+    "metrics.`evaluation/accuracy`",
+    "metrics.`evaluation/accuracy_low`",
+    "metrics.`evaluation/accuracy_high`",
+    "metrics.`evaluation/kl_ref_k1`",
+    "metrics.`evaluation/length`",
+    "metrics.`cost/seconds`",
+    "params.`optimizer.learning_rate`",
+)
+
+
+def runs_page(experiment: str) -> str:
+    """Return the part of the address after the host that opens the compared runs in the saved view."""
+    return f"/#/experiments/{experiment}/runs?{TRAINING_PAGES}&viewStateShareKey={KEY}"
+
+
+def experiment_tags(experiment: str, sources: Sequence[RecordedRun]) -> dict[str, str]:
+    """Return the tags of an experiment for the runs of this checkout; empty before an algorithm has run."""
+    aligned = [source for source in sources if source.start["stage"] == "align"]
+    if not aligned:
+        return {}
+    metrics = sorted({describe.entity_name(name) for source in aligned for name, _ in source.metrics | source.timings})
+    state = {
+        "searchFilter": FILTER,
+        "orderByKey": f"metrics.`{FIRST[0]}`",
+        "orderByAsc": False,
+        "selectedColumns": list(COLUMNS),
+        "runsHiddenMode": "SHOW_ALL",
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "isAccordionReordered": True,
+        "groupBy": _grouping(aligned),
+        **_charts(metrics, varied(aligned)),
+    }
+    view = {"name": "Compare algorithms", "createdAt": 0, "updatedAt": 0, "state": _compressed(json.dumps(state))}
+    return {VIEW_TAG: json.dumps(view), NOTE_TAG: note(experiment, aligned), **KIND}
+
+
+def _compressed(text: str) -> str:
+    """Return the text in the form that MLflow's page inflates: a tag holds at most 20,000 characters."""
+    return "deflate;" + base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
+
+
+def note(experiment: str, aligned: Sequence[RecordedRun]) -> str:
+    """Return the description of the experiment: where the runs are, and the result of each."""
+    lines = [
+        f"[**Compare the algorithms**](.{runs_page(experiment)}): their curves, results, costs and hyper-parameters.",
+        f"[All runs](./#/experiments/{experiment}/runs?{TRAINING_PAGES}) · the report with intervals and tests is `report/index.html`.",
+    ]
+    return "\n\n".join(lines) + f"\n\n{len(aligned)} align runs.\n"
+
+
+def varied(aligned: Iterable[RecordedRun]) -> list[str]:
+    """Return the hyper-parameters whose values differ between runs of one algorithm, else those that differ between runs."""
+    by_name: dict[str, dict[str, set[str]]] = {}
+    for source in aligned:
+        for name, value in describe.parameters(source).items():
+            by_name.setdefault(name, {}).setdefault(str(source.start["arguments"].get("algorithm")), set()).add(value)
+    swept = [name for name, groups in by_name.items() if any(len(values) > 1 for values in groups.values())]
+    return sorted(swept) or ["optimizer.learning_rate", "preset"]
+
+
+def _grouping(aligned: Sequence[RecordedRun]) -> dict[str, Any] | None:
+    """Return a grouping by algorithm if an algorithm has several runs: MLflow then draws their mean with a band."""
+    names = [str(source.start["arguments"].get("algorithm")) for source in aligned]
+    if len(names) == len(set(names)):
+        return None
+    return {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "algorithm"}]}
+
+
+def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the charts and their sections, in the order of the page."""
+    titles = [title for title, _ in SECTIONS] + [REST]
+    ordered = sorted(metrics, key=lambda name: (titles.index(_section(name)), *_rank(name)))
+    used = [title for title in titles if any(_section(name) == title for name in ordered)]
+    sections = [
+        {
+            "uuid": _uuid(title),
+            "name": title,
+            "display": True,
+            "isReordered": True,
+            "deleted": False,
+            "isGenerated": False,
+        }
+        for title in used
+    ]
+    return {"compareRunSections": sections, "compareRunCharts": [_parallel(hyper_parameters), *map(_chart, ordered)]}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Return the place of a metric within its section."""
+    return (FIRST.index(name) if name in FIRST else len(FIRST), name)
+
+
+def _section(metric: str) -> str:
+    """Return the title of the section of a metric."""
+    for title, prefixes in SECTIONS:
+        if any(metric == prefix or (prefix.endswith("/") and metric.startswith(prefix)) for prefix in prefixes):
+            return title
+    return REST
+
+
+def _chart(metric: str) -> dict[str, Any]:
+    """Return the chart of one metric: bars for single values, else a line over steps."""
+    single = metric.startswith((RESULT, COST))
+    common = {
+        "uuid": _uuid(f"chart {metric}"),
+        "type": "BAR" if single else "LINE",
+        "runsCountToCompare": 100,
+        "metricSectionId": _uuid(_section(metric)),
+        "deleted": metric.endswith(BOUNDS),
+        "isGenerated": True,
+        "displayName": metric.removeprefix(RESULT).removeprefix(COST),
+        "metricKey": metric,
+    }
+    return common if single else common | _LINE
+
+
+_LINE: dict[str, Any] = {
+    "lineSmoothness": 0,
+    "xAxisScaleType": "linear",
+    "scaleType": "linear",
+    "range": {},
+    "xAxisKey": "step",
+    "selectedXAxisMetricKey": "",
+    "yAxisKey": "metric",
+    "yAxisExpressions": [],
+    "ignoreOutliers": False,
+    "useGlobalXaxisKey": True,
+    "useGlobalLineSmoothing": True,
+}
+
+
+def _parallel(hyper_parameters: Sequence[str]) -> dict[str, Any]:
+    """Return the parallel coordinates of the accuracy against the hyper-parameters that were varied."""
+    return {
+        "uuid": _uuid("parallel"),
+        "type": "PARALLEL",
+        "runsCountToCompare": 100,
+        "metricSectionId": _uuid(SECTIONS[0][0]),
+        "deleted": False,
+        "isGenerated": False,
+        "displayName": "Accuracy against hyper-parameters",
+        "selectedParams": list(hyper_parameters),
+        "selectedMetrics": [FIRST[0]],
+        "showAllRuns": False,
+    }
+
+
+def _uuid(name: str) -> str:
+    """Return a stable identifier."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
