@@ -18,13 +18,17 @@ from flows.command import add_stages, main
 from flows.hooks import HOOKS
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
+from tasks.challenger import register_best
 
 
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
 def compare(targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
     """Bring the stages up to date, from the base model to the report. `targets` limits this to some stages and their dependencies."""
     with exclusive(Path.cwd()):
-        return bring_all_up_to_date(Path.cwd(), targets or [], tracking=tracking)
+        stopped = bring_all_up_to_date(Path.cwd(), targets or [], tracking=tracking)
+        if stopped is None and tracking and not targets:
+            register_best(Path.cwd())
+        return stopped
 
 
 def _call(options: argparse.Namespace) -> Any:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from flows.remaining import last_seconds, time_left
 from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
 from flows.workspace import follower, fork_server, write_costs, write_record
+from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks import stage as stages
 from tasks.console import log_line, print_line
@@ -40,7 +44,8 @@ def bring_all_up_to_date(
             return None
         started = time.time()
         with fork_server(root), follower(root, tracking):
-            outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, _report_end)
+            report = _Progress(todo, last_seconds(root), len(machine_slots()))
+            outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, report)
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
@@ -86,7 +91,23 @@ def _announce(dag: Dag, todo: set[str]) -> None:
     log_line(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} in parallel")
 
 
-def _report_end(name: str, outcome: DagOutcome) -> None:
+@dataclass
+class _Progress:
+    """Log the end of each stage with the number of finished stages and the time left."""
+
+    todo: Collection[str]
+    seconds: dict[str, float]
+    slots: int
+
+    def __call__(self, name: str, outcome: DagOutcome) -> None:
+        ran = {stage: result.seconds for stage, result in outcome.results.items() if result.ran}
+        left = set(self.todo) - outcome.results.keys() - outcome.failures.keys()
+        words = time_left(left, self.seconds | ran, self.slots)
+        count = f"{len(self.todo) - len(left)} of {len(self.todo)}"
+        _report_end(name, outcome, f"   [{count}{', ' + words if words else ''}]" if name in self.todo else "")
+
+
+def _report_end(name: str, outcome: DagOutcome, progress: str) -> None:
     """Log the result of one stage."""
     if name in outcome.failures:
         error = outcome.failures[name]
@@ -95,7 +116,7 @@ def _report_end(name: str, outcome: DagOutcome) -> None:
     result = outcome.results[name]
     if result.ended > result.started:
         words = {"ran": "done", "restored": "restored from the cache", "up-to-date": "was up to date"}
-        log_line(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s")
+        log_line(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s{progress}")
 
 
 def _raise_failures(outcome: DagOutcome) -> None:
@@ -121,8 +142,22 @@ def _finish(root: Path) -> None:
     """Publish the report and print its address."""
     report = publish_report(root)
     if report is not None:
+        for sentence in answer(root):
+            print_line(sentence)
         print_line(f"report: {report}")
+        shared = root / SHARED_REPORT
+        if shared.is_file():
+            print_line(f"the same page with this machine's times, as one file to send: {shared}")
         print_line("metrics: `make ui` opens MLflow")
+
+
+def answer(root: Path) -> list[str]:
+    """Return the title of the report and the findings that say how sure it is; empty without a report."""
+    path = root / "report" / "comparison.json"
+    if not path.is_file():
+        return []
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    return [f"answer: {numbers['title']}", *(f"  {sentence}" for sentence in numbers["findings"][:4])]
 
 
 def _print_seconds(outcome: DagOutcome, total: float) -> None:

@@ -3,7 +3,8 @@
     python -m pipelines.compare
 
 Reads the finished runs of base, sft, reward and of every algorithm and seed in params.yaml. Nothing in report/ depends on the clock or
-the machine; times and memory are on a separate page, .posttrain/costs/index.html.
+the machine; times and memory are on a separate page, .posttrain/costs/index.html, and in
+.posttrain/report.html, a copy of the report.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def run(run: Run) -> None:
     comparison = compare(results, question)
     write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
     accuracies = {f"accuracy/{summary.name}": summary.accuracy.value for summary in comparison.summaries}
+    accuracies |= {f"headline/{summary.name}": summary.headline.value for summary in comparison.summaries}
     significant = sum(pair.significant for pair in comparison.pairs)
     run.recorder.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.recorder.tag("solved", solved(comparison))
@@ -53,6 +55,7 @@ def question_of(params: Params) -> Question:
         reward_models=tuple(name for name in sources if params.rewards[name].function == "reward_model"),
         pass_k=tuple(sorted(set(evaluation.pass_k))),
         resampling=Resampling(settings.bootstrap, settings.confidence, settings.seed),
+        headline=settings.headline,
     )
 
 

@@ -90,8 +90,9 @@ def _reference(run: Run) -> Predictions:
 
 
 def _answers(params: Params, name: str, found: Predictions) -> SampledAnswers:
-    """Return the sampled answers; column 0 holds the greedy answer, which the gate does not use."""
+    """Return the sampled answers, and the rewards that `report.headline` ranks by; column 0 holds the greedy answer."""
     evaluation, form = params.evaluation, params.gate.format
+    greedy = params.report.headline == "greedy"
     numbers = {key: values[:, 1:] for key, values in found.numbers.items()}
     missing = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
     if missing:
@@ -102,7 +103,9 @@ def _answers(params: Params, name: str, found: Predictions) -> SampledAnswers:
     return SampledAnswers(
         name,
         tuple(zip(found.prompt_ids, found.prompts, found.answers, strict=True)),
-        reward=numbers[f"reward_{evaluation.accuracy}"],
+        reward=found.numbers[f"reward_{evaluation.accuracy}"][:, 0:1]
+        if greedy
+        else numbers[f"reward_{evaluation.accuracy}"],
         scores={source: numbers[f"reward_{source}"] for source in models if source != evaluation.accuracy},
         kl=numbers["kl"],
         tokens=numbers["tokens"],

@@ -13,6 +13,8 @@ StageOutcome = Literal["ran", "restored", "up-to-date"]
 PROGRESS_SECONDS = 30.0
 MAX_CHARACTERS = 2000
 
+_STEPS = re.compile(r"(\d+)/(\d+) \[[^<\]]*<(\d+:[\d:]+)")
+"""tqdm's counter, and its estimate of the time left."""
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LINE = re.compile(rb"([^\r\n]*)(\r\n|\r(?!\n)|\n)")
 _ADVICE = re.compile(
@@ -23,13 +25,28 @@ _DVC_ERROR = re.compile(r"^ERROR: ")
 _TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire .*lock")
 
 
+def progress_words(text: str) -> str | None:
+    """Return a progress bar's counter in words, or None if the line has none.
+
+    Example:
+        >>> progress_words("align-grpo-0:  25%|##5       | 10/40 [00:12<00:36,  1.20s/step]")
+        'step 10 of 40, 00:36 left'
+    """
+    found = _STEPS.search(text)
+    return None if found is None else f"step {found[1]} of {found[2]}, {found[3]} left"
+
+
 class StageLog:
-    """Split raw output into lines, emit them, write everything to `file`, and track how the stage ended."""
+    """Split raw output into lines, emit them, write everything to `file`, show progress, and track how the stage ended."""
 
     def __init__(
-        self, emit: Callable[[str], None], file: IO[bytes], clock: Callable[[], float] = time.monotonic
+        self,
+        emit: Callable[[str], None],
+        file: IO[bytes],
+        clock: Callable[[], float] = time.monotonic,
+        show: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._emit, self._file, self._clock = emit, file, clock
+        self._emit, self._file, self._clock, self._show = emit, file, clock, show
         self._rest = b""
         self._last_progress = clock()
         self._step_lines: list[str] = []
@@ -77,6 +94,9 @@ class StageLog:
             if self._clock() - self._last_progress < PROGRESS_SECONDS:
                 return
             self._last_progress = self._clock()
+            words = progress_words(text)
+            if words:
+                self._show(words)
         else:
             self._read(text)
         self._emit(text)

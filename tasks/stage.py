@@ -149,7 +149,7 @@ def run_logged(
     extra = follower | {VARIABLE: str(snapshot.absolute())} | ({"POSTTRAIN_FLOW_RUN": flow_run} if flow_run else {})
     descriptors = held.descriptors if held else ()
     with path.open("wb") as file:
-        log = StageLog(get_run_logger().info, file)
+        log = StageLog(get_run_logger().info, file, show=lambda words: print_line(f"{name:<24} {words}"))
         process = start(
             command,
             root,

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.compare import question_of
 from pipelines.config.params import Params, load_params
-from pipelines.report.analysis import greedy
+from pipelines.report.analysis import scored
 from pipelines.report.calibration import Rate, power_lines, rates, simulated
 from pipelines.report.load import load
 from pipelines.runtime import environment
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tables(params: Params) -> dict[str, Floats]:
-    """Return each algorithm's scores of greedy answers, [prompts, seeds]. Raises DataError if there are fewer than 2 seeds."""
+    """Return each algorithm's headline scores, [prompts, seeds]. Raises DataError if there are fewer than 2 seeds."""
     project = params.project
     if len(project.seeds) < 2:
         raise DataError(
@@ -58,7 +59,8 @@ def tables(params: Params) -> dict[str, Floats]:
             " project.seeds to [0, 1, …, 9] or more and run `make demo` first."
         )
     results = load(project.algorithms, project.seeds)
-    found = {name: greedy(results.of(name), params.evaluation.accuracy) for name in project.algorithms}
+    question = question_of(params)
+    found = {name: scored(results.of(name), question) for name in project.algorithms}
     return {name: table[np.isfinite(table).all(1)] for name, table in found.items()}
 
 

@@ -305,6 +305,8 @@ class EvaluationParams(Section):
 class ReportParams(Section):
     """Statistics of the report."""
 
+    headline: Literal["sampled", "greedy"] = "sampled"
+    """Answers whose mean reward `evaluation.accuracy` ranks the models, in the report, the gate and MLflow."""
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]

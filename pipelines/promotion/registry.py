@@ -1,6 +1,7 @@
 """Read and change MLflow's model registry: champion, challenger and previous. DVC keeps the weights; a version points at them.
 
-Aliases: `champion` is in production, `challenger` is the last candidate that the gate checked, `previous` is the champion before
+Aliases: `champion` is in production, `challenger` is the last candidate that the gate
+checked or the best model of the last comparison, `previous` is the champion before
 the current one. A version's source is dvc://PATH?md5=HASH; its tags hold the hash, the remote and the gate's reasons.
 """
 

@@ -37,6 +37,13 @@ class Question:
     reward_models: tuple[str, ...]
     pass_k: tuple[int, ...]
     resampling: Resampling
+    headline: str = "sampled"
+    """`sampled` or `greedy`: the answers whose mean reward `accuracy` ranks the models."""
+
+    @property
+    def measure(self) -> str:
+        """Return the name of the headline measure."""
+        return f"{self.headline} accuracy"
 
     @property
     def alpha(self) -> float:
@@ -50,9 +57,12 @@ class Summary:
 
     name: str
     seeds: tuple[int, ...]
+    headline: Interval
+    """The measure that ranks the models, see `Question.headline`."""
     accuracy: Interval
+    """Accuracy of the greedy answers."""
     by_seed: tuple[float, ...]
-    """Accuracy of each seed's model, in the order of `seeds`; one value for base and sft."""
+    """The headline of each seed's model, in the order of `seeds`; one value for base and sft."""
     pass_at: dict[int, Interval | None]
     rewards: dict[str, Interval | None]
     win_rate: Interval | None
@@ -84,6 +94,11 @@ class Cost:
     tokens_sampled: float | None
     tokens_trained: float | None
     optimiser_steps: float
+
+    @property
+    def tokens(self) -> float:
+        """Return the tokens sampled and trained on together."""
+        return (self.tokens_sampled or 0.0) + (self.tokens_trained or 0.0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,13 @@ def sampled(models: Sequence[Model], column: str) -> Floats:
     return np.concatenate([model.predictions.numbers[column][:, 1:] for model in models], axis=1)
 
 
+def scored(models: Sequence[Model], question: Question) -> Floats:
+    """Return each model's headline score per prompt, [prompts, models]: its greedy answer, or the mean of its sampled answers."""
+    if question.headline == "greedy":
+        return greedy(models, question.accuracy)
+    return np.stack([per_prompt(sampled([model], f"reward_{question.accuracy}")) for model in models], axis=1)
+
+
 def wins(values: Floats, others: Floats) -> Floats:
     """Return the win rate of `values` [prompts, n] against `others` [prompts, m] per prompt, [prompts]; a tie counts half.
 
@@ -154,7 +176,7 @@ def wins(values: Floats, others: Floats) -> Floats:
 def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question: Question) -> Summary:
     """Compute one row of the report."""
     source, draws = question.accuracy, question.resampling
-    accuracy = greedy(models, source)
+    scores = scored(models, question)
 
     def over_samples(column: str, estimate: Estimate) -> Interval | None:
         return _if_known(sampled(models, column), estimate, draws)
@@ -164,8 +186,9 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
-        accuracy=_level(accuracy, draws),
-        by_seed=tuple(float(np.nanmean(accuracy[:, i])) for i in range(accuracy.shape[1])),
+        headline=_level(scores, draws),
+        accuracy=_level(greedy(models, source), draws),
+        by_seed=tuple(float(np.nanmean(scores[:, i])) for i in range(scores.shape[1])),
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
         rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards},
         win_rate=None if name == SFT else _if_known(won, mean_interval, draws),
@@ -217,7 +240,7 @@ def _pass_at(models: Sequence[Model], k: int, question: Question) -> Interval | 
 def _pairs(results: Results, question: Question) -> list[Pair]:
     """Test every algorithm against sft, and every two algorithms, as one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
-    answers = {name: greedy(results.of(name), question.accuracy) for name in (SFT, *results.algorithms)}
+    answers = {name: scored(results.of(name), question) for name in (SFT, *results.algorithms)}
     tests = [_test(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
     adjusted = holm([test.p for test in tests])
     return [Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)]

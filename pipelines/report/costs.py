@@ -2,13 +2,17 @@
 
     python -m pipelines.report.costs
 
-Writes .posttrain/costs/index.html and costs.json. They depend on the clock, so they are not part of report/ or of any result.
+Writes .posttrain/costs/index.html and costs.json, and .posttrain/report.html, which is the report with these times in it. They depend
+on the clock, so they are not part of report/ or of any result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,14 @@ from typing import Any
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
+from pipelines.runtime.machine import available_cores
+from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import PosttrainError
 from posttrain.files import write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
+FIRST_SCREEN, COST_SECTION = "<!-- this machine: first screen -->", "<!-- this machine: cost -->"
+"""Places in report/index.html; that file itself never depends on the clock."""
 TARGET = 0.25
 """Orchestration should take less than this share of the time."""
 PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging", "seconds/train": "updating"}
@@ -32,20 +40,40 @@ def write_costs(project: Path) -> Path:
     rows = [_row(run) for run in newest(runs)]
     tree = {"flow": None if flow is None else _flow(flow), "runs": rows, "orchestration_target": TARGET}
     folder = project / FOLDER
-    page = (
-        templates()
-        .get_template("costs.html.j2")
-        .render(
-            rows=rows,
-            flow=flow,
-            target=TARGET,
-            parts=list(PARTS.values()),
-            longest=max((r["seconds"] for r in rows), default=1.0),
-        )
-    )
+    values = {
+        "rows": rows,
+        "flow": flow,
+        "target": TARGET,
+        "parts": list(PARTS.values()),
+        "longest": max((r["seconds"] for r in rows), default=1.0),
+    }
+    page = templates().get_template("costs.html.j2").render(**values)
     write_atomic(folder / "costs.json", (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
     write_atomic(folder / "index.html", page.encode())
+    write_report_with_costs(project, rows, values)
     return folder / "index.html"
+
+
+def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
+    """Write .posttrain/report.html: the report with this machine's times in the page, as one file that can be copied."""
+    report, numbers = project / "report" / "index.html", project / "report" / "comparison.json"
+    if not report.is_file() or not numbers.is_file():
+        return
+    best = json.loads(numbers.read_text(encoding="utf-8"))["best"]
+    seconds = [row["seconds"] for row in rows if best and re.fullmatch(rf"align-{re.escape(best)}-\d+", row["name"])]
+    tile = (
+        f'<div class="tile"><b>{sum(seconds) / len(seconds):.0f} s</b><span>one run of {best} here</span></div>'
+        if seconds
+        else ""
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    about = f"{platform.machine()}, {available_cores()} CPU cores, {memory:.0f} GiB of memory"
+    place = f'<p class="note">Measured on {about}; commit {environment.commit() or "unknown"}.</p>\n'
+    body = place + templates().get_template("costs_body.html.j2").render(**values)
+    text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
+    for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
+        text = text.replace(f'href="{name}"', f'href="../report/{name}"')
+    write_atomic(project / SHARED_REPORT, text.encode())
 
 
 def _row(run: RunMeasures) -> dict[str, Any]:

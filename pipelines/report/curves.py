@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
+from pipelines.config.effective import effective_parameters
 from pipelines.report.analysis import Question
 from pipelines.report.load import Results
 from pipelines.report.style import Look, figure
@@ -15,6 +17,8 @@ from posttrain.evaluation.statistics import Floats
 
 KL = "kl/ref_k1"
 WIDTH = 5.6
+Z = 1.96
+"""The normal quantile of a 95 % interval."""
 WINDOW = 5
 """Steps in the running mean of the over-optimisation plot; single steps are drawn behind it."""
 
@@ -62,11 +66,45 @@ def learning(results: Results, metric: str, look: Look) -> Figure:
             for steps, values in curves:
                 axes.plot(steps, values, color=look.colour(name), linewidth=0.8, alpha=0.35)
         steps, values = seed_mean(curves)
+        _band(axes, results, name, metric, look)
         axes.plot(steps, values, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         _mark_end(axes, steps, values, name, look)
     axes.set_xlabel("training step")
     drawn.legend(loc="outside lower center", ncols=5)
     return drawn
+
+
+def _band(axes: Axes, results: Results, name: str, metric: str, look: Look) -> None:
+    """Shade a 95 % interval: over seeds if there are several, else over the answers of each step if their spread was logged."""
+    curves = curves_of(results, name, metric)
+    if len(curves) > 1:
+        steps, low, high = seed_band(curves)
+    else:
+        spread = curves_of(results, name, metric.removesuffix("/mean") + "/std") if metric.endswith("/mean") else []
+        answers = answers_per_step(results, name)
+        if not spread or not answers:
+            return
+        steps, values = curves[0]
+        half = Z * np.interp(steps, *spread[0]) / np.sqrt(answers)
+        low, high = values - half, values + half
+    axes.fill_between(steps, low, high, color=look.colour(name), alpha=0.15, linewidth=0)
+
+
+def seed_band(curves: Sequence[Curve]) -> tuple[Floats, Floats, Floats]:
+    """Return steps and a 95 % t interval of the mean over seeds at the steps that every seed logged."""
+    tables = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    values = np.asarray([[table[step] for table in tables] for step in shared])
+    n = len(tables)
+    half = float(stdtrit(n - 1, 0.975)) * values.std(axis=1, ddof=1) / np.sqrt(n)
+    return np.asarray(shared), values.mean(axis=1) - half, values.mean(axis=1) + half
+
+
+def answers_per_step(results: Results, name: str) -> int:
+    """Return the number of answers that one step of an algorithm samples; 0 if it is unknown."""
+    run = results.of(name)[0].training
+    params = {} if run is None else effective_parameters("align", {"algorithm": name}, run.params)
+    return int(params.get("prompts_per_step", 0)) * int(params.get("samples_per_prompt", 0))
 
 
 def logged_by(results: Results, metric: str) -> list[str]:

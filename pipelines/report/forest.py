@@ -11,6 +11,7 @@ from matplotlib.ticker import PercentFormatter
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import SFT
 from pipelines.report.style import Look, figure
+from pipelines.report.words import ranked
 from posttrain.evaluation.statistics import Interval
 
 WIDTH = 6.0
@@ -20,26 +21,47 @@ def accuracy(comparison: Comparison, look: Look) -> Figure:
     """Plot the accuracy of every model; small marks are single seeds, the line is SFT."""
     summaries = comparison.summaries
     drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(summaries))
-    _forest(axes, [(s.name, s.accuracy) for s in summaries], look)
+    _forest(axes, [(s.name, s.headline) for s in summaries], look)
     for row, summary in enumerate(summaries):
         if len(summary.by_seed) > 1:
             seeds = [row + 0.24] * len(summary.by_seed)
             axes.plot(summary.by_seed, seeds, "|", color=look.colour(summary.name), markersize=5)
-    axes.axvline(comparison.of(SFT).accuracy.value, color=look.colour(SFT), linewidth=1, linestyle=":")
+    axes.axvline(comparison.of(SFT).headline.value, color=look.colour(SFT), linewidth=1, linestyle=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_xlim(left=min(0.0, *axes.get_xlim()) if axes.get_xlim()[0] < 0.15 else None)
-    axes.set_xlabel(f"accuracy of the greedy answer, {100 * comparison.question.resampling.confidence:.4g} % interval")
+    axes.set_xlabel(f"{comparison.question.measure}, {100 * comparison.question.resampling.confidence:.4g} % interval")
     return drawn
 
 
 def differences(comparison: Comparison, look: Look) -> Figure:
-    """Plot the paired differences; filled marks are significant after Holm's correction."""
-    drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(comparison.pairs))
-    rows = [(f"{pair.a} − {pair.b}", pair.test.difference) for pair in comparison.pairs]
-    _forest(axes, rows, look, [pair.a for pair in comparison.pairs], [pair.significant for pair in comparison.pairs])
+    """Plot the differences that involve SFT or the best model; filled marks are significant after Holm's correction."""
+    shown = {SFT, ranked(comparison)[0].name}
+    pairs = [pair for pair in comparison.pairs if {pair.a, pair.b} & shown]
+    drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(pairs))
+    rows = [(f"{pair.a} − {pair.b}", pair.test.difference) for pair in pairs]
+    _forest(axes, rows, look, [pair.a for pair in pairs], [pair.significant for pair in pairs])
     axes.axvline(0, color=look.ink, linewidth=1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.0f}" if x else "0")
-    axes.set_xlabel("difference in accuracy, percentage points (filled: significant)")
+    axes.set_xlabel(f"difference in {comparison.question.measure}, percentage points (filled: significant)")
+    return drawn
+
+
+def against_tokens(comparison: Comparison, look: Look) -> Figure:
+    """Plot the headline measure with its interval against the tokens that one run sampled and trained on."""
+    drawn, (axes,) = figure(WIDTH, 3.4)
+    for cost in comparison.costs:
+        if cost.name not in look.algorithms:
+            continue
+        level = comparison.of(cost.name).headline
+        axes.errorbar(
+            cost.tokens, level.value, yerr=[[level.value - level.low], [level.high - level.value]], color=look.colour(cost.name),
+            marker=look.marker(cost.name), linestyle="none", elinewidth=1.4, capsize=3, label=cost.name,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens sampled and trained on, one run")
+    axes.set_ylabel(comparison.question.measure)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    drawn.legend(loc="outside lower center", ncols=5)
     return drawn
 
 

@@ -45,6 +45,8 @@ class Training:
     curves: dict[str, tuple[Floats, Floats]]
     summary: dict[str, float]
     params: dict[str, Any]
+    inputs: dict[str, str]
+    """sha256 of each table and model that the run read, by path."""
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric, or None."""
@@ -169,6 +171,7 @@ def training(folder: Path, name: str) -> Training:
     points: dict[str, list[tuple[int, float]]] = {}
     summary: dict[str, float] = {}
     params: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
     for record in read(folder / JOURNAL):
         if record["kind"] == "metrics":
             for metric, value in record["values"].items():
@@ -177,11 +180,13 @@ def training(folder: Path, name: str) -> Training:
             summary |= {key: number(value) for key, value in record["values"].items()}
         elif record["kind"] == "params":
             params |= record["values"]
+        elif record["kind"] == "start":
+            inputs = dict(record.get("inputs", {}))
     curves = {}
     for metric, pairs in sorted(points.items()):
         steps, values = np.asarray(sorted(pairs), dtype=np.float64).T
         curves[metric] = (steps, values)
-    return Training(name, curves, summary, params)
+    return Training(name, curves, summary, params, inputs)
 
 
 def optimiser_steps(run: Training, algorithm: str) -> int:

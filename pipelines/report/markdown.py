@@ -8,7 +8,7 @@ from pipelines.report.words import findings, p_value, title
 from posttrain.evaluation.statistics import Interval
 
 HEADER = (
-    "model", "seeds", "accuracy", "difference to SFT", "win rate", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
+    "model", "seeds", "headline", "difference to SFT", "win rate", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
     "length, tokens", "optimiser steps", "tokens sampled", "tokens trained",
 )  # fmt: skip
 
@@ -17,12 +17,13 @@ def comparison_md(comparison: Comparison) -> str:
     """Return title, findings and the table; costs are the mean over the seeds of one run."""
     costs = {cost.name: cost for cost in comparison.costs}
     rows = [_row(comparison, summary, costs.get(summary.name)) for summary in comparison.summaries]
+    measure = comparison.question.measure
     confidence = 100 * comparison.question.resampling.confidence
     lines = [
         f"# {title(comparison)}\n",
         *(f"- {sentence}" for sentence in findings(comparison)),
-        f"\n{comparison.prompts} held-out prompts, {confidence:.4g} % intervals in brackets; p is Holm-corrected over all"
-        f" {len(comparison.pairs)} pairs.\n",
+        f"\n{comparison.prompts} held-out prompts; the headline is {measure}; {confidence:.4g} % intervals in brackets;"
+        f" p is Holm-corrected over all {len(comparison.pairs)} pairs.\n",
         _line(HEADER),
         _line(["---"] * len(HEADER)),
         *map(_line, rows),
@@ -35,7 +36,7 @@ def _row(comparison: Comparison, summary: Summary, cost: Cost | None) -> list[st
     return [
         summary.name,
         str(len(summary.seeds) or "—"),
-        _interval(summary.accuracy, 3),
+        _interval(summary.headline, 3),
         _difference(comparison, summary),
         _interval(summary.win_rate, 3),
         "—" if summary.preference is None else f"{summary.preference:.3f}",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from pipelines.report import curves, forest
+from pipelines.report import chinese, curves, forest
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.samples import examples
+from pipelines.report.setup import setup_of
 from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
 from pipelines.report.templating import environment
 from pipelines.report.words import findings, ranked, solved, title
@@ -41,6 +42,8 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
                           lambda look: forest.accuracy(comparison, look)),
         "differences": _draw("differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
                              lambda look: forest.differences(comparison, look)),
+        "against_tokens": _draw("against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.",
+                                algorithms, lambda look: forest.against_tokens(comparison, look)),
         "rewards": _draw("rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
                          lambda look: forest.rewards(comparison, look)),
     }  # fmt: skip
@@ -99,5 +102,7 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         comparison=comparison, question=question, results=results, pictures=drawn, learning=learning,
         running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, base=BASE, sft=SFT,
         colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
+        setup=setup_of(results), chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),
+        costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
         examples=examples(results, question, samples_shown, seed),
     )  # fmt: skip

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
 from pipelines.report.analysis import Question, greedy
-from pipelines.report.load import Model, Results
+from pipelines.report.load import SFT, Model, Results
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,10 @@ class Card:
 
     model: str
     group: str
-    completion: str
+    same: str
+    """The start of the answer that it shares with SFT's answer,"""
+    differs: str
+    """and the rest, which is marked."""
     tokens: int
     truncated: bool
     mark: str
@@ -34,34 +38,54 @@ class Example:
 
 
 def examples(results: Results, question: Question, count: int, seed: int) -> list[Example]:
-    """Draw half of the prompts from those on which the models disagree, half from the rest; with several seeds, the first one answers."""
+    """Draw half of the prompts from those on which the aligned models disagree, then some that all of them fail, then others.
+
+    With several seeds, the first one answers.
+    """
     models = [results.of(group)[0] for group in results.groups]
-    rewards = greedy(models, question.accuracy)
-    split = np.nanmax(np.nan_to_num(rewards), axis=1) != np.nanmin(np.nan_to_num(rewards), axis=1)
+    aligned = np.nan_to_num(greedy([results.of(name)[0] for name in results.algorithms], question.accuracy))
+    split = aligned.max(axis=1) != aligned.min(axis=1)
+    failed = aligned.max(axis=1) <= 0
     generator = np.random.Generator(np.random.PCG64(seed))
-    disagree, agree = (generator.permutation(np.flatnonzero(mask)).tolist() for mask in (split, ~split))
-    first = disagree[: max((count + 1) // 2, count - len(agree))]
-    rest = agree[: count - len(first)]
-    rows = [(row, "selected because the models disagree") for row in first]
-    rows += [(row, "selected from problems with equal scores") for row in rest]
+    kinds = [
+        ("selected because the aligned models disagree", split),
+        ("selected because every aligned model fails", ~split & failed),
+        ("selected from problems with equal scores", ~split & ~failed),
+    ]
+    drawn = [(why, generator.permutation(np.flatnonzero(mask)).tolist()) for why, mask in kinds]
+    rows = [(row, why) for (why, found), most in zip(drawn, _shares(count), strict=True) for row in found[:most]]
+    chosen = {row for row, _ in rows}
+    rest = [(row, why) for why, found in drawn for row in found if row not in chosen]
+    rows += rest[: count - len(rows)]
     return [_example(results, models, question, row, why) for row, why in rows]
+
+
+def _shares(count: int) -> tuple[int, int, int]:
+    """Return how many prompts of each kind are wanted: half, a quarter, a quarter."""
+    half = (count + 1) // 2
+    return half, (count - half + 1) // 2, (count - half) // 2
 
 
 def _example(results: Results, models: list[Model], question: Question, row: int, why: str) -> Example:
     """Return one prompt with its cards."""
     shared = results.prompts
-    return Example(shared.prompts[row], shared.answers[row], why, [_card(model, question, row) for model in models])
+    before = next(model for model in models if model.group == SFT).predictions.completions[row][0]
+    cards = [_card(model, question, row, before) for model in models]
+    return Example(shared.prompts[row], shared.answers[row], why, cards)
 
 
-def _card(model: Model, question: Question, row: int) -> Card:
-    """Return one model's answer."""
+def _card(model: Model, question: Question, row: int, before: str) -> Card:
+    """Return one model's answer, split where it leaves SFT's answer `before`."""
+    text = model.predictions.completions[row][0]
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, before, strict=False)))
     numbers = {name: float(values[row, 0]) for name, values in model.predictions.numbers.items()}
     others = [name for name in question.rewards if name != question.accuracy]
     shown = [(name, numbers[f"reward_{name}"]) for name in others]
     return Card(
         model=model.name,
         group=model.group,
-        completion=model.predictions.completions[row][0],
+        same=text[:shared],
+        differs=text[shared:],
         tokens=round(numbers["tokens"]),
         truncated=numbers["truncated"] > 0,
         mark=_mark(numbers[f"reward_{question.accuracy}"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.report.analysis import Comparison, Cost, Pair, Summary
 from pipelines.report.load import Results
-from pipelines.report.words import findings, solved, title
+from pipelines.report.words import findings, ranked, solved, title
 from pipelines.runtime.journal import representable
 from posttrain.evaluation.statistics import Interval
 
@@ -21,12 +21,13 @@ _DIGITS = 10
 
 def comparison_json(comparison: Comparison) -> str:
     """Return all numbers of the page as JSON, for programs."""
-    question, best = comparison.question, max(comparison.algorithms, key=lambda s: s.accuracy.value)
+    question, best = comparison.question, ranked(comparison)[0]
     tree = {
         "title": title(comparison),
         "findings": findings(comparison),
         "solved": solved(comparison),
-        "best": best.name,
+        "best": best.name if solved(comparison) else None,
+        "headline": question.headline,
         "accuracy_source": question.accuracy,
         "confidence": question.resampling.confidence,
         "resamples": question.resampling.resamples,
@@ -43,8 +44,9 @@ def _summary(summary: Summary) -> dict[str, Any]:
     """Return one model's row as JSON."""
     return {
         "seeds": list(summary.seeds),
+        "headline": _interval(summary.headline),
         "accuracy": _interval(summary.accuracy),
-        "accuracy_by_seed": list(summary.by_seed),
+        "headline_by_seed": list(summary.by_seed),
         "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},
         "reward": {name: _interval(value) for name, value in sorted(summary.rewards.items())},
         "win_rate_against_sft": _interval(summary.win_rate),
@@ -85,10 +87,10 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 def accuracy_csv(comparison: Comparison) -> str:
     """Return one row per model."""
-    header = ["model", "seeds", "accuracy", "low", "high", "prompts", "missing", "method"]
+    header = ["model", "seeds", comparison.question.headline, "low", "high", "prompts", "missing", "method", "greedy"]
     rows = [
-        [s.name, max(1, len(s.seeds)), s.accuracy.value, s.accuracy.low, s.accuracy.high, s.accuracy.n, s.accuracy.missing,
-         s.accuracy.method]
+        [s.name, max(1, len(s.seeds)), s.headline.value, s.headline.low, s.headline.high, s.headline.n, s.headline.missing,
+         s.headline.method, s.accuracy.value]
         for s in comparison.summaries
     ]  # fmt: skip
     return _csv(header, rows)

@@ -28,13 +28,14 @@ def p_value(p: float) -> str:
 
 
 def ranked(comparison: Comparison) -> list[Summary]:
-    """Return the algorithms sorted by accuracy; ties keep the order of params.yaml."""
-    return sorted(comparison.algorithms, key=lambda summary: -summary.accuracy.value)
+    """Return the algorithms sorted by the headline measure; ties keep the order of params.yaml."""
+    return sorted(comparison.algorithms, key=lambda summary: -summary.headline.value)
 
 
 def solved(comparison: Comparison) -> bool:
     """Return True if any model's accuracy is distinguishable from failure."""
-    return max(summary.accuracy.high for summary in comparison.summaries) >= UNSOLVED
+    levels = [summary.headline for summary in comparison.summaries]
+    return max(level.high for level in levels) >= UNSOLVED and max(level.value for level in levels) > 0
 
 
 def title(comparison: Comparison) -> str:
@@ -51,7 +52,7 @@ def _result(comparison: Comparison) -> str:
     if not solved(comparison):
         return "No model solves this task"
     against = comparison.pair(first.name, SFT)
-    if first.accuracy.value <= comparison.of(SFT).accuracy.value:
+    if first.headline.value <= comparison.of(SFT).headline.value:
         return "No algorithm improved on supervised fine-tuning"
     if not against.significant:
         return f"{first.name} leads, but not by more than chance explains"
@@ -66,6 +67,7 @@ def findings(comparison: Comparison) -> list[str]:
     first, *others = ranked(comparison)
     sentences = [_scope(comparison), _level(comparison, first), _against_sft(comparison, first)]
     sentences += [_against(comparison, first, other) for other in others[:1]]
+    sentences += [text] if (text := other_measure(comparison, first)) else []
     sentences += [_worse(comparison, other) for other in others if _significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
     sentences += [text] if (text := entropy_kept(comparison)) else []
@@ -73,30 +75,55 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _level(comparison: Comparison, first: Summary) -> str:
-    """Return a sentence on the best algorithm's accuracy."""
-    confidence, accuracy = comparison.question.resampling.confidence, first.accuracy
+    """Return a sentence on the level of the best algorithm."""
+    confidence = comparison.question.resampling.confidence
     if not solved(comparison):
-        best = max(comparison.summaries, key=lambda summary: summary.accuracy.value)
+        best = max(comparison.summaries, key=lambda summary: summary.headline.value)
+        level = "No model" if best.headline.value == 0 else f"The best model, {best.name},"
         return (
-            f"Accuracy is near zero everywhere: the best model, {best.name}, solves {percent(best.accuracy.value)} of"
-            f" {comparison.prompts} held-out problems ({span(best.accuracy, confidence)}). The model does not solve the task;"
+            f"Accuracy is near zero everywhere: {level[0].lower() + level[1:]} solves"
+            f" {'any' if best.headline.value == 0 else percent(best.headline.value)} of"
+            f" {comparison.prompts} held-out problems ({span(best.headline, confidence)}). The model does not solve the task;"
             " differences between the algorithms say little here."
         )
     over = f", mean of {len(first.seeds)} seeds" if len(first.seeds) > 1 else ""
     return (
-        f"{first.name} has the highest accuracy of the algorithms: it solves {percent(accuracy.value)} of"
-        f" {comparison.prompts} held-out problems ({span(accuracy, confidence)}{over})."
+        f"{first.name} has the highest {comparison.question.measure} of the algorithms: {_solves(comparison, first.headline)}"
+        f" ({span(first.headline, confidence)}{over})."
+    )
+
+
+def _solves(comparison: Comparison, level: Interval) -> str:
+    """Return what a level of the headline measure means."""
+    if comparison.question.headline == "greedy":
+        return f"it solves {percent(level.value)} of {comparison.prompts} held-out problems"
+    return f"{percent(level.value)} of its sampled answers to {comparison.prompts} held-out problems are right"
+
+
+def other_measure(comparison: Comparison, first: Summary) -> str | None:
+    """Return a sentence if the measure that is not the headline would rank a different algorithm first."""
+    sampled, source = comparison.question.headline == "sampled", comparison.question.accuracy
+    levels = {s.name: s.accuracy if sampled else s.rewards.get(source) for s in comparison.algorithms}
+    known = {name: level.value for name, level in levels.items() if level is not None}
+    if not solved(comparison) or first.name not in known:
+        return None
+    best = max(known, key=lambda name: known[name])
+    if known[best] <= known[first.name]:
+        return None
+    return (
+        f"By {'greedy' if sampled else 'sampled'} accuracy {best} would rank first: {percent(known[best])} against"
+        f" {percent(known[first.name])} of {first.name}. The title follows report.headline: {comparison.question.headline}."
     )
 
 
 def _against_sft(comparison: Comparison, first: Summary) -> str:
     """Compare the best algorithm with SFT."""
-    return _difference(comparison, first.name, SFT, f"SFT ({percent(comparison.of(SFT).accuracy.value)})")
+    return _difference(comparison, first.name, SFT, f"SFT ({percent(comparison.of(SFT).headline.value)})")
 
 
 def _against(comparison: Comparison, first: Summary, second: Summary) -> str:
     """Compare the best algorithm with the next one."""
-    called = f"the next algorithm, {second.name} ({percent(second.accuracy.value)}),"
+    called = f"the next algorithm, {second.name} ({percent(second.headline.value)}),"
     return _difference(comparison, first.name, second.name, called)
 
 
@@ -108,6 +135,8 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
     points = 100 * sign * spread.value
     low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
     start = f"Against {called} {a} is"
+    if low == high == 0:
+        return f"No difference is seen between {a} and {called.removeprefix('the next algorithm, ').rstrip(',')}."
     if points == 0:
         return f"{start} level; {verdict(pair)}."
     direction = "ahead" if points > 0 else "behind"
@@ -150,7 +179,7 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
         if old and new and new.low > old.high:
             return (
                 f"{summary.name} over-optimised the reward model: its score rose from {old.value:.2f} (SFT) to {new.value:.2f}"
-                f" while accuracy fell from {percent(before.accuracy.value)} to {percent(summary.accuracy.value)}."
+                f" while accuracy fell from {percent(before.headline.value)} to {percent(summary.headline.value)}."
             )
     return None
 

@@ -14,6 +14,8 @@ from pipelines.runtime.journal import Record, canonical, encode, number, read, r
 from posttrain.errors import TrackingError
 from posttrain.files import write_atomic
 
+SHARED_REPORT = Path(".posttrain") / "report.html"
+"""The report with this machine's times in it, as one file; it is not part of any result."""
 JOURNAL, METRICS, CURVES, ARTIFACTS = "journal.jsonl", "metrics.json", "curves.csv", "artifacts"
 
 

@@ -105,7 +105,10 @@ class Projector:
         """Bring the experiment's description and its saved view up to date."""
         experiment = self._experiment(self._default_experiment())
         present = dict(self.client.get_experiment(experiment).tags)
-        for name, value in experiment_tags(experiment, sources).items():
+        params = load_params(self.project_root / "params.yaml")
+        greedy = params.report.headline == "greedy"
+        headline = RESULT + ("accuracy" if greedy else f"reward_{params.evaluation.accuracy}")
+        for name, value in experiment_tags(experiment, sources, headline).items():
             if present.get(name) != value:
                 self.client.set_experiment_tag(experiment, name, value)
 

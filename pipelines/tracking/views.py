@@ -55,23 +55,26 @@ def runs_page(experiment: str) -> str:
     return f"/#/experiments/{experiment}/runs?{TRAINING_PAGES}&viewStateShareKey={KEY}"
 
 
-def experiment_tags(experiment: str, sources: Sequence[RecordedRun]) -> dict[str, str]:
-    """Return the tags of an experiment for the runs of this checkout; empty before an algorithm has run."""
+def experiment_tags(experiment: str, sources: Sequence[RecordedRun], headline: str) -> dict[str, str]:
+    """Return the tags of an experiment for the runs of this checkout; empty before an algorithm has run.
+
+    `headline` is the metric that sorts the runs.
+    """
     aligned = [source for source in sources if source.start["stage"] == "align"]
     if not aligned:
         return {}
     metrics = sorted({describe.entity_name(name) for source in aligned for name, _ in source.metrics | source.timings})
     state = {
         "searchFilter": FILTER,
-        "orderByKey": f"metrics.`{FIRST[0]}`",
+        "orderByKey": f"metrics.`{headline}`",
         "orderByAsc": False,
-        "selectedColumns": list(COLUMNS),
+        "selectedColumns": list(dict.fromkeys([*COLUMNS[:2], f"metrics.`{headline}`", *COLUMNS[2:]])),
         "runsHiddenMode": "SHOW_ALL",
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
         "groupBy": _grouping(aligned),
-        **_charts(metrics, varied(aligned)),
+        **_charts(metrics, varied(aligned), headline),
     }
     view = {"name": "Compare algorithms", "createdAt": 0, "updatedAt": 0, "state": _compressed(json.dumps(state))}
     return {VIEW_TAG: json.dumps(view), NOTE_TAG: note(experiment, aligned), **KIND}
@@ -109,10 +112,10 @@ def _grouping(aligned: Sequence[RecordedRun]) -> dict[str, Any] | None:
     return {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "algorithm"}]}
 
 
-def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: str) -> dict[str, list[dict[str, Any]]]:
     """Return the charts and their sections, in the order of the page."""
     titles = [title for title, _ in SECTIONS] + [REST]
-    ordered = sorted(metrics, key=lambda name: (titles.index(_section(name)), *_rank(name)))
+    ordered = sorted(metrics, key=lambda name: (titles.index(_section(name)), name != headline, *_rank(name)))
     used = [title for title in titles if any(_section(name) == title for name in ordered)]
     sections = [
         {
@@ -125,7 +128,10 @@ def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str]) -> dict[str
         }
         for title in used
     ]
-    return {"compareRunSections": sections, "compareRunCharts": [_parallel(hyper_parameters), *map(_chart, ordered)]}
+    return {
+        "compareRunSections": sections,
+        "compareRunCharts": [_parallel(hyper_parameters, headline), *map(_chart, ordered)],
+    }
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -172,7 +178,7 @@ _LINE: dict[str, Any] = {
 }
 
 
-def _parallel(hyper_parameters: Sequence[str]) -> dict[str, Any]:
+def _parallel(hyper_parameters: Sequence[str], headline: str) -> dict[str, Any]:
     """Return the parallel coordinates of the accuracy against the hyper-parameters that were varied."""
     return {
         "uuid": _uuid("parallel"),
@@ -183,7 +189,7 @@ def _parallel(hyper_parameters: Sequence[str]) -> dict[str, Any]:
         "isGenerated": False,
         "displayName": "Accuracy against hyper-parameters",
         "selectedParams": list(hyper_parameters),
-        "selectedMetrics": [FIRST[0]],
+        "selectedMetrics": [headline],
         "showAllRuns": False,
     }
 

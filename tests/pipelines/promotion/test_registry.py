@@ -10,6 +10,8 @@ import pytest
 from pipelines.commands.models import line
 from pipelines.promotion.registry import Registry
 from posttrain.errors import TrackingError
+from tasks.challenger import best_model
+from tasks.challenger import register as challenge
 from tests.pipelines.conftest import Project
 
 
@@ -116,3 +118,25 @@ def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
     ) as error:
         Registry(project.folder, "posttrain").versions()
     assert "pass-word-1" not in str(error.value)
+
+
+COMPARISON = {
+    "solved": True,
+    "best": "grpo",
+    "title": "grpo wins",
+    "models": {"grpo": {"seeds": [0, 3], "headline_by_seed": [0.5, 0.75]}},
+}
+
+
+def test_the_best_seed_of_the_best_algorithm_becomes_challenger(registry: Registry, project: Project) -> None:
+    assert best_model(COMPARISON | {"solved": False}) is None
+    assert best_model(COMPARISON | {"best": None}) is None
+    assert best_model(COMPARISON) == ("grpo-3", "grpo wins")
+    said = challenge.fn(str(project.folder), "grpo-0", "grpo wins")
+    assert said.startswith("registry: version 1 (grpo-0) is challenger")
+    version = registry.holding("challenger")
+    assert version is not None
+    assert version.tags["reason"] == "best of a comparison: grpo wins"
+    registry.promote(version.number)
+    assert "the champion, is the best model" in challenge.fn(str(project.folder), "grpo-0", "grpo wins")
+    assert aliases(registry) == {"champion": 1}

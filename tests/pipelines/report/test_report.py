@@ -17,17 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.report.analysis import Comparison, Question, compare, greedy, wins
-from pipelines.report.curves import running_mean, seed_mean
+from pipelines.report.curves import running_mean, seed_band, seed_mean
 from pipelines.report.load import load, predictions
+from pipelines.report.page import Picture
+from pipelines.report.page import page as html
 from pipelines.report.samples import examples
-from pipelines.report.words import entropy_kept, findings, p_value, solved, title
+from pipelines.report.tables import comparison_json
+from pipelines.report.words import entropy_kept, findings, other_measure, p_value, solved, title
 from pipelines.report.write import write
 from posttrain.errors import DataError
 from posttrain.evaluation.crossed import crossed_difference, crossed_mean
 from posttrain.evaluation.statistics import Interval, Resampling, mcnemar, wilson
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
 
-QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0))
+QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0), headline="greedy")
 
 
 def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
@@ -43,6 +46,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     shipped = (root / "params.yaml").read_text(encoding="utf-8")
     chosen, count = re.subn(r"algorithms: \[.*?\]", "algorithms: [dpo, grpo, ppo]", shipped, count=1)
     assert count == 1
+    # the greedy answers' numbers are written by hand below
+    chosen = chosen.replace("headline: sampled ", "headline: greedy ")
+    assert "headline: greedy" in chosen
     (folder / "params.yaml").write_text(chosen, encoding="utf-8")
     done = run_compare(folder, root)
     assert done.returncode == 0, done.stderr
@@ -121,7 +127,7 @@ def test_pairs_are_tested_prompt_by_prompt_and_corrected(project: Path, numbers:
 def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -> None:
     assert numbers["title"] == "In this run, grpo wins; one training seed allows no more"
     said = " ".join(numbers["findings"])
-    assert "grpo has the highest accuracy of the algorithms: it solves 75.8 % of 120 held-out problems" in said
+    assert "grpo has the highest greedy accuracy of the algorithms: it solves 75.8 % of 120 held-out problems" in said
     assert "the difference is significant (exact McNemar, Holm-corrected p < 0.0001)" in said
     assert "ppo made the model worse than SFT, by 14.2 points" in said
     assert "ppo over-optimised the reward model: its score rose from 0.10 (SFT) to 3.00" in said
@@ -202,7 +208,7 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     assert "https://" not in page
     outside = [a for a in Text(page).addresses if not a.startswith(("data:image/png;base64,", "#"))]
     assert set(outside) == {
-        "../.posttrain/costs/index.html", "comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv",
+        "comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv",
     }  # fmt: skip
     assert "@import" not in page
     assert "url(" not in page
@@ -313,9 +319,91 @@ def test_failure_at_the_task_is_called_failure(tmp_path: Path, monkeypatch: pyte
     comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
     assert not solved(comparison)
     assert title(comparison) == "No model solves this task"
-    assert "solves 0.0 % of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[1]
+    assert "no model solves any of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[1]
     assert "The model does not solve the task" in findings(comparison)[1]
     assert comparison.pair("dpo", "grpo").adjusted == 1.0
+
+
+def test_the_headline_is_one_measure_for_ranking_tests_and_words(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("dpo", "grpo"), steps=4)
+    results = load(("dpo", "grpo"), (0,), tmp_path)
+    sampled = compare(results, replace(QUESTION, headline="sampled"))
+    rows = pq.read_table(tmp_path / "runs/evaluate/grpo-0/artifacts/predictions.parquet").to_pylist()
+    by_hand = np.mean([row["reward_answer"] for row in rows if row["sample"] > 0])
+    level = sampled.of("grpo").headline
+    assert level.value == pytest.approx(by_hand)
+    assert sampled.of("grpo").accuracy.value == pytest.approx(91 / 120)
+    assert sampled.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
+    said = " ".join(findings(sampled))
+    assert (
+        f"grpo has the highest sampled accuracy of the algorithms: {100 * by_hand:.1f} % of its sampled answers" in said
+    )
+    assert json.loads(comparison_json(sampled))["headline"] == "sampled"
+
+
+def test_another_order_by_the_other_measure_is_said(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
+    dpo, grpo = comparison.of("dpo"), comparison.of("grpo")
+    assert other_measure(comparison, grpo) is None
+    better = replace(dpo, rewards=dpo.rewards | {"answer": replace(dpo.headline, value=0.9)})
+    assert other_measure(replace(comparison, summaries=[better, grpo]), grpo) == (
+        f"By sampled accuracy dpo would rank first: 90.0 % against {100 * grpo.rewards['answer'].value:.1f} % of grpo."
+        " The title follows report.headline: greedy."
+    )
+
+
+def test_equal_models_are_called_equal_and_nothing_wins_at_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RATES:
+        monkeypatch.setitem(RATES, name, -1.0)
+    # with 12 prompts the interval of 0 % reaches above 5 %, but nothing was solved
+    comparison = compared(tmp_path, algorithms=("dpo", "grpo"), prompts=12)
+    assert comparison.of("dpo").headline.high > 0.05
+    assert title(comparison) == "No model solves this task"
+    assert json.loads(comparison_json(comparison))["best"] is None
+    assert "No difference is seen between dpo and SFT (0.0 %)." in findings(comparison)
+    assert "no difference seen" in rendered(tmp_path, comparison, ("dpo", "grpo"))
+
+
+def rendered(folder: Path, comparison: Comparison, algorithms: tuple[str, ...]) -> str:
+    results = load(algorithms, (0,), folder)
+    blank = Picture("x", "x", "x", {"light": b"", "dark": b""}, (1, 1))
+    drawn = dict.fromkeys(("accuracy", "differences", "rewards", "against_tokens"), blank)
+    return html(results, comparison, drawn, 2, 0)
+
+
+def test_the_page_has_two_languages_and_needs_no_script(page: str, numbers: Any) -> None:
+    text = Text(page).text
+    assert "仅就本次运行:grpo 胜出;只有一个训练种子,不能说明更多" in text
+    assert "grpo 的贪心准确率最高:75.8 %" in text
+    assert re.search(r'#zh:checked ~ \.body \[lang="en"\].*display: none', page)
+    assert page.count('<span lang="en">') == page.count('<span lang="zh">')
+
+
+def test_the_page_has_hyper_parameters_and_the_first_screen_has_the_cost(project: Path, page: str) -> None:
+    first = Text(page[: page.index("<nav")]).text
+    # grpo sampled 5120 and trained on 1000 tokens in each of 40 steps
+    assert f"{40 * 6120:,}tokens sampled and trained on" in first
+    assert "120 held-out problems" in first
+    assert '<th scope="row">kl_coefficient</th><td>–</td><td>0.04</td><td>0.2</td>' in page
+    copied = (project / ".posttrain" / "report.html").read_text(encoding="utf-8")
+    assert "CPU cores" in copied
+    assert "this machine:" not in copied
+    assert "iframe" not in page + copied
+
+
+def test_a_band_over_seeds_is_the_t_interval_of_their_mean() -> None:
+    a = (np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    b = (np.array([1.0, 2.0]), np.array([3.0, 2.0]))
+    steps, low, high = seed_band([a, b])
+    # mean 2, standard error sqrt(2)/sqrt(2) = 1, t(1 degree of freedom, 97.5 %) = 12.706
+    assert (steps.tolist(), low[0], high[0]) == (
+        [1, 2],
+        pytest.approx(2 - 12.706, abs=1e-3),
+        pytest.approx(2 + 12.706, abs=1e-3),
+    )
+    assert low[1] == high[1] == 2
 
 
 def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,10 +475,16 @@ def test_rows_of_predictions_may_come_in_any_order(tmp_path: Path) -> None:
     assert all(np.array_equal(shuffled.numbers[n], ordered.numbers[n], equal_nan=True) for n in ordered.numbers)
 
 
-def test_half_of_the_examples_show_disagreement(tmp_path: Path) -> None:
+def test_examples_show_disagreement_and_failures_of_the_aligned_models(tmp_path: Path) -> None:
     results = load(("grpo",), (0,), build(tmp_path, algorithms=("grpo",), steps=2))
     shown = examples(results, QUESTION, 6, 0)
-    assert [len({card.mark for card in example.cards}) > 1 for example in shown] == [True] * 3 + [False] * 3
+    aligned = [[card.mark for card in example.cards if card.group == "grpo"] for example in shown]
+    # one aligned model cannot disagree with itself: the places go to problems that it fails and to others
+    assert {example.why for example in shown} == {
+        "selected because every aligned model fails",
+        "selected from problems with equal scores",
+    }
+    assert aligned[:2] == [["wrong"]] * 2
     assert shown == examples(results, QUESTION, 6, 0)
     assert shown != examples(results, QUESTION, 6, 1)
 

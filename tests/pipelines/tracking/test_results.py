@@ -95,7 +95,7 @@ def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(p
 
 
 def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
-    tags = experiment_tags("7", discover(project, []))
+    tags = experiment_tags("7", discover(project, []), "evaluation/reward_answer")
     view = json.loads(tags[VIEW_TAG])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     assert len(tags[VIEW_TAG]) < 20_000
@@ -105,17 +105,18 @@ def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
         (chart["metricKey"], chart["type"], sections[chart["metricSectionId"]])
         for chart in state["compareRunCharts"][1:]
     ]
-    assert charts[0] == ("evaluation/accuracy", "BAR", "Result on held-out problems")
+    assert charts[0] == ("evaluation/reward_answer", "BAR", "Result on held-out problems")
     assert ("loss", "LINE", "Loss") in charts
-    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/accuracy"]
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/reward_answer"]
     assert "metrics.`evaluation/accuracy`" in state["selectedColumns"]
+    assert state["orderByKey"] == "metrics.`evaluation/reward_answer`"
     # one run of one algorithm: nothing to average
     assert state["groupBy"] is None
     assert (
         "/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=algorithms"
         in tags["mlflow.note.content"]
     )
-    assert experiment_tags("7", [found(project, "evaluate")]) == {}
+    assert experiment_tags("7", [found(project, "evaluate")], "x") == {}
 
 
 def test_models_and_tables_are_linked_to_the_run(project: Path, empty_store: Path) -> None:

@@ -1,0 +1,42 @@
+"""Estimate the time that a flow still needs, from the seconds of finished stages of the same kind, here or in the last flow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+
+def last_seconds(root: Path) -> dict[str, float]:
+    """Return the seconds of each stage that ran in the last flow; empty if no flow has run here."""
+    path = root / ".posttrain" / "flow.json"
+    if not path.is_file():
+        return {}
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    return {name: stage["ended"] - stage["started"] for name, stage in stages.items() if stage["ran"]}
+
+
+def time_left(left: Collection[str], seconds: Mapping[str, float], slots: int) -> str:
+    """Return the time left in words, empty if nothing is left or nothing is known.
+
+    Example:
+        >>> time_left({"align@dpo-0", "align@dpo-1"}, {"align@grpo-0": 90.0}, 1)
+        'about 3 min left'
+        >>> time_left({"align@dpo-0", "compare"}, {"align@grpo-0": 30.0}, 1)
+        'at least 30 s left'
+    """
+    known = {name: each for name in left if (each := _seconds(name, seconds)) is not None}
+    if not known:
+        return ""
+    longest = max(known.values())
+    total = max(longest, sum(known.values()) / slots)
+    words = f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min"
+    return f"{'about' if len(known) == len(left) else 'at least'} {words} left"
+
+
+def _seconds(name: str, seconds: Mapping[str, float]) -> float | None:
+    """Return the seconds of the stage, else the mean of the stages that differ only in their item; None if neither is known."""
+    if name in seconds:
+        return seconds[name]
+    alike = [each for other, each in seconds.items() if other.partition("@")[0] == name.partition("@")[0]]
+    return sum(alike) / len(alike) if alike else None
