@@ -21,7 +21,7 @@ _NOT_HYPER_PARAMETERS = ("checkpoint.", "faults.", "samples_every", "samples_sho
 def effective_parameters(stage: str, arguments: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a run by their common names.
 
-    A stage without a section of its own keeps the names of params.yaml, and so does a run whose preset or option no longer exists.
+    A stage without its own section keeps the names of params.yaml, and so does a run whose preset or option no longer exists.
     """
     if stage == "align":
         try:
