@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.algorithms import Algorithm, OnPolicy, choose
-from posttrain.algorithms.checks import effective_options
+from posttrain.algorithms.limits import effective_options
 from posttrain.errors import ConfigError
 
 TRAINING = ("sft", "reward", "align")

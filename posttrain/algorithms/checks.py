@@ -119,30 +119,6 @@ def _range(least: float, greatest: float) -> str:
     )
 
 
-def effective_options(spec: Algorithm) -> dict[str, Any]:
-    """Return the options that have an effect at this point of the design space, with the preset's values.
-
-    Example:
-        >>> from posttrain.algorithms.dr_grpo import DR_GRPO
-        >>> options = effective_options(DR_GRPO)
-        >>> options["aggregate"], "kl_coefficient" in options
-        ('constant', False)
-    """
-    table: Mapping[str, tuple[Callable[[Any], bool], str]] = (
-        ON_POLICY_EFFECT
-        if isinstance(spec, OnPolicy)
-        else PREFERENCE_EFFECT
-        if isinstance(spec, Preference)
-        else LOGGED_EFFECT
-    )
-    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in ("name", "paper") and value is not None and (name not in table or table[name][0](spec))
-    }
-
-
 def _refuse_without_effect(spec: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
     for option in sorted(given & table.keys()):
         has_effect, condition = table[option]

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
-from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
 
 
 def _updates_off_policy(spec: OnPolicy) -> bool:
@@ -95,3 +97,27 @@ RANGES: dict[str, tuple[float, float]] = {
     "refill_limit": (1, math.inf),
     "kl_horizon": (1, math.inf),
 }
+
+
+def effective_options(spec: Algorithm) -> dict[str, Any]:
+    """Return the options that have an effect at this point of the design space, with the preset's values.
+
+    Example:
+        >>> from posttrain.algorithms.dr_grpo import DR_GRPO
+        >>> options = effective_options(DR_GRPO)
+        >>> options["aggregate"], "kl_coefficient" in options
+        ('constant', False)
+    """
+    table: Mapping[str, tuple[Callable[[Any], bool], str]] = (
+        ON_POLICY_EFFECT
+        if isinstance(spec, OnPolicy)
+        else PREFERENCE_EFFECT
+        if isinstance(spec, Preference)
+        else LOGGED_EFFECT
+    )
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in ("name", "paper") and value is not None and (name not in table or table[name][0](spec))
+    }
