@@ -189,6 +189,7 @@ def _on_policy(
         micro_batch_tokens=run.micro_batch_tokens,
         experts=Demonstrations(experts, run.batch_size, run.seed) if experts else None,
         measure_kl_every=0 if reference is None else 1,
+        updates=run.steps * spec.epochs * spec.minibatches,
     )
     run.fit(trainer, source, objective, "reward/total/mean")
 

@@ -43,7 +43,7 @@ ONE_UPDATE: dict[str, Any] = {"advantage": "group_mean", "minibatches": 1}
 RECORDS: dict[str, OnPolicy] = {
     "grpo": GRPO,
     "gspo": replace(GSPO, **ONE_UPDATE),
-    "dapo": replace(DAPO, **ONE_UPDATE, filter="none", overlong_cache=0, mask_truncated=False),
+    "dapo": replace(DAPO, **ONE_UPDATE, filter="none", overlong_share=0.0, mask_truncated=False),
 }
 """Specs that equal TRL's settings of these names: one update per rollout, all groups, A = R - mean."""
 

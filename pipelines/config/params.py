@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
+from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.schema import (
     AlgorithmParams,
@@ -61,6 +63,7 @@ class Params(Section):
     def _consistent(self) -> Params:
         """Check the rules that involve several sections."""
         self._check_reward_sources()
+        self._check_patterns()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         for name in self.project.algorithms:
             if name not in self.algorithms:
@@ -121,10 +124,17 @@ class Params(Section):
             raise ConfigError(
                 f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it is used only if advantage is 'gae'. Remove it."
             )
-        if spec.overlong_cache >= budget.max_new_tokens:
+        updates = budget.steps * spec.epochs * spec.minibatches
+        decay = spec.mu_decay_steps or 0
+        if spec.has_expert and spec.mu_warmup_steps + decay > updates:
             raise ConfigError(
-                f"algorithms.{name}: overlong_cache = {spec.overlong_cache} must be smaller than max_new_tokens ="
-                f" {budget.max_new_tokens}, otherwise every answer gets a length penalty"
+                f"algorithms.{name}: mu_warmup_steps = {spec.mu_warmup_steps} and mu_decay_steps = {decay} exceed the run's {updates}"
+                " optimiser steps, so it would imitate to the end. Lower them, or set mu_decay_steps: null for three quarters of the run"
+            )
+        if budget.optimizer.warmup_steps >= updates:
+            raise ConfigError(
+                f"algorithms.{name}: optimizer.warmup_steps = {budget.optimizer.warmup_steps} is as long as the run of {updates} optimiser"
+                " steps, so the learning rate would never be reached; lower it"
             )
         self._check_context(f"algorithms.{name}: max_new_tokens", budget.max_new_tokens)
         if budget.prompts_per_step % spec.minibatches:
@@ -133,12 +143,33 @@ class Params(Section):
             )
 
     def _check_context(self, field: str, new_tokens: int) -> None:
-        """Raise ConfigError if prompt and new tokens exceed the tiny model's context."""
-        context, prompt = self.model.tiny.max_length, self.validation.max_prompt_tokens
-        if self.model.source == "tiny" and prompt + new_tokens > context:
+        """Raise ConfigError if prompt and new tokens exceed the model's context, as far as it is known without loading it."""
+        source, prompt = self.model.source, self.validation.max_prompt_tokens
+        name, context = "model.tiny.max_length", context_of(source) if source != "tiny" else self.model.tiny.max_length
+        if source != "tiny":
+            name = f"the context of {source}"
+        if context is not None and prompt + new_tokens > context:
             raise ConfigError(
-                f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds model.tiny.max_length = {context}"
+                f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds {name} = {context}"
             )
+
+    def _check_patterns(self) -> None:
+        """Raise ConfigError if a regular expression of a reward or of `data` cannot be compiled."""
+        patterns = {
+            f"rewards.{name}.arguments.pattern": section.arguments.get("pattern")
+            for name, section in self.rewards.items()
+            if section.function in ("regex", "format")
+        }
+        for kind in ("sft", "preferences", "problems", "evaluation"):
+            extract = getattr(self.data, kind).extract or {}
+            patterns |= {f"data.{kind}.extract.{name}": pattern for name, pattern in extract.items()}
+        for place, pattern in patterns.items():
+            if not isinstance(pattern, str):
+                raise ConfigError(f"{place} = {pattern!r}: must be a regular expression as text")
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ConfigError(f"{place} = {pattern!r}: not a regular expression: {error}") from None
 
     def _check_reward_sources(self) -> None:
         """Check the section `rewards`."""

@@ -75,6 +75,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         seed,
         device,
     )
+    updates = budget.steps * spec.epochs * spec.minibatches
     objective = OnPolicyObjective(spec, budget.max_new_tokens, budget.temperature)
     experts = _demonstrations(spec, encoder, budget, seed)
     source = ExperienceSource(
@@ -87,8 +88,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         bf16=compute.bf16,
         experts=experts,
         measure_kl_every=budget.measure_kl_every,
+        updates=updates,
     )
-    updates = budget.steps * spec.epochs * spec.minibatches
     trainer: Trainer[Any] = Trainer(
         policy,
         optimizer_settings(budget.optimizer),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -75,13 +76,25 @@ def _check_on_policy(spec: OnPolicy, given: set[str]) -> None:
             f"{spec.name}: a sequence ratio with clip {spec.clip_low}/{spec.clip_high} never clips, since the ratio is a"
             " geometric mean over tokens; set clip_low and clip_high yourself (GSPO uses 3e-4 and 4e-4)"
         )
+    if spec.ratio == "sequence" and max(spec.clip_low, spec.clip_high) > 0.05:
+        warnings.warn(
+            f"{spec.name}: a sequence ratio is a geometric mean over tokens and stays near 1; with clip"
+            f" {spec.clip_low}/{spec.clip_high} it hardly ever clips (GSPO uses 3e-4 and 4e-4)",
+            stacklevel=2,
+        )
+    if spec.reward_combination == "group_normalised" and spec.advantage == "group_z":
+        raise ConfigError(
+            f"{spec.name}: advantage 'group_z' divides by the spread within the group again, which undoes reward_combination"
+            " 'group_normalised': a group that differs in one reward would count as much as one that differs in all. Set advantage:"
+            " batch_z (as GDPO, 2601.05242) or group_mean"
+        )
     if spec.ratio == "sequence" and spec.has_critic:
         raise ConfigError(f"{spec.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
     if spec.kl != "none" and spec.kl_coefficient == 0 and "kl" in given:
         raise ConfigError(f"{spec.name}.options.kl = {spec.kl!r}: has no effect while kl_coefficient is 0")
     if spec.has_expert and spec.mu_valley > spec.mu_peak:
         raise ConfigError(f"{spec.name}: mu_valley = {spec.mu_valley} is above mu_peak = {spec.mu_peak}")
-    if spec.has_expert and not spec.mu_decay_steps and spec.mu_valley != spec.mu_peak:
+    if spec.has_expert and spec.mu_decay_steps == 0 and spec.mu_valley != spec.mu_peak:
         raise ConfigError(
             f"{spec.name}: without mu_decay_steps the weight is mu_valley = {spec.mu_valley} at once, and mu_peak ="
             f" {spec.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
@@ -138,10 +151,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return value is None or _fits(value, float)
+    return value is None or _fits(value, next(part for part in get_args(hint) if part is not type(None)))
 
 
 def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(hint, "a number or null")
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", int | None: "a whole number or null"}
+    return kinds.get(hint, "a number or null")

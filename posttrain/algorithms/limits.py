@@ -91,7 +91,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mu_valley": (0.0, 1.0),
     "mu_warmup_steps": (0, math.inf),
     "mu_decay_steps": (0, math.inf),
-    "overlong_cache": (0, math.inf),
+    "overlong_share": (0.0, 1.0),
     "epochs": (1, math.inf),
     "minibatches": (1, math.inf),
     "refill_limit": (1, math.inf),

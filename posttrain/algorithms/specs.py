@@ -56,15 +56,18 @@ class OnPolicy:
     kl_horizon: int = 1000
     """Responses over which the adaptive coefficient changes by at most a fifth (1909.08593)."""
     reward_combination: RewardCombination = "sum"
-    """group_normalised: each reward is normalised within its group before the weighted sum (2601.05242)."""
+    """group_normalised: each reward is normalised within its group before the weighted sum (GDPO, 2601.05242).
+
+    With advantage 'batch_z' the sum is normalised over the batch, as in the paper. 'group_z' would undo it and is refused.
+    """
     filter: Filter = "none"
     refill_limit: int = 8
     """Most rounds of sampling per step, including the first one."""
     refill_partial: bool = False
     """At the limit: False stops with an error, True trains on the groups found so far and reports their number."""
     missing_eos_penalty: float = 0.0
-    overlong_cache: int = 0
-    """Tokens before the length limit over which the soft overlong penalty grows to -1; 0 turns it off."""
+    overlong_share: float = 0.0
+    """Share of max_new_tokens, before the limit, over which the soft overlong penalty grows to -1; 0 turns it off."""
     mask_truncated: bool = False
     mismatch: Mismatch = "none"
     mismatch_cap: float = 2.0
@@ -73,8 +76,8 @@ class OnPolicy:
     mu_valley: float = 0.0
     """Final weight of the expert stream; equal to mu_peak for a constant weight."""
     mu_warmup_steps: int = 0
-    mu_decay_steps: int = 0
-    """Optimiser steps of the decay, after the warm-up's."""
+    mu_decay_steps: int | None = 0
+    """Optimiser steps of the decay, after the warm-up's. None: three quarters of the run's, whatever its length."""
     phi: Phi = "none"
     gamma: float = 1.0
     lam: float = 0.95

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
+from posttrain.rewards.combination import known
 from posttrain.rewards.sources import RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 from posttrain.rollouts.groups import Problem, reward_batch
@@ -94,7 +95,7 @@ def evaluate(
             not completion.finished,
             float(own[row].entropy.mean()),
             float((own[row].logprobs - other[row].logprobs).sum()),
-            {name: values[row] for name, values in scored.items()},
+            {name: known(values[row]) for name, values in scored.items()},
         )
         for row, (i, j, completion) in enumerate(flat)
     ]

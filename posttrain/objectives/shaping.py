@@ -4,21 +4,27 @@ Example:
     >>> overlong_penalty(torch.tensor([50, 90, 110]), max_length=100, cache=20).tolist()
     [-0.0, -0.5, -1.0]
     >>> from posttrain.algorithms.chord import CHORD
-    >>> expert_weight(0, CHORD), round(expert_weight(100, CHORD), 3), expert_weight(200, CHORD)
-    (0.9, 0.475, 0.05)
+    >>> spec = scheduled(CHORD, updates=40)
+    >>> spec.mu_decay_steps, expert_weight(0, spec), round(expert_weight(15, spec), 3), expert_weight(30, spec)
+    (30, 0.9, 0.475, 0.05)
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from posttrain.algorithms.specs import OnPolicy
+from posttrain.errors import ConfigError
+
+DECAY_SHARE = 0.75
+"""Share of the run's updates over which CHORD's weight decays if no number of steps is given."""
 
 
-def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+def overlong_penalty(lengths: Tensor, max_length: int, cache: float) -> Tensor:
     """Return the soft overlong penalty [batch] (2503.14476, eq. 13).
 
     It is 0 up to max_length - cache, then falls linearly to -1 at max_length. Lengths are in tokens.
@@ -27,12 +33,34 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
     return -(over / cache).clamp(0.0, 1.0)
 
 
+def scheduled(spec: OnPolicy, updates: int) -> OnPolicy:
+    """Return the spec with CHORD's schedule in optimiser steps of a run of `updates`.
+
+    Raises:
+        ConfigError: the schedule does not end within the run, which would be mostly imitation.
+    """
+    if not spec.has_expert:
+        return spec
+    decay = spec.mu_decay_steps
+    if decay is None:
+        decay = math.floor(DECAY_SHARE * max(0, updates - spec.mu_warmup_steps))
+    if spec.mu_warmup_steps + decay > updates or spec.mu_warmup_steps >= updates:
+        raise ConfigError(
+            f"{spec.name}: mu_warmup_steps = {spec.mu_warmup_steps} and mu_decay_steps = {decay} are longer than the run's {updates}"
+            " optimiser steps, so the weight of the demonstrations would not reach mu_valley. Lower them, or set mu_decay_steps: null"
+            " for three quarters of the run"
+        )
+    return replace(spec, mu_decay_steps=decay)
+
+
 def expert_weight(step: int, spec: OnPolicy) -> float:
     """Return CHORD's mu at optimiser step `step` (2508.11408): linear warm-up 0 -> peak, cosine peak -> valley, then constant."""
+    decay = spec.mu_decay_steps
+    assert decay is not None, "see `scheduled`"
     if step < spec.mu_warmup_steps:
         return spec.mu_peak * step / spec.mu_warmup_steps
     decayed = step - spec.mu_warmup_steps
-    if decayed >= spec.mu_decay_steps:
+    if decayed >= decay:
         return spec.mu_valley
-    cosine = 0.5 * (1 + math.cos(math.pi * decayed / spec.mu_decay_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * decayed / decay))
     return spec.mu_valley + (spec.mu_peak - spec.mu_valley) * cosine

@@ -47,7 +47,7 @@ class RewardBatch:
 
 
 class RewardSource(Protocol):
-    """A named source of rewards.
+    """A named source of rewards: a number per answer, None if it does not apply to the answer, NaN if it failed on it.
 
     Attributes:
         failures: number of answers without a reward because the source raised ("failed") or exceeded its time ("timed_out").
@@ -87,7 +87,8 @@ class FunctionReward:
             result = CallResult([None] * count, dict.fromkeys(range(count), str(error)))
         if result.failures:
             self._failed(kind, answers, result)
-        return _checked(self.name, result.values, answers)
+        checked = _checked(self.name, result.values, answers)
+        return [math.nan if row in result.failures else value for row, value in enumerate(checked)]
 
     def _failed(self, kind: str, answers: RewardBatch, result: CallResult) -> None:
         rows, message = sorted(result.failures), next(iter(result.failures.values()))
@@ -145,7 +146,7 @@ def _checked(
     if len(values) != expected:
         raise RewardError(
             f"reward {name!r} returned {len(values)} numbers for {expected} answers;"
-            " it must return one per answer, None for an answer without a reward"
+            " it must return one per answer, None for an answer that it does not apply to"
         )
     checked: list[float | None] = []
     broken = []

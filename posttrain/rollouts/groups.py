@@ -25,7 +25,7 @@ from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.distributed import gather_all, round_robin
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
-from posttrain.rewards.combination import combined
+from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 
@@ -199,7 +199,7 @@ class GroupSampler:
                 g,
                 p,
                 totals[i] + self._shaping(c),
-                {name: values[i] for name, values in sources.items()},
+                {name: known(values[i]) for name, values in sources.items()},
                 totals[i],
             )
             for i, (p, g, c) in enumerate(flat)
@@ -227,9 +227,9 @@ class GroupSampler:
 
     def _shaping(self, completion: Completion) -> float:
         shaped = 0.0 if completion.finished else -self.spec.missing_eos_penalty
-        if self.spec.overlong_cache:
-            length = torch.tensor([len(completion.tokens)])
-            shaped += float(overlong_penalty(length, self.settings.sampling.max_new_tokens, self.spec.overlong_cache))
+        if self.spec.overlong_share:
+            length, limit = torch.tensor([len(completion.tokens)]), self.settings.sampling.max_new_tokens
+            shaped += float(overlong_penalty(length, limit, self.spec.overlong_share * limit))
         return shaped
 
     def state_dict(self) -> dict[str, int]:

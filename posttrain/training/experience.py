@@ -30,7 +30,7 @@ from posttrain.models.policy import Policy
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
-from posttrain.objectives.shaping import expert_weight
+from posttrain.objectives.shaping import expert_weight, scheduled
 from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
 from posttrain.training.loop import StepData
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow
@@ -60,6 +60,7 @@ class ExperienceSource:
     Args:
         micro_batch_tokens: most tokens of one forward pass without gradient.
         measure_kl_every: steps between forward passes of the reference if the loss does not need it; 0 for none.
+        updates: optimiser steps of the whole run, for schedules that are a share of it.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class ExperienceSource:
         bf16: bool = False,
         experts: Demonstrations | None = None,
         measure_kl_every: int = 1,
+        updates: int | None = None,
     ) -> None:
         self.spec, self.policy, self.reference, self.sampler, self.objective = (
-            spec,
+            spec if updates is None else scheduled(spec, updates),
             policy,
             reference,
             sampler,

@@ -29,7 +29,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"epochs": 0}, "at least 1"),
     ("grpo", {"minibatches": 0}, "at least 1"),
     ("dapo", {"refill_limit": 0}, "at least 1"),
-    ("grpo", {"overlong_cache": -1}, "at least 0"),
+    ("grpo", {"overlong_share": -0.1}, r"in \[0, 1\]"),
     ("grpo", {"missing_eos_penalty": -1.0}, "not negative"),
     ("grpo", {"kl_coefficient": float("inf")}, "finite"),
     ("grpo", {"kl_target": 0.0}, "above 0"),
@@ -77,6 +77,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"kl_coefficient": 0.0, "kl_target": 6.0}, "kl_coefficient > 0"),
     ("grpo", {"kl_coefficient": 0.0, "kl_estimator": "k2"}, "kl_coefficient > 0"),
     ("grpo", {"mu_peak": 0.5}, "mu_peak = 0.5 has no effect"),
+    ("grpo", {"reward_combination": "group_normalised", "advantage": "group_z"}, "undoes reward_combination"),
+    ("chord", {"mu_decay_steps": 2.5}, "a whole number or null"),
     ("chord", {"mu_decay_steps": 0}, "mu_peak = 0.9 has no effect"),
     ("chord_phi", {"mu_decay_steps": 50}, "mu_valley differs"),
     ("gspo", {"clip_high": 0.2}, "never clips"),
@@ -103,6 +105,11 @@ def test_refused_with_a_reason(preset: str, options: dict[str, Any], message: st
     with pytest.raises(ConfigError, match=message) as caught:
         choose(preset, options)
     assert preset in str(caught.value)
+
+
+def test_a_sequence_ratio_with_a_wide_clip_of_ones_own_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"gspo: a sequence ratio .* with clip 0.2/0.2 it hardly ever clips"):
+        choose("gspo", {"clip_low": 0.2, "clip_high": 0.2})
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
@@ -187,7 +194,7 @@ def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict
         assert spec.kl != "loss" or not spec.kl_coefficient or spec.kl_estimator != "k1"
         assert spec.mu_peak <= 1
         assert not spec.has_expert or spec.mu_valley <= spec.mu_peak
-        assert not spec.has_expert or spec.mu_decay_steps or spec.mu_valley == spec.mu_peak
+        assert not spec.has_expert or spec.mu_decay_steps != 0 or spec.mu_valley == spec.mu_peak
         clipped = {"clip_low", "clip_high"} & set(options)
         assert not clipped or spec.epochs * spec.minibatches > 1
     elif isinstance(spec, Preference):

@@ -46,8 +46,8 @@ def test_what_else_the_table_says() -> None:
     assert [PRESETS[n].minibatches for n in ("gspo", "dapo", "cispo")] == [4, 4, 4]  # type: ignore[union-attr]
     assert PRESETS["cispo"].surrogate == "weight"  # type: ignore[union-attr]
     assert (dapo.filter, dapo.mask_truncated) == ("refill", True)
-    assert dapo.overlong_cache > 0
-    assert (chord.mu_peak, chord.mu_valley, chord.mu_decay_steps) == (0.9, 0.05, 200)
+    assert dapo.overlong_share == 0.2
+    assert (chord.mu_peak, chord.mu_valley, chord.mu_decay_steps) == (0.9, 0.05, None)
     assert (phi.mu_peak, phi.mu_valley, phi.phi) == (0.1, 0.1, "p_one_minus_p")
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from posttrain.algorithms.chord import CHORD, CHORD_PHI
+from posttrain.algorithms.dapo import DAPO
+from posttrain.errors import ConfigError
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
-from posttrain.objectives.shaping import expert_weight, overlong_penalty
+from posttrain.objectives.shaping import expert_weight, overlong_penalty, scheduled
 
 
 def test_soft_overlong_punishment_of_the_paper() -> None:
@@ -29,8 +31,19 @@ def test_mu_warms_up_from_zero_decays_by_a_cosine_and_stays() -> None:
 
 
 def test_the_schedules_of_the_two_presets() -> None:
-    assert [expert_weight(step, CHORD) for step in (0, 100, 200)] == pytest.approx([0.9, 0.475, 0.05])
+    assert [expert_weight(step, scheduled(CHORD, 267)) for step in (0, 100, 200)] == pytest.approx([0.9, 0.475, 0.05])
     assert {expert_weight(step, CHORD_PHI) for step in (0, 1, 500)} == {0.1}
+
+
+def test_a_schedule_is_a_share_of_the_run_or_fits_into_it() -> None:
+    # three quarters of the 40 updates that follow 4 of warm-up: floor(0.75 * 36) = 27
+    assert scheduled(replace(CHORD, mu_warmup_steps=4), 40).mu_decay_steps == 27
+    assert scheduled(replace(CHORD, mu_decay_steps=30), 40).mu_decay_steps == 30
+    assert scheduled(DAPO, 3) is DAPO
+    with pytest.raises(ConfigError, match=r"mu_decay_steps = 200 are longer than the run's 40 optimiser steps"):
+        scheduled(replace(CHORD, mu_decay_steps=200), 40)
+    with pytest.raises(ConfigError, match=r"mu_warmup_steps = 40 .* are longer than the run's 40"):
+        scheduled(replace(CHORD, mu_warmup_steps=40), 40)
 
 
 def test_phi_is_p_times_one_minus_p_without_a_gradient() -> None:

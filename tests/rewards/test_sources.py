@@ -84,7 +84,7 @@ def test_a_failure_names_the_source_and_is_never_a_zero() -> None:
         FunctionReward("judge", broken).score(reward_batch(["x", "y"]))
     assert 'raise KeyError("no such thing")' in caught.value.__notes__[0]
     skipping = FunctionReward("judge", broken, on_failure="skip")
-    assert skipping.score(reward_batch(["x", "y"])) == [None, None]
+    assert skipping.score(reward_batch(["x", "y"])) == pytest.approx([math.nan] * 2, nan_ok=True)
     assert skipping.failures == {"failed": 2}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from posttrain.rewards.sources import FunctionReward, RewardBatch
 from posttrain.rewards.worker import Worker
 
 Make = Callable[..., FunctionReward]
+
+
+UNSCORED = pytest.approx([math.nan] * 3, nan_ok=True)
+"""The source failed on the answers; None would say that it does not apply to them."""
 
 
 def reward_batch(completions: Sequence[str], prompts: Sequence[Any] | None = None, **columns: list[Any]) -> RewardBatch:
@@ -94,7 +99,7 @@ def test_too_slow_is_missing_and_not_wrong_where_one_may_skip(
     source: Make, function: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward = source(function, 0.5, "skip")
-    assert reward.score(reward_batch(["slow", "x", "y"])) == [None, None, None]
+    assert reward.score(reward_batch(["slow", "x", "y"])) == UNSCORED
     assert reward.failures == {"timed_out": 3}
     assert "'judge' took too long on 3 of 3 answers" in capsys.readouterr().err
     if function == "sleeper":  # and the next batch finds a new process
@@ -105,7 +110,7 @@ def test_too_slow_is_missing_and_not_wrong_where_one_may_skip(
 def test_an_exception_costs_the_rows_that_raise_and_no_others(source: Make) -> None:
     batch = reward_batch(["a", "bad", "c", "bad", "e"])
     reward = source("picky", on_failure="skip")
-    assert reward.score(batch) == [3.0, None, 3.0, None, 3.0]
+    assert reward.score(batch) == pytest.approx([3.0, math.nan, 3.0, math.nan, 3.0], nan_ok=True)
     assert reward.failures == {"failed": 2}
     with pytest.raises(
         RewardError, match=r"failed on 2 of 5 answers \(rows 101, 103; .*'prompt 1': 'bad'\): KeyError"
@@ -117,7 +122,7 @@ def test_an_exception_costs_the_rows_that_raise_and_no_others(source: Make) -> N
 
 def test_a_failure_that_no_row_explains_is_one_of_all_rows(source: Make) -> None:
     reward = source("together", on_failure="skip")
-    assert reward.score(reward_batch(["a", "b", "c"])) == [None] * 3
+    assert reward.score(reward_batch(["a", "b", "c"])) == UNSCORED
     assert reward.failures == {"failed": 3}
 
 
@@ -125,7 +130,7 @@ def test_a_process_that_dies_is_an_error_or_missing_rewards(source: Make) -> Non
     with pytest.raises(RewardError, match=r"failed on 2 of 2 answers .*its process ended, killed by SIGSEGV"):
         source("dying").score(reward_batch(["x", "die"]))
     reward = source("dying", on_failure="skip")
-    assert reward.score(reward_batch(["x", "die"])) == [None, None]
+    assert reward.score(reward_batch(["x", "die"])) == pytest.approx([math.nan] * 2, nan_ok=True)
     assert reward.score(reward_batch(["x", "y"])) == [0.5, 0.5]
     assert reward.failures == {"failed": 2}
 

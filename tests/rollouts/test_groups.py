@@ -93,7 +93,7 @@ def test_the_state_is_the_position() -> None:
 
 
 def test_refill_gives_exactly_the_groups_asked_for_and_says_what_it_cost() -> None:
-    sampler = make(["easy", "mixed", "hard", "easy", "mixed", "hard"], replace(DAPO, overlong_cache=0), wanted=2)
+    sampler = make(["easy", "mixed", "hard", "easy", "mixed", "hard"], replace(DAPO, overlong_share=0.0), wanted=2)
     for _ in range(5):
         answers, metrics = sampler.sample()
         assert len(answers) == 2 * 4
@@ -182,8 +182,8 @@ def test_rewards_normalised_within_the_group_are_what_is_trained_on() -> None:
 
 
 def test_shaping_by_a_missing_end_and_by_length() -> None:
-    spec = replace(GRPO, missing_eos_penalty=1.5, overlong_cache=4)
-    # limit 10, cache 4: length 8 costs 1/2, length 10 costs 1
+    spec = replace(GRPO, missing_eos_penalty=1.5, overlong_share=0.4)
+    # limit 10, cache 40 % of it: length 8 costs 1/2, length 10 costs 1
     for finished, length, expected in [(True, 6, 0.0), (True, 8, -0.5), (False, 10, -2.5), (False, 8, -2.0)]:
         answers, _ = make(["hard", "hard"], spec, engine=Scripted(finished=finished, length=length)).sample()
         assert {a.reward for a in answers} == {expected}

@@ -17,7 +17,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import NotFiniteError, NumericalError
 from posttrain.models.inference import token_logprobs
 from posttrain.objectives.kl import adapted_coefficient
-from posttrain.objectives.shaping import expert_weight
+from posttrain.objectives.shaping import expert_weight, scheduled
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Completion
 from posttrain.rollouts.groups import Problem, ScoredAnswer, _carries_signal
@@ -205,7 +205,7 @@ def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
 
 
 def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
-    source, data, _ = step(spec("dapo", filter="none", overlong_cache=0, minibatches=1))
+    source, data, _ = step(spec("dapo", filter="none", overlong_share=0.0, minibatches=1))
     finished = [a.completion.finished for a in source.last_answers]
     assert [r.trained for r in data.batches[0]] == finished
     assert not all(finished)
@@ -213,14 +213,14 @@ def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
 
 
 def test_a_truncated_answer_is_left_out_of_the_loss_and_stays_in_the_baseline_of_its_group() -> None:
-    made = spec("dapo", filter="none", overlong_cache=3, minibatches=1)
+    made = spec("dapo", filter="none", overlong_share=0.5, minibatches=1)
     source, data, _ = step(made)
     groups: dict[int, list[float]] = {}
     for answer in source.last_answers:
         groups.setdefault(answer.group, []).append(answer.reward)
     cut = 0
     for row, answer in zip(data.batches[0], source.last_answers, strict=True):
-        # the limit is 6 and the cache 3: 4 tokens cost 1/3, 5 cost 2/3, 6 cost 1
+        # the limit is 6 and the cache half of it: 4 tokens cost 1/3, 5 cost 2/3, 6 cost 1
         bare = answer.sources["varied"]
         shaped = math.nan if bare is None else bare - max(0, len(answer.completion.tokens) - 3) / 3
         assert answer.reward == pytest.approx(shaped, abs=1e-6, nan_ok=True)
@@ -259,7 +259,7 @@ def test_experts_join_every_update_with_mu_and_their_cursor_is_the_update() -> N
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "gspo", "chord"])
 def test_the_first_update_of_a_step_is_exactly_on_policy(name: str) -> None:
-    made = spec(name)
+    made = scheduled(spec(name), updates=8)
     policy = small.policy(critic=made.has_critic)
     source, objective = source_of(made, policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.config import context
 from pipelines.config.params import flatten, load_params, parse_params, read_yaml
 from pipelines.config.schema import OnPolicyBudget
 from posttrain.errors import ConfigError
+from posttrain.models.folders import CONTEXT_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,12 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.options", {"clip_high": 0.28}, "it counts only when epochs x minibatches > 1"),
         ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
-        ("algorithms.grpo.options", {"overlong_cache": 4096}, "must be smaller than max_new_tokens"),
+        ("algorithms.grpo.options", {"overlong_share": 1.5}, "overlong_share = 1.5: must be in [0, 1]"),
+        ("algorithms.chord.options", {"mu_decay_steps": 200}, "mu_decay_steps = 200 exceed the run's 40 optimiser steps"),
+        ("algorithms.grpo.budget", {"optimizer": {"warmup_steps": 40}}, "warmup_steps = 40 is as long as the run of 40"),
+        ("rewards.tags", {"function": "regex", "arguments": {"pattern": "(#"}}, "rewards.tags.arguments.pattern = '(#': not a regular"),
+        ("rewards.tags", {"function": "format"}, "rewards.tags.arguments.pattern = None: must be a regular expression"),
+        ("data.sft.extract", {"completion": "["}, "data.sft.extract.completion = '[': not a regular expression"),
         ("reward.soft_target_scale", 0.0, "should be greater than 0"),
         ("rewards.answer.function", "anwser", "no such function; did you mean 'answer'?"),
         ("rewards.total", {"function": "answer"}, "this name is reserved"),
@@ -112,6 +120,20 @@ def test_a_new_point_of_the_design_space_needs_parameters_alone(tree: Any) -> No
     budget = params.budget("grpo_z")
     assert isinstance(budget, OnPolicyBudget)
     assert (budget.steps, budget.samples_per_prompt) == (3, params.align.on_policy.samples_per_prompt)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_context_of_any_model_folder_bounds_new_tokens(tree: Any, tmp_path: Path, nested: bool) -> None:
+    """GPT-2 spells it n_positions; composite models keep it in text_config."""
+    sizes = {"n_positions": 48}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
+    with pytest.raises(
+        ConfigError,
+        match=r"evaluation.max_new_tokens = 44 with validation.max_prompt_tokens = 64 exceeds the context of",
+    ):
+        parse_params(changed(tree, "model.source", str(tmp_path)))
+    assert parse_params(changed(tree, "model.source", "some/hub-id")).model.source == "some/hub-id"
+    assert context.CONTEXT_NAMES == CONTEXT_NAMES
 
 
 JSON = st.recursive(

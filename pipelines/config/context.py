@@ -1,0 +1,34 @@
+"""Read the context length of a local model folder, so that limits are checked before anything runs. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "n_ctx",
+    "context_length",
+)
+"""How configurations spell it; a test compares the names with those of posttrain.models.folders."""
+
+
+def context_of(source: str) -> int | None:
+    """Return the context length of a model folder; None if it names none, or if `source` is no readable folder here."""
+    try:
+        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a hub id, or a folder that the stage `base` refuses with a better reason
+        return None
+    if not isinstance(config, dict):
+        return None
+    text = config.get("text_config")
+    for values in (text if isinstance(text, dict) else {}, config):
+        for name in CONTEXT_NAMES:
+            limit = values.get(name)
+            if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+                return limit
+    return None
