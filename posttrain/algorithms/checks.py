@@ -10,14 +10,12 @@ Example:
 
 from __future__ import annotations
 
-import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES
+from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES, range_in_words
 from posttrain.algorithms.specs import Algorithm, KlEstimator, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
@@ -46,7 +44,7 @@ def check_spec(spec: Algorithm, given: set[str]) -> None:
     for name, (least, greatest) in RANGES.items():
         value = getattr(spec, name, None)
         if value is not None and not least <= value <= greatest:
-            raise ConfigError(f"{spec.name}.options.{name} = {value}: must be {_range(least, greatest)}")
+            raise ConfigError(f"{spec.name}.options.{name} = {value}: must be {range_in_words(least, greatest)}")
     if isinstance(spec, OnPolicy):
         _check_on_policy(spec, given)
     elif isinstance(spec, Preference):
@@ -120,16 +118,6 @@ def _check_preference(spec: Preference, given: set[str]) -> None:
             f"{spec.name}: score_weighting 'soft' sets the target from the scores, under link 'logistic' and without robust or"
             " label_smoothing; remove one of them"
         )
-
-
-def _range(least: float, greatest: float) -> str:
-    if greatest == 1:
-        return f"in [{least:g}, 1]"
-    if greatest == math.inf:
-        return f"at least {least:g}"
-    return {0.0: "a finite number, not negative", sys.float_info.min: "a finite number above 0"}.get(
-        least, "a finite number"
-    )
 
 
 def _refuse_without_effect(spec: Any, given: set[str], table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:

@@ -121,3 +121,14 @@ def effective_options(spec: Algorithm) -> dict[str, Any]:
         for name, value in values.items()
         if name not in ("name", "paper") and value is not None and (name not in table or table[name][0](spec))
     }
+
+
+def range_in_words(least: float, greatest: float) -> str:
+    """Return the range of an option in words."""
+    if greatest == 1:
+        return f"in [{least:g}, 1]"
+    if greatest == math.inf:
+        return f"at least {least:g}"
+    return {0.0: "a finite number, not negative", sys.float_info.min: "a finite number above 0"}.get(
+        least, "a finite number"
+    )
