@@ -25,8 +25,8 @@ demo: workspace  ## train, align and compare on built-in data, then print the re
 retrain: workspace  ## take in new files, run stale stages, run the gate, promote; ends in seconds if nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain
 
-serve: workspace  ## retrain nightly and compare weekly on this machine only, with Prefect's UI (Ctrl-C stops)
-	@$(QUIET) $(PYTHON_IN) -m flows.serve
+serve: workspace  ## retrain nightly and compare weekly on this machine only, with Prefect's UI (PREFECT_PORT=4200; Ctrl-C stops)
+	@$(QUIET) $(PYTHON_IN) -m flows.serve --port $(PREFECT_PORT)
 
 up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
 	@$(QUIET) $(PYTHON_IN) -m infra.servers up

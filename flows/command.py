@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flows.lock import refuse_second_flow
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
-from flows.workspace import refuse_second_flow
+from pipelines.runtime.environment import require_writable
 from pipelines.runtime.machine import require_stage_guard
 from pipelines.runtime.redaction import redact, report_error
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
@@ -72,6 +73,7 @@ def main(
             raise OrchestrationError(
                 f"{options.root.absolute()} is not a project: it has no params.yaml. Set --root to the folder that holds it."
             )
+        require_writable(options.root)
         if exclusive:
             refuse_second_flow(options.root)
         # a flow works in the current directory: a parameter of its run could name any folder

@@ -27,6 +27,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
+from flows.deployments import apply_schedules, read_entries, read_pauses
 from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines.runtime import environment
@@ -90,6 +91,8 @@ async def _watch_heartbeats() -> None:
 
 def deploy(root: Path, kind: str) -> None:
     """Deploy every entry of prefect.yaml. Raises OrchestrationError with Prefect's output if that fails."""
+    entries = read_entries(root / "prefect.yaml")
+    before = read_pauses(entries)
     asyncio.run(prepare(POOL, kind))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     # A container finds the project at /app, as infra/Dockerfile builds it, unless POSTTRAIN_PROJECT is set.
@@ -99,6 +102,7 @@ def deploy(root: Path, kind: str) -> None:
     )
     if done.returncode:
         raise OrchestrationError(f"`prefect deploy --all` failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    apply_schedules(entries, before)
 
 
 def main(argv: list[str] | None = None) -> int:

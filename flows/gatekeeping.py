@@ -7,34 +7,56 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
+from flows.production import reconcile
 from pipelines.gate import PAGE
 from pipelines.promotion.registry import Registry, Version
 from tasks import gate
-from tasks.champion import restore, restore_champion
+from tasks.champion import restore_champion
 from tasks.console import log_line
 from tasks.notify import notify
 
 
 def decide_promotion(root: Path, *, tracking: bool, approval: bool) -> None:
     """Run the gate on the current evaluations, once: a state that was already decided is skipped."""
-    words = gate.settled(root)
+    situation = gate.look_up(str(root))
+    gate.require_known_weights(root, situation)
+    words = gate.settled(root, situation.registry)
     if words is not None:
         log_line(f"nothing new to decide: {words}")
-        return
-    situation = gate.look_up(str(root))
+    elif situation.candidates:
+        _decide(root, situation, tracking=tracking, approval=approval)
+    else:
+        _log_barred(situation)
+        words = log_line("no candidate differs from the champion and from the models that were rolled back")
+        gate.settle(root, words, situation.registry)
+    reconcile(root)
+
+
+def _decide(root: Path, situation: gate.Situation, *, tracking: bool, approval: bool) -> None:
+    """Compare the candidates with the champion, register the best one, and remember the decision."""
+    _log_barred(situation)
+    if situation.champion is not None:
+        restore_champion(str(root), situation.champion)
+    decision = gate.ask(str(root), situation.champion, situation.candidates, str(flow_run.get_id() or ""), tracking)
+    version = gate.register(str(root), decision, situation.champion)
+    words = _act(root, decision, version, approval)
+    after = gate.look_up(str(root))
+    expected = version if decision["promote"] and not approval else situation.champion
+    if _number(after.champion) == _number(
+        expected
+    ):  # else a promotion by hand came between, and the next run decides again
+        gate.settle(root, words, after.registry)
+
+
+def _number(version: Version | None) -> int | None:
+    return None if version is None else version.number
+
+
+def _log_barred(situation: gate.Situation) -> None:
     for name, version in situation.barred.items():
         log_line(
             f"{name} is not considered, because {version.name} was rolled back by hand: {version.tags.get('rolled_back')}"
         )
-    if not situation.candidates:
-        assert situation.champion is not None or situation.barred
-        gate.settle(root, log_line("no candidate differs from the champion and from the models that were rolled back"))
-        return
-    if situation.champion is not None:
-        restore_champion(str(root), situation.champion)
-    decision = gate.ask(str(root), situation.champion, situation.candidates, str(flow_run.get_id() or ""), tracking)
-    version = gate.register(str(root), decision)
-    gate.settle(root, _act(root, decision, version, approval))
 
 
 def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool) -> str:
@@ -46,8 +68,7 @@ def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool)
         words = f"{version.name} passed the gate and waits for approval: {_ask_for_approval(version)}"
         event = "waiting"
     else:
-        champion = gate.make_champion(str(root), version.number)
-        restore(root, champion)
+        gate.make_champion(str(root), version.number)
         words, event = f"{version.name} is champion, in place of {decision['reference']}", "promoted"
     gate.publish(root, decision, words)
     log_line(words)

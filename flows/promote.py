@@ -4,6 +4,7 @@
     python -m flows.promote 3                 version 3 becomes champion
     python -m flows.promote --roll-back --reason "answers in French"
     python -m flows.promote 3 --approval      waits for a person's answer in Prefect's UI
+    python -m flows.promote --adopt           registers the weights of models/champion in a registry that does not know them
 
 `python -m pipelines.commands.models` lists the versions. A roll-back makes the previous champion the champion at once; the gate refuses
 the rolled-back weights from then on.
@@ -25,12 +26,10 @@ from prefect.states import Cancelled
 from flows.command import main
 from flows.gatekeeping import links
 from flows.hooks import HOOKS
-from flows.workspace import WorkspaceBusy, only_flow
-from pipelines.config.params import load_params
-from pipelines.promotion.registry import CHALLENGER, REASON, Registry, Version
+from flows.production import registry_of, switch
+from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
-from tasks import gate
-from tasks.champion import restore
+from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line, print_line
 from tasks.notify import notify
 
@@ -46,9 +45,17 @@ class Approval(RunInput):
 
 @flow(name="promote", persist_result=False, **HOOKS)
 def promote(
-    version: int | None = None, roll_back: bool = False, reason: str = "", approval: bool = False
+    version: int | None = None,
+    roll_back: bool = False,
+    reason: str = "",
+    approval: bool = False,
+    adopt: bool = False,
 ) -> State[None] | None:
     """Make `version` (default: the challenger) champion of the current directory's project, or give production back."""
+    if adopt and (version is not None or approval or roll_back):
+        raise OrchestrationError(
+            "--adopt registers the weights of models/champion, so it takes neither a version nor another option."
+        )
     if roll_back and (version is not None or approval):
         raise OrchestrationError(
             "a roll-back always goes to the previous champion, so it takes neither a version nor --approval. To make"
@@ -56,11 +63,18 @@ def promote(
         )
     project = Path.cwd()
     registry = registry_of(project)
+    if adopt:
+        _adopt(project, registry)
+        return None
     if roll_back:
         _roll_back(project, registry, reason or "no reason was given")
         return None
     chosen = registry.version(version) if version is not None else _challenger(registry)
     comment = ""
+    judged = version is None or approval
+    judged_against = chosen.tags.get(AGAINST, _champion_number(registry))
+    if judged:
+        _refuse_stale(registry, chosen, judged_against)
     if approval:
         notify("waiting", f"{chosen.name} waits for approval: {chosen.tags.get(REASON)}", links(project, chosen))
         answer = pause_flow_run(
@@ -72,26 +86,42 @@ def promote(
         comment = answer.comment
         if not answer.approve:
             return _decline(project, registry, chosen, comment)
-    champion = gate.make_champion(str(project), chosen.number)
+
+    def choose() -> Version:
+        if judged:
+            _refuse_stale(registry, chosen, judged_against)
+        return registry.version(chosen.number)
+
+    champion = switch(project, choose, lambda found: registry.promote(found.number))
     _announce(
         "promoted", project, champion, f"{champion.name} is champion, promoted by hand. {comment or reason}".rstrip()
     )
-    _restore(project, champion)
     return None
-
-
-def registry_of(project: Path) -> Registry:
-    """Return the registry of a project."""
-    return Registry(project, load_params(project / "params.yaml").project.experiment)
 
 
 def _roll_back(project: Path, registry: Registry, reason: str) -> None:
     """Roll back to the previous champion and restore its weights."""
-    champion, before = registry.roll_back(reason)
+    champion, before = switch(project, lambda: registry.roll_back_pair()[1], lambda _: registry.roll_back(reason))
     _announce(
         "rolled back", project, champion, f"{champion.name} is champion again, in place of {before.name}: {reason}"
     )
-    _restore(project, champion)
+
+
+def _adopt(project: Path, registry: Registry) -> None:
+    """Register the weights of models/champion and make them champion. Raises OrchestrationError if the registry knows them."""
+    with switching(project):
+        entry = pointer_entry(project)
+        if entry is None:
+            raise OrchestrationError(
+                f"there is no {POINTER}, so no weights are in production here; run `make retrain`."
+            )
+        known = next((each for each in registry.versions() if each.tags.get(MD5) == entry["md5"]), None)
+        if known is not None:
+            raise OrchestrationError(
+                f"the weights of models/champion are {known.name} already. `python -m flows.promote {known.number}` makes it champion."
+            )
+        champion = registry.adopt(FOLDER.as_posix(), entry)
+    _announce("promoted", project, champion, f"{champion.name} is champion: its weights were in production before")
 
 
 def _challenger(registry: Registry) -> Version:
@@ -119,13 +149,25 @@ def _announce(event: str, project: Path, version: Version, words: str) -> None:
     notify(event, words, links(project, version))
 
 
-def _restore(project: Path, champion: Version) -> None:
-    """Restore models/champion at once, unless a flow is using it."""
-    try:
-        with only_flow(project):
-            restore(project, champion)
-    except WorkspaceBusy as error:
-        log_line(f"models/champion does not hold {champion.name} yet: {error}")
+def _champion_number(registry: Registry) -> str:
+    """Return the champion's number as the gate records it."""
+    champion = registry.holding(CHAMPION)
+    return "none" if champion is None else str(champion.number)
+
+
+def _refuse_stale(registry: Registry, version: Version, judged_against: str) -> None:
+    """Raise OrchestrationError if the gate compared the version with a different champion than today's."""
+    now = _champion_number(registry)
+    if now not in (judged_against, str(version.number)):
+        raise OrchestrationError(
+            f"{version.name} was judged against {_named(judged_against)}, and the champion is now {_named(now)}, so the decision is"
+            f" out of date. Run `make retrain` to judge again, or `python -m flows.promote {version.number}` to promote it without"
+            " a decision."
+        )
+
+
+def _named(number: str) -> str:
+    return "the supervised model" if number == "none" else f"version {number}"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +175,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("version", nargs="?", type=int, help="number of the version (default: the challenger)")
     parser.add_argument("--roll-back", action="store_true", help="make the previous champion the champion again")
     parser.add_argument("--reason", default="", help="stored with the version and sent to the webhook")
+    parser.add_argument("--adopt", action="store_true", help="register the weights of models/champion as champion")
     parser.add_argument("--approval", action="store_true", help="wait for a person's answer in Prefect's UI")
 
 
@@ -140,7 +183,9 @@ def _call(options: argparse.Namespace) -> Any:
     """Run the flow with the parsed options."""
     if options.approval:
         print_line("waits for an answer in Prefect's UI; PREFECT_API_URL must name a server")
-    return promote(options.version, options.roll_back, options.reason, options.approval, return_state=True)
+    return promote(
+        options.version, options.roll_back, options.reason, options.approval, options.adopt, return_state=True
+    )
 
 
 if __name__ == "__main__":

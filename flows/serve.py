@@ -9,50 +9,88 @@ server is used. Past runs are stored in ~/.prefect; models and metrics are store
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from prefect import serve
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-from flows.server import wait_until_healthy
+from flows.deployments import Entry, Pauses, read_entries, read_pauses, remove_old_schedules
+from flows.server import announced, only_serving, wait_until_healthy
 from flows.signals import raise_interrupt
 from flows.workspace import sweep
 from pipelines.commands.ui import free_port
-from pipelines.config.params import read_yaml
+from pipelines.data.inbox import location
+from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.redaction import report_error
+from pipelines.runtime.environment import require_writable
+from pipelines.runtime.redaction import redact, report_error
+from posttrain.environments.parts import KINDS
 from posttrain.errors import PosttrainError
 from tasks.console import print_line
 from tasks.process import end, start
 
 
-def deployments(path: Path) -> list[RunnerDeployment]:
-    """Return prefect.yaml's deployments as processes of this command, with the same names, times, parameters and limits."""
-    return [_deployment(entry) for entry in read_yaml(path)["deployments"]]
+def deployments(entries: Sequence[Entry], before: Mapping[str, Pauses]) -> list[RunnerDeployment]:
+    """Return prefect.yaml's deployments as processes of this command, with the same names, times, parameters and pauses."""
+    return [_deployment(entry, before.get(entry.full_name, Pauses())) for entry in entries]
 
 
-def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+def _deployment(entry: Entry, pauses: Pauses) -> RunnerDeployment:
     """Return one entry of prefect.yaml as a deployment."""
-    module, function = entry["entrypoint"].split(":")
-    flow = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
-    deployment: RunnerDeployment = flow.to_deployment(
-        name=entry["name"],
-        schedules=[Cron(each["cron"], timezone=each.get("timezone", "UTC")) for each in entry["schedules"]],
-        parameters=entry["parameters"],
-        description=entry["description"],
-        tags=entry["tags"],
+    deployment: RunnerDeployment = entry.flow.to_deployment(  # type: ignore[assignment]
+        name=entry.name,
+        schedules=[Cron(each.cron, timezone=each.timezone, active=pauses.active(each)) for each in entry.schedules],
+        parameters=dict(entry.parameters),
+        description=entry.description,
+        tags=list(entry.tags),
+        paused=pauses.paused,
     )
     return deployment
+
+
+def describe(entry: Entry, pauses: Pauses) -> str:
+    """Return a deployment's times in one line, with what is paused."""
+    times = [
+        f"{each.cron} {each.timezone}" + ("" if pauses.active(each) else " (PAUSED in Prefect's UI, or active: false)")
+        for each in entry.schedules
+    ]
+    whole = "   PAUSED: resume it in Prefect's UI" if pauses.paused else ""
+    return f"{entry.full_name}: {', '.join(times) or 'by hand'}{whole}"
+
+
+def forget_missed(entries: Sequence[Entry]) -> int:
+    """Delete runs whose time passed while nothing served them, and return their number: the next night takes in all new data."""
+    with get_client(sync_client=True) as client:
+        waiting = FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
+        )
+        names = DeploymentFilter(name=DeploymentFilterName(any_=[entry.name for entry in entries]))
+        missed = [
+            run for run in client.read_flow_runs(flow_run_filter=waiting, deployment_filter=names) if run.auto_scheduled
+        ]
+        for run in missed:
+            client.delete_flow_run(run.id)
+    return len(missed)
 
 
 @contextmanager
@@ -62,7 +100,7 @@ def server(root: Path, port: int) -> Iterator[str]:
     if configured:
         yield PREFECT_UI_URL.value() or configured.removesuffix("/api")
         return
-    port = free_port(port)
+    port = free_port(port, "--port (make serve PREFECT_PORT=)")
     base, log = f"http://127.0.0.1:{port}", root / ".posttrain" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     auth = credentials.prefect_auth(root)
@@ -86,6 +124,31 @@ def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Pop
         return start(command, root, output=output, extra=extra, grace_seconds=5)
 
 
+def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
+    """Register the deployments and run them until Ctrl-C. A pause outlives this command: it is kept on the server."""
+    sweep(root)
+    before = read_pauses(entries)
+    remove_old_schedules(entries, before)
+    missed = forget_missed(entries)
+    for entry in entries:
+        print_line(describe(entry, before.get(entry.full_name, Pauses())))
+    if missed:
+        print_line(
+            f"{missed} runs whose time passed while nothing was serving are dropped; the next one takes in all new data"
+        )
+    print_line(f"Prefect: {pages}   inbox for new data: {redact(location(root))}   Ctrl-C stops")
+    serve(*deployments(entries, before), pause_on_shutdown=False, print_starting_message=False)
+
+
+def _make_inbox(root: Path) -> None:
+    """Make the inbox with a folder for each table. Raises DataError if POSTTRAIN_INBOX names a folder that does not exist."""
+    if os.environ.get("POSTTRAIN_INBOX"):
+        open_inbox(location(root), required=True)
+        return
+    for kind in KINDS:
+        (root / "inbox" / kind).mkdir(parents=True, exist_ok=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -99,17 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(root)
     signal.signal(signal.SIGTERM, raise_interrupt)
     try:
-        with server(root, args.port) as pages:
-            sweep(root)
-            (root / "inbox").mkdir(exist_ok=True)
-            found = deployments(root / "prefect.yaml")
-            for deployment in found:
-                hours = ", ".join(str(each.schedule.cron) for each in deployment.schedules or ()) or "by hand"  # type: ignore[union-attr]
-                print_line(f"{deployment.flow_name}/{deployment.name}: {hours}")
-            print_line(
-                f"Prefect: {pages}   inbox for new data: {os.environ.get('POSTTRAIN_INBOX') or root / 'inbox'}   Ctrl-C stops"
-            )
-            serve(*found, print_starting_message=False)
+        require_writable(root)
+        entries = read_entries(root / "prefect.yaml")
+        _make_inbox(root)
+        with only_serving(root), server(root, args.port) as pages, announced(root, pages):
+            _serve(root, entries, pages)
     except PosttrainError as error:
         return report_error(error)
     except KeyboardInterrupt:

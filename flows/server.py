@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -11,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from pipelines.runtime import credentials
+from pipelines.runtime.credentials import SERVING
 from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
 from posttrain.network import answers, free_port, wait_until
@@ -73,3 +76,41 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     if process.poll() is not None:
         raise OrchestrationError(f"Prefect's server ended with status {process.returncode} while starting; see {log}")
     raise OrchestrationError(f"Prefect's server did not answer in {START_SECONDS:.0f} s; see {log}")
+
+
+@contextmanager
+def only_serving(root: Path) -> Iterator[None]:
+    """Hold the lock of Prefect's database folder. Raises OrchestrationError if a different project serves from it.
+
+    Two projects in one database would replace each other's schedules, and either would run the other's flows.
+    """
+    home = PREFECT_HOME.value()
+    if PREFECT_API_URL.value():
+        yield
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "posttrain-serve.lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OrchestrationError(
+                f"`make serve` is already running ({file.read().strip() or 'unknown'}) with Prefect's database in {home}. Two"
+                " projects in one database would replace each other's schedules. Stop the other one, or give this project"
+                f" its own database: PREFECT_HOME={root / '.posttrain' / 'prefect'} make serve PREFECT_PORT=0"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} in {root}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def announced(root: Path, url: str) -> Iterator[None]:
+    """Write the server's address to .posttrain/serve.lock and hold the lock, so that `make ui` finds the running server."""
+    with (root / SERVING).open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(url)
+        file.flush()
+        yield

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     root = environment.root()
     try:
+        environment.require_writable(root)
         url = PREFECT_API_URL.value()
         if not url:
             raise OrchestrationError(

@@ -1,18 +1,15 @@
-"""Files of a flow in .posttrain: the lock that allows one flow at a time, the record of its stages, and helper processes."""
+"""Files of a flow in .posttrain: its run, the record of its stages, and helper processes."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -21,15 +18,15 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
 from flows.hooks import notify_end
-from posttrain.errors import OrchestrationError
+from flows.lock import WorkspaceBusy, only_flow
+from flows.production import bring_pending
 from posttrain.files import write_atomic
 from tasks import stage as stages
-from tasks.console import log_line, print_line
+from tasks.console import print_line
 from tasks.process import end, start
 from tasks.slots import cuda_devices
 from tasks.stage import CATCH_UP_SECONDS, StageResult
 
-WAIT_SECONDS = 2.0
 RUN = Path(".posttrain/flow.run")
 """Holds the id of the running flow run; a killed one leaves it behind."""
 SILENCE_SECONDS = 300
@@ -38,64 +35,22 @@ SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
 """The server's message for a run that it marks Crashed; see flows.deploy."""
 
 
-class WorkspaceBusy(OrchestrationError):
-    """A flow is already running in this workspace."""
-
-
-def refuse_second_flow(root: Path) -> None:
-    """Raise WorkspaceBusy if a flow is running in this workspace."""
-    with only_flow(root):
-        pass
-
-
-@contextmanager
-def only_flow(root: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold .posttrain/flow.lock.
-
-    If a flow already runs in this workspace, wait for it, or raise WorkspaceBusy with its process id.
-    """
-    path = root / ".posttrain" / "flow.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        logged = False
-        while not _locked(file):
-            file.seek(0)
-            holder = f"a flow is already running in {root.absolute()} (process {file.read().strip() or 'unknown'})"
-            if not wait:
-                raise WorkspaceBusy(
-                    f"{holder}. Wait for it, stop it with Ctrl-C, or use a git worktree with the shared DVC cache."
-                )
-            if not logged:
-                logged = bool(log_line(f"waiting: {holder}"))
-            time.sleep(WAIT_SECONDS)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    """Take the lock and return True; return False if it is taken."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
     """Be the only flow in this workspace: a deployment's run waits for its turn, a command is refused at once.
 
-    An earlier run that was killed is marked Crashed in Prefect.
+    An earlier run that was killed is marked Crashed in Prefect. A promotion by hand during the flow is completed at its end.
     """
     stages.stop.clear()
-    with only_flow(root, wait=deployment.get_id() is not None):
-        path = root / RUN
-        end_dead_run(path)
-        path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")
-        yield
-        path.unlink()
+    try:
+        with only_flow(root, wait=deployment.get_id() is not None):
+            path = root / RUN
+            end_dead_run(path)
+            path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")
+            yield
+            path.unlink()
+    finally:
+        bring_pending(root)
 
 
 def sweep(root: Path) -> None:

@@ -53,8 +53,7 @@ class Processes:
                 group=service.user,
                 extra_groups=[] if service.user else None,
             )
-        born = psutil.Process(process.pid).create_time()
-        self._pid_file(service.name).write_text(f"{process.pid} {born}\n", encoding="utf-8")
+        self._pid_file(service.name).write_text(f"{process.pid} {birth(process.pid)}\n", encoding="utf-8")
 
     def wait(self, service: Service) -> None:
         """Wait until the service responds. Raises OrchestrationError with the end of its log if it does not."""
@@ -73,8 +72,7 @@ class Processes:
             return None
         try:
             pid, born = path.read_text(encoding="utf-8").split()
-            process = psutil.Process(int(pid))
-            same = abs(process.create_time() - float(born)) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            same = birth(int(pid)) == born and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, ValueError):  # The process has ended, or its pid file is incomplete.
             return None
         return int(pid) if same else None
@@ -109,6 +107,21 @@ class Processes:
     def _pid_file(self, name: str) -> Path:
         """Return the path of the service's pid file."""
         return self.home / f"{name}.pid"
+
+
+def birth(pid: int) -> str:
+    """Return what tells a process from a later one with the same pid. A step of the clock does not change it.
+
+    Raises psutil.NoSuchProcess if there is no such process.
+    """
+    boot, stat = Path("/proc/sys/kernel/random/boot_id"), Path(f"/proc/{pid}/stat")
+    if not boot.is_file():  # not Linux
+        return f"{psutil.Process(pid).create_time():.0f}"
+    try:
+        ticks = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return f"{boot.read_text(encoding='utf-8').strip()}/{ticks}"
 
 
 def _reap(pid: int) -> None:

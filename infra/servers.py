@@ -21,7 +21,7 @@ from infra.backup import backup, restore
 from infra.topology import ADMIN, ORDER, Topology
 from pipelines.config.params import load_params
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
+from pipelines.runtime.redaction import print_text, report_error
 from posttrain.errors import OrchestrationError, PosttrainError
 
 
@@ -62,7 +62,7 @@ def _act(topology: Topology, action: str, names: list[str]) -> None:
             raise OrchestrationError(f"{action} needs one folder, e.g. `python -m infra.servers {action} backup`")
         _copy(topology, action, Path(names[0]))
     if action in ("up", "status", "start"):
-        print(status(topology))
+        print_text(status(topology))
 
 
 def _copy(topology: Topology, action: str, folder: Path) -> None:
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     environment.quiet()
     try:
+        environment.require_writable(environment.root())
         _act(Topology(environment.root()), args.action, args.names)
     except PosttrainError as error:
         return report_error(error)

@@ -22,6 +22,7 @@ from pipelines.training.setup import (
     apply_training_options,
     merged_model,
     model_card,
+    optimizer_settings,
     peak_memory_mib,
     read_table,
     train,
@@ -59,7 +60,7 @@ def run(run: Run) -> None:
     made = make()
     trainer: Trainer[Example] = Trainer(
         made.model,
-        params.optimizer.settings(),
+        optimizer_settings(params.optimizer),
         total_steps=order.steps,
         micro_batch_tokens=params.compute.micro_batch_tokens,
         accelerator=device,

@@ -35,7 +35,6 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
-from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
 from posttrain.training.loop import LoopSettings, fit
@@ -48,7 +47,7 @@ from posttrain.training.preference import (
     PreferencePair,
 )
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
-from posttrain.training.trainer import Trainer
+from posttrain.training.trainer import OptimizerSettings, Trainer
 
 if TYPE_CHECKING:
     from posttrain.training.checkpoint import Checkpoints

@@ -5,19 +5,30 @@ This module writes champion.dvc, so that `dvc pull` fetches the champion and `dv
 
 from __future__ import annotations
 
+import fcntl
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import FILES, PATH, SIZE, Version
-from posttrain.errors import OrchestrationError
+from posttrain.errors import ConfigError, OrchestrationError
+from posttrain.files import write_atomic
 from tasks.process import child_environment
 
 FOLDER = Path("models/champion")
 POINTER = Path("champion.dvc")
+PENDING = Path(".posttrain/champion.pending")
+"""Present while models/champion does not hold the registry's champion: a flow brings it there when it ends."""
+
+T = TypeVar("T")
 
 
 @task(name="restore champion", task_run_name="restore champion", cache_policy=NO_CACHE, persist_result=False)
@@ -27,21 +38,122 @@ def restore_champion(root: str, version: Version) -> Path:
     return FOLDER
 
 
+@contextmanager
+def switching(root: Path) -> Iterator[None]:
+    """Hold the one lock around the champion's weights and aliases; a second promotion waits for the first."""
+    path = root / ".posttrain" / "promotion.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def put_into_production(root: Path, version: Version, move: Callable[[], T], *, busy: bool = False) -> T:
+    """Restore the weights, then call `move`, which moves the aliases: production never points at weights that are not there.
+
+    If `busy` is true, a flow is using models/champion: the weights only have to be in DVC's cache, and that flow restores them when it
+    ends. Raises OrchestrationError, with folder and aliases unchanged, if the weights cannot be restored. Call it inside `switching`.
+    """
+    if busy and not cached(root, version):
+        raise OrchestrationError(
+            f"the weights of {version.name} ({version.md5}) are not in DVC's cache, and they cannot be fetched while a flow is running"
+            " here. Nothing was changed. Wait for that flow or stop it, then run again."
+        )
+    before = _pointer_text(root)
+    if not busy:
+        restore(root, version)
+    write_atomic(root / PENDING, f"{version.md5}\n".encode())
+    try:
+        moved = move()
+    except BaseException:
+        if not busy and before is not None:
+            _put_back(root, before)
+        raise
+    if not busy:
+        (root / PENDING).unlink(missing_ok=True)
+    return moved
+
+
+def follow(root: Path, champion: Version) -> bool:
+    """Restore the champion if models/champion holds something else, and return True if so. Call it inside `switching`."""
+    changed = not holds(root, champion)
+    if changed:
+        restore(root, champion)
+    (root / PENDING).unlink(missing_ok=True)
+    return changed
+
+
+def production(root: Path) -> str | None:
+    """Return the hash of the weights that champion.dvc names, or None. Raises OrchestrationError if the file is damaged."""
+    entry = pointer_entry(root)
+    return None if entry is None else str(entry["md5"])
+
+
+def pointer_entry(root: Path) -> dict[str, Any] | None:
+    """Return the entry of champion.dvc, or None if there is no such file."""
+    if not (root / POINTER).is_file():
+        return None
+    try:
+        (entry,) = read_yaml(root / POINTER)["outs"]
+        return {"nfiles": 1, "md5": entry["md5"], "size": entry["size"], **entry}
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise OrchestrationError(
+            f"{POINTER} is damaged ({type(error).__name__}), so the weights in production are unknown. Restore it with `git checkout"
+            f" {POINTER}`, or write it anew by promoting a version: `python -m flows.promote 1`."
+        ) from error
+
+
+def cached(root: Path, version: Version) -> bool:
+    """Return True if every file of the version is in DVC's cache."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=child_environment(), capture_output=True, text=True
+    )
+    if done.returncode:
+        return False
+    files = root / done.stdout.strip() / "files" / "md5"
+    listing = files / version.md5[:2] / version.md5[2:]
+    if not listing.is_file():
+        return False
+    if not version.md5.endswith(".dir"):
+        return True
+    members = [str(entry["md5"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+    return all((files / md5[:2] / md5[2:]).is_file() for md5 in members)
+
+
+def holds(root: Path, version: Version) -> bool:
+    """Return True if champion.dvc names the version's weights and the folder exists."""
+    return _pointer_text(root) == pointer(version) and (root / FOLDER).is_dir()
+
+
 def restore(root: Path, version: Version) -> None:
-    """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError if neither has them."""
-    text = pointer(version)
-    path = root / POINTER
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
+    path, before = root / POINTER, _pointer_text(root)
+    write_atomic(path, pointer(version).encode())
     if _dvc(root, "checkout", "--quiet", "--force", str(POINTER)) is None:
         return
     error = _dvc(root, "pull", "--quiet", "--force", str(POINTER))
-    if error is not None:
-        raise OrchestrationError(
-            f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
-            f" remote: {error}. `dvc remote list` shows the remotes that DVC reads. Correct the remote, or promote a"
-            " version whose weights exist."
-        )
+    if error is None:
+        return
+    if before is None:
+        path.unlink()
+    else:
+        _put_back(root, before)
+    raise OrchestrationError(
+        f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
+        f" remote: {error}. `dvc remote list` shows the remotes that DVC reads. Correct the remote, or promote a"
+        " version whose weights exist."
+    )
+
+
+def _put_back(root: Path, before: str) -> None:
+    """Restore champion.dvc and its folder as they were."""
+    write_atomic(root / POINTER, before.encode())
+    _dvc(root, "checkout", "--quiet", "--force", str(POINTER))
+
+
+def _pointer_text(root: Path) -> str | None:
+    path = root / POINTER
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def pointer(version: Version) -> str:

@@ -18,6 +18,10 @@ _NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
 Kind = Literal["data", "import", "stage"]
 
 
+CHAMPION = "champion.dvc"
+"""Follows the registry and never the folder: a flow must not record a stray file in models/champion as the champion."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One stage of dvc.yaml, or one .dvc file: `data` added by `dvc add`, or an `import`."""
@@ -44,6 +48,7 @@ def read_dag(root: Path) -> dict[str, Node]:
                 tuple(sorted(_address(above, root) for above in graph.successors(stage))),
             )
             for stage in sorted(graph.nodes, key=position.__getitem__)
+            if _address(stage, root) != CHAMPION
         ]
     return in_order(nodes)
 
@@ -110,7 +115,8 @@ def changed(root: Path) -> set[str]:
     from dvc.repo import lock_repo
 
     with _opened(root) as repo, lock_repo(repo):
-        return {_address(stage, root) for stage in repo.index.stages if stage.status(check_updates=True)}
+        stages = {_address(stage, root): stage for stage in repo.index.stages}
+        return {name for name, stage in stages.items() if name != CHAMPION and stage.status(check_updates=True)}
 
 
 @contextmanager

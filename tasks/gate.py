@@ -17,16 +17,16 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.config.params import Params, load_params, read_yaml
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
-from pipelines.promotion.registry import CHAMPION, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHAMPION, MD5, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load
 from pipelines.tracking.store import tracking_uri
-from posttrain.errors import TrackingError
+from posttrain.errors import OrchestrationError, TrackingError
 from posttrain.files import write_atomic
-from tasks.champion import FOLDER, push
+from tasks.champion import FOLDER, production, push, put_into_production, switching
 from tasks.console import print_line
 from tasks.slots import lease, machine_slots
 from tasks.stage import run_logged, stop
@@ -52,11 +52,19 @@ _patient: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Situation:
-    """Champion, candidates and barred models. `barred` maps a model to the version that was rolled back by hand."""
+    """Champion, candidates and barred models.
+
+    Attributes:
+        barred: maps a model to the version that was rolled back by hand.
+        registry: the weights under each alias, and those that were rolled back.
+        known: the weights of every version.
+    """
 
     champion: Version | None
     candidates: tuple[str, ...]
     barred: Mapping[str, Version]
+    registry: Mapping[str, str]
+    known: frozenset[str]
 
 
 @task(name="champion and candidates", task_run_name="champion and candidates", **_patient)
@@ -68,7 +76,26 @@ def look_up(root: str) -> Situation:
     champion, barred = registry.holding(CHAMPION), registry.barred()
     hashes = {name: _md5(project, name) for name in aligned(params.project.algorithms, params.project.seeds)}
     free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or md5 != champion.md5)]
-    return Situation(champion, tuple(free), {name: barred[md5] for name, md5 in hashes.items() if md5 in barred})
+    excluded = {name: barred[md5] for name, md5 in hashes.items() if md5 in barred}
+    known = frozenset(version.tags.get(MD5, "") for version in registry.versions())
+    return Situation(champion, tuple(free), excluded, registry.state(), known)
+
+
+def require_known_weights(root: Path, situation: Situation) -> None:
+    """Raise OrchestrationError if the registry does not know the weights in production: a lost, older or different registry.
+
+    Without this check the gate would promote a model without comparing it with the one in production.
+    """
+    md5 = production(root)
+    if md5 is None or md5 in situation.known:
+        return
+    held = "has no champion" if situation.champion is None else f"names {situation.champion.name} as champion"
+    raise OrchestrationError(
+        f"models/champion holds weights ({md5}, named by champion.dvc) that the registry at {redact(tracking_uri(root.absolute()))} does"
+        f" not know; it {held}. The registry may be lost, older or a different one, so nothing is promoted. If MLFLOW_TRACKING_URI is"
+        " wrong, correct it. If the weights are right, register them: `python -m flows.promote --adopt`. For a different version, give"
+        " its number: `python -m flows.promote 1`."
+    )
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
@@ -86,7 +113,7 @@ def ask(
 
 
 @task(name="register", task_run_name="register {decision[challenger]}", **_patient)
-def register(root: str, decision: Mapping[str, Any]) -> Version:
+def register(root: str, decision: Mapping[str, Any], champion: Version | None = None) -> Version:
     """Register the challenger with the decision and its reasons.
 
     Its weights are first pushed to DVC's remote, if there is one, so that any workspace can promote the version later.
@@ -97,6 +124,7 @@ def register(root: str, decision: Mapping[str, Any]) -> Version:
     trained = load(project / "runs" / "align" / name)
     words = "; ".join(decision["refusals"]) or "every check was passed"
     tags = {DECISION_TAG: "passed" if decision["promote"] else "refused", REASON: words}
+    tags[AGAINST] = "none" if champion is None else str(champion.number)
     if trained is not None:
         tags[RUN_TAG] = trained.identity
     version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")
@@ -109,9 +137,11 @@ def register(root: str, decision: Mapping[str, Any]) -> Version:
 
 @task(name="promote", task_run_name="promote version {number}", **_patient)
 def make_champion(root: str, number: int) -> Version:
-    """Move the registry's aliases, which production follows."""
+    """Restore the weights to models/champion, then move the registry's aliases, which production follows."""
     project = Path(root)
-    return Registry(project, load_params(project / "params.yaml").project.experiment).promote(number)
+    registry = Registry(project, load_params(project / "params.yaml").project.experiment)
+    with switching(project):
+        return put_into_production(project, registry.version(number), lambda: registry.promote(number))
 
 
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
@@ -122,7 +152,7 @@ def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
     )
 
 
-def key(root: Path) -> str:
+def key(root: Path, registry: Mapping[str, str]) -> str:
     """Return a hash of everything that a decision depends on: models, evaluations, data, the gate's limits, the registry."""
     stages: dict[str, Any] = read_yaml(root / "dvc.lock").get("stages") or {}
     outs = {str(out["path"]): str(out.get("md5")) for stage in stages.values() for out in stage.get("outs", ())}
@@ -133,23 +163,28 @@ def key(root: Path) -> str:
         "project": params.project.model_dump(),
         "gate": params.gate.model_dump(),
         "registry": redact(tracking_uri(root.absolute())),
+        "versions": dict(registry),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def settled(root: Path) -> str | None:
+def settled(root: Path, registry: Mapping[str, str]) -> str | None:
     """Return the earlier decision about exactly this state, in words; None if there is none."""
     path = root / SETTLED
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return str(record["words"]) if record["key"] == key(root) else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        print_line(f"{SETTLED} cannot be read, as after a power cut; the gate decides again")
+        return None
+    return str(record["words"]) if record["key"] == key(root, registry) else None
 
 
-def settle(root: Path, words: str) -> None:
+def settle(root: Path, words: str, registry: Mapping[str, str]) -> None:
     """Remember that this state was decided, so that a run without anything new ends at once."""
     path = root / SETTLED
-    write_atomic(path, (json.dumps({"key": key(root), "words": words}, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps({"key": key(root, registry), "words": words}, indent=1) + "\n").encode())
 
 
 def _md5(root: Path, name: str) -> str:

@@ -53,3 +53,13 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("POSTTRAIN_FLOW_RUN", raising=False)
     assert "PREFECT_API_URL" not in os.environ or os.environ["PREFECT_API_URL"].startswith("http://")
     return copy(template, tmp_path / "work space")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store of MLflow whose tables have been made: doing it anew takes seconds."""
+    from pipelines.tracking.store import open_client
+
+    folder = tmp_path_factory.mktemp("store")
+    open_client(folder).search_experiments()
+    return folder / "mlflow.db"

@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     try:
+        environment.require_writable(project)
         inbox = open_inbox(
             args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX"))
         )

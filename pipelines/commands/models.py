@@ -1,6 +1,8 @@
 """List the versions of the model registry: aliases, model, and the gate's decision.
 
-    posttrain models
+    posttrain models [--full]
+
+Long reasons are cut; --full prints them whole.
 
 Promote or roll back with `python -m flows.promote`.
 """
@@ -13,14 +15,19 @@ import sys
 from pipelines.config.params import load_params
 from pipelines.promotion.registry import DECISION, MODEL, REASON, ROLLED_BACK, Registry, Version
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
+from pipelines.runtime.redaction import print_text, printable, report_error
 from posttrain.errors import PosttrainError
 
+WIDTH = 120
 
-def line(version: Version) -> str:
-    """Return one version as one line."""
+
+def line(version: Version, *, full: bool = False) -> str:
+    """Return one version as one line; its reason is cut unless `full` is true."""
     tags = version.tags
     why = f"rolled back: {tags[ROLLED_BACK]}" if ROLLED_BACK in tags else tags.get(REASON, "")
+    why = printable(" ".join(why.split()))
+    if not full and len(why) > WIDTH:
+        why = why[: WIDTH - 1] + "…"
     aliases = ", ".join(version.aliases) or "-"
     return f"{version.number:>4}  {aliases:<20} {tags.get(MODEL, '?'):<16} {tags.get(DECISION, '-'):<9} {why}"
 
@@ -32,17 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(argv)
+    parser.add_argument("--full", action="store_true", help="print the reasons whole")
+    args = parser.parse_args(argv)
     environment.quiet()
     project = environment.root()
     try:
         versions = Registry(project, load_params(project / "params.yaml").project.experiment).versions()
     except PosttrainError as error:
         return report_error(error)
-    print(
-        "\n".join(map(line, versions))
-        or "no version is registered yet; `python -m flows.retrain` registers the first one"
-    )
+    lines = [line(version, full=args.full) for version in versions]
+    print_text("\n".join(lines) or "no version is registered yet; `python -m flows.retrain` registers the first one")
     return 0
 
 

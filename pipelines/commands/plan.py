@@ -95,9 +95,10 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
     """Return the number of the adapter's parameters, or None if all weights are trained."""
     if lora is None:
         return None
+    from pipelines.training.setup import lora_settings
     from posttrain.models.lora import adapter_parameters
 
-    return adapter_parameters(_config(params), lora.settings())
+    return adapter_parameters(_config(params), lora_settings(lora))
 
 
 def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:

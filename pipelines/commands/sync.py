@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     project = environment.root()
     try:
+        environment.require_writable(project)
         if args.follow:
             follow(project, args.run, _stop_event())
         else:

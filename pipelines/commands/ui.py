@@ -2,8 +2,8 @@
 
     posttrain ui [--port 5000] [--prefect-port 4200]
 
-Copies the journals into MLflow first. Ctrl-C stops the servers. If MLFLOW_TRACKING_URI or PREFECT_API_URL names a server, only the
-links to that server are printed.
+Copies the journals into MLflow first. Ctrl-C stops the servers. If MLFLOW_TRACKING_URI or PREFECT_API_URL names a server, or `make serve`
+is running, only the links to that server are printed.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
+        environment.require_writable(project)
         _show(project, args.port, args.prefect_port)
     except Interrupted:
         return 0
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
 def _show(project: Path, port: int, prefect_port: int) -> None:
     """Start the servers that are needed and print the links."""
     servers = []
-    uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL")
+    uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL") or credentials.running_prefect(project)
     base = redact(uri).rstrip("/")
     if not uri.startswith(("http://", "https://")):
         servers.append(mlflow_server(project, free_port(port)))

@@ -27,6 +27,8 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
 MD5, PATH, SIZE, FILES, REMOTE = "dvc.md5", "dvc.path", "dvc.size", "dvc.nfiles", "dvc.remote"
 MODEL, DECISION, REASON, ROLLED_BACK = "model", "decision", "reason", "rolled_back"
+AGAINST = "judged_against"
+"""Number of the champion that the gate compared with, or none."""
 _TAG_LENGTH = 4000
 
 T = TypeVar("T")
@@ -85,6 +87,18 @@ class Registry:
                 f"{folder} is not in dvc.lock, so there are no weights to register; make it with `dvc"
                 " repro`, then run again"
             )
+        return self.register_entry(model, folder, entry, tags, description)
+
+    def adopt(self, folder: str, entry: Mapping[str, Any]) -> Version:
+        """Register the weights in production, which this registry does not know, and make them champion."""
+        words = "adopted: these weights were in production before this registry existed"
+        version = self.register_entry("adopted", folder, entry, {DECISION: "adopted", REASON: words}, words)
+        return self.promote(version.number)
+
+    def register_entry(
+        self, model: str, folder: str, entry: Mapping[str, Any], tags: Mapping[str, str], description: str
+    ) -> Version:
+        """Create a version for the weights of a DVC entry, or update the one that has them."""
         md5 = str(entry["md5"])
         known = next((version for version in self.versions() if version.tags.get(MD5) == md5), None)
         pointer = {MODEL: model, MD5: md5, PATH: folder, SIZE: str(entry["size"]), FILES: str(entry.get("nfiles", 1))}
@@ -126,6 +140,14 @@ class Registry:
 
         Raises TrackingError on a second call: the same command, repeated after an error, must not restore the version it removed.
         """
+        champion, previous = self.roll_back_pair()
+        self.tag(champion.number, {ROLLED_BACK: reason})
+        self._set_alias(CHAMPION, previous.number)
+        self._set_alias(PREVIOUS, champion.number)
+        return self.version(previous.number), self.version(champion.number)
+
+    def roll_back_pair(self) -> tuple[Version, Version]:
+        """Return champion and previous. Raises TrackingError if a roll-back is not possible."""
         champion, previous = self.holding(CHAMPION), self.holding(PREVIOUS)
         if champion is None or previous is None:
             raise TrackingError(
@@ -137,14 +159,19 @@ class Registry:
                 f"{champion.name} is champion after a roll-back, and no version before it is known to be better. `python -m"
                 f" flows.promote {champion.number}` copies its weights to models/champion; to promote a different version, give its number."
             )
-        self.tag(champion.number, {ROLLED_BACK: reason})
-        self._set_alias(CHAMPION, previous.number)
-        self._set_alias(PREVIOUS, champion.number)
-        return self.version(previous.number), self.version(champion.number)
+        return champion, previous
 
     def barred(self) -> dict[str, Version]:
         """Return the versions that were rolled back by hand, by the hash of their weights; the gate refuses these weights."""
         return {version.md5: version for version in self.versions() if ROLLED_BACK in version.tags}
+
+    def state(self) -> dict[str, str]:
+        """Return the weights under each alias, and those that were rolled back. A decision holds only for this state."""
+        versions = self.versions()
+        held = {alias: f"{version.number} {version.md5}" for version in versions for alias in version.aliases}
+        return held | {
+            f"rolled back {version.number}": version.md5 for version in versions if ROLLED_BACK in version.tags
+        }
 
     def tag(self, number: int, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
@@ -10,6 +11,8 @@ from pathlib import Path
 from posttrain.errors import ConfigError
 
 FOLDER = Path(".posttrain/secrets")
+SERVING = Path(".posttrain/serve.lock")
+"""Held by `make serve`; holds the address of its Prefect server."""
 USER = "posttrain"
 ADMIN = "admin"
 _AUTH = "PREFECT_API_AUTH_STRING"
@@ -89,3 +92,16 @@ def mlflow_options(port: int) -> list[str]:
     hosts = f"127.0.0.1:{port},localhost:{port}"
     return ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
             "--allowed-hosts", hosts]  # fmt: skip
+
+
+def running_prefect(project: Path) -> str | None:
+    """Return the address of the Prefect server of this project's `make serve`, or None if it is not running."""
+    path = project / SERVING
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or None
+    return None

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from posttrain.errors import OrchestrationError
+
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -45,6 +47,21 @@ def root() -> Path:
         if (folder / "params.yaml").is_file():
             return folder
     return here
+
+
+def require_writable(project: Path) -> None:
+    """Raise OrchestrationError if .posttrain cannot be written: a read-only checkout, a full disk, or a file of that name."""
+    folder = (project / ".posttrain").absolute()
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OrchestrationError(
+            f"{folder} cannot be written: {error.strerror}. The command keeps its logs and its state there. Make the project writable"
+            " for this user, free disk space, or copy the project to a writable folder."
+        ) from None
 
 
 def states(project: Path) -> Path:

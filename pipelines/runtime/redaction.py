@@ -38,6 +38,14 @@ def report_error(error: PosttrainError) -> int:
     return error.exit_code
 
 
+def print_text(text: str) -> None:
+    """Print a text. A reader that has gone, as in `make status | head -1`, ends the output without an error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+
+
 def redact(text: str) -> str:
     """Return the text without credentials: URI user parts, signed query values, known tokens, values of secret variables."""
     for secret in _secrets():

@@ -19,6 +19,7 @@ from pipelines.training.setup import (
     apply_training_options,
     merged_model,
     model_card,
+    optimizer_settings,
     problems,
     read_table,
     train,
@@ -91,7 +92,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     trainer: Trainer[Any] = Trainer(
         policy,
-        budget.optimizer.settings(),
+        optimizer_settings(budget.optimizer),
         total_steps=updates,
         micro_batch_tokens=compute.micro_batch_tokens,
         groups=_parameter_groups(policy, budget),

@@ -14,6 +14,7 @@ from pipelines.config.schema import (
     ComputeParams,
     FaultParams,
     LoraParams,
+    OptimizerParams,
     TrainingComputeParams,
 )
 from pipelines.data.tables import read_rows
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from posttrain.data.tokens import TextEncoder
-    from posttrain.models.lora import Adapter
+    from posttrain.models.lora import Adapter, LoraSettings
     from posttrain.rollouts.groups import Problem
     from posttrain.training.loop import BatchSource, StepHook
-    from posttrain.training.trainer import Objective, Trainer
+    from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
 
 VALID = Path("data/valid")
 THREADS_FROM_PARAMETERS = 1_000_000
@@ -127,6 +128,22 @@ def _threads(start: Path) -> int:
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
+    """Return the library's optimiser settings."""
+    from posttrain.training.trainer import OptimizerSettings
+
+    return OptimizerSettings(
+        learning_rate=params.learning_rate,
+        schedule=params.schedule,
+        warmup_steps=params.warmup_steps,
+        weight_decay=params.weight_decay,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        epsilon=params.epsilon,
+        max_grad_norm=params.max_grad_norm,
+    )
+
+
 def apply_training_options(
     model: PreTrainedModel, params: LoraParams | None, compute: TrainingComputeParams
 ) -> Adapter | None:
@@ -135,7 +152,7 @@ def apply_training_options(
     if params is not None:
         from posttrain.models.lora import Adapter
 
-        adapter = Adapter(model, params.settings())
+        adapter = Adapter(model, lora_settings(params))
     if compute.gradient_checkpointing:
         from posttrain.models.checkpointing import recompute_layers
 
@@ -145,6 +162,14 @@ def apply_training_options(
 
         compile_layers(model)
     return adapter
+
+
+def lora_settings(params: LoraParams) -> LoraSettings:
+    """Return the library's adapter settings."""
+    from posttrain.models.lora import LoraSettings
+
+    modules = params.target_modules
+    return LoraSettings(params.rank, params.alpha, modules if isinstance(modules, str) else tuple(modules))
 
 
 def adapter_facts(params: LoraParams | None) -> dict[str, str]:

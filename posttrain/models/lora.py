@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,6 @@ from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.policy import Policy, PolicyOutput
 from posttrain.models.reach import probe_ids
-from posttrain.settings import LoraSettings
 
 HEAD = "score"
 """The scalar head of a reward model or critic; it is trained in full next to the adapter."""
@@ -27,6 +27,26 @@ HEAD = "score"
 
 MERGE_TOLERANCE = 1e-3
 """Greatest change of a hidden state by merging, as a share of the largest one."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Settings of W x + (alpha / rank) B A x in the selected layers; B starts at 0.
+
+    There is no dropout, because log-probabilities are computed without dropout.
+
+    Attributes:
+        target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head.
+
+    Example:
+        >>> settings = LoraSettings(rank=8, alpha=16)
+        >>> settings.alpha / settings.rank, settings.target_modules
+        (2.0, 'all-linear')
+    """
+
+    rank: int
+    alpha: float
+    target_modules: str | tuple[str, ...] = "all-linear"
 
 
 class Adapter:

@@ -47,6 +47,15 @@ def test_a_root_that_is_no_project_is_told_and_left_as_it_is(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_project_that_cannot_be_written_is_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "params.yaml").touch()
+    (tmp_path / ".posttrain").touch()
+    assert main("compare", "", lambda _: None, add_stages, ["--root", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/.posttrain cannot be written: ")
+    assert printed.count("\n") == 1
+
+
 def test_a_roll_back_takes_neither_a_version_nor_an_approval() -> None:
     for version, approval in ((1, False), (None, True)):
         with pytest.raises(OrchestrationError, match="takes neither a version nor --approval"):

@@ -11,8 +11,9 @@ from prefect.runtime import flow_run
 from prefect.states import Running
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.lock import WorkspaceBusy, only_flow
 from flows.run_dag import bring_all_up_to_date
-from flows.workspace import RUN, WorkspaceBusy, exclusive, only_flow
+from flows.workspace import RUN, exclusive
 from posttrain.errors import OrchestrationError
 from tests.workspace import dvc
 
@@ -99,7 +100,7 @@ def test_a_run_that_was_killed_is_marked_crashed_by_the_next_one(
 def test_who_may_wait_gets_his_turn_and_who_may_not_is_refused(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import sys; from pathlib import Path; from flows.workspace import only_flow\n"
+    program = "import sys; from pathlib import Path; from flows.lock import only_flow\n"
     program += "with only_flow(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     command = [sys.executable, "-c", program, str(workspace)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:

@@ -110,14 +110,6 @@ def project(tmp_path: Path, root: Path) -> Project:
     return Project(tmp_path, root)
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store whose tables have been made: doing it anew takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    open_client(folder).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def store(project: Project, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An MLflow client of the project's own SQLite store."""

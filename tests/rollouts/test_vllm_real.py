@@ -25,8 +25,7 @@ from posttrain.rollouts.vllm import VllmEngine, engine
 from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import VllmServer
-from posttrain.settings import OptimizerSettings
-from posttrain.training.trainer import Trainer
+from posttrain.training.trainer import OptimizerSettings, Trainer
 from tests.models import small
 from tests.pipelines.conftest import wait_for
 from tests.rollouts.real import PYTHON, QUICK, REAL, family, gone

@@ -229,23 +229,27 @@ def tables(root: Path) -> None:
 
 @contextmanager
 def signed_in(base: str, user: str, password: str) -> Iterator[str]:
-    """A proxy that signs in: a page whose own address holds a password may not ask its server anything."""
+    """A proxy that signs in: a page whose own address holds a password may not ask its server anything.
+
+    Addresses of the server in its answers become the proxy's, and Prefect's pages are told that no password is needed.
+    """
     token = base64.b64encode(f"{user}:{password}".encode()).decode()
 
     class Handler(BaseHTTPRequestHandler):
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
-            headers = {
-                "Authorization": f"Basic {token}",
-                "Content-Type": self.headers.get("Content-Type", "text/plain"),
-            }
+            kept = ("accept", "content-type", "prefect-csrf-token", "prefect-csrf-client")
+            headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
+            headers |= {"Authorization": f"Basic {token}"}
             request = urllib.request.Request(base + self.path, body, headers, method=self.command)
             try:
                 answer = urllib.request.urlopen(request, timeout=30)
             except urllib.error.HTTPError as error:
                 answer = error
             with answer:
-                content = answer.read()
+                content = answer.read().replace(base.encode(), f"http://{self.headers['Host']}".encode())
+                if self.path.endswith("/ui-settings"):
+                    content = json.dumps(json.loads(content) | {"auth": None}).encode()
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
                 self.send_header("Content-Length", str(len(content)))

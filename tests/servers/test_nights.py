@@ -30,7 +30,11 @@ POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(24
 def objects(scene: Scene, prefix: str) -> list[str]:
     import boto3
 
-    client = boto3.client("s3", endpoint_url=scene.topology.url("s3"))
+    keys = scene.topology.client_environment()
+    client = boto3.client(  # the default session would keep the keys of an earlier test of this process
+        "s3", endpoint_url=scene.topology.url("s3"), region_name=keys["AWS_DEFAULT_REGION"],
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"], aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+    )  # fmt: skip
     return [entry["Key"] for entry in client.list_objects_v2(Bucket="posttrain", Prefix=prefix).get("Contents", ())]
 
 
@@ -161,8 +165,10 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
         pytest.skip("no Chromium here: apt-get install chromium")
     first = scene.told[0]["links"]
     artifacts = ("intake", "comparison", "report", "decision", "decision-page")
-    shows(browser, scene, f"{scene.topology.url('prefect')}/artifacts", *artifacts)
-    shows(browser, scene, first["flow run"], "Completed", "Task runs")
+    prefect, auth = scene.topology.url("prefect"), os.environ["PREFECT_API_AUTH_STRING"]
+    with signed_in(prefect, *auth.split(":", 1)) as proxy:
+        shows(browser, scene, f"{proxy}/artifacts", *artifacts)
+        shows(browser, scene, first["flow run"].replace(prefect, proxy), "Completed", "Task runs")
     base = scene.topology.url("mlflow")
     with signed_in(base, "admin", os.environ["MLFLOW_TRACKING_PASSWORD"]) as proxy:
         version = first["model"].replace(base, proxy) + "?workflowType=machine_learning"

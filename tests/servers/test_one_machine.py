@@ -16,9 +16,10 @@ from uuid import UUID
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from pipelines.commands.configure import configure
+from pipelines.runtime import credentials
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.servers.conftest import QUICK, tables, wait
 from tests.sockets import addresses, family
@@ -79,7 +80,8 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
         (clone.root / "inbox" / "preferences" / "more.jsonl").write_text(
             '{"prompt": "n?", "chosen": "1", "rejected": "0"}\n'
         )
-        with temporary_settings({PREFECT_API_URL: f"{pages}/api"}), get_client(sync_client=True) as client:
+        auth = {PREFECT_API_URL: f"{pages}/api", PREFECT_API_AUTH_STRING: credentials.prefect_auth(clone.root)}
+        with temporary_settings(auth), get_client(sync_client=True) as client:
 
             def deployed() -> dict[str, UUID] | None:
                 found = {each.name: each.id for each in client.read_deployments()}
@@ -100,8 +102,8 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
 def test_ui_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
     with at_work(clone, tmp_path, "pipelines.commands.ui", "--port", "0", "--prefect-port", "0") as (process, said):
         for name in ("MLflow", "Prefect"):
-            base = said(rf"{name} runs at (http://127\.0\.0\.1:\d+)", 120)
+            base = said(rf"{name} answers at (http://127\.0\.0\.1:\d+)", 120)
             with urlopen(base, timeout=30) as page:
                 assert b"<html" in page.read().lower()
-        said("(Ctrl-C) stops the servers", 30)
+        said("(Ctrl-C) stops them", 30)
         assert addresses(family(process)) == {"127.0.0.1"}

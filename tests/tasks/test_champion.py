@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from ruamel.yaml import YAML
 
 from pipelines.promotion.registry import Version
 from posttrain.errors import OrchestrationError
-from tasks.champion import FOLDER, POINTER, push, restore
+from tasks.champion import FOLDER, POINTER, holds, push, put_into_production, restore, switching
+from tasks.dag import changed, read_dag
 from tests.workspace import dvc
 
 
@@ -54,3 +57,44 @@ def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) 
         OrchestrationError, match=r"weights of version 3 \(unknown\) \(0{32}\.dir, models/x\) are neither in"
     ):
         restore(workspace, lost)
+
+
+def test_production_is_not_moved_to_weights_that_are_nowhere(workspace: Path) -> None:
+    first = version(workspace, 1, "one")
+    restore(workspace, first)
+    pointer = (workspace / POINTER).read_text()
+    lost = Version(3, {"dvc.md5": "0" * 32 + ".dir", "dvc.size": "1", "dvc.nfiles": "1", "dvc.path": "models/x"}, ())
+    moved: list[str] = []
+    for busy, words in ((False, "neither in DVC's cache"), (True, "cannot be fetched while a flow is running here")):
+        with pytest.raises(OrchestrationError, match=words):
+            put_into_production(workspace, lost, lambda: moved.append("alias"), busy=busy)
+    assert moved == []
+    assert (workspace / POINTER).read_text() == pointer
+    assert (workspace / FOLDER / "weights").read_text() == "one"
+    assert holds(workspace, first)
+    assert not holds(workspace, lost)
+    # beside a flow at work only the alias moves
+    assert put_into_production(workspace, first, lambda: "moved", busy=True) == "moved"
+    # a stray file in the folder is no change of any node
+    (workspace / FOLDER / "stray").write_text("x")
+    assert "champion.dvc" not in read_dag(workspace)
+    assert "champion.dvc" not in changed(workspace)
+
+
+def test_two_promotions_at_once_take_turns(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def promotion(number: int) -> None:
+        with switching(tmp_path):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=promotion, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from flows.promote import _refuse_stale
 from pipelines.commands.models import line
 from pipelines.promotion.registry import Registry
-from posttrain.errors import TrackingError
+from posttrain.errors import OrchestrationError, TrackingError
 from tasks.challenger import best_model
 from tasks.challenger import register as challenge
 from tests.pipelines.conftest import Project
@@ -140,3 +141,44 @@ def test_the_best_seed_of_the_best_algorithm_becomes_challenger(registry: Regist
     registry.promote(version.number)
     assert "the champion, is the best model" in challenge.fn(str(project.folder), "grpo-0", "grpo wins")
     assert aliases(registry) == {"champion": 1}
+
+
+def test_what_a_decision_rests_on_names_aliases_and_roll_backs(registry: Registry) -> None:
+    first, second = register(registry, "grpo-0"), register(registry, "dpo-0")
+    assert registry.state() == {}
+    registry.promote(first)
+    registry.promote(second)
+    before = registry.state()
+    assert before == {"champion": "2 " + "b" * 32 + ".dir", "previous": "1 " + "a" * 32 + ".dir"}
+    champion, previous = registry.roll_back_pair()
+    assert (champion.number, previous.number) == (2, 1)
+    registry.roll_back("answers in French")
+    assert registry.state() == {
+        "champion": "1 " + "a" * 32 + ".dir",
+        "previous": "2 " + "b" * 32 + ".dir",
+        "rolled back 2": "b" * 32 + ".dir",
+    }
+    with pytest.raises(TrackingError, match="is champion after a roll-back"):
+        registry.roll_back_pair()
+
+
+def test_a_decision_against_an_earlier_champion_is_refused(registry: Registry) -> None:
+    first, second = register(registry, "grpo-0"), register(registry, "dpo-0")
+    wanted = registry.version(second)
+    _refuse_stale(registry, wanted, "none")
+    registry.promote(first)
+    _refuse_stale(registry, wanted, "1")
+    with pytest.raises(
+        OrchestrationError, match="judged against the supervised model, and the champion is now version 1"
+    ):
+        _refuse_stale(registry, wanted, "none")
+
+
+def test_a_long_reason_is_cut_to_one_line_unless_it_is_asked_for(registry: Registry) -> None:
+    number = register(registry, "grpo-0", reason="too\x1b[31m long\n" * 200)
+    short = line(registry.version(number))
+    assert short.endswith("…")
+    assert "\n" not in short
+    assert "\x1b" not in short
+    assert len(short.split("-         ", 1)[1]) == 120
+    assert len(line(registry.version(number), full=True)) > 2000

@@ -1,0 +1,212 @@
+"""Registry and models/champion agree after every promotion: at once, during a flow, after a lost registry."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect import flow
+
+from flows.lock import only_flow
+from flows.production import bring_pending, reconcile, registry_of, switch
+from flows.promote import _adopt, _roll_back
+from pipelines.config.params import read_yaml
+from pipelines.promotion.registry import Registry, Version
+from posttrain.errors import OrchestrationError, TrackingError
+from tasks import gate
+from tasks.champion import FOLDER, PENDING, POINTER, holds, pointer, production
+from tests.workspace import copy, dvc
+
+LOOP = """
+import sys
+from pathlib import Path
+from flows.production import registry_of, switch
+root, number = Path(sys.argv[1]), int(sys.argv[2])
+registry = registry_of(root)
+print("ready", flush=True)
+sys.stdin.readline()
+switch(root, lambda: registry.version(number), lambda found: registry.promote(found.number))
+"""
+
+
+@pytest.fixture(scope="module")
+def promoted(template: Path, root: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose registry holds three versions; the first is champion."""
+    made = copy(template, tmp_path_factory.mktemp("promoted") / "work space")
+    shutil.copy(root / "params.yaml", made)
+    shutil.copy(empty_store, made / "mlflow.db")
+    names = {"one": "models/model-1", "two": "models/model-2", "three": "models/model-3"}
+    for text, name in names.items():
+        (made / name).mkdir(parents=True)
+        (made / name / "weights").write_text(text)
+    dvc(made, "add", "-q", *names.values())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registry = registry_of(made)
+        for text, name in names.items():
+            (entry,) = read_yaml(made / f"{name}.dvc")["outs"]
+            registry.register_entry(text, name, entry, {}, "")
+        promote(made, 1)
+    return made
+
+
+@pytest.fixture
+def project(promoted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("POSTTRAIN_WEBHOOK", raising=False)
+    return copy(promoted, tmp_path / "work space")
+
+
+def promote(project: Path, number: int) -> Version:
+    registry = registry_of(project)
+    return switch(project, lambda: registry.version(number), lambda found: registry.promote(found.number))
+
+
+def aliases(project: Path) -> dict[str, int]:
+    return {alias: each.number for each in registry_of(project).versions() for alias in each.aliases}
+
+
+def weights(project: Path) -> str:
+    return (project / FOLDER / "weights").read_text()
+
+
+def situation(project: Path) -> gate.Situation:
+    registry = registry_of(project)
+    known = frozenset(each.md5 for each in registry.versions())
+    return gate.Situation(registry.holding("champion"), (), {}, registry.state(), known)
+
+
+def test_two_promotions_at_once_leave_registry_and_folder_with_the_same_version(project: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOOP, str(project), str(number)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (2, 3)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    after = aliases(project)
+    assert set(after.values()) == {2, 3}
+    assert weights(project) == {2: "two", 3: "three"}[after["champion"]]
+    assert holds(project, registry_of(project).version(after["champion"]))
+    assert not (project / PENDING).exists()
+
+
+def test_a_roll_back_during_a_flow_reaches_the_folder_when_the_flow_ends(
+    project: Path, prefect_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(project, 2)
+
+    @flow(persist_result=False)
+    def roll_back() -> None:
+        _roll_back(project, registry_of(project), "it answers in French")
+
+    with only_flow(project):
+        roll_back()
+        assert "models/champion does not hold version 1 (one) yet" in capsys.readouterr().out
+        assert (aliases(project)["champion"], weights(project)) == (1, "two")
+        bring_pending(project)
+        assert weights(project) == "two", "the flow that is running still uses the folder"
+    bring_pending(project)
+    assert weights(project) == "one"
+    assert "models/champion now holds version 1 (one)" in capsys.readouterr().out
+    assert not (project / PENDING).exists()
+
+    with pytest.raises(TrackingError, match="is champion after a roll-back"):
+        _roll_back(project, registry_of(project), "again")
+    assert weights(project) == "one"
+
+
+def test_a_roll_back_to_weights_that_gc_removed_is_refused_and_changes_nothing(project: Path) -> None:
+    promote(project, 2)
+    (project / "models" / "model-1.dvc").unlink()
+    dvc(project, "gc", "--workspace", "--force", "--quiet")
+    before = aliases(project)
+    with pytest.raises(OrchestrationError, match=r"weights of version 1 \(one\).*neither in DVC's cache nor in its"):
+        _roll_back(project, registry_of(project), "it answers in French")
+    assert aliases(project) == before == {"champion": 2, "previous": 1}
+    assert weights(project) == "two"
+    assert dvc(project, "status", "--json", POINTER.as_posix()).strip() == "{}"
+
+
+def test_aliases_that_cannot_be_moved_leave_the_folder_as_it_was(project: Path) -> None:
+    registry = registry_of(project)
+
+    def fail(_: Version) -> None:
+        raise TrackingError("MLflow did not respond")
+
+    with pytest.raises(TrackingError):
+        switch(project, lambda: registry.version(3), fail)
+    assert (aliases(project), weights(project)) == ({"champion": 1}, "one")
+    assert (project / PENDING).is_file(), "the next flow compares registry and folder"
+
+
+def test_an_alias_moved_by_hand_is_followed(project: Path, prefect_url: str) -> None:
+    registry = registry_of(project)
+    before = registry.state()
+    registry._set_alias("champion", 3)
+    assert registry.state() != before, "a decision about the state before is not reused"
+    gate.require_known_weights(project, situation(project))
+
+    @flow(persist_result=False)
+    def end_of_a_night() -> None:
+        reconcile(project)
+
+    end_of_a_night()
+    assert weights(project) == "three"
+
+
+def test_a_registry_that_does_not_know_the_weights_in_production_promotes_nothing(
+    project: Path, empty_store: Path, prefect_url: str
+) -> None:
+    promote(project, 3)
+    registry = registry_of(project)
+    registry._client.delete_model_version(registry.name, "3")  # by hand, on MLflow's page
+    with pytest.raises(OrchestrationError, match="does not know; it has no champion"):
+        gate.require_known_weights(project, situation(project))
+
+    shutil.copy(empty_store, project / "mlflow.db")
+    lost = Registry(project, registry.name)
+    with pytest.raises(OrchestrationError, match=r"`python -m flows\.promote --adopt`"):
+        gate.require_known_weights(project, situation(project))
+    assert weights(project) == "three"
+
+    @flow(persist_result=False)
+    def adopt() -> None:
+        _adopt(project, lost)
+
+    adopt()
+    assert aliases(project) == {"champion": 1}
+    assert lost.version(1).md5 == production(project)
+    gate.require_known_weights(project, situation(project))
+    with pytest.raises(OrchestrationError, match=r"are version 1 \(adopted\) already"):
+        _adopt(project, lost)
+
+
+def test_an_older_registry_is_refused_and_a_damaged_pointer_is_named(project: Path) -> None:
+    shutil.copy(project / "mlflow.db", project / "backup.db")
+    entry = {"md5": "4" * 32 + ".dir", "size": 4, "nfiles": 1}
+    later = registry_of(project).register_entry("four", "models/model-4", entry, {}, "")
+    (project / POINTER).write_text(pointer(later))
+    gate.require_known_weights(project, situation(project))
+    shutil.copy(project / "backup.db", project / "mlflow.db")
+    with pytest.raises(OrchestrationError, match=r"does not know; it names version 1 \(one\) as champion"):
+        gate.require_known_weights(project, situation(project))
+    for text in ("", "outs:\n- md5: abc\n", "\0" * 40, "<<<<<<< ours\n"):
+        (project / POINTER).write_text(text)
+        with pytest.raises(OrchestrationError, match=r"champion\.dvc is damaged"):
+            production(project)
+    (project / POINTER).unlink()
+    assert production(project) is None
