@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pauses:
-    """What a person paused in Prefect's UI: the deployment, or single schedules by cron and time zone."""
+    """Pauses that a person set in Prefect's UI: of the deployment, or of single schedules by cron and time zone."""
 
     paused: bool = False
     inactive: frozenset[tuple[str, str]] = frozenset()
@@ -169,7 +169,7 @@ def _nearest(wrong: str, known: Collection[str]) -> str:
 
 
 def read_pauses(entries: Collection[Entry]) -> dict[str, Pauses]:
-    """Return what is paused on the server now, by deployment."""
+    """Return the pauses on the server now, by deployment."""
     found: dict[str, Pauses] = {}
     with get_client(sync_client=True) as client:
         for entry in entries:

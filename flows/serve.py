@@ -68,7 +68,7 @@ def _deployment(entry: Entry, pauses: Pauses) -> RunnerDeployment:
 
 
 def describe(entry: Entry, pauses: Pauses) -> str:
-    """Return a deployment's times in one line, with what is paused."""
+    """Return a deployment's times in one line, with its pauses."""
     times = [
         f"{each.cron} {each.timezone}" + ("" if pauses.active(each) else " (PAUSED in Prefect's UI, or active: false)")
         for each in entry.schedules

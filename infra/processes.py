@@ -110,7 +110,7 @@ class Processes:
 
 
 def birth(pid: int) -> str:
-    """Return what tells a process from a later one with the same pid. A step of the clock does not change it.
+    """Return a text that differs between processes with the same pid. A step of the clock does not change it.
 
     Raises psutil.NoSuchProcess if there is no such process.
     """
