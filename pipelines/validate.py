@@ -25,6 +25,7 @@ MODEL = Path("models/base")
 SAMPLES = 2
 """Rows of each table whose trained tokens the page shows."""
 VALID, QUARANTINE = Path("data/valid"), Path("data/quarantine")
+TEXTS = ("prompt", "completion", "chosen", "rejected")
 TABLES: tuple[Table, ...] = get_args(Table)
 
 
@@ -46,7 +47,9 @@ def run(run: Run) -> None:
     from pipelines.validation.suites import TableLimits, Validator
 
     run.recorder.ready()
-    limits = TableLimits(params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project))
+    limits = TableLimits(
+        params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project), params.max_unknown_share
+    )
     validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
     report = run.outputs.artifact("validation.html")
@@ -83,6 +86,9 @@ class TokenLengths:
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         tokens = self.encoder.tokens(row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row))
         return len(tokens.prompt), len(tokens.response)
+
+    def unknown(self, row: Row) -> float:
+        return self.encoder.unknown_share([row[name] for name in TEXTS if row.get(name)])
 
     def _tools(self, row: Row) -> list[Any] | None:
         from posttrain.data.tokens import row_tools

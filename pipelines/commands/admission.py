@@ -24,7 +24,9 @@ class Admission:
         self.rows = dict(rows)
         self._params = params
         rules = params.validation
-        self._limits = TableLimits(rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params))
+        self._limits = TableLimits(
+            rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params), rules.max_unknown_share
+        )
         self._lengths = TokenLengths(base_encoder()) if MODEL.is_dir() else _Unknown()
 
     def check(self, kind: Kind, rows: list[Row]) -> int:
@@ -75,3 +77,6 @@ class _Unknown:
 
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         return 0, 0
+
+    def unknown(self, row: Row) -> float:
+        return 0.0

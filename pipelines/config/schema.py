@@ -53,6 +53,8 @@ class RuleParams(Section):
     wrong_type: RulePolicy
     chat_template: RulePolicy = "stop"
     """The model's chat template refuses a conversation, or it is not certain which of its tokens are trained."""
+    unknown_tokens: RulePolicy = "quarantine"
+    """More than validation.max_unknown_share of a row's tokens are the tokenizer's unknown token, so the text is lost."""
     leakage: RulePolicy
 
 
@@ -62,6 +64,8 @@ class ValidationParams(Section):
     max_prompt_tokens: Count
     max_completion_tokens: Count
     max_shown_rows: Count
+    max_unknown_share: Share = 0.02
+    """Share of a row's tokens that may be the tokenizer's unknown token."""
     rules: RuleParams
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from pipelines.config.schema import RuleParams
 from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table, plain, required
@@ -12,6 +13,7 @@ from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.suites import Finding, TableLimits, Validator
 from pipelines.validation.view import (
     TEMPLATE,
+    UNKNOWN,
     Lengths,
     content_view,
     present_scores,
@@ -94,17 +96,26 @@ class _Checker:
         if rows:
             view = content_view(self.table, rows, lengths)
             suite = suites.content(self.table, limits, list(view.columns))
-            refused = list(view[TEMPLATE]) if TEMPLATE in view.columns else []
-            self._settle(rows, self.validator.run(self.table, "content", view, suite), refused)
+            notes = {UNKNOWN: [f"{share:.1%} of its tokens are unknown" for share in view[UNKNOWN]]}
+            if TEMPLATE in view.columns:
+                notes[TEMPLATE] = list(view[TEMPLATE])
+            detail = f"{view[UNKNOWN].mean():.2%} of a row's tokens are unknown on average, at most {view[UNKNOWN].max():.2%}"
+            findings = [
+                replace(finding, detail=detail) if finding.rule == "unknown_tokens" and not finding.detail else finding
+                for finding in self.validator.run(self.table, "content", view, suite)
+            ]
+            self._settle(rows, findings, notes)
 
-    def _settle(self, rows: list[Row], findings: Sequence[Finding], refused: Sequence[str] = ()) -> bool:
-        """Record the findings and set rows aside. Return True if one of them stops the run. `refused`: see view.TEMPLATE."""
+    def _settle(
+        self, rows: list[Row], findings: Sequence[Finding], notes: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> bool:
+        """Record the findings and set rows aside. Return True if one of them stops the run. `notes`: of each row, by column."""
         verdicts = [
             Verdict(
                 f,
                 _policy(self.rules, f.rule),
                 [rows[i] for i in f.rows],
-                [refused[i] for i in f.rows] if f.column == TEMPLATE else [],
+                [notes[f.column][i] for i in f.rows] if f.column in notes else [],
             )
             for f in findings
         ]

@@ -49,7 +49,7 @@ def examples(verdict: Verdict, shown: int) -> list[str]:
     """Return the first unexpected rows, one line each, starting near the position at which their values differ."""
     rows = verdict.rows[:shown]
     notes = (verdict.notes or [""] * len(rows))[:shown]
-    if verdict.finding.rule == "chat_template":
+    if verdict.finding.rule in ("chat_template", "unknown_tokens"):
         return [f"id {row['id']}: {note}" for row, note in zip(rows, notes, strict=True)]
     column = "prompt" if verdict.finding.column == "row" else verdict.finding.column
     values = [_value(row, column) for row in rows]

@@ -88,7 +88,7 @@ def _rule(table: str, rule: str, verdicts: list[Verdict], shown: int) -> str:
 
 def _details(verdict: Verdict) -> list[str]:
     """Return the finding's detail if it is of interest."""
-    relevant = verdict.finding.status == "errored" or verdict.finding.rule == "row_count"
+    relevant = verdict.finding.status == "errored" or verdict.finding.rule in ("row_count", "unknown_tokens")
     return [verdict.finding.detail] if relevant and verdict.finding.detail else []
 
 

@@ -21,7 +21,7 @@ from great_expectations.expectations.core.expect_table_row_count_to_be_between i
 
 from pipelines.data.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
-from pipelines.validation.view import POSITION, TEMPLATE, typed_columns
+from pipelines.validation.view import POSITION, TEMPLATE, UNKNOWN, typed_columns
 
 Status = Literal["passed", "failed", "errored"]
 Expectation = Any
@@ -46,6 +46,7 @@ class TableLimits:
     max_prompt_tokens: int
     max_completion_tokens: int
     numeric_answer: bool
+    max_unknown_share: float = 0.02
 
 
 def structure(columns: Sequence[str]) -> list[Expectation]:
@@ -89,6 +90,12 @@ def content(table: Table, limits: TableLimits, columns: Collection[str]) -> list
         suite.append(_differ("chosen_score", "rejected_score", "tied_scores"))
     if WEIGHT in columns:
         suite.append(ExpectColumnValuesToBeBetween(column=WEIGHT, min_value=0, meta=_meta("negative_weight", WEIGHT)))
+    most = limits.max_unknown_share
+    suite.append(
+        ExpectColumnValuesToBeBetween(
+            column=UNKNOWN, min_value=0, max_value=most, meta=_meta("unknown_tokens", UNKNOWN)
+        )
+    )
     if TEMPLATE in columns:
         suite.append(
             ExpectColumnValuesToBeInSet(column=TEMPLATE, value_set=[""], meta=_meta("chat_template", TEMPLATE))

@@ -30,6 +30,10 @@ TEMPLATE = "template"
 """Why the chat template refuses a row; empty if it does not."""
 
 
+UNKNOWN = "unknown_share"
+"""Share of a row's tokens that are unknown to the tokenizer."""
+
+
 class Lengths(Protocol):
     """Tokens of a row, as the model is going to see them. Raises DataError if the chat template refuses the row."""
 
@@ -37,6 +41,10 @@ class Lengths(Protocol):
 
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         """Return the tokens of prompt and completion; the completion begins with the first token that carries loss."""
+        ...
+
+    def unknown(self, row: Row) -> float:
+        """Return the share of the row's tokens that the tokenizer does not know."""
         ...
 
 
@@ -64,6 +72,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
     counted, refused = zip(*(_tokens(table, row, lengths) for row in rows), strict=True)
     for name in TEXT[table]:
         columns[f"{name}_tokens"] = pd.Series([tokens[name] for tokens in counted], dtype="int64")
+    columns[UNKNOWN] = pd.Series([lengths.unknown(row) for row in rows], dtype="float64")
     if any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
         columns[TEMPLATE] = pd.Series(refused, dtype=object)
     for name in present_scores(rows):

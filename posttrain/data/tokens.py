@@ -135,6 +135,16 @@ class TextEncoder:
         own = tuple(weights[first:stop])
         return Tokens(tuple(ids[:first]), tuple(ids[first:stop]), row, None if set(own) == {1.0} else own)
 
+    def unknown_share(self, texts: Sequence[Text]) -> float:
+        """Return the share of the texts' tokens that are the tokenizer's unknown token; 0 if it has none."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return 0.0
+        parts = [[text] if isinstance(text, str) else [message["content"] for message in text] for text in texts]
+        plain = [part for several in parts for part in several if isinstance(part, str) and part]
+        ids = [i for text in plain for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return ids.count(unknown) / len(ids) if ids else 0.0
+
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of response ids as it was sampled, with special tokens such as `<think>`; only the end is cut off."""
         shown = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)

@@ -110,3 +110,13 @@ def test_a_real_sentencepiece_tokenizer(stories: TextEncoder) -> None:
     assert list(tokens.prompt) == stories.prompt("Once upon a time")
     assert stories.text(tokens.response).strip() == "there was a cat."
     assert stories.prompt(f"{stories.tokenizer.bos_token}Once").count(bos) <= 1
+
+
+def test_the_share_of_unknown_tokens() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>"), 64)
+    # a b ? and a ? ? b: 3 of 7
+    assert encoder.unknown_share(["a b c", [{"role": "user", "content": "a x y b"}]]) == pytest.approx(3 / 7)
+    assert encoder.unknown_share([]) == 0.0
+    assert TextEncoder(byte_tokenizer(64), 64).unknown_share(["\u2603"]) == 0.0

@@ -38,6 +38,10 @@ class Characters:
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         return self._count(row["prompt"]), self._count(row[column]) + 1
 
+    def unknown(self, row: Row) -> float:
+        text = str(row["prompt"])
+        return text.count("\u2603") / max(1, len(text))
+
     def _count(self, text: Any) -> int:
         return len(text or "") if isinstance(text, str | None) else len(text[-1]["content"])
 
@@ -104,6 +108,17 @@ def test_a_boolean_is_a_wrong_type_before_it_is_a_length(checked: Checked) -> No
         1: "wrong_type (completion)", 2: "wrong_type (completion)", 3: "wrong_type (completion)", 4: "empty_text (completion)",
     }  # fmt: skip
     assert count(outcome, "sft/wrong_type") == 3
+
+
+def test_rows_whose_tokens_the_tokenizer_does_not_know_are_set_aside_and_shown(checked: Checked) -> None:
+    outcome = checked(sft(("plain", "b"), ("snow \u2603 man!", "b")))  # 1 of 11 characters
+    assert reasons(outcome, "sft") == {1: "unknown_tokens (unknown_share)"}
+    shown = page(outcome, 5)
+    assert "id 1: 9.1% of its tokens are unknown" in shown
+    assert "4.55% of a row&#x27;s tokens are unknown on average, at most 9.09%" in shown
+    assert not checked(
+        sft(("snow \u2603 man!", "b")), limits=TableLimits(20, 20, True, max_unknown_share=0.1)
+    ).quarantined["sft"]
 
 
 def test_a_wrong_type_that_only_warns_is_kept_as_its_json(checked: Checked) -> None:
