@@ -170,6 +170,8 @@ def save_model(
         setattr(model.config, key, value)
     if ends and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+    # HF_HUB_OFFLINE sets it; it describes how the tokenizer was loaded, and the same model must give the same bytes
+    tokenizer.init_kwargs.pop("local_files_only", None)
     try:
         with own_dropout_rates(model):
             model.save_pretrained(partial)

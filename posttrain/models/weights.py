@@ -109,6 +109,24 @@ def check_folder(source: str | Path) -> None:
         )
     for path in files:
         _check_file(path)
+    for path in sorted(folder.glob("*.index.json")):
+        _check_index(path)
+
+
+def _check_index(path: Path) -> None:
+    """Raise ModelError unless an index names only safetensors files next to it: transformers would unpickle any other."""
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ModelError(f"{path}: not an index of weight files; copy the model again") from None
+    for name in sorted(map(str, names)):
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ModelError(
+                f"{path} names {name!r} as a file of weights. Only safetensors files in the same folder are loaded, because pickled"
+                " weights can run code; convert them."
+            )
+        if not (path.parent / name).is_file():
+            raise ModelError(f"{path} names {name!r}, and there is no such file; copy the model again")
 
 
 def _check_quantisation(folder: Path) -> None:

@@ -126,4 +126,6 @@ def test_an_epoch_skips_no_row_and_repeats_none(rows: int, batch_size: int, epoc
 def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
     assert shuffled(20, 3, 1) == shuffled(20, 3, 1)
     assert len({tuple(shuffled(20, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert shuffled(1_000_000, 3, 1) is shuffled(1_000_000, 3, 1), "one permutation per epoch, not one per draw"
+    assert sorted(shuffled(7, 0)) == list(range(7))
     assert EpochOrder(20, 6, 2, 5).indices(5) == EpochOrder(20, 6, 2, 5).indices(5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +136,22 @@ def test_deployments_are_the_flows_with_their_own_parameters(root: Path) -> None
         assert entry["work_pool"]["name"] == POOL
         assert entry["work_pool"]["work_queue_name"] == (APPROVALS if name == "promote" else TRAINING)
         assert "concurrency_limit" not in entry, "a flow would not outlive an outage of the server that keeps its lease"
+
+
+def test_the_unit_of_systemd_starts_the_command_that_make_serve_starts(root: Path, tmp_path: Path) -> None:
+    text = (root / "infra/systemd/posttrain.service").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ExecStart=%h/posttrain/\.venv/bin/python -m (.+)$", text, re.MULTILINE)
+    assert f"-m {command.replace('4200', '$(PREFECT_PORT)')}\n" in (root / "Makefile").read_text(encoding="utf-8")
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("no systemd-analyze here")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    unit = tmp_path / "posttrain.service"
+    unit.write_text(text.replace("%h/posttrain", str(tmp_path)), encoding="utf-8")
+    done = subprocess.run(
+        [analyze, "--man=no", "verify", "--user", str(unit)], env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

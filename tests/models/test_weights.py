@@ -20,6 +20,7 @@ from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
+from posttrain.models.weights import check_folder
 from tests.models import small
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
@@ -200,3 +201,34 @@ def test_recomputed_layers_have_no_dropout(kind: str) -> None:
         expected = model(ids).logits
         recompute_layers(model)
         assert torch.equal(model.train()(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"a": "pytorch_model.bin"}}, r"names 'pytorch_model\.bin' as a file of weights"),
+        ({"weight_map": {"a": "../model.safetensors"}}, r"names '\.\./model\.safetensors' as a file of weights"),
+        ({"weight_map": {"a": "model-2.safetensors"}}, r"names 'model-2\.safetensors', and there is no such file"),
+        ({"weights": {}}, "not an index of weight files"),
+        ([], "not an index of weight files"),
+    ],
+)
+def test_an_index_may_name_only_safetensors_files_of_its_folder(tmp_path: Path, index: object, words: str) -> None:
+    model, tokenizer = tiny_model(small.SHAPE, 3)
+    save_model(model, tokenizer, tmp_path / "model", card="")
+    check_folder(tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=words):
+        load_policy(tmp_path / "model")
+
+
+def test_the_way_a_tokenizer_was_loaded_is_not_saved(tmp_path: Path) -> None:
+    """With HF_HUB_OFFLINE transformers puts local_files_only into the configuration that it saves."""
+    model, tokenizer = tiny_model(small.SHAPE, 3)
+    save_model(model, tokenizer, tmp_path / "online", card="")
+    tokenizer.init_kwargs["local_files_only"] = True
+    save_model(model, tokenizer, tmp_path / "offline", card="")
+    saved = (tmp_path / "offline" / "tokenizer_config.json").read_bytes()
+    assert saved == (tmp_path / "online" / "tokenizer_config.json").read_bytes()
+    assert b"local_files_only" not in saved
