@@ -45,7 +45,7 @@ def check_policy(model: PreTrainedModel, source: str | Path) -> None:
             " config.json if it has such an option"
         )
     head: Any = model.get_output_embeddings()
-    if head is not None:
+    if head is not None and head.weight.shape[-1] == hidden.shape[-1]:
         plain = torch.nn.functional.linear(hidden, head.weight, head.bias).log_softmax(-1)
         own = logits.log_softmax(-1)
         if plain.shape == own.shape and bool((plain - own).abs().max() <= LOGIT_TOLERANCE):

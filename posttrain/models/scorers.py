@@ -44,7 +44,8 @@ def load_scorer(source: str | Path) -> PreTrainedModel:
         raise ModelError(
             f"{source}: a reward model gives one number, and this one has {config.num_labels} labels; give a model with num_labels = 1"
         )
-    model = load_whole(_scorer_kind(config), source)
+    # the class of a composite model would read the configuration of its language model as its own
+    model = load_whole(_scorer_kind(config), source, config=config)
     _check_score(model, source)
     return model
 
@@ -52,7 +53,13 @@ def load_scorer(source: str | Path) -> PreTrainedModel:
 def start_scorer(source: str | Path) -> PreTrainedModel:
     """Load the trunk of a language model and put a new scalar head on it, random as the architecture's own initialisation."""
     lm = load_policy(source)
-    config = lm.config
+    config, head = lm.config, cast(nn.Module, lm.get_output_embeddings())
+    wide = cast(Tensor, head.weight).shape[-1]
+    if wide != _width(config):
+        raise ModelError(
+            f"{source}: the last hidden states of {type(lm).__name__} have {wide} numbers and its configuration names {_width(config)}, so"
+            " no reward model or critic can be put on it; choose another architecture, such as Qwen3 or Llama"
+        )
     config.num_labels = 1
     with torch.device("meta"):
         scorer: Any = _scorer_kind(config)(config)

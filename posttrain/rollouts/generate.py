@@ -98,7 +98,9 @@ def confirm_generate(lm: PreTrainedModel) -> None:
     prompt = probe_ids(min(trial_length(text), max(1, context - PROBED)), text.vocab_size)
     new_tokens = min(PROBED, context - len(prompt))
     try:
-        [[answer]] = GenerateEngine(lm, ()).sample([Request(prompt, ((0,),))], SamplingSettings(new_tokens, 1.0))
+        # two answers: some states are wrong only in a batch of several rows (RWKV)
+        asked = [Request(prompt, ((0,), (1,)))]
+        [answers] = GenerateEngine(lm, ()).sample(asked, SamplingSettings(new_tokens, 1.0))
     except Exception as error:  # a cache of its own kind may raise anything; the reason names it
         raise RolloutError(
             f"{type(lm).__name__} cannot be sampled by transformers' generate ({type(error).__name__}: {error}); use it for SFT,"
@@ -107,13 +109,18 @@ def confirm_generate(lm: PreTrainedModel) -> None:
     training = lm.training
     lm.eval()
     with torch.no_grad():
-        logits = lm(input_ids=torch.tensor([[*prompt, *answer.tokens]], device=lm.device), use_cache=False).logits
+        worst = max(_difference(lm, prompt, answer) for answer in answers)
     lm.train(training)
-    plain = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    expected = plain.gather(-1, torch.tensor(answer.tokens, device=lm.device)[:, None])[:, 0]
-    worst = float((expected - torch.tensor(answer.logprobs, device=lm.device)).abs().max())
     if not worst <= TOLERANCE:
         raise RolloutError(
             f"{type(lm).__name__} samples from other distributions with its cache than without (by up to {worst:.2g} nats), so the"
             " policy would be trained on other probabilities than it sampled from; choose another architecture, such as Qwen3 or Llama"
         )
+
+
+def _difference(lm: PreTrainedModel, prompt: Sequence[int], answer: Completion) -> float:
+    """Return the greatest difference of the answer's log-probabilities from those of a plain forward pass."""
+    row = torch.tensor([[*prompt, *answer.tokens]], device=lm.device)
+    plain = lm(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    expected = plain.gather(-1, row[0, len(prompt) :, None])[:, 0]
+    return float((expected - torch.tensor(answer.logprobs, device=lm.device)).abs().max())

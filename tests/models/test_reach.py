@@ -181,3 +181,15 @@ def test_a_model_that_computes_no_logits_from_ids_is_refused_by_name() -> None:
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
 def test_state_spaces_are_padded_and_sampled_by_generate(kind: str) -> None:
     assert_agrees(model(kind, state_size=8), length=30)
+
+
+def test_a_state_that_is_wrong_in_a_batch_is_refused() -> None:
+    """RWKV of transformers mixes up the states of several rows."""
+    rwkv = model("rwkv", attention_hidden_size=32, context_length=128)
+    with pytest.raises(RolloutError, match="RwkvForCausalLM samples from other distributions"):
+        NativeEngine(rwkv, ()).sample([Request((5, 6, 7), ((0,), (1,)))], SamplingSettings(4, 1.0))
+
+
+def test_hidden_states_of_another_width_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the logits of RemBertForCausalLM are not the plain output"):
+        check_policy(model("rembert", is_decoder=True, input_embedding_size=16, output_embedding_size=24), "m")
