@@ -45,6 +45,7 @@ from posttrain.training.preference import (
     LoggedGroupsObjective,
     PreferenceObjective,
     PreferencePair,
+    bounded_advantages,
 )
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
 from posttrain.training.trainer import OptimizerSettings, Trainer
@@ -213,7 +214,7 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
         run.fit(trainer, run.epochs(pairs), PreferenceObjective(spec), "preference/accuracy")
     else:
         groups = [AnswerGroup((a, b), s) for a, b, s in zip(chosen, rejected, scores, strict=True)]
-        run.fit(trainer, run.epochs(groups), LoggedGroupsObjective(spec), "preference/accuracy")
+        run.fit(trainer, run.epochs(bounded_advantages(groups)), LoggedGroupsObjective(spec), "preference/accuracy")
 
 
 def _answers(

@@ -39,6 +39,7 @@ from posttrain.training.preference import (
     LoggedGroupsObjective,
     PreferenceObjective,
     PreferencePair,
+    bounded_advantages,
 )
 from posttrain.training.supervised import EpochSource
 from posttrain.training.trainer import Trainer
@@ -156,4 +157,4 @@ def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) ->
                 " remove the row, or set validation.rules.identical_pair: quarantine"
             )
         ranked.append(AnswerGroup(tuple(distinct.values()), tuple(sum(s) / len(s) for s in scores.values())))
-    return ranked
+    return bounded_advantages(ranked)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,17 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     refuse_other_heads(load_config(source), source)
     model = load_whole(AutoModelForCausalLM, source)
     check_policy(model, source)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        _report_once(
+            f"{source}: config.json asks for output_router_logits, but no objective here adds the routers' auxiliary loss; the metrics"
+            " router/... show how evenly the experts are used"
+        )
     return model
+
+
+@cache
+def _report_once(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -150,6 +150,16 @@ def centred(group_scores: Sequence[float]) -> list[float]:
     """Return A = s - mean(s)."""
     mean = sum(group_scores) / len(group_scores)
     return [score - mean for score in group_scores]
+
+
+def bounded_advantages(ranked: Sequence[AnswerGroup]) -> list[AnswerGroup]:
+    """Return the groups with scores divided by one number if their mean |advantage| is above 1/2, the one of pairs without scores.
+
+    Grades from 1 to 10 would else weigh ten times as much against the KL term as grades from 0 to 1.
+    """
+    deviations = [abs(advantage) for group in ranked for advantage in centred(group.scores)]
+    scale = 2 * sum(deviations) / len(deviations)
+    return list(ranked) if scale <= 1 else [replace(g, scores=tuple(s / scale for s in g.scores)) for g in ranked]
 
 
 def _ranked_share(log_ratios: Tensor, rows: Sequence[AnswerGroup]) -> Tensor:

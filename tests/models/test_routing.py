@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from posttrain.data.batches import collate
+from posttrain.models.folders import load_policy, save_model
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.routing import routers_of
+from posttrain.models.tiny import byte_tokenizer
 from posttrain.objectives.routing import changed_choices, expert_loads
 from tests.models import moe, small
 
@@ -77,3 +81,15 @@ def test_a_choice_has_changed_when_its_set_has() -> None:
     before[0, 1, 0] = torch.tensor([1, 2])
     before[1, 0] = torch.tensor([[0, 1], [0, 1]])
     assert changed_choices(CHOSEN, before).tolist() == [[0, 0.5], [1, 0]]
+
+
+def test_a_folder_that_asks_for_the_routers_loss_is_told_that_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = small.language_model(shape=small.MOE)
+    lm.config.output_router_logits = True
+    save_model(lm, byte_tokenizer(64), tmp_path / "m", "")
+    load_policy(tmp_path / "m")
+    load_policy(tmp_path / "m")
+    said = capsys.readouterr().err
+    assert said.count("no objective here adds the routers' auxiliary loss") == 1

@@ -46,7 +46,19 @@ def test_without_scores_a_pair_is_a_group_of_plus_and_minus_a_half() -> None:
 def test_the_scored_pairs_of_a_prompt_are_one_ranked_list() -> None:
     rows = (("p", "a", "b", 3.0, 1.0), ("q", "x", "y", 1.0, 0.0), ("p", "a", "c", 2.0, 0.0), ("p", "c", "b", 1.0, 1.0))
     # a was scored 3 and 2, b twice 1, c 0 and 1
-    assert listed(groups(*table(*rows))) == [{"a": 2.5, "b": 1.0, "c": 0.5}, {"x": 1.0, "y": 0.0}]
+    # the means are 4/3 and 1/2, the deviations 7/6, 1/3, 5/6, 1/2, 1/2: 2/3 on average, so all are divided by 4/3
+    first, second = listed(groups(*table(*rows)))
+    assert first == pytest.approx({"a": 2.5 * 0.75, "b": 0.75, "c": 0.375})
+    assert second == pytest.approx({"x": 0.75, "y": 0.0})
+
+
+def test_grades_of_any_scale_weigh_at_most_as_much_as_pairs_without_grades() -> None:
+    small_grades = (("p", "a", "b", 0.9, 0.5), ("q", "x", "y", 0.6, 0.6))
+    assert listed(groups(*table(*small_grades))) == [{"a": 0.9, "b": 0.5}, {"x": 0.6, "y": 0.6}]
+    # 1 to 10: deviations 4.5, 4.5, 1.5, 1.5, 3 on average; divided by 6 they are 0.75 and 0.25, 1/2 on average
+    large = listed(groups(*table(("p", "a", "b", 10.0, 1.0), ("q", "x", "y", 7.0, 4.0))))
+    assert large[0] == pytest.approx({"a": 10 / 6, "b": 1 / 6})
+    assert large[1] == pytest.approx({"x": 7 / 6, "y": 4 / 6})
 
 
 def test_a_list_of_one_answer_has_no_baseline() -> None:
