@@ -26,6 +26,7 @@ ENVIRONMENT = """environment:
   MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)
   POSTTRAIN_SETTLE_SECONDS time for which a file of the inbox must not have changed (default 10)
+  POSTTRAIN_INBOX_MB       largest file of the inbox, in megabytes after decompression (default 1024)
   POSTTRAIN_WEBHOOK        URL that receives failures, promotions and refusals (default: none)
   POSTTRAIN_WEBHOOK_SECRET secret that signs webhook messages: header X-Posttrain-Signature"""
 

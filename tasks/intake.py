@@ -11,16 +11,28 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipelines.commands.intake import RECORD, IntakeResult
+from pipelines.data.inbox import location
+from pipelines.data.inbox_folder import claimed_files
 from pipelines.data.sources import ACCEPTED
 from pipelines.runtime.markup import markdown_text
-from tasks.stage import run_logged
+from pipelines.runtime.redaction import printable
+from tasks.stage import StageFailed, run_logged
 
 
 @task(name="intake", task_run_name="intake", cache_policy=NO_CACHE, persist_result=False)
 def take_in(root: str) -> list[IntakeResult]:
     """Return the result for every waiting file. Accepted files are added to DVC, so that their bytes are kept and pushed."""
     project = Path(root)
-    run_logged(project, "intake", [sys.executable, "-m", "pipelines.commands.intake"])
+    try:
+        run_logged(project, "intake", [sys.executable, "-m", "pipelines.commands.intake"])
+    except StageFailed as error:
+        held = claimed_files(location(project))
+        if not held:
+            raise
+        raise StageFailed(
+            f"the process that checks the inbox was killed while it read {printable(', '.join(held))}; most likely the file needs more"
+            " memory than there is. The next run tries once more and then sets it aside; split the file to have it taken."
+        ) from error
     taken = [IntakeResult(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
     pointer = project / f"{ACCEPTED}.dvc"
     if any(entry.outcome == "accepted" for entry in taken) or ((project / ACCEPTED).is_dir() and not pointer.exists()):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
+from pipelines.data.bounds import limit_megabytes, refuse_too_large
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
@@ -71,6 +72,7 @@ class IntakeResult:
 
 def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     """Deal with every file that waits, in the order of their names. An entry that cannot be taken never stops the others."""
+    limit_megabytes()  # a wrong setting stops here, and is no fault of a file
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
@@ -107,6 +109,7 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
         inbox.fetch(arrival, local)
         if file_digest(local) in {file_digest(path) for path in accepted_files(kind)}:
             return _finished(arrival, inbox, IntakeResult(arrival.name, "known", kind))
+        refuse_too_large(local)
         rows = _rows(kind, params, local, admission)
         aside = admission.check(kind, rows)
     except PosttrainError as error:

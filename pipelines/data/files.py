@@ -31,7 +31,7 @@ _SPLIT = re.compile(r"(?:train|training|test|testing|valid|validation|val|dev|ev
 
 def read_file(path: Path) -> list[Record]:
     """Return all records of a file, in order. Raises DataError if one cannot be read."""
-    kind, _ = _kind_and_compression(path)
+    kind, _ = kind_and_compression(path)
     reader = READERS.get(kind)
     if reader is None:
         raise DataError(f"{path}: cannot read files that end in {kind or 'nothing'!r}{nearest(kind, READERS)}")
@@ -48,7 +48,7 @@ def read_file(path: Path) -> list[Record]:
 
 def is_readable(path: Path) -> bool:
     """Return True if the name of the file ends as one that can be read."""
-    return _kind_and_compression(path)[0] in READERS
+    return kind_and_compression(path)[0] in READERS
 
 
 def folder_files(folder: Path, split: str) -> list[Path]:
@@ -65,7 +65,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
             raise DataError(f"{folder}: no file of the split {split!r}; set data.*.split to one of: {', '.join(there)}")
     if not files:
         raise DataError(f"{folder}: no file that can be read; files must end in one of: {', '.join(READERS)}")
-    kinds = sorted({_kind_and_compression(path)[0] for path in files})
+    kinds = sorted({kind_and_compression(path)[0] for path in files})
     if len(kinds) > 1:
         raise DataError(
             f"{folder}: holds files of several formats ({', '.join(kinds)}); name the wanted ones by a pattern,"
@@ -93,7 +93,7 @@ def _check_shards(folder: Path, files: Sequence[Path]) -> None:
             )
 
 
-def _kind_and_compression(path: Path) -> tuple[str, str]:
+def kind_and_compression(path: Path) -> tuple[str, str]:
     """Return the format's suffix and the compression's, e.g. (".jsonl", ".gz"); the second may be empty."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in DECOMPRESSORS:
@@ -189,7 +189,7 @@ def _fields(record: Record) -> str:
 
 def _parquet(path: Path) -> list[Record]:
     """Read a Parquet file."""
-    return parquet_records(path, _content(path) if _kind_and_compression(path)[1] else None)
+    return parquet_records(path, _content(path) if kind_and_compression(path)[1] else None)
 
 
 def _text(path: Path) -> str:
@@ -202,7 +202,7 @@ def _text(path: Path) -> str:
 
 def _content(path: Path) -> bytes:
     """Return the file's bytes, decompressed if its name says that they are compressed."""
-    decompress = DECOMPRESSORS.get(_kind_and_compression(path)[1])
+    decompress = DECOMPRESSORS.get(kind_and_compression(path)[1])
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -57,7 +57,7 @@ class FolderInbox:
                 return []
             if not self.base.is_dir():
                 raise unusable(self.where, "it is a file and must be a folder")
-            recovered = list(self._recovered())
+            recovered = list(self.recovered())
             first = {arrival.place: arrival for arrival in self._scan("")}
         wait = max((_age_to_wait(arrival) for arrival in first.values() if not arrival.left), default=0.0)
         time.sleep(wait)
@@ -125,7 +125,7 @@ class FolderInbox:
             os.rename(arrival.place, target)
         return name
 
-    def _recovered(self) -> Iterator[Arrival]:
+    def recovered(self) -> Iterator[Arrival]:
         """Yield files that a killed process had claimed."""
         for number, attempt in enumerate(_ATTEMPTS, start=1):
             for arrival in self._scan(f"{CLAIMED}/{attempt}"):
@@ -235,6 +235,12 @@ def _shortened(file: str) -> str:
     stem, suffix = os.path.splitext(file)
     kept = stem.encode("utf-8")[: _NAME_BYTES - len(suffix.encode("utf-8")[:20])].decode("utf-8", "ignore")
     return kept + suffix.encode("utf-8")[:20].decode("utf-8", "ignore")
+
+
+def claimed_files(address: str) -> list[str]:
+    """Return the names of files that a killed process has left claimed; none for a store."""
+    inbox = open_inbox(address)
+    return [arrival.name for arrival in inbox.recovered()] if isinstance(inbox, FolderInbox) else []
 
 
 def open_inbox(address: str, *, required: bool = False) -> Inbox:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.commands import intake
 from pipelines.commands.admission import Admission
-from pipelines.data import inbox_folder
+from pipelines.data import bounds, inbox_folder
+from pipelines.data.files import DECOMPRESSORS
+from pipelines.data.inbox_folder import claimed_files
 from pipelines.data.sources import accepted_files
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from tests.pipelines.commands.test_intake import folder, left, put, taken
 
 __all__ = ["folder"]
@@ -193,3 +198,48 @@ def test_a_settle_time_that_is_no_number_is_refused(folder: Path, monkeypatch: p
     put(folder, "problems/a.jsonl", problem("one"))
     with pytest.raises(ConfigError, match="POSTTRAIN_SETTLE_SECONDS = 'soon': must be a number of seconds"):
         taken(folder)
+
+
+def test_files_that_would_fill_the_memory_are_set_aside_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_INBOX_MB", "3")
+    where = folder / "inbox" / "problems"
+    put(folder, "problems/good.jsonl", problem("one"))
+    (where / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * 4_000_000))
+    with pa.CompressedOutputStream(str(where / "bomb.jsonl.zst"), "zstd") as stream:
+        stream.write(b" " * 4_000_000)
+    (where / "big.jsonl").write_bytes(b" " * 3_000_001)
+    # equal values are stored once: 40,000 rows of 100 characters in a file of about a kilobyte
+    table = pa.table({name: pa.repeat(pa.scalar("x" * 100), 40_000) for name in ("prompt", "answer")})
+    pq.write_table(table, where / "bomb.parquet")
+    assert (where / "bomb.parquet").stat().st_size < 3_000
+    for name in DECOMPRESSORS:
+        monkeypatch.setitem(DECOMPRESSORS, name, lambda _: pytest.fail("a bomb was opened"))
+    found = {entry.file: entry for entry in taken(folder)}
+    assert found.pop("problems/good.jsonl").outcome == "accepted"
+    assert sorted(found) == [f"problems/{n}" for n in ("big.jsonl", "bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet")]
+    for entry in found.values():
+        assert entry.outcome == "quarantined"
+        assert "holds more than 3 MB or 5,000,000 rows after decompression" in entry.reason
+        assert str(folder) not in entry.reason
+
+
+def test_a_parquet_file_may_not_have_more_rows_than_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_ROWS", 3)
+    path = folder / "rows.parquet"
+    pq.write_table(pa.table({"a": [1, 2, 3]}), path)
+    bounds.refuse_too_large(path)
+    pq.write_table(pa.table({"a": [1, 2, 3, 4]}), path)
+    with pytest.raises(DataError, match="3 rows after decompression"):
+        bounds.refuse_too_large(path)
+    path.write_bytes(b"PAR1 cut short")
+    bounds.refuse_too_large(path)  # its reader names the fault
+    for text in ("many", "0", "-1", "1.5"):
+        monkeypatch.setenv("POSTTRAIN_INBOX_MB", text)
+        with pytest.raises(ConfigError, match=f"POSTTRAIN_INBOX_MB = '{text}'"):
+            taken(folder)
+
+
+def test_a_file_whose_reader_was_killed_is_named(folder: Path) -> None:
+    assert claimed_files(str(folder / "inbox")) == []
+    put(folder, ".claimed/1/problems/large.jsonl", problem("one"))
+    assert claimed_files(str(folder / "inbox")) == ["problems/large.jsonl"]

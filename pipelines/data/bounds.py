@@ -1,0 +1,84 @@
+"""Refuse a file that would fill the memory. Its size after decompression is measured, without holding it.
+
+A Parquet file of 862 bytes can hold 8 GB, since it stores equal values once; a .gz file can expand a thousand times.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.files import kind_and_compression
+from posttrain.errors import ConfigError, DataError
+
+MOST_ROWS = 5_000_000
+_CHUNK = 1 << 20
+_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def limit_megabytes() -> int:
+    """Return POSTTRAIN_INBOX_MB, the largest file of the inbox after decompression. Raises ConfigError if it is no number."""
+    text = os.environ.get("POSTTRAIN_INBOX_MB", "1024")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"POSTTRAIN_INBOX_MB = {text!r}: must be a whole number of megabytes, at least 1.")
+    return int(text)
+
+
+def refuse_too_large(path: Path) -> None:
+    """Raise DataError if the file holds more than POSTTRAIN_INBOX_MB megabytes or MOST_ROWS rows."""
+    limit = limit_megabytes() * 1_000_000
+    kind, compression = kind_and_compression(path)
+    try:
+        size = rows = 0
+        for more, records in _parts(path, kind, compression, limit):
+            size, rows = size + more, rows + records
+            if size > limit or rows > MOST_ROWS:
+                raise DataError(_words(path, limit))
+    except (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException):
+        return  # a damaged file: its reader names the fault
+
+
+def _words(path: Path, limit: int) -> str:
+    return (
+        f"{path}: holds more than {limit // 1_000_000} MB or {MOST_ROWS:,} rows after decompression, and reading it could fill the"
+        " memory. Split it and put the parts into the inbox, or set POSTTRAIN_INBOX_MB if the machine has the memory (a row needs"
+        " about forty times its size)."
+    )
+
+
+def _parts(path: Path, kind: str, compression: str, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield bytes and rows of each part of the file."""
+    if kind == ".parquet":
+        if compression:
+            yield from ((each, 0) for each in _decompressed(path, compression))
+            return
+        yield from _parquet(path, limit)
+    elif compression:
+        yield from ((each, 0) for each in _decompressed(path, compression))
+    else:
+        yield path.stat().st_size, 0
+
+
+def _decompressed(path: Path, compression: str) -> Iterator[int]:
+    opened = _OPEN[compression](path, "rb") if compression in _OPEN else pa.CompressedInputStream(str(path), "zstd")
+    with opened as file:
+        while chunk := file.read(_CHUNK):
+            yield len(chunk)
+
+
+def _parquet(path: Path, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield first the sizes that the file declares, then those of its values, a few rows at a time."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        declared = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+        yield (declared if declared > limit else 0), file.metadata.num_rows
+        for batch in file.iter_batches(batch_size=256):
+            yield batch.nbytes, 0
