@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,15 @@ SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "k
 NUMBER = r"(-?\d+\.\d+)"
 
 
-def run_example(root: Path, name: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(root / "examples" / f"{name}.py")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def run_example(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run an example as a program in this process, which has imported torch already."""
+
+    def run(name: str) -> str:
+        runpy.run_path(str(root / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_the_import_brings_no_torch(root: Path) -> None:
@@ -36,7 +43,9 @@ def test_the_import_brings_no_torch(root: Path) -> None:
 
 
 def test_train_grpo_lifts_the_reward_in_under_twenty_lines(root: Path) -> None:
-    said = run_example(root, "train_grpo")
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(root / "examples" / "train_grpo.py")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     before, after = (float(value) for value in re.findall(NUMBER, said.splitlines()[0]))
     assert before < 0.1
     assert after > before + 0.2
@@ -46,21 +55,21 @@ def test_train_grpo_lifts_the_reward_in_under_twenty_lines(root: Path) -> None:
     assert len(lines) < 20
 
 
-def test_train_dpo_learns_the_preferences(root: Path) -> None:
-    said = run_example(root, "train_dpo")
+def test_train_dpo_learns_the_preferences(run_example: Callable[[str], str]) -> None:
+    said = run_example("train_dpo")
     first, last, accuracy = (float(value) for value in re.findall(NUMBER, said))
     assert first == pytest.approx(0.69)
     assert last < 0.5
     assert accuracy > 0.7
 
 
-def test_custom_rewards_are_told_apart_by_name(root: Path) -> None:
-    said = run_example(root, "custom_reward")
+def test_custom_rewards_are_told_apart_by_name(run_example: Callable[[str], str]) -> None:
+    said = run_example("custom_reward")
     assert [line.partition(":")[0] for line in said.splitlines()] == ["starts_right", "brief"]
 
 
-def test_a_custom_environment_is_learnt(root: Path) -> None:
-    before, after = (float(value) for value in re.findall(NUMBER, run_example(root, "custom_environment")))
+def test_a_custom_environment_is_learnt(run_example: Callable[[str], str]) -> None:
+    before, after = (float(value) for value in re.findall(NUMBER, run_example("custom_environment")))
     assert after > before
 
 

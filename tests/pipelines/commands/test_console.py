@@ -52,10 +52,9 @@ def test_a_command_runs_by_its_name(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_command_runs_by_its_old_module_which_names_the_new_one(root: Path, name: str) -> None:
-    new = run(root, "-m", "pipelines.commands", name, "--help")
     old = run(root, "-m", f"pipelines.{name}", "--help")
     assert old.returncode == 0, old.stderr
-    assert new.stdout == old.stdout
+    assert old.stdout.startswith(f"usage: posttrain {name}")
     assert old.stderr.splitlines()[0] == f"python -m pipelines.{name} is now called: posttrain {name}"
 
 
