@@ -168,7 +168,7 @@ def test_the_pages_show_the_night_and_its_model(scene: Scene) -> None:
     prefect, auth = scene.topology.url("prefect"), os.environ["PREFECT_API_AUTH_STRING"]
     with signed_in(prefect, *auth.split(":", 1)) as proxy:
         shows(browser, scene, f"{proxy}/artifacts", *artifacts)
-        shows(browser, scene, first["flow run"].replace(prefect, proxy), "Completed", "Task runs")
+        shows(browser, scene, first["flow run"].replace(prefect, proxy), "Completed", "Task Runs")
     base = scene.topology.url("mlflow")
     with signed_in(base, "admin", os.environ["MLFLOW_TRACKING_PASSWORD"]) as proxy:
         version = first["model"].replace(base, proxy) + "?workflowType=machine_learning"
