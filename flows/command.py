@@ -80,6 +80,7 @@ def main(
         # a flow works in the current directory: a parameter of its run could name any folder
         with contextlib.chdir(options.root), prefect_api(Path.cwd()) as configured:
             print_line("Prefect: " + redact(configured or "private server"))
+            options.server = configured
             return _status(call(options))
     except PosttrainError as error:
         return report_error(error)

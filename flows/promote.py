@@ -30,7 +30,7 @@ from flows.production import registry_of, switch
 from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
 from tasks.champion import FOLDER, POINTER, pointer_entry, switching
-from tasks.console import log_line, print_line
+from tasks.console import log_line
 from tasks.notify import notify
 
 APPROVAL_HOURS = 24 * 7
@@ -181,8 +181,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _call(options: argparse.Namespace) -> Any:
     """Run the flow with the parsed options."""
-    if options.approval:
-        print_line("waits for an answer in Prefect's UI; PREFECT_API_URL must name a server")
+    if options.approval and options.server is None:
+        raise OrchestrationError(
+            "--approval waits for an answer in Prefect's UI, and without PREFECT_API_URL there is no page to answer on. Set it to a"
+            " running server (docs/operations.md), or promote without --approval."
+        )
     return promote(
         options.version, options.roll_back, options.reason, options.approval, options.adopt, return_state=True
     )

@@ -1,10 +1,11 @@
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.command import add_stages, main
-from flows.promote import promote
+from flows.promote import _call, promote
 from posttrain.errors import OrchestrationError
 
 
@@ -54,6 +55,12 @@ def test_a_project_that_cannot_be_written_is_one_paragraph(tmp_path: Path, capsy
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {tmp_path}/.posttrain cannot be written: ")
     assert printed.count("\n") == 1
+
+
+def test_an_approval_without_a_server_is_refused_instead_of_waiting_for_a_week() -> None:
+    options = Namespace(version=3, roll_back=False, reason="", approval=True, adopt=False, server=None)
+    with pytest.raises(OrchestrationError, match="without PREFECT_API_URL there is no page to answer on"):
+        _call(options)
 
 
 def test_a_roll_back_takes_neither_a_version_nor_an_approval() -> None:
