@@ -40,8 +40,11 @@ START, FOLDER = Path("models/sft"), Path("models/reward")
 
 
 def run(run: Run) -> None:
-    """Train, measure and save the reward model."""
+    """Train, measure and save the reward model; with reward.enabled: false only a note that there is none."""
     params = run.context.params.reward
+    if not params.enabled:
+        without_model(run)
+        return
     device = accelerator(params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
     from posttrain.models.folders import load_encoder
@@ -98,6 +101,18 @@ def run(run: Run) -> None:
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
     run.recorder.summary(results | {"reward_mean": mean} | counts)
+
+
+def without_model(run: Run) -> None:
+    """Write the outputs of a stage that trains nothing: DVC expects them, and the report reads that there were no steps."""
+    run.recorder.ready()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "README.md").write_text(
+        "There is no reward model: reward.enabled is false in params.yaml.\n", encoding="utf-8"
+    )
+    announce(run.context, "no reward model is trained, because reward.enabled is false")
+    run.recorder.metrics(0, {"loss": math.nan})
+    run.recorder.summary({"steps": 0, "tokens/trained": 0})
 
 
 def reward_pairs(

@@ -120,7 +120,8 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     yield Phase("sft", "train", steps, _times(rows("sft", params.data.sft.rows), sft.epochs * longest),
                 training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
     pairs = rows("preferences", _kept(params))
-    yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
+    if reward.enabled:
+        yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
                 training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, pairs, longest)

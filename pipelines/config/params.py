@@ -64,6 +64,7 @@ class Params(Section):
         """Check the rules that involve several sections."""
         self._check_reward_sources()
         self._check_patterns()
+        self._check_reward_model()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         for name in self.project.algorithms:
             if name not in self.algorithms:
@@ -151,6 +152,33 @@ class Params(Section):
         if context is not None and prompt + new_tokens > context:
             raise ConfigError(
                 f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds {name} = {context}"
+            )
+
+    def _check_reward_model(self) -> None:
+        """Raise ConfigError if something uses the reward model although `reward.enabled` is false."""
+        if self.reward.enabled:
+            return
+        models = {name for name, section in self.rewards.items() if section.function == "reward_model"}
+        used = [f"evaluation.rewards ({name})" for name in self.evaluation.rewards if name in models]
+        for name in self.project.algorithms:
+            section = self.algorithms.get(name)
+            used += [
+                f"algorithms.{name}.rewards ({reward})"
+                for reward in (section and section.rewards) or ()
+                if reward in models
+            ]
+            spec = self.algorithm(name) if section else None
+            if (
+                isinstance(spec, OnPolicy)
+                and spec.has_critic
+                and spec.critic == "separate"
+                and spec.critic_start == "reward"
+            ):
+                used.append(f"algorithms.{name}.options.critic_start (reward)")
+        if used:
+            raise ConfigError(
+                f"reward.enabled is false, but {', '.join(used)} {'use' if len(used) > 1 else 'uses'} the reward model; remove"
+                f" {'them' if len(used) > 1 else 'it'}, or set reward.enabled: true"
             )
 
     def _check_patterns(self) -> None:

@@ -186,6 +186,8 @@ class SftParams(Section):
 class RewardParams(Section):
     """Training of the reward model."""
 
+    enabled: bool = True
+    """False: no algorithm, critic or evaluation uses a reward model, so the stage trains none and ends at once."""
     seed: Seed
     epochs: Count
     batch_size: Count

@@ -113,6 +113,21 @@ def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
         parse_params(changed(soft, "reward.margin_from_scores", True))
 
 
+def test_without_a_reward_model_nothing_may_use_it(tree: Any) -> None:
+    off = changed(tree, "reward.enabled", False)
+    with pytest.raises(ConfigError) as caught:
+        parse_params(off)
+    for place in (
+        "evaluation.rewards (rm)",
+        "algorithms.grpo.rewards (rm)",
+        "algorithms.ppo.options.critic_start (reward)",
+    ):
+        assert place in str(caught.value)
+    off["project"]["algorithms"], off["evaluation"]["rewards"] = ["dpo", "grpo"], ["answer"]
+    off["algorithms"]["grpo"]["rewards"] = {"answer": 1.0}
+    assert not parse_params(off).reward.enabled
+
+
 def test_a_new_point_of_the_design_space_needs_parameters_alone(tree: Any) -> None:
     section = {"preset": "grpo", "options": {"advantage": "group_z"}, "rewards": {"answer": 1}, "budget": {"steps": 3}}
     params = parse_params(changed(tree, "algorithms.grpo_z", section))
