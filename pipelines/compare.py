@@ -34,10 +34,9 @@ def run(run: Run) -> None:
     results = load(project.algorithms, project.seeds)
     comparison = compare(results, question)
     write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
-    accuracies = {f"accuracy/{summary.name}": summary.accuracy.value for summary in comparison.summaries}
-    accuracies |= {f"headline/{summary.name}": summary.headline.value for summary in comparison.summaries}
+    levels = {f"headline/{summary.name}": summary.headline.value for summary in comparison.summaries}
     significant = sum(pair.significant for pair in comparison.pairs)
-    run.recorder.summary(accuracies | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
+    run.recorder.summary(levels | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.recorder.tag("solved", solved(comparison))
     for picture in sorted(FOLDER.glob("*.png")):
         run.outputs.artifact(picture.name).write_bytes(picture.read_bytes())

@@ -8,10 +8,11 @@ be smaller.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.data.tables import WEIGHT
+from pipelines.data.tables import WEIGHT, Row
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.setup import (
@@ -28,6 +29,9 @@ from pipelines.training.setup import (
     train,
     write_model,
 )
+
+if TYPE_CHECKING:
+    from posttrain.data.tokens import TextEncoder
 
 START, FOLDER = Path("models/base"), Path("models/sft")
 
@@ -85,9 +89,19 @@ def run(run: Run) -> None:
     made = merged_model(trainer, made, make)
     about |= adapter_facts(params.lora)
     card = model_card(run.context, "Supervised fine-tuned model", START.as_posix(), about, last)
+    _drop_untrained_template(encoder, table)
     write_model(run.outputs, made.model.lm, encoder, FOLDER, card, made.adapter)
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary({"loss": last["loss"], "steps": order.steps, "tokens/trained": last["tokens/trained"]})
+
+
+def _drop_untrained_template(encoder: TextEncoder, table: Sequence[Row]) -> None:
+    """Remove the built-in model's chat template if no row is a conversation: tools would then talk to it in a form it never saw."""
+    from posttrain.models.tiny import CHAT_TEMPLATE
+
+    chat = any(isinstance(row.get("prompt", row.get("messages")), list) for row in table)
+    if not chat and encoder.tokenizer.chat_template == CHAT_TEMPLATE:
+        encoder.tokenizer.chat_template = None
 
 
 if __name__ == "__main__":

@@ -3,25 +3,31 @@
     posttrain configure examples/gsm8k.yaml
     posttrain configure sft.epochs=2 project.seeds=[0,1]
     posttrain configure --check
+    posttrain configure data.sft.source=later.jsonl --absent
 
 An overlay is a YAML file that holds only the keys to change. A mapping is merged into the existing one, any other value replaces the
-existing value, and `null` removes an optional key. Prints each change.
+existing value, and `null` removes an optional key. Prints each change. Files, import paths, columns and hub ids that a run would not find
+are refused at once; --absent writes them anyway. A mapping in braces that DVC cannot read or write is rewritten in block style.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipelines.config.params import flatten, parse_params, read_yaml
+from pipelines.commands.lookahead import problems
+from pipelines.config.dvc_yaml import require_survival, to_block_style
+from pipelines.config.params import flatten, load_params, parse_params, read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import ConfigError, PosttrainError
@@ -41,15 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "changes", nargs="*", metavar="OVERLAY.yaml | key=value", help="changes, applied from left to right"
     )
     parser.add_argument("--check", action="store_true", help="validate and print the changes, but write nothing")
+    parser.add_argument("--absent", action="store_true", help="do not look for files, folders and functions")
     parser.add_argument("--params", type=Path, help="file to change instead of the project's params.yaml")
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
     try:
-        changes = configure(path, args.changes, write=not args.check)
+        changes = configure(path, args.changes, write=False)
+        if not args.absent:
+            _look(path, args.changes)
+        if not args.check:
+            configure(path, args.changes)
     except PosttrainError as error:
         return report_error(error)
     print("\n".join(changes) or f"{path.name}: valid, nothing changes")
     return 0
+
+
+def _look(path: Path, changes: Sequence[str]) -> None:
+    """Raise ConfigError if a run with the changed parameters would not find something."""
+    with TemporaryDirectory(prefix="posttrain-") as folder:
+        changed = Path(folder, path.name)
+        changed.write_bytes(path.read_bytes())
+        configure(changed, changes)
+        params = load_params(changed)
+    sys.path.insert(0, os.getcwd())
+    found = problems(params)
+    if found:
+        raise ConfigError("\n".join([*found, "Nothing was written. Type --absent if these will be there later."]))
 
 
 def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[str]:
@@ -64,11 +88,14 @@ def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[st
         raise ConfigError(f"{path}: must be a mapping of sections")
     for change in changes:
         _merge(tree, _overlay(change))
+    blocks = to_block_style(tree)
     text = io.StringIO()
     yaml.dump(tree, text)
+    require_survival(text.getvalue(), path.name)
     after = YAML(typ="safe", pure=True).load(text.getvalue())
     parse_params(after, path.name)
     differences = _differences(flatten(before), flatten(after))
+    differences += [f"{name}: rewritten without braces, in which DVC cannot read it" for name in blocks]
     if write and differences:
         write_atomic(path, text.getvalue().encode())
     return differences

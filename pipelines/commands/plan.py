@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
+from pipelines.commands.lookahead import problems
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import report_error
 from posttrain.algorithms import OnPolicy
-from posttrain.errors import PosttrainError
+from posttrain.errors import ConfigError, PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.planning import Memory, Sizes
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         os.chdir(environment.root())
         params = load_params(path)
+        sys.path.insert(0, os.getcwd())
+        found = problems(params)
+        if found:
+            raise ConfigError("\n".join(found))
         model = model_sizes(params)
         planned = list(phases(params, model))
         shown = power(params)

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
@@ -21,6 +22,8 @@ from posttrain.text import nearest
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _ABSENT: Any = object()
+NEAR = 0.85
+"""Similarity from which the name of an unused column is asked about."""
 _MESSAGES = "messages"
 """A canonical column that holds a whole conversation: it becomes prompt and completion."""
 
@@ -92,6 +95,7 @@ def _columns(
     if source.columns is None:
         optional = (*SCORES, WEIGHT) if kind in ("sft", "preferences") else ()
         names = [*needed, *(n for n in optional if n in present and is_number(kind, n))]
+        _ask_about_near_names(kind, present, {*names}, optional, where)
         wanted = {name: name for name in [*names, *([TOOLS] if TOOLS in present else [])]}
     for name in needed:
         if name not in wanted:
@@ -100,6 +104,18 @@ def _columns(
     numbers = (name for name in wanted if is_number(kind, name))
     as_it_is = {*TEXT["sft"], *TEXT["preferences"], _MESSAGES, "answer", *numbers}
     return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
+
+
+def _ask_about_near_names(kind: Kind, present: set[str], used: set[str], optional: Sequence[str], where: str) -> None:
+    """Raise DataError for an unused column whose name is almost that of an optional one, such as score_chosen."""
+    for name in sorted(present - used):
+        for known in optional if not present & {*optional} else ():
+            same_words = sorted(name.lower().split("_")) == sorted(known.split("_"))
+            if same_words or SequenceMatcher(None, name.lower(), known).ratio() >= NEAR:
+                raise DataError(
+                    f"{where}: is the column {name!r} meant to be {known!r}? Without an answer it would not be used. If so, set"
+                    f" data.{kind}.columns with {{{known}: {name}}} and the other columns; if not, set data.{kind}.columns without it."
+                )
 
 
 def _needed(kind: Kind, source: TableSource, whole: bool, present: set[str]) -> list[str]:

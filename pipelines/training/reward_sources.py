@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams, RewardFunctionParams
+from posttrain.errors import ConfigError
 from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
@@ -37,10 +40,24 @@ def reward_sources(
     return sources
 
 
+def _limit_seconds() -> float | None:
+    """Return the time limit of this machine (POSTTRAIN_REWARD_SECONDS), which is no parameter and makes no stage stale; None if unset."""
+    text = os.environ.get("POSTTRAIN_REWARD_SECONDS")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ConfigError(f"POSTTRAIN_REWARD_SECONDS = {text!r}: must be a number of seconds above 0")
+    return seconds
+
+
 def _function_reward(name: str, section: RewardFunctionParams) -> FunctionReward:
     """Return a function reward. A fast built-in is called directly; any other function runs in its own process with a time limit."""
     require_available(section.function)
     if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
         return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
-    worker = Worker(section.function, section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    worker = Worker(section.function, _limit_seconds() or section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
     return FunctionReward(name, worker, section.arguments, section.on_failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -179,5 +180,16 @@ def _check_emptied(outcome: ValidationOutcome) -> None:
     """Stop if a table has no rows left."""
     for table, rows in outcome.kept.items():
         if not rows:
-            detail = f"all {len(outcome.quarantined[table])} rows were quarantined"
+            aside = outcome.quarantined[table]
+            counts = Counter(reason for row in aside for reason in str(row["reason"]).split("; "))
+            rules = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+            detail = (
+                f"all {len(aside)} rows were quarantined by {rules}; first row: {_shown(aside[0])}" if aside else ""
+            )
             outcome.verdicts.append(Verdict(Finding(table, "row_count", "", "failed", detail=detail), STOP, []))
+
+
+def _shown(row: Row) -> str:
+    """Return a row's values, shortened."""
+    values = (f"{name} {str(plain(value))[:60]!r}" for name, value in row.items() if name not in ("id", "reason"))
+    return f"id {row['id']}: {', '.join(values)}"

@@ -87,8 +87,9 @@ def _structure(verdict: Verdict) -> str:
     if verdict.finding.rule == "columns":
         return "the column is missing. Make the table again with `dvc repro ingest`, or map it in data.*.columns."
     detail = verdict.finding.detail
-    return (f"{detail}, so no row is left. Check data.*.source and the limits under validation." if "quarantined" in detail
-            else "the table has no rows. Set data.*.source to a source with rows, or raise data.*.rows.")  # fmt: skip
+    if "quarantined" not in detail:
+        return "the table has no rows. Set data.*.source to a source with rows, or raise data.*.rows."
+    return f"{detail}. No row is left. Check data.*.source and the limits under validation."
 
 
 def _next(rule: str, table: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from pipelines.commands.configure import configure, main
+from pipelines.config.dvc_yaml import survives
 from pipelines.config.params import load_params
 from posttrain.algorithms import PRESETS, OnPolicy
 from posttrain.errors import ConfigError
@@ -88,3 +90,79 @@ def test_the_command_checks_without_writing(params: Path, capsys: pytest.Capture
     assert main(["--params", str(params), "sft.epochs=none"]) == 2
     assert capsys.readouterr().err.startswith("error: params.yaml: sft.epochs = 'none'")
     assert params.read_bytes() == before
+
+
+BRACES = "rewards:\n  brevity: {function: my_package.rewards:brevity, arguments: {target: 200}, on_failure: skip}\n"
+
+
+def test_an_import_path_in_braces_is_written_so_that_dvc_reads_and_writes_it(params: Path, tmp_path: Path) -> None:
+    assert not survives(BRACES)
+    assert not survives(BRACES.replace("my_package.rewards:brevity", "'my_package.rewards:brevity'"))
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(BRACES)
+    changes = configure(params, [str(overlay)])
+    assert "rewards.brevity: rewritten without braces, in which DVC cannot read it" in changes
+    text = params.read_text()
+    assert survives(text)
+    assert "  brevity:\n    function: my_package.rewards:brevity\n    arguments: {target: 200}\n" in text
+    assert configure(params, []) == []
+
+
+def test_a_file_that_dvc_cannot_read_is_found_and_mended(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params.write_text(
+        params.read_text().replace(
+            "  rm: {function: reward_model}\n", f"  rm: {{function: reward_model}}\n{BRACES[9:]}"
+        )
+    )
+    assert main(["--check", "--absent", "--params", str(params)]) == 0
+    assert "rewards.brevity: rewritten without braces" in capsys.readouterr().out
+    assert not survives(params.read_text())
+    assert main(["--absent", "--params", str(params)]) == 0
+    assert survives(params.read_text())
+
+
+@pytest.fixture
+def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a package of rewards and a file of pairs with almost the right columns."""
+    folder = params.parent
+    monkeypatch.chdir(folder)
+    (folder / "judges.py").write_text("def brevity(prompts, completions):\n    return [0.0 for _ in prompts]\n")
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.0}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    return params
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "rewards.mine={function: 'no_package.judges:f'}",
+            "rewards.mine.function = 'no_package.judges:f': cannot be imported",
+        ),
+        ("rewards.mine={function: 'judges:brevty'}", "judges.py defines no brevty; did you mean 'brevity'?"),
+        ("model.source=./nowhere", "model.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
+        ("data.sft={source: missing.jsonl}", "missing.jsonl"),
+        ("data.sft={source: 'hub:a/b/c/d'}", "a hub data set is written hub:OWNER/NAME"),
+        ("data.preferences={source: pairs.jsonl}", "is the column 'score_chosen' meant to be 'chosen_score'?"),
+    ],
+)
+def test_what_a_run_would_not_find_is_refused_at_once(
+    absent: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = absent.read_bytes()
+    assert main(["--params", str(absent), change]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Nothing was written" in said
+    assert absent.read_bytes() == before
+    assert main(["--params", str(absent), "--absent", change]) == 0
+
+
+def test_what_is_there_is_written(absent: Path) -> None:
+    columns = "{prompt: prompt, chosen: chosen, rejected: rejected, chosen_score: score_chosen, rejected_score: score_rejected}"
+    changes = [
+        "rewards.mine={function: 'judges:brevity'}",
+        f"data.preferences={{source: pairs.jsonl, columns: {columns}}}",
+    ]
+    assert main(["--params", str(absent), *changes]) == 0
+    assert load_params(absent).rewards["mine"].function == "judges:brevity"

@@ -258,7 +258,7 @@ def test_the_markdown_table_says_what_the_json_says(project: Path, numbers: Any)
 
 def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, page: str) -> None:
     metrics = json.loads((project / "runs" / "compare" / "metrics.json").read_text())
-    assert metrics["accuracy"]["grpo"] == pytest.approx(91 / 120)
+    assert metrics["headline"]["grpo"] == pytest.approx(91 / 120)
     assert metrics["pairs"]["tested"] == 6
     assert (project / ".posttrain" / "costs" / "index.html").is_file()
     assert not re.search(r"20\d\d-\d\d-\d\d", page)

@@ -48,6 +48,17 @@ def test_built_ins_run_here_and_foreign_or_limited_functions_in_a_process(root: 
     assert made["limited"].failures == {"timed_out": 1}
 
 
+def test_the_limit_of_a_machine_is_no_parameter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"function": "tests.rewards.behaving:lengths", "timeout_seconds": 2}
+    monkeypatch.setenv("POSTTRAIN_REWARD_SECONDS", "7.5")
+    call = sources(root, mine=mine)["mine"].call
+    assert isinstance(call, Worker)
+    assert call.seconds == 7.5
+    monkeypatch.setenv("POSTTRAIN_REWARD_SECONDS", "soon")
+    with pytest.raises(ConfigError, match="POSTTRAIN_REWARD_SECONDS = 'soon': must be a number of seconds above 0"):
+        sources(root, mine=mine)
+
+
 def test_a_missing_extra_is_one_sentence_before_anything_is_trained(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,8 +196,12 @@ def test_a_stop_says_table_column_rule_count_rows_and_what_next(checked: Checked
 
 def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
     outcome = checked(sft(("a", ""), ("b", "")))
-    with pytest.raises(DataError, match=r"table sft, rule row_count: all 2 rows were quarantined, so no row is left"):
+    with pytest.raises(DataError) as caught:
         refuse(outcome, 5, Path("report.html"))
+    assert (
+        "table sft, rule row_count: all 2 rows were quarantined by empty_text (completion): 2;"
+        " first row: id 0: prompt 'a', completion ''. No row is left." in str(caught.value)
+    )
 
 
 # Leakage -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""Check at once what a run would find out later: import paths, model and data sources, and columns on the first rows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from pipelines.config.params import Params
+from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.files import read_file
+from pipelines.data.sources import GENERATORS, HUB, local_files
+from posttrain.environments.parts import Kind
+from posttrain.errors import PosttrainError
+from posttrain.text import nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+ROWS = 20
+"""Rows of a local file whose columns are checked."""
+
+
+def problems(params: Params) -> list[str]:
+    """Return one line for each source, import path or column that a run would not find."""
+    return [*_functions(params), *_model(params), *_data(params)]
+
+
+def _functions(params: Params) -> Iterator[str]:
+    """Yield the reward functions that cannot be imported; no code of their module runs."""
+    for name, reward in params.rewards.items():
+        if ":" in reward.function:
+            why = _missing_function(reward.function)
+            if why:
+                yield f"rewards.{name}.function = {reward.function!r}: {why}"
+
+
+def _missing_function(path: str) -> str | None:
+    """Return why an import path leads nowhere, or None."""
+    module, _, function = path.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        return f"cannot be imported: {error}"
+    if spec is None or spec.origin is None:
+        return f"there is no module {module} here. Write it, or start the command in the folder that holds it."
+    source = Path(spec.origin)
+    if source.suffix != ".py":
+        return None
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    names |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return None if function in names else f"{source.name} defines no {function}{nearest(function, names)}"
+
+
+def _model(params: Params) -> Iterator[str]:
+    """Yield a model source that is neither `tiny`, a folder with a config.json, nor of the form of a hub id."""
+    source = params.model.source
+    if source == "tiny" or (Path(source) / "config.json").is_file():
+        return
+    if Path(source).exists():
+        yield f"model.source = {source!r}: the folder has no config.json, so it is not a model that transformers can load"
+    elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
+        yield f"model.source = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
+
+
+def _data(params: Params) -> Iterator[str]:
+    """Yield what is wrong with a table's source, or with the columns of its first rows."""
+    for kind in get_args(Kind):
+        source = getattr(params.data, kind)
+        for name in source.names:
+            if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
+                yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
+        if any(name in GENERATORS or name.startswith(HUB) for name in source.names):
+            continue
+        try:
+            files = local_files(source)
+            if not files:
+                yield f"data.{kind}.source = {source.source!r}: no such file, folder or generator{nearest(str(source.source), GENERATORS)}"
+                continue
+            canonical_rows(kind, source.model_copy(update={"rows": None}), read_file(files[0])[:ROWS])
+        except PosttrainError as error:
+            yield str(error)

@@ -1,0 +1,162 @@
+"""Upload a model to the Hugging Face hub, with a card that holds its evaluation. Wraps `hf upload`.
+
+    posttrain push grpo-0 OWNER/NAME --dry-run     # writes the folder, and prints its files, its card and the command
+    posttrain push grpo-0 OWNER/NAME --license apache-2.0
+    posttrain push sft OWNER/NAME
+
+The folder that is uploaded is .posttrain/push/NAME: the model's files, and a README.md with base model, data sets, results with intervals,
+licence and intended use in the hub's metadata format. Sign in first with `hf auth login`. The repository is private unless --public.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipelines.config.params import Params, load_params
+from pipelines.data.sources import HUB
+from pipelines.evaluate import model_folder
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_error
+from posttrain.errors import ConfigError, PosttrainError
+
+FOLDER = Path(".posttrain") / "push"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+KEPT_OUT = "*.partial"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="sft, or an aligned model, e.g. grpo-0")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub")
+    parser.add_argument("--license", default="other", help="licence of the weights by its hub name (default: other)")
+    parser.add_argument("--public", action="store_true", help="create the repository as a public one")
+    parser.add_argument("--dry-run", action="store_true", help="write and show everything, and upload nothing")
+    options = parser.parse_args(arguments)
+    try:
+        os.chdir(environment.root())
+        folder = write_folder(load_params("params.yaml"), options.model, options.repository, options.license)
+        command = upload_command(options.repository, folder, public=options.public)
+        if options.dry_run:
+            print(
+                "\n".join(file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file())
+            )
+            print((folder / "README.md").read_text(encoding="utf-8"))
+        print(" ".join(command), flush=True)
+        if options.dry_run:
+            return 0
+    except PosttrainError as error:
+        return report_error(error)
+    return subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "0"}, check=False).returncode
+
+
+def upload_command(repository: str, folder: Path, *, public: bool) -> list[str]:
+    """Return the command that uploads the folder."""
+    return [
+        str(Path(sys.executable).with_name("hf")), "upload", repository, str(folder), ".",
+        "--no-private" if public else "--private", "--commit-message", "Upload by posttrain",
+    ]  # fmt: skip
+
+
+def write_folder(params: Params, model: str, repository: str, licence: str) -> Path:
+    """Copy the model's files and write its card; return the folder. Raises ConfigError if the model or the name is not usable."""
+    if not REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{repository!r}: not the name of a repository; write OWNER/NAME")
+    source = model_folder(model)
+    if not (source / "config.json").is_file():
+        trained = sorted(path.parent.name for path in Path("models/align").glob("*/config.json"))
+        raise ConfigError(
+            f"{source} holds no model. Trained here: {', '.join(trained) or 'none'}. `dvc checkout` restores models."
+        )
+    folder = FOLDER / repository.partition("/")[2]
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(KEPT_OUT))
+    written = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").is_file() else ""
+    (folder / "README.md").write_text(card(params, model, repository, licence, written), encoding="utf-8")
+    return folder
+
+
+def card(params: Params, model: str, repository: str, licence: str, written: str) -> str:
+    """Return the card: metadata, results with intervals, intended use, and the table of the training step."""
+    results = _results(model)
+    body = re.sub(r"\A---\n.*?\n---\n", "", written, flags=re.DOTALL).strip()
+    lines = [f"| {name} | {value:.4g} |" for name, value in sorted(results.items())]
+    held_out = f"`data.evaluation`: {params.data.evaluation.source}"
+    return "\n".join([
+        "---", _yaml(metadata(params, model, repository, licence, results)), "---", "", body, "",
+        "## Evaluation", "", f"On held-out problems ({held_out}); `low` and `high` bound 95 % intervals over problems.", "",
+        "| measure | value |", "|---|---|", *lines, "",
+        "## Intended use", "",
+        "A result of an experiment that compares post-training algorithms. It was evaluated on the problems above only; test it before"
+        " any other use.", "",
+    ])  # fmt: skip
+
+
+def metadata(params: Params, model: str, repository: str, licence: str, results: dict[str, float]) -> dict[str, Any]:
+    """Return the metadata block in the hub's format; a base model and data sets are named if they are on the hub."""
+    names = [name for kind in ("sft", "preferences", "problems") for name in getattr(params.data, kind).names]
+    on_hub = list(dict.fromkeys(name.removeprefix(HUB) for name in names if name.startswith(HUB)))
+    found: dict[str, Any] = {
+        "license": licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["posttrain", *([model.rpartition("-")[0]] if "-" in model else [])],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", params.model.source) and not Path(params.model.source).exists():
+        found["base_model"] = params.model.source
+    if on_hub:
+        found["datasets"] = on_hub
+    metrics = [
+        {"type": "accuracy", "name": name, "value": round(results[name], 6)}
+        for name in ("accuracy", "accuracy_low", "accuracy_high")
+        if name in results
+    ]
+    evaluated = {"type": "evaluation", "name": f"data.evaluation: {params.data.evaluation.source}"}
+    task = {"type": "text-generation"}
+    if metrics:
+        entry = {"task": task, "dataset": evaluated, "metrics": metrics}
+        found["model-index"] = [{"name": repository.partition("/")[2], "results": [entry]}]
+    return found
+
+
+def _results(model: str) -> dict[str, float]:
+    """Return the numbers of the model's evaluation by name; empty if it has not been evaluated."""
+    path = Path("runs/evaluate", model, "metrics.json")
+    if not path.is_file():
+        return {}
+    flat: dict[str, float] = {}
+    stack = [("", json.loads(path.read_text(encoding="utf-8")))]
+    while stack:
+        prefix, node = stack.pop()
+        for name, value in node.items():
+            if isinstance(value, dict):
+                stack.append((f"{prefix}{name}/", value))
+            elif isinstance(value, int | float):
+                flat[f"{prefix}{name}"] = float(value)
+    return flat
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    """Return the tree as YAML in block style."""
+    import io
+
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.dump(tree, text)
+    return text.getvalue().rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Uploading a model: the folder, its card, and the command, without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from pipelines.commands.configure import configure
+from pipelines.commands.push import main, upload_command
+
+
+@pytest.fixture
+def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    model = tmp_path / "models/align/grpo-0"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "README.md").write_text("---\ntags: [posttrain]\n---\n\n# Aligned with grpo\n")
+    evaluated = tmp_path / "runs/evaluate/grpo-0"
+    evaluated.mkdir(parents=True)
+    numbers = {"accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "reward": {"answer": {"mean": 0.5}}}
+    (evaluated / "metrics.json").write_text(json.dumps(numbers))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_dry_run_shows_the_folder_the_card_and_the_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(project / "params.yaml", ["model.source=org/base", "data.sft={source: 'hub:org/chats'}"])
+    assert main(["grpo-0", "me/mine", "--license", "apache-2.0", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("README.md\nconfig.json\nmodel.safetensors\n")
+    assert "hf upload me/mine .posttrain/push/mine . --private" in said
+    card = ModelCard.load(project / ".posttrain/push/mine/README.md")
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("apache-2.0", "org/base", ["org/chats"])
+    assert card.data.library_name == "transformers"
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
+        "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8,
+    }  # fmt: skip
+    for text in ("# Aligned with grpo", "| reward/answer/mean | 0.5 |", "## Intended use"):
+        assert text in card.text
+    assert (project / "models/align/grpo-0/README.md").read_text().startswith("---\ntags: [posttrain]")
+
+
+def test_a_built_in_model_names_no_base_and_no_data_of_the_hub(project: Path) -> None:
+    assert main(["grpo-0", "me/mine", "--dry-run"]) == 0
+    card = ModelCard.load(project / ".posttrain/push/mine/README.md")
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "repository", "message"),
+    [
+        ("dpo-0", "me/mine", "models/align/dpo-0 holds no model. Trained here: grpo-0."),
+        ("grpo-0", "mine", "'mine': not the name of a repository; write OWNER/NAME"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused(
+    project: Path, model: str, repository: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([model, repository]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_repository_is_private_unless_asked_otherwise() -> None:
+    assert "--private" in upload_command("me/mine", Path("x"), public=False)
+    assert "--no-private" in upload_command("me/mine", Path("x"), public=True)
