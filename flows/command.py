@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect import tags
+
 from flows.lock import refuse_second_flow
+from flows.names import TAG
 from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
 from pipelines.runtime.environment import require_writable
@@ -81,7 +84,8 @@ def main(
         with contextlib.chdir(options.root), prefect_api(Path.cwd()) as configured:
             print_line("Prefect: " + redact(configured or "private server"))
             options.server = configured
-            return _status(call(options))
+            with tags(TAG):
+                return _status(call(options))
     except PosttrainError as error:
         return report_error(error)
     except KeyboardInterrupt as signalled:

@@ -16,12 +16,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.command import add_stages, main
 from flows.hooks import HOOKS
+from flows.names import dated
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 from tasks.challenger import register_best
 
 
-@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
+@flow(
+    name="compare",
+    flow_run_name=dated("compare"),
+    task_runner=ThreadPoolTaskRunner(max_workers=256),  # type: ignore[arg-type]
+    persist_result=False,
+    **HOOKS,
+)
 def compare(targets: list[str] | None = None, tracking: bool = True) -> State[None] | None:
     """Bring the stages up to date, from the base model to the report. `targets` limits this to some stages and their dependencies."""
     with exclusive(Path.cwd()):

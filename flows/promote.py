@@ -26,6 +26,7 @@ from prefect.states import Cancelled
 from flows.command import main
 from flows.gatekeeping import links
 from flows.hooks import HOOKS
+from flows.names import dated
 from flows.production import registry_of, switch
 from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
@@ -43,7 +44,7 @@ class Approval(RunInput):
     comment: str = ""
 
 
-@flow(name="promote", persist_result=False, **HOOKS)
+@flow(name="promote", flow_run_name=dated("promote"), persist_result=False, **HOOKS)
 def promote(
     version: int | None = None,
     roll_back: bool = False,

@@ -18,13 +18,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.command import add_stages, main
 from flows.gatekeeping import decide_promotion
 from flows.hooks import HOOKS
+from flows.names import dated
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 from tasks.console import log_line
 from tasks.intake import take_in
 
 
-@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=256), persist_result=False, **HOOKS)  # type: ignore[arg-type]
+@flow(
+    name="retrain",
+    flow_run_name=dated("retrain"),
+    task_runner=ThreadPoolTaskRunner(max_workers=256),  # type: ignore[arg-type]
+    persist_result=False,
+    **HOOKS,
+)
 def retrain(targets: list[str] | None = None, tracking: bool = True, approval: bool = False) -> State[None] | None:
     """New data to champion, in the current directory.
 

@@ -1,10 +1,14 @@
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.compare import compare
+from flows.remaining import time_left
 from posttrain.errors import OrchestrationError
 from tasks.dag import read_dag
 from tasks.lockfile import sorted_lock
@@ -95,3 +99,19 @@ def test_one_slot_means_one_stage_at_a_time_and_targets_bring_only_what_they_nee
     assert sorted(times(workspace)) == ["side-left", "side-right", "start"]
     first, second = sorted([times(workspace)["side-left"], times(workspace)["side-right"]])
     assert first[1] <= second[0]
+
+
+def test_a_flow_run_is_named_by_what_it_does_and_when(finished: Path) -> None:
+    run(finished)
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+    assert re.fullmatch(r"compare 20\d\d-\d\d-\d\d \d\d:\d\d", newest.name)
+
+
+def test_the_time_left_comes_from_stages_of_the_same_kind() -> None:
+    seconds = {"align@grpo-0": 90.0, "align@grpo-1": 110.0, "sft": 40.0}
+    # two unknown alignments take the mean of the known ones, 100 s each; two slots share them
+    assert time_left({"align@dpo-0", "align@dpo-1"}, seconds, 1) == "about 3 min left"
+    assert time_left({"align@dpo-0", "align@dpo-1"}, seconds, 2) == "about 2 min left"
+    assert time_left({"sft", "compare"}, seconds, 1) == "at least 40 s left"
+    assert time_left({"compare"}, seconds, 1) == time_left(set(), seconds, 1) == ""

@@ -1,6 +1,6 @@
 import io
 
-from tasks.log import StageLog
+from tasks.log import StageLog, progress_words
 
 
 class Recorder:
@@ -60,3 +60,10 @@ def test_a_held_lock_is_transient_and_names_the_holder() -> None:
     it.log.feed(b"ERROR: failed to reproduce 'a': '/w/a' is busy, it is being blocked by:\n  (PID 12): dvc repro a\n\n")
     assert it.log.transient
     assert it.log.dvc_error().endswith("(PID 12): dvc repro a")
+
+
+def test_a_progress_bar_is_shown_in_words() -> None:
+    assert (
+        progress_words("align-grpo-0:  25%|##5       | 10/40 [00:12<00:36,  1.20s/step]") == "step 10 of 40, 00:36 left"
+    )
+    assert progress_words("no bar") is None
