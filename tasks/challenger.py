@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.params import load_params
-from pipelines.promotion.registry import CHAMPION, REASON, Registry
+from pipelines.promotion.registry import CHALLENGER, CHAMPION, DECISION, REASON, Registry
 from pipelines.runtime.identity import file_digest
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
@@ -54,14 +54,23 @@ def best_model(comparison: dict[str, Any]) -> tuple[str, str] | None:
 
 @task(name="challenger", task_run_name="register {model} as challenger", cache_policy=NO_CACHE, persist_result=False)
 def register(root: str, model: str, words: str) -> str:
-    """Register the model and give it the alias `challenger`, unless it is champion already; return the result in words."""
+    """Register the model and give it the alias `challenger`; return the result in words.
+
+    What the gate has decided stays: its tags, and its challenger, which `flows.promote` may promote.
+    """
     project, folder = Path(root), f"models/align/{model}"
     registry = Registry(project, load_params(project / "params.yaml").project.experiment)
     champion, entry = registry.holding(CHAMPION), locked_output(project, folder)
     if champion is not None and entry is not None and champion.md5 == entry["md5"]:
         return f"registry: {champion.name}, the champion, is the best model of this comparison"
+    judged = [version for version in registry.versions() if DECISION in version.tags]
+    same = next((version for version in judged if entry is not None and version.md5 == entry["md5"]), None)
+    if same is not None:
+        return f"registry: {same.name} is the best model of this comparison; the gate has decided on it: {same.tags[DECISION]}"
     trained = load(project / "runs" / "align" / model)
     tags = {REASON: f"best of a comparison: {words}"} | ({} if trained is None else {RUN_TAG: trained.identity})
     version = registry.register(model, folder, tags, f"Best of a comparison: {words}")
+    if any(CHALLENGER in each.aliases for each in judged):
+        return f"registry: {version.name} is the best model of this comparison; the gate's challenger stays"
     registry.challenge(version.number)
     return f"registry: {version.name} is challenger; `make retrain` asks the gate if it may become champion"

@@ -138,6 +138,11 @@ def test_the_best_seed_of_the_best_algorithm_becomes_challenger(registry: Regist
     version = registry.holding("challenger")
     assert version is not None
     assert version.tags["reason"] == "best of a comparison: grpo wins"
+    judged = register(registry, "dpo-0", decision="refused")
+    assert "the gate has decided on it: refused" in challenge.fn(str(project.folder), "dpo-0", "dpo wins")
+    registry.challenge(judged)
+    assert "the gate's challenger stays" in challenge.fn(str(project.folder), "grpo-0", "grpo wins")
+    assert aliases(registry) == {"challenger": judged}
     registry.promote(version.number)
     assert "the champion, is the best model" in challenge.fn(str(project.folder), "grpo-0", "grpo wins")
     assert aliases(registry) == {"champion": 1}
