@@ -145,7 +145,7 @@ def test_the_best_seed_of_the_best_algorithm_becomes_challenger(registry: Regist
     assert aliases(registry) == {"challenger": judged}
     registry.promote(version.number)
     assert "the champion, is the best model" in challenge.fn(str(project.folder), "grpo-0", "grpo wins")
-    assert aliases(registry) == {"champion": 1}
+    assert aliases(registry) == {"champion": 1, "challenger": judged}
 
 
 def test_what_a_decision_rests_on_names_aliases_and_roll_backs(registry: Registry) -> None:
