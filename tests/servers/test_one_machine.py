@@ -76,7 +76,6 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
     with at_work(clone, tmp_path, "flows.serve", "--port", "0") as (process, said):
         pages = said(r"Prefect: (http://127\.0\.0\.1:\d+)", 90)
         assert addresses(family(process)) == {"127.0.0.1"}
-        (clone.root / "inbox" / "preferences").mkdir(parents=True)
         (clone.root / "inbox" / "preferences" / "more.jsonl").write_text(
             '{"prompt": "n?", "chosen": "1", "rejected": "0"}\n'
         )
