@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.schema import RewardFunctionParams
+from pipelines.data.tables import plain
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from pipelines.training.evaluator import REFERENCE, Evaluator, prompt_text, write_predictions
+from pipelines.training.evaluator import REFERENCE, Evaluator, write_predictions
 from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
 
@@ -88,7 +89,7 @@ def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardFunctionP
 
 
 def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:
-    return {"prompt": prompt_text(answer.problem.prompt), "completion": answer.text, **answer.rewards}
+    return {"prompt": plain(answer.problem.prompt), "completion": answer.text, **answer.rewards}
 
 
 def model_folder(model: str) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.training.setup import accelerator, announce, problems, read_table
@@ -73,7 +74,7 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
     columns: dict[str, Any] = {
         "prompt_id": pa.array([a.prompt_id for a in answers], pa.int64()),
         "sample": pa.array([a.sample for a in answers], pa.int64()),
-        "prompt": [prompt_text(a.problem.prompt) for a in answers],
+        "prompt": [plain(a.problem.prompt) for a in answers],
         "answer": [str(a.problem.columns.get("answer", "")) for a in answers],
         "completion": [a.text for a in answers],
         "tokens": pa.array([a.tokens for a in answers], pa.int64()),
@@ -84,7 +85,3 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
     for source in sorted(answers[0].rewards):
         columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
     pq.write_table(pa.table(columns), path)
-
-
-def prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
