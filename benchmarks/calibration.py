@@ -38,10 +38,11 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 ALGORITHMS = ("grpo", "cispo", "gspo")
 TASK: dict[str, Any] = {"terms": 2, "max_term": 99, "careless": 0.65}

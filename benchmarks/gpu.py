@@ -36,10 +36,11 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.supervised import Example, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 """Dense bfloat16 TFLOP/s from NVIDIA's data sheets."""

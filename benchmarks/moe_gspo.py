@@ -36,10 +36,11 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.onpolicy import Experience, OnPolicyObjective
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 ALGORITHMS: dict[str, OnPolicy] = {
     "GRPO": replace(GSPO, name="grpo", paper="2402.03300", ratio="token", clip_low=0.2, clip_high=0.2),

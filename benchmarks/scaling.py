@@ -32,9 +32,10 @@ from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.network import free_port
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Experience, OnPolicyObjective
 from posttrain.training.supervised import Example, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 SMALL = TinyShape(max_length=1024)
 MIDDLE = TinyShape(hidden_size=256, intermediate_size=768, layers=4, heads=4, kv_heads=2, max_length=1024)

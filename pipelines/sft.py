@@ -23,7 +23,6 @@ from pipelines.training.setup import (
     apply_training_options,
     merged_model,
     model_card,
-    optimizer_settings,
     peak_memory_mib,
     read_table,
     train,
@@ -64,7 +63,7 @@ def run(run: Run) -> None:
     made = make()
     trainer: Trainer[Example] = Trainer(
         made.model,
-        optimizer_settings(params.optimizer),
+        params.optimizer.settings(),
         total_steps=order.steps,
         micro_batch_tokens=params.compute.micro_batch_tokens,
         accelerator=device,

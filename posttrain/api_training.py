@@ -35,6 +35,7 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
 from posttrain.training.loop import LoopSettings, fit
@@ -48,7 +49,7 @@ from posttrain.training.preference import (
     bounded_advantages,
 )
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from posttrain.training.checkpoint import Checkpoints

@@ -10,7 +10,8 @@ import pytest
 
 from posttrain.algorithms import PRESETS
 from posttrain.algorithms.specs import OnPolicy
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.settings import OptimizerSettings
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.training.cases import NAMES, case
 from tests.training.runs import options_of, source_of

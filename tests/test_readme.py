@@ -28,10 +28,14 @@ COMMANDS = {
         "tests/pipelines/commands/test_intake.py::test_bad_files_are_set_aside_with_their_reason_and_never_block_good_ones",
         "",
     ),
-    "python -m pipelines.commands.configure examples/gsm8k.yaml": (f"{HERE}::{VALID}", ""),
-    "python -m pipelines.commands.configure algorithms.ppo.options.kl_coefficient=0.1": (f"{HERE}::{VALID}", ""),
-    "python -m pipelines.commands.configure 'project.seeds=[0, 1, 2, 3, 4]'": (f"{HERE}::{VALID}", ""),
-    "python -m pipelines.commands.plan": (f"{HERE}::{VALID}", ""),
+    "posttrain configure examples/gsm8k.yaml": (f"{HERE}::{VALID}", ""),
+    "posttrain configure algorithms.ppo.options.kl_coefficient=0.1": (f"{HERE}::{VALID}", ""),
+    "posttrain configure 'project.seeds=[0, 1, 2, 3, 4]'": (f"{HERE}::{VALID}", ""),
+    "posttrain plan": (f"{HERE}::{VALID}", ""),
+    "python examples/train_grpo.py": (
+        "tests/test_library.py::test_train_grpo_lifts_the_reward_in_under_twenty_lines",
+        "",
+    ),
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),
@@ -77,10 +81,10 @@ def test_the_changes_that_the_pages_show_are_valid_and_can_be_planned(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = tmp_path / "params.yaml"
-    shown = {command for name in PAGES for command in commands(text(root, name)) if "commands.configure" in command}
+    shown = {command for name in PAGES for command in commands(text(root, name)) if "posttrain configure" in command}
     for command in sorted(shown):
         params.write_text(text(root, "params.yaml"), encoding="utf-8")
-        assert configure(params, shlex.split(command)[3:]) != [], command
+        assert configure(params, shlex.split(command)[2:]) != [], command
     assert plan.main(["--params", str(params)]) == 0
     assert "dpo" in capsys.readouterr().out
 

@@ -29,6 +29,7 @@ from posttrain.rewards.sources import RewardBatch
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.experience import ExperienceSource
 from posttrain.training.loop import LoopSettings, StepData, fit
@@ -36,7 +37,7 @@ from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.preference import Answer, PreferenceObjective, PreferencePair
 from posttrain.training.sums import Terms
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 
 Job = dict[str, Any]
 ONE_UPDATE: dict[str, Any] = {"advantage": "group_mean", "minibatches": 1}

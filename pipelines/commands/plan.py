@@ -100,10 +100,9 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
     """Return the number of the adapter's parameters, or None if all weights are trained."""
     if lora is None:
         return None
-    from pipelines.training.setup import lora_settings
     from posttrain.models.lora import adapter_parameters
 
-    return adapter_parameters(_config(params), lora_settings(lora))
+    return adapter_parameters(_config(params), lora.settings())
 
 
 def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:

@@ -5,16 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_sequence_length",
-    "n_ctx",
-    "context_length",
-)
-"""How configurations spell it; a test compares the names with those of posttrain.models.folders."""
+from posttrain.settings import CONTEXT_NAMES
 
 
 def context_of(source: str) -> int | None:

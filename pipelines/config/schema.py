@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from pipelines.config.types import (
     Seed,
     Share,
 )
+from posttrain.settings import LoraSettings, OptimizerSettings
 
 
 class ProjectParams(Section):
@@ -102,16 +104,20 @@ class ModelParams(Section):
 
 
 class OptimizerParams(Section):
-    """Settings of the optimiser and its schedule."""
+    """Settings of the optimiser and its schedule; the defaults are those of the library."""
 
     learning_rate: Positive
     schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegative = 0.0
-    beta1: Momentum = 0.9
-    beta2: Momentum = 0.999
-    epsilon: Positive = 1e-8
-    max_grad_norm: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = OptimizerSettings.warmup_steps
+    weight_decay: NonNegative = OptimizerSettings.weight_decay
+    beta1: Momentum = OptimizerSettings.beta1
+    beta2: Momentum = OptimizerSettings.beta2
+    epsilon: Positive = OptimizerSettings.epsilon
+    max_grad_norm: Positive = OptimizerSettings.max_grad_norm
+
+    def settings(self) -> OptimizerSettings:
+        """Return the library's type with these values."""
+        return OptimizerSettings(**{f.name: getattr(self, f.name) for f in fields(OptimizerSettings)})
 
 
 class ComputeParams(Section):
@@ -155,6 +161,11 @@ class LoraParams(Section):
     """The adapter's output is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Linear layers by the end of their name, e.g. [q_proj, v_proj]; all-linear means all except the output head."""
+
+    def settings(self) -> LoraSettings:
+        """Return the library's type with these values."""
+        modules = self.target_modules
+        return LoraSettings(self.rank, self.alpha, modules if isinstance(modules, str) else tuple(modules))
 
     @model_validator(mode="before")
     @classmethod

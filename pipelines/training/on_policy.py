@@ -19,7 +19,6 @@ from pipelines.training.setup import (
     apply_training_options,
     merged_model,
     model_card,
-    optimizer_settings,
     problems,
     read_table,
     train,
@@ -92,7 +91,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     trainer: Trainer[Any] = Trainer(
         policy,
-        optimizer_settings(budget.optimizer),
+        budget.optimizer.settings(),
         total_steps=updates,
         micro_batch_tokens=compute.micro_batch_tokens,
         groups=_parameter_groups(policy, budget),

@@ -21,7 +21,6 @@ from pipelines.training.setup import (
     apply_training_options,
     merged_model,
     model_card,
-    optimizer_settings,
     read_table,
     train,
     write_model,
@@ -64,7 +63,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     rows: list[Any] = groups(table, answers) if isinstance(spec, LoggedGroups) else pairs(table, answers, spec)
     objective: Any = LoggedGroupsObjective(spec) if isinstance(spec, LoggedGroups) else PreferenceObjective(spec)
     order = EpochOrder(len(rows), budget.batch_size, spec.epochs, seed)
-    settings = optimizer_settings(budget.optimizer)
+    settings = budget.optimizer.settings()
     trainer: Trainer[Any] = Trainer(
         policy, settings, total_steps=order.steps, micro_batch_tokens=compute.micro_batch_tokens, accelerator=device
     )

@@ -14,7 +14,6 @@ from pipelines.config.schema import (
     ComputeParams,
     FaultParams,
     LoraParams,
-    OptimizerParams,
     TrainingComputeParams,
 )
 from pipelines.data.tables import read_rows
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from posttrain.data.tokens import TextEncoder
-    from posttrain.models.lora import Adapter, LoraSettings
+    from posttrain.models.lora import Adapter
     from posttrain.rollouts.groups import Problem
     from posttrain.training.loop import BatchSource, StepHook
-    from posttrain.training.trainer import Objective, OptimizerSettings, Trainer
+    from posttrain.training.trainer import Objective, Trainer
 
 VALID = Path("data/valid")
 THREADS_FROM_PARAMETERS = 1_000_000
@@ -128,22 +127,6 @@ def _threads(start: Path) -> int:
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def optimizer_settings(params: OptimizerParams) -> OptimizerSettings:
-    """Return the library's optimiser settings."""
-    from posttrain.training.trainer import OptimizerSettings
-
-    return OptimizerSettings(
-        learning_rate=params.learning_rate,
-        schedule=params.schedule,
-        warmup_steps=params.warmup_steps,
-        weight_decay=params.weight_decay,
-        beta1=params.beta1,
-        beta2=params.beta2,
-        epsilon=params.epsilon,
-        max_grad_norm=params.max_grad_norm,
-    )
-
-
 def apply_training_options(
     model: PreTrainedModel, params: LoraParams | None, compute: TrainingComputeParams
 ) -> Adapter | None:
@@ -152,7 +135,7 @@ def apply_training_options(
     if params is not None:
         from posttrain.models.lora import Adapter
 
-        adapter = Adapter(model, lora_settings(params))
+        adapter = Adapter(model, params.settings())
     if compute.gradient_checkpointing:
         from posttrain.models.checkpointing import recompute_layers
 
@@ -162,14 +145,6 @@ def apply_training_options(
 
         compile_layers(model)
     return adapter
-
-
-def lora_settings(params: LoraParams) -> LoraSettings:
-    """Return the library's adapter settings."""
-    from posttrain.models.lora import LoraSettings
-
-    modules = params.target_modules
-    return LoraSettings(params.rank, params.alpha, modules if isinstance(modules, str) else tuple(modules))
 
 
 def adapter_facts(params: LoraParams | None) -> dict[str, str]:

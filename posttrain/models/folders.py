@@ -37,22 +37,13 @@ from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
 from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
+from posttrain.settings import CONTEXT_NAMES
 
 if TYPE_CHECKING:
     from posttrain.models.lora import Adapter
 
 ADAPTER = "adapter"
 """Subfolder with the adapter of a model that was trained with one, as `PeftModel.from_pretrained` loads it."""
-CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_sequence_length",
-    "n_ctx",
-    "context_length",
-)
-"""How configurations spell the context length."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

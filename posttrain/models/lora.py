@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.policy import Policy, PolicyOutput
 from posttrain.models.reach import probe_ids
+from posttrain.settings import LoraSettings
 
 HEAD = "score"
 """The scalar head of a reward model or critic; it is trained in full next to the adapter."""
@@ -29,28 +29,16 @@ MERGE_TOLERANCE = 1e-3
 """Greatest change of a hidden state by merging, as a share of the largest one."""
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """Settings of W x + (alpha / rank) B A x in the selected layers; B starts at 0.
-
-    There is no dropout, because log-probabilities are computed without dropout.
-
-    Attributes:
-        target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head.
+class Adapter:
+    """An adapter inside a model. The model stays the same object; its own layers contain the low-rank ones.
 
     Example:
-        >>> settings = LoraSettings(rank=8, alpha=16)
-        >>> settings.alpha / settings.rank, settings.target_modules
-        (2.0, 'all-linear')
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> adapter = Adapter(model, LoraSettings(rank=2, alpha=4, target_modules=("q_proj",)))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        64
     """
-
-    rank: int
-    alpha: float
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-
-class Adapter:
-    """An adapter inside a model. The model stays the same object; its own layers contain the low-rank ones."""
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings) -> None:
         """Freeze `model` and add trainable layers to it.

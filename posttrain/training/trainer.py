@@ -20,6 +20,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.distributed import all_reduce_max
 from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
+from posttrain.settings import OptimizerSettings
 from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
 from posttrain.training.sums import Sums, Terms
 
@@ -41,20 +42,6 @@ class Objective(Protocol[RowIn]):
     def terms(self, model: nn.Module, rows: Sequence[RowIn]) -> Terms:
         """Return sums over some of the step's rows; `rows` is never empty."""
         ...
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Settings of AdamW, with a learning-rate schedule that counts optimiser steps."""
-
-    learning_rate: float
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)

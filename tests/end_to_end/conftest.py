@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.process import child_environment
+from tests.reliability.workspace import Warm
 
 CLEARED = ("MLFLOW_TRACKING", "PREFECT_API", "POSTTRAIN_")
 TINY = Path("tests/end_to_end/tiny.yaml")
@@ -73,12 +74,17 @@ def new_clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def reproduced(new_clone: Callable[[], Clone]) -> Clone:
+def reproduced(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """The tiny pipeline after one `dvc repro`, with what every step used in trace.jsonl."""
     clone = new_clone()
     clone.configure(str(TINY))
     (clone.root / ".posttrain").mkdir()
-    # one projection at the end is quicker than a follower for every step
-    clone.repro(POSTTRAIN_TRACE=str(clone.root / ".posttrain" / "trace.jsonl"), POSTTRAIN_FOLLOWER="1")
+    # steps as forks of one process, and one projection at the end instead of a follower for every step: both are quicker
+    warm = Warm(clone.root, tmp_path_factory.mktemp("warm"))
+    try:
+        trace = str(clone.root / ".posttrain" / "trace.jsonl")
+        clone.repro(POSTTRAIN_TRACE=trace, POSTTRAIN_FOLLOWER="1", POSTTRAIN_WARM=str(warm.socket))
+    finally:
+        warm.stop()
     clone.run("pipelines.commands.sync")
     return clone

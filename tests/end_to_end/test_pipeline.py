@@ -101,6 +101,7 @@ PLUMBING = (
     "posttrain/files.py",
     "posttrain/guard.py",
     "posttrain/network.py",
+    "posttrain/settings.py",
 )
 
 
@@ -168,6 +169,13 @@ def test_mlflow_holds_one_run_per_stage_with_every_metric_at_every_step(reproduc
     written = [(r["step"], r["values"]["reward/answer/mean"]) for r in journal if r["kind"] == "metrics"]
     assert sorted((m.step, m.value) for m in history) == written
     assert aligned["ppo"].data.params["algorithms.ppo.options.kl_coefficient"] == "0.2"
+
+
+def test_a_step_without_a_warm_process_gives_the_same_lock(reproduced: Clone) -> None:
+    before = lock(reproduced)
+    output = reproduced.repro("--single-item", "--force", "sft", POSTTRAIN_FOLLOWER="1")
+    assert "Running stage 'sft'" in output
+    assert lock(reproduced) == before
 
 
 def test_the_flow_in_another_clone_gives_the_same_lock(reproduced: Clone, new_clone: Callable[[], Clone]) -> None:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from posttrain.data.batches import collate
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.folders import save_model
-from posttrain.models.lora import Adapter, BasePolicy, LoraSettings, adapter_parameters
+from posttrain.models.lora import Adapter, BasePolicy, adapter_parameters
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_config
+from posttrain.settings import LoraSettings
 from tests.models import small
 
 SETTINGS = LoraSettings(rank=4, alpha=8.0)

@@ -14,7 +14,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError, RolloutError
 from posttrain.models.causal import check_policy
 from posttrain.models.folders import load_policy
-from posttrain.models.lora import Adapter, LoraSettings
+from posttrain.models.lora import Adapter
 from posttrain.models.policy import Policy
 from posttrain.models.reach import find_reach, probe_ids
 from posttrain.objectives.kl import kl_estimate
@@ -22,6 +22,7 @@ from posttrain.planning import sizes
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.generate import confirm_generate
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import LoraSettings
 from tests.models import small
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import RolloutError
-from posttrain.models.lora import Adapter, LoraSettings
+from posttrain.models.lora import Adapter
 from posttrain.rollouts.vllm.folder import plain_state, write_weights
+from posttrain.settings import LoraSettings
 from tests.models import small
 
 

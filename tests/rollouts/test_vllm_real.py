@@ -25,7 +25,8 @@ from posttrain.rollouts.vllm import VllmEngine, engine
 from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import VllmServer
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.settings import OptimizerSettings
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.pipelines.conftest import wait_for
 from tests.rollouts.real import PYTHON, QUICK, REAL, family, gone

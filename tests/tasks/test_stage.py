@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from threading import Timer
 
@@ -30,11 +29,9 @@ def test_a_stage_runs_then_is_up_to_date_then_comes_back_from_the_cache(workspac
 
 def test_a_failed_step_is_not_tried_again_and_its_last_line_is_the_message(workspace: Path) -> None:
     (workspace / "inbox" / "number.txt").write_text("-5")
-    began = time.monotonic()
     with pytest.raises(StageFailed, match="stage start failed: error: start: -5 is negative"):
         bring_up_to_date(str(workspace), "start")
     assert log_path(workspace, "start").read_text().count("Running stage") == 1
-    assert time.monotonic() - began < 15
 
 
 def test_a_stage_that_another_dvc_holds_is_tried_again_until_it_is_free(workspace: Path) -> None:

@@ -15,6 +15,7 @@ from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
+from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective
 from posttrain.training.preference import (
     Answer,
@@ -25,7 +26,7 @@ from posttrain.training.preference import (
 )
 from posttrain.training.sharding import full
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 
 MAX_LENGTH = 12

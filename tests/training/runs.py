@@ -14,19 +14,20 @@ from posttrain.algorithms import PRESETS
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import TextEncoder
-from posttrain.models.lora import Adapter, BasePolicy, LoraSettings
+from posttrain.models.lora import Adapter, BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import LoraSettings, OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.supervised import EpochSource
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.training.cases import case
 

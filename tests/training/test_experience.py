@@ -22,9 +22,10 @@ from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Completion
 from posttrain.rollouts.groups import Problem, ScoredAnswer, _carries_signal
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import Demonstrations, _informative_members, minibatches
 from posttrain.training.onpolicy import Demonstration, Experience
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.training.runs import source_of
 

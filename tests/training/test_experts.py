@@ -11,9 +11,10 @@ import torch
 
 from posttrain.algorithms import PRESETS
 from posttrain.algorithms.specs import OnPolicy
+from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Experience
 from posttrain.training.sums import Terms
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.models.moe import moe
 from tests.training.cases import NAMES, case

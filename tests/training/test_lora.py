@@ -13,9 +13,10 @@ import torch
 from posttrain.models.inference import token_logprobs
 from posttrain.models.lora import Adapter, BasePolicy
 from posttrain.models.policy import Policy
+from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.preference import Answer, PreferencePair
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.models.test_lora import SETTINGS, shaken
 from tests.training.cases import Case, case

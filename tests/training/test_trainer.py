@@ -14,11 +14,12 @@ from torch import nn
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
+from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.sums import Terms
 from posttrain.training.supervised import EpochSource
-from posttrain.training.trainer import OptimizerSettings, ParameterGroup, Trainer
+from posttrain.training.trainer import ParameterGroup, Trainer
 from tests.training.cases import case
 from tests.training.runs import Memory
 

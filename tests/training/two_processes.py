@@ -14,8 +14,9 @@ from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
+from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Demonstration
-from posttrain.training.trainer import OptimizerSettings, Trainer
+from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.models.moe import moe
 from tests.rewards.behaving import process_ids

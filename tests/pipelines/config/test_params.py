@@ -12,11 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import context
 from pipelines.config.params import flatten, load_params, parse_params, read_yaml
 from pipelines.config.schema import OnPolicyBudget
 from posttrain.errors import ConfigError
-from posttrain.models.folders import CONTEXT_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +146,6 @@ def test_the_context_of_any_model_folder_bounds_new_tokens(tree: Any, tmp_path: 
     ):
         parse_params(changed(tree, "model.source", str(tmp_path)))
     assert parse_params(changed(tree, "model.source", "some/hub-id")).model.source == "some/hub-id"
-    assert context.CONTEXT_NAMES == CONTEXT_NAMES
 
 
 JSON = st.recursive(
