@@ -88,6 +88,10 @@ def _instruction(more: str, answer: str) -> Convert:
         if not history and not system:
             return record | {"prompt": asked, "completion": record.get(answer)}
         turns = [{"role": "system", "content": system}] if system else []
+        if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
+            raise DataError(
+                f"history {str(history)[:60]!r}: must be a list of [question, answer]; correct the record, or leave the column out"
+            )
         for question, reply in history:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return record | {

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
 from pipelines.data.files import Record
 from pipelines.data.messages import human_assistant
-from pipelines.data.tables import Row
+from pipelines.data.tables import Row, is_messages
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -115,7 +115,12 @@ def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str:
 def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
     """Return every answer with thumbs up against every one with thumbs down to the same prompt."""
     prompts: dict[str, dict[bool, list[Any]]] = {}
-    for record in records:
+    for i, record in enumerate(records):
+        absent = next((name for name in ("prompt", "completion", "label") if name not in record), None)
+        if absent:
+            raise DataError(
+                f"row {i}: has a label of thumbs in other rows, but no {absent}; correct or remove the record"
+            )
         answers = prompts.setdefault(json.dumps(record["prompt"], sort_keys=True), {True: [], False: []})
         answers[bool(record["label"])].append(record["completion"])
     pairs = [
@@ -149,6 +154,13 @@ def with_prompt(row: Row, where: str) -> Row:
                 " prompt, or remove it"
             )
         return row
+    given = [answer for answer in (chosen, rejected, row.get("prompt")) if not isinstance(answer, str | None)]
+    if not all(is_messages(answer) for answer in given):
+        if row.get("prompt") is None:
+            raise DataError(
+                f"{where}: chosen or rejected holds a turn without role and content; correct or remove the row"
+            )
+        return row  # validation counts values of a wrong type
     if row.get("prompt") is None:
         shared = _shared(chosen, rejected)
         return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}

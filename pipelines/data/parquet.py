@@ -22,14 +22,20 @@ def parquet_records(path: Path, data: bytes | None = None) -> list[dict[str, Any
     try:
         # one file is one table: names such as `year=2024` in its path are no columns
         table = pq.read_table(pa.BufferReader(data)) if data is not None else pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
     return table_records(table, str(path))
 
 
 def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     """Return the rows of an Arrow table. Raises DataError if bytes are no UTF-8 text."""
-    records: list[dict[str, Any]] = table.to_pylist()
+    try:
+        records: list[dict[str, Any]] = table.to_pylist()
+        list(table.schema.names)  # names may be undecodable, too
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: holds a name or a text that is not UTF-8 ({error.reason}); save it again as UTF-8"
+        ) from None
     for field in table.schema:
         convert = _conversion(field.type)
         if convert is None:

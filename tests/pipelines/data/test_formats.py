@@ -231,3 +231,23 @@ def test_what_a_conversation_does_not_train_is_counted_and_kept_for_validation(t
     write_changes({}, tmp_path)
     assert read_changes(tmp_path) == {}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "words"),
+    [
+        ("sft", [{"instruction": "a", "output": "b", "history": [1]}], r"history '\[1\]': must be a list of \[question, answer\]"),
+        ("preferences", [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "b"}], "row 1: .* no label"),
+        ("preferences", [{"chosen": [user("q"), [says("a")]], "rejected": [user("q"), says("b")]}], "row 0: .* without role and content"),
+    ],
+)  # fmt: skip
+def test_records_that_a_fuzzer_found_are_refused_in_words(kind: str, records: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        rows(kind, *records)
+
+
+def test_an_answer_that_is_no_conversation_is_left_to_validation() -> None:
+    """Validation counts it as wrong_type."""
+    record = {"prompt": "p", "chosen": [{}, {"role": 0, "content": "Brick"}], "rejected": [user("p"), says("b")]}
+    (row,) = rows("preferences", record, {"prompt": "q", "chosen": [says("a")], "rejected": [says("b")]})[:1]
+    assert row["chosen"] == record["chosen"]
