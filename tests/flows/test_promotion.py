@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+from flows.gatekeeping import decide_promotion
 from flows.lock import only_flow
 from flows.production import bring_pending, reconcile, registry_of, switch
 from flows.promote import _adopt, _roll_back
@@ -210,3 +211,33 @@ def test_an_older_registry_is_refused_and_a_damaged_pointer_is_named(project: Pa
             production(project)
     (project / POINTER).unlink()
     assert production(project) is None
+
+
+def test_a_night_promotes_once_and_decides_again_after_a_roll_back(
+    project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (entry,) = read_yaml(project / "models/model-2.dvc")["outs"]
+    (project / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  align@dpo-0:\n    cmd: x\n    outs:\n    - path: models/align/dpo-0\n"
+        f"      md5: {entry['md5']}\n      size: {entry['size']}\n      nfiles: {entry['nfiles']}\n"
+    )
+    decision = {"promote": True, "challenger": "dpo-0", "reference": "version 1", "refusals": []}
+    asked: list[int] = []
+    monkeypatch.setattr(gate, "ask", lambda *_: asked.append(1) or decision)
+    monkeypatch.setattr(gate, "publish", lambda *_: None)
+
+    @flow(persist_result=False)
+    def night() -> None:
+        decide_promotion(project, tracking=False, approval=False)
+
+    night()
+    assert (aliases(project), weights(project)) == ({"champion": 2, "previous": 1}, "two")
+    assert registry_of(project).version(2).tags["judged_against"] == "1"
+    night()
+    assert "nothing new to decide: version 2 (dpo-0) is champion, in place of version 1" in capsys.readouterr().out
+    assert len(asked) == 1
+    registry_of(project)._set_alias("champion", 1)  # by hand, on MLflow's page
+    decision["promote"], decision["refusals"] = False, ["it is not better"]
+    night()
+    assert len(asked) == 2, "what was decided about another champion does not count"
+    assert (aliases(project)["champion"], weights(project)) == (1, "one")
