@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.limits import effective_options
 from posttrain.errors import ConfigError
 
@@ -55,6 +56,7 @@ def _aligned(algorithm: str, values: Mapping[str, Any]) -> dict[str, Any]:
             budget.pop("critic_learning_rate", None)
         if spec.needs_reference:
             budget.pop("measure_kl_every", None)
+        spec = scheduled(spec, budget["steps"] * spec.epochs * spec.minibatches)
     weights = {f"reward_weight.{name}": weight for name, weight in under(own, "rewards").items() if weight}
     shared = _hyper_parameters(under(values, "align"))
     return {"preset": own["preset"], **effective_options(spec), **shared, **_hyper_parameters(budget), **weights}

@@ -33,6 +33,7 @@ from pipelines.config.schema import (
 )
 from pipelines.config.types import Name, Section
 from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.algorithms.chord import scheduled
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
@@ -126,12 +127,10 @@ class Params(Section):
                 f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it is used only if advantage is 'gae'. Remove it."
             )
         updates = budget.steps * spec.epochs * spec.minibatches
-        decay = spec.mu_decay_steps or 0
-        if spec.has_expert and spec.mu_warmup_steps + decay > updates:
-            raise ConfigError(
-                f"algorithms.{name}: mu_warmup_steps = {spec.mu_warmup_steps} and mu_decay_steps = {decay} exceed the run's {updates}"
-                " optimiser steps, so it would imitate to the end. Lower them, or set mu_decay_steps: null for three quarters of the run"
-            )
+        try:
+            scheduled(spec, updates)
+        except ConfigError as error:
+            raise ConfigError(f"algorithms.{name}: {error}") from None
         if budget.optimizer.warmup_steps >= updates:
             raise ConfigError(
                 f"algorithms.{name}: optimizer.warmup_steps = {budget.optimizer.warmup_steps} is as long as the run of {updates} optimiser"

@@ -3,7 +3,7 @@
 Example:
     >>> overlong_penalty(torch.tensor([50, 90, 110]), max_length=100, cache=20).tolist()
     [-0.0, -0.5, -1.0]
-    >>> from posttrain.algorithms.chord import CHORD
+    >>> from posttrain.algorithms.chord import CHORD, scheduled
     >>> spec = scheduled(CHORD, updates=40)
     >>> spec.mu_decay_steps, expert_weight(0, spec), round(expert_weight(15, spec), 3), expert_weight(30, spec)
     (30, 0.9, 0.475, 0.05)
@@ -12,16 +12,11 @@ Example:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from posttrain.algorithms.specs import OnPolicy
-from posttrain.errors import ConfigError
-
-DECAY_SHARE = 0.75
-"""Share of the run's updates over which CHORD's weight decays if no number of steps is given."""
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache: float) -> Tensor:
@@ -31,26 +26,6 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache: float) -> Tensor:
     """
     over = (lengths - (max_length - cache)).to(torch.float32)
     return -(over / cache).clamp(0.0, 1.0)
-
-
-def scheduled(spec: OnPolicy, updates: int) -> OnPolicy:
-    """Return the spec with CHORD's schedule in optimiser steps of a run of `updates`.
-
-    Raises:
-        ConfigError: the schedule does not end within the run, which would be mostly imitation.
-    """
-    if not spec.has_expert:
-        return spec
-    decay = spec.mu_decay_steps
-    if decay is None:
-        decay = math.floor(DECAY_SHARE * max(0, updates - spec.mu_warmup_steps))
-    if spec.mu_warmup_steps + decay > updates or spec.mu_warmup_steps >= updates:
-        raise ConfigError(
-            f"{spec.name}: mu_warmup_steps = {spec.mu_warmup_steps} and mu_decay_steps = {decay} are longer than the run's {updates}"
-            " optimiser steps, so the weight of the demonstrations would not reach mu_valley. Lower them, or set mu_decay_steps: null"
-            " for three quarters of the run"
-        )
-    return replace(spec, mu_decay_steps=decay)
 
 
 def expert_weight(step: int, spec: OnPolicy) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import pad, share_of, shuffled
 from posttrain.data.tokens import Tokens
@@ -30,7 +31,7 @@ from posttrain.models.policy import Policy
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
-from posttrain.objectives.shaping import expert_weight, scheduled
+from posttrain.objectives.shaping import expert_weight
 from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
 from posttrain.training.loop import StepData
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow

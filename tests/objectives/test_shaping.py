@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain.algorithms.chord import CHORD, CHORD_PHI
+from posttrain.algorithms.chord import CHORD, CHORD_PHI, scheduled
 from posttrain.algorithms.dapo import DAPO
 from posttrain.errors import ConfigError
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
-from posttrain.objectives.shaping import expert_weight, overlong_penalty, scheduled
+from posttrain.objectives.shaping import expert_weight, overlong_penalty
 
 
 def test_soft_overlong_punishment_of_the_paper() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
+from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.tokens import Tokens
 from posttrain.errors import NotFiniteError, NumericalError
 from posttrain.models.inference import token_logprobs
 from posttrain.objectives.kl import adapted_coefficient
-from posttrain.objectives.shaping import expert_weight, scheduled
+from posttrain.objectives.shaping import expert_weight
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Completion
 from posttrain.rollouts.groups import Problem, ScoredAnswer, _carries_signal

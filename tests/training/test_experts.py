@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from posttrain.algorithms import PRESETS
+from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Experience
@@ -70,7 +71,7 @@ def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
     preset = PRESETS[name]
     assert isinstance(preset, OnPolicy)
     # an untrained policy ends few answers by itself; with the others left out nothing might be trained at all
-    spec = replace(preset, mask_truncated=False)
+    spec = scheduled(replace(preset, mask_truncated=False), updates=9)
     policy = small.policy(critic=spec.has_critic)
     source, objective = source_of(spec, policy)
     trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=60)

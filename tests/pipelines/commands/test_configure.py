@@ -127,7 +127,7 @@ def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = params.parent
     monkeypatch.chdir(folder)
     (folder / "judges.py").write_text("def brevity(prompts, completions):\n    return [0.0 for _ in prompts]\n")
-    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.0}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_scores": 1.0, "rejected_scores": 0.0}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     return params
 
@@ -143,7 +143,7 @@ def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model.source=./nowhere", "model.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
         ("data.sft={source: missing.jsonl}", "missing.jsonl"),
         ("data.sft={source: 'hub:a/b/c/d'}", "a hub data set is written hub:OWNER/NAME"),
-        ("data.preferences={source: pairs.jsonl}", "is the column 'score_chosen' meant to be 'chosen_score'?"),
+        ("data.preferences={source: pairs.jsonl}", "is the column 'chosen_scores' meant to be 'chosen_score'?"),
     ],
 )
 def test_what_a_run_would_not_find_is_refused_at_once(
@@ -159,7 +159,7 @@ def test_what_a_run_would_not_find_is_refused_at_once(
 
 
 def test_what_is_there_is_written(absent: Path) -> None:
-    columns = "{prompt: prompt, chosen: chosen, rejected: rejected, chosen_score: score_chosen, rejected_score: score_rejected}"
+    columns = "{prompt: prompt, chosen: chosen, rejected: rejected, chosen_score: chosen_scores, rejected_score: rejected_scores}"
     changes = [
         "rewards.mine={function: 'judges:brevity'}",
         f"data.preferences={{source: pairs.jsonl, columns: {columns}}}",

@@ -80,7 +80,7 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
         ("algorithms.grpo.options", {"overlong_share": 1.5}, "overlong_share = 1.5: must be in [0, 1]"),
-        ("algorithms.chord.options", {"mu_decay_steps": 200}, "mu_decay_steps = 200 exceed the run's 40 optimiser steps"),
+        ("algorithms.chord.options", {"mu_decay_steps": 200}, "mu_decay_steps = 200 are longer than the run's 40 optimiser steps"),
         ("algorithms.grpo.budget", {"optimizer": {"warmup_steps": 40}}, "warmup_steps = 40 is as long as the run of 40"),
         ("rewards.tags", {"function": "regex", "arguments": {"pattern": "(#"}}, "rewards.tags.arguments.pattern = '(#': not a regular"),
         ("rewards.tags", {"function": "format"}, "rewards.tags.arguments.pattern = None: must be a regular expression"),

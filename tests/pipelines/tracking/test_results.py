@@ -152,7 +152,8 @@ def test_hyper_parameters_have_one_name_and_only_those_that_were_used(root: Path
     assert (grpo["kl_coefficient"], grpo["ratio"], grpo["aggregate"]) == (0.04, "token", "sequence_mean")
     assert (grpo["reward_weight.answer"], "reward_weight.rm" in grpo) == (1.0, False)
     assert dpo["beta"] == 0.1
-    assert {"mu_peak", "mu_decay_steps"} <= chord.keys()
+    assert chord["mu_peak"] == 0.9
+    assert chord["mu_decay_steps"] == 3 * chord["steps"] * chord["epochs"] * chord["minibatches"] // 4
     assert not {"mu_decay_steps", "critic_learning_rate", "lam", "kl_target", "refill_limit", "beta"} & grpo.keys()
     assert not {"samples_per_prompt", "clip_high", "temperature"} & dpo.keys()
     assert not [name for name in ppo if name.startswith(("align.", "algorithms.", "rewards.", "checkpoint."))]
