@@ -168,7 +168,7 @@ def test_mlflow_holds_one_run_per_stage_with_every_metric_at_every_step(reproduc
     ]
     written = [(r["step"], r["values"]["reward/answer/mean"]) for r in journal if r["kind"] == "metrics"]
     assert sorted((m.step, m.value) for m in history) == written
-    assert aligned["ppo"].data.params["algorithms.ppo.options.kl_coefficient"] == "0.2"
+    assert aligned["ppo"].data.params["kl_coefficient"] == "0.2"
 
 
 def test_a_step_without_a_warm_process_gives_the_same_lock(reproduced: Clone) -> None:
