@@ -76,7 +76,7 @@ def as_alone(alone: Workspace, together: Workspace) -> None:
 
 def _facts(record: dict[str, Any]) -> dict[str, Any]:
     """Of a record what does not depend on rounding."""
-    loose = {"metrics": ("values",), "summary": ("values",), "model": ("files", "sha256")}
+    loose = {"metrics": ("values",), "summary": ("values",), "model": ("files", "sha256", "content")}
     return {key: value for key, value in record.items() if key not in loose.get(record["kind"], ())}
 
 
