@@ -77,7 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
 }
-"""Settings of architectures with rules of their own."""
+"""Settings of architectures that need more than a small size."""
 WITHOUT = {"layer_types", "attention_dropout"}
 """Settings that some architectures refuse; they are tried without them."""
 

@@ -107,7 +107,7 @@ def measured(kind: str) -> Row | str:
     """Return the results of one architecture, or the reason why it was not tried."""
     try:
         model = tiny(kind)
-    except Exception as error:  # many configurations have rules of their own for what fits together
+    except Exception as error:  # many configurations have their own rules for the sizes that fit together
         return f"{kind}: not tried ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     if model is None:
         return f"{kind}: not tried (its configuration does not become small)"
@@ -226,7 +226,7 @@ def of_scores(path: Path) -> float:
     if has_transformers_class(loaded):
         theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         own = [theirs(input_ids=ids(row), use_cache=False).logits[0, 0] for row in batch]
-    else:  # transformers has no such class for this architecture, or one with a head of its own kind
+    else:  # transformers has no such class for this architecture, or one with a different kind of head
         trunk = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().base_model
         own = [loaded.score(trunk(input_ids=ids(row), use_cache=False).last_hidden_state[0, -1])[0] for row in batch]
     expected = torch.stack(own)

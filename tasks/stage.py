@@ -92,7 +92,7 @@ def bring_up_to_date(
         if still := _changes(project, name, result):
             raise StageFailed(
                 f"stage {name}: {still[0]} during both of its runs, so dvc.lock may record a state that it did not use. Run"
-                f" `dvc repro --force --single-item {name}` when nobody edits the project."
+                f" `dvc repro --force --single-item {name}` while the project is not edited."
             )
         return result
 

@@ -53,7 +53,7 @@ class Follower:
             self._process.kill()
             self._process.wait()
             if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
-                # The store is a file of the project: the next step and `make ui` copy the rest, so nobody has to act.
+                # The store is a file of the project: the next step and `make ui` copy the rest, so there is nothing to do.
                 return
             print(
                 "tracking: MLflow does not have all records yet; `python -m pipelines.commands.sync` copies the rest from the journal.",

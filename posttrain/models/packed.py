@@ -111,8 +111,10 @@ def prepare(model: PreTrainedModel) -> bool:
         packs = _agree(_probed(model, batch, _packed), own)
         setattr(model, REACH, find_reach(model.config, partial(_packs_long, model)) if packs else 0)
         packs = getattr(model, REACH) != 0
-    # attention that is not plain raises TypeError, other mixers anything; padded rows are the model's own way of computing
-    except Exception:
+    except torch.OutOfMemoryError:
+        raise
+    # attention that is not plain raises TypeError, other mixers one of the rest; padded rows are the model's own way of computing
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
         packs = False
     if not packs:
         model.set_attn_implementation(before)

@@ -101,7 +101,7 @@ def confirm_generate(lm: PreTrainedModel) -> None:
         # two answers: some states are wrong only in a batch of several rows (RWKV)
         asked = [Request(prompt, ((0,), (1,)))]
         [answers] = GenerateEngine(lm, ()).sample(asked, SamplingSettings(new_tokens, 1.0))
-    except Exception as error:  # a cache of its own kind may raise anything; the reason names it
+    except Exception as error:  # an unusual cache may raise anything; the error names the reason
         raise RolloutError(
             f"{type(lm).__name__} cannot be sampled by transformers' generate ({type(error).__name__}: {error}); use it for SFT,"
             " a reward model or preferences, or choose another architecture, such as Qwen3 or Llama"

@@ -33,7 +33,7 @@ def test_a_pid_that_belongs_to_a_later_process_counts_as_ended(tmp_path: Path) -
             (tmp_path / "sleeper.pid").write_text(f"{other.pid} {born}\n")
             assert Processes(tmp_path, tmp_path).pid("sleeper") is None
             assert not Processes(tmp_path, tmp_path).stop("sleeper")
-        assert other.poll() is None, "a foreign process is left alone"
+        assert other.poll() is None, "a foreign process is not killed"
         other.kill()
 
 
