@@ -56,7 +56,8 @@ def _aligned(algorithm: str, values: Mapping[str, Any]) -> dict[str, Any]:
             budget.pop("critic_learning_rate", None)
         if spec.needs_reference:
             budget.pop("measure_kl_every", None)
-        spec = scheduled(spec, budget["steps"] * spec.epochs * spec.minibatches)
+        if spec.has_expert:
+            spec = scheduled(spec, budget["steps"] * spec.epochs * spec.minibatches)
     weights = {f"reward_weight.{name}": weight for name, weight in under(own, "rewards").items() if weight}
     shared = _hyper_parameters(under(values, "align"))
     return {"preset": own["preset"], **effective_options(spec), **shared, **_hyper_parameters(budget), **weights}

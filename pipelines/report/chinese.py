@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.report.analysis import Comparison, Summary
 from pipelines.report.load import SFT
-from pipelines.report.words import p_value, percent, ranked, solved
+from pipelines.report.words import outcome, p_value, percent, ranked, solved
 from posttrain.evaluation.statistics import Interval
 
 MEASURES = {"sampled": "采样准确率", "greedy": "贪心准确率"}
@@ -19,17 +19,15 @@ def title(comparison: Comparison) -> str:
 
 
 def _result(comparison: Comparison) -> str:
-    first, *others = ranked(comparison)
-    if not solved(comparison):
-        return "没有模型能解决此任务"
-    if first.headline.value <= comparison.of(SFT).headline.value:
-        return "没有算法优于监督微调"
-    if not comparison.pair(first.name, SFT).significant:
-        return f"{first.name} 领先,但差距可能只是偶然"
-    undecided = [other.name for other in others if not comparison.pair(first.name, other.name).significant]
-    if undecided:
-        return f"{first.name} 优于 SFT;{'、'.join([first.name, *undecided])} 之间无法区分"
-    return f"{first.name} 胜出" if others else f"{first.name} 优于监督微调"
+    kind, name, alike = outcome(comparison)
+    return {
+        "unsolved": "没有模型能解决此任务",
+        "none": "没有算法优于监督微调",
+        "chance": f"{name} 领先,但差距可能只是偶然",
+        "undecided": f"{name} 优于 SFT;{'、'.join(alike)} 之间无法区分",
+        "first": f"{name} 胜出",
+        "only": f"{name} 优于监督微调",
+    }[kind]
 
 
 def findings(comparison: Comparison) -> list[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipelines.report.analysis import Comparison, Pair, Summary
 from pipelines.report.load import SFT
 from posttrain.evaluation.statistics import Interval
+
+Outcome = Literal["unsolved", "none", "chance", "undecided", "first", "only"]
+"""Results of a comparison, from no success to one winner."""
 
 UNSOLVED = 0.05
 """If the upper limit of a model's accuracy is below this value, the task counts as unsolved, whatever the ranking is."""
@@ -48,18 +53,33 @@ def title(comparison: Comparison) -> str:
 
 def _result(comparison: Comparison) -> str:
     """Return the result in one line."""
+    kind, name, alike = outcome(comparison)
+    return {
+        "unsolved": "No model solves this task",
+        "none": "No algorithm improved on supervised fine-tuning",
+        "chance": f"{name} leads, but not by more than chance explains",
+        "undecided": f"{name} beats SFT; {_listed(alike)} cannot be told apart",
+        "first": f"{name} wins",
+        "only": f"{name} beats supervised fine-tuning",
+    }[kind]
+
+
+def outcome(comparison: Comparison) -> tuple[Outcome, str, list[str]]:
+    """Return the outcome, the best algorithm, and all that cannot be told apart from it, itself included."""
     first, *others = ranked(comparison)
-    if not solved(comparison):
-        return "No model solves this task"
-    against = comparison.pair(first.name, SFT)
-    if first.headline.value <= comparison.of(SFT).headline.value:
-        return "No algorithm improved on supervised fine-tuning"
-    if not against.significant:
-        return f"{first.name} leads, but not by more than chance explains"
     undecided = [other.name for other in others if not comparison.pair(first.name, other.name).significant]
-    if undecided:
-        return f"{first.name} beats SFT; {_listed([first.name, *undecided])} cannot be told apart"
-    return f"{first.name} wins" if others else f"{first.name} beats supervised fine-tuning"
+    kind: Outcome
+    if not solved(comparison):
+        kind = "unsolved"
+    elif first.headline.value <= comparison.of(SFT).headline.value:
+        kind = "none"
+    elif not comparison.pair(first.name, SFT).significant:
+        kind = "chance"
+    elif undecided:
+        kind = "undecided"
+    else:
+        kind = "first" if others else "only"
+    return kind, first.name, [first.name, *undecided]
 
 
 def findings(comparison: Comparison) -> list[str]:
