@@ -21,10 +21,21 @@ def root() -> Path:
     return Path(__file__).parents[1]
 
 
+def beside(root: Path, name: str) -> Path:
+    """Return a folder of inputs that stand next to the checkout, or skip the test if they are absent."""
+    folder = (root / ".." / "shared" / name).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no inputs at {folder}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data(root: Path) -> Path:
-    """Public data sets in their original form, which live beside the checkout."""
-    folder = (root / ".." / "shared" / "data").resolve()
-    if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder}")
-    return folder
+    """Return the folder of public data sets in their original form."""
+    return beside(root, "data")
+
+
+@pytest.fixture(scope="session")
+def cases(root: Path) -> Path:
+    """Return the folder of small inputs as people have them."""
+    return beside(root, "cases")

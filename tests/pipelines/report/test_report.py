@@ -1,4 +1,4 @@
-"""The report: its numbers, its words, its safety and its determinism, over runs whose true accuracies are known."""
+"""The report: its numbers, pages, safety and determinism, over runs whose true accuracies are known."""
 
 import csv
 import json
@@ -6,31 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.report.analysis import Comparison, Question, compare, greedy, wins
-from pipelines.report.curves import running_mean, seed_band, seed_mean
-from pipelines.report.load import load, predictions
-from pipelines.report.page import Picture
-from pipelines.report.page import page as html
-from pipelines.report.samples import examples
-from pipelines.report.tables import comparison_json
-from pipelines.report.words import entropy_kept, findings, other_measure, p_value, solved, title
-from pipelines.report.write import write
-from posttrain.errors import DataError
-from posttrain.evaluation.crossed import crossed_difference, crossed_mean
-from posttrain.evaluation.statistics import Interval, Resampling, mcnemar, wilson
+from posttrain.evaluation.statistics import mcnemar, wilson
+from tests.pipelines.read_html import Text
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
-
-QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0), headline="greedy")
 
 
 def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
@@ -63,28 +47,6 @@ def page(project: Path) -> str:
 @pytest.fixture(scope="module")
 def numbers(project: Path) -> Any:
     return json.loads((project / "report" / "comparison.json").read_text(encoding="utf-8"))
-
-
-class Text(HTMLParser):
-    """What a reader sees, and the tags and addresses of the page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.parts))
 
 
 def greedy_by_hand(project: Path, model: str) -> list[float]:
@@ -168,14 +130,6 @@ def test_behaviour_is_measured_on_sampled_answers(numbers: Any) -> None:
     assert models["grpo"]["pass_at_k"]["1"]["mean"] == pytest.approx(models["grpo"]["reward"]["answer"]["mean"])
     heldout = numbers["reward_model"]["heldout_accuracy"]
     assert (heldout["low"], heldout["high"]) == pytest.approx(wilson(90, 100))
-
-
-def test_win_rates_count_pairs_of_answers_to_one_prompt_with_ties_as_half() -> None:
-    nan = float("nan")
-    values, others = np.array([[1.0, 0.0], [1.0, nan], [nan, nan]]), np.array([[0.0, 0.0], [1.0, nan], [1.0, 0.0]])
-    # 1 beats two zeros and 0 ties with both; one tie alone; nothing known
-    assert wins(values, others)[:2].tolist() == [0.75, 0.5]
-    assert np.isnan(wins(values, others)[2])
 
 
 def test_win_rates_are_against_the_supervised_models_samples(project: Path, numbers: Any) -> None:
@@ -270,109 +224,6 @@ def test_comparing_needs_no_model_library(root: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def compared(tmp_path: Path, **changes: Any) -> Comparison:
-    algorithms, seeds = changes.get("algorithms", ("dpo", "grpo", "ppo")), changes.get("seeds", (0,))
-    build(tmp_path, **({"steps": 4} | changes))
-    return compare(load(algorithms, seeds, tmp_path), QUESTION)
-
-
-def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"), seeds=(0, 3))
-    results = load(("dpo", "grpo"), (0, 3), tmp_path)
-    both = greedy(results.of("grpo"), "answer")
-    row = comparison.of("grpo")
-    assert (row.seeds, both.shape) == ((0, 3), (120, 2))
-    assert row.accuracy.value == pytest.approx(both.mean())
-    assert row.by_seed == pytest.approx(tuple(both.mean(axis=0)))
-    level = crossed_mean(both)
-    assert (row.accuracy.low, row.accuracy.high) == (level.low, level.high)
-    test, by_hand = comparison.pair("dpo", "grpo").test, crossed_difference(greedy(results.of("dpo"), "answer"), both)
-    assert (test.p, test.difference.low, test.difference.high) == (by_hand.p, by_hand.low, by_hand.high)
-    assert test.method == f"t over seeds and prompts, {by_hand.df:.1f} degrees of freedom"
-    assert comparison.costs[-1].runs == 2
-    assert findings(comparison)[0].startswith(
-        "2 training seeds per algorithm: intervals and tests cover other seeds and other prompts"
-    )
-    assert "in this run" not in title(comparison).lower()
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [
-        (0.28, 0.32, "dapo ends with more entropy than grpo: 0.300 against 0.200 nats"),
-        (0.20, 0.40, "dapo's entropy at the end is not clearly above grpo's: 0.300 against 0.200"),
-        (0.05, 0.15, "dapo does not end with more entropy than grpo, but with less: 0.100 against 0.200"),
-    ],
-)
-def test_the_report_says_whether_dapo_kept_more_entropy(tmp_path: Path, low: float, high: float, said: str) -> None:
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
-    assert entropy_kept(comparison) is None
-    interval = Interval((low + high) / 2, low, high, 120, 0, "by hand")
-    dapo = replace(comparison.of("grpo"), name="dapo", entropy=interval)
-    grpo = replace(comparison.of("grpo"), entropy=replace(interval, value=0.2, low=0.18, high=0.22))
-    assert entropy_kept(replace(comparison, summaries=[grpo, dapo])).startswith(said)
-
-
-def test_failure_at_the_task_is_called_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RATES:
-        monkeypatch.setitem(RATES, name, -1.0)
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
-    assert not solved(comparison)
-    assert title(comparison) == "No model solves this task"
-    assert "no model solves any of 120 held-out problems (95 % interval 0.0 to 3.1 %)" in findings(comparison)[1]
-    assert "The model does not solve the task" in findings(comparison)[1]
-    assert comparison.pair("dpo", "grpo").adjusted == 1.0
-
-
-def test_the_headline_is_one_measure_for_ranking_tests_and_words(tmp_path: Path) -> None:
-    build(tmp_path, algorithms=("dpo", "grpo"), steps=4)
-    results = load(("dpo", "grpo"), (0,), tmp_path)
-    sampled = compare(results, replace(QUESTION, headline="sampled"))
-    rows = pq.read_table(tmp_path / "runs/evaluate/grpo-0/artifacts/predictions.parquet").to_pylist()
-    by_hand = np.mean([row["reward_answer"] for row in rows if row["sample"] > 0])
-    level = sampled.of("grpo").headline
-    assert level.value == pytest.approx(by_hand)
-    assert sampled.of("grpo").accuracy.value == pytest.approx(91 / 120)
-    assert sampled.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
-    said = " ".join(findings(sampled))
-    assert (
-        f"grpo has the highest sampled accuracy of the algorithms: {100 * by_hand:.1f} % of its sampled answers" in said
-    )
-    assert json.loads(comparison_json(sampled))["headline"] == "sampled"
-
-
-def test_another_order_by_the_other_measure_is_said(tmp_path: Path) -> None:
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
-    dpo, grpo = comparison.of("dpo"), comparison.of("grpo")
-    assert other_measure(comparison, grpo) is None
-    better = replace(dpo, rewards=dpo.rewards | {"answer": replace(dpo.headline, value=0.9)})
-    assert other_measure(replace(comparison, summaries=[better, grpo]), grpo) == (
-        f"By sampled accuracy dpo would rank first: 90.0 % against {100 * grpo.rewards['answer'].value:.1f} % of grpo."
-        " The title follows report.headline: greedy."
-    )
-
-
-def test_equal_models_are_called_equal_and_nothing_wins_at_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in RATES:
-        monkeypatch.setitem(RATES, name, -1.0)
-    # with 12 prompts the interval of 0 % reaches above 5 %, but nothing was solved
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"), prompts=12)
-    assert comparison.of("dpo").headline.high > 0.05
-    assert title(comparison) == "No model solves this task"
-    assert json.loads(comparison_json(comparison))["best"] is None
-    assert "No difference is seen between dpo and SFT (0.0 %)." in findings(comparison)
-    assert "no difference seen" in rendered(tmp_path, comparison, ("dpo", "grpo"))
-
-
-def rendered(folder: Path, comparison: Comparison, algorithms: tuple[str, ...]) -> str:
-    results = load(algorithms, (0,), folder)
-    blank = Picture("x", "x", "x", {"light": b"", "dark": b""}, (1, 1))
-    drawn = dict.fromkeys(("accuracy", "differences", "rewards", "against_tokens"), blank)
-    return html(results, comparison, drawn, 2, 0)
-
-
 def test_the_page_has_two_languages_and_needs_no_script(page: str, numbers: Any) -> None:
     text = Text(page).text
     assert "仅就本次运行:grpo 胜出;只有一个训练种子,不能说明更多" in text
@@ -391,111 +242,3 @@ def test_the_page_has_hyper_parameters_and_the_first_screen_has_the_cost(project
     assert "CPU cores" in copied
     assert "this machine:" not in copied
     assert "iframe" not in page + copied
-
-
-def test_a_band_over_seeds_is_the_t_interval_of_their_mean() -> None:
-    a = (np.array([1.0, 2.0]), np.array([1.0, 2.0]))
-    b = (np.array([1.0, 2.0]), np.array([3.0, 2.0]))
-    steps, low, high = seed_band([a, b])
-    # mean 2, standard error sqrt(2)/sqrt(2) = 1, t(1 degree of freedom, 97.5 %) = 12.706
-    assert (steps.tolist(), low[0], high[0]) == (
-        [1, 2],
-        pytest.approx(2 - 12.706, abs=1e-3),
-        pytest.approx(2 + 12.706, abs=1e-3),
-    )
-    assert low[1] == high[1] == 2
-
-
-def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RATES, "grpo", 0.74)
-    monkeypatch.setitem(RATES, "dpo", 0.75)
-    close = compared(tmp_path / "close", algorithms=("dpo", "grpo"))
-    assert re.fullmatch(
-        r"In this run, \w+ beats SFT; (dpo and grpo|grpo and dpo) cannot be told apart; one training seed allows no more",
-        title(close),
-    )
-    assert "so these data do not say which is better" in findings(close)[3]
-    monkeypatch.setitem(RATES, "sft", 0.9)
-    assert (
-        title(compared(tmp_path / "worse", algorithms=("dpo",), seeds=(0, 1)))
-        == "No algorithm improved on supervised fine-tuning"
-    )
-
-
-def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> None:
-    """No pass@k, no McNemar, no curve of reward against KL, a judge that always failed: the page still says what is known."""
-    build(tmp_path, algorithms=("dpo",), prompts=30, samples=2, steps=3)
-    for model in ("base", "sft", "dpo-0"):
-        path = tmp_path / "runs" / "evaluate" / model / "artifacts" / "predictions.parquet"
-        rows = pq.read_table(path).to_pylist()
-        changed = [row | {"reward_answer": row["reward_answer"] / 2, "reward_rm": None} for row in rows]
-        pq.write_table(pa.Table.from_pylist(changed), path)
-    results = load(("dpo",), (0,), tmp_path)
-    comparison = compare(results, replace(QUESTION, pass_k=(1, 2)))
-    assert comparison.of("dpo").pass_at == {1: None, 2: None}
-    assert comparison.of("dpo").rewards["rm"] is None
-    assert comparison.pair("dpo", "sft").test.method == "sign-flip permutation over prompts"
-    write(tmp_path / "report", results, comparison, 2, 0)
-    text = Text((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
-    assert "No algorithm samples during training" in text
-    assert "the 1 test made here" in text
-    assert "rm missing" in text
-    assert not (tmp_path / "report" / "over_optimisation.png").exists()
-
-
-def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
-    build(tmp_path, algorithms=("grpo",), steps=2, prompts=4)
-    with pytest.raises(DataError, match=r"do not exist: runs/align/rloo-0, runs/evaluate/rloo-0. Run `dvc repro`"):
-        load(("grpo", "rloo"), (0,), tmp_path)
-
-
-def test_models_that_answered_other_prompts_are_not_compared(tmp_path: Path) -> None:
-    build(tmp_path, algorithms=("grpo",), steps=2, prompts=6)
-    path = tmp_path / "runs" / "evaluate" / "sft" / "artifacts" / "predictions.parquet"
-    rows = pq.read_table(path).to_pylist()
-    pq.write_table(pa.Table.from_pylist([row | {"prompt": row["prompt"] + "?"} for row in rows]), path)
-    with pytest.raises(DataError, match="runs/evaluate/sft and runs/evaluate/base answer different prompts"):
-        load(("grpo",), (0,), tmp_path)
-
-
-def test_predictions_without_a_column_are_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist([{"prompt_id": 1, "sample": 0}]), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="the columns prompt, answer, completion, tokens"):
-        predictions(tmp_path / "p.parquet")
-
-
-def test_rows_of_predictions_may_come_in_any_order(tmp_path: Path) -> None:
-    build(tmp_path, algorithms=("grpo",), steps=2, prompts=6)
-    path = tmp_path / "runs" / "evaluate" / "sft" / "artifacts" / "predictions.parquet"
-    ordered = predictions(path)
-    rows = pq.read_table(path).to_pylist()
-    pq.write_table(pa.Table.from_pylist(rows[::-1]), path)
-    shuffled = predictions(path)
-    assert shuffled.completions == ordered.completions
-    assert all(np.array_equal(shuffled.numbers[n], ordered.numbers[n], equal_nan=True) for n in ordered.numbers)
-
-
-def test_examples_show_disagreement_and_failures_of_the_aligned_models(tmp_path: Path) -> None:
-    results = load(("grpo",), (0,), build(tmp_path, algorithms=("grpo",), steps=2))
-    shown = examples(results, QUESTION, 6, 0)
-    aligned = [[card.mark for card in example.cards if card.group == "grpo"] for example in shown]
-    # one aligned model cannot disagree with itself: the places go to problems that it fails and to others
-    assert {example.why for example in shown} == {
-        "selected because every aligned model fails",
-        "selected from problems with equal scores",
-    }
-    assert aligned[:2] == [["wrong"]] * 2
-    assert shown == examples(results, QUESTION, 6, 0)
-    assert shown != examples(results, QUESTION, 6, 1)
-
-
-def test_curves_of_seeds_meet_at_shared_steps() -> None:
-    a = (np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))
-    b = (np.array([2.0, 3.0, 4.0]), np.array([4.0, 5.0, 6.0]))
-    steps, values = seed_mean([a, b])
-    assert (steps.tolist(), values.tolist()) == ([2, 3], [3, 4])
-    assert running_mean(np.array([1.0, np.nan, 3.0, 5.0]), 2).tolist() == [1, 1, 3, 4]
-
-
-def test_small_p_values_are_given_as_bounds() -> None:
-    assert [p_value(p) for p in (0.5, 0.0123, 0.0004, 1e-9)] == ["p = 0.500", "p = 0.012", "p < 0.001", "p < 0.0001"]
