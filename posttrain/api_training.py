@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.algorithms import Algorithm, LoggedGroups, OnPolicy, Preference, choose
+from posttrain.algorithms import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
 from posttrain.api import Model
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens, table_tokens
@@ -50,6 +50,7 @@ from posttrain.training.preference import (
 )
 from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
 from posttrain.training.trainer import Trainer
+from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, UnpairedSource, mismatched
 
 if TYPE_CHECKING:
     from posttrain.training.checkpoint import Checkpoints
@@ -108,7 +109,7 @@ def train(
     Args:
         algorithm: a preset's name, a spec such as `replace(GRPO, …)`, or "sft".
         rows: prompts, or rows with `prompt` and further columns for the reward (on-policy); `prompt`, `chosen`, `rejected` and optional
-            scores (preferences); `prompt`, `completion` (sft).
+            scores (preferences); `prompt`, `completion` and `label`, True or False (kto); `prompt`, `completion` (sft).
         batch_size: prompts, pairs or rows per step.
         reward: a function `f(prompts, completions, **columns) -> list of numbers or None`, a built-in's name, or several by name, whose
             sum is used.
@@ -141,6 +142,8 @@ def train(
             Example(tokens) for tokens in table_tokens(model.encoder, [dict(row) for row in table], "completion")
         ]
         run.fit(run.trainer(Policy(model.lm), steps), run.epochs(examples), SupervisedObjective(), "loss")
+    elif isinstance(spec, Unpaired):
+        _unpaired(run, spec, table)
     else:
         _preferences(run, spec, table)
     model.lm.eval()
@@ -201,9 +204,26 @@ def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:
     return Problem(row["prompt"], tuple(model.encoder.prompt(row["prompt"])), columns, number)
 
 
-def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> None:
+def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
+    _check_epochs(spec)
+    policy = Policy(run.model.lm)
+    trainer = run.trainer(policy, run.steps)
+    tokens = table_tokens(run.model.encoder, [dict(row) for row in table], "completion")
+    answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
+    labels = [bool(row["label"]) for row in table]
+    rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
+    order = EpochOrder(len(rows), run.batch_size, 1, run.seed)
+    source = UnpairedSource(rows, order, policy, trainer.accelerator, run.micro_batch_tokens)
+    run.fit(trainer, source, UnpairedObjective(spec), "loss")
+
+
+def _check_epochs(spec: Preference | LoggedGroups | Unpaired) -> None:
     if spec.epochs != 1:
         raise ConfigError(f"{spec.name}.epochs = {spec.epochs} has no effect here; `steps` is the length of training")
+
+
+def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> None:
+    _check_epochs(spec)
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
     rows = [dict(row) for row in table]
@@ -221,8 +241,13 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
 def _answers(
     run: _Run, spec: Preference | LoggedGroups, policy: Policy, rows: Sequence[dict[str, Any]], column: str
 ) -> list[Answer]:
+    return _measured(run, spec, policy, table_tokens(run.model.encoder, rows, column))
+
+
+def _measured(
+    run: _Run, spec: Preference | LoggedGroups | Unpaired, policy: Policy, tokens: Sequence[Tokens]
+) -> list[Answer]:
     """Return the answers with the log-probabilities of the policy before training, which is the reference."""
-    tokens: list[Tokens] = table_tokens(run.model.encoder, rows, column)
     measured = token_logprobs(policy.eval(), tokens, run.micro_batch_tokens)
     return [
         Answer(t, m.logprobs if spec.needs_reference else 0 * m.logprobs) for t, m in zip(tokens, measured, strict=True)

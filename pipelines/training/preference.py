@@ -1,8 +1,10 @@
-"""Run the preference branch of the align step: the DPO family, and GRPO over logged groups."""
+"""Run the preference branch of the align step: the DPO family, GRPO over logged groups, and KTO over labelled answers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,9 @@ from pipelines.training.setup import (
     train,
     write_model,
 )
-from posttrain.algorithms import LoggedGroups, Preference
+from posttrain.algorithms import LoggedGroups, Preference, Unpaired
 from posttrain.data.batches import EpochOrder
-from posttrain.data.tokens import TextEncoder, table_tokens
+from posttrain.data.tokens import TextEncoder, Tokens, table_tokens
 from posttrain.errors import DataError
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.policy import Policy
@@ -42,6 +44,7 @@ from posttrain.training.preference import (
 )
 from posttrain.training.supervised import EpochSource
 from posttrain.training.trainer import Trainer
+from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, UnpairedSource, mismatched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,27 +56,31 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     """Train on logged pairs; return the number of steps and the last step's metrics."""
     context = run.context
     spec, budget, compute = context.params.algorithm(name), context.params.budget(name), context.params.align.compute
-    assert isinstance(spec, Preference | LoggedGroups)
+    assert isinstance(spec, Preference | LoggedGroups | Unpaired)
     assert isinstance(budget, PreferenceBudget)
     encoder, made = load_encoder(START), _make(context.params.align)
     policy = made.model.to(device.device)
-    table = read_table("preferences")
     cache = reference_cache(context, device) if spec.needs_reference else None
-    answers = reference_answers(policy, encoder, table, compute.micro_batch_tokens, compute.bf16, cache)
-    rows: list[Any] = groups(table, answers) if isinstance(spec, LoggedGroups) else pairs(table, answers, spec)
-    objective: Any = LoggedGroupsObjective(spec) if isinstance(spec, LoggedGroups) else PreferenceObjective(spec)
-    order = EpochOrder(len(rows), budget.batch_size, spec.epochs, seed)
+    reference = Reference(policy, compute.micro_batch_tokens, compute.bf16, cache)
+    data = _data(spec, encoder, reference)
+    order = EpochOrder(len(data.rows), budget.batch_size, spec.epochs, seed)
+    source: EpochSource[Any] = EpochSource(data.rows, order)
+    if isinstance(spec, Unpaired):
+        source = UnpairedSource(data.rows, order, policy, device, compute.micro_batch_tokens, compute.bf16)
     settings = budget.optimizer.settings()
     trainer: Trainer[Any] = Trainer(
         policy, settings, total_steps=order.steps, micro_batch_tokens=compute.micro_batch_tokens, accelerator=device
     )
-    announce(context, f"{order.steps} optimiser steps over {len(rows)} pairs or groups, {spec.epochs} epochs")
-    shown = ("loss", "preference/accuracy", "preference/margin")
-    preferred = [chosen.tokens for chosen, _ in answers]
+    announce(context, f"{order.steps} optimiser steps over {len(data.rows)} {data.noun}, {spec.epochs} epochs")
     hook = GreedySamples(
-        run.recorder, policy, encoder, preferred, context.params.align.samples_every, context.params.align.samples_shown
+        run.recorder,
+        policy,
+        encoder,
+        data.preferred,
+        context.params.align.samples_every,
+        context.params.align.samples_shown,
     )
-    last = train(run, trainer, EpochSource(rows, order), objective, order.steps, shown, context.params.align, hook)
+    last = train(run, trainer, source, data.objective, order.steps, data.shown, context.params.align, hook)
     about = {
         "algorithm": f"{spec.name} (arXiv {spec.paper})",
         "seed": seed,
@@ -101,24 +108,66 @@ def reference_cache(context: RunContext, device: Accelerator) -> ReferenceCache:
     return ReferenceCache(context.state.parent.parent / "reference", key, device)
 
 
-def reference_answers(
-    policy: Policy,
-    encoder: TextEncoder,
-    table: list[dict[str, Any]],
-    budget: int,
-    bf16: bool,
-    cache: ReferenceCache | None,
-) -> list[tuple[Answer, Answer]]:
-    """Return (chosen, rejected) of every row with the reference's log-probabilities; zeros without a reference."""
-    chosen = table_tokens(encoder, table, "chosen")
-    rejected = table_tokens(encoder, table, "rejected")
-    tokens = chosen + rejected
-    if cache is not None:
-        reference = cache.logprobs(policy, tokens, budget, bf16)
-    else:
-        reference = [np.zeros(len(t.response), dtype=np.float32) for t in tokens]
-    answers = [Answer(t, r) for t, r in zip(tokens, reference, strict=True)]
-    return list(zip(answers[: len(table)], answers[len(table) :], strict=True))
+@dataclass(frozen=True)
+class Reference:
+    """The reference policy: the model before training, whose log-probabilities are cached; zeros without a cache."""
+
+    policy: Policy
+    micro_batch_tokens: int
+    bf16: bool
+    cache: ReferenceCache | None
+
+    def answers(self, *sides: Sequence[Tokens]) -> list[tuple[Answer, ...]]:
+        """Return a tuple for each row, with one answer of each side."""
+        tokens = [t for side in sides for t in side]
+        if self.cache is not None:
+            logprobs = self.cache.logprobs(self.policy, tokens, self.micro_batch_tokens, self.bf16)
+        else:
+            logprobs = [np.zeros(len(t.response), dtype=np.float32) for t in tokens]
+        answers = [Answer(t, r) for t, r in zip(tokens, logprobs, strict=True)]
+        rows = len(sides[0])
+        return list(zip(*(answers[i * rows : (i + 1) * rows] for i in range(len(sides))), strict=True))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Rows with their objective, the metrics that the progress bar shows, and answers whose prompts are sampled."""
+
+    rows: list[Any]
+    objective: Any
+    noun: str
+    shown: tuple[str, ...]
+    preferred: list[Tokens]
+
+
+def _data(spec: Preference | LoggedGroups | Unpaired, encoder: TextEncoder, reference: Reference) -> _Data:
+    table = read_table("preferences")
+    if isinstance(spec, Unpaired):
+        table = unpaired(table)
+        tokens = table_tokens(encoder, table, "completion")
+        labelled = [
+            LabelledAnswer(answer, row["label"], partner)
+            for row, (answer, partner) in zip(table, reference.answers(tokens, mismatched(tokens)), strict=True)
+        ]
+        preferred = [row.answer.tokens for row in labelled if row.desirable]
+        shown = ("loss", "unpaired/desirable_reward", "unpaired/undesirable_reward")
+        return _Data(labelled, UnpairedObjective(spec), "labelled answers", shown, preferred)
+    answers: Any = reference.answers(*(table_tokens(encoder, table, side) for side in ("chosen", "rejected")))
+    rows: list[Any] = groups(table, answers) if isinstance(spec, LoggedGroups) else pairs(table, answers, spec)
+    objective: Any = LoggedGroupsObjective(spec) if isinstance(spec, LoggedGroups) else PreferenceObjective(spec)
+    shown = ("loss", "preference/accuracy", "preference/margin")
+    return _Data(rows, objective, "pairs or groups", shown, [chosen.tokens for chosen, _ in answers])
+
+
+def unpaired(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every chosen answer with label True and every rejected one with label False, each once."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table:
+        for column, label in (("chosen", True), ("rejected", False)):
+            made: dict[str, Any] = {name: row[name] for name in ("prompt", "tools") if name in row}
+            made |= {"completion": row[column], "label": label}
+            rows.setdefault(json.dumps(made, sort_keys=True), made | {"id": f"{row['id']} {column}"})
+    return list(rows.values())
 
 
 def pairs(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]], spec: Preference) -> list[PreferencePair]:

@@ -16,15 +16,16 @@ from posttrain.algorithms.checks import check_spec, checked_options
 from posttrain.algorithms.chord import CHORD, CHORD_PHI
 from posttrain.algorithms.cispo import CISPO
 from posttrain.algorithms.dapo import DAPO
-from posttrain.algorithms.dpo import DPO, DPO_SOFT, HINGE, IPO, ROBUST, SIMPO
+from posttrain.algorithms.dpo import DPO, DPO_SOFT, HINGE, IPO, ORPO, ROBUST, SIMPO
 from posttrain.algorithms.dr_grpo import DR_GRPO
 from posttrain.algorithms.grpo import GRPO
 from posttrain.algorithms.grpo_pairs import GRPO_PAIRS
 from posttrain.algorithms.gspo import GSPO
+from posttrain.algorithms.kto import KTO
 from posttrain.algorithms.ppo import PPO
 from posttrain.algorithms.reinforce_pp import REINFORCE_PP
 from posttrain.algorithms.rloo import RLOO
-from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -48,6 +49,8 @@ PRESETS: dict[str, Algorithm] = {
         IPO,
         HINGE,
         SIMPO,
+        ORPO,
+        KTO,
     )
 }
 
@@ -65,4 +68,4 @@ def choose(preset: str, options: Mapping[str, Any] | None = None) -> Algorithm:
     return spec
 
 
-__all__ = ["PRESETS", "Algorithm", "LoggedGroups", "OnPolicy", "Preference", "choose"]
+__all__ = ["PRESETS", "Algorithm", "LoggedGroups", "OnPolicy", "Preference", "Unpaired", "choose"]

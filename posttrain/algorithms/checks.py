@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from posttrain.algorithms.limits import LOGGED_EFFECT, ON_POLICY_EFFECT, PREFERENCE_EFFECT, RANGES, range_in_words
-from posttrain.algorithms.specs import Algorithm, KlEstimator, OnPolicy, Preference
+from posttrain.algorithms.limits import RANGES, effects, range_in_words
+from posttrain.algorithms.specs import Algorithm, KlEstimator, LoggedGroups, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -45,14 +45,13 @@ def check_spec(spec: Algorithm, given: set[str]) -> None:
         value = getattr(spec, name, None)
         if value is not None and not least <= value <= greatest:
             raise ConfigError(f"{spec.name}.options.{name} = {value}: must be {range_in_words(least, greatest)}")
+    _refuse_without_effect(spec, given, effects(spec))
     if isinstance(spec, OnPolicy):
         _check_on_policy(spec, given)
     elif isinstance(spec, Preference):
-        _check_preference(spec, given)
-    else:
-        _refuse_without_effect(spec, given, LOGGED_EFFECT)
-        if spec.kl_coefficient > 0:
-            _refuse_k1_in_loss(spec.name, spec.kl_estimator)
+        _check_preference(spec)
+    elif isinstance(spec, LoggedGroups) and spec.kl_coefficient > 0:
+        _refuse_k1_in_loss(spec.name, spec.kl_estimator)
 
 
 def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
@@ -64,7 +63,6 @@ def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
 
 
 def _check_on_policy(spec: OnPolicy, given: set[str]) -> None:
-    _refuse_without_effect(spec, given, ON_POLICY_EFFECT)
     if (
         spec.ratio == "sequence"
         and max(spec.clip_low, spec.clip_high) > 0.05
@@ -103,8 +101,12 @@ def _check_on_policy(spec: OnPolicy, given: set[str]) -> None:
         raise ConfigError(f"{spec.name}: KL in the reward is the log-ratio k1; {spec.kl_estimator} belongs in the loss")
 
 
-def _check_preference(spec: Preference, given: set[str]) -> None:
-    _refuse_without_effect(spec, given, PREFERENCE_EFFECT)
+def _check_preference(spec: Preference) -> None:
+    if spec.logit == "odds" and (spec.reference or spec.link == "square"):
+        raise ConfigError(
+            f"{spec.name}: logit 'odds' compares probabilities of answers, not ratios to a reference, and has no target to regress"
+            " onto; set reference: false and link: logistic or hinge (as the preset orpo)"
+        )
     if not 0 <= spec.label_smoothing < 0.5:
         raise ConfigError(f"{spec.name}.options.label_smoothing = {spec.label_smoothing}: must be in [0, 0.5)")
     weighting = spec.score_weighting

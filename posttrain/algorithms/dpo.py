@@ -1,7 +1,7 @@
 """DPO and its family: one loss over pairs with different links, targets and weights.
 
 dpo (2305.18290) · dpo_soft: targets from graded scores (2502.00203) · robust (2403.00409) · ipo (2310.12036) ·
-hinge (2305.10425) · simpo (2405.14734)
+hinge (2305.10425) · simpo (2405.14734) · orpo: imitation of the chosen answer plus the log-odds of the pair (2403.07691)
 
 Example:
     >>> DPO.beta, IPO.link, SIMPO.needs_reference
@@ -18,3 +18,12 @@ ROBUST = replace(DPO, name="robust", paper="2403.00409", label_smoothing=0.1, ro
 IPO = replace(DPO, name="ipo", paper="2310.12036", logit="mean", link="square")
 HINGE = replace(DPO, name="hinge", paper="2305.10425", link="hinge")
 SIMPO = replace(DPO, name="simpo", paper="2405.14734", beta=2.0, logit="mean", reference=False, target_margin=0.5)
+ORPO = Preference(
+    name="orpo",
+    paper="2403.07691",
+    beta=1.0,
+    logit="odds",
+    reference=False,
+    nll_coefficient=1.0,
+    pair_coefficient=0.1,
+)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired
 
 
 def _updates_off_policy(spec: OnPolicy) -> bool:
@@ -68,10 +68,12 @@ PREFERENCE_EFFECT: dict[str, tuple[Callable[[Preference], bool], str]] = {
     "robust": (lambda r: not r.robust or r.label_smoothing > 0, "label_smoothing > 0"),
     "score_scale": (lambda r: r.score_weighting in ("soft", "offset"), "score_weighting is 'soft' or 'offset'"),
     "target_margin": (lambda r: r.link != "square", "link is 'logistic' or 'hinge'"),
+    "pair_coefficient": (lambda r: r.nll_coefficient > 0, "nll_coefficient > 0"),
 }
 LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
     "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
 }
+UNPAIRED_EFFECT: dict[str, tuple[Callable[[Unpaired], bool], str]] = {}
 # option -> (minimum, maximum); only clip widths and counts may be infinite
 RANGES: dict[str, tuple[float, float]] = {
     "clip_low": (0.0, math.inf),
@@ -81,6 +83,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "kl_coefficient": (0.0, sys.float_info.max),
     "value_coefficient": (0.0, sys.float_info.max),
     "score_scale": (0.0, sys.float_info.max),
+    "nll_coefficient": (0.0, sys.float_info.max),
+    "pair_coefficient": (sys.float_info.min, sys.float_info.max),
+    "desirable_weight": (sys.float_info.min, sys.float_info.max),
+    "undesirable_weight": (sys.float_info.min, sys.float_info.max),
     "missing_eos_penalty": (0.0, sys.float_info.max),
     "target_margin": (-sys.float_info.max, sys.float_info.max),
     "beta": (sys.float_info.min, sys.float_info.max),
@@ -99,6 +105,17 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def effects(spec: Algorithm) -> Mapping[str, tuple[Callable[[Any], bool], str]]:
+    """Return the table of effects for the options of this kind of algorithm."""
+    kinds: tuple[tuple[type, Mapping[str, tuple[Callable[[Any], bool], str]]], ...] = (
+        (OnPolicy, ON_POLICY_EFFECT),
+        (Preference, PREFERENCE_EFFECT),
+        (LoggedGroups, LOGGED_EFFECT),
+        (Unpaired, UNPAIRED_EFFECT),
+    )
+    return next(table for kind, table in kinds if isinstance(spec, kind))
+
+
 def effective_options(spec: Algorithm) -> dict[str, Any]:
     """Return the options that have an effect at this point of the design space, with the preset's values.
 
@@ -108,13 +125,7 @@ def effective_options(spec: Algorithm) -> dict[str, Any]:
         >>> options["aggregate"], "kl_coefficient" in options
         ('constant', False)
     """
-    table: Mapping[str, tuple[Callable[[Any], bool], str]] = (
-        ON_POLICY_EFFECT
-        if isinstance(spec, OnPolicy)
-        else PREFERENCE_EFFECT
-        if isinstance(spec, Preference)
-        else LOGGED_EFFECT
-    )
+    table = effects(spec)
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
     return {
         name: value

@@ -111,13 +111,15 @@ class OnPolicy:
 class Preference:
     """An algorithm that learns from pairs without sampling.
 
-    logit {sum, mean} x link {logistic, hinge, square} x target {1, 1-eps, sigma(eta ds)} x weight {1, |ds|} x offset {0, alpha ds}
+    L = pair_coefficient * pair loss + nll_coefficient * NLL of the chosen answer, with the pair loss
+    logit {sum, mean, odds} x link {logistic, hinge, square} x target {1, 1-eps, sigma(eta ds)} x weight {1, |ds|} x offset {0, alpha ds}
     """
 
     name: str
     paper: str
     beta: float = 0.1
-    logit: Literal["sum", "mean"] = "sum"
+    logit: Literal["sum", "mean", "odds"] = "sum"
+    """Log-ratio of an answer: sum or mean over its tokens. odds: log(p / (1 - p)) of the mean, without a reference (2403.07691)."""
     link: Literal["logistic", "hinge", "square"] = "logistic"
     reference: bool = True
     label_smoothing: float = 0.0
@@ -128,6 +130,10 @@ class Preference:
     """eta of `soft`, alpha of `offset`."""
     target_margin: float = 0.0
     """gamma of SimPO: the margin that is subtracted from the logit."""
+    nll_coefficient: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood: 1 in ORPO, and in DPO for reasoning (2404.19733)."""
+    pair_coefficient: float = 1.0
+    """Weight of the pair loss next to the NLL: lambda of ORPO."""
     epochs: int = 1
 
     @property
@@ -155,4 +161,22 @@ class LoggedGroups:
         return True
 
 
-Algorithm = OnPolicy | Preference | LoggedGroups
+@dataclass(frozen=True, kw_only=True)
+class Unpaired:
+    """An algorithm that learns from single answers with a label, thumbs up or down, without sampling."""
+
+    name: str
+    paper: str
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    """Weight of an answer with thumbs up. Over a table, weight x number should be 1 to 1.33 times that of thumbs down (2402.01306)."""
+    undesirable_weight: float = 1.0
+    epochs: int = 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return True: answers are compared with the reference policy."""
+        return True
+
+
+Algorithm = OnPolicy | Preference | LoggedGroups | Unpaired

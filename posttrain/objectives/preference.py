@@ -1,4 +1,4 @@
-"""One loss for pairs: the reward model, and the DPO family by link, target, weight and offset.
+"""Losses for pairs (the reward model, and the DPO family by link, target, weight and offset) and for single answers (KTO).
 
 Example:
     At the start of DPO the log-ratios are 0 and the loss is ln 2; with beta * difference = 1 it is ln(1 + 1/e):
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from posttrain.algorithms.specs import Preference
+from posttrain.algorithms.specs import Preference, Unpaired
+from posttrain.objectives.reduce import row_means, row_sums
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tensor, center: float) -> Tensor:
@@ -23,6 +24,18 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, target: Tens
     Here x = r_w - r_l - margin, and p = target is the probability that `chosen` is better. All tensors are [pairs].
     """
     return logistic(chosen - rejected - margin, target) + center * (chosen + rejected).square()
+
+
+def answer_logits(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, spec: Preference) -> Tensor:
+    """Return the number [batch] by which answers are compared: sum or mean of the log-ratio, or the log-odds of the mean (2403.07691)."""
+    if spec.logit == "sum":
+        return row_sums(logprobs - ref_logprobs, mask)
+    mean = row_means(logprobs - ref_logprobs, mask)
+    if spec.logit == "mean":
+        return mean
+    # log p - log(1 - p); the clamp keeps the odds of a certain answer finite
+    mean = mean.clamp(max=-1e-6)
+    return mean - (-mean.expm1()).log()
 
 
 def preference_loss(difference: Tensor, score_gap: Tensor, spec: Preference) -> Tensor:
@@ -59,3 +72,16 @@ def preference_target(score_gap: Tensor, spec: Preference) -> Tensor:
 def logistic(logit: Tensor, target: Tensor) -> Tensor:
     """Return -p log sigma(x) - (1-p) log sigma(-x), same shape as `logit`."""
     return -target * logsigmoid(logit) - (1 - target) * logsigmoid(-logit)
+
+
+def unpaired_loss(log_ratio: Tensor, baseline: Tensor, desirable: Tensor, spec: Unpaired) -> Tensor:
+    """Return the loss [batch] of KTO (2402.01306, eq. 8): w * (1 - sigma(+-beta * (r - z0))), + for desirable answers.
+
+    Args:
+        log_ratio: [batch] sums of log pi - log ref.
+        baseline: [batch] z0, the KL to the reference; no gradient.
+        desirable: [batch] bool.
+    """
+    gain = spec.beta * (log_ratio - baseline)
+    weight = torch.where(desirable, spec.desirable_weight, spec.undesirable_weight)
+    return weight * torch.sigmoid(torch.where(desirable, -gain, gain))

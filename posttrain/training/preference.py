@@ -18,7 +18,7 @@ from posttrain.algorithms.specs import LoggedGroups, Preference
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
 from posttrain.objectives.kl import kl_estimate, kl_metric
-from posttrain.objectives.preference import preference_loss
+from posttrain.objectives.preference import answer_logits, preference_loss
 from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
 from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
 from posttrain.training.routing import add_routing
@@ -74,8 +74,7 @@ class PreferenceObjective:
         batch = collate([a.tokens for a in answers]).to(device)
         output = model(batch)
         reference = pad([a.ref_logprobs for a in answers], batch.mask.shape[1]).to(device)
-        summed = row_sums(output.logprobs - reference, batch.mask)
-        ratio = summed if self.spec.logit == "sum" else row_means(output.logprobs - reference, batch.mask)
+        ratio = answer_logits(output.logprobs, reference, batch.mask, self.spec)
         difference = ratio[: len(rows)] - ratio[len(rows) :]
         gap = torch.tensor([row.score_gap for row in rows], dtype=difference.dtype, device=device)
         loss = preference_loss(difference, gap, self.spec)
@@ -83,7 +82,7 @@ class PreferenceObjective:
         chosen_mask = batch.mask[: len(rows)]
         rewards = self.spec.beta * ratio
         terms = Terms(
-            losses={"pairs": ((weight * loss).sum(), "pair_weight", 1.0)},
+            losses={"pairs": ((weight * loss).sum(), "pair_weight", self.spec.pair_coefficient)},
             metrics={
                 "preference/accuracy": ((difference > 0).float().sum(), "pairs"),
                 "preference/margin": (self.spec.beta * difference.sum(), "pairs"),
@@ -92,6 +91,10 @@ class PreferenceObjective:
                 "entropy": (masked_sum(output.entropy[: len(rows)], chosen_mask), "chosen_tokens"),
             },
         )
+        if self.spec.nll_coefficient:
+            nll = -row_means(output.logprobs[: len(rows)], chosen_mask).sum()
+            terms.losses["nll"] = (nll, "pairs", self.spec.nll_coefficient)
+            terms.metrics["preference/chosen_nll"] = (nll, "pairs")
         add_routing(terms, output.routing and output.routing[: len(rows)], chosen_mask, "chosen_tokens")
         return terms
 

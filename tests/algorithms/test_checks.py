@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.algorithms import PRESETS, choose
-from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired
 from posttrain.errors import ConfigError
 
 # a preset, options that must be refused, and what the message must say
@@ -95,6 +95,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dpo_soft", {"label_smoothing": 0.1}, "has no effect"),
     ("dpo", {"score_scale": 2.0}, "has no effect"),
     ("dpo", {"score_weighting": "weight", "score_scale": 2.0}, "has no effect"),
+    ("dpo", {"pair_coefficient": 0.1}, "nll_coefficient > 0"),
+    ("dpo", {"logit": "odds"}, "reference: false"),
+    ("orpo", {"link": "square"}, "no target to regress"),
+    ("orpo", {"nll_coefficient": -1.0}, "not negative"),
+    ("kto", {"beta": 0.0}, "above 0"),
+    ("kto", {"undesirable_weight": 0.0}, "above 0"),
+    ("kto", {"logit": "mean"}, "no such option"),
     ("grpo_pairs", {"kl_coefficient": 0.0, "kl_estimator": "k1"}, "has no effect"),
     ("grpo_pairs", {"advantage": "group_z"}, "no such option"),
 ]
@@ -204,5 +211,5 @@ def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict
         assert spec.link != "square" or spec.score_weighting in ("none", "weight")
         assert not (spec.score_weighting == "soft" and (spec.robust or spec.link == "hinge"))
     else:
-        assert isinstance(spec, LoggedGroups)
+        assert isinstance(spec, LoggedGroups | Unpaired)
         assert spec.epochs >= 1

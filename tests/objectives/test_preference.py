@@ -8,9 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain.algorithms import PRESETS
+from posttrain.algorithms import PRESETS, choose
 from posttrain.algorithms.specs import Preference
-from posttrain.objectives.preference import bradley_terry, preference_loss, preference_target
+from posttrain.objectives.preference import (
+    answer_logits,
+    bradley_terry,
+    preference_loss,
+    preference_target,
+    unpaired_loss,
+)
 
 LN2 = math.log(2)
 
@@ -172,3 +178,32 @@ def test_reward_model_gradient() -> None:
     assert torch.autograd.gradcheck(
         lambda c, r: bradley_terry(c, r, f64(0.2, 0.0), f64(1.0, 0.6), 0.01), (chosen, rejected)
     )
+
+
+def test_log_odds_by_hand_and_finite_for_a_certain_answer() -> None:
+    logprobs = torch.tensor([[-0.5, -1.5], [-0.25, 9.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    odds = answer_logits(logprobs, torch.zeros_like(logprobs), mask, PRESETS["orpo"])  # type: ignore[arg-type]
+    # of the geometric mean of the tokens' probabilities: exp(-1) and exp(-1/4)
+    expected = [math.log(p / (1 - p)) for p in (math.exp(-1.0), math.exp(-0.25))]
+    assert odds[:2].tolist() == pytest.approx(expected, abs=1e-12)
+    assert math.isfinite(odds[2].item())
+    odds.sum().backward()
+    # d log(p / (1 - p)) / d log p = 1 / (1 - p), shared by the tokens of the mean
+    slope = 0.5 / (1 - math.exp(-1.0))
+    assert logprobs.grad[0].tolist() == pytest.approx([slope, slope], abs=1e-12)
+    assert logprobs.grad[1].tolist() == pytest.approx([1 / (1 - math.exp(-0.25)), 0.0], abs=1e-12)
+    assert torch.isfinite(logprobs.grad).all()
+
+
+def test_kto_by_hand_is_one_half_at_the_baseline_and_saturates_on_both_sides() -> None:
+    spec = choose("kto", {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0})
+    log_ratio = torch.tensor([1.0, 1.0, 3.0, 3.0, 200.0, -200.0], dtype=torch.float64, requires_grad=True)
+    desirable = torch.tensor([True, False, True, False, True, True])
+    loss = unpaired_loss(log_ratio, torch.ones(6, dtype=torch.float64), desirable, spec)  # type: ignore[arg-type]
+    up, down = sigmoid(0.5 * (3 - 1)), sigmoid(-0.5 * (3 - 1))
+    assert loss.tolist() == pytest.approx([1.0, 1.5, 2 * (1 - up), 3 * (1 - down), 0.0, 2.0], abs=1e-12)
+    loss.sum().backward()
+    # -w beta sigma (1 - sigma), with the opposite sign for thumbs down
+    slopes = [-2 * 0.5 * 0.25, 3 * 0.5 * 0.25, -2 * 0.5 * up * down, 3 * 0.5 * up * down, 0.0, 0.0]
+    assert log_ratio.grad.tolist() == pytest.approx(slopes, abs=1e-12)

@@ -1,4 +1,4 @@
-"""Every preset that no kill test runs goes through the align step, and starts where its mathematics says."""
+"""Presets of every kind go through the align step, and start where their mathematics says."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from tests.reliability.workspace import Workspace
 
 FIRST_LOSS = {"dpo_soft": math.log(2), "robust": math.log(2), "ipo": 25.0, "hinge": 1.0, "grpo_pairs": 0.0}
 """Of a policy that is its own reference: 1 / (4 beta^2) for IPO with beta 0.1; advantages of a pair that cancel for GRPO."""
+LABELLED_STEPS = 8
+"""Of KTO: 31 pairs are 62 answers with a label, in batches of 8."""
 ON_POLICY = ("dr_grpo", "chord_phi", "rloo", "reinforce_pp")
 OFF_POLICY = ("gspo", "cispo")
-OTHERS = (*FIRST_LOSS, *ON_POLICY, *OFF_POLICY, "simpo")
+OTHERS = (*FIRST_LOSS, *ON_POLICY, *OFF_POLICY, "simpo", "kto")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -25,13 +27,16 @@ def test_a_preset_trains_through_the_align_step(name: str, workspace: Workspace)
     workspace.succeed("pipelines.align", "--algorithm", name, "--seed", "0")
     records = read(workspace.folder / "runs" / "align" / f"{name}-0" / "journal.jsonl")
     steps = [record["values"] for record in records if record["kind"] == "metrics"]
-    assert len(steps) == (6 if name in (*ON_POLICY, *OFF_POLICY) else 4)
+    assert len(steps) == (6 if name in (*ON_POLICY, *OFF_POLICY) else LABELLED_STEPS if name == "kto" else 4)
     assert all(math.isfinite(values["loss"]) and values["grad_norm"] > 0 for values in steps)
     first = steps[0]
     if name in FIRST_LOSS:
         assert first["loss"] == pytest.approx(FIRST_LOSS[name], abs=1e-5)
         # the same model, pairs and code: the reference was computed by the first of these presets, and read by the others
         assert len(list((workspace.folder / ".posttrain" / "reference").glob("*.safetensors"))) == 1
+    if name == "kto":
+        # the reference is the policy itself, so z0 is 0 and every loss is 1 - sigma(0)
+        assert (first["loss"], first["unpaired/baseline"]) == pytest.approx((0.5, 0.0), abs=1e-5)
     if name in ON_POLICY:
         assert (first["ratio/min"], first["ratio/max"], first["kl/approx"]) == (1.0, 1.0, 0.0)
     if name in OFF_POLICY:
@@ -43,7 +48,8 @@ def test_a_preset_trains_through_the_align_step(name: str, workspace: Workspace)
     assert file_digest(before) != file_digest(after)
 
 
-def test_kill_tests_and_these_cover_every_preset(workspace: Workspace) -> None:
+def test_kill_tests_and_these_cover_every_kind_of_algorithm(workspace: Workspace) -> None:
+    """Every preset takes steps in tests/training/test_every_preset.py; here a preset of every kind runs as a stage."""
     params = load_params(workspace.folder / "params.yaml")
-    covered = {params.algorithm(name).name for name in (*OTHERS, *STEPS) if name in params.algorithms}
-    assert covered == set(PRESETS)
+    covered = {type(params.algorithm(name)) for name in (*OTHERS, *STEPS) if name in params.algorithms}
+    assert covered == {type(spec) for spec in PRESETS.values()}

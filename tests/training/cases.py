@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.specs import LoggedGroups, OnPolicy, Preference, Unpaired
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
@@ -27,6 +27,7 @@ from posttrain.training.preference import (
 from posttrain.training.sharding import full
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
 from posttrain.training.trainer import Trainer
+from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective
 from tests.models import small
 
 MAX_LENGTH = 12
@@ -82,6 +83,11 @@ def case(name: str, double: bool = False) -> Case:
         )
     if isinstance(spec, Preference):
         return Case(lambda: small.policy(double=double), PreferenceObjective(spec), pairs_for(spec))
+    if isinstance(spec, Unpaired):
+        labelled = [
+            LabelledAnswer(p.chosen, i % 3 != 1, p.rejected, baseline=0.3) for i, p in enumerate(pairs_for(spec))
+        ]
+        return Case(lambda: small.policy(double=double), UnpairedObjective(spec), labelled)
     assert isinstance(spec, LoggedGroups)
     groups = [AnswerGroup((p.chosen, p.rejected), (0.5, -0.5)) for p in pairs_for(PRESETS["dpo"])]
     ranked = small.rows(3, seed=7)

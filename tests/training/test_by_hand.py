@@ -164,6 +164,12 @@ def test_the_metrics_of_an_update(name: str) -> None:
         assert metrics[metric] == pytest.approx(value, rel=1e-4 if "mismatch" in metric else 1e-6), metric
 
 
+def odds_loss(means: list[float]) -> float:
+    """-log sigma(log odds of the chosen - log odds of the rejected), from the mean log-probability of each."""
+    chosen, rejected = (math.exp(mean) / (1 - math.exp(mean)) for mean in means)
+    return math.log1p(rejected / chosen)
+
+
 @pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, Preference)))
 def test_every_preference_preset(name: str) -> None:
     spec = PRESETS[name]
@@ -175,7 +181,7 @@ def test_every_preference_preset(name: str) -> None:
         for answer in (row.chosen, row.rejected):
             lp = token_logprobs(model, answer.tokens)
             log_ratio = sum(lp) - float(answer.ref_logprobs.astype(np.float64).sum())
-            sides.append(log_ratio / len(lp) if spec.logit == "mean" else log_ratio)
+            sides.append(log_ratio if spec.logit == "sum" else log_ratio / len(lp))
         delta = sides[0] - sides[1]
         right += delta > 0
         x = spec.beta * delta - spec.target_margin
@@ -188,9 +194,37 @@ def test_every_preference_preset(name: str) -> None:
             "ipo": (delta - 1 / (2 * spec.beta)) ** 2,
             "hinge": max(0.0, 1 - x),
             "simpo": up,
+            "orpo": 0.1 * odds_loss(sides) - sides[0] if name == "orpo" else 0.0,
         }[name]
     assert metrics["loss"] == pytest.approx(total / len(rows), rel=1e-6)
     assert metrics["preference/accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_the_nll_of_the_chosen_answer_is_added_to_any_pair_loss() -> None:
+    """As in iterative reasoning preference optimisation (2404.19733): DPO plus the mean NLL of the chosen answer."""
+    made = case("dpo", double=True)
+    plain, added = (
+        probe(made.model(), 30).update(made.rows, with_record(made, nll_coefficient=c).objective) for c in (0.0, 0.5)
+    )
+    model = made.model()
+    means = [np.mean(token_logprobs(model, row.chosen.tokens)) for row in made.rows]
+    assert added["preference/chosen_nll"] == pytest.approx(-np.mean(means), rel=1e-9)
+    assert added["loss"] == pytest.approx(plain["loss"] - 0.5 * np.mean(means), rel=1e-9)
+
+
+def test_kto() -> None:
+    made = case("kto", double=True)
+    weighted = with_record(made, desirable_weight=1.5, undesirable_weight=0.7)
+    metrics, model = probe(made.model(), 30).update(made.rows, weighted.objective), made.model()
+    total, rewards = 0.0, {True: [], False: []}
+    for row in made.rows:
+        log_ratio = sum(token_logprobs(model, row.answer.tokens)) - float(row.answer.ref_logprobs.astype(float).sum())
+        gain = 0.1 * (log_ratio - 0.3) * (1 if row.desirable else -1)
+        total += (1.5 if row.desirable else 0.7) * (1 - 1 / (1 + math.exp(-gain)))
+        rewards[row.desirable].append(0.1 * log_ratio)
+    assert metrics["loss"] == pytest.approx(total / len(made.rows), rel=1e-6)
+    assert metrics["unpaired/desirable_reward"] == pytest.approx(np.mean(rewards[True]), rel=1e-6)
+    assert metrics["unpaired/undesirable_reward"] == pytest.approx(np.mean(rewards[False]), rel=1e-6)
 
 
 def test_weighted_pairs_are_normalised_over_the_step() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.training.preference import groups, pairs
+from pipelines.training.preference import groups, pairs, unpaired
 from posttrain.algorithms.dpo import DPO, DPO_SOFT
 from posttrain.data.tokens import Tokens
 from posttrain.errors import DataError
@@ -64,3 +64,18 @@ def test_grades_of_any_scale_weigh_at_most_as_much_as_pairs_without_grades() -> 
 def test_a_list_of_one_answer_has_no_baseline() -> None:
     with pytest.raises(DataError, match="preference row 1: all answers to its prompt are the same"):
         groups(*table(("p", "a", "b", 1.0, 0.0), ("q", "a", "a", 1.0, 0.0)))
+
+
+def test_pairs_become_single_answers_with_a_label_each_once() -> None:
+    rows = [
+        {"id": 0, "prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 1.0, "rejected_score": 0.0},
+        {"id": 1, "prompt": "p", "chosen": "a", "rejected": "c", "chosen_score": 1.0, "rejected_score": 0.0},
+        {"id": 2, "prompt": "q", "chosen": "b", "rejected": "a", "chosen_score": 1.0, "rejected_score": 0.0},
+    ]
+    assert [(r["prompt"], r["completion"], r["label"], r["id"]) for r in unpaired(rows)] == [
+        ("p", "a", True, "0 chosen"),
+        ("p", "b", False, "0 rejected"),
+        ("p", "c", False, "1 rejected"),
+        ("q", "b", True, "2 chosen"),
+        ("q", "a", False, "2 rejected"),
+    ]
