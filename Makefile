@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate docs clean
+.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate study studies docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hou
 
 calibrate: workspace  ## compare finished runs of one algorithm with each other: how often are equal copies called different?
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
+
+study: workspace  ## run one study of examples/studies and decide its claims (NAME=group_size)
+	@$(QUIET) $(PYTHON_IN) -m flows.study $(NAME) $(ARGS)
+
+studies: workspace  ## run all studies and write docs/claims.md
+	@$(QUIET) $(PYTHON_IN) -m flows.study --all $(ARGS)
 
 docs: setup  ## build the documentation into .posttrain/site, offline
 	@NO_MKDOCS_2_WARNING=true $(PYTHON_IN) -m mkdocs build --strict --quiet

@@ -40,11 +40,14 @@ EXTRAS = {
 STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate"}
 ROOMS = {
     "aliases": {"commands"},
-    "commands": {"config", "data", "promotion", "report", "runtime", "stages", "tracking", "training", "validation"},
+    "commands": {
+        *("config", "data", "promotion", "report", "runtime", "stages", "studies", "tracking", "training", "validation")
+    },
     "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
     "training": {"config", "data", "runtime"},
     "promotion": {"runtime", "tracking"},
     "report": {"config", "runtime"},
+    "studies": {"config", "report", "runtime"},
     "validation": {"config", "data"},
     "tracking": {"config", "runtime"},
     "data": {"config"},

@@ -101,11 +101,11 @@ class Params(Section):
         """Return `align.on_policy` or `align.preference` with the section's overrides."""
         on_policy = isinstance(self.algorithm(name), OnPolicy)
         defaults: Section = self.align.on_policy if on_policy else self.align.preference
-        merged = _merge(defaults.model_dump(), self.algorithms[name].budget)
+        values = merged(defaults.model_dump(), self.algorithms[name].budget)
         location = ("algorithms", name, "budget")
         if not on_policy:
-            return _validated(PreferenceBudget, merged, location)
-        return _validated(OnPolicyBudget, merged, location)
+            return _validated(PreferenceBudget, values, location)
+        return _validated(OnPolicyBudget, values, location)
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
         """Check one algorithm's sampling settings against its spec."""
@@ -333,14 +333,12 @@ def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with the values of `over`, merged recursively."""
-    merged = dict(base)
+    tree = dict(base)
     for key, value in over.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
-    return merged
+        tree[key] = merged(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+    return tree
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,25 +94,31 @@ def moments(a: Floats, b: Floats | None = None) -> Moments:
 
     Leading dimensions are independent experiments, so that a simulation is one call. Without `b` the mean of `a` is estimated.
     """
-    sides = [a] if b is None else [a, b]
-    prompts = a.shape[-2]
-    by_prompt = a.mean(-1) - (0.0 if b is None else b.mean(-1))
+    return contrast_moments([a], [1.0]) if b is None else contrast_moments([a, b], [1.0, -1.0])
+
+
+def contrast_moments(sides: Sequence[Floats], weights: Sequence[float]) -> Moments:
+    """Estimate the weighted sum of the sides' means and its variances from complete tables [..., prompts, seeds]."""
+    prompts = sides[0].shape[-2]
+    by_prompt: Floats = np.asarray(sum(w * side.mean(-1) for w, side in zip(weights, sides, strict=True)))
     value = by_prompt.mean(-1)
     # if all prompts agree, assume that one more prompt would have differed by a single answer
-    from_prompts = np.maximum(by_prompt.var(-1, ddof=1), 1.0 / prompts * _unit(sides)) / prompts
-    excess = [_excess(side) for side in sides if side.shape[-1] > 1]
-    from_runs = np.maximum(sum((part for part, _ in excess), np.zeros_like(value)), 0.0)
+    from_prompts = np.maximum(by_prompt.var(-1, ddof=1), 1.0 / prompts * _unit(sides, weights)) / prompts
+    excess = [(w**2, *_excess(side)) for w, side in zip(weights, sides, strict=True) if side.shape[-1] > 1]
+    from_runs = np.maximum(sum((square * part for square, part, _ in excess), np.zeros_like(value)), 0.0)
     spread = from_prompts**2 / (prompts - 1)
-    for part, seeds in excess:
-        spread = spread + CAUTION * np.maximum(part, 0.0) ** 2 / (seeds - 1)
-    df = np.maximum((from_prompts + from_runs) ** 2 / spread, 1.0)
+    for square, part, seeds in excess:
+        spread = spread + CAUTION * np.maximum(square * part, 0.0) ** 2 / (seeds - 1)
+    total = (from_prompts + from_runs) ** 2
+    # without any variance the degrees of freedom do not matter
+    df = np.maximum(np.divide(total, spread, out=np.full_like(total, float(prompts - 1)), where=spread > 0), 1.0)
     return Moments(value, from_prompts, from_runs, df)
 
 
-def _unit(sides: list[Floats]) -> float:
-    """Squared step of the score: 1 / seeds² for the larger number of seeds if scores are 0 or 1, else 0."""
+def _unit(sides: Sequence[Floats], weights: Sequence[float]) -> float:
+    """Squared step of the score: (weight / seeds)² for the larger number of seeds if scores are 0 or 1, else 0."""
     binary = all(bool(np.isin(side, (0.0, 1.0)).all()) for side in sides)
-    return 1.0 / max(side.shape[-1] for side in sides) ** 2 if binary else 0.0
+    return (max(map(abs, weights)) / max(side.shape[-1] for side in sides)) ** 2 if binary else 0.0
 
 
 def _excess(table: Floats) -> tuple[NDArray[np.float64], int]:
@@ -140,7 +147,8 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, 
     complete = np.isfinite(left).all(1) & np.isfinite(right).all(1)
     seeds = (left.shape[1], right.shape[1])
     trained = seeds[0] > 1 and (seeds[1] > 1 or fixed_b)
-    return _crossed(left[complete], right[complete], confidence, seeds, int((~complete).sum()), trained)
+    sides = [left[complete], right[complete]]
+    return _crossed(sides, [1.0, -1.0], confidence, seeds, int((~complete).sum()), trained)
 
 
 def crossed_mean(a: ArrayLike, confidence: float = 0.95) -> Crossed:
@@ -148,18 +156,46 @@ def crossed_mean(a: ArrayLike, confidence: float = 0.95) -> Crossed:
     table = _table(a)
     complete = np.isfinite(table).all(1)
     seeds = table.shape[1]
-    return _crossed(table[complete], None, confidence, (seeds,), int((~complete).sum()), seeds > 1)
+    return _crossed([table[complete]], [1.0], confidence, (seeds,), int((~complete).sum()), seeds > 1)
+
+
+def crossed_contrast(tables: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95) -> Crossed:
+    """Estimate a weighted sum of algorithms' means, such as the difference of two differences.
+
+    Args:
+        tables: scores [prompts, seeds] of each algorithm; one column is a fixed model.
+        weights: one for each table; a difference has 1 and -1.
+        confidence: of the interval.
+
+    Raises:
+        DataError: the tables have different prompts, or fewer than 2 prompts are complete.
+    """
+    sides = [_table(table) for table in tables]
+    if len({len(side) for side in sides}) > 1:
+        counts = " and ".join(str(len(side)) for side in sides)
+        raise DataError(f"a comparison needs the same prompts on all sides; got {counts}")
+    complete = np.all([np.isfinite(side).all(1) for side in sides], axis=0)
+    seeds = tuple(side.shape[1] for side in sides)
+    return _crossed(
+        [side[complete] for side in sides], weights, confidence, seeds, int((~complete).sum()), max(seeds) > 1
+    )
 
 
 def _crossed(
-    a: Floats, b: Floats | None, confidence: float, seeds: tuple[int, ...], missing: int, trained: bool
+    sides: Sequence[Floats],
+    weights: Sequence[float],
+    confidence: float,
+    seeds: tuple[int, ...],
+    missing: int,
+    trained: bool,
 ) -> Crossed:
-    if len(a) < 2:
+    prompts = len(sides[0])
+    if prompts < 2:
         raise DataError(
-            f"only {len(a)} prompts have a score from every run; at least 2 are needed for an interval. See"
+            f"only {prompts} prompts have a score from every run; at least 2 are needed for an interval. See"
             " reward/<source>/missing in the journals, or evaluate on more prompts."
         )
-    found = moments(a, b)
+    found = contrast_moments(sides, weights)
     value, error, df = float(found.value), float(np.sqrt(found.from_prompts + found.from_runs)), float(found.df)
     reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * error
     if error > 0:
@@ -167,7 +203,7 @@ def _crossed(
     else:
         p = 1.0 if value == 0 else 0.0
     return Crossed(
-        value, value - reach, value + reach, p, df, float(found.from_runs), float(found.from_prompts), seeds, len(a), missing,
+        value, value - reach, value + reach, p, df, float(found.from_runs), float(found.from_prompts), seeds, prompts, missing,
         trained,
     )  # fmt: skip
 

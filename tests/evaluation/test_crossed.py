@@ -14,6 +14,7 @@ from posttrain.evaluation.crossed import (
     CAUTION,
     Spread,
     clustered_standard_error,
+    crossed_contrast,
     crossed_difference,
     crossed_mean,
     effect_size,
@@ -48,6 +49,20 @@ def test_a_difference_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx((value - reach, value + reach))
     assert found.p == pytest.approx(2 * stats.t.sf(value / math.sqrt(from_prompts + from_runs), found.df))
     assert (found.seeds, found.prompts, found.missing, found.about_training) == ((2, 2), 3, 0, True)
+
+
+def test_a_contrast_of_two_is_the_difference_and_weights_scale_it() -> None:
+    one, two = crossed_difference(A, B), crossed_contrast([A, B], [1, -1])
+    assert (two.value, two.low, two.high, two.df) == pytest.approx((one.value, one.low, one.high, one.df))
+    half = crossed_contrast([A, B], [0.5, -0.5])
+    assert (half.value, half.low, half.high) == pytest.approx((one.value / 2, one.low / 2, one.high / 2))
+    # twice the same difference: A and B each enter twice, so that the variances are twice those of one difference from runs
+    twice = crossed_contrast([A, B, B, A], [1, -1, -1, 1])
+    assert twice.value == pytest.approx(2 * one.value)
+    assert twice.from_runs == pytest.approx(2 * one.from_runs)
+    assert twice.from_prompts == pytest.approx(4 * one.from_prompts)
+    with pytest.raises(DataError, match="got 3 and 2 and 3"):
+        crossed_contrast([A, B[:2], A], [1, -1, 0])
 
 
 def test_one_seed_says_nothing_about_training() -> None:

@@ -1,0 +1,94 @@
+"""Write docs/claims.md: every study with its question, verdict, intervals and arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.studies.results import Decided, Result
+from pipelines.studies.study import Study
+from pipelines.studies.verdict import POWER
+
+HEAD = """# Claims of the field, each an experiment
+
+Written by `posttrain study --write` from `examples/studies/*.yaml` and the results next to them; do not edit it.
+
+A study has one question, one factor, arms and training seeds. Its claims were written before its runs. A claim states that a contrast of
+arms is more than a number. The rule:
+
+| verdict | the interval of the contrast |
+|---|---|
+| supported | lies above the number |
+| contradicted | lies below it: the effect is smaller than claimed, or reversed |
+| undecided | contains it |
+
+Intervals are over seeds and prompts (`posttrain/evaluation/crossed.py`), or over seeds if the outcome is one number per run. Their level is
+95 %, divided by the number of claims of the study. A study is supported if all of its claims are, and contradicted if one is. All
+verdicts are about a tiny model on additions of two numbers: they show what this implementation does at this size.
+"""
+
+
+def page(studies: Sequence[tuple[str, Study, Result | None]]) -> str:
+    """Return the page as Markdown."""
+    lines = [HEAD, "| study | question | source | verdict |", "|---|---|---|---|"]
+    for name, study, result in studies:
+        source = f"[{study.source}](https://arxiv.org/abs/{study.source})"
+        lines.append(f"| [{name}](#{name}) | {study.question} | {source} | {short(study, result)} |")
+    for name, study, result in studies:
+        lines += ["", *section(name, study, result)]
+    return "\n".join(lines) + "\n"
+
+
+def short(study: Study, result: Result | None) -> str:
+    """Return the verdict in a few words."""
+    if result is None:
+        return "not run"
+    return result.verdict if result.digest == study.digest else f"{result.verdict} (the study has changed since)"
+
+
+def section(name: str, study: Study, result: Result | None) -> list[str]:
+    """Return the lines of one study."""
+    lines = [f"## {name}", "", f"{study.question} Factor: {study.factor}."]
+    if study.remark:
+        lines += ["", study.remark]
+    if result is None:
+        return [*lines, "", f"Not run yet: `make study NAME={name}`."]
+    lines += [
+        "",
+        f"    make study NAME={name}    # {result.seeds} seeds, {result.prompts} prompts, {result.seconds:.0f} s of stages",
+        "",
+        f"**{short(study, result).capitalize()}.**",
+        "",
+        "| claim | outcome | estimate | interval | claimed | verdict |",
+        "|---|---|---|---|---|---|",
+        *(row(claim) for claim in result.claims),
+    ]
+    lines += [
+        f"\nTo decide *{c.claim}* with {POWER:.0%} power at the present estimate: {c.takes}."
+        for c in result.claims
+        if c.takes
+    ]
+    return [*lines, "", *arms(result)]
+
+
+def row(claim: Decided) -> str:
+    """Return one claim as a row."""
+    interval = f"{number(claim.low)} to {number(claim.high)}"
+    return (
+        f"| {claim.claim} | `{claim.outcome}` | {number(claim.value)} | {interval} | > {number(claim.at_least)} |"
+        f" {claim.verdict} |"
+    )
+
+
+def arms(result: Result) -> list[str]:
+    """Return the table of the arms' means."""
+    outcomes = sorted({outcome for values in result.arms.values() for outcome in values})
+    lines = [f"| arm | {' | '.join(f'`{outcome}`' for outcome in outcomes)} |", "|---" * (len(outcomes) + 1) + "|"]
+    for arm, values in result.arms.items():
+        cells = [number(values[outcome]) if outcome in values else "" for outcome in outcomes]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def number(value: float) -> str:
+    """Return a number with three digits after the point, or without any if it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"

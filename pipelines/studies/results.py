@@ -1,0 +1,141 @@
+"""The result of a study as a file that is committed, and the page of all verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.report.measured import FLOW
+from pipelines.studies.outcomes import Reader, same_prompts
+from pipelines.studies.study import FIXED, FOLDER, Claim, Study, load_study, names
+from pipelines.studies.verdict import Estimate, Verdict, combined, estimate, seeds_to_decide, verdict
+from pipelines.studies.workspace import Workspace
+from posttrain.errors import DataError
+from posttrain.files import write_atomic
+
+RESULTS = FOLDER / "results"
+PAGE = Path("docs/claims.md")
+TIMES = "seconds.json"
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One claim with its estimate and verdict."""
+
+    claim: str
+    outcome: str
+    at_least: float
+    value: float
+    low: float
+    high: float
+    verdict: Verdict
+    takes: str
+    """For an undecided claim: the experiment that would decide it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that the page shows of one study."""
+
+    study: str
+    digest: str
+    verdict: Verdict
+    seeds: int
+    prompts: int
+    confidence: float
+    seconds: float
+    """Seconds of all stages that ran for this study, on the machine that ran it."""
+    claims: list[Decided]
+    arms: dict[str, dict[str, float]]
+    """Mean of each outcome over seeds, by arm."""
+
+
+def judge(name: str, study: Study, spaces: Sequence[Workspace]) -> Result:
+    """Decide a study from its finished runs. Raises DataError if some have not finished."""
+    params = spaces[0].params
+    reader = Reader(study, spaces, params["evaluation"]["accuracy"])
+    prompts = same_prompts(reader)
+    confidence = params["report"]["confidence"]
+    level = 1 - (1 - confidence) / len(study.claims)
+    claims = [_decide(claim, reader, level) for claim in study.claims]
+    outcomes = sorted({claim.outcome for claim in study.claims} | {"answers/accuracy", *study.shown})
+    arms = {arm: {o: _mean(reader, arm, o) for o in outcomes if _has(arm, o)} for arm in ("sft", *study.arms)}
+    seconds = round(sum(recorded_seconds(spaces[0].folder.parent).values()), 1)
+    decision = combined([decided.verdict for decided in claims])
+    return Result(name, study.digest, decision, len(study.seeds), prompts, confidence, seconds, claims, arms)
+
+
+def _decide(claim: Claim, reader: Reader, level: float) -> Decided:
+    values = {arm: reader.values(arm, claim.outcome) for arm in claim.contrast}
+    found = estimate(values, claim.contrast, level)
+    decision = verdict(found, claim.at_least)
+    takes = "" if decision != "undecided" else _takes(found, claim.at_least, level)
+    value, low, high = (float(f"{number:.5g}") for number in (found.value, found.low, found.high))
+    return Decided(claim.claim, claim.outcome, claim.at_least, value, low, high, decision, takes)
+
+
+def _takes(found: Estimate, at_least: float, level: float) -> str:
+    """Describe the experiment that would decide a claim, if the true contrast is the present estimate."""
+    seeds = seeds_to_decide(found, at_least, level)
+    return f"about {seeds} seeds" if seeds else "more prompts, or more than 1,000 seeds"
+
+
+def _has(arm: str, outcome: str) -> bool:
+    """Return True if the arm was trained in the study or the outcome is one of the evaluation."""
+    return arm not in FIXED or not outcome.startswith("training/")
+
+
+def _mean(reader: Reader, arm: str, outcome: str) -> float:
+    return float(f"{reader.values(arm, outcome).mean():.5g}")
+
+
+def recorded_seconds(home: Path) -> dict[str, float]:
+    """Return the seconds of every stage that ran for a study, by workspace and stage."""
+    path = home / TIMES
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def record_seconds(workspace: Workspace) -> None:
+    """Add the stages of the workspace's last flow to the study's times; stages that were up to date keep their times."""
+    path = workspace.folder / FLOW
+    if not path.is_file():
+        return
+    home = workspace.folder.parent
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    ran = {
+        f"{workspace.folder.name}/{stage}": round(times["ended"] - times["started"], 3)
+        for stage, times in stages.items()
+        if times["ran"]
+    }
+    text = json.dumps(recorded_seconds(home) | ran, indent=1, sort_keys=True)
+    write_atomic(home / TIMES, (text + "\n").encode())
+
+
+def save(root: Path, result: Result) -> Path:
+    """Write the result next to the studies and return its path."""
+    path = root / RESULTS / f"{result.study}.json"
+    write_atomic(path, (json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def saved(root: Path, name: str) -> Result | None:
+    """Return the committed result of a study, or None. Raises DataError if the file is not a result."""
+    path = root / RESULTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**tree | {"claims": [Decided(**claim) for claim in tree["claims"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: not a result of a study ({error}). Write it again with: make study NAME={name}"
+        ) from None
+
+
+def all_saved(root: Path) -> list[tuple[str, Study, Result | None]]:
+    """Return every study with its committed result."""
+    return [(name, load_study(root, name), saved(root, name)) for name in names(root)]

@@ -1,0 +1,91 @@
+"""Decide a claim by a rule that is fixed before the runs.
+
+A claim states that a contrast is more than `at_least`. Its interval covers seeds and prompts, or seeds if the outcome is one number
+per run. The level is divided by the number of claims of the study (Bonferroni).
+
+    supported      the whole interval is above at_least
+    contradicted   the whole interval is below at_least: the effect is smaller than claimed, or reversed
+    undecided      the interval contains at_least
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from posttrain.evaluation.crossed import crossed_contrast
+from posttrain.evaluation.statistics import Floats
+
+Verdict = Literal["supported", "contradicted", "undecided"]
+MOST_SEEDS = 1000
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast with its interval. `from_runs` and `from_rows` are the parts of its variance from seeds and from prompts."""
+
+    value: float
+    low: float
+    high: float
+    df: float
+    from_runs: float
+    from_rows: float
+    seeds: int
+
+
+def estimate(values: Mapping[str, Floats], contrast: Mapping[str, float], confidence: float) -> Estimate:
+    """Estimate a contrast of arms from [prompts, seeds] tables, or from [seeds] values of runs."""
+    names = list(contrast)
+    sides, weights = [values[name] for name in names], [contrast[name] for name in names]
+    if sides[0].ndim == 2:
+        found = crossed_contrast(sides, weights, confidence)
+        return Estimate(
+            found.value, found.low, found.high, found.df, found.from_runs, found.from_prompts, max(found.seeds)
+        )
+    return _over_runs(sides, weights, confidence)
+
+
+def _over_runs(sides: Sequence[Floats], weights: Sequence[float], confidence: float) -> Estimate:
+    """Estimate a contrast of runs' numbers: Welch's interval. Sides with one value are fixed models."""
+    value = float(sum(w * side.mean() for w, side in zip(weights, sides, strict=True)))
+    several = [(w, side) for w, side in zip(weights, sides, strict=True) if len(side) > 1]
+    parts = [(w**2 * float(side.var(ddof=1)) / len(side), len(side) - 1) for w, side in several]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    df = variance**2 / spread if spread > 0 else float(min((freedom for _, freedom in parts), default=1))
+    reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * variance**0.5
+    return Estimate(value, value - reach, value + reach, df, variance, 0.0, max(len(side) for side in sides))
+
+
+def verdict(found: Estimate, at_least: float) -> Verdict:
+    """Decide one claim."""
+    if found.low > at_least:
+        return "supported"
+    return "contradicted" if found.high < at_least else "undecided"
+
+
+def combined(verdicts: Sequence[Verdict]) -> Verdict:
+    """Decide a study: supported if all claims are, contradicted if one is, else undecided."""
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "supported" if all(v == "supported" for v in verdicts) else "undecided"
+
+
+def seeds_to_decide(found: Estimate, at_least: float, confidence: float) -> int | None:
+    """Return the fewest seeds that decide the claim with 80 % power if the true contrast is the present estimate.
+
+    Prompts are kept. None if MOST_SEEDS are not enough, so that more prompts are needed or the contrast is at the limit.
+    """
+    gap = abs(found.value - at_least)
+    for seeds in range(found.seeds, MOST_SEEDS + 1):
+        variance = found.from_runs * found.seeds / seeds + found.from_rows
+        df = found.df * seeds / found.seeds
+        reach = float(stats.t.ppf(0.5 + confidence / 2, df) + stats.t.ppf(POWER, df))
+        if reach * np.sqrt(variance) <= gap:
+            return seeds
+    return None

@@ -1,0 +1,143 @@
+"""Prepare the workspaces of a study: a copy of the code with the study's parameters, which shares the project's DVC cache.
+
+Arms that change only their algorithm share one workspace, so that they share data, supervised and reward model. An arm that changes
+other parameters has its own. DVC decides in each workspace which stages are stale, as in the project.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipelines.config.params import merged, parse_params, read_yaml
+from pipelines.studies.study import FOLDER, Study
+from posttrain.errors import ConfigError
+
+HOME = Path(".posttrain/studies")
+KEPT = {
+    *(
+        "data",
+        "models",
+        "runs",
+        "report",
+        "dvc.lock",
+        "params.yaml",
+        "mlflow.db",
+        "mlruns",
+        "mlartifacts",
+        "inbox",
+        "site",
+    ),
+    *("tests", "docs", "benchmarks", "infra", "flows", "tasks"),
+}
+"""Files and folders of the project that are not copied: results, and code that no stage uses."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder in which some arms of a study run, and its parameters."""
+
+    folder: Path
+    arms: tuple[str, ...]
+    params: Mapping[str, Any]
+
+    def targets(self, seeds: list[int]) -> list[str]:
+        """Return the stages of dvc.yaml that evaluate the arms and the models they start from."""
+        fixed = ["evaluate@base", "evaluate@sft"]
+        return [*fixed, *(f"evaluate_aligned@{arm}-{seed}" for arm in self.arms for seed in seeds)]
+
+
+def workspaces(root: Path, name: str, study: Study, base: Path | None = None) -> list[Workspace]:
+    """Return the study's workspaces, in the order of its arms. `base` replaces the study's own base.
+
+    Raises ConfigError if the parameters of an arm are not valid.
+    """
+    shared = merged(read_yaml(root / "params.yaml"), _overlay(base or root / FOLDER / study.base))
+    shared = merged(shared, study.params)
+    groups: dict[str, list[str]] = {}
+    for arm in study.arms:
+        groups.setdefault(json.dumps(study.arms[arm].params, sort_keys=True), []).append(arm)
+    home = HOME / (name if base is None else f"{name}-{base.stem}")
+    return [_workspace(root, home, name, study, arms, shared) for arms in groups.values()]
+
+
+def _workspace(root: Path, home: Path, name: str, study: Study, arms: list[str], shared: Any) -> Workspace:
+    """Return the workspace of arms that share their parameters outside `algorithms`."""
+    tree = merged(shared, study.arms[arms[0]].params)
+    tree["project"] = {"experiment": f"study {name}", "algorithms": list(arms), "seeds": list(study.seeds)}
+    tree["algorithms"] = {arm: study.arms[arm].algorithm for arm in arms}
+    _make_paths_absolute(root, tree)
+    try:
+        parse_params(tree, f"study {name}, {', '.join(arms)}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Correct examples/studies/{name}.yaml or its base.") from None
+    return Workspace(root / home / arms[0], tuple(arms), tree)
+
+
+def _overlay(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the base of a study must be a mapping of sections, like params.yaml")
+    return tree
+
+
+def _make_paths_absolute(root: Path, tree: dict[str, Any]) -> None:
+    """Replace local files and folders of data and model by absolute paths: the workspace is a different folder."""
+
+    def located(source: Any) -> Any:
+        if isinstance(source, list):
+            return [located(part) for part in source]
+        return str((root / source).resolve()) if isinstance(source, str) and (root / source).exists() else source
+
+    for table in ("sft", "preferences", "problems", "evaluation"):
+        tree["data"][table]["source"] = located(tree["data"][table]["source"])
+    tree["model"]["source"] = located(tree["model"]["source"])
+
+
+def prepare(root: Path, workspace: Workspace) -> None:
+    """Write the workspace's code, parameters and DVC configuration; results of earlier runs are kept."""
+    folder = workspace.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(root.iterdir()):
+        if not source.name.startswith(".") and source.name not in KEPT and not source.name.endswith(".egg-info"):
+            _copy(source, folder / source.name)
+    _copy(root / "data" / "raw", folder / "data" / "raw")
+    _copy(root / ".dvcignore", folder / ".dvcignore")
+    (folder / "params.yaml").write_text(_yaml(workspace.params), encoding="utf-8")
+    _configure_dvc(root, folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Replace `target` by a copy of a file or folder, without compiled modules."""
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    elif source.exists():
+        shutil.copy2(source, target)
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    """Return the tree as YAML in block style, which DVC can read."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.dump(dict(tree), text)
+    return text.getvalue()
+
+
+def _configure_dvc(root: Path, folder: Path) -> None:
+    """Make the folder a DVC workspace without git that uses the project's cache, so that equal stages are restored."""
+    from dvc.config import Config
+
+    given = Config(str(root / ".dvc"))["cache"].get("dir")
+    cache = Path(given) if given else (root / ".dvc" / "cache").resolve()
+    (folder / ".dvc").mkdir(exist_ok=True)
+    shutil.copy2(root / ".dvc" / "config", folder / ".dvc" / "config")
+    local = f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n"
+    (folder / ".dvc" / "config.local").write_text(local, encoding="utf-8")

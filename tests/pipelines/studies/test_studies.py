@@ -1,0 +1,180 @@
+"""Studies: files are checked when they are read, arms share workspaces, and verdicts follow the rule."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy import stats
+
+from pipelines.config.params import load_params
+from pipelines.studies.outcomes import Reader
+from pipelines.studies.page import page, short
+from pipelines.studies.results import all_saved, judge, save, saved
+from pipelines.studies.study import FOLDER, Study, load_study, names
+from pipelines.studies.verdict import Estimate, combined, estimate, seeds_to_decide, verdict
+from pipelines.studies.workspace import Workspace, prepare, workspaces
+from posttrain.errors import ConfigError, DataError
+from posttrain.evaluation.crossed import crossed_difference
+from tests.pipelines.synthetic_runs import build
+
+ARMS = {"grpo": {"algorithm": {"preset": "grpo"}}, "ppo": {"algorithm": {"preset": "ppo"}}}
+BETTER = {"claim": "grpo is better", "outcome": "answers/accuracy", "contrast": {"grpo": 1.0, "ppo": -1.0}}
+
+
+def study(**changes: Any) -> Study:
+    tree = {
+        "question": "Which?", "source": "2402.03300", "factor": "algorithm", "seeds": [0, 1, 2], "arms": ARMS, "claims": [BETTER],
+    }  # fmt: skip
+    return Study.model_validate(tree | changes)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, root: Path) -> Workspace:
+    folder = build(tmp_path / "home" / "grpo", algorithms=("grpo", "ppo"), seeds=(0, 1, 2), steps=3, prompts=60)
+    return Workspace(folder, ("grpo", "ppo"), load_params(root / "params.yaml").model_dump())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "at_least", "expected"),
+    [
+        (0.01, 0.2, 0.0, "supported"),
+        (-0.1, 0.2, 0.0, "undecided"),
+        (-0.3, -0.1, 0.0, "contradicted"),
+        (0.01, 0.03, 0.05, "contradicted"),
+        (-0.01, 0.01, -0.02, "supported"),
+        (0.0, 0.0, 0.0, "undecided"),
+    ],
+)
+def test_the_rule(low: float, high: float, at_least: float, expected: str) -> None:
+    assert verdict(Estimate((low + high) / 2, low, high, 4, 1, 0, 5), at_least) == expected
+
+
+def test_a_study_needs_all_of_its_claims() -> None:
+    assert combined(["supported", "supported"]) == "supported"
+    assert combined(["supported", "undecided"]) == "undecided"
+    assert combined(["undecided", "contradicted", "supported"]) == "contradicted"
+
+
+def test_numbers_of_runs_get_welchs_interval() -> None:
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 4.0])
+    found = estimate({"a": a, "b": b}, {"a": 1.0, "b": -1.0}, 0.95)
+    # variances 1 and 8: 1/3 + 8/2; Welch-Satterthwaite with 2 and 1 degrees of freedom
+    error, freedom = math.sqrt(1 / 3 + 4), (1 / 3 + 4) ** 2 / ((1 / 3) ** 2 / 2 + 4**2 / 1)
+    assert (found.value, found.df) == pytest.approx((0.0, freedom))
+    assert found.high == pytest.approx(stats.t.ppf(0.975, freedom) * error)
+
+
+def test_seeds_that_would_decide_an_undecided_claim() -> None:
+    found = Estimate(0.1, -0.1, 0.3, 8, 0.005, 0.0, 5)
+    seeds = seeds_to_decide(found, 0.0, 0.95)
+    assert seeds is not None
+
+    def reach(n: int) -> float:
+        df = 8 * n / 5
+        return float((stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * math.sqrt(0.005 * 5 / n))
+
+    assert reach(seeds) <= 0.1 < reach(seeds - 1)
+    assert seeds_to_decide(found, 0.1, 0.95) is None
+
+
+def test_outcomes_are_read_by_name(finished: Workspace) -> None:
+    reader = Reader(study(), [finished], "answer")
+    assert reader.values("grpo", "answers/accuracy").shape == (60, 3)
+    assert reader.values("sft", "answers/accuracy").shape == (60, 1)
+    assert reader.values("grpo", "training/tokens/sampled").tolist() == [5120.0 * 3] * 3
+    assert reader.values("grpo", "training/tokens/sampled:mean").tolist() == [5120.0 * 2] * 3
+    # the recorded accuracy on pairs of the synthetic runs is .5 + rate / 4
+    assert reader.values("ppo", "evaluation/preference/accuracy").tolist() == pytest.approx([0.575] * 3)
+    with pytest.raises(DataError, match="no outcome 'rewrad_rm'; did you mean 'reward_rm'"):
+        reader.values("grpo", "answers/rewrad_rm")
+
+
+def test_a_study_is_decided_saved_and_shown(finished: Workspace, tmp_path: Path, root: Path) -> None:
+    (finished.folder.parent / "seconds.json").write_text('{"grpo/align@grpo-0": 2.5, "grpo/sft": 4.0}')
+    two = [BETTER, BETTER | {"claim": "by 90 points", "at_least": 0.9}]
+    result = judge("which", study(claims=two), [finished])
+    assert [claim.verdict for claim in result.claims] == ["supported", "contradicted"]
+    assert (result.verdict, result.seconds, result.prompts) == ("contradicted", 6.5, 60)
+    reader = Reader(study(), [finished], "answer")
+    # two claims share the level: 97.5 % each
+    alone = crossed_difference(*(reader.values(a, "answers/accuracy") for a in ("grpo", "ppo")), 0.975, fixed_b=False)
+    assert result.claims[0].low == pytest.approx(alone.low, rel=1e-4)
+    assert result.arms["sft"].keys() == {"answers/accuracy"}
+    save(tmp_path, result)
+    assert saved(tmp_path, "which") == result
+    text = page([("which", study(claims=two), result), ("later", study(), None)])
+    assert "make study NAME=which    # 3 seeds, 60 prompts, 6 s of stages" in text
+    assert "| [later](#later) | Which? | [2402.03300](https://arxiv.org/abs/2402.03300) | not run |" in text
+    assert short(study(), result) == "contradicted (the study has changed since)"
+
+
+def test_a_study_that_has_not_run_says_how_to_run_it(tmp_path: Path, root: Path) -> None:
+    space = Workspace(tmp_path, ("grpo", "ppo"), load_params(root / "params.yaml").model_dump())
+    with pytest.raises(DataError, match="the study has not run yet"):
+        judge("which", study(), [space])
+
+
+def test_a_claim_names_arms_of_the_study() -> None:
+    with pytest.raises(ValidationError, match="no arm 'grop'; did you mean 'grpo'"):
+        study(claims=[BETTER | {"contrast": {"grop": 1.0}}])
+    with pytest.raises(ValidationError):
+        study(claims=[BETTER | {"outcome": "accuracy"}])
+
+
+def test_an_unknown_study_gets_the_nearest_name(root: Path) -> None:
+    with pytest.raises(ConfigError, match="no study 'group_sise' in examples/studies; did you mean 'group_size'"):
+        load_study(root, "group_sise")
+
+
+def test_every_study_of_the_project_has_valid_arms_and_an_up_to_date_page(root: Path) -> None:
+    assert len(names(root)) >= 7
+    for name in names(root):
+        loaded = load_study(root, name)
+        assert len(loaded.seeds) >= 5, name
+        assert {arm for space in workspaces(root, name, loaded) for arm in space.arms} == set(loaded.arms)
+    assert (root / "docs/claims.md").read_text(encoding="utf-8") == page(all_saved(root))
+    results = {path.stem for path in (root / FOLDER / "results").glob("*.json")}
+    assert results <= set(names(root))
+    for name in results:
+        result = saved(root, name)
+        assert result is not None
+        assert result.digest == load_study(root, name).digest, f"{name} has changed since its runs"
+
+
+def test_arms_share_a_workspace_unless_they_change_other_parameters(root: Path, tmp_path: Path) -> None:
+    arms = ARMS | {"noisy": {"algorithm": {"preset": "dpo"}, "params": {"data": {"seed": 5}}}}
+    arms["grpo"] = arms["ppo"] = {"algorithm": {"preset": "grpo", "rewards": {"answer": 1.0}}}
+    first, second = workspaces(root, "which", study(arms=arms), None)
+    assert (first.arms, second.arms) == (("grpo", "ppo"), ("noisy",))
+    assert first.params["project"] == {"experiment": "study which", "algorithms": ["grpo", "ppo"], "seeds": [0, 1, 2]}
+    assert (first.params["data"]["seed"], second.params["data"]["seed"]) == (0, 5)
+    assert first.targets([0, 1])[2:] == [f"evaluate_aligned@{arm}-{seed}" for arm in ("grpo", "ppo") for seed in (0, 1)]
+
+    copy = Workspace(tmp_path / "space", first.arms, first.params)
+    prepare(root, copy)
+    assert load_params(copy.folder / "params.yaml").project.algorithms == ["grpo", "ppo"]
+    assert (copy.folder / "pipelines" / "align.py").read_bytes() == (root / "pipelines" / "align.py").read_bytes()
+    assert (copy.folder / "dvc.yaml").is_file()
+    assert not (copy.folder / "tests").exists()
+    assert f"dir = {(root / '.dvc' / 'cache').resolve()}" in (copy.folder / ".dvc" / "config.local").read_text()
+    (copy.folder / "dvc.lock").write_text("kept")
+    prepare(root, copy)
+    assert (copy.folder / "dvc.lock").read_text() == "kept"
+
+
+def test_times_of_stages_that_ran_are_kept(tmp_path: Path) -> None:
+    from pipelines.studies.results import record_seconds, recorded_seconds
+
+    space = Workspace(tmp_path / "home" / "grpo", ("grpo",), {})
+    record = space.folder / ".posttrain" / "flow.json"
+    record.parent.mkdir(parents=True)
+    for ran in (True, False):
+        record.write_text(json.dumps({"stages": {"sft": {"started": 10.0, "ended": 12.5, "ran": ran}}}))
+        record_seconds(space)
+    assert recorded_seconds(tmp_path / "home") == {"grpo/sft": 2.5}
