@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from posttrain.algorithms import PRESETS
-from posttrain.algorithms.specs import OnPolicy
+from posttrain.algorithms.specs import OnPolicy, Unpaired
+from posttrain.data.batches import EpochOrder
 from posttrain.settings import OptimizerSettings
 from posttrain.training.trainer import Trainer
+from posttrain.training.unpaired import UnpairedSource
 from tests.models import small
-from tests.training.cases import NAMES, case
+from tests.training.cases import NAMES, case, with_record
 from tests.training.runs import options_of, source_of
 
 TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)?")
@@ -54,7 +56,7 @@ def logged() -> dict[str, set[str]]:
     for name in NAMES:
         made = case(name)
         model = made.model()
-        trainer: Trainer[Any] = Trainer(model, OptimizerSettings(1e-3), total_steps=9, micro_batch_tokens=400)
+        trainer = trainer_of(model)
         found[name] = set(trainer.update(made.rows, made.objective))
         record = PRESETS.get(name)
         if isinstance(record, OnPolicy):
@@ -62,7 +64,16 @@ def logged() -> dict[str, set[str]]:
             found[name] |= set(source_of(options_of(name), policy)[0].next(0).metrics)
             if record.has_critic:
                 found[name].add("value/grad_norm")
+        elif isinstance(record, Unpaired):
+            order = EpochOrder(len(made.rows), 4, 1, 0)
+            found[name] |= set(UnpairedSource(made.rows, order, model, trainer.accelerator, 400).next(0).metrics)
+    masking = with_record(case("grpo"), mismatch="mask")
+    found["mismatch"] = set(trainer_of(masking.model()).update(masking.rows, masking.objective))
     return found
+
+
+def trainer_of(model: Any) -> Trainer[Any]:
+    return Trainer(model, OptimizerSettings(1e-3), total_steps=9, micro_batch_tokens=400)
 
 
 def test_every_metric_has_its_line_in_the_table_and_every_line_its_metric(

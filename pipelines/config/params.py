@@ -111,7 +111,7 @@ class Params(Section):
         """Check one algorithm's sampling settings against its spec."""
         spec = self.algorithm(name)
         assert isinstance(spec, OnPolicy)
-        grouped = spec.advantage in ("group_mean", "group_z", "leave_one_out")
+        grouped = spec.advantage in ("group_mean", "group_z", "leave_one_out", "group_rate")
         if grouped and budget.samples_per_prompt < 2:
             raise ConfigError(
                 f"algorithms.{name}: advantage {spec.advantage!r} compares several answers to one prompt;"

@@ -17,14 +17,18 @@ from posttrain.algorithms.chord import CHORD, CHORD_PHI
 from posttrain.algorithms.cispo import CISPO
 from posttrain.algorithms.dapo import DAPO
 from posttrain.algorithms.dpo import DPO, DPO_SOFT, HINGE, IPO, ORPO, ROBUST, SIMPO
+from posttrain.algorithms.dppo import DPPO_KL, DPPO_TV
 from posttrain.algorithms.dr_grpo import DR_GRPO
+from posttrain.algorithms.gmpo import GMPO
 from posttrain.algorithms.grpo import GRPO
 from posttrain.algorithms.grpo_pairs import GRPO_PAIRS
 from posttrain.algorithms.gspo import GSPO
 from posttrain.algorithms.kto import KTO
+from posttrain.algorithms.maxrl import MAXRL
 from posttrain.algorithms.ppo import PPO
 from posttrain.algorithms.reinforce_pp import REINFORCE_PP
 from posttrain.algorithms.rloo import RLOO
+from posttrain.algorithms.sapo import SAPO
 from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
@@ -42,6 +46,11 @@ PRESETS: dict[str, Algorithm] = {
         RLOO,
         REINFORCE_PP,
         CISPO,
+        SAPO,
+        GMPO,
+        DPPO_TV,
+        DPPO_KL,
+        MAXRL,
         GRPO_PAIRS,
         DPO,
         DPO_SOFT,

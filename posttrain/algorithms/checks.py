@@ -10,13 +10,14 @@ Example:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from posttrain.algorithms.limits import RANGES, effects, range_in_words
-from posttrain.algorithms.specs import Algorithm, KlEstimator, LoggedGroups, OnPolicy, Preference
+from posttrain.algorithms.limits import effects
+from posttrain.algorithms.on_policy_checks import check_on_policy, refuse_k1_in_loss
+from posttrain.algorithms.ranges import RANGES, range_in_words
+from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -47,58 +48,11 @@ def check_spec(spec: Algorithm, given: set[str]) -> None:
             raise ConfigError(f"{spec.name}.options.{name} = {value}: must be {range_in_words(least, greatest)}")
     _refuse_without_effect(spec, given, effects(spec))
     if isinstance(spec, OnPolicy):
-        _check_on_policy(spec, given)
+        check_on_policy(spec, given)
     elif isinstance(spec, Preference):
         _check_preference(spec)
     elif isinstance(spec, LoggedGroups) and spec.kl_coefficient > 0:
-        _refuse_k1_in_loss(spec.name, spec.kl_estimator)
-
-
-def _refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
-    if estimator == "k1":
-        raise ConfigError(
-            f"{name}.options.kl_estimator = 'k1': in a loss its gradient does not depend on the reference; use k2 or k3, or"
-            " kl: reward if answers are sampled"
-        )
-
-
-def _check_on_policy(spec: OnPolicy, given: set[str]) -> None:
-    if (
-        spec.ratio == "sequence"
-        and max(spec.clip_low, spec.clip_high) > 0.05
-        and not {"clip_low", "clip_high"} <= given
-    ):
-        raise ConfigError(
-            f"{spec.name}: a sequence ratio with clip {spec.clip_low}/{spec.clip_high} never clips, since the ratio is a"
-            " geometric mean over tokens; set clip_low and clip_high yourself (GSPO uses 3e-4 and 4e-4)"
-        )
-    if spec.ratio == "sequence" and max(spec.clip_low, spec.clip_high) > 0.05:
-        warnings.warn(
-            f"{spec.name}: a sequence ratio is a geometric mean over tokens and stays near 1; with clip"
-            f" {spec.clip_low}/{spec.clip_high} it hardly ever clips (GSPO uses 3e-4 and 4e-4)",
-            stacklevel=2,
-        )
-    if spec.reward_combination == "group_normalised" and spec.advantage == "group_z":
-        raise ConfigError(
-            f"{spec.name}: advantage 'group_z' divides by the spread within the group again, which undoes reward_combination"
-            " 'group_normalised': a group that differs in one reward would count as much as one that differs in all. Set advantage:"
-            " batch_z (as GDPO, 2601.05242) or group_mean"
-        )
-    if spec.ratio == "sequence" and spec.has_critic:
-        raise ConfigError(f"{spec.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
-    if spec.kl != "none" and spec.kl_coefficient == 0 and "kl" in given:
-        raise ConfigError(f"{spec.name}.options.kl = {spec.kl!r}: has no effect while kl_coefficient is 0")
-    if spec.has_expert and spec.mu_valley > spec.mu_peak:
-        raise ConfigError(f"{spec.name}: mu_valley = {spec.mu_valley} is above mu_peak = {spec.mu_peak}")
-    if spec.has_expert and spec.mu_decay_steps == 0 and spec.mu_valley != spec.mu_peak:
-        raise ConfigError(
-            f"{spec.name}: without mu_decay_steps the weight is mu_valley = {spec.mu_valley} at once, and mu_peak ="
-            f" {spec.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
-        )
-    if spec.kl == "loss" and spec.kl_coefficient > 0:
-        _refuse_k1_in_loss(spec.name, spec.kl_estimator)
-    if spec.kl == "reward" and spec.kl_estimator != "k1":
-        raise ConfigError(f"{spec.name}: KL in the reward is the log-ratio k1; {spec.kl_estimator} belongs in the loss")
+        refuse_k1_in_loss(spec.name, spec.kl_estimator)
 
 
 def _check_preference(spec: Preference) -> None:

@@ -1,16 +1,14 @@
-"""For every option: when it has an effect, and its range.
+"""For every option: when it has an effect.
 
 Example:
     >>> from posttrain.algorithms.ppo import PPO
     >>> has_effect, condition = ON_POLICY_EFFECT["gamma"]
-    >>> has_effect(PPO), condition, RANGES["gamma"]
-    (True, "advantage is 'gae'", (0.0, 1.0))
+    >>> has_effect(PPO), condition
+    (True, "advantage is 'gae'")
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -20,17 +18,25 @@ from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Prefer
 
 def _updates_off_policy(spec: OnPolicy) -> bool:
     """Return True if a rollout is used for several updates; in the first one every importance ratio is 1, so no clip has an effect."""
-    return spec.epochs * spec.minibatches > 1
+    return spec.epochs * spec.minibatches > 1 or spec.anchor == "rollout"
+
+
+def _clips(spec: OnPolicy) -> bool:
+    return _updates_off_policy(spec) and spec.surrogate != "soft"
 
 
 OFF_POLICY = "epochs x minibatches > 1, because the importance ratio is 1 in the first update after sampling"
+CLIPPED = f"surrogate is not 'soft', and {OFF_POLICY}"
 PENALISED = "kl is 'reward' or 'loss' and kl_coefficient > 0"
 # option -> (predicate that it has an effect, the same in words)
 ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "ratio": (lambda r: _updates_off_policy(r) or r.ratio == "token", OFF_POLICY),
     "surrogate": (lambda r: _updates_off_policy(r) or r.surrogate == "clip", OFF_POLICY),
-    "clip_low": (_updates_off_policy, OFF_POLICY),
-    "clip_high": (_updates_off_policy, OFF_POLICY),
+    "clip_low": (_clips, CLIPPED),
+    "clip_high": (_clips, CLIPPED),
+    "dual_clip": (lambda r: r.surrogate == "clip" and _clips(r), f"surrogate is 'clip', and {OFF_POLICY}"),
+    "tau_positive": (lambda r: r.surrogate == "soft", "surrogate is 'soft'"),
+    "tau_negative": (lambda r: r.surrogate == "soft", "surrogate is 'soft'"),
     "kl_coefficient": (lambda r: r.kl != "none", "kl is 'reward' or 'loss'"),
     "kl_estimator": (lambda r: r.kl != "none" and r.kl_coefficient > 0, PENALISED),
     "kl_target": (lambda r: r.kl != "none" and r.kl_coefficient > 0, PENALISED),
@@ -41,7 +47,11 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     ),
     "refill_limit": (lambda r: r.filter == "refill", "filter is 'refill'"),
     "refill_partial": (lambda r: r.filter == "refill", "filter is 'refill'"),
-    "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is 'truncate' or 'mask'"),
+    "mismatch": (
+        lambda r: r.mismatch == "none" or r.anchor == "old",
+        "anchor is 'old'; ratios to the sampler need no correction",
+    ),
+    "mismatch_cap": (lambda r: r.mismatch != "none", "mismatch is not 'none'"),
     "mu_valley": (lambda r: r.has_expert, "mu_peak > 0"),
     "mu_warmup_steps": (lambda r: r.has_expert, "mu_peak > 0"),
     "mu_decay_steps": (
@@ -74,35 +84,6 @@ LOGGED_EFFECT: dict[str, tuple[Callable[[LoggedGroups], bool], str]] = {
     "kl_estimator": (lambda r: r.kl_coefficient > 0, "kl_coefficient > 0"),
 }
 UNPAIRED_EFFECT: dict[str, tuple[Callable[[Unpaired], bool], str]] = {}
-# option -> (minimum, maximum); only clip widths and counts may be infinite
-RANGES: dict[str, tuple[float, float]] = {
-    "clip_low": (0.0, math.inf),
-    "clip_high": (0.0, math.inf),
-    "value_clip": (0.0, math.inf),
-    "mismatch_cap": (1.0, math.inf),
-    "kl_coefficient": (0.0, sys.float_info.max),
-    "value_coefficient": (0.0, sys.float_info.max),
-    "score_scale": (0.0, sys.float_info.max),
-    "nll_coefficient": (0.0, sys.float_info.max),
-    "pair_coefficient": (sys.float_info.min, sys.float_info.max),
-    "desirable_weight": (sys.float_info.min, sys.float_info.max),
-    "undesirable_weight": (sys.float_info.min, sys.float_info.max),
-    "missing_eos_penalty": (0.0, sys.float_info.max),
-    "target_margin": (-sys.float_info.max, sys.float_info.max),
-    "beta": (sys.float_info.min, sys.float_info.max),
-    "kl_target": (sys.float_info.min, sys.float_info.max),
-    "gamma": (0.0, 1.0),
-    "lam": (0.0, 1.0),
-    "mu_peak": (0.0, 1.0),
-    "mu_valley": (0.0, 1.0),
-    "mu_warmup_steps": (0, math.inf),
-    "mu_decay_steps": (0, math.inf),
-    "overlong_share": (0.0, 1.0),
-    "epochs": (1, math.inf),
-    "minibatches": (1, math.inf),
-    "refill_limit": (1, math.inf),
-    "kl_horizon": (1, math.inf),
-}
 
 
 def effects(spec: Algorithm) -> Mapping[str, tuple[Callable[[Any], bool], str]]:
@@ -132,14 +113,3 @@ def effective_options(spec: Algorithm) -> dict[str, Any]:
         for name, value in values.items()
         if name not in ("name", "paper") and value is not None and (name not in table or table[name][0](spec))
     }
-
-
-def range_in_words(least: float, greatest: float) -> str:
-    """Return the range of an option in words."""
-    if greatest == 1:
-        return f"in [{least:g}, 1]"
-    if greatest == math.inf:
-        return f"at least {least:g}"
-    return {0.0: "a finite number, not negative", sys.float_info.min: "a finite number above 0"}.get(
-        least, "a finite number"
-    )

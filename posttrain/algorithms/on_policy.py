@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from posttrain.algorithms.axes import (
     Advantage,
     Aggregate,
+    Anchor,
     Critic,
     CriticStart,
     Filter,
@@ -38,9 +39,20 @@ class OnPolicy:
     aggregate: Aggregate
     ratio: Ratio = "token"
     surrogate: Surrogate = "clip"
-    """clip: the pessimistic minimum of PPO. weight: sg[clip(rho)] * A * log p (CISPO), which keeps the gradient of clipped tokens."""
+    """clip: the pessimistic minimum of PPO. weight: sg[clip(rho)] * A * log p (CISPO), which keeps the gradient of clipped tokens.
+
+    soft: a sigmoid gate (SAPO). geometric: the geometric mean of clipped ratios (GMPO). tv, kl: no token leaves a trust region (DPPO).
+    """
+    anchor: Anchor = "old"
+    """Denominator of the ratio: the policy before the update as the trainer computes it, or as the sampler reported it (rollout)."""
     clip_low: float = 0.2
+    """Widths of the clip: of rho with clip and weight, of log rho with geometric; with tv and kl the limits of the divergence."""
     clip_high: float = 0.2
+    dual_clip: float | None = None
+    """Largest loss of a token with A < 0, in units of |A| (1912.09729); above 1, usually 3. None: no bound, as in PPO."""
+    tau_positive: float = 1.0
+    """Steepness of the soft gate for tokens with A > 0, and A < 0."""
+    tau_negative: float = 1.05
     kl: KlPlace = "none"
     kl_estimator: KlEstimator = "k3"
     kl_coefficient: float = 0.0
@@ -63,6 +75,10 @@ class OnPolicy:
     """Share of max_new_tokens, before the limit, over which the soft overlong penalty grows to -1; 0 turns it off."""
     mask_truncated: bool = False
     mismatch: Mismatch = "none"
+    """Correction for a sampler that differs from the trainer, by the ratio w = exp(old - rollout) of a token, or seq_: of a whole answer.
+
+    truncate: min(w, cap). mask: w inside [1/cap, cap], 0 outside (IcePop).
+    """
     mismatch_cap: float = 2.0
     mu_peak: float = 0.0
     """Largest weight of the expert stream; 0 means there is no expert stream."""

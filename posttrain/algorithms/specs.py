@@ -17,6 +17,7 @@ from __future__ import annotations
 from posttrain.algorithms.axes import (
     Advantage,
     Aggregate,
+    Anchor,
     Critic,
     CriticStart,
     Filter,
@@ -38,6 +39,7 @@ __all__ = [
     "Advantage",
     "Aggregate",
     "Algorithm",
+    "Anchor",
     "Critic",
     "CriticStart",
     "Filter",

@@ -27,9 +27,10 @@ def group_advantages(rewards: Tensor, groups: Tensor, how: GroupAdvantage) -> Te
         groups: [batch] integer ids; equal prompts with different ids are different groups.
         how: `group_mean` is R - mean. `group_z` also divides by the population std + 1e-6, and is exactly 0 if max = min (2402.03300).
             `leave_one_out` is G/(G-1) * (R - mean), with the mean of the other responses as baseline (2402.14740).
+            `group_rate` is (R - mean) / mean, and 0 if nothing was rewarded (2602.02710).
 
     Raises:
-        ConfigError: a group has one response and so no baseline.
+        ConfigError: a group has one response and so no baseline, or `group_rate` meets a negative reward.
     """
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     if int(sizes.min()) < 2:
@@ -48,6 +49,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, how: GroupAdvantage) -> Te
     if how == "leave_one_out":
         others = (count - 1).clamp(min=1)
         return centred * (count / others)[index]
+    if how == "group_rate":
+        if known.min() < 0:
+            raise ConfigError(
+                f"advantage 'group_rate' divides by the group's mean reward, so no reward may be negative; one is {float(known.min()):g}."
+                " Use rewards from 0 to 1, or advantage: group_mean"
+            )
+        return torch.where(mean[index] > 0, centred / mean[index], torch.zeros_like(centred))
     variance = _per_group(centred.square(), index, sizes) / count.clamp(min=1)
     return centred / (variance.sqrt()[index] + STD_EPSILON)
 

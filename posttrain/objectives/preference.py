@@ -83,5 +83,5 @@ def unpaired_loss(log_ratio: Tensor, baseline: Tensor, desirable: Tensor, spec: 
         desirable: [batch] bool.
     """
     gain = spec.beta * (log_ratio - baseline)
-    weight = torch.where(desirable, spec.desirable_weight, spec.undesirable_weight)
-    return weight * torch.sigmoid(torch.where(desirable, -gain, gain))
+    up, down = (gain.new_tensor(weight) for weight in (spec.desirable_weight, spec.undesirable_weight))
+    return torch.where(desirable, up, down) * torch.sigmoid(torch.where(desirable, -gain, gain))

@@ -13,11 +13,12 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.specs import Mismatch, Ratio, Surrogate
+from posttrain.algorithms.specs import Mismatch, Ratio
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT, row_means
 
 
@@ -46,11 +47,18 @@ class SurrogateLoss:
 
 
 def surrogate_loss(
-    ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, kind: Surrogate = "clip"
+    ratio: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    kind: Literal["clip", "weight"] = "clip",
+    dual_clip: float | None = None,
 ) -> SurrogateLoss:
     """Return the per-token surrogate loss.
 
     clip: max(-A rho, -A clip(rho, 1 - low, 1 + high)) (1707.06347). weight: -sg[clip(rho)] A log p (2506.13585).
+    dual_clip: with A < 0 the loss is at most dual_clip * |A|, so a token of very high ratio loses its gradient (1912.09729).
     """
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     clipped_low = ratio.detach() < 1 - clip_low
@@ -58,17 +66,27 @@ def surrogate_loss(
     if kind == "weight":
         return SurrogateLoss(-bounded.detach() * advantages * logprobs, clipped_low, clipped_high)
     loss = torch.maximum(-advantages * ratio, -advantages * bounded)
-    return SurrogateLoss(loss, clipped_low & (advantages < 0), clipped_high & (advantages > 0))
+    clipped_high = clipped_high & (advantages > 0)
+    if dual_clip is not None:
+        beyond = (advantages < 0) & (ratio.detach() > dual_clip)
+        loss, clipped_high = torch.where(beyond, -dual_clip * advantages, loss), clipped_high | beyond
+    return SurrogateLoss(loss, clipped_low & (advantages < 0), clipped_high)
 
 
-def mismatch_weight(old_logprobs: Tensor, rollout_logprobs: Tensor, how: Mismatch, cap: float) -> Tensor:
+def mismatch_weight(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor, how: Mismatch, cap: float
+) -> Tensor:
     """Return the weight [batch, time] that corrects for a sampler that differs from the policy.
 
-    The weight is exp(old - rollout), truncated at `cap`; or 1 inside [1/cap, cap] and 0 outside (`mask`).
+    w = exp(old - rollout) of each token, or with seq_ the product over the tokens of an answer, the same for each of them.
+    truncate: min(w, cap), as in truncated importance sampling. mask: w inside [1/cap, cap] and 0 outside (IcePop, 2510.18855).
     """
-    weight = (old_logprobs - rollout_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    if how == "truncate":
+    difference = torch.where(loss_mask, old_logprobs - rollout_logprobs, torch.zeros_like(old_logprobs))
+    if how == "none":
+        return torch.ones_like(difference)
+    if how in ("seq_truncate", "seq_mask"):
+        difference = difference.sum(-1, keepdim=True).expand(difference.shape)
+    weight = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if how in ("truncate", "seq_truncate"):
         return weight.clamp(max=cap)
-    if how == "mask":
-        return torch.where((weight >= 1 / cap) & (weight <= cap), torch.ones_like(weight), torch.zeros_like(weight))
-    return torch.ones_like(weight)
+    return torch.where((weight >= 1 / cap) & (weight <= cap), weight, torch.zeros_like(weight))

@@ -15,9 +15,10 @@ from posttrain.data.tokens import Tokens
 from posttrain.models.policy import PolicyOutput
 from posttrain.objectives.gae import value_loss
 from posttrain.objectives.kl import kl_estimate, kl_metric
+from posttrain.objectives.policy import policy_loss
 from posttrain.objectives.reduce import aggregate, denominator, masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
-from posttrain.objectives.surrogate import importance_ratio, mismatch_weight, surrogate_loss
+from posttrain.objectives.surrogate import mismatch_weight
 from posttrain.training.routing import add_routing, pad_choices
 from posttrain.training.sums import Terms
 
@@ -116,9 +117,10 @@ class OnPolicyObjective:
     def _policy_terms(self, terms: Terms, output: PolicyOutput, columns: _Columns) -> None:
         spec, logprobs, mask = self.spec, output.logprobs, columns.mask
         old = logprobs.detach() if columns.old_logprobs is None else columns.old_logprobs
-        ratio = importance_ratio(logprobs, old, mask, spec.ratio)
-        surrogate = surrogate_loss(ratio, logprobs, columns.advantages, spec.clip_low, spec.clip_high, spec.surrogate)
-        loss = mismatch_weight(old, columns.rollout_logprobs, spec.mismatch, spec.mismatch_cap) * surrogate.loss
+        anchor = columns.rollout_logprobs if spec.anchor == "rollout" else old
+        surrogate, ratio = policy_loss(spec, logprobs, anchor, columns.advantages, mask)
+        correction = mismatch_weight(old, columns.rollout_logprobs, mask, spec.mismatch, spec.mismatch_cap)
+        loss = correction * surrogate.loss
         if spec.kl == "loss":
             assert columns.ref_logprobs is not None
             loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.ref_logprobs, spec.kl_estimator)
@@ -131,6 +133,8 @@ class OnPolicyObjective:
             terms.metrics["value/loss"] = (masked_sum(error, trained), "tokens")
         terms.metrics["clip/low"] = (masked_sum(surrogate.clipped_low.float(), trained), "tokens")
         terms.metrics["clip/high"] = (masked_sum(surrogate.clipped_high.float(), trained), "tokens")
+        if spec.mismatch in ("mask", "seq_mask"):
+            terms.metrics["mismatch/masked"] = (masked_sum((correction == 0).float(), trained), "tokens")
         self._diagnostics(terms, output, columns, old, ratio.detach())
         add_routing(terms, output.routing, mask, "sampled_tokens", columns.old_routing)
 

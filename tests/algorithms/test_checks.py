@@ -70,6 +70,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"critic": "shared"}, "advantage is 'gae'"),
     ("grpo", {"ratio": "sequence", "minibatches": 2}, "never clips"),
     ("grpo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, "epochs x minibatches > 1"),
+    ("sapo", {"clip_high": 0.3}, "surrogate is not 'soft'"),
+    ("gspo", {"tau_negative": 1.2}, "surrogate is 'soft'"),
+    ("sapo", {"tau_negative": 0.0}, "above 0"),
+    ("grpo", {"dual_clip": 3.0}, "epochs x minibatches > 1"),
+    ("cispo", {"dual_clip": 3.0}, "surrogate is 'clip'"),
+    ("dapo", {"dual_clip": 0.5}, "at least 1"),
+    ("gmpo", {"ratio": "sequence"}, "reads the ratio of each token"),
+    ("dppo_tv", {"mismatch": "mask"}, "need no correction"),
+    ("maxrl", {"missing_eos_penalty": 1.0}, "must not be negative"),
+    ("maxrl", {"kl": "reward", "kl_estimator": "k1", "kl_coefficient": 0.1}, "must not be negative"),
     ("grpo", {"clip_low": 0.1}, "epochs x minibatches > 1"),
     ("grpo", {"clip_high": 0.28}, "epochs x minibatches > 1"),
     ("grpo", {"surrogate": "weight"}, "epochs x minibatches > 1"),
@@ -203,7 +213,8 @@ def test_any_options_give_a_sound_record_or_a_config_error(case: tuple[str, dict
         assert not spec.has_expert or spec.mu_valley <= spec.mu_peak
         assert not spec.has_expert or spec.mu_decay_steps != 0 or spec.mu_valley == spec.mu_peak
         clipped = {"clip_low", "clip_high"} & set(options)
-        assert not clipped or spec.epochs * spec.minibatches > 1
+        assert not clipped or spec.epochs * spec.minibatches > 1 or spec.anchor == "rollout"
+        assert not clipped or spec.surrogate != "soft"
     elif isinstance(spec, Preference):
         assert spec.beta > 0
         assert 0 <= spec.label_smoothing < 0.5

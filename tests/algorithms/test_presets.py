@@ -24,6 +24,11 @@ TABLE = {
     "rloo": ("leave_one_out", "token", 0.2, 0.2, "constant", "reward", 0.05),
     "reinforce_pp": ("batch_z", "token", 0.2, 0.2, "token_mean", "reward", 0.01),
     "cispo": ("group_z", "token", 1.0, 0.28, "token_mean", "none", 0.0),
+    "sapo": ("group_z", "token", 0.2, 0.2, "sequence_mean", "none", 0.0),
+    "gmpo": ("group_z", "token", 0.4, 0.4, "sequence_mean", "none", 0.0),
+    "dppo_tv": ("group_mean", "token", 0.2, 0.2, "token_mean", "none", 0.0),
+    "dppo_kl": ("group_mean", "token", 0.05, 0.05, "token_mean", "none", 0.0),
+    "maxrl": ("group_rate", "token", 0.2, 0.2, "constant", "none", 0.0),
 }
 
 
@@ -59,6 +64,8 @@ def differences(name: str, other: str) -> set[str]:
 def test_a_preset_is_a_small_change_to_another() -> None:
     assert differences("dr_grpo", "grpo") == {"aggregate", "kl", "kl_coefficient"}
     assert differences("chord_phi", "chord") == {"mu_peak", "mu_valley", "mu_decay_steps", "phi"}
+    assert differences("maxrl", "dr_grpo") == {"advantage"}
+    assert differences("dppo_kl", "dppo_tv") == {"surrogate", "clip_low", "clip_high"}
     assert differences("ipo", "dpo") == {"link", "logit"}
 
 

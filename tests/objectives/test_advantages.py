@@ -109,3 +109,20 @@ def test_informative_needs_two_different_known_rewards() -> None:
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, NAN, 1.0, NAN, NAN])
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     assert informative(rewards, groups).tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_group_rate_divides_by_the_success_rate() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, math.nan, 0.0, 0.0])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    found = group_advantages(rewards, groups, "group_rate").tolist()
+    # rates 1/4 and 2/3 (a missing reward counts for nothing); no success gives no signal
+    assert found == pytest.approx([3.0, -1.0, -1.0, -1.0, 0.5, 0.5, -1.0, 0.0, 0.0, 0.0], abs=1e-6)
+    # the sum over a group of A_i S_i / N is the mean score of its right answers minus the mean score of all (2602.02710)
+    scores = [0.3, -1.1, 0.8, 0.5]
+    weighted = sum(a * s for a, s in zip(found[:4], scores, strict=True)) / 4
+    assert weighted == pytest.approx(scores[0] - sum(scores) / 4, abs=1e-6)
+
+
+def test_group_rate_refuses_a_negative_reward() -> None:
+    with pytest.raises(ConfigError, match=r"no reward may be negative; one is -0\.5"):
+        group_advantages(torch.tensor([1.0, -0.5]), torch.tensor([0, 0]), "group_rate")

@@ -146,8 +146,37 @@ def test_surrogate_gradients_agree_with_finite_differences(ratio: str) -> None:
 
 def test_mismatch_weights_by_hand() -> None:
     old, sampled = f64([[0.0, 0.0, 0.0, 0.0]]), f64([[0.0, -1.0, 1.0, -0.5]])
-    assert mismatch_weight(old, sampled, "none", 2.0).tolist() == [[1.0] * 4]
-    assert mismatch_weight(old, sampled, "truncate", 2.0)[0].tolist() == pytest.approx(
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert mismatch_weight(old, sampled, mask, "none", 2.0).tolist() == [[1.0] * 4]
+    assert mismatch_weight(old, sampled, mask, "truncate", 2.0)[0].tolist() == pytest.approx(
         [1.0, 2.0, math.exp(-1), math.exp(0.5)]
     )
-    assert mismatch_weight(old, sampled, "mask", 2.0).tolist() == [[1.0, 0.0, 0.0, 1.0]]
+    # a kept token is weighed by its ratio, as IcePop does
+    assert mismatch_weight(old, sampled, mask, "mask", 2.0)[0].tolist() == pytest.approx([1.0, 0.0, 0.0, math.exp(0.5)])
+
+
+def test_mismatch_weights_of_whole_answers_are_the_product_of_their_tokens() -> None:
+    old, sampled = (
+        f64([[0.0, 0.0, NAN], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        f64([[-0.5, 0.2, NAN], [-0.5, -0.5, 0.1], [0.5, 0.5, 0.1]]),
+    )
+    mask = torch.tensor([[True, True, False], [True] * 3, [True] * 3])
+    products = [math.exp(0.3), math.exp(0.9), math.exp(-1.1)]
+    truncated = mismatch_weight(old, sampled, mask, "seq_truncate", 2.0)
+    assert truncated[0, :2].tolist() == pytest.approx([products[0]] * 2)
+    assert truncated[1].tolist() == pytest.approx([2.0] * 3)
+    assert truncated[2].tolist() == pytest.approx([products[2]] * 3)
+    masked = mismatch_weight(old, sampled, mask, "seq_mask", 2.0)
+    assert masked[0, :2].tolist() == pytest.approx([products[0]] * 2)
+    assert masked[1:].tolist() == [[0.0] * 3] * 2
+    assert torch.isfinite(masked).all()
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_and_ends_its_gradient() -> None:
+    rho = f64([[5.0, 2.0, 5.0]]).requires_grad_()
+    advantage = f64([[-2.0, -2.0, 2.0]])
+    result = surrogate_loss(rho, f64([[0.0] * 3]), advantage, 0.2, 0.2, dual_clip=3.0)
+    (slope,) = torch.autograd.grad(result.loss.sum(), rho)
+    assert result.loss[0].tolist() == pytest.approx([6.0, 4.0, -2.4], abs=1e-12)
+    assert slope[0].tolist() == pytest.approx([0.0, 2.0, 0.0], abs=1e-12)
+    assert result.clipped_high.tolist() == [[True, False, True]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.algorithms import PRESETS
+from posttrain.algorithms import PRESETS, choose
 from posttrain.algorithms.specs import OnPolicy, Preference
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
@@ -35,8 +35,37 @@ def loss_of(name: str) -> tuple[dict[str, float], Policy, list[Any]]:
     return probe(model, 30).update(made.rows, made.objective), model, made.rows
 
 
+def correction(spec: OnPolicy, row: Experience) -> list[float]:
+    """The weight of each token for a sampler that differs from the trainer."""
+    w = [math.exp(float(o) - float(r)) for o, r in zip(row.old_logprobs, row.rollout_logprobs, strict=True)]
+    if spec.mismatch == "none":
+        return [1.0] * len(w)
+    if spec.mismatch.startswith("seq_"):
+        w = [math.prod(w)] * len(w)
+    if spec.mismatch.endswith("truncate"):
+        return [min(x, spec.mismatch_cap) for x in w]
+    return [x if 1 / spec.mismatch_cap <= x <= spec.mismatch_cap else 0.0 for x in w]
+
+
+def geometric_term(spec: OnPolicy, lp: list[float], old: list[float], a: float) -> float:
+    """-A times the geometric mean of ratios that are clipped on the side of A."""
+    ratios = [math.exp(x - y) for x, y in zip(lp, old, strict=True)]
+    kept = [min(r, math.exp(spec.clip_high)) if a > 0 else max(r, math.exp(-spec.clip_low)) for r in ratios]
+    return -a * math.prod(kept) ** (1 / len(kept))
+
+
+def divergence_term(spec: OnPolicy, lp: float, old: float, a: float) -> float:
+    p, q = math.exp(lp), math.exp(old)
+    apart = abs(p - q) if spec.surrogate == "tv" else q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    leaves = (a > 0 and p > q and apart > spec.clip_high) or (a < 0 and p < q and apart > spec.clip_low)
+    return 0.0 if leaves else -a * p / q
+
+
 def policy_term(spec: OnPolicy, lp: list[float], row: Experience) -> list[float]:
     old, ref = [float(x) for x in row.old_logprobs], [float(x) for x in row.ref_logprobs]
+    weights = correction(spec, row)
+    if spec.anchor == "rollout":
+        old = [float(x) for x in row.rollout_logprobs]
     n = len(lp)
     geometric = math.exp(sum(a - b for a, b in zip(lp, old, strict=True)) / n)
     terms = []
@@ -44,7 +73,18 @@ def policy_term(spec: OnPolicy, lp: list[float], row: Experience) -> list[float]
         a = float(row.advantages[t])
         rho = geometric if spec.ratio == "sequence" else math.exp(lp[t] - old[t])
         clipped = min(max(rho, 1 - spec.clip_low), 1 + spec.clip_high)
-        s = -clipped * a * lp[t] if spec.surrogate == "weight" else max(-a * rho, -a * clipped)
+        tau = spec.tau_positive if a > 0 else spec.tau_negative
+        pessimistic = max(-a * rho, -a * clipped)
+        if spec.dual_clip is not None and a < 0:
+            pessimistic = min(pessimistic, -spec.dual_clip * a)
+        s = {
+            "clip": lambda: pessimistic,  # noqa: B023
+            "weight": lambda: -clipped * a * lp[t],  # noqa: B023
+            "soft": lambda: -a * 4 / tau / (1 + math.exp(-tau * (rho - 1))),  # noqa: B023
+            "geometric": lambda: geometric_term(spec, lp, old, a),  # noqa: B023
+            "tv": lambda: divergence_term(spec, lp[t], old[t], a),  # noqa: B023
+            "kl": lambda: divergence_term(spec, lp[t], old[t], a),  # noqa: B023
+        }[spec.surrogate]() * weights[t]
         if spec.kl == "loss":
             s += spec.kl_coefficient * (math.exp(ref[t] - lp[t]) - 1 + lp[t] - ref[t])
         terms.append(row.weight * s)
@@ -62,11 +102,26 @@ def value_term(critic: Any, row: Experience, clip: float) -> float:
     return total
 
 
-@pytest.mark.parametrize("name", sorted(n for n, r in PRESETS.items() if isinstance(r, OnPolicy)))
-def test_every_on_policy_preset(name: str) -> None:
-    spec = PRESETS[name]
+ON_POLICY: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name, r in sorted(PRESETS.items()) if isinstance(r, OnPolicy)),
+    ("grpo", {"mismatch": "mask", "mismatch_cap": 1.005}),
+    ("dapo", {"mismatch": "seq_mask", "mismatch_cap": 1.01}),
+    ("cispo", {"mismatch": "seq_truncate", "mismatch_cap": 1.001}),
+    ("dapo", {"dual_clip": 1.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ON_POLICY, ids=lambda v: str(v))
+def test_every_on_policy_preset(name: str, options: dict[str, Any]) -> None:
+    spec = choose(name, options)
     assert isinstance(spec, OnPolicy)
-    metrics, model, rows = loss_of(name)
+    made = with_record(case(name, double=True), **options)
+    model, rows = made.model(), made.rows
+    metrics = probe(model, 30).update(rows, made.objective)
+    if spec.mismatch.endswith("mask"):
+        kept = [w != 0 for r in rows if r.trained for w in correction(spec, r)]
+        assert 0 < sum(kept) < len(kept)
+        assert metrics["mismatch/masked"] == pytest.approx(1 - sum(kept) / len(kept))
     trained = [r for r in rows if isinstance(r, Experience) and r.trained]
     terms = [policy_term(spec, token_logprobs(model, r.tokens, TEMPERATURE), r) for r in trained]
     tokens = sum(map(len, terms))

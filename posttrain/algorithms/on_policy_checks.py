@@ -1,0 +1,80 @@
+"""Reject impossible points of the on-policy design space.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from posttrain.algorithms.dppo import DPPO_TV
+    >>> check_on_policy(replace(DPPO_TV, mismatch="mask"), set())
+    Traceback (most recent call last):
+    ...
+    posttrain.errors.ConfigError: dppo_tv: anchor 'rollout' already takes ratios to the sampler; set mismatch: none, or anchor: old
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from posttrain.algorithms.specs import KlEstimator, OnPolicy
+from posttrain.errors import ConfigError
+
+
+def refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
+    """Raise ConfigError if a loss would use k1."""
+    if estimator == "k1":
+        raise ConfigError(
+            f"{name}.options.kl_estimator = 'k1': in a loss its gradient does not depend on the reference; use k2 or k3, or"
+            " kl: reward if answers are sampled"
+        )
+
+
+def check_on_policy(spec: OnPolicy, given: set[str]) -> None:
+    """Raise ConfigError for impossible points; `given` are the options that the user set."""
+    if spec.ratio == "sequence" and spec.surrogate in ("geometric", "tv", "kl"):
+        raise ConfigError(
+            f"{spec.name}: surrogate {spec.surrogate!r} reads the ratio of each token, so ratio 'sequence' has no effect; set ratio: token"
+        )
+    if spec.anchor == "rollout" and spec.mismatch != "none":
+        raise ConfigError(
+            f"{spec.name}: anchor 'rollout' already takes ratios to the sampler; set mismatch: none, or anchor: old"
+        )
+    shaped = spec.kl == "reward" or spec.missing_eos_penalty > 0 or spec.overlong_share > 0
+    if spec.advantage == "group_rate" and shaped:
+        raise ConfigError(
+            f"{spec.name}: advantage 'group_rate' divides by the group's mean reward, which must not be negative; set kl to none or loss,"
+            " missing_eos_penalty: 0 and overlong_share: 0"
+        )
+    if (
+        spec.ratio == "sequence"
+        and max(spec.clip_low, spec.clip_high) > 0.05
+        and not {"clip_low", "clip_high"} <= given
+    ):
+        raise ConfigError(
+            f"{spec.name}: a sequence ratio with clip {spec.clip_low}/{spec.clip_high} never clips, since the ratio is a"
+            " geometric mean over tokens; set clip_low and clip_high yourself (GSPO uses 3e-4 and 4e-4)"
+        )
+    if spec.ratio == "sequence" and max(spec.clip_low, spec.clip_high) > 0.05:
+        warnings.warn(
+            f"{spec.name}: a sequence ratio is a geometric mean over tokens and stays near 1; with clip"
+            f" {spec.clip_low}/{spec.clip_high} it hardly ever clips (GSPO uses 3e-4 and 4e-4)",
+            stacklevel=2,
+        )
+    if spec.reward_combination == "group_normalised" and spec.advantage == "group_z":
+        raise ConfigError(
+            f"{spec.name}: advantage 'group_z' divides by the spread within the group again, which undoes reward_combination"
+            " 'group_normalised': a group that differs in one reward would count as much as one that differs in all. Set advantage:"
+            " batch_z (as GDPO, 2601.05242) or group_mean"
+        )
+    if spec.ratio == "sequence" and spec.has_critic:
+        raise ConfigError(f"{spec.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
+    if spec.kl != "none" and spec.kl_coefficient == 0 and "kl" in given:
+        raise ConfigError(f"{spec.name}.options.kl = {spec.kl!r}: has no effect while kl_coefficient is 0")
+    if spec.has_expert and spec.mu_valley > spec.mu_peak:
+        raise ConfigError(f"{spec.name}: mu_valley = {spec.mu_valley} is above mu_peak = {spec.mu_peak}")
+    if spec.has_expert and spec.mu_decay_steps == 0 and spec.mu_valley != spec.mu_peak:
+        raise ConfigError(
+            f"{spec.name}: without mu_decay_steps the weight is mu_valley = {spec.mu_valley} at once, and mu_peak ="
+            f" {spec.mu_peak} has no effect; set mu_decay_steps, or mu_valley to mu_peak for a constant weight"
+        )
+    if spec.kl == "loss" and spec.kl_coefficient > 0:
+        refuse_k1_in_loss(spec.name, spec.kl_estimator)
+    if spec.kl == "reward" and spec.kl_estimator != "k1":
+        raise ConfigError(f"{spec.name}: KL in the reward is the log-ratio k1; {spec.kl_estimator} belongs in the loss")
