@@ -27,7 +27,7 @@ from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 from pipelines.commands.study import decide
 from pipelines.studies.page import page
-from pipelines.studies.results import PAGE, all_saved, record_seconds
+from pipelines.studies.results import PAGE, all_saved
 from pipelines.studies.study import load_study, names
 from pipelines.studies.workspace import prepare, workspaces
 from pipelines.tracking.store import tracking_uri
@@ -56,7 +56,6 @@ def study(chosen: list[str], base: str | None = None, tracking: bool = True) -> 
                 prepare(root, space)
                 print_line(f"study {name}: {', '.join(space.arms)} in {space.folder.relative_to(root)}")
                 stopped = bring_all_up_to_date(space.folder, space.targets(loaded.seeds), tracking=tracking)
-                record_seconds(space)
                 if stopped is not None:
                     return stopped
             print(decide(root, name, own, write=own is None))

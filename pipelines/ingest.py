@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
+from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, local_files, table_rows
 from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows
@@ -48,7 +49,7 @@ def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table
     kept, heldout = split_by_prompt(rows["preferences"], data.preferences.heldout, data.seed)
     return {
         "sft": rows["sft"],
-        "preferences": kept,
+        "preferences": with_noise(kept, data.noise, data.seed),
         "preferences_heldout": heldout,
         "problems": rows["problems"],
         "evaluation": rows["evaluation"],

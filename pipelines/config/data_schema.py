@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config.types import Count, Finite, Section, Seed, Share
+from pipelines.config.types import Count, Finite, NonNegative, Section, Seed, Share
 
 
 class ArithmeticParams(Section):
@@ -93,12 +93,22 @@ class StoriesParams(Section):
     """Share of stories in the sft table that omit the word."""
 
 
+class NoiseParams(Section):
+    """Label noise of the training pairs, for studies of robustness; held-out pairs are kept as they are."""
+
+    flipped: Share = 0.0
+    """Share of pairs whose answers are swapped."""
+    scores: NonNegative = 0.0
+    """Standard deviation of the noise of each score; a pair whose order it reverses is swapped."""
+
+
 class DataParams(Section):
     """Sources of all tables."""
 
     seed: Seed
     arithmetic: ArithmeticParams
     stories: StoriesParams | None = None
+    noise: NoiseParams = NoiseParams()
     sft: TableSource
     preferences: TableSource
     problems: TableSource

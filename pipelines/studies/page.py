@@ -54,7 +54,7 @@ def section(name: str, study: Study, result: Result | None) -> list[str]:
         return [*lines, "", f"Not run yet: `make study NAME={name}`."]
     lines += [
         "",
-        f"    make study NAME={name}    # {result.seeds} seeds, {result.prompts} prompts, {result.seconds:.0f} s of stages",
+        f"    make study NAME={name}    # {result.seeds} seeds, {result.prompts} prompts, {result.seconds:.0f} s of work",
         "",
         f"**{short(study, result).capitalize()}.**",
         "",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.report.measured import FLOW
+from pipelines.report.measured import all_runs, newest
 from pipelines.studies.outcomes import Reader, same_prompts
 from pipelines.studies.study import FIXED, FOLDER, Claim, Study, load_study, names
 from pipelines.studies.verdict import Estimate, Verdict, combined, estimate, seeds_to_decide, verdict
@@ -18,7 +18,6 @@ from posttrain.files import write_atomic
 
 RESULTS = FOLDER / "results"
 PAGE = Path("docs/claims.md")
-TIMES = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Result:
     prompts: int
     confidence: float
     seconds: float
-    """Seconds of all stages that ran for this study, on the machine that ran it."""
+    """Seconds of work of the runs of this study on the machine that ran it."""
     claims: list[Decided]
     arms: dict[str, dict[str, float]]
     """Mean of each outcome over seeds, by arm."""
@@ -63,7 +62,7 @@ def judge(name: str, study: Study, spaces: Sequence[Workspace]) -> Result:
     claims = [_decide(claim, reader, level) for claim in study.claims]
     outcomes = sorted({claim.outcome for claim in study.claims} | {"answers/accuracy", *study.shown})
     arms = {arm: {o: _mean(reader, arm, o) for o in outcomes if _has(arm, o)} for arm in ("sft", *study.arms)}
-    seconds = round(sum(recorded_seconds(spaces[0].folder.parent).values()), 1)
+    seconds = round(work_seconds(spaces), 1)
     decision = combined([decided.verdict for decided in claims])
     return Result(name, study.digest, decision, len(study.seeds), prompts, confidence, seconds, claims, arms)
 
@@ -92,27 +91,9 @@ def _mean(reader: Reader, arm: str, outcome: str) -> float:
     return float(f"{reader.values(arm, outcome).mean():.5g}")
 
 
-def recorded_seconds(home: Path) -> dict[str, float]:
-    """Return the seconds of every stage that ran for a study, by workspace and stage."""
-    path = home / TIMES
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def record_seconds(workspace: Workspace) -> None:
-    """Add the stages of the workspace's last flow to the study's times; stages that were up to date keep their times."""
-    path = workspace.folder / FLOW
-    if not path.is_file():
-        return
-    home = workspace.folder.parent
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    ran = {
-        f"{workspace.folder.name}/{stage}": round(times["ended"] - times["started"], 3)
-        for stage, times in stages.items()
-        if times["ran"]
-    }
-    text = json.dumps(recorded_seconds(home) | ran, indent=1, sort_keys=True)
-    write_atomic(home / TIMES, (text + "\n").encode())
+def work_seconds(spaces: Sequence[Workspace]) -> float:
+    """Return the seconds of work of the runs of all workspaces on this machine; restored runs have none."""
+    return sum(run.seconds for space in spaces for run in newest(all_runs(space.folder)))
 
 
 def save(root: Path, result: Result) -> Path:

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from scipy import stats
 
 from pipelines.config.params import load_params
+from pipelines.runtime.context import MEASUREMENTS
 from pipelines.studies.outcomes import Reader
 from pipelines.studies.page import page, short
-from pipelines.studies.results import all_saved, judge, save, saved
+from pipelines.studies.results import all_saved, judge, save, saved, work_seconds
 from pipelines.studies.study import FOLDER, Study, load_study, names
 from pipelines.studies.verdict import Estimate, combined, estimate, seeds_to_decide, verdict
 from pipelines.studies.workspace import Workspace, prepare, workspaces
@@ -96,11 +97,10 @@ def test_outcomes_are_read_by_name(finished: Workspace) -> None:
 
 
 def test_a_study_is_decided_saved_and_shown(finished: Workspace, tmp_path: Path, root: Path) -> None:
-    (finished.folder.parent / "seconds.json").write_text('{"grpo/align@grpo-0": 2.5, "grpo/sft": 4.0}')
     two = [BETTER, BETTER | {"claim": "by 90 points", "at_least": 0.9}]
     result = judge("which", study(claims=two), [finished])
     assert [claim.verdict for claim in result.claims] == ["supported", "contradicted"]
-    assert (result.verdict, result.seconds, result.prompts) == ("contradicted", 6.5, 60)
+    assert (result.verdict, result.seconds, result.prompts) == ("contradicted", 0.0, 60)
     reader = Reader(study(), [finished], "answer")
     # two claims share the level: 97.5 % each
     alone = crossed_difference(*(reader.values(a, "answers/accuracy") for a in ("grpo", "ppo")), 0.975, fixed_b=False)
@@ -109,7 +109,7 @@ def test_a_study_is_decided_saved_and_shown(finished: Workspace, tmp_path: Path,
     save(tmp_path, result)
     assert saved(tmp_path, "which") == result
     text = page([("which", study(claims=two), result), ("later", study(), None)])
-    assert "make study NAME=which    # 3 seeds, 60 prompts, 6 s of stages" in text
+    assert "make study NAME=which    # 3 seeds, 60 prompts, 0 s of work" in text
     assert "| [later](#later) | Which? | [2402.03300](https://arxiv.org/abs/2402.03300) | not run |" in text
     assert short(study(), result) == "contradicted (the study has changed since)"
 
@@ -168,13 +168,10 @@ def test_arms_share_a_workspace_unless_they_change_other_parameters(root: Path, 
     assert (copy.folder / "dvc.lock").read_text() == "kept"
 
 
-def test_times_of_stages_that_ran_are_kept(tmp_path: Path) -> None:
-    from pipelines.studies.results import record_seconds, recorded_seconds
-
-    space = Workspace(tmp_path / "home" / "grpo", ("grpo",), {})
-    record = space.folder / ".posttrain" / "flow.json"
-    record.parent.mkdir(parents=True)
-    for ran in (True, False):
-        record.write_text(json.dumps({"stages": {"sft": {"started": 10.0, "ended": 12.5, "ran": ran}}}))
-        record_seconds(space)
-    assert recorded_seconds(tmp_path / "home") == {"grpo/sft": 2.5}
+def test_the_time_of_a_study_is_the_work_of_its_runs(tmp_path: Path) -> None:
+    for name, span in (("sft", (10.0, 14.0)), ("align-grpo-0", (20.0, 22.5))):
+        folder = tmp_path / ".posttrain" / "runs" / f"{name}-{'0' * 16}"
+        folder.mkdir(parents=True)
+        lines = [{"kind": "start", "time": 1.0}, {"kind": "ready", "time": span[0]}, {"kind": "end", "time": span[1]}]
+        (folder / MEASUREMENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert work_seconds([Workspace(tmp_path, (), {}), Workspace(tmp_path / "none", (), {})]) == 6.5
