@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
 from posttrain.distributed import all_reduce_max
-from posttrain.errors import CheckpointError, NotFiniteError, NumericalError
+from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
 from posttrain.settings import OptimizerSettings
 from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
@@ -80,6 +80,7 @@ class Trainer(Generic[Row]):
         bf16: bool = False,
         accelerator: Accelerator | None = None,
     ) -> None:
+        _check_warmup(settings, total_steps)
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
         self.sharded = shards(self.accelerator)
@@ -238,6 +239,16 @@ def _frozen(module: nn.Module) -> set[str]:
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
+
+
+def _check_warmup(settings: OptimizerSettings, total_steps: int) -> None:
+    """Raise ConfigError if the run ends before the learning rate is reached."""
+    if settings.warmup_steps > total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {settings.warmup_steps} is longer than this run of {total_steps} optimiser steps, so the"
+            f" learning rate {settings.learning_rate:g} would never be reached; set it to {total_steps // 10}, a tenth of the run,"
+            " or train for longer"
+        )
 
 
 def _multiplier(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
     "project.algorithms=[dpo, grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
-    "data.evaluation.rows=120", "align.on_policy.steps=2", "evaluation.max_new_tokens=48", "align.on_policy.max_new_tokens=48",
+    "data.evaluation.rows=120", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
+    "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=48", "align.on_policy.max_new_tokens=48",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens
-from posttrain.errors import NumericalError
+from posttrain.errors import ConfigError, NumericalError
 from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.loop import LoopSettings, fit
@@ -87,6 +87,14 @@ def test_the_schedule_counts_optimiser_steps_not_micro_batches(schedule: str, ex
     rates = [made.update([1.0, 2.0, 3.0], Linear())["learning_rate"] for _ in range(6)]
     assert rates == pytest.approx(expected)
     assert made.updates == 6
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"warmup_steps = 7 is longer than this run of 6 optimiser steps.* set it to 0, a tenth"
+    ):
+        trainer(total=6, warmup_steps=7)
+    assert trainer(total=6, warmup_steps=6).updates == 0
 
 
 def test_the_tokens_of_a_run_are_counted() -> None:
