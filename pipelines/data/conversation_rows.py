@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
-from pipelines.data.messages import canonical_messages
+from pipelines.data.messages import canonical_messages, canonical_tools
 from pipelines.data.pairs import Changes, with_prompt
-from pipelines.data.tables import TEXT, Row, is_messages
+from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
@@ -22,6 +22,8 @@ def chat_rows(kind: Kind, rows: list[Row], source: TableSource, where: str, chan
         row = row | {
             n: canonical_messages(row[n], place) for n in (*TEXT[kind], _WHOLE) if isinstance(row.get(n), list)
         }
+        if TOOLS in row:
+            row[TOOLS] = canonical_tools(row[TOOLS], place)
         if kind == "sft" and _WHOLE in row:
             row = _parted(row, place, changes)
         if kind == "preferences":

@@ -31,6 +31,23 @@ def canonical_messages(value: Any, where: str) -> Any:
     return [_message(turn, *names, f"{where}, turn {i}") for i, turn in enumerate(value)]
 
 
+def canonical_tools(value: Any, where: str) -> str | None:
+    """Return the tools that a conversation offers as JSON, None if there are none. Raises DataError if they are anything else."""
+    tools = value
+    if isinstance(value, str):
+        try:
+            tools = json.loads(value) if value.strip() else []
+        except ValueError:
+            tools = None
+    tools = [tools] if isinstance(tools, dict) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{where}: tools is {_short(value)}; it must be a list of objects such as"
+            ' [{"type": "function", "function": {"name": "add"}}], or this list as JSON. Correct the row or leave tools out.'
+        )
+    return json.dumps(tools, sort_keys=True, ensure_ascii=False) if tools else None
+
+
 def human_assistant(text: str) -> list[Message] | None:
     r"""Return the turns of a text such as "\n\nHuman: ... \n\nAssistant: ...", or None if it is none."""
     parts = _HUMAN.split(text if text.startswith("\n\n") else f"\n\n{text}")
@@ -52,7 +69,7 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
     if isinstance(message.get("function_call"), Mapping):
         message["tool_calls"] = [message.pop("function_call")]
     if "tool_calls" in message:
-        message["tool_calls"] = [_call(call, where) for call in message["tool_calls"] or ()]
+        message["tool_calls"] = [_call(call, where) for call in _calls(message["tool_calls"], where)]
     if "weight" in message:
         message["weight"] = _weight(message["weight"], where)
     return message
@@ -81,6 +98,18 @@ def _part(part: Any, where: str) -> str:
             f"{where}: holds a content part of type {kind!r}; only text can be trained. Remove the row or the part."
         )
     return text
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    calls = [calls] if isinstance(calls, Mapping) else calls or []
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls is {_short(calls)}; it must be a list of objects with name and arguments")
+    return calls
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _call(call: Any, where: str) -> Any:

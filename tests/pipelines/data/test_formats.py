@@ -83,6 +83,22 @@ def test_tool_calls_of_openai_are_read_and_survive_the_table(tmp_path: Path) -> 
     assert read_rows(tmp_path / "sft.parquet") == [row]
 
 
+@pytest.mark.parametrize(("tools", "shown"), [("add", "'add'"), (3, "3"), (["add"], "add"), ('{"a": ', "a")])
+def test_tools_that_are_no_list_of_objects_are_refused(tools: Any, shown: str) -> None:
+    record = {"messages": [user("Weather?"), says("Rain")], "tools": tools}
+    with pytest.raises(DataError, match=rf"row 0: tools is .*{shown}.*; it must be a list of objects such as"):
+        canonical_rows("sft", TableSource(source="memory.jsonl"), [record])
+
+
+@pytest.mark.parametrize("calls", ["add", 3])
+def test_tool_calls_that_are_no_list_are_refused(calls: Any) -> None:
+    record = {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": calls}]}
+    with pytest.raises(
+        DataError, match=r"row 0, turn 1: tool_calls is .*; it must be a list of objects with name and arguments"
+    ):
+        canonical_rows("sft", TableSource(source="memory.jsonl"), [record])
+
+
 def test_pairs_share_the_turns_that_are_equal() -> None:
     shared = [user("Name a fruit"), says("Plum"), user("Red one?")]
     expected = [{"prompt": shared, "chosen": [says("Cherry")], "rejected": [says("Brick")]}]
