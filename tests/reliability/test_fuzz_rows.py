@@ -24,8 +24,8 @@ from posttrain.environments.parts import KINDS
 from posttrain.errors import PosttrainError
 from tests.data.test_conversations import CHATML, HIDDEN, MARKED, NO_SYSTEM, OPEN, REASONING, THINKING, encoder
 
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MANY = settings(FEW, max_examples=150)
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(FEW, max_examples=100)
 TEMPLATES = (
     None,
     CHATML + OPEN,
