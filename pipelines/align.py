@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from pipelines.config.params import load_params
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.algorithms import OnPolicy
@@ -57,6 +58,14 @@ def read_parameters(args: Namespace) -> tuple[str, ...]:
     return ("align", "rewards", f"algorithms.{args.algorithm}")
 
 
+def inputs(args: Namespace) -> list[str]:
+    """Return the files and folders that this instance reads: a teacher's folder is part of the run's identity."""
+    section = load_params(args.params).algorithms.get(args.algorithm)
+    teacher = section and section.teacher
+    taught = [teacher] if teacher and Path(teacher).is_dir() else []
+    return [*TABLES, "models/sft", "models/reward", *taught]
+
+
 TABLES = tuple(f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems"))
 
 if __name__ == "__main__":
@@ -64,7 +73,7 @@ if __name__ == "__main__":
         run,
         "align",
         params=read_parameters,
-        inputs=(*TABLES, "models/sft", "models/reward"),
+        inputs=inputs,
         arguments=arguments,
         variant=variant,
         trains=True,

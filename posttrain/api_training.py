@@ -24,7 +24,7 @@ import torch
 from posttrain.algorithms import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
 from posttrain.api import Model
 from posttrain.data.batches import EpochOrder
-from posttrain.data.tokens import Tokens, table_tokens
+from posttrain.data.tokens import Tokens, require_same_vocabulary, table_tokens
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
@@ -101,6 +101,7 @@ def train(
     micro_batch_tokens: int = 16_384,
     threads: int | None = None,
     demonstrations: Table = (),
+    teacher: Model | None = None,
     recorder: Recorder | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
@@ -116,6 +117,7 @@ def train(
         samples: answers per prompt of an on-policy step.
         threads: CPU threads of this process; a tiny model is fastest on 1. None leaves them unchanged.
         demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
+        teacher: a model with the same vocabulary to learn from (distill), which needs no reward.
 
     Raises:
         ConfigError: an argument is missing, or has no effect for this algorithm.
@@ -132,10 +134,10 @@ def train(
     spec = choose(algorithm) if isinstance(algorithm, str) and algorithm != "sft" else algorithm
     if isinstance(spec, OnPolicy):
         sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature))
-        _on_policy(run, spec, table, reward, sampling, demonstrations)
-    elif reward is not None or demonstrations:
+        _on_policy(run, spec, table, reward, sampling, demonstrations, teacher)
+    elif reward is not None or demonstrations or teacher is not None:
         raise ConfigError(
-            "reward and demonstrations have no effect here: only on-policy algorithms use them. Remove them."
+            "reward, demonstrations and teacher have no effect here: only on-policy algorithms use them. Remove them."
         )
     elif isinstance(spec, str):
         examples = [
@@ -151,9 +153,17 @@ def train(
 
 
 def _on_policy(
-    run: _Run, spec: OnPolicy, table: Table, reward: Reward | None, sampling: GroupSettings, demonstrations: Table
+    run: _Run,
+    spec: OnPolicy,
+    table: Table,
+    reward: Reward | None,
+    sampling: GroupSettings,
+    demonstrations: Table,
+    teacher: Model | None,
 ) -> None:
-    if reward is None:
+    if spec.needs_teacher != (teacher is not None):
+        raise ConfigError(f"{spec.name}: pass teacher= if and only if its advantage is 'teacher'")
+    if reward is None and teacher is None:
         raise ConfigError(
             f"{spec.name} learns from rewards: pass reward=, a function or a built-in's name such as 'answer'"
         )
@@ -166,9 +176,12 @@ def _on_policy(
             f"{spec.name}: pass demonstrations= if and only if the algorithm has an expert stream (mu_peak > 0)"
         )
     model = run.model
-    functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+    functions = dict(reward) if isinstance(reward, Mapping) else {} if reward is None else {"reward": reward}
     sources = [FunctionReward(n, find_function(f) if isinstance(f, str) else f) for n, f in functions.items()]
-    reference = Policy(copy.deepcopy(model.lm)) if spec.needs_reference else None
+    if teacher is not None:
+        require_same_vocabulary(teacher.encoder, model.encoder, "teacher=")
+    held = teacher.lm if teacher is not None else copy.deepcopy(model.lm) if spec.needs_reference else None
+    reference = None if held is None else Policy(held)
     policy = Policy(model.lm, shared_value_head=spec.has_critic)
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
@@ -196,7 +209,7 @@ def _on_policy(
         measure_kl_every=0 if reference is None else 1,
         updates=run.steps * spec.epochs * spec.minibatches,
     )
-    run.fit(trainer, source, objective, "reward/total/mean")
+    run.fit(trainer, source, objective, "kl/ref_k1" if spec.needs_teacher else "reward/total/mean")
 
 
 def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:

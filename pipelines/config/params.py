@@ -222,7 +222,19 @@ class Params(Section):
             raise ConfigError(
                 f"algorithms.{name}.rewards: has no effect, because {section.preset} learns from logged pairs. Remove it."
             )
-        if on_policy and not any((section.rewards or {}).values()):
+        spec = self.algorithm(name)
+        taught, weighed = isinstance(spec, OnPolicy) and spec.needs_teacher, any((section.rewards or {}).values())
+        if taught != (section.teacher is not None):
+            need = "missing; the preset learns from a teacher, e.g. teacher: models/large"
+            raise ConfigError(
+                f"algorithms.{name}.teacher: {need if taught else f'has no effect on the preset {section.preset}. Remove it.'}"
+            )
+        if taught and weighed:
+            raise ConfigError(
+                f"algorithms.{name}.rewards: the preset {section.preset} learns from its teacher only; give rewards the weight 0 to measure"
+                " them"
+            )
+        if on_policy and not taught and not weighed:
             raise ConfigError(
                 f"algorithms.{name}.rewards: must give at least one reward a weight other than 0, e.g. {{answer: 1.0}}"
             )

@@ -301,6 +301,8 @@ class AlgorithmParams(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     rewards: dict[str, Finite] | None = None
     """Weight of each reward; weight 0 measures a reward without training on it."""
+    teacher: str | None = None
+    """Folder or hub id of the model to distil from, with the same vocabulary; only for presets whose advantage is 'teacher'."""
     budget: dict[str, Any] = Field(default_factory=dict)
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
 

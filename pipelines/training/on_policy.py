@@ -25,7 +25,7 @@ from pipelines.training.setup import (
     write_model,
 )
 from posttrain.algorithms import OnPolicy
-from posttrain.data.tokens import TextEncoder, table_tokens
+from posttrain.data.tokens import TextEncoder, require_same_vocabulary, table_tokens
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
@@ -51,7 +51,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     encoder = load_encoder(START)
     made = _make(spec, params)
     policy = made.model.to(device.device)
-    reference = _reference(made, device)
+    reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, device)
     compute = params.compute
     weights = dict(context.params.algorithms[name].rewards or {})
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
@@ -101,7 +101,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         context,
         f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
     )
-    shown = ("reward/total/mean", "kl/ref_k1", "length/mean")
+    shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
     hook = _Samples(run.recorder, source, params.samples_every, params.samples_shown)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
@@ -136,6 +136,14 @@ def _reference(made: TrainableModel[Policy], device: Accelerator) -> Policy:
     if made.adapter is not None:
         return BasePolicy(made.model.lm, made.adapter)
     return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
+
+
+def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> Policy | None:
+    """Return the teacher, which takes the place of the reference, or None if the algorithm has none."""
+    if source is None:
+        return None
+    require_same_vocabulary(load_encoder(source), encoder, source)
+    return Policy(load_policy(source)).to(device.device).eval().requires_grad_(False)
 
 
 def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:

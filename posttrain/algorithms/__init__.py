@@ -16,6 +16,7 @@ from posttrain.algorithms.checks import check_spec, checked_options
 from posttrain.algorithms.chord import CHORD, CHORD_PHI
 from posttrain.algorithms.cispo import CISPO
 from posttrain.algorithms.dapo import DAPO
+from posttrain.algorithms.distill import DISTILL
 from posttrain.algorithms.dpo import DPO, DPO_SOFT, HINGE, IPO, ORPO, ROBUST, SIMPO
 from posttrain.algorithms.dppo import DPPO_KL, DPPO_TV
 from posttrain.algorithms.dr_grpo import DR_GRPO
@@ -51,6 +52,7 @@ PRESETS: dict[str, Algorithm] = {
         DPPO_TV,
         DPPO_KL,
         MAXRL,
+        DISTILL,
         GRPO_PAIRS,
         DPO,
         DPO_SOFT,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 RewardCombination = Literal["sum", "group_normalised"]
-Advantage = Literal["gae", "group_mean", "group_z", "leave_one_out", "group_rate", "batch_z"]
+Advantage = Literal["gae", "group_mean", "group_z", "leave_one_out", "group_rate", "batch_z", "teacher"]
 GroupAdvantage = Literal["group_mean", "group_z", "leave_one_out", "group_rate"]
 Ratio = Literal["token", "sequence"]
 Surrogate = Literal["clip", "weight", "soft", "geometric", "tv", "kl"]

@@ -26,7 +26,7 @@ def _clips(spec: OnPolicy) -> bool:
 
 
 OFF_POLICY = "epochs x minibatches > 1, because the importance ratio is 1 in the first update after sampling"
-CLIPPED = f"surrogate is not 'soft', and {OFF_POLICY}"
+CLIPPED = f"{OFF_POLICY}; and surrogate is not 'soft'"
 PENALISED = "kl is 'reward' or 'loss' and kl_coefficient > 0"
 # option -> (predicate that it has an effect, the same in words)
 ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
@@ -42,8 +42,8 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
     "kl_target": (lambda r: r.kl != "none" and r.kl_coefficient > 0, PENALISED),
     "kl_horizon": (lambda r: r.kl_target is not None, "kl_target is set"),
     "reward_combination": (
-        lambda r: r.reward_combination == "sum" or not r.has_critic,
-        "advantage is relative to a group or a batch, not 'gae'",
+        lambda r: r.reward_combination == "sum" or not (r.has_critic or r.needs_teacher),
+        "advantage is relative to a group or a batch, not 'gae' or 'teacher'",
     ),
     "refill_limit": (lambda r: r.filter == "refill", "filter is 'refill'"),
     "refill_partial": (lambda r: r.filter == "refill", "filter is 'refill'"),

@@ -53,6 +53,8 @@ class OnPolicy:
     tau_positive: float = 1.0
     """Steepness of the soft gate for tokens with A > 0, and A < 0."""
     tau_negative: float = 1.05
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus: the loss of each token falls by this times the entropy of its distribution, in nats (1602.01783)."""
     kl: KlPlace = "none"
     kl_estimator: KlEstimator = "k3"
     kl_coefficient: float = 0.0
@@ -112,5 +114,10 @@ class OnPolicy:
 
     @property
     def needs_reference(self) -> bool:
-        """Return True if the objective uses the reference policy."""
-        return self.kl != "none"
+        """Return True if the objective uses the reference policy; a teacher takes its place."""
+        return self.kl != "none" or self.needs_teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return True if advantages come from a teacher's log-probabilities, not from rewards."""
+        return self.advantage == "teacher"

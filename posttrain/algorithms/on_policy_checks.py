@@ -36,6 +36,17 @@ def check_on_policy(spec: OnPolicy, given: set[str]) -> None:
         raise ConfigError(
             f"{spec.name}: anchor 'rollout' already takes ratios to the sampler; set mismatch: none, or anchor: old"
         )
+    if spec.needs_teacher and (spec.ratio == "sequence" or spec.surrogate == "geometric"):
+        raise ConfigError(
+            f"{spec.name}: a teacher gives one advantage per token, which the ratio of a whole answer cannot carry"
+        )
+    if spec.needs_teacher and (
+        spec.kl != "none" or spec.filter != "none" or spec.missing_eos_penalty or spec.overlong_share
+    ):
+        raise ConfigError(
+            f"{spec.name}: advantage 'teacher' reads no reward and no reference, so kl, filter, missing_eos_penalty and overlong_share have"
+            " no effect; remove them"
+        )
     shaped = spec.kl == "reward" or spec.missing_eos_penalty > 0 or spec.overlong_share > 0
     if spec.advantage == "group_rate" and shaped:
         raise ConfigError(

@@ -19,6 +19,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tau_positive": (sys.float_info.min, sys.float_info.max),
     "tau_negative": (sys.float_info.min, sys.float_info.max),
     "mismatch_cap": (1.0, math.inf),
+    "entropy_coefficient": (0.0, sys.float_info.max),
     "kl_coefficient": (0.0, sys.float_info.max),
     "value_coefficient": (0.0, sys.float_info.max),
     "score_scale": (0.0, sys.float_info.max),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.alignment import continuation_ids, weighted_ids
 from posttrain.data.conversations import ChatTemplate, TrainOn, as_messages
 from posttrain.data.ends import end_tokens
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,6 +159,17 @@ def table_tokens(
         encoder.pair(row["prompt"], row[completion], str(row.get("id", i)), row_tools(row), train_on)
         for i, row in enumerate(rows)
     ]
+
+
+def require_same_vocabulary(other: TextEncoder, own: TextEncoder, where: str) -> None:
+    """Raise ConfigError unless both encoders give each token the same id, so that log-probabilities can be compared."""
+    theirs, mine = other.tokenizer.get_vocab(), own.tokenizer.get_vocab()
+    if theirs != mine:
+        different = sum(mine.get(token) != number for token, number in theirs.items())
+        raise ConfigError(
+            f"{where}: {different} of its {len(theirs)} tokens have another id in the model's vocabulary of {len(mine)}. Probabilities of"
+            " tokens could not be compared; choose a model of the same family"
+        )
 
 
 def row_tools(row: dict[str, Any]) -> list[Any] | None:

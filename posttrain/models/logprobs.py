@@ -31,7 +31,7 @@ def selected_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return (log p(target), entropy in nats), both [tokens] float32, of softmax(hidden @ weight.T / temperature).
 
-    The head's product is selected in autocast's dtype, the softmax in float32 or wider. The entropy carries no gradient.
+    The head's product is selected in autocast's dtype, the softmax in float32 or wider. Both carry gradients.
 
     Args:
         hidden: [tokens, hidden].
@@ -47,7 +47,7 @@ def selected_logprobs(
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """Autograd function: d log p(y) / d logits = onehot(y) - p, tile by tile."""
+    """Autograd function: d log p(y) / d logits = onehot(y) - p and dH / d logits = -p (log p + H), tile by tile."""
 
     @staticmethod
     def forward(
@@ -83,25 +83,34 @@ class _SelectedLogprobs(torch.autograd.Function):
             normaliser[rows] = greatest + total.log()
             logprobs[rows] = selected - normaliser[rows]
             entropy[rows] = normaliser[rows] - weighted / total
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.temperature, ctx.product = temperature, product
-        ctx.mark_non_differentiable(entropy)
+        # an output that no loss uses has gradient None, so an entropy that is only reported costs nothing
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head = _Head(hidden, weight, bias, ctx.temperature, ctx.product)
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide)
         grad_weight = torch.zeros_like(weight, dtype=head.wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=head.wide) if bias is not None and ctx.needs_input_grad[2] else None
-        scale = (grad_logprobs / ctx.temperature).to(head.wide)
+        scale = (torch.zeros_like(normaliser) if grad_logprobs is None else grad_logprobs / ctx.temperature).to(
+            head.wide
+        )
+        bonus = None if grad_entropy is None else (grad_entropy / ctx.temperature).to(head.wide)
         # words outside, rows inside: a slice of the head's gradient stays in cache until all rows have been added to it
         for words in head.words:
             for rows in head.rows:
                 # [tokens, words]: -scale * p, and below + scale at the target, so scale * (onehot - p)
-                grad_logits = head.logits(rows, words).sub_(normaliser[rows, None]).exp_().mul_(-scale[rows, None])
+                grad_logits = head.logits(rows, words).sub_(normaliser[rows, None])
+                if bonus is None:
+                    grad_logits.exp_().mul_(-scale[rows, None])
+                else:
+                    factor = scale[rows, None] + bonus[rows, None] * (grad_logits + entropy[rows, None])
+                    grad_logits.exp_().mul_(-factor)
                 inside, column = _within(targets[rows], words)
                 grad_logits.scatter_add_(-1, column, (scale[rows] * inside)[:, None])
                 if grad_bias is not None:

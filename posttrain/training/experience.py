@@ -59,6 +59,7 @@ class ExperienceSource:
     """Sample, score and prepare the batches of a step. The state is the sampler's position, the update count and the KL coefficient.
 
     Args:
+        reference: the policy before training, or the teacher if the algorithm has one.
         micro_batch_tokens: most tokens of one forward pass without gradient.
         measure_kl_every: steps between forward passes of the reference if the loss does not need it; 0 for none.
         updates: optimiser steps of the whole run, for schedules that are a share of it.
@@ -116,6 +117,7 @@ class ExperienceSource:
             or spec.kl_target is not None
             or spec.has_critic
             or spec.mismatch != "none"
+            or spec.needs_teacher
         )
         self.policy.eval()
         own = self._token_logprobs(self.policy, tokens) if stores_old else None
@@ -161,7 +163,12 @@ class ExperienceSource:
             if spec.kl == "reward":
                 penalty = coefficient * difference
             self._adapt(float(difference.sum()) / len(answers), len(answers))
-        if spec.advantage == "gae" or spec.advantage == "batch_z":
+        if spec.advantage == "teacher":
+            assert own
+            assert reference
+            advantages = pad([n.logprobs for n in reference], time_steps) - pad([n.logprobs for n in own], time_steps)
+            returns, metrics = None, {"advantage/std": float(advantages[mask].std(correction=0))}
+        elif spec.advantage == "gae" or spec.advantage == "batch_z":
             values = pad([n.values for n in own], time_steps) if own and spec.has_critic else torch.zeros(mask.shape)
             advantages, returns, metrics = self._token_advantages(rewards, penalty, values, mask)
         else:

@@ -121,6 +121,8 @@ class OnPolicyObjective:
         surrogate, ratio = policy_loss(spec, logprobs, anchor, columns.advantages, mask)
         correction = mismatch_weight(old, columns.rollout_logprobs, mask, spec.mismatch, spec.mismatch_cap)
         loss = correction * surrogate.loss
+        if spec.entropy_coefficient:
+            loss = loss - spec.entropy_coefficient * output.entropy
         if spec.kl == "loss":
             assert columns.ref_logprobs is not None
             loss = loss + self.kl_coefficient * kl_estimate(logprobs, columns.ref_logprobs, spec.kl_estimator)

@@ -28,6 +28,7 @@ TABLE = {
     "gmpo": ("group_z", "token", 0.4, 0.4, "sequence_mean", "none", 0.0),
     "dppo_tv": ("group_mean", "token", 0.2, 0.2, "token_mean", "none", 0.0),
     "dppo_kl": ("group_mean", "token", 0.05, 0.05, "token_mean", "none", 0.0),
+    "distill": ("teacher", "token", 0.2, 0.2, "token_mean", "none", 0.0),
     "maxrl": ("group_rate", "token", 0.2, 0.2, "constant", "none", 0.0),
 }
 

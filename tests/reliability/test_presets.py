@@ -17,7 +17,7 @@ FIRST_LOSS = {"dpo_soft": math.log(2), "robust": math.log(2), "ipo": 25.0, "hing
 """Of a policy that is its own reference: 1 / (4 beta^2) for IPO with beta 0.1; advantages of a pair that cancel for GRPO."""
 LABELLED_STEPS = 8
 """Of KTO: 31 pairs are 62 answers with a label, in batches of 8."""
-ON_POLICY = ("dr_grpo", "chord_phi", "rloo", "reinforce_pp")
+ON_POLICY = ("dr_grpo", "chord_phi", "rloo", "reinforce_pp", "distill")
 OFF_POLICY = ("gspo", "cispo")
 OTHERS = (*FIRST_LOSS, *ON_POLICY, *OFF_POLICY, "simpo", "kto")
 

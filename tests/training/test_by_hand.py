@@ -29,6 +29,13 @@ def token_logprobs(policy: Policy, tokens: Tokens, temperature: float = 1.0) -> 
     return [table[len(tokens.prompt) + t - 1, token].item() for t, token in enumerate(tokens.response)]
 
 
+def token_entropies(policy: Policy, tokens: Tokens) -> list[float]:
+    with torch.no_grad():
+        logits = policy.lm(input_ids=torch.tensor([tokens.prompt + tokens.response])).logits[0] / TEMPERATURE
+    table = logits.log_softmax(-1)[len(tokens.prompt) - 1 : -1]
+    return [-sum(lp * math.exp(lp) for lp in row) for row in table.tolist()]
+
+
 def loss_of(name: str) -> tuple[dict[str, float], Policy, list[Any]]:
     made = case(name, double=True)
     model = made.model()
@@ -108,6 +115,7 @@ ON_POLICY: list[tuple[str, dict[str, Any]]] = [
     ("dapo", {"mismatch": "seq_mask", "mismatch_cap": 1.01}),
     ("cispo", {"mismatch": "seq_truncate", "mismatch_cap": 1.001}),
     ("dapo", {"dual_clip": 1.1}),
+    ("grpo", {"entropy_coefficient": 0.3}),
 ]
 
 
@@ -124,6 +132,12 @@ def test_every_on_policy_preset(name: str, options: dict[str, Any]) -> None:
         assert metrics["mismatch/masked"] == pytest.approx(1 - sum(kept) / len(kept))
     trained = [r for r in rows if isinstance(r, Experience) and r.trained]
     terms = [policy_term(spec, token_logprobs(model, r.tokens, TEMPERATURE), r) for r in trained]
+    if spec.entropy_coefficient:
+        bonus = spec.entropy_coefficient
+        terms = [
+            [s - bonus * h for s, h in zip(term, token_entropies(model, r.tokens), strict=True)]
+            for term, r in zip(terms, trained, strict=True)
+        ]
     tokens = sum(map(len, terms))
     expected = {
         "token_mean": sum(map(sum, terms)) / tokens,

@@ -70,6 +70,13 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.options", {"gamma": 0.9}, "algorithms.grpo: grpo.options.gamma = 0.9: has no effect here"),
         ("algorithms.mine", {"preset": "grop"}, "algorithms.mine: unknown algorithm preset 'grop'; did you mean 'grpo'?"),
         ("algorithms.dpo.rewards", {"answer": 1.0}, "algorithms.dpo.rewards: has no effect"),
+        ("algorithms.mine", {"preset": "distill"}, "algorithms.mine.teacher: missing; the preset learns from a teacher"),
+        ("algorithms.grpo.teacher", "models/base", "algorithms.grpo.teacher: has no effect on the preset grpo"),
+        (
+            "algorithms.mine",
+            {"preset": "distill", "teacher": "models/base", "rewards": {"answer": 1.0}},
+            "learns from its teacher only",
+        ),
         ("algorithms.grpo.rewards", {"answr": 1.0}, "no reward 'answr'; did you mean 'answer'?"),
         ("algorithms.grpo.rewards", {"answer": 0.0}, "at least one reward a weight other than 0"),
         ("algorithms.grpo.budget", {"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
