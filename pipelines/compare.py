@@ -55,6 +55,7 @@ def question_of(params: Params) -> Question:
         pass_k=tuple(sorted(set(evaluation.pass_k))),
         resampling=Resampling(settings.bootstrap, settings.confidence, settings.seed),
         headline=settings.headline,
+        currency=settings.currency,
     )
 
 

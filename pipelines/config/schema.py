@@ -326,6 +326,8 @@ class ReportParams(Section):
 
     headline: Literal["sampled", "greedy"] = "sampled"
     """Answers whose mean reward `evaluation.accuracy` ranks the models, in the report, the gate and MLflow."""
+    currency: Literal["tokens_sampled", "tokens_trained", "optimiser_steps"] = "tokens_sampled"
+    """The budget that must be equal, up to a tenth, for algorithms to be ranked together; see docs/comparison.md."""
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
+from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
 from posttrain.evaluation.crossed import Crossed, crossed_difference, crossed_mean
 from posttrain.evaluation.statistics import (
     Floats,
@@ -39,6 +40,8 @@ class Question:
     resampling: Resampling
     headline: str = "sampled"
     """`sampled` or `greedy`: the answers whose mean reward `accuracy` ranks the models."""
+    currency: Currency = "tokens_sampled"
+    """The budget that must be equal for algorithms to be ranked together."""
 
     @property
     def measure(self) -> str:
@@ -113,6 +116,24 @@ class Comparison:
     heldout: Interval | None
     """The reward model's accuracy on held-out pairs."""
     heldout_loss: float | None
+    protocols: Mapping[str, Protocol] = field(default_factory=dict)
+    """The protocol of each algorithm; without one, all are ranked together."""
+
+    @property
+    def panel(self) -> list[Summary]:
+        """Return the algorithms that the headline ranks: the largest group with equal protocols."""
+        known = {s.name: s.headline.value for s in self.algorithms}
+        names = main_panel({n: p for n, p in self.protocols.items() if n in known}, known) or list(known)
+        return [summary for summary in self.algorithms if summary.name in names]
+
+    def apart(self) -> dict[str, list[str]]:
+        """Return the algorithms that are not ranked, each with the cells of its protocol that differ from the panel's."""
+        names = [summary.name for summary in self.panel]
+        return {
+            s.name: self.protocols[s.name].differs(self.protocols[names[0]], self.question.currency)
+            for s in self.algorithms
+            if s.name not in names
+        }
 
     @property
     def about_training(self) -> bool:
@@ -136,14 +157,17 @@ class Comparison:
 def compare(results: Results, question: Question) -> Comparison:
     """Compute all numbers of the report."""
     heldout, loss = _reward_model(results.reward, question.resampling.confidence)
+    costs = _costs(results)
+    spent = {cost.name: getattr(cost, question.currency) for cost in costs}
     return Comparison(
         question,
         len(results.prompts.prompt_ids),
         [_summary(name, results.of(name), results.of(SFT), question) for name in results.groups],
         _pairs(results, question),
-        _costs(results),
+        costs,
         heldout,
         loss,
+        protocols(results, spent),
     )
 
 

@@ -12,7 +12,8 @@ MEASURES = {"sampled": "采样准确率", "greedy": "贪心准确率"}
 
 def title(comparison: Comparison) -> str:
     """Return the result in one line of Chinese."""
-    result = _result(comparison)
+    apart = list(comparison.apart()) if solved(comparison) else []
+    result = _result(comparison) + (f";{'、'.join(apart)} 的协议不同,不参与排名" if apart else "")
     if comparison.about_training or not solved(comparison):
         return result
     return f"仅就本次运行:{result};只有一个训练种子,不能说明更多"
@@ -22,7 +23,7 @@ def _result(comparison: Comparison) -> str:
     kind, name, alike = outcome(comparison)
     return {
         "unsolved": "没有模型能解决此任务",
-        "none": "没有算法优于监督微调",
+        "none": f"{'、'.join(summary.name for summary in comparison.panel)} 未优于监督微调",
         "chance": f"{name} 领先,但差距可能只是偶然",
         "undecided": f"{name} 优于 SFT;{'、'.join(alike)} 之间无法区分",
         "first": f"{name} 胜出",

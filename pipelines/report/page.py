@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pipelines.report import chinese, curves, forest
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import BASE, SFT, Results
+from pipelines.report.protocol import CURRENCIES
 from pipelines.report.samples import examples
 from pipelines.report.setup import setup_of
 from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
@@ -102,7 +103,8 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         comparison=comparison, question=question, results=results, pictures=drawn, learning=learning,
         running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, base=BASE, sft=SFT,
         colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
-        setup=setup_of(results), chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),
+        apart=comparison.apart(), currency=CURRENCIES[question.currency], setup=setup_of(results),
+        chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),
         costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
         examples=examples(results, question, samples_shown, seed),
     )  # fmt: skip

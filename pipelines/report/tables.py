@@ -32,6 +32,8 @@ def comparison_json(comparison: Comparison) -> str:
         "confidence": question.resampling.confidence,
         "resamples": question.resampling.resamples,
         "prompts": comparison.prompts,
+        "ranked": [summary.name for summary in ranked(comparison)],
+        "protocols": {name: asdict(protocol) for name, protocol in sorted(comparison.protocols.items())},
         "models": {summary.name: _summary(summary) for summary in comparison.summaries},
         "pairs": [_pair(pair) for pair in comparison.pairs],
         "reward_model": {"heldout_accuracy": _interval(comparison.heldout), "heldout_loss": comparison.heldout_loss},

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pipelines.report.analysis import Comparison, Pair, Summary
 from pipelines.report.load import SFT
+from pipelines.report.protocol import CURRENCIES
 from posttrain.evaluation.statistics import Interval
 
 Outcome = Literal["unsolved", "none", "chance", "undecided", "first", "only"]
@@ -33,8 +34,8 @@ def p_value(p: float) -> str:
 
 
 def ranked(comparison: Comparison) -> list[Summary]:
-    """Return the algorithms sorted by the headline measure; ties keep the order of params.yaml."""
-    return sorted(comparison.algorithms, key=lambda summary: -summary.headline.value)
+    """Return the algorithms with equal protocols, sorted by the headline measure; ties keep the order of params.yaml."""
+    return sorted(comparison.panel, key=lambda summary: -summary.headline.value)
 
 
 def solved(comparison: Comparison) -> bool:
@@ -45,18 +46,27 @@ def solved(comparison: Comparison) -> bool:
 
 def title(comparison: Comparison) -> str:
     """Return the result in one line; with one training seed it is limited to this run."""
-    result = _result(comparison)
+    result = _result(comparison) + _unranked(comparison)
     if comparison.about_training or not solved(comparison):
         return result
     return f"In this run, {result[0].lower() + result[1:] if result.startswith('No ') else result}; one training seed allows no more"
 
 
+def _unranked(comparison: Comparison) -> str:
+    """Return the end of the title that names the algorithms under other protocols."""
+    names = list(comparison.apart()) if solved(comparison) else []
+    return f"; {_listed(names)} had other protocols and {'are' if len(names) > 1 else 'is'} not ranked" if names else ""
+
+
 def _result(comparison: Comparison) -> str:
     """Return the result in one line."""
     kind, name, alike = outcome(comparison)
+    ranked_only = _listed([summary.name for summary in comparison.panel])
     return {
         "unsolved": "No model solves this task",
-        "none": "No algorithm improved on supervised fine-tuning",
+        "none": f"{ranked_only} did not improve on supervised fine-tuning"
+        if comparison.apart()
+        else "No algorithm improved on supervised fine-tuning",
         "chance": f"{name} leads, but not by more than chance explains",
         "undecided": f"{name} beats SFT; {_listed(alike)} cannot be told apart",
         "first": f"{name} wins",
@@ -85,10 +95,12 @@ def outcome(comparison: Comparison) -> tuple[Outcome, str, list[str]]:
 def findings(comparison: Comparison) -> list[str]:
     """Return the findings, most important first."""
     first, *others = ranked(comparison)
+    by_level = sorted(comparison.algorithms, key=lambda summary: -summary.headline.value)
     sentences = [_scope(comparison), _level(comparison, first), _against_sft(comparison, first)]
     sentences += [_against(comparison, first, other) for other in others[:1]]
+    sentences += [text] if (text := protocols_differ(comparison)) else []
     sentences += [text] if (text := other_measure(comparison, first)) else []
-    sentences += [_worse(comparison, other) for other in others if _significantly_worse(comparison, other)]
+    sentences += [_worse(comparison, other) for other in by_level if _significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
     sentences += [text] if (text := entropy_kept(comparison)) else []
     return sentences
@@ -106,9 +118,10 @@ def _level(comparison: Comparison, first: Summary) -> str:
             f" {comparison.prompts} held-out problems ({span(best.headline, confidence)}). The model does not solve the task;"
             " differences between the algorithms say little here."
         )
+    among = "ranked algorithms" if comparison.apart() else "algorithms"
     over = f", mean of {len(first.seeds)} seeds" if len(first.seeds) > 1 else ""
     return (
-        f"{first.name} has the highest {comparison.question.measure} of the algorithms: {_solves(comparison, first.headline)}"
+        f"{first.name} has the highest {comparison.question.measure} of the {among}: {_solves(comparison, first.headline)}"
         f" ({span(first.headline, confidence)}{over})."
     )
 
@@ -120,10 +133,23 @@ def _solves(comparison: Comparison, level: Interval) -> str:
     return f"{percent(level.value)} of its sampled answers to {comparison.prompts} held-out problems are right"
 
 
+def protocols_differ(comparison: Comparison) -> str | None:
+    """Return a sentence that names the algorithms under other protocols, each with what differs; None if all are equal."""
+    apart = comparison.apart()
+    if not apart:
+        return None
+    each = "; ".join(f"{name} ({', '.join(cells)})" for name, cells in apart.items())
+    currency = CURRENCIES[comparison.question.currency]
+    return (
+        f"Only algorithms with the same start, the same training reward and equal {currency} are ranked together. Not ranked with"
+        f" {_listed([summary.name for summary in comparison.panel])}: {each}."
+    )
+
+
 def other_measure(comparison: Comparison, first: Summary) -> str | None:
     """Return a sentence if the measure that is not the headline would rank a different algorithm first."""
     sampled, source = comparison.question.headline == "sampled", comparison.question.accuracy
-    levels = {s.name: s.accuracy if sampled else s.rewards.get(source) for s in comparison.algorithms}
+    levels = {s.name: s.accuracy if sampled else s.rewards.get(source) for s in comparison.panel}
     known = {name: level.value for name, level in levels.items() if level is not None}
     if not solved(comparison) or first.name not in known:
         return None

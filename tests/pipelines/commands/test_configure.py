@@ -79,8 +79,21 @@ def test_the_overlay_of_all_presets_names_every_one_that_the_slow_tier_measures(
     assert loaded.project.seeds == [0, 1, 2]
 
 
+def test_the_overlay_of_reward_models_has_both_algorithms_on_both_rewards(root: Path, params: Path) -> None:
+    configure(params, [str(root / "examples" / "reward_model.yaml")])
+    loaded = load_params(params)
+    trained = {name: loaded.algorithms[name].rewards for name in loaded.project.algorithms}
+    answer, model = {"answer": 1.0, "rm": 0.0}, {"rm": 1.0, "answer": 0.0}
+    assert trained == {"ppo": answer, "grpo": answer, "ppo_rm": model, "grpo_rm": model}
+
+
 def test_every_shipped_overlay_is_tested(root: Path) -> None:
-    assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == ["all_presets", "gsm8k", "stories"]
+    assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == [
+        "all_presets",
+        "gsm8k",
+        "reward_model",
+        "stories",
+    ]
 
 
 def test_the_command_checks_without_writing(params: Path, capsys: pytest.CaptureFixture[str]) -> None:

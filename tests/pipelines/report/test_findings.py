@@ -103,18 +103,19 @@ def test_the_headline_is_one_measure_for_ranking_tests_and_words(tmp_path: Path)
     assert sampled.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
     said = " ".join(findings(sampled))
     assert (
-        f"grpo has the highest sampled accuracy of the algorithms: {100 * by_hand:.1f} % of its sampled answers" in said
+        f"grpo has the highest sampled accuracy of the ranked algorithms: {100 * by_hand:.1f} % of its sampled answers"
+        in said
     )
     assert json.loads(comparison_json(sampled))["headline"] == "sampled"
 
 
 def test_another_order_by_the_other_measure_is_said(tmp_path: Path) -> None:
-    comparison = compared(tmp_path, algorithms=("dpo", "grpo"))
-    dpo, grpo = comparison.of("dpo"), comparison.of("grpo")
+    comparison = compared(tmp_path, algorithms=("ppo", "grpo"))
+    ppo, grpo = comparison.of("ppo"), comparison.of("grpo")
     assert other_measure(comparison, grpo) is None
-    better = replace(dpo, rewards=dpo.rewards | {"answer": replace(dpo.headline, value=0.9)})
+    better = replace(ppo, rewards=ppo.rewards | {"answer": replace(ppo.headline, value=0.9)})
     assert other_measure(replace(comparison, summaries=[better, grpo]), grpo) == (
-        f"By sampled accuracy dpo would rank first: 90.0 % against {100 * grpo.rewards['answer'].value:.1f} % of grpo."
+        f"By sampled accuracy ppo would rank first: 90.0 % against {100 * grpo.rewards['answer'].value:.1f} % of grpo."
         " The title follows report.headline: greedy."
     )
 
@@ -155,10 +156,10 @@ def test_a_band_over_seeds_is_the_t_interval_of_their_mean() -> None:
 
 def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RATES, "grpo", 0.74)
-    monkeypatch.setitem(RATES, "dpo", 0.75)
-    close = compared(tmp_path / "close", algorithms=("dpo", "grpo"))
+    monkeypatch.setitem(RATES, "ppo", 0.75)
+    close = compared(tmp_path / "close", algorithms=("ppo", "grpo"))
     assert re.fullmatch(
-        r"In this run, \w+ beats SFT; (dpo and grpo|grpo and dpo) cannot be told apart; one training seed allows no more",
+        r"In this run, \w+ beats SFT; (ppo and grpo|grpo and ppo) cannot be told apart; one training seed allows no more",
         title(close),
     )
     assert "so these data do not say which is better" in findings(close)[3]

@@ -87,9 +87,14 @@ def test_pairs_are_tested_prompt_by_prompt_and_corrected(project: Path, numbers:
 
 
 def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -> None:
-    assert numbers["title"] == "In this run, grpo wins; one training seed allows no more"
+    assert numbers["title"] == (
+        "In this run, grpo wins; dpo had other protocols and is not ranked; one training seed allows no more"
+    )
     said = " ".join(numbers["findings"])
-    assert "grpo has the highest greedy accuracy of the algorithms: it solves 75.8 % of 120 held-out problems" in said
+    assert (
+        "grpo has the highest greedy accuracy of the ranked algorithms: it solves 75.8 % of 120 held-out problems"
+        in said
+    )
     assert "the difference is significant (exact McNemar, Holm-corrected p < 0.0001)" in said
     assert "ppo made the model worse than SFT, by 14.2 points" in said
     assert "ppo over-optimised the reward model: its score rose from 0.10 (SFT) to 3.00" in said
@@ -97,6 +102,18 @@ def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -
     text = Text(page).text
     for sentence in numbers["findings"]:
         assert sentence in text.replace("\u00a0", " ")
+
+
+def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, numbers: Any) -> None:
+    assert numbers["ranked"] == ["grpo", "ppo"]
+    assert numbers["protocols"]["dpo"] == {"signal": "logged pairs", "start": "", "spent": None}
+    assert numbers["protocols"]["ppo"]["spent"] == 5120 * 40
+    assert (
+        "Only algorithms with the same start, the same training reward and equal tokens sampled are ranked together. Not ranked"
+        " with grpo and ppo: dpo (trained on logged pairs)."
+    ) in numbers["findings"]
+    assert "<mark>logged pairs</mark>" in page
+    assert page.count("<mark>204,800</mark>") == 0
 
 
 def test_what_was_not_measured_is_not_invented(page: str, numbers: Any) -> None:
@@ -226,7 +243,7 @@ def test_comparing_needs_no_model_library(root: Path) -> None:
 
 def test_the_page_has_two_languages_and_needs_no_script(page: str, numbers: Any) -> None:
     text = Text(page).text
-    assert "仅就本次运行:grpo 胜出;只有一个训练种子,不能说明更多" in text
+    assert "仅就本次运行:grpo 胜出;dpo 的协议不同,不参与排名;只有一个训练种子,不能说明更多" in text
     assert "grpo 的贪心准确率最高:75.8 %" in text
     assert re.search(r'#zh:checked ~ \.body \[lang="en"\].*display: none', page)
     assert page.count('<span lang="en">') == page.count('<span lang="zh">')
