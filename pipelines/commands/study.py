@@ -5,7 +5,7 @@
     posttrain study group_size --write   # also write examples/studies/results and docs/claims.md
     posttrain study group_size --base my.yaml    # runs of the same study on other parameters, model and data
 
-`make study NAME=…` (python -m flows.study) runs what is missing first.
+`make study NAME=…` (python -m flows.study) runs missing stages first.
 """
 
 from __future__ import annotations

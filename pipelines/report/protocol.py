@@ -1,4 +1,4 @@
-"""Compare only what had the same protocol: the same start, the same training signal, and an equal budget in one currency.
+"""Compare only algorithms with the same protocol: the same start, the same training signal, and an equal budget in one currency.
 
 Algorithms with equal protocols form a panel. The headline ranks the largest panel; the report marks the cells of the others that
 differ.
@@ -28,7 +28,7 @@ PAIRS, UNKNOWN = "logged pairs", "not recorded"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What an algorithm was trained on, from which model, and what it spent in the currency of the comparison."""
+    """The training signal of an algorithm, the model that it started from, and its budget in the currency of the comparison."""
 
     signal: str
     """The rewards with a weight, or logged pairs."""
@@ -65,7 +65,7 @@ def protocols(results: Results, spent: Mapping[str, float | None]) -> dict[str, 
 
 
 def _signal(algorithm: str, run: Training) -> str:
-    """Return what the algorithm learns from."""
+    """Return the name of the training signal."""
     try:
         spec = spec_of(algorithm, run.params)
     except (ConfigError, KeyError):

@@ -134,7 +134,7 @@ def _solves(comparison: Comparison, level: Interval) -> str:
 
 
 def protocols_differ(comparison: Comparison) -> str | None:
-    """Return a sentence that names the algorithms under other protocols, each with what differs; None if all are equal."""
+    """Return a sentence that names the algorithms under other protocols, each with its differing cells; None if all are equal."""
     apart = comparison.apart()
     if not apart:
         return None
