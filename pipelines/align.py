@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.config.params import load_params
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from posttrain.algorithms import OnPolicy
+from posttrain.algorithms import OnPolicy, Unpaired
 
 START = Path("models/sft")
 
@@ -60,10 +60,12 @@ def read_parameters(args: Namespace) -> tuple[str, ...]:
 
 def inputs(args: Namespace) -> list[str]:
     """Return the files and folders that this instance reads: a teacher's folder is part of the run's identity."""
-    section = load_params(args.params).algorithms.get(args.algorithm)
-    teacher = section and section.teacher
-    taught = [teacher] if teacher and Path(teacher).is_dir() else []
-    return [*TABLES, "models/sft", "models/reward", *taught]
+    params, name = load_params(args.params), args.algorithm
+    teacher = params.algorithms[name].teacher if name in params.algorithms else None
+    own = [teacher] if teacher and Path(teacher).is_dir() else []
+    if name in params.algorithms and isinstance(params.algorithm(name), Unpaired):
+        own.append("data/valid/labelled.parquet")
+    return [*TABLES, "models/sft", "models/reward", *own]
 
 
 TABLES = tuple(f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems"))

@@ -17,10 +17,10 @@ from pipelines.config.params import load_params
 from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, local_files, table_rows
-from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows
+from pipelines.data.tables import FOLDER, Row, Sourced, Table, plain, write_changes, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from posttrain.environments.parts import KINDS, Kind
+from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import letters_and_digits, normalised
 
@@ -28,8 +28,11 @@ from posttrain.text import letters_and_digits, normalised
 def run(run: Run) -> None:
     """Read the sources, write the tables and record their sizes."""
     data = run.context.params.data
-    changes: dict[str, Changes] = {kind: Counter() for kind in KINDS}
-    tables = split_tables({kind: table_rows(kind, data, changes[kind]) for kind in KINDS}, data)
+    kinds: list[Sourced] = list(KINDS)
+    if data.labelled:
+        kinds.append("labelled")
+    changes: dict[str, Changes] = {kind: Counter() for kind in kinds}
+    tables = split_tables({kind: table_rows(kind, data, changes[kind]) for kind in kinds}, data)
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_changes(changes, FOLDER)
     for kind, counted in changes.items():
@@ -38,14 +41,16 @@ def run(run: Run) -> None:
                 print(f"ingest: {kind}: {count} {description}", flush=True)
     for table, rows in sorted(tables.items()):
         write_rows(table, rows, FOLDER / f"{table}.parquet")
+        if not rows:
+            continue
         run.recorder.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])
         print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts", flush=True)
-    counts = {f"rows/{table}": len(rows) for table, rows in tables.items()}
-    run.recorder.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items()})
+    counts = {f"rows/{table}": len(rows) for table, rows in tables.items() if rows}
+    run.recorder.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items() if rows})
 
 
-def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table, list[Row]]:
-    """Return the five tables from the rows of the four sources."""
+def split_tables(rows: Mapping[Sourced, list[Row]], data: DataParams) -> dict[Table, list[Row]]:
+    """Return all tables from the rows of their sources; an optional table without a source has no rows."""
     kept, heldout = split_by_prompt(rows["preferences"], data.preferences.heldout, data.seed)
     return {
         "sft": rows["sft"],
@@ -53,6 +58,7 @@ def split_tables(rows: Mapping[Kind, list[Row]], data: DataParams) -> dict[Table
         "preferences_heldout": heldout,
         "problems": rows["problems"],
         "evaluation": rows["evaluation"],
+        "labelled": rows.get("labelled", []),
     }
 
 
@@ -96,6 +102,7 @@ def sources(args: argparse.Namespace) -> list[str]:
     """Return the local files that this step reads; they are part of its identity."""
     data = load_params(args.params).data
     files = [path for kind in KINDS for path in local_files(getattr(data, kind))]
+    files += local_files(data.labelled) if data.labelled else []
     files += [path for kind in KINDS for path in accepted_files(kind)]
     return sorted({file.as_posix() for file in files})
 

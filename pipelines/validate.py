@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.config.params import Params
 from pipelines.config.schema import EvaluationParams
-from pipelines.data.tables import FOLDER, Row, Table, read_changes, read_rows, write_rows
+from pipelines.data.tables import FOLDER, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import ConfigError
@@ -61,6 +61,8 @@ def run(run: Run) -> None:
     for table in TABLES:
         write_rows(table, outcome.kept[table], VALID / f"{table}.parquet")
         write_rows(table, outcome.quarantined[table], QUARANTINE / f"{table}.parquet", extra=["reason"])
+        if table in OPTIONAL and not tables[table]:
+            continue
         print(
             f"validate: {table}: {len(outcome.kept[table])} rows valid, {len(outcome.quarantined[table])} quarantined",
             flush=True,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pipelines.config.params import Params
 from pipelines.data.sources import numbered
-from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
+from pipelines.data.tables import HELD_OUT, TRAINING, Row, Sourced, Table
 from pipelines.ingest import split_tables
 from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
 from pipelines.validation.check import check
@@ -21,7 +21,7 @@ class Admission:
     """Check new files against the current rows. `rows` holds the rows of the four sources and grows with each admitted file."""
 
     def __init__(self, params: Params, rows: Mapping[Kind, list[Row]]) -> None:
-        self.rows = dict(rows)
+        self.rows: dict[Sourced, list[Row]] = dict(rows.items())
         self._params = params
         rules = params.validation
         self._limits = TableLimits(

@@ -106,7 +106,8 @@ def card(params: Params, model: str, repository: str, licence: str, written: str
 
 def metadata(params: Params, model: str, repository: str, licence: str, results: dict[str, float]) -> dict[str, Any]:
     """Return the metadata block in the hub's format; a base model and data sets are named if they are on the hub."""
-    names = [name for kind in ("sft", "preferences", "problems") for name in getattr(params.data, kind).names]
+    sources = [params.data.sft, params.data.preferences, params.data.problems, params.data.labelled]
+    names = [name for source in sources if source is not None for name in source.names]
     on_hub = list(dict.fromkeys(name.removeprefix(HUB) for name in names if name.startswith(HUB)))
     found: dict[str, Any] = {
         "license": licence,

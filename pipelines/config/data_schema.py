@@ -113,3 +113,5 @@ class DataParams(Section):
     preferences: TableSource
     problems: TableSource
     evaluation: TableSource
+    labelled: TableSource | None = None
+    """Single answers with thumbs up or down (columns prompt, completion, label) for KTO. null: the answers of the pairs are used."""

@@ -187,8 +187,9 @@ class Params(Section):
             for name, section in self.rewards.items()
             if section.function in ("regex", "format")
         }
-        for kind in ("sft", "preferences", "problems", "evaluation"):
-            extract = getattr(self.data, kind).extract or {}
+        for kind in ("sft", "preferences", "problems", "evaluation", "labelled"):
+            source = getattr(self.data, kind)
+            extract = (source and source.extract) or {}
             patterns |= {f"data.{kind}.extract.{name}": pattern for name, pattern in extract.items()}
         for place, pattern in patterns.items():
             if not isinstance(pattern, str):

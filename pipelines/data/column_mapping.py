@@ -14,9 +14,8 @@ from pipelines.config.data_schema import TableSource
 from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised, require_known
-from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumbs_pairs
-from pipelines.data.tables import SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
-from posttrain.environments.parts import Kind
+from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumb, thumbs_pairs
+from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, Sourced, is_number, is_text, required
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -29,7 +28,7 @@ _MESSAGES = "messages"
 
 
 def canonical_rows(
-    kind: Kind, source: TableSource, records: Sequence[Record], changes: Changes | None = None
+    kind: Sourced, source: TableSource, records: Sequence[Record], changes: Changes | None = None
 ) -> list[Row]:
     """Return rows with the table's canonical columns and `id`.
 
@@ -61,16 +60,19 @@ def canonical_rows(
         for row in rows:
             if WEIGHT in row:
                 row[WEIGHT] = number(row[WEIGHT], f"{where}, row {row['id']}: {WEIGHT}")
+    if kind == "labelled":
+        for row in rows:
+            row[LABEL] = thumb(row[LABEL], f"{where}, row {row['id']}: {LABEL}")
     return rows
 
 
-def _in_known_format(kind: Kind, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
+def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
     """Return the records with canonical columns, if their columns are of a known format."""
     found = recognised(kind, records)
     if found is None:
         require_known(kind, records, where)
         return records
-    if found.name == "KTO":
+    if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)
         changes["answers with label false, left out of imitation"] += sum(not record.get("label") for record in records)
@@ -81,7 +83,7 @@ def _in_known_format(kind: Kind, records: Sequence[Record], where: str, changes:
 
 
 def _columns(
-    kind: Kind, source: TableSource, records: Sequence[Record], where: str
+    kind: Sourced, source: TableSource, records: Sequence[Record], where: str
 ) -> dict[str, Callable[[Record], Any]]:
     """Return how each column of the table is read from a record."""
     wanted = dict(source.columns or {})
@@ -102,11 +104,13 @@ def _columns(
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
     _refuse_leak(kind, source, wanted)
     numbers = (name for name in wanted if is_number(kind, name))
-    as_it_is = {*TEXT["sft"], *TEXT["preferences"], _MESSAGES, "answer", *numbers}
+    as_it_is = {*TEXT["sft"], *TEXT["preferences"], _MESSAGES, "answer", LABEL, *numbers}
     return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
 
 
-def _ask_about_near_names(kind: Kind, present: set[str], used: set[str], optional: Sequence[str], where: str) -> None:
+def _ask_about_near_names(
+    kind: Sourced, present: set[str], used: set[str], optional: Sequence[str], where: str
+) -> None:
     """Raise DataError for an unused column whose name is almost that of an optional one, such as score_chosen."""
     for name in sorted(present - used):
         for known in optional if not present & {*optional} else ():
@@ -118,7 +122,7 @@ def _ask_about_near_names(kind: Kind, present: set[str], used: set[str], optiona
                 )
 
 
-def _needed(kind: Kind, source: TableSource, whole: bool, present: set[str]) -> list[str]:
+def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) -> list[str]:
     if whole and kind == "sft":
         return [_MESSAGES]
     made = ("chosen", "rejected") if source.graded or source.preferred else ()
@@ -128,7 +132,7 @@ def _needed(kind: Kind, source: TableSource, whole: bool, present: set[str]) -> 
     return [name for name in needed if name != "prompt" or prompt or kind != "preferences" or made]
 
 
-def _refuse_leak(kind: Kind, source: TableSource, wanted: dict[str, str]) -> None:
+def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str]) -> None:
     """Raise ConfigError if a prompt is read from the place of its answer, without an expression that parts them."""
     asked = set(_FIELD.findall(wanted.get("prompt", "")) or [wanted.get("prompt", "")])
     for name in ("completion", "chosen", "rejected", "answer", _MESSAGES):
@@ -193,7 +197,7 @@ def _answer(value: Any) -> Any:
     return str(int(value)) if math.isfinite(value) and value == int(value) else repr(value)
 
 
-def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -> None:
+def _extract(kind: Sourced, rows: list[Row], name: str, pattern: str, where: str) -> None:
     """Replace a column by the first group of a regular expression. Raises DataError if a row does not match."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -212,7 +216,7 @@ def _extract(kind: Kind, rows: list[Row], name: str, pattern: str, where: str) -
         row[name] = found[1].strip()
 
 
-def _check_texts(kind: Kind, rows: list[Row], where: str) -> None:
+def _check_texts(kind: Sourced, rows: list[Row], where: str) -> None:
     """Raise DataError if a column holds no text at all, or mixes plain text and chat messages.
 
     Validation counts single values of a wrong type; a column without any text is the wrong column.

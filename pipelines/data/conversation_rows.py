@@ -7,14 +7,13 @@ from typing import Any
 from pipelines.config.data_schema import TableSource
 from pipelines.data.messages import canonical_messages, canonical_tools
 from pipelines.data.pairs import Changes, with_prompt
-from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
-from posttrain.environments.parts import Kind
+from pipelines.data.tables import TEXT, TOOLS, Row, Sourced, is_messages
 from posttrain.errors import ConfigError, DataError
 
 _WHOLE = "messages"
 
 
-def chat_rows(kind: Kind, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
+def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
     """Return the rows with chat messages in the canonical form. Raises DataError naming the row if they have none."""
     made = []
     for row in rows:
@@ -62,7 +61,7 @@ def _parted(row: Row, where: str, changes: Changes) -> Row:
     return {"id": row["id"], "prompt": turns[:first] or None, "completion": turns[first:] or None, **rest}
 
 
-def _as_conversation(kind: Kind, row: Row, source: TableSource) -> Row:
+def _as_conversation(kind: Sourced, row: Row, source: TableSource) -> Row:
     """Return the row with messages in all columns if one has them, or if the table is given a template or a system message."""
     template = source.template or ("{prompt}" if source.system is not None else None)
     values = [row[name] for name in TEXT[kind]]
@@ -78,7 +77,7 @@ def _as_conversation(kind: Kind, row: Row, source: TableSource) -> Row:
     return written | turned
 
 
-def _with_system(kind: Kind, row: Row, source: TableSource, changes: Changes) -> Row:
+def _with_system(kind: Sourced, row: Row, source: TableSource, changes: Changes) -> Row:
     prompt = row["prompt"]
     if source.system is None or not is_messages(prompt):
         return row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.data.files import Record
-from posttrain.environments.parts import Kind
+from pipelines.data.tables import Sourced
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]
@@ -18,18 +18,18 @@ class Format:
     """A data format. `convert` returns a record with the canonical columns."""
 
     name: str
-    kinds: tuple[Kind, ...]
+    kinds: tuple[Sourced, ...]
     needs: frozenset[str]
     convert: Convert
 
 
-def recognised(kind: Kind, records: Sequence[Record]) -> Format | None:
+def recognised(kind: Sourced, records: Sequence[Record]) -> Format | None:
     """Return the format of records whose columns say it."""
     present = {str(name) for record in records for name in record}
     return next((f for f in FORMATS if kind in f.kinds and f.needs <= present), None)
 
 
-def require_known(kind: Kind, records: Sequence[Record], where: str) -> None:
+def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
     """Raise DataError if the records' columns are of no known format. The message proposes no mapping: a wrong one would leak."""
     there = sorted({str(name) for record in records for name in record})
     if there == ["text"]:
@@ -117,9 +117,9 @@ def _verl(record: Record) -> Record:
     return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
 
 
-_PROBLEMS: tuple[Kind, ...] = ("problems", "evaluation")
+_PROBLEMS: tuple[Sourced, ...] = ("problems", "evaluation")
 FORMATS = (
-    Format("KTO", ("sft", "preferences"), frozenset({"prompt", "completion", "label"}), _same),
+    Format("KTO", ("sft", "preferences", "labelled"), frozenset({"prompt", "completion", "label"}), _same),
     Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
     Format("messages", ("sft",), frozenset({"messages"}), _messages("messages")),
     Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations")),

@@ -137,6 +137,17 @@ def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
     return pairs
 
 
+def thumb(value: Any, where: str) -> bool:
+    """Return a label as a boolean. Raises DataError unless it is true or false, 1 or 0."""
+    named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    found = named.get(str(value).strip().lower())
+    if found is None:
+        raise DataError(
+            f"{where} is {value!r}; it must be true (thumbs up) or false (thumbs down). Correct the record, or make such a column"
+        )
+    return found
+
+
 def with_prompt(row: Row, where: str) -> Row:
     """Return the pair with its shared conversation in `prompt`, and the different turns in chosen and rejected."""
     chosen, rejected = row["chosen"], row["rejected"]

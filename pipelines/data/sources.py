@@ -17,9 +17,8 @@ from pipelines.data.conversation_rows import chat_rows
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
-from pipelines.data.tables import SCORES, TEXT, Row
+from pipelines.data.tables import SCORES, TEXT, Row, Sourced
 from posttrain.environments import arithmetic, stories
-from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -28,7 +27,7 @@ HUB = "hub:"
 ACCEPTED = Path("data/raw/accepted")
 
 
-def table_rows(kind: Kind, data: DataParams, changes: Changes | None = None) -> list[Row]:
+def table_rows(kind: Sourced, data: DataParams, changes: Changes | None = None) -> list[Row]:
     """Return the rows of `data.{kind}` and of its accepted files, with canonical columns and their position as `id`.
 
     Raises ConfigError if the source is not valid, DataError if it cannot be read.
@@ -39,7 +38,7 @@ def table_rows(kind: Kind, data: DataParams, changes: Changes | None = None) -> 
     return numbered(rows)
 
 
-def accepted_files(kind: Kind) -> list[Path]:
+def accepted_files(kind: Sourced) -> list[Path]:
     """Return the accepted files of this table, sorted by the number at the start of their names."""
     found = [path for path in (ACCEPTED / kind).glob("*") if is_readable(path)]
     return sorted(found, key=lambda path: (arrival_number(path), path.name))
@@ -51,7 +50,7 @@ def arrival_number(path: Path) -> int:
     return int(digits[0]) if digits else 0
 
 
-def file_rows(kind: Kind, data: DataParams, path: Path, changes: Changes | None = None) -> list[Row]:
+def file_rows(kind: Sourced, data: DataParams, path: Path, changes: Changes | None = None) -> list[Row]:
     """Return the rows of one additional file. It has the columns of a configured file or hub source, else the canonical ones."""
     source: TableSource = getattr(data, kind)
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
@@ -60,7 +59,7 @@ def file_rows(kind: Kind, data: DataParams, path: Path, changes: Changes | None 
     return canonical_rows(kind, source.model_copy(update=update), read_file(path), changes)
 
 
-def alike(kind: Kind, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
+def alike(kind: Sourced, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
     """Return `more` if its rows have the form of the table: text or messages, and with or without scores.
 
     Raises DataError if they do not fit into one table.
@@ -86,7 +85,7 @@ def _form(value: Any) -> str:
     return "chat messages" if isinstance(value, list) else "plain text"
 
 
-def _configured_rows(kind: Kind, data: DataParams, changes: Changes | None) -> list[Row]:
+def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -> list[Row]:
     """Return the rows of the source that params.yaml configures."""
     source: TableSource = getattr(data, kind)
     if source.source in GENERATORS:
@@ -122,8 +121,13 @@ def _files_of(name: str, split: str) -> list[Path]:
     return [path] if is_readable(path) else []
 
 
-def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
+def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row]:
     """Return the rows of a built-in generator. Raises ConfigError for options that have no effect on it."""
+    if kind == "labelled":
+        raise ConfigError(
+            f"data.labelled.source = {source.source!r}: generators make no labelled answers. Leave data.labelled out: the answers of the"
+            " generated pairs are used, chosen ones with thumbs up and rejected ones with thumbs down"
+        )
     for field in ("columns", "extract", "graded", "preferred"):
         if getattr(source, field) is not None:
             raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
@@ -142,7 +146,7 @@ def _generated(kind: Kind, source: TableSource, data: DataParams) -> list[Row]:
     return stories.rows(kind, source.rows, data.seed, words=told.words, openings=told.openings, careless=told.careless)
 
 
-def _records(kind: Kind, source: TableSource) -> list[Record]:
+def _records(kind: Sourced, source: TableSource) -> list[Record]:
     """Return the records of a file or hub source."""
     records: list[Record] = []
     for name in source.names:
@@ -164,7 +168,7 @@ def _records(kind: Kind, source: TableSource) -> list[Record]:
     return records
 
 
-def _hub(kind: Kind, source: str, split: str) -> list[Record]:
+def _hub(kind: Sourced, source: str, split: str) -> list[Record]:
     """Load hub:OWNER/NAME[:CONFIGURATION][@REVISION]."""
     name, _, revision = source.removeprefix(HUB).partition("@")
     name, _, configuration = name.partition(":")

@@ -14,9 +14,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from posttrain.environments.parts import Kind
 from posttrain.errors import DataError
 
-Table = Literal["sft", "preferences", "preferences_heldout", "problems", "evaluation"]
+Table = Literal["sft", "preferences", "preferences_heldout", "problems", "evaluation", "labelled"]
+Sourced = Kind | Literal["labelled"]
+"""Tables with a section under `data`."""
 Row = dict[str, Any]
 TEXT: Mapping[Table, tuple[str, ...]] = {
     "sft": ("prompt", "completion"),
@@ -24,13 +27,18 @@ TEXT: Mapping[Table, tuple[str, ...]] = {
     "preferences_heldout": ("prompt", "chosen", "rejected"),
     "problems": ("prompt",),
     "evaluation": ("prompt",),
+    "labelled": ("prompt", "completion"),
 }
 """Columns that hold text: a string, or chat messages."""
 ANSWERED: tuple[Table, ...] = ("problems", "evaluation")
 """Tables with a gold `answer`, a string."""
 SCORES = ("chosen_score", "rejected_score")
-TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems")
+TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems", "labelled")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
+OPTIONAL: tuple[Table, ...] = ("labelled",)
+"""Tables without rows if params.yaml does not configure them."""
+LABEL = "label"
+"""Column of `labelled`: True for an answer with thumbs up, False for one with thumbs down."""
 EQUATION = "equation"
 """Optional column in tables with an answer: an arithmetic expression whose value must be the answer."""
 WEIGHT = "weight"
@@ -50,7 +58,8 @@ _MESSAGES_WITH_FIELDS = pa.list_(pa.struct([*_TURN, ("fields", pa.string())]))
 
 def required(table: Table) -> tuple[str, ...]:
     """Return the canonical columns that every row of the table has."""
-    return (*TEXT[table], "answer") if table in ANSWERED else TEXT[table]
+    more = ("answer",) if table in ANSWERED else (LABEL,) if table == "labelled" else ()
+    return (*TEXT[table], *more)
 
 
 def is_messages(value: Any) -> bool:
@@ -173,6 +182,8 @@ def _type(table: Table, name: str, rows: Sequence[Row]) -> pa.DataType:
         return pa.int64()
     if is_number(table, name):
         return pa.float64()
+    if table == "labelled" and name == LABEL:
+        return pa.bool_()
     turns = [turn for row in rows if isinstance(row.get(name), list) for turn in row[name]]
     if not turns:
         return pa.string()

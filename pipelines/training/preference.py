@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.config.schema import AlignParams, PreferenceBudget
+from pipelines.data.tables import read_rows
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.run import Run
 from pipelines.training.sample_tables import GreedySamples
 from pipelines.training.setup import (
+    VALID,
     TrainableModel,
     adapter_facts,
     announce,
@@ -141,9 +143,8 @@ class _Data:
 
 
 def _data(spec: Preference | LoggedGroups | Unpaired, encoder: TextEncoder, reference: Reference) -> _Data:
-    table = read_table("preferences")
     if isinstance(spec, Unpaired):
-        table = unpaired(table)
+        table = read_rows(VALID / "labelled.parquet") or unpaired(read_table("preferences"))
         tokens = table_tokens(encoder, table, "completion")
         labelled = [
             LabelledAnswer(answer, row["label"], partner)
@@ -152,6 +153,7 @@ def _data(spec: Preference | LoggedGroups | Unpaired, encoder: TextEncoder, refe
         preferred = [row.answer.tokens for row in labelled if row.desirable]
         shown = ("loss", "unpaired/desirable_reward", "unpaired/undesirable_reward")
         return _Data(labelled, UnpairedObjective(spec), "labelled answers", shown, preferred)
+    table = read_table("preferences")
     answers: Any = reference.answers(*(table_tokens(encoder, table, side) for side in ("chosen", "rejected")))
     rows: list[Any] = groups(table, answers) if isinstance(spec, LoggedGroups) else pairs(table, answers, spec)
     objective: Any = LoggedGroupsObjective(spec) if isinstance(spec, LoggedGroups) else PreferenceObjective(spec)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from pipelines.config.schema import RuleParams
-from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table, plain, required
+from pipelines.data.tables import ANSWERED, HELD_OUT, OPTIONAL, TEXT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
 from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.suites import Finding, TableLimits, Validator
@@ -66,6 +66,9 @@ def check(
     """Check every rule of every table, then leakage across all tables. Does not raise: see `ValidationOutcome.stops`."""
     outcome = ValidationOutcome()
     for table, rows in tables.items():
+        if table in OPTIONAL and not rows:
+            outcome.kept[table], outcome.quarantined[table] = [], []
+            continue
         _Checker(table, rules, outcome, validator).check(rows, limits, lengths)
     if not outcome.stops:
         _check_leakage(outcome, rules, validator)
@@ -146,7 +149,7 @@ def _texts(table: Table, row: Row) -> Row:
     """Return a row that can be written as text: a missing value becomes empty, a value of a wrong type becomes JSON."""
     return row | {
         name: value if isinstance(value := row[name], str | list) and value else plain(value)
-        for name in required(table)
+        for name in (*TEXT[table], *(("answer",) if table in ANSWERED else ()))
     }
 
 
@@ -179,7 +182,7 @@ def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Val
 def _check_emptied(outcome: ValidationOutcome) -> None:
     """Stop if a table has no rows left."""
     for table, rows in outcome.kept.items():
-        if not rows:
+        if not rows and (table not in OPTIONAL or outcome.quarantined[table]):
             aside = outcome.quarantined[table]
             counts = Counter(reason for row in aside for reason in str(row["reason"]).split("; "))
             rules = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())

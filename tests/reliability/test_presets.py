@@ -7,6 +7,7 @@ import math
 import pytest
 
 from pipelines.config.params import load_params
+from pipelines.data.tables import write_rows
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.journal import read
 from posttrain.algorithms import PRESETS
@@ -46,6 +47,22 @@ def test_a_preset_trains_through_the_align_step(name: str, workspace: Workspace)
         workspace.folder / folder / "model.safetensors" for folder in ("models/sft", f"models/align/{name}-0")
     )
     assert file_digest(before) != file_digest(after)
+
+
+def test_kto_trains_on_labelled_answers_if_there_are_any(workspace: Workspace) -> None:
+    table = workspace.folder / "data" / "valid" / "labelled.parquet"
+    before = table.read_bytes()
+    rows = [{"id": i, "prompt": f"{i}+1=", "completion": str(i + 1 + i % 2), "label": i % 2 == 0} for i in range(10)]
+    try:
+        write_rows("labelled", rows, table)
+        workspace.succeed("pipelines.align", "--algorithm", "kto", "--seed", "1")
+    finally:
+        table.write_bytes(before)
+    records = read(workspace.folder / "runs" / "align" / "kto-1" / "journal.jsonl")
+    steps = [record["values"] for record in records if record["kind"] == "metrics"]
+    assert len(steps) == 2
+    assert records[0]["inputs"]["data/valid/labelled.parquet"] != ""
+    assert {"unpaired/desirable_reward", "unpaired/undesirable_reward"} <= set(steps[0])
 
 
 def test_kill_tests_and_these_cover_every_kind_of_algorithm(workspace: Workspace) -> None:

@@ -22,7 +22,7 @@ HOSTILE = [
 def clone(new_clone: Callable[[], Clone]) -> Clone:  # noqa: F811
     """A clone in which the inputs of the matrix stages are there, so that DVC gets as far as their commands."""
     made = new_clone()
-    for table in ("sft", "preferences", "problems", "evaluation", "preferences_heldout"):
+    for table in ("sft", "preferences", "problems", "evaluation", "preferences_heldout", "labelled"):
         (made.root / "data/valid").mkdir(parents=True, exist_ok=True)
         (made.root / f"data/valid/{table}.parquet").touch()
     for folder in ("sft", "reward"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.config.data_schema import DataParams, GradedAnswers, PreferredAnswer, TableSource
+from pipelines.config.params import load_params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import table_rows
@@ -267,3 +268,44 @@ def test_an_answer_that_is_no_conversation_is_left_to_validation() -> None:
     record = {"prompt": "p", "chosen": [{}, {"role": 0, "content": "Brick"}], "rejected": [user("p"), says("b")]}
     (row,) = rows("preferences", record, {"prompt": "q", "chosen": [says("a")], "rejected": [says("b")]})[:1]
     assert row["chosen"] == record["chosen"]
+
+
+def test_single_answers_keep_their_labels(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "p", "completion": "a", "label": True, "source": "web"},
+        {"prompt": "p", "completion": "b", "label": 0},
+        {"prompt": "q", "completion": "c", "label": "TRUE"},
+    ]
+    made = canonical_rows("labelled", TableSource(source="memory.jsonl"), records)
+    assert [(row["completion"], row["label"]) for row in made] == [("a", True), ("b", False), ("c", True)]
+    write_rows("labelled", made, tmp_path / "labelled.parquet")
+    assert read_rows(tmp_path / "labelled.parquet") == made
+    chat = canonical_rows(
+        "labelled",
+        TableSource(source="memory.jsonl"),
+        [{"prompt": [user("q")], "completion": [says("c")], "label": False}],
+    )
+    assert (chat[0]["completion"], chat[0]["label"]) == ([says("c")], False)
+    write_rows("labelled", [], tmp_path / "empty.parquet")
+    assert read_rows(tmp_path / "empty.parquet") == []
+
+
+@pytest.mark.parametrize("label", ["up", 2, None, 0.5])
+def test_a_label_that_is_no_thumb_is_named(label: Any) -> None:
+    with pytest.raises(DataError, match=r"row 0: label is .*; it must be true \(thumbs up\) or false"):
+        rows("labelled", {"prompt": "p", "completion": "a", "label": label})
+
+
+def test_the_table_of_labelled_answers_needs_their_labels() -> None:
+    with pytest.raises(DataError, match="no known format has its columns"):
+        rows("labelled", {"prompt": "p", "completion": "a"})
+    assert rows(
+        "labelled", {"q": "p", "a": "x", "ok": 1}, columns={"prompt": "q", "completion": "a", "label": "ok"}
+    ) == [{"prompt": "p", "completion": "x", "label": True}]
+
+
+def test_no_generator_makes_labelled_answers(root: Path) -> None:
+    data = load_params(root / "params.yaml").data
+    given = data.model_copy(update={"labelled": TableSource(source="arithmetic", rows=4)})
+    with pytest.raises(ConfigError, match="generators make no labelled answers"):
+        table_rows("labelled", given)

@@ -390,3 +390,27 @@ def test_the_svamp_answer_that_contradicts_its_equation(shared_data: Path, check
     outcome = checked({"evaluation": rows}, limits=WIDE)
     assert [row["problem"] for row in outcome.quarantined["evaluation"]] == ["chal-680"]
     assert len(outcome.kept["evaluation"]) == 999
+
+
+def test_labelled_answers_are_checked_like_others_and_may_be_absent(checked: Checked) -> None:
+    rows: list[Row] = [
+        {"id": 0, "prompt": "one", "completion": "a", "label": True},
+        {"id": 1, "prompt": "two", "completion": "", "label": False},
+        {"id": 2, "prompt": "three", "completion": "x" * 30, "label": False},
+        {"id": 3, "prompt": "evaluation 0", "completion": "b", "label": True},
+    ]
+    outcome = checked({"labelled": rows} | answers("evaluation", "1"), leakage="quarantine")
+    assert {i: reason.split(" ")[0] for i, reason in reasons(outcome, "labelled").items()} == {
+        1: "empty_text",
+        2: "completion_length",
+        3: "leakage",
+    }
+    assert outcome.kept["labelled"] == [rows[0]]
+    absent = checked({"labelled": []} | answers("evaluation", "1"))
+    assert not absent.stops
+    assert absent.kept["labelled"] == []
+
+
+def test_labelled_answers_that_are_all_quarantined_stop(checked: Checked) -> None:
+    outcome = checked({"labelled": [{"id": 0, "prompt": "p", "completion": "", "label": True}]})
+    assert [verdict.finding.rule for verdict in outcome.stops] == ["row_count"]
