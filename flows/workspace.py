@@ -46,7 +46,7 @@ def exclusive(root: Path) -> Iterator[None]:
         with only_flow(root, wait=deployment.get_id() is not None):
             path = root / RUN
             end_dead_run(path)
-            path.write_text(str(flow_run.get_id() or ""), encoding="utf-8")
+            write_atomic(path, str(flow_run.get_id() or "").encode())
             yield
             path.unlink()
     finally:
@@ -68,7 +68,7 @@ def end_dead_run(path: Path) -> str | None:
     A worker marks a flow that dies under it and notifies the webhook. If the worker dies as well, the run stays Running and keeps its
     place in the queue, or the server marks it for its silence. In these cases this function sends the notification.
     """
-    identity = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    identity = _identity(path)
     if not identity or identity == str(flow_run.get_id() or ""):
         return None
     with get_client(sync_client=True) as client:
@@ -87,6 +87,17 @@ def end_dead_run(path: Path) -> str | None:
     path.unlink()
     notify_end(flow.name, run, state)
     return str(run.name)
+
+
+def _identity(path: Path) -> str:
+    """Return the id in the file, or nothing. A power cut leaves zeros: the file is removed, and Prefect marks the run by its silence."""
+    text = path.read_bytes().decode("utf-8", "replace").strip() if path.is_file() else ""
+    try:
+        return str(UUID(text)) if text else ""
+    except ValueError:
+        print_line(f"{path} holds no flow run, as after a power cut, and is removed")
+        path.unlink()
+        return ""
 
 
 def write_record(root: Path, started: float, ended: float, results: Mapping[str, StageResult]) -> None:

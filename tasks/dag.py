@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.tracking.lockfile import lock_problem
 from posttrain.errors import OrchestrationError
 from posttrain.text import nearest
+from tasks.console import print_line
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
 Kind = Literal["data", "import", "stage"]
@@ -129,13 +132,46 @@ def _opened(root: Path) -> Iterator[Any]:
         raise OrchestrationError(
             f"{root.absolute()} is not a DVC workspace. Run the command in the project's root, or run `dvc init` there."
         )
+    mend_rwlock(root)
+    damaged = lock_problem(root)
+    if damaged is not None:
+        raise OrchestrationError(damaged)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except DvcException as error:
         raise OrchestrationError(
-            f"DVC cannot read the pipeline: {error}. Correct dvc.yaml or dvc.lock; `dvc status` shows the same error."
+            f"DVC cannot read the pipeline: {error}. Correct dvc.yaml; `git diff dvc.yaml` shows what changed since the last"
+            " commit."
         ) from error
+
+
+def mend_rwlock(root: Path) -> None:
+    """Remove .dvc/tmp/rwlock if a killed dvc left it empty or torn: DVC itself would refuse every later command.
+
+    It names the processes at work; DVC ignores those that are dead, so an empty list is right for a torn file.
+    """
+    from dvc.lock import LockError, make_lock
+
+    path = root / ".dvc" / "tmp" / "rwlock"
+    if not path.is_file() or _is_json(path):
+        return
+    guard = make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent))
+    try:
+        with guard:
+            if not _is_json(path):
+                path.unlink()
+                print_line(f"{path} was damaged, as after a kill of dvc, and is removed")
+    except LockError:  # A living dvc writes it at this moment.
+        return
+
+
+def _is_json(path: Path) -> bool:
+    """Return True if the file holds a JSON object."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (ValueError, OSError):
+        return False
 
 
 def _kind(stage: Any) -> Kind:

@@ -14,14 +14,14 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.config.params import Params, load_params, read_yaml
+from pipelines.config.params import Params, load_params
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
 from pipelines.promotion.registry import AGAINST, CHAMPION, MD5, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
-from pipelines.tracking.lockfile import locked_output
+from pipelines.tracking.lockfile import locked_output, read_lock
 from pipelines.tracking.source import load
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import OrchestrationError, TrackingError
@@ -154,7 +154,7 @@ def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:
 
 def key(root: Path, registry: Mapping[str, str]) -> str:
     """Return a hash of everything that a decision depends on: models, evaluations, data, the gate's limits, the registry."""
-    stages: dict[str, Any] = read_yaml(root / "dvc.lock").get("stages") or {}
+    stages = read_lock(root)
     outs = {str(out["path"]): str(out.get("md5")) for stage in stages.values() for out in stage.get("outs", ())}
     watched = {path: md5 for path, md5 in sorted(outs.items()) if path.startswith(_WATCHED)}
     params: Params = load_params(root / "params.yaml")
@@ -175,10 +175,11 @@ def settled(root: Path, registry: Mapping[str, str]) -> str | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        words = str(record["words"]) if record["key"] == key(root, registry) else None
+    except (ValueError, KeyError, TypeError):
         print_line(f"{SETTLED} cannot be read, as after a power cut; the gate decides again")
         return None
-    return str(record["words"]) if record["key"] == key(root, registry) else None
+    return words
 
 
 def settle(root: Path, words: str, registry: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from prefect.logging import get_run_logger
 from pipelines.runtime.consistency import VARIABLE, InputSnapshot, listed
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks.console import print_line
-from tasks.dag import Kind
+from tasks.dag import Kind, mend_rwlock
 from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
 from tasks.slots import Lease, lease, machine_slots
@@ -122,6 +122,7 @@ def log_path(root: Path, name: str) -> Path:
 
 def _run(root: Path, name: str, command: list[str], held: Lease, flow_run: str) -> StageResult:
     """Run the command and measure its time."""
+    mend_rwlock(root)
     began, clock = time.time(), time.monotonic()
     log = run_logged(root, name, command, held=held, flow_run=flow_run)
     return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())

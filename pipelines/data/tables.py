@@ -114,6 +114,7 @@ def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[st
         compression="zstd",
         version="2.6",
         store_schema=False,
+        write_page_checksum=True,
     )
 
 
@@ -139,8 +140,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         raise DataError(f"no table {path}; make it with `dvc repro ingest`")
     try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
+        rows: list[Row] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a Parquet file that can be read ({error}); make it again with `dvc repro ingest`"
         ) from error

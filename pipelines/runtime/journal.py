@@ -1,14 +1,18 @@
 """Append-only log of a run in JSON lines, fsynced, without clock or host; MLflow is derived from it.
 
-A crash may leave a partial last line: readers ignore it, and the next append removes it. JSON has no NaN and no infinities; they are
-written as the strings "NaN", "Infinity" and "-Infinity".
+A crash may leave a partial last line: readers ignore it, and the next append removes it. Every line of a live journal ends with a
+checksum of itself and of the line before it, so that a changed or lost line is noticed; older and published journals have none. JSON has
+no NaN and no infinities; they are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from posttrain.errors import TrackingError
 from posttrain.files import write_atomic
 
 Record = dict[str, Any]
+_CHECKED = re.compile(rb'(.*), "check": "([0-9a-f]{16})"\}')
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
 
 
@@ -43,26 +48,54 @@ def encode(record: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """Return every complete line of a journal. A partial last line is skipped, and a missing file is an empty journal."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    return [_decode(path, index, line) for index, line in enumerate(lines, start=1)]
+    """Return every complete line of a journal. A partial last line is skipped, and a missing file is an empty journal.
+
+    Raises TrackingError if a line is damaged or lost.
+    """
+    records, damaged, _ = _scan(path)
+    if damaged is None:
+        return records
+    if ".posttrain" in path.parts:
+        advice = "Run its step again: it keeps the records before this line, and continues from a checkpoint that they cover."
+    else:
+        advice = f"`dvc checkout {path}` restores it from DVC's cache; without a cached copy, run its stage again."
+    raise TrackingError(
+        f"{path}, line {damaged}: not the record that was written: the file is damaged, so it is not used. {advice}"
+    )
 
 
-def _decode(path: Path, index: int, line: bytes) -> Record:
-    """Parse one line of the journal. Raises TrackingError if it is not a record."""
+def _scan(path: Path) -> tuple[list[Record], int | None, bytes]:
+    """Return the records before the first damaged line, the number of that line or None, and the last checksum."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+    checked = any(map(_CHECKED.fullmatch, lines))
+    records: list[Record] = []
+    check = b""
+    for number, line in enumerate(lines, start=1):
+        match = _CHECKED.fullmatch(line)
+        if match and match[2] == _check(check, match[1]):
+            line, check = match[1] + b"}", match[2]
+        elif checked:
+            return records, number, check
+        record = _decode(line)
+        if record is None:
+            return records, number, check
+        records.append(record)
+    return records, None, check
+
+
+def _decode(line: bytes) -> Record | None:
+    """Return the record of a line, or None if it is not one."""
     try:
         record = json.loads(line)
     except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise TrackingError(
-            f"{path}, line {index}: not a journal record: the file is damaged, and its run cannot be continued. Remove"
-            " it, then run its step again."
-        )
-    return record
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+def _check(previous: bytes, body: bytes) -> bytes:
+    """Return the checksum of a line, which depends on all lines before it."""
+    return hashlib.sha256(previous + body).hexdigest()[:16].encode()
 
 
 class Journal:
@@ -71,12 +104,13 @@ class Journal:
     def __init__(self, path: Path, *, durable: bool = True) -> None:
         self.path = path
         self._durable = durable
+        self._check: bytes | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._open()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, and fsync it if the journal is durable. Raises TrackingError if the disk is full."""
-        data = encode(record).encode()
+        data, check = self._line(record, self._check)
         written = os.write(self._file, data)
         if written != len(data):
             raise TrackingError(
@@ -85,6 +119,7 @@ class Journal:
             )
         if self._durable:
             os.fsync(self._file)
+        self._check = check
 
     def records(self) -> list[Record]:
         """Return every complete record of the file."""
@@ -101,10 +136,42 @@ class Journal:
                 beyond = record["kind"] in ("summary", "model") or (step < 0 and record["kind"] in ("tags", "artifact"))
             (dropped if beyond else kept).append(record)
         if dropped:
-            os.close(self._file)
-            write_atomic(self.path, "".join(map(encode, kept)).encode())
-            self._file = self._open()
+            self._replace(kept)
         return dropped
+
+    def recover(self) -> int | None:
+        """Keep the records before the first damaged line, and a copy of the damaged file; return the number of that line, or None."""
+        kept, damaged, _ = _scan(self.path)
+        if damaged is not None:
+            copy = self.path.with_name(f"{self.path.name}.damaged")
+            write_atomic(copy, self.path.read_bytes())
+            self._replace(kept)
+            print(
+                f"{self.path}: line {damaged} is damaged; the {len(kept)} records before it are kept, and the file as {copy.name}",
+                file=sys.stderr,
+            )
+        return damaged
+
+    def _replace(self, records: Iterable[Record]) -> None:
+        """Replace the content of the file."""
+        os.close(self._file)
+        content: list[bytes] = []
+        check: bytes | None = b"" if self._durable else None
+        for record in records:
+            line, check = self._line(record, check)
+            content.append(line)
+        write_atomic(self.path, b"".join(content))
+        self._file = self._open()
+
+    @staticmethod
+    def _line(record: Mapping[str, Any], previous: bytes | None) -> tuple[bytes, bytes | None]:
+        """Return a record's line and its checksum, both without one if `previous` is None."""
+        line = encode(record).encode()
+        if previous is None:
+            return line, None
+        body = line.removesuffix(b"}\n")
+        check = _check(previous, body)
+        return body + b', "check": "' + check + b'"}\n', check
 
     def clear(self) -> None:
         """Start again with an empty file."""
@@ -122,7 +189,16 @@ class Journal:
             data = self.path.read_bytes()
             if not data.endswith(b"\n") and data:
                 os.truncate(self.path, data.rfind(b"\n") + 1)
+        self._check = self._last_check()
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _last_check(self) -> bytes | None:
+        """Return the checksum to continue from; None for a file without checksums, which an older version began."""
+        if not self._durable:
+            return None
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        match = _CHECKED.fullmatch(lines[-1]) if lines else None
+        return (match[2] if match else None) if lines else b""
 
 
 def ended(records: Iterable[Record]) -> str | None:

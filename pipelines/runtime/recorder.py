@@ -95,6 +95,8 @@ class RunRecorder:
 
     def open(self, start: Record, params: Record, measured: Record) -> None:
         """Start a new journal, or continue the journal of a process that was cut off."""
+        self.journal.recover()
+        self._measurements.recover()
         records = self.journal.records()
         self.resumed = bool(records) and ended(records) != "FINISHED"
         if records and not self.resumed:
@@ -102,9 +104,11 @@ class RunRecorder:
         if self.resumed:
             self.journal.append({"kind": "resume"})
             _drop_foreign_checkpoints(self._context)
+            _drop_uncovered_checkpoints(self._context, _last_step(records))
             if not _has_files(self._context.checkpoints):
                 self.truncate_after(-1)
         else:
+            _drop_uncovered_checkpoints(self._context, -1)
             self.journal.append(start)
             self.journal.append(params)
         self._measurements.append(measured | {"time": time.time()})
@@ -149,6 +153,22 @@ def _drop_foreign_checkpoints(context: RunContext) -> None:
         )
     for path in foreign:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _last_step(records: Sequence[Record]) -> int:
+    """Return the last step with metrics, or -1."""
+    return max((int(record["step"]) for record in records if record["kind"] == "metrics"), default=-1)
+
+
+def _drop_uncovered_checkpoints(context: RunContext, last: int) -> None:
+    """Remove checkpoints of steps that the journal does not hold: continuing from one would lose the records before it."""
+    for path in sorted(context.checkpoints.glob("step-*")):
+        if int(path.name.rpartition("-")[2]) > last:
+            print(
+                f"{context.name}: the journal ends before checkpoint {path.name}, so that checkpoint is removed",
+                file=sys.stderr,
+            )
+            shutil.rmtree(path)
 
 
 def _has_files(folder: Path) -> bool:

@@ -10,17 +10,53 @@ from typing import Any
 from pipelines.config.params import read_yaml
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.redaction import redact
+from posttrain.errors import ConfigError, TrackingError
+
+_CONFLICT = "<<<<<<< "
+
+
+def read_lock(project: Path) -> dict[str, Any]:
+    """Return the stages of dvc.lock by name; none if there is no file. Raises TrackingError if it is damaged."""
+    path = project / "dvc.lock"
+    if not path.is_file():
+        return {}
+    try:
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise _damaged(path, str(error)) from None
+    stages = tree.get("stages") if isinstance(tree, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise _damaged(path, f"{path}: holds no stages")
+    return stages
+
+
+def _damaged(path: Path, problem: str) -> TrackingError:
+    """Return the error for a dvc.lock that cannot be used."""
+    if _CONFLICT in path.read_bytes().decode("utf-8", "replace"):
+        return TrackingError(
+            f"{path} holds a merge conflict, so it does not say which results are current. Take one side with `git checkout"
+            " --ours dvc.lock` (or --theirs), then type `dvc repro`: results in DVC's cache are restored, not trained again."
+        )
+    return TrackingError(
+        f"{problem} It is damaged, or being written at this moment, and is not used. If it stays so, type `git checkout"
+        " dvc.lock`, or remove the file, then `dvc repro`: results in DVC's cache are restored, not trained again."
+    )
+
+
+def lock_problem(project: Path) -> str | None:
+    """Return the paragraph about a damaged dvc.lock, or None if it can be read."""
+    try:
+        read_lock(project)
+    except TrackingError as error:
+        return str(error)
+    return None
 
 
 def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, str]:
     """Return the DVC hash of each output of the stage, if dvc.lock belongs to exactly this journal."""
-    path = project / "dvc.lock"
-    if not path.is_file():
-        return {}
     wanted = f"{directory}/{JOURNAL}"
     digest = hashlib.md5(journal, usedforsecurity=False).hexdigest()
-    stages: dict[str, Any] = (read_yaml(path) or {}).get("stages") or {}
-    for stage in stages.values():
+    for stage in read_lock(project).values():
         outputs = {str(out["path"]): str(out.get("md5", "")) for out in stage.get("outs", ())}
         if outputs.get(wanted) == digest:
             return outputs
@@ -29,9 +65,7 @@ def locked_outputs(project: Path, directory: str, journal: bytes) -> dict[str, s
 
 def locked_output(project: Path, output: str) -> dict[str, Any] | None:
     """Return the entry of one output in dvc.lock: path, md5, size, nfiles. None if no stage has written it."""
-    path = project / "dvc.lock"
-    stages: dict[str, Any] = (read_yaml(path) or {}).get("stages") or {} if path.is_file() else {}
-    entries = (out for stage in stages.values() for out in stage.get("outs", ()))
+    entries = (out for stage in read_lock(project).values() for out in stage.get("outs", ()))
     return next((dict(out) for out in entries if str(out["path"]) == output), None)
 
 

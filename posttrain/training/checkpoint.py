@@ -51,7 +51,7 @@ class Checkpoints:
         partial.mkdir(parents=True)
         try:
             torch.save(dict(state), partial / "state.pt")
-            manifest = {"step": step, "sha256": _sha256(partial / "state.pt")}
+            manifest = _manifest(step, _sha256(partial / "state.pt"))
             (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
             for path in (partial / "state.pt", partial / "manifest.json", partial):
                 sync(path)
@@ -75,7 +75,7 @@ class Checkpoints:
         for path in reversed(self._names()):
             try:
                 return _read(path)
-            except (OSError, ValueError, KeyError, CheckpointError) as error:
+            except (OSError, ValueError, CheckpointError) as error:
                 print(f"checkpoint {path.name} is damaged ({error}); trying the one before it", file=sys.stderr)
         return None
 
@@ -88,7 +88,7 @@ class Checkpoints:
         """
         try:
             return _read(path)[1]
-        except (OSError, ValueError, KeyError, CheckpointError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{path}: not a complete checkpoint ({error}); check the path") from error
 
     def clear(self) -> None:
@@ -101,9 +101,16 @@ class Checkpoints:
 
 def _read(path: Path) -> tuple[int, dict[str, Any]]:
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["sha256"] != _sha256(path / "state.pt"):
-        raise CheckpointError("its checksum does not match")
-    return int(manifest["step"]), torch.load(path / "state.pt", weights_only=True)
+    step = int(path.name.rpartition("-")[2])
+    if manifest != _manifest(step, _sha256(path / "state.pt")):
+        raise CheckpointError("a checksum does not match")
+    return step, torch.load(path / "state.pt", weights_only=True)
+
+
+def _manifest(step: int, digest: str) -> dict[str, Any]:
+    """Return the content of manifest.json: the step, the state's checksum, and a checksum of these two."""
+    check = hashlib.sha256(f"{step} {digest}".encode()).hexdigest()
+    return {"step": step, "sha256": digest, "check": check}
 
 
 def _sha256(path: Path) -> str:

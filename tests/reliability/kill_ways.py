@@ -1,0 +1,197 @@
+"""Ways to start a stage for the series of kills: as a command, in the warm process, by dvc, in a flow, and under a worker."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+
+from posttrain.files import write_atomic
+from posttrain.network import answers, free_port, wait_until
+from tests.reliability.workspace import CLIENT, Warm, environment
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of training: its stage in dvc.yaml, its run, its command and its outputs."""
+
+    stage: str
+    run: str
+    command: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+ALGORITHMS = ("dpo", "ppo", "grpo", "dapo", "gspo", "chord")
+KINDS = {
+    "sft": Kind("sft", "sft", ("pipelines.sft",), ("models/sft", "runs/sft")),
+    "reward": Kind("reward", "reward", ("pipelines.reward",), ("models/reward", "runs/reward")),
+    **{
+        name: Kind(
+            f"align@{name}-0",
+            f"align-{name}-0",
+            ("pipelines.align", "--algorithm", name, "--seed", "0"),
+            (f"models/align/{name}-0", f"runs/align/{name}-0"),
+        )
+        for name in ALGORITHMS
+    },
+    "evaluate": Kind("evaluate@sft", "evaluate-sft", ("pipelines.evaluate", "--model", "sft"), ("runs/evaluate/sft",)),
+}
+
+
+class Attempt:
+    """A started stage: `victims` lists the processes that a kill may choose from, `finished` waits for the end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], relatives: Callable[[], list[psutil.Process]]) -> None:
+        self._process, self._relatives = process, relatives
+
+    def victims(self) -> list[psutil.Process]:
+        """Return the living processes of this attempt."""
+        own = psutil.Process(self._process.pid) if self._process.poll() is None else None
+        found = [own, *own.children(recursive=True)] if own else []
+        return [process for process in [*found, *self._relatives()] if _lives(process)]
+
+    def running(self) -> bool:
+        """Return True until the command has ended."""
+        return self._process.poll() is None
+
+    def finished(self, seconds: float = 600) -> bool:
+        """Wait for the end of the command and of all its processes; return True if it succeeded."""
+        everyone = self.victims()
+        status = self._process.wait(seconds)
+        _, alive = psutil.wait_procs([process for process in everyone if process.pid != self._process.pid], timeout=90)
+        assert not [process for process in alive if _lives(process)], f"processes stay behind: {alive}"
+        return status == 0
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Starter:
+    """Start a kind of training in a project, in one of the ways."""
+
+    def __init__(self, folder: Path, root: Path, warm: Warm | None = None) -> None:
+        self.folder, self.root, self.warm = folder, root, warm
+        self.prefect: dict[str, str] = {}
+        self.ways: dict[str, Callable[[Kind], Attempt]] = {
+            "warm": self._in_warm, "step": self._as_command, "dvc": self._by_dvc, "flow": self._in_flow, "worker": self._under_worker,
+        }  # fmt: skip
+
+    def launch(self, *command: str, **extra: str) -> subprocess.Popen[bytes]:
+        env = environment(self.root, POSTTRAIN_GRACE_SECONDS="5", POSTTRAIN_SLOTS="1", CUDA_VISIBLE_DEVICES="", **extra)
+        with (self.folder / "attempt.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, *command], cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _in_warm(self, kind: Kind) -> Attempt:
+        assert self.warm is not None
+        server = psutil.Process(self.warm.process.pid)
+        before = {child.pid for child in server.children()}
+        process = self.launch("-c", CLIENT, *kind.command, POSTTRAIN_WARM=str(self.warm.socket))
+        return Attempt(process, lambda: [child for child in server.children() if child.pid not in before])
+
+    def _as_command(self, kind: Kind) -> Attempt:
+        return Attempt(self.launch("-m", *kind.command), list)
+
+    def _by_dvc(self, kind: Kind) -> Attempt:
+        return Attempt(self.launch("-m", "dvc", "repro", "--single-item", "--force", kind.stage), list)
+
+    def _in_flow(self, kind: Kind) -> Attempt:
+        self._forget(kind)
+        extra = {**self.prefect, "POSTTRAIN_FOLLOWER": "0"}
+        return Attempt(self.launch("-m", "flows.compare", kind.stage, **extra), list)
+
+    def _under_worker(self, kind: Kind) -> Attempt:
+        self._forget(kind)
+        script = (
+            "import sys; from prefect.deployments import run_deployment;"
+            f"run = run_deployment('compare/weekly', parameters={{'targets': ['{kind.stage}'], 'tracking': True}}, poll_interval=1);"
+            "sys.exit(not run.state.is_completed())"
+        )
+        worker = psutil.Process(self._worker())
+        before = {child.pid for child in worker.children()}
+        waiting = Attempt(self.launch("-c", script, **self.prefect), list)
+
+        def flow() -> list[psutil.Process]:
+            mine = [child for child in worker.children() if child.pid not in before]
+            return [process for child in mine for process in (child, *child.children(recursive=True))]
+
+        return _UnderWorker(waiting._process, flow)
+
+    def _forget(self, kind: Kind) -> None:
+        """Make a stage stale: without its entry in dvc.lock, and without DVC's cache of runs."""
+        path, yaml = self.folder / "dvc.lock", YAML(typ="safe", pure=True)
+        tree = yaml.load(path.read_text(encoding="utf-8"))
+        tree["stages"].pop(kind.stage, None)
+        partial = self.folder / "dvc.lock.partial"
+        yaml.dump(tree, partial)
+        write_atomic(path, partial.read_bytes())
+        partial.unlink()
+        shutil.rmtree(self.folder / ".dvc" / "cache" / "runs", ignore_errors=True)
+
+    def _worker(self) -> int:
+        return int(self.prefect["KILL_SERIES_WORKER"])
+
+    @contextmanager
+    def servers(self, ways: set[str]) -> Iterator[None]:
+        """Run a Prefect server, and a worker, if one of the ways needs them."""
+        if not ways & {"flow", "worker"}:
+            yield
+            return
+        port, home = free_port(0), self.folder / ".posttrain" / "prefect"
+        base = {"PREFECT_HOME": str(home), "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/p.db"}
+        home.mkdir(parents=True, exist_ok=True)
+        started = [
+            self.launch(
+                "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui", **base
+            )
+        ]
+        try:
+            assert wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), lambda: True, 180)
+            self.prefect = base | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+            if "worker" in ways:
+                assert self.launch("-m", "flows.deploy", **self.prefect).wait(300) == 0
+                started.append(self.launch("-m", "flows.worker", **self.prefect, PREFECT_WORKER_QUERY_SECONDS="2"))
+                self.prefect["KILL_SERIES_WORKER"] = str(started[-1].pid)
+                time.sleep(1)
+            yield
+        finally:
+            for process in reversed(started):
+                process.terminate()
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+class _UnderWorker(Attempt):
+    """The flow under a worker: only its processes are killed, not the command that waits for it."""
+
+    def victims(self) -> list[psutil.Process]:
+        return [process for process in self._relatives() if _lives(process)]
+
+
+def clone(root: Path, folder: Path) -> None:
+    """Copy the project's files, as git lists them, into a repository of their own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "series"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
