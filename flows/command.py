@@ -18,7 +18,7 @@ from flows.server import prefect_api
 from flows.signals import NUMBERS, raise_interrupt
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.machine import require_stage_guard
-from pipelines.runtime.redaction import redact, report_error
+from pipelines.runtime.redaction import redact, report_error, report_machine_fault
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import print_line
 
@@ -88,6 +88,8 @@ def main(
                 return _status(call(options))
     except PosttrainError as error:
         return report_error(error)
+    except OSError as error:
+        return report_machine_fault(error)
     except KeyboardInterrupt as signalled:
         print(f"stopped by {signalled}", file=sys.stderr)
         return Interrupted.exit_code

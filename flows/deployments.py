@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentStatus
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from pydantic import ValidationError
 
 from pipelines.config.params import read_yaml
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, OrchestrationError
 
+PROJECT = "project:"
 ENTRY = ("name", "entrypoint", "description", "tags", "schedules", "parameters", "work_pool")
 SCHEDULE = ("cron", "timezone", "active")
 
@@ -180,6 +183,32 @@ def read_pauses(entries: Collection[Entry]) -> dict[str, Pauses]:
             inactive = frozenset(key for key, each in _crons(deployment).items() if not each.active)
             found[entry.full_name] = Pauses(bool(deployment.paused), inactive, tuple(deployment.schedules))
     return found
+
+
+def project_tag(root: Path) -> str:
+    """Return the tag by which a deployment names the folder that serves it."""
+    return f"{PROJECT}{platform.node()}:{root.resolve()}"
+
+
+def refuse_foreign(entries: Collection[Entry], root: Path) -> None:
+    """Raise OrchestrationError if a different project serves deployments of these names from the same Prefect server.
+
+    Two projects on one server would replace each other's schedules, and either would run the other's flows. A deployment that nothing
+    has polled for a minute is taken over.
+    """
+    with get_client(sync_client=True) as client:
+        for entry in entries:
+            try:
+                found = client.read_deployment_by_name(entry.full_name)
+            except ObjectNotFound:
+                continue
+            owner = next((tag for tag in found.tags if tag.startswith(PROJECT)), project_tag(root))
+            if owner != project_tag(root) and found.status == DeploymentStatus.READY:
+                raise OrchestrationError(
+                    f"{entry.full_name} on this Prefect server is served from {owner.removeprefix(PROJECT)}. A second project would"
+                    " replace its schedules. Stop that one and wait a minute, or unset PREFECT_API_URL and give this project its own"
+                    f" database: PREFECT_HOME={root / '.posttrain' / 'prefect'} make serve PREFECT_PORT=0"
+                )
 
 
 def remove_old_schedules(entries: Collection[Entry], before: Mapping[str, Pauses]) -> None:

@@ -28,25 +28,36 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-from flows.deployments import Entry, Pauses, read_entries, read_pauses, remove_old_schedules
+from flows.deployments import (
+    Entry,
+    Pauses,
+    project_tag,
+    read_entries,
+    read_pauses,
+    refuse_foreign,
+    remove_old_schedules,
+)
 from flows.server import announced, only_serving, wait_until_healthy
 from flows.signals import raise_interrupt
-from flows.workspace import sweep
+from flows.workspace import SERVING_PROCESS, sweep
 from pipelines.commands.ui import free_port
 from pipelines.data.inbox import location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.environment import require_writable
-from pipelines.runtime.redaction import redact, report_error
+from pipelines.runtime.redaction import redact, report_error, report_machine_fault
 from posttrain.environments.parts import KINDS
 from posttrain.errors import PosttrainError
 from tasks.console import print_line
 from tasks.process import end, start
+
+AGAIN = "started again"
+"""Tag of a run that replaces a killed one."""
 
 
 def deployments(entries: Sequence[Entry], before: Mapping[str, Pauses]) -> list[RunnerDeployment]:
@@ -61,7 +72,7 @@ def _deployment(entry: Entry, pauses: Pauses) -> RunnerDeployment:
         schedules=[Cron(each.cron, timezone=each.timezone, active=pauses.active(each)) for each in entry.schedules],
         parameters=dict(entry.parameters),
         description=entry.description,
-        tags=list(entry.tags),
+        tags=[*entry.tags, project_tag(Path.cwd())],
         paused=pauses.paused,
     )
     return deployment
@@ -109,7 +120,7 @@ def server(root: Path, port: int) -> Iterator[str]:
         wait_until_healthy(process, f"{base}/api", log)
         # For this process, and for those of the flow runs.
         address = {"PREFECT_API_URL": f"{base}/api", "PREFECT_UI_URL": base}
-        os.environ.update(address | credentials.prefect_client(auth))
+        os.environ.update({SERVING_PROCESS: str(os.getpid())} | address | credentials.prefect_client(auth))
         with temporary_settings({PREFECT_API_URL: f"{base}/api", PREFECT_UI_URL: base, PREFECT_API_AUTH_STRING: auth}):
             yield base
     finally:
@@ -126,7 +137,8 @@ def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Pop
 
 def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
     """Register the deployments and run them until Ctrl-C. A pause outlives this command: it is kept on the server."""
-    sweep(root)
+    refuse_foreign(entries, root)
+    killed = sweep(root, wait=True)
     before = read_pauses(entries)
     remove_old_schedules(entries, before)
     missed = forget_missed(entries)
@@ -136,8 +148,24 @@ def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
         print_line(
             f"{missed} runs whose time passed while nothing was serving are dropped; the next one takes in all new data"
         )
+    if killed is not None:
+        print_line(start_again(killed))
     print_line(f"Prefect: {pages}   inbox for new data: {redact(location(root))}   Ctrl-C stops")
     serve(*deployments(entries, before), pause_on_shutdown=False, print_starting_message=False)
+
+
+def start_again(killed: FlowRun) -> str:
+    """Start a run that was killed with its command once more, and return one line about it.
+
+    A run that was already started again is not: it might be what kills the machine.
+    """
+    if killed.deployment_id is None or AGAIN in killed.tags:
+        return f"{killed.name} is not started again; the next scheduled run continues from its checkpoints"
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(
+            killed.deployment_id, parameters=killed.parameters, tags=[AGAIN], idempotency_key=f"again-{killed.id}"
+        )
+    return f"{killed.name} is started again as {run.name}, and continues from its checkpoints"
 
 
 def _make_inbox(root: Path) -> None:
@@ -169,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             _serve(root, entries, pages)
     except PosttrainError as error:
         return report_error(error)
+    except OSError as error:
+        return report_machine_fault(error)
     except KeyboardInterrupt:
         return 0
     return 0

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
@@ -21,6 +23,7 @@ from flows.hooks import notify_end
 from flows.lock import WorkspaceBusy, only_flow
 from flows.production import bring_pending
 from posttrain.files import write_atomic
+from posttrain.guard import end_with
 from tasks import stage as stages
 from tasks.console import print_line
 from tasks.process import end, start
@@ -29,6 +32,9 @@ from tasks.stage import CATCH_UP_SECONDS, StageResult
 
 RUN = Path(".posttrain/flow.run")
 """Holds the id of the running flow run; a killed one leaves it behind."""
+SERVING_PROCESS = "POSTTRAIN_SERVING_PROCESS"
+"""Environment variable with the process id of `make serve`, for the flow runs that it starts."""
+ENDING_SECONDS = 40.0
 SILENCE_SECONDS = 300
 """Longer than a restart of the Prefect server or its database, which loses heartbeats."""
 SILENT = f"no heartbeat for {SILENCE_SECONDS} s"
@@ -42,6 +48,9 @@ def exclusive(root: Path) -> Iterator[None]:
     An earlier run that was killed is marked Crashed in Prefect. A promotion by hand during the flow is completed at its end.
     """
     stages.stop.clear()
+    if SERVING_PROCESS in os.environ:
+        # Without `make serve` there is no Prefect server: this flow could not record anything more. Its stages write checkpoints.
+        end_with([int(os.environ[SERVING_PROCESS])], 0.0)
     try:
         with only_flow(root, wait=deployment.get_id() is not None):
             path = root / RUN
@@ -53,17 +62,24 @@ def exclusive(root: Path) -> Iterator[None]:
         bring_pending(root)
 
 
-def sweep(root: Path) -> None:
-    """Mark a killed flow's run as Crashed in Prefect, unless a flow is running here."""
-    try:
-        with only_flow(root):
-            end_dead_run(root / RUN)
-    except WorkspaceBusy:
-        return
+def sweep(root: Path, *, wait: bool = False) -> FlowRun | None:
+    """Mark a killed flow's run as Crashed in Prefect and return it, unless a flow is running here.
+
+    `wait` waits some seconds for that flow to end: stages of a killed flow first write their checkpoints.
+    """
+    deadline = time.monotonic() + (ENDING_SECONDS if wait else 0.0)
+    while True:
+        try:
+            with only_flow(root):
+                return end_dead_run(root / RUN)
+        except WorkspaceBusy:
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(1)
 
 
-def end_dead_run(path: Path) -> str | None:
-    """Mark the run in `path` Crashed if Prefect still considers it running, and return its name. Call it only while holding the lock.
+def end_dead_run(path: Path) -> FlowRun | None:
+    """Mark the run in `path` Crashed if Prefect still considers it running, and return it. Call it only while holding the lock.
 
     A worker marks a flow that dies under it and notifies the webhook. If the worker dies as well, the run stays Running and keeps its
     place in the queue, or the server marks it for its silence. In these cases this function sends the notification.
@@ -86,7 +102,7 @@ def end_dead_run(path: Path) -> str | None:
     print_line(f"flow run {run.name} was killed, and is now marked Crashed")
     path.unlink()
     notify_end(flow.name, run, state)
-    return str(run.name)
+    return run
 
 
 def _identity(path: Path) -> str:

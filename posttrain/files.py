@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,11 +21,22 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace the content of a file; its folder is made. Both are on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    with partial.open("wb") as file:
+    with named_in_errors(path), partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     replace(partial, path)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Add the path to errors of the operating system without one: write(2) and fsync(2) report a full disk without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def partial_path(path: Path) -> Path:

@@ -19,6 +19,9 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import FILES, PATH, SIZE, Version
+from pipelines.runtime.process import killed_by
+from pipelines.runtime.redaction import redact
+from pipelines.tracking.lockfile import default_remote
 from posttrain.errors import ConfigError, OrchestrationError
 from posttrain.files import write_atomic
 from tasks.process import child_environment
@@ -27,6 +30,8 @@ FOLDER = Path("models/champion")
 POINTER = Path("champion.dvc")
 PENDING = Path(".posttrain/champion.pending")
 """Present while models/champion does not hold the registry's champion: a flow brings it there when it ends."""
+
+_MOST_REASONS = 3
 
 T = TypeVar("T")
 
@@ -129,9 +134,9 @@ def restore(root: Path, version: Version) -> None:
     """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
     path, before = root / POINTER, _pointer_text(root)
     write_atomic(path, pointer(version).encode())
-    if _dvc(root, "checkout", "--quiet", "--force", str(POINTER)) is None:
+    if _dvc(root, "checkout", "--force", str(POINTER)) is None:
         return
-    error = _dvc(root, "pull", "--quiet", "--force", str(POINTER))
+    error = _dvc(root, "pull", "--force", str(POINTER))
     if error is None:
         return
     if before is None:
@@ -148,7 +153,7 @@ def restore(root: Path, version: Version) -> None:
 def _put_back(root: Path, before: str) -> None:
     """Restore champion.dvc and its folder as they were."""
     write_atomic(root / POINTER, before.encode())
-    _dvc(root, "checkout", "--quiet", "--force", str(POINTER))
+    _dvc(root, "checkout", "--force", str(POINTER))
 
 
 def _pointer_text(root: Path) -> str | None:
@@ -171,21 +176,23 @@ def push(root: Path) -> bool:
     )
     if done.returncode or not done.stdout.strip():
         return False
-    error = _dvc(root, "push", "--quiet")
+    error = _dvc(root, "push")
     if error is not None:
         raise OrchestrationError(
-            f"`dvc push` failed, so no version was registered: {error}. Run again when the remote responds."
+            f"`dvc push` to {default_remote(root)} failed, so no version was registered: {error}. Correct the remote (`dvc remote list`),"
+            " or wait until it responds; then run again."
         )
     return True
 
 
 def _dvc(root: Path, *arguments: str) -> str | None:
-    """Run dvc; return None on success, else the error line of its output."""
+    """Run dvc; return None on success, else the reasons in its output. With --quiet it would not give them."""
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return next(
-        (line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), lines[-1] if lines else ""
-    )
+    errors = [line.removeprefix("ERROR: ").strip() for line in lines if line.startswith("ERROR: ")]
+    if not errors and (words := killed_by(done.returncode)):
+        return f"dvc was ended by {words}"
+    return redact("; ".join(dict.fromkeys(errors[:_MOST_REASONS])) or (lines[-1] if lines else "dvc wrote nothing"))

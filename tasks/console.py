@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from threading import Lock
 
 from prefect.logging import get_run_logger
 
-from pipelines.runtime.redaction import printable
+from pipelines.runtime.redaction import print_text, printable
 
 _STARTED = time.monotonic()
 _LOCK = Lock()
@@ -17,8 +16,7 @@ _LOCK = Lock()
 def print_line(text: str) -> None:
     """Print one line with the seconds since the command started."""
     with _LOCK:
-        sys.stdout.write(f"{time.monotonic() - _STARTED:7.1f} s  {printable(text)}\n")
-        sys.stdout.flush()
+        print_text(f"{time.monotonic() - _STARTED:7.1f} s  {printable(text)}")
 
 
 def log_line(text: str) -> str:

@@ -30,8 +30,9 @@ def take_in(root: str) -> list[IntakeResult]:
         if not held:
             raise
         raise StageFailed(
-            f"the process that checks the inbox was killed while it read {printable(', '.join(held))}; most likely the file needs more"
-            " memory than there is. The next run tries once more and then sets it aside; split the file to have it taken."
+            f"the process that checks the inbox was ended by {error.killed or 'an error'} while it read {printable(', '.join(held))}; most"
+            " likely the file needs more memory than there is. The next run tries once more and then sets it aside; split the file to"
+            " have it taken."
         ) from error
     taken = [IntakeResult(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
     pointer = project / f"{ACCEPTED}.dvc"

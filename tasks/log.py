@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import IO, Literal
 
+from pipelines.runtime.process import killed_by
+
 StageOutcome = Literal["ran", "restored", "up-to-date"]
 """How a stage became up to date."""
 
@@ -21,6 +23,7 @@ _ADVICE = re.compile(
     r"To track the changes with git|To enable auto staging|\s*git add |\s*dvc config core\.autostage"
     r"|Use `dvc push`|Updating lock file|Generating lock file|Data and pipelines are up to date"
 )
+_EXITED = re.compile(r"exited with (-?\d+)$")
 _DVC_ERROR = re.compile(r"^ERROR: ")
 _TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire .*lock")
 
@@ -74,10 +77,14 @@ class StageLog:
         self._rest = b""
 
     def last_error(self) -> str:
-        """Return the step's last `error:` line, else its last line, else dvc's last error."""
+        """Return the step's last `error:` line, else the signal that ended it, else its last line, else dvc's last error."""
         for line in reversed(self._step_lines):
             if line.casefold().startswith("error:"):
                 return line
+        found = _EXITED.search(self._dvc_errors[-1]) if self._dvc_errors else None
+        words = killed_by(int(found[1])) if found else None
+        if words:
+            return f"its process was ended by {words}"
         lines = self._step_lines[-1:] or self._dvc_errors[-1:]
         return lines[0] if lines else "it wrote nothing"
 

@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from pipelines.runtime.consistency import VARIABLE, InputSnapshot, listed
+from pipelines.runtime.process import killed_by
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks.console import print_line
 from tasks.dag import Kind, mend_rwlock
@@ -35,7 +36,11 @@ class LockBusy(OrchestrationError):
 
 
 class StageFailed(OrchestrationError):
-    """The step itself failed; a retry would fail again."""
+    """The step itself failed; a retry would fail again. `killed` names the signal that ended its command."""
+
+    def __init__(self, message: str, killed: str | None = None) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def run_logged(
     if stop.is_set() and status:
         raise Interrupted(f"{name} was stopped; its checkpoint is kept, and the next run continues from it")
     if status:
-        raise _failure(name, log, path)
+        raise _failure(name, log, path, status)
     return log
 
 
@@ -189,10 +194,12 @@ def _watch(process: subprocess.Popen[bytes], log: StageLog) -> int:
         process.stdout.close()
 
 
-def _failure(name: str, log: StageLog, path: Path) -> OrchestrationError:
+def _failure(name: str, log: StageLog, path: Path, status: int) -> OrchestrationError:
     """Return the exception for a failed command."""
     if log.transient:
         return LockBusy(
             f"stage {name}: a dvc process is already running here: {log.dvc_error()}. Wait for it or stop it, then run again."
         )
-    return StageFailed(f"stage {name} failed: {log.last_error()}\n  complete output: {path}")
+    killed = killed_by(status)
+    reason = f"it was ended by {killed}" if killed else log.last_error()
+    return StageFailed(f"stage {name} failed: {reason}\n  complete output: {path}", killed)

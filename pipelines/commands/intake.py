@@ -32,9 +32,10 @@ from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest
-from pipelines.runtime.redaction import printable, redact, report_error
+from pipelines.runtime.redaction import printable, redact, report_error, report_machine_fault
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
+from posttrain.files import write_atomic
 
 if TYPE_CHECKING:
     from pipelines.commands.admission import Admission
@@ -194,10 +195,11 @@ def main(argv: list[str] | None = None) -> int:
             args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX"))
         )
         taken = take_in(load_params(project / "params.yaml"), inbox)
+        write_atomic(RECORD, (json.dumps([asdict(entry) for entry in taken], indent=1) + "\n").encode())
     except PosttrainError as error:
         return report_error(error)
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps([asdict(entry) for entry in taken], indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        return report_machine_fault(error)
     for entry in taken:
         print(f"intake: {printable(entry.describe())}", flush=True)
     if not taken:

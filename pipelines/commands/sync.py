@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import redact, report_error
+from pipelines.runtime.redaction import redact, report_error, report_machine_fault
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import RecordedRun, discover, load
 from pipelines.tracking.store import ask, open_client, tracking_uri
@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
     except PosttrainError as error:
         return report_error(error)
+    except OSError as error:
+        return report_machine_fault(error)
     return 0
 
 

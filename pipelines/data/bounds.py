@@ -5,23 +5,19 @@ A Parquet file of 862 bytes can hold 8 GB, since it stores equal values once; a 
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import lzma
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.files import kind_and_compression
+from pipelines.data.files import OPENERS, kind_and_compression
 from posttrain.errors import ConfigError, DataError
 
 MOST_ROWS = 5_000_000
 _CHUNK = 1 << 20
-_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def limit_megabytes() -> int:
@@ -68,8 +64,7 @@ def _parts(path: Path, kind: str, compression: str, limit: int) -> Iterator[tupl
 
 
 def _decompressed(path: Path, compression: str) -> Iterator[int]:
-    opened = _OPEN[compression](path, "rb") if compression in _OPEN else pa.CompressedInputStream(str(path), "zstd")
-    with opened as file:
+    with OPENERS[compression](path) as file:
         while chunk := file.read(_CHUNK):
             yield len(chunk)
 

@@ -6,6 +6,7 @@ Formats: .jsonl and .ndjson, .json (an array of objects), .csv, .tsv and .parque
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -14,7 +15,9 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +99,32 @@ def _check_shards(folder: Path, files: Sequence[Path]) -> None:
 def kind_and_compression(path: Path) -> tuple[str, str]:
     """Return the format's suffix and the compression's, e.g. (".jsonl", ".gz"); the second may be empty."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in DECOMPRESSORS:
+    if len(suffixes) > 1 and suffixes[-1] in OPENERS:
         return suffixes[-2], suffixes[-1]
     return (suffixes[-1] if suffixes else ""), ""
 
 
 def _jsonl(path: Path) -> list[Record]:
-    """Read one object per line."""
-    lines = enumerate(_text(path).split("\n"), start=1)
-    return [_object(_parsed(line, path, number), f"{path}, line {number}") for number, line in lines if line.strip()]
+    """Read one object per line. The file is never held as a whole: its records need several times its size."""
+    records: list[Record] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            record = _object(_parsed(line, path, number), f"{path}, line {number}")
+            records.append({sys.intern(name): value for name, value in record.items()})
+    return records
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file. Raises DataError if it cannot be read."""
+    position = 0
+    with _reading(path), _opened(path) as file:
+        for line in file:
+            begin = len(codecs.BOM_UTF8) if not position and line.startswith(codecs.BOM_UTF8) else 0
+            try:
+                yield line[begin:].decode("utf-8").removesuffix("\n")
+            except UnicodeDecodeError as error:
+                raise _not_text(path, position + begin + error.start) from None
+            position += len(line)
 
 
 def _parsed(line: str, path: Path, number: int) -> Any:
@@ -197,27 +217,44 @@ def _text(path: Path) -> str:
     try:
         return _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        raise _not_text(path, error.start) from None
+
+
+def _not_text(path: Path, position: int) -> DataError:
+    return DataError(f"{path}: not UTF-8 text at byte {position}; save it as UTF-8")
 
 
 def _content(path: Path) -> bytes:
     """Return the file's bytes, decompressed if its name says that they are compressed."""
-    decompress = DECOMPRESSORS.get(kind_and_compression(path)[1])
+    with _reading(path), _opened(path) as file:
+        return file.read()
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    """Open a file to read its bytes, decompressed if its name says that they are compressed."""
+    return OPENERS.get(kind_and_compression(path)[1], _plain)(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise DataError if the file cannot be read or decompressed."""
+    compressed = bool(kind_and_compression(path)[1])
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return decompress(data) if decompress else data
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, pa.ArrowException) as error:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and (error.filename or not compressed):
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         raise DataError(
             f"{path}: cannot be decompressed: {error}; it may be cut short, or compressed in a different way"
         ) from None
 
 
-def _zstandard(data: bytes) -> bytes:
-    content: bytes = pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()
-    return content
+def _plain(path: Path) -> BufferedIOBase:
+    return path.open("rb")
+
+
+def _zstandard(path: Path) -> BufferedIOBase:
+    return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
 
 
 def _object(value: Any, where: str) -> Record:
@@ -240,10 +277,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+OPENERS: dict[str, Callable[[Path], BufferedIOBase]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
     ".zst": _zstandard,
 }
 READERS: dict[str, Callable[[Path], list[Record]]] = {

@@ -5,6 +5,7 @@ Import this module before Prefect, MLflow, DVC and Great Expectations: they read
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -22,6 +23,22 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
 }
 """Environment variables that turn off telemetry, and keep the Hugging Face libraries offline."""
+
+
+FAULTS_OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+"""Errors of disk, rights, quota and limits, which are not bugs of the code."""
+FULL_BYTES = 1 << 22
 
 
 def quiet() -> None:
@@ -62,6 +79,20 @@ def require_writable(project: Path) -> None:
             f"{folder} cannot be written: {error.strerror}. The command keeps its logs and its state there. Make the project writable"
             " for this user, free disk space, or copy the project to a writable folder."
         ) from None
+
+
+def machine_fault(error: OSError) -> str | None:
+    """Return an error of the machine (disk, rights, quota) in words, with its path; None for other errors, which are bugs of the code."""
+    if error.errno not in FAULTS_OF_THE_MACHINE:
+        return None
+    return f"{error.strerror or error}: {error.filename or _full_disk() or Path.cwd()}"
+
+
+def _full_disk() -> str:
+    """Return the folders of this process that have less than FULL_BYTES left, for errors that do not name a file."""
+    named = [Path.cwd(), Path(os.environ.get("TMPDIR", "/tmp")), Path.home()]
+    full = [str(path) for path in named if path.is_dir() and shutil.disk_usage(path).free < FULL_BYTES]
+    return ", ".join(dict.fromkeys(full))
 
 
 def states(project: Path) -> Path:

@@ -20,7 +20,6 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 
 VARIABLE = "POSTTRAIN_WARM"
 AHEAD = (
@@ -50,13 +49,19 @@ def serve(path: Path) -> None:
         server.listen()
         for name in AHEAD:
             importlib.import_module(name)
-        signal.signal(signal.SIGCHLD, _reap)
+        forks: dict[int, socket.socket] = {}
+        ended: dict[int, int] = {}
+        signal.signal(signal.SIGCHLD, lambda *_: _reap(forks, ended))
         while True:
             connection, _ = server.accept()
-            with connection:
-                if os.fork() == 0:
-                    server.close()
-                    _become_step(connection)
+            pid = os.fork()
+            if pid == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for other in (server, *forks.values()):
+                    other.close()
+                _become_step(connection)
+            forks[pid] = connection
+            _report_killed(forks, ended)  # it may have ended before the line above
 
 
 def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
@@ -80,14 +85,18 @@ def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
         with answers:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda received, _: _pass_on(pid, received))
-            return int(answers.readline() or 1)
+            status = int(answers.readline() or 1)
+            from pipelines.runtime.process import killed_by  # not above: the server must not hold the project's code
+
+            if words := killed_by(status):
+                print(f"error: {module} was ended by {words}. Run again: a training step continues.", file=sys.stderr)
+            return status
 
 
 def _become_step(connection: socket.socket) -> None:
     """Take over the caller's streams, directory, environment and arguments, and run the module as `python -m` does. Runs in the fork."""
     status = 1
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _, descriptors, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
         lines = connection.makefile("r", encoding="utf-8")
         request = json.loads(lines.readline())
@@ -134,11 +143,24 @@ def _pass_on(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _reap(number: int, frame: FrameType | None) -> None:
-    """Collect the exit status of finished forks, so that none stays as a zombie."""
+def _reap(forks: dict[int, socket.socket], ended: dict[int, int]) -> None:
+    """Collect finished forks, so that none stays as a zombie."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            ended[found[0]] = found[1]
+    _report_killed(forks, ended)
+
+
+def _report_killed(forks: dict[int, socket.socket], ended: dict[int, int]) -> None:
+    """Report to the callers of finished forks which signal ended them; other forks have reported their status themselves."""
+    for pid in list(ended):
+        connection = forks.pop(pid, None)
+        if connection is None:
+            continue
+        status = ended.pop(pid)
+        with connection, contextlib.suppress(OSError):
+            if os.WIFSIGNALED(status):
+                connection.sendall(f"{128 + os.WTERMSIG(status)}\n".encode())
 
 
 if __name__ == "__main__":

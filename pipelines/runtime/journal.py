@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.runtime.redaction import redacted
 from posttrain.errors import TrackingError
-from posttrain.files import write_atomic
+from posttrain.files import named_in_errors, write_atomic
 
 Record = dict[str, Any]
 _CHECKED = re.compile(rb'(.*), "check": "([0-9a-f]{16})"\}')
@@ -111,14 +111,16 @@ class Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, and fsync it if the journal is durable. Raises TrackingError if the disk is full."""
         data, check = self._line(record, self._check)
-        written = os.write(self._file, data)
+        with named_in_errors(self.path):
+            written = os.write(self._file, data)
         if written != len(data):
             raise TrackingError(
                 f"{self.path}: only {written} of {len(data)} bytes were written; the disk may be full. Free space, then"
                 " run the same command again."
             )
         if self._durable:
-            os.fsync(self._file)
+            with named_in_errors(self.path):
+                os.fsync(self._file)
         self._check = check
 
     def records(self) -> list[Record]:

@@ -42,6 +42,15 @@ def _stage(process: psutil.Process) -> str | None:
     return environ.get(STAGE)
 
 
+def killed_by(status: int) -> str | None:
+    """Return which signal ended a process, in words; None if none did. `status` is negative, or 128 plus the number as in shells."""
+    number = -status if status < 0 else status - 128
+    if number not in set(signal.Signals):
+        return None
+    name = signal.Signals(number).name
+    return name + (", which the kernel sends when the memory is full" if name == "SIGKILL" else "")
+
+
 class StopSignals:
     """Treat SIGTERM and SIGINT as a request to stop.
 

@@ -9,7 +9,8 @@ import sys
 import traceback
 from typing import Any
 
-from posttrain.errors import PosttrainError
+from pipelines.runtime.environment import machine_fault
+from posttrain.errors import OrchestrationError, PosttrainError
 
 HIDDEN = "***"
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -36,6 +37,16 @@ def report_error(error: PosttrainError) -> int:
     """Print an error as one paragraph on stderr and return its exit status. For the edge of a command."""
     print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
     return error.exit_code
+
+
+def report_machine_fault(error: OSError) -> int:
+    """Print a full disk or a missing right as one paragraph and return the exit status. Raises the error again if it is none of these."""
+    fault = machine_fault(error)
+    if fault is None:
+        raise error
+    return report_error(
+        OrchestrationError(f"{fault}. Free space, or give this user the right to read and write there, then run again.")
+    )
 
 
 def print_text(text: str) -> None:

@@ -11,7 +11,6 @@ This module imports neither torch nor mlflow, so a step that needs no model star
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shutil
@@ -44,17 +43,6 @@ Body = Callable[[Run], None]
 Names = Sequence[str] | Callable[[argparse.Namespace], Sequence[str]]
 """Names of parameters or inputs, or a function that computes them from the parsed arguments."""
 TRACEBACK = "traceback.txt"
-_SURROUNDINGS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENAMETOOLONG,
-)
-"""Errors of the machine (disk, rights, quota), which are not bugs of the code."""
 
 
 @dataclass
@@ -112,11 +100,11 @@ def main(
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _SURROUNDINGS:
+        fault = environment.machine_fault(error)
+        if fault is None:
             _fail_with_traceback()
-        name = f" {error.filename}" if error.filename else ""
         print(
-            f"error: {step.stage} cannot continue: {error.strerror or error}{name}. Free space, or give this user the right to read and"
+            f"error: {step.stage} cannot continue: {fault}. Free space, or give this user the right to read and"
             " write there, then run the same command: it continues from its last checkpoint.",
             file=sys.stderr,
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 T = TypeVar("T")
+_LARGE_BYTES = 100_000_000
 _IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -40,6 +43,35 @@ def tracking_uri(project: Path) -> str:
     return given or f"sqlite:///{project / 'mlflow.db'}"
 
 
+def refuse_damaged(uri: str) -> None:
+    """Raise TrackingError if the address names a SQLite file that is cut, zeroed or no database. A locked one is left to MLflow."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            found = str(database.execute(f"PRAGMA {_check(path)}").fetchone()[0])
+    except sqlite3.OperationalError:
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok" and not found.isdecimal():
+        raise TrackingError(_damaged(path, found.splitlines()[-1]))
+
+
+def _check(path: Path) -> str:
+    """Return the pragma that reads the whole file, or only its schema if it is large."""
+    return "quick_check(1)" if path.stat().st_size < _LARGE_BYTES else "schema_version"
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"{path} is damaged ({reason}), as after a power cut or a full disk, and is not used. Restore it from a back-up. Without one, move"
+        f" it away: `mv {path} {path}.damaged`; then `posttrain sync` copies every run from the journals, and `python -m flows.promote"
+        " --adopt` registers the weights in models/champion. Other versions and aliases were only in that file."
+    )
+
+
 def artifact_root(project: Path) -> Path:
     """Return the folder of local artifacts."""
     return project / "mlartifacts"
@@ -52,8 +84,10 @@ def open_client(project: Path) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(project)
+    refuse_damaged(uri)
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, ValueError) as error:
@@ -61,6 +95,11 @@ def open_client(project: Path) -> MlflowClient:
             f"MLFLOW_TRACKING_URI = {redact(uri)}: not an address that MLflow accepts. Set it to http://HOST:PORT or a"
             " database's address, or unset it"
             " for a file in the project."
+        ) from error
+    except SQLAlchemyError as error:
+        raise TrackingError(
+            f"MLflow's database {redact(uri)} cannot be opened: {redact(_first_line(error))}. Give this user the right to read and write it"
+            " and its folder, or correct MLFLOW_TRACKING_URI. Nothing is lost: the journals hold every value."
         ) from error
 
 
@@ -105,7 +144,11 @@ def ask(client: MlflowClient, call: Callable[[], T], problem: str, advice: str) 
     try:
         return call()
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        refuse_damaged(str(client.tracking_uri))
         raise TrackingError(
-            f"MLflow at {redact(str(client.tracking_uri))} {problem}: {redact(reason)}. {advice}"
+            f"MLflow at {redact(str(client.tracking_uri))} {problem}: {redact(_first_line(error))}. {advice}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

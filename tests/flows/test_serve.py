@@ -5,15 +5,27 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.deployments import Pauses, PlannedRun, apply_schedules, read_entries, read_pauses, remove_old_schedules
-from flows.serve import deployments, describe, main
+from flows.deployments import (
+    Pauses,
+    PlannedRun,
+    apply_schedules,
+    read_entries,
+    read_pauses,
+    refuse_foreign,
+    remove_old_schedules,
+)
+from flows.serve import AGAIN, deployments, describe, main, start_again
 from flows.server import announced, only_serving
+from flows.workspace import SERVING_PROCESS
 from pipelines.runtime.credentials import running_prefect
 from posttrain.errors import ConfigError, OrchestrationError
 
@@ -138,6 +150,54 @@ def test_a_second_project_is_not_served_from_the_same_database(tmp_path: Path) -
             only_serving(tmp_path / "b").__enter__()
         with only_serving(tmp_path / "b"):
             assert (tmp_path / "posttrain-serve.lock").read_text() == f"process {os.getpid()} in {tmp_path}/b"
+
+
+def test_a_second_project_is_not_served_from_the_same_server(
+    project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    entries = read_entries(write(project))
+    (made,) = deployments(entries, {})
+    identity = made.apply()
+    other = project / "other"
+    refuse_foreign(entries, other)  # nothing polls it: it is taken over
+    with get_client(sync_client=True) as client:
+        client.get_scheduled_flow_runs_for_deployments([identity])  # what a running `make serve` does
+    refuse_foreign(entries, project)
+    with pytest.raises(
+        OrchestrationError, match=rf"retrain/nightly on this Prefect server is served from .*:{project}\. A second"
+    ):
+        refuse_foreign(entries, other)
+
+
+def test_a_killed_run_is_started_again_once(project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    (made,) = deployments(read_entries(write(project)), {})
+    identity = made.apply()
+    with get_client(sync_client=True) as client:
+        killed = client.create_flow_run_from_deployment(identity, parameters={"tracking": False})
+        assert "is started again as" in start_again(killed)
+        start_again(killed)  # a second restart of serve
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[identity])))
+        (second,) = [run for run in runs if run.id != killed.id]
+        assert (AGAIN in second.tags, second.parameters["tracking"]) == (True, False)
+        assert "is not started again" in start_again(second)
+        assert (
+            len(client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[identity])))) == 2
+        )
+
+
+def test_a_flow_ends_with_the_command_that_serves_it(tmp_path: Path) -> None:
+    program = "import sys, time\nfrom pathlib import Path\nfrom flows.workspace import exclusive\n"
+    program += "with exclusive(Path(sys.argv[1])):\n    print('works', flush=True)\n    time.sleep(600)\n"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as serving:
+        environment = os.environ | {SERVING_PROCESS: str(serving.pid)}
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as flow:
+            assert flow.stdout is not None
+            assert flow.stdout.readline() == "works\n"
+            serving.kill()
+            assert flow.wait(60) in (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def test_the_pages_of_a_running_serve_are_found(tmp_path: Path) -> None:

@@ -144,13 +144,15 @@ def draw(seed: int, index: int, ways: list[str]) -> tuple[random.Random, str, st
 
 def mlflow_numbers(folder: Path) -> Callable[[Kind], Result]:
     """Return a function that copies a run's journal into MLflow and reads every value back."""
-    from pipelines.commands.sync import synchronise
+    from pipelines.commands.sync import catch_up
+    from pipelines.tracking.projection import Projector
     from pipelines.tracking.store import open_client
 
     client = open_client(folder)
+    projector = Projector(client, folder)
 
     def numbers(kind: Kind) -> Result:
-        synchronise(folder, 0)
+        catch_up(projector, recheck=False)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = client.search_runs(experiments, max_results=1000)
         (run,) = (run for run in runs if run.data.tags["posttrain.run"].rpartition("-")[0] == kind.run)

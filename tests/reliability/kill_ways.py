@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from ruamel.yaml import YAML
 
+from pipelines.runtime.environment import QUIET
 from posttrain.files import write_atomic
 from posttrain.network import answers, free_port, wait_until
 from tests.reliability.workspace import CLIENT, Warm, environment
+
+START_SECONDS = 600.0
+"""For a Prefect server on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,18 @@ class Starter:
             "warm": self._in_warm, "step": self._as_command, "dvc": self._by_dvc, "flow": self._in_flow, "worker": self._under_worker,
         }  # fmt: skip
 
-    def launch(self, *command: str, **extra: str) -> subprocess.Popen[bytes]:
-        env = environment(self.root, POSTTRAIN_GRACE_SECONDS="5", POSTTRAIN_SLOTS="1", CUDA_VISIBLE_DEVICES="", **extra)
-        with (self.folder / "attempt.log").open("wb") as log:
+    def launch(self, *command: str, log: str = "attempt.log", **extra: str) -> subprocess.Popen[bytes]:
+        env = environment(
+            self.root, POSTTRAIN_GRACE_SECONDS="5", POSTTRAIN_SLOTS="1", CUDA_VISIBLE_DEVICES="", **QUIET, **extra
+        )
+        with (self.folder / log).open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, *command], cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [sys.executable, *command],
+                cwd=self.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def _in_warm(self, kind: Kind) -> Attempt:
@@ -132,13 +143,9 @@ class Starter:
 
     def _forget(self, kind: Kind) -> None:
         """Make a stage stale: without its entry in dvc.lock, and without DVC's cache of runs."""
-        path, yaml = self.folder / "dvc.lock", YAML(typ="safe", pure=True)
-        tree = yaml.load(path.read_text(encoding="utf-8"))
-        tree["stages"].pop(kind.stage, None)
-        partial = self.folder / "dvc.lock.partial"
-        yaml.dump(tree, partial)
-        write_atomic(path, partial.read_bytes())
-        partial.unlink()
+        path = self.folder / "dvc.lock"
+        entry = re.compile(rf"^  {re.escape(kind.stage)}:\n(?:   .*\n)*", re.MULTILINE)
+        write_atomic(path, entry.sub("", path.read_text(encoding="utf-8")).encode())
         shutil.rmtree(self.folder / ".dvc" / "cache" / "runs", ignore_errors=True)
 
     def _worker(self) -> int:
@@ -153,17 +160,18 @@ class Starter:
         port, home = free_port(0), self.folder / ".posttrain" / "prefect"
         base = {"PREFECT_HOME": str(home), "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/p.db"}
         home.mkdir(parents=True, exist_ok=True)
-        started = [
-            self.launch(
-                "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui", **base
-            )
-        ]
+        command = ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui")
+        started = [self.launch(*command, log="server.log", **base)]
         try:
-            assert wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), lambda: True, 180)
+            healthy = f"http://127.0.0.1:{port}/api/health"
+            assert wait_until(lambda: answers(healthy), lambda: started[0].poll() is None, START_SECONDS), (
+                "see server.log"
+            )
             self.prefect = base | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
             if "worker" in ways:
                 assert self.launch("-m", "flows.deploy", **self.prefect).wait(300) == 0
-                started.append(self.launch("-m", "flows.worker", **self.prefect, PREFECT_WORKER_QUERY_SECONDS="2"))
+                worker = {**self.prefect, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+                started.append(self.launch("-m", "flows.worker", log="worker.log", **worker))
                 self.prefect["KILL_SERIES_WORKER"] = str(started[-1].pid)
                 time.sleep(1)
             yield

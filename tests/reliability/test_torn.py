@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipelines.config.params import load_params
 from pipelines.data.tables import read_rows, write_rows
 from pipelines.runtime.journal import Journal, read
 from pipelines.tracking.lockfile import locked_output, read_lock
+from pipelines.tracking.store import open_client, refuse_damaged, tracking_uri
 from posttrain.errors import CheckpointError, ConfigError, DataError, PosttrainError, TrackingError
 from posttrain.training.checkpoint import Checkpoints
 from tasks.dag import mend_rwlock
@@ -193,6 +196,22 @@ def test_a_published_journal_comes_back_from_the_cache_of_dvc(tmp_path: Path) ->
     path.write_bytes(b'{"kind": "start"}\n\0\0\0\n')
     with pytest.raises(TrackingError, match=r"line 2.*`dvc checkout "):
         read(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "header", "page"])
+def test_mlflows_database(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("create table metrics (value text)")
+        database.executemany("insert into metrics values (?)", [("x" * 100,)] * 500)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    refuse_damaged(tracking_uri(tmp_path))
+    whole = path.read_bytes()
+    other = {"header": flip(whole, 3), "page": whole[:8192] + bytes(4096) + whole[12288:]}
+    path.write_bytes(other.get(damage) or DAMAGES[damage](whole))
+    with pytest.raises(TrackingError, match=r"mlflow\.db is damaged \(.*`mv .*`posttrain sync`.*--adopt") as caught:
+        open_client(tmp_path)
+    one_paragraph(caught.value)
 
 
 @damaged

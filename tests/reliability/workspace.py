@@ -77,8 +77,9 @@ class Workspace:
     def killed_at(self, point: str, *step: str) -> None:
         """Run a step until it is killed at the point."""
         done = self.run("tests.reliability.dying", point, *step)
-        # the client of a killed fork reports 1, and the fork had no time to say a word about an error
-        assert (done.returncode, "Traceback" in done.stderr) == (1, False), f"{point}: {done.stdout}{done.stderr}"
+        assert (done.returncode, "Traceback" in done.stderr) == (128 + signal.SIGKILL, False), (
+            f"{point}: {done.stdout}{done.stderr}"
+        )
 
     def state(self, name: str) -> Path:
         """The live folder of the one run of that name."""
@@ -91,10 +92,13 @@ class Workspace:
         return {path.relative_to(self.folder).as_posix(): file_digest(path) for path in files}
 
     def forget(self, name: str, *outputs: str) -> None:
-        """Remove what a run left, so that the next one begins anew."""
+        """Remove what a run left, also folders that it made, so that the next one passes the same points."""
         shutil.rmtree(self.state(name))
         for output in outputs:
             shutil.rmtree(self.folder / output)
+            parent = (self.folder / output).parent
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def prepare(folder: Path, warm: Warm) -> Workspace:

@@ -51,6 +51,16 @@ def test_weights_are_restored_by_hash_from_the_cache_then_from_the_remote(worksp
     assert dvc(workspace, "status", "--json", POINTER.as_posix()).strip() == "{}"
 
 
+def test_the_reason_of_a_failed_push_is_in_the_error(workspace: Path) -> None:
+    version(workspace, 1, "one")
+    dvc(workspace, "remote", "add", "-q", "-d", "store", "/dev/null/store")
+    with pytest.raises(
+        OrchestrationError, match=r"`dvc push` to /dev/null/store failed.*Not a directory: '/dev/null/store/"
+    ) as caught:
+        push(workspace)
+    assert "Having any troubles" not in str(caught.value)
+
+
 def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) -> None:
     lost = Version(3, {"dvc.md5": "0" * 32 + ".dir", "dvc.size": "1", "dvc.nfiles": "1", "dvc.path": "models/x"}, ())
     with pytest.raises(

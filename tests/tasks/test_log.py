@@ -1,5 +1,7 @@
 import io
 
+import pytest
+
 from tasks.log import StageLog, progress_words
 
 
@@ -45,6 +47,13 @@ def test_a_traceback_ends_with_the_exception_and_a_silent_step_with_dvcs_word() 
     silent = Recorder()
     silent.log.feed(b"> false\nERROR: failed to reproduce 'x': exited with 1\n")
     assert silent.log.last_error() == "failed to reproduce 'x': exited with 1"
+
+
+@pytest.mark.parametrize("status", ["-9", "137"])
+def test_a_step_that_a_signal_ended_is_reported_by_the_signal(status: str) -> None:
+    it = Recorder()
+    it.log.feed(f"> x\nstep 3 of 9\nERROR: failed to reproduce 'x': failed to run: x, exited with {status}\n".encode())
+    assert it.log.last_error() == "its process was ended by SIGKILL, which the kernel sends when the memory is full"
 
 
 def test_dvcs_words_tell_the_outcome_and_its_advice_is_dropped() -> None:

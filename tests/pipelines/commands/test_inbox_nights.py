@@ -16,7 +16,7 @@ import pytest
 from pipelines.commands import intake
 from pipelines.commands.admission import Admission
 from pipelines.data import bounds, inbox_folder
-from pipelines.data.files import DECOMPRESSORS
+from pipelines.data.files import READERS
 from pipelines.data.inbox_folder import claimed_files
 from pipelines.data.sources import accepted_files
 from posttrain.errors import ConfigError, DataError
@@ -212,8 +212,11 @@ def test_files_that_would_fill_the_memory_are_set_aside_unread(folder: Path, mon
     table = pa.table({name: pa.repeat(pa.scalar("x" * 100), 40_000) for name in ("prompt", "answer")})
     pq.write_table(table, where / "bomb.parquet")
     assert (where / "bomb.parquet").stat().st_size < 3_000
-    for name in DECOMPRESSORS:
-        monkeypatch.setitem(DECOMPRESSORS, name, lambda _: pytest.fail("a bomb was opened"))
+    read = READERS[".jsonl"]
+    monkeypatch.setitem(
+        READERS, ".jsonl", lambda path: read(path) if path.name == "good.jsonl" else pytest.fail("a bomb was read")
+    )
+    monkeypatch.setitem(READERS, ".parquet", lambda _: pytest.fail("a bomb was read"))
     found = {entry.file: entry for entry in taken(folder)}
     assert found.pop("problems/good.jsonl").outcome == "accepted"
     assert sorted(found) == [f"problems/{n}" for n in ("big.jsonl", "bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet")]
