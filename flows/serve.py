@@ -157,7 +157,7 @@ def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
 def start_again(killed: FlowRun) -> str:
     """Start a run that was killed with its command once more, and return one line about it.
 
-    A run that was already started again is not: it might be what kills the machine.
+    A run that was already started again is not: it may be the cause.
     """
     if killed.deployment_id is None or AGAIN in killed.tags:
         return f"{killed.name} is not started again; the next scheduled run continues from its checkpoints"

@@ -66,7 +66,7 @@ class Attempt:
         """Return True until the command has ended."""
         return self._process.poll() is None
 
-    def finished(self, seconds: float = 600) -> bool:
+    def finished(self, seconds: float = 1800) -> bool:
         """Wait for the end of the command and of all its processes; return True if it succeeded."""
         everyone = self.victims()
         status = self._process.wait(seconds)
@@ -94,7 +94,13 @@ class Starter:
 
     def launch(self, *command: str, log: str = "attempt.log", **extra: str) -> subprocess.Popen[bytes]:
         env = environment(
-            self.root, POSTTRAIN_GRACE_SECONDS="5", POSTTRAIN_SLOTS="1", CUDA_VISIBLE_DEVICES="", **QUIET, **extra
+            self.root,
+            POSTTRAIN_GRACE_SECONDS="5",
+            POSTTRAIN_SLOTS="1",
+            CUDA_VISIBLE_DEVICES="",
+            POSTTRAIN_LEASES=str(self.folder / ".posttrain" / "leases"),
+            **QUIET,
+            **extra,
         )
         with (self.folder / log).open("wb") as output:
             return subprocess.Popen(
