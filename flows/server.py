@@ -37,6 +37,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
         require_server(configured)
         yield configured
         return
+    require_home(root)
     port = free_port(0)
     path = root / ".posttrain" / "logs" / "prefect.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,22 @@ def prefect_api(root: Path) -> Iterator[str | None]:
     wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_API_AUTH_STRING: auth}):
         yield None
+
+
+def require_home(root: Path) -> Path:
+    """Return the folder of Prefect's database. Raises OrchestrationError if it cannot be written, as with a HOME that does not exist."""
+    home = Path(PREFECT_HOME.value())
+    probe = home / f".writable.{os.getpid()}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OrchestrationError(
+            f"{home} cannot be written: {error.strerror}. Prefect keeps the history of the flows there. Set PREFECT_HOME to a folder"
+            f" that this user may write, e.g. PREFECT_HOME={root.absolute() / '.posttrain' / 'prefect'}"
+        ) from None
+    return home
 
 
 def require_server(url: str) -> None:
@@ -84,11 +101,10 @@ def only_serving(root: Path) -> Iterator[None]:
 
     Two projects in one database would replace each other's schedules, and either would run the other's flows.
     """
-    home = PREFECT_HOME.value()
     if PREFECT_API_URL.value():
         yield
         return
-    home.mkdir(parents=True, exist_ok=True)
+    home = require_home(root)
     with (home / "posttrain-serve.lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

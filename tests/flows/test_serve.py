@@ -24,7 +24,7 @@ from flows.deployments import (
     remove_old_schedules,
 )
 from flows.serve import AGAIN, deployments, describe, main, start_again
-from flows.server import announced, only_serving
+from flows.server import announced, only_serving, prefect_api
 from flows.workspace import SERVING_PROCESS
 from pipelines.runtime.credentials import running_prefect
 from posttrain.errors import ConfigError, OrchestrationError
@@ -141,6 +141,16 @@ def test_a_pause_outlives_a_restart_and_an_emptied_list_removes_the_old_times(
         emptied = read_entries(project / "prefect.yaml")
         remove_old_schedules(emptied, read_pauses(emptied))
         assert client.read_deployment(identity).schedules == []
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        temporary_settings({PREFECT_HOME: tmp_path / "file" / ".prefect"}, restore_defaults={PREFECT_API_URL}),
+        pytest.raises(OrchestrationError, match=r"file/\.prefect cannot be written: Not a directory.*PREFECT_HOME="),
+        prefect_api(tmp_path),
+    ):
+        pytest.fail("a server was started")
 
 
 def test_a_second_project_is_not_served_from_the_same_database(tmp_path: Path) -> None:
