@@ -9,7 +9,7 @@ subtract it.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from pipelines.training.setup import (
     write_model,
 )
 from posttrain.errors import DataError
+from posttrain.evaluation.calibration import calibration_curve, calibration_error, rank_correlation
 
 if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
@@ -50,13 +51,16 @@ def run(run: Run) -> None:
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
     from posttrain.models.scorers import scoring_pad, start_scorer
-    from posttrain.training.supervised import EpochSource, RewardObjective
+    from posttrain.training.supervised import EpochSource, RewardObjective, prompts_balanced
     from posttrain.training.trainer import Trainer
 
     run.recorder.ready()
     encoder = load_encoder(START)
     pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
-    heldout, _ = reward_pairs(encoder, read_table("preferences_heldout"))
+    if params.balance_prompts:
+        pairs = prompts_balanced(pairs)
+    heldout_rows = read_table("preferences_heldout")
+    heldout, _ = reward_pairs(encoder, heldout_rows)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
     def make() -> TrainableModel[Scorer]:
@@ -90,7 +94,11 @@ def run(run: Run) -> None:
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained_scores) / len(trained_scores)
-    results = heldout_results(scorer, heldout, budget, bf16)
+    gaps = score_gaps(scorer, heldout, budget, bf16)
+    results = heldout_results(
+        gaps, [row["chosen_score"] - row["rejected_score"] for row in heldout_rows if "chosen_score" in row]
+    )
+    run.recorder.table("calibration", order.steps, [asdict(b) for b in calibration_curve(gaps)])
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
@@ -156,16 +164,30 @@ def _sigmoid(x: float) -> float:
     return 0.5 + 0.5 * math.tanh(x / 2)
 
 
-def heldout_results(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> dict[str, float]:
-    """Return accuracy (ties count half) and mean Bradley-Terry loss on pairs with unseen prompts."""
+def score_gaps(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> list[float]:
+    """Return score of chosen minus score of rejected for every pair."""
     from posttrain.models.inference import scores
 
     chosen = scores(scorer, [pair.chosen for pair in pairs], budget, bf16)
     rejected = scores(scorer, [pair.rejected for pair in pairs], budget, bf16)
-    gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    return [c - r for c, r in zip(chosen, rejected, strict=True)]
+
+
+def heldout_results(gaps: list[float], graded: list[float]) -> dict[str, float]:
+    """Return accuracy (ties count half), Bradley-Terry loss and calibration on pairs with unseen prompts.
+
+    With `graded`, the pairs' differences of scores, also the rank correlation of both differences; not if they are all equal.
+    """
     right = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
     loss = sum(math.log1p(math.exp(-abs(gap))) + max(-gap, 0.0) for gap in gaps)
-    return {"heldout/accuracy": right / len(gaps), "heldout/loss": loss / len(gaps), "heldout/pairs": float(len(gaps))}
+    results = {
+        "heldout/accuracy": right / len(gaps),
+        "heldout/loss": loss / len(gaps),
+        "heldout/pairs": float(len(gaps)),
+        "heldout/calibration_error": calibration_error(calibration_curve(gaps)),
+    }
+    correlation = rank_correlation(gaps, graded) if graded else math.nan
+    return results if math.isnan(correlation) else results | {"heldout/score_correlation": correlation}
 
 
 if __name__ == "__main__":

@@ -206,6 +206,8 @@ class RewardParams(Section):
     """True if a pair's margin is the difference of its scores."""
     soft_target_scale: Positive | None = None
     """eta: a pair's target is sigma(eta * difference of its scores). None: the target is 1."""
+    balance_prompts: bool = True
+    """True: pairs are weighed so that every prompt counts once, however many pairs it has. False: every pair counts once."""
     center_coefficient: NonNegative
     optimizer: OptimizerParams
     lora: LoraParams | None = None

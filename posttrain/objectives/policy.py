@@ -3,6 +3,7 @@
 Example:
     At ratio 1 every surrogate has the gradient of -A log p:
 
+    >>> import torch
     >>> from posttrain.algorithms import PRESETS
     >>> old, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
     >>> for name in ("grpo", "cispo", "sapo", "dppo_tv"):

@@ -5,7 +5,7 @@ Example:
 
     >>> old, new, up = torch.tensor([[0.2]]).log(), torch.tensor([[0.5]]).log(), torch.ones(1, 1)
     >>> divergence_loss(new, old, up, "tv", 0.2, 0.2).loss.item()
-    -0.0
+    0.0
     >>> round(soft_gate_loss(torch.ones(1, 1), up, 1.0, 1.05).loss.item(), 4)
     -2.0
 """

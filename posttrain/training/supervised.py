@@ -7,8 +7,9 @@ Example:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal
 
 import torch
@@ -99,16 +100,27 @@ class RewardPair:
     Attributes:
         margin: score difference that the chosen response should have.
         target: probability that the chosen response is the better one.
+        weight: weight of the pair relative to others; above 0.
     """
 
     chosen: Tokens
     rejected: Tokens
     margin: float = 0.0
     target: float = 1.0
+    weight: float = 1.0
+
+
+def prompts_balanced(pairs: Sequence[RewardPair]) -> list[RewardPair]:
+    """Return the pairs with weight 1 / (pairs of the same prompt), so that every prompt counts once (2203.02155, eq. 1)."""
+    count = Counter(pair.chosen.prompt for pair in pairs)
+    return [replace(pair, weight=1 / count[pair.chosen.prompt]) for pair in pairs]
 
 
 class RewardObjective:
-    """Bradley-Terry loss over pairs, with the sum of scores held near zero by `center`. Chosen and rejected share one forward pass."""
+    """Bradley-Terry loss, a weighted mean over pairs, with the sum of scores held near zero by `center`.
+
+    Chosen and rejected share one forward pass.
+    """
 
     def __init__(self, center: float = 0.01) -> None:
         self.center = center
@@ -117,19 +129,19 @@ class RewardObjective:
         return (row.chosen, row.rejected)
 
     def counts(self, rows: Sequence[RewardPair]) -> Mapping[str, float]:
-        return {"pairs": float(len(rows))}
+        return {"pairs": float(len(rows)), "pair_weight": sum(row.weight for row in rows)}
 
     def terms(self, model: nn.Module, rows: Sequence[RewardPair]) -> Terms:
         device = next(model.parameters()).device
         scores = model(collate([r.chosen for r in rows] + [r.rejected for r in rows]).to(device))
         chosen, rejected = scores[: len(rows)], scores[len(rows) :]
-        margin, target = (
+        margin, target, weight = (
             torch.tensor(column, dtype=scores.dtype, device=device)
-            for column in ([row.margin for row in rows], [row.target for row in rows])
+            for column in ([r.margin for r in rows], [r.target for r in rows], [r.weight for r in rows])
         )
-        loss = bradley_terry(chosen, rejected, margin, target, self.center).sum()
+        loss = (weight * bradley_terry(chosen, rejected, margin, target, self.center)).sum()
         return Terms(
-            losses={"pairs": (loss, "pairs", 1.0)},
+            losses={"pairs": (loss, "pair_weight", 1.0)},
             metrics={
                 "preference/accuracy": ((chosen > rejected).float().sum(), "pairs"),
                 "preference/margin": ((chosen - rejected).sum(), "pairs"),

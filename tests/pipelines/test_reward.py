@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.reward import reward_pairs
+from pipelines.reward import heldout_results, reward_pairs
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
 from posttrain.models.tiny import byte_tokenizer
@@ -51,3 +51,12 @@ def test_without_scores_it_says_which_option_needs_them(options: dict[str, Any])
 def test_a_response_that_fills_the_context_is_refused_by_row() -> None:
     with pytest.raises(DataError, match="preference row 3: a response of 16 tokens leaves no space"):
         reward_pairs(ENCODER, [ROW | {"rejected": "x" * 15}])
+
+
+def test_held_out_results_have_calibration_and_the_correlation_with_scores() -> None:
+    results = heldout_results([2.0, -1.0, 0.5], [0.9, 0.1, 0.4])
+    assert results["heldout/accuracy"] == pytest.approx(2 / 3)
+    assert results["heldout/score_correlation"] == pytest.approx(1.0)
+    assert 0 < results["heldout/calibration_error"] < 1
+    assert "heldout/score_correlation" not in heldout_results([2.0, 1.0], [1.0, 1.0])
+    assert "heldout/score_correlation" not in heldout_results([2.0, 1.0], [])

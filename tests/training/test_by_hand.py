@@ -16,6 +16,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
 from posttrain.training.onpolicy import Demonstration, Experience
 from posttrain.training.preference import Answer, AnswerGroup
+from posttrain.training.supervised import prompts_balanced
 from tests.training.cases import MAX_LENGTH, case, probe, with_record
 
 TEMPERATURE = 0.8
@@ -411,3 +412,14 @@ def test_supervised_and_reward() -> None:
         expected[-1] += 0.05 * (w + lo) ** 2
     assert metrics["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert metrics["preference/margin"] == pytest.approx(sum(w - lo for w, lo, _ in pairs) / len(pairs), rel=1e-6)
+
+
+def test_a_prompt_with_many_pairs_counts_once() -> None:
+    made = case("reward", double=True)
+    many = [replace(row, chosen=replace(row.chosen, prompt=(9, 9)), rejected=replace(row.rejected, prompt=(9, 9)))
+            for row in made.rows[:3]]  # fmt: skip
+    rows = prompts_balanced([*many, *made.rows[5:]])
+    assert [row.weight for row in rows] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0, 1.0])
+    singles = [probe(made.model(), 99).update([replace(row, weight=1.0)], made.objective)["loss"] for row in rows]
+    expected = (sum(singles[:3]) / 3 + singles[3] + singles[4]) / 3
+    assert probe(made.model(), 12).update(rows, made.objective)["loss"] == pytest.approx(expected, rel=1e-9)
