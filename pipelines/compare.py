@@ -53,7 +53,7 @@ def question_of(params: Params) -> Question:
         rewards=sources,
         reward_models=tuple(name for name in sources if params.rewards[name].function == "reward_model"),
         pass_k=tuple(sorted(set(evaluation.pass_k))),
-        resampling=Resampling(settings.bootstrap, settings.confidence, settings.seed),
+        resampling=Resampling(settings.bootstrap, settings.level, settings.seed),
         headline=settings.headline,
         currency=settings.currency,
     )

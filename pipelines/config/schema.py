@@ -333,7 +333,15 @@ class ReportParams(Section):
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    looks: Count = 1
+    """Times that the comparison will be read while seeds are added. Each look gets an equal part of 1 - confidence, so that all looks
+    together keep the level."""
     samples_shown: Count
+
+    @property
+    def level(self) -> float:
+        """Return the confidence of one look."""
+        return self.confidence if self.looks == 1 else 1 - (1 - self.confidence) / self.looks
 
 
 class FormatParams(Section):

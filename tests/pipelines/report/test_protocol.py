@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipelines.compare import question_of
+from pipelines.config.params import load_params
 from pipelines.report.protocol import Protocol, main_panel, panels
 
 ANSWER, MODEL = "reward answer", "reward rm"
@@ -35,3 +43,20 @@ def test_the_headline_ranks_the_largest_panel_and_of_equal_ones_the_best() -> No
     two = {name: FOUND[name] for name in ("dpo", "grpo")}
     assert main_panel(two, level | {"grpo": 0.6}) == ["grpo"]
     assert main_panel({}, {}) == []
+
+
+def test_several_looks_share_the_level(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    assert question_of(params).resampling.confidence == 0.95
+    report = params.report.model_copy(update={"looks": 5})
+    question = question_of(params.model_copy(update={"report": report}))
+    assert (question.resampling.confidence, question.alpha) == pytest.approx((0.99, 0.01))
+    # 4,000 experiments without a difference, each read after 2, 4, 6, 8 and 10 runs a side
+    runs = np.random.Generator(np.random.PCG64(1)).normal(size=(4000, 2, 10))
+    found = {0.05: np.zeros(4000, bool), 0.01: np.zeros(4000, bool)}
+    for seeds in (2, 4, 6, 8, 10):
+        p = stats.ttest_ind(runs[:, 0, :seeds], runs[:, 1, :seeds], axis=1).pvalue
+        for alpha, hits in found.items():
+            hits |= p < alpha
+    assert found[0.05].mean() > 0.1
+    assert found[0.01].mean() <= 0.05
