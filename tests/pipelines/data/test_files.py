@@ -5,7 +5,9 @@ from __future__ import annotations
 import bz2
 import datetime
 import gzip
+import json
 import lzma
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 
@@ -153,3 +155,28 @@ def test_a_source_may_be_a_pattern_or_a_list(tmp_path: Path) -> None:
 )
 def test_prompts_are_compared_without_case_spacing_and_unicode_form(a: str, b: str, same: bool) -> None:
     assert (normalised(a) == normalised(b)) is same
+
+
+def test_a_jsonl_file_is_not_held_next_to_its_records(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} " + "x" * 300, "completion": "y" * 100}) + "\n" for i in range(2000))
+    )
+    read_file(path)
+    tracemalloc.start()
+    records = read_file(path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 2000
+    assert peak - held < path.stat().st_size / 4
+
+
+def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") + b"\r\n" + LINE)
+    assert read_file(tmp_path / "x.jsonl") == ROWS + ROWS
+    (tmp_path / "y.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE + b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=f"y.jsonl: not UTF-8 text at byte {3 + len(LINE) + 12}; save it as UTF-8"):
+        read_file(tmp_path / "y.jsonl")
+    (tmp_path / "z.jsonl").write_bytes(LINE + b"\n{]\n")
+    with pytest.raises(DataError, match=r"z\.jsonl, line 3, column 2: not JSON"):
+        read_file(tmp_path / "z.jsonl")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,31 @@ def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
     ) as error:
         Registry(project.folder, "posttrain").versions()
     assert "pass-word-1" not in str(error.value)
+
+
+class LoginPage(BaseHTTPRequestHandler):
+    """A proxy that answers every request with its login page."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html><form>Sign in</form></html>")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_an_address_that_answers_with_a_login_page_is_no_empty_registry(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), LoginPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(TrackingError, match="did not respond to a request for the registry"):
+            Registry(project.folder, "posttrain").versions()
+        server.shutdown()
 
 
 COMPARISON = {

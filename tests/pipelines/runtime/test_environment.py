@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import build_opener
 
 import pytest
 
 from pipelines.runtime import environment
+from pipelines.runtime.redaction import report_machine_fault
+from posttrain.files import named_in_errors
 from tests.webhook import listening
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        named_in_errors(tmp_path / "a.json"),
+        open("/dev/full", "wb", 0) as full,
+    ):
+        full.write(b"x")
+    assert environment.machine_fault(caught.value) == f"No space left on device: {tmp_path}/a.json"
+
+
+def test_a_full_disk_without_a_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert environment.machine_fault(full) == f"No space left on device: {tmp_path}"
+    monkeypatch.setenv("TMPDIR", "/proc")  # a file system without free space
+    assert environment.machine_fault(full) == "No space left on device: /proc"
+    assert environment.machine_fault(OSError(errno.EPIPE, "Broken pipe")) is None
+
+
+def test_a_bug_is_no_fault_of_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_machine_fault(PermissionError(errno.EACCES, "Permission denied", "/x/y")) == 2
+    assert capsys.readouterr().err.startswith("error: Permission denied: /x/y. Free space, or give this user the right")
+    with pytest.raises(BrokenPipeError):
+        report_machine_fault(BrokenPipeError(errno.EPIPE, "Broken pipe"))
 
 
 @pytest.mark.parametrize("mine", [None, "intranet,.example.com"])
