@@ -213,7 +213,7 @@ def run(folder: Path, seed: int, kills: int, ways: list[str]) -> list[Trial]:
     return done
 
 
-def table(trials: list[Trial], seed: int) -> str:
+def table(trials: list[Trial], seed: int, started: str) -> str:
     """Return the summary of a series as Markdown: kills and identical runs by kind and way."""
     ways = list(SHARES)
     kills: Counter[tuple[str, str]] = Counter()
@@ -230,7 +230,7 @@ def table(trials: list[Trial], seed: int) -> str:
         )
     whole = [sum(kills[kind, way] for kind in KINDS) for way in ways]
     lines.append(f"| all | {' | '.join(map(str, whole))} | {total} | {len(trials)} | {len(same)} |")
-    command = f"`python -m tests.reliability.kill_series --kills {total} --seed {seed} --table`"
+    command = f"`python -m tests.reliability.kill_series --kills {total} --seed {seed} --ways {started} --table`"
     return (
         f"{START}{command}: {total} kills in {len(trials)} runs; {len(same)} of {len(trials)} runs are identical.\n\n"
         + "\n".join(lines)
@@ -249,16 +249,16 @@ def main() -> int:
     parser.add_argument(
         "--ways",
         default="warm,step,dvc",
-        help="ways to start a run, of warm,step,dvc,flow,worker (default: the first three; no series has been run with the last two)",
+        help="ways to start a run, of warm,step,dvc,flow,worker (default: the first three; the last two take some minutes a run)",
     )
     parser.add_argument("--table", action="store_true", help="write the summary into docs/reliability.md")
     args = parser.parse_args()
     trials = run(args.folder.resolve(), args.seed, args.kills, args.ways.split(","))
-    print(table(trials, args.seed))
+    print(table(trials, args.seed, args.ways))
     if args.table:
         page = ROOT / "docs" / "reliability.md"
         head, _, rest = page.read_text(encoding="utf-8").partition(START)
-        write_atomic(page, (head + table(trials, args.seed) + rest.partition(END)[2]).encode())
+        write_atomic(page, (head + table(trials, args.seed, args.ways) + rest.partition(END)[2]).encode())
     return int(any(trial.differences for trial in trials))
 
 

@@ -22,7 +22,7 @@ def test_the_table_counts_kills_by_kind_and_way_and_runs_that_differ() -> None:
         Trial(0, "sft", "warm", ["python", "python"]),
         Trial(1, "reward", "dvc", ["dvc"], ["models/reward/model.safetensors"]),
     ]
-    text = table(trials, 7)
+    text = table(trials, 7, "warm,dvc")
     assert "3 kills in 2 runs; 1 of 2 runs are identical" in text
     assert "| sft | 2 | 0 | 0 | 0 | 0 | 2 | 1 | 1 |" in text
     assert "| reward | 0 | 0 | 1 | 0 | 0 | 1 | 1 | 0 |" in text
