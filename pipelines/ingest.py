@@ -16,7 +16,7 @@ from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
 from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
-from pipelines.data.sources import accepted_files, local_files, table_rows
+from pipelines.data.sources import accepted_files, environment_files, local_files, table_rows
 from pipelines.data.tables import FOLDER, Row, Sourced, Table, plain, write_changes, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
@@ -104,6 +104,7 @@ def sources(args: argparse.Namespace) -> list[str]:
     files = [path for kind in KINDS for path in local_files(getattr(data, kind))]
     files += local_files(data.labelled) if data.labelled else []
     files += [path for kind in KINDS for path in accepted_files(kind)]
+    files += [path for kind in KINDS for path in environment_files(getattr(data, kind))]
     return sorted({file.as_posix() for file in files})
 
 

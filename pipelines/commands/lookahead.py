@@ -12,7 +12,8 @@ from typing import get_args
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
-from pipelines.data.sources import GENERATORS, HUB, local_files
+from pipelines.data.sources import HUB, is_generator, local_files
+from posttrain.environments.base import built_in
 from posttrain.environments.parts import Kind
 from posttrain.errors import PosttrainError
 from posttrain.text import nearest
@@ -84,12 +85,12 @@ def _data(params: Params) -> Iterator[str]:
         for name in source.names:
             if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
                 yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
-        if any(name in GENERATORS or name.startswith(HUB) for name in source.names):
+        if any(is_generator(name) or name.startswith(HUB) for name in source.names):
             continue
         try:
             files = local_files(source)
             if not files:
-                yield f"data.{kind}.source = {source.source!r}: no such file, folder or generator{nearest(str(source.source), GENERATORS)}"
+                yield f"data.{kind}.source = {source.source!r}: no such file, folder or generator{nearest(str(source.source), built_in())}"
                 continue
             canonical_rows(kind, source.model_copy(update={"rows": None}), read_file(files[0])[:ROWS])
         except PosttrainError as error:

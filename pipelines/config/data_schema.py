@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,7 +56,8 @@ class TableSource(Section):
     """
 
     source: str | Annotated[list[str], Field(min_length=1)]
-    """A generator (arithmetic, stories), a file, a folder of files, a pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
+    """An environment (arithmetic, stories, or package.module:ENVIRONMENT), a file, a folder of files, a pattern such as data/*.jsonl,
+    hub:OWNER/NAME, or a list of these."""
     rows: Count | None = None
     columns: dict[str, str] | None = None
     extract: dict[str, str] | None = None
@@ -106,6 +107,8 @@ class DataParams(Section):
     """Sources of all tables."""
 
     seed: Seed
+    environments: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of other environments, by the name or import path that is their tables' source."""
     arithmetic: ArithmeticParams
     stories: StoriesParams | None = None
     noise: NoiseParams = NoiseParams()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from pipelines.data.files import READERS, Record, folder_files, is_readable, rea
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
 from pipelines.data.tables import SCORES, TEXT, Row, Sourced
-from posttrain.environments import arithmetic, stories
+from posttrain.environments.base import built_in, checked_rows, environment, is_environment
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
-GENERATORS = ("arithmetic", "stories")
 HUB = "hub:"
 ACCEPTED = Path("data/raw/accepted")
 
@@ -54,7 +54,7 @@ def file_rows(kind: Sourced, data: DataParams, path: Path, changes: Changes | No
     """Return the rows of one additional file. It has the columns of a configured file or hub source, else the canonical ones."""
     source: TableSource = getattr(data, kind)
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
-    if source.source in GENERATORS:
+    if is_generator(source.source):
         update |= {"columns": None, "extract": None, "graded": None, "preferred": None}
     return canonical_rows(kind, source.model_copy(update=update), read_file(path), changes)
 
@@ -88,7 +88,7 @@ def _form(value: Any) -> str:
 def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -> list[Row]:
     """Return the rows of the source that params.yaml configures."""
     source: TableSource = getattr(data, kind)
-    if source.source in GENERATORS:
+    if is_generator(source.source):
         rows = _generated(kind, source, data)
         made = [{"id": i, **row} for i, row in enumerate(rows)]
         return chat_rows(kind, made, source, f"data.{kind}", Counter() if changes is None else changes)
@@ -97,6 +97,21 @@ def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -
     if source.graded and kind != "preferences":
         raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
     return canonical_rows(kind, source, _records(kind, source), changes)
+
+
+def is_generator(name: str | list[str]) -> bool:
+    """Return True if a source is an environment, built in or by import path, and not a file or a hub id."""
+    return isinstance(name, str) and not name.startswith(HUB) and not Path(name).exists() and is_environment(name)
+
+
+def environment_files(source: TableSource) -> list[Path]:
+    """Return the module of an environment that is named by an import path, if it is a file of the project."""
+    name = source.source
+    if not isinstance(name, str) or ":" not in name or not is_generator(name):
+        return []
+    found = find_spec(name.partition(":")[0])
+    path = Path(found.origin) if found and found.origin else None
+    return [path.relative_to(Path.cwd())] if path and path.is_relative_to(Path.cwd()) else []
 
 
 def local_files(source: TableSource) -> list[Path]:
@@ -108,7 +123,7 @@ def local_files(source: TableSource) -> list[Path]:
 
 
 def _files_of(name: str, split: str) -> list[Path]:
-    if name.startswith(HUB) or name in GENERATORS:
+    if name.startswith(HUB) or is_generator(name):
         return []
     path = Path(name)
     if path.is_dir():
@@ -135,15 +150,19 @@ def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row
         raise ConfigError(
             f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
         )
-    if source.source == "arithmetic":
-        task = data.arithmetic
-        return arithmetic.rows(
-            kind, source.rows, data.seed, terms=task.terms, max_term=task.max_term, careless=task.careless
-        )
-    if data.stories is None:
-        raise ConfigError("data.stories: missing; the generator stories needs {words: [...], openings: [...]}")
-    told = data.stories
-    return stories.rows(kind, source.rows, data.seed, words=told.words, openings=told.openings, careless=told.careless)
+    assert isinstance(source.source, str)
+    return checked_rows(environment(source.source), kind, source.rows, data.seed, _options(source.source, data))
+
+
+def _options(name: str, data: DataParams) -> dict[str, Any]:
+    """Return the options of an environment: the section of its name, or its entry in `data.environments`."""
+    if name == "arithmetic":
+        return data.arithmetic.model_dump()
+    if name == "stories":
+        if data.stories is None:
+            raise ConfigError("data.stories: missing; the generator stories needs {words: [...], openings: [...]}")
+        return data.stories.model_dump()
+    return data.environments.get(name, {})
 
 
 def _records(kind: Sourced, source: TableSource) -> list[Record]:
@@ -153,14 +172,14 @@ def _records(kind: Sourced, source: TableSource) -> list[Record]:
         if name.startswith(HUB):
             records += _hub(kind, name, source.split)
             continue
-        if name in GENERATORS:
+        if is_generator(name):
             raise ConfigError(
                 f"data.{kind}.source: the generator {name!r} cannot be one of several sources; give it as the only one"
             )
         files = _files_of(name, source.split)
         if not files:
             raise ConfigError(
-                f"data.{kind}.source = {name!r}: no such generator{nearest(name, GENERATORS)};"
+                f"data.{kind}.source = {name!r}: no such generator{nearest(name, built_in())};"
                 f" or a file ({', '.join(READERS)}; also .gz, .bz2, .xz, .zst), a folder of them, or hub:OWNER/NAME"
             )
         for path in files:

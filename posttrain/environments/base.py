@@ -11,12 +11,16 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from inspect import signature
+from pkgutil import iter_modules
 from typing import Any
 
-from posttrain.environments.parts import Row
+from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -41,9 +45,40 @@ class Environment:
         return [self.judge(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
 
 
-BUILT_IN = {"arithmetic": "posttrain.environments.arithmetic", "stories": "posttrain.environments.stories"}
-"""Modules of the built-in environments; each one defines ENVIRONMENT."""
+PACKAGE = "posttrain.environments"
+PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""An import path package.module:attribute."""
 _REGISTERED: dict[str, Environment] = {}
+
+
+@cache
+def built_in() -> tuple[str, ...]:
+    """Return the names of the built-in environments: the modules of this package that define ENVIRONMENT."""
+    names = sorted(module.name for module in iter_modules(import_module(PACKAGE).__path__))
+    return tuple(
+        name for name in names if name != "base" and hasattr(import_module(f"{PACKAGE}.{name}"), "ENVIRONMENT")
+    )
+
+
+def is_environment(name: str) -> bool:
+    """Return True if a source is the name of an environment, or has the form of its import path. This imports no user's module."""
+    return name in built_in() or name in _REGISTERED or PATH.fullmatch(name) is not None
+
+
+def checked_rows(found: Environment, kind: Kind, count: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    """Return the environment's rows of one table.
+
+    Raises:
+        ConfigError: `options` do not fit its function `rows`.
+    """
+    try:
+        signature(found.rows).bind(kind, count, seed, **options)
+    except TypeError as error:
+        valid = [name for name, p in signature(found.rows).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        raise ConfigError(
+            f"data.environments.{found.name}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
+        ) from error
+    return found.rows(kind, count, seed, **options)
 
 
 def register(new: Environment) -> Environment:
@@ -52,7 +87,7 @@ def register(new: Environment) -> Environment:
     Raises:
         ConfigError: a different environment has this name.
     """
-    if new.name in BUILT_IN or _REGISTERED.get(new.name, new) != new:
+    if new.name in built_in() or _REGISTERED.get(new.name, new) != new:
         raise ConfigError(f"an environment named {new.name!r} already exists; choose a different name")
     return _REGISTERED.setdefault(new.name, new)
 
@@ -65,13 +100,13 @@ def environment(name: str) -> Environment:
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    module, _, attribute = f"{BUILT_IN[name]}:ENVIRONMENT".partition(":") if name in BUILT_IN else name.partition(":")
+    module, _, attribute = f"{PACKAGE}.{name}:ENVIRONMENT".partition(":") if name in built_in() else name.partition(":")
     if not attribute:
-        valid = [*BUILT_IN, *_REGISTERED]
+        valid = [*built_in(), *_REGISTERED]
         raise ConfigError(f"no environment {name!r}{nearest(name, valid)}, or give package.module:attribute")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the environment {name!r}: {error}") from error
     if not isinstance(found, Environment):
         raise ConfigError(f"{name!r} is a {type(found).__name__}, not an Environment")

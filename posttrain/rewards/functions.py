@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.environments.base import Environment
 from posttrain.environments.stories import mentions as word_is_mentioned
 from posttrain.errors import ConfigError
 from posttrain.rewards.calling import RewardFunction
@@ -82,7 +83,7 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 
 def find_function(name: str) -> RewardFunction:
-    """Return a built-in function by name, or import `package.module:function`.
+    """Return a built-in function by name, or import `package.module:function`; of an environment, its reward.
 
     Raises:
         ConfigError: there is no such function.
@@ -95,7 +96,8 @@ def find_function(name: str) -> RewardFunction:
             f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function"
         )
     try:
-        function: RewardFunction = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
+    function: RewardFunction = found.reward if isinstance(found, Environment) else found
     return function

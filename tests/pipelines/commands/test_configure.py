@@ -67,10 +67,14 @@ def test_every_shipped_overlay_is_valid_and_says_what_it_changes(root: Path, par
     assert configure(params, [str(root / "examples" / f"{name}.yaml")]) == []
 
 
+NOT_MEASURED = {"sapo", "gmpo", "dppo_tv", "dppo_kl", "maxrl", "distill"}
+"""Presets without a row in docs/learning.md."""
+
+
 def test_the_overlay_of_all_presets_names_every_one_that_the_slow_tier_measures(root: Path, params: Path) -> None:
     configure(params, [str(root / "examples" / "all_presets.yaml")])
     loaded = load_params(params)
-    sampling = {name for name, record in PRESETS.items() if isinstance(record, OnPolicy)}
+    sampling = {name for name, record in PRESETS.items() if isinstance(record, OnPolicy)} - NOT_MEASURED
     assert {loaded.algorithm(name).name for name in loaded.project.algorithms} == sampling | {
         "dpo",
         "dpo_soft",
