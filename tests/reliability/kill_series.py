@@ -214,7 +214,8 @@ def run(folder: Path, seed: int, kills: int, ways: list[str]) -> list[Trial]:
 
 
 def table(trials: list[Trial], seed: int, started: str) -> str:
-    """Return the summary of a series as Markdown: kills and identical runs by kind and way."""
+    """Return the summary of a series as Markdown: kills and identical runs by kind and way. Runs that ended before a kill do not count."""
+    trials = [trial for trial in trials if trial.victims or trial.differences]
     ways = list(SHARES)
     kills: Counter[tuple[str, str]] = Counter()
     for trial in trials:

@@ -21,6 +21,7 @@ def test_the_table_counts_kills_by_kind_and_way_and_runs_that_differ() -> None:
     trials = [
         Trial(0, "sft", "warm", ["python", "python"]),
         Trial(1, "reward", "dvc", ["dvc"], ["models/reward/model.safetensors"]),
+        Trial(2, "dpo", "warm"),
     ]
     text = table(trials, 7, "warm,dvc")
     assert "3 kills in 2 runs; 1 of 2 runs are identical" in text
