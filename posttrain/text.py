@@ -23,6 +23,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names)}"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the error's type and the first line of its text, for the end of another message; PyTorch's may have a hundred lines.
+
+    Example:
+        >>> reason_of(ValueError("no such kernel" + chr(10) + "registered at ..."))
+        'ValueError: no such kernel'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
 def normalised(text: str) -> str:
     """Return the text as leakage and duplicate checks compare it: one Unicode form, no case, single spaces.
 

@@ -61,6 +61,8 @@ def _outputs(model: PreTrainedModel, ids: Tensor, source: str | Path) -> tuple[T
     try:
         hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
     # models of other modalities want other inputs and may raise anything; the error becomes the reason
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

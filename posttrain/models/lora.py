@@ -20,6 +20,7 @@ from posttrain.errors import ConfigError, ModelError
 from posttrain.models.policy import Policy, PolicyOutput
 from posttrain.models.reach import probe_ids
 from posttrain.settings import LoraSettings
+from posttrain.text import reason_of
 
 HEAD = "score"
 """The scalar head of a reward model or critic; it is trained in full next to the adapter."""
@@ -102,9 +103,11 @@ class Adapter:
         try:
             change = float((self._probe() - before).abs().max())
             worst, same = f"by {change:.2g}", change <= MERGE_TOLERANCE * max(1.0, float(before.abs().max()))
+        except torch.OutOfMemoryError:
+            raise
         # a layer that is more than a linear one may raise anything inside the adapter
         except Exception as error:
-            worst, same = f"({type(error).__name__}: {error})", False
+            worst, same = f"({reason_of(error)})", False
         if not same:
             raise ModelError(
                 f"an adapter on these layers changes the outputs of {type(self._model).__name__} before training {worst}: some of them"

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
+from posttrain.text import reason_of
 
 PREFILL_TOKENS = 2**14
 """Most prompt tokens of one forward pass."""
@@ -158,9 +159,11 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             with probe.decoding():
                 probe.check()
                 reach = find_reach(lm.config, probe.agrees)
+        except torch.OutOfMemoryError:
+            raise
         # an unusual model may raise anything; the reason is reported, and `generate` raises again if it is not about the cache
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = reason_of(error)
         else:
             if reach == 0:
                 reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"

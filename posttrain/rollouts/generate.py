@@ -23,6 +23,7 @@ from posttrain.errors import RolloutError
 from posttrain.models.reach import probe_ids, trial_length
 from posttrain.rollouts.drawing import completion, draw, noise
 from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, end_ids
+from posttrain.text import reason_of
 
 PROBED = 8
 """Tokens that are sampled to confirm a model."""
@@ -101,9 +102,11 @@ def confirm_generate(lm: PreTrainedModel) -> None:
         # two answers: some states are wrong only in a batch of several rows (RWKV)
         asked = [Request(prompt, ((0,), (1,)))]
         [answers] = GenerateEngine(lm, ()).sample(asked, SamplingSettings(new_tokens, 1.0))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # an unusual cache may raise anything; the error names the reason
         raise RolloutError(
-            f"{type(lm).__name__} cannot be sampled by transformers' generate ({type(error).__name__}: {error}); use it for SFT,"
+            f"{type(lm).__name__} cannot be sampled by transformers' generate ({reason_of(error)}); use it for SFT,"
             " a reward model or preferences, or choose another architecture, such as Qwen3 or Llama"
         ) from error
     training = lm.training
