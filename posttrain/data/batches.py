@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.data.layout import Attended, Family, Reads, attended_parts, ending, predicting
+from posttrain.data.layout import Attended, Family, Reads, attended_parts, ending, predicting, take_parts
 from posttrain.data.tokens import Tokens
+from posttrain.data.transfer import together
 
 SHARED_FROM_TOKENS = 4
 """Tokens. A shorter prompt is repeated for each of its rows, because one causal sequence is cheaper than a branch."""
@@ -46,6 +47,7 @@ class TokenBatch:
         parts: which token attends to which.
         source: [batch, time] index of the token whose hidden state predicts the response token.
         targets: [batch, time] response ids.
+        trained: [trained tokens] positions in mask.flatten() where the mask is True.
         mask: [batch, time] bool, computed from lengths and weights and never from ids: pad may equal eos, and eos is trained.
         last: [batch] index of the row's last token.
         rows: [batch, length] indices of the row's tokens, padded on the right.
@@ -58,14 +60,19 @@ class TokenBatch:
     parts: tuple[Attended, ...]
     source: Tensor
     targets: Tensor
+    trained: Tensor
     mask: Tensor
     last: Tensor
     rows: Tensor
     place: Tensor
 
     def to(self, device: torch.device) -> TokenBatch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return TokenBatch(families=self.families, parts=tuple(part.to(device) for part in self.parts), **moved)
+        """Return the batch on another device, in one copy."""
+        names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        tensors = [*(getattr(self, name) for name in names), *chain(*(part.tensors() for part in self.parts))]
+        moved = iter(together(tensors, device))
+        fields = {name: next(moved) for name in names}
+        return TokenBatch(families=self.families, parts=take_parts(self.parts, moved), **fields)
 
     def predicting(self) -> Reads:
         """Return the tokens that `source` refers to under the mask."""
@@ -104,6 +111,7 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
     source, _ = _padded([row[len(t.prompt) - 1 : -1] for row, t in zip(indices, tokens, strict=True)], time)
     numbers = {
         "input_ids": np.array(ids), "positions": positions, "source": source, "targets": targets, "mask": mask,
+        "trained": np.flatnonzero(mask),
         "last": np.array([row[-1] for row in indices]), "rows": rows, "place": place,
     }  # fmt: skip
     return TokenBatch(

@@ -15,12 +15,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
+
+from posttrain.data.transfer import together
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,25 @@ class Attended:
         queries: [segments, longest] token indices, padded on the right.
         keys: [segments, keys] token indices that the queries may see.
         mask: [segments, 1, longest, keys] bool; None means causal, with keys equal to queries, so that right padding is never seen.
-        real: [segments * longest] bool, False for padding.
+        real: [real queries] positions in queries.flatten() that are not padding. Indices, because a boolean mask would make a GPU wait.
+        tokens: [real queries] token index of each.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor | None
     real: Tensor
+    tokens: Tensor
 
-    def to(self, device: torch.device) -> Attended:
-        mask = None if self.mask is None else self.mask.to(device)
-        return Attended(self.queries.to(device), self.keys.to(device), mask, self.real.to(device))
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that `of` takes."""
+        return [self.queries, self.keys, self.real, self.tokens, *([] if self.mask is None else [self.mask])]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Attended:
+        """Return the part with these tensors."""
+        queries, keys, real, tokens, *mask = tensors
+        return Attended(queries, keys, mask[0] if mask else None, real, tokens)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,14 @@ class Reads:
     parts: tuple[Attended, ...]
 
     def to(self, device: torch.device) -> Reads:
-        return Reads(self.tokens.to(device), tuple(part.to(device) for part in self.parts))
+        """Return the reads on another device."""
+        moved = iter(together([self.tokens, *chain(*(part.tensors() for part in self.parts))], device))
+        return Reads(next(moved), take_parts(self.parts, moved))
+
+
+def take_parts(parts: Iterable[Attended], moved: Iterator[Tensor]) -> tuple[Attended, ...]:
+    """Return the parts with the next tensors of `moved` in place of their own."""
+    return tuple(Attended.of([*islice(moved, len(part.tensors()))]) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,7 @@ def _part(segments: Sequence[_Segment]) -> Attended:
     longest, before = (max(len(s.queries) for s in segments), max(len(s.seen) for s in segments))
     queries, real = _indices([s.queries for s in segments], longest)
     if not any(s.seen or s.first for s in segments):
-        return Attended(queries, queries, None, real.flatten())
+        return Attended(queries, queries, None, *_real(queries, real))
     own, _ = _indices([s.own for s in segments], max(len(s.own) for s in segments))
     # keys are [prompt, own]; the prompt is aligned on the right, so its padding is on the left: [segments, before]
     seen_lengths = torch.tensor([len(s.seen) for s in segments])
@@ -160,7 +177,13 @@ def _part(segments: Sequence[_Segment]) -> Attended:
     causal = place[:, :, None] >= torch.arange(own.shape[1])
     # [segments, longest, before + own keys]; padded queries also get a mask row, and `real` drops their output
     mask = torch.cat([(offset >= 0)[:, None].expand(-1, longest, -1), causal], dim=2)
-    return Attended(queries, torch.cat([seen, own], dim=1), mask[:, None], real.flatten())
+    return Attended(queries, torch.cat([seen, own], dim=1), mask[:, None], *_real(queries, real))
+
+
+def _real(queries: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of the queries that are not padding, and their token indices."""
+    positions = real.flatten().nonzero().squeeze(1)
+    return positions, queries.flatten()[positions]
 
 
 def _indices(ranges: Sequence[range], longest: int) -> tuple[Tensor, Tensor]:

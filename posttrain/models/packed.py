@@ -68,7 +68,7 @@ def packed_attention(
     if not parts:
         return queries.new_zeros(shape)[None], None
     attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
-    order = torch.cat([part.queries.flatten()[part.real] for part in parts])
+    order = torch.cat([part.tokens for part in parts])
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(shape).index_copy(0, order, attended)[None], None
 
@@ -84,7 +84,7 @@ def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: 
     """Return the outputs of the part's real queries, [queries, heads, size]."""
     states = (_rows(query, part.queries), _rows(key, part.keys), _rows(value, part.keys))
     gathered = attention(*states, part.mask, scaling)
-    return gathered.transpose(1, 2).flatten(0, 1)[part.real]
+    return gathered.transpose(1, 2).flatten(0, 1).index_select(0, part.real)
 
 
 def _rows(states: Tensor, index: Tensor) -> Tensor:

@@ -69,18 +69,19 @@ class Policy(nn.Module):
         """
         with reading(self.routers) as routers:
             hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
-        head, mask = self.lm.get_output_embeddings(), batch.mask
+        head, trained = self.lm.get_output_embeddings(), batch.trained
+        source, targets = (numbers.flatten().index_select(0, trained) for numbers in (batch.source, batch.targets))
         if isinstance(temperature, Tensor):
-            temperature = temperature[:, None].expand(mask.shape)[mask]
+            temperature = temperature.index_select(0, trained // batch.mask.shape[1])
         logprobs, entropy = selected_logprobs(
-            hidden[batch.source[mask]], head.weight, head.bias, batch.targets[mask], temperature
+            hidden.index_select(0, source), head.weight, head.bias, targets, temperature
         )
         values = None
         if self.critic is not None:
             values = token_values(self.critic, batch, self.packs)
         elif self.value_head is not None:
             values = _wide(self.value_head(hidden[batch.source].to(self.value_head.weight.dtype)).squeeze(-1))
-        return PolicyOutput(_scatter(logprobs, mask), _scatter(entropy, mask), values, routers.at(batch))
+        return PolicyOutput(_scatter(logprobs, batch), _scatter(entropy, batch), values, routers.at(batch))
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:
@@ -107,5 +108,6 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the values of the trained tokens as [batch, time], 0 elsewhere."""
+    return values.new_zeros(batch.mask.numel()).index_copy(0, batch.trained, values).view(batch.mask.shape)

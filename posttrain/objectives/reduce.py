@@ -24,6 +24,14 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
+def masked_extremes(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest of `values` under `mask`; inf and -inf if it is empty.
+
+    The values are filled in rather than selected, because a selection by a boolean mask makes a GPU wait.
+    """
+    return values.masked_fill(~mask, torch.inf).min(), values.masked_fill(~mask, -torch.inf).max()
+
+
 def row_sums(values: Tensor, mask: Tensor) -> Tensor:
     """Return per-row sums [batch] of `values` [batch, time] under `mask`."""
     return torch.where(mask, values, torch.zeros_like(values)).sum(-1)

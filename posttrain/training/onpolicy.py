@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
+from posttrain.data.transfer import together
 from posttrain.models.policy import PolicyOutput
 from posttrain.objectives.gae import value_loss
 from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.policy import policy_loss
-from posttrain.objectives.reduce import aggregate, denominator, masked_sum
+from posttrain.objectives.reduce import aggregate, denominator, masked_extremes, masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood, token_weight
 from posttrain.objectives.surrogate import mismatch_weight
 from posttrain.training.routing import add_routing, pad_choices
@@ -156,11 +157,12 @@ class OnPolicyObjective:
                 "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.ref_logprobs), mask), "sampled_sequences"),
             }
         terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler uses other weights than the trainer")
-        if mask.any():
+        if columns.tokens:
+            smallest, largest = masked_extremes(ratio, mask)
             terms.extremes |= {
-                "ratio/min": ratio[mask].min(),
-                "ratio/max": ratio[mask].max(),
-                "mismatch/max": mismatch[mask].abs().max(),
+                "ratio/min": smallest,
+                "ratio/max": largest,
+                "mismatch/max": masked_extremes(mismatch.abs(), mask)[1],
             }
 
     def _expert_terms(self, terms: Terms, logprobs: Tensor, mask: Tensor, mu: float) -> None:
@@ -171,23 +173,35 @@ class OnPolicyObjective:
 
 
 class _Columns:
-    """The rows' data as padded tensors [batch, time] on the device of their mask."""
+    """The rows' data as padded tensors [batch, time] on the device of their mask, moved there in one copy.
+
+    Attributes:
+        tokens: number of tokens under the mask.
+    """
 
     def __init__(self, rows: Sequence[Experience], mask: Tensor) -> None:
-        device, time = mask.device, mask.shape[1]
-        self.mask = mask
+        time = mask.shape[1]
+        self.mask, self.tokens = mask, sum(r.tokens.loss_tokens for r in rows)
 
         def padded(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
             given = [a for a in arrays if a is not None]
-            return pad(given, time).to(device) if len(given) == len(rows) else None
+            return pad(given, time) if len(given) == len(rows) else None
 
-        self.advantages = pad([r.advantages for r in rows], time).to(device)
-        self.rollout_logprobs = pad([r.rollout_logprobs for r in rows], time).to(device)
-        self.ref_logprobs = padded([r.ref_logprobs for r in rows])
-        self.old_logprobs = padded([r.old_logprobs for r in rows])
-        experts = [torch.from_numpy(r.old_routing) for r in rows if r.old_routing is not None]
-        self.old_routing = pad_choices(experts, time).to(device) if experts and len(experts) == len(rows) else None
-        self.old_values = padded([r.old_values for r in rows])
-        self.returns = padded([r.returns for r in rows])
-        self.trained = torch.tensor([r.trained for r in rows], dtype=torch.bool, device=device)
-        self.weight = torch.tensor([r.weight for r in rows], device=device)[:, None]
+        routing = [torch.from_numpy(r.old_routing) for r in rows if r.old_routing is not None]
+        columns = {
+            "advantages": pad([r.advantages for r in rows], time),
+            "rollout_logprobs": pad([r.rollout_logprobs for r in rows], time),
+            "ref_logprobs": padded([r.ref_logprobs for r in rows]),
+            "old_logprobs": padded([r.old_logprobs for r in rows]),
+            "old_routing": pad_choices(routing, time) if routing and len(routing) == len(rows) else None,
+            "old_values": padded([r.old_values for r in rows]),
+            "returns": padded([r.returns for r in rows]),
+            "trained": torch.tensor([r.trained for r in rows], dtype=torch.bool),
+            "weight": torch.tensor([r.weight for r in rows])[:, None],
+        }
+        given = {name: column for name, column in columns.items() if column is not None}
+        moved = dict(zip(given, together([*given.values()], mask.device), strict=True))
+        self.advantages, self.rollout_logprobs = moved["advantages"], moved["rollout_logprobs"]
+        self.trained, self.weight = moved["trained"], moved["weight"]
+        self.ref_logprobs, self.old_logprobs = moved.get("ref_logprobs"), moved.get("old_logprobs")
+        self.old_values, self.returns, self.old_routing = map(moved.get, ("old_values", "returns", "old_routing"))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from posttrain.algorithms.specs import LoggedGroups, Preference
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
+from posttrain.data.transfer import together
 from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.preference import answer_logits, preference_loss
-from posttrain.objectives.reduce import aggregate, masked_sum, row_means, row_sums
+from posttrain.objectives.reduce import aggregate, masked_extremes, masked_sum, row_means, row_sums
 from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
 from posttrain.training.routing import add_routing
 from posttrain.training.sums import Terms
@@ -142,9 +143,8 @@ class LoggedGroupsObjective:
                 ),
             },
         )
-        if batch.mask.any():
-            selected = ratio.detach()[batch.mask]
-            terms.extremes |= {"ratio/min": selected.min(), "ratio/max": selected.max()}
+        if len(batch.trained):
+            terms.extremes["ratio/min"], terms.extremes["ratio/max"] = masked_extremes(ratio.detach(), batch.mask)
         add_routing(terms, output.routing, batch.mask, "tokens")
         return terms
 
@@ -167,10 +167,10 @@ def bounded_advantages(ranked: Sequence[AnswerGroup]) -> list[AnswerGroup]:
 
 def _ranked_share(log_ratios: Tensor, rows: Sequence[AnswerGroup]) -> Tensor:
     """Return the number of groups whose best-scored answer has gained more log-probability than the worst-scored one."""
-    right, start = 0, 0
+    best, worst, start = [], [], 0
     for row in rows:
-        best = start + max(range(len(row.scores)), key=lambda i: row.scores[i])
-        worst = start + min(range(len(row.scores)), key=lambda i: row.scores[i])
-        right += int(log_ratios[best] > log_ratios[worst])
+        best.append(start + row.scores.index(max(row.scores)))
+        worst.append(start + row.scores.index(min(row.scores)))
         start += len(row.answers)
-    return torch.tensor(float(right))
+    (ends,) = together([torch.tensor([best, worst])], log_ratios.device)
+    return (log_ratios.index_select(0, ends[0]) > log_ratios.index_select(0, ends[1])).float().sum()

@@ -13,9 +13,10 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -40,12 +41,12 @@ class Terms:
 
 
 class Sums:
-    """Metric numerators of a step in float64; `reduced` divides them by the step's counts."""
+    """Metric numerators of a step; `reduced` reads them from the device at once, adds them in float64 and divides by the step's counts."""
 
     def __init__(self, counts: Mapping[str, float]) -> None:
         self.counts = counts
-        self.totals: dict[str, float] = {"loss": 0.0}
-        self.extremes: dict[str, float] = {}
+        self.parts: list[tuple[str, Tensor, float, float]] = []
+        self.ends: list[tuple[str, Tensor]] = []
         self.histograms: dict[str, Tensor] = {}
         self.limits: dict[str, tuple[float, str]] = {}
 
@@ -56,27 +57,39 @@ class Sums:
             part = value * (factor / max(self.counts[count], 1e-12))
             loss = part if loss is None else loss + part
         assert loss is not None, "an objective must return at least one loss"
-        self.totals["loss"] += weight * float(loss.detach())
+        self.parts.append(("loss", loss.detach(), weight, 1.0))
         for name, (value, count) in terms.metrics.items():
-            share = weight * float(value.detach()) / max(self.counts[count], 1e-12)
-            self.totals[name] = self.totals.get(name, 0.0) + share
+            self.parts.append((name, value.detach(), weight, max(self.counts[count], 1e-12)))
         self.limits |= terms.limits
         for name, value in terms.extremes.items() if weight else ():
-            choose: Callable[[float, float], float] = min if name.endswith("/min") else max
-            self.extremes[name] = choose(self.extremes.get(name, float(value)), float(value))
+            self.ends.append((name, value.detach()))
         for name, counts in terms.histograms.items() if weight else ():
-            self.histograms[name] = self.histograms.get(name, 0) + counts.cpu()
+            self.histograms[name] = self.histograms.get(name, 0) + counts
         return loss
+
+    def _read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the totals and the extremes of this process."""
+        numbers = read_together([value for _, value, _, _ in self.parts] + [value for _, value in self.ends])
+        totals: dict[str, float] = {"loss": 0.0}
+        extremes: dict[str, float] = {}
+        for (name, _, weight, count), number in zip(self.parts, numbers[: len(self.parts)], strict=True):
+            totals[name] = totals.get(name, 0.0) + weight * number / count
+        for (name, _), number in zip(self.ends, numbers[len(self.parts) :], strict=True):
+            choose: Callable[[float, float], float] = min if name.endswith("/min") else max
+            extremes[name] = choose(extremes.get(name, number), number)
+        return totals, extremes
 
     def reduced(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the step's metrics over all processes."""
+        totals, extremes = self._read()
+        histograms = {name: counts.cpu() for name, counts in self.histograms.items()}
         if accelerator.num_processes == 1:
-            return self.totals | self.extremes | {name: _peak(counts) for name, counts in self.histograms.items()}
+            return totals | extremes | {name: _peak(counts) for name, counts in histograms.items()}
         from accelerate.utils import gather_object
 
-        every = gather_object([(self.totals, self.extremes)])
+        every = gather_object([(totals, extremes)])
         merged: dict[str, Tensor] = {}
-        for name, counts in (item for histograms in gather_object([self.histograms]) for item in histograms.items()):
+        for name, counts in (item for histograms in gather_object([histograms]) for item in histograms.items()):
             merged[name] = merged.get(name, 0) + counts
         for limits in gather_object([self.limits]):
             self.limits |= limits
@@ -87,6 +100,17 @@ class Sums:
             values = [extremes[name] for _, extremes in every if name in extremes]
             totals[name] = min(values) if name.endswith("/min") else max(values)
         return totals | {name: _peak(merged[name]) for name in sorted(merged)}
+
+
+def read_together(values: Sequence[Tensor]) -> list[float]:
+    """Return the numbers; a device is waited for once per dtype, not once per number."""
+    numbers = [0.0] * len(values)
+    kinds = [(value.device, value.dtype) for value in values]
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        for i, number in zip(members, torch.stack([values[i] for i in members]).tolist(), strict=True):
+            numbers[i] = number
+    return numbers
 
 
 def _peak(counts: Tensor) -> float:

@@ -20,9 +20,11 @@ def seen(parts: tuple[Attended, ...]) -> dict[int, list[int]]:
     """The tokens that each attending token sees, itself included. Nobody attends twice."""
     found: dict[int, list[int]] = {}
     for part in parts:
+        real = set(part.real.tolist())
+        assert part.tokens.tolist() == part.queries.flatten()[part.real].tolist()
         for row, (queries, keys) in enumerate(zip(part.queries.tolist(), part.keys.tolist(), strict=True)):
             for i, query in enumerate(queries):
-                if part.real[row * len(queries) + i]:
+                if row * len(queries) + i in real:
                     assert query not in found
                     visible = range(i + 1) if part.mask is None else part.mask[row, 0, i].nonzero()[:, 0].tolist()
                     found[query] = sorted(keys[k] for k in visible)

@@ -45,6 +45,7 @@ def wider(tokens: Any) -> TokenBatch:
     batch = collate(tokens)
     length = batch.rows.shape[1]
     padded = {name: pad_tensor(getattr(batch, name), (0, 3)) for name in ("source", "targets", "mask", "rows")}
+    padded["trained"] = padded["mask"].flatten().nonzero()[:, 0]
     return replace(batch, place=batch.place // length * (length + 3) + batch.place % length, **padded)
 
 
