@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from posttrain.objectives.reduce import aggregate, denominator, masked_sum, row_means, row_sums
+from posttrain.objectives.reduce import aggregate, denominator, masked_extremes, masked_sum, row_means, row_sums
 
 NAN = math.nan
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, NAN], [NAN, NAN, NAN]], dtype=torch.float64)
@@ -53,3 +53,12 @@ def test_full_lengths_make_the_constant_equal_sequence_mean() -> None:
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.ones(3, 4, dtype=torch.bool)
     assert torch.isclose(aggregate(values, mask, "constant", 4), aggregate(values, mask, "sequence_mean", 4))
+
+
+def test_extremes_are_those_under_the_mask() -> None:
+    values = torch.tensor([[1.0, 9.0], [-5.0, 4.0]])
+    mask = torch.tensor([[True, False], [False, True]])
+    assert [float(end) for end in masked_extremes(values, mask)] == [1.0, 4.0]
+    assert [float(end) for end in masked_extremes(values, torch.zeros_like(mask))] == [math.inf, -math.inf]
+    values[0, 0] = math.nan
+    assert all(math.isnan(float(end)) for end in masked_extremes(values, mask))

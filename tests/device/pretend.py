@@ -1,0 +1,235 @@
+"""A pretend accelerator: its tensors report another device, compute on the CPU, refuse to meet CPU tensors, and count what a GPU pays for.
+
+A GPU runs ahead of the program until the program asks for a value. This module counts those waits (`syncs`), copies between the host and
+the device (`copies`) and started kernels (`launches`) per line of the project's code, without a GPU.
+
+It is a Python backend on PyTorch's PrivateUse1 device: a dispatch mode unwraps tensors, runs the operator on the CPU and wraps the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+ROOT = Path(__file__).parents[2]
+PACKAGES = tuple(f"{ROOT / name}/" for name in ("posttrain", "pipelines"))
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+         aten._unique2.default, aten.repeat_interleave.Tensor, aten.is_nonzero.default}  # fmt: skip
+"""Operators whose result needs a value on the host: a number, or a shape."""
+COPIES = {aten._to_copy.default, aten.copy_.default}
+VIEWS = {"view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "alias", "as_strided",
+         "detach", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold", "lift_fresh", "diagonal", "chunk"}  # fmt: skip
+"""Operators that start no kernel."""
+
+
+class _Module:
+    """The functions that PyTorch expects of a device module."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, _Module())
+DEVICE = torch.device(NAME, 0)
+
+
+@dataclass
+class Counts:
+    """How often each line of the project's code waited, copied and launched."""
+
+    syncs: Counter[str] = field(default_factory=Counter)
+    copies: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        parts = []
+        for name in ("syncs", "copies", "launches"):
+            found: Counter[str] = getattr(self, name)
+            parts += [f"{name}: {found.total()}", *(f"  {n:4d} {place}" for place, n in found.most_common(12))]
+        return "\n".join(parts)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the pretend device; `raw` holds its values on the CPU."""
+
+    raw: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor) -> OnDevice:
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, layout=raw.layout,
+            device=DEVICE, requires_grad=raw.requires_grad,
+        )  # fmt: skip
+        made.raw = raw
+        return made  # type: ignore[no-any-return]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnDevice({self.raw!r})"
+
+    def tolist(self) -> Any:
+        """Return the values; PyTorch refuses subclasses here, and a GPU waits and copies once."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _ACTIVE is None:
+            raise RuntimeError(f"{func}: a tensor of the pretend device is used outside of `pretending()`")
+        return _ACTIVE.run(func, args, kwargs or {})
+
+
+class Pretend(TorchDispatchMode):
+    """Run every operator for its device and count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        flat, _ = tree_flatten((args, kwargs))
+        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        ours = [t for t in tensors if isinstance(t, OnDevice)]
+        device = kwargs.get("device")
+        target = None if device is None else torch.device(device).type
+        if func is aten._to_copy.default:
+            return self._copied(func, args, kwargs, bool(ours), target)
+        if not ours and target != NAME:
+            return func(*args, **kwargs)
+        if func is aten.copy_.default and len(ours) == 1:
+            self._count("copies", func)
+        else:
+            others = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
+            if others:
+                raise RuntimeError(
+                    f"{func}: expected all tensors on one device, found {DEVICE} and {others[0].device} {tuple(others[0].shape)}"
+                )
+            if func in WAITS or self._boolean_index(func, args):
+                self._count("syncs", func)
+            elif func.overloadpacket.__name__ not in VIEWS:
+                self._count("launches", func)
+        raw_args, raw_kwargs = tree_map_only(OnDevice, lambda t: t.raw, (args, kwargs))
+        if target is not None:
+            raw_kwargs["device"] = torch.device("cpu")
+        result = func(*raw_args, **raw_kwargs)
+        if func is aten._local_scalar_dense.default or not isinstance(result, torch.Tensor | tuple | list):
+            return result
+        wrapped = tree_map_only(torch.Tensor, OnDevice, result)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
+
+    def _copied(self, func: Any, args: Any, kwargs: dict[str, Any], ours: bool, target: str | None) -> Any:
+        lands = ours if target is None else target == NAME
+        if lands != ours:
+            self._count("copies", func)
+            if not lands and not kwargs.get("non_blocking"):
+                self._count("syncs", func)
+        elif lands:
+            self._count("launches", func)
+        raw = args[0].raw if ours else args[0]
+        plain = func(raw, **(kwargs | ({"device": torch.device("cpu")} if target else {})))
+        return OnDevice(plain) if lands else plain
+
+    def copied_below(self) -> None:
+        """Count a copy that did not pass the dispatch mode."""
+        self.counts.copies[f"{_place()} tensor"] += 1
+
+    @staticmethod
+    def _boolean_index(func: Any, args: Any) -> bool:
+        if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            return False
+        return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
+
+    def _count(self, kind: str, func: Any) -> None:
+        place = _place()
+        getattr(self.counts, kind)[f"{place} {func.overloadpacket.__name__}"] += 1
+
+
+def _place() -> str:
+    """Return the nearest line of the project's packages in the stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(PACKAGES):
+            return f"{Path(path).relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
+
+
+_ACTIVE: Pretend | None = None
+
+
+# `torch.tensor(values, device=...)` copies to the device below the dispatch modes, so these three need kernels.
+@torch.library.impl("aten::empty_strided", NAME)  # type: ignore[untyped-decorator]
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
+    return OnDevice(torch.empty_strided(size, stride, dtype=dtype))
+
+
+@torch.library.impl("aten::empty.memory_format", NAME)  # type: ignore[untyped-decorator]
+def _empty(size: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
+    return OnDevice(torch.empty(size, dtype=dtype))
+
+
+@torch.library.impl("aten::_copy_from", NAME)  # type: ignore[untyped-decorator]
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    if _ACTIVE is not None:
+        _ACTIVE.copied_below()
+    into = target.raw if isinstance(target, OnDevice) else target
+    into.copy_(source.raw if isinstance(source, OnDevice) else source)
+    return target
+
+
+@contextmanager
+def pretending() -> Iterator[Counts]:
+    """Make the pretend device usable, and count what is done on it."""
+    global _ACTIVE
+    mode = Pretend()
+    before, _ACTIVE = _ACTIVE, mode
+    # moving a module to the device then keeps its Parameter objects, as it does for a GPU
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with mode:
+            yield mode.counts
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        _ACTIVE = before

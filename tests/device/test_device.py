@@ -1,0 +1,65 @@
+"""Training on a pretend accelerator: the CPU's numbers, no mixed devices, and few waits and copies."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KINDS = ("sft", "reward", "dpo", "grpo_pairs", "grpo", "ppo")
+COPIES = {"sft": 4, "reward": 5, "dpo": 5, "grpo_pairs": 7, "grpo": 7, "ppo": 12}
+"""Most copies of one update: a batch, what is read of it, its columns and the metrics, for each micro-batch."""
+SYNCS = 3
+"""Most waits of one update: for the metrics, once per dtype, and for the norm of the gradient."""
+SAMPLING = {"syncs": 36, "copies": 90}
+"""Most waits and copies of one step's sampling and scoring, with half of the trial of the model's cache, which runs once."""
+
+
+@pytest.fixture(scope="module")
+def measured(root: Path) -> Any:
+    command = [sys.executable, "-m", "tests.device.measure", *KINDS]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_gives_the_numbers_of_the_cpu(measured: Any, kind: str) -> None:
+    steps = measured["kinds"][kind]["metrics"]
+    assert len(steps) == 2
+    for ours, theirs in steps:
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert math.isfinite(value), name
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_waits_and_copies_no_more_than_it_did(measured: Any, kind: str) -> None:
+    found = measured["kinds"][kind]
+    assert found["update"]["syncs"] <= SYNCS, found["places"]
+    assert found["update"]["copies"] <= COPIES[kind], found["places"]
+    assert found["sampling"]["syncs"] <= SAMPLING["syncs"], found["places"]
+    assert found["sampling"]["copies"] <= SAMPLING["copies"], found["places"]
+
+
+def test_planted_faults_are_caught(measured: Any) -> None:
+    assert measured["planted"] == {
+        "index on the host": "refused",
+        "mask on the host": "refused",
+        "joined with the host": "refused",
+        "targets on the host": "refused",
+        "loss read in the loop": "syncs 4",
+        "branch on a value": "syncs 1",
+        "boolean selection": "syncs 1",
+        "boolean assignment": "syncs 1",
+        "positions of a mask": "syncs 1",
+        "repeated by lengths": "syncs 1",
+        "values to the host": "syncs 1",
+        "one copy per row": "copies 4",
+    }
