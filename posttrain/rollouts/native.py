@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -120,19 +120,25 @@ class _Piece:
 class _ActiveAnswers:
     """Active answers: number [answers] is the index in the call, running [answers]; the other fields are [answers, new tokens]."""
 
-    number: Tensor
+    number: list[int]
     running: Tensor
     tokens: Tensor
     logprobs: Tensor
     noise: Tensor
 
-    def take(self, rows: Tensor) -> _ActiveAnswers:
-        return _ActiveAnswers(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def take(self, rows: Sequence[int]) -> _ActiveAnswers:
+        # indices that the host knows; a boolean mask would make a GPU wait once for each field
+        index = torch.tensor(rows, dtype=torch.long, device=self.running.device)
+        return _ActiveAnswers(
+            [self.number[i] for i in rows], *(value.index_select(0, index) for value in self.tensors())
+        )
 
     def joined(self, other: _ActiveAnswers) -> _ActiveAnswers:
-        return _ActiveAnswers(
-            *(torch.cat([getattr(part, field.name) for part in (self, other)]) for field in fields(self))
-        )
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return _ActiveAnswers(self.number + other.number, *(torch.cat(pair) for pair in pairs))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.running, self.tokens, self.logprobs, self.noise
 
 
 class _Sampling:
@@ -196,7 +202,7 @@ class _Sampling:
         seeds = [seed for piece in entering for seed in piece.seeds]
         drawn = bool(seeds) and self.settings.temperature > 0
         return _ActiveAnswers(
-            torch.tensor(numbers, dtype=torch.long, device=self.device),
+            numbers,
             torch.ones(len(numbers), dtype=torch.bool, device=self.device),
             torch.zeros(shape, dtype=torch.long, device=self.device),
             torch.zeros(shape, device=self.device),
@@ -218,13 +224,14 @@ class _Sampling:
 
     def _leave(self) -> None:
         """Store finished answers and release their slots if they are many, or if one has reached the length limit."""
-        running = self.answers.running
+        running: list[bool] = self.answers.running.tolist()
         at_limit = max(self.slots.ages) + 1 == self.settings.max_new_tokens
-        if not at_limit and int(running.sum()) >= max(1.0, COMPACT_BELOW * len(running)):
+        if not at_limit and sum(running) >= max(1.0, COMPACT_BELOW * len(running)):
             return
-        ended = self.answers.take(~running)
-        drawn = zip(ended.number.tolist(), ended.tokens.tolist(), ended.logprobs.tolist(), strict=True)
+        ended = self.answers.take([i for i, runs in enumerate(running) if not runs])
+        drawn = zip(ended.number, ended.tokens.tolist(), ended.logprobs.tolist(), strict=True)
         for number, tokens, logprobs in drawn:
             self.completions[number] = completion(tokens, logprobs, self.ends)
-        self.answers = self.answers.take(running)
-        self.slots.keep(running)
+        kept = [i for i, runs in enumerate(running) if runs]
+        self.answers = self.answers.take(kept)
+        self.slots.keep(kept)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from posttrain.data.transfer import together
 from posttrain.rollouts.shared import Segment, segments
 
 Pair = tuple[Tensor, Tensor]
@@ -58,17 +59,19 @@ class Slots:
         self.counts += counts
         self._arrange()
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep the answers that are True in `rows` [answers]; drop the others, and prompts without an answer left."""
-        counts = [int(n) for n in torch.stack([part.sum() for part in rows.split(self.counts)]).tolist()]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the answers at the ascending indices `rows`; drop the others, and prompts without an answer left."""
+        group_of = [g for g, count in enumerate(self.counts) for _ in range(count)]
+        counts = [0] * len(self.counts)
+        for row in rows:
+            counts[group_of[row]] += 1
         groups = [g for g, count in enumerate(counts) if count]
         self.lengths, self.ages = [self.lengths[g] for g in groups], [self.ages[g] for g in groups]
         self.counts = [counts[g] for g in groups]
-        kept, used = rows.nonzero()[:, 0], max(self.ages, default=0)
+        indices = [torch.tensor(numbers, dtype=torch.long) for numbers in (groups, list(rows))]
+        kept_groups, kept = together(indices, self.device)
         for layer in self.layers:
-            layer.keep(
-                torch.tensor(groups, dtype=torch.long, device=self.device), kept, max(self.lengths, default=0), used
-            )
+            layer.keep(kept_groups, kept, max(self.lengths, default=0), max(self.ages, default=0))
         self._arrange()
 
     def tokens(self, lengths: Sequence[int] = (), counts: Sequence[int] = ()) -> int:
@@ -88,9 +91,9 @@ class Slots:
 
     def _arrange(self) -> None:
         counts, ages, lengths = (torch.tensor(n, dtype=torch.long) for n in (self.counts, self.ages, self.lengths))
-        self.row_ages: Tensor = ages.repeat_interleave(counts).to(self.device)
-        self.row_lengths = lengths.repeat_interleave(counts).to(self.device)
-        self.row_groups = torch.arange(len(counts)).repeat_interleave(counts).to(self.device)
+        rows = [numbers.repeat_interleave(counts) for numbers in (ages, lengths, torch.arange(len(counts)))]
+        self.row_ages: Tensor
+        self.row_ages, self.row_lengths, self.row_groups = together(rows, self.device)
         self.rows = torch.arange(len(self.row_ages), device=self.device)
         self.level = len(set(self.ages)) == 1
 
