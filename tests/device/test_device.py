@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 KINDS = ("sft", "reward", "dpo", "grpo_pairs", "grpo", "ppo")
-COPIES = {"sft": 4, "reward": 5, "dpo": 5, "grpo_pairs": 7, "grpo": 7, "ppo": 12}
+COPIES = {"sft": 4, "reward": 6, "dpo": 5, "grpo_pairs": 7, "grpo": 11, "ppo": 14}
 """Most copies of one update: a batch, what is read of it, its columns and the metrics, for each micro-batch."""
 SYNCS = 3
 """Most waits of one update: for the metrics, once per dtype, and for the norm of the gradient."""
