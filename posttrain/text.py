@@ -24,7 +24,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the error's type and the first line of its text, for the end of another message; PyTorch's may have a hundred lines.
+    """Return the error's type and the first line of its text, for the end of a message; PyTorch's may have a hundred lines.
 
     Example:
         >>> reason_of(ValueError("no such kernel" + chr(10) + "registered at ..."))

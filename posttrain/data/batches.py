@@ -67,7 +67,7 @@ class TokenBatch:
     place: Tensor
 
     def to(self, device: torch.device) -> TokenBatch:
-        """Return the batch on another device, in one copy."""
+        """Return the batch on `device`, in one copy."""
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
         tensors = [*(getattr(self, name) for name in names), *chain(*(part.tensors() for part in self.parts))]
         moved = iter(together(tensors, device))

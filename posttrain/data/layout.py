@@ -67,7 +67,7 @@ class Reads:
     parts: tuple[Attended, ...]
 
     def to(self, device: torch.device) -> Reads:
-        """Return the reads on another device."""
+        """Return the reads on `device`."""
         moved = iter(together([self.tokens, *chain(*(part.tensors() for part in self.parts))], device))
         return Reads(next(moved), take_parts(self.parts, moved))
 

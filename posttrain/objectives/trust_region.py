@@ -60,7 +60,7 @@ def divergence_loss(
     """Return -A * rho, [batch, time], without the tokens that leave the trust region (DPPO, 2602.04879, eq. 11 to 14).
 
     A token leaves it if its probability moves in the direction of A (up: limit_high, down: limit_low) and has moved further than the limit.
-    The divergence is that of "this token or another": |pi - mu|, or KL(mu || pi) of the two outcomes.
+    The divergence is that of "this token or any other": |pi - mu|, or KL(mu || pi) of the two outcomes.
     """
     difference = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     moved = binary_divergence(logprobs.detach(), old_logprobs, kind)
@@ -72,7 +72,7 @@ def divergence_loss(
 
 
 def binary_divergence(logprobs: Tensor, old_logprobs: Tensor, kind: Literal["tv", "kl"]) -> Tensor:
-    """Return the divergence [batch, time] between two policies for the outcomes "this token" and "another one", in float64."""
+    """Return the divergence [batch, time] between two policies for the outcomes "this token" and "any other", in float64."""
     new, old = (x.double().clamp(min=-(LOG_RATIO_LIMIT**2), max=-1e-12) for x in (logprobs, old_logprobs))
     if kind == "tv":
         return (new.exp() - old.exp()).abs()
