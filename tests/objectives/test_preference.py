@@ -17,6 +17,7 @@ from posttrain.objectives.preference import (
     preference_target,
     unpaired_loss,
 )
+from posttrain.objectives.surrogate import importance_ratio, surrogate_loss
 
 LN2 = math.log(2)
 
@@ -47,6 +48,26 @@ def test_dpo_starts_at_ln_2_with_half_beta_as_gradient() -> None:
     assert loss.item() == pytest.approx(LN2, abs=1e-12)
     assert chosen.grad.item() == pytest.approx(-0.15, abs=1e-12)
     assert rejected.grad.item() == pytest.approx(0.15, abs=1e-12)
+
+
+def test_grpo_over_a_pair_starts_with_the_gradient_of_dpo_up_to_a_factor() -> None:
+    """First order: A = +1/2 and -1/2, sequence ratio 1. For answers of T tokens the factor is 1 / (2 T beta)."""
+    tokens, beta = 4, 0.1
+    reference = torch.full((2, tokens), -1.5, dtype=torch.float64)
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+
+    dpo = reference.clone().requires_grad_()
+    sums = (dpo - reference).sum(1)
+    preference_loss((sums[0] - sums[1])[None], f64(0.0), spec("dpo", beta=beta)).sum().backward()
+
+    grpo = reference.clone().requires_grad_()
+    ratio = importance_ratio(grpo, reference, mask, "sequence")
+    surrogate = surrogate_loss(ratio, grpo, f64(0.5, -0.5)[:, None], 0.2, 0.2)
+    (surrogate.loss.mean(1).sum() / 2).backward()
+
+    assert dpo.grad[:, 0].tolist() == pytest.approx([-beta / 2, beta / 2], abs=1e-12)
+    assert grpo.grad[:, 0].tolist() == pytest.approx([-1 / (4 * tokens), 1 / (4 * tokens)], abs=1e-12)
+    assert torch.allclose(grpo.grad, dpo.grad / (2 * tokens * beta), atol=1e-12)
 
 
 def test_label_smoothing_gives_the_table_of_the_specification() -> None:
