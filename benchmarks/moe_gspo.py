@@ -102,7 +102,10 @@ def fine_tuned(size: Size, seed: int) -> tuple[Any, TextEncoder]:
     rows = [Example(tokens) for tokens in table_tokens(encoder, demonstrations, "completion")]
     order = EpochOrder(len(rows), 64, size.sft_epochs, seed)
     trainer: Trainer[Example] = Trainer(
-        Policy(lm), OptimizerSettings(3e-3, "cosine", 10), total_steps=order.steps, micro_batch_tokens=BUDGET
+        Policy(lm),
+        OptimizerSettings(3e-3, "cosine", min(10, order.steps)),
+        total_steps=order.steps,
+        micro_batch_tokens=BUDGET,
     )
     source = EpochSource(rows, order)
     for step in range(order.steps):

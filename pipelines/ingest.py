@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 
 from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
+from pipelines.data.conversation_rows import Sourced
 from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, environment_files, local_files, table_rows
-from pipelines.data.tables import FOLDER, Row, Sourced, Table, plain, write_changes, write_rows
+from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipelines.config.params import Params
+from pipelines.data.conversation_rows import Sourced
 from pipelines.data.sources import numbered
-from pipelines.data.tables import HELD_OUT, TRAINING, Row, Sourced, Table
+from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
 from pipelines.ingest import split_tables
 from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
 from pipelines.validation.check import check

@@ -11,11 +11,11 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
-from pipelines.data.conversation_rows import chat_rows
+from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised, require_known
 from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumb, thumbs_pairs
-from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, Sourced, is_number, is_text, required
+from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 

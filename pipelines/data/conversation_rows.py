@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.config.data_schema import TableSource
 from pipelines.data.messages import canonical_messages, canonical_tools
 from pipelines.data.pairs import Changes, with_prompt
-from pipelines.data.tables import TEXT, TOOLS, Row, Sourced, is_messages
+from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
+from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
+Sourced = Kind | Literal["labelled"]
+"""Tables with a section under `data`."""
 _WHOLE = "messages"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
-from pipelines.data.tables import Sourced
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]

@@ -14,11 +14,11 @@ from typing import Any
 
 from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
-from pipelines.data.conversation_rows import chat_rows
+from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
-from pipelines.data.tables import SCORES, TEXT, Row, Sourced
+from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments.base import built_in, checked_rows, environment, is_environment
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest

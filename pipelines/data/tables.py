@@ -14,12 +14,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from posttrain.environments.parts import Kind
 from posttrain.errors import DataError
 
 Table = Literal["sft", "preferences", "preferences_heldout", "problems", "evaluation", "labelled"]
-Sourced = Kind | Literal["labelled"]
-"""Tables with a section under `data`."""
 Row = dict[str, Any]
 TEXT: Mapping[Table, tuple[str, ...]] = {
     "sft": ("prompt", "completion"),
