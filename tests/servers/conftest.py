@@ -93,7 +93,7 @@ class Scene:
             schedule = IntervalSchedule(interval=timedelta(seconds=5))
             (made,) = client.create_deployment_schedules(deployment.id, [(schedule, True)])
             try:
-                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 400)
+                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 800)
             finally:
                 client.delete_deployment_schedule(deployment.id, made.id)
                 self._forget_waiting(client)

@@ -21,7 +21,7 @@ from pipelines.commands.models import line
 from tests.servers.conftest import Scene, signed_in, wait
 from tests.sockets import addresses, family
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(1800)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]
