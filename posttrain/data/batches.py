@@ -47,7 +47,7 @@ class TokenBatch:
         parts: which token attends to which.
         source: [batch, time] index of the token whose hidden state predicts the response token.
         targets: [batch, time] response ids.
-        trained: [trained tokens] positions in mask.flatten() where the mask is True.
+        trained: [trained tokens] positions of True in mask.flatten().
         mask: [batch, time] bool, computed from lengths and weights and never from ids: pad may equal eos, and eos is trained.
         last: [batch] index of the row's last token.
         rows: [batch, length] indices of the row's tokens, padded on the right.

@@ -2,7 +2,7 @@
 
     python -m tests.device.measure sft dpo
 
-A process of its own: the pretend device is registered with PyTorch for good.
+It runs as a separate process: the pretend device is registered with PyTorch for good.
 """
 
 from __future__ import annotations

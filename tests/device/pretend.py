@@ -1,4 +1,4 @@
-"""A pretend accelerator: its tensors report another device, compute on the CPU, refuse to meet CPU tensors, and count what a GPU pays for.
+"""A pretend accelerator: its tensors report another device, compute on the CPU, refuse to meet CPU tensors, and count costs of a GPU.
 
 A GPU runs ahead of the program until the program asks for a value. This module counts those waits (`syncs`), copies between the host and
 the device (`copies`) and started kernels (`launches`) per line of the project's code, without a GPU.
@@ -199,17 +199,17 @@ _ACTIVE: Pretend | None = None
 
 
 # `torch.tensor(values, device=...)` copies to the device below the dispatch modes, so these three need kernels.
-@torch.library.impl("aten::empty_strided", NAME)  # type: ignore[untyped-decorator]
+@torch.library.impl("aten::empty_strided", NAME)
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
     return OnDevice(torch.empty_strided(size, stride, dtype=dtype))
 
 
-@torch.library.impl("aten::empty.memory_format", NAME)  # type: ignore[untyped-decorator]
+@torch.library.impl("aten::empty.memory_format", NAME)
 def _empty(size: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
     return OnDevice(torch.empty(size, dtype=dtype))
 
 
-@torch.library.impl("aten::_copy_from", NAME)  # type: ignore[untyped-decorator]
+@torch.library.impl("aten::_copy_from", NAME)
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if _ACTIVE is not None:
         _ACTIVE.copied_below()

@@ -1,4 +1,4 @@
-"""A study from its file to its verdict: the flow runs the arms in workspaces of their own and continues after an interruption."""
+"""A study from its file to its verdict: the flow runs the arms in separate workspaces and continues after an interruption."""
 
 from __future__ import annotations
 

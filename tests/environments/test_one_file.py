@@ -1,4 +1,4 @@
-"""The environment that README.md shows, in a file of its own: every table, its options, its reward, and GRPO on it."""
+"""The environment that README.md shows, in its own file: every table, its options, its reward, and GRPO on it."""
 
 from __future__ import annotations
 

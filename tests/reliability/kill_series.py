@@ -3,7 +3,7 @@
     python -m tests.reliability.kill_series --kills 200 --seed 0 --folder /tmp/series
 
 A trial starts one kind of training, sends SIGKILL to one of its processes up to four times, starts it again to its end, and compares
-weights, journal, curves, tables, dvc.lock and the numbers in MLflow with those of a run that nobody disturbed. Trials are written to
+weights, journal, curves, tables, dvc.lock and the numbers in MLflow with those of an undisturbed run. Trials are written to
 FOLDER/series.jsonl when they end: the same command continues an interrupted series. `--table` writes the summary into docs/reliability.md.
 """
 

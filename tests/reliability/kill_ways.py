@@ -198,7 +198,7 @@ class _UnderWorker(Attempt):
 
 
 def clone(root: Path, folder: Path) -> None:
-    """Copy the project's files, as git lists them, into a repository of their own."""
+    """Copy the project's files, as git lists them, into a new repository."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True
     )
