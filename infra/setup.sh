@@ -26,7 +26,8 @@ interpreter() {
     return 1
 }
 
-# uv installs in a tenth of pip's time but does not read pip's configuration.
+# uv installs in a tenth of pip's time but does not read pip's configuration. The packages are compiled here: every stage
+# is a process of its own, and where PYTHONDONTWRITEBYTECODE is set each would compile torch, MLflow and Prefect again.
 with_uv() {
     local uv="$1" setting value
     local -a options=()
@@ -35,7 +36,7 @@ with_uv() {
         # One option per value: pip separates them by white space.
         for value in $value; do options+=("--$setting" "$value"); done
     done
-    "$uv" pip install --quiet --python "$VENV/bin/python" --index-strategy unsafe-best-match \
+    "$uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" --index-strategy unsafe-best-match \
         ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev,servers]'
 }
 
