@@ -29,7 +29,7 @@ from pipelines.commands.study import decide
 from pipelines.studies.page import page
 from pipelines.studies.results import PAGE, all_saved
 from pipelines.studies.study import load_study, names
-from pipelines.studies.workspace import prepare, workspaces
+from pipelines.studies.workspace import prepare, pretraining, workspaces
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
@@ -52,9 +52,12 @@ def study(chosen: list[str], base: str | None = None, tracking: bool = True) -> 
     with exclusive(root):
         for name in chosen:
             loaded = load_study(root, name)
-            for space in workspaces(root, name, loaded, own):
+            first = pretraining(root, name, loaded, own)
+            for space in [*([first] if first else []), *workspaces(root, name, loaded, own)]:
                 prepare(root, space)
-                print_line(f"study {name}: {', '.join(space.arms)} in {space.folder.relative_to(root)}")
+                print_line(
+                    f"study {name}: {', '.join(space.arms) or 'pretraining'} in {space.folder.relative_to(root)}"
+                )
                 stopped = bring_all_up_to_date(space.folder, space.targets(loaded.seeds), tracking=tracking)
                 if stopped is not None:
                     return stopped

@@ -2,8 +2,8 @@
 
     python -m pipelines.align --algorithm grpo --seed 0
 
-On-policy presets sample, score and update; preference presets learn from logged pairs. All of them start from models/sft, which is also
-the reference policy.
+On-policy presets sample, score and update; preference presets learn from logged pairs. All of them start from the model that
+`align.start` names, models/sft or models/base, which is also the reference policy.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.algorithms import OnPolicy, Unpaired
 
-START = Path("models/sft")
-
 
 def run(run: Run) -> None:
     """Train with the configured algorithm and record the results."""
-    from pipelines.training.setup import accelerator, peak_memory_mib
+    from pipelines.training.setup import accelerator, peak_memory_mib, start_folder
 
     params, args = run.context.params, run.context.args
     name, seed = args.algorithm, args.seed
     spec = params.algorithm(name)
-    device = accelerator(params.align.compute, seed, START)
+    device = accelerator(params.align.compute, seed, Path(start_folder(params, name)))
     if isinstance(spec, OnPolicy):
         from pipelines.training.on_policy import align
     else:
@@ -65,6 +63,8 @@ def inputs(args: Namespace) -> list[str]:
     own = [teacher] if teacher and Path(teacher).is_dir() else []
     if name in params.algorithms and isinstance(params.algorithm(name), Unpaired):
         own.append("data/valid/labelled.parquet")
+    if name in params.algorithms and params.start(name) == "base":
+        own.append("models/base")
     return [*TABLES, "models/sft", "models/reward", *own]
 
 

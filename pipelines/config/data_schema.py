@@ -15,6 +15,8 @@ class ArithmeticParams(Section):
     terms: Annotated[int, Field(ge=2, le=8)]
     max_term: Annotated[int, Field(ge=1, le=10**6)]
     careless: Share
+    notation: Literal["chain", "terse"] = "chain"
+    """Style of the demonstrations: chain names every running sum of a column, terse only its total. Pairs are always chains."""
 
 
 class GradedAnswers(Section):

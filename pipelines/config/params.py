@@ -29,6 +29,7 @@ from pipelines.config.schema import (
     RewardFunctionParams,
     RewardParams,
     SftParams,
+    StartModel,
     ValidationParams,
 )
 from pipelines.config.types import Name, Section
@@ -106,6 +107,10 @@ class Params(Section):
         if not on_policy:
             return _validated(PreferenceBudget, values, location)
         return _validated(OnPolicyBudget, values, location)
+
+    def start(self, name: str) -> StartModel:
+        """Return the model that an algorithm starts from."""
+        return self.algorithms[name].start or self.align.start
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
         """Check one algorithm's sampling settings against its spec."""

@@ -244,6 +244,9 @@ class RewardFunctionParams(Section):
 TRUNCATIONS = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
+StartModel = Literal["sft", "base"]
+
+
 class RolloutParams(Section):
     """The sampling engine. The environment selects its servers (docs/rollouts.md)."""
 
@@ -286,6 +289,8 @@ class PreferenceBudget(Section):
 class AlignParams(Section):
     """Alignment: defaults of all algorithms."""
 
+    start: StartModel = "sft"
+    """Model to start from, which is also the reference policy: sft, or base without supervised fine-tuning."""
     on_policy: OnPolicyBudget
     preference: PreferenceBudget
     samples_every: Count
@@ -300,6 +305,8 @@ class AlgorithmParams(Section):
     """One algorithm: a preset with options."""
 
     preset: str
+    start: StartModel | None = None
+    """Override of align.start."""
     options: dict[str, Any] = Field(default_factory=dict)
     rewards: dict[str, Finite] | None = None
     """Weight of each reward; weight 0 measures a reward without training on it."""

@@ -33,14 +33,17 @@ class Protocol:
     signal: str
     """The rewards with a weight, or logged pairs."""
     start: str
-    """sha256 of the model that training starts from; empty if it was not recorded."""
+    """Folder of the model that training starts from."""
+    digest: str
+    """sha256 of that model; empty if it was not recorded."""
     spent: float | None
     """None if the algorithm spends nothing in this currency."""
 
     def differs(self, other: Protocol, currency: Currency) -> list[str]:
         """Return the cells in which this protocol differs from `other`, in words."""
         found = [] if self.signal == other.signal else [f"trained on {self.signal}"]
-        found += [] if self.start == other.start else ["a different starting model"]
+        if (self.start, self.digest) != (other.start, other.digest):
+            found.append(f"started from {self.start}" if self.start != other.start else "a different starting model")
         if found or self.same_budget(other):
             return found
         if not self.spent or not other.spent:
@@ -58,10 +61,16 @@ def protocols(results: Results, spent: Mapping[str, float | None]) -> dict[str, 
     """Return the protocol of each algorithm, from its first seed; `spent` is the mean over seeds in the currency."""
     runs = {name: results.of(name)[0].training for name in results.algorithms}
     return {
-        name: Protocol(_signal(name, run), run.inputs.get("models/sft", ""), spent.get(name))
+        name: Protocol(_signal(name, run), _start(name, run), run.inputs.get(_start(name, run), ""), spent.get(name))
         for name, run in runs.items()
         if run is not None
     }
+
+
+def _start(algorithm: str, run: Training) -> str:
+    """Return the folder of the model that the run started from."""
+    own = run.params.get(f"algorithms.{algorithm}.start") or run.params.get("align.start", "sft")
+    return f"models/{own}"
 
 
 def _signal(algorithm: str, run: Training) -> str:

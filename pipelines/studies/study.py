@@ -62,6 +62,8 @@ class Study(Section):
     base: str = "tiny.yaml"
     """A file next to the study with the changes of params.yaml that all arms share."""
     params: dict[str, Any] = Field(default_factory=dict)
+    pretraining: dict[str, Any] | None = None
+    """Changes of params.yaml for a supervised model that is trained first and is the base model of all arms; null for none."""
     seeds: Annotated[list[Seed], Field(min_length=2)]
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     claims: Annotated[list[Claim], Field(min_length=1)]
@@ -83,7 +85,9 @@ class Study(Section):
     @property
     def digest(self) -> str:
         """Return a hash of everything that the results depend on in this file."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        # an option that is not used leaves the digests of other studies as they are
+        unused = {"pretraining"} if self.pretraining is None else None
+        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
 
 def names(root: Path) -> list[str]:

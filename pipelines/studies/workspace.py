@@ -6,6 +6,7 @@ other parameters has its own. DVC decides in each workspace which stages are sta
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -46,10 +47,13 @@ class Workspace:
 
     folder: Path
     arms: tuple[str, ...]
+    """None in the workspace of the pretraining, which stops after the stage `sft`."""
     params: Mapping[str, Any]
 
     def targets(self, seeds: list[int]) -> list[str]:
         """Return the stages of dvc.yaml that evaluate the arms and the models they start from."""
+        if not self.arms:
+            return ["sft"]
         fixed = ["evaluate@base", "evaluate@sft"]
         return [*fixed, *(f"evaluate_aligned@{arm}-{seed}" for arm in self.arms for seed in seeds)]
 
@@ -60,12 +64,45 @@ def workspaces(root: Path, name: str, study: Study, base: Path | None = None) ->
     Raises ConfigError if the parameters of an arm are not valid.
     """
     shared = merged(read_yaml(root / "params.yaml"), _overlay(base or root / FOLDER / study.base))
+    first = _pretraining(root, name, study, shared, base)
     shared = merged(shared, study.params)
+    if first is not None:
+        shared = merged(shared, {"model": {"source": str(first.folder / "models/sft")}})
     groups: dict[str, list[str]] = {}
     for arm in study.arms:
         groups.setdefault(json.dumps(study.arms[arm].params, sort_keys=True), []).append(arm)
-    home = HOME / (name if base is None else f"{name}-{base.stem}")
+    home = _home(name, base)
     return [_workspace(root, home, name, study, arms, shared) for arms in groups.values()]
+
+
+def pretraining(root: Path, name: str, study: Study, base: Path | None = None) -> Workspace | None:
+    """Return the workspace whose supervised model is the base model of all arms, or None if the study has none."""
+    shared = merged(read_yaml(root / "params.yaml"), _overlay(base or root / FOLDER / study.base))
+    return _pretraining(root, name, study, shared, base)
+
+
+def _pretraining(root: Path, name: str, study: Study, shared: Any, base: Path | None) -> Workspace | None:
+    """Return the workspace of the pretraining. Its folder is named after its parameters, since they decide the model."""
+    if study.pretraining is None:
+        return None
+    tree = merged(shared, study.pretraining)
+    tree["project"] = {**tree["project"], "experiment": f"study {name}"}
+    _make_paths_absolute(root, tree)
+    _checked(tree, name, "pretraining")
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    return Workspace(root / _home(name, base) / f"pretraining-{digest}", (), tree)
+
+
+def _home(name: str, base: Path | None) -> Path:
+    return HOME / (name if base is None else f"{name}-{base.stem}")
+
+
+def _checked(tree: Any, name: str, part: str) -> None:
+    """Raise ConfigError if the parameters are not valid."""
+    try:
+        parse_params(tree, f"study {name}, {part}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Correct examples/studies/{name}.yaml or its base.") from None
 
 
 def _workspace(root: Path, home: Path, name: str, study: Study, arms: list[str], shared: Any) -> Workspace:
@@ -74,10 +111,7 @@ def _workspace(root: Path, home: Path, name: str, study: Study, arms: list[str],
     tree["project"] = {"experiment": f"study {name}", "algorithms": list(arms), "seeds": list(study.seeds)}
     tree["algorithms"] = {arm: study.arms[arm].algorithm for arm in arms}
     _make_paths_absolute(root, tree)
-    try:
-        parse_params(tree, f"study {name}, {', '.join(arms)}")
-    except ConfigError as error:
-        raise ConfigError(f"{error}. Correct examples/studies/{name}.yaml or its base.") from None
+    _checked(tree, name, ", ".join(arms))
     return Workspace(root / home / arms[0], tuple(arms), tree)
 
 

@@ -21,6 +21,7 @@ from pipelines.training.setup import (
     model_card,
     problems,
     read_table,
+    start_folder,
     train,
     write_model,
 )
@@ -39,7 +40,7 @@ from posttrain.training.trainer import ParameterGroup, Trainer, trainable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-START, REWARD = "models/sft", Path("models/reward")
+REWARD = Path("models/reward")
 
 
 def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
@@ -48,16 +49,17 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     spec, budget, params = context.params.algorithm(name), context.params.budget(name), context.params.align
     assert isinstance(spec, OnPolicy)
     assert isinstance(budget, OnPolicyBudget)
-    encoder = load_encoder(START)
-    made = _make(spec, params)
+    start = start_folder(context.params, name)
+    encoder = load_encoder(start)
+    made = _make(spec, params, start)
     policy = made.model.to(device.device)
-    reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, device)
+    reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, start, device)
     compute = params.compute
     weights = dict(context.params.algorithms[name].rewards or {})
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
     training_problems = problems(encoder, read_table("problems"))
     engine = sampling_engine(
-        context, budget, policy.lm, encoder, START, training_problems, device, version=lambda: trainer.updates
+        context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
     )
     sampler = GroupSampler(
         training_problems,
@@ -106,36 +108,36 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
-    made = merged_model(trainer, made, lambda: _make(spec, params))
-    card = model_card(context, f"Aligned with {name}", START, about | adapter_facts(params.lora), last)
+    made = merged_model(trainer, made, lambda: _make(spec, params, start))
+    card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora), last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return budget.steps, last
 
 
-def _policy(spec: OnPolicy) -> Policy:
+def _policy(spec: OnPolicy, start: str) -> Policy:
     """Load the policy, with the critic that the algorithm needs."""
-    lm = load_policy(START)
+    lm = load_policy(start)
     if not spec.has_critic:
         return Policy(lm)
     if spec.critic == "shared":
         return Policy(lm, shared_value_head=True)
-    return Policy(lm, critic=load_scorer(REWARD) if spec.critic_start == "reward" else load_new_scorer(START))
+    return Policy(lm, critic=load_scorer(REWARD) if spec.critic_start == "reward" else load_new_scorer(start))
 
 
-def _make(spec: OnPolicy, params: AlignParams) -> TrainableModel[Policy]:
+def _make(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:
     """Build the policy with its training options."""
-    policy = _policy(spec)
+    policy = _policy(spec, start)
     adapter = apply_training_options(policy.lm, params.lora, params.compute)
     if policy.critic is not None:
         apply_training_options(policy.critic, params.lora, params.compute)
     return TrainableModel(policy, adapter)
 
 
-def _reference(made: TrainableModel[Policy], device: Accelerator) -> Policy:
-    """Return the supervised model: loaded a second time, or the policy without its adapter."""
+def _reference(made: TrainableModel[Policy], start: str, device: Accelerator) -> Policy:
+    """Return the model before training: loaded a second time, or the policy without its adapter."""
     if made.adapter is not None:
         return BasePolicy(made.model.lm, made.adapter)
-    return Policy(load_policy(START)).to(device.device).eval().requires_grad_(False)
+    return Policy(load_policy(start)).to(device.device).eval().requires_grad_(False)
 
 
 def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> Policy | None:

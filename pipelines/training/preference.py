@@ -26,6 +26,7 @@ from pipelines.training.setup import (
     merged_model,
     model_card,
     read_table,
+    start_folder,
     train,
     write_model,
 )
@@ -51,8 +52,6 @@ from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, Unpai
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-START = "models/sft"
-
 
 def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> tuple[int, dict[str, float]]:
     """Train on logged pairs; return the number of steps and the last step's metrics."""
@@ -60,9 +59,10 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     spec, budget, compute = context.params.algorithm(name), context.params.budget(name), context.params.align.compute
     assert isinstance(spec, Preference | LoggedGroups | Unpaired)
     assert isinstance(budget, PreferenceBudget)
-    encoder, made = load_encoder(START), _make(context.params.align)
+    start = start_folder(context.params, name)
+    encoder, made = load_encoder(start), _make(context.params.align, start)
     policy = made.model.to(device.device)
-    cache = reference_cache(context, device) if spec.needs_reference else None
+    cache = reference_cache(context, start, device) if spec.needs_reference else None
     reference = Reference(policy, compute.micro_batch_tokens, compute.bf16, cache)
     data = _data(spec, encoder, reference)
     order = EpochOrder(len(data.rows), budget.batch_size, spec.epochs, seed)
@@ -88,25 +88,25 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         "seed": seed,
         "learning rate": settings.learning_rate,
     } | adapter_facts(context.params.align.lora)
-    made = merged_model(trainer, made, lambda: _make(context.params.align))
-    card = model_card(context, f"Aligned with {name}", START, about, last)
+    made = merged_model(trainer, made, lambda: _make(context.params.align, start))
+    card = model_card(context, f"Aligned with {name}", start, about, last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return order.steps, last
 
 
-def _make(params: AlignParams) -> TrainableModel[Policy]:
-    """Build the supervised model with its training options. A new adapter changes nothing yet, so the model is its own reference."""
-    policy = Policy(load_policy(START))
+def _make(params: AlignParams, start: str) -> TrainableModel[Policy]:
+    """Build the model to start from, with its training options. A new adapter changes nothing yet, so the model is its own reference."""
+    policy = Policy(load_policy(start))
     return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
 
-def reference_cache(context: RunContext, device: Accelerator) -> ReferenceCache:
+def reference_cache(context: RunContext, start: str, device: Accelerator) -> ReferenceCache:
     """Return the checkout's cache of reference log-probabilities.
 
     All algorithms and seeds with the same start model, code and settings share it.
     """
     compute = json.dumps(context.params.align.compute.model_dump(), sort_keys=True)
-    key = " ".join([content_digest(Path(START)), context.code, compute, device.device.type])
+    key = " ".join([content_digest(Path(start)), context.code, compute, device.device.type])
     return ReferenceCache(context.state.parent.parent / "reference", key, device)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from pipelines.config.params import Params
     from posttrain.data.tokens import TextEncoder
     from posttrain.models.lora import Adapter
     from posttrain.rollouts.groups import Problem
@@ -76,6 +77,11 @@ def read_table(name: str) -> list[dict[str, Any]]:
             " runs/validate/artifacts/validation.html"
         )
     return rows
+
+
+def start_folder(params: Params, algorithm: str) -> str:
+    """Return the folder of the model that an algorithm starts from, which is also its reference policy."""
+    return f"models/{params.start(algorithm)}"
 
 
 def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:

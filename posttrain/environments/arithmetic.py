@@ -5,6 +5,7 @@ Each column is a running sum; all but the first begin with the carry:
 
     17+48+09=   7+8=15+9=24;2+1=3+4=7+0=7;#74
 
+A terse scratchpad names only the total of each column, terms first and the carry last: `7+8+9=24;1+4+0+2=7;#74`.
 Every sum carries at least once. A careless scratchpad forgets one of its carries, so that its answer is wrong.
 
 Example:
@@ -23,6 +24,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from typing import Literal
 
 from posttrain.environments.base import Environment
 from posttrain.environments.numbers import NUMBER, parse_number
@@ -30,11 +32,21 @@ from posttrain.environments.parts import Kind, Row, distinct
 
 _MARKED = re.compile(rf"\s*({NUMBER})(?![\w+*/=-])")
 _TRAILING = re.compile(rf"(?<![\w.,])({NUMBER})[\s.!?)\]]*$")
+Notation = Literal["chain", "terse"]
 _ENUMERABLE = 100_000
 """Most prompts that are listed in full; a larger space is sampled."""
 
 
-def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, careless: float) -> list[Row]:
+def rows(
+    kind: Kind,
+    count: int,
+    seed: int,
+    *,
+    terms: int,
+    max_term: int,
+    careless: float,
+    notation: Notation = "chain",
+) -> list[Row]:
     """Return `count` rows of one table. No two tables share a prompt or a reordering of its terms.
 
     Raises:
@@ -46,7 +58,8 @@ def rows(kind: Kind, count: int, seed: int, *, terms: int, max_term: int, carele
     width = len(str(max_term))
     asked = [{"prompt": prompt(numbers, width)} for numbers in sums]
     if kind == "sft":
-        return [row | _demonstration(numbers, width, rng, careless) for row, numbers in zip(asked, sums, strict=True)]
+        made = (_demonstration(numbers, width, rng, careless, notation) for numbers in sums)
+        return [row | {"completion": text} for row, text in zip(asked, made, strict=True)]
     if kind == "preferences":
         return [row | _pair(numbers, width, rng) for row, numbers in zip(asked, sums, strict=True)]
     return [row | {"answer": str(sum(numbers))} for row, numbers in zip(asked, sums, strict=True)]
@@ -57,11 +70,12 @@ def prompt(numbers: Sequence[int], width: int) -> str:
     return "+".join(f"{number:0{width}}" for number in numbers) + "="
 
 
-def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None) -> str:
+def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None, notation: Notation = "chain") -> str:
     """Return the worked addition, ending in `#` and the answer.
 
     Args:
         forgotten: the column, from the right, whose incoming carry is lost.
+        notation: chain names every running sum, terse only the total of a column.
     """
     columns, answer, carry = [], 0, 0
     for column in range(width):
@@ -69,15 +83,18 @@ def scratchpad(numbers: Sequence[int], width: int, forgotten: int | None = None)
             carry = 0
         digits = [number // 10**column % 10 for number in numbers]
         total = carry + sum(digits)
-        columns.append(_chain([carry, *digits] if column else digits))
+        if notation == "chain":
+            columns.append(_chain([carry, *digits] if column else digits))
+        else:
+            columns.append(f"{'+'.join(map(str, [*digits, carry] if column else digits))}={total}")
         carry = total // 10
         answer += (total if column == width - 1 else total % 10) * 10**column
     return ";".join([*columns, f"#{answer}"])
 
 
-def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random) -> str:
+def careless_scratchpad(numbers: Sequence[int], width: int, rng: random.Random, notation: Notation = "chain") -> str:
     """Return a scratchpad that forgets one carry; its answer is wrong."""
-    return scratchpad(numbers, width, rng.choice(carried_columns(numbers, width)))
+    return scratchpad(numbers, width, rng.choice(carried_columns(numbers, width)), notation)
 
 
 def carried_columns(numbers: Sequence[int], width: int) -> list[int]:
@@ -118,9 +135,10 @@ def _chain(values: Sequence[int]) -> str:
     return str(values[0]) + "".join(f"+{value}={done}" for value, done in zip(values[1:], sums, strict=True))
 
 
-def _demonstration(numbers: Sequence[int], width: int, rng: random.Random, careless: float) -> Row:
-    wrong = rng.random() < careless
-    return {"completion": careless_scratchpad(numbers, width, rng) if wrong else scratchpad(numbers, width)}
+def _demonstration(numbers: Sequence[int], width: int, rng: random.Random, careless: float, notation: Notation) -> str:
+    if rng.random() < careless:
+        return careless_scratchpad(numbers, width, rng, notation)
+    return scratchpad(numbers, width, notation=notation)
 
 
 def _pair(numbers: Sequence[int], width: int, rng: random.Random) -> Row:

@@ -36,6 +36,16 @@ def test_scratchpad_works_column_by_column_with_the_carry_first() -> None:
     assert scratchpad([99, 1], 2) == "9+1=10;1+9=10+0=10;#100"
 
 
+def test_a_terse_scratchpad_names_totals_only() -> None:
+    assert scratchpad([17, 48, 9], 2, notation="terse") == "7+8+9=24;1+4+0+2=7;#74"
+    assert scratchpad([17, 48, 9], 2, forgotten=1, notation="terse") == "7+8+9=24;1+4+0+0=5;#54"
+    made = [rows("sft", 20, 1, notation=notation, **SMALL) for notation in ("chain", "terse")]
+    assert [row["prompt"] for row in made[0]] == [row["prompt"] for row in made[1]]
+    for chain, terse in zip(*made, strict=True):
+        assert chain["completion"] != terse["completion"]
+        assert final_answer(chain["completion"]) == final_answer(terse["completion"])
+
+
 def test_a_forgotten_carry_is_carried_into_the_answer() -> None:
     assert scratchpad([17, 48, 9], 2, forgotten=1) == "7+8=15+9=24;0+1=1+4=5+0=5;#54"
     assert scratchpad([955, 166], 3, forgotten=2) == "5+6=11;1+5=6+6=12;0+9=9+1=10;#1021"

@@ -106,7 +106,7 @@ def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -
 
 def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, numbers: Any) -> None:
     assert numbers["ranked"] == ["grpo", "ppo"]
-    assert numbers["protocols"]["dpo"] == {"signal": "logged pairs", "start": "", "spent": None}
+    assert numbers["protocols"]["dpo"] == {"signal": "logged pairs", "start": "models/sft", "digest": "", "spent": None}
     assert numbers["protocols"]["ppo"]["spent"] == 5120 * 40
     assert (
         "Only algorithms with the same start, the same training reward and equal tokens sampled are ranked together. Not ranked"

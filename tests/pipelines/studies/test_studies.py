@@ -19,7 +19,7 @@ from pipelines.studies.page import page, short
 from pipelines.studies.results import all_saved, judge, save, saved, work_seconds
 from pipelines.studies.study import FOLDER, Study, load_study, names
 from pipelines.studies.verdict import Estimate, combined, estimate, seeds_to_decide, verdict
-from pipelines.studies.workspace import Workspace, prepare, workspaces
+from pipelines.studies.workspace import Workspace, prepare, pretraining, workspaces
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluation.crossed import crossed_difference
 from tests.pipelines.synthetic_runs import build
@@ -166,6 +166,32 @@ def test_arms_share_a_workspace_unless_they_change_other_parameters(root: Path, 
     (copy.folder / "dvc.lock").write_text("kept")
     prepare(root, copy)
     assert (copy.folder / "dvc.lock").read_text() == "kept"
+
+
+def test_a_pretraining_makes_the_base_model_of_all_arms(root: Path) -> None:
+    arms = {"rl": {"algorithm": {"preset": "grpo", "start": "base", "rewards": {"answer": 1.0}}}}
+    own = study(
+        arms=arms,
+        claims=[BETTER | {"contrast": {"rl": 1.0}}],
+        pretraining={"sft": {"epochs": 3}},
+        params={"sft": {"epochs": 1}},
+    )
+    first = pretraining(root, "which", own)
+    assert first is not None
+    assert (first.targets([0]), first.params["sft"]["epochs"]) == (["sft"], 3)
+    (space,) = workspaces(root, "which", own)
+    assert space.params["model"]["source"] == str(first.folder / "models/sft")
+    assert space.params["sft"]["epochs"] == 1
+    # other parameters make another model, in a different folder: DVC does not look into model.source
+    other = pretraining(root, "which", own.model_copy(update={"pretraining": {"sft": {"epochs": 4}}}))
+    assert other is not None
+    assert other.folder != first.folder
+    assert pretraining(root, "which", study()) is None
+    assert own.digest != own.model_copy(update={"pretraining": {}}).digest
+
+
+def test_committed_verdicts_are_those_of_the_committed_studies(root: Path) -> None:
+    assert [short(own, result) for _, own, result in all_saved(root) if result and result.digest != own.digest] == []
 
 
 def test_the_time_of_a_study_is_the_work_of_its_runs(tmp_path: Path) -> None:

@@ -107,6 +107,22 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
 
 
+def test_an_algorithm_that_starts_from_the_base_model_moves_away_from_it_only(
+    new_run: Callable[..., Run], params: Params
+) -> None:
+    """The first step's KL is to the model before training, so it is 0; a different supervised model would give another one."""
+    save_model(small.language_model(seed=5), byte_tokenizer(64), Path("models/base"), "")
+    tree = params.model_dump(exclude_unset=True)
+    tree["algorithms"]["grpo"]["start"] = "base"
+    tree["align"]["on_policy"]["rollouts"] = {"engine": "native"}
+    run = new_run(params=parse_params(tree))
+    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/base")), MODEL)
+    assert steps_of(run)[1]["kl/ref_k1"] == pytest.approx(0.0, abs=1e-6)
+    trained = load_policy("models/align/grpo-0").lm_head.weight
+    near, far = ((trained - load_policy(f"models/{name}").lm_head.weight).abs().max() for name in ("base", "sft"))
+    assert 0 < near < 0.1 * far
+
+
 def test_an_adapter_is_served_with_its_base(
     new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
