@@ -48,3 +48,10 @@ def test_all_results_on_one_page_are_those_of_the_tables(root: Path, tmp_path: P
     (tmp_path / "results.py").write_bytes((root / "benchmarks" / "results.py").read_bytes())
     subprocess.run([sys.executable, str(tmp_path / "results.py")], check=True, capture_output=True)
     assert (tmp_path / "RESULTS.md").read_text() == (root / "benchmarks" / "RESULTS.md").read_text()
+
+
+def test_a_script_that_imports_its_package_finds_it(root: Path) -> None:
+    for script in sorted((root / "benchmarks").glob("*.py")):
+        before_torch = script.read_text(encoding="utf-8").split("import torch")[0]
+        if re.search(r"^from benchmarks", script.read_text(encoding="utf-8"), re.M):
+            assert "sys.path.insert(" in before_torch, script.name
