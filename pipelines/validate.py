@@ -20,6 +20,7 @@ from posttrain.rewards import require_available
 
 if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
+    from posttrain.rewards.extraction import AnswerKind
 
 MODEL = Path("models/base")
 SAMPLES = 2
@@ -48,7 +49,7 @@ def run(run: Run) -> None:
 
     run.recorder.ready()
     limits = TableLimits(
-        params.max_prompt_tokens, params.max_completion_tokens, numeric_answer(project), params.max_unknown_share
+        params.max_prompt_tokens, params.max_completion_tokens, answer_kind(project), params.max_unknown_share
     )
     validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
@@ -98,11 +99,12 @@ class TokenLengths:
         return row_tools(row)
 
 
-def numeric_answer(params: Params) -> bool:
-    """Return True if accuracy is the reward that compares numbers."""
+def answer_kind(params: Params) -> AnswerKind:
+    """Return what a gold answer must be, so that an answer can match it: of another reward than `answer`, any text."""
     evaluation: EvaluationParams = params.evaluation
     judge = params.rewards[evaluation.accuracy]
-    return judge.function == "answer" and judge.arguments.get("kind", "number") == "number"
+    kind: AnswerKind = judge.arguments.get("kind", "number") if judge.function == "answer" else "text"
+    return kind
 
 
 def base_encoder() -> TextEncoder:

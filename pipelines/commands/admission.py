@@ -9,7 +9,7 @@ from pipelines.data.conversation_rows import Sourced
 from pipelines.data.sources import numbered
 from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
 from pipelines.ingest import split_tables
-from pipelines.validate import MODEL, TokenLengths, base_encoder, numeric_answer
+from pipelines.validate import MODEL, TokenLengths, answer_kind, base_encoder
 from pipelines.validation.check import check
 from pipelines.validation.leakage import prompt_keys, shown_prompt
 from pipelines.validation.messages import paragraphs
@@ -26,7 +26,7 @@ class Admission:
         self._params = params
         rules = params.validation
         self._limits = TableLimits(
-            rules.max_prompt_tokens, rules.max_completion_tokens, numeric_answer(params), rules.max_unknown_share
+            rules.max_prompt_tokens, rules.max_completion_tokens, answer_kind(params), rules.max_unknown_share
         )
         self._lengths = TokenLengths(base_encoder()) if MODEL.is_dir() else _Unknown()
 

@@ -25,7 +25,7 @@ from great_expectations.expectations.metrics.table_metric_provider import TableM
 
 from posttrain.environments.arithmetic import answer_value
 from posttrain.environments.expressions import expression_value
-from posttrain.rewards.extraction import gold_answers, gold_value
+from posttrain.rewards.extraction import gold_answers, gold_choice, gold_value
 
 
 class NotBlank(ColumnMapMetricProvider):
@@ -81,6 +81,28 @@ class ExpectColumnValuesToBeNumbers(ColumnMapExpectation):
     """Expect text that the reward `answer` reads as a number."""
 
     map_metric: ClassVar[str] = "column_values.is_number"
+
+
+class IsChoice(ColumnMapMetricProvider):
+    """Metric: the reward `answer` reads the text as a letter of multiple choice."""
+
+    condition_metric_name = "column_values.is_choice"
+    filter_column_isnull = False
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
+        return column.fillna("").map(_is_choice).astype(bool)
+
+
+def _is_choice(gold: str) -> bool:
+    """Return True if one of the accepted answers is a letter."""
+    return any(gold_choice(answer) is not None for answer in gold_answers(gold))
+
+
+class ExpectColumnValuesToBeChoices(ColumnMapExpectation):
+    """Expect text that the reward `answer` reads as a letter of multiple choice."""
+
+    map_metric: ClassVar[str] = "column_values.is_choice"
 
 
 class PairDiffers(ColumnPairMapMetricProvider):

@@ -22,9 +22,16 @@ from great_expectations.expectations.core.expect_table_row_count_to_be_between i
 from pipelines.data.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
 from pipelines.validation.view import POSITION, TEMPLATE, UNKNOWN, typed_columns
+from posttrain.rewards.extraction import AnswerKind
 
 Status = Literal["passed", "failed", "errored"]
 Expectation = Any
+ANSWERS: dict[AnswerKind, type[Any]] = {
+    "number": own.ExpectColumnValuesToBeNumbers,
+    "choice": own.ExpectColumnValuesToBeChoices,
+    "text": own.ExpectColumnValuesToNotBeBlank,
+}
+"""What a gold answer must be, so that an answer of this kind can match it."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class TableLimits:
-    """TableLimits of the rules. `numeric_answer`: a gold answer must be a number, not only text."""
+    """TableLimits of the rules. `answers`: what a gold answer must be, a number, a letter or text."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
-    numeric_answer: bool
+    answers: AnswerKind
     max_unknown_share: float = 0.02
 
 
@@ -101,7 +108,7 @@ def content(table: Table, limits: TableLimits, columns: Collection[str]) -> list
             ExpectColumnValuesToBeInSet(column=TEMPLATE, value_set=[""], meta=_meta("chat_template", TEMPLATE))
         )
     if table in ANSWERED:
-        answer = own.ExpectColumnValuesToBeNumbers if limits.numeric_answer else own.ExpectColumnValuesToNotBeBlank
+        answer = ANSWERS[limits.answers]
         suite.append(answer(column="answer", meta=_meta("unparseable_answer", "answer")))
     if table in ANSWERED and EQUATION in columns:
         meta = _meta("contradicted_answer", "answer")

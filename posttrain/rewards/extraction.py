@@ -1,6 +1,7 @@
 r"""Read the answer out of a completion: strictly, after a marker, or flexibly, else the last number; None if there is none.
 
-Markers: "#### 42", "\boxed{42}", "the answer is 42", "Answer: 42", and the same in other languages. The last marker counts.
+Markers: "#### 42", "\boxed{42}", "<answer>42</answer>", "the answer is 42", "Answer: 42", and the same in other languages. The last
+marker counts. After a marker, an expression that would need to be computed (6 * 7) is no answer: none of its numbers is taken for it.
 
 Example:
     >>> strict("6 * 7 = 42, so the answer is **42**."), flexible("so he has 42 apples"), strict("so he has 42 apples")
@@ -11,55 +12,45 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
-from posttrain.environments.numbers import parse_number
+from posttrain.rewards.values import cleaned, mentions_numbers, number_value, result_of, values
 from posttrain.text import normalised
 
 Extract = Literal["strict", "flexible"]
 AnswerKind = Literal["number", "choice", "text"]
 EXTRACTS: tuple[Extract, ...] = ("strict", "flexible")
 KINDS: tuple[AnswerKind, ...] = ("number", "choice", "text")
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_POWER = r"\s?(?:x|\u00d7|\\times|\\cdot|\u00b7|\*)\s?10\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?"
-_SIGN = r"(?:(?<![A-Za-z0-9_)\]])[-+](?=[$\u20ac\u00a3\d.\\]))?"
-_VALUE = re.compile(
-    rf"{_SIGN}\\[dt]?frac\s?\{{\d{{1,30}}\}}\s?\{{\d{{1,30}}\}}"
-    rf"|(?<![A-Za-z0-9_.,]){_SIGN}\d{{1,30}}\s\d{{1,30}}/\d{{1,30}}(?![A-Za-z0-9_/])"
-    rf"|(?<![A-Za-z0-9_.]){_SIGN}[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})(?:{_POWER}|[eE][-+]?\d{{1,3}}|/\d{{1,30}})?"
-    r"(?![A-Za-z0-9_]|\.\d|,\d{3}(?!\d))",
-    re.ASCII,
-)
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s?\{(\d+)\}\s?\{(\d+)\}")
-_MIXED = re.compile(r"([-+]?)(\d+)\s(\d+)/(\d+)")
-_SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){_POWER}")
-_HASH = re.compile(r"#+[ \t]*(?=[-+$\u20ac\u00a3.\\]?[\d.])(?=(?P<after>[^\n]*))")
+_HASH = re.compile(r"(?<!#)#+[ \t]*(?=[-+\u2212\u2013$\u20ac\u00a3.\\]?[\d.])")
 _WORD = re.compile(
-    r"(?:\b(?:answers?|respuesta|r\u00e9ponse|risposta|resposta|antwort|ergebnis|\u043e\u0442\u0432\u0435\u0442)\b"
-    r"|\u7b54\u6848|\u7b54\u3048)[*_\"')\] \t]*"
-    r"(?:(?:is|es|est|ist|\u00e8|\u00e9|are|equals)\b|[\u662f\u4e3a\u306f=:\uff1a\n])"
-    r"[*_: \t\n]*(?=(?P<after>[^\n]*))",
+    r"(?:\b(?:answers?|respuesta|r\u00e9ponse|risposta|resposta|antwort|antwoord|ergebnis|svar|cevap|odpowied\u017a|odpov\u011b\u010f"
+    r"|\u043e\u0442\u0432\u0435\u0442|\u0111\u00e1p \u00e1n)\b|\u7b54\u6848|\u7b54\u3048|\uc815\ub2f5|\ub2f5|\u0909\u0924\u094d\u0924\u0930"
+    r"|\u0627\u0644\u062c\u0648\u0627\u0628|\u0627\u0644\u0625\u062c\u0627\u0628\u0629)[*_\"')\] \t]*"
+    r"(?:(?:is|es|est|ist|\u00e8|\u00e9|are|equals|\u0939\u0948|\u0647\u0648|\u0647\u064a)\b|[\u662f\u4e3a\u306f\uc740=:\uff1a\n])"
+    r"(?:[*_: \t\n]|(?:\\[\[(]|\${1,2})[ \t]*\n)*",
     re.IGNORECASE,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_CLEAN = (
-    ("\u2212", "-"),
-    ("{,}", ","),
-    ("\\,", ""),
-    ("\\!", ""),
-    ("\\$", "$"),
-    ("\\%", "%"),
-    ("\\left", ""),
-    ("\\right", ""),
+_TAG = re.compile(r"[<\[]answer[>\]](?=\s*[^\s<\[])", re.IGNORECASE)
+_TAG_END = re.compile(r"[<\[]/answer", re.IGNORECASE)
+_LINE_OF_NUMBER = 80
+"""Characters; a longer line after one `#` is no number."""
+_DETACHED_MINUS = re.compile(r"^[-\u2212\u2013][ \t]+(?=[\d$.])")
+_NAMED_CHOICE = re.compile(
+    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)",
+    re.MULTILINE,
 )
-_THIN = re.compile(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))")
-_LETTER = r"[A-J]"
-_CHOICES = (
-    rf"(?:\(|\[|\*\*|\b(?:option|choice)\s+)\(?({_LETTER})\b",
-    rf"^\W*({_LETTER})(?:[).:,*]|\W*$)",
-    rf"(?<![A-Za-z])({_LETTER})(?![A-Za-z'\u2019])",
+_LEADING_CHOICE = re.compile(r"^\W*(?:([A-HJ]),|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
+_ANY_CHOICE = re.compile(
+    r"(?<![A-Za-z])([A-J])(?![A-Za-z'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
 )
+"""A letter by itself, unless it is the word `A` or `I`."""
+_CHOICES = (_NAMED_CHOICE, _LEADING_CHOICE, _ANY_CHOICE)
+_SEVERAL = re.compile(r"[A-J]\W{0,3}\s(?:and|or)\s\W{0,3}[A-J]\b|\b[A-J]\s?[/&]\s?[A-J]\b")
+_MARKUP = " \t\n*_`$\"'\u201c\u201d\u300c\u300d"
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind = "number") -> str | None:
@@ -69,40 +60,27 @@ def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind =
     marked = _marked(completion)
     if kind == "text":
         return marked or (completion.strip() or None if extract == "flexible" else None)
-    found = _choice(marked, _CHOICES) if marked is not None else _choice(completion, _CHOICES[1:2])
-    return found or (_choice(completion, _CHOICES) if extract == "flexible" else None)
+    if marked is not None and _SEVERAL.search(marked):
+        return None
+    found = _letters(marked, _CHOICES)[:1] if marked is not None else _letters(completion, [_LEADING_CHOICE])[-1:]
+    if not found and extract == "flexible":
+        found = _letters(completion, _CHOICES)[-1:]
+    return found[0] if found else None
 
 
 def strict(completion: str) -> str | None:
     """Return the number after the last marker."""
     marked = _marked(completion)
-    if marked is None:
-        return None
-    # of an equation, the answer is what it comes to
-    found = _VALUE.search(marked.rpartition("=")[2]) or _VALUE.search(marked)
-    return found[0] if found else None
+    return None if marked is None else result_of(marked)
 
 
 def flexible(completion: str) -> str | None:
-    """Return the number after the last marker; without one, the last number."""
-    marked = strict(completion)
-    if marked is not None:
-        return marked
-    found = [match[0] for match in _VALUE.finditer(_cleaned(completion))]
+    """Return the number after the last marker; if there is no marker, or only words after it, the last number."""
+    marked = _marked(completion)
+    if marked is not None and mentions_numbers(marked):
+        return result_of(marked)
+    found = values(completion)
     return found[-1] if found else None
-
-
-def number_value(text: str) -> Fraction | None:
-    r"""Return the value of one number, also 3 1/2, 3 x 10^2 and \frac{1}{2}; None if it is none."""
-    text = _cleaned(text).strip().strip("*_$ ").rstrip(".")
-    if found := _FRACTION.fullmatch(text):
-        return _ratio(found[1], 0, int(found[2]), int(found[3]))
-    if found := _MIXED.fullmatch(text):
-        return _ratio(found[1], int(found[2]), int(found[3]), int(found[4]))
-    if found := _SCIENTIFIC.fullmatch(text):
-        digits = parse_number(found["digits"])
-        return None if digits is None else digits * Fraction(10) ** int(found["power"])
-    return parse_number(text)
 
 
 def gold_value(gold: str) -> Fraction | None:
@@ -110,6 +88,11 @@ def gold_value(gold: str) -> Fraction | None:
     alone = number_value(gold)
     marked = strict(gold) if alone is None else None
     return number_value(marked) if marked is not None else alone
+
+
+def gold_choice(gold: str) -> str | None:
+    """Return the letter of a gold answer, such as `b`, `(B)` or `B. Paris`; None if it is none."""
+    return next(iter(_letters(gold, _CHOICES)), None)
 
 
 def gold_answers(gold: str) -> list[str]:
@@ -131,27 +114,32 @@ def equal(answer: str, gold: str, kind: AnswerKind = "number") -> bool:
 
 def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     if kind == "text":
-        return normalised(answer) == normalised(gold)
+        return _bare(answer) == _bare(gold)
     if kind == "choice":
-        return _choice(gold, _CHOICES) == answer
+        return gold_choice(gold) == answer
     value = number_value(answer)
     return value is not None and value == gold_value(gold)
 
 
 def _marked(completion: str) -> str | None:
-    """Return the text after the last marker, on its line or in its box."""
-    text = _cleaned(completion)
-    found = [(m.start(), m["after"]) for pattern in (_HASH, _WORD) for m in pattern.finditer(text) if _is_marker(m)]
-    found += [(m.start(), _braced(text, m.end())) for m in _BOXED.finditer(text)]
-    return max(found)[1].strip() if found else None
+    """Return the text after the last marker: on its line, in its box or in its tag."""
+    found = [match for pattern in (_HASH, _WORD, _BOXED, _TAG) for match in pattern.finditer(completion)]
+    for match in sorted(found, key=lambda match: match.start(), reverse=True):
+        if match.re is _BOXED:
+            return _braced(completion, match.end()).strip()
+        if match.re is _TAG:
+            return _TAG_END.split(completion[match.end() :], maxsplit=1)[0].strip()
+        text = completion[match.end() :].split("\n", maxsplit=1)[0].strip()
+        if text and (match.re is _WORD or match[0].startswith("##") or _ends_with_a_number(text)):
+            return text if "\n" in match[0] else _DETACHED_MINUS.sub("-", text)
+    return None
 
 
-def _is_marker(match: re.Match[str]) -> bool:
+def _ends_with_a_number(line: str) -> bool:
     """Return False for `#1 choice` and `#74+5`: one `#` marks only a number that ends its line."""
-    if match.re is not _HASH or match[0].startswith("##"):
-        return bool(match["after"].strip())
-    value = _VALUE.match(match["after"])
-    return value is not None and not match["after"][value.end() :].strip(" \t.!?)%]")
+    after = cleaned(line) if len(line) <= _LINE_OF_NUMBER else ""
+    first = values(after)[:1]
+    return bool(first) and not after.partition(first[0])[2].strip(" \t.!?)%]")
 
 
 def _braced(text: str, start: int) -> str:
@@ -163,22 +151,15 @@ def _braced(text: str, start: int) -> str:
     return text[start:]
 
 
-def _choice(text: str | None, patterns: tuple[str, ...]) -> str | None:
-    for pattern in patterns if text else ():
-        found = re.findall(pattern, text or "", re.MULTILINE)
+def _letters(text: str, patterns: Iterable[re.Pattern[str]]) -> list[str]:
+    """Return the letters that the first pattern with a match finds."""
+    for pattern in patterns:
+        found = [str(match[match.lastindex or 0]).upper() for match in pattern.finditer(_LATEX_TEXT.sub(r"\1", text))]
         if found:
-            return str(found[-1]).upper()
-    return None
+            return found
+    return []
 
 
-def _cleaned(text: str) -> str:
-    for old, new in _CLEAN:
-        text = text.replace(old, new)
-    return _THIN.sub("", text)
-
-
-def _ratio(sign: str, whole: int, top: int, bottom: int) -> Fraction | None:
-    if not bottom:
-        return None
-    value = whole + Fraction(top, bottom)
-    return -value if sign == "-" else value
+def _bare(text: str) -> str:
+    """Return a text as answers are compared: without case, markup around it and a full stop at its end."""
+    return normalised(normalised(_LATEX_TEXT.sub(r"\1", text).strip(_MARKUP)).strip(_MARKUP))

@@ -90,7 +90,7 @@ def test_a_template_without_a_system_role_is_a_paragraph_with_the_row(cases: Pat
     source = TableSource(source=str(cases / "data" / "problems_chat.jsonl"))
     rows = table_rows("problems", params.data.model_copy(update={"problems": source}))
     lengths = TokenLengths(load_encoder(cases / "models" / "no_system_role"))
-    outcome = check({"problems": rows}, params.validation.rules, TableLimits(64, 96, True), lengths, Validator())
+    outcome = check({"problems": rows}, params.validation.rules, TableLimits(64, 96, "number"), lengths, Validator())
     words = r"table problems, .*rule chat_template \(stop\): 1 of 1 rows\..*id 0: .*System role not supported.*chat_template to quarantine"
     with pytest.raises(DataError, match=f"(?s){words}") as raised:
         refuse(outcome, 5, Path("report.html"))

@@ -119,7 +119,7 @@ def test_any_accepted_tables_are_checked_or_refused_in_words(
 ) -> None:
     tables = {cast(Table, kind): accepted(tmp_path, kind, rows) for kind, rows in records.items()}
     lengths = TokenLengths(encoder(template))
-    limits = TableLimits(max_prompt_tokens=60, max_completion_tokens=60, numeric_answer=True)
+    limits = TableLimits(max_prompt_tokens=60, max_completion_tokens=60, answers="number")
     try:
         outcome = check(tables, load_params(root / "params.yaml").validation.rules, limits, lengths, Validator())
         shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, 2)

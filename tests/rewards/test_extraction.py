@@ -6,8 +6,10 @@ from fractions import Fraction
 
 import pytest
 
-from posttrain.rewards.extraction import equal, extracted, flexible, gold_value, number_value, strict
+from posttrain.data.limits import bounded
+from posttrain.rewards.extraction import equal, extracted, flexible, gold_value, strict
 from posttrain.rewards.functions import answer
+from posttrain.rewards.values import number_value
 
 MARKED = [
     (r"\boxed{42}", 42), (r"So \boxed{\frac{1}{2}}", Fraction(1, 2)), (r"$\boxed{1{,}200}$", 1200), (r"\fbox{7}", 7),
@@ -19,6 +21,17 @@ MARKED = [
     ("La r\u00e9ponse est 42", 42), ("\u041e\u0442\u0432\u0435\u0442: 42", 42), ("Answer: \u22125", -5), ("Answer: -$5", -5),
     ("The answer is 3 1/2", Fraction(7, 2)), ("The answer is 3 x 10^2", 300), (r"Answer: 3 \times 10^{2}", 300), ("Answer: 2e3", 2000),
     ("Answer: 50%", 50), (r"Answer: 50\%", 50), ("Answer: 1/3", Fraction(1, 3)), ("The answer is 1. No, the answer is 2.", 2),
+    (r"\boxed{3\frac{1}{2}}", Fraction(7, 2)), (r"\boxed{\frac12}", Fraction(1, 2)), (r"\boxed{-\frac{3}{4}}", Fraction(-3, 4)),
+    (r"\boxed{\frac{-1}{2}}", Fraction(-1, 2)), (r"\boxed{10^2}", 100), (r"\boxed{2^{10}}", 1024),
+    ("the answer is 10^-2", Fraction(1, 100)),
+    (r"\boxed{42\text{ cm}}", 42), ("the answer is 42cm", 42), ("Answer: 42 = 6*7", 42), ("The answer is - 42", -42),
+    ("Answer: \u20135", -5),
+    ("<answer>42</answer>", 42), ("<think>7?</think><answer>\n42\n</answer> 1", 42), ("[ANSWER] 42 [/ANSWER]", 42), ("#### \u221242", -42),
+    ("the answer is 1 000 000", 1_000_000), ("The answer is __42__", 42), ("The answer is:\n\n\\[\n42\n\\]", 42),
+    ("Answer:\n$$\n42\n$$", 42),
+    ("the answer is \u00bd", Fraction(1, 2)), ("the answer is 3\u00bd", Fraction(7, 2)), ("\u7b54\u6848\uff1a\uff14\uff12", 42),
+    ("\u0627\u0644\u062c\u0648\u0627\u0628: \u0664\u0662", 42), ("\uc815\ub2f5: 42", 42), ("\u0909\u0924\u094d\u0924\u0930: 42", 42),
+    ("answer is 3\u00d710\u2075", 300_000), ("Odpov\u011b\u010f: 42", 42), ("Answer: 42 * (sure)", 42), ("The answer is 42: 6 times 7", 42),
     ("I am #1! The answer is 42", 42), (r"The answer is \(42\)", 42), ("The answer is \"42\"", 42), ("The answer is: $42$", 42),
 ]  # fmt: skip
 UNMARKED = [
@@ -26,7 +39,9 @@ UNMARKED = [
     ("1 + 1 = 2", 2), ("10 - 5 = 5", 5), ("x=-5", -5), ("costs $1,200.00 in all", 1200), ("1\u202f200 km", 1200), ("= .5", Fraction(1, 2)),
     ("about 3 x 10^2 m", 300), ("3 1/2 cups", Fraction(7, 2)), (r"\frac{3}{4} of it", Fraction(3, 4)), ("\\dfrac{3}{4}", Fraction(3, 4)),
     ("2/3", Fraction(2, 3)), ("first 7, then 8", 8), ("(42)", 42), ("`42`", 42), ("*42*!", 42), ("I am #1 of 42 people", 42),
-    ("He is 42, she 43", 43), ("5;#", 5), ("#74+5", 5), ("\u20ac5", 5), ("50 %", 50),
+    ("it covers 25 cm^2", 25), ("25 cm\u00b2", 25), ("2^10", 1024), ("10^3 of them", 1000), (r"\frac{-1}{2}", Fraction(-1, 2)),
+    ("3\u00bd cups", Fraction(7, 2)), ("\uff11\uff12", 12), ("7 and then \\sqrt{2}", 7), ("He is 42, she 43", 43),
+    ("5;#", 5), ("#74+5", 5), ("\u20ac5", 5), ("50 %", 50),
 ]  # fmt: skip
 NOTHING = [
     "",
@@ -40,9 +55,21 @@ NOTHING = [
     "the answer is x",
     "1.2.3",
     "B2B",
+    "Answer: 6*7",
+    "Answer: 12-15",
+    "Answer: 2024-01-05",
+    "the answer is 3:30",
+    r"\boxed{\sqrt{4}}",
+    r"\boxed{2\sqrt{3}}",
+    r"Answer: \sqrt[3]{8}",
+    r"\boxed{2\pi}",
+    "the answer is 2\u03c0",
+    "\\boxed{(-2)^{2}}",
 ]
 CHOICES = [
     ("the answer is (B)", "B"), ("Answer: B", "B"), ("B", "B"), ("(C)", "C"), ("B. Paris", "B"), (r"\boxed{D}", "D"),
+    ("the answer is (b).", "B"), ("Answer: b", "B"), ("b", "B"), ("Answer: B, not A", "B"), ("<answer>C</answer>", "C"),
+    (r"\boxed{\text{B}}", "B"), ("D: because A is wrong", "D"), ("The answer is\n(A)", "A"), ("Answer: A is right", "A"),
     ("The correct answer is **A**", "A"), ("Answer: option C", "C"), ("\u7b54\u6848\u662fB", "B"), ("A) is wrong, so the answer is B", "B"),
 ]  # fmt: skip
 
@@ -73,6 +100,46 @@ def test_no_answer_is_none(text: str) -> None:
 def test_a_letter_of_multiple_choice(text: str, letter: str) -> None:
     assert extracted(text, "strict", "choice") == letter
     assert equal(letter, f"({letter})", "choice")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I do not know", "Answer: A dog", "Answer: B or C", "Answer: A/B", "E=mc^2", "A plan, e.g. this"]
+)
+def test_no_letter_is_none(text: str) -> None:
+    assert extracted(text, "flexible", "choice") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["**Madrid**", r"\boxed{\text{Madrid}}", 'Answer: "madrid".', "<answer> Madrid </answer>", "Madrid"]
+)
+def test_a_text_is_compared_without_its_markup(text: str) -> None:
+    assert equal(extracted(text, kind="text") or "", "Madrid", "text")
+    assert not equal(extracted(text, kind="text") or "", "Madri", "text")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "#",
+        "# 1",
+        "9",
+        "9,",
+        "1 000 ",
+        "\\boxed{",
+        "<answer>",
+        "answer is ",
+        "\\frac{1}{",
+        "3 x 10^2 ",
+        "1 1/",
+        "=",
+        "(A",
+    ],
+)
+def test_a_degenerate_completion_is_read_within_bounds(part: str) -> None:
+    text = part * (20_000 // len(part))
+    with bounded(seconds=10):
+        found = extracted(text, "flexible", "number")
+    assert found is None or len(found) <= len(text)
 
 
 def test_values_that_used_to_pass_wrongly() -> None:

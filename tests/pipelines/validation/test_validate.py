@@ -24,7 +24,7 @@ from pipelines.validation.report import page
 from pipelines.validation.suites import TableLimits, Validator
 from posttrain.errors import ConfigError, DataError, LeakageError
 
-LIMITS = TableLimits(max_prompt_tokens=20, max_completion_tokens=20, numeric_answer=True)
+LIMITS = TableLimits(max_prompt_tokens=20, max_completion_tokens=20, answers="number")
 Tables = dict[Table, list[Row]]
 Checked = Callable[..., ValidationOutcome]
 
@@ -117,7 +117,7 @@ def test_rows_whose_tokens_the_tokenizer_does_not_know_are_set_aside_and_shown(c
     assert "id 1: 9.1% of its tokens are unknown" in shown
     assert "4.55% of a row&#x27;s tokens are unknown on average, at most 9.09%" in shown
     assert not checked(
-        sft(("snow \u2603 man!", "b")), limits=TableLimits(20, 20, True, max_unknown_share=0.1)
+        sft(("snow \u2603 man!", "b")), limits=TableLimits(20, 20, "number", max_unknown_share=0.1)
     ).quarantined["sft"]
 
 
@@ -163,8 +163,14 @@ def test_of_equal_rows_only_the_later_ones_are_duplicates(checked: Checked) -> N
 def test_a_gold_answer_must_be_a_number_for_a_numeric_reward_and_else_not_empty(checked: Checked) -> None:
     tables = answers("evaluation", "1,200", "about ten", "", "#### 7", None)
     assert set(reasons(checked(tables), "evaluation")) == {1, 2, 4}
-    words = TableLimits(20, 20, numeric_answer=False)
+    words = TableLimits(20, 20, answers="text")
     assert set(reasons(checked(tables, limits=words), "evaluation")) == {2, 4}
+
+
+def test_a_gold_answer_of_multiple_choice_must_have_a_letter(checked: Checked) -> None:
+    letters = TableLimits(20, 20, answers="choice")
+    tables = answers("evaluation", "B", "Paris", "(c)", "d) Rome", None, '["x", "A"]')
+    assert set(reasons(checked(tables, limits=letters), "evaluation")) == {1, 4}
 
 
 def test_an_answer_that_its_equation_contradicts(checked: Checked) -> None:
@@ -228,7 +234,7 @@ def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
     tables = sft(*((f"{system}{i} + {i}", "2") for i in range(3)))
     tables["evaluation"] = [{"id": i, "prompt": f"{system}{i} + {i}", "answer": "2"} for i in range(3)]
     with pytest.raises(LeakageError) as caught:
-        refuse(checked(tables, limits=TableLimits(200, 200, numeric_answer=True)), 5, Path("report.html"))
+        refuse(checked(tables, limits=TableLimits(200, 200, answers="number")), 5, Path("report.html"))
     for i in range(3):
         assert f"  id {i} (as evaluation id {i}): prompt '...and nothing else. {i} + {i}'" in str(caught.value)
 
@@ -299,11 +305,14 @@ def test_the_report_is_self_contained_escaped_and_always_the_same(checked: Check
 # The step ------------------------------------------------------------------------------------------------------------
 
 
-def test_accuracy_by_answer_is_numeric_and_by_mention_is_not(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({}, "number"), ({"function": "mentions"}, "text"), ({"arguments": {"kind": "choice"}}, "choice")],
+)
+def test_the_judge_says_what_a_gold_answer_must_be(root: Path, change: dict[str, Any], kind: str) -> None:
     params = load_params(root / "params.yaml")
-    assert validate.numeric_answer(params)
-    source = params.rewards["answer"].model_copy(update={"function": "mentions"})
-    assert not validate.numeric_answer(params.model_copy(update={"rewards": params.rewards | {"answer": source}}))
+    source = params.rewards["answer"].model_copy(update=change)
+    assert validate.answer_kind(params.model_copy(update={"rewards": params.rewards | {"answer": source}})) == kind
 
 
 def test_a_judge_that_is_not_installed_is_refused_before_anything_is_read_or_trained(root: Path) -> None:
@@ -324,7 +333,7 @@ def test_limits_beyond_the_context_are_refused_before_training_would() -> None:
 
 # Real data -----------------------------------------------------------------------------------------------------------
 
-WIDE = TableLimits(max_prompt_tokens=10**6, max_completion_tokens=10**6, numeric_answer=True)
+WIDE = TableLimits(max_prompt_tokens=10**6, max_completion_tokens=10**6, answers="number")
 
 
 @pytest.mark.real
@@ -356,7 +365,7 @@ def test_pandalm_prompts_stand_in_the_user_tasks_of_self_instruct(shared_data: P
         "evaluation", tasks, read_file(shared_data / "self_instruct" / "user_oriented_instructions.jsonl")
     )
     rows = canonical_rows("preferences", pairs, read_file(shared_data / "pandalm_human" / "testset-v1.json"))
-    words = TableLimits(10**6, 10**6, numeric_answer=False)
+    words = TableLimits(10**6, 10**6, answers="text")
     kept = {"empty_text": "warn", "wrong_type": "warn", "unparseable_answer": "warn"}
     outcome = checked({"preferences": rows, "evaluation": evaluation}, limits=words, **kept)
     (verdict,) = outcome.stops
