@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import warnings
 
-from posttrain.algorithms.specs import KlEstimator, OnPolicy
+from posttrain.algorithms.axes import KlEstimator
+from posttrain.algorithms.specs import OnPolicy
 from posttrain.errors import ConfigError
 
 

@@ -14,45 +14,9 @@ Example:
 
 from __future__ import annotations
 
-from posttrain.algorithms.axes import (
-    Advantage,
-    Aggregate,
-    Anchor,
-    Critic,
-    CriticStart,
-    Filter,
-    GroupAdvantage,
-    KlEstimator,
-    KlPlace,
-    Mismatch,
-    Phi,
-    Ratio,
-    RewardCombination,
-    Surrogate,
-)
 from posttrain.algorithms.offline import LoggedGroups, Preference, Unpaired
 from posttrain.algorithms.on_policy import OnPolicy
 
 Algorithm = OnPolicy | Preference | LoggedGroups | Unpaired
 
-__all__ = [
-    "Advantage",
-    "Aggregate",
-    "Algorithm",
-    "Anchor",
-    "Critic",
-    "CriticStart",
-    "Filter",
-    "GroupAdvantage",
-    "KlEstimator",
-    "KlPlace",
-    "LoggedGroups",
-    "Mismatch",
-    "OnPolicy",
-    "Phi",
-    "Preference",
-    "Ratio",
-    "RewardCombination",
-    "Surrogate",
-    "Unpaired",
-]
+__all__ = ["Algorithm", "LoggedGroups", "OnPolicy", "Preference", "Unpaired"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.specs import GroupAdvantage
+from posttrain.algorithms.axes import GroupAdvantage
 from posttrain.errors import ConfigError
 
 STD_EPSILON = 1e-6

@@ -15,7 +15,7 @@ import math
 
 from torch import Tensor
 
-from posttrain.algorithms.specs import KlEstimator
+from posttrain.algorithms.axes import KlEstimator
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.specs import Aggregate
+from posttrain.algorithms.axes import Aggregate
 
 # exp() of a clamped log-ratio stays finite in float32, far beyond any ratio that a clip lets through
 LOG_RATIO_LIMIT = 20.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.specs import Phi
+from posttrain.algorithms.axes import Phi
 
 
 def negative_log_likelihood(logprobs: Tensor, phi: Phi = "none") -> Tensor:

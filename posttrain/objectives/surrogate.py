@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.specs import Mismatch, Ratio
+from posttrain.algorithms.axes import Mismatch, Ratio
 from posttrain.objectives.reduce import LOG_RATIO_LIMIT, row_means
 
 

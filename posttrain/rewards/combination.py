@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from posttrain.algorithms.specs import RewardCombination
+from posttrain.algorithms.axes import RewardCombination
 from posttrain.objectives.advantages import group_advantages
 
 
