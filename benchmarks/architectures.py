@@ -191,7 +191,7 @@ def rows(vocabulary: int) -> list[Tokens]:
 
 @torch.no_grad()
 def own_logprobs(theirs: Any, row: Tokens) -> torch.Tensor:
-    """Return what transformers' forward pass gives each response token."""
+    """Return each response token's log-probability from transformers' forward pass."""
     table = theirs(input_ids=torch.tensor([row.prompt + row.response]), use_cache=False).logits[0].log_softmax(-1)
     return table[len(row.prompt) - 1 : -1].gather(-1, torch.tensor(row.response)[:, None])[:, 0]
 

@@ -150,7 +150,7 @@ def problems(encoder: TextEncoder, kind: Any, count: int) -> list[Problem]:
 
 
 def page(size: Size, tables: dict[str, Floats], seconds: float) -> str:
-    """Write what the runs show as Markdown."""
+    """Write the runs' table as Markdown."""
     lines = [
         "# Copies of one algorithm, compared with each other",
         "",

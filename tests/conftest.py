@@ -1,4 +1,4 @@
-"""What every test may need: paths, and one thread, on which small models run fastest and give the same numbers everywhere."""
+"""Shared fixtures: paths, and one thread, on which small models run fastest and give the same numbers everywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The project's root."""
+    """Return the project's root."""
     return Path(__file__).parents[1]
 
 

@@ -32,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same workspace after a plain `dvc repro`."""
+    """Return the same workspace after a plain `dvc repro`."""
     finished = copy(template, tmp_path_factory.mktemp("finished") / "workspace")
     dvc(finished, "repro", "-q")
     return finished
@@ -46,7 +46,7 @@ def finished(finished_template: Path, workspace: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh workspace with a blank in its path, two CPU slots of its own and no device."""
+    """A fresh workspace with a blank in its path, two CPU slots and no device."""
     monkeypatch.setenv("POSTTRAIN_LEASES", str(tmp_path / "leases"))
     monkeypatch.setenv("POSTTRAIN_SLOTS", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

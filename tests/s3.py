@@ -1,4 +1,4 @@
-"""A server that speaks S3, as a process of its own."""
+"""An S3 server as a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CREDENTIALS = {
 
 @contextmanager
 def serving(bucket: str) -> Iterator[str]:
-    """The address of a server that holds this empty bucket."""
+    """Return the address of a server that holds this empty bucket."""
     port = free_port(0)
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -1,4 +1,4 @@
-"""Where processes are heard."""
+"""Addresses at which processes listen."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def addresses(processes: Iterable[psutil.Process]) -> set[str]:
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
-    """The process and everything below it."""
+    """Return the process and everything below it."""
     return [process, *process.children(recursive=True)]

@@ -34,7 +34,7 @@ EXTRAS = {
     "peft": ["posttrain/models/lora.py"],
     "scipy": ["posttrain/evaluation/crossed.py"],
 }
-"""What the library does without until it is asked for, and the only files that may import it."""
+"""Packages that the library imports only on demand, and the only files that may import them."""
 
 
 STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate"}
@@ -76,7 +76,7 @@ def imports(path: Path) -> set[str]:
 
 
 def imported(node: ast.AST, *, at_run_time: bool) -> set[str]:
-    """Return what is imported below a node; `at_run_time` leaves out what only a type checker sees."""
+    """Return the imports below a node; `at_run_time` leaves out those that only a type checker sees."""
     found: set[str] = set()
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):

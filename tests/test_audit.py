@@ -49,7 +49,7 @@ def test_without_the_database_it_says_so_and_passes(root: Path, tmp_path: Path) 
 def test_with_it_every_pin_is_asked_about_and_the_verdict_is_the_tools(
     root: Path, tmp_path: Path, database: str, status: int
 ) -> None:
-    """The tool is a stand-in that keeps what it was told: the real one needs packages from the network."""
+    """A stand-in for the tool records its arguments: the real one needs packages from the network."""
     tool = tmp_path / "bin" / "pip-audit"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\nexit {status}\n')

@@ -41,7 +41,7 @@ def test_every_test_that_a_document_names_exists(root: Path) -> None:
 
 
 def documented(root: Path) -> set[str]:
-    """The names in the first column of docs/metrics.md; `/std` after `reward/x/mean` is `reward/x/std`."""
+    """Return the names in the first column of docs/metrics.md; `/std` after `reward/x/mean` is `reward/x/std`."""
     names: list[str] = []
     for line in (root / "docs" / "metrics.md").read_text(encoding="utf-8").splitlines():
         for name in NAME.findall(line.split("|")[1]) if line.startswith("| `") else ():

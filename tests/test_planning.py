@@ -1,4 +1,4 @@
-"""The plan's numbers against sums by hand, against what autograd really saves, and against what the steps announce."""
+"""The plan's numbers against sums by hand, against the tensors that autograd saves, and against the steps' own log lines."""
 
 from __future__ import annotations
 

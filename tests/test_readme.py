@@ -1,4 +1,4 @@
-"""Every command that a README or quick start shows is run by a test, or marked with what it needs; every link leads somewhere."""
+"""Every command that a README or quick start shows is run by a test, or marked with its requirement; every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMANDS = {
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),
 }
-"""A command, the test that runs it (or what it needs that a test does not have), and the module that a make target starts."""
+"""A command, the test that runs it (or the requirement that a test lacks), and the module that a make target starts."""
 PAGES = ["README.md", "README.zh-CN.md", "docs/tutorial.md", "docs/quickstart.zh-CN.md"]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -50,7 +50,7 @@ def text(root: Path, name: str) -> str:
 
 
 def commands(page: str) -> list[str]:
-    """The lines of the page's bash blocks, without comments."""
+    """Return the lines of the page's bash blocks, without comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("posttrain", "pipelines", "tasks", "flows", "infra")
+PACKAGES = ("posttrain", "pipelines", "tasks", "flows", "infra", "tests", "benchmarks", "examples")
 PER = 10_000
 LIMITS = {
     "what": (r"\bwhat\b", 6.0),

@@ -1,4 +1,4 @@
-"""A webhook that remembers what it was told."""
+"""A webhook that stores its messages."""
 
 from __future__ import annotations
 

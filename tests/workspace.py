@@ -51,7 +51,7 @@ def dvc(root: Path, *arguments: str) -> str:
 
 
 def build(root: Path) -> Path:
-    """The workspace with nothing run yet and 1 in its inbox."""
+    """Return the workspace with nothing run yet and 1 in its inbox."""
     (root / "inbox").mkdir(parents=True)
     (root / "inbox" / "number.txt").write_text("1")
     (root / "dvc.yaml").write_text(STAGES)

@@ -1,4 +1,4 @@
-"""The presets are the table of the specification, and read as neighbours of one another."""
+"""The presets match the table of the specification, and each is a small change to a neighbour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script for a GPU runs here too, tiny, and what it says of agreement holds on any device."""
+"""The script for a GPU also runs here at a tiny size, and its agreement checks hold on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of sampling engines: every side samples what it is asked for, and the script runs in miniature."""
+"""The comparison of sampling engines: every side samples the tokens that it is asked for, and the script runs in miniature."""
 
 from __future__ import annotations
 

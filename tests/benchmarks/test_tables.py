@@ -20,7 +20,7 @@ HEAD = "log-probabilities at a vocabulary of 151,936, against the whole table"
 
 
 def cells(page: Path) -> dict[str, list[str]]:
-    """The rows of a page's tables, by their first cell."""
+    """Return the rows of a page's tables, by their first cell."""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")]
         for line in page.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Our side of the comparison with TRL does the work that its job says: the first loss is transformers' own over the same rows."""
+"""Our side of the comparison with TRL does the work that its job names: the first loss is transformers' own over the same rows."""
 
 from __future__ import annotations
 

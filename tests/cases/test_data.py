@@ -113,7 +113,7 @@ COUNTED = {
     ("kto.jsonl", "sft"): {"answers with label false, left out of imitation": 1},
     ("graded_list.jsonl", "preferences"): {"records without a better and a worse answer, left out": 2},
 }
-"""What ingest leaves out or does not train; nothing else is changed."""
+"""Return the counts of rows that ingest leaves out or does not train; nothing else changes."""
 
 
 @pytest.fixture(scope="module")

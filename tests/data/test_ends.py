@@ -1,4 +1,4 @@
-"""One set of end tokens: what stops a sample is what training teaches and what the folder saves."""
+"""One set of end tokens: sampling stops at the tokens that training teaches and the folder saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens are read, and that the attention for them alone sees what it saw in the whole."""
+"""Attention for only the positions that are read equals the attention of the whole batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ batches = st.lists(st.builds(Tokens, a_prompt, st.lists(st.just(9), max_size=14)
 
 
 def seen(parts: tuple[Attended, ...]) -> dict[int, list[int]]:
-    """The tokens that each attending token sees, itself included. Nobody attends twice."""
+    """Return the tokens that each attending token sees, itself included. Nobody attends twice."""
     found: dict[int, list[int]] = {}
     for part in parts:
         real = set(part.real.tolist())

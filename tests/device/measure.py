@@ -1,4 +1,4 @@
-"""Run every kind of training on the pretend device and print what it gave and cost, as JSON.
+"""Run every kind of training on the pretend device and print its results and costs as JSON.
 
     python -m tests.device.measure sft dpo
 

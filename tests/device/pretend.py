@@ -1,4 +1,4 @@
-"""A pretend accelerator: its tensors report another device, compute on the CPU, refuse to meet CPU tensors, and count costs of a GPU.
+"""A pretend accelerator: its tensors report a separate device, compute on the CPU, refuse to meet CPU tensors, and count costs of a GPU.
 
 A GPU runs ahead of the program until the program asks for a value. This module counts those waits (`syncs`), copies between the host and
 the device (`copies`) and started kernels (`launches`) per line of the project's code, without a GPU.
@@ -220,7 +220,7 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
 
 @contextmanager
 def pretending() -> Iterator[Counts]:
-    """Make the pretend device usable, and count what is done on it."""
+    """Register the pretend device and count its operations."""
     global _ACTIVE
     mode = Pretend()
     before, _ACTIVE = _ACTIVE, mode

@@ -13,7 +13,7 @@ import pytest
 
 KINDS = ("sft", "reward", "dpo", "grpo_pairs", "grpo", "ppo")
 COPIES = {"sft": 4, "reward": 6, "dpo": 5, "grpo_pairs": 7, "grpo": 11, "ppo": 14}
-"""Most copies of one update: a batch, what is read of it, its columns and the metrics, for each micro-batch."""
+"""Maximum number of copies of one update: per micro-batch the batch, its read positions, its columns and the metrics."""
 SYNCS = 3
 """Most waits of one update: for the metrics, once per dtype, and for the norm of the gradient."""
 SAMPLING = {"syncs": 36, "copies": 90}

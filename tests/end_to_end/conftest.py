@@ -20,7 +20,7 @@ TINY = Path("tests/end_to_end/tiny.yaml")
 
 @dataclass(frozen=True)
 class Clone:
-    """A workspace of its own: its code, DVC cache, MLflow store and journals are apart from everything else."""
+    """A separate workspace with its own code, DVC cache, MLflow store and journals."""
 
     root: Path
 
@@ -75,7 +75,7 @@ def new_clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture(scope="session")
 def reproduced(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """The tiny pipeline after one `dvc repro`, with what every step used in trace.jsonl."""
+    """Return the tiny pipeline after one `dvc repro`; trace.jsonl has the parameters and modules that every step used."""
     clone = new_clone()
     clone.configure(str(TINY))
     (clone.root / ".posttrain").mkdir()

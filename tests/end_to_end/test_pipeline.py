@@ -1,4 +1,4 @@
-"""The whole pipeline, really run: dvc repro in one clone, the Prefect flow in another."""
+"""The whole pipeline, really run: dvc repro in one clone, the Prefect flow in a second."""
 
 from __future__ import annotations
 

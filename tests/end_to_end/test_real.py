@@ -1,4 +1,4 @@
-"""Real data and a real pre-trained model, by parameters alone."""
+"""Real data and a real pre-trained model, chosen only by parameters."""
 
 from __future__ import annotations
 

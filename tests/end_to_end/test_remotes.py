@@ -1,4 +1,4 @@
-"""What one clone pushes another pulls: nothing is run again, the models load, and its MLflow shows what the first one measured."""
+"""A second clone pulls the pushed results: no stage runs again, the models load, and its MLflow shows the first clone's numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> list[tuple[str, ...]]:
-    """The `dvc` commands that make the remote known to a clone. They write to config.local, which git does not see."""
+    """Return the `dvc` commands that make the remote known to a clone. They write to config.local, which git does not see."""
     if request.param == "folder":
         return [("remote", "add", "--local", "-d", "depot", str(tmp_path / "depot"))]
     url = request.getfixturevalue("s3")

@@ -26,7 +26,7 @@ def at_work(clone: Clone) -> int:
 
 
 def killed_once(clone: Clone, chance: random.Random, longest_seconds: float) -> bool:
-    """Start the flow, let a step get to work, and SIGKILL the flow or one of its processes. Whether there was anything to kill."""
+    """Start the flow, let a step get to work, and SIGKILL the flow or one of its processes. Return True if there was a process to kill."""
     flow = clone.start("flows.compare")
     before = at_work(clone)
     while at_work(clone) == before and flow.poll() is None:
@@ -50,7 +50,7 @@ def killed_once(clone: Clone, chance: random.Random, longest_seconds: float) -> 
 
 
 def numbers(clone: Clone) -> dict[str, tuple[object, ...]]:
-    """What MLflow holds of every run but its artifacts: a step whose helper was killed keeps the traceback of that attempt."""
+    """Return every run in MLflow without its artifacts: a step whose helper was killed keeps the traceback of that attempt."""
     return {run: tuple(found)[:3] for run, found in projected(clone).items()}
 
 

@@ -1,4 +1,4 @@
-"""The align stage with a real vLLM server of its own: killed, resumed by DVC, and nothing left behind. `pytest -m vllm`."""
+"""The align stage with its own real vLLM server: killed, resumed by DVC, and nothing left behind. `pytest -m vllm`."""
 
 from __future__ import annotations
 

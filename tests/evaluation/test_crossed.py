@@ -126,7 +126,7 @@ def test_intervals_cover_the_true_difference_in_93_to_97_percent() -> None:
 
 
 def test_prompts_alone_would_call_equal_algorithms_different() -> None:
-    """The older interval, over prompts only, in the cell that this project's history showed: it finds what is not there."""
+    """An interval over prompts only finds differences that do not exist, here in the cell of this project's own history."""
     generator = np.random.Generator(np.random.PCG64(7))
     a, b = simulated(generator, 2000, 400, 3, 0.01, 0.1, 1.0)
     gaps = a.mean(-1) - b.mean(-1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("prefect_url")
 
 @flow(task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
 def refresh(root: str) -> None:
-    """What flows.retrain does between the inbox and the gate."""
+    """Run the steps of flows.retrain between the inbox and the gate."""
     with exclusive(Path(root)):
         bring_all_up_to_date(Path(root), [], tracking=False, refresh=True)
 

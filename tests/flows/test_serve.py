@@ -1,4 +1,4 @@
-"""prefect.yaml is checked before anything starts, and what a person paused stays paused."""
+"""prefect.yaml is checked before anything starts, and a schedule that a person paused stays paused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a container engine or a cluster could run is checked by schemas, linters, and against what the code says."""
+"""Files that only a container engine or a cluster can run are checked by schemas, by linters and against the code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pool(root: Path, kind: str) -> Any:
 
 
 def filled(value: Any, variables: dict[str, Any]) -> Any:
-    """The template as Prefect fills it: a value that is one placeholder takes the variable's type, an empty one goes."""
+    """Return the template as Prefect fills it: a value that is one placeholder takes the variable's type, an empty one goes."""
     if isinstance(value, dict):
         made = {key: filled(inner, variables) for key, inner in value.items()}
         return {key: inner for key, inner in made.items() if inner is not None}

@@ -29,7 +29,7 @@ def trunk_with_score(seed: int = 0, experts: str | None = None) -> PreTrainedMod
 
 @contextmanager
 def moe(experts: str | None = None) -> Iterator[None]:
-    """`experts`: how transformers computes them, where not by its default; "eager" is the one way that knows float64."""
+    """`experts`: how transformers computes them, if not by its default; "eager" is the one way that knows float64."""
     with (
         patch.object(small, "language_model", partial(language_model, experts=experts)),
         patch.object(small, "trunk_with_score", partial(trunk_with_score, experts=experts)),

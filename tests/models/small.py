@@ -83,7 +83,7 @@ class ExactNorm(torch.nn.Module):
 
 
 def in_double(module: Trunk) -> Trunk:
-    """The module in float64, without a step that rounds to less."""
+    """Return the module in float64, without a step that rounds to less."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):

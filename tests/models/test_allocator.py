@@ -1,4 +1,4 @@
-"""The heap in a process of its own, since it cannot be given back."""
+"""The heap in a separate process, since it cannot be given back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - bef
 
 
 def told(wanted: str) -> tuple[bool, int, float]:
-    """Whether the heap is kept, page faults when memory is asked for that was freed before, and MiB in huge pages."""
+    """Return if the heap is kept, the page faults of reused memory, and the MiB in huge pages."""
     environment = os.environ | {OFF: wanted}
     command = [sys.executable, "-c", PROGRAM]
     kept, faults, huge = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)

@@ -1,4 +1,4 @@
-"""Recomputing a layer changes what is kept and nothing else; compiling it changes rounding and nothing else."""
+"""Recomputing a layer changes only the stored activations; compiling it changes only rounding."""
 
 from __future__ import annotations
 

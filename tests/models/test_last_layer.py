@@ -1,4 +1,4 @@
-"""The last layer of those tokens alone that are read: the same numbers and gradients, for less work."""
+"""The last layer for only the tokens that are read: the same numbers and gradients, for less work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def computed(model: PreTrainedModel) -> list[list[int]]:
-    """The tokens that each layer's feed-forward network and projections are handed, in order, filled as the model computes."""
+    """Return the tokens that each layer's feed-forward network and projections are handed, in order, filled as the model computes."""
     seen: list[list[int]] = []
     for layer in layers_of(model):
         counts: list[int] = []

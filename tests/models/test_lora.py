@@ -1,4 +1,4 @@
-"""A low-rank adapter: what it starts from, what it trains, what it leaves, and what it refuses."""
+"""A low-rank adapter: its start, its trained weights, the weights it leaves unchanged, and the settings it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward passes: the same numbers alone, in a batch and at any padding, as transformers computes them from the saved folder."""
+"""Forward passes: the same numbers one by one, in a batch and at any padding, as transformers computes them from the saved folder."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def of_head(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[Any,
 
 
 def plain(hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by autograd over the whole [tokens, vocabulary] table."""
+    """Return the same by autograd over the whole [tokens, vocabulary] table."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     table = (logits / (temperature if isinstance(temperature, float) else temperature[:, None])).log_softmax(-1)
     return table[torch.arange(len(targets)), targets], -(table.exp() * table).sum(-1)

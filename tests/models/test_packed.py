@@ -1,4 +1,4 @@
-"""A flat batch gives every row the log-probabilities that it has alone, whatever the architecture."""
+"""A flat batch gives every row the log-probabilities that it has in its own batch, for every architecture."""
 
 from __future__ import annotations
 

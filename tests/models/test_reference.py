@@ -1,4 +1,4 @@
-"""Reference log-probabilities are computed once, and never taken for those of another model, data, template or length."""
+"""Reference log-probabilities are computed once, and never reused for a different model, data, template or length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = small.rows(6)
 
 
 def other_weights(policy: Policy) -> None:
-    """From here on whatever is computed is another number, so that what is not must come from disk."""
+    """Change every computed number from here on, so that an unchanged number must come from disk."""
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)

@@ -1,4 +1,4 @@
-"""What is read from the routers of a mixture of experts, against what transformers reports itself."""
+"""Values read from the routers of a mixture of experts, against those that transformers reports."""
 
 from __future__ import annotations
 

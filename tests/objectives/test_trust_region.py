@@ -1,4 +1,4 @@
-"""SAPO's gate, GMPO's geometric mean and DPPO's trust region: numbers by hand, slopes, and what lies outside the mask."""
+"""SAPO's gate, GMPO's geometric mean and DPPO's trust region: numbers by hand, slopes, and tokens outside the mask."""
 
 from __future__ import annotations
 

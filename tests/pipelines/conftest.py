@@ -1,4 +1,4 @@
-"""A small project with a step of its own, and a tracking store that is made once."""
+"""A small project with its own step, and a tracking store that is made once."""
 
 from __future__ import annotations
 

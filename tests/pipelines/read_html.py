@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 
 class Text(HTMLParser):
-    """What a reader sees, and the tags and addresses of the page."""
+    """The visible text, tags and addresses of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def _training_metrics(algorithm: str, step: int, done: float, noise: np.random.G
 
 
 def predictions(folder: Path, name: str, group: str, prompts: int, samples: int, attack: bool, params: Params) -> None:
-    """Rows of one evaluated model; greedy answers of prompt i are right where a shared difficulty is below the rate."""
+    """Rows of one evaluated model; greedy answers of prompt i are right if a shared difficulty is below the rate."""
     run = finished(folder, Path("runs/evaluate", name), f"evaluate-{name}", {}, params)
     own = np.random.Generator(np.random.PCG64([7, *name.encode()]))
     difficulty = np.random.Generator(np.random.PCG64(99)).uniform(size=prompts)

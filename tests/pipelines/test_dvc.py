@@ -1,4 +1,4 @@
-"""A step under a dvc that is killed: nothing stays behind, and the next `dvc repro` goes on by itself and says so."""
+"""A step under a dvc that is killed: nothing stays behind, and the next `dvc repro` goes on by itself and reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a step of the pipeline as it is, and sends its process SIGKILL (or what SIGNAL names) at a named point of its life.
+"""Runs a step of the pipeline as it is, and sends its process SIGKILL (or the signal that SIGNAL names) at a named point of its life.
 
     python -m tests.reliability.dying POINT pipelines.sft [ARGUMENT...]
 
@@ -62,7 +62,7 @@ def main(points: str, module: str, arguments: list[str]) -> None:
 
 
 def _at_record(journal: Path, reached: Callable[..., None]) -> None:
-    """The journal has a new last line: a point by its kind and step, whole and torn."""
+    """Return the journal has a new last line: a point by its kind and step, whole and torn."""
     line = journal.read_bytes().splitlines(keepends=True)[-1]
     record = json.loads(line)
     point = f"{record['kind']} {record.get('step', record.get('path', ''))}".strip()

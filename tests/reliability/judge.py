@@ -1,4 +1,4 @@
-"""A reward with ties, differences and gaps for whatever an untrained policy says, so that groups carry a signal or not by chance."""
+"""A reward with ties, differences and gaps for any text of an untrained policy, so that groups carry a signal or not by chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input of every kind, through the commands: exit code 2, one paragraph that says what to do, and nothing written."""
+"""Bad input of every kind, through the commands: exit code 2, one paragraph with the remedy, and nothing written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Damage = Callable[[Path], None]
 
 
 def source(text: str, table: str = "sft", name: str = "rows.jsonl", **options: Any) -> Damage:
-    """The table comes from a file with this text."""
+    """Return the table comes from a file with this text."""
 
     def damage(folder: Path) -> None:
         (folder / "data" / "raw" / name).write_text(text, encoding="utf-8")
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...], str]] = {
 
 
 def files(folder: Path) -> dict[str, int]:
-    """What a user has and a stage writes; live files of runs apart."""
+    """Return the user's files and the stages' outputs, without live files of runs."""
     found = (path for path in folder.rglob("*") if path.is_file() and ".posttrain" not in path.parts)
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in found}
 

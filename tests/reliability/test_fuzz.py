@@ -74,7 +74,7 @@ def test_any_edit_of_the_parameter_file_is_valid_or_refused_in_words(
 
 
 def through_ingest(folder: Path, kind: Any, source: TableSource, records: list[Row]) -> list[Row]:
-    """What the steps do with a file: read, shape, write as a table, read again."""
+    """Do the steps' work on a file: read, shape, write as a table, read again."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     rows = canonical_rows(kind, source, read_file(file))

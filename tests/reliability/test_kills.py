@@ -37,7 +37,7 @@ def choose(points: list[str], seed: str) -> list[str]:
 
 
 def begin(name: str, workspace: Workspace) -> tuple[list[str], dict[str, str]]:
-    """Every point of an undisturbed run and what it leaves, then as if it had never been."""
+    """Return every point of an undisturbed run and its outputs, then remove the run."""
     run, step = STEPS[name]
     if (workspace.folder / outputs(name)[0]).exists():
         workspace.forget(run, *outputs(name))
@@ -75,7 +75,7 @@ def test_a_run_that_is_killed_at_every_point_still_arrives(name: str, workspace:
 
 
 def test_other_code_does_not_continue_a_checkpoint(workspace: Workspace) -> None:
-    """`dvc repro` runs a stage again after an edit; what the old code had computed must not be half of the new result."""
+    """`dvc repro` runs a stage again after an edit; results of the old code must not be half of the new result."""
     run, step = STEPS["sft"]
     _, undisturbed = begin("sft", workspace)
     workspace.killed_at("metrics 5", *step)

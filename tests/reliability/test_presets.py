@@ -1,4 +1,4 @@
-"""Presets of every kind go through the align step, and start where their mathematics says."""
+"""Presets of every kind go through the align step, and start at the values of their formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step under `accelerate launch`: two processes give what one gives, one of them records, and a stop or a death leaves nobody behind."""
+"""Steps under `accelerate launch`: two processes give the result of one, one records, and a stop or a death leaves none behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRPO = ("pipelines.align", "--algorithm", "grpo", "--seed", "0")
 
 
 class Together(Workspace):
-    """A workspace of its own whose steps run in processes of their own, as many as the environment says."""
+    """A separate workspace whose steps run in as many processes as the environment sets."""
 
     def start(self, *command: str, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -57,7 +57,7 @@ def anew(workspace: Workspace, *names: str) -> None:
 
 
 def agree(left: Workspace, right: Workspace, folder: str, tolerance: float = 2e-5) -> None:
-    """Weights and every recorded number are the same up to rounding; what else is recorded, exactly."""
+    """Weights and every recorded number are the same up to rounding; all other records are equal."""
     one, two = (load_file(w.folder / "models" / folder / "model.safetensors") for w in (left, right))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < tolerance
@@ -68,14 +68,14 @@ def agree(left: Workspace, right: Workspace, folder: str, tolerance: float = 2e-
 
 
 def as_alone(alone: Workspace, together: Workspace) -> None:
-    """What several processes have made of GRPO is what one makes of it."""
+    """Several processes train GRPO to the result of one."""
     anew(alone, "align-grpo-0")
     alone.succeed(*GRPO)
     agree(alone, together, "align/grpo-0")
 
 
 def _facts(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a record what does not depend on rounding."""
+    """Return the part of a record that does not depend on rounding."""
     loose = {"metrics": ("values",), "summary": ("values",), "model": ("files", "sha256", "content")}
     return {key: value for key, value in record.items() if key not in loose.get(record["kind"], ())}
 
@@ -178,7 +178,7 @@ subprocess.run(["/bin/sh", "-c", " ".join(sys.argv[1:]) + "; true"], env=os.envi
 
 @pytest.mark.slow
 def test_a_killed_dvc_takes_all_along(alone: Workspace, together: Together) -> None:
-    """What stands for dvc here starts the step as dvc does, by a shell that stays."""
+    """A stand-in for dvc starts the step as dvc does, by a shell that stays."""
     anew(together, "align-grpo-0")
     dvc = subprocess.Popen(
         [sys.executable, "-c", DVC, sys.executable, "-m", *GRPO], cwd=together.folder,
@@ -210,7 +210,7 @@ def test_accelerate_launch_by_hand(alone: Workspace, together: Together) -> None
 
 
 def _after_step(workspace: Workspace, name: str, step: int, process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes that train, once `step` steps are recorded."""
+    """Return the processes that train, once `step` steps are recorded."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()

@@ -21,7 +21,7 @@ Mount = Callable[[Path, int], None]
 
 @pytest.fixture
 def mount() -> Iterator[Mount]:
-    """Give a folder a disk of its own of so many KiB; a second call changes its size."""
+    """Mount a disk of so many KiB at a folder; a second call changes its size."""
     mounted: list[Path] = []
 
     def call(folder: Path, size: int) -> None:
@@ -46,7 +46,7 @@ def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def refused(copy: Workspace, start: str) -> None:
-    """The step ends with one paragraph and without a result."""
+    """Return the step ends with one paragraph and without a result."""
     done = copy.run(*SFT)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     last = done.stderr.splitlines()[-1]
@@ -88,7 +88,7 @@ def test_a_disk_too_small_for_the_model(workspace: Workspace, copy: Workspace, m
 
 
 def test_a_workspace_that_may_not_be_written(copy: Workspace) -> None:
-    """Run as nobody, in a folder of another user."""
+    """Run as nobody, in a folder of a different user."""
     if os.getuid():
         pytest.skip("only root may become another user")
     for path in (copy.folder, *copy.folder.parents[:2]):

@@ -67,7 +67,7 @@ def test_dvc_lock(damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "zeros"])
 def test_params(damage: str, root: Path, tmp_path: Path) -> None:
-    """A flipped bit may be a valid value: git shows it, and it is another run."""
+    """A flipped bit may be a valid value: git shows it, and it is a different run."""
     path = tmp_path / "params.yaml"
     path.write_bytes((root / "params.yaml").read_bytes())
     harm(path, damage)

@@ -82,7 +82,7 @@ class Workspace:
         )
 
     def state(self, name: str) -> Path:
-        """The live folder of the one run of that name."""
+        """Return the live folder of the one run of that name."""
         (found,) = (self.folder / ".posttrain" / "runs").glob(f"{name}-" + "?" * 16)
         return found
 
@@ -92,7 +92,7 @@ class Workspace:
         return {path.relative_to(self.folder).as_posix(): file_digest(path) for path in files}
 
     def forget(self, name: str, *outputs: str) -> None:
-        """Remove what a run left, also folders that it made, so that the next one passes the same points."""
+        """Remove the files and folders of a run, so that the next one passes the same points."""
         shutil.rmtree(self.state(name))
         for output in outputs:
             shutil.rmtree(self.folder / output)

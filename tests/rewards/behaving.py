@@ -24,7 +24,7 @@ def process_ids(prompts: Sequence[Any], completions: Sequence[str], **_: Any) ->
 
 
 def seen(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any], **_: Any) -> Rewards:
-    """Whether a row's parts are still together."""
+    """Return 1 if a row's parts are still together."""
     return [float(p[0]["content"] + str(a) == c) for p, c, a in zip(prompts, completions, answer, strict=True)]
 
 
@@ -44,14 +44,14 @@ def spinner(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> Rew
 
 
 def picky(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> Rewards:
-    """Raises on "bad"; otherwise says how many it was shown."""
+    """Raises on "bad"; otherwise returns how many answers it was shown."""
     if "bad" in completions:
         raise KeyError("no such thing")
     return [float(len(completions))] * len(completions)
 
 
 def together(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> Rewards:
-    """Fails on more than one answer at once, so that no row alone explains it."""
+    """Fails on more than one answer at once, so that no single row explains it."""
     if len(completions) > 1:
         raise RuntimeError("the service is away")
     return [0.0]

@@ -1,4 +1,4 @@
-"""A small server that speaks as vLLM does and computes with transformers: the other side of the protocol, not a part of what is tested.
+"""A small server with vLLM's protocol that computes with transformers. It is the peer of the tested code, not a part of it.
 
 Run as a script it takes vLLM's command line: python peer.py -m vllm.entrypoints.openai.api_server --model FOLDER --port PORT …
 """
@@ -20,7 +20,7 @@ Reply = tuple[int, Any]
 
 
 class Peer:
-    """`faults`: called with the number of a completion before it is made; what it returns is answered instead, and 0 hangs up.
+    """`faults`: called with the number of a completion before it is made; its return value is answered instead, and 0 hangs up.
 
     tied: the output head is never replaced. raw: log-probabilities before the temperature. loads: weights are loaded when it says so.
     unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
@@ -102,7 +102,7 @@ class Peer:
             return 200, {"success": True}
 
     def _load(self, folder: Path) -> None:
-        """Where it ties the embeddings, its output head stays as it was, as with vLLM."""
+        """If it ties the embeddings, its output head stays as it was, as with vLLM."""
         if not self.loads:
             return
         head = self.model.get_output_embeddings()
@@ -112,7 +112,7 @@ class Peer:
 
     @torch.no_grad()
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One token after another, from scratch each time."""
+        """Compute one token at a time, from scratch each time."""
         generator = torch.Generator().manual_seed(body["seed"])
         prompt, tokens, logprobs, reason = list(body["prompt"]), [], [], "length"
         while len(tokens) < body["max_tokens"] and reason == "length":

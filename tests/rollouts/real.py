@@ -1,4 +1,4 @@
-"""What the tests with real vLLM servers share: where vLLM is, and what runs."""
+"""Shared by the tests with real vLLM servers: the path of vLLM, and its processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REAL = [
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """The process and all that runs under it."""
+    """Return the process and all that runs under it."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 

@@ -42,7 +42,7 @@ class Setup:
         )
 
     def update(self, by: float = 1.2) -> None:
-        """What a training step does to the weights."""
+        """Change the weights as a training step does."""
         with torch.no_grad():
             for parameter in self.policy.parameters():
                 parameter.mul_(by)

@@ -1,4 +1,4 @@
-"""Sampling under autocast: what the trainer's own forward pass under autocast says, from weights that stay as they are."""
+"""Sampling under autocast: the numbers of the trainer's own forward pass under autocast, from unchanged weights."""
 
 from __future__ import annotations
 

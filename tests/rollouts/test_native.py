@@ -92,7 +92,7 @@ def test_first_tokens_have_the_frequencies_of_the_softmax(temperature: float) ->
 
 
 def goodness(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """The chi-square test's p, tokens that are expected less than five times taken together."""
+    """Return the chi-square test's p, tokens that are expected less than five times taken together."""
     expected = probabilities * counts.sum()
     rare = expected < 5
     observed, wanted = [*counts[~rare]], [*expected[~rare]]

@@ -31,7 +31,7 @@ from tests.rollouts.served import PROMPTS, SETTINGS, Setup, requests
 
 
 def gap(model: Any, answers: list[list[Completion]], temperature: float) -> float:
-    """The largest difference of the reported log-probabilities from a teacher-forced forward of `model`."""
+    """Return the largest difference of the reported log-probabilities from a teacher-forced forward of `model`."""
     flat = [(p, c) for p, group in zip(PROMPTS, answers, strict=True) for c in group]
     forced = token_logprobs(Policy(model), [Tokens(p, c.tokens) for p, c in flat], 400, temperature)
     return max(

@@ -53,7 +53,7 @@ def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
 
 
 def started(engine: VllmEngine) -> list[psutil.Process]:
-    """The guard and all that runs under it."""
+    """Return the guard and all that runs under it."""
     (server,) = engine.fleet.servers
     assert isinstance(server, LocalServer)
     assert server._process is not None

@@ -16,7 +16,7 @@ from tests.rollouts.served import PROMPTS, SETTINGS, Setup
 
 
 def undisturbed(setup: Setup) -> list[list[tuple[int, ...]]]:
-    """What the policy answers through a server that nothing happens to."""
+    """Return the policy's answers through an undisturbed server."""
     peer = Peer(small.language_model(seed=9)).start()
     other = Setup(setup.folder.with_name("undisturbed"), setup.policy, [peer])
     tokens = [[c.tokens for c in g] for g in other.sample()]

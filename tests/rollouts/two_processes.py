@@ -22,7 +22,7 @@ PROMPTS = (3, 1)
 
 
 def steps(engine: VllmEngine, version: list[int], accelerator: Accelerator) -> list[list[tuple[int, ...]]]:
-    """The answers of all processes, a step after another, with an update between them."""
+    """Return the answers of all processes, step by step, with an update between steps."""
     told = []
     for prompts in PROMPTS:
         drawn = sampler(GRPO, engine.lm, prompts=prompts, samples=2, accelerator=accelerator)

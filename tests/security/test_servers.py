@@ -1,4 +1,4 @@
-"""Attacks on the ports of our own servers: another user of the machine, a web page of another origin, a rebound host name."""
+"""Attacks on the ports of our own servers: a different user of the machine, a web page of a foreign origin, a rebound host name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVIL = "http://evil.example"
 
 @dataclass
 class Servers:
-    """What `make ui` starts."""
+    """Start the servers of `make ui`."""
 
     project: Path
     process: psutil.Process
@@ -56,7 +56,7 @@ def basic(auth: str) -> dict[str, str]:
 
 
 def status(url: str, body: Any = None, method: str | None = None, **headers: str) -> int:
-    """The status of one request."""
+    """Return the status of one request."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers}, method=method)
     try:

@@ -1,4 +1,4 @@
-"""A worker runs what this project's prefect.yaml deploys, and refuses what else a server may ask of it."""
+"""A worker runs the flows that this project's prefect.yaml deploys, and refuses all others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHELL = "prefect.deployments.steps.run_shell_script"
 
 
 def asked(root: Path, *, job: dict[str, Any] | None = None, command: str | None = None, **changes: Any) -> str | None:
-    """What of a flow run is foreign, if these settings of its deployment are changed."""
+    """Return the foreign settings of a flow run whose deployment was changed so."""
     ours = {
         "name": "nightly",
         "flow_id": uuid4(),

@@ -56,7 +56,7 @@ QUICK = {
 
 @dataclass
 class Scene:
-    """One project, its servers, and what its webhook was told."""
+    """One project, its servers, and the messages to its webhook."""
 
     clone: Clone
     topology: Topology
@@ -75,12 +75,12 @@ class Scene:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a command; `Clone.run` clears what pytest's own process has of it."""
+        """Return the environment of a command; `Clone.run` removes pytest's own variables."""
         ours = {name: os.environ[name] for name in ("POSTTRAIN_WEBHOOK", "POSTTRAIN_PGDATA")}
         return {**self.topology.client_environment(), **ours, "POSTTRAIN_PORTS": str(self.topology.ports["postgres"])}
 
     def command(self, *module: str) -> str:
-        """Run a module of the project against these servers; what it printed."""
+        """Run a module of the project against these servers and return its output."""
         done = self.clone.run(*module, check=False, **self.environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -123,7 +123,7 @@ class Scene:
             return client.read_flow_run(run.id)
 
     def log(self, run: FlowRun, last: str = "") -> str:
-        """The flow run's log, once it holds `last`: Prefect sends lines in batches, also after the run's end."""
+        """Return the flow run's log, once it holds `last`: Prefect sends lines in batches, also after the run's end."""
 
         def look() -> str | None:
             wanted, lines, page = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), list[str](), 200
@@ -170,7 +170,7 @@ class Scene:
 
 
 def wait(look: Callable[[], Any], seconds: float) -> Any:
-    """The first answer that is not None."""
+    """Return the first answer that is not None."""
     deadline = time.monotonic() + seconds
     while (found := look()) is None:
         assert time.monotonic() < deadline, "waited in vain"
@@ -270,7 +270,7 @@ def signed_in(base: str, user: str, password: str) -> Iterator[str]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those that outgoing connections take."""
+    """Return the first of `count` free ports in a row, below those that outgoing connections take."""
     for first in range(20000 + secrets.randbelow(10000), 32000):
         held: list[socket.socket] = []
         try:

@@ -75,7 +75,7 @@ def reward_runs(scene: Scene) -> set[Path]:
 
 
 def training(scene: Scene, before: set[Path]) -> Path:
-    """The run of a new reward model, once it has a checkpoint."""
+    """Return the run of a new reward model, once it has a checkpoint."""
 
     def look() -> Path | None:
         return next((run for run in reward_runs(scene) - before if next(run.glob("checkpoints/*/step-*"), None)), None)
@@ -135,7 +135,7 @@ def test_a_night_whose_process_is_killed_under_its_worker_is_told_to_the_webhook
 
 
 def worker_family(scene: Scene) -> list[psutil.Process]:
-    """The flow that the worker runs, with everything below it."""
+    """Return the flow that the worker runs, with everything below it."""
     pid = scene.topology.processes.pid("worker")
     assert pid is not None
     return psutil.Process(pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""Four nights of one model on real servers. The tests are one story and run in this order, each on what the one before left."""
+"""Four nights of one model on real servers. The tests are one story and run in this order, each on the state that the one before left."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def shows(browser: str, scene: Scene, url: str, *wanted: str) -> None:
 
 
 def page(browser: str, scene: Scene, url: str) -> str:
-    """The page's elements after its scripts have run."""
+    """Return the page's elements after its scripts have run."""
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=120000", "--dump-dom"]
     profile = scene.root / ".posttrain" / "chromium"
     done = subprocess.run(

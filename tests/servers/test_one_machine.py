@@ -1,4 +1,4 @@
-"""`make serve` and `make ui` as their user has them: processes of this machine alone, which end with their command."""
+"""`make serve` and `make ui` as their user has them: processes of only this machine, which end with their command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clone(new_clone: Callable[[], Clone]) -> Clone:  # noqa: F811
 
 @contextmanager
 def at_work(clone: Clone, home: Path, *command: str) -> Iterator[tuple[psutil.Process, Callable[[str, float], str]]]:
-    """The command's process, and how to wait for a line of its output. At the end it is interrupted, and nothing may be left of it."""
+    """Yield the command's process and a wait for a line of its output. At the end interrupt it; no process may be left."""
     output = home / "output.txt"
     variables = QUICK | {"PREFECT_HOME": str(home), "POSTTRAIN_LEASES": str(home / "leases"), "PYTHONUNBUFFERED": "1"}
     with output.open("w") as file:

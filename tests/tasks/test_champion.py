@@ -1,4 +1,4 @@
-"""The champion's weights come back from DVC's cache or remote, by their hash alone."""
+"""The champion's weights come back from DVC's cache or remote, only by their hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The webhook is told what happened and where to look; its absence hurts nobody."""
+"""The webhook receives the event and its links; a missing webhook breaks nothing."""
 
 from __future__ import annotations
 

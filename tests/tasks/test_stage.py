@@ -71,7 +71,7 @@ COUNT = """
 def test_a_change_between_the_steps_end_and_dvcs_record_of_it_makes_the_stage_run_again(
     workspace: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shell edits steps.txt after the step has checked it and before dvc hashes it."""
+    """A shell edits steps.txt after the step has checked it and before dvc hashes it."""
     monkeypatch.setenv("PYTHONPATH", str(root))
     (workspace / "count.py").write_text(STEP)
     (workspace / "steps.txt").write_text("12")

@@ -98,7 +98,7 @@ def case(name: str, double: bool = False) -> Case:
 def near(
     policy: Policy, tokens: Sequence[Tokens], seed: int, spread: float, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """The policy's own log-probabilities, moved a little: those of an older policy."""
+    """Return the policy's own log-probabilities, moved a little: those of an older policy."""
     own = token_logprobs(policy, tokens, 10_000, temperature)
     return [n.logprobs + noise for n, noise in zip(own, small.numbers(tokens, seed, spread), strict=True)]
 
@@ -147,7 +147,7 @@ def pairs_for(spec: Any) -> list[PreferencePair]:
 
 
 def with_record(made: Case, **options: Any) -> Case:
-    """The case with other options of its record."""
+    """Return the case with other options of its record."""
     objective = made.objective
     spec = replace(objective.spec, **options)
     if isinstance(spec, OnPolicy):

@@ -70,7 +70,7 @@ class Memory:
 
 
 def varied(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:
-    """A reward with ties, differences and gaps: what an untrained policy says by chance."""
+    """A reward with ties, differences and gaps, from the random text of an untrained policy."""
     return [None if len(c) % 7 == 3 else float(sum(map(ord, c)) % 3) for c in completions]
 
 

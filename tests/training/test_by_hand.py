@@ -30,7 +30,7 @@ def token_entropies(policy: Policy, tokens: Tokens) -> list[float]:
 
 
 def correction(spec: OnPolicy, row: Experience) -> list[float]:
-    """The weight of each token for a sampler that differs from the trainer."""
+    """Return the weight of each token for a sampler that differs from the trainer."""
     w = [math.exp(float(o) - float(r)) for o, r in zip(row.old_logprobs, row.rollout_logprobs, strict=True)]
     if spec.mismatch == "none":
         return [1.0] * len(w)

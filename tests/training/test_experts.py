@@ -1,4 +1,4 @@
-"""Mixture-of-experts policies under every objective: the same invariance, real updates, and what the routers do."""
+"""Mixture-of-experts policies under every objective: the same invariance, real updates, and the routers' choices."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _first_choices(policy: Any, rows: list[Any]) -> list[Any]:
 
 
 class Loads(Linear):
-    """Every row is a token that goes to the expert of its own number, in the second of two layers; in the first all go to expert 0."""
+    """Every row is a token that goes to the expert with the same number, in the second of two layers; in the first all go to expert 0."""
 
     def terms(self, model: Any, rows: Any) -> Terms:
         terms = super().terms(model, rows)

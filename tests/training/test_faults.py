@@ -1,4 +1,4 @@
-"""NaN and infinity: what is left out, what stops the run, and what is kept to do it again."""
+"""NaN and infinity: updates that are skipped, runs that stop, and inputs saved for a replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.training.test_trainer import Linear, trainer, weights
 
 
 class Batches:
-    """The given batches, one step each; an infinite reward where a batch is None."""
+    """The given batches, one step each; an infinite reward if a batch is None."""
 
     def __init__(self, batches: Sequence[list[list[float]] | None]) -> None:
         self.batches = batches

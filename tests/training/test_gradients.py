@@ -27,7 +27,7 @@ def direction(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def slope(model: torch.nn.Module, value: Callable[[], float]) -> float:
-    """The derivative of `value()` along `direction`, by central differences."""
+    """Return the derivative of `value()` along `direction`, by central differences."""
     along, values = direction(model), []
     for sign in (1.0, -1.0):
         with torch.no_grad():

@@ -50,7 +50,7 @@ def wider(tokens: Any) -> TokenBatch:
 
 
 def unpacked(made: Case) -> Case:
-    """The case with its model computed on padded rows, each with a prompt of its own."""
+    """Return the case with its model computed on padded rows, each with its own prompt."""
 
     def model() -> torch.nn.Module:
         module = made.model()

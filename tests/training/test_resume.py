@@ -15,7 +15,7 @@ NAMES = ["sft", "reward", "dpo", "grpo_pairs", "grpo", "ppo", "dapo", "chord", "
 
 
 def disturb(seed: int) -> None:
-    """Another process would have other generators; the checkpoint must not care."""
+    """A new process has other generators; the checkpoint must restore them."""
     random.seed(seed)
     torch.manual_seed(seed)
 

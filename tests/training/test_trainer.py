@@ -1,4 +1,4 @@
-"""The optimiser step: its schedule, its clip, and what it refuses."""
+"""The optimiser step: its schedule, its clip, and the settings it refuses."""
 
 from __future__ import annotations
 

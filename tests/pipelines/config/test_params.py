@@ -1,4 +1,4 @@
-"""The typed model of params.yaml: what it refuses, and in which words."""
+"""The typed model of params.yaml: the values it refuses, and in which words."""
 
 from __future__ import annotations
 

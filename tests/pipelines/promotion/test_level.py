@@ -80,14 +80,14 @@ def test_the_level_holds_if_rewards_are_missing_or_the_set_is_cut_short() -> Non
 
 @pytest.mark.parametrize("n", [30, 100, 400])
 def test_a_rare_heavy_loss_passes_a_tolerated_loss_no_more_often_than_the_level_allows(n: int) -> None:
-    """The mean loss is the tolerated one, all of it on few prompts, of which a small set may show none."""
+    """A mean loss equal to the tolerated one lies on few prompts, of which a small set may show none."""
     tolerated, trials = 0.02, TRIALS
     d = -(np.random.default_rng(n).random((trials, n)) < tolerated).astype(float)
     assert shown(d, tolerated, 1.0, Resampling(1000, 0.95, 0)).mean() <= upper(NOMINAL, trials)
 
 
 def test_skewed_differences_with_an_equal_mean_stay_near_the_level_from_a_hundred_prompts() -> None:
-    """The sign-flip test is exact for equal models only: +1/4 on four of five prompts against -1 on the fifth has the same mean."""
+    """A sign-flip test is exact for equal models only: +1/4 on four of five prompts against -1 on the fifth has the same mean."""
     d = np.where(np.random.default_rng(0).random((TRIALS, 100)) < 0.8, 0.25, -1.0)
     assert shown(d, 0.0, 1.0, Resampling(1000, 0.95, 0)).mean() <= 0.06
 

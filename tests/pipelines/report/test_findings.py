@@ -171,7 +171,7 @@ def test_a_lead_within_chance_is_not_called_a_win(tmp_path: Path, monkeypatch: p
 
 
 def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> None:
-    """No pass@k, no McNemar, no curve of reward against KL, a judge that always failed: the page still says what is known."""
+    """No pass@k, no McNemar, no curve of reward against KL, a judge that always failed: the page still shows the rest."""
     build(tmp_path, algorithms=("dpo",), prompts=30, samples=2, steps=3)
     for model in ("base", "sft", "dpo-0"):
         path = tmp_path / "runs" / "evaluate" / model / "artifacts" / "predictions.parquet"

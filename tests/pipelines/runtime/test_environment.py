@@ -1,4 +1,4 @@
-"""What every command sets before its tools are imported."""
+"""Every command sets these variables before its tools are imported."""
 
 from __future__ import annotations
 

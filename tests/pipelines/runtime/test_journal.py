@@ -1,4 +1,4 @@
-"""The journal survives torn lines, odd numbers and secrets, and forgets what came after a checkpoint."""
+"""The journal survives torn lines, odd numbers and secrets, and drops the lines after a checkpoint."""
 
 from __future__ import annotations
 

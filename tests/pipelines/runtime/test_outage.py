@@ -29,7 +29,7 @@ from tests.sockets import addresses, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 STEPS, STEP_SECONDS = 3000, 0.2
-"""More than the outages last on a slow machine: the test says when it is enough."""
+"""Longer than the outages last on a slow machine: the test ends the wait."""
 
 
 class Server:
@@ -88,7 +88,7 @@ class Server:
 
     @contextmanager
     def answering_500(self) -> Iterator[list[str]]:
-        """In the server's place, one that fails at everything; yields what it was asked for."""
+        """Replace the server with one that fails every request; yield the requests."""
         asked: list[str] = []
 
         class Failing(BaseHTTPRequestHandler):

@@ -129,7 +129,7 @@ def test_the_same_run_twice_at_once_is_refused(project: Project) -> None:
 
 
 def test_a_step_dies_with_dvc_when_dvc_is_killed(project: Project) -> None:
-    """The parent is killed while the step runs; the step notices and stops by itself."""
+    """A parent is killed while the step runs; the step notices and stops by itself."""
     script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'count']); time.sleep(60)"
     (project.folder / "steps" / "parent.py").write_text(script)
     (project.folder / "steps.txt").write_text("100")  # twenty seconds: the kill comes before the end on any machine

@@ -1,4 +1,4 @@
-"""A training run in MLflow answers the question: its result, its cost, what it was set to, and the tags to group it by."""
+"""A training run in MLflow answers the question: its result, its cost, its settings, and the tags to group it by."""
 
 from __future__ import annotations
 

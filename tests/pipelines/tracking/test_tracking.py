@@ -1,4 +1,4 @@
-"""What MLflow shows is what the journal says: each value once, whatever happened, and no secrets."""
+"""MLflow shows the journal's values: each once, whatever happened, and no secrets."""
 
 from __future__ import annotations
 

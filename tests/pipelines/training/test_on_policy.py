@@ -1,4 +1,4 @@
-"""What the align step starts from."""
+"""The starting model of the align step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models import small
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The folders models/sft and models/reward, with trunks that differ."""
+    """Return the folders models/sft and models/reward, with trunks that differ."""
     monkeypatch.chdir(tmp_path)
     made = {"sft": tiny_model(small.SHAPE, 3)[0], "reward": small.trunk_with_score(seed=8)}
     for name, model in made.items():

@@ -1,4 +1,4 @@
-"""Reward sources as params.yaml describes them: what runs here, what in a process of its own, and what is refused at once."""
+"""Reward sources as params.yaml describes them: in process, in a separate process, or refused at once."""
 
 from __future__ import annotations
 

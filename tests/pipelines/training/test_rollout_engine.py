@@ -1,4 +1,4 @@
-"""The sampler that params.yaml names, on what the environment gives it; and the align stage on a server."""
+"""The sampler that params.yaml names, with the environment's settings; and the align stage on a server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def params(root: Path) -> Params:
 
 @pytest.fixture
 def new_run(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """A run of the align stage in a project of its own; made again it is the same run, cut off before."""
+    """A run of the align stage in its own project; made again it is the same run, cut off before."""
     monkeypatch.chdir(tmp_path)
     for name in ("URLS", "PYTHON", "ARGS", "DEVICES", "FOLDER"):
         monkeypatch.delenv(f"POSTTRAIN_VLLM_{name}", raising=False)

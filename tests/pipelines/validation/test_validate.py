@@ -1,4 +1,4 @@
-"""What may enter training: rules, policies, quarantine, leakage, messages and report."""
+"""The rules that rows must pass before training: policies, quarantine, messages and report."""
 
 from __future__ import annotations
 
