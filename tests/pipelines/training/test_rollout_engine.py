@@ -110,7 +110,7 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
 def test_an_algorithm_that_starts_from_the_base_model_moves_away_from_it_only(
     new_run: Callable[..., Run], params: Params
 ) -> None:
-    """The first step's KL is to the model before training, so it is 0; a different supervised model would give another one."""
+    """A first step's KL is to the model before training, so it is 0; a different supervised model would give another one."""
     save_model(small.language_model(seed=5), byte_tokenizer(64), Path("models/base"), "")
     tree = params.model_dump(exclude_unset=True)
     tree["algorithms"]["grpo"]["start"] = "base"
