@@ -41,10 +41,23 @@ STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "c
 ROOMS = {
     "aliases": {"commands"},
     "commands": {
-        *("config", "data", "promotion", "report", "runtime", "stages", "studies", "tracking", "training", "validation")
+        *(
+            "config",
+            "data",
+            "lineage",
+            "promotion",
+            "report",
+            "runtime",
+            "stages",
+            "studies",
+            "tracking",
+            "training",
+            "validation",
+        )
     },
     "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
     "training": {"config", "data", "runtime"},
+    "lineage": {"config", "tracking"},
     "promotion": {"runtime", "tracking"},
     "report": {"config", "runtime"},
     "studies": {"config", "report", "runtime"},

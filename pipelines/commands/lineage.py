@@ -1,0 +1,235 @@
+"""Show which data made a model, or which models a file or a row went into.
+
+    posttrain lineage champion             # or challenger, previous, a version's number, dpo-0, sft, models/align/dpo-0
+    posttrain lineage --file FILE          # an accepted or configured source file: every model that was trained on it
+    posttrain lineage --row preferences:17 # a row of data/valid/TABLE.parquet by its id, in all versions of the table
+
+A stage counts with all inputs that dvc.yaml declares: every align stage has all tables and the reward model. Reads DVC's run cache,
+which remembers every stage run of this checkout; `dvc pull --run-cache` adds those of other machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.params import load_params
+from pipelines.lineage.graph import Lineage
+from pipelines.lineage.records import Artifact, StageRecord
+from pipelines.promotion.registry import ALIASES, DECISION, PATH, REASON, Registry, Version
+from pipelines.runtime import environment
+from pipelines.runtime.identity import file_digest
+from pipelines.runtime.redaction import print_text, printable, report_error
+from pipelines.tracking.lockfile import read_lock
+from posttrain.errors import DataError, PosttrainError
+
+
+def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
+    """Return the stages, models, tables, files and results behind a model. Raises DataError if no record made it."""
+    if not lineage.producers(model):
+        raise DataError(
+            f"no recorded run made {model.path} ({model.md5}). Type `dvc pull --run-cache` to fetch the records of other machines."
+        )
+    chain = lineage.ancestors(model)
+    ingest = next((record for record in chain if record.stage == "ingest"), None)
+    used = [each for record in chain for each in record.inputs]
+    return {
+        "model": model._asdict(),
+        "stages": [{"stage": record.stage, "params": dict(record.params)} for record in chain],
+        "models": [each._asdict() for each in dict.fromkeys(used) if each.path.startswith("models/")],
+        "tables": [
+            each._asdict() | {"rows": _rows(lineage, each)}
+            for each in dict.fromkeys(used)
+            if each.path.startswith("data/valid/")
+        ],
+        "files": lineage.files(ingest) if ingest is not None else {},
+        "set_aside": {Path(each.path).stem: _rows(lineage, each) for each in _quarantined(lineage, chain)},
+        "evaluation": _evaluation(lineage, model),
+    }
+
+
+def affected(lineage: Lineage, tables: list[Artifact]) -> dict[str, Any]:
+    """Return the versions of tables with their rows, and the models that were trained on them. Evaluation trains nothing."""
+    records = lineage.descendants(tables)
+    models = [each for record in records for each in record.outputs if each.path.startswith("models/")]
+    return {
+        "tables": [each._asdict() for each in tables],
+        "models": [each._asdict() for each in sorted(dict.fromkeys(models))],
+    }
+
+
+def versions_with_row(lineage: Lineage, table: str, identity: int) -> list[Artifact]:
+    """Return the versions of a table that hold the row with this id in the current version.
+
+    Raises DataError if the table or the row does not exist.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(f"data/valid/{table}.parquet")
+    if not path.is_file():
+        names = ", ".join(sorted(found.stem for found in path.parent.glob("*.parquet"))) or "none yet: type `dvc repro`"
+        raise DataError(f"{path} does not exist; validated tables: {names}")
+    wanted = next((row for row in pq.read_table(path).to_pylist() if row["id"] == identity), None)
+    if wanted is None:
+        raise DataError(
+            f"{path} has no row with id {identity}; `posttrain preview {table} {identity}` shows rows by id"
+        )
+    content = _content(wanted)
+    found = []
+    for version in lineage.versions(table):
+        stored = lineage.cache.file(version.md5)
+        if stored is not None and any(_content(row) == content for row in pq.read_table(stored).to_pylist()):
+            found.append(version)
+    return found
+
+
+def current_model(project: Path, name: str) -> tuple[Artifact, Version | None]:
+    """Return the weights that a name means: an alias or number of the registry, or a model of dvc.lock.
+
+    Raises DataError if there is no such model, TrackingError if the registry does not respond.
+    """
+    if name in ALIASES or name.isdigit():
+        registry = Registry(project, load_params(project / "params.yaml").project.experiment)
+        version = registry.version(int(name)) if name.isdigit() else registry.holding(name)
+        if version is None:
+            raise DataError(f"no version is {name} yet; `posttrain models` lists the versions")
+        return Artifact(version.tags[PATH], version.md5), version
+    outputs = [out for stage in read_lock(project).values() for out in stage.get("outs", ())]
+    models = {str(out["path"]): str(out["md5"]) for out in outputs if str(out["path"]).startswith("models/")}
+    for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):
+        if path in models:
+            return Artifact(path, models[path]), None
+    known = ", ".join(sorted(path.removeprefix("models/").removeprefix("align/") for path in models)) or "none"
+    raise DataError(f"dvc.lock has no model {name!r}; it has: {known}. Aliases of the registry: {', '.join(ALIASES)}.")
+
+
+def _quarantined(lineage: Lineage, chain: list[StageRecord]) -> Iterator[Artifact]:
+    for record in chain:
+        if record.stage == "validate":
+            yield from (each for each in lineage.written(record) if each.path.startswith("data/quarantine/"))
+
+
+def _rows(lineage: Lineage, table: Artifact) -> int | None:
+    """Return the number of rows of a table, or None if the cache does not have it."""
+    import pyarrow.parquet as pq
+
+    path = lineage.cache.file(table.md5)
+    return None if path is None else int(pq.read_metadata(path).num_rows)
+
+
+def _evaluation(lineage: Lineage, model: Artifact) -> dict[str, Any]:
+    """Return the metrics of the model's newest evaluation that the cache holds."""
+    for record in lineage.records:
+        metrics = next((each for each in record.outputs if each.path.endswith("/metrics.json")), None)
+        if record.stage.startswith("evaluate") and model in record.inputs and metrics is not None:
+            path = lineage.cache.file(metrics.md5)
+            # The evaluation of an aligned model also depends on models/sft, whose score is not this one.
+            name = Path(model.path).name
+            if path is not None and metrics.path == f"runs/evaluate/{name}/metrics.json":
+                found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return found
+    return {}
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    """Return a row as text without its position, which changes with the rows before it."""
+    return json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True, default=str)
+
+
+def model_text(found: Mapping[str, Any], version: Version | None) -> str:
+    """Return a model's lineage as text."""
+    model = found["model"]
+    lines = []
+    if version is not None:
+        aliases = ", ".join(version.aliases) or "no alias"
+        lines.append(
+            f"{version.name}, {aliases}: {version.tags.get(DECISION, '')} {version.tags.get(REASON, '')}".rstrip()
+        )
+    lines.append(f"{model['path']}  md5 {model['md5']}")
+    lines += _section("made by", (entry["stage"] for entry in found["stages"]))
+    lines += _section("from the models", (f"{each['path']}  md5 {each['md5']}" for each in found["models"]))
+    lines += _section(
+        "from the tables", (f"{each['path']}  {_count(each['rows'])}  md5 {each['md5']}" for each in found["tables"])
+    )
+    lines += _section(
+        "out of the files", (f"{name}  sha256 {digest}" for name, digest in sorted(found["files"].items()))
+    )
+    aside = {table: count for table, count in found["set_aside"].items() if count}
+    lines += _section("set aside by validate", (f"{table}: {_count(count)}" for table, count in sorted(aside.items())))
+    measured = found["evaluation"]
+    if "accuracy" in measured:
+        low, high = measured.get("accuracy_low"), measured.get("accuracy_high")
+        lines += _section("evaluated", [f"accuracy {measured['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}"])
+    return "\n".join(lines)
+
+
+def affected_text(found: Mapping[str, Any], what: str) -> str:
+    """Return the models that a file or row went into as text."""
+    lines = [f"{what} is in {len(found['tables'])} version(s) of the validated tables"]
+    lines += _section("tables", (f"{each['path']}  md5 {each['md5']}" for each in found["tables"]))
+    if not found["models"]:
+        return "\n".join([*lines, "no recorded model was trained on it"])
+    return "\n".join(
+        [*lines, *_section("models trained on it", (f"{m['path']}  md5 {m['md5']}" for m in found["models"]))]
+    )
+
+
+def _section(title: str, entries: Any) -> list[str]:
+    listed = [f"  {entry}" for entry in entries]
+    return [f"{title}:", *listed] if listed else []
+
+
+def _count(rows: int | None) -> str:
+    return "? rows (not in the cache)" if rows is None else f"{rows} row{'' if rows == 1 else 's'}"
+
+
+def _row(text: str) -> tuple[str, int]:
+    """Parse TABLE:ID."""
+    if (parts := re.fullmatch(r"([a-z_]+):(\d+)", text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TABLE:ID, e.g. preferences:17")
+    return parts[1], int(parts[2])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", nargs="?", help="alias, version number, or model")
+    which.add_argument("--file", type=Path, help="a source file")
+    which.add_argument("--row", type=_row, metavar="TABLE:ID", help="a row of a validated table")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, with all parameters")
+    args = parser.parse_args(argv)
+    environment.quiet()
+    project = environment.root()
+    file = args.file.absolute() if args.file else None
+    os.chdir(project)
+    try:
+        if args.model:
+            model, version = current_model(project, args.model)
+            found = describe_model(Lineage.read(project), model)
+            text = model_text(found, version)
+        else:
+            lineage = Lineage.read(project)
+            if file is not None and not file.is_file():
+                raise DataError(f"{args.file}: no such file")
+            tables = lineage.tables_with_file(file_digest(file)) if file else versions_with_row(lineage, *args.row)
+            found = affected(lineage, tables)
+            text = affected_text(found, str(args.file) if file else f"row {args.row[1]} of {args.row[0]}")
+    except PosttrainError as error:
+        return report_error(error)
+    print_text(
+        json.dumps(found, indent=1, ensure_ascii=False) if args.json else "\n".join(map(printable, text.split("\n")))
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Follow models back to their data, and data forward to the models that were trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.lineage.records import TABLES, Artifact, Cache, StageRecord, open_cache, read_records
+from posttrain.errors import DataError
+
+INGEST_JOURNAL = "runs/ingest/journal.jsonl"
+HELDOUT = {"preferences": ("preferences", "preferences_heldout")}
+"""Validated tables that rows of one source may be in."""
+
+
+class Lineage:
+    """The records of one checkout as a graph."""
+
+    def __init__(self, records: list[StageRecord], cache: Cache) -> None:
+        self.records, self.cache = records, cache
+        self._written = {record: list(_written(record, cache)) for record in records}
+        self._producers: dict[Artifact, list[StageRecord]] = {}
+        for record, artifacts in self._written.items():
+            for artifact in artifacts:
+                self._producers.setdefault(artifact, []).append(record)
+
+    @classmethod
+    def read(cls, project: Path) -> Lineage:
+        """Read the records of a checkout. Raises TrackingError if dvc.lock is damaged."""
+        return cls(read_records(project), open_cache(project))
+
+    def producers(self, artifact: Artifact) -> list[StageRecord]:
+        """Return the records that wrote exactly these bytes at this path; a table that did not change has one for each night."""
+        return self._producers.get(artifact, [])
+
+    def written(self, record: StageRecord) -> list[Artifact]:
+        """Return the outputs of a stage and, for tables, each file of the folder."""
+        return self._written[record]
+
+    def ancestors(self, artifact: Artifact) -> list[StageRecord]:
+        """Return the records that led to an artifact, the nearest first, each once.
+
+        If several records wrote an input, one that is already among the ancestors is preferred, so that one night's tables stay together.
+        """
+        found: dict[StageRecord, None] = {}
+        waiting = [artifact]
+        while waiting:
+            producers = self.producers(waiting.pop(0))
+            if producers and not found.keys() & producers:
+                found[producers[0]] = None
+                waiting += producers[0].inputs
+        return list(found)
+
+    def descendants(self, artifacts: Iterable[Artifact]) -> list[StageRecord]:
+        """Return the records with one of the artifacts, or a model made from it, among their inputs, in the order of the stages."""
+        reached, found = set(artifacts), dict[StageRecord, None]()
+        while more := [r for r in self.records if r not in found and reached.intersection(r.inputs)]:
+            found |= dict.fromkeys(more)
+            reached |= {each for record in more for each in record.outputs if each.path.startswith("models/")}
+        return list(found)
+
+    def start(self, record: StageRecord) -> dict[str, Any]:
+        """Return the first record of the run's journal: stage, arguments, inputs. It is empty if the journal is not in the cache."""
+        journal = record.journal()
+        path = None if journal is None else self.cache.file(journal.md5)
+        if path is None:
+            return {}
+        with path.open(encoding="utf-8") as file:
+            first: dict[str, Any] = json.loads(file.readline())
+        return first
+
+    def files(self, record: StageRecord) -> dict[str, str]:
+        """Return the local files that an ingest run read, with their SHA-256."""
+        return dict(self.start(record).get("inputs", {}))
+
+    def tables_with_file(self, sha256: str) -> list[Artifact]:
+        """Return the versions of validated tables that hold rows of a file. Raises DataError if no ingest run read the file."""
+        found = list(dict.fromkeys(self._tables_with_file(sha256)))
+        if not found:
+            raise DataError(
+                "no recorded run read a file with these bytes. Files that were accepted are in data/raw/accepted; type"
+                " `dvc pull --run-cache` to fetch the records of other machines."
+            )
+        return found
+
+    def versions(self, table: str) -> list[Artifact]:
+        """Return all versions of one validated table."""
+        path = f"data/valid/{table}.parquet"
+        written = [each for record in self.records for each in self._written[record] if each.path == path]
+        return list(dict.fromkeys(written))
+
+    def _tables_with_file(self, sha256: str) -> Iterator[Artifact]:
+        for ingest in self.records:
+            names = [name for name, digest in self.files(ingest).items() if digest == sha256]
+            if ingest.stage != "ingest" or not names:
+                continue
+            kinds = {kind for name in names for kind in _kinds(name, ingest)}
+            tables = ingest.output("data/tables")
+            for validate in self.records:
+                if validate.stage == "validate" and tables in validate.inputs:
+                    yield from (a for a in self._written[validate] if _table(a.path) in kinds)
+
+
+def _written(record: StageRecord, cache: Cache) -> Iterator[Artifact]:
+    for output in record.outputs:
+        yield output
+        if output.path in TABLES:
+            yield from cache.listing(output) or ()
+
+
+def _table(path: str) -> str:
+    """Return the name of a validated table, or nothing."""
+    return Path(path).stem if path.startswith("data/valid/") else ""
+
+
+def _kinds(name: str, ingest: StageRecord) -> Iterator[str]:
+    """Yield the validated tables that a source file goes into."""
+    parts = Path(name).parts
+    accepted = [parts[3]] if parts[:3] == ("data", "raw", "accepted") and len(parts) > 3 else []
+    data = ingest.params.get("data") or {}
+    named = [kind for kind, section in data.items() if isinstance(section, dict) and _names(section, name)]
+    for kind in accepted or named:
+        yield from HELDOUT.get(kind, (kind,))
+
+
+def _names(section: dict[str, Any], name: str) -> bool:
+    """Return True if a table's source is the file, or a folder or pattern that the file is in."""
+    sources = section.get("source")
+    for source in [sources] if isinstance(sources, str) else sources or ():
+        if Path(name) == Path(source) or Path(source) in Path(name).parents or Path(name).match(str(source)):
+            return True
+    return False

@@ -1,0 +1,179 @@
+"""Lineage over two nights whose records are written here by hand: a file joins the preferences on the second night."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines.commands import lineage as command
+from pipelines.commands.lineage import affected, describe_model, versions_with_row
+from pipelines.lineage.graph import Lineage
+from pipelines.lineage.records import Artifact
+from posttrain.errors import DataError, TrackingError
+
+FIRST = [{"id": 0, "prompt": "a", "chosen": "1", "rejected": "0"}]
+SECOND = [
+    {"id": 0, "prompt": "new", "chosen": "2", "rejected": "0"},
+    {"id": 1, "prompt": "a", "chosen": "1", "rejected": "0"},
+]
+NEW = b'{"prompt": "new", "chosen": "2", "rejected": "0"}\n'
+
+
+class Nights:
+    """A project whose DVC cache remembers two nights."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.count = root, 0
+        self.locked: dict[str, Any] = {}
+
+    def store(self, content: bytes) -> str:
+        """Store an object as DVC does and return its MD5."""
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        path = self.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return md5
+
+    def folder(self, files: dict[str, bytes]) -> str:
+        listing = [{"md5": self.store(content), "relpath": name} for name, content in sorted(files.items())]
+        content = json.dumps(listing).encode()
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest() + ".dir"
+        path = self.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return md5
+
+    def record(self, stage: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        self.count += 1
+        entry = {
+            "cmd": f"python -m pipelines.{stage}",
+            "deps": [{"path": path, "md5": md5} for path, md5 in (inputs | {"pipelines/x.py": "0"}).items()],
+            "params": {"params.yaml": {"data": {"preferences": {"source": "raw/pairs"}}}},
+            "outs": [{"path": path, "md5": md5} for path, md5 in outputs.items()],
+        }
+        path = self.root / f".dvc/cache/runs/{self.count:02d}/k{self.count}/v"
+        path.parent.mkdir(parents=True)
+        YAML().dump(entry, path)
+        self.locked[stage.split(" ")[0]] = entry
+
+    def night(self, rows: list[dict[str, Any]], inputs: dict[str, str]) -> None:
+        journal = self.store(json.dumps({"kind": "start", "inputs": inputs}).encode() + b"\n")
+        tables = self.folder({"preferences.parquet": parquet(rows)})
+        self.record("ingest", {}, {"data/tables": tables, "runs/ingest/journal.jsonl": journal})
+        valid = self.folder({"preferences.parquet": parquet(rows), "sft.parquet": parquet([{"id": 0}])})
+        aside = self.folder({"preferences.parquet": parquet(rows[:1])})
+        self.record("validate", {"data/tables": tables}, {"data/valid": valid, "data/quarantine": aside})
+        self.record("sft", {"data/valid/sft.parquet": md5(parquet([{"id": 0}]))}, {"models/sft": md5(b"sft")})
+        pairs, weights = md5(parquet(rows)), self.folder({"model.safetensors": f"dpo {len(rows)}".encode()})
+        align = {"data/valid/preferences.parquet": pairs, "models/sft": md5(b"sft")}
+        self.record("align --algorithm dpo --seed 0", align, {"models/align/dpo-0": weights})
+        metrics = self.store(
+            json.dumps({"accuracy": len(rows) / 4, "accuracy_low": 0.1, "accuracy_high": 0.9}).encode()
+        )
+        self.record(
+            "evaluate --algorithm dpo --seed 0",
+            {"models/align/dpo-0": weights},
+            {"runs/evaluate/dpo-0/metrics.json": metrics},
+        )
+        (self.root / "data/valid").mkdir(parents=True, exist_ok=True)
+        (self.root / "data/valid/preferences.parquet").write_bytes(parquet(rows))
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+@pytest.fixture
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+    found = Nights(tmp_path)
+    found.night(FIRST, {"raw/pairs/one.jsonl": "aa"})
+    new = hashlib.sha256(NEW).hexdigest()
+    found.night(SECOND, {"raw/pairs/one.jsonl": "aa", "data/raw/accepted/preferences/0001-new.jsonl": new})
+    YAML().dump({"stages": found.locked}, tmp_path / "dvc.lock")
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def weights(nights: Nights, count: int) -> Artifact:
+    return Artifact("models/align/dpo-0", nights.folder({"model.safetensors": f"dpo {count}".encode()}))
+
+
+def test_a_model_that_newer_runs_replaced_still_leads_to_its_own_tables(nights: Nights) -> None:
+    lineage = Lineage.read(nights.root)
+    old, new = (describe_model(lineage, weights(nights, count)) for count in (1, 2))
+    stages = ["align --algorithm dpo --seed 0", "validate", "sft", "ingest"]
+    assert [entry["stage"] for entry in old["stages"]] == stages
+    tables = {entry["path"]: (entry["md5"], entry["rows"]) for entry in old["tables"]}
+    assert tables["data/valid/preferences.parquet"] == (md5(parquet(FIRST)), 1)
+    assert {entry["path"]: entry["rows"] for entry in new["tables"]}["data/valid/preferences.parquet"] == 2
+    assert old["files"] == {"raw/pairs/one.jsonl": "aa"}
+    assert new["files"].keys() == {"raw/pairs/one.jsonl", "data/raw/accepted/preferences/0001-new.jsonl"}
+    assert new["set_aside"] == {"preferences": 1}
+    assert (old["evaluation"]["accuracy"], new["evaluation"]["accuracy"]) == (0.25, 0.5)
+
+
+def test_a_file_leads_to_the_models_that_saw_it_and_to_no_other(nights: Nights) -> None:
+    lineage = Lineage.read(nights.root)
+    found = affected(lineage, lineage.tables_with_file(hashlib.sha256(NEW).hexdigest()))
+    assert found["tables"] == [{"path": "data/valid/preferences.parquet", "md5": md5(parquet(SECOND))}]
+    assert found["models"] == [weights(nights, 2)._asdict()]
+    both = affected(lineage, lineage.tables_with_file("aa"))["models"]
+    assert both == sorted((weights(nights, n)._asdict() for n in (1, 2)), key=lambda model: model["md5"])
+    with pytest.raises(DataError, match="no recorded run read a file with these bytes"):
+        lineage.tables_with_file("00")
+
+
+def test_a_row_is_found_in_every_version_at_whatever_place(nights: Nights) -> None:
+    lineage = Lineage.read(nights.root)
+    assert len(versions_with_row(lineage, "preferences", 1)) == 2  # id 0 on the first night
+    assert versions_with_row(lineage, "preferences", 0) == [
+        Artifact("data/valid/preferences.parquet", md5(parquet(SECOND)))
+    ]
+    with pytest.raises(DataError, match="has no row with id 7"):
+        versions_with_row(lineage, "preferences", 7)
+    with pytest.raises(DataError, match="validated tables: preferences"):
+        versions_with_row(lineage, "pairs", 0)
+
+
+def test_tables_that_the_cache_lost_are_said_to_be_unknown(nights: Nights) -> None:
+    for count in (1, 2):
+        path = nights.root / ".dvc/cache/files/md5" / md5(parquet([FIRST, SECOND][count - 1]))[:2]
+        for file in path.iterdir():
+            file.unlink()
+    found = describe_model(Lineage.read(nights.root), weights(nights, 2))
+    assert "? rows (not in the cache)" in command.model_text(found, None)
+
+
+def test_the_command_prints_it_and_refuses_what_does_not_exist(
+    nights: Nights, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (nights.root / "dvc.yaml").write_text("stages: {}\n")
+    (nights.root / "params.yaml").write_text("{}\n")
+    monkeypatch.setattr(command.environment, "root", lambda: nights.root)
+    assert command.main(["dpo-0"]) == 0
+    shown = capsys.readouterr().out
+    assert "data/raw/accepted/preferences/0001-new.jsonl  sha256" in shown
+    assert "accuracy 0.500, 95 % interval 0.100 to 0.900" in shown
+    assert command.main(["--row", "preferences:0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == [weights(nights, 2)._asdict()]
+    assert command.main(["grpo-0"]) == 2
+    assert "dvc.lock has no model 'grpo-0'; it has: dpo-0, sft" in capsys.readouterr().err
+    assert command.main(["--file", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl: no such file" in capsys.readouterr().err
+    (nights.root / "dvc.lock").write_text("")
+    with pytest.raises(TrackingError, match="holds no stages"):
+        Lineage.read(nights.root)
