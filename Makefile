@@ -38,7 +38,7 @@ status: setup  ## show which of them run, and their addresses
 	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
 test: setup  ## run the tests that take minutes
-	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py
 

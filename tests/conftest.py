@@ -15,6 +15,15 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 
 
+LONG = ("tests/servers/", "tests/end_to_end/", "tests/flows/", "tests/reliability/", "tests/security/", "tests/tasks/")
+"""Folders of tests that wait for processes. They come first, so that no worker is left alone with the longest file at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first; the order within a file stays."""
+    items.sort(key=lambda item: next((i for i, part in enumerate(LONG) if part in item.path.as_posix()), len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Return the project's root."""

@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import TINY, Clone
-from tests.end_to_end.test_pipeline import lock
-from tests.end_to_end.test_remotes import projected
+from tests.end_to_end.test_pipeline import lock, projected
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(7200)]
 KILLS = 10
