@@ -16,7 +16,7 @@ pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 
 
 LONG = ("tests/servers/", "tests/end_to_end/", "tests/flows/", "tests/reliability/", "tests/security/", "tests/tasks/")
-"""Folders of tests that wait for processes. They come first, so that no worker is left alone with the longest file at the end."""
+"""Folders of tests that wait for processes. They come first, so that the longest file is not the last one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
