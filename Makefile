@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate study studies docs clean
+.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hou
 
 calibrate: workspace  ## compare finished runs of one algorithm with each other: how often are equal copies called different?
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
+
+tune: workspace  ## tune all algorithms with equal trials, chosen on some prompts and reported on the others
+	@$(QUIET) $(PYTHON_IN) -m flows.tune $(ARGS)
 
 study: workspace  ## run one study of examples/studies and decide its claims (NAME=group_size)
 	@$(QUIET) $(PYTHON_IN) -m flows.study $(NAME) $(ARGS)

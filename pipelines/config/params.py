@@ -32,6 +32,7 @@ from pipelines.config.schema import (
     StartModel,
     ValidationParams,
 )
+from pipelines.config.tune_schema import TuneParams
 from pipelines.config.types import Name, Section
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
@@ -60,6 +61,7 @@ class Params(Section):
     evaluation: EvaluationParams
     report: ReportParams
     gate: GateParams
+    tune: TuneParams = TuneParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
@@ -108,6 +110,13 @@ class Params(Section):
             return _validated(PreferenceBudget, values, location)
         return _validated(OnPolicyBudget, values, location)
 
+    def watched_rewards(self, name: str) -> tuple[str, str] | None:
+        """Return a true reward and the reward model that an algorithm trains on, or None if it does not measure both."""
+        weights = self.algorithms[name].rewards or {}
+        models = [r for r, weight in weights.items() if weight and self.rewards[r].function == "reward_model"]
+        true = [r for r in weights if self.rewards[r].function != "reward_model"]
+        return (true[0], models[0]) if true and models else None
+
     def start(self, name: str) -> StartModel:
         """Return the model that an algorithm starts from."""
         return self.algorithms[name].start or self.align.start
@@ -130,6 +139,11 @@ class Params(Section):
         if "critic_learning_rate" in self.algorithms[name].budget and not spec.has_critic:
             raise ConfigError(
                 f"algorithms.{name}.budget.critic_learning_rate: has no effect here; it is used only if advantage is 'gae'. Remove it."
+            )
+        if self.algorithms[name].budget.get("on_divergence") == "stop" and self.watched_rewards(name) is None:
+            raise ConfigError(
+                f"algorithms.{name}.budget.on_divergence: has no effect here; it compares a reward model that is trained on with a true"
+                " reward. Give both in rewards, e.g. {rm: 1.0, answer: 0.0}, or remove it."
             )
         updates = budget.steps * spec.epochs * spec.minibatches
         try:

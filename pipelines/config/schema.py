@@ -263,6 +263,8 @@ class OnPolicyBudget(Section):
     max_new_tokens: Count
     measure_kl_every: Annotated[int, Field(ge=0)] = 1
     """Interval in steps between forward passes of the reference, if the loss does not need them; 0 disables them."""
+    on_divergence: Literal["report", "stop"] = "report"
+    """stop: end with an error once the true reward falls while the reward model's score stays up (posttrain/evaluation/divergence.py)."""
     rollouts: RolloutParams = RolloutParams()
     optimizer: OptimizerParams
     critic_learning_rate: Positive
@@ -314,6 +316,8 @@ class AlgorithmParams(Section):
     """Folder or hub id of the model to distil from, with the same vocabulary; only for presets whose advantage is 'teacher'."""
     budget: dict[str, Any] = Field(default_factory=dict)
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
+    tuned: str | None = None
+    """How the values were found, for the report's protocol, e.g. "best of 4 trials"; `make tune` writes it."""
 
 
 class EvaluationParams(Section):

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
+from pipelines.report.hacking import Watched, watched
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
 from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
 from posttrain.evaluation.crossed import Crossed, crossed_difference, crossed_mean
@@ -118,6 +119,8 @@ class Comparison:
     heldout_loss: float | None
     protocols: Mapping[str, Protocol] = field(default_factory=dict)
     """The protocol of each algorithm; without one, all are ranked together."""
+    watched: Mapping[str, Watched] = field(default_factory=dict)
+    """Algorithms whose runs logged a true reward and a reward model's score, with the runs that diverged."""
 
     @property
     def panel(self) -> list[Summary]:
@@ -168,6 +171,7 @@ def compare(results: Results, question: Question) -> Comparison:
         heldout,
         loss,
         protocols(results, spent),
+        watched(results, question.accuracy, question.reward_models),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from pipelines.report import chinese, curves, forest
+from pipelines.report import chinese, currencies, curves, forest
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.protocol import CURRENCIES
@@ -57,6 +57,10 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
         drawn["over_optimisation"] = _draw(
             "over_optimisation", "Reward against KL", "True reward and reward-model score against KL along training.",
             algorithms, lambda look: curves.over_optimisation(results, question, look),
+        )  # fmt: skip
+        drawn["against_budgets"] = _draw(
+            "against_budgets", "True reward against budgets", "True reward along training against each budget.",
+            algorithms, lambda look: currencies.against_budgets(results, question, look),
         )  # fmt: skip
     for metric, name in curves.metrics_shown(question).items():
         if curves.logged_by(results, metric):

@@ -1,4 +1,4 @@
-"""Compare only algorithms with the same protocol: the same start, the same training signal, and an equal budget in one currency.
+"""Compare only algorithms with the same protocol: the same start, training signal and tuning, and an equal budget in one currency.
 
 Algorithms with equal protocols form a panel. The headline ranks the largest panel; the report marks the cells of the others that
 differ.
@@ -23,12 +23,12 @@ CURRENCIES: Mapping[Currency, str] = {
 }
 TOLERANCE = 0.1
 """Budgets that differ by at most this share count as equal: answers of one number of tokens do not exist."""
-PAIRS, UNKNOWN = "logged pairs", "not recorded"
+PAIRS, UNKNOWN, AS_GIVEN = "logged pairs", "not recorded", "as given"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The training signal of an algorithm, the model that it started from, and its budget in the currency of the comparison."""
+    """The training signal of an algorithm, its start, how it was tuned, and its budget in the currency of the comparison."""
 
     signal: str
     """The rewards with a weight, or logged pairs."""
@@ -36,6 +36,8 @@ class Protocol:
     """Folder of the model that training starts from."""
     digest: str
     """sha256 of that model; empty if it was not recorded."""
+    tuned: str
+    """How the algorithm's values were found."""
     spent: float | None
     """None if the algorithm spends nothing in this currency."""
 
@@ -44,6 +46,7 @@ class Protocol:
         found = [] if self.signal == other.signal else [f"trained on {self.signal}"]
         if (self.start, self.digest) != (other.start, other.digest):
             found.append(f"started from {self.start}" if self.start != other.start else "a different starting model")
+        found += [] if self.tuned == other.tuned else [f"tuned: {self.tuned}"]
         if found or self.same_budget(other):
             return found
         if not self.spent or not other.spent:
@@ -61,7 +64,13 @@ def protocols(results: Results, spent: Mapping[str, float | None]) -> dict[str, 
     """Return the protocol of each algorithm, from its first seed; `spent` is the mean over seeds in the currency."""
     runs = {name: results.of(name)[0].training for name in results.algorithms}
     return {
-        name: Protocol(_signal(name, run), _start(name, run), run.inputs.get(_start(name, run), ""), spent.get(name))
+        name: Protocol(
+            _signal(name, run),
+            _start(name, run),
+            run.inputs.get(_start(name, run), ""),
+            str(run.params.get(f"algorithms.{name}.tuned") or AS_GIVEN),
+            spent.get(name),
+        )
         for name, run in runs.items()
         if run is not None
     }

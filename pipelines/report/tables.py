@@ -37,6 +37,7 @@ def comparison_json(comparison: Comparison) -> str:
         "models": {summary.name: _summary(summary) for summary in comparison.summaries},
         "pairs": [_pair(pair) for pair in comparison.pairs],
         "reward_model": {"heldout_accuracy": _interval(comparison.heldout), "heldout_loss": comparison.heldout_loss},
+        "reward_hacking": {name: asdict(own) for name, own in sorted(comparison.watched.items())},
         "cost": {cost.name: _cost(cost) for cost in comparison.costs},
     }
     return json.dumps(representable(_rounded(tree)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

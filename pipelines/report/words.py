@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pipelines.report import hacking
 from pipelines.report.analysis import Comparison, Pair, Summary
 from pipelines.report.load import SFT
 from pipelines.report.protocol import CURRENCIES
@@ -102,6 +103,7 @@ def findings(comparison: Comparison) -> list[str]:
     sentences += [text] if (text := other_measure(comparison, first)) else []
     sentences += [_worse(comparison, other) for other in by_level if _significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
+    sentences += hacking.sentences(comparison.watched)
     sentences += [text] if (text := entropy_kept(comparison)) else []
     return sentences
 
@@ -141,7 +143,7 @@ def protocols_differ(comparison: Comparison) -> str | None:
     each = "; ".join(f"{name} ({', '.join(cells)})" for name, cells in apart.items())
     currency = CURRENCIES[comparison.question.currency]
     return (
-        f"Only algorithms with the same start, the same training reward and equal {currency} are ranked together. Not ranked with"
+        f"Only algorithms with the same start, training reward and tuning, and equal {currency} are ranked together. Not ranked with"
         f" {_listed([summary.name for summary in comparison.panel])}: {each}."
     )
 

@@ -87,7 +87,7 @@ def _pretraining(root: Path, name: str, study: Study, shared: Any, base: Path | 
         return None
     tree = merged(shared, study.pretraining)
     tree["project"] = {**tree["project"], "experiment": f"study {name}"}
-    _make_paths_absolute(root, tree)
+    make_paths_absolute(root, tree)
     _checked(tree, name, "pretraining")
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
     return Workspace(root / _home(name, base) / f"pretraining-{digest}", (), tree)
@@ -110,7 +110,7 @@ def _workspace(root: Path, home: Path, name: str, study: Study, arms: list[str],
     tree = merged(shared, study.arms[arms[0]].params)
     tree["project"] = {"experiment": f"study {name}", "algorithms": list(arms), "seeds": list(study.seeds)}
     tree["algorithms"] = {arm: study.arms[arm].algorithm for arm in arms}
-    _make_paths_absolute(root, tree)
+    make_paths_absolute(root, tree)
     _checked(tree, name, ", ".join(arms))
     return Workspace(root / home / arms[0], tuple(arms), tree)
 
@@ -122,7 +122,7 @@ def _overlay(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _make_paths_absolute(root: Path, tree: dict[str, Any]) -> None:
+def make_paths_absolute(root: Path, tree: dict[str, Any]) -> None:
     """Replace local files and folders of data and model by absolute paths: the workspace is a different folder."""
 
     def located(source: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.schema import AlignParams, OnPolicyBudget
+from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.training.reward_sources import reward_sources
@@ -39,6 +40,8 @@ from posttrain.training.trainer import ParameterGroup, Trainer, trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from pipelines.training.monitor import DivergenceMonitor
 
 REWARD = Path("models/reward")
 
@@ -104,7 +107,13 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
     )
     shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
-    hook = _Samples(run.recorder, source, params.samples_every, params.samples_shown)
+    watched = context.params.watched_rewards(name) if budget.on_divergence == "stop" else None
+    monitor = None
+    if watched is not None:
+        from pipelines.training.monitor import DivergenceMonitor
+
+        monitor = DivergenceMonitor(context.state / JOURNAL, *watched)
+    hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
@@ -165,11 +174,13 @@ def _demonstrations(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget
     return Demonstrations(rows, budget.prompts_per_step, seed)
 
 
-class _Samples:
-    """Write a table of the policy's answers every few steps."""
+class _AfterStep:
+    """Write a table of the policy's answers every few steps, and ask the monitor if the run may continue."""
 
-    def __init__(self, recorder: RunRecorder, source: ExperienceSource, every: int, shown: int) -> None:
-        self.recorder, self.source, self.every, self.shown = recorder, source, every, shown
+    def __init__(
+        self, recorder: RunRecorder, source: ExperienceSource, every: int, shown: int, monitor: DivergenceMonitor | None
+    ) -> None:
+        self.recorder, self.source, self.every, self.shown, self.monitor = recorder, source, every, shown, monitor
 
     def __call__(self, step: int) -> Mapping[str, float]:
         if step == 1 or step % self.every == 0:
@@ -179,4 +190,6 @@ class _Samples:
                 step,
                 [{"prompt": a.problem.prompt, "completion": a.text, "reward": a.reward, **a.sources} for a in answers],
             )
+        if self.monitor is not None:
+            self.monitor.check(step, self.source.last_answers)
         return {}

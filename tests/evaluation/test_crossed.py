@@ -110,19 +110,19 @@ GRID = list(itertools.product((3, 5, 10), (0.0, 0.003, 0.03), ((0.1, 1.0), (1.0,
 
 
 def test_intervals_cover_the_true_difference_in_93_to_97_percent() -> None:
-    """2,000 experiments in each cell of a grid; scores are real numbers or, thresholded, right or wrong."""
+    """4,000 experiments in each cell of a grid; scores are real numbers or, thresholded, right or wrong."""
     generator = np.random.Generator(np.random.PCG64(13))
     covered = {}
     for seeds, run, (crossed, rest), binary in GRID:
-        a, b = simulated(generator, 2000, 60, seeds, run, crossed, rest)
+        a, b = simulated(generator, 4000, 60, seeds, run, crossed, rest)
         if binary:
             a, b = (a > 0).astype(float), (b > 0).astype(float)
         found = moments(a, b)
         reach = stats.t.ppf(0.975, found.df) * np.sqrt(found.from_prompts + found.from_runs)
         covered[seeds, run, crossed, binary] = float((np.abs(found.value) <= reach).mean())
-    # a cell's share of 2,000 has a standard error of .005: the bounds hold for cells within two of them, and for their mean
+    # a cell's share of 4,000 has a standard error of .0035; with 10,000 the cells lie between .938 and .965
     assert 0.945 <= np.mean(list(covered.values())) <= 0.96
-    assert {cell: share for cell, share in covered.items() if not 0.925 <= share <= 0.975} == {}
+    assert {cell: share for cell, share in covered.items() if not 0.93 <= share <= 0.97} == {}
 
 
 def test_prompts_alone_would_call_equal_algorithms_different() -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.report.analysis import Comparison, Question, compare, greedy, wins
+from pipelines.report.currencies import curve
 from pipelines.report.curves import running_mean, seed_band, seed_mean
 from pipelines.report.load import load, predictions
 from pipelines.report.page import Picture
@@ -27,6 +28,22 @@ from tests.pipelines.read_html import Text
 from tests.pipelines.synthetic_runs import RATES, build
 
 QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(400, 0.95, 0), headline="greedy")
+
+
+def test_a_curve_against_a_budget_has_what_the_run_had_spent(tmp_path: Path) -> None:
+    results = load(
+        ("grpo", "ppo", "dpo"), (0, 3), build(tmp_path, algorithms=("grpo", "ppo", "dpo"), seeds=(0, 3), steps=4)
+    )
+    tokens = curve(results, "grpo", "reward/answer/mean", "tokens_sampled")
+    updates = curve(results, "ppo", "reward/answer/mean", "optimiser_steps")
+    assert tokens is not None
+    assert updates is not None
+    assert tokens[0].tolist() == [5120.0 * step for step in (1, 2, 3, 4)]
+    # two epochs of one minibatch: two updates a step
+    assert updates[0].tolist() == [2, 4, 6, 8]
+    by_hand = np.mean([model.training.curves["reward/answer/mean"][1] for model in results.of("ppo")], axis=0)
+    assert updates[1] == pytest.approx([by_hand[: i + 1].mean() for i in range(4)])
+    assert curve(results, "dpo", "reward/answer/mean", "tokens_trained") is None
 
 
 def test_win_rates_count_pairs_of_answers_to_one_prompt_with_ties_as_half() -> None:

@@ -14,18 +14,19 @@ from pipelines.report.protocol import Protocol, main_panel, panels
 
 ANSWER, MODEL = "reward answer", "reward rm"
 FOUND = {
-    "dpo": Protocol("logged pairs", "models/sft", "a", None),
-    "ppo": Protocol(MODEL, "models/sft", "a", 1000.0),
-    "grpo": Protocol(ANSWER, "models/sft", "a", 1000.0),
-    "gspo": Protocol(ANSWER, "models/sft", "a", 1090.0),
-    "dapo": Protocol(ANSWER, "models/sft", "a", 3600.0),
-    "bare": Protocol(ANSWER, "models/base", "c", 1000.0),
-    "late": Protocol(ANSWER, "models/sft", "b", 1000.0),
+    "dpo": Protocol("logged pairs", "models/sft", "a", "as given", None),
+    "ppo": Protocol(MODEL, "models/sft", "a", "as given", 1000.0),
+    "grpo": Protocol(ANSWER, "models/sft", "a", "as given", 1000.0),
+    "gspo": Protocol(ANSWER, "models/sft", "a", "as given", 1090.0),
+    "dapo": Protocol(ANSWER, "models/sft", "a", "as given", 3600.0),
+    "bare": Protocol(ANSWER, "models/base", "c", "as given", 1000.0),
+    "lucky": Protocol(ANSWER, "models/sft", "a", "best of 9", 1000.0),
+    "late": Protocol(ANSWER, "models/sft", "b", "as given", 1000.0),
 }
 
 
 def test_panels_hold_equal_start_signal_and_budget() -> None:
-    assert panels(FOUND) == [["dpo"], ["ppo"], ["grpo", "gspo"], ["dapo"], ["bare"], ["late"]]
+    assert panels(FOUND) == [["dpo"], ["ppo"], ["grpo", "gspo"], ["dapo"], ["bare"], ["lucky"], ["late"]]
 
 
 def test_what_differs_is_named() -> None:
@@ -35,8 +36,11 @@ def test_what_differs_is_named() -> None:
     assert FOUND["dapo"].differs(norm, "optimiser_steps") == ["3.6 times the optimiser steps"]
     assert FOUND["dpo"].differs(norm, "tokens_sampled") == ["trained on logged pairs"]
     assert FOUND["bare"].differs(norm, "tokens_sampled") == ["started from models/base"]
+    assert FOUND["lucky"].differs(norm, "tokens_sampled") == ["tuned: best of 9"]
     assert FOUND["late"].differs(norm, "tokens_sampled") == ["a different starting model"]
-    assert Protocol(ANSWER, "models/sft", "a", None).differs(norm, "tokens_sampled") == ["no tokens sampled"]
+    assert Protocol(ANSWER, "models/sft", "a", "as given", None).differs(norm, "tokens_sampled") == [
+        "no tokens sampled"
+    ]
 
 
 def test_the_headline_ranks_the_largest_panel_and_of_equal_ones_the_best() -> None:

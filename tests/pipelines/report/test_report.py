@@ -106,14 +106,33 @@ def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -
 
 def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, numbers: Any) -> None:
     assert numbers["ranked"] == ["grpo", "ppo"]
-    assert numbers["protocols"]["dpo"] == {"signal": "logged pairs", "start": "models/sft", "digest": "", "spent": None}
+    assert numbers["protocols"]["dpo"] == {
+        "signal": "logged pairs",
+        "start": "models/sft",
+        "digest": "",
+        "tuned": "as given",
+        "spent": None,
+    }
     assert numbers["protocols"]["ppo"]["spent"] == 5120 * 40
     assert (
-        "Only algorithms with the same start, the same training reward and equal tokens sampled are ranked together. Not ranked"
+        "Only algorithms with the same start, training reward and tuning, and equal tokens sampled are ranked together. Not ranked"
         " with grpo and ppo: dpo (trained on logged pairs)."
     ) in numbers["findings"]
     assert "<mark>logged pairs</mark>" in page
     assert page.count("<mark>204,800</mark>") == 0
+
+
+def test_a_run_that_hacks_the_reward_model_is_named_with_the_step(numbers: Any) -> None:
+    """The synthetic ppo falls from .45 to .3 while its score rises from .1 to 3; grpo gains by both."""
+    (hacked,) = numbers["reward_hacking"]["ppo"]["hacked"]
+    assert numbers["reward_hacking"]["grpo"] == {"runs": 1, "hacked": []}
+    assert "dpo" not in numbers["reward_hacking"]
+    assert 5 < hacked["began"] < hacked["noticed"] < 40
+    assert hacked["truth"] < 0.8 * hacked["level"]
+    (said,) = (sentence for sentence in numbers["findings"] if "hacked" in sentence)
+    assert said.startswith(
+        f"ppo hacked the reward model rm in 1 of 1 run: from step {hacked['began']} the true reward fell"
+    )
 
 
 def test_what_was_not_measured_is_not_invented(page: str, numbers: Any) -> None:
