@@ -61,6 +61,7 @@ ROOMS = {
     "promotion": {"runtime", "tracking"},
     "report": {"config", "runtime"},
     "studies": {"config", "report", "runtime"},
+    "tuning": {"config", "report", "runtime", "studies"},
     "validation": {"config", "data"},
     "tracking": {"config", "runtime"},
     "data": {"config"},

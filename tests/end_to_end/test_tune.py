@@ -1,4 +1,4 @@
-"""Tuning from params.yaml to the chosen sections: trials, choice and new seeds run as stages, and a second call runs none."""
+"""Tuning runs trials, choice and new seeds as stages, and a second call runs none."""
 
 from __future__ import annotations
 

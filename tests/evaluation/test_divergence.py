@@ -1,4 +1,4 @@
-"""When a run began to optimise its reward model against the true reward."""
+"""Find when a run began to optimise its reward model against the true reward."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from pipelines.training.monitor import DivergenceMonitor
 from posttrain.errors import ConfigError, NumericalError
 
 TRUTH = [0.55, 0.5, 0.45, 0.5] * 3 + [0.1, 0.15, 0.05] * 4
-"""Diverges at step 14, counted from 1, if the score rises."""
+"""True rewards that diverge at step 14, counted from 1, if the score rises."""
 
 
 def answers(truth: float, score: float) -> list[Any]:
-    """Four answers with these means; one has no reward."""
+    """Return four answers with these means; one has no reward."""
     sources = [{"answer": truth + d, "rm": score - d} for d in (-0.05, 0.0, 0.05)]
     return [SimpleNamespace(sources=found) for found in (*sources, {"answer": None, "rm": None})]
 

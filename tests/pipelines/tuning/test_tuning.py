@@ -1,4 +1,4 @@
-"""Equal tuning: the trials, the split of the prompts, the choice and its report."""
+"""Check equal tuning: the trials, the split of the prompts, the choice and its report."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_best_on_the_selection_is_reported_on_the_other_prompts_with_new_see
 
 
 def test_the_best_of_several_equal_trials_scores_above_its_new_seeds(root: Path, tmp_path: Path) -> None:
-    """The winner's curse: eight copies of one algorithm, whose true accuracy is the same."""
+    """Show the winner's curse: eight copies of one algorithm, whose true accuracy is the same."""
     params = params_with(root, trials=8)
     found = [trial for trial in trials(params) if trial.algorithm == "dpo"]
     for trial in found:
