@@ -123,7 +123,7 @@ def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, n
 
 
 def test_a_run_that_hacks_the_reward_model_is_named_with_the_step(numbers: Any) -> None:
-    """The synthetic ppo falls from .45 to .3 while its score rises from .1 to 3; grpo gains by both."""
+    """Find it in the synthetic ppo, which falls from .45 to .3 while its score rises from .1 to 3; grpo gains by both."""
     (hacked,) = numbers["reward_hacking"]["ppo"]["hacked"]
     assert numbers["reward_hacking"]["grpo"] == {"runs": 1, "hacked": []}
     assert "dpo" not in numbers["reward_hacking"]
