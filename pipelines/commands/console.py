@@ -20,7 +20,20 @@ from posttrain.text import nearest
 
 STEPS = ("ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate")
 """The versioned steps, in the order in which a pipeline runs them."""
-COMMANDS = ("plan", "calibrate", "study", "preview", "configure", "push", "ui", "models", "lineage", "sync", "intake")
+COMMANDS = (
+    "plan",
+    "calibrate",
+    "study",
+    "preview",
+    "configure",
+    "push",
+    "ui",
+    "models",
+    "lineage",
+    "chat",
+    "sync",
+    "intake",
+)
 RENAMED = ("plan", "configure", "ui", "models", "sync", "intake")
 """Commands that were `python -m pipelines.NAME` before; pipelines/aliases keeps these names."""
 PACKAGE = Path(__file__).parents[1]

@@ -22,11 +22,11 @@ from typing import Any
 from pipelines.config.params import load_params
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import Artifact, StageRecord
-from pipelines.promotion.registry import ALIASES, DECISION, PATH, REASON, Registry, Version
+from pipelines.promotion.named import find_model
+from pipelines.promotion.registry import DECISION, REASON, Version
 from pipelines.runtime import environment
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.redaction import print_text, printable, report_error
-from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError, PosttrainError
 
 
@@ -87,26 +87,6 @@ def versions_with_row(lineage: Lineage, table: str, identity: int) -> list[Artif
         if stored is not None and any(_content(row) == content for row in pq.read_table(stored).to_pylist()):
             found.append(version)
     return found
-
-
-def current_model(project: Path, name: str) -> tuple[Artifact, Version | None]:
-    """Return the weights that a name means: an alias or number of the registry, or a model of dvc.lock.
-
-    Raises DataError if there is no such model, TrackingError if the registry does not respond.
-    """
-    if name in ALIASES or name.isdigit():
-        registry = Registry(project, load_params(project / "params.yaml").project.experiment)
-        version = registry.version(int(name)) if name.isdigit() else registry.holding(name)
-        if version is None:
-            raise DataError(f"no version is {name} yet; `posttrain models` lists the versions")
-        return Artifact(version.tags[PATH], version.md5), version
-    outputs = [out for stage in read_lock(project).values() for out in stage.get("outs", ())]
-    models = {str(out["path"]): str(out["md5"]) for out in outputs if str(out["path"]).startswith("models/")}
-    for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):
-        if path in models:
-            return Artifact(path, models[path]), None
-    known = ", ".join(sorted(path.removeprefix("models/").removeprefix("align/") for path in models)) or "none"
-    raise DataError(f"dvc.lock has no model {name!r}; it has: {known}. Aliases of the registry: {', '.join(ALIASES)}.")
 
 
 def _quarantined(lineage: Lineage, chain: list[StageRecord]) -> Iterator[Artifact]:
@@ -213,8 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(project)
     try:
         if args.model:
-            model, version = current_model(project, args.model)
-            found = describe_model(Lineage.read(project), model)
+            named = find_model(project, args.model, load_params(project / "params.yaml").project.experiment)
+            found, version = describe_model(Lineage.read(project), Artifact(named.path, named.md5)), named.version
             text = model_text(found, version)
         else:
             lineage = Lineage.read(project)

@@ -159,10 +159,9 @@ def test_tables_that_the_cache_lost_are_said_to_be_unknown(nights: Nights) -> No
 
 
 def test_the_command_prints_it_and_refuses_what_does_not_exist(
-    nights: Nights, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    nights: Nights, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (nights.root / "dvc.yaml").write_text("stages: {}\n")
-    (nights.root / "params.yaml").write_text("{}\n")
+    (nights.root / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
     monkeypatch.setattr(command.environment, "root", lambda: nights.root)
     assert command.main(["dpo-0"]) == 0
     shown = capsys.readouterr().out

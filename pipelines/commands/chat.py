@@ -1,0 +1,206 @@
+"""Talk to a model in the terminal, or to two and say which answer is better.
+
+    posttrain chat                          # the champion
+    posttrain chat dpo-0 --temperature 0    # a model of dvc.lock, greedy
+    posttrain chat champion --against challenger
+
+With --against, both models answer every message from the same seed, in an order that does not show which is which. Your choice is
+written to inbox/preferences, where `make retrain` takes it in. /new begins a new conversation, /quit ends. A model without a chat
+template completes each line as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.params import load_params
+from pipelines.data.inbox import location
+from pipelines.promotion.named import find_model
+from pipelines.runtime import environment
+from pipelines.runtime.redaction import print_text, printable, report_error, report_machine_fault
+from posttrain.errors import DataError, PosttrainError
+from posttrain.files import write_atomic
+
+if TYPE_CHECKING:
+    from posttrain.api import Model
+
+Message = dict[str, str]
+CHOICES = {"1": 0, "2": 1, "=": None, "s": None, "": None}
+HELP = "type a message; /new begins a new conversation, /quit ends"
+
+
+@dataclass
+class Chat:
+    """A conversation with one or two models. `write` receives pieces of text to show; `ask` returns the user's next line."""
+
+    models: Sequence[tuple[str, Model]]
+    settings: argparse.Namespace
+    inbox: Path
+    ask: Callable[[str], str]
+    write: Callable[[str], None]
+    history: list[Message] = field(default_factory=list)
+    turns: int = 0
+
+    def run(self) -> None:
+        """Answer lines until the user ends."""
+        self._begin()
+        while (line := self.ask("you> ").strip()) != "/quit":
+            if line == "/new":
+                self._begin()
+            elif line == "/help":
+                self.write(HELP + "\n")
+            elif line:
+                self.answer(line)
+
+    def answer(self, line: str) -> None:
+        """Let every model answer one message, and keep the choice between two answers."""
+        templated = has_template(self.models[0][1])
+        prompt: Any = [*self.history, {"role": "user", "content": line}] if templated else line
+        order = list(range(len(self.models)))
+        random.Random(f"{self.settings.seed}/{self.turns}").shuffle(order)
+        answers = []
+        for place, index in enumerate(order, start=1):
+            self.write(f"{place}> " if len(order) > 1 else f"{self.models[index][0]}> ")
+            answers.append(stream(self.models[index][1], prompt, self.settings, self.turns, self.write))
+            self.write("\n")
+        self.turns += 1
+        chosen = self._choice(prompt, answers, order) if len(answers) > 1 else 0
+        if templated:
+            self.history = [*prompt, {"role": "assistant", "content": answers[chosen]}]
+
+    def _choice(self, prompt: Any, answers: Sequence[str], order: Sequence[int]) -> int:
+        """Ask which answer is better, and store the pair; return the place of the answer that the conversation goes on with."""
+        while (said := self.ask("better? 1, 2, = or s to skip> ").strip().lower()) not in CHOICES:
+            self.write(f"{said!r} is none of: 1, 2, =, s\n")
+        names = [self.models[index][0] for index in order]
+        self.write(f"1 was {names[0]}, 2 was {names[1]}\n")
+        chosen = CHOICES[said]
+        if chosen is None or answers[0] == answers[1]:
+            return 0
+        path = store(self.inbox, prompt, answers[chosen], answers[1 - chosen])
+        self.write(f"kept in {path}\n")
+        return chosen
+
+    def _begin(self) -> None:
+        system = self.settings.system
+        self.history = [{"role": "system", "content": system}] if system else []
+
+
+def stream(model: Model, prompt: Any, settings: argparse.Namespace, turn: int, write: Callable[[str], None]) -> str:
+    """Return the model's answer to a prompt, and write it piece by piece. Seed and turn decide it at any temperature above 0."""
+    import torch
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write("\n".join(map(printable, text.split("\n"))))
+
+    encoder = model.encoder
+    ids = encoder.prompt(prompt)
+    room = encoder.max_length - len(ids)
+    if room < 1:
+        raise DataError(
+            f"the conversation has {len(ids)} tokens and the model's context {encoder.max_length}; type /new"
+        )
+    torch.manual_seed(settings.seed * 1_000_003 + turn)
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
+    generate: Any = model.lm.generate
+    out = generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), eos_token_id=list(encoder.ends),
+        pad_token_id=encoder.eos_id, max_new_tokens=min(settings.max_new_tokens, room),
+        streamer=Streamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
+    )  # fmt: skip
+    return encoder.text(out[0, len(ids) :].tolist())
+
+
+def has_template(model: Model) -> bool:
+    """Return True if the model answers chat messages, False if it continues plain text."""
+    return bool(model.encoder.tokenizer.chat_template)
+
+
+def store(inbox: Path, prompt: Any, chosen: str, rejected: str) -> Path:
+    """Write one preference as a new file of the inbox and return its path."""
+    folder = inbox / "preferences"
+    path = next(p for i in count(1) if not (p := folder / f"chat-{i:04d}.jsonl").exists())
+    row = {"prompt": prompt, "chosen": _reply(prompt, chosen), "rejected": _reply(prompt, rejected)}
+    write_atomic(path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def _reply(prompt: Any, text: str) -> Any:
+    """Return an answer in the form of its prompt: text, or a list of messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
+    """Load the named models. Raises DataError for an unknown name, ModelError for a folder that cannot be used."""
+    from posttrain.api import load
+
+    experiment = load_params(project / "params.yaml").project.experiment
+    models = []
+    for name in names:
+        folder = (
+            Path(name)
+            if (Path(name) / "config.json").is_file()
+            else find_model(project, name, experiment).folder(project)
+        )
+        models.append((name, load(folder)))
+    if len({has_template(model) for _, model in models}) > 1:
+        raise DataError(
+            f"of {' and '.join(names)} only one has a chat template, so their answers are to different prompts"
+        )
+    return models
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", nargs="?", default="champion", help="alias, version number, model, or folder (default: champion)"
+    )
+    parser.add_argument("--against", metavar="MODEL", help="a second model, to compare answers")
+    parser.add_argument("--system", help="system message of every conversation; needs a chat template")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or args.max_new_tokens < 1:
+        parser.error("--temperature must be 0 or more, and --max-new-tokens 1 or more")
+    environment.quiet()
+    project = environment.root()
+    os.chdir(project)
+    inbox = location(project)
+    try:
+        if args.against and "://" in inbox:
+            raise DataError(
+                f"choices are written to a folder, and POSTTRAIN_INBOX is {inbox}; unset it for this command"
+            )
+        models = open_models(project, [args.model, *([args.against] if args.against else [])])
+        if args.system and not has_template(models[0][1]):
+            raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")
+        print_text(HELP)
+        Chat(models, args, Path(inbox), input, lambda text: print(text, end="", flush=True)).run()
+    except (EOFError, KeyboardInterrupt):
+        print()
+    except PosttrainError as error:
+        return report_error(error)
+    except OSError as error:
+        return report_machine_fault(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Find the weights that a user names: an alias or version number of the registry, or a model of dvc.lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.promotion.registry import ALIASES, CHAMPION, PATH, Registry, Version
+from pipelines.tracking.lockfile import read_lock
+from posttrain.errors import DataError
+
+PRODUCTION = "models/champion"
+"""Folder of the weights in production."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """Weights as a path in the project and the MD5 that DVC knows them by; `version` if a registry's name was used."""
+
+    path: str
+    md5: str
+    version: Version | None = None
+
+    def folder(self, project: Path) -> Path:
+        """Return the folder that holds exactly these weights. Raises DataError if the workspace holds other ones or none."""
+        if self.version is not None and CHAMPION in self.version.aliases and (project / PRODUCTION).is_dir():
+            return project / PRODUCTION
+        if _locked(project).get(self.path) == self.md5 and (project / self.path).is_dir():
+            return project / self.path
+        name = self.path if self.version is None else self.version.name
+        raise DataError(
+            f"the weights of {name} (md5 {self.md5}) are not in {self.path}: type `dvc checkout {self.path}` or `dvc pull {self.path}`."
+            " If a newer run has replaced them, check out the commit whose dvc.lock holds them."
+        )
+
+
+def find_model(project: Path, name: str, experiment: str) -> NamedModel:
+    """Return the weights that a name means; `experiment` is the name of the registered model.
+
+    Raises:
+        DataError: there is no such model.
+        TrackingError: the registry does not respond, or dvc.lock is damaged.
+    """
+    if name in ALIASES or name.isdigit():
+        registry = Registry(project, experiment)
+        version = registry.version(int(name)) if name.isdigit() else registry.holding(name)
+        if version is None:
+            raise DataError(f"no version is {name} yet; `posttrain models` lists the versions")
+        return NamedModel(version.tags[PATH], version.md5, version)
+    models = _locked(project)
+    for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):
+        if path in models:
+            return NamedModel(path, models[path])
+    known = ", ".join(sorted(path.removeprefix("models/").removeprefix("align/") for path in models)) or "none"
+    raise DataError(f"dvc.lock has no model {name!r}; it has: {known}. Aliases of the registry: {', '.join(ALIASES)}.")
+
+
+def _locked(project: Path) -> dict[str, str]:
+    """Return the MD5 of every model of dvc.lock by its path."""
+    outputs = [out for stage in read_lock(project).values() for out in stage.get("outs", ())]
+    return {str(out["path"]): str(out["md5"]) for out in outputs if str(out["path"]).startswith("models/")}

@@ -1,0 +1,121 @@
+"""Talk to real tiny models: streamed answers are those that the model gives, and choices become preferences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import posttrain as pt
+from pipelines.commands.chat import Chat, open_models, store
+from pipelines.data.files import read_file
+from posttrain.errors import DataError
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 200}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture
+def models() -> list[tuple[str, pt.Model]]:
+    """Return two different models that complete plain text."""
+    found = [(name, pt.tiny(seed=seed, **SIZES)) for seed, name in enumerate(("one", "two"))]
+    for _, model in found:
+        model.encoder.tokenizer.chat_template = None
+    return found
+
+
+@pytest.fixture
+def templated(models: list[tuple[str, pt.Model]]) -> list[tuple[str, pt.Model]]:
+    for _, model in models:
+        model.encoder.tokenizer.chat_template = TEMPLATE
+    return models
+
+
+def settings(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": 8, "seed": 0, "system": None} | given)
+
+
+def talk(models: list[tuple[str, pt.Model]], inbox: Path, *lines: str, **given: Any) -> tuple[Chat, str]:
+    """Return the chat after these lines, and all that it wrote."""
+    shown: list[str] = []
+    waiting: Iterator[str] = iter([*lines, "/quit"])
+    chat = Chat(models, settings(**given), inbox, lambda _: next(waiting), shown.append)
+    chat.run()
+    return chat, "".join(shown)
+
+
+def test_a_greedy_answer_is_the_models_own(templated: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    chat, _ = talk(templated[:1], tmp_path, "1+1=", temperature=0.0)
+    (answer,) = templated[0][1].generate([[{"role": "user", "content": "1+1="}]], max_new_tokens=8)
+    assert chat.history[-1] == {"role": "assistant", "content": answer}
+
+
+def test_seed_and_turn_decide_a_sampled_answer(templated: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    first, second, other = (talk(templated[:1], tmp_path, "hello", "hello", seed=seed)[0].history for seed in (0, 0, 1))
+    assert first == second != other
+    assert [message["role"] for message in first] == ["user", "assistant"] * 2
+    assert first[1] != first[3], "a second turn draws other numbers"
+
+
+def test_a_choice_is_a_preference_whatever_the_order(templated: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    places = set()
+    for seed in range(8):
+        chat, shown = talk(templated, tmp_path / str(seed), "hello", "2", seed=seed, system="be kind")
+        (row,) = read_file(tmp_path / str(seed) / "preferences" / "chat-0001.jsonl")
+        second = shown.split("2 was ")[1][:3]
+        alone = [talk([m], tmp_path, "hello", seed=seed, system="be kind")[0].history[-1] for m in templated]
+        better, worse = (alone[0], alone[1]) if second == "one" else (alone[1], alone[0])
+        assert row["prompt"] == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+        assert (row["chosen"], row["rejected"]) == ([better], [worse])
+        assert chat.history[-1] == row["chosen"][0], "the conversation goes on with the better answer"
+        places.add(second)
+    assert places == {"one", "two"}, "the order changes"
+
+
+def test_a_tie_keeps_nothing_and_a_slip_is_asked_again(templated: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    chat, shown = talk(templated, tmp_path, "hello", "3", "=", "/new")
+    assert "'3' is none of: 1, 2, =, s" in shown
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert chat.history == []
+
+
+def test_choices_are_numbered_files_and_plain_text_stays_plain(tmp_path: Path) -> None:
+    assert [store(tmp_path, "1+1=", "2", "3").name for _ in range(2)] == ["chat-0001.jsonl", "chat-0002.jsonl"]
+    text = (tmp_path / "preferences" / "chat-0002.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+
+
+def test_a_conversation_beyond_the_context_says_what_to_type(
+    models: list[tuple[str, pt.Model]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"has 201 tokens and the model's context 200; type /new"):
+        talk(models[:1], tmp_path, "x" * 201)
+
+
+def test_models_of_two_kinds_are_not_compared(models: list[tuple[str, pt.Model]], root: Path, tmp_path: Path) -> None:
+    models[0][1].save(tmp_path / "plain")
+    models[1][1].encoder.tokenizer.chat_template = TEMPLATE
+    models[1][1].save(tmp_path / "chat")
+    with pytest.raises(DataError, match="only one has a chat template"):
+        open_models(root, [str(tmp_path / "plain"), str(tmp_path / "chat")])
+
+
+def test_the_command_reads_lines_and_ends_with_them(
+    models: list[tuple[str, pt.Model]], root: Path, tmp_path: Path
+) -> None:
+    models[0][1].save(tmp_path / "model")
+    command = [sys.executable, "-m", "pipelines.commands", "chat", str(tmp_path / "model"), "--max-new-tokens", "4"]
+    done = subprocess.run([*command, "--temperature", "0"], cwd=root, input="1+1=\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"you> {tmp_path / 'model'}> " in done.stdout
+    refused = subprocess.run([*command, "--system", "x"], cwd=root, input="", capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "has no chat template, so it has no system message; leave it out" in refused.stderr
