@@ -46,6 +46,7 @@ def write_costs(project: Path) -> Path:
         "target": TARGET,
         "parts": list(PARTS.values()),
         "longest": max((r["seconds"] for r in rows), default=1.0),
+        "against_seconds": None,
     }
     page = templates().get_template("costs.html.j2").render(**values)
     write_atomic(folder / "costs.json", (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
@@ -59,7 +60,8 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     report, numbers = project / "report" / "index.html", project / "report" / "comparison.json"
     if not report.is_file() or not numbers.is_file():
         return
-    best = json.loads(numbers.read_text(encoding="utf-8"))["best"]
+    tree = json.loads(numbers.read_text(encoding="utf-8"))
+    best = tree["best"]
     seconds = [row["seconds"] for row in rows if best and re.fullmatch(rf"align-{re.escape(best)}-\d+", row["name"])]
     tile = (
         f'<div class="tile"><b>{sum(seconds) / len(seconds):.0f} s</b><span>one run of {best} here</span></div>'
@@ -69,11 +71,21 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about = f"{platform.machine()}, {available_cores()} CPU cores, {memory:.0f} GiB of memory"
     place = f'<p class="note">Measured on {about}; commit {environment.commit() or "unknown"}.</p>\n'
+    values = values | {"against_seconds": _against_seconds(project, tree)}
     body = place + templates().get_template("costs_body.html.j2").render(**values)
     text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
     for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
         text = text.replace(f'href="{name}"', f'href="../report/{name}"')
     write_atomic(project / SHARED_REPORT, text.encode())
+
+
+def _against_seconds(project: Path, tree: dict[str, Any]) -> Any:
+    """Return the plot of the true reward against wall time, or None if the runs were not timed here."""
+    from pipelines.report.wall_time import curves, picture  # matplotlib, which a page without a report does not need
+
+    seeds = {name: model["seeds"] for name, model in tree["models"].items() if model["seeds"]}
+    found = curves(project, newest(all_runs(project)), seeds, tree["accuracy_source"])
+    return picture(found, list(seeds), tree["accuracy_source"])
 
 
 def _row(run: RunMeasures) -> dict[str, Any]:

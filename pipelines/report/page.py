@@ -39,26 +39,26 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
     question = comparison.question
     algorithms = tuple(results.algorithms)
     drawn = {
-        "accuracy": _draw("accuracy", "Accuracy", "Accuracy of every model with its interval.", algorithms,
+        "accuracy": draw("accuracy", "Accuracy", "Accuracy of every model with its interval.", algorithms,
                           lambda look: forest.accuracy(comparison, look)),
-        "differences": _draw("differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
+        "differences": draw("differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
                              lambda look: forest.differences(comparison, look)),
-        "against_tokens": _draw("against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.",
+        "against_tokens": draw("against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.",
                                 algorithms, lambda look: forest.against_tokens(comparison, look)),
-        "rewards": _draw("rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
+        "rewards": draw("rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
                          lambda look: forest.rewards(comparison, look)),
     }  # fmt: skip
     if len(question.pass_k) > 1 and any(value for s in comparison.summaries for value in s.pass_at.values()):
-        drawn["pass_at_k"] = _draw(
+        drawn["pass_at_k"] = draw(
             "pass_at_k", "pass@k", "pass@k of every model against k.", algorithms,
             lambda look: forest.pass_at_k(comparison, look),
         )  # fmt: skip
     if curves.on_policy(results, question):
-        drawn["over_optimisation"] = _draw(
+        drawn["over_optimisation"] = draw(
             "over_optimisation", "Reward against KL", "True reward and reward-model score against KL along training.",
             algorithms, lambda look: curves.over_optimisation(results, question, look),
         )  # fmt: skip
-        drawn["against_budgets"] = _draw(
+        drawn["against_budgets"] = draw(
             "against_budgets", "True reward against budgets", "True reward along training against each budget.",
             algorithms, lambda look: currencies.against_budgets(results, question, look),
         )  # fmt: skip
@@ -74,10 +74,10 @@ def _learning_picture(results: Results, metric: str, name: str) -> Picture:
     silent = [algorithm for algorithm in results.algorithms if algorithm not in logged]
     text = f"Journal metric {metric}." + (f" Not logged by {', '.join(silent)}." if silent else "")
     file = "curve_" + metric.replace("/", "_")
-    return _draw(file, name, text, tuple(results.algorithms), lambda look: curves.learning(results, metric, look))
+    return draw(file, name, text, tuple(results.algorithms), lambda look: curves.learning(results, metric, look))
 
 
-def _draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw: Callable[[Look], Figure]) -> Picture:
+def draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw: Callable[[Look], Figure]) -> Picture:
     """Draw one plot in both colour schemes."""
     rendered, size = {}, (0, 0)
     for scheme in SCHEMES:

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.report.costs import write_costs
+from pipelines.report.load import training
 from pipelines.report.measured import all_runs, flow_time, newest, overlap, union
+from pipelines.report.wall_time import curves, picture
 from posttrain.errors import TrackingError
+from tests.pipelines.synthetic_runs import build
 
 
 def measured(project: Path, name: str, key: str, stage: str | None, *records: dict[str, Any]) -> None:
@@ -79,6 +83,27 @@ def test_the_page_and_its_numbers(project: Path) -> None:
     assert "above the target of 25 %" in page
     assert "<b>2</b><span>of 3 stages" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_true_reward_against_seconds_has_the_runs_whose_steps_were_all_timed(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("grpo", "ppo"), seeds=(0, 1), steps=3)
+    for i, (name, seconds) in enumerate(
+        [("grpo-0", (1, 2, 4)), ("grpo-1", (3, 2, 6)), ("ppo-0", (1, 1, 1)), ("ppo-1", (1, 1))]
+    ):
+        steps = [timings(step, 60.0 + step, whole=float(took)) for step, took in enumerate(seconds, 1)]
+        measured(tmp_path, f"align-{name}", "abcd"[i], f"align@{name}", {"kind": "start", "time": 60.0}, *steps)
+    found = curves(tmp_path, newest(all_runs(tmp_path)), {"grpo": [0, 1], "ppo": [0, 1], "dpo": [0]}, "answer")
+    assert list(found) == ["grpo"]
+    seconds, level = found["grpo"]
+    assert seconds.tolist() == [2.0, 4.0, 9.0]
+    by_hand = [
+        training(tmp_path / "runs/align" / f"grpo-{seed}", "grpo").curves["reward/answer/mean"][1] for seed in (0, 1)
+    ]
+    assert level[1] == pytest.approx(np.mean(by_hand, axis=0)[:2].mean())
+    drawn = picture(found, ["grpo", "ppo"], "answer")
+    assert drawn is not None
+    assert drawn.bytes["light"].startswith(b"\x89PNG")
+    assert picture({}, [], "answer") is None
 
 
 def test_without_measurements_the_page_says_so(tmp_path: Path) -> None:
