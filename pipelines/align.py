@@ -19,17 +19,17 @@ from posttrain.algorithms import OnPolicy, Unpaired
 
 def run(run: Run) -> None:
     """Train with the configured algorithm and record the results."""
-    from pipelines.training.setup import accelerator, peak_memory_mib, start_folder
+    from pipelines.training.setup import accelerator, device_name, peak_memory_mib, start_folder
 
     params, args = run.context.params, run.context.args
     name, seed = args.algorithm, args.seed
     spec = params.algorithm(name)
-    device = accelerator(params.align.compute, seed, Path(start_folder(params, name)))
+    device = accelerator(run.context, params.align.compute, seed, Path(start_folder(params, name)))
     if isinstance(spec, OnPolicy):
         from pipelines.training.on_policy import align
     else:
         from pipelines.training.preference import align
-    run.recorder.ready()
+    run.recorder.ready(device_name(device.device))
     steps, last = align(run, name, seed, device, Path("models/align", variant(args)))
     run.recorder.timings(steps, {"memory/peak_mib": peak_memory_mib()})
     shown = {key: value for key, value in last.items() if value == value}

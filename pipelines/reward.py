@@ -21,6 +21,7 @@ from pipelines.training.setup import (
     adapter_facts,
     announce,
     apply_training_options,
+    device_name,
     merged_model,
     model_card,
     peak_memory_mib,
@@ -45,7 +46,7 @@ def run(run: Run) -> None:
     if not params.enabled:
         without_model(run)
         return
-    device = accelerator(params.compute, params.seed, START)
+    device = accelerator(run.context, params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
     from posttrain.models.folders import load_encoder
     from posttrain.models.inference import scores
@@ -54,7 +55,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, RewardObjective, prompts_balanced
     from posttrain.training.trainer import Trainer
 
-    run.recorder.ready()
+    run.recorder.ready(device_name(device.device))
     encoder = load_encoder(START)
     pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
     if params.balance_prompts:

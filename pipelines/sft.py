@@ -21,6 +21,7 @@ from pipelines.training.setup import (
     adapter_facts,
     announce,
     apply_training_options,
+    device_name,
     merged_model,
     model_card,
     peak_memory_mib,
@@ -38,7 +39,7 @@ START, FOLDER = Path("models/base"), Path("models/sft")
 def run(run: Run) -> None:
     """Train on the supervised table and save the model."""
     params = run.context.params.sft
-    device = accelerator(params.compute, params.seed, START)
+    device = accelerator(run.context, params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
     from posttrain.data.conversations import TrainOn
@@ -48,7 +49,7 @@ def run(run: Run) -> None:
     from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
-    run.recorder.ready()
+    run.recorder.ready(device_name(device.device))
     encoder = load_encoder(START)
     table = read_table("sft")
     train_on: TrainOn = "completion" if params.train_on == "all" else params.train_on

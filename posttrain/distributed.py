@@ -63,6 +63,16 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(all_reduce_max(accelerator, int(flag)))
 
 
+def gather_texts(accelerator: Accelerator, text: str) -> list[str]:
+    """Return every process's text, by rank."""
+    if accelerator.num_processes == 1:
+        return [text]
+    from accelerate.utils import gather_object
+
+    found: list[str] = gather_object([text])
+    return found
+
+
 def destroy_group() -> None:
     """Leave the process group while all processes still exist; at interpreter exit it would be too late."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

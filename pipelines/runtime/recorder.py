@@ -55,9 +55,9 @@ class RunRecorder:
         numbers = {name: float(value) for name, value in values.items()}
         self._measurements.append({"kind": "timings", "step": int(step), "time": time.time(), "values": numbers})
 
-    def ready(self) -> None:
-        """Mark the end of start-up (imports, loading); the page of costs counts the time before it separately."""
-        self._measurements.append({"kind": "ready", "time": time.time()})
+    def ready(self, device: str = "") -> None:
+        """Mark the end of start-up (imports); the page of costs counts the time before it separately. `device` is shown in MLflow."""
+        self._measurements.append({"kind": "ready", "time": time.time()} | ({"device": device} if device else {}))
 
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Write rows to artifacts/{name}-{step}.json and return the path."""

@@ -69,6 +69,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "mlflow.source.git.commit": surroundings.get("commit"),
         "posttrain.dvc_stage": surroundings.get("dvc_stage"),
         "posttrain.flow_run": surroundings.get("flow_run"),
+        "device": source.device(),
         TIMINGS_TAG: ",".join(sorted({entity_name(name) for name, _ in source.timings})) or None,
         "mlflow.loggedArtifacts": _tables(source),
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),

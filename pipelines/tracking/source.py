@@ -119,6 +119,10 @@ class RecordedRun:
         """Return commit, flow, DVC stage and experiment of the last start. Empty for a restored journal."""
         return next((record for record in reversed(self.measurements) if record["kind"] == "start"), {})
 
+    def device(self) -> str | None:
+        """Return the device that the run computed on, e.g. `cuda: NVIDIA H200`; None if it is not known."""
+        return next((r["device"] for r in reversed(self.measurements) if r["kind"] == "ready" and "device" in r), None)
+
     def started(self) -> int | None:
         """Return the start time in milliseconds since the epoch, or None."""
         times = [record["time"] for record in self.measurements if record["kind"] == "start"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
-from pipelines.training.setup import accelerator, announce, problems, read_table
+from pipelines.training.setup import accelerator, announce, device_name, problems, read_table
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
@@ -22,11 +22,11 @@ class Evaluator:
 
     def __init__(self, context: RunContext, recorder: RunRecorder, folder: Path) -> None:
         params = context.params.evaluation
-        self.device = accelerator(params.compute, params.seed, folder).device
+        self.device = accelerator(context, params.compute, params.seed, folder).device
         from posttrain.models.folders import load_encoder, load_policy
         from posttrain.models.policy import Policy
 
-        recorder.ready()
+        recorder.ready(device_name(self.device))
         self.context, self.folder, self.params = context, folder, params
         self.encoder = load_encoder(folder)
         self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from pipelines.runtime.run import Run
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedModel
@@ -100,12 +101,17 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
     ]
 
 
-def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
-    """Set memory, threads, seeds and precision of this process for a model of the size of `start`. The environment selects the device."""
+def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: Path) -> Accelerator:
+    """Set memory, threads, seeds and precision of this process for a model of the size of `start`. The environment selects the device.
+
+    Raises:
+        ConfigError: a device was named that PyTorch does not see, or the processes of the run have different parameters or inputs.
+    """
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging
 
+    from posttrain.distributed import gather_texts
     from posttrain.models.allocator import keep_heap
 
     keep_heap()
@@ -121,7 +127,44 @@ def accelerator(compute: ComputeParams, seed: int, start: Path) -> Accelerator:
         raise ConfigError(
             f"{world} processes were launched, but only {made.num_processes} are connected; start them with `accelerate launch`"
         )
+    _check_device(made.device.type, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    check_keys(gather_texts(made, context.key))
+    if made.device.type != "cpu" and not compute.bf16:
+        announce(
+            context, f"{device_name(made.device)} computes in float32; bf16: true in its `compute` section is faster"
+        )
     return made
+
+
+def _check_device(kind: str, visible: str) -> None:
+    """Refuse to train on the CPU if the environment names a CUDA device, e.g. one that a flow has leased."""
+    if kind == "cpu" and visible.strip() not in ("", "-1"):
+        import torch
+
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES = {visible}, but PyTorch {torch.__version__} sees no CUDA device, so the step would run on the CPU."
+            " Check the driver with `nvidia-smi` and install a CUDA build of torch; to use the CPU, set CUDA_VISIBLE_DEVICES= (empty)."
+        )
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Compare the run keys of all processes. Raises ConfigError if one differs from rank 0's.
+
+    Hosts with different params or tables would otherwise train one model together and record only rank 0's key.
+    """
+    other = [str(rank) for rank, key in enumerate(keys) if key != keys[0]]
+    if other:
+        raise ConfigError(
+            f"rank {', '.join(other)} has other parameters, inputs or arguments than rank 0 (its run key differs). Bring params.yaml and"
+            " the inputs of all hosts to the same state, e.g. with `git pull` and `dvc pull`; then start them again."
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device's kind and, on a GPU, its model: `cpu`, `cuda: NVIDIA H200`."""
+    import torch
+
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _threads(start: Path) -> int:

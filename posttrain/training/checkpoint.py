@@ -104,7 +104,8 @@ def _read(path: Path) -> tuple[int, dict[str, Any]]:
     step = int(path.name.rpartition("-")[2])
     if manifest != _manifest(step, _sha256(path / "state.pt")):
         raise CheckpointError("a checksum does not match")
-    return step, torch.load(path / "state.pt", weights_only=True)
+    # onto the CPU: the device that wrote it may not exist here, and the other processes of this machine have devices of their own
+    return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 def _manifest(step: int, digest: str) -> dict[str, Any]:

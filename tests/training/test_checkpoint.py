@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 
 from posttrain.errors import CheckpointError
-from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.checkpoint import Checkpoints, _manifest, _sha256
+from posttrain.training.randomness import random_state, set_random_state
 
 
 def names(folder: Path) -> list[str]:
@@ -79,3 +83,29 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "step-00000003").write_text("a file where a folder must go")
     with pytest.raises(CheckpointError, match="cannot write checkpoint"):
         Checkpoints(tmp_path).save(3, {"value": 3})
+
+
+def test_a_checkpoint_of_a_gpu_is_read_on_a_machine_without_one(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path).save(1, {"weight": torch.tensor([1.0, 2.0])})
+    moved = BytesIO()
+    with zipfile.ZipFile(folder / "state.pt") as given, zipfile.ZipFile(moved, "w") as written:
+        for name in given.namelist():
+            # the storage's device in the pickle, as a length and a text
+            written.writestr(name, given.read(name).replace(b"\x03\0\0\0cpu", b"\x06\0\0\0cuda:0"))
+    (folder / "state.pt").write_bytes(moved.getvalue())
+    (folder / "manifest.json").write_text(json.dumps(_manifest(1, _sha256(folder / "state.pt"))))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(folder / "state.pt", weights_only=True)
+    step, state = Checkpoints(tmp_path).latest() or (0, {})
+    assert (step, state["weight"].tolist(), state["weight"].device.type) == (1, [1.0, 2.0], "cpu")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_random_states_of_two_devices_return_on_any_number(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = random_state() | {"cuda": [torch.tensor([7], dtype=torch.uint8), torch.tensor([8], dtype=torch.uint8)]}
+    restored: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, device: restored.update({device: int(saved)}))
+    set_random_state(state)
+    assert restored == ({0: 7, 1: 8} if devices > 1 else {0: 7})

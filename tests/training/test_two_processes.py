@@ -57,6 +57,8 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
     assert two["tokens_sampled"] == one["tokens_sampled"]
     assert "router/load_max" in one["moe"][0]
     assert two["judged"][0] == two["judged"][1]
+    assert two["texts"] == ["key 0", "key 1"]
+    assert one["texts"] == ["key 0"]
     assert two["resumed"].keys() == one["resumed"].keys()
     assert all(torch.allclose(two["resumed"][name], value, atol=1e-8) for name, value in one["resumed"].items())
     for name in NAMES:

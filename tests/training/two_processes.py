@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
+from posttrain.distributed import gather_texts
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
 from posttrain.settings import OptimizerSettings
@@ -40,6 +41,7 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     found["answers"] = [(a.group, a.completion.tokens, a.reward) for a in answers]
     found["tokens_sampled"] = drawn.tokens_sampled
     found["resumed"] = resumed(accelerator)
+    found["texts"] = gather_texts(accelerator, f"key {accelerator.process_index}")
     # every process has its own id, and all must learn from what one of them was told
     drawn.rewards = [FunctionReward("varied", process_ids)]
     found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])

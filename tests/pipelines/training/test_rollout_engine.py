@@ -87,8 +87,8 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POSTTRAIN_VLLM_URLS", f" {peer.url}, ")
-    device = accelerator(params.align.compute, 0, Path("models/sft"))
     first = new_run(stop_requested=lambda: peer.paths.count("/collective_rpc") == 2)
+    device = accelerator(first.context, params.align.compute, 0, Path("models/sft"))
     with pytest.raises(Interrupted):
         align(first, "grpo", 0, device, MODEL)
     assert list(steps_of(first)) == [1, 2]
@@ -116,7 +116,7 @@ def test_an_algorithm_that_starts_from_the_base_model_moves_away_from_it_only(
     tree["algorithms"]["grpo"]["start"] = "base"
     tree["align"]["on_policy"]["rollouts"] = {"engine": "native"}
     run = new_run(params=parse_params(tree))
-    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/base")), MODEL)
+    align(run, "grpo", 0, accelerator(run.context, params.align.compute, 0, Path("models/base")), MODEL)
     assert steps_of(run)[1]["kl/ref_k1"] == pytest.approx(0.0, abs=1e-6)
     trained = load_policy("models/align/grpo-0").lm_head.weight
     near, far = ((trained - load_policy(f"models/{name}").lm_head.weight).abs().max() for name in ("base", "sft"))
@@ -131,7 +131,7 @@ def test_an_adapter_is_served_with_its_base(
     tree["align"]["lora"] = {"rank": 2, "alpha": 8.0}
     tree["align"]["on_policy"]["optimizer"]["learning_rate"] = 0.05
     run = new_run(params=parse_params(tree))
-    align(run, "grpo", 0, accelerator(params.align.compute, 0, Path("models/sft")), MODEL)
+    align(run, "grpo", 0, accelerator(run.context, params.align.compute, 0, Path("models/sft")), MODEL)
     assert all(values["mismatch/max"] < 1e-4 for values in steps_of(run).values())
     served, start = peer.model, load_policy("models/sft")
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_the_seeds_of_a_resumed_run_are_those_of_an_undisturbed_one(
     new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POSTTRAIN_VLLM_URLS", peer.url)
-    device = accelerator(params.align.compute, 0, Path("models/sft"))
+    device = accelerator(new_run().context, params.align.compute, 0, Path("models/sft"))
 
     def asked() -> list[tuple[Any, ...]]:
         return [(tuple(b["prompt"]), b["seed"]) for b in peer.asked if "stop_token_ids" in b]
@@ -163,7 +163,7 @@ def engine(run: Run, params: Params) -> Any:
     encoder = TextEncoder(byte_tokenizer(64), 64)
     problems = [Problem("ab", (5, 6, 7), {}), Problem("c", (9,), {})]
     budget: Any = params.budget("grpo")
-    device = accelerator(params.align.compute, 0, Path("models/sft"))
+    device = accelerator(run.context, params.align.compute, 0, Path("models/sft"))
     return sampling_engine(
         run.context, budget, small.language_model(), encoder, "models/sft", problems, device, lambda: 0
     )
