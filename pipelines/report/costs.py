@@ -14,15 +14,20 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.report.forest import against_cost
+from pipelines.report.load import BASE, SFT
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
+from pipelines.report.page import draw
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
 from pipelines.runtime.machine import available_cores
 from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import PosttrainError
+from posttrain.evaluation.statistics import Interval
 from posttrain.files import write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
@@ -60,32 +65,72 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     report, numbers = project / "report" / "index.html", project / "report" / "comparison.json"
     if not report.is_file() or not numbers.is_file():
         return
-    tree = json.loads(numbers.read_text(encoding="utf-8"))
-    best = tree["best"]
-    seconds = [row["seconds"] for row in rows if best and re.fullmatch(rf"align-{re.escape(best)}-\d+", row["name"])]
-    tile = (
-        f'<div class="tile"><b>{sum(seconds) / len(seconds):.0f} s</b><span>one run of {best} here</span></div>'
-        if seconds
-        else ""
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    about = f"{platform.machine()}, {available_cores()} CPU cores, {memory:.0f} GiB of memory"
-    place = f'<p class="note">Measured on {about}; commit {environment.commit() or "unknown"}.</p>\n'
-    values = values | {"against_seconds": _against_seconds(project, tree)}
-    body = place + templates().get_template("costs_body.html.j2").render(**values)
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    seconds = _seconds(rows, [name for name in found["models"] if name not in (BASE, SFT)])
+    best = found["best"]
+    tile = _tile(best, seconds[best]) if best in seconds else ""
+    values = values | {"against_seconds": _curves_against_seconds(project, found)}
+    body = _place() + _against_seconds(found, seconds) + templates().get_template("costs_body.html.j2").render(**values)
     text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
     for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
         text = text.replace(f'href="{name}"', f'href="../report/{name}"')
     write_atomic(project / SHARED_REPORT, text.encode())
 
 
-def _against_seconds(project: Path, tree: dict[str, Any]) -> Any:
+def _curves_against_seconds(project: Path, tree: dict[str, Any]) -> Any:
     """Return the plot of the true reward against wall time, or None if the runs were not timed here."""
     from pipelines.report.wall_time import curves, picture  # matplotlib, which a page without a report does not need
 
     seeds = {name: model["seeds"] for name, model in tree["models"].items() if model["seeds"]}
     found = curves(project, newest(all_runs(project)), seeds, tree["accuracy_source"])
     return picture(found, list(seeds), tree["accuracy_source"])
+
+
+def _seconds(rows: Sequence[dict[str, Any]], algorithms: Sequence[str]) -> dict[str, float]:
+    """Return the seconds of one align run, the mean over the seeds, for each algorithm that was measured here."""
+    found = {}
+    for name in algorithms:
+        runs = [row["seconds"] for row in rows if re.fullmatch(rf"align-{re.escape(name)}-\d+", row["name"])]
+        if runs:
+            found[name] = sum(runs) / len(runs)
+    return found
+
+
+def _place() -> str:
+    """Return a paragraph with this machine and the commit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores, commit = available_cores(), (environment.commit() or "")[:12]
+    english = f"Measured on {platform.machine()}, {cores} CPU cores, {memory:.0f} GiB of memory; commit {commit or 'unknown'}."
+    chinese = f"测量环境:{platform.machine()},{cores} 个 CPU 核,{memory:.0f} GiB 内存;提交号 {commit or '未知'}。"
+    return f'<p class="note">{_macros().t(english, chinese)}</p>\n'
+
+
+def _tile(best: str, seconds: float) -> str:
+    """Return the tile of the first screen with the wall time of one run."""
+    said = _macros().t(f"one run of {best} here", f"{best} 单次运行(本机)")
+    return f'<div class="tile"><b>{seconds:.0f} s</b><span>{said}</span></div>'
+
+
+def _against_seconds(found: dict[str, Any], seconds: dict[str, float]) -> str:
+    """Return the figure of the headline measure against wall time; empty if no algorithm was measured here."""
+    if not seconds:
+        return ""
+    levels = {name: found["models"][name]["headline"] for name in seconds}
+    points = [(name, seconds[name], Interval(**{"value" if k == "mean" else k: v for k, v in level.items()}))
+              for name, level in levels.items()]  # fmt: skip
+    algorithms = tuple(name for name in found["models"] if name not in (BASE, SFT))
+    measure = f"{found['headline']} accuracy"
+    drawn = draw(
+        "result_against_seconds", "Result against wall time", "The headline measure of every algorithm against its seconds.", algorithms,
+        lambda look: against_cost(points, "wall time of one run here, seconds", measure, look),
+    )  # fmt: skip
+    english = "The result of every algorithm against the wall time of one run on this machine, as loaded as it was."
+    return str(_macros().figure(drawn, english, "每个算法的结果对单次运行在本机的耗时;耗时受当时机器负载影响。"))
+
+
+def _macros() -> Any:
+    """Return the macros of the report's templates."""
+    return templates().get_template("macros.html.j2").module
 
 
 def _row(run: RunMeasures) -> dict[str, Any]:

@@ -48,18 +48,21 @@ def differences(comparison: Comparison, look: Look) -> Figure:
 
 def against_tokens(comparison: Comparison, look: Look) -> Figure:
     """Plot the headline measure with its interval against the tokens that one run sampled and trained on."""
+    points = [(c.name, c.tokens, comparison.of(c.name).headline) for c in comparison.costs if c.name in look.algorithms]
+    return against_cost(points, "tokens sampled and trained on, one run", comparison.question.measure, look)
+
+
+def against_cost(points: Sequence[tuple[str, float, Interval]], cost: str, measure: str, look: Look) -> Figure:
+    """Plot levels with their intervals against a cost on a logarithmic axis. A point is (algorithm, cost, level)."""
     drawn, (axes,) = figure(WIDTH, 3.4)
-    for cost in comparison.costs:
-        if cost.name not in look.algorithms:
-            continue
-        level = comparison.of(cost.name).headline
+    for name, spent, level in points:
         axes.errorbar(
-            cost.tokens, level.value, yerr=[[level.value - level.low], [level.high - level.value]], color=look.colour(cost.name),
-            marker=look.marker(cost.name), linestyle="none", elinewidth=1.4, capsize=3, label=cost.name,
+            spent, level.value, yerr=[[level.value - level.low], [level.high - level.value]], color=look.colour(name),
+            marker=look.marker(name), linestyle="none", elinewidth=1.4, capsize=3, label=name,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlabel("tokens sampled and trained on, one run")
-    axes.set_ylabel(comparison.question.measure)
+    axes.set_xlabel(cost)
+    axes.set_ylabel(measure)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     drawn.legend(loc="outside lower center", ncols=5)
     return drawn

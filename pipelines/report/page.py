@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
 from pipelines.report import chinese, currencies, curves, forest
-from pipelines.report.analysis import Comparison
+from pipelines.report.analysis import Comparison, Question
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.protocol import CURRENCIES
 from pipelines.report.samples import examples
@@ -28,6 +28,8 @@ class Picture:
     text: str
     bytes: Mapping[Scheme, bytes]
     size: tuple[int, int]
+    title_zh: str = ""
+    text_zh: str = ""
 
     def uri(self, scheme: Scheme) -> str:
         """Return the image as a data URI."""
@@ -39,14 +41,22 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
     question = comparison.question
     algorithms = tuple(results.algorithms)
     drawn = {
-        "accuracy": draw("accuracy", "Accuracy", "Accuracy of every model with its interval.", algorithms,
-                          lambda look: forest.accuracy(comparison, look)),
-        "differences": draw("differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
-                             lambda look: forest.differences(comparison, look)),
-        "against_tokens": draw("against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.",
-                                algorithms, lambda look: forest.against_tokens(comparison, look)),
-        "rewards": draw("rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
-                         lambda look: forest.rewards(comparison, look)),
+        "accuracy": draw(
+            "accuracy", "Accuracy", "Accuracy of every model with its interval.", algorithms,
+            lambda look: forest.accuracy(comparison, look),
+        ),
+        "differences": draw(
+            "differences", "Paired differences", "Differences in accuracy with intervals.", algorithms,
+            lambda look: forest.differences(comparison, look),
+        ),
+        "against_tokens": draw(
+            "against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.", algorithms,
+            lambda look: forest.against_tokens(comparison, look),
+        ),
+        "rewards": draw(
+            "rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
+            lambda look: forest.rewards(comparison, look),
+        ),
     }  # fmt: skip
     if len(question.pass_k) > 1 and any(value for s in comparison.summaries for value in s.pass_at.values()):
         drawn["pass_at_k"] = draw(
@@ -64,17 +74,19 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
         )  # fmt: skip
     for metric, name in curves.metrics_shown(question).items():
         if curves.logged_by(results, metric):
-            drawn[metric] = _learning_picture(results, metric, name)
+            drawn[metric] = _learning_picture(results, metric, name, question)
     return drawn
 
 
-def _learning_picture(results: Results, metric: str, name: str) -> Picture:
+def _learning_picture(results: Results, metric: str, name: str, question: Question) -> Picture:
     """Draw the curves of one metric."""
     logged = curves.logged_by(results, metric)
     silent = [algorithm for algorithm in results.algorithms if algorithm not in logged]
     text = f"Journal metric {metric}." + (f" Not logged by {', '.join(silent)}." if silent else "")
     file = "curve_" + metric.replace("/", "_")
-    return draw(file, name, text, tuple(results.algorithms), lambda look: curves.learning(results, metric, look))
+    picture = draw(file, name, text, tuple(results.algorithms), lambda look: curves.learning(results, metric, look))
+    said = f"日志指标 {metric}。" + (f"{'、'.join(silent)} 未记录。" if silent else "")
+    return replace(picture, title_zh=chinese.curve_title(metric, question), text_zh=said)
 
 
 def draw(name: str, heading: str, text: str, algorithms: tuple[str, ...], draw: Callable[[Look], Figure]) -> Picture:
@@ -109,6 +121,8 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
         apart=comparison.apart(), currency=CURRENCIES[question.currency], setup=setup_of(results),
         chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),
+        measure_zh=chinese.MEASURES[question.headline], currency_zh=chinese.CURRENCIES[question.currency],
+        marks_zh=chinese.MARKS, why_zh=chinese.WHY, signals_zh=chinese.SIGNALS,
         costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
         examples=examples(results, question, samples_shown, seed),
     )  # fmt: skip

@@ -10,6 +10,12 @@ import numpy as np
 from pipelines.report.analysis import Question, greedy
 from pipelines.report.load import SFT, Model, Results
 
+WHY = (
+    "selected because the aligned models disagree",
+    "selected because every aligned model fails",
+    "selected from problems with equal scores",
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -47,11 +53,7 @@ def examples(results: Results, question: Question, count: int, seed: int) -> lis
     split = aligned.max(axis=1) != aligned.min(axis=1)
     failed = aligned.max(axis=1) <= 0
     generator = np.random.Generator(np.random.PCG64(seed))
-    kinds = [
-        ("selected because the aligned models disagree", split),
-        ("selected because every aligned model fails", ~split & failed),
-        ("selected from problems with equal scores", ~split & ~failed),
-    ]
+    kinds = list(zip(WHY, (split, ~split & failed, ~split & ~failed), strict=True))
     drawn = [(why, generator.permutation(np.flatnonzero(mask)).tolist()) for why, mask in kinds]
     rows = [(row, why) for (why, found), most in zip(drawn, _shares(count), strict=True) for row in found[:most]]
     chosen = {row for row, _ in rows}

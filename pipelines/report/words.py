@@ -54,9 +54,14 @@ def title(comparison: Comparison) -> str:
 
 
 def _unranked(comparison: Comparison) -> str:
-    """Return the end of the title that names the algorithms under other protocols."""
+    """Return the end of the title on algorithms under other protocols: their names, or their number if there are more than two."""
     names = list(comparison.apart()) if solved(comparison) else []
-    return f"; {_listed(names)} had other protocols and {'are' if len(names) > 1 else 'is'} not ranked" if names else ""
+    if not names:
+        return ""
+    if len(names) == 1:
+        return f"; {names[0]} had a different protocol and is not ranked"
+    called = _listed(names) if len(names) == 2 else f"{len(names)} of {len(comparison.algorithms)} algorithms"
+    return f"; {called} had different protocols and are not ranked"
 
 
 def _result(comparison: Comparison) -> str:
@@ -101,7 +106,7 @@ def findings(comparison: Comparison) -> list[str]:
     sentences += [_against(comparison, first, other) for other in others[:1]]
     sentences += [text] if (text := protocols_differ(comparison)) else []
     sentences += [text] if (text := other_measure(comparison, first)) else []
-    sentences += [_worse(comparison, other) for other in by_level if _significantly_worse(comparison, other)]
+    sentences += [_worse(comparison, other) for other in by_level if significantly_worse(comparison, other)]
     sentences += [text for summary in comparison.algorithms if (text := _over_optimised(comparison, summary))]
     sentences += hacking.sentences(comparison.watched)
     sentences += [text] if (text := entropy_kept(comparison)) else []
@@ -150,18 +155,25 @@ def protocols_differ(comparison: Comparison) -> str | None:
 
 def other_measure(comparison: Comparison, first: Summary) -> str | None:
     """Return a sentence if the measure that is not the headline would rank a different algorithm first."""
+    found = first_by_other_measure(comparison, first)
+    if found is None:
+        return None
+    best, level, own = found
+    return (
+        f"By {'greedy' if comparison.question.headline == 'sampled' else 'sampled'} accuracy {best} would rank first: {percent(level)}"
+        f" against {percent(own)} of {first.name}. The title follows report.headline: {comparison.question.headline}."
+    )
+
+
+def first_by_other_measure(comparison: Comparison, first: Summary) -> tuple[str, float, float] | None:
+    """Return the algorithm that leads by the other measure, its level and that of `first`; None if `first` leads there too."""
     sampled, source = comparison.question.headline == "sampled", comparison.question.accuracy
     levels = {s.name: s.accuracy if sampled else s.rewards.get(source) for s in comparison.panel}
     known = {name: level.value for name, level in levels.items() if level is not None}
     if not solved(comparison) or first.name not in known:
         return None
     best = max(known, key=lambda name: known[name])
-    if known[best] <= known[first.name]:
-        return None
-    return (
-        f"By {'greedy' if sampled else 'sampled'} accuracy {best} would rank first: {percent(known[best])} against"
-        f" {percent(known[first.name])} of {first.name}. The title follows report.headline: {comparison.question.headline}."
-    )
+    return None if known[best] <= known[first.name] else (best, known[best], known[first.name])
 
 
 def _against_sft(comparison: Comparison, first: Summary) -> str:
@@ -202,7 +214,7 @@ def verdict(pair: Pair) -> str:
     return f"the difference is not significant ({how}), so these data do not say which is better"
 
 
-def _significantly_worse(comparison: Comparison, summary: Summary) -> bool:
+def significantly_worse(comparison: Comparison, summary: Summary) -> bool:
     """Return True if the algorithm is significantly worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
     return pair.significant and pair.test.difference.value < 0
@@ -218,26 +230,42 @@ def _worse(comparison: Comparison, summary: Summary) -> str:
 
 
 def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
-    """Return a sentence if a reward model's score rose clearly while accuracy fell significantly (Goodhart's law)."""
-    if not _significantly_worse(comparison, summary):
+    """Return a sentence on an algorithm that over-optimised a reward model."""
+    found = over_optimised(comparison, summary)
+    if found is None:
+        return None
+    before, (old, new) = comparison.of(SFT), found
+    return (
+        f"{summary.name} over-optimised the reward model: its score rose from {old.value:.2f} (SFT) to {new.value:.2f}"
+        f" while accuracy fell from {percent(before.headline.value)} to {percent(summary.headline.value)}."
+    )
+
+
+def over_optimised(comparison: Comparison, summary: Summary) -> tuple[Interval, Interval] | None:
+    """Return a reward model's score of SFT and of the algorithm if it rose clearly while accuracy fell significantly (Goodhart's law)."""
+    if not significantly_worse(comparison, summary):
         return None
     before = comparison.of(SFT)
     for source in comparison.question.reward_models:
         old, new = before.rewards.get(source), summary.rewards.get(source)
         if old and new and new.low > old.high:
-            return (
-                f"{summary.name} over-optimised the reward model: its score rose from {old.value:.2f} (SFT) to {new.value:.2f}"
-                f" while accuracy fell from {percent(before.headline.value)} to {percent(summary.headline.value)}."
-            )
+            return old, new
     return None
 
 
-def entropy_kept(comparison: Comparison) -> str | None:
-    """Return a sentence on DAPO's entropy against GRPO's: its higher upper clip should keep entropy high."""
+def entropies(comparison: Comparison) -> tuple[Interval, Interval] | None:
+    """Return the entropy of DAPO's and of GRPO's answers: DAPO's higher upper clip should keep entropy high."""
     measured = {summary.name: summary.entropy for summary in comparison.algorithms}
     dapo, grpo = measured.get("dapo"), measured.get("grpo")
-    if dapo is None or grpo is None:
+    return None if dapo is None or grpo is None else (dapo, grpo)
+
+
+def entropy_kept(comparison: Comparison) -> str | None:
+    """Return a sentence on DAPO's entropy against GRPO's."""
+    found = entropies(comparison)
+    if found is None:
         return None
+    dapo, grpo = found
     numbers = f"{dapo.value:.3f} against {grpo.value:.3f} nats per token of its sampled answers"
     if dapo.low > grpo.high:
         return f"dapo ends with more entropy than grpo: {numbers}."

@@ -98,7 +98,7 @@ class RecordedRun:
             for name, value in record["values"].items()
         }
         seconds = self._seconds()
-        return values | ({(f"{COST}seconds", 0): seconds} if seconds and self.status == FINISHED else {})
+        return values | ({(f"{COST}seconds", 0): round(seconds, 1)} if seconds and self.status == FINISHED else {})
 
     def _seconds(self) -> float:
         """Return the seconds from the start to the last record of each process of the run."""

@@ -35,19 +35,24 @@ SECTIONS = (
 REST = "More"
 BOUNDS = ("_low", "_high")
 """Ends of the names of interval bounds, which are columns of the table but have no charts."""
-FIRST = ("evaluation/accuracy", "reward/total/mean", "kl/ref_k1", "preference/accuracy")
+FIRST = (
+    "evaluation/accuracy",
+    "evaluation/kl_ref_k1",
+    "evaluation/length",
+    "reward/total/mean",
+    "kl/ref_k1",
+    "preference/accuracy",
+)
 """Metrics that come first in their section."""
 COLUMNS = (
     "tags.`algorithm`",
     "tags.`seed`",
     "metrics.`evaluation/accuracy`",
-    "metrics.`evaluation/accuracy_low`",
-    "metrics.`evaluation/accuracy_high`",
     "metrics.`evaluation/kl_ref_k1`",
-    "metrics.`evaluation/length`",
     "metrics.`cost/seconds`",
     "params.`optimizer.learning_rate`",
 )
+"""Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows about six."""
 
 
 def runs_page(experiment: str) -> str:
@@ -125,6 +130,8 @@ def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: s
             "isReordered": True,
             "deleted": False,
             "isGenerated": False,
+            "columns": 2,
+            "cardHeight": 300,
         }
         for title in used
     ]

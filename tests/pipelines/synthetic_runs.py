@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,24 @@ RATES = {"base": 0.0, "sft": 0.45, "dpo": 0.5, "grpo": 0.75, "ppo": 0.3}
 SCORES = {"base": -2.0, "sft": 0.1, "dpo": 0.5, "grpo": 1.0, "ppo": 3.0}
 
 
-def finished(folder: Path, directory: Path, name: str, values: Mapping[str, Any], params: Params) -> Run:
+def content(model: str) -> str:
+    """Return the digest under which a training run records its model, and its evaluation reads it."""
+    return hashlib.sha256(model.encode()).hexdigest()
+
+
+def finished(
+    folder: Path, directory: Path, name: str, values: Mapping[str, Any], params: Params, /, inputs: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Run:  # fmt: skip
     """An open run; `close` publishes it."""
     context = RunContext(
         stage=directory.parts[1], name=name, params=params, args=argparse.Namespace(), directory=folder / directory,
         state=folder / "state" / name, key="k" * 64, code="c" * 64,
     )  # fmt: skip
     run = Run.create(context)
+    start = {"kind": "start", "stage": context.stage, "name": name, "run": f"{name}-{'k' * 16}", "arguments": arguments}
     run.recorder.open(
-        {"kind": "start", "stage": context.stage, "name": name},
+        start | {"directory": directory.as_posix(), "inputs": dict(inputs or {})},
         {"kind": "params", "values": dict(values)},
         {"kind": "start"},
     )
@@ -48,10 +58,13 @@ def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, par
     options = {"kl_coefficient": 0.2, "epochs": 2} if algorithm == "ppo" else {}
     values = {f"algorithms.{algorithm}.preset": PRESETS[algorithm]}
     values |= {f"algorithms.{algorithm}.options.{key}": value for key, value in options.items()}
-    run = finished(folder, Path("runs/align", name), f"align-{name}", values, params)
+    run = finished(folder, Path("runs/align", name), f"align-{name}", values, params, algorithm=algorithm, seed=seed)
     noise = np.random.Generator(np.random.PCG64([len(algorithm), ord(algorithm[0]), seed]))
     for step in range(1, steps + 1):
         run.recorder.metrics(step, _training_metrics(algorithm, step, step / steps, noise))
+    model = f"models/align/{name}"
+    digests = {"sha256": content(model), "content": content(model), "files": {}}
+    run.recorder.journal.append({"kind": "model", "path": model} | digests)
     close(run, {"steps": steps})
 
 
@@ -69,7 +82,10 @@ def _training_metrics(algorithm: str, step: int, done: float, noise: np.random.G
 
 def predictions(folder: Path, name: str, group: str, prompts: int, samples: int, attack: bool, params: Params) -> None:
     """Rows of one evaluated model; greedy answers of prompt i are right if a shared difficulty is below the rate."""
-    run = finished(folder, Path("runs/evaluate", name), f"evaluate-{name}", {}, params)
+    model = f"models/{name}" if name in ("base", "sft") else f"models/align/{name}"
+    run = finished(
+        folder, Path("runs/evaluate", name), f"evaluate-{name}", {}, params, {model: content(model)}, model=name
+    )
     own = np.random.Generator(np.random.PCG64([7, *name.encode()]))
     difficulty = np.random.Generator(np.random.PCG64(99)).uniform(size=prompts)
     rows: list[dict[str, Any]] = []
@@ -88,7 +104,10 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
                 "reward_rm": None if name == "base" and i == 0 else SCORES[group] + float(own.normal(0, 0.3)),
             })  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), run.outputs.artifact("predictions.parquet"))
-    close(run, {"accuracy": RATES[group], "preference/accuracy": 0.5 + RATES[group] / 4})
+    level = RATES[group]
+    sampled = {f"reward/answer/{end}": level + shift for end, shift in (("mean", 0.0), ("low", -0.05), ("high", 0.05))}
+    greedy = {"accuracy": level, "accuracy_low": level - 0.1, "accuracy_high": level + 0.1}
+    close(run, greedy | sampled | {"preference/accuracy": 0.5 + level / 4, "kl/ref_k1": 2.0, "length/mean": 24.0})
 
 
 def build(

@@ -81,7 +81,7 @@ def test_the_page_and_its_numbers(project: Path) -> None:
     assert [row["name"] for row in numbers["runs"]] == ["align-grpo-0", "sft"]
     assert "31.8 %" in page
     assert "above the target of 25 %" in page
-    assert "<b>2</b><span>of 3 stages" in page
+    assert '<b>2</b><span><span lang="en">of 3 stages were stale and ran</span>' in page
     assert "http" not in page.replace("http-equiv", "")
 
 

@@ -88,7 +88,7 @@ def test_pairs_are_tested_prompt_by_prompt_and_corrected(project: Path, numbers:
 
 def test_the_page_says_who_won_and_who_over_optimised(page: str, numbers: Any) -> None:
     assert numbers["title"] == (
-        "In this run, grpo wins; dpo had other protocols and is not ranked; one training seed allows no more"
+        "In this run, grpo wins; dpo had a different protocol and is not ranked; one training seed allows no more"
     )
     said = " ".join(numbers["findings"])
     assert (
@@ -118,7 +118,7 @@ def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, n
         "Only algorithms with the same start, training reward and tuning, and equal tokens sampled are ranked together. Not ranked"
         " with grpo and ppo: dpo (trained on logged pairs)."
     ) in numbers["findings"]
-    assert "<mark>logged pairs</mark>" in page
+    assert '<mark><span lang="en">logged pairs</span>' in page
     assert page.count("<mark>204,800</mark>") == 0
 
 

@@ -1,0 +1,82 @@
+"""Take the pictures of the documentation from the finished run of the working directory, as `make demo` leaves it.
+
+python -m tests.pages.screenshots [FOLDER]     (default: docs/images)
+"""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from pipelines.runtime import environment
+from pipelines.runtime.publish import SHARED_REPORT
+from tests.pages.browsing import DESKTOP, PHONE, browser_path, serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+COLOURS = 128
+LARGEST_BYTES = 120_000
+
+
+def save(path: Path, taken: bytes) -> None:
+    """Save a screenshot with few colours. Raises SystemExit if it is too large for the repository."""
+    whole = Image.open(BytesIO(taken)).convert("RGB")
+    picture = whole.quantize(
+        COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+    )  # keeps the colours of small marks
+    picture.save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+    if path.stat().st_size > LARGEST_BYTES:
+        raise SystemExit(f"error: {path} is larger than {LARGEST_BYTES:,} bytes")
+
+
+def report(browser: Browser, page_file: Path, target: Path) -> None:
+    """Take the first screen of the report on a desktop, in both languages, and on a phone."""
+    for name, viewport, language in (
+        ("report", DESKTOP, "English"),
+        ("report.zh-CN", DESKTOP, "中文"),
+        ("report-phone", PHONE, "English"),
+    ):
+        page = browser.new_page(viewport=viewport)
+        page.goto(page_file.as_uri())
+        page.get_by_text(language, exact=True).click()
+        save(target / f"{name}.png", page.screenshot())
+        page.close()
+
+
+def mlflow(browser: Browser, project: Path, target: Path) -> None:
+    """Take MLflow's charts and its table of the compared algorithms."""
+    with serving(project) as site, site.signed_in(browser) as context:
+        for name, link, shown in (
+            ("mlflow-charts", "curves of the algorithms", "Result on held-out problems"),
+            ("mlflow-runs", "results of the algorithms side by side", "evaluation/reward_answer"),
+        ):
+            page = context.new_page()
+            page.goto(site.links[link])
+            expect(page.get_by_text(shown).first).to_be_visible()
+            page.wait_for_timeout(5000)  # the charts are drawn one after another
+            save(target / f"{name}.png", page.screenshot())
+
+
+def main() -> None:
+    """Run the command line."""
+    project, found = environment.root(), browser_path()
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else project / "docs" / "images"
+    if found is None:
+        raise SystemExit("error: no Chromium here: apt-get install chromium")
+    target.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found)
+        report(browser, project / SHARED_REPORT, target)
+        mlflow(browser, project, target)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

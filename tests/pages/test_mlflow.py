@@ -1,0 +1,92 @@
+"""MLflow's pages answer the question of a comparison: read from the page, as a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipelines.tracking.store import open_client
+from tests.pages.browsing import Site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+RESULTS = "results of the algorithms side by side"
+
+
+def test_the_table_groups_runs_by_algorithm_and_the_best_is_first(page: Page, site: Site) -> None:
+    page.goto(site.links[RESULTS])
+    page.get_by_text("Group: ppo").wait_for()
+    page.get_by_text("0.75 (average)").first.wait_for()
+    shown = page.inner_text("body")
+    assert re.findall(r"Group: (\w+)", shown) == ["grpo", "dpo", "ppo"]
+    for column in ("evaluation/accuracy", "evaluation/reward_answer", "evaluation/kl_ref_k1", "algorithm", "seed"):
+        assert column in shown, column
+    # the accuracy of grpo's runs, and of the group
+    assert shown.count("0.75") >= 3
+    assert "6 matching runs" in re.sub(r"\s+", " ", shown)
+
+
+def test_the_charts_begin_with_the_result(page: Page, site: Site) -> None:
+    page.goto(site.links["curves of the algorithms"])
+    bars = page.locator("[data-testid='experiment-view-compare-runs-card']").first
+    bars.get_by_text("evaluation/reward_answer", exact=True).wait_for()
+    bars.get_by_text("0.75", exact=True).wait_for()
+    assert {"0.75", "0.50", "0.30"} <= set(bars.inner_text().split())
+    sections = [
+        name for name in ("Result on held-out problems", "Reward", "KL", "Loss") if page.get_by_text(name).count()
+    ]
+    assert sections[0] == "Result on held-out problems"
+
+
+@pytest.mark.slow
+def test_a_click_on_the_experiment_is_one_click_from_the_comparison(page: Page, site: Site) -> None:
+    page.goto(f"{site.base}/#/experiments")
+    page.get_by_role("link", name="posttrain", exact=True).click()
+    page.get_by_role("button", name="Got it").click()  # MLflow's own hint, on a browser's first visit
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="Compare the algorithms").click()
+    opened.value.get_by_text("Group: grpo").wait_for()
+    assert "viewStateShareKey=algorithms" in opened.value.url
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_has_its_result_in_words_and_what_it_was_set_to(page: Page, site: Site) -> None:
+    page.goto(site.links[RESULTS])
+    page.get_by_role("link", name="align grpo seed 0").click()
+    page.get_by_text("75.0 %").first.wait_for()
+    page.get_by_text("kl_coefficient").first.wait_for()
+    shown = re.sub(r"\s+", " ", page.inner_text("body"))
+    assert "75.0 % of the held-out problems are solved (95 % interval 65.0 to 85.0 %)" in shown
+    assert "python -m pipelines.align --algorithm grpo --seed 0" in shown
+    assert re.search(r"kl_coefficient 0\.04", shown)
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side_show_what_differs(page: Page, site: Site) -> None:
+    client = open_client(site.project)
+    experiment = re.search(r"experiments/(\d+)", site.links[RESULTS])
+    assert experiment is not None
+    found = client.search_runs([experiment[1]], "tags.seed = '0' and tags.stage = 'align'")
+    runs = [run.info.run_id for run in found if run.data.tags["algorithm"] in ("grpo", "ppo")]
+    page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment[1]])}")
+    page.get_by_text("kl_coefficient").first.wait_for()
+    shown = page.inner_text("body")
+    assert "align grpo seed 0" in shown
+    assert "align ppo seed 0" in shown
+    assert re.search(r"kl_coefficient\s+(0\.04\s+0\.2|0\.2\s+0\.04)", shown)
+
+
+@pytest.mark.slow
+def test_the_registry_has_the_best_model_as_challenger(page: Page, site: Site) -> None:
+    page.goto(site.links["versions of the model posttrain"])
+    page.get_by_text("challenger").first.wait_for()
+    page.get_by_role("link", name="Version 1").click()
+    words = "Best of a comparison: grpo wins; dpo had a different protocol and is not ranked"
+    page.get_by_text(words).first.wait_for()
+    shown = page.inner_text("body")
+    assert "challenger" in shown
+    assert "models/align/grpo-0" in shown
