@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from mlflow.tracking import MlflowClient
@@ -139,6 +140,24 @@ def test_metrics_diff_and_plots_work(reproduced: Clone) -> None:
     assert reproduced.run("dvc", "metrics", "diff").returncode == 0
     reproduced.run("dvc", "plots", "show", "-o", ".posttrain/plots")
     assert "curves.csv" in (reproduced.root / ".posttrain" / "plots" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_model_leads_to_its_data_and_a_row_to_its_models(reproduced: Clone) -> None:
+    def lineage(*arguments: str) -> Any:
+        return json.loads(reproduced.run("pipelines.commands.lineage", *arguments, "--json").stdout)
+
+    found = lineage("ppo-0")
+    stages = [entry["stage"] for entry in found["stages"]]
+    assert stages[0] == "align --algorithm ppo --seed 0"
+    assert set(stages[1:]) == {"validate", "reward", "sft", "ingest", "base"}
+    outputs = {out["path"]: out["md5"] for stage in lock(reproduced).values() for out in stage["outs"]}  # type: ignore[attr-defined]
+    assert found["model"] == {"path": "models/align/ppo-0", "md5": outputs["models/align/ppo-0"]}
+    assert all(model["md5"] == outputs[model["path"]] for model in found["models"])
+    rows = {table["path"]: table["rows"] for table in found["tables"]}
+    assert rows["data/valid/sft.parquet"] == pq.read_metadata(reproduced.root / "data/valid/sft.parquet").num_rows
+    trained = {model["path"] for model in lineage("--row", "sft:0")["models"]}
+    assert trained == {"models/sft", "models/reward", *(f"models/align/{name}" for name in MODELS[2:])}
+    assert {model["path"] for model in lineage("--row", "evaluation:0")["models"]} == set()
 
 
 def test_models_load_with_transformers(reproduced: Clone) -> None:
