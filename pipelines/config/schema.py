@@ -127,6 +127,8 @@ class ComputeParams(Section):
     bf16: bool
     threads: Count | Literal["auto"]
     """Threads of a CPU process. `auto` uses all cores or one, by the model's size; the number of threads changes rounding."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits in every run; PyTorch raises an error for an operation without one."""
 
 
 class TrainingComputeParams(ComputeParams):

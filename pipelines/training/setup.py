@@ -119,6 +119,9 @@ def accelerator(context: RunContext, compute: ComputeParams, seed: int, start: P
     logging.disable_progress_bar()
     torch.set_num_threads(_threads(start) if compute.threads == "auto" else compute.threads)
     torch.manual_seed(seed)
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(compute.deterministic)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate does not connect the processes unless it is asked to use the CPU.
     on_cpu = world > 1 and not torch.accelerator.is_available()

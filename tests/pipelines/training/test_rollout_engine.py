@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -214,3 +215,17 @@ def test_the_native_engine_is_the_default(root: Path, new_run: Callable[..., Run
     tree["align"]["on_policy"]["rollouts"] = {"engine": "vlm"}
     with pytest.raises(ConfigError, match=r"align.on_policy.rollouts.engine = 'vlm': .*'native' or 'vllm'"):
         parse_params(tree)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels_are_a_setting(
+    deterministic: bool, new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    compute = params.align.compute.model_copy(update={"deterministic": deterministic})
+    try:
+        accelerator(new_run().context, compute, 0, Path("models/sft"))
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
