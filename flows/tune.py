@@ -29,6 +29,7 @@ from pipelines.studies.workspace import prepare
 from pipelines.tracking.store import tracking_uri
 from pipelines.tuning.choose import answers, choose, report, split
 from pipelines.tuning.page import page, sections
+from pipelines.tuning.suggest import suggest
 from pipelines.tuning.trials import trials
 from pipelines.tuning.workspace import FOLDER, search_workspace
 from posttrain.files import write_atomic
@@ -49,16 +50,21 @@ def tune(tracking: bool = True) -> State[None] | None:
     found, seed, accuracy = trials(params), params.tune.training_seed, params.evaluation.accuracy
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(root))
     with exclusive(root):
-        space = search_workspace(root, found, [seed])
-        prepare(root, space)
-        print_line(f"tune: {len(found)} trials in {space.folder.relative_to(root)}")
-        stopped = bring_all_up_to_date(space.folder, space.targets([seed]), tracking=tracking)
-        if stopped is not None:
-            return stopped
-        ids = answers(space.folder, f"{found[0].name}-{seed}").prompt_ids
-        mask = split(ids, params.tune.selection, params.tune.seed)
-        names = params.project.algorithms
-        chosen = [choose(space.folder, [t for t in found if t.algorithm == n], seed, accuracy, mask) for n in names]
+        while True:
+            space = search_workspace(root, found, [seed])
+            prepare(root, space)
+            print_line(f"tune: {len(found)} trials in {space.folder.relative_to(root)}")
+            stopped = bring_all_up_to_date(space.folder, space.targets([seed]), tracking=tracking)
+            if stopped is not None:
+                return stopped
+            ids = answers(space.folder, f"{found[0].name}-{seed}").prompt_ids
+            mask = split(ids, params.tune.selection, params.tune.seed)
+            own = [[trial for trial in found if trial.algorithm == name] for name in params.project.algorithms]
+            chosen = [choose(space.folder, of_one, seed, accuracy, mask) for of_one in own]
+            if len(own[0]) == params.tune.trials:
+                break
+            # one further trial of every algorithm, from the scores so far
+            found = [*found, *(suggest(params, t, c.scores) for t, c in zip(own, chosen, strict=True))]
         best = search_workspace(root, [choice.best for choice in chosen], params.project.seeds)
         prepare(root, best)
         stopped = bring_all_up_to_date(best.folder, best.targets(params.project.seeds), tracking=tracking)

@@ -40,7 +40,9 @@ class TuneParams(Section):
 
     trials: Count = 4
     """Trials of each algorithm. The first is the section as it is given, so that tuning cannot lose it."""
-    method: Literal["random", "grid"] = "random"
+    method: Literal["random", "grid", "tpe"] = "random"
+    """random: every value is drawn on its own. grid: the product of even steps or of the listed values. tpe: each trial is suggested from
+    the scores of the earlier ones by Optuna's sampler (1907.10902), which needs the extra `tune`."""
     seed: Seed = 0
     """Seed of the drawn trials and of the split of the prompts."""
     training_seed: Seed = 1000

@@ -1,7 +1,8 @@
 """Draw the trials of each algorithm: sections of `algorithms` with some values replaced.
 
 Trial 0 is the section as it is given. A random trial draws every parameter of the space on its own; a grid is the product of evenly
-spaced points or of the listed values, and must have as many points as there are trials after the first.
+spaced points or of the listed values, and must have as many points as there are trials after the first. With `tpe` the trials after
+the first are suggested while the search runs (`suggest`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Trial:
 
 
 def trials(params: Params) -> list[Trial]:
-    """Return the trials of all algorithms of the project, in their order.
+    """Return the trials of all algorithms of the project, in their order; with `tpe` only the first of each.
 
     Raises ConfigError if an algorithm has no space, the space names no algorithm, or a grid has a different number of points.
     """
@@ -50,7 +51,7 @@ def trials(params: Params) -> list[Trial]:
             f"tune.training_seed = {params.tune.training_seed} is one of project.seeds: the chosen values would be reported on the run"
             " that chose them. Set a different one."
         )
-    return [trial for name in params.project.algorithms for trial in _of(params, name)]
+    return [one for name in params.project.algorithms for one in _of(params, name)]
 
 
 def space_of(params: Params, name: str) -> dict[str, SearchRange]:
@@ -66,14 +67,21 @@ def space_of(params: Params, name: str) -> dict[str, SearchRange]:
 
 
 def _of(params: Params, name: str) -> list[Trial]:
-    given = params.algorithms[name].model_dump(exclude_unset=True)
     space, count = space_of(params, name), params.tune.trials - 1
-    if params.tune.method == "grid" and count:
+    if params.tune.method == "tpe":
+        points: list[dict[str, Any]] = []
+    elif params.tune.method == "grid" and count:
         points = _grid(space, count, name)
     else:
         rng = random.Random(f"tune/{params.tune.seed}/{name}")
         points = [{path: _drawn(found, rng) for path, found in sorted(space.items())} for _ in range(count)]
-    return [Trial(name, number, values, merged(given, _nested(values))) for number, values in enumerate([{}, *points])]
+    return [trial(params, name, number, values) for number, values in enumerate([{}, *points])]
+
+
+def trial(params: Params, name: str, number: int, values: Mapping[str, Any]) -> Trial:
+    """Return the trial of an algorithm with these values in its section."""
+    given = params.algorithms[name].model_dump(exclude_unset=True)
+    return Trial(name, number, values, merged(given, _nested(values)))
 
 
 def _drawn(found: SearchRange, rng: random.Random) -> Any:

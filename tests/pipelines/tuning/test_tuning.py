@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from pipelines.config.params import Params, parse_params, read_yaml
 from pipelines.tuning.choose import choose, report, scores, split
 from pipelines.tuning.page import page, sections
-from pipelines.tuning.trials import trials
+from pipelines.tuning.suggest import suggest
+from pipelines.tuning.trials import Trial, trials
 from pipelines.tuning.workspace import search_workspace
 from posttrain.errors import ConfigError, DataError
 from tests.pipelines.synthetic_runs import predictions
@@ -55,6 +58,32 @@ def test_a_grid_is_the_product_of_lists_and_even_steps(root: Path) -> None:
         ConfigError, match=r"grid over budget.optimizer.learning_rate, options.beta of dpo cannot have 7 points"
     ):
         trials(params_with(root, method="grid", trials=8, space=space))
+
+
+def test_suggested_trials_follow_the_scores(root: Path) -> None:
+    """Score highest near a rate of 3e-4: later suggestions are nearer to it than random draws."""
+    pytest.importorskip("optuna")
+    params = params_with(root, method="tpe", trials=20)
+    assert [one.name for one in trials(params)] == ["dpo_t0", "grpo_t0"]
+    found, scores_so_far = [trials(params)[1]], [0.5]
+
+    def distance(one: Trial) -> float:
+        return abs(math.log10(one.values[RATE] / 3e-4))
+
+    for _ in range(19):
+        found.append(suggest(params, found, scores_so_far))
+        scores_so_far.append(1 - distance(found[-1]))
+    assert [one.name for one in found] == [f"grpo_t{i}" for i in range(20)]
+    assert all(5e-5 <= one.values[RATE] <= 8e-4 for one in found[1:])
+    assert np.mean([distance(one) for one in found[-8:]]) < 0.2  # draws that are even in the logarithm have 0.33
+    assert suggest(params, found[:5], scores_so_far[:5]) == found[5]
+
+
+def test_suggesting_without_optuna_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    params = params_with(root, method="tpe")
+    with pytest.raises(ConfigError, match=r"pip install 'posttrain\[tune\]'; or set tune.method: random"):
+        suggest(params, trials(params)[:1], [0.5])
 
 
 @pytest.mark.parametrize(
