@@ -15,9 +15,10 @@ from prefect import tags
 from flows.lock import refuse_second_flow
 from flows.names import TAG
 from flows.server import prefect_api
-from flows.signals import NUMBERS, raise_interrupt
+from flows.signals import raise_interrupt
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.machine import require_stage_guard
+from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact, report_error, report_machine_fault
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import print_line
@@ -69,7 +70,7 @@ def main(
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    for number in NUMBERS:
+    for number in stopping_signals():
         signal.signal(number, raise_interrupt)
     try:
         require_stage_guard()

@@ -27,9 +27,18 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
-from flows.deployments import apply_schedules, read_entries, read_pauses
+from flows.deployments import (
+    apply_schedules,
+    container_tag,
+    mark_owner,
+    project_tag,
+    read_entries,
+    read_pauses,
+    refuse_foreign,
+)
 from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
+from pipelines.config.params import load_params
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import OrchestrationError, PosttrainError
@@ -90,19 +99,38 @@ async def _watch_heartbeats() -> None:
 
 
 def deploy(root: Path, kind: str) -> None:
-    """Deploy every entry of prefect.yaml. Raises OrchestrationError with Prefect's output if that fails."""
+    """Deploy every entry of prefect.yaml.
+
+    Raises OrchestrationError with Prefect's output if that fails, and before anything changes if a different project serves deployments
+    of these names from the same server.
+    """
     entries = read_entries(root / "prefect.yaml")
+    tag = _owner(root, kind)
+    refuse_foreign(entries, root, tag)
     before = read_pauses(entries)
     asyncio.run(prepare(POOL, kind))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    # A container finds the project at /app, as infra/Dockerfile builds it, unless POSTTRAIN_PROJECT is set.
-    project = os.environ.get("POSTTRAIN_PROJECT") or (str(root.absolute()) if kind == "process" else "/app")
+    project = _container_folder(kind) or str(root.absolute())
     done = subprocess.run(
         command, cwd=root, env=child_environment({"POSTTRAIN_PROJECT": project}), capture_output=True, text=True
     )
     if done.returncode:
         raise OrchestrationError(f"`prefect deploy --all` failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    mark_owner(entries, tag)
     apply_schedules(entries, before)
+
+
+def _owner(root: Path, kind: str) -> str:
+    """Return the tag that tells this project's deployments from those of others on the same server."""
+    folder = _container_folder(kind)
+    if folder is None:
+        return project_tag(root)
+    return container_tag(load_params(root / "params.yaml").project.experiment, folder)
+
+
+def _container_folder(kind: str) -> str | None:
+    """Return the project's folder in a container: /app, as infra/Dockerfile builds it, unless POSTTRAIN_PROJECT is set."""
+    return os.environ.get("POSTTRAIN_PROJECT") or (None if kind == "process" else "/app")
 
 
 def main(argv: list[str] | None = None) -> int:

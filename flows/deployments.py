@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import DeploymentStatus
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
@@ -190,8 +191,13 @@ def project_tag(root: Path) -> str:
     return f"{PROJECT}{platform.node()}:{root.resolve()}"
 
 
-def refuse_foreign(entries: Collection[Entry], root: Path) -> None:
-    """Raise OrchestrationError if a different project serves deployments of these names from the same Prefect server.
+def container_tag(experiment: str, folder: str) -> str:
+    """Return the tag of a project inside containers, whose host names change: the experiment of params.yaml tells projects apart."""
+    return f"{PROJECT}{experiment}:{folder}"
+
+
+def refuse_foreign(entries: Collection[Entry], root: Path, tag: str) -> None:
+    """Raise OrchestrationError if a different project than `tag` serves deployments of these names from the same Prefect server.
 
     Two projects on one server would replace each other's schedules, and either would run the other's flows. A deployment that nothing
     has polled for a minute is taken over.
@@ -202,13 +208,22 @@ def refuse_foreign(entries: Collection[Entry], root: Path) -> None:
                 found = client.read_deployment_by_name(entry.full_name)
             except ObjectNotFound:
                 continue
-            owner = next((tag for tag in found.tags if tag.startswith(PROJECT)), project_tag(root))
-            if owner != project_tag(root) and found.status == DeploymentStatus.READY:
+            owner = next((each for each in found.tags if each.startswith(PROJECT)), tag)
+            if owner != tag and found.status == DeploymentStatus.READY:
                 raise OrchestrationError(
                     f"{entry.full_name} on this Prefect server is served from {owner.removeprefix(PROJECT)}. A second project would"
                     " replace its schedules. Stop that one and wait a minute, or unset PREFECT_API_URL and give this project its own"
                     f" database: PREFECT_HOME={root / '.posttrain' / 'prefect'} make serve PREFECT_PORT=0"
                 )
+
+
+def mark_owner(entries: Collection[Entry], tag: str) -> None:
+    """Add the project's tag to the deployments, in place of an earlier one; `prefect deploy` sets only the tags of prefect.yaml."""
+    with get_client(sync_client=True) as client:
+        for entry in entries:
+            deployment = client.read_deployment_by_name(entry.full_name)
+            kept = [each for each in deployment.tags if not each.startswith(PROJECT)]
+            client.update_deployment(deployment.id, DeploymentUpdate(tags=[*kept, tag]))
 
 
 def remove_old_schedules(entries: Collection[Entry], before: Mapping[str, Pauses]) -> None:

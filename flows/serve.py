@@ -50,6 +50,7 @@ from pipelines.data.inbox import location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.environment import require_writable
+from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact, report_error, report_machine_fault
 from posttrain.environments.parts import KINDS
 from posttrain.errors import PosttrainError
@@ -137,7 +138,7 @@ def _start_server(root: Path, port: int, log: Path, auth: str) -> subprocess.Pop
 
 def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
     """Register the deployments and run them until Ctrl-C. A pause outlives this command: it is kept on the server."""
-    refuse_foreign(entries, root)
+    refuse_foreign(entries, root, project_tag(root))
     killed = sweep(root, wait=True)
     before = read_pauses(entries)
     remove_old_schedules(entries, before)
@@ -188,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     root = environment.root()
     os.chdir(root)
-    signal.signal(signal.SIGTERM, raise_interrupt)
+    for number in stopping_signals():
+        signal.signal(number, raise_interrupt)
     try:
         require_writable(root)
         entries = read_entries(root / "prefect.yaml")

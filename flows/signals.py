@@ -16,7 +16,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+from pipelines.runtime.process import stopping_signals
+
 POLL_SECONDS = 2.0
 
 
@@ -54,7 +55,7 @@ def _on_signal(stop: Event, received: list[str]) -> Iterator[None]:
         received.append(signal.Signals(number).name)
         stop.set()
 
-    before = {number: signal.signal(number, record) for number in NUMBERS}
+    before = {number: signal.signal(number, record) for number in stopping_signals()}
     try:
         yield
     finally:

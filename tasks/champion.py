@@ -19,19 +19,15 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import FILES, PATH, SIZE, Version
-from pipelines.runtime.process import killed_by
-from pipelines.runtime.redaction import redact
-from pipelines.tracking.lockfile import default_remote
 from posttrain.errors import ConfigError, OrchestrationError
 from posttrain.files import write_atomic
 from tasks.process import child_environment
+from tasks.remote import run_dvc
 
 FOLDER = Path("models/champion")
 POINTER = Path("champion.dvc")
 PENDING = Path(".posttrain/champion.pending")
 """Present while models/champion does not hold the registry's champion: a flow brings it there when it ends."""
-
-_MOST_REASONS = 3
 
 T = TypeVar("T")
 
@@ -134,9 +130,9 @@ def restore(root: Path, version: Version) -> None:
     """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
     path, before = root / POINTER, _pointer_text(root)
     write_atomic(path, pointer(version).encode())
-    if _dvc(root, "checkout", "--force", str(POINTER)) is None:
+    if run_dvc(root, "checkout", "--force", str(POINTER)) is None:
         return
-    error = _dvc(root, "pull", "--force", str(POINTER))
+    error = run_dvc(root, "pull", "--force", str(POINTER))
     if error is None:
         return
     if before is None:
@@ -153,7 +149,7 @@ def restore(root: Path, version: Version) -> None:
 def _put_back(root: Path, before: str) -> None:
     """Restore champion.dvc and its folder as they were."""
     write_atomic(root / POINTER, before.encode())
-    _dvc(root, "checkout", "--force", str(POINTER))
+    run_dvc(root, "checkout", "--force", str(POINTER))
 
 
 def _pointer_text(root: Path) -> str | None:
@@ -167,32 +163,3 @@ def pointer(version: Version) -> str:
         f"outs:\n- md5: {version.md5}\n  size: {version.tags[SIZE]}\n  nfiles: {version.tags[FILES]}\n"
         f"  hash: md5\n  path: {FOLDER.as_posix()}\n"
     )
-
-
-def push(root: Path) -> bool:
-    """Push DVC's outputs to the default remote; return False if there is none. Raises OrchestrationError if the push fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
-    )
-    if done.returncode or not done.stdout.strip():
-        return False
-    error = _dvc(root, "push")
-    if error is not None:
-        raise OrchestrationError(
-            f"`dvc push` to {default_remote(root)} failed, so no version was registered: {error}. Correct the remote (`dvc remote list`),"
-            " or wait until it responds; then run again."
-        )
-    return True
-
-
-def _dvc(root: Path, *arguments: str) -> str | None:
-    """Run dvc; return None on success, else the reasons in its output. With --quiet it would not give them."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-    done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ").strip() for line in lines if line.startswith("ERROR: ")]
-    if not errors and (words := killed_by(done.returncode)):
-        return f"dvc was ended by {words}"
-    return redact("; ".join(dict.fromkeys(errors[:_MOST_REASONS])) or (lines[-1] if lines else "dvc wrote nothing"))

@@ -41,7 +41,7 @@ Dag = Mapping[str, Node]
 
 def read_dag(root: Path) -> dict[str, Node]:
     """Return every node by its address, in an order that can run: .dvc files first, then dvc.yaml's own order."""
-    with _opened(root) as repo:
+    with open_workspace(root) as repo:
         _refuse_names([stage.name for stage in repo.index.stages if hasattr(stage, "name")])
         graph, position = repo.index.graph, {stage: i for i, stage in enumerate(repo.index.stages)}
         nodes = [
@@ -117,16 +117,17 @@ def changed(root: Path) -> set[str]:
     """
     from dvc.repo import lock_repo
 
-    with _opened(root) as repo, lock_repo(repo):
+    with open_workspace(root) as repo, lock_repo(repo):
         stages = {_address(stage, root): stage for stage in repo.index.stages}
         return {name for name, stage in stages.items() if name != CHAMPION and stage.status(check_updates=True)}
 
 
 @contextmanager
-def _opened(root: Path) -> Iterator[Any]:
+def open_workspace(root: Path) -> Iterator[Any]:
     """Open the workspace in DVC; waits while a dvc process holds its lock."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.scm import SCMError
 
     if not (root / ".dvc").is_dir():
         raise OrchestrationError(
@@ -139,6 +140,11 @@ def _opened(root: Path) -> Iterator[Any]:
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
+    except SCMError as error:
+        raise OrchestrationError(
+            f"{error}, and DVC needs one, as for a project that was unpacked from an archive. Type `git init`, or `python -m dvc config"
+            " --local core.no_scm true` to work without git."
+        ) from error
     except DvcException as error:
         raise OrchestrationError(
             f"DVC cannot read the pipeline: {error}. Correct dvc.yaml; `git diff dvc.yaml` shows what changed since the last"

@@ -26,8 +26,9 @@ from pipelines.tracking.source import load
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import OrchestrationError, TrackingError
 from posttrain.files import write_atomic
-from tasks.champion import FOLDER, production, push, put_into_production, switching
+from tasks.champion import FOLDER, production, put_into_production, switching
 from tasks.console import print_line
+from tasks.remote import push
 from tasks.slots import lease, machine_slots
 from tasks.stage import run_logged, stop
 
@@ -116,10 +117,11 @@ def ask(
 def register(root: str, decision: Mapping[str, Any], champion: Version | None = None) -> Version:
     """Register the challenger with the decision and its reasons.
 
-    Its weights are first pushed to DVC's remote, if there is one, so that any workspace can promote the version later.
+    Its weights are first pushed to DVC's remote, if there is one, so that any workspace can promote the version later. Raises
+    OrchestrationError, with the registry unchanged, if the remote does not hold all of them afterwards.
     """
-    pushed = push(Path(root))
     project, name = Path(root), str(decision["challenger"])
+    pushed = push(project, f"models/align/{name}", _md5(project, name))
     registry = Registry(project, load_params(project / "params.yaml").project.experiment)
     trained = load(project / "runs" / "align" / name)
     words = "; ".join(decision["refusals"]) or "every check was passed"

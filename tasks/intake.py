@@ -16,13 +16,16 @@ from pipelines.data.inbox_folder import claimed_files
 from pipelines.data.sources import ACCEPTED
 from pipelines.runtime.markup import markdown_text
 from pipelines.runtime.redaction import printable
+from tasks.remote import restore_missing
 from tasks.stage import StageFailed, run_logged
 
 
 @task(name="intake", task_run_name="intake", cache_policy=NO_CACHE, persist_result=False)
 def take_in(root: str) -> list[IntakeResult]:
     """Return the result for every waiting file. Accepted files are added to DVC, so that their bytes are kept and pushed."""
-    project = Path(root)
+    project, pointer = Path(root), f"{ACCEPTED}.dvc"
+    if (project / pointer).is_file():
+        restore_missing(project, pointer)  # else `dvc add` below would record the new files as the only ones
     try:
         run_logged(project, "intake", [sys.executable, "-m", "pipelines.commands.intake"])
     except StageFailed as error:
@@ -35,8 +38,8 @@ def take_in(root: str) -> list[IntakeResult]:
             " have it taken."
         ) from error
     taken = [IntakeResult(**entry) for entry in json.loads((project / RECORD).read_text(encoding="utf-8"))]
-    pointer = project / f"{ACCEPTED}.dvc"
-    if any(entry.outcome == "accepted" for entry in taken) or ((project / ACCEPTED).is_dir() and not pointer.exists()):
+    unversioned = (project / ACCEPTED).is_dir() and not (project / pointer).exists()
+    if unversioned or any(entry.outcome == "accepted" for entry in taken):
         run_logged(project, "intake-version", [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)])
     if taken:
         rows = [

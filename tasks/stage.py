@@ -22,6 +22,7 @@ from tasks.console import print_line
 from tasks.dag import Kind, mend_rwlock
 from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
+from tasks.remote import restore_missing
 from tasks.slots import Lease, lease, machine_slots
 
 RETRY_SECONDS = [1, 2, 4, 8]
@@ -89,6 +90,8 @@ def bring_up_to_date(
     with lease(machine_slots(), stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
         print_line(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
         project, command = Path(root), dvc_command(name, kind, refresh=refresh)
+        if kind == "data":
+            restore_missing(project, name)
         result = _run(project, name, command, held, flow_run)
         for change in _changes(project, name, result):
             # dvc has recorded the new state; only a forced run ignores that, and its cache of runs

@@ -49,7 +49,7 @@ MOST_ATTEMPTS = 2
 
 @dataclass(frozen=True)
 class IntakeResult:
-    """One file that was dealt with. `outcome`: accepted, known (the same bytes were taken in before), quarantined, or left (waits)."""
+    """One file that was dealt with. `outcome`: accepted, known (the same rows were taken in before), quarantined, or left (waits)."""
 
     file: str
     outcome: str
@@ -65,7 +65,7 @@ class IntakeResult:
             aside = f", {self.set_aside} of them to be set aside" if self.set_aside else ""
             return f"accepted {self.file}: {self.rows} rows for {self.table}{aside}"
         if self.outcome == "known":
-            return f"known already {self.file}: the same bytes were taken in before"
+            return f"known already {self.file}: the same rows were taken in before"
         if self.outcome == "left":
             return f"left {self.file}: {self.reason}"
         return f"quarantined {self.file}: {self.reason}"
@@ -108,10 +108,12 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
     try:
         kind = _kind(arrival)
         inbox.fetch(arrival, local)
-        if file_digest(local) in {file_digest(path) for path in accepted_files(kind)}:
-            return _finished(arrival, inbox, IntakeResult(arrival.name, "known", kind))
+        if file_digest(local) in admission.accepted_bytes(kind):
+            return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
         refuse_too_large(local)
         rows = _rows(kind, params, local, admission)
+        if admission.holds(kind, rows):
+            return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
         aside = admission.check(kind, rows)
     except PosttrainError as error:
         return _set_aside(arrival, inbox, local, str(error))
@@ -136,7 +138,8 @@ def _set_aside(arrival: Arrival, inbox: Inbox, local: Path, why: str) -> IntakeR
     return IntakeResult(arrival.name, "quarantined", reason=reason)
 
 
-def _finished(arrival: Arrival, inbox: Inbox, taken: IntakeResult) -> IntakeResult:
+def _finished(arrival: Arrival, inbox: Inbox, local: Path, taken: IntakeResult) -> IntakeResult:
+    local.unlink(missing_ok=True)
     if not inbox.unchanged(arrival):
         return _postponed(arrival, inbox)
     inbox.remove(arrival)

@@ -83,8 +83,9 @@ def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
         if not pid:
             return None
         with answers:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda received, _: _pass_on(pid, received))
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                    signal.signal(number, lambda received, _: _pass_on(pid, received))
             status = int(answers.readline() or 1)
             from pipelines.runtime.process import killed_by  # not above: the server must not hold the project's code
 

@@ -19,6 +19,15 @@ STAGE = "DVC_STAGE"
 """Variable that dvc sets to the stage's name in the environment of everything that the stage runs."""
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a command to stop: from an orchestrator, by Ctrl-C, and from a terminal that is closed."""
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return the signals to handle. SIGHUP is left out if it is ignored: then `nohup` has started this process, to outlive a terminal."""
+    return [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
 def up_to_dvc() -> Iterator[int]:
     """Yield the process ids from the parent up to the dvc process that runs this stage.
 
@@ -52,7 +61,7 @@ def killed_by(status: int) -> str | None:
 
 
 class StopSignals:
-    """Treat SIGTERM and SIGINT as a request to stop.
+    """Treat SIGTERM, SIGINT and SIGHUP as a request to stop.
 
     A step that calls `requested()` gets the flag and stops at its next safe point. A step that never calls it is interrupted at once, and
     so is any step that gets a second signal.
@@ -63,14 +72,14 @@ class StopSignals:
         self._asked = False
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT from now on."""
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        """Handle the signals from now on."""
+        for number in stopping_signals():
+            signal.signal(number, self._handle)
 
     def ignore(self) -> None:
         """Ignore further signals while the run is being closed, so that its last records are complete."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
     def requested(self) -> bool:
         """Return True if a signal asked to stop. From the first call on, one signal no longer interrupts the step."""

@@ -147,10 +147,9 @@ def _policy(rules: RuleParams, rule: str) -> str:
 
 def _texts(table: Table, row: Row) -> Row:
     """Return a row that can be written as text: a missing value becomes empty, a value of a wrong type becomes JSON."""
-    return row | {
-        name: value if isinstance(value := row[name], str | list) and value else plain(value)
-        for name in (*TEXT[table], *(("answer",) if table in ANSWERED else ()))
-    }
+    names = (*TEXT[table], *(("answer",) if table in ANSWERED else ()))
+    wrong = [name for name in names if not (isinstance(row[name], str | list) and row[name])]
+    return row | {name: plain(row[name]) for name in wrong} if wrong else row
 
 
 def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Validator) -> None:
@@ -167,8 +166,8 @@ def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Val
     shared: dict[Table, dict[int, str]] = {}
     for position in finding.rows:
         table, i, row = every[position]
-        key = min(prompt_keys(row, held_out=False) & held_out.keys())
-        shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[key])
+        for key in sorted(prompt_keys(row, held_out=False) & held_out.keys())[:1]:
+            shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[key])
     if finding.status == "errored" or not shared:
         outcome.verdicts.append(Verdict(finding, rules.leakage, []))
     for table, notes in shared.items():

@@ -128,12 +128,12 @@ class Validator:
         self.context = gx.get_context(mode="ephemeral")
         self.context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
         self._discard_default_site()
-        self.source = self.context.data_sources.add_pandas("tables")
 
     def run(self, table: str, stage: str, frame: pd.DataFrame, suite: Sequence[Expectation]) -> list[Finding]:
-        """Return one finding per expectation, in the order of the suite."""
+        """Return one finding per expectation, in the order of the suite. The source ends with the run: it would keep the frame."""
         name = f"{table}-{stage}"
-        data = self.source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+        source = self.context.data_sources.add_pandas(name)
+        data = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
         held = self.context.suites.add(gx.ExpectationSuite(name=name, expectations=list(suite)))
         definition = self.context.validation_definitions.add(ValidationDefinition(name=name, data=data, suite=held))
         outcome = definition.run(
@@ -142,6 +142,8 @@ class Validator:
             if len(frame)
             else "BASIC",
         )
+        self.context.validation_definitions.delete(name)
+        self.context.data_sources.delete(name)
         order = {(e.meta["rule"], e.meta["column"]): place for place, e in enumerate(suite)}
         return sorted((_finding(table, result) for result in outcome.results), key=lambda f: order[f.rule, f.column])
 

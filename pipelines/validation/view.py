@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 
 from pipelines.data.tables import (
@@ -49,9 +51,9 @@ class Lengths(Protocol):
 
 
 def structure_view(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return the columns unchanged."""
+    """Return a column of True for every name: only names and the number of rows are checked, and values would be hashed."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
+    return pd.DataFrame({name: np.ones(len(rows), dtype=bool) for name in names})
 
 
 def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
@@ -83,7 +85,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
         if EQUATION in rows[0]:
             columns[EQUATION] = pd.Series([plain(row[EQUATION]) for row in rows], dtype=object)
-    columns["row"] = pd.Series([_whole(row) for row in rows], dtype=object)
+    columns["row"] = pd.Series([row_digest(row) for row in rows], dtype=object)
     return pd.DataFrame(columns)
 
 
@@ -113,21 +115,19 @@ def _tokens(table: Table, row: Row, lengths: Lengths) -> tuple[dict[str, int], s
 
 
 def prompts_view(tables: Sequence[tuple[Table, Sequence[Row]]]) -> pd.DataFrame:
-    """All prompts of all tables below each other, one line a key that they are compared by."""
-    every = [
-        (position, table, row, key)
-        for position, (table, row) in enumerate((table, row) for table, rows in tables for row in rows)
-        for key in sorted(prompt_keys(row, table in HELD_OUT))
-    ]
-    return pd.DataFrame(
-        {
-            POSITION: pd.Series([position for position, *_ in every], dtype="int64"),
-            "table": pd.Series([table for _, table, _, _ in every], dtype=object),
-            "id": pd.Series([row["id"] for _, _, row, _ in every], dtype="int64"),
-            "held_out": pd.Series([table in HELD_OUT for _, table, _, _ in every], dtype=bool),
-            "prompt_key": pd.Series([key for *_, key in every], dtype=object),
-        }
-    )
+    """Return one line for each key that prompts are compared by, of all tables below each other.
+
+    The keys are 64-bit digests: a million of them take 8 MB. Who reads a finding compares the keys themselves.
+    """
+    columns: dict[str, list[Any]] = {POSITION: [], "held_out": [], "prompt_key": []}
+    every = ((table, row) for table, rows in tables for row in rows)
+    for position, (table, row) in enumerate(every):
+        for key in sorted(prompt_keys(row, table in HELD_OUT)):
+            columns[POSITION].append(position)
+            columns["held_out"].append(table in HELD_OUT)
+            columns["prompt_key"].append(int.from_bytes(_digest(key)[:8], signed=True))
+    types = {POSITION: "int64", "held_out": "bool", "prompt_key": "int64"}
+    return pd.DataFrame({name: np.array(values, dtype=types[name]) for name, values in columns.items()})
 
 
 def typed_columns(table: Table) -> tuple[str, ...]:
@@ -152,6 +152,11 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _whole(row: Row) -> str:
-    """Return the row as a key, without its origin."""
-    return json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)
+def row_digest(row: Row) -> str:
+    """Return a digest of the row without its origin: equal rows have equal ones, and a table of digests stays small."""
+    text = json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)
+    return _digest(text).hex()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows.deploy import deploy
 from flows.deployments import (
     Pauses,
     PlannedRun,
     apply_schedules,
+    container_tag,
+    mark_owner,
+    project_tag,
     read_entries,
     read_pauses,
     refuse_foreign,
@@ -26,6 +31,7 @@ from flows.deployments import (
 from flows.serve import AGAIN, deployments, describe, main, start_again
 from flows.server import announced, only_serving, prefect_api
 from flows.workspace import SERVING_PROCESS
+from pipelines.config.params import load_params
 from pipelines.runtime.credentials import running_prefect
 from posttrain.errors import ConfigError, OrchestrationError
 
@@ -169,15 +175,26 @@ def test_a_second_project_is_not_served_from_the_same_server(
     entries = read_entries(write(project))
     (made,) = deployments(entries, {})
     identity = made.apply()
-    other = project / "other"
-    refuse_foreign(entries, other)  # nothing polls it: it is taken over
+    own, other = project_tag(project), project / "other"
+    refuse_foreign(entries, other, project_tag(other))  # nothing polls it: it is taken over
     with get_client(sync_client=True) as client:
         client.get_scheduled_flow_runs_for_deployments([identity])  # what a running `make serve` does
-    refuse_foreign(entries, project)
-    with pytest.raises(
-        OrchestrationError, match=rf"retrain/nightly on this Prefect server is served from .*:{project}\. A second"
-    ):
-        refuse_foreign(entries, other)
+    refuse_foreign(entries, project, own)
+    words = rf"retrain/nightly on this Prefect server is served from .*:{project}\. A second"
+    with pytest.raises(OrchestrationError, match=words):
+        refuse_foreign(entries, other, project_tag(other))
+    # `make up` of the other folder, and the same project in containers, whose host names change
+    shutil.copytree(project, other, symlinks=True)
+    with pytest.raises(OrchestrationError, match=words):
+        deploy(other, "process")
+    experiment = load_params(project / "params.yaml").project.experiment
+    mark_owner(entries, container_tag(experiment, "/app"))
+    with get_client(sync_client=True) as client:
+        assert client.read_deployment(identity).tags == [f"project:{experiment}:/app"]
+        assert client.read_work_pools() == [], "deploying was refused before anything changed"
+    with pytest.raises(OrchestrationError, match=rf"is served from {experiment}:/app\. A second"):
+        deploy(project, "process")
+    refuse_foreign(entries, other, container_tag(experiment, "/app"))
 
 
 def test_a_killed_run_is_started_again_once(project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,10 @@ def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
     return pids
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+SLOW = (pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGHUP, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *SLOW])
 def test_a_signal_ends_the_stage_and_all_its_processes(long: Path, prefect_url: str, number: signal.Signals) -> None:
     flow = start(long, prefect_url)
     pids = step_and_family(flow, long)

@@ -9,7 +9,7 @@ from tests.reliability.test_kills import STEPS, begin, outputs
 from tests.reliability.workspace import Workspace
 
 
-@pytest.mark.parametrize(("number", "name"), [("SIGTERM", "sft"), ("SIGINT", "grpo")])
+@pytest.mark.parametrize(("number", "name"), [("SIGTERM", "sft"), ("SIGINT", "grpo"), ("SIGHUP", "sft")])
 def test_a_signal_finishes_the_step_in_hand_and_writes_a_checkpoint(
     number: str, name: str, workspace: Workspace
 ) -> None:

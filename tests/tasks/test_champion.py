@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 
 from pipelines.promotion.registry import Version
 from posttrain.errors import OrchestrationError
-from tasks.champion import FOLDER, POINTER, holds, push, put_into_production, restore, switching
+from tasks.champion import FOLDER, POINTER, holds, put_into_production, restore, switching
 from tasks.dag import changed, read_dag
+from tasks.remote import push
 from tests.workspace import dvc
 
 
@@ -41,24 +42,13 @@ def test_weights_are_restored_by_hash_from_the_cache_then_from_the_remote(worksp
     restore(workspace, second)
     assert champion.read_text() == "two"
 
-    assert push(workspace) is False
     dvc(workspace, "remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
-    assert push(workspace) is True
+    assert push(workspace, "models/model-1", first.md5) is True
     shutil.rmtree(workspace / ".dvc" / "cache")
     shutil.rmtree(workspace / "models")
     restore(workspace, first)
     assert champion.read_text() == "one"
     assert dvc(workspace, "status", "--json", POINTER.as_posix()).strip() == "{}"
-
-
-def test_the_reason_of_a_failed_push_is_in_the_error(workspace: Path) -> None:
-    version(workspace, 1, "one")
-    dvc(workspace, "remote", "add", "-q", "-d", "store", "/dev/null/store")
-    with pytest.raises(
-        OrchestrationError, match=r"`dvc push` to /dev/null/store failed.*Not a directory: '/dev/null/store/"
-    ) as caught:
-        push(workspace)
-    assert "Having any troubles" not in str(caught.value)
 
 
 def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) -> None:

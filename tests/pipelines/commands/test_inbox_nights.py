@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.commands import intake
+from pipelines.commands import admission, intake
 from pipelines.commands.admission import Admission
+from pipelines.commands.configure import configure
 from pipelines.data import bounds, inbox_folder
 from pipelines.data.files import READERS
 from pipelines.data.inbox_folder import claimed_files
@@ -246,3 +247,53 @@ def test_a_file_whose_reader_was_killed_is_named(folder: Path) -> None:
     assert claimed_files(str(folder / "inbox")) == []
     put(folder, ".claimed/1/problems/large.jsonl", problem("one"))
     assert claimed_files(str(folder / "inbox")) == ["problems/large.jsonl"]
+
+
+def test_the_same_rows_in_other_bytes_are_known(folder: Path) -> None:
+    rows = [problem("one"), problem("two"), problem("three")]
+    path = put(folder, "problems/first.jsonl", *rows)
+    text = path.read_text(encoding="utf-8")
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    put(folder, "problems/line-ends.jsonl").write_bytes(text.replace("\n", "\r\n").encode())
+    put(folder, "problems/spaced.jsonl", *(json.dumps(row, indent=None, separators=(" , ", " : ")) for row in rows))
+    put(folder, "problems/array.json").write_text(json.dumps(rows))
+    (folder / "inbox/problems/packed.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert [entry.outcome for entry in taken(folder)] == ["known"] * 4
+    assert (left(folder), len(accepted_files("problems"))) == ([], 1)
+    assert not list((folder / ".posttrain/intake").iterdir()), "copies of known files stay behind"
+    put(folder, "problems/part.jsonl", rows[2], problem("four"))
+    (entry,) = taken(folder)
+    assert (entry.outcome, entry.rows) == ("accepted", 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "outcome", "aside"), [("warn", "accepted", 0), ("quarantine", "accepted", 1), ("stop", "quarantined", 0)]
+)
+def test_rows_that_the_table_has_are_counted_or_refused_as_validate_would(
+    folder: Path, rule: str, outcome: str, aside: int
+) -> None:
+    configure(folder / "params.yaml", [f"validation.rules.duplicate_rows={rule}"])
+    put(folder, "problems/first.jsonl", problem("one"), problem("two"))
+    taken(folder)
+    put(folder, "problems/second.jsonl", problem("three"), problem("one"))
+    (entry,) = taken(folder)
+    assert (entry.outcome, entry.set_aside) == (outcome, aside)
+    assert ("1 rows are in the table problems already (first: 'one: 17+34?')" in entry.reason) == (rule == "stop")
+
+
+def test_many_small_files_do_not_read_the_whole_data_for_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, digest, calls = admission.split_tables, admission.file_digest, {"split": 0, "digest": 0}
+
+    def count(name: str, call: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            calls[name] += 1
+            return call(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(admission, "split_tables", count("split", split))
+    monkeypatch.setattr(admission, "file_digest", count("digest", digest))
+    for i in range(6):
+        put(folder, f"problems/{i}.jsonl", problem(f"number {i}"))
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"] * 6
+    assert calls == {"split": 1, "digest": 5}  # each accepted file once, when the next one is compared with it

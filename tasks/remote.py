@@ -1,0 +1,112 @@
+"""Push DVC's outputs to the remote, and ask the remote itself whether it holds the weights of a model.
+
+`dvc push` ends with success if a file is missing from the cache. It also trusts its own index of the remote, and so reports "up to date"
+for a remote that has lost files. A version is therefore registered only after the remote has listed every file of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.params import read_yaml
+from pipelines.runtime.process import killed_by
+from pipelines.runtime.redaction import redact
+from pipelines.tracking.lockfile import default_remote
+from posttrain.errors import OrchestrationError
+from tasks.dag import open_workspace
+from tasks.process import child_environment
+
+_MOST_REASONS = 3
+
+
+def push(root: Path, folder: str, md5: str) -> bool:
+    """Push DVC's outputs to the default remote, then require that it holds the weights `md5` of `folder`.
+
+    Return False if there is no remote. Raises OrchestrationError if the push fails, if the remote cannot be asked, or if weights are
+    missing from it. A file that only the remote lacks is copied from the cache.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
+    )
+    if done.returncode or not done.stdout.strip():
+        return False
+    if not md5:
+        raise OrchestrationError(f"{folder} is not in dvc.lock, so there are no weights to push; type `dvc repro`.")
+    error = run_dvc(root, "push")
+    if error is not None:
+        raise OrchestrationError(
+            f"`dvc push` to {default_remote(root)} failed, so no version was registered: {error}. Correct the remote (`dvc remote list`),"
+            " or wait until it responds; then run again."
+        )
+    missing = _complete(root, md5)
+    if missing:
+        raise OrchestrationError(
+            f"{len(missing)} files of {folder} ({md5}) are neither in DVC's cache nor in {default_remote(root)} (first: {missing[0]}), so"
+            " no version was registered: no other workspace could restore it. If the folder is whole, type `dvc commit --force"
+            f" {folder}`; else `dvc repro` makes it again. Then run again."
+        )
+    return True
+
+
+def _complete(root: Path, md5: str) -> list[str]:
+    """Copy to the remote what only the cache holds of the weights; return the hashes that are in neither, sorted."""
+    try:
+        with open_workspace(root) as repo:
+            cache, remote = repo.cache.local, repo.cloud.get_remote_odb()
+            members = _members(cache, remote, md5)
+            absent = members - set(remote.oids_exist(sorted(members)))
+            held = sorted(absent & set(cache.oids_exist(sorted(absent))))
+            if held:
+                remote.add([cache.oid_to_path(each) for each in held], cache.fs, held)
+            return sorted(absent - set(remote.oids_exist(sorted(absent)))) if absent else []
+    except OrchestrationError:
+        raise
+    except Exception as error:  # each kind of remote raises errors of its own
+        raise OrchestrationError(
+            f"{default_remote(root)} could not be asked for the weights {md5}, so no version was registered: {redact(str(error))}."
+            " Correct the remote (`dvc remote list`), or wait until it responds; then run again."
+        ) from error
+
+
+def _members(cache: Any, remote: Any, md5: str) -> set[str]:
+    """Return the hashes of an output: its own, and those of its files if it is a folder whose listing exists."""
+    if not md5.endswith(".dir"):
+        return {md5}
+    store = next((each for each in (cache, remote) if each.exists(md5)), None)
+    if store is None:
+        return {md5}
+    return {md5} | {str(entry["md5"]) for entry in json.loads(store.fs.cat_file(store.oid_to_path(md5)))}
+
+
+def restore_missing(root: Path, pointer: str) -> None:
+    """Bring back the data of a .dvc file whose path does not exist, as in a new clone or git worktree. Data that exists is not touched.
+
+    Raises OrchestrationError if it is in neither DVC's cache nor the remote.
+    """
+    path = root / pointer
+    outs = [path.parent / str(out["path"]) for out in read_yaml(path)["outs"]]
+    if all(out.exists() for out in outs) or run_dvc(root, "checkout", pointer) is None:
+        return
+    error = run_dvc(root, "pull", pointer)
+    if error is not None:
+        raise OrchestrationError(
+            f"the data of {pointer} is not in this folder, not in DVC's cache, and cannot be pulled: {error}. Copy it to"
+            f" {outs[0]}, or correct the remote (`dvc remote list`); then run again."
+        )
+
+
+def run_dvc(root: Path, *arguments: str) -> str | None:
+    """Run dvc; return None on success, else the reasons in its output. With --quiet it would not give them."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    done = subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ").strip() for line in lines if line.startswith("ERROR: ")]
+    if not errors and (words := killed_by(done.returncode)):
+        return f"dvc was ended by {words}"
+    return redact("; ".join(dict.fromkeys(errors[:_MOST_REASONS])) or (lines[-1] if lines else "dvc wrote nothing"))
