@@ -28,10 +28,11 @@ from flows.gatekeeping import links
 from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
-from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, MEASURE, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
 from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line
+from tasks.measure import measure
 from tasks.notify import notify
 
 APPROVAL_HOURS = 24 * 7
@@ -157,13 +158,20 @@ def _champion_number(registry: Registry) -> str:
 
 
 def _refuse_stale(registry: Registry, version: Version, judged_against: str) -> None:
-    """Raise OrchestrationError if the gate compared the version with a different champion than today's."""
+    """Raise OrchestrationError if the gate compared the version with a different champion, or by a different measure, than today's."""
     now = _champion_number(registry)
     if now not in (judged_against, str(version.number)):
         raise OrchestrationError(
             f"{version.name} was judged against {_named(judged_against)}, and the champion is now {_named(now)}, so the decision is"
             f" out of date. Run `make retrain` to judge again, or `python -m flows.promote {version.number}` to promote it without"
             " a decision."
+        )
+    judged_by = version.tags.get(MEASURE)
+    if judged_by is not None and judged_by != measure(registry.project):
+        raise OrchestrationError(
+            f"the evaluation set, or the parameters of evaluation, rewards or gate, have changed since {version.name} was judged, so the"
+            f" decision is out of date. Run `make retrain` to judge again, or `python -m flows.promote {version.number}` to promote it"
+            " without a decision."
         )
 
 

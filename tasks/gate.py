@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.config.params import Params, load_params
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
-from pipelines.promotion.registry import AGAINST, CHAMPION, MD5, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHAMPION, MD5, MEASURE, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
@@ -28,6 +28,7 @@ from posttrain.errors import OrchestrationError, TrackingError
 from posttrain.files import write_atomic
 from tasks.champion import FOLDER, production, put_into_production, switching
 from tasks.console import print_line
+from tasks.measure import measure
 from tasks.remote import push
 from tasks.slots import lease, machine_slots
 from tasks.stage import run_logged, stop
@@ -70,12 +71,13 @@ class Situation:
 
 @task(name="champion and candidates", task_run_name="champion and candidates", **_patient)
 def look_up(root: str) -> Situation:
-    """Return the aligned models whose weights are neither the champion's nor rolled back by hand."""
+    """Return the trained models whose weights are neither the champion's nor rolled back by hand."""
     project = Path(root)
     params = load_params(project / "params.yaml")
     registry = Registry(project, params.project.experiment)
     champion, barred = registry.holding(CHAMPION), registry.barred()
     hashes = {name: _md5(project, name) for name in aligned(params.project.algorithms, params.project.seeds)}
+    hashes = {name: md5 for name, md5 in hashes.items() if md5}
     free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or md5 != champion.md5)]
     excluded = {name: barred[md5] for name, md5 in hashes.items() if md5 in barred}
     known = frozenset(version.tags.get(MD5, "") for version in registry.versions())
@@ -127,6 +129,7 @@ def register(root: str, decision: Mapping[str, Any], champion: Version | None = 
     words = "; ".join(decision["refusals"]) or "every check was passed"
     tags = {DECISION_TAG: "passed" if decision["promote"] else "refused", REASON: words}
     tags[AGAINST] = "none" if champion is None else str(champion.number)
+    tags[MEASURE] = measure(project)
     if trained is not None:
         tags[RUN_TAG] = trained.identity
     version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")

@@ -29,6 +29,8 @@ MD5, PATH, SIZE, FILES, REMOTE = "dvc.md5", "dvc.path", "dvc.size", "dvc.nfiles"
 MODEL, DECISION, REASON, ROLLED_BACK = "model", "decision", "reason", "rolled_back"
 AGAINST = "judged_against"
 """Number of the champion that the gate compared with, or none."""
+MEASURE = "judged_by"
+"""Digest of the evaluation set and of the parameters that the gate judged by."""
 _TAG_LENGTH = 4000
 
 T = TypeVar("T")

@@ -34,10 +34,16 @@ FAULTS_OF_THE_MACHINE = (
     errno.EPERM,
     errno.EIO,
     errno.ENAMETOOLONG,
-    errno.EMFILE,
-    errno.ENFILE,
 )
-"""Errors of disk, rights, quota and limits, which are not bugs of the code."""
+"""Errors of disk, rights and quota, which are not bugs of the code."""
+LIMITS = {
+    errno.EMFILE: "Raise this process's limit of open files, e.g. `ulimit -n 4096`",
+    errno.ENFILE: "Close other programs, or have root raise the machine's limit of open files (fs.file-max)",
+    errno.EAGAIN: "End other processes of this user, or raise the limit of processes and threads (`ulimit -u`, or the container's)",
+    errno.ENOMEM: "End other processes, or give this one more memory",
+}
+"""What to do about a limit of the system."""
+_NO_THREAD = "can't start new thread"
 FULL_BYTES = 1 << 22
 
 
@@ -81,11 +87,17 @@ def require_writable(project: Path) -> None:
         ) from None
 
 
-def machine_fault(error: OSError) -> str | None:
-    """Return an error of the machine (disk, rights, quota) in words, with its path; None for other errors, which are bugs of the code."""
-    if error.errno not in FAULTS_OF_THE_MACHINE:
+def machine_fault(error: OSError | RuntimeError) -> str | None:
+    """Return an error of the machine (disk, rights, quota, limits) and what to do about it, without a full stop; None for a bug."""
+    if isinstance(error, RuntimeError):
+        return f"{error}. {LIMITS[errno.EAGAIN]}" if str(error) == _NO_THREAD else None
+    number = error.errno or 0
+    if number in LIMITS:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {LIMITS[number]}"
+    if number not in FAULTS_OF_THE_MACHINE:
         return None
-    return f"{error.strerror or error}: {error.filename or _full_disk() or Path.cwd()}"
+    place = error.filename or _full_disk() or Path.cwd()
+    return f"{error.strerror or error}: {place}. Free space, or give this user the right to read and write there"
 
 
 def _full_disk() -> str:

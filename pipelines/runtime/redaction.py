@@ -40,13 +40,11 @@ def report_error(error: PosttrainError) -> int:
 
 
 def report_machine_fault(error: OSError) -> int:
-    """Print a full disk or a missing right as one paragraph and return the exit status. Raises the error again if it is none of these."""
+    """Print a full disk, a missing right or a limit as one paragraph and return the exit status. Raises any other error again."""
     fault = machine_fault(error)
     if fault is None:
         raise error
-    return report_error(
-        OrchestrationError(f"{fault}. Free space, or give this user the right to read and write there, then run again.")
-    )
+    return report_error(OrchestrationError(f"{fault}, then run again."))
 
 
 def print_text(text: str) -> None:

@@ -99,13 +99,12 @@ def main(
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         fault = environment.machine_fault(error)
         if fault is None:
             _fail_with_traceback()
         print(
-            f"error: {step.stage} cannot continue: {fault}. Free space, or give this user the right to read and"
-            " write there, then run the same command: it continues from its last checkpoint.",
+            f"error: {step.stage} cannot continue: {fault}, then run the same command: it continues from its last checkpoint.",
             file=sys.stderr,
         )
         sys.exit(PosttrainError.exit_code)

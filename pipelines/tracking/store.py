@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.runtime import environment
 from pipelines.runtime.redaction import redact
+from pipelines.tracking.relocation import ARTIFACTS, relocate_artifacts
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 T = TypeVar("T")
+DATABASE = "mlflow.db"
 _LARGE_BYTES = 100_000_000
 _IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -40,7 +42,7 @@ def tracking_uri(project: Path) -> str:
             f"{project}: the path contains '?', which would start the options of a database address. Rename the folder,"
             " or set MLFLOW_TRACKING_URI."
         )
-    return given or f"sqlite:///{project / 'mlflow.db'}"
+    return given or f"sqlite:///{project / DATABASE}"
 
 
 def refuse_damaged(uri: str) -> None:
@@ -74,7 +76,7 @@ def _damaged(path: Path, reason: str) -> str:
 
 def artifact_root(project: Path) -> Path:
     """Return the folder of local artifacts."""
-    return project / "mlartifacts"
+    return project / ARTIFACTS
 
 
 def open_client(project: Path) -> MlflowClient:
@@ -88,6 +90,11 @@ def open_client(project: Path) -> MlflowClient:
 
     uri = tracking_uri(project)
     refuse_damaged(uri)
+    if uri == f"sqlite:///{project / DATABASE}" and relocate_artifacts(project, project / DATABASE):
+        print(
+            f"mlflow: the project's folder has moved; the addresses of its artifacts in {DATABASE} are corrected",
+            flush=True,
+        )
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, ValueError) as error:

@@ -13,12 +13,14 @@ from prefect import flow
 from flows.gatekeeping import decide_promotion
 from flows.lock import only_flow
 from flows.production import bring_pending, reconcile, registry_of, switch
-from flows.promote import _adopt, _roll_back
+from flows.promote import _adopt, _refuse_stale, _roll_back
+from pipelines.commands.configure import configure
 from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import Registry, Version
 from posttrain.errors import OrchestrationError, TrackingError
 from tasks import gate
 from tasks.champion import FOLDER, PENDING, POINTER, holds, pointer, production
+from tasks.measure import measure
 from tests.workspace import copy, dvc
 
 LOOP = """
@@ -241,3 +243,48 @@ def test_a_night_promotes_once_and_decides_again_after_a_roll_back(
     night()
     assert len(asked) == 2, "what was decided about another champion does not count"
     assert (aliases(project)["champion"], weights(project)) == (1, "one")
+
+
+LOCK = """schema: '2.0'
+stages:
+  evaluate@sft:
+    cmd: x
+    deps:
+    - path: data/valid/evaluation.parquet
+      md5: {table}
+"""
+TRAINED = "  align@{name}:\n    cmd: x\n    outs:\n    - path: models/align/{name}\n      md5: {md5}\n"
+
+
+def test_a_decision_by_other_prompts_or_another_measure_is_refused(project: Path) -> None:
+    registry = registry_of(project)
+    (project / "dvc.lock").write_text(LOCK.format(table="1" * 32))
+    registry.tag(3, {"judged_against": "1", "judged_by": measure(project)})
+    _refuse_stale(registry, registry.version(3), "1")
+
+    (project / "dvc.lock").write_text(LOCK.format(table="2" * 32))
+    words = r"changed since version 3 \(three\) was judged.*`make retrain` to judge again"
+    with pytest.raises(OrchestrationError, match=words):
+        _refuse_stale(registry, registry.version(3), "1")
+    (project / "dvc.lock").write_text(LOCK.format(table="1" * 32))
+    _refuse_stale(registry, registry.version(3), "1")
+    configure(project / "params.yaml", ["gate.max_kl=0.001"])
+    with pytest.raises(OrchestrationError, match=words):
+        _refuse_stale(registry, registry.version(3), "1")
+    assert aliases(project) == {"champion": 1}
+
+
+def test_an_algorithm_that_is_added_in_the_week_is_judged_once_it_is_trained(project: Path) -> None:
+    configure(project / "params.yaml", ["project.algorithms=[dpo]", "project.seeds=[0]"])
+    (project / "dvc.lock").write_text(LOCK.format(table="1" * 32) + TRAINED.format(name="dpo-0", md5="5" * 32))
+    before = gate.look_up.fn(str(project))
+    assert before.candidates == ("dpo-0",)
+    gate.settle(project, "dpo-0 was refused", before.registry)
+    assert gate.settled(project, before.registry) == "dpo-0 was refused"
+
+    configure(project / "params.yaml", ["project.algorithms=[dpo, grpo]"])
+    assert gate.look_up.fn(str(project)).candidates == ("dpo-0",), "grpo has no weights yet"
+    with (project / "dvc.lock").open("a") as file:
+        file.write(TRAINED.format(name="grpo-0", md5="6" * 32))
+    assert gate.look_up.fn(str(project)).candidates == ("dpo-0", "grpo-0")
+    assert gate.settled(project, before.registry) is None, "the gate decides again"

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +15,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.lock import WorkspaceBusy, only_flow
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import RUN, exclusive
+from pipelines.commands.configure import configure
 from posttrain.errors import OrchestrationError
+from tasks.intake import take_in
 from tests.workspace import dvc
 
 pytestmark = pytest.mark.usefixtures("prefect_url")
@@ -114,3 +117,29 @@ def test_who_may_wait_gets_his_turn_and_who_may_not_is_refused(
         patient(str(workspace))
         assert time.monotonic() - began > 2
     assert f"waiting: a flow is already running in {workspace} (process {holder.pid})" in capsys.readouterr().out
+
+
+def test_a_new_clone_takes_new_files_in_next_to_the_earlier_ones(
+    workspace: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accepted files are not in the clone's folder yet: without them, `dvc add` would record the new file as the only one."""
+    (workspace / "params.yaml").write_text((root / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    configure(workspace / "params.yaml", [str(root / "tests" / "end_to_end" / "tiny.yaml")])
+    accepted = workspace / "data" / "raw" / "accepted"
+    (accepted / "problems").mkdir(parents=True)
+    (accepted / "problems" / "0001-first.jsonl").write_text('{"prompt": "first: 1+1?", "answer": "2"}\n')
+    dvc(workspace, "add", "-q", "data/raw/accepted")
+    shutil.rmtree(accepted)
+    inbox = tmp_path / "arrivals"
+    (inbox / "problems").mkdir(parents=True)
+    (inbox / "problems" / "second.jsonl").write_text('{"prompt": "second: 2+2?", "answer": "4"}\n')
+    monkeypatch.setenv("POSTTRAIN_INBOX", str(inbox))
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "0")
+
+    @flow(persist_result=False)
+    def night() -> list[str]:
+        return [entry.outcome for entry in take_in(str(workspace))]
+
+    assert night() == ["accepted"]
+    assert sorted(path.name for path in accepted.rglob("*.jsonl")) == ["0001-first.jsonl", "0002-second.jsonl"]
+    assert "nfiles: 2" in (workspace / "data" / "raw" / "accepted.dvc").read_text()

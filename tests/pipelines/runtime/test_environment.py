@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import build_opener
@@ -11,9 +14,12 @@ from urllib.request import build_opener
 import pytest
 
 from pipelines.runtime import environment
+from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import report_machine_fault
 from posttrain.files import named_in_errors
 from tests.webhook import listening
+
+ADVICE = "Free space, or give this user the right to read and write there"
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
@@ -23,15 +29,15 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
         open("/dev/full", "wb", 0) as full,
     ):
         full.write(b"x")
-    assert environment.machine_fault(caught.value) == f"No space left on device: {tmp_path}/a.json"
+    assert environment.machine_fault(caught.value) == f"No space left on device: {tmp_path}/a.json. {ADVICE}"
 
 
 def test_a_full_disk_without_a_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
-    assert environment.machine_fault(full) == f"No space left on device: {tmp_path}"
+    assert environment.machine_fault(full) == f"No space left on device: {tmp_path}. {ADVICE}"
     monkeypatch.setenv("TMPDIR", "/proc")  # a file system without free space
-    assert environment.machine_fault(full) == "No space left on device: /proc"
+    assert environment.machine_fault(full) == f"No space left on device: /proc. {ADVICE}"
     assert environment.machine_fault(OSError(errno.EPIPE, "Broken pipe")) is None
 
 
@@ -40,6 +46,38 @@ def test_a_bug_is_no_fault_of_the_machine(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.startswith("error: Permission denied: /x/y. Free space, or give this user the right")
     with pytest.raises(BrokenPipeError):
         report_machine_fault(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
+def test_a_limit_of_open_files_is_named_with_the_command_that_raises_it(capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            _ = [stack.enter_context(open("/dev/null", "rb")) for _ in range(20)]
+    assert report_machine_fault(caught.value) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: Too many open files: /dev/null. Raise this process's limit of open files")
+    assert printed.endswith("e.g. `ulimit -n 4096`, then run again.\n")
+
+
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), RuntimeError("can't start new thread")]
+)
+def test_a_limit_of_processes_is_named(error: OSError | RuntimeError) -> None:
+    words = environment.machine_fault(error)
+    assert words is not None
+    assert words.startswith(f"{error.args[-1]}. End other processes of this user, or raise the limit of processes")
+    assert environment.machine_fault(RuntimeError("a bug")) is None
+
+
+def test_a_process_that_nohup_started_outlives_its_terminal() -> None:
+    assert [number.name for number in stopping_signals()] == ["SIGTERM", "SIGINT", "SIGHUP"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        assert [number.name for number in stopping_signals()] == ["SIGTERM", "SIGINT"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("mine", [None, "intranet,.example.com"])

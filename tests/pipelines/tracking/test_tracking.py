@@ -13,6 +13,7 @@ from pipelines.runtime.journal import Journal
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.projection import project as project_folder
 from pipelines.tracking.source import load
+from posttrain.errors import TrackingError
 from tests.pipelines.conftest import Project
 
 START: dict[str, Any] = {
@@ -133,6 +134,23 @@ def test_a_run_deleted_by_hand_stays_deleted(project: Project, store: Any) -> No
     store.delete_run(run_id)
     assert project_folder(folder, store, project.folder) == run_id
     assert store.search_runs([store.get_run(run_id).info.experiment_id]) == []
+
+
+def test_an_experiment_deleted_by_hand_is_named_with_the_command_that_restores_it(
+    project: Project, store: Any, history: Any
+) -> None:
+    project.run()
+    run = project_folder(project.state, store, project.folder)
+    experiment = store.get_run(run).info.experiment_id
+    before = str(history(store, run))
+    store.delete_experiment(experiment)
+    words = (
+        rf"the MLflow experiment 'posttrain' was deleted\. Restore it with `mlflow experiments restore -x {experiment}`"
+    )
+    with pytest.raises(TrackingError, match=words):
+        project_folder(project.state, store, project.folder)
+    store.restore_experiment(experiment)
+    assert str(history(store, project_folder(project.state, store, project.folder))) == before
 
 
 def test_a_finished_run_of_another_checkout_is_found_not_repeated(project: Project, store: Any, tmp_path: Path) -> None:
