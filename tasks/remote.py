@@ -53,7 +53,7 @@ def push(root: Path, folder: str, md5: str) -> bool:
 
 
 def _complete(root: Path, md5: str) -> list[str]:
-    """Copy to the remote what only the cache holds of the weights; return the hashes that are in neither, sorted."""
+    """Copy to the remote those files of the weights that only the cache holds; return the hashes that are in neither, sorted."""
     try:
         with open_workspace(root) as repo:
             cache, remote = repo.cache.local, repo.cloud.get_remote_odb()
