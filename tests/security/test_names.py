@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from posttrain.errors import OrchestrationError
+from pipelines.commands.configure import main as check
+from pipelines.config.params import load_params
+from posttrain.errors import ConfigError, OrchestrationError
 from tasks.dag import read_dag
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 
@@ -73,3 +76,18 @@ def test_a_flow_refuses_before_it_starts_a_stage(clone: Clone, name: str, seed: 
     with pytest.raises(OrchestrationError, match=r"Use letters, digits and _ in project\.algorithms"):
         read_dag(clone.root)
     assert (clone.root / "docs").is_dir()
+
+
+@pytest.mark.parametrize("seed", ["/../../../docs", "../../docs", "0; touch pwned", "$(touch pwned)", -1, 1.5, True])
+def test_the_loader_refuses_a_seed_that_could_be_a_path_or_a_command(
+    seed: object, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`posttrain configure --check` and every step read params.yaml by this loader; flows check the names in the DAG as well."""
+    tree = YAML(typ="safe").load((root / "params.yaml").read_text(encoding="utf-8"))
+    tree["project"] |= {"seeds": [seed]}
+    path = tmp_path / "params.yaml"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    assert check(["--check", "--absent", "--params", str(path)]) == 2
+    assert "project.seeds" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"project\.seeds"):
+        load_params(path)
