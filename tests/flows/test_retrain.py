@@ -122,7 +122,7 @@ def test_who_may_wait_gets_his_turn_and_who_may_not_is_refused(
 def test_a_new_clone_takes_new_files_in_next_to_the_earlier_ones(
     workspace: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accepted files are not in the clone's folder yet: without them, `dvc add` would record the new file as the only one."""
+    """Keep the accepted files, which are not in the clone's folder yet: `dvc add` would record the new file as the only one."""
     (workspace / "params.yaml").write_text((root / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     configure(workspace / "params.yaml", [str(root / "tests" / "end_to_end" / "tiny.yaml")])
     accepted = workspace / "data" / "raw" / "accepted"

@@ -26,7 +26,7 @@ def test_every_local_day_has_one_run_whenever_the_server_plans(zone: str, night:
     begin = (datetime.fromisoformat(night).replace(tzinfo=local) - timedelta(days=1)).astimezone(UTC)
 
     async def planned() -> set[datetime]:
-        """The server plans anew all the time: here every half hour, also inside the odd hour."""
+        """Plan anew every half hour, also inside the odd hour, as the server does all the time."""
         starts = [begin + timedelta(minutes=minutes) for minutes in range(0, 48 * 60, 30)]
         return {date.astimezone(UTC) for start in starts for date in await schedule.get_dates(n=2, start=start)}
 
