@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line
 from pipelines.commands.plan import main, page, phases
 from pipelines.config.params import Params, load_params, parse_params, read_yaml
+from pipelines.runtime.journal import Journal
+from pipelines.runtime.param_tracking import declared_values
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
@@ -132,6 +138,58 @@ def test_steps_and_tokens_are_those_that_the_steps_announce(
     assert planned["align@ppo", "train"].memory.weights == 4 * 4 * SIZES.parameters
     assert planned["align@grpo", "train"].memory.weights == 3 * 4 * SIZES.parameters
     assert planned["evaluate", "sample"].tokens == 8 * 3 * 12
+
+
+def test_rows_are_those_of_local_files_and_not_of_tables_made_from_other_data(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = tiny(root)
+    lines = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(50)]
+    Path("own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = [{"prompt": f"{i} + 1 = ", "chosen": str(i + 1), "rejected": "0"} for i in range(20)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
+    data = params.data.model_copy(update={
+        "sft": params.data.sft.model_copy(update={"source": "own.jsonl"}),
+        "preferences": params.data.preferences.model_copy(update={"source": "pairs.jsonl", "rows": None, "heldout": 0.25}),
+    })  # fmt: skip
+    own = params.model_copy(update={"data": data})
+    # 5 of 20 pairs, each with its own prompt, are held out
+    wanted = {"sft": 50, "preferences": 15, "problems": params.data.problems.rows, "evaluation": 8}
+    assert rows_by_table(own) == wanted
+    # 50 rows in batches of 16 over 2 epochs
+    assert next(iter(phases(own, SIZES))).steps == 8
+    for folder in ("data/valid", "runs/ingest"):
+        Path(folder).mkdir(parents=True)
+    for table in wanted:
+        pq.write_table(pa.table({"id": list(range(7))}), f"data/valid/{table}.parquet")
+    journal = Journal(Path("runs/ingest/journal.jsonl"))
+    journal.append({"kind": "params", "values": declared_values(params, ("data",))})
+    journal.close()
+    assert rows_by_table(params) == dict.fromkeys(wanted, 7)
+    assert rows_by_table(own) == wanted
+
+
+def test_time_is_steps_times_the_seconds_of_the_last_steps_here(root: Path, tmp_path: Path) -> None:
+    params = load_params(root / "params.yaml")
+    for name, took in (("sft", (2.0, 2.0, 9.0)), ("align-grpo-0", (3.0,)), ("align-grpo-1", (5.0,))):
+        folder = tmp_path / ".posttrain" / "runs" / f"{name}-{'a' * 16}"
+        folder.mkdir(parents=True)
+        records = [{"kind": "start", "time": 0.0}] + [
+            {"kind": "timings", "time": 1.0, "step": i, "values": {"seconds/step": seconds}}
+            for i, seconds in enumerate(took)
+        ]
+        (folder / "measurements.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    timed = seconds_by_stage(tmp_path)
+    assert timed == {"sft": 2.0, "align@grpo": 4.0}
+    # grpo has 40 steps, whatever number of optimiser steps one makes
+    said = time_line(params, {"sft": 18, "align@grpo": 160, "align@dpo": 50}, timed)
+    assert said == (
+        "time: about 3 min of training, as the last steps here took: sft 36 s, align@grpo 3 min. Not timed here yet: align@dpo"
+    )
+    assert (
+        time_line(params, {"sft": 18}, {}) == "time: not known before a first run on this machine has timed its steps"
+    )
 
 
 def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,9 @@
 
 Memory is computed from the model's configuration; no weights are loaded. It is the memory of a process that holds all weights, which
 every process does while it samples. Under FSDP2, n processes share the weights, gradients and moments of trained models during updates.
-Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables, or, before validation, those that
-`data` asks for. The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
+Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables if `data` has not changed since,
+else those of the local files, or the number that `data` asks for. Times are those of this machine's last steps.
+The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
 Exit status 1: something will not fit.
 """
 
@@ -17,12 +18,13 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
+from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line
 from pipelines.commands.lookahead import problems
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report_error(error)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
+    steps = {phase.stage: phase.steps for phase in planned if phase.name == "train"}
+    print(f"\n{rows_line(rows_by_table(params))}\n{time_line(params, steps, seconds_by_stage(Path()))}")
     print(f"\n{shown}")
     return int(any(phase.memory.total > limit for phase in planned))
 
@@ -120,16 +124,17 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
 
     longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
     sft, reward = params.sft, params.reward
-    steps = _steps(rows("sft", params.data.sft.rows), sft.batch_size, sft.epochs)
-    yield Phase("sft", "train", steps, _times(rows("sft", params.data.sft.rows), sft.epochs * longest),
+    counted = rows_by_table(params)
+    steps = _steps(counted["sft"], sft.batch_size, sft.epochs)
+    yield Phase("sft", "train", steps, _times(counted["sft"], sft.epochs * longest),
                 training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
-    pairs = rows("preferences", _kept(params))
+    pairs = counted["preferences"]
     if reward.enabled:
         yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
                 training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, pairs, longest)
-    yield from _evaluation(params, model)
+    yield from _evaluation(params, model, counted["evaluation"])
 
 
 def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longest: int) -> Iterator[Phase]:
@@ -164,31 +169,16 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     yield Phase(stage, "train", updates, budget.steps * spec.epochs * answers * length, memory)
 
 
-def _evaluation(params: Params, model: Sizes) -> Iterator[Phase]:
+def _evaluation(params: Params, model: Sizes, count: int | None) -> Iterator[Phase]:
     """Yield the phase of the evaluation."""
     from posttrain.planning import sampling
     from posttrain.rollouts.engine import MAX_ROWS
 
     evaluation = params.evaluation
-    count = rows("evaluation", params.data.evaluation.rows)
     answers, new_tokens = _times(count, 1 + evaluation.samples_per_prompt), evaluation.max_new_tokens
     at_once = MAX_ROWS if answers is None else answers
     memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
-
-
-def rows(table: str, configured: int | None) -> int | None:
-    """Return the rows of the validated table, else the number in the parameters; None if neither is known."""
-    import pyarrow.parquet as pq
-
-    path = Path("data/valid", f"{table}.parquet")
-    return int(pq.read_metadata(path).num_rows) if path.is_file() else configured
-
-
-def _kept(params: Params) -> int | None:
-    """Return the number of training pairs, before validation has counted them."""
-    source = params.data.preferences
-    return None if source.rows is None else source.rows - round(source.rows * source.heldout)
 
 
 def _steps(count: int | None, batch: int, epochs: int) -> int | None:
@@ -224,6 +214,11 @@ def page(params: Params, model: Sizes, planned: Sequence[Phase], limit: int) -> 
     ]
     lines += [_too_large(phase, limit) for phase in planned if phase.memory.total > limit]
     return "\n".join(lines)
+
+
+def rows_line(counted: Mapping[str, int | None]) -> str:
+    """Return the rows of each table in words."""
+    return "rows: " + ", ".join(f"{table} {_count(count)}" for table, count in counted.items())
 
 
 def _too_large(phase: Phase, limit: int) -> str:

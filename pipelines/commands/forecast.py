@@ -1,0 +1,103 @@
+"""Count the rows that a run would train on, and estimate its time from the steps that this machine has timed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from pipelines.config.params import Params
+from pipelines.data.conversation_rows import Sourced
+from pipelines.data.sources import HUB, is_generator, table_rows
+from pipelines.ingest import split_by_prompt
+from pipelines.report.measured import all_runs, newest
+from pipelines.runtime.journal import read
+from pipelines.runtime.param_tracking import declared_values
+from pipelines.runtime.publish import JOURNAL
+from posttrain.algorithms import OnPolicy
+from posttrain.environments.parts import Kind
+
+VALID, INGESTED = Path("data/valid"), Path("runs/ingest")
+STEP = "seconds/step"
+
+
+def rows_by_table(params: Params) -> dict[str, int | None]:
+    """Return the training rows of each table, pairs without the held-out ones; None if the number is not known before a run.
+
+    Validated tables count if they were made from the present `data`. Otherwise local files are read, and generators and hub data sets
+    have the number of rows that `data` asks for. Raises DataError if a file cannot be read.
+    """
+    if _is_present(params):
+        return {kind: _validated(kind) for kind in get_args(Kind)}
+    return {kind: _expected(kind, params) for kind in get_args(Kind)}
+
+
+def _is_present(params: Params) -> bool:
+    """Return True if there are validated tables, and `data` has not changed since ingest wrote them."""
+    if not (VALID / "sft.parquet").is_file():
+        return False
+    recorded = [record["values"] for record in read(INGESTED / JOURNAL) if record["kind"] == "params"]
+    used = {name: value for values in recorded for name, value in values.items()}
+    present = json.loads(json.dumps(declared_values(params, ("data",)), default=str))
+    return not used or used == present
+
+
+def _validated(kind: str) -> int | None:
+    """Return the rows of a validated table."""
+    import pyarrow.parquet as pq
+
+    path = VALID / f"{kind}.parquet"
+    return int(pq.read_metadata(path).num_rows) if path.is_file() else None
+
+
+def _expected(kind: Sourced, params: Params) -> int | None:
+    """Return the rows of a table that is not made yet."""
+    source = getattr(params.data, kind)
+    if any(name.startswith(HUB) or is_generator(name) for name in source.names):
+        held = round(source.rows * source.heldout) if source.rows and kind == "preferences" else 0
+        return None if source.rows is None else source.rows - held
+    rows = table_rows(kind, params.data)
+    if kind == "preferences" and source.heldout:
+        rows, _ = split_by_prompt(rows, source.heldout, params.data.seed)
+    return len(rows)
+
+
+def seconds_by_stage(project: Path) -> dict[str, float]:
+    """Return the median seconds of one training step by stage (sft, reward, align@grpo), mean over seeds, from the last runs here."""
+    found: dict[str, list[float]] = {}
+    for run in newest(all_runs(project)):
+        median = run.median(STEP)
+        if median is not None:
+            stage = re.sub(r"^align-(.+)-\d+$", r"align@\1", run.name)
+            found.setdefault(stage, []).append(median)
+    return {stage: float(np.mean(values)) for stage, values in found.items()}
+
+
+def time_line(params: Params, steps: Mapping[str, int | None], timed: Mapping[str, float]) -> str:
+    """Return a sentence on the time of all training stages, one after another. `steps` are optimiser steps by stage."""
+    seconds, unknown = {}, []
+    for stage, count in steps.items():
+        name = stage.removeprefix("align@")
+        sampled = name != stage and isinstance(params.algorithm(name), OnPolicy)
+        loops = getattr(params.budget(name), "steps", count) if sampled else count
+        runs = len(params.project.seeds) if name != stage else 1
+        if stage in timed and loops is not None:
+            seconds[stage] = runs * loops * timed[stage]
+        else:
+            unknown.append(stage)
+    if not seconds:
+        return "time: not known before a first run on this machine has timed its steps"
+    each = ", ".join(f"{stage} {minutes(value)}" for stage, value in seconds.items())
+    left = f". Not timed here yet: {', '.join(unknown)}" if unknown else ""
+    return f"time: about {minutes(sum(seconds.values()))} of training, as the last steps here took: {each}{left}"
+
+
+def minutes(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
