@@ -3,16 +3,18 @@
     python -m pipelines.reward
 
 Starts from the supervised model. The mean score of the training pairs is stored in config.json as `reward_mean`; users of the score
-subtract it.
+subtract it. With `reward.source`, an existing reward model is measured and saved instead of a trained one.
 """
 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.params import load_params
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.setup import (
@@ -45,6 +47,9 @@ def run(run: Run) -> None:
     params = run.context.params.reward
     if not params.enabled:
         without_model(run)
+        return
+    if params.source is not None:
+        existing_model(run, params.source)
         return
     device = accelerator(run.context, params.compute, params.seed, START)
     from posttrain.data.batches import EpochOrder
@@ -95,11 +100,7 @@ def run(run: Run) -> None:
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained_scores) / len(trained_scores)
-    gaps = score_gaps(scorer, heldout, budget, bf16)
-    results = heldout_results(
-        gaps, [row["chosen_score"] - row["rejected_score"] for row in heldout_rows if "chosen_score" in row]
-    )
-    run.recorder.table("calibration", order.steps, [asdict(b) for b in calibration_curve(gaps)])
+    results = _measured(run, scorer, heldout, heldout_rows, order.steps)
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
@@ -121,6 +122,73 @@ def without_model(run: Run) -> None:
     announce(run.context, "no reward model is trained, because reward.enabled is false")
     run.recorder.metrics(0, {"loss": math.nan})
     run.recorder.summary({"steps": 0, "tokens/trained": 0})
+
+
+def existing_model(run: Run, source: str) -> None:
+    """Check, measure and save a finished reward model.
+
+    One that this stage has trained, for the same tokens, reads the policy's tokens. Any other reads texts through its own tokenizer.
+    """
+    params = run.context.params.reward
+    device = accelerator(run.context, params.compute, params.seed, START)
+    from posttrain.data.whole_texts import READS_TEXT, reads_same_tokens
+    from posttrain.models.folders import load_encoder
+    from posttrain.models.inference import scores
+    from posttrain.models.policy import Scorer
+    from posttrain.models.scorers import load_scorer, scoring_pad
+
+    run.recorder.ready()
+    encoder = load_encoder(source)
+    scorer = Scorer(load_scorer(source)).to(device.device).eval()
+    same = hasattr(scorer.model.config, "reward_mean") and reads_same_tokens(encoder, load_encoder(START))
+    heldout_rows = read_table("preferences_heldout")
+    pairs, heldout = (
+        reward_pairs(encoder, rows)[0] if same else text_pairs(encoder, rows)
+        for rows in (read_table("preferences"), heldout_rows)
+    )
+    budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
+    trained = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
+    mean = sum(trained) / len(trained)
+    results = _measured(run, scorer, heldout, heldout_rows, 0)
+    ranked = f"{results['heldout/accuracy']:.1%} of {len(heldout)} held-out pairs"
+    reads = "" if same else "; it reads the texts of prompt and answer through its own tokenizer"
+    announce(run.context, f"{source} is used as it is; it prefers the chosen answer in {ranked}{reads}")
+    card = model_card(run.context, "Reward model", source, {"source": Path(source).name}, results)
+    extra = {"reward_mean": mean, READS_TEXT: not same}
+    encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
+    scorer.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
+    extra["pad_token_id"] = encoder.tokenizer.pad_token_id
+    write_model(run.outputs, scorer.model, encoder, FOLDER, card, None, extra)
+    run.recorder.metrics(0, {"loss": math.nan})
+    run.recorder.summary(results | {"reward_mean": mean, "steps": 0, "tokens/trained": 0})
+
+
+def text_pairs(encoder: TextEncoder, rows: list[dict[str, Any]]) -> list[RewardPair]:
+    """Return the pairs as texts in the tokens of a reward model that was trained elsewhere."""
+    from posttrain.data.whole_texts import whole_texts
+    from posttrain.training.supervised import RewardPair
+
+    prompts, tools = [row["prompt"] for row in rows], {"tools": [row.get("tools") for row in rows]}
+    sides = (whole_texts(encoder, prompts, [row[side] for row in rows], tools) for side in ("chosen", "rejected"))
+    return [RewardPair(chosen, rejected, 0.0, 1.0) for chosen, rejected in zip(*sides, strict=True)]
+
+
+def _measured(
+    run: Run, scorer: Scorer, heldout: list[RewardPair], rows: list[dict[str, Any]], step: int
+) -> dict[str, float]:
+    """Record the calibration on held-out pairs and return the results."""
+    compute = run.context.params.reward.compute
+    gaps = score_gaps(scorer, heldout, compute.micro_batch_tokens, compute.bf16)
+    run.recorder.table("calibration", step, [asdict(b) for b in calibration_curve(gaps)])
+    graded = [row["chosen_score"] - row["rejected_score"] for row in rows if "chosen_score" in row]
+    return heldout_results(gaps, graded)
+
+
+def inputs(args: Namespace) -> list[str]:
+    """Return the tables, the supervised model, and a local folder of an existing reward model."""
+    source = load_params(args.params).reward.source
+    own = [source] if source is not None and Path(source).is_dir() else []
+    return ["data/valid/preferences.parquet", "data/valid/preferences_heldout.parquet", "models/sft", *own]
 
 
 def reward_pairs(
@@ -192,10 +260,4 @@ def heldout_results(gaps: list[float], graded: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(
-        run,
-        "reward",
-        params=("reward",),
-        inputs=("data/valid/preferences.parquet", "data/valid/preferences_heldout.parquet", "models/sft"),
-        trains=True,
-    )
+    main(run, "reward", params=("reward",), inputs=inputs, trains=True)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.errors import ModelError
+
 FLOAT32_BYTES = 4
 AUTOCAST_SHARE = 0.75
 """Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
@@ -68,8 +70,15 @@ def sizes(config: Any) -> Sizes:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # configurations of strangers fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"transformers makes no language model of this configuration, model_type {config.model_type!r}"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
     text = config.get_text_config()
     hidden = _number(text, HIDDEN_NAMES) or model.get_input_embeddings().embedding_dim
     heads = _number(text, HEAD_NAMES) or 1

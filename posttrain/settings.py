@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -15,6 +16,36 @@ CONTEXT_NAMES = (
     "context_length",
 )
 """How configurations of models spell the context length."""
+
+
+def context_limit(values: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a row may have at most by a model's configuration, None if it names no limit.
+
+    With LongRoPE the positions of a whole batch change as soon as one row is longer than the original context. Rows would depend on their
+    neighbours, so the original context is the limit.
+
+    Example:
+        >>> context_limit({"n_positions": 48})
+        48
+        >>> rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+        >>> context_limit({"max_position_embeddings": 131072, "rope_scaling": rope})
+        4096
+    """
+    limits = [_length(values.get(name)) for name in CONTEXT_NAMES]
+    longest = next((limit for limit in limits if limit), None)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key)
+        for kind in (rope, *rope.values()) if isinstance(rope, Mapping) else ():
+            if isinstance(kind, Mapping) and "longrope" in (kind.get("rope_type"), kind.get("type")):
+                original = _length(
+                    kind.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+                )
+                longest = min(longest or original, original) if original else longest
+    return longest
+
+
+def _length(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,14 @@ def _missing_function(path: str) -> str | None:
 
 def _model(params: Params) -> Iterator[str]:
     """Yield a model source that is neither `tiny`, a folder with a config.json, nor of the form of a hub id."""
-    source = params.model.source
-    if source == "tiny" or (Path(source) / "config.json").is_file():
-        return
-    if Path(source).exists():
-        yield f"model.source = {source!r}: the folder has no config.json, so it is not a model that transformers can load"
-    elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
-        yield f"model.source = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
+    named = {"model.source": params.model.source, "reward.source": params.reward.source}
+    for key, source in named.items():
+        if source in (None, "tiny") or (Path(source) / "config.json").is_file():
+            continue
+        if Path(source).exists():
+            yield f"{key} = {source!r}: the folder has no config.json, so it is not a model that transformers can load"
+        elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
+            yield f"{key} = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
 
 
 def _data(params: Params) -> Iterator[str]:

@@ -129,7 +129,7 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     yield Phase("sft", "train", steps, _times(counted["sft"], sft.epochs * longest),
                 training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
     pairs = counted["preferences"]
-    if reward.enabled:
+    if reward.enabled and reward.source is None:
         yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
                 training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
     for name in params.project.algorithms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from posttrain.settings import CONTEXT_NAMES
+from posttrain.settings import context_limit
 
 
 def context_of(source: str) -> int | None:
@@ -18,8 +18,6 @@ def context_of(source: str) -> int | None:
         return None
     text = config.get("text_config")
     for values in (text if isinstance(text, dict) else {}, config):
-        for name in CONTEXT_NAMES:
-            limit = values.get(name)
-            if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-                return limit
+        if limit := context_limit(values):
+            return limit
     return None

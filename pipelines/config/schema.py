@@ -201,6 +201,8 @@ class RewardParams(Section):
 
     enabled: bool = True
     """False: no algorithm, critic or evaluation uses a reward model, so the stage trains none and ends at once."""
+    source: str | None = None
+    """An existing reward model, used as it is: a folder or a hub id. None: one is trained, from the supervised model."""
     seed: Seed
     epochs: Count
     batch_size: Count
@@ -216,6 +218,22 @@ class RewardParams(Section):
     compute: TrainingComputeParams
     checkpoint: CheckpointParams
     faults: FaultParams
+
+    @model_validator(mode="after")
+    def _source_is_not_trained(self) -> RewardParams:
+        """Refuse options without effect on an existing reward model."""
+        given = {
+            "margin_from_scores": self.margin_from_scores,
+            "soft_target_scale": self.soft_target_scale,
+            "lora": self.lora,
+        }
+        without_effect = [name for name, value in given.items() if value]
+        if self.source is not None and (without_effect or not self.enabled):
+            raise ValueError(
+                f"source = {self.source!r} is an existing reward model, which is not trained:"
+                f" {', '.join(without_effect) or 'enabled: false'} would have no effect; remove it, or set source: null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scores_count_once(self) -> RewardParams:

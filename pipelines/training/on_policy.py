@@ -130,7 +130,12 @@ def _policy(spec: OnPolicy, start: str) -> Policy:
         return Policy(lm)
     if spec.critic == "shared":
         return Policy(lm, shared_value_head=True)
-    return Policy(lm, critic=load_scorer(REWARD) if spec.critic_start == "reward" else load_new_scorer(start))
+    if spec.critic_start == "sft":
+        return Policy(lm, critic=load_new_scorer(start))
+    require_same_vocabulary(
+        load_encoder(REWARD), load_encoder(start), "critic_start: reward, the reward model's tokenizer"
+    )
+    return Policy(lm, critic=load_scorer(REWARD))
 
 
 def _make(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams, RewardFunctionParams
+from posttrain.data.whole_texts import READS_TEXT
 from posttrain.errors import ConfigError
+from posttrain.models.folders import load_encoder
 from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
@@ -32,9 +34,11 @@ def reward_sources(
     for name in names:
         section = sections[name]
         if section.function == "reward_model":
-            mean = json.loads((REWARD / "config.json").read_text(encoding="utf-8")).get("reward_mean", 0.0)
+            config = json.loads((REWARD / "config.json").read_text(encoding="utf-8"))
             scorer = Scorer(load_scorer(REWARD)).to(device).eval().requires_grad_(False)
-            sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16))
+            encoder = load_encoder(REWARD) if config.get(READS_TEXT) else None
+            mean = config.get("reward_mean", 0.0)
+            sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16, encoder))
         else:
             sources.append(_function_reward(name, section))
     return sources

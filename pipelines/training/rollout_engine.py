@@ -23,6 +23,7 @@ from pipelines.runtime.context import RunContext
 from posttrain.errors import ConfigError
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import context_limit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,7 +69,8 @@ def sampling_engine(
 
     prompts = [problem.ids for problem in problems]
     longest = max(map(len, prompts)) + budget.max_new_tokens
-    length = min(lm.config.max_position_embeddings, max(longest, RANDOM_TOKENS + 1))
+    text = lm.config.get_text_config()
+    length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
     return VllmEngine(
         lm,
@@ -76,7 +78,7 @@ def sampling_engine(
         _servers(context.state.resolve() / LOG, tokenizer, length, bf16),
         version=version,
         folder=folder,
-        probes=sequences(prompts, lm.config.vocab_size, length),
+        probes=sequences(prompts, text.vocab_size, length),
         bf16=bf16,
         accelerator=accelerator,
     )

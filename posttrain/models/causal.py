@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.reach import probe_ids, trial_length
+from posttrain.settings import context_limit
 
 CAUSAL_TOLERANCE = 1e-4
 """Greatest change of an earlier hidden state by later tokens, as a share of the largest one: experts compute in varying batches."""
@@ -32,7 +33,7 @@ def check_policy(model: PreTrainedModel, source: str | Path) -> None:
     and others), it would be trained on other log-probabilities than it samples from.
     """
     name, text = type(model).__name__, model.config.get_text_config()
-    length = min(trial_length(text), getattr(text, "max_position_embeddings", None) or 2**31)
+    length = min(trial_length(text), context_limit(text.to_dict()) or 2**31)
     row = torch.tensor([probe_ids(length, text.vocab_size)], device=model.device)
     hidden, logits = _outputs(model, row, source)
     # most of the row: sparse attention leaks only beyond the tokens that it keeps

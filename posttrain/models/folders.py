@@ -37,7 +37,7 @@ from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
 from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
-from posttrain.settings import CONTEXT_NAMES
+from posttrain.settings import context_limit
 
 if TYPE_CHECKING:
     from posttrain.models.lora import Adapter
@@ -128,24 +128,28 @@ def load_encoder(source: str | Path) -> TextEncoder:
 
 def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
     """Return the ends of sequence of generation_config.json and config.json."""
+    file = Path(source) / "generation_config.json"
     try:
         generation = GenerationConfig.from_pretrained(str(source)).eos_token_id
-    except OSError:  # most folders of old models have none
+    except Exception as error:  # a hub id or an old model without the file raises OSError, a damaged file anything
+        if file.exists() or not isinstance(error, OSError):
+            raise ModelError(
+                f"{file}: cannot be read ({' '.join(str(error).split())[:150]}), and it may name tokens that end an answer; correct it, or"
+                " remove it"
+            ) from error
         generation = None
     ids: list[int] = []
     for named in (generation, config.get_text_config().eos_token_id):
-        ids += [] if named is None else named if isinstance(named, list) else [named]
+        listed = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(isinstance(token, int) for token in listed):
+            raise ModelError(f"{source}: eos_token_id is {named!r}, and must be the id of a token, or a list of ids")
+        ids += listed
     return ids
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a row may have at most, None if the configuration names no limit."""
-    text = config.get_text_config()
-    for name in CONTEXT_NAMES:
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    return context_limit(config.get_text_config().to_dict())
 
 
 def save_model(

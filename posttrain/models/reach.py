@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from posttrain.settings import context_limit
+
 TRIED = 512
 """Longer windows are believed without a trial, which would cost a forward pass over so many tokens."""
 PAST = 8
@@ -28,7 +30,7 @@ def find_reach(config: PreTrainedConfig, agrees: Callable[[int], bool]) -> int |
     Every number of the configuration that could limit attention is tried a few tokens beyond it, whatever its exact name.
     """
     text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**31
+    context = context_limit(text.to_dict()) or 2**31
     for window in _candidates(text):
         if window >= context:
             continue

@@ -35,6 +35,8 @@ WRAPPERS = {
     "module.": "DistributedDataParallel",
 }
 """Prefixes that a wrapper adds to the names of weights."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""How safetensors files name the number formats that need no scale."""
 SHOWN = 4
 POINTER = b"version https://git-lfs"
 
@@ -50,17 +52,19 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
     check_folder(source)
     model, info = _loaded(kind, source, **options)
     found = _wrappers(info["unexpected_keys"])
-    if found:
-        pattern = "|".join(re.escape(prefix) for prefix in sorted(found))
-        inner, again = _loaded(kind, source, key_mapping={rf"(^|(?<=\.))({pattern})+": ""}, **options)
+    pattern = rf"(^|(?<=\.))({'|'.join(re.escape(prefix) for prefix in sorted(found))})+"
+    stored = _stored(source)
+    if found and len({re.sub(pattern, "", name) for name in stored}) == len(stored):
+        inner, again = _loaded(kind, source, key_mapping={pattern: ""}, **options)
         if not _faults(again):
             tqdm.write(f"{source}: read the weights without the prefix {_named(found)}", file=sys.stderr)
-            model, info = inner, again
+            model, info = _without_renaming(inner, pattern), again
     if faults := _faults(info):
         raise ModelError(
             f"{source}: the weights do not make up a whole {type(model).__name__}: {faults}. Weights that a folder lacks would stay"
             " random. Save the model again with save_pretrained, unwrapped and with its head"
         )
+    _check_floating(model, stored, pattern if found else None, source)
     _check_finite(model, source)
     without_dropout(model)
     return model
@@ -98,6 +102,11 @@ def check_folder(source: str | Path) -> None:
         raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
     if not folder.is_dir():
         return
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{source}: adapter_config.json says that this folder holds an adapter, which is a part of a model; merge it into its"
+            " base model (peft: PeftModel.from_pretrained(…).merge_and_unload()) and save the whole model"
+        )
     if not (folder / "config.json").exists():
         raise ModelError(f"{source}: no config.json, so this is not a model folder")
     _check_quantisation(folder)
@@ -146,8 +155,13 @@ def _check_quantisation(folder: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    with path.open("rb") as file:
-        pointer = file.read(len(POINTER)) == POINTER
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(POINTER)) == POINTER
+    except OSError as error:  # a folder of that name, or a link into a cache that has been cleared
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); copy the model again, with the files themselves instead of links"
+        ) from error
     if pointer:
         raise ModelError(f"{path}: a git-lfs pointer instead of the weights; type: git lfs pull")
     try:
@@ -191,6 +205,37 @@ def _loaded(kind: Any, source: str | Path, **options: Any) -> tuple[PreTrainedMo
         **options,
     )
     return model, info
+
+
+def _stored(source: str | Path) -> dict[str, str]:
+    """Return the names of the weights in a folder and how each is stored, such as BF16; nothing for a hub id."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        with safe_open(path, "pt") as weights:
+            found |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    return found
+
+
+def _without_renaming(model: PreTrainedModel, pattern: str) -> PreTrainedModel:
+    """Return the model, which will be saved with its own names: transformers would put the prefix back."""
+    kept = [one for one in getattr(model, "_weight_conversions", []) if pattern not in one.source_patterns]
+    model._weight_conversions = kept  # type: ignore[assignment]
+    return model
+
+
+def _check_floating(model: PreTrainedModel, stored: Mapping[str, str], pattern: str | None, source: str | Path) -> None:
+    names = dict(model.named_parameters())
+    packed = {
+        name: kind
+        for name, kind in stored.items()
+        if kind not in FLOATING and (re.sub(pattern, "", name) if pattern else name) in names
+    }
+    if packed:
+        kinds = ", ".join(sorted(set(packed.values())))
+        raise ModelError(
+            f"{source}: {_some(sorted(packed))} {'is' if len(packed) == 1 else 'are'} stored as {kinds}, so the weights are quantised and"
+            " would be read without their scales; give the folder of the original model, in float32 or bfloat16"
+        )
 
 
 def _wrappers(names: Iterable[str]) -> set[str]:

@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from posttrain.data.tokens import Tokens
+from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.data.whole_texts import whole_texts
 from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
@@ -116,9 +117,19 @@ class ModelReward:
 
     Args:
         micro_batch_tokens: most tokens of one forward pass.
+        encoder: of a model that was trained elsewhere, which reads texts; None: it reads the policy's tokens.
     """
 
-    def __init__(self, name: str, scorer: Scorer, mean: float, micro_batch_tokens: int, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        scorer: Scorer,
+        mean: float,
+        micro_batch_tokens: int,
+        bf16: bool = False,
+        encoder: TextEncoder | None = None,
+    ) -> None:
+        self.encoder = encoder
         self.name, self.scorer, self.mean, self.micro_batch_tokens, self.bf16 = (
             name,
             scorer,
@@ -129,7 +140,10 @@ class ModelReward:
         self.failures: Counter[str] = Counter()
 
     def score(self, answers: RewardBatch) -> list[float | None]:
-        values = scores(self.scorer, answers.tokens, self.micro_batch_tokens, self.bf16)
+        tokens = answers.tokens
+        if self.encoder is not None:
+            tokens = whole_texts(self.encoder, answers.prompts, answers.completions, answers.columns)
+        values = scores(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
         # a model scores every answer, so NaN is an error here and not a missing reward
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
 

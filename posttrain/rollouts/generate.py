@@ -23,6 +23,7 @@ from posttrain.errors import RolloutError
 from posttrain.models.reach import probe_ids, trial_length
 from posttrain.rollouts.drawing import completion, draw, noise
 from posttrain.rollouts.engine import MAX_ROWS, Completion, Request, SamplingSettings, end_ids
+from posttrain.settings import context_limit
 from posttrain.text import reason_of
 
 PROBED = 8
@@ -95,7 +96,7 @@ class _Drawing(LogitsProcessor):
 def confirm_generate(lm: PreTrainedModel) -> None:
     """Raise RolloutError unless `generate` draws from the distributions of a plain forward pass, also past the model's windows."""
     text = lm.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**31
+    context = context_limit(text.to_dict()) or 2**31
     prompt = probe_ids(min(trial_length(text), max(1, context - PROBED)), text.vocab_size)
     new_tokens = min(PROBED, context - len(prompt))
     try:

@@ -37,6 +37,7 @@ from posttrain.rollouts.engine import (
     end_ids,
 )
 from posttrain.rollouts.generate import GenerateEngine, confirm_generate
+from posttrain.settings import context_limit
 
 COMPACT_BELOW = 0.75
 """Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
@@ -76,7 +77,7 @@ class NativeEngine:
         if any(not request.prompt for request in requests):
             raise RolloutError("a prompt has no tokens, so the first response token has no context; remove such rows")
         longest = max(len(r.prompt) for r in requests)
-        limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_limit(self.lm.config.get_text_config().to_dict())
         if limit is not None and longest + settings.max_new_tokens > limit:
             raise RolloutError(
                 f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit};"

@@ -12,15 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipelines.config.context import context_of
+from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import recompute_layers
-from posttrain.models.folders import load_encoder, load_policy, load_tokenizer, save_model
+from posttrain.models.folders import load_config, load_encoder, load_policy, load_tokenizer, save_model
 from posttrain.models.inference import scores
-from posttrain.models.policy import Scorer
+from posttrain.models.policy import Policy, Scorer
 from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
 from posttrain.models.weights import check_folder
+from posttrain.planning import sizes
 from tests.models import small
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
@@ -56,6 +59,9 @@ def test_a_known_prefix_is_stripped_and_reported(folder: Path, prefix: str, caps
     loaded = load_policy(folder).state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in expected.items())
     assert "read the weights without the prefix" in capsys.readouterr().err
+    again = folder.with_name("again")
+    save_model(load_policy(folder), byte_tokenizer(64), again, "")
+    assert set(load_file(again / "model.safetensors")) == set(expected)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,12 @@ def test_a_known_prefix_is_stripped_and_reported(folder: Path, prefix: str, caps
             "are missing; strange.lm_head.weight, .* are not part of it",
         ),
         (lambda w: w | {"model.extra": torch.zeros(2)}, "model.extra is not part of it"),
+        (lambda w: w | {f"module.{n}": t + 1 for n, t in w.items()}, r"module\.lm_head\.weight, .* are not part of it"),
+        (lambda w: w | {"lm_head.weight": (w["lm_head.weight"] * 9).to(torch.int8)}, "lm_head.weight is stored as I8"),
+        (
+            lambda w: {n: t.to(torch.float8_e4m3fn) for n, t in w.items()},
+            r"stored as F8_E4M3, so the weights are quantised",
+        ),
         (
             lambda w: w | {"lm_head.weight": torch.zeros(250, 16)},
             "lm_head.weight 250x16 instead of 259x16 is of a different shape",
@@ -93,7 +105,16 @@ def test_files_that_are_not_whole_say_what_they_are(folder: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     with pytest.raises(ModelError, match="git lfs pull"):
         load_policy(folder)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(ModelError, match=r"cannot be read .No such file or directory.; copy the model again"):
+        load_policy(folder)
+    path.unlink()
     path.write_bytes(whole)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter, .* merge it into its base model"):
+        load_policy(folder)
+    (folder / "adapter_config.json").unlink()
     for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
         reconfigure(folder, quantization_config={"quant_method": method, "bits": 4})
         with pytest.raises(ModelError, match=f"quantised \\({method}\\)"):
@@ -232,3 +253,45 @@ def test_the_way_a_tokenizer_was_loaded_is_not_saved(tmp_path: Path) -> None:
     saved = (tmp_path / "offline" / "tokenizer_config.json").read_bytes()
     assert saved == (tmp_path / "online" / "tokenizer_config.json").read_bytes()
     assert b"local_files_only" not in saved
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r"generation_config\.json: cannot be read .* may name tokens that end an answer"),
+        ("[]", r"generation_config\.json: cannot be read"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', and must be the id of a token"),
+        ('{"eos_token_id": [[1], 2]}', "must be the id of a token, or a list of ids"),
+    ],
+)
+def test_damaged_generation_settings_are_not_passed_over(folder: Path, text: str, words: str) -> None:
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=words):
+        load_encoder(folder)
+
+
+def test_with_longrope_the_original_context_is_the_limit(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 40,
+    }
+    config = AutoConfig.for_model(
+        "qwen3", **SIZES, head_dim=8, rope_parameters=rope | {"factor": 1.6, "rope_theta": 10000.0}
+    )
+    torch.manual_seed(0)
+    save_model(AutoModelForCausalLM.from_config(config), byte_tokenizer(64), tmp_path / "m", "")
+    lm = load_policy(tmp_path / "m")
+    assert load_encoder(tmp_path / "m").max_length == context_of(str(tmp_path / "m")) == 40
+    long, short = Tokens(tuple(range(5, 35)), tuple(range(40, 50))), Tokens((5, 6), (7, 8))
+    with torch.no_grad():
+        together, alone = (Policy(lm)(collate(rows)).logprobs for rows in ([long, short], [short]))
+    assert together[1, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"hidden_act": "nosuch"}])
+def test_a_plan_of_no_language_model_is_refused(folder: Path, change: dict[str, Any]) -> None:
+    reconfigure(folder, **change)
+    with pytest.raises(ModelError, match="transformers makes no language model of this configuration"):
+        sizes(load_config(folder))

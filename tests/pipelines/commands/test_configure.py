@@ -158,6 +158,7 @@ def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("rewards.mine={function: 'judges:brevty'}", "judges.py defines no brevty; did you mean 'brevity'?"),
         ("model.source=./nowhere", "model.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
+        ("reward.source=./nowhere", "reward.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
         ("data.sft={source: missing.jsonl}", "missing.jsonl"),
         ("data.sft={source: 'hub:a/b/c/d'}", "a hub data set is written hub:OWNER/NAME"),
         ("data.preferences={source: pairs.jsonl}", "is the column 'chosen_scores' meant to be 'chosen_score'?"),

@@ -118,6 +118,22 @@ def test_scores_do_not_count_twice_in_the_reward_model(tree: Any) -> None:
         parse_params(changed(soft, "reward.margin_from_scores", True))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("reward.lora", {"rank": 2, "alpha": 4}, "lora"),
+        ("reward.margin_from_scores", True, "margin_from_scores"),
+        ("reward.soft_target_scale", 2.0, "soft_target_scale"),
+        ("reward.enabled", False, "enabled: false"),
+    ],
+)
+def test_an_existing_reward_model_takes_no_options_of_training(tree: Any, key: str, value: Any, named: str) -> None:
+    existing = changed(tree, "reward.source", "hub/rm")
+    assert parse_params(existing).reward.source == "hub/rm"
+    with pytest.raises(ConfigError, match=f"existing reward model, which is not trained: {named} would have no effect"):
+        parse_params(changed(existing, key, value))
+
+
 def test_without_a_reward_model_nothing_may_use_it(tree: Any) -> None:
     off = changed(tree, "reward.enabled", False)
     with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,57 @@
+"""How a reward model that was trained elsewhere reads a prompt and an answer: as text, through its own chat template.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> encoder = TextEncoder(byte_tokenizer(64), 64)
+    >>> (row,) = whole_texts(encoder, ["1+1="], ["2"])
+    >>> encoder.tokenizer.decode(row.prompt + row.response).count("assistant")
+    1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.data.conversations import as_messages
+from posttrain.data.tokens import Text, TextEncoder, Tokens, row_tools
+from posttrain.errors import DataError
+
+READS_TEXT = "reads_text"
+"""Key in config.json of a reward model that was trained elsewhere: it reads texts, not the policy's tokens."""
+
+
+def reads_same_tokens(one: TextEncoder, other: TextEncoder) -> bool:
+    """Return True if both encoders make the same tokens of every text and conversation."""
+    templates = [encoder.tokenizer.chat_template for encoder in (one, other)]
+    return templates[0] == templates[1] and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+def whole_texts(
+    encoder: TextEncoder,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Tokens]:
+    """Return each prompt with its answer in the encoder's own tokens; over-long ones lose their start.
+
+    With a chat template, plain text becomes a turn of the user and one of the assistant, and the score is read at the last token of the
+    rendered conversation, as the examples of published reward models do. Without one, prompt and answer are joined and closed.
+    """
+    offered = (columns or {}).get("tools") or [None] * len(prompts)
+    texts = zip(prompts, completions, offered, strict=True)
+    rows = [_ids(encoder, *text, str(i))[-encoder.max_length :] for i, text in enumerate(texts)]
+    return [Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows]
+
+
+def _ids(encoder: TextEncoder, prompt: Text, completion: Text, tools: Any, row: str) -> list[int]:
+    if encoder.tokenizer.chat_template:
+        turns = [*as_messages(prompt, "user"), *as_messages(completion, "assistant")]
+        text = encoder.template.render(turns, row_tools({"tools": tools}), row=row)
+        return list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [*encoder.prompt(prompt), *encoder.completion(completion)]
+    raise DataError(
+        f"row {row}: its text is chat messages, and the tokenizer of the reward model has no chat template; choose another"
+        " reward.source, or map the columns to plain text in data.*.columns"
+    )

@@ -1,0 +1,75 @@
+"""A reward model that was trained elsewhere reads conversations as its own template renders them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from posttrain.data.tokens import TextEncoder
+from posttrain.data.whole_texts import reads_same_tokens, whole_texts
+from posttrain.errors import DataError
+from posttrain.models.tiny import byte_tokenizer
+from posttrain.rewards.sources import ModelReward, RewardBatch
+from tests.data.test_conversations import CHATML, OPEN, encoder
+from tests.models import small
+
+ENCODER = encoder(CHATML + OPEN)
+
+
+def plain_encoder() -> TextEncoder:
+    tokenizer = byte_tokenizer(64)
+    tokenizer.chat_template = None
+    return TextEncoder(tokenizer, 64)
+
+
+def test_text_becomes_turns_of_the_template() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = whole_texts(ENCODER, ["hi", [system, {"role": "user", "content": "hi"}]], ["ho", ""])
+    for row, turns in zip(
+        rows,
+        (
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+            [system, {"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}],
+        ),
+        strict=True,
+    ):
+        text = ENCODER.tokenizer.apply_chat_template(turns, tokenize=False)
+        assert list(row.prompt + row.response) == ENCODER.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_without_a_template_prompt_and_answer_are_joined_and_turns_are_refused() -> None:
+    enc = plain_encoder()
+    (row,) = whole_texts(enc, ["1+1="], ["2"])
+    assert list(row.prompt + row.response) == [*enc.prompt("1+1="), *enc.completion("2")]
+    with pytest.raises(
+        DataError, match=r"row 0: .* the tokenizer of the reward model has no chat template; .* reward\.source"
+    ):
+        whole_texts(enc, [[{"role": "user", "content": "hi"}]], ["ho"])
+
+
+def test_over_long_texts_lose_their_start() -> None:
+    enc = plain_encoder()
+    long, short = whole_texts(enc, ["a" * 80, "b"], ["cd", "cd"])
+    assert len(long) == 64
+    assert long.response == short.response == (enc.eos_id,)
+    assert list(long.prompt[-2:]) == list(short.prompt[-2:])
+
+
+def test_the_same_tokens_need_the_same_vocabulary_and_template() -> None:
+    assert reads_same_tokens(ENCODER, encoder(CHATML + OPEN))
+    assert not reads_same_tokens(ENCODER, plain_encoder())
+    other = plain_encoder()
+    other.tokenizer.add_tokens(["<extra>"])
+    assert not reads_same_tokens(plain_encoder(), other)
+
+
+def test_its_score_does_not_depend_on_the_policys_tokens() -> None:
+    scorer, enc = small.scorer(), plain_encoder()
+    answers = RewardBatch(["ab", "c"], ["d", "ef"], small.rows(2), {})
+    found = ModelReward("rm", scorer, 0.5, 100, encoder=enc).score(answers)
+    assert found == ModelReward("rm", scorer, 0.5, 100, encoder=enc).score(replace(answers, tokens=small.rows(6)[3:5]))
+    by_tokens = ModelReward("rm", scorer, 0.5, 100).score(
+        replace(answers, tokens=whole_texts(enc, ["ab", "c"], ["d", "ef"]))
+    )
+    assert found == pytest.approx(by_tokens, abs=1e-6)
