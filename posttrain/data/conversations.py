@@ -13,9 +13,11 @@ Example:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +31,12 @@ Message = Mapping[str, Any]
 TrainOn = Literal["completion", "last", "marked", "all"]
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_INS = ("\ue000\ue000", "\ue001\ue001")
+DATE = datetime(2024, 7, 26)
+"""What a template that prints today's date is given: the same rows must give the same tokens on any day."""
+_TAIL = 24
+"""Characters at the end of a turn by which it is found in the rendered text."""
+_CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
+"""The end of reasoning, which templates may cut off."""
 _OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
@@ -61,6 +69,7 @@ class ChatTemplate:
             )
         try:
             with bounded():
+                _fix_date(self.tokenizer.chat_template)
                 text = self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     tools=tools,
@@ -80,6 +89,28 @@ class ChatTemplate:
             ) from error
         return str(text)
 
+    def conversation(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
+    ) -> str:
+        """Return the text of a conversation, in which every turn's own text stands.
+
+        Raises DataError if the template leaves out or refuses a turn.
+        """
+        text = self.render(messages, tools, generate, row)
+        shown = _plain(text)
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if not isinstance(content, str) or message.get("role") == "tool" or message.get("tool_calls"):
+                continue
+            end = _after_reasoning(content)
+            spellings = (end, json.dumps(end)[1:-1], json.dumps(end, ensure_ascii=False)[1:-1])
+            if not any(_plain(one)[-_TAIL:] in shown for one in spellings):
+                raise DataError(
+                    f"{_row(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model would"
+                    " never see it. Put it into a turn that the template shows, such as the user's, or take a model with another template."
+                )
+        return text
+
     def spans(
         self,
         prompt: Sequence[Message],
@@ -93,7 +124,7 @@ class ChatTemplate:
         Raises DataError if a span cannot be found exactly.
         """
         messages, first = [*prompt, *completion], len(prompt)
-        full = self.render(messages, tools, row=row)
+        full = self.conversation(messages, tools, row=row)
         turns = [i for i in range(first, len(messages)) if messages[i].get("role") == "assistant"]
         if train_on == "last":
             turns = turns[-1:]
@@ -204,6 +235,25 @@ class ChatTemplate:
 def as_messages(text: str | Sequence[Message], role: str) -> list[Message]:
     """Return a conversation as it is, a string as one turn of `role`."""
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def _fix_date(template: Any) -> None:
+    """Let a template that prints today's date print `DATE`."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    for text in template.values() if isinstance(template, dict) else (template,):
+        if isinstance(text, str) and "strftime_now" in text:
+            _compile_jinja_template(text).environment.globals["strftime_now"] = DATE.strftime
+
+
+def _after_reasoning(content: str) -> str:
+    """Return the part of a turn that every template shows."""
+    last = _CLOSED.split(content)[-1]
+    return last if last.strip() else content
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _shared(a: str, b: str) -> int:

@@ -76,7 +76,7 @@ class TextEncoder:
             # a text that already contains the beginning-of-sequence token does not get a second one
             doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
             return ids[1:] if doubled else ids
-        text = self.template.render(prompt, tools, generate=True, row=row)
+        text = self.template.conversation(prompt, tools, generate=True, row=row)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def completion(self, completion: str) -> list[int]:

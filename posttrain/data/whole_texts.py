@@ -47,7 +47,7 @@ def whole_texts(
 def _ids(encoder: TextEncoder, prompt: Text, completion: Text, tools: Any, row: str) -> list[int]:
     if encoder.tokenizer.chat_template:
         turns = [*as_messages(prompt, "user"), *as_messages(completion, "assistant")]
-        text = encoder.template.render(turns, row_tools({"tools": tools}), row=row)
+        text = encoder.template.conversation(turns, row_tools({"tools": tools}), row=row)
         return list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     if isinstance(prompt, str) and isinstance(completion, str):
         return [*encoder.prompt(prompt), *encoder.completion(completion)]

@@ -58,6 +58,36 @@ def trained(enc: TextEncoder, tokens: Tokens) -> list[str]:
     return [enc.tokenizer.decode(part) for part in parts]
 
 
+SILENT = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + OPEN
+)
+DATED = "Today is {{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n" + CHATML + OPEN
+QUOTED = CHATML.replace("m.content", "m.content | tojson") + OPEN
+
+
+@pytest.mark.parametrize(("template", "turn"), [(SILENT, r"turn 0 \(system\)"), ("hello" + OPEN, r"turn 0 \(system\)")])
+def test_a_template_that_leaves_out_a_turn_is_refused(template: str, turn: str) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, *turns("Name a fruit")]
+    for read in (lambda enc: enc.pair(prompt, "Plum", "5"), lambda enc: enc.prompt(prompt, row="5")):
+        with pytest.raises(DataError, match=f"row 5: the model's chat template leaves out the text of {turn}"):
+            read(encoder(template))
+    assert trained(encoder(SILENT), encoder(SILENT).pair(turns("a"), "Plum")) == ["Plum<|im_end|>"]
+
+
+def test_a_template_that_quotes_or_trims_a_turn_leaves_nothing_out() -> None:
+    enc = encoder(QUOTED)
+    text = enc.tokenizer.decode(enc.prompt([{"role": "user", "content": ' a "b"\nc \u00e9 '}]))
+    assert "b" in text
+    assert encoder(CHATML.replace("m.content", "m.content | trim") + OPEN).prompt(turns(" a  b\n"))
+
+
+def test_a_date_in_the_template_is_always_the_same() -> None:
+    first, second = encoder(DATED).pair(turns("a"), turns("b", first="assistant")), encoder(DATED).pair(turns("a"), "b")
+    assert first.response == second.response
+    assert "Today is 26 Jul 2024 00:00:00.000000" in encoder(DATED).tokenizer.decode(first.prompt)
+
+
 def test_every_assistant_turn_is_trained_with_its_end_and_no_other_turn_is() -> None:
     enc = encoder()
     prompt, completion = turns("Name a fruit"), turns("Plum", "Another", "Pear", "thanks", first="assistant")
