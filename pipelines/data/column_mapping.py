@@ -68,7 +68,7 @@ def canonical_rows(
 
 def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
     """Return the records with canonical columns, if their columns are of a known format."""
-    found = recognised(kind, records)
+    found = recognised(kind, records, where)
     if found is None:
         require_known(kind, records, where)
         return records

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pipelines.config.data_schema import TableSource
-from pipelines.data.messages import canonical_messages, canonical_tools
+from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
 from posttrain.environments.parts import Kind
@@ -21,9 +21,11 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
     made = []
     for row in rows:
         place = f"{where}, row {row['id']}"
-        row = row | {
-            n: canonical_messages(row[n], place) for n in (*TEXT[kind], _WHOLE) if isinstance(row.get(n), list)
-        }
+        read = {name: from_json(row[name]) for name in (*TEXT[kind], _WHOLE) if name in row}
+        changes["conversations read from text that is JSON"] += any(
+            isinstance(row[n], str) and isinstance(read[n], list) for n in read
+        )
+        row = row | {name: canonical_messages(value, place) for name, value in read.items()}
         if TOOLS in row:
             row[TOOLS] = canonical_tools(row[TOOLS], place)
         if kind == "sft" and _WHOLE in row:

@@ -28,6 +28,15 @@ from posttrain.errors import DataError
 from posttrain.text import nearest
 
 Record = dict[str, Any]
+_BEGINNINGS = {
+    codecs.BOM_UTF16_LE: "UTF-16 (save it as UTF-8)",
+    codecs.BOM_UTF16_BE: "UTF-16 (save it as UTF-8)",
+    b"\x1f\x8b": "compressed (name it .gz)",
+    b"\x28\xb5\x2f\xfd": "compressed (name it .zst)",
+    b"PK\x03\x04": "a ZIP archive (unpack it)",
+    b"PAR1": "a Parquet file (name it .parquet)",
+}
+"""How files of other kinds begin."""
 _SHARD = re.compile(r"(?P<series>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.")
 _SPLIT = re.compile(r"(?:train|training|test|testing|valid|validation|val|dev|eval)(?=[-_.])")
 
@@ -109,7 +118,10 @@ def _jsonl(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            record = _object(_parsed(line, path, number), f"{path}, line {number}")
+            value = _parsed(line, path, number)
+            if number == 1 and isinstance(value, list):
+                raise DataError(f"{path}, line 1: is an array of objects, which is .json; rename the file")
+            record = _object(value, f"{path}, line {number}")
             records.append({sys.intern(name): value for name, value in record.items()})
     return records
 
@@ -133,8 +145,10 @@ def _parsed(line: str, path: Path, number: int) -> Any:
     try:
         return _loaded(line, f"{path}, line {number}")
     except json.JSONDecodeError as error:
+        spread = number == 1 and line.strip() in ("{", "[", "[{")
+        hint = " If the file is one JSON document over several lines, name it .json." if spread else ""
         raise DataError(
-            f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}. The line reads {shown!r}; correct or remove it."
+            f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}. The line reads {shown!r}; correct or remove it.{hint}"
         ) from None
 
 
@@ -188,6 +202,12 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
     try:
         names = reader.fieldnames or ()
         twice = sorted({name for name in names if names.count(name) > 1})
+        other = next((mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]), None)
+        if other is not None:
+            raise DataError(
+                f"{path}, line 1: the header is one column, {names[0][:60]!r}; the file seems to be separated by {other!r} instead of"
+                f" {delimiter!r}. Save it separated by {delimiter!r}{', or name it .tsv' if other == chr(9) else ''}."
+            )
         if twice:
             raise DataError(
                 f"{path}, line 1: the header names column {twice[0]!r} twice, so one would be lost; rename it"
@@ -197,7 +217,11 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
                 raise DataError(f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(names)}")
             records.append(record)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        unclosed = "; a field begins with a quote that nothing closes" if "unexpected end" in str(error) else ""
+        raise DataError(
+            f"{path}, record {len(records) + 1} (line {reader.line_num}): not CSV: {error}{unclosed}. A field that holds a quote"
+            ' is written in quotes, with the quote doubled: "say ""hi"""'
+        ) from None
     return records
 
 
@@ -221,7 +245,12 @@ def _text(path: Path) -> str:
 
 
 def _not_text(path: Path, position: int) -> DataError:
-    return DataError(f"{path}: not UTF-8 text at byte {position}; save it as UTF-8")
+    with path.open("rb") as file:
+        head = file.read(4)
+    kind = next((kind for begin, kind in _BEGINNINGS.items() if head.startswith(begin)), None)
+    return DataError(
+        f"{path}: not UTF-8 text at byte {position}; " + (f"it seems to be {kind}" if kind else "save it as UTF-8")
+    )
 
 
 def _content(path: Path) -> bytes:

@@ -21,12 +21,24 @@ class Format:
     kinds: tuple[Sourced, ...]
     needs: frozenset[str]
     convert: Convert
+    reads: frozenset[str] = frozenset()
+    """Other columns that become part of the prompt."""
 
 
-def recognised(kind: Sourced, records: Sequence[Record]) -> Format | None:
-    """Return the format of records whose columns say it."""
+def recognised(kind: Sourced, records: Sequence[Record], where: str) -> Format | None:
+    """Return the format of records whose columns say it. Raises DataError if it would leave out a part of the question."""
     present = {str(name) for record in records for name in record}
-    return next((f for f in FORMATS if kind in f.kinds and f.needs <= present), None)
+    found = next((f for f in FORMATS if kind in f.kinds and f.needs <= present), None)
+    if found is None:
+        return None
+    for name in sorted(_ASKED & present - found.needs - found.reads):
+        if any(record.get(name) not in (None, "", []) for record in records):
+            raise DataError(
+                f"{where}: the format {found.name!r} would leave out the column {name!r}, which seems to be a part of the question. Map"
+                f" each column in data.{kind}.columns; a prompt may be made of several, such as prompt: '{{{name}}} {{…}}'. If {name!r}"
+                " is not a part of it, map the columns without it."
+            )
+    return found
 
 
 def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
@@ -117,15 +129,43 @@ def _verl(record: Record) -> Record:
     return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
 
 
+_ASKED = frozenset(
+    (
+        "choices",
+        "options",
+        "context",
+        "passage",
+        "article",
+        "document",
+        "background",
+        "input",
+        "system",
+        "system_prompt",
+    )
+)
+"""Names of columns without which a question cannot be answered."""
+_SYSTEM = frozenset({"system", "system_prompt"})
 _PROBLEMS: tuple[Sourced, ...] = ("problems", "evaluation")
 FORMATS = (
     Format("KTO", ("sft", "preferences", "labelled"), frozenset({"prompt", "completion", "label"}), _same),
     Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
-    Format("messages", ("sft",), frozenset({"messages"}), _messages("messages")),
-    Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations")),
-    Format("conversation", ("sft",), frozenset({"conversation"}), _messages("conversation")),
-    Format("Alpaca", ("sft",), frozenset({"instruction", "output"}), _instruction("input", "output")),
-    Format("Dolly", ("sft",), frozenset({"instruction", "response"}), _instruction("context", "response")),
+    Format("messages", ("sft",), frozenset({"messages"}), _messages("messages"), _SYSTEM),
+    Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations"), _SYSTEM),
+    Format("conversation", ("sft",), frozenset({"conversation"}), _messages("conversation"), _SYSTEM),
+    Format(
+        "Alpaca",
+        ("sft",),
+        frozenset({"instruction", "output"}),
+        _instruction("input", "output"),
+        frozenset({"input", "system"}),
+    ),
+    Format(
+        "Dolly",
+        ("sft",),
+        frozenset({"instruction", "response"}),
+        _instruction("context", "response"),
+        frozenset({"context", "system"}),
+    ),
     Format("preferences", ("preferences",), frozenset({"prompt", "chosen", "rejected"}), _pair),
     Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),
     Format("problems", _PROBLEMS, frozenset({"prompt", "answer"}), _same),

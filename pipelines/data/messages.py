@@ -13,6 +13,7 @@ from posttrain.errors import DataError
 Message = dict[str, Any]
 _ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
     "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
 _SPELLINGS = (("role", "content"), ("from", "value"), ("role", "value"))
@@ -29,6 +30,18 @@ def canonical_messages(value: Any, where: str) -> Any:
     if names is None:
         return value
     return [_message(turn, *names, f"{where}, turn {i}") for i, turn in enumerate(value)]
+
+
+def from_json(value: Any) -> Any:
+    """Return the list of chat messages that a text spells as JSON, such as a field of a CSV file; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    spelt = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
+    return found if spelt and any(all(r in turn and c in turn for turn in found) for r, c in _SPELLINGS) else value
 
 
 def canonical_tools(value: Any, where: str) -> str | None:

@@ -155,7 +155,7 @@ def with_prompt(row: Row, where: str) -> Row:
         chosen, rejected = human_assistant(chosen), human_assistant(rejected)
         if chosen is None or rejected is None:
             raise DataError(
-                f"{where}: the pair has no prompt, and its texts are no conversations that begin with 'Human:'; give the prompt a"
+                f"{where}: the pair has no prompt, and its texts are no conversations that begin with 'Human:'; give the prompt"
                 " its own column"
             )
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
@@ -174,6 +174,10 @@ def with_prompt(row: Row, where: str) -> Row:
         return row  # validation counts values of a wrong type
     if row.get("prompt") is None:
         shared = _shared(chosen, rejected)
+        if not shared:
+            raise DataError(
+                f"{where}: chosen and rejected have no first turn in common, so the pair has no prompt; correct or remove the row"
+            )
         return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     prompts, answers = zip(
         *(_without_prompt(row["prompt"], answer, where) for answer in (chosen, rejected)), strict=True

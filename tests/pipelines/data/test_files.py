@@ -180,3 +180,22 @@ def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Pa
     (tmp_path / "z.jsonl").write_bytes(LINE + b"\n{]\n")
     with pytest.raises(DataError, match=r"z\.jsonl, line 3, column 2: not JSON"):
         read_file(tmp_path / "z.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"prompt;completion\na;b\n", r"seems to be separated by ';' instead of ','"),
+        ("a.csv", b"prompt\tcompletion\na\tb\n", r"or name it \.tsv"),
+        ("a.tsv", b'prompt\tcompletion\na\t"b\n', r"record 1 .*a field begins with a quote that nothing closes"),
+        ("a.jsonl", b'[{"prompt": "a"}]', r"an array of objects, which is \.json; rename"),
+        ("a.jsonl", b'{\n "prompt": "a"\n}', r"one JSON document over several lines, name it \.json"),
+        ("a.jsonl", gzip.compress(b'{"prompt": "a"}'), r"seems to be compressed \(name it \.gz\)"),
+        ("a.csv", "prompt\na\n".encode("utf-16"), r"seems to be UTF-16 \(save it as UTF-8\)"),
+        ("a.jsonl", b"\xe9", "not UTF-8 text at byte 0; save it as UTF-8"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says_so(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_file(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,45 @@ def test_no_generator_makes_labelled_answers(root: Path) -> None:
     given = data.model_copy(update={"labelled": TableSource(source="arithmetic", rows=4)})
     with pytest.raises(ConfigError, match="generators make no labelled answers"):
         table_rows("labelled", given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "column"),
+    [
+        ("problems", {"question": "Which?", "choices": ["x", "y"], "answer": 1}, "choices"),
+        ("problems", {"question": "Is it?", "passage": "It is.", "answer": True}, "passage"),
+        ("sft", {"prompt": "a", "completion": "b", "system": "Be brief."}, "system"),
+        ("sft", {"instruction": "a", "output": "b", "context": "c"}, "context"),
+        ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c", "system": "S"}, "system"),
+    ],
+)
+def test_a_part_of_the_question_is_not_left_out_in_silence(kind: str, record: dict[str, Any], column: str) -> None:
+    with pytest.raises(
+        DataError, match=f"would leave out the column '{column}', .* Map each column in data.{kind}.columns"
+    ):
+        rows(kind, record)
+    assert rows(kind, record | {column: ""})
+
+
+def test_conversations_in_text_fields_are_read_from_json_and_counted() -> None:
+    turns = [user("a"), says("b")]
+    changes: Changes = Counter()
+    assert rows("sft", {"messages": json.dumps(turns)}, changes=changes) == rows("sft", {"messages": turns})
+    assert changes["conversations read from text that is JSON"] == 1
+    assert rows("sft", {"prompt": "[1, 2]", "completion": '["b"]'})[0]["prompt"] == "[1, 2]"
+
+
+def test_roles_are_read_whatever_their_case() -> None:
+    turns = [
+        {"role": "System", "content": "s"},
+        {"role": "USER", "content": "a"},
+        {"role": "Assistant", "content": "b"},
+    ]
+    (row,) = rows("sft", {"messages": turns})
+    assert row["prompt"] == [{"role": "system", "content": "s"}, user("a")]
+    assert row["completion"] == [says("b")]
+
+
+def test_a_pair_of_conversations_without_a_first_turn_in_common_is_refused() -> None:
+    with pytest.raises(DataError, match="row 0: chosen and rejected have no first turn in common"):
+        rows("preferences", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"})
