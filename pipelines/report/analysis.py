@@ -74,6 +74,8 @@ class Summary:
     kl: Interval | None
     length: Interval | None
     truncated: Interval | None
+    not_found: float | None
+    """Share of answers in which the judge `answer` found no answer; they count as wrong."""
     entropy: Interval | None
     preference: float | None
 
@@ -210,7 +212,6 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         return _if_known(sampled(models, column), estimate, draws)
 
     won = wins(sampled(models, f"reward_{source}"), sampled(sft, f"reward_{source}"))
-    preferences = [model.metrics["preference/accuracy"] for model in models if "preference/accuracy" in model.metrics]
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
@@ -224,8 +225,15 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         length=over_samples("tokens", bootstrap),
         truncated=over_samples("truncated", mean_interval),
         entropy=over_samples("entropy", bootstrap),
-        preference=float(np.mean(preferences)) if len(preferences) == len(models) else None,
+        not_found=_mean_metric(models, "answers/not_found"),
+        preference=_mean_metric(models, "preference/accuracy"),
     )
+
+
+def _mean_metric(models: Sequence[Model], name: str) -> float | None:
+    """Return the mean of a metric over the models, None unless all have it."""
+    values = [model.metrics[name] for model in models if name in model.metrics]
+    return float(np.mean(values)) if len(values) == len(models) else None
 
 
 def _level(scores: Floats, draws: Resampling) -> Interval:

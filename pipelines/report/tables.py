@@ -56,6 +56,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
         "kl_to_sft": _interval(summary.kl),
         "length": _interval(summary.length),
         "truncated": _interval(summary.truncated),
+        "answers_not_found": summary.not_found,
         "entropy": _interval(summary.entropy),
         "preference_accuracy": summary.preference,
     }

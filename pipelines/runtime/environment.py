@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,6 +45,8 @@ LIMITS = {
 }
 """What to do about a limit of the system."""
 _NO_THREAD = "can't start new thread"
+_REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
+"""How torch reports a lack of memory on the CPU, which has no type of its own."""
 FULL_BYTES = 1 << 22
 
 
@@ -98,6 +101,14 @@ def machine_fault(error: OSError | RuntimeError) -> str | None:
         return None
     place = error.filename or _full_disk() or Path.cwd()
     return f"{error.strerror or error}: {place}. Free space, or give this user the right to read and write there"
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """Return in words that the memory of the machine or of its GPU did not suffice; None for other errors. Needs no torch."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _REFUSED.search(text):
+        return text[:200] or "out of memory"
+    return None
 
 
 def _full_disk() -> str:

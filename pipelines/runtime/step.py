@@ -99,19 +99,28 @@ def main(
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (OSError, RuntimeError) as error:
-        fault = environment.machine_fault(error)
-        if fault is None:
-            _fail_with_traceback()
-        print(
-            f"error: {step.stage} cannot continue: {fault}, then run the same command: it continues from its last checkpoint.",
-            file=sys.stderr,
-        )
-        sys.exit(PosttrainError.exit_code)
-    except Exception:
-        _fail_with_traceback()
+    except Exception as error:
+        _stop(step, error)
     finally:
         _leave_group()
+
+
+def _stop(step: Step, error: Exception) -> NoReturn:
+    """Report a fault of the machine in words and exit with status 2; any other error is a bug, with its traceback."""
+    memory = environment.memory_fault(error)
+    fault = environment.machine_fault(error) if isinstance(error, OSError | RuntimeError) else None
+    if memory is not None:
+        words = (
+            f"{step.stage} ran out of memory ({memory}). Lower compute.micro_batch_tokens of this stage, or set"
+            " compute.gradient_checkpointing: true; the result stays the same up to rounding. `posttrain plan` estimates what each stage"
+            " needs."
+        )
+    elif fault is not None:
+        words = f"{step.stage} cannot continue: {fault}, then run the same command: it continues from its last checkpoint."
+    else:
+        _fail_with_traceback()
+    print(f"error: {words}", file=sys.stderr)
+    sys.exit(PosttrainError.exit_code)
 
 
 def _speaker() -> str:

@@ -43,7 +43,8 @@ def run(run: Run) -> None:
         if os.environ.get("TERM_AT") == str(step):
             os.kill(os.getpid(), signal.SIGTERM)
         if os.environ.get("FAIL_AT") == str(step):
-            raise {"data": DataError, "bug": ZeroDivisionError}[os.environ["FAIL_WITH"]](os.environ.get("FAIL_TEXT", "no"))
+            kinds = {"data": DataError, "bug": ZeroDivisionError, "memory": RuntimeError}
+            raise kinds[os.environ["FAIL_WITH"]](os.environ.get("FAIL_TEXT", "no"))
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         if Path("enough").exists():
             break

@@ -107,7 +107,12 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
     level = RATES[group]
     sampled = {f"reward/answer/{end}": level + shift for end, shift in (("mean", 0.0), ("low", -0.05), ("high", 0.05))}
     greedy = {"accuracy": level, "accuracy_low": level - 0.1, "accuracy_high": level + 0.1}
-    close(run, greedy | sampled | {"preference/accuracy": 0.5 + level / 4, "kl/ref_k1": 2.0, "length/mean": 24.0})
+    close(
+        run,
+        greedy
+        | sampled
+        | {"preference/accuracy": 0.5 + level / 4, "answers/not_found": 0.125, "kl/ref_k1": 2.0, "length/mean": 24.0},
+    )
 
 
 def build(

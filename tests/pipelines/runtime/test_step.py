@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import AlgorithmParams, OnPolicyBudget
+from pipelines.runtime.environment import memory_fault
 from pipelines.runtime.identity import code_digest, content_digest, input_digests, run_key
 from pipelines.runtime.journal import ended, read
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
@@ -94,6 +96,33 @@ def test_an_expected_error_is_one_paragraph_and_a_bug_a_traceback(project: Proje
     assert "ZeroDivisionError" in (project.state / "artifacts" / "traceback.txt").read_text()
     written = [bug.stderr, *(p.read_text() for p in project.state.rglob("*") if p.is_file())]
     assert not any("hunter2" in text for text in written)
+
+
+def test_a_lack_of_memory_is_words_and_not_a_bug(project: Project) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**56)
+    done = project.run(FAIL_AT="3", FAIL_WITH="memory", FAIL_TEXT=str(refused.value))
+    assert done.returncode == 2
+    assert "count ran out of memory (" in done.stderr
+    assert "can't allocate memory" in done.stderr
+    assert "Lower compute.micro_batch_tokens of this stage" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert read(project.state / "journal.jsonl")[-1]["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB"),
+            "CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)
+def test_what_counts_as_a_lack_of_memory(error: BaseException, words: str | None) -> None:
+    assert memory_fault(error) == words
 
 
 def test_reading_an_undeclared_parameter_is_refused_by_name(project: Project) -> None:
