@@ -41,7 +41,9 @@ def configured(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("source", "reads_text"), [("trained", False), ("foreign", True)])
+@pytest.mark.parametrize(
+    ("source", "reads_text"), [("foreign", True), pytest.param("trained", False, marks=pytest.mark.slow)]
+)
 def test_an_existing_reward_model_is_kept_and_rewards(other: Workspace, source: str, reads_text: bool) -> None:
     other.succeed("pipelines.commands.configure", f"reward.source={source}", "algorithms.grpo.rewards.rm=1.0")
     said = other.succeed("pipelines.reward")
@@ -60,6 +62,7 @@ def test_an_existing_reward_model_is_kept_and_rewards(other: Workspace, source: 
     assert len({values["reward/rm/mean"] for values in steps}) > 1
 
 
+@pytest.mark.slow
 def test_a_critic_cannot_start_from_other_tokens(other: Workspace) -> None:
     other.succeed("pipelines.commands.configure", "reward.source=foreign")
     other.succeed("pipelines.reward")
@@ -69,6 +72,7 @@ def test_a_critic_cannot_start_from_other_tokens(other: Workspace) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "words"),
     [
