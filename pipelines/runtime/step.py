@@ -116,7 +116,9 @@ def _stop(step: Step, error: Exception) -> NoReturn:
             " needs."
         )
     elif fault is not None:
-        words = f"{step.stage} cannot continue: {fault}, then run the same command: it continues from its last checkpoint."
+        words = (
+            f"{step.stage} cannot continue: {fault}, then run the same command: it continues from its last checkpoint."
+        )
     else:
         _fail_with_traceback()
     print(f"error: {words}", file=sys.stderr)
