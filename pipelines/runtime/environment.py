@@ -46,7 +46,7 @@ LIMITS = {
 """What to do about a limit of the system."""
 _NO_THREAD = "can't start new thread"
 _REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
-"""How torch reports a lack of memory on the CPU, which has no type of its own."""
+"""How torch reports a lack of memory on the CPU, which has no separate type."""
 FULL_BYTES = 1 << 22
 
 

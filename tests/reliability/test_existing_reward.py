@@ -1,4 +1,4 @@
-"""A reward model that exists already is measured and used as it is, also one with tokens of its own."""
+"""A reward model that exists already is measured and used as it is, also one with other tokens."""
 
 from __future__ import annotations
 
