@@ -1,4 +1,4 @@
-"""Create the base model: a tiny Qwen3 built from a seed (default), a local folder, or a hub id.
+"""Create the base model: a tiny Qwen3 built from a seed (default), a local folder, a GGUF file, or a hub id.
 
     python -m pipelines.base
 
@@ -9,7 +9,10 @@ its tokenizer uses eos as the pad token.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import load_params
@@ -46,8 +49,9 @@ def run(run: Run) -> None:
         )
         model, tokenizer = tiny_model(shape, params.seed)
     else:
-        encoder = load_encoder(params.source)
-        model, tokenizer, ends = load_policy(params.source), encoder.tokenizer, encoder.ends
+        with model_folder(params.source) as folder:
+            encoder = load_encoder(folder)
+            model, tokenizer, ends = load_policy(folder), encoder.tokenizer, encoder.ends
         print(f"base: an answer ends with {described(tokenizer, encoder.end_origins)}", flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     card = f"# Base model\n\n{model.config.model_type}, {parameters:,} parameters, source `{_origin(params)}`.\n"
@@ -56,15 +60,29 @@ def run(run: Run) -> None:
     run.recorder.summary({"parameters": parameters, "vocabulary": len(tokenizer)})
 
 
+@contextmanager
+def model_folder(source: str) -> Iterator[str]:
+    """Yield the source itself or, for a GGUF file, a temporary folder with the converted model."""
+    from posttrain.models.gguf import convert, is_gguf
+
+    if not is_gguf(source):
+        yield source
+        return
+    with TemporaryDirectory(prefix="posttrain-") as scratch:
+        folder = Path(scratch) / "model"
+        convert(Path(source), folder)
+        yield str(folder)
+
+
 def _origin(params: ModelParams) -> str:
     """Return the model's origin for the model card."""
     return f"built from seed {params.seed}" if params.source == "tiny" else Path(params.source).name
 
 
 def inputs(args: Namespace) -> list[str]:
-    """Return the local model folder, which is part of the step's identity; a seed or a hub id is already a parameter."""
+    """Return the local model folder or file, which is part of the step's identity; a seed or a hub id is already a parameter."""
     source = load_params(args.params).model.source
-    return [source] if source != "tiny" and Path(source).is_dir() else []
+    return [source] if source != "tiny" and Path(source).exists() else []
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files
 from posttrain.environments.base import built_in
 from posttrain.environments.parts import Kind
-from posttrain.errors import PosttrainError
+from posttrain.errors import ModelError, PosttrainError
 from posttrain.text import nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -68,15 +68,26 @@ def _missing_function(path: str) -> str | None:
 
 
 def _model(params: Params) -> Iterator[str]:
-    """Yield a model source that is neither `tiny`, a folder with a config.json, nor of the form of a hub id."""
+    """Yield a model source that is neither `tiny`, a folder with a config.json, a GGUF file, nor of the form of a hub id."""
     named = {"model.source": params.model.source, "reward.source": params.reward.source}
     for key, source in named.items():
         if source in (None, "tiny") or (Path(source) / "config.json").is_file():
             continue
-        if Path(source).exists():
+        if key == "model.source" and source.endswith(".gguf"):
+            yield from _gguf(Path(source))
+        elif Path(source).exists():
             yield f"{key} = {source!r}: the folder has no config.json, so it is not a model that transformers can load"
         elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
             yield f"{key} = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
+
+
+def _gguf(file: Path) -> Iterator[str]:
+    from posttrain.models.gguf import check_file
+
+    try:
+        check_file(file)
+    except ModelError as error:
+        yield f"model.source = {error}"
 
 
 def _data(params: Params) -> Iterator[str]:

@@ -94,9 +94,12 @@ def model_sizes(params: Params) -> Sizes:
 def _config(params: Params) -> Any:
     """Return the model's configuration: the tiny model's shape, or the configuration of a folder or hub id."""
     from posttrain.models.folders import load_config
+    from posttrain.models.gguf import is_gguf, load_gguf_config
     from posttrain.models.tiny import TinyShape, tiny_config
 
     source = params.model.source
+    if is_gguf(source):
+        return load_gguf_config(Path(source))
     return tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source)
 
 

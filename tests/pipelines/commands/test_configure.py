@@ -157,6 +157,7 @@ def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "rewards.mine.function = 'no_package.judges:f': cannot be imported",
         ),
         ("rewards.mine={function: 'judges:brevty'}", "judges.py defines no brevty; did you mean 'brevity'?"),
+        ("model.source=./nowhere.gguf", "model.source = nowhere.gguf: no such file; check the path"),
         ("model.source=./nowhere", "model.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
         ("reward.source=./nowhere", "reward.source = './nowhere': no such folder, and not a hub id (OWNER/NAME)"),
         ("data.sft={source: missing.jsonl}", "missing.jsonl"),

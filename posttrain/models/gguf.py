@@ -1,0 +1,83 @@
+"""Convert a GGUF file, as llama.cpp uses it, into a model folder: quantised weights become float32, and the vocabulary a tokenizer.
+
+A quantised file is an approximation of the model that it was made from. The folder has exactly the file's weights.
+
+Example:
+    >>> is_gguf("model.gguf"), is_gguf("models/base")
+    (True, False)
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from posttrain.errors import ModelError
+from posttrain.models.folders import save_model
+from posttrain.models.weights import pretrained
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Return True if the name is that of a GGUF file."""
+    return str(source).endswith(".gguf")
+
+
+def check_file(file: Path) -> None:
+    """Raise ModelError if the file is missing, is not a GGUF file, or the package gguf is not installed."""
+    if find_spec("gguf") is None:
+        raise ModelError(f"{file}: reading GGUF files needs the package gguf; type: pip install 'posttrain[gguf]'")
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file; check the path")
+    with file.open("rb") as content:
+        if content.read(len(MAGIC)) != MAGIC:
+            raise ModelError(f"{file}: is not a GGUF file (its first bytes are not GGUF). Download it again.")
+
+
+def load_gguf_config(file: Path) -> PreTrainedConfig:
+    """Return the configuration of a GGUF file's model, without its weights. Raises ModelError as `convert` does."""
+    check_file(file)
+    config: PreTrainedConfig = pretrained(AutoConfig, file.parent, gguf_file=file.name)
+    return config
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a folder that `from_pretrained` loads.
+
+    Raises:
+        ModelError: the file is not a whole GGUF file, its architecture is not supported by transformers, or the package gguf is missing.
+    """
+    check_file(file)
+    options: dict[str, Any] = {"gguf_file": file.name}
+    loaded: PreTrainedModel = pretrained(AutoModelForCausalLM, file.parent, dtype=torch.float32, **options)
+    tokenizer = pretrained(AutoTokenizer, file.parent, **options)
+    # transformers marks what it has loaded as quantised, and does not save such a model: the weights move into an unmarked one
+    config = loaded.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    card = f"# {file.stem}\n\nConverted from `{file.name}`; its weights are those of the file, in float32.\n"
+    save_model(model, tokenizer, folder, card)
+
+
+def main(arguments: list[str]) -> int:
+    """Convert FILE into FOLDER; return the exit status."""
+    if len(arguments) != 2:
+        print("usage: python -m posttrain.models.gguf FILE.gguf FOLDER", file=sys.stderr)
+        return 2
+    try:
+        convert(Path(arguments[0]), Path(arguments[1]))
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
