@@ -36,6 +36,11 @@ COMMANDS = {
         "tests/test_library.py::test_train_grpo_lifts_the_reward_in_under_twenty_lines",
         "",
     ),
+    "posttrain chat champion": (
+        "tests/pipelines/commands/test_chat.py::test_the_command_reads_lines_and_ends_with_them",
+        "",
+    ),
+    "posttrain lineage champion": (f"{PIPELINE}::test_a_model_leads_to_its_data_and_a_row_to_its_models", ""),
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),
