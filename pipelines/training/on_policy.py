@@ -11,6 +11,7 @@ from pipelines.config.schema import AlignParams, OnPolicyBudget
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
+from pipelines.training.monitor import DivergenceMonitor
 from pipelines.training.reward_sources import reward_sources
 from pipelines.training.rollout_engine import closing, sampling_engine
 from pipelines.training.setup import (
@@ -40,8 +41,6 @@ from posttrain.training.trainer import ParameterGroup, Trainer, trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from pipelines.training.monitor import DivergenceMonitor
 
 REWARD = Path("models/reward")
 
@@ -108,11 +107,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
     watched = context.params.watched_rewards(name) if budget.on_divergence == "stop" else None
-    monitor = None
-    if watched is not None:
-        from pipelines.training.monitor import DivergenceMonitor
-
-        monitor = DivergenceMonitor(context.state / JOURNAL, *watched)
+    monitor = DivergenceMonitor(context.state / JOURNAL, *watched) if watched else None
     hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Floats, floats
 
+Floats = NDArray[np.float64]
 WINDOW = 5
 """Steps in a level."""
 FEWEST = 2
@@ -66,7 +66,7 @@ def divergence(truth: ArrayLike, score: ArrayLike, since: int = 0) -> Divergence
     Raises:
         DataError: the curves have different lengths.
     """
-    x, y = floats(truth), floats(score)
+    x, y = (np.asarray(curve, dtype=np.float64) for curve in (truth, score))
     if len(x) != len(y):
         raise DataError(f"true reward and score of a run need the same steps; got {len(x)} and {len(y)}")
     known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
