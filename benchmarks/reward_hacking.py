@@ -25,7 +25,7 @@ from posttrain.evaluation.divergence import divergence
 from posttrain.files import write_atomic
 
 PAGE = Path(__file__).with_suffix(".md")
-RUNS = 1000
+RUNS = 400
 NOISE = 0.06
 """Standard deviation of the mean of 64 answers with a rate of .5."""
 CORRELATION = 0.5
@@ -68,6 +68,18 @@ def row(study: str, arm: str, runs: Sequence[Training]) -> str | None:
     return f"| {study} | {arm} | {len(known)} | {first:.2f} to {last:.2f} | {len(alarms)} | {low:.0%} to {high:.0%} | {_steps(alarms)} |"
 
 
+def pooled(folders: Sequence[Path]) -> str:
+    """Return a sentence on the alarms of all arms whose true reward rose."""
+    found: list[bool] = []
+    for runs in (runs for folder in folders for runs in arms(folder).values()):
+        known = [run for run in runs if {"reward/answer/mean", "reward/rm/mean"} <= run.curves.keys()]
+        curves = [run.curves["reward/answer/mean"][1] for run in known]
+        if curves and np.mean([values[-5:].mean() - values[:5].mean() for values in curves]) > 0:
+            found += [find(0, run, "answer", "rm") is not None for run in known]
+    low, high = stats.binomtest(sum(found), len(found)).proportion_ci()
+    return f"Arms whose true reward rose: {sum(found)} alarms in {len(found)} runs ({low:.1%} to {high:.1%})."
+
+
 def _steps(alarms: Sequence[Hacked]) -> str:
     return ", ".join(f"{one.began} ({one.noticed})" for one in alarms)
 
@@ -86,6 +98,8 @@ def page(folders: Sequence[Path], seconds: float, table: dict[tuple[int, float, 
         "| study | arm | runs | true reward | alarms | share | began (noticed), steps |",
         "|---|---|---|---|---|---|---|",
         *(line for line in rows if line is not None),
+        "",
+        pooled(folders),
         "",
         f"Simulated runs without a divergence ({RUNS:,} each): share with an alarm. Independent noise of a step: {NOISE}. Correlated noise"
         f" comes on top; neighbouring steps have a correlation of {CORRELATION}.",
