@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line
+from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line, too_long_warmups
 from pipelines.commands.plan import main, page, phases
 from pipelines.config.params import Params, load_params, parse_params, read_yaml
 from pipelines.runtime.journal import Journal
@@ -190,6 +190,17 @@ def test_time_is_steps_times_the_seconds_of_the_last_steps_here(root: Path, tmp_
     assert (
         time_line(params, {"sft": 18}, {}) == "time: not known before a first run on this machine has timed its steps"
     )
+
+
+def test_a_warm_up_that_is_longer_than_its_run_is_found_before_the_run(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    assert too_long_warmups(params, {"sft": 20, "align@dpo": 50, "align@grpo": 1, "reward": None}) == []
+    assert too_long_warmups(params, {"sft": 19, "align@dpo": 4}) == [
+        "sft would stop: its optimizer.warmup_steps = 20 is longer than its 19 optimiser steps; set it to 1, a tenth of them, or"
+        " train for longer.",
+        "align@dpo would stop: its optimizer.warmup_steps = 5 is longer than its 4 optimiser steps; set it to 0, a tenth of them, or"
+        " train for longer.",
+    ]
 
 
 def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

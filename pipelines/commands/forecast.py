@@ -31,12 +31,12 @@ def rows_by_table(params: Params) -> dict[str, int | None]:
     Validated tables count if they were made from the present `data`. Otherwise local files are read, and generators and hub data sets
     have the number of rows that `data` asks for. Raises DataError if a file cannot be read.
     """
-    if _is_present(params):
+    if is_present(params):
         return {kind: _validated(kind) for kind in get_args(Kind)}
     return {kind: _expected(kind, params) for kind in get_args(Kind)}
 
 
-def _is_present(params: Params) -> bool:
+def is_present(params: Params) -> bool:
     """Return True if there are validated tables, and `data` has not changed since ingest wrote them."""
     if not (VALID / "sft.parquet").is_file():
         return False
@@ -94,6 +94,21 @@ def time_line(params: Params, steps: Mapping[str, int | None], timed: Mapping[st
     each = ", ".join(f"{stage} {minutes(value)}" for stage, value in seconds.items())
     left = f". Not timed here yet: {', '.join(unknown)}" if unknown else ""
     return f"time: about {minutes(sum(seconds.values()))} of training, as the last steps here took: {each}{left}"
+
+
+def too_long_warmups(params: Params, steps: Mapping[str, int | None]) -> list[str]:
+    """Return one line for each stage that would stop because its warm-up is longer than its optimiser steps."""
+    found = []
+    for stage, count in steps.items():
+        name = stage.removeprefix("align@")
+        settings = params.budget(name) if name != stage else getattr(params, stage)
+        warmup = settings.optimizer.warmup_steps
+        if count is not None and warmup > count:
+            found.append(
+                f"{stage} would stop: its optimizer.warmup_steps = {warmup} is longer than its {count} optimiser steps; set it to"
+                f" {count // 10}, a tenth of them, or train for longer."
+            )
+    return found
 
 
 def minutes(seconds: float) -> str:

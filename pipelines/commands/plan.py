@@ -9,7 +9,7 @@ every process does while it samples. Under FSDP2, n processes share the weights,
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables if `data` has not changed since,
 else those of the local files, or the number that `data` asks for. Times are those of this machine's last steps.
 The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
-Exit status 1: something will not fit.
+Exit status 1: something will not fit, or a warm-up is longer than its run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
-from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line
+from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line, too_long_warmups
 from pipelines.commands.lookahead import problems
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
@@ -80,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(page(params, model, planned, limit))
     steps = {phase.stage: phase.steps for phase in planned if phase.name == "train"}
     print(f"\n{rows_line(rows_by_table(params))}\n{time_line(params, steps, seconds_by_stage(Path()))}")
-    print(f"\n{shown}")
-    return int(any(phase.memory.total > limit for phase in planned))
+    stopping = too_long_warmups(params, steps)
+    print("\n".join(["", *stopping, shown]))
+    return int(bool(stopping) or any(phase.memory.total > limit for phase in planned))
 
 
 def model_sizes(params: Params) -> Sizes:

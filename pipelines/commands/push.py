@@ -22,10 +22,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipelines.commands.forecast import is_present
 from pipelines.config.params import Params, load_params
 from pipelines.data.sources import HUB
 from pipelines.evaluate import model_folder
 from pipelines.runtime import environment
+from pipelines.runtime.identity import input_digests
+from pipelines.runtime.journal import read
+from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.redaction import report_error
 from posttrain.errors import ConfigError, PosttrainError
 
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="posttrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="sft, or an aligned model, e.g. grpo-0")
+    parser.add_argument("model", help="sft, or an aligned model, e.g. grpo-0 or models/align/grpo-0")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument("--license", default="other", help="licence of the weights by its hub name (default: other)")
     parser.add_argument("--public", action="store_true", help="create the repository as a public one")
@@ -47,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         os.chdir(environment.root())
-        folder = write_folder(load_params("params.yaml"), options.model, options.repository, options.license)
+        model = options.model.rstrip("/").removeprefix("models/").removeprefix("align/")
+        folder = write_folder(load_params("params.yaml"), model, options.repository, options.license)
         command = upload_command(options.repository, folder, public=options.public)
         if options.dry_run:
             print(
@@ -80,12 +85,32 @@ def write_folder(params: Params, model: str, repository: str, licence: str) -> P
         raise ConfigError(
             f"{source} holds no model. Trained here: {', '.join(trained) or 'none'}. `dvc checkout` restores models."
         )
+    check_data(params, model)
     folder = FOLDER / repository.partition("/")[2]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(KEPT_OUT))
     written = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").is_file() else ""
     (folder / "README.md").write_text(card(params, model, repository, licence, written), encoding="utf-8")
     return folder
+
+
+def check_data(params: Params, model: str) -> None:
+    """Raise ConfigError if the model was made from other data than the present: its card would name the wrong ones."""
+    runs = [Path("runs/sft") if model == "sft" else Path("runs/align", model), Path("runs/evaluate", model)]
+    used: dict[str, str] = {}
+    for run in runs:
+        starts = (record for record in read(run / JOURNAL) if record["kind"] == "start")
+        used |= {p: d for start in starts for p, d in start.get("inputs", {}).items() if p.startswith("data/valid/")}
+    there = input_digests("push", sorted(path for path in used if Path(path).is_file()))
+    changed = sorted(path for path, digest in used.items() if there.get(path) != digest)
+    if used and not (changed or is_present(params)):
+        changed = ["params.yaml"]
+    if changed:
+        raise ConfigError(
+            f"{model} was made from other data than the present: {', '.join(changed)} changed since, so its card would name the wrong"
+            f" data. Check out the commit that holds its params.yaml and dvc.lock (`git checkout COMMIT`, `dvc checkout`), or train it"
+            " again with `dvc repro`."
+        )
 
 
 def card(params: Params, model: str, repository: str, licence: str, written: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
@@ -12,11 +13,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from dvc.repo import Repo
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
+from pipelines.commands.chat import Chat, has_template, open_models
+from posttrain.api import Model
 from tasks.dag import changed, read_dag, stale
 from tests.end_to_end.conftest import TINY, Clone
 from tests.s3 import CREDENTIALS, serving
@@ -173,6 +177,39 @@ def test_models_load_with_transformers(reproduced: Clone) -> None:
         AutoModelForSequenceClassification.from_pretrained(reproduced.root / "models" / "reward").config.num_labels == 1
     )
     assert "arXiv 2402.03300" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_model_folder_that_a_run_writes_can_be_talked_to(reproduced: Clone) -> None:
+    folders = sorted(path.parent for path in (reproduced.root / "models").rglob("config.json"))
+    talking = [folder for folder in folders if folder != reproduced.root / "models/reward"]
+    assert [folder.relative_to(reproduced.root / "models").parts[0] for folder in talking] == sorted(
+        ["base", "sft", *["align"] * (len(talking) - 2)]
+    )
+    assert len(talking) >= 5
+    settings = argparse.Namespace(seed=0, temperature=0.0, max_new_tokens=6, system=None)
+    for folder in talking:
+        ((name, model),) = open_models(reproduced.root, [str(folder)])
+        # a template that the model was not trained with would be answered with noise
+        assert folder.name == "base" or not has_template(model)
+        lines, written = iter(["17+48=", "/quit"]), list[str]()
+        chat = Chat(
+            [(name, model)], settings, reproduced.root / "inbox", lambda _, lines=lines: next(lines), written.append
+        )  # type: ignore[misc]
+        chat.run()
+        assert written[0] == f"{name}> "
+        assert chat.turns == 1
+        if not has_template(model):
+            assert "".join(written[1:]).strip("\n") == model.encoder.text(greedy(model, "17+48=", 6))
+
+
+def greedy(model: Model, prompt: str, count: int) -> list[int]:
+    """Return the most probable continuation, one forward pass a token, up to the end of the answer."""
+    ids = list(model.encoder.prompt(prompt))
+    start = len(ids)
+    while len(ids) < start + count and not (ids[start:] and ids[-1] in model.encoder.ends):
+        with torch.no_grad():
+            ids.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
 
 
 def test_mlflow_holds_one_run_per_stage_with_every_metric_at_every_step(reproduced: Clone) -> None:

@@ -10,6 +10,10 @@ from huggingface_hub import ModelCard
 
 from pipelines.commands.configure import configure
 from pipelines.commands.push import main, upload_command
+from pipelines.config.params import load_params
+from pipelines.runtime.identity import input_digests
+from pipelines.runtime.journal import Journal
+from pipelines.runtime.param_tracking import declared_values
 
 
 @pytest.fixture
@@ -63,6 +67,29 @@ def test_what_cannot_be_uploaded_is_refused(
 ) -> None:
     assert main([model, repository]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_other_data_is_refused_because_its_card_would_name_the_wrong_ones(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = project / "data/valid/evaluation.parquet"
+    table.parent.mkdir(parents=True)
+    for name in ("sft", "evaluation"):
+        table.with_name(f"{name}.parquet").write_bytes(b"rows")
+    inputs = input_digests("push", ["data/valid/evaluation.parquet"])
+    journal = Journal(project / "runs/evaluate/grpo-0/journal.jsonl")
+    journal.append({"kind": "start", "stage": "evaluate", "inputs": inputs})
+    journal.close()
+    used = Journal(project / "runs/ingest/journal.jsonl")
+    used.append({"kind": "params", "values": declared_values(load_params(project / "params.yaml"), ("data",))})
+    used.close()
+    assert main(["models/align/grpo-0", "me/mine", "--dry-run"]) == 0
+    configure(project / "params.yaml", ["data.evaluation.rows=30"])
+    assert main(["grpo-0", "me/mine", "--dry-run"]) == 2
+    assert "grpo-0 was made from other data than the present: params.yaml changed since" in capsys.readouterr().err
+    table.write_bytes(b"other rows")
+    assert main(["grpo-0", "me/mine", "--dry-run"]) == 2
+    assert "other data than the present: data/valid/evaluation.parquet changed since" in capsys.readouterr().err
 
 
 def test_a_repository_is_private_unless_asked_otherwise() -> None:
