@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,11 @@ def test_an_algorithm_reads_on_one_screen(root: Path, folder: str) -> None:
 
 
 def test_the_names_of_built_in_rewards_are_those_of_the_functions() -> None:
+    from pipelines.config.reward_arguments import KNOWN
     from posttrain.rewards import BUILT_IN_NAMES
     from posttrain.rewards.functions import BUILT_IN
 
     assert tuple(BUILT_IN) == BUILT_IN_NAMES
+    for name, known in KNOWN.items():
+        own = set(signature(BUILT_IN[name]).parameters) - {"prompts", "completions", "answer", "_"}
+        assert own == set(known), name

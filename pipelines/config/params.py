@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
+from pipelines.config.reward_arguments import check_arguments
 from pipelines.config.schema import (
     AlgorithmParams,
     AlignParams,
@@ -66,8 +67,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Params:
         """Check the rules that involve several sections."""
-        self._check_reward_sources()
         self._check_patterns()
+        self._check_reward_sources()
         self._check_reward_model()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         for name in self.project.algorithms:
@@ -230,7 +231,10 @@ class Params(Section):
                     f"rewards.{name}.function = {section.function!r}: no such function{nearest(section.function, REWARD_FUNCTIONS)},"
                     " or an import path package.module:function"
                 )
-
+            try:
+                check_arguments(section.function, section.arguments)
+            except ConfigError as error:
+                raise ConfigError(f"rewards.{name}.arguments.{error}") from None
             for field in ("arguments", "timeout_seconds", "on_failure"):
                 if section.function == "reward_model" and field in section.model_fields_set:
                     raise ConfigError(f"rewards.{name}.{field}: has no effect on the reward model. Remove it.")

@@ -1,0 +1,49 @@
+"""Arguments of the built-in reward functions, checked before anything runs: a misspelt one would be ignored.
+
+Example:
+    >>> check_arguments("answer", {"extract": "strict"})
+    >>> check_arguments("answer", {"extrakt": "strict"})
+    Traceback (most recent call last):
+    posttrain.errors.ConfigError: extrakt: the reward function 'answer' has no such argument; did you mean 'extract'? Valid: extract, kind
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import ConfigError
+from posttrain.text import nearest
+
+_POSITIVE = "a number above 0"
+_TEXT = "a regular expression"
+KNOWN: dict[str, dict[str, tuple[str, ...] | str]] = {
+    "answer": {"extract": ("strict", "flexible"), "kind": ("number", "choice", "text")},
+    "math": {"row_seconds": _POSITIVE},
+    "mentions": {},
+    "length": {"target": _POSITIVE, "tolerance": _POSITIVE},
+    "regex": {"pattern": _TEXT},
+    "format": {"pattern": _TEXT},
+}
+"""Each function's arguments with their values; those of `length`, `regex` and `format` are required."""
+_REQUIRED = ("length", "regex", "format")
+
+
+def check_arguments(function: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a built-in function has no such argument or value; other functions check their own."""
+    if function not in KNOWN:
+        return
+    known = KNOWN[function]
+    for name, value in arguments.items():
+        if name not in known:
+            has = nearest(name, known) if known else "; it has none"
+            raise ConfigError(f"{name}: the reward function {function!r} has no such argument{has}")
+        valid = known[name]
+        if isinstance(valid, tuple) and value not in valid:
+            raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(valid)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if valid == _POSITIVE and not (number and value > 0):
+            raise ConfigError(f"{name} = {value!r}: must be {valid}")
+    missing = sorted(set(known) - set(arguments)) if function in _REQUIRED else []
+    if missing:
+        raise ConfigError(f"{missing[0]}: missing; the reward function {function!r} needs it ({known[missing[0]]})")
