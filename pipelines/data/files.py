@@ -158,7 +158,7 @@ def _loaded(text: str, where: str) -> Any:
     Raises DataError if the JSON cannot be represented, and JSONDecodeError if the text is not JSON.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object_of)
         if "\\ud" in text.lower():
             # half a surrogate pair can be spelt in JSON, and is no character
             json.dumps(value, ensure_ascii=False).encode()
@@ -169,6 +169,16 @@ def _loaded(text: str, where: str) -> Any:
     except ValueError as error:
         raise DataError(f"{where}: cannot be held: {error}; correct or remove it") from None
     return value
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> Record:
+    """Return a JSON object. Raises ValueError if a key occurs twice: one of the values would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return record
 
 
 def _json(path: Path) -> list[Record]:

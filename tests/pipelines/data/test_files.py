@@ -199,3 +199,15 @@ def test_a_file_of_another_kind_than_its_name_says_so(tmp_path: Path, name: str,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"p": 1}\n{"p": 1, "p": 2}\n'), ("a.json", '[{"x": [{"p": 1, "p": 2}]}]')]
+)
+def test_a_key_that_occurs_twice_is_refused_because_one_value_would_be_lost(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    where = ", line 2" if name.endswith("l") else ""
+    with pytest.raises(DataError, match=f"{name}{where}: cannot be held: the key 'p' occurs twice in one object"):
+        read_file(tmp_path / name)
