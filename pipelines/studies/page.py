@@ -24,6 +24,7 @@ arms is more than a number. The rule:
 Intervals are over seeds and prompts (`posttrain/evaluation/crossed.py`), or over seeds if the outcome is one number per run. Their level is
 95 %, divided by the number of claims of the study. A study is supported if all of its claims are, and contradicted if one is. All
 verdicts are about a tiny model on additions of two numbers: they show what this implementation does at this size.
+A study that was repeated on new seeds after an undecided result names the earlier one; levels are not corrected over such series.
 """
 
 
