@@ -85,9 +85,9 @@ class Study(Section):
     @property
     def digest(self) -> str:
         """Return a hash of everything that the results depend on in this file."""
-        # an option that is not used leaves the digests of other studies as they are
+        # words change no run, and an option that is not used leaves the digests of other studies as they are
         unused = {"pretraining"} if self.pretraining is None else None
-        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json(exclude=unused | {"remark"}).encode()).hexdigest()[:16]
 
 
 def names(root: Path) -> list[str]:
