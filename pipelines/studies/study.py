@@ -86,8 +86,8 @@ class Study(Section):
     def digest(self) -> str:
         """Return a hash of everything that the results depend on in this file."""
         # words change no run, and an option that is not used leaves the digests of other studies as they are
-        unused = {"pretraining"} if self.pretraining is None else None
-        return hashlib.sha256(self.model_dump_json(exclude=unused | {"remark"}).encode()).hexdigest()[:16]
+        ignored = {"remark"} | ({"pretraining"} if self.pretraining is None else set())
+        return hashlib.sha256(self.model_dump_json(exclude=ignored).encode()).hexdigest()[:16]
 
 
 def names(root: Path) -> list[str]:
