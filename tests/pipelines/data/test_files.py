@@ -41,7 +41,7 @@ def zstandard(data: bytes) -> bytes:
         ("rows.JSONL.xz", lzma.compress(LINE)),
         ("v1.2.jsonl.zst", zstandard(LINE)),
         ("rows.tsv", b"prompt\tcompletion\na\tb\n"),
-        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n", mtime=0)),
+        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n", mtime=0, mtime=0)),
     ],
 )
 def test_compressed_files_and_other_endings_are_read(tmp_path: Path, name: str, content: bytes) -> None:
@@ -190,7 +190,7 @@ def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Pa
         ("a.tsv", b'prompt\tcompletion\na\t"b\n', r"record 1 .*a field begins with a quote that nothing closes"),
         ("a.jsonl", b'[{"prompt": "a"}]', r"an array of objects, which is \.json; rename"),
         ("a.jsonl", b'{\n "prompt": "a"\n}', r"one JSON document over several lines, name it \.json"),
-        ("a.jsonl", gzip.compress(b'{"prompt": "a"}'), r"seems to be compressed \(name it \.gz\)"),
+        ("a.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), r"seems to be compressed \(name it \.gz\)"),
         ("a.csv", "prompt\na\n".encode("utf-16"), r"seems to be UTF-16 \(save it as UTF-8\)"),
         ("a.jsonl", b"\xe9", "not UTF-8 text at byte 0; save it as UTF-8"),
     ],
