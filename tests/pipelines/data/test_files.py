@@ -41,7 +41,7 @@ def zstandard(data: bytes) -> bytes:
         ("rows.JSONL.xz", lzma.compress(LINE)),
         ("v1.2.jsonl.zst", zstandard(LINE)),
         ("rows.tsv", b"prompt\tcompletion\na\tb\n"),
-        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n", mtime=0, mtime=0)),
+        ("rows.csv.gz", gzip.compress(b"prompt,completion\r\na,b\r\n", mtime=0)),
     ],
 )
 def test_compressed_files_and_other_endings_are_read(tmp_path: Path, name: str, content: bytes) -> None:
