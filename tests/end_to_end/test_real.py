@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
     "project.algorithms=[dpo, grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
-    "data.evaluation.rows=120", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
-    "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=48", "align.on_policy.max_new_tokens=48",
+    "data.evaluation.rows=60", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
+    "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=32", "align.on_policy.max_new_tokens=32",
+    "align.on_policy.prompts_per_step=8", "sft.epochs=2",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def test_word_problems_run_to_a_report_that_admits_failure(gsm8k: Clone) -> None
     assert "does not solve" in page
 
 
+@pytest.mark.slow
 def test_a_story_model_learns_to_mention_the_asked_word(new_clone: Callable[[], Clone], shared_data: Path) -> None:
     import pyarrow.parquet as pq
 

@@ -70,18 +70,30 @@ def test_a_server_that_fails_for_good_is_not_asked_for_ever(start: Callable[...,
 
 
 def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) -> None:
-    setup, answered = start(), Event()
+    setup, answered, over = start(), Event(), list[int]()
 
     def hangs(number: int) -> Any:
         if number > 4:
             Timer(0.2, setup.engine.close).start()
-            answered.wait(60)
+            if not answered.wait(60):
+                over.append(number)
 
     setup.peers[0].faults = hangs
     with pytest.raises(ServerError, match="the run is stopping"):
         setup.sample()
-    assert not answered.is_set()
+    assert not over, "a request outlived the stop"
     answered.set()
+
+
+def test_a_request_that_begins_while_the_run_stops_is_not_sent(start: Callable[..., Setup]) -> None:
+    setup = start()
+    server, peer = setup.engine.fleet.servers[0], setup.peers[0]
+    server.connect()
+    server.close()
+    sent = len(peer.asked)
+    with pytest.raises(ServerError, match="the run is stopping"):
+        server.complete((5, 6), (0, 0), SamplingSettings(2, 1.0), (2,))
+    assert len(peer.asked) == sent
 
 
 def test_a_server_that_comes_back_with_its_first_weights_gets_those_of_now(start: Callable[..., Setup]) -> None:

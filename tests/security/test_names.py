@@ -28,7 +28,7 @@ def clone(new_clone: Callable[[], Clone]) -> Clone:  # noqa: F811
     for table in ("sft", "preferences", "problems", "evaluation", "preferences_heldout", "labelled"):
         (made.root / "data/valid").mkdir(parents=True, exist_ok=True)
         (made.root / f"data/valid/{table}.parquet").touch()
-    for folder in ("sft", "reward"):
+    for folder in ("base", "sft", "reward"):
         (made.root / "models" / folder).mkdir(parents=True)
         (made.root / "models" / folder / "config.json").touch()
     return made

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ class VllmServer:
         self.model, self.context = "", 0
         self._open: set[HTTPConnection] = set()
         self._lock = Lock()
+        self._closed = Event()
 
     def connect(self) -> None:
         """Ask which model and context length it serves.
@@ -83,7 +84,8 @@ class VllmServer:
         return of_prompt, tokens[0], logprobs[0]
 
     def close(self) -> None:
-        """Abort every open request."""
+        """Abort every open request, and refuse new ones."""
+        self._closed.set()
         with self._lock:
             for connection in self._open:
                 # close() would leave the thread that reads from it waiting, so shut down
@@ -127,6 +129,9 @@ class VllmServer:
             self._open.add(connection)
         try:
             payload = None if body is None else json.dumps(body).encode()
+            connection.connect()
+            if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
+                raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
             connection.request(method, parts.path + path, payload, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read()
