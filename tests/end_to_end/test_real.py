@@ -14,8 +14,8 @@ from tests.end_to_end.conftest import Clone
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
-    "project.algorithms=[dpo, grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
-    "data.evaluation.rows=60", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
+    "project.algorithms=[grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
+    "data.evaluation.rows=120", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
     "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=32", "align.on_policy.max_new_tokens=32",
     "align.on_policy.prompts_per_step=8", "sft.epochs=2",
 )  # fmt: skip

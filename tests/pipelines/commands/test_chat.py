@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import posttrain as pt
-from pipelines.commands.chat import Chat, open_models, store
+from pipelines.commands.chat import Chat, main, open_models, store
 from pipelines.data.files import read_file
 from posttrain.errors import DataError
 
@@ -109,13 +109,17 @@ def test_models_of_two_kinds_are_not_compared(models: list[tuple[str, pt.Model]]
 
 
 def test_the_command_reads_lines_and_ends_with_them(
-    models: list[tuple[str, pt.Model]], root: Path, tmp_path: Path
+    models: list[tuple[str, pt.Model]],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     models[0][1].save(tmp_path / "model")
     command = [sys.executable, "-m", "pipelines.commands", "chat", str(tmp_path / "model"), "--max-new-tokens", "4"]
     done = subprocess.run([*command, "--temperature", "0"], cwd=root, input="1+1=\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"you> {tmp_path / 'model'}> " in done.stdout
-    refused = subprocess.run([*command, "--system", "x"], cwd=root, input="", capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "has no chat template, so it has no system message; leave it out" in refused.stderr
+    monkeypatch.chdir(root)
+    assert main([str(tmp_path / "model"), "--system", "x"]) == 2
+    assert "has no chat template, so it has no system message; leave it out" in capsys.readouterr().err
