@@ -37,7 +37,7 @@ down: setup  ## stop them; databases and logs are kept
 status: setup  ## show which of them run, and their addresses
 	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
-test: setup  ## run the tests that take minutes
+test: setup  ## run all tests but the slow ones
 	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py

@@ -6,8 +6,9 @@
     posttrain configure data.sft.source=later.jsonl --absent
 
 An overlay is a YAML file that holds only the keys to change. A mapping is merged into the existing one, any other value replaces the
-existing value, and `null` removes an optional key. Prints each change. Files, import paths, columns and hub ids that a run would not find
-are refused at once; --absent writes them anyway. A mapping in braces that DVC cannot read or write is rewritten in block style.
+existing value, and `null` removes an optional key. Prints each change. Files, import paths and columns that a run would not find, and
+model names that are not of the form OWNER/NAME, are refused at once; --absent writes them anyway. Whether the hub has a model is seen only
+when it is loaded. A mapping in braces that DVC cannot read or write is rewritten in block style.
 """
 
 from __future__ import annotations

@@ -72,6 +72,9 @@ def overview() -> str:
     lines = ["usage: posttrain NAME [options]; `posttrain NAME --help` explains one", ""]
     for title, names in (("commands", COMMANDS), ("steps, each a stage of dvc.yaml", STEPS)):
         lines += [f"{title}:", *(f"  {name:<10} {_first_line(name)}" for name in names), ""]
+    lines += [
+        "Start with `make demo`; then `posttrain plan` and `posttrain configure KEY=VALUE`. Documentation: docs/index.md"
+    ]
     return "\n".join(lines).rstrip()
 
 

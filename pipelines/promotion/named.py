@@ -45,7 +45,10 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
         registry = Registry(project, experiment)
         version = registry.version(int(name)) if name.isdigit() else registry.holding(name)
         if version is None:
-            raise DataError(f"no version is {name} yet; `posttrain models` lists the versions")
+            raise DataError(
+                f"no version is {name} yet: `make demo` registers its best model as challenger, and `make retrain` asks the gate for a"
+                " champion. `posttrain models` lists the versions; models of dvc.lock have names such as dpo-0."
+            )
         return NamedModel(version.tags[PATH], version.md5, version)
     models = _locked(project)
     for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):

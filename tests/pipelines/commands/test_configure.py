@@ -185,3 +185,10 @@ def test_what_is_there_is_written(absent: Path) -> None:
     ]
     assert main(["--params", str(absent), *changes]) == 0
     assert load_params(absent).rewards["mine"].function == "judges:brevity"
+
+
+def test_a_parameter_without_its_value_says_what_to_write(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft.epochs"]) == 2
+    assert "To change a parameter, write sft.epochs=VALUE." in capsys.readouterr().err
+    assert main(["nofile.yaml"]) == 2
+    assert "the project's root" not in capsys.readouterr().err
