@@ -145,8 +145,11 @@ def _reply(prompt: Any, text: str) -> Any:
 
 def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
     """Load the named models. Raises DataError for an unknown name, ModelError for a folder that cannot be used."""
+    from transformers.utils import logging
+
     from posttrain.api import load
 
+    logging.disable_progress_bar()  # it would stand between the question and the answer
     experiment = load_params(project / "params.yaml").project.experiment
     models = []
     for name in names:

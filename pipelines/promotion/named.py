@@ -8,6 +8,7 @@ from pathlib import Path
 from pipelines.promotion.registry import ALIASES, CHAMPION, PATH, Registry, Version
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
+from posttrain.text import nearest
 
 PRODUCTION = "models/champion"
 """Folder of the weights in production."""
@@ -54,8 +55,8 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
     for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):
         if path in models:
             return NamedModel(path, models[path])
-    known = ", ".join(sorted(path.removeprefix("models/").removeprefix("align/") for path in models)) or "none"
-    raise DataError(f"dvc.lock has no model {name!r}; it has: {known}. Aliases of the registry: {', '.join(ALIASES)}.")
+    known = [path.removeprefix("models/").removeprefix("align/") for path in models]
+    raise DataError(f"neither dvc.lock nor the registry knows a model {name!r}{nearest(name, (*known, *ALIASES))}")
 
 
 def _locked(project: Path) -> dict[str, str]:

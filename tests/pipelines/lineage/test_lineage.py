@@ -170,7 +170,9 @@ def test_the_command_prints_it_and_refuses_what_does_not_exist(
     assert command.main(["--row", "preferences:0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models"] == [weights(nights, 2)._asdict()]
     assert command.main(["grpo-0"]) == 2
-    assert "dvc.lock has no model 'grpo-0'; it has: dpo-0, sft" in capsys.readouterr().err
+    assert (
+        "knows a model 'grpo-0'; did you mean 'dpo-0'? Valid: challenger, champion, dpo-0," in capsys.readouterr().err
+    )
     assert command.main(["--file", "nowhere.jsonl"]) == 2
     assert "nowhere.jsonl: no such file" in capsys.readouterr().err
     (nights.root / "dvc.lock").write_text("")
