@@ -121,7 +121,7 @@ def deploy(root: Path, kind: str) -> None:
 
 
 def _owner(root: Path, kind: str) -> str:
-    """Return the tag that tells this project's deployments from those of others on the same server."""
+    """Return the tag that marks this project's deployments among those of others on the same server."""
     folder = _container_folder(kind)
     if folder is None:
         return project_tag(root)

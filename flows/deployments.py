@@ -192,7 +192,7 @@ def project_tag(root: Path) -> str:
 
 
 def container_tag(experiment: str, folder: str) -> str:
-    """Return the tag of a project inside containers, whose host names change: the experiment of params.yaml tells projects apart."""
+    """Return the tag of a project inside containers, whose host names change: the experiment of params.yaml identifies the project."""
     return f"{PROJECT}{experiment}:{folder}"
 
 

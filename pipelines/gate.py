@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.config.gate_schema import GateParams
 from pipelines.config.params import Params, load_params
-from pipelines.config.schema import GateParams
 from pipelines.promotion.decision import Decision, GateLimits, SampledAnswers, cautious, decide, not_judged
 from pipelines.promotion.page import page
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions

@@ -100,7 +100,7 @@ class TokenLengths:
 
 
 def answer_kind(params: Params) -> AnswerKind:
-    """Return what a gold answer must be, so that an answer can match it: of another reward than `answer`, any text."""
+    """Return the kind of gold answers: that of the reward `answer`, or text for any other reward."""
     evaluation: EvaluationParams = params.evaluation
     judge = params.rewards[evaluation.accuracy]
     kind: AnswerKind = judge.arguments.get("kind", "number") if judge.function == "answer" else "text"

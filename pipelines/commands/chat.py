@@ -149,7 +149,7 @@ def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
 
     from posttrain.api import load
 
-    logging.disable_progress_bar()  # it would stand between the question and the answer
+    logging.disable_progress_bar()  # it would appear between the question and the answer
     experiment = load_params(project / "params.yaml").project.experiment
     models = []
     for name in names:

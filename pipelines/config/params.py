@@ -16,12 +16,12 @@ from ruamel.yaml.error import YAMLError
 
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
+from pipelines.config.gate_schema import GateParams
 from pipelines.config.reward_arguments import check_arguments
 from pipelines.config.schema import (
     AlgorithmParams,
     AlignParams,
     EvaluationParams,
-    GateParams,
     ModelParams,
     OnPolicyBudget,
     PreferenceBudget,

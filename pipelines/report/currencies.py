@@ -15,7 +15,7 @@ METRICS = {"tokens_sampled": "tokens/sampled", "tokens_trained": "tokens/trained
 
 
 def spent(run: Training, algorithm: str, currency: Currency) -> Curve | None:
-    """Return what a run had spent after each of its steps, or None if it was not logged.
+    """Return a run's spending after each of its steps, or None if it was not logged.
 
     Optimiser steps are an equal share of the run's for every training step.
     """

@@ -1,7 +1,7 @@
 """Choose the best trial of each algorithm on the selection prompts, and report it on the other ones.
 
-The winner of several trials has been lucky: its score on the prompts that chose it is too high (the winner's curse). So three numbers
-stand next to each other: the winner's score on the selection prompts, the same run on the other prompts, and runs with new seeds there.
+The winner of several trials has been lucky: its score on the prompts that chose it is too high (the winner's curse). So the page has
+three numbers: the winner's score on the selection prompts, the same run on the other prompts, and runs with new seeds there.
 """
 
 from __future__ import annotations

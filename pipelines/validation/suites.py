@@ -31,7 +31,7 @@ ANSWERS: dict[AnswerKind, type[Any]] = {
     "choice": own.ExpectColumnValuesToBeChoices,
     "text": own.ExpectColumnValuesToNotBeBlank,
 }
-"""What a gold answer must be, so that an answer of this kind can match it."""
+"""The form that a gold answer of each kind must have, so that an answer can match it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class TableLimits:
-    """TableLimits of the rules. `answers`: what a gold answer must be, a number, a letter or text."""
+    """TableLimits of the rules. `answers`: the kind of gold answers, a number, a letter or text."""
 
     max_prompt_tokens: int
     max_completion_tokens: int

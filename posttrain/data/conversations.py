@@ -32,7 +32,7 @@ TrainOn = Literal["completion", "last", "marked", "all"]
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_INS = ("\ue000\ue000", "\ue001\ue001")
 DATE = datetime(2024, 7, 26)
-"""What a template that prints today's date is given: the same rows must give the same tokens on any day."""
+"""The date for a template that prints today's date: the same rows must give the same tokens on any day."""
 _TAIL = 24
 """Characters at the end of a turn by which it is found in the rendered text."""
 _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
@@ -92,7 +92,7 @@ class ChatTemplate:
     def conversation(
         self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
     ) -> str:
-        """Return the text of a conversation, in which every turn's own text stands.
+        """Return the text of a conversation, which contains every turn's own text.
 
         Raises DataError if the template leaves out or refuses a turn.
         """

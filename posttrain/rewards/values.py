@@ -20,7 +20,7 @@ _LATEX = r"\\[dt]?frac\s?(?:\{[-+]?\d{1,30}\}\s?\{\d{1,30}\}|\d\d)"
 _POWER = r"\s?\^\s?(?:\{[-+]?\d{1,3}\}|[-+]?\d{1,3})"
 _UNIT = r"(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|mph|hrs?|h|min)(?![A-Za-z0-9_])"
 _HIDDEN = "\ue000"
-"""Stands for an expression that is not read, such as a root."""
+"""Placeholder for an expression that is not read, such as a root."""
 _VALUE = re.compile(
     rf"{_SIGN}(?:\d{{1,30}}\s?)?{_LATEX}"
     rf"|(?<![A-Za-z0-9_.,]){_SIGN}\d{{1,30}}\s\d{{1,30}}/\d{{1,30}}(?![A-Za-z0-9_/])"

@@ -17,7 +17,7 @@ batches = st.lists(st.builds(Tokens, a_prompt, st.lists(st.just(9), max_size=14)
 
 
 def seen(parts: tuple[Attended, ...]) -> dict[int, list[int]]:
-    """Return the tokens that each attending token sees, itself included. Nobody attends twice."""
+    """Return the tokens that each attending token sees, itself included. No token is seen twice."""
     found: dict[int, list[int]] = {}
     for part in parts:
         real = set(part.real.tolist())

@@ -1,4 +1,4 @@
-"""A project without a reward model: the whole DAG runs, and what the reward model would be trained with makes no other stage stale."""
+"""A project without a reward model: the whole DAG runs, and the reward model's parameters make no other stage stale."""
 
 from __future__ import annotations
 

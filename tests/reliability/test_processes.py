@@ -178,7 +178,7 @@ subprocess.run(["/bin/sh", "-c", " ".join(sys.argv[1:]) + "; true"], env=os.envi
 
 @pytest.mark.slow
 def test_a_killed_dvc_takes_all_along(alone: Workspace, together: Together) -> None:
-    """A stand-in for dvc starts the step as dvc does, by a shell that stays."""
+    """A stand-in for dvc starts the step as dvc does, by a shell that keeps running."""
     anew(together, "align-grpo-0")
     dvc = subprocess.Popen(
         [sys.executable, "-c", DVC, sys.executable, "-m", *GRPO], cwd=together.folder,

@@ -41,7 +41,7 @@ def store(root: Path) -> Iterator[str]:
 
 
 def status(url: str, **headers: str) -> int:
-    """Return the status of one request; 0 if nobody answers."""
+    """Return the status of one request; 0 without an answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
             return int(answer.status)

@@ -71,8 +71,8 @@ def test_a_choice_is_a_preference_whatever_the_order(templated: list[tuple[str, 
         chat, shown = talk(templated, tmp_path / str(seed), "hello", "2", seed=seed, system="be kind")
         (row,) = read_file(tmp_path / str(seed) / "preferences" / "chat-0001.jsonl")
         second = shown.split("2 was ")[1][:3]
-        alone = [talk([m], tmp_path, "hello", seed=seed, system="be kind")[0].history[-1] for m in templated]
-        better, worse = (alone[0], alone[1]) if second == "one" else (alone[1], alone[0])
+        single = [talk([m], tmp_path, "hello", seed=seed, system="be kind")[0].history[-1] for m in templated]
+        better, worse = (single[0], single[1]) if second == "one" else (single[1], single[0])
         assert row["prompt"] == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
         assert (row["chosen"], row["rejected"]) == ([better], [worse])
         assert chat.history[-1] == row["chosen"][0], "the conversation goes on with the better answer"

@@ -1,0 +1,48 @@
+"""Define the section `gate` of params.yaml."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipelines.config.types import Finite, NonNegative, Positive, Section, Share
+
+
+class FormatParams(Section):
+    """A required format of completions."""
+
+    pattern: str
+    """Regular expression that a well-formed completion must contain."""
+    min_share: Share
+
+    @model_validator(mode="after")
+    def _compiles(self) -> FormatParams:
+        """Check that the pattern is a regular expression."""
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        return self
+
+
+class GateParams(Section):
+    """Requirements for an aligned model to become champion, on the prompts and seeds of the evaluation table."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    """Confidence of the interval of the paired difference of true rewards; divided among the candidates."""
+    tolerated_loss: NonNegative
+    """The interval may reach so far below 0. With 0 the gain must be shown to be above 0."""
+    min_prompts: Annotated[int, Field(ge=2)]
+    """Fewer prompts in the evaluation table show nothing, and no model is promoted."""
+    max_missing: Share
+    """Share of answers without a true reward, of either model; each of them is not counted as right."""
+    max_kl: Positive
+    """Limit of the mean KL to the supervised model, in nats per response."""
+    max_length_ratio: Annotated[Finite, Field(ge=1)]
+    """Limit of the ratio of mean lengths, of challenger and champion, in either direction."""
+    max_truncated: Share
+    max_divergence: NonNegative
+    """Limit by which a reward model's score may gain more than the true reward, in standard deviations."""
+    format: FormatParams | None = None
