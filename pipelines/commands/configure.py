@@ -126,6 +126,8 @@ def _overlay(change: str) -> dict[str, Any]:
     """Return the tree of an overlay file, or of one key=value."""
     key, assigned, value = change.partition("=")
     if not assigned:
+        if not Path(change).exists() and Path(change).suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{change}: no such file. To change a parameter, write {change}=VALUE.")
         tree = read_yaml(change)
         if not isinstance(tree, dict):
             raise ConfigError(

@@ -306,10 +306,8 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        name = Path(path).name
-        hint = " Run the command in the project's root, which holds params.yaml." if name == "params.yaml" else ""
-        if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", str(path)) and "yaml" not in name:
-            hint = f" To change a parameter, write {path}=VALUE."
+        is_params = Path(path).name == "params.yaml"
+        hint = " Run the command in the project's root, which holds params.yaml." if is_params else ""
         raise ConfigError(f"cannot read {path}: {error.strerror}.{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
