@@ -16,10 +16,11 @@ from flows.lock import refuse_second_flow
 from flows.names import TAG
 from flows.server import prefect_api
 from flows.signals import raise_interrupt
+from pipelines.runtime.command_line import report_error, report_machine_fault
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.machine import require_stage_guard
 from pipelines.runtime.process import stopping_signals
-from pipelines.runtime.redaction import redact, report_error, report_machine_fault
+from pipelines.runtime.redaction import redact
 from posttrain.errors import Interrupted, OrchestrationError, PosttrainError
 from tasks.console import print_line
 

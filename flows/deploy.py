@@ -8,7 +8,6 @@ queue with one place, because both work in one workspace; a promotion that waits
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -40,8 +39,8 @@ from flows.server import require_server
 from flows.workspace import SILENCE_SECONDS, SILENT
 from pipelines.config.params import load_params
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import OrchestrationError, PosttrainError
+from pipelines.runtime.command_line import command_parser, reports_errors
+from posttrain.errors import OrchestrationError
 from tasks.process import child_environment
 
 POOL, TRAINING, APPROVALS = "posttrain", "training", "approvals"  # as in prefect.yaml
@@ -133,11 +132,10 @@ def _container_folder(kind: str) -> str | None:
     return os.environ.get("POSTTRAIN_PROJECT") or (None if kind == "process" else "/app")
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m flows.deploy", __doc__)
     parser.add_argument(
         "--type",
         default="process",
@@ -145,16 +143,13 @@ def main(argv: list[str] | None = None) -> int:
         help="type of a new work pool (default: process)",
     )
     args = parser.parse_args(argv)
-    try:
-        url = PREFECT_API_URL.value()
-        if not url:
-            raise OrchestrationError(
-                "deploying needs a Prefect server: set PREFECT_API_URL, or use `make up` or `make serve`."
-            )
-        require_server(url)
-        deploy(environment.root(), args.type)
-    except PosttrainError as error:
-        return report_error(error)
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise OrchestrationError(
+            "deploying needs a Prefect server: set PREFECT_API_URL, or use `make up` or `make serve`."
+        )
+    require_server(url)
+    deploy(environment.root(), args.type)
     print(f"deployed: retrain/nightly, compare/weekly and promote/promote, to the work pool {POOL}")
     return 0
 

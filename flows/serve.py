@@ -8,7 +8,6 @@ server is used. Past runs are stored in ~/.prefect; models and metrics are store
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -49,11 +48,11 @@ from pipelines.commands.ui import free_port
 from pipelines.data.inbox import location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
+from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.process import stopping_signals
-from pipelines.runtime.redaction import redact, report_error, report_machine_fault
+from pipelines.runtime.redaction import redact
 from posttrain.environments.parts import KINDS
-from posttrain.errors import PosttrainError
 from tasks.console import print_line
 from tasks.process import end, start
 
@@ -178,11 +177,10 @@ def _make_inbox(root: Path) -> None:
         (root / "inbox" / kind).mkdir(parents=True, exist_ok=True)
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m flows.serve", __doc__)
     parser.add_argument(
         "--port", type=int, default=4200, help="port of the Prefect server; 0 chooses a free one (default: 4200)"
     )
@@ -197,10 +195,6 @@ def main(argv: list[str] | None = None) -> int:
         _make_inbox(root)
         with only_serving(root), server(root, args.port) as pages, announced(root, pages):
             _serve(root, entries, pages)
-    except PosttrainError as error:
-        return report_error(error)
-    except OSError as error:
-        return report_machine_fault(error)
     except KeyboardInterrupt:
         return 0
     return 0

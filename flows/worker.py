@@ -9,7 +9,6 @@ prefect.yaml are refused.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
@@ -28,34 +27,30 @@ from flows.server import require_server
 from flows.workspace import sweep
 from pipelines.config.params import read_yaml
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import OrchestrationError, PosttrainError
+from pipelines.runtime.command_line import command_parser, reports_errors
+from posttrain.errors import OrchestrationError
 
 PULL = "prefect.deployments.steps.set_working_directory"
 ENVIRONMENT = {"POSTTRAIN_SLOTS", "POSTTRAIN_GRACE_SECONDS", "CUDA_VISIBLE_DEVICES"}
 """Variables that a flow run may set: they select its machine, not its code."""
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m flows.worker", __doc__)
     parser.add_argument("--pool", default="posttrain", help="name of the work pool (default: posttrain)")
     args = parser.parse_args(argv)
     root = environment.root()
-    try:
-        environment.require_writable(root)
-        url = PREFECT_API_URL.value()
-        if not url:
-            raise OrchestrationError(
-                "a worker needs a Prefect server: set PREFECT_API_URL, start servers and a worker with `make up`,"
-                " or use `make serve`, which needs no worker."
-            )
-        require_server(url)
-        sweep(root)
-    except PosttrainError as error:
-        return report_error(error)
+    environment.require_writable(root)
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise OrchestrationError(
+            "a worker needs a Prefect server: set PREFECT_API_URL, start servers and a worker with `make up`,"
+            " or use `make serve`, which needs no worker."
+        )
+    require_server(url)
+    sweep(root)
     asyncio.run(work(root, args.pool))
     return 0
 

@@ -13,7 +13,6 @@ All servers listen only on 127.0.0.1. Passwords are generated once and stored in
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from infra.backup import backup, restore
 from infra.topology import ADMIN, ORDER, Topology
 from pipelines.config.params import load_params
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import print_text, report_error
-from posttrain.errors import OrchestrationError, PosttrainError
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from posttrain.errors import OrchestrationError
 
 
 def status(topology: Topology) -> str:
@@ -84,20 +83,16 @@ def _known(names: list[str]) -> list[str]:
     return names
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m infra.servers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m infra.servers", __doc__)
     parser.add_argument("action", choices=("up", "down", "status", "start", "stop", "backup", "restore"))
     parser.add_argument("names", nargs="*", metavar="NAME | FOLDER")
     args = parser.parse_args(argv)
     environment.quiet()
-    try:
-        environment.require_writable(environment.root())
-        _act(Topology(environment.root()), args.action, args.names)
-    except PosttrainError as error:
-        return report_error(error)
+    environment.require_writable(environment.root())
+    _act(Topology(environment.root()), args.action, args.names)
     return 0
 
 

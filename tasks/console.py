@@ -7,7 +7,8 @@ from threading import Lock
 
 from prefect.logging import get_run_logger
 
-from pipelines.runtime.redaction import print_text, printable
+from pipelines.runtime.command_line import print_text
+from pipelines.runtime.redaction import printable
 
 _STARTED = time.monotonic()
 _LOCK = Lock()

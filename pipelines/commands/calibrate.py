@@ -10,7 +10,6 @@ a side: set project.seeds to 0 … 19 and run `make demo` for 3, 5 and 10.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -24,29 +23,23 @@ from pipelines.report.analysis import scored
 from pipelines.report.calibration import Rate, power_lines, rates, simulated
 from pipelines.report.load import load
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import DataError, PosttrainError
+from pipelines.runtime.command_line import command_parser, reports_errors
+from posttrain.errors import DataError
 from posttrain.evaluation.crossed import Spread
 from posttrain.evaluation.statistics import Floats, Resampling
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain calibrate", __doc__)
     parser.add_argument("--params", type=Path, help="parameters to use instead of the project's params.yaml")
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 3, 5, 10], help="seeds on each side")
     args = parser.parse_args(arguments)
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
-    try:
-        os.chdir(environment.root())
-        params = load_params(path)
-        print(page(params, tables(params), args.sides))
-    except PosttrainError as error:
-        return report_error(error)
+    os.chdir(environment.root())
+    params = load_params(path)
+    print(page(params, tables(params), args.sides))
     return 0
 
 

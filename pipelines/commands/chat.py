@@ -11,7 +11,6 @@ template completes each line as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config.params import load_params
 from pipelines.data.inbox import location
+from pipelines.data.tables import read_rows
 from pipelines.promotion.named import find_model
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import print_text, printable, report_error, report_machine_fault
-from posttrain.errors import DataError, PosttrainError
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.redaction import printable
+from posttrain.errors import DataError
 from posttrain.files import write_atomic
 
 if TYPE_CHECKING:
@@ -38,12 +39,22 @@ CHOICES = {"1": 0, "2": 1, "=": None, "s": None, "": None}
 HELP = "type a message; /new begins a new conversation, /quit ends"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled. At temperature 0, the answer is the most probable one."""
+
+    temperature: float = 0.7
+    max_new_tokens: int = 256
+    seed: int = 0
+    system: str | None = None
+
+
 @dataclass
 class Chat:
     """A conversation with one or two models. `write` receives pieces of text to show; `ask` returns the user's next line."""
 
     models: Sequence[tuple[str, Model]]
-    settings: argparse.Namespace
+    settings: Sampling
     inbox: Path
     ask: Callable[[str], str]
     write: Callable[[str], None]
@@ -95,7 +106,7 @@ class Chat:
         self.history = [{"role": "system", "content": system}] if system else []
 
 
-def stream(model: Model, prompt: Any, settings: argparse.Namespace, turn: int, write: Callable[[str], None]) -> str:
+def stream(model: Model, prompt: Any, settings: Sampling, turn: int, write: Callable[[str], None]) -> str:
     """Return the model's answer to a prompt, and write it piece by piece. Seed and turn decide it at any temperature above 0."""
     import torch
     from transformers import TextStreamer
@@ -127,6 +138,19 @@ def stream(model: Model, prompt: Any, settings: argparse.Namespace, turn: int, w
 def has_template(model: Model) -> bool:
     """Return True if the model answers chat messages, False if it continues plain text."""
     return bool(model.encoder.tokenizer.chat_template)
+
+
+def plain_text_hint(project: Path, model: Model) -> list[str]:
+    """Return a line about the prompts of a model without a chat template, with an example of the project's evaluation."""
+    if has_template(model):
+        return []
+    path = project / "data/valid/evaluation.parquet"
+    example = (
+        next((f", e.g. {row['prompt']}" for row in read_rows(path) if isinstance(row["prompt"], str)), "")
+        if path.is_file()
+        else ""
+    )
+    return [f"the model continues plain text; begin as its training prompts do{printable(example)}"]
 
 
 def store(inbox: Path, prompt: Any, chosen: str, rejected: str) -> Path:
@@ -166,19 +190,20 @@ def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
     return models
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("posttrain chat", __doc__)
     parser.add_argument(
         "model", nargs="?", default="champion", help="alias, version number, model, or folder (default: champion)"
     )
     parser.add_argument("--against", metavar="MODEL", help="a second model, to compare answers")
     parser.add_argument("--system", help="system message of every conversation; needs a chat template")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default: 0.7)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer in tokens (default: 256)"
+    )
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
     args = parser.parse_args(argv)
     if args.temperature < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be 0 or more, and --max-new-tokens 1 or more")
@@ -194,14 +219,11 @@ def main(argv: list[str] | None = None) -> int:
         models = open_models(project, [args.model, *([args.against] if args.against else [])])
         if args.system and not has_template(models[0][1]):
             raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")
-        print_text(HELP)
-        Chat(models, args, Path(inbox), input, lambda text: print(text, end="", flush=True)).run()
+        print_text("\n".join([HELP, *plain_text_hint(project, models[0][1])]))
+        sampling = Sampling(args.temperature, args.max_new_tokens, args.seed, args.system)
+        Chat(models, sampling, Path(inbox), input, lambda text: print(text, end="", flush=True)).run()
     except (EOFError, KeyboardInterrupt):
         print()
-    except PosttrainError as error:
-        return report_error(error)
-    except OSError as error:
-        return report_machine_fault(error)
     return 0
 
 

@@ -13,7 +13,6 @@ when it is loaded. A mapping in braces that DVC cannot read or write is rewritte
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -30,20 +29,17 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.dvc_yaml import require_survival, to_block_style
 from pipelines.config.params import flatten, load_params, parse_params, read_yaml
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import ConfigError, PosttrainError
+from pipelines.runtime.command_line import command_parser, reports_errors
+from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
 
 _NOTHING: Any = object()
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain configure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain configure", __doc__)
     parser.add_argument(
         "changes", nargs="*", metavar="OVERLAY.yaml | key=value", help="changes, applied from left to right"
     )
@@ -52,14 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=Path, help="file to change instead of the project's params.yaml")
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
-    try:
-        changes = configure(path, args.changes, write=False)
-        if not args.absent:
-            _look(path, args.changes)
-        if not args.check:
-            configure(path, args.changes)
-    except PosttrainError as error:
-        return report_error(error)
+    changes = configure(path, args.changes, write=False)
+    if not args.absent:
+        _look(path, args.changes)
+    if not args.check:
+        configure(path, args.changes)
     print("\n".join(changes) or f"{path.name}: valid, nothing changes")
     return 0
 

@@ -14,7 +14,6 @@ Killed in the middle, the next call goes on: a file leaves the inbox only after 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -31,8 +30,9 @@ from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
+from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import file_digest
-from pipelines.runtime.redaction import printable, redact, report_error, report_machine_fault
+from pipelines.runtime.redaction import printable, redact
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
 from posttrain.files import write_atomic
@@ -180,29 +180,19 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
     local.replace(folder / f"{last + 1:04d}-{safe}{suffix.lower()}")
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain intake",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain intake", __doc__)
     parser.add_argument("--inbox", help="folder or s3://BUCKET/PREFIX (default: POSTTRAIN_INBOX, else ./inbox)")
     args = parser.parse_args(argv)
     environment.quiet()
     project = environment.root()
     os.chdir(project)
-    try:
-        environment.require_writable(project)
-        inbox = open_inbox(
-            args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX"))
-        )
-        taken = take_in(load_params(project / "params.yaml"), inbox)
-        write_atomic(RECORD, (json.dumps([asdict(entry) for entry in taken], indent=1) + "\n").encode())
-    except PosttrainError as error:
-        return report_error(error)
-    except OSError as error:
-        return report_machine_fault(error)
+    environment.require_writable(project)
+    inbox = open_inbox(args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX")))
+    taken = take_in(load_params(project / "params.yaml"), inbox)
+    write_atomic(RECORD, (json.dumps([asdict(entry) for entry in taken], indent=1) + "\n").encode())
     for entry in taken:
         print(f"intake: {printable(entry.describe())}", flush=True)
     if not taken:

@@ -25,9 +25,10 @@ from pipelines.lineage.records import Artifact, StageRecord
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import DECISION, REASON, Version
 from pipelines.runtime import environment
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.identity import file_digest
-from pipelines.runtime.redaction import print_text, printable, report_error
-from posttrain.errors import DataError, PosttrainError
+from pipelines.runtime.redaction import printable
+from posttrain.errors import DataError
 
 
 def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
@@ -176,11 +177,10 @@ def _row(text: str) -> tuple[str, int]:
     return parts[1], int(parts[2])
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("posttrain lineage", __doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("model", nargs="?", help="alias, version number, or model")
     which.add_argument("--file", type=Path, help="a source file")
@@ -191,20 +191,17 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     file = args.file.absolute() if args.file else None
     os.chdir(project)
-    try:
-        if args.model:
-            named = find_model(project, args.model, load_params(project / "params.yaml").project.experiment)
-            found, version = describe_model(Lineage.read(project), Artifact(named.path, named.md5)), named.version
-            text = model_text(found, version)
-        else:
-            lineage = Lineage.read(project)
-            if file is not None and not file.is_file():
-                raise DataError(f"{args.file}: no such file")
-            tables = lineage.tables_with_file(file_digest(file)) if file else versions_with_row(lineage, *args.row)
-            found = affected(lineage, tables)
-            text = affected_text(found, str(args.file) if file else f"row {args.row[1]} of {args.row[0]}")
-    except PosttrainError as error:
-        return report_error(error)
+    if args.model:
+        named = find_model(project, args.model, load_params(project / "params.yaml").project.experiment)
+        found, version = describe_model(Lineage.read(project), Artifact(named.path, named.md5)), named.version
+        text = model_text(found, version)
+    else:
+        lineage = Lineage.read(project)
+        if file is not None and not file.is_file():
+            raise DataError(f"{args.file}: no such file")
+        tables = lineage.tables_with_file(file_digest(file)) if file else versions_with_row(lineage, *args.row)
+        found = affected(lineage, tables)
+        text = affected_text(found, str(args.file) if file else f"row {args.row[1]} of {args.row[0]}")
     print_text(
         json.dumps(found, indent=1, ensure_ascii=False) if args.json else "\n".join(map(printable, text.split("\n")))
     )

@@ -9,14 +9,13 @@ Promote or roll back with `python -m flows.promote`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from pipelines.config.params import load_params
 from pipelines.promotion.registry import DECISION, MODEL, REASON, ROLLED_BACK, Registry, Version
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import print_text, printable, report_error
-from posttrain.errors import PosttrainError
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.redaction import printable
 
 WIDTH = 120
 
@@ -32,21 +31,15 @@ def line(version: Version, *, full: bool = False) -> str:
     return f"{version.number:>4}  {aliases:<20} {tags.get(MODEL, '?'):<16} {tags.get(DECISION, '-'):<9} {why}"
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain models",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain models", __doc__)
     parser.add_argument("--full", action="store_true", help="print the reasons whole")
     args = parser.parse_args(argv)
     environment.quiet()
     project = environment.root()
-    try:
-        versions = Registry(project, load_params(project / "params.yaml").project.experiment).versions()
-    except PosttrainError as error:
-        return report_error(error)
+    versions = Registry(project, load_params(project / "params.yaml").project.experiment).versions()
     lines = [line(version, full=args.full) for version in versions]
     print_text("\n".join(lines) or "no version is registered yet; `python -m flows.retrain` registers the first one")
     return 0

@@ -14,7 +14,6 @@ Exit status 1: something will not fit, or a warm-up is longer than its run.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -29,9 +28,9 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
+from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.algorithms import OnPolicy
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from posttrain.planning import Memory, Sizes
@@ -51,31 +50,25 @@ class Phase:
     memory: Memory
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain plan", __doc__)
     parser.add_argument("--params", type=Path, help="parameter file to use instead of the project's params.yaml")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of one device in GiB (default: this machine's)"
     )
     args = parser.parse_args(arguments)
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
-    try:
-        os.chdir(environment.root())
-        params = load_params(path)
-        sys.path.insert(0, os.getcwd())
-        found = problems(params)
-        if found:
-            raise ConfigError("\n".join(found))
-        model = model_sizes(params)
-        planned = list(phases(params, model))
-        shown = power(params)
-    except PosttrainError as error:
-        return report_error(error)
+    os.chdir(environment.root())
+    params = load_params(path)
+    sys.path.insert(0, os.getcwd())
+    found = problems(params)
+    if found:
+        raise ConfigError("\n".join(found))
+    model = model_sizes(params)
+    planned = list(phases(params, model))
+    shown = power(params)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
     steps = {phase.stage: phase.steps for phase in planned if phase.name == "train"}

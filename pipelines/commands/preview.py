@@ -8,15 +8,14 @@ terminal, and in [[brackets]] elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import get_args
 
 from pipelines.data.tables import FOLDER, Table, read_rows
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import ConfigError, PosttrainError
+from pipelines.runtime.command_line import command_parser, reports_errors
+from posttrain.errors import ConfigError
 
 _GREEN, _PLAIN = "\033[4;32m", "\033[0m"
 
@@ -43,21 +42,15 @@ def _marked(text: str, colour: bool) -> str:
     return f"{_GREEN}{text}{_PLAIN}" if colour else f"[[{text}]]"
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="posttrain preview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain preview", __doc__)
     parser.add_argument("table", choices=get_args(Table))
     parser.add_argument("row", type=int, help="the row's id")
     args = parser.parse_args(argv)
     environment.quiet()
     os.chdir(environment.root())
-    try:
-        print(preview(args.table, args.row, sys.stdout.isatty()))
-    except PosttrainError as error:
-        return report_error(error)
+    print(preview(args.table, args.row, sys.stdout.isatty()))
     return 0
 
 

@@ -10,7 +10,6 @@ licence and intended use in the hub's metadata format. Sign in first with `hf au
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,43 +26,37 @@ from pipelines.config.params import Params, load_params
 from pipelines.data.sources import HUB
 from pipelines.evaluate import model_folder
 from pipelines.runtime import environment
+from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import input_digests
 from pipelines.runtime.journal import read
 from pipelines.runtime.publish import JOURNAL
-from pipelines.runtime.redaction import report_error
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError
 
 FOLDER = Path(".posttrain") / "push"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 KEPT_OUT = "*.partial"
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("posttrain push", __doc__)
     parser.add_argument("model", help="sft, or an aligned model, e.g. grpo-0 or models/align/grpo-0")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument("--license", default="other", help="licence of the weights by its hub name (default: other)")
     parser.add_argument("--public", action="store_true", help="create the repository as a public one")
     parser.add_argument("--dry-run", action="store_true", help="write and show everything, and upload nothing")
     options = parser.parse_args(arguments)
-    try:
-        os.chdir(environment.root())
-        model = options.model.rstrip("/").removeprefix("models/").removeprefix("align/")
-        folder = write_folder(load_params("params.yaml"), model, options.repository, options.license)
-        command = upload_command(options.repository, folder, public=options.public)
-        if options.dry_run:
-            print(
-                "\n".join(file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file())
-            )
-            print((folder / "README.md").read_text(encoding="utf-8"))
-        print(" ".join(command), flush=True)
-        if options.dry_run:
-            return 0
-    except PosttrainError as error:
-        return report_error(error)
+    os.chdir(environment.root())
+    model = options.model.rstrip("/").removeprefix("models/").removeprefix("align/")
+    folder = write_folder(load_params("params.yaml"), model, options.repository, options.license)
+    command = upload_command(options.repository, folder, public=options.public)
+    if options.dry_run:
+        print("\n".join(file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()))
+        print((folder / "README.md").read_text(encoding="utf-8"))
+    print(" ".join(command), flush=True)
+    if options.dry_run:
+        return 0
     return subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "0"}, check=False).returncode
 
 

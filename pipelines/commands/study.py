@@ -10,42 +10,36 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import report_error
+from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.studies.page import page, section, short
 from pipelines.studies.results import PAGE, all_saved, judge, save
 from pipelines.studies.study import load_study
 from pipelines.studies.workspace import workspaces
-from posttrain.errors import PosttrainError
 from posttrain.files import write_atomic
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("posttrain study", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="studies to decide (default: list all)")
     parser.add_argument("--base", type=Path, help="changes of params.yaml that replace the study's own base")
     parser.add_argument("--write", action="store_true", help="write the results and docs/claims.md")
     args = parser.parse_args(arguments)
-    try:
-        base = args.base.resolve() if args.base else None
-        os.chdir(environment.root())
-        for name in args.names:
-            print(decide(Path.cwd(), name, base, write=args.write and base is None))
-        if args.write and base is None:
-            write_atomic(PAGE, page(all_saved(Path.cwd())).encode())
-        if not args.names:
-            print(listing(Path.cwd()))
-    except PosttrainError as error:
-        return report_error(error)
+    base = args.base.resolve() if args.base else None
+    os.chdir(environment.root())
+    for name in args.names:
+        print(decide(Path.cwd(), name, base, write=args.write and base is None))
+    if args.write and base is None:
+        write_atomic(PAGE, page(all_saved(Path.cwd())).encode())
+    if not args.names:
+        print(listing(Path.cwd()))
     return 0
 
 

@@ -9,7 +9,6 @@ Nothing is lost while a tracking server is down: the journals hold everything, a
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import stat
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.runtime import environment
-from pipelines.runtime.redaction import redact, report_error, report_machine_fault
+from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.redaction import redact
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import RecordedRun, discover, load
 from pipelines.tracking.store import ask, open_client, tracking_uri
-from posttrain.errors import PosttrainError, TrackingError
+from posttrain.errors import TrackingError
 
 T = TypeVar("T")
 _POLL_SECONDS, _LONGEST_REST_SECONDS, _LONGEST_OUTAGE_PAUSE_SECONDS = 1.0, 30.0, 8.0
@@ -164,13 +164,10 @@ def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
             time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain sync",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain sync", __doc__)
     parser.add_argument("--follow", action="store_true", help="keep the store up to date until SIGTERM or Ctrl-C")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="retry for this many seconds while the store is down"
@@ -178,17 +175,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: follow only this run")
     args = parser.parse_args(argv)
     project = environment.root()
-    try:
-        environment.require_writable(project)
-        if args.follow:
-            follow(project, args.run, _stop_event())
-        else:
-            runs = synchronise(project, args.wait)
-            print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
-    except PosttrainError as error:
-        return report_error(error)
-    except OSError as error:
-        return report_machine_fault(error)
+    environment.require_writable(project)
+    if args.follow:
+        follow(project, args.run, _stop_event())
+    else:
+        runs = synchronise(project, args.wait)
+        print(f"{len(runs)} runs are up to date in {redact(tracking_uri(project))}")
     return 0
 
 

@@ -8,7 +8,6 @@ is running, only the links to that server are printed.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -23,11 +22,12 @@ from urllib.parse import quote
 from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.redaction import redact, report_error
+from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.redaction import redact
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
 from pipelines.tracking.views import FILTER, TRAINING_PAGES, runs_page
 from posttrain import network
-from posttrain.errors import Interrupted, PosttrainError, TrackingError
+from posttrain.errors import Interrupted, TrackingError
 from posttrain.guard import signal_at_parents_death
 
 if TYPE_CHECKING:
@@ -174,13 +174,10 @@ def _links(project: Path, base: str) -> str:
     return "\n".join(f"{name}:\n  {link}" for name, link in links(client, base, experiment).items())
 
 
+@reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="posttrain ui",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("posttrain ui", __doc__)
     parser.add_argument(
         "--port", type=int, default=5000, help="port of MLflow on 127.0.0.1; 0 chooses a free one (default: 5000)"
     )
@@ -197,8 +194,6 @@ def main(argv: list[str] | None = None) -> int:
         _show(project, args.port, args.prefect_port)
     except Interrupted:
         return 0
-    except PosttrainError as error:
-        return report_error(error)
     return 0
 
 

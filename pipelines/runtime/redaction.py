@@ -5,12 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import traceback
 from typing import Any
-
-from pipelines.runtime.environment import machine_fault
-from posttrain.errors import OrchestrationError, PosttrainError
 
 HIDDEN = "***"
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -31,28 +27,6 @@ _SHORTEST_SECRET = 4
 _WHOLE_WORD = 8
 """A shorter secret is hidden only as a word by itself: as a part of words it would eat the text."""
 _WORDS = ("true", "false", "disabled", "enabled")
-
-
-def report_error(error: PosttrainError) -> int:
-    """Print an error as one paragraph on stderr and return its exit status. For the edge of a command."""
-    print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
-    return error.exit_code
-
-
-def report_machine_fault(error: OSError) -> int:
-    """Print a full disk, a missing right or a limit as one paragraph and return the exit status. Raises any other error again."""
-    fault = machine_fault(error)
-    if fault is None:
-        raise error
-    return report_error(OrchestrationError(f"{fault}, then run again."))
-
-
-def print_text(text: str) -> None:
-    """Print a text. A reader that has gone, as in `make status | head -1`, ends the output without an error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
 
 
 def redact(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
@@ -19,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from pipelines.commands.chat import Chat, has_template, open_models
+from pipelines.commands.chat import Chat, Sampling, has_template, open_models
 from posttrain.api import Model
 from tasks.dag import changed, read_dag, stale
 from tests.end_to_end.conftest import TINY, Clone
@@ -202,7 +201,7 @@ def test_every_model_folder_that_a_run_writes_can_be_talked_to(reproduced: Clone
         ["base", "sft", *["align"] * (len(talking) - 2)]
     )
     assert len(talking) >= 5
-    settings = argparse.Namespace(seed=0, temperature=0.0, max_new_tokens=6, system=None)
+    settings = Sampling(temperature=0.0, max_new_tokens=6)
     for folder in talking:
         ((name, model),) = open_models(reproduced.root, [str(folder)])
         # a template that the model was not trained with would be answered with noise

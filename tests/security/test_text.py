@@ -20,8 +20,9 @@ import pytest
 from pipelines.config.params import parse_params, read_yaml
 from pipelines.promotion.page import markdown
 from pipelines.report.tables import _csv
+from pipelines.runtime.command_line import report_error
 from pipelines.runtime.markup import markdown_text
-from pipelines.runtime.redaction import printable, redact, redact_log_records, report_error
+from pipelines.runtime.redaction import printable, redact, redact_log_records
 from posttrain.errors import ConfigError, DataError
 from tasks.notify import notify
 

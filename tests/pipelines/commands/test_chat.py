@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 
 import posttrain as pt
-from pipelines.commands.chat import Chat, main, open_models, store
+from pipelines.commands.chat import Chat, Sampling, main, open_models, plain_text_hint, store
 from pipelines.data.files import read_file
+from pipelines.data.tables import write_rows
 from posttrain.errors import DataError
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 200}
@@ -39,8 +39,8 @@ def templated(models: list[tuple[str, pt.Model]]) -> list[tuple[str, pt.Model]]:
     return models
 
 
-def settings(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": 8, "seed": 0, "system": None} | given)
+def settings(**given: Any) -> Sampling:
+    return Sampling(**{"temperature": 1.0, "max_new_tokens": 8} | given)
 
 
 def talk(models: list[tuple[str, pt.Model]], inbox: Path, *lines: str, **given: Any) -> tuple[Chat, str]:
@@ -50,6 +50,18 @@ def talk(models: list[tuple[str, pt.Model]], inbox: Path, *lines: str, **given: 
     chat = Chat(models, settings(**given), inbox, lambda _: next(waiting), shown.append)
     chat.run()
     return chat, "".join(shown)
+
+
+def test_a_plain_models_prompts_are_shown(models: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    model = models[0][1]
+    assert plain_text_hint(tmp_path, model) == ["the model continues plain text; begin as its training prompts do"]
+    table = tmp_path / "data/valid/evaluation.parquet"
+    table.parent.mkdir(parents=True)
+    write_rows("evaluation", [{"prompt": "7+5=\x1b[2J", "answer": "12"}], table)
+    (line,) = plain_text_hint(tmp_path, model)
+    assert line.endswith(r"begin as its training prompts do, e.g. 7+5=\x1b[2J")
+    model.encoder.tokenizer.chat_template = TEMPLATE
+    assert plain_text_hint(tmp_path, model) == []
 
 
 def test_a_greedy_answer_is_the_models_own(templated: list[tuple[str, pt.Model]], tmp_path: Path) -> None:

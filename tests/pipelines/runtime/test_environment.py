@@ -14,8 +14,8 @@ from urllib.request import build_opener
 import pytest
 
 from pipelines.runtime import environment
+from pipelines.runtime.command_line import report_machine_fault
 from pipelines.runtime.process import stopping_signals
-from pipelines.runtime.redaction import report_machine_fault
 from posttrain.files import named_in_errors
 from tests.webhook import listening
 
