@@ -6,7 +6,8 @@
     python -m flows.promote 3 --approval      waits for a person's answer in Prefect's UI
     python -m flows.promote --adopt           registers the weights of models/champion in a registry that does not know them
 
-`python -m pipelines.commands.models` lists the versions. A roll-back makes the previous champion the champion at once; the gate refuses
+`python -m pipelines.commands.models` lists the versions. The weights are copied to DVC's remote, if there is one, before they become
+champion. A roll-back makes the previous champion the champion at once; the gate refuses
 the rolled-back weights from then on.
 """
 
@@ -28,14 +29,16 @@ from flows.gatekeeping import links
 from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
-from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, MEASURE, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, MEASURE, PATH, REASON, Registry, Version
 from posttrain.errors import OrchestrationError
 from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line
 from tasks.measure import measure
 from tasks.notify import notify
+from tasks.remote import copy_weights
 
 APPROVAL_HOURS = 24 * 7
+NOTHING = "nothing was changed"
 
 
 class Approval(RunInput):
@@ -92,6 +95,7 @@ def promote(
     def choose() -> Version:
         if judged:
             _refuse_stale(registry, chosen, judged_against)
+        copy_weights(project, chosen.tags.get(PATH, chosen.name), chosen.md5, NOTHING)
         return registry.version(chosen.number)
 
     champion = switch(project, choose, lambda found: registry.promote(found.number))
@@ -122,6 +126,7 @@ def _adopt(project: Path, registry: Registry) -> None:
             raise OrchestrationError(
                 f"the weights of models/champion are {known.name} already. `python -m flows.promote {known.number}` makes it champion."
             )
+        copy_weights(project, FOLDER.as_posix(), str(entry["md5"]), NOTHING)
         champion = registry.adopt(FOLDER.as_posix(), entry)
     _announce("promoted", project, champion, f"{champion.name} is champion: its weights were in production before")
 

@@ -18,6 +18,10 @@ from posttrain.text import nearest
 from tasks.console import print_line
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
+_NAME_RULE = (
+    "Use letters, digits and _ in project.algorithms, and whole numbers in project.seeds of params.yaml;"
+    " `python -m pipelines.commands.configure --check` checks the file."
+)
 Kind = Literal["data", "import", "stage"]
 
 
@@ -61,9 +65,7 @@ def _refuse_names(names: Iterable[str]) -> None:
     wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
     if wrong is not None:
         raise OrchestrationError(
-            f"the stage {wrong!r} of dvc.yaml has a name that could leave the project's folders. Use letters, digits and _ in"
-            " project.algorithms, and whole numbers in project.seeds of params.yaml;"
-            " `python -m pipelines.commands.configure --check` checks the file."
+            f"the stage {wrong!r} of dvc.yaml has a name that could leave the project's folders. {_NAME_RULE}"
         )
 
 
@@ -126,6 +128,7 @@ def changed(root: Path) -> set[str]:
 def open_workspace(root: Path) -> Iterator[Any]:
     """Open the workspace in DVC; waits while a dvc process holds its lock."""
     from dvc.exceptions import DvcException
+    from dvc.output import OutputIsIgnoredError
     from dvc.repo import Repo
     from dvc.scm import SCMError
 
@@ -139,17 +142,33 @@ def open_workspace(root: Path) -> Iterator[Any]:
         raise OrchestrationError(damaged)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
+            _refuse_versioned_remote(repo.config)
             yield repo
     except SCMError as error:
         raise OrchestrationError(
             f"{error}, and DVC needs one, as for a project that was unpacked from an archive. Type `git init`, or `python -m dvc config"
             " --local core.no_scm true` to work without git."
         ) from error
+    except OutputIsIgnoredError as error:
+        raise OrchestrationError(f"an output of dvc.yaml is no folder for outputs: {error}. {_NAME_RULE}") from error
     except DvcException as error:
         raise OrchestrationError(
             f"DVC cannot read the pipeline: {error}. Correct dvc.yaml; `git diff dvc.yaml` shows what changed since the last"
             " commit."
         ) from error
+
+
+def _refuse_versioned_remote(config: Mapping[str, Any]) -> None:
+    """Raise OrchestrationError if the default remote keeps versions by itself: `dvc push` would then remove hashes from dvc.lock."""
+    name = config["core"].get("remote")
+    remote = config["remote"].get(name, {})
+    option = next((each for each in ("version_aware", "worktree") if remote.get(each)), None)
+    if option is not None:
+        raise OrchestrationError(
+            f"the DVC remote {name!r} has {option}: true. `dvc push` would then replace the hashes of models in dvc.lock by the store's own"
+            " version numbers, and versions of the registry are found by these hashes. Type `dvc remote modify --unset"
+            f" {name} {option}`, or use a different default remote; the store's own versioning may stay on."
+        )
 
 
 def mend_rwlock(root: Path) -> None:

@@ -29,10 +29,7 @@ def push(root: Path, folder: str, md5: str) -> bool:
     Return False if there is no remote. Raises OrchestrationError if the push fails, if the remote cannot be asked, or if weights are
     missing from it. A file that only the remote lacks is copied from the cache.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
-    )
-    if done.returncode or not done.stdout.strip():
+    if not has_remote(root):
         return False
     if not md5:
         raise OrchestrationError(f"{folder} is not in dvc.lock, so there are no weights to push; type `dvc repro`.")
@@ -42,17 +39,36 @@ def push(root: Path, folder: str, md5: str) -> bool:
             f"`dvc push` to {default_remote(root)} failed, so no version was registered: {error}. Correct the remote (`dvc remote list`),"
             " or wait until it responds; then run again."
         )
-    missing = _complete(root, md5)
+    copy_weights(root, folder, md5, "no version was registered")
+    return True
+
+
+def copy_weights(root: Path, folder: str, md5: str, consequence: str) -> bool:
+    """Copy those files of the weights to the default remote that only the cache holds; return False if there is no remote.
+
+    Raises OrchestrationError, which names the `consequence`, if the remote cannot be asked, or if a file is in neither place.
+    """
+    if not has_remote(root):
+        return False
+    missing = _complete(root, md5, consequence)
     if missing:
         raise OrchestrationError(
             f"{len(missing)} files of {folder} ({md5}) are neither in DVC's cache nor in {default_remote(root)} (first: {missing[0]}), so"
-            " no version was registered: no other workspace could restore it. If the folder is whole, type `dvc commit --force"
+            f" {consequence}: no other workspace could restore it. If the folder is whole, type `dvc commit --force"
             f" {folder}`; else `dvc repro` makes it again. Then run again."
         )
     return True
 
 
-def _complete(root: Path, md5: str) -> list[str]:
+def has_remote(root: Path) -> bool:
+    """Return True if DVC has a default remote, in any of its configuration files."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "default"], cwd=root, env=child_environment(), capture_output=True
+    )
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def _complete(root: Path, md5: str, consequence: str) -> list[str]:
     """Copy to the remote those files of the weights that only the cache holds; return the hashes that are in neither, sorted."""
     try:
         with open_workspace(root) as repo:
@@ -67,7 +83,7 @@ def _complete(root: Path, md5: str) -> list[str]:
         raise
     except Exception as error:  # each kind of remote raises errors of its own
         raise OrchestrationError(
-            f"{default_remote(root)} could not be asked for the weights {md5}, so no version was registered: {redact(str(error))}."
+            f"{default_remote(root)} could not be asked for the weights {md5}, so {consequence}: {redact(str(error))}."
             " Correct the remote (`dvc remote list`), or wait until it responds; then run again."
         ) from error
 

@@ -14,6 +14,7 @@ from flows.gatekeeping import decide_promotion
 from flows.lock import only_flow
 from flows.production import bring_pending, reconcile, registry_of, switch
 from flows.promote import _adopt, _refuse_stale, _roll_back
+from flows.promote import promote as promote_flow
 from pipelines.commands.configure import configure
 from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import Registry, Version
@@ -130,6 +131,24 @@ def test_a_roll_back_during_a_flow_reaches_the_folder_when_the_flow_ends(
     with pytest.raises(TrackingError, match="is champion after a roll-back"):
         _roll_back(project, registry_of(project), "again")
     assert weights(project) == "one"
+
+
+def test_a_promotion_by_hand_copies_the_weights_to_the_remote_first(
+    project: Path, tmp_path: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    dvc(project, "remote", "add", "-q", "-d", "store", "/dev/null/store")
+    with pytest.raises(OrchestrationError, match=r"/dev/null/store could not be asked.*so nothing was changed"):
+        promote_flow(2)
+    assert (aliases(project), weights(project)) == ({"champion": 1}, "one")
+
+    dvc(project, "remote", "modify", "store", "url", str(tmp_path / "store"))
+    promote_flow(2)
+    assert (aliases(project)["champion"], weights(project)) == (2, "two")
+    shutil.rmtree(project / ".dvc" / "cache")
+    shutil.rmtree(project / FOLDER)
+    dvc(project, "pull", "-q", POINTER.as_posix())
+    assert weights(project) == "two"
 
 
 def test_a_roll_back_to_weights_that_gc_removed_is_refused_and_changes_nothing(project: Path) -> None:

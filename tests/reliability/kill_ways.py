@@ -58,8 +58,7 @@ class Attempt:
 
     def victims(self) -> list[psutil.Process]:
         """Return the living processes of this attempt."""
-        own = psutil.Process(self._process.pid) if self._process.poll() is None else None
-        found = [own, *own.children(recursive=True)] if own else []
+        found = _family(self._process.pid) if self._process.poll() is None else []
         return [process for process in [*found, *self._relatives()] if _lives(process)]
 
     def running(self) -> bool:
@@ -73,6 +72,15 @@ class Attempt:
         _, alive = psutil.wait_procs([process for process in everyone if process.pid != self._process.pid], timeout=90)
         assert not [process for process in alive if _lives(process)], f"processes stay behind: {alive}"
         return status == 0
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and everything below it; nothing if it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -142,8 +150,8 @@ class Starter:
         waiting = Attempt(self.launch("-c", script, **self.prefect), list)
 
         def flow() -> list[psutil.Process]:
-            mine = [child for child in worker.children() if child.pid not in before]
-            return [process for child in mine for process in (child, *child.children(recursive=True))]
+            mine = [child.pid for child in worker.children() if child.pid not in before]
+            return [process for pid in mine for process in _family(pid)]
 
         return _UnderWorker(waiting._process, flow)
 

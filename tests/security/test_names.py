@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from pipelines.commands.configure import main as check
@@ -71,11 +73,36 @@ def test_plain_dvc_repro_names_the_parameter(clone: Clone) -> None:
 
 @pytest.mark.parametrize(("name", "seed"), [(HOSTILE[0], 0), ("dpo", "/../../../docs"), ("dpo", "0; touch pwned")])
 def test_a_flow_refuses_before_it_starts_a_stage(clone: Clone, name: str, seed: object) -> None:
-    """DVC deletes a stage's outputs first: a seed of /../../../docs would delete a folder of the project."""
+    """DVC deletes a stage's outputs before its command: a seed must never become a path."""
     edit(clone, name, seed)
     with pytest.raises(OrchestrationError, match=r"Use letters, digits and _ in project\.algorithms"):
         read_dag(clone.root)
     assert (clone.root / "docs").is_dir()
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "mine", "data/mine", "posttrain", ".", "docs", ".git", "models/mine", "models/base"]
+)
+def test_dvc_itself_refuses_a_seed_that_leads_out_of_the_models_of_align(clone: Clone, path: str) -> None:
+    """A stage's outputs in models/ and runs/ would overlap, or .dvcignore excludes the path: the DAG is refused as a whole."""
+    edit(clone, "dpo", f"/../../../{path}")
+    with Repo(str(clone.root)) as repo, pytest.raises(DvcException, match=r"overlap|is ignored by|is specified in"):
+        _ = repo.index.graph
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [("repro", "../outside"), ("checkout --force", "models/mine"), ("repro --single-item {stage}", "docs")],
+)
+def test_no_dvc_command_deletes_the_folder_that_a_seed_names(clone: Clone, command: str, path: str) -> None:
+    seed = f"/../../../{path}"
+    edit(clone, "dpo", seed)
+    (clone.root / path).mkdir(parents=True, exist_ok=True)
+    (clone.root / path / "precious").touch()
+    done = clone.run("dvc", *command.format(stage=f"align@dpo-{seed}").split(), check=False)
+    assert done.returncode != 0
+    assert "Running stage" not in done.stdout
+    assert (clone.root / path / "precious").is_file()
 
 
 @pytest.mark.parametrize("seed", ["/../../../docs", "../../docs", "0; touch pwned", "$(touch pwned)", -1, 1.5, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 from uuid import UUID
 
 import psutil
@@ -98,11 +100,20 @@ def test_serve_retrains_and_is_heard_on_loopback_alone(clone: Clone, tmp_path: P
     assert (clone.root / "runs/gate/artifacts/decision.html").is_file()
 
 
+def as_admin(clone: Clone) -> dict[str, str]:
+    """Return the header that signs in to MLflow; Prefect's page itself is served to everybody, its API is not."""
+    password = credentials.secret(clone.root, "mlflow")
+    return {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
+
+
 def test_ui_is_heard_on_loopback_alone(clone: Clone, tmp_path: Path) -> None:
     with at_work(clone, tmp_path, "pipelines.commands.ui", "--port", "0", "--prefect-port", "0") as (process, said):
         for name in ("MLflow", "Prefect"):
             base = said(rf"{name} answers at (http://127\.0\.0\.1:\d+)", 120)
-            with urlopen(base, timeout=30) as page:
+            if name == "MLflow":
+                with pytest.raises(HTTPError, match="401"):
+                    urlopen(base, timeout=30)
+            with urlopen(Request(base, headers=as_admin(clone)), timeout=30) as page:
                 assert b"<html" in page.read().lower()
         said("(Ctrl-C) stops them", 30)
         assert addresses(family(process)) == {"127.0.0.1"}

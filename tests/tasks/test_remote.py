@@ -12,6 +12,7 @@ from prefect import flow
 from pipelines.promotion.registry import Registry
 from posttrain.errors import OrchestrationError
 from tasks import gate
+from tasks.dag import read_dag
 from tasks.remote import push
 from tests.workspace import dvc
 
@@ -104,3 +105,18 @@ def test_the_reason_of_a_failed_push_is_in_the_error(trained: tuple[Path, str]) 
     ) as caught:
         push(root, MODEL, md5)
     assert "Having any troubles" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["version_aware", "worktree"])
+def test_a_remote_that_keeps_versions_by_itself_is_refused_before_anything_is_pushed(
+    trained: tuple[Path, str], option: str
+) -> None:
+    """DVC would write the store's version numbers into dvc.lock, in place of the hashes that the registry uses."""
+    root, _ = trained
+    (root / ".dvc" / "config").write_text(
+        f"[core]\n    remote = store\n['remote \"store\"']\n    url = s3://bucket/dvc\n    {option} = true\n"
+    )
+    with pytest.raises(
+        OrchestrationError, match=rf"'store' has {option}: true.*`dvc remote modify --unset store {option}`"
+    ):
+        read_dag(root)
