@@ -209,7 +209,7 @@ def shares(model: Any, case: Case) -> dict[str, float]:
     """Return the share of the native engine's processor time by part; nested parts are counted once."""
     from posttrain.rollouts import native as module
     from posttrain.rollouts.decoder import Decoder
-    from posttrain.rollouts.shared import Segment
+    from posttrain.rollouts.segments import Segment
     from posttrain.rollouts.slots import SlotLayer
 
     spent, stack = Counter[str](), [["", time.process_time()]]

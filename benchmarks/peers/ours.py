@@ -32,9 +32,10 @@ from posttrain.rollouts.native import NativeEngine
 from posttrain.settings import OptimizerSettings
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.experience import ExperienceSource
-from posttrain.training.loop import LoopSettings, StepData, fit
+from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.preference import Answer, PreferenceObjective, PreferencePair
+from posttrain.training.source import StepData
 from posttrain.training.sums import Terms
 from posttrain.training.supervised import Example, RewardObjective, RewardPair, SupervisedObjective
 from posttrain.training.trainer import Trainer

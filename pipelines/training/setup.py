@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
     from posttrain.models.lora import Adapter
     from posttrain.rollouts.groups import Problem
-    from posttrain.training.loop import BatchSource, StepHook
+    from posttrain.training.loop import StepHook
+    from posttrain.training.source import BatchSource
     from posttrain.training.trainer import Objective, Trainer
 
 VALID = Path("data/valid")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from posttrain.data.transfer import together
-from posttrain.rollouts.shared import Segment, segments
+from posttrain.rollouts.segments import Segment, segments
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""

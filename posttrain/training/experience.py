@@ -33,9 +33,9 @@ from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
-from posttrain.training.loop import StepData
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow
 from posttrain.training.sharding import whole
+from posttrain.training.source import StepData
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,8 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.randomness import set_random_state
+from posttrain.training.source import BatchSource
 from posttrain.training.trainer import Objective, Row, Trainer
-
-if TYPE_CHECKING:
-    from posttrain.training.loop import BatchSource
 
 
 @dataclass

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -22,28 +22,8 @@ from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, snapshot
 from posttrain.training.randomness import random_state, set_random_state
+from posttrain.training.source import BatchSource, StepData
 from posttrain.training.trainer import Objective, Row, Trainer
-
-RowOut = TypeVar("RowOut", covariant=True)
-
-
-@dataclass
-class StepData(Generic[Row]):
-    """Data of one step: one batch per optimiser update, and the metrics and timings (seconds) of preparing them."""
-
-    batches: list[Sequence[Row]]
-    metrics: dict[str, float] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-class BatchSource(Protocol[Row]):
-    """Provides the batches of a step. Its state is part of the checkpoint."""
-
-    def next(self, step: int) -> StepData[Row]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Recorder(Protocol):

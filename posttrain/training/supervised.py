@@ -20,8 +20,8 @@ from posttrain.data.tokens import Tokens
 from posttrain.objectives.preference import bradley_terry
 from posttrain.objectives.reduce import masked_sum
 from posttrain.objectives.sequence import negative_log_likelihood
-from posttrain.training.loop import StepData
 from posttrain.training.routing import add_routing
+from posttrain.training.source import StepData
 from posttrain.training.sums import Terms
 from posttrain.training.trainer import Row
 

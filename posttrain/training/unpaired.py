@@ -27,10 +27,10 @@ from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.objectives.preference import unpaired_loss
 from posttrain.objectives.reduce import masked_sum, row_sums
-from posttrain.training.loop import StepData
 from posttrain.training.preference import Answer
 from posttrain.training.routing import add_routing
 from posttrain.training.sharding import whole
+from posttrain.training.source import StepData
 from posttrain.training.sums import Terms
 from posttrain.training.supervised import EpochSource
 

@@ -15,7 +15,7 @@ from posttrain.models.tiny import TinyShape
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.rollouts.shared import Segment, segments
+from posttrain.rollouts.segments import Segment, segments
 from tests.models import small
 
 LONG = TinyShape(hidden_size=16, intermediate_size=32, layers=2, heads=4, kv_heads=2, max_length=320)

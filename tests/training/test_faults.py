@@ -14,7 +14,8 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, pack, repeat, row_ids, unpack
-from posttrain.training.loop import LoopSettings, StepData, fit
+from posttrain.training.loop import LoopSettings, fit
+from posttrain.training.source import StepData
 from tests.training.cases import NAMES, case
 from tests.training.runs import Killed, Memory
 from tests.training.test_trainer import Linear, trainer, weights
