@@ -43,6 +43,7 @@ from flows.deployments import (
 )
 from flows.server import announced, only_serving, wait_until_healthy
 from flows.signals import raise_interrupt
+from flows.unstarted import end_unstarted
 from flows.workspace import SERVING_PROCESS, sweep
 from pipelines.commands.ui import free_port
 from pipelines.data.inbox import location
@@ -139,6 +140,7 @@ def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
     """Register the deployments and run them until Ctrl-C. A pause outlives this command: it is kept on the server."""
     refuse_foreign(entries, root, project_tag(root))
     killed = sweep(root, wait=True)
+    unstarted = end_unstarted([entry.name for entry in entries])
     before = read_pauses(entries)
     remove_old_schedules(entries, before)
     missed = forget_missed(entries)
@@ -148,8 +150,9 @@ def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
         print_line(
             f"{missed} runs whose time passed while nothing was serving are dropped; the next one takes in all new data"
         )
-    if killed is not None:
-        print_line(start_again(killed))
+    for run in [killed, *unstarted]:
+        if run is not None:
+            print_line(start_again(run))
     print_line(f"Prefect: {pages}   inbox for new data: {redact(location(root))}   Ctrl-C stops")
     serve(*deployments(entries, before), pause_on_shutdown=False, print_starting_message=False)
 

@@ -2,8 +2,8 @@
 
     python -m flows.worker [--pool posttrain]
 
-PREFECT_API_URL names the server. A flow run that died with the worker before this one is marked Crashed first, which gives
-its place in the queue back; the next run goes on from its checkpoints. Flow runs that are not those of this project's
+PREFECT_API_URL names the server. A flow run that died with the worker before this one, also before it began, is marked Crashed first,
+which gives its place in the queue back; the next run goes on from its checkpoints. Flow runs that are not those of this project's
 prefect.yaml are refused.
 """
 
@@ -24,6 +24,7 @@ from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, Proc
 
 from flows.deploy import HEARTBEAT_SECONDS
 from flows.server import require_server
+from flows.unstarted import end_unstarted
 from flows.workspace import sweep
 from pipelines.config.params import read_yaml
 from pipelines.runtime import environment
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     require_server(url)
     sweep(root)
+    names = [entry["name"] for entry in read_yaml(root / "prefect.yaml")["deployments"]]
+    end_unstarted(names, pool=args.pool, worker=os.uname().nodename)
     asyncio.run(work(root, args.pool))
     return 0
 
