@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.states import Crashed
 
 from flows.hooks import notify_end
@@ -38,7 +38,9 @@ def end_unstarted(names: Collection[str], *, pool: str | None = None, worker: st
         if ended and pool is not None and _others(client, pool, worker):
             return []
         for run in ended:
-            state = Crashed(message="Its process was killed before the flow began; the next run does its work.")
+            state: State[None] = Crashed(
+                message="Its process was killed before the flow began; the next run does its work."
+            )
             client.set_flow_run_state(run.id, state, force=True)
             print_line(f"flow run {run.name} was killed before it began, and is now marked Crashed")
             notify_end(client.read_flow(run.flow_id).name, run, state)
