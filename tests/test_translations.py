@@ -20,19 +20,6 @@ def test_commands_are_the_same(root: Path, english: str, chinese: str) -> None:
     assert BLOCK.findall(ours)
 
 
-def test_numbers_of_the_readme_are_the_same(root: Path) -> None:
-    speeds = []
-    for name in ("README.md", "README.zh-CN.md"):
-        rows = [
-            line.split("|")[2]
-            for line in (root / name).read_text(encoding="utf-8").splitlines()
-            if line.startswith("|")
-        ]
-        speeds.append([re.findall(r"[\d.]+", cell) for cell in rows if re.search(r"\d\.\d", cell)])
-    assert speeds[0] == speeds[1]
-    assert len(speeds[0]) == 7
-
-
 def test_the_readme_is_read_in_minutes(root: Path) -> None:
     assert len((root / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
