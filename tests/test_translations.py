@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PAGES = [("README.md", "README.zh-CN.md"), ("docs/tutorial.md", "docs/quickstart.zh-CN.md")]
+NUMBER = re.compile(r"\d+(?:[.,/]\d+)*")
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
 
@@ -18,6 +19,13 @@ def test_commands_are_the_same(root: Path, english: str, chinese: str) -> None:
     ours, theirs = ((root / name).read_text(encoding="utf-8") for name in (english, chinese))
     assert BLOCK.findall(theirs) == BLOCK.findall(ours)
     assert BLOCK.findall(ours)
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAGES)
+def test_the_translation_has_every_number_and_no_other(root: Path, english: str, chinese: str) -> None:
+    ours, theirs = (set(NUMBER.findall((root / name).read_text(encoding="utf-8"))) for name in (english, chinese))
+    assert theirs == ours
+    assert len(ours) > 5
 
 
 def test_the_readme_is_read_in_minutes(root: Path) -> None:
