@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.studies.results import Decided, Result
+from pipelines.studies.results import Decided, Entry, Result
 from pipelines.studies.study import Study
 from pipelines.studies.verdict import POWER
 
@@ -22,20 +22,24 @@ arms is more than a number. The rule:
 | undecided | contains it |
 
 Intervals are over seeds and prompts (`posttrain/evaluation/crossed.py`), or over seeds if the outcome is one number per run. Their level is
-95 %, divided by the number of claims of the study. A study is supported if all of its claims are, and contradicted if one is. All
-verdicts are about a tiny model on additions of two numbers: they show what this implementation does at this size.
-A study that was repeated on new seeds after an undecided result names the earlier one; levels are not corrected over such series.
+1 - 5 % / (looks x claims of the study), and looks is 1 unless the study says otherwise. A study is supported if all of its claims are, and
+contradicted if one is. All verdicts are about a tiny model on additions of two numbers: they show what this implementation does at this
+size.
+
+A study that is repeated on new seeds, or with another design, shows its earlier series. Its file and the number of new seeds are committed
+before the new runs, and only these decide. From `looks: 2` on, all series of the study share the 5 %. `dynamic_sampling` and `label_noise` were
+repeated before this rule existed, at the full level.
 """
 
 
-def page(studies: Sequence[tuple[str, Study, Result | None]]) -> str:
+def page(studies: Sequence[Entry]) -> str:
     """Return the page as Markdown."""
     lines = [HEAD, "| study | question | source | verdict |", "|---|---|---|---|"]
-    for name, study, result in studies:
+    for name, study, result, _ in studies:
         source = f"[{study.source}](https://arxiv.org/abs/{study.source})"
         lines.append(f"| [{name}](#{name}) | {study.question} | {source} | {short(study, result)} |")
-    for name, study, result in studies:
-        lines += ["", *section(name, study, result)]
+    for entry in studies:
+        lines += ["", *section(*entry)]
     return "\n".join(lines) + "\n"
 
 
@@ -46,13 +50,13 @@ def short(study: Study, result: Result | None) -> str:
     return result.verdict if result.digest == study.digest else f"{result.verdict} (the study has changed since)"
 
 
-def section(name: str, study: Study, result: Result | None) -> list[str]:
+def section(name: str, study: Study, result: Result | None, earlier: Sequence[Result] = ()) -> list[str]:
     """Return the lines of one study."""
     lines = [f"## {name}", "", f"{study.question} Factor: {study.factor}."]
     if study.remark:
         lines += ["", study.remark]
     if result is None:
-        return [*lines, "", f"Not run yet: `make study NAME={name}`."]
+        return [*lines, "", f"Not run yet: `make study NAME={name}`.", *series(earlier)]
     lines += [
         "",
         f"    make study NAME={name}    # {result.seeds} seeds, {result.prompts} prompts, {result.seconds:.0f} s of work",
@@ -68,7 +72,22 @@ def section(name: str, study: Study, result: Result | None) -> list[str]:
         for c in result.claims
         if c.takes
     ]
-    return [*lines, "", *arms(result)]
+    return [*lines, "", *arms(result), *series(earlier)]
+
+
+def series(earlier: Sequence[Result]) -> list[str]:
+    """Return the table of earlier series, whose runs do not count in the verdict."""
+    if not earlier:
+        return []
+    lines = ["", "Earlier series, on other seeds or with another design; they do not count in the verdict:", ""]
+    lines += ["| seeds | prompts | claim | estimate | interval | claimed | verdict |", "|---" * 7 + "|"]
+    for result in earlier:
+        lines += [
+            f"| {result.seeds} | {result.prompts} | {c.claim} | {number(c.value)} | {number(c.low)} to {number(c.high)} |"
+            f" > {number(c.at_least)} | {c.verdict} |"
+            for c in result.claims
+        ]
+    return lines
 
 
 def row(claim: Decided) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.report.measured import all_runs, newest
 from pipelines.studies.outcomes import Reader, same_prompts
@@ -17,6 +17,8 @@ from posttrain.errors import DataError
 from posttrain.files import write_atomic
 
 RESULTS = FOLDER / "results"
+EARLIER = RESULTS / "earlier"
+"""Results of series that a later one with other seeds or another design has replaced."""
 PAGE = Path("docs/claims.md")
 
 
@@ -50,6 +52,19 @@ class Result:
     claims: list[Decided]
     arms: dict[str, dict[str, float]]
     """Mean of each outcome over seeds, by arm."""
+    looks: int = 1
+    """Series of runs that share the level, this one included: `report.looks` of the study's parameters."""
+
+
+class Entry(NamedTuple):
+    """A study with its committed results."""
+
+    name: str
+    study: Study
+    result: Result | None
+    """None if it has not run."""
+    earlier: Sequence[Result] = ()
+    """Oldest first."""
 
 
 def judge(name: str, study: Study, spaces: Sequence[Workspace]) -> Result:
@@ -57,14 +72,14 @@ def judge(name: str, study: Study, spaces: Sequence[Workspace]) -> Result:
     params = spaces[0].params
     reader = Reader(study, spaces, params["evaluation"]["accuracy"])
     prompts = same_prompts(reader)
-    confidence = params["report"]["confidence"]
-    level = 1 - (1 - confidence) / len(study.claims)
+    confidence, looks = params["report"]["confidence"], params["report"]["looks"]
+    level = 1 - (1 - confidence) / looks / len(study.claims)
     claims = [_decide(claim, reader, level) for claim in study.claims]
     outcomes = sorted({claim.outcome for claim in study.claims} | {"answers/accuracy", *study.shown})
     arms = {arm: {o: _mean(reader, arm, o) for o in outcomes if _has(arm, o)} for arm in ("sft", *study.arms)}
     seconds = round(work_seconds(spaces), 1)
     decision = combined([decided.verdict for decided in claims])
-    return Result(name, study.digest, decision, len(study.seeds), prompts, confidence, seconds, claims, arms)
+    return Result(name, study.digest, decision, len(study.seeds), prompts, confidence, seconds, claims, arms, looks)
 
 
 def _decide(claim: Claim, reader: Reader, level: float) -> Decided:
@@ -97,8 +112,11 @@ def work_seconds(spaces: Sequence[Workspace]) -> float:
 
 
 def save(root: Path, result: Result) -> Path:
-    """Write the result next to the studies and return its path."""
+    """Write the result next to the studies and return its path. A result of another design or other seeds is kept in EARLIER."""
     path = root / RESULTS / f"{result.study}.json"
+    before = saved(root, result.study)
+    if before is not None and before.digest != result.digest:
+        write_atomic(root / EARLIER / f"{result.study}-{len(earlier(root, result.study)) + 1}.json", path.read_bytes())
     write_atomic(path, (json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n").encode())
     return path
 
@@ -106,8 +124,16 @@ def save(root: Path, result: Result) -> Path:
 def saved(root: Path, name: str) -> Result | None:
     """Return the committed result of a study, or None. Raises DataError if the file is not a result."""
     path = root / RESULTS / f"{name}.json"
-    if not path.is_file():
-        return None
+    return _read(path, name) if path.is_file() else None
+
+
+def earlier(root: Path, name: str) -> list[Result]:
+    """Return the results of a study's earlier series, oldest first. Raises DataError if a file is not a result."""
+    paths = (root / EARLIER).glob(f"{name}-[0-9]*.json")
+    return [_read(path, name) for path in sorted(paths, key=lambda path: int(path.stem.rpartition("-")[2]))]
+
+
+def _read(path: Path, name: str) -> Result:
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return Result(**tree | {"claims": [Decided(**claim) for claim in tree["claims"]]})
@@ -117,6 +143,6 @@ def saved(root: Path, name: str) -> Result | None:
         ) from None
 
 
-def all_saved(root: Path) -> list[tuple[str, Study, Result | None]]:
-    """Return every study with its committed result."""
-    return [(name, load_study(root, name), saved(root, name)) for name in names(root)]
+def all_saved(root: Path) -> list[Entry]:
+    """Return every study with its committed results."""
+    return [Entry(name, load_study(root, name), saved(root, name), earlier(root, name)) for name in names(root)]

@@ -16,7 +16,7 @@ from pipelines.config.params import load_params
 from pipelines.runtime.context import MEASUREMENTS
 from pipelines.studies.outcomes import Reader
 from pipelines.studies.page import page, short
-from pipelines.studies.results import all_saved, judge, save, saved, work_seconds
+from pipelines.studies.results import Entry, all_saved, earlier, judge, save, saved, work_seconds
 from pipelines.studies.study import FOLDER, Study, load_study, names
 from pipelines.studies.verdict import Estimate, combined, estimate, seeds_to_decide, verdict
 from pipelines.studies.workspace import Workspace, prepare, pretraining, workspaces
@@ -108,10 +108,35 @@ def test_a_study_is_decided_saved_and_shown(finished: Workspace, tmp_path: Path,
     assert result.arms["sft"].keys() == {"answers/accuracy"}
     save(tmp_path, result)
     assert saved(tmp_path, "which") == result
-    text = page([("which", study(claims=two), result), ("later", study(), None)])
+    text = page([Entry("which", study(claims=two), result), Entry("later", study(), None)])
     assert "make study NAME=which    # 3 seeds, 60 prompts, 0 s of work" in text
     assert "| [later](#later) | Which? | [2402.03300](https://arxiv.org/abs/2402.03300) | not run |" in text
     assert short(study(), result) == "contradicted (the study has changed since)"
+
+
+def test_looks_share_the_level(finished: Workspace) -> None:
+    params = dict(finished.params) | {"report": finished.params["report"] | {"looks": 4}}
+    result = judge("which", study(), [Workspace(finished.folder, finished.arms, params)])
+    reader = Reader(study(), [finished], "answer")
+    tables = [reader.values(arm, "answers/accuracy") for arm in ("grpo", "ppo")]
+    assert result.claims[0].low == pytest.approx(crossed_difference(*tables, 1 - 0.05 / 4, fixed_b=False).low, rel=1e-4)
+    assert result.looks == 4
+
+
+def test_a_series_on_new_seeds_keeps_the_earlier_one_on_the_page(finished: Workspace, tmp_path: Path) -> None:
+    first = judge("which", study(), [finished])
+    again = judge("which", study(seeds=[0, 1]), [finished])
+    save(tmp_path, first)
+    save(tmp_path, first)
+    assert earlier(tmp_path, "which") == []
+    save(tmp_path, again)
+    assert (saved(tmp_path, "which"), earlier(tmp_path, "which")) == (again, [first])
+    text = page([Entry("which", study(seeds=[0, 1]), again, earlier(tmp_path, "which"))])
+    claim = first.claims[0]
+    assert (
+        f"| 3 | 60 | grpo is better | {claim.value:.3f} | {claim.low:.3f} to {claim.high:.3f} | > 0.000 | supported |"
+        in text
+    )
 
 
 def test_a_study_that_has_not_run_says_how_to_run_it(tmp_path: Path, root: Path) -> None:
@@ -191,7 +216,7 @@ def test_a_pretraining_makes_the_base_model_of_all_arms(root: Path) -> None:
 
 
 def test_committed_verdicts_are_those_of_the_committed_studies(root: Path) -> None:
-    assert [short(own, result) for _, own, result in all_saved(root) if result and result.digest != own.digest] == []
+    assert [short(own, result) for _, own, result, _ in all_saved(root) if result and result.digest != own.digest] == []
 
 
 def test_the_time_of_a_study_is_the_work_of_its_runs(tmp_path: Path) -> None:
