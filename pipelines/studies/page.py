@@ -27,8 +27,8 @@ contradicted if one is. All verdicts are about a tiny model on additions of two 
 size.
 
 A study that is repeated on new seeds, or with another design, shows its earlier series. Its file and the number of new seeds are committed
-before the new runs, and only these decide. From `looks: 2` on, all series of the study share the 5 %. `dynamic_sampling` and `label_noise` were
-repeated before this rule existed, at the full level.
+before the new runs, and only these decide. From `looks: 2` on, all series of the study share the 5 %.
+`dynamic_sampling` and `label_noise` were repeated before this rule existed, at the full level.
 """
 
 

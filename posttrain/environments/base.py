@@ -48,6 +48,8 @@ class Environment:
 PACKAGE = "posttrain.environments"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """An import path package.module:attribute."""
+WRAPPED = ("reasoning_gym",)
+"""Packages of tasks that are wrapped by a module of this package with the same name."""
 _REGISTERED: dict[str, Environment] = {}
 
 
@@ -58,6 +60,12 @@ def built_in() -> tuple[str, ...]:
     return tuple(
         name for name in names if name != "base" and hasattr(import_module(f"{PACKAGE}.{name}"), "ENVIRONMENT")
     )
+
+
+def import_path(name: str) -> str:
+    """Return `reasoning_gym:NAME` as the import path of the environment that wraps the task; other names as they are."""
+    package, colon, attribute = name.partition(":")
+    return f"{PACKAGE}.{package}{colon}{attribute}" if package in WRAPPED and colon else name
 
 
 def is_environment(name: str) -> bool:
@@ -100,12 +108,15 @@ def environment(name: str) -> Environment:
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    module, _, attribute = f"{PACKAGE}.{name}:ENVIRONMENT".partition(":") if name in built_in() else name.partition(":")
+    path = f"{PACKAGE}.{name}:ENVIRONMENT" if name in built_in() else import_path(name)
+    module, _, attribute = path.partition(":")
     if not attribute:
         valid = [*built_in(), *_REGISTERED]
         raise ConfigError(f"no environment {name!r}{nearest(name, valid)}, or give package.module:attribute")
     try:
         found = getattr(import_module(module), attribute)
+    except ConfigError:  # it says what is wrong
+        raise
     except Exception as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the environment {name!r}: {error}") from error
     if not isinstance(found, Environment):

@@ -3,8 +3,12 @@
 A run diverges if the true reward falls clearly below a level that it had reached, while the reward model's score is above its score
 at that time. Every step t asks for every earlier step c: is the mean of the true reward from c to t below the highest mean of WINDOW
 steps before c? The difference is divided by its standard error (a scan for a change point, Page 1954), and the largest one is compared
-with a limit that grows with t, since more is asked. The noise of a step comes from differences of steps at most LAG apart (von Neumann
-1941), which a slow trend hardly changes. benchmarks/reward_hacking.md has the share of false alarms.
+with a limit that grows with t, since more is asked.
+
+The noise of a step is the larger of two estimates. The first comes from differences of all steps at most LAG apart (von Neumann 1941),
+which a slow trend hardly changes. The second sees that neighbouring steps are correlated: the variance of the differences of
+neighbouring blocks (batch means), about their mean, which is the trend. It uses only the steps before the fall, since the fall itself is
+such a difference. benchmarks/reward_hacking.md has the share of false alarms.
 
 Example:
     >>> truth = [0.55, 0.5, 0.45, 0.5] * 3 + [0.1, 0.15, 0.05] * 4
@@ -32,10 +36,12 @@ WINDOW = 5
 FEWEST = 2
 """Fewest steps of a fall."""
 LAG = 2
-"""Largest distance of the steps whose differences estimate the noise. Rewards of neighbouring steps are correlated; a larger lag sees
-that, and takes a sharp fall for noise."""
-ALPHA = 0.01
-"""One-sided level of a scan, divided by half the square of the number of steps so far."""
+"""Largest distance of the steps whose differences estimate the noise; a larger one takes a sharp fall for noise."""
+BLOCKS = (4, 8)
+"""Lengths of the blocks whose differences estimate the noise of correlated steps. A length needs three blocks before the fall."""
+ALPHA = 0.0015
+"""One-sided level of a scan, divided by half the square of the number of steps so far. Of curves whose steps have a correlation of .5, at
+most 5 % then raise an alarm in 100 steps; at .01, 10 % do."""
 FALL = 0.2
 """Smallest fall that counts, as a share of the level: a long run shows falls that are certain and do not matter."""
 
@@ -77,6 +83,7 @@ def divergence(truth: ArrayLike, score: ArrayLike, since: int = 0) -> Divergence
     means = (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
     # highest[i]: position of the highest mean among the first i + 1
     highest = np.maximum.accumulate(np.where(means >= np.maximum.accumulate(means), np.arange(len(means)), 0))
+    blocks = _block_variance(x, sums)
     first = max(WINDOW + FEWEST - 1, int(np.searchsorted(known, since)))
     for t in range(first, len(x)):
         began = np.arange(WINDOW, t - FEWEST + 2)
@@ -84,8 +91,8 @@ def divergence(truth: ArrayLike, score: ArrayLike, since: int = 0) -> Divergence
         peak = highest[began - WINDOW]
         level, fallen = means[peak], (sums[t + 1] - sums[began]) / steps
         gain = (scores[t + 1] - scores[began]) / steps - (scores[peak + WINDOW] - scores[peak]) / WINDOW
-        noise = _noise(x[: t + 1])
-        if noise == 0:
+        noise = np.sqrt(np.maximum(_step_variance(x[: t + 1]), blocks[began]))
+        if noise.min() == 0:
             continue
         z = (level - fallen) / (noise * np.sqrt(1 / WINDOW + 1 / steps))
         z[(gain <= 0) | (fallen > (1 - FALL) * level)] = -np.inf
@@ -100,6 +107,22 @@ def _sums(values: Floats) -> Floats:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _noise(x: Floats) -> float:
-    """Return the standard deviation of one step from the differences of steps 1 to LAG apart, the largest estimate."""
-    return float(np.sqrt(max(np.square(x[lag:] - x[:-lag]).mean() / 2 for lag in range(1, LAG + 1))))
+def _step_variance(x: Floats) -> float:
+    """Return the variance of one step from the differences of steps 1 to LAG apart, the largest estimate."""
+    return float(max(np.square(x[lag:] - x[:-lag]).mean() / 2 for lag in range(1, LAG + 1)))
+
+
+def _block_variance(x: Floats, sums: Floats) -> Floats:
+    """Return [steps + 1]: a step's variance from the blocks among the first 0, 1, 2, ... steps; 0 if they are too few.
+
+    The variance of a block's mean is that of a step divided by the length if steps are independent, and larger if they are correlated.
+    """
+    found = np.zeros(len(x) + 1)
+    for length in BLOCKS:
+        means = (sums[length:] - sums[:-length]) / length
+        steps = means[length:] - means[:-length]
+        counts = np.arange(1, len(steps) + 1)
+        # position i holds the differences among the first 2 * length + i steps
+        variances = np.cumsum(np.square(steps)) / counts - np.square(np.cumsum(steps) / counts)
+        found[3 * length :] = np.maximum(found[3 * length :], length * variances[length:] / 2)
+    return found

@@ -22,6 +22,11 @@ def require_available(function: str) -> None:
         raise ConfigError(
             "the reward function 'math' needs the package math-verify; install it with: pip install -c constraints.txt '.[math]'"
         )
+    if function.startswith("reasoning_gym:") and find_spec("reasoning_gym") is None:
+        raise ConfigError(
+            f"the reward function {function!r} needs the package reasoning-gym; install it with: pip install -c constraints.txt"
+            " '.[reasoning]'"
+        )
     package = function.partition(":")[0].partition(".")[0]
     if ":" in function and find_spec(package) is None:
         raise ConfigError(

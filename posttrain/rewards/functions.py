@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.environments.base import Environment
+from posttrain.environments.base import Environment, import_path
 from posttrain.environments.stories import mentions as word_is_mentioned
 from posttrain.errors import ConfigError
 from posttrain.rewards.calling import RewardFunction
@@ -90,13 +90,15 @@ def find_function(name: str) -> RewardFunction:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    module, _, attribute = name.partition(":")
+    module, _, attribute = import_path(name).partition(":")
     if not attribute:
         raise ConfigError(
             f"no reward function {name!r}{nearest(name, [*BUILT_IN, 'reward_model'])}, or give package.module:function"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
+    except ConfigError:  # it says what is wrong
+        raise
     except Exception as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
     function: RewardFunction = found.reward if isinstance(found, Environment) else found

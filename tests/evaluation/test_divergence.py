@@ -38,12 +38,36 @@ def test_a_clean_fall_is_computed_by_hand() -> None:
     assert divergence(truth[:13], range(13)) is None
 
 
+def correlated(seed: int, steps: int, innovations: float = 0.04) -> np.ndarray:
+    """Return noise whose drift has a correlation of .5 between neighbouring steps, on top of the independent noise."""
+    drawn = np.random.Generator(np.random.PCG64([seed, 1])).normal(0, innovations, steps)
+    drift = np.zeros(steps)
+    for step in range(1, steps):
+        drift[step] = 0.5 * drift[step - 1] + drawn[step]
+    return drift + noise(seed, steps)
+
+
+@pytest.mark.parametrize("steps", [20, 40, 100])
+def test_correlated_steps_raise_few_alarms(steps: int) -> None:
+    score = np.linspace(0.0, 2.0, steps)
+    alarms = [divergence(0.4 + correlated(seed, steps), score) is not None for seed in range(300)]
+    # with a variance from neighbouring steps only it was 4, 13 and 31 %
+    assert np.mean(alarms) <= 0.05
+
+
+def test_a_fall_of_correlated_steps_is_found_also_after_a_rise() -> None:
+    rise = np.concatenate([np.linspace(0.3, 0.6, 50), np.full(30, 0.3)])
+    found = [divergence(rise + correlated(seed, 80), np.arange(80)) for seed in range(60)]
+    seen = [one is not None and 50 <= one.noticed <= 60 for one in found]
+    assert np.mean(seen) >= 0.85
+
+
 @pytest.mark.parametrize("steps", [20, 40])
 def test_runs_that_do_not_diverge_raise_few_alarms(steps: int) -> None:
     score = np.linspace(0.0, 2.0, steps)
     flat = [divergence(0.5 + noise(seed, steps), score) is not None for seed in range(150)]
     rising = [divergence(np.linspace(0.3, 0.8, steps) + noise(seed, steps), score) is not None for seed in range(150)]
-    assert np.mean(flat) <= 0.06
+    assert np.mean(flat) <= 0.03
     assert np.mean(rising) <= 0.02
 
 
