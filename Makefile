@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
+.PHONY: help setup workspace demo retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ retrain: workspace  ## take in new files, run stale stages, run the gate, promot
 
 serve: workspace  ## retrain nightly and compare weekly on this machine only, with Prefect's UI (PREFECT_PORT=4200; Ctrl-C stops)
 	@$(QUIET) $(PYTHON_IN) -m flows.serve --port $(PREFECT_PORT)
+
+label: workspace  ## let people compare answers on a page; judgements go to inbox/preferences (ARGS="champion challenger")
+	@$(QUIET) $(PYTHON_IN) -m pipelines.commands label $(ARGS)
+
+serve-model: workspace  ## serve the champion over an OpenAI-compatible interface on this machine (ARGS="champion dpo-0 --port 8000")
+	@$(QUIET) $(PYTHON_IN) -m pipelines.commands serve $(ARGS)
 
 up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
 	@$(QUIET) $(PYTHON_IN) -m infra.servers up

@@ -11,17 +11,16 @@ template completes each line as it is.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.params import load_params
+from pipelines.data import handover
 from pipelines.data.inbox import location
 from pipelines.data.tables import read_rows
 from pipelines.promotion.named import find_model
@@ -29,7 +28,6 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
-from posttrain.files import write_atomic
 
 if TYPE_CHECKING:
     from posttrain.api import Model
@@ -51,13 +49,17 @@ class Sampling:
 
 @dataclass
 class Chat:
-    """A conversation with one or two models. `write` receives pieces of text to show; `ask` returns the user's next line."""
+    """A conversation with one or two models. `write` receives pieces of text to show; `ask` returns the user's next line.
+
+    `scores`: stored choices have scores, which a project whose preferences have them needs.
+    """
 
     models: Sequence[tuple[str, Model]]
     settings: Sampling
-    inbox: Path
+    inbox: str
     ask: Callable[[str], str]
     write: Callable[[str], None]
+    scores: bool = False
     history: list[Message] = field(default_factory=list)
     turns: int = 0
 
@@ -97,7 +99,7 @@ class Chat:
         chosen = CHOICES[said]
         if chosen is None or answers[0] == answers[1]:
             return 0
-        path = store(self.inbox, prompt, answers[chosen], answers[1 - chosen])
+        path = store(self.inbox, prompt, answers[chosen], answers[1 - chosen], scores=self.scores)
         self.write(f"kept in {path}\n")
         return chosen
 
@@ -153,18 +155,10 @@ def plain_text_hint(project: Path, model: Model) -> list[str]:
     return [f"the model continues plain text; begin as its training prompts do{printable(example)}"]
 
 
-def store(inbox: Path, prompt: Any, chosen: str, rejected: str) -> Path:
+def store(inbox: str, prompt: Any, chosen: str, rejected: str, *, scores: bool = False) -> str:
     """Write one preference as a new file of the inbox and return its path."""
-    folder = inbox / "preferences"
-    path = next(p for i in count(1) if not (p := folder / f"chat-{i:04d}.jsonl").exists())
-    row = {"prompt": prompt, "chosen": _reply(prompt, chosen), "rejected": _reply(prompt, rejected)}
-    write_atomic(path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
-    return path
-
-
-def _reply(prompt: Any, text: str) -> Any:
-    """Return an answer in the form of its prompt: text, or a list of messages."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    row = handover.preference(prompt, chosen, rejected)
+    return handover.put(inbox, handover.free_name(inbox, "chat"), [row], scores=scores)
 
 
 def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
@@ -212,16 +206,15 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(project)
     inbox = location(project)
     try:
-        if args.against and "://" in inbox:
-            raise DataError(
-                f"choices are written to a folder, and POSTTRAIN_INBOX is {inbox}; unset it for this command"
-            )
+        if args.against:
+            handover.free_name(inbox, "chat")  # refuses a store before any model is loaded
         models = open_models(project, [args.model, *([args.against] if args.against else [])])
         if args.system and not has_template(models[0][1]):
             raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")
         print_text("\n".join([HELP, *plain_text_hint(project, models[0][1])]))
         sampling = Sampling(args.temperature, args.max_new_tokens, args.seed, args.system)
-        Chat(models, sampling, Path(inbox), input, lambda text: print(text, end="", flush=True)).run()
+        scores = bool(args.against) and handover.needs_scores(project)
+        Chat(models, sampling, inbox, input, lambda text: print(text, end="", flush=True), scores).run()
     except (EOFError, KeyboardInterrupt):
         print()
     return 0

@@ -31,6 +31,8 @@ COMMANDS = (
     "models",
     "lineage",
     "chat",
+    "label",
+    "serve",
     "sync",
     "intake",
 )

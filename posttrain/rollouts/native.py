@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,6 +39,7 @@ from posttrain.rollouts.engine import (
 from posttrain.rollouts.generate import GenerateEngine, confirm_generate
 from posttrain.settings import context_limit
 
+OnToken = Callable[[int, int], None]
 COMPACT_BELOW = 0.75
 """Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
 
@@ -66,8 +67,14 @@ class NativeEngine:
         self.decoder: Decoder | str | None = None
         self.confirmed = False
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+    def sample(
+        self, requests: Sequence[Request], settings: SamplingSettings, on_token: OnToken | None = None
+    ) -> list[list[Completion]]:
         """Return the completions of each request, in order, one per seed.
+
+        Args:
+            on_token: called as `on_token(answer, id)` for every token when it is drawn; `answer` counts over all requests. It is not
+                called for models that are sampled by transformers' generate.
 
         Raises:
             RolloutError: the model's cache does not agree with its own forward pass, or prompt and answer exceed the model's context.
@@ -95,7 +102,7 @@ class NativeEngine:
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
         with decoder.decoding():
-            return _Sampling(decoder, self.ends, settings, self.max_rows, self.max_tokens).run(requests)
+            return _Sampling(decoder, self.ends, settings, self.max_rows, self.max_tokens, on_token).run(requests)
 
 
 @cache
@@ -146,10 +153,16 @@ class _Sampling:
     """One call of `sample`: prompts enter up to the limits, every answer gets a token per step, finished answers leave."""
 
     def __init__(
-        self, decoder: Decoder, ends: tuple[int, ...], settings: SamplingSettings, max_rows: int, max_tokens: int
+        self,
+        decoder: Decoder,
+        ends: tuple[int, ...],
+        settings: SamplingSettings,
+        max_rows: int,
+        max_tokens: int,
+        on_token: OnToken | None = None,
     ) -> None:
         self.decoder, self.ends, self.settings = decoder, ends, settings
-        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.max_rows, self.max_tokens, self.on_token = max_rows, max_tokens, on_token
         self.device = decoder.lm.device
         self.end_row = torch.tensor([ends], device=self.device)
         self.slots = decoder.slots(settings.max_new_tokens)
@@ -213,6 +226,7 @@ class _Sampling:
     def _draw(self) -> None:
         """Draw the next token of every answer, also of finished ones that still have a slot: their tokens are never read."""
         answers, temperature, column = self.answers, self.settings.temperature, self.slots.row_ages[:, None]
+        unfinished: list[bool] = answers.running.tolist() if self.on_token is not None else []
         at_once = max(1, DRAWN_ELEMENTS // self.decoder.head.weight.shape[0])
         for start in range(0, len(column), at_once):
             part = slice(start, start + at_once)
@@ -222,6 +236,11 @@ class _Sampling:
             answers.logprobs[part].scatter_(1, column[part], logprobs)
             answers.running[part] &= (tokens != self.end_row).all(-1)
         answers.running &= self.slots.row_ages + 1 < self.settings.max_new_tokens
+        if self.on_token is not None:
+            newest: list[int] = answers.tokens.gather(1, column)[:, 0].tolist()
+            for number, token, open_before in zip(answers.number, newest, unfinished, strict=True):
+                if open_before:
+                    self.on_token(number, token)
 
     def _leave(self) -> None:
         """Store finished answers and release their slots if they are many, or if one has reached the length limit."""

@@ -14,6 +14,7 @@ import pytest
 import posttrain as pt
 from pipelines.commands.chat import Chat, Sampling, main, open_models, plain_text_hint, store
 from pipelines.data.files import read_file
+from pipelines.data.handover import needs_scores
 from pipelines.data.tables import write_rows
 from posttrain.errors import DataError
 
@@ -47,7 +48,7 @@ def talk(models: list[tuple[str, pt.Model]], inbox: Path, *lines: str, **given: 
     """Return the chat after these lines, and all that it wrote."""
     shown: list[str] = []
     waiting: Iterator[str] = iter([*lines, "/quit"])
-    chat = Chat(models, settings(**given), inbox, lambda _: next(waiting), shown.append)
+    chat = Chat(models, settings(**given), str(inbox), lambda _: next(waiting), shown.append)
     chat.run()
     return chat, "".join(shown)
 
@@ -100,9 +101,17 @@ def test_a_tie_keeps_nothing_and_a_slip_is_asked_again(templated: list[tuple[str
 
 
 def test_choices_are_numbered_files_and_plain_text_stays_plain(tmp_path: Path) -> None:
-    assert [store(tmp_path, "1+1=", "2", "3").name for _ in range(2)] == ["chat-0001.jsonl", "chat-0002.jsonl"]
-    text = (tmp_path / "preferences" / "chat-0002.jsonl").read_text(encoding="utf-8")
-    assert json.loads(text) == {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    paths = [Path(store(str(tmp_path), "1+1=", "2", "3", scores=scores)) for scores in (True, False)]
+    assert [path.name for path in paths] == ["chat-0001.jsonl", "chat-0002.jsonl"]
+    first, second = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    assert second == {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    assert first == second | {"chosen_score": 1.0, "rejected_score": 0.0}
+
+
+def test_a_choice_has_the_form_of_the_projects_preferences(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without scores, a file for a table that has them would be refused."""
+    monkeypatch.chdir(root)
+    assert needs_scores(root)
 
 
 def test_a_conversation_beyond_the_context_says_what_to_type(

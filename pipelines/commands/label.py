@@ -1,0 +1,214 @@
+"""Let people compare answers of models on a page, and put their judgements into the inbox.
+
+    posttrain label                            # two answers of the champion to each of 50 training prompts
+    posttrain label champion challenger        # one answer of each; no annotator sees which is which
+    posttrain label champion --ask scores --answers 4
+    posttrain label --summary NAME             # agreement and biases of a session
+
+Prints the page's address, which holds a secret. Everyone who judges opens it and gives a name. The page is reachable only from this
+machine; from a different one, use `ssh -L 5050:127.0.0.1:5050 HOST`. Each judgement is on disk before the next item appears. When an
+annotator has finished, or the server stops, judgements go to inbox/preferences, where `make retrain` takes them in. The same command
+continues the same session; other models, prompts or options begin a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.commands.chat import open_models
+from pipelines.commands.ui import free_port
+from pipelines.config.params import Params, load_params
+from pipelines.data.files import read_file
+from pipelines.data.handover import needs_scores
+from pipelines.data.inbox import location
+from pipelines.data.tables import read_rows
+from pipelines.labelling.judgements import Desk
+from pipelines.labelling.preferences import hand_over, write_results
+from pipelines.labelling.sampling import CANDIDATES, Sampling, Score, closest, sample_items
+from pipelines.labelling.session import ASKS, FOLDER, Session, open_session
+from pipelines.labelling.summary import describe, summarise
+from pipelines.promotion.named import find_model
+from pipelines.runtime import credentials, environment, web
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.identity import file_digest
+from pipelines.runtime.redaction import printable
+from posttrain import network
+from posttrain.errors import DataError
+
+PROMPTS = Path("data/valid/preferences.parquet")
+"""Training pairs. Their prompts are not held out, and a new pair of such a prompt stays on its side of the split."""
+REWARD = Path("models/reward")
+
+
+def prompts(path: Path) -> list[Any]:
+    """Return the different prompts of a table or file, in their order. Raises DataError if there are none."""
+    if path == PROMPTS and not path.is_file():
+        raise DataError(f"{path} does not exist yet: type `make demo`, or give --prompts FILE with a column `prompt`")
+    rows = read_rows(path) if path == PROMPTS else read_file(path)
+    if any("prompt" not in row for row in rows):
+        raise DataError(f"{path}: a record has no `prompt`; give a file whose records all have one")
+    return list({json.dumps(row["prompt"], sort_keys=True): row["prompt"] for row in rows}.values())
+
+
+def reward_scores(folder: Path) -> Score:
+    """Return the function that scores answers with a reward model. Raises DataError if there is none."""
+    from posttrain.models.folders import load_encoder
+    from posttrain.models.inference import scores
+    from posttrain.models.policy import Scorer
+    from posttrain.models.scorers import load_scorer
+
+    if not folder.is_dir():
+        raise DataError(f"--by unsure needs the reward model {folder}, which does not exist; type `dvc repro reward`")
+    scorer, encoder = Scorer(load_scorer(folder)), load_encoder(folder)
+
+    def score(answers: Sequence[tuple[Any, str]]) -> list[float]:
+        texts = [(p, a if isinstance(p, str) else [{"role": "assistant", "content": a}]) for p, a in answers]
+        return scores(scorer, [encoder.pair(prompt, answer) for prompt, answer in texts], 8192)
+
+    return score
+
+
+def identity(args: argparse.Namespace, weights: Sequence[str], table: Path) -> str:
+    """Return the name of a session: equal weights, prompts and options have equal ones."""
+    names = ("ask", "answers", "count", "by", "repeat", "seed", "temperature", "max_new_tokens")
+    options = {name: getattr(args, name) for name in names}
+    text = json.dumps([options, list(weights), file_digest(table)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
+    """Open the session of these options, or sample a new one."""
+    if args.name and (FOLDER / args.name / "items.jsonl").is_file():
+        return open_session(FOLDER / args.name)
+    names = args.models or ["champion"]
+    args.answers = args.answers or (2 if len(names) == 1 else 1)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = params.evaluation.max_new_tokens
+    if args.temperature is None:
+        args.temperature = params.evaluation.temperature
+    table = args.prompts or PROMPTS
+    found = prompts(table)
+    weights = [_weights(project, name, params.project.experiment) for name in names]
+    folder = FOLDER / (args.name or identity(args, weights, table))
+    if (folder / "items.jsonl").is_file():
+        return open_session(folder)
+    models = [(n, w, m) for w, (n, m) in zip(weights, open_models(project, names), strict=True)]
+    sampling = Sampling(args.answers, args.max_new_tokens, args.temperature, args.seed)
+    wanted = args.count * (CANDIDATES if args.by == "unsure" else 1)
+    items = sample_items(models, found, wanted, args.ask, sampling)
+    if args.by == "unsure":
+        items = closest(items, reward_scores(REWARD), args.count)
+    session = Session(folder, args.ask, args.seed, args.repeat, tuple(items))
+    session.save()
+    return session
+
+
+def _weights(project: Path, name: str, experiment: str) -> str:
+    """Return the hash of a model's weights; of a folder outside the project, the hash of its files."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:32]
+    return find_model(project, name, experiment).md5
+
+
+def serve(session: Session, project: Path, port: int) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; then hand judgements over and print the summary."""
+    from pipelines.labelling.server import application
+
+    inbox, scores = location(project), needs_scores(project)
+    desk, token = Desk(session), credentials.secret(project, "label")
+    address = f"http://{network.HOST}:{port}/#token={token}"
+
+    def ready() -> None:
+        print(
+            f"{len(session.items)} items of {session.folder}\njudge them at {address}\nCtrl-C hands judgements over and stops",
+            flush=True,
+        )
+
+    try:
+        web.run(application(desk, lambda: hand_over(desk, inbox, scores=scores), port, token), port, ready)
+        write_results(desk)
+        print_text("\n".join(map(printable, describe(summarise(session, desk.judgements())).split("\n"))))
+    finally:
+        desk.close()
+
+
+def print_summary(name: str) -> None:
+    """Print agreement and biases of one session. Raises DataError if it does not exist, or is being served."""
+    session = open_session(FOLDER / name)
+    desk = Desk(session)
+    try:
+        print_text("\n".join(map(printable, describe(summarise(session, desk.judgements())).split("\n"))))
+    finally:
+        desk.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = command_parser("posttrain label", __doc__)
+    made.add_argument(
+        "models", nargs="*", metavar="MODEL", help="alias, version number, model, or folder (default: champion)"
+    )
+    made.add_argument("--ask", choices=ASKS, default="pairs", help="which of two is better, scores 1-10, or a ranking")
+    made.add_argument("--count", type=int, default=50, help="items to judge (default: 50)")
+    made.add_argument(
+        "--answers", type=int, help="answers per model and prompt (default: 2 of one model, 1 of several)"
+    )
+    made.add_argument(
+        "--by",
+        choices=("random", "unsure"),
+        default="random",
+        help="unsure: answers whose reward-model scores are closest",
+    )
+    made.add_argument(
+        "--repeat", type=int, default=0, help="items shown a second time, to measure consistency (default: 0)"
+    )
+    made.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="records with a `prompt` (default: prompts of the training pairs)"
+    )
+    made.add_argument("--name", help="name of the session in labels/ (default: from models, prompts and options)")
+    made.add_argument("--temperature", type=float, help="default: evaluation.temperature")
+    made.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--port", type=int, default=5050, help="port on 127.0.0.1; 0 takes a free one (default: 5050)")
+    made.add_argument("--summary", metavar="NAME", help="print agreement and biases of a session")
+    return made  # fmt: skip
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    command = parser()
+    args = command.parse_args(argv)
+    if args.count < 1 or (args.answers is not None and not 1 <= args.answers <= 10) or args.repeat < 0:
+        command.error("--count must be 1 or more, --answers 1 to 10, --repeat 0 or more")
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        command.error(f"--name {args.name!r} must be the name of one folder")
+    environment.quiet()
+    project = environment.root()
+    args.prompts = args.prompts and args.prompts.absolute()
+    args.models = [str(Path(m).absolute()) if (Path(m) / "config.json").is_file() else m for m in args.models]
+    os.chdir(project)
+    try:
+        if args.summary:
+            print_summary(args.summary)
+            return 0
+        environment.require_writable(project)
+        port = free_port(args.port)
+        session = prepare(project, args, load_params(project / "params.yaml"))
+        serve(session, project, port)
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

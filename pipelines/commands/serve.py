@@ -1,0 +1,131 @@
+"""Serve models over an OpenAI-compatible interface on this machine; the champion is replaced when a promotion changes it.
+
+    posttrain serve                            # the champion
+    posttrain serve champion challenger dpo-0  # a request's `model` chooses
+    export OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=$(cat .posttrain/secrets/model)
+
+Answers at /v1/models, /v1/completions, /v1/chat/completions (for models with a chat template) and /health. Each answer names the version
+of its weights in `system_fingerprint` and in the header X-Model-Version. The new champion answers as soon as models/champion holds it;
+requests in progress are finished by the one before. Options that are not implemented are refused. The same seed gives the same answer,
+whatever else is asked at the time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.commands.ui import free_port
+from pipelines.config.params import load_params
+from pipelines.promotion.named import find_model
+from pipelines.promotion.registry import CHAMPION, Registry
+from pipelines.runtime import credentials, environment, web
+from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.redaction import printable
+from posttrain import network
+from posttrain.errors import DataError, TrackingError
+
+if TYPE_CHECKING:
+    from pipelines.serving.models import Served
+
+SECRET = "model"
+
+
+def registered(project: Path, experiment: str) -> Callable[[str], str]:
+    """Return the function that finds the number of a registered version by the hash of its weights."""
+
+    def version(md5: str) -> str:
+        try:
+            versions = Registry(project, experiment).versions()
+        except TrackingError as error:
+            print(f"serve: answers name only the hash of the weights: {printable(str(error))}", file=sys.stderr)
+            return ""
+        return next((str(each.number) for each in versions if each.md5 == md5), "")
+
+    return version
+
+
+def open_served(project: Path, name: str, experiment: str) -> Served:
+    """Load one model by alias, version number, name or folder. Raises DataError if there is no such model."""
+    from pipelines.serving.models import folder_md5, load_champion, serve_folder
+
+    version = registered(project, experiment)
+    if name == CHAMPION:
+        served = load_champion(project, version)
+        if served is None:
+            raise DataError(
+                "models/champion does not hold the weights that champion.dvc names: `dvc checkout champion.dvc`, or wait until the"
+                " promotion has ended"
+            )
+        return served
+    if (Path(name) / "config.json").is_file():
+        return serve_folder(name, Path(name), folder_md5(Path(name)))
+    found = find_model(project, name, experiment)
+    return serve_folder(name, found.folder(project), found.md5, version(found.md5))
+
+
+def serve(project: Path, names: list[str], port: int, max_tokens: int) -> None:
+    """Load the models and serve them until Ctrl-C or SIGTERM."""
+    from transformers.utils import logging
+
+    from pipelines.serving.models import Models, Watch
+    from pipelines.serving.server import application
+
+    logging.disable_progress_bar()
+    experiment = load_params(project / "params.yaml").project.experiment
+    models = Models({name: open_served(project, name, experiment) for name in names})
+    watch = Watch(project, models, registered(project, experiment))
+    token = credentials.secret(project, SECRET)
+
+    def ready() -> None:
+        lines = [f"{served.name}: {served.fingerprint}" for served in models.all()]
+        lines += [
+            f"answers at http://{network.HOST}:{port}/v1 with the key in {credentials.FOLDER / SECRET}",
+            "Ctrl-C stops",
+        ]
+        print("\n".join(map(printable, lines)), flush=True)
+
+    if CHAMPION in names:
+        watch.start()
+    try:
+        web.run(application(models, port, token, max_tokens), port, ready)
+    finally:
+        if CHAMPION in names:
+            watch.stop()
+        models.close()
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = command_parser("posttrain serve", __doc__)
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="alias, version number, model, or folder (default: champion)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="longest answer to a request that names no limit (default: 256)"
+    )
+    args = parser.parse_args(argv)
+    if args.max_tokens < 1:
+        parser.error("--max-tokens must be 1 or more")
+    environment.quiet()
+    project = environment.root()
+    names = [str(Path(m).absolute()) if (Path(m) / "config.json").is_file() else m for m in args.models]
+    os.chdir(project)
+    try:
+        environment.require_writable(project)
+        serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens)
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

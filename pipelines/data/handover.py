@@ -1,0 +1,76 @@
+"""Put preferences that people chose into the inbox, in the form of the project's own table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipelines.config.params import load_params
+from pipelines.data.sources import table_rows
+from pipelines.data.tables import SCORES
+from posttrain.errors import DataError
+from posttrain.files import write_atomic
+
+Row = dict[str, Any]
+FOLDER = "preferences"
+
+
+def preference(prompt: Any, chosen: str, rejected: str, high: float = 1.0, low: float = 0.0) -> Row:
+    """Return a pair with its scores from 0 to 1; answers to chat messages are messages."""
+    answers = {"chosen": chosen, "rejected": rejected}
+    if not isinstance(prompt, str):
+        return {"prompt": prompt, **{name: [_message(text)] for name, text in answers.items()}, **_scores(high, low)}
+    return {"prompt": prompt, **answers, **_scores(high, low)}
+
+
+def needs_scores(project: Path) -> bool:
+    """Return True if the project's preferences have scores, so that a file without them would be refused."""
+    rows = table_rows("preferences", load_params(project / "params.yaml").data)
+    return bool(rows) and SCORES[0] in rows[0]
+
+
+def put(inbox: str, name: str, rows: Iterable[Row], *, scores: bool) -> str:
+    """Write one file of preferences into the inbox, replacing one of this name, and return its place.
+
+    Args:
+        scores: keep the pairs' scores; without, they are left out.
+    """
+    kept = [row if scores else {key: value for key, value in row.items() if key not in SCORES} for row in rows]
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode("utf-8")
+    if _is_store(inbox):
+        return _upload(inbox, name, data)
+    path = Path(inbox.removeprefix("file://")).expanduser() / FOLDER / name
+    write_atomic(path, data)
+    return str(path)
+
+
+def free_name(inbox: str, stem: str) -> str:
+    """Return the first of `stem-0001.jsonl`, `stem-0002.jsonl`, … that a folder does not have. Raises DataError for a store."""
+    if _is_store(inbox):
+        raise DataError(f"choices are written to a folder, and POSTTRAIN_INBOX is {inbox}; unset it for this command")
+    folder = Path(inbox.removeprefix("file://")).expanduser() / FOLDER
+    return next(name for i in count(1) if not (folder / (name := f"{stem}-{i:04d}.jsonl")).exists())
+
+
+def _is_store(inbox: str) -> bool:
+    return "://" in inbox and not inbox.startswith("file://")
+
+
+def _upload(inbox: str, name: str, data: bytes) -> str:
+    import fsspec
+
+    place = str(PurePosixPath(FOLDER) / name)
+    files, base = fsspec.core.url_to_fs(inbox)
+    files.pipe_file(f"{base}/{place}", data)
+    return f"{inbox.rstrip('/')}/{place}"
+
+
+def _scores(high: float, low: float) -> dict[str, float]:
+    return dict(zip(SCORES, (high, low), strict=True))
+
+
+def _message(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

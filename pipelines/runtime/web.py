@@ -1,0 +1,77 @@
+"""Protect this project's own web servers: loopback only, a secret for every request, no other host name and no other origin."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from posttrain.network import HOST
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+class Guard:
+    """ASGI middleware. Refuses a wrong Host (DNS rebinding) or Origin with 403, and a wrong token with 401.
+
+    The token is sent as `Authorization: Bearer TOKEN`, which no page of a different origin can add. Paths in `public` need none.
+    """
+
+    def __init__(self, app: ASGIApp, port: int, token: str, public: Sequence[str] = ()) -> None:
+        self.app, self.token, self.public = app, token, frozenset(public)
+        self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = self._refusal(scope["path"], {k.decode().lower(): v.decode("latin-1") for k, v in scope["headers"]})
+        extra = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        if status is None:
+            await self.app(scope, receive, with_headers)
+            return
+        body = b'{"error": "refused: open the address that the command printed"}'
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await with_headers({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> int | None:
+        """Return the status of a request that is refused, or None."""
+        if headers.get("host") not in self.hosts:
+            return 403
+        origin = headers.get("origin")
+        if origin is not None and origin.removeprefix("http://") not in self.hosts:
+            return 403
+        if path in self.public:
+            return None
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        return None if hmac.compare_digest(given.encode(), self.token.encode()) else 401
+
+
+def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
+    """Serve an application on loopback until Ctrl-C or SIGTERM; requests in progress are finished first."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+    Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning", access_log=False)).run()

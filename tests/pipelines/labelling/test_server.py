@@ -1,0 +1,78 @@
+"""The labelling server: judgements by request, refused strangers, and a hand-over when an annotator has finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pipelines.labelling.judgements import Desk
+from pipelines.labelling.server import FILES, application
+from tests.pipelines.labelling.sessions import session
+
+PORT, TOKEN = 5050, "secret"
+GOOD = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(session(tmp_path / "s", count=2))
+    yield made
+    made.close()
+
+
+Sent = tuple[str, str, dict[str, Any], dict[str, str]]
+
+
+def send(desk: Desk, *requests: Sent, handed: list[int] | None = None) -> list[httpx.Response]:
+    """Send (method, path, body, headers) one after the other."""
+    batches = [] if handed is None else handed
+    hand_over = lambda: batches.append(1) or len(batches)  # noqa: E731
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(application(desk, hand_over, PORT, TOKEN))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{PORT}") as client:
+            return [await client.request(m, path, json=body or None, headers=h) for m, path, body, h in requests]
+
+    return asyncio.run(run())
+
+
+def test_strangers_are_refused_and_texts_have_no_other_reader(desk: Desk) -> None:
+    ann = {"annotator": "ann"}
+    tried = [{}, {"Authorization": "Bearer x"}, GOOD | {"Origin": "http://evil.example"}, GOOD | {"Host": "evil.example"}]  # fmt: skip
+    for path in ("/state", "/judge", "/undo", "/finish"):
+        answers = send(desk, *(("POST", path, ann, headers) for headers in tried))
+        assert [answer.status_code for answer in answers] == [401, 401, 403, 403], path
+    good, rebound = send(desk, ("POST", "/state", ann, GOOD), ("GET", "/", {}, {"Host": "evil.example"}))
+    assert (good.status_code, rebound.status_code) == (200, 403)
+    assert good.headers["cache-control"] == "no-store"
+    assert desk.judgements() == []
+
+
+def test_the_page_needs_only_its_own_files(desk: Desk) -> None:
+    answers = send(desk, *(("GET", path, {}, {}) for path in FILES))
+    assert [answer.status_code for answer in answers] == [200] * len(FILES)
+    for answer in answers:
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "access-control-allow-origin" not in answer.headers
+    page = answers[0].text
+    assert '<script src="/label.js" defer></script>' in page
+    assert page.count("<script") == 1
+    assert "innerHTML" not in answers[1].text
+
+
+def test_the_last_judgement_hands_over(desk: Desk) -> None:
+    handed: list[int] = []
+    for i, task in enumerate(desk.session.tasks("ann")):
+        body = {"annotator": "ann", "task": task, "key": f"k{i}", "value": "tie"}
+        (answer,) = send(desk, ("POST", "/judge", body, GOOD), handed=handed)
+        assert answer.json()["done"] == i + 1
+        assert len(handed) == i
+    bad = {"annotator": "bob", "task": "0", "key": "k9", "value": "best"}
+    (refused,) = send(desk, ("POST", "/judge", bad, GOOD))
+    assert refused.status_code == 422
+    assert "no judgement here; valid: first, second, tie, bad, or skip" in refused.json()["error"]
