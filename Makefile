@@ -19,8 +19,8 @@ workspace: setup
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 
-demo: workspace  ## train, align and compare on built-in data, then print the report's path
-	@$(QUIET) $(PYTHON_IN) -m flows.compare
+demo: workspace  ## train, align and compare on built-in data, then print the report's path (SEEDS=5 adds seeds up to five)
+	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS))
 
 retrain: workspace  ## take in new files, run stale stages, run the gate, promote; ends in seconds if nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain

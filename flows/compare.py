@@ -1,6 +1,8 @@
 """Compare algorithms: the base model, every algorithm and seed of params.yaml, their evaluation and the report.
 
 Brings every stage of dvc.yaml up to date; stages that are up to date do not run again.
+
+    python -m flows.compare --seeds 5    # five seeds of each algorithm; those that have run stay
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from flows.hooks import HOOKS
 from flows.names import dated
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
+from pipelines.commands.seeds import raise_seeds
 from tasks.challenger import register_best
+from tasks.console import print_line
 
 
 @flow(
@@ -38,9 +42,19 @@ def compare(targets: list[str] | None = None, tracking: bool = True) -> State[No
         return stopped
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_stages(parser)
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="first add seeds to params.yaml until there are N; finished runs stay"
+    )
+
+
 def _call(options: argparse.Namespace) -> Any:
+    if options.seeds is not None:
+        for line in raise_seeds(Path.cwd(), options.seeds):
+            print_line(line)
     return compare(options.targets, not options.no_tracking, return_state=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main("compare", __doc__, _call, add_stages))
+    sys.exit(main("compare", __doc__, _call, _add_arguments))

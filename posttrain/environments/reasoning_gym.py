@@ -31,7 +31,7 @@ from posttrain.text import nearest
 
 PACKAGE = "reasoning_gym"
 ENTRY = "entry"
-"""Column with the task's own record of a problem as JSON, which its judge needs."""
+"""Column with what the task's judge needs, as JSON: its own record of the problem, and the options that made it."""
 _DRAWS = 40
 """Draws for each wanted row: a table owns at least 15 % of the prompts, and small tasks repeat themselves."""
 
@@ -74,13 +74,14 @@ def score(name: str, completion: str, entry: str) -> float:
     """Return the task's score of a completion: of the text between `<answer>` and `</answer>`, or of the whole text."""
     found = import_module(f"{PACKAGE}.utils").extract_answer(completion)
     said = completion.strip() if found is None else found
-    return float(_judge(name).score_answer(said, entry=json.loads(entry)))
+    known = json.loads(entry)
+    return float(_judge(name, json.dumps(known["options"])).score_answer(said, entry=known["record"]))
 
 
 @cache
-def _judge(name: str) -> Any:
-    """Return a data set whose judge is used; its own rows are not."""
-    return import_module(PACKAGE).create_dataset(name, size=1, seed=0)
+def _judge(name: str, options: str) -> Any:
+    """Return a data set whose judge is used; its own rows are not. Some judges read the options."""
+    return import_module(PACKAGE).create_dataset(name, size=1, seed=0, **json.loads(options))
 
 
 def _exact(completion: str, answer: str) -> float:
@@ -107,14 +108,14 @@ def _rows(name: str, kind: Kind, count: int, seed: int, *, careless: float = 0.0
             yield entry["question"]
 
     entries = [found[question] for question in distinct(kind, count, questions(), str, hint)]
-    _check_reference(name, entries[0])
+    _check_reference(name, entries[0], options)
     rng = random.Random(f"{PACKAGE}/{name}/{kind}/{seed}")
-    return [_row(name, kind, entry, entries, rng, careless) for entry in entries]
+    return [_row(name, kind, entry, entries, options, rng, careless) for entry in entries]
 
 
-def _check_reference(name: str, entry: dict[str, Any]) -> None:
+def _check_reference(name: str, entry: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ConfigError if the judge does not accept the reference answer, as of tasks that have none or need more than text."""
-    found = score(name, str(entry["answer"]), _record(entry))
+    found = score(name, str(entry["answer"]), _record(entry, options))
     if found < 1:
         raise ConfigError(
             f"{PACKAGE}:{name}: its judge does not accept the task's own reference answer (score {found:g}), so no answer could be"
@@ -122,8 +123,8 @@ def _check_reference(name: str, entry: dict[str, Any]) -> None:
         )
 
 
-def _record(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, sort_keys=True, default=str)
+def _record(entry: dict[str, Any], options: dict[str, Any]) -> str:
+    return json.dumps({"options": options, "record": entry}, sort_keys=True, default=str)
 
 
 def _entries(name: str, stream: str, count: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -141,15 +142,21 @@ def _entries(name: str, stream: str, count: int, options: dict[str, Any]) -> Ite
 
 
 def _row(
-    name: str, kind: Kind, entry: dict[str, Any], entries: Sequence[dict[str, Any]], rng: random.Random, careless: float
+    name: str,
+    kind: Kind,
+    entry: dict[str, Any],
+    entries: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    rng: random.Random,
+    careless: float,
 ) -> Row:
     prompt, answer = entry["question"].strip() + "\n", str(entry["answer"])
     if kind in ("problems", "evaluation"):
-        return {"prompt": prompt, "answer": answer, ENTRY: _record(entry)}
+        return {"prompt": prompt, "answer": answer, ENTRY: _record(entry, options)}
     other = _wrong(name, entry, entries, rng)
     if kind == "sft":
         return {"prompt": prompt, "completion": other if rng.random() < careless else answer}
-    record = _record(entry)
+    record = _record(entry, options)
     scores = {"chosen_score": score(name, answer, record), "rejected_score": score(name, other, record)}
     return {"prompt": prompt, "chosen": answer, "rejected": other, **scores}
 

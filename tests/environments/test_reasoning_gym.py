@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,15 @@ def test_wrong_names_options_and_small_tasks_are_refused_in_words(root: Path) ->
         table_rows("evaluation", data_of(root, max_value=3))
     with pytest.raises(ConfigError, match="does not accept the task's own reference answer"):
         table_rows("problems", data_of(root, "reasoning_gym:rush_hour"))
+
+
+@installed
+def test_the_judge_has_the_options_of_its_rows(root: Path) -> None:
+    (row, *_) = table_rows("problems", data_of(root, "reasoning_gym:puzzle24", max_value=8))
+    known = json.loads(row["entry"])
+    assert known["options"] == {"max_value": 8}
+    # a judge that allows only 1 refuses the same answer
+    narrow = json.dumps(known | {"options": {"min_value": 1, "max_value": 1}})
+    asked = environment("reasoning_gym:puzzle24")
+    scores = asked.reward([""] * 2, [row["answer"]] * 2, answer=[row["answer"]] * 2, entry=[row["entry"], narrow])
+    assert scores == [1.0, 0.01]
