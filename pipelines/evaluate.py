@@ -89,7 +89,10 @@ def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardFunctionP
 
 
 def _shown(answer: EvaluatedAnswer) -> dict[str, Any]:
-    return {"prompt": plain(answer.problem.prompt), "completion": answer.text, **answer.rewards}
+    from posttrain.rollouts.turns import transcript
+
+    shown = transcript(answer.messages) or answer.text
+    return {"prompt": plain(answer.problem.prompt), "completion": shown, **answer.rewards}
 
 
 def model_folder(model: str) -> Path:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from posttrain.api_training import train
     from posttrain.environments.base import Environment, environment, register
     from posttrain.errors import PosttrainError
+    from posttrain.rollouts.turns import Turns
 
 __version__ = "0.2.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Environment",
     "Model",
     "PosttrainError",
+    "Turns",
     "choose",
     "environment",
     "load",
@@ -49,6 +51,7 @@ _MODULES = {
     "environment": "posttrain.environments.base",
     "register": "posttrain.environments.base",
     "PosttrainError": "posttrain.errors",
+    "Turns": "posttrain.rollouts.turns",
 }
 """Where each public name is defined; `__getattr__` imports that module on first use."""
 

@@ -32,9 +32,10 @@ from posttrain.models.policy import Policy
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.functions import find_function
 from posttrain.rewards.sources import FunctionReward
-from posttrain.rollouts.engine import SamplingSettings
+from posttrain.rollouts.engine import Engine, SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.turns import TurnEngine, Turns
 from posttrain.settings import OptimizerSettings
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
@@ -102,6 +103,7 @@ def train(
     threads: int | None = None,
     demonstrations: Table = (),
     teacher: Model | None = None,
+    turns: Turns | None = None,
     recorder: Recorder | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
@@ -118,6 +120,7 @@ def train(
         threads: CPU threads of this process; a tiny model is fastest on 1. None leaves them unchanged.
         demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
         teacher: a model with the same vocabulary to learn from (distill), which needs no reward.
+        turns: an environment's `step` and a limit, for answers that are conversations; `max_new_tokens` is then the limit of one turn.
 
     Raises:
         ConfigError: an argument is missing, or has no effect for this algorithm.
@@ -133,11 +136,12 @@ def train(
     run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
     spec = choose(algorithm) if isinstance(algorithm, str) and algorithm != "sft" else algorithm
     if isinstance(spec, OnPolicy):
-        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature))
-        _on_policy(run, spec, table, reward, sampling, demonstrations, teacher)
-    elif reward is not None or demonstrations or teacher is not None:
+        limit = 1 if turns is None else turns.limit
+        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
+        _on_policy(run, spec, table, reward, sampling, demonstrations, teacher, turns)
+    elif reward is not None or demonstrations or teacher is not None or turns is not None:
         raise ConfigError(
-            "reward, demonstrations and teacher have no effect here: only on-policy algorithms use them. Remove them."
+            "reward, demonstrations, teacher and turns have no effect here: only on-policy algorithms use them. Remove them."
         )
     elif isinstance(spec, str):
         examples = [
@@ -160,6 +164,7 @@ def _on_policy(
     sampling: GroupSettings,
     demonstrations: Table,
     teacher: Model | None,
+    turns: Turns | None,
 ) -> None:
     if spec.needs_teacher != (teacher is not None):
         raise ConfigError(f"{spec.name}: pass teacher= if and only if its advantage is 'teacher'")
@@ -186,10 +191,12 @@ def _on_policy(
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
     experts = table_tokens(model.encoder, [dict(row) for row in demonstrations], "completion")
-    objective = OnPolicyObjective(spec, sampling.sampling.max_new_tokens, sampling.sampling.temperature)
+    most = sampling.sampling.max_new_tokens * sampling.turns
+    objective = OnPolicyObjective(spec, most, sampling.sampling.temperature)
+    engine: Engine = NativeEngine(model.lm, model.encoder.ends)
     sampler = GroupSampler(
         [_problem(model, row, i) for i, row in enumerate(table)],
-        NativeEngine(model.lm, model.encoder.ends),
+        engine if turns is None else TurnEngine(engine, model.encoder, turns),
         model.encoder,
         sources,
         dict.fromkeys(functions, 1.0),

@@ -58,8 +58,8 @@ class TableSource(Section):
     """
 
     source: str | Annotated[list[str], Field(min_length=1)]
-    """An environment (arithmetic, stories, or package.module:ENVIRONMENT), a file, a folder of files, a pattern such as data/*.jsonl,
-    hub:OWNER/NAME, or a list of these."""
+    """An environment (arithmetic, stories, word_problems, calculator, guess, or package.module:ENVIRONMENT), a file, a folder of files, a
+    pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
     rows: Count | None = None
     columns: dict[str, str] | None = None
     extract: dict[str, str] | None = None

@@ -146,6 +146,11 @@ class Params(Section):
                 f"algorithms.{name}.budget.on_divergence: has no effect here; it compares a reward model that is trained on with a true"
                 " reward. Give both in rewards, e.g. {rm: 1.0, answer: 0.0}, or remove it."
             )
+        if budget.turns != self.evaluation.turns:
+            raise ConfigError(
+                f"algorithms.{name}: trains with turns = {budget.turns}, and evaluation.turns = {self.evaluation.turns}, so the model would"
+                " be judged on other conversations than it is trained on; write the same in align.on_policy.turns and evaluation.turns"
+            )
         updates = budget.steps * spec.epochs * spec.minibatches
         try:
             scheduled(spec, updates)

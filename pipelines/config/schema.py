@@ -272,6 +272,19 @@ class RolloutParams(Section):
     engine: Literal["native", "vllm"] = "native"
 
 
+class TurnsParams(Section):
+    """Conversations of several turns with an environment that has a `step`."""
+
+    environment: str
+    """A built-in environment with turns (calculator, guess), or an import path package.module:ENVIRONMENT."""
+    limit: Count = 4
+    """Most turns of the model. A conversation that is not over then is judged as it is."""
+    on_error: Literal["stop", "end", "tell"] = "stop"
+    """Reaction to an exception or a time-out of `step`: stop the run, end the conversation, or tell the model, which goes on."""
+    timeout_seconds: Positive = 10.0
+    """Time limit of one `step`."""
+
+
 class OnPolicyBudget(Section):
     """Sampling and training of an on-policy algorithm."""
 
@@ -285,6 +298,8 @@ class OnPolicyBudget(Section):
     on_divergence: Literal["report", "stop"] = "report"
     """stop: end with an error once the true reward falls while the reward model's score stays up (posttrain/evaluation/divergence.py)."""
     rollouts: RolloutParams = RolloutParams()
+    turns: TurnsParams | None = None
+    """Conversations of several turns; `max_new_tokens` is then the limit of one turn. null: one answer to each prompt."""
     optimizer: OptimizerParams
     critic_learning_rate: Positive
 
@@ -350,6 +365,8 @@ class EvaluationParams(Section):
     rewards: Annotated[list[str], Field(min_length=1)]
     accuracy: str
     samples_shown: Count
+    turns: TurnsParams | None = None
+    """Conversations of several turns, as in align.on_policy.turns."""
     compute: ComputeParams
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
-from pipelines.training.setup import accelerator, announce, device_name, problems, read_table
+from pipelines.training.setup import accelerator, announce, device_name, problems, read_table, with_turns
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
@@ -52,7 +52,9 @@ class Evaluator:
         )
         asked = problems(self.encoder, read_table("evaluation"))
         announce(self.context, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
-        engine = NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16)
+        engine = with_turns(
+            NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16), self.encoder, params.turns
+        )
         sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
         return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
 
@@ -71,12 +73,15 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from posttrain.rollouts.turns import transcript
+
     columns: dict[str, Any] = {
         "prompt_id": pa.array([a.prompt_id for a in answers], pa.int64()),
         "sample": pa.array([a.sample for a in answers], pa.int64()),
         "prompt": [plain(a.problem.prompt) for a in answers],
         "answer": [str(a.problem.columns.get("answer", "")) for a in answers],
         "completion": [a.text for a in answers],
+        **({"conversation": [transcript(a.messages) for a in answers]} if answers[0].messages else {}),
         "tokens": pa.array([a.tokens for a in answers], pa.int64()),
         "truncated": pa.array([a.truncated for a in answers], pa.bool_()),
         "entropy": pa.array([a.entropy for a in answers], pa.float64()),

@@ -25,6 +25,7 @@ from pipelines.training.setup import (
     read_table,
     start_folder,
     train,
+    with_turns,
     write_model,
 )
 from posttrain.algorithms import OnPolicy
@@ -34,7 +35,8 @@ from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.models.scorers import load_new_scorer, load_scorer
 from posttrain.rollouts.engine import SamplingSettings
-from posttrain.rollouts.groups import GroupSampler, GroupSettings
+from posttrain.rollouts.groups import GroupSampler, GroupSettings, ScoredAnswer
+from posttrain.rollouts.turns import transcript
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.trainer import ParameterGroup, Trainer, trainable
@@ -56,7 +58,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     made = _make(spec, params, start)
     policy = made.model.to(device.device)
     reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, start, device)
-    compute = params.compute
+    compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
     weights = dict(context.params.algorithms[name].rewards or {})
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
     training_problems = problems(encoder, read_table("problems"))
@@ -65,7 +67,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     sampler = GroupSampler(
         training_problems,
-        engine,
+        with_turns(engine, encoder, budget.turns),
         encoder,
         sources,
         weights,
@@ -74,12 +76,13 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
             budget.prompts_per_step,
             budget.samples_per_prompt,
             SamplingSettings(budget.max_new_tokens, budget.temperature),
+            turns,
         ),
         seed,
         device,
     )
     updates = budget.steps * spec.epochs * spec.minibatches
-    objective = OnPolicyObjective(spec, budget.max_new_tokens, budget.temperature)
+    objective = OnPolicyObjective(spec, budget.max_new_tokens * turns, budget.temperature)
     experts = _demonstrations(spec, encoder, budget, seed)
     source = ExperienceSource(
         spec,
@@ -174,6 +177,11 @@ def _demonstrations(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget
     return Demonstrations(rows, budget.prompts_per_step, seed)
 
 
+def _shown(answer: ScoredAnswer) -> str:
+    """Return the answer, or all turns of a conversation."""
+    return transcript(answer.completion.messages) or answer.text
+
+
 class _AfterStep:
     """Write a table of the policy's answers every few steps, and ask the monitor if the run may continue."""
 
@@ -188,7 +196,10 @@ class _AfterStep:
             self.recorder.table(
                 "samples",
                 step,
-                [{"prompt": a.problem.prompt, "completion": a.text, "reward": a.reward, **a.sources} for a in answers],
+                [
+                    {"prompt": a.problem.prompt, "completion": _shown(a), "reward": a.reward, **a.sources}
+                    for a in answers
+                ],
             )
         if self.monitor is not None:
             self.monitor.check(step, self.source.last_answers)

@@ -68,7 +68,8 @@ def sampling_engine(
     from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 
     prompts = [problem.ids for problem in problems]
-    longest = max(map(len, prompts)) + budget.max_new_tokens
+    # a conversation of several turns may fill the model's context
+    longest = encoder.max_length if budget.turns else max(map(len, prompts)) + budget.max_new_tokens
     text = lm.config.get_text_config()
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"

@@ -15,6 +15,7 @@ from pipelines.config.schema import (
     FaultParams,
     LoraParams,
     TrainingComputeParams,
+    TurnsParams,
 )
 from pipelines.data.tables import read_rows
 from pipelines.runtime.context import FAULTS, RunContext
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipelines.config.params import Params
     from posttrain.data.tokens import TextEncoder
     from posttrain.models.lora import Adapter
+    from posttrain.rollouts.engine import Engine
     from posttrain.rollouts.groups import Problem
     from posttrain.training.loop import StepHook
     from posttrain.training.source import BatchSource
@@ -79,6 +81,25 @@ def read_table(name: str) -> list[dict[str, Any]]:
             " runs/validate/artifacts/validation.html"
         )
     return rows
+
+
+def with_turns(engine: Engine, encoder: TextEncoder, params: TurnsParams | None) -> Engine:
+    """Return the engine, or one that holds conversations with the environment that `params` names.
+
+    Raises:
+        ConfigError: the environment has a single turn.
+    """
+    if params is None:
+        return engine
+    from posttrain.environments.base import environment
+    from posttrain.rollouts.turns import TurnEngine, Turns
+
+    found = environment(params.environment)
+    if found.step is None:
+        raise ConfigError(
+            f"turns.environment = {params.environment!r}: this environment has no `step`, so its task has a single turn; remove `turns`"
+        )
+    return TurnEngine(engine, encoder, Turns(found.step, params.limit, params.on_error, params.timeout_seconds))
 
 
 def start_folder(params: Params, algorithm: str) -> str:

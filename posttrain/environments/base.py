@@ -26,17 +26,45 @@ from posttrain.text import nearest
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """A conversation whose newest turn is the model's, as an environment's `step` reads it.
+
+    Attributes:
+        messages: the prompt, then the model's turns and the environment's replies, each with `role` and `content`.
+        columns: the other columns of the problem's row, such as `answer`.
+        turn: number of the model's turns.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    columns: Mapping[str, Any]
+    turn: int
+
+    @property
+    def said(self) -> str:
+        """Return the text of the model's newest turn."""
+        return str(self.messages[-1]["content"])
+
+
+Messages = Sequence[Mapping[str, Any]]
+Step = Callable[[Conversation], Messages | None]
+
+
+@dataclass(frozen=True)
 class Environment:
     """A task with a verifiable answer.
 
     Attributes:
         rows: `rows(kind, count, seed, **options)` returns the rows of one table with `prompt` and `answer`.
-        judge: `judge(completion, answer)` returns the reward of one completion, None if it cannot be scored.
+        judge: `judge(completion, answer)` returns the reward of one completion, None if it cannot be scored. Of a conversation of several
+            turns it reads the last one.
+        step: `step(conversation)` returns the messages that follow the model's turn, such as a tool's result; None ends the conversation.
+            None: the task has a single turn.
     """
 
     name: str
     rows: Callable[..., list[Row]]
     judge: Callable[[str, str], float | None]
+    step: Step | None = None
 
     def reward(
         self, prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any

@@ -12,16 +12,19 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.rewards.combination import known
 from posttrain.rewards.sources import RewardSource
-from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
-from posttrain.rollouts.groups import Problem, reward_batch
+from posttrain.rollouts.engine import Completion, Engine, SamplingSettings
+from posttrain.rollouts.groups import Problem, judged_text, request, reward_batch
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class EvaluatedAnswer:
     entropy: float
     kl: float
     rewards: dict[str, float | None]
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """Turns after the prompt, if there may be several; `text` is then the last one."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,22 @@ def evaluate(
     settings: EvaluationSettings,
 ) -> list[EvaluatedAnswer]:
     """Return answers ordered by problem and sample. Seeds depend only on problem and sample, so that all models get the same ones."""
-    greedy = engine.sample([Request(p.ids, ((0,),)) for p in problems], SamplingSettings(settings.max_new_tokens, 0.0))
+    greedy = engine.sample([request(p, ((0,),)) for p in problems], SamplingSettings(settings.max_new_tokens, 0.0))
     seeds = [tuple((settings.seed, i, j) for j in range(settings.samples)) for i in range(len(problems))]
-    requests = [Request(p.ids, s) for p, s in zip(problems, seeds, strict=True)]
+    requests = [request(p, s) for p, s in zip(problems, seeds, strict=True)]
     sampled = engine.sample(requests, SamplingSettings(settings.max_new_tokens, settings.temperature))
     flat: list[tuple[int, int, Completion]] = [
         (i, j, completion)
         for i, (first, others) in enumerate(zip(greedy, sampled, strict=True))
         for j, completion in enumerate([*first, *others])
     ]
-    tokens = [Tokens(problems[i].ids, completion.tokens) for i, _, completion in flat]
+    tokens = [Tokens(problems[i].ids, completion.tokens, weights=completion.weights) for i, _, completion in flat]
     own = token_logprobs(policy, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
     other = (
         own if reference is None else token_logprobs(reference, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
     )
-    texts = [encoder.text(completion.tokens) for _, _, completion in flat]
-    answers = reward_batch([problems[i] for i, _, _ in flat], texts, tokens)
+    texts = [judged_text(encoder, completion) for _, _, completion in flat]
+    answers = reward_batch([problems[i] for i, _, _ in flat], texts, tokens, [completion for _, _, completion in flat])
     scored = {reward.name: reward.score(answers) for reward in rewards}
     return [
         EvaluatedAnswer(
@@ -91,14 +96,21 @@ def evaluate(
             j,
             problems[i],
             texts[row],
-            len(completion.tokens),
+            completion.sampled,
             not completion.finished,
-            float(own[row].entropy.mean()),
+            _mean_entropy(own[row].entropy, completion),
             float((own[row].logprobs - other[row].logprobs).sum()),
             {name: known(values[row]) for name, values in scored.items()},
+            completion.messages,
         )
         for row, (i, j, completion) in enumerate(flat)
     ]
+
+
+def _mean_entropy(entropy: np.ndarray, completion: Completion) -> float:
+    """Return the mean over the sampled tokens of `entropy` [time]."""
+    sampled = entropy if completion.weights is None else entropy[np.asarray(completion.weights) != 0]
+    return float(sampled.mean())
 
 
 def preferred_share(

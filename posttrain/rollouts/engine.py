@@ -9,9 +9,9 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,10 +37,17 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, answered once per seed. An answer depends on weights, prompt and seed, not on the rows in its batch."""
+    """One prompt, answered once per seed. An answer depends on weights, prompt and seed, not on the rows in its batch.
+
+    Attributes:
+        asked: the text or the messages behind `prompt`; only conversations of several turns read it,
+        columns: and the other columns of the prompt's row.
+    """
 
     prompt: tuple[int, ...]
     seeds: tuple[tuple[int, ...], ...]
+    asked: Any = field(default=None, compare=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,20 @@ class Completion:
 
     Attributes:
         finished: the answer ends with the end-of-sequence token, which is included.
+        weights: of a conversation of several turns: 1 for sampled tokens, 0 for the environment's, whose log-probability is given as 0.
+        messages: and its turns after the prompt.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
+    weights: tuple[float, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def sampled(self) -> int:
+        """Return the number of sampled tokens."""
+        return len(self.tokens) if self.weights is None else sum(weight != 0 for weight in self.weights)
 
 
 class Engine(Protocol):

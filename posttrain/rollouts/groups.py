@@ -44,9 +44,27 @@ class Problem:
     row: int | None = None
 
 
-def reward_batch(problems: Sequence[Problem], texts: list[str], tokens: list[Tokens]) -> RewardBatch:
+def request(problem: Problem, seeds: tuple[tuple[int, ...], ...]) -> Request:
+    """Return the request for one answer to a problem per seed."""
+    return Request(problem.ids, seeds, problem.prompt, problem.columns)
+
+
+def judged_text(encoder: TextEncoder, completion: Completion) -> str:
+    """Return the text that is judged: the answer, or the last turn of a conversation."""
+    return str(completion.messages[-1]["content"]) if completion.messages else encoder.text(completion.tokens)
+
+
+CONVERSATION = "conversation"
+"""Column in which a reward function finds the turns after the prompt, if there may be several."""
+
+
+def reward_batch(
+    problems: Sequence[Problem], texts: list[str], tokens: list[Tokens], completions: Sequence[Completion] = ()
+) -> RewardBatch:
     """Return answers as reward sources read them: one problem, text and token sequence per answer."""
     columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
+    if any(completion.messages for completion in completions):
+        columns[CONVERSATION] = [[dict(message) for message in c.messages] for c in completions]
     rows = [problem.row for problem in problems]
     return RewardBatch([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
 
@@ -78,11 +96,12 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """Prompts per step, samples per prompt, and sampling settings."""
+    """Prompts per step, samples per prompt, sampling settings of a turn, and the most turns of an answer."""
 
     prompts: int
     samples: int
     sampling: SamplingSettings
+    turns: int = 1
 
 
 class GroupSampler:
@@ -163,11 +182,11 @@ class GroupSampler:
         self.position += prompts
         problems = [self._problem(position) for position in positions]
         requests = [
-            Request(problem.ids, tuple((self.seed, position, j) for j in range(self.settings.samples)))
+            request(problem, tuple((self.seed, position, j) for j in range(self.settings.samples)))
             for problem, position in zip(problems, positions, strict=True)
         ]
         completions = self._sample_on_all_ranks(requests)
-        self.tokens_sampled += sum(len(c.tokens) for group in completions for c in group)
+        self.tokens_sampled += sum(c.sampled for group in completions for c in group)
         return self._scored(problems, list(positions), completions)
 
     def _sample_on_all_ranks(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -187,9 +206,10 @@ class GroupSampler:
         self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
     ) -> list[list[ScoredAnswer]]:
         flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
-        tokens = [Tokens(problem.ids, completion.tokens, _id(problem)) for problem, _, completion in flat]
-        texts = [self.encoder.text(completion.tokens) for _, _, completion in flat]
-        sources = self._scores(reward_batch([problem for problem, _, _ in flat], texts, tokens))
+        tokens = [Tokens(problem.ids, c.tokens, _id(problem), c.weights) for problem, _, c in flat]
+        texts = [judged_text(self.encoder, completion) for _, _, completion in flat]
+        completed = [completion for _, _, completion in flat]
+        sources = self._scores(reward_batch([problem for problem, _, _ in flat], texts, tokens, completed))
         totals = combined(sources, self.weights, [group for _, group, _ in flat], self.spec.reward_combination)
         answers = [
             ScoredAnswer(
@@ -228,7 +248,8 @@ class GroupSampler:
     def _shaping(self, completion: Completion) -> float:
         shaped = 0.0 if completion.finished else -self.spec.missing_eos_penalty
         if self.spec.overlong_share:
-            length, limit = torch.tensor([len(completion.tokens)]), self.settings.sampling.max_new_tokens
+            length = torch.tensor([completion.sampled])
+            limit = self.settings.sampling.max_new_tokens * self.settings.turns
             shaped += float(overlong_penalty(length, limit, self.spec.overlong_share * limit))
         return shaped
 

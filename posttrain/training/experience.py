@@ -155,7 +155,7 @@ class ExperienceSource:
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None, dict[str, float]]:
         spec, lengths = self.spec, [len(a.tokens.response) for a in answers]
         time_steps = max(1, *lengths)
-        mask = torch.arange(time_steps) < torch.tensor(lengths)[:, None]
+        mask = pad([a.tokens.weights or [1.0] * len(a.tokens.response) for a in answers], time_steps) != 0
         rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
         penalty, coefficient = torch.zeros(mask.shape), self.objective.kl_coefficient
         if spec.kl != "none" and own and reference:
@@ -197,7 +197,8 @@ class ExperienceSource:
         """Return one advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
         spec, known = self.spec, ~torch.isnan(rewards)
         per_token = -penalty
-        last = mask.sum(-1) - 1
+        # the last sampled token: the environment's tokens before it have no action, and none follows it
+        last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(-1)
         per_token[torch.arange(len(rewards)), last] += torch.where(known, rewards, 0.0)
         scored = mask & known[:, None]
         if spec.has_critic:
@@ -274,7 +275,7 @@ def _informative_members(answers: Sequence[ScoredAnswer], spec: OnPolicy) -> Ten
 def reward_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Return mean, std and share of missing values of every reward source and of their shaped total, and response lengths."""
     metrics = {
-        "length/mean": float(np.mean([len(a.completion.tokens) for a in answers])),
+        "length/mean": float(np.mean([a.completion.sampled for a in answers])),
         "length/truncated": float(np.mean([not a.completion.finished for a in answers])),
     }
     columns = {name: [a.sources[name] for a in answers] for name in answers[0].sources}

@@ -86,6 +86,8 @@ PPO_DROPPING_ALONE = {
         ("algorithms.grpo.options", {"clip_high": 0.28}, "it counts only when epochs x minibatches > 1"),
         ("algorithms.grpo.budget", {"top_k": 5}, "algorithms.grpo.budget: top_k: truncated sampling biases"),
         ("algorithms.grpo.budget", {"max_new_tokens": 5000}, "exceeds model.tiny.max_length"),
+        ("align.on_policy.turns", {"environment": "guess"}, "write the same in align.on_policy.turns and evaluation.turns"),
+        ("evaluation.turns", {"environment": "guess", "on_error": "ask"}, "evaluation.turns.on_error = 'ask': should be"),
         ("algorithms.grpo.options", {"overlong_share": 1.5}, "overlong_share = 1.5: must be in [0, 1]"),
         ("algorithms.chord.options", {"mu_decay_steps": 200}, "mu_decay_steps = 200 are longer than the run's 40 optimiser steps"),
         ("algorithms.grpo.budget", {"optimizer": {"warmup_steps": 40}}, "warmup_steps = 40 is as long as the run of 40"),

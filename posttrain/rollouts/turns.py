@@ -1,0 +1,172 @@
+"""Conversations of several turns: the model answers, the environment replies, and so on, on top of any engine.
+
+Sampled ids are kept as they were sampled. Only the text between two turns of the model is tokenised: the template's marks and the
+environment's messages. Those tokens have weight 0, so they carry no loss and count in no denominator.
+
+Example:
+    An environment that asks once more and then ends. Every token ends a turn here, so the model samples two tokens:
+
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> from posttrain.rollouts.native import NativeEngine
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> again = lambda conversation: [{"role": "user", "content": "Once more: "}] if conversation.turn == 1 else None
+    >>> encoder = TextEncoder(tokenizer, max_length=256)
+    >>> engine = TurnEngine(NativeEngine(model, range(300)), encoder, Turns(again, limit=3))
+    >>> request = Request(tuple(encoder.prompt("Say: ")), ((0,),), asked="Say: ")
+    >>> [[answer]] = engine.sample([request], SamplingSettings(max_new_tokens=4, temperature=1.0))
+    >>> [message["role"] for message in answer.messages]
+    ['assistant', 'user', 'assistant']
+    >>> answer.sampled, len(answer.tokens) - answer.sampled == len("Once more: ")
+    (2, True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from posttrain.data.conversations import as_messages
+from posttrain.data.limits import bounded
+from posttrain.data.tokens import TextEncoder, row_tools
+from posttrain.environments.base import Conversation, Messages, Step
+from posttrain.errors import ConfigError, DataError, RolloutError
+from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
+
+OnError = Literal["stop", "end", "tell"]
+_MARK = "\ue000\ue001\ue000"
+"""Stands for the model's turn when the template is asked what follows it; no text contains it."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """An environment's `step`, and the policies of its conversations.
+
+    Attributes:
+        limit: most turns of the model. The conversation then ends without a reply, and is judged as it is.
+        on_error: what happens if `step` raises or takes too long. stop: the run ends, naming the row; end: the conversation ends and is
+            judged as it is; tell: the model reads the error as the user's message and goes on.
+        seconds: time limit of one `step`.
+    """
+
+    step: Step
+    limit: int
+    on_error: OnError = "stop"
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.on_error not in get_args(OnError):
+            raise ConfigError(
+                f"turns: limit = {self.limit} and on_error = {self.on_error!r}; the limit is at least 1, and on_error is one of"
+                f" {', '.join(get_args(OnError))}"
+            )
+
+
+class TurnEngine:
+    """An engine whose completions are whole conversations: turn after turn, all unfinished ones together."""
+
+    def __init__(self, engine: Engine, encoder: TextEncoder, turns: Turns) -> None:
+        self.engine, self.encoder, self.turns = engine, encoder, turns
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        """Return one conversation per request and seed. The first turn is that of the engine; later ones have seeds of their own.
+
+        Raises:
+            RolloutError: `step` failed, and the policy is to stop.
+            DataError: the chat template does not show what follows the model's turn.
+        """
+        first = self.engine.sample(requests, settings)
+        groups = [[_Unfinished(request, seed) for seed in request.seeds] for request in requests]
+        running = [one for group in groups for one in group]
+        answers = [completion for group in first for completion in group]
+        for turn in range(1, self.turns.limit + 1):
+            pairs = zip(running, answers, strict=True)
+            running = [one for one, answer in pairs if self._goes_on(one, answer, turn, settings)]
+            if not running:
+                break
+            asked = [Request(one.ids, ((*one.seed, turn),)) for one in running]
+            answers = [completion for (completion,) in self.engine.sample(asked, settings)]
+        return [[one.completion() for one in group] for group in groups]
+
+    def _goes_on(self, one: _Unfinished, answer: Completion, turn: int, settings: SamplingSettings) -> bool:
+        """Add the model's turn and the environment's reply. Return False at the end of the conversation."""
+        one.add(answer.tokens, answer.logprobs, 1.0)
+        one.messages.append({"role": "assistant", "content": self.encoder.text(answer.tokens)})
+        one.finished = answer.finished
+        if not answer.finished or turn == self.turns.limit:
+            return False
+        reply = self._reply(one, turn)
+        if not reply:
+            return False
+        between = reply_ids(self.encoder, one.request, one.messages, reply)
+        if len(one.ids) + len(between) + settings.max_new_tokens > self.encoder.max_length:
+            one.finished = False
+            return False
+        one.add(between, (0.0,) * len(between), 0.0)
+        one.messages += reply
+        return True
+
+    def _reply(self, one: _Unfinished, turn: int) -> Messages | None:
+        messages = (*as_messages(one.request.asked, "user"), *one.messages)
+        try:
+            with bounded(self.turns.seconds):
+                return self.turns.step(Conversation(messages, one.request.columns, turn))
+        except Exception as error:  # a user's environment may raise anything; the policy decides
+            reason = f"{type(error).__name__}: {error}"
+            if self.turns.on_error == "stop":
+                raise RolloutError(
+                    f"the environment's step failed after turn {turn} of the prompt {str(one.request.asked)[-80:]!r} ({reason})."
+                    " Correct it, or set turns.on_error to `end` or `tell`"
+                ) from error
+            return None if self.turns.on_error == "end" else [{"role": "user", "content": f"error: {reason}"}]
+
+
+@dataclass
+class _Unfinished:
+    """One conversation while it is sampled; `ids` are prompt and response."""
+
+    request: Request
+    seed: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    messages: list[Mapping[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (*self.request.prompt, *self.tokens)
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float], weight: float) -> None:
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.weights += [weight] * len(tokens)
+
+    def completion(self) -> Completion:
+        own = tuple(self.weights)
+        return Completion(tuple(self.tokens), tuple(self.logprobs), self.finished, own, tuple(self.messages))
+
+
+def reply_ids(encoder: TextEncoder, request: Request, said: Messages, reply: Messages) -> list[int]:
+    """Return the ids between the model's newest turn and its next one. The turn's own end token has been sampled and is left out.
+
+    Args:
+        said: the turns after the prompt, of which the last one is the model's.
+    """
+    if isinstance(request.asked, str):
+        text = "".join(str(message["content"]) for message in reply)
+        return list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+    history = [*request.asked, *said[:-1], {**said[-1], "content": _MARK}]
+    text = encoder.template.render([*history, *reply], row_tools(dict(request.columns)), generate=True)
+    if text.count(_MARK) != 1:
+        raise DataError(
+            f"the model's chat template shows the assistant's newest turn {text.count(_MARK)} times before the environment's reply, so"
+            " the tokens between them are not certain; take a model with another template"
+        )
+    ids = list(encoder.tokenizer(text.partition(_MARK)[2], add_special_tokens=False)["input_ids"])
+    return ids[1:] if ids and ids[0] in encoder.ends else ids
+
+
+def transcript(messages: Messages) -> str:
+    """Return a conversation as text, one line or more for each turn."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
