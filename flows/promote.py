@@ -6,7 +6,7 @@
     python -m flows.promote 3 --approval      waits for a person's answer in Prefect's UI
     python -m flows.promote --adopt           registers the weights of models/champion in a registry that does not know them
 
-`python -m pipelines.commands.models` lists the versions. The weights are copied to DVC's remote, if there is one, before they become
+`posttrain models` lists the versions. The weights are copied to DVC's remote, if there is one, before they become
 champion. A roll-back makes the previous champion the champion at once; the gate refuses
 the rolled-back weights from then on.
 """
@@ -137,7 +137,7 @@ def _challenger(registry: Registry) -> Version:
     if found is None:
         raise OrchestrationError(
             "there is no challenger: the last candidate was promoted, or none is registered yet. Give a version number:"
-            " `python -m pipelines.commands.models` lists them."
+            " `posttrain models` lists them."
         )
     return found
 

@@ -189,6 +189,5 @@ def catch_up(root: Path) -> None:
         status = end(start([sys.executable, "-m", "pipelines.commands.sync"], root, output=log), CATCH_UP_SECONDS)
     if status:
         print_line(
-            "MLflow does not have all records yet: `python -m pipelines.commands.sync` copies the rest from the"
-            f" journals (see {path})"
+            f"MLflow does not have all records yet: `posttrain sync` copies the rest from the journals (see {path})"
         )

@@ -20,7 +20,7 @@ from tasks.console import print_line
 _NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
 _NAME_RULE = (
     "Use letters, digits and _ in project.algorithms, and whole numbers in project.seeds of params.yaml;"
-    " `python -m pipelines.commands.configure --check` checks the file."
+    " `posttrain configure --check` checks the file."
 )
 Kind = Literal["data", "import", "stage"]
 

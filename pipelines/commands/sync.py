@@ -75,7 +75,7 @@ def _ask_store(projector: Projector, call: Callable[[], T]) -> T:
         projector.client,
         call,
         "did not accept the values",
-        "They are safe in the journal; `python -m pipelines.commands.sync` copies them when it responds again.",
+        "They are safe in the journal; `posttrain sync` copies them when it responds again.",
     )
 
 

@@ -154,7 +154,7 @@ class Registry:
         if champion is None or previous is None:
             raise TrackingError(
                 f"nothing to roll back to: {self.name} has no {'champion' if champion is None else 'previous version'} yet."
-                " `python -m pipelines.commands.models` lists the versions; promote one by its number."
+                " `posttrain models` lists the versions; promote one by its number."
             )
         if ROLLED_BACK in previous.tags or previous.number == champion.number:
             raise TrackingError(

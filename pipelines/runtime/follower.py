@@ -41,7 +41,7 @@ class Follower:
     def finish(self) -> None:
         """Wait a limited time for the follower to catch up, then kill it.
 
-        The next step, or `python -m pipelines.commands.sync`, copies the remaining records.
+        The next step, or `posttrain sync`, copies the remaining records.
         """
         if self._process is None:
             return
@@ -56,6 +56,6 @@ class Follower:
                 # The store is a file of the project: the next step and `make ui` copy the rest, so there is nothing to do.
                 return
             print(
-                "tracking: MLflow does not have all records yet; `python -m pipelines.commands.sync` copies the rest from the journal.",
+                "tracking: MLflow does not have all records yet; `posttrain sync` copies the rest from the journal.",
                 file=sys.stderr,
             )

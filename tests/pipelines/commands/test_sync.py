@@ -106,7 +106,7 @@ def test_a_step_neither_fails_nor_waits_for_a_server_that_is_down(project: Proje
     done = project.run(MLFLOW_TRACKING_URI=url, POSTTRAIN_FOLLOWER="0", POSTTRAIN_FOLLOWER_SECONDS="86400")
     assert done.returncode == 0
     assert done.stderr.count("did not accept the values") == 1
-    assert "pipelines.commands.sync" in done.stderr
+    assert "posttrain sync" in done.stderr
     assert "hunter2" not in done.stderr
     assert project.run(module="pipelines.commands.sync", MLFLOW_TRACKING_URI=url).returncode == 2
     late = project.run(module="pipelines.commands.sync")
