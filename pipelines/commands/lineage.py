@@ -4,8 +4,8 @@
     posttrain lineage --file FILE          # an accepted or configured source file: every model that was trained on it
     posttrain lineage --row preferences:17 # a row of data/valid/TABLE.parquet by its id, in all versions of the table
 
-A stage counts with all inputs that dvc.yaml declares: every align stage has all tables and the reward model. Reads DVC's run cache,
-which remembers every stage run of this checkout; `dvc pull --run-cache` adds those of other machines.
+An align stage counts with the tables and models that its algorithm learns from; a reward model of weight 0 only measures. Reads DVC's
+run cache, which remembers every stage run of this checkout; `dvc pull --run-cache` adds those of other machines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
         )
     chain = lineage.ancestors(model)
     ingest = next((record for record in chain if record.stage == "ingest"), None)
-    used = [each for record in chain for each in record.inputs]
+    used = [each for record in chain for each in lineage.used(record)]
     return {
         "model": model._asdict(),
         "stages": [{"stage": record.stage, "params": dict(record.params)} for record in chain],

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.commands.ui import free_port
 from pipelines.config.params import load_params
+from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import CHAMPION, Registry
 from pipelines.runtime import credentials, environment, web
@@ -39,7 +40,7 @@ def registered(project: Path, experiment: str) -> Callable[[str], str]:
 
     def version(md5: str) -> str:
         try:
-            versions = Registry(project, experiment).versions()
+            versions = read_versions(project, experiment) or Registry(project, experiment).versions()
         except TrackingError as error:
             print(f"serve: answers name only the hash of the weights: {printable(str(error))}", file=sys.stderr)
             return ""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.lineage.reads import trained_on
 from pipelines.lineage.records import TABLES, Artifact, Cache, StageRecord, open_cache, read_records
 from posttrain.errors import DataError
 
@@ -21,6 +22,7 @@ class Lineage:
     def __init__(self, records: list[StageRecord], cache: Cache) -> None:
         self.records, self.cache = records, cache
         self._written = {record: list(_written(record, cache)) for record in records}
+        self._used = {record: trained_on(record) for record in records}
         self._producers: dict[Artifact, list[StageRecord]] = {}
         for record, artifacts in self._written.items():
             for artifact in artifacts:
@@ -34,6 +36,10 @@ class Lineage:
     def producers(self, artifact: Artifact) -> list[StageRecord]:
         """Return the records that wrote exactly these bytes at this path; a table that did not change has one for each night."""
         return self._producers.get(artifact, [])
+
+    def used(self, record: StageRecord) -> tuple[Artifact, ...]:
+        """Return the inputs that can have changed the outputs of a stage run."""
+        return self._used[record]
 
     def written(self, record: StageRecord) -> list[Artifact]:
         """Return the outputs of a stage and, for tables, each file of the folder."""
@@ -50,13 +56,13 @@ class Lineage:
             producers = self.producers(waiting.pop(0))
             if producers and not found.keys() & producers:
                 found[producers[0]] = None
-                waiting += producers[0].inputs
+                waiting += self._used[producers[0]]
         return list(found)
 
     def descendants(self, artifacts: Iterable[Artifact]) -> list[StageRecord]:
         """Return the records with one of the artifacts, or a model made from it, among their inputs, in the order of the stages."""
         reached, found = set(artifacts), dict[StageRecord, None]()
-        while more := [r for r in self.records if r not in found and reached.intersection(r.inputs)]:
+        while more := [r for r in self.records if r not in found and reached.intersection(self._used[r])]:
             found |= dict.fromkeys(more)
             reached |= {each for record in more for each in record.outputs if each.path.startswith("models/")}
         return list(found)

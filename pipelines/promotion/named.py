@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.registry import ALIASES, CHAMPION, PATH, Registry, Version
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
@@ -43,8 +44,7 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
         TrackingError: the registry does not respond, or dvc.lock is damaged.
     """
     if name in ALIASES or name.isdigit():
-        registry = Registry(project, experiment)
-        version = registry.version(int(name)) if name.isdigit() else registry.holding(name)
+        version = _registered(project, name, experiment)
         if version is None:
             raise DataError(
                 f"no version is {name} yet: `make demo` registers its best model as challenger, and `make retrain` asks the gate for a"
@@ -57,6 +57,16 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
             return NamedModel(path, models[path])
     known = [path.removeprefix("models/").removeprefix("align/") for path in models]
     raise DataError(f"neither dvc.lock nor the registry knows a model {name!r}{nearest(name, (*known, *ALIASES))}")
+
+
+def _registered(project: Path, name: str, experiment: str) -> Version | None:
+    """Return a version by alias or number, None if no version holds the alias. Raises TrackingError for an unknown number."""
+    local = read_versions(project, experiment) or ()
+    found = next((version for version in local if name in version.aliases or name == str(version.number)), None)
+    if found is not None:
+        return found
+    registry = Registry(project, experiment)
+    return registry.version(int(name)) if name.isdigit() else registry.holding(name)
 
 
 def _locked(project: Path) -> dict[str, str]:

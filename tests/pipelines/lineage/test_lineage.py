@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from pipelines.commands import lineage as command
 from pipelines.commands.lineage import affected, describe_model, versions_with_row
 from pipelines.lineage.graph import Lineage
-from pipelines.lineage.records import Artifact
+from pipelines.lineage.records import PARSED, Artifact, read_records
 from posttrain.errors import DataError, TrackingError
 
 FIRST = [{"id": 0, "prompt": "a", "chosen": "1", "rejected": "0"}]
@@ -124,6 +124,21 @@ def test_a_model_that_newer_runs_replaced_still_leads_to_its_own_tables(nights: 
     assert new["files"].keys() == {"raw/pairs/one.jsonl", "data/raw/accepted/preferences/0001-new.jsonl"}
     assert new["set_aside"] == {"preferences": 1}
     assert (old["evaluation"]["accuracy"], new["evaluation"]["accuracy"]) == (0.25, 0.5)
+
+
+def test_entries_are_parsed_once_and_new_ones_are_seen(nights: Nights) -> None:
+    before = read_records(nights.root)
+    kept = nights.root / PARSED
+    assert len(json.loads(kept.read_text())) == nights.count
+    stamp = kept.stat().st_mtime_ns
+    assert read_records(nights.root) == before
+    assert kept.stat().st_mtime_ns == stamp
+    nights.night(FIRST, {"raw/pairs/two.jsonl": "bb"})
+    assert len(read_records(nights.root)) > len(before)
+    kept.write_text("torn {")
+    again = read_records(nights.root)
+    kept.unlink()
+    assert read_records(nights.root) == again
 
 
 def test_a_file_leads_to_the_models_that_saw_it_and_to_no_other(nights: Nights) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from flows.promote import _refuse_stale
 from pipelines.commands.models import line
+from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.registry import Registry
 from posttrain.errors import OrchestrationError, TrackingError
 from tasks.challenger import best_model
@@ -91,6 +92,23 @@ def test_promotion_moves_the_aliases_and_a_roll_back_gives_production_back_and_b
     registry.promote(second)
     assert registry.barred() == {}
     assert aliases(registry) == {"champion": 2, "previous": 1}
+
+
+def test_the_local_store_is_read_as_mlflow_reads_it(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_versions(registry.project, registry.name) == registry.versions() == []
+    first, second = register(registry, "grpo-0", decision="passed"), register(registry, "dpo-0")
+    registry.challenge(second)
+    registry.promote(first)
+    registry.promote(second)
+    registry.roll_back("worse")
+    assert read_versions(registry.project, registry.name) == registry.versions()
+    assert [version.aliases for version in registry.versions()] == [("previous",), ("champion",)]
+    (registry.project / "mlflow.db").rename(registry.project / "away.db")
+    assert read_versions(registry.project, registry.name) is None
+    (registry.project / "mlflow.db").write_bytes(b"no database")
+    assert read_versions(registry.project, registry.name) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert read_versions(registry.project, registry.name) is None
 
 
 def test_what_is_not_there_is_named(registry: Registry) -> None:

@@ -1,0 +1,66 @@
+"""Which inputs count for a model, by the parameters of its run; and records are read as the loader of params.yaml reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.config.params import load_params, read_yaml
+from pipelines.lineage.reads import trained_on
+from pipelines.lineage.records import Artifact, StageRecord, _RecordLoader
+
+TABLES = ("sft", "preferences", "problems", "labelled")
+DECLARED = tuple(Artifact(f"data/valid/{t}.parquet", t) for t in TABLES) + tuple(
+    Artifact(f"models/{m}", m) for m in ("base", "sft", "reward")
+)
+
+
+def used(root: Path, name: str, **section: Any) -> set[str]:
+    """Return the hashes of the inputs that count for an algorithm of the shipped parameters with a changed section."""
+    tree = read_yaml(root / "params.yaml")
+    own = tree["algorithms"].get(name, {"preset": name}) | section
+    params = {f"algorithms.{name}": own, "align": tree["align"], "rewards": tree["rewards"]}
+    record = StageRecord(f"python -m pipelines.align --algorithm {name} --seed 0", DECLARED, (), params)
+    return {each.md5 for each in trained_on(record)}
+
+
+def test_every_algorithm_counts_with_what_it_learns_from(root: Path) -> None:
+    assert used(root, "dpo") == used(root, "grpo_pairs") == {"preferences", "sft"}
+    assert used(root, "kto") == {"preferences", "labelled", "sft"}
+    assert used(root, "grpo", rewards={"answer": 1.0, "rm": 0.0}) == {"problems", "sft"}
+    assert used(root, "grpo", rewards={"answer": 1.0, "rm": 0.5}) == {"problems", "sft", "reward"}
+    assert used(root, "grpo", rewards={"answer": 1.0}, start="base") == {"problems", "base"}
+    stopping = {"on_divergence": "stop"}
+    assert used(root, "grpo", rewards={"answer": 1.0, "rm": 0.0}, budget=stopping) == {"problems", "sft", "reward"}
+    assert used(root, "ppo", rewards={"answer": 1.0}) == {"problems", "sft", "reward"}, "the critic starts from it"
+    sft_critic = {"options": {"critic_start": "sft"}}
+    assert used(root, "ppo", rewards={"answer": 1.0}, **sft_critic) == {"problems", "sft"}
+
+
+def test_demonstrations_count_for_chord_only(root: Path) -> None:
+    def tables(name: str) -> set[str]:
+        tree = read_yaml(root / "params.yaml")
+        params = {f"algorithms.{name}": {"preset": name}, "align": tree["align"], "rewards": tree["rewards"]}
+        record = StageRecord(f"python -m pipelines.align --algorithm {name} --seed 0", DECLARED, (), params)
+        return {each.path for each in trained_on(record) if each.path.startswith("data/")}
+
+    assert tables("chord") == {"data/valid/problems.parquet", "data/valid/sft.parquet"}
+    assert tables("gspo") == {"data/valid/problems.parquet"}
+
+
+@pytest.mark.parametrize("params", [{}, {"algorithms.x": {"preset": "unknown"}, "align": {}, "rewards": {}}])
+def test_an_unknown_algorithm_counts_with_everything(params: dict[str, Any]) -> None:
+    record = StageRecord("python -m pipelines.align --algorithm x --seed 0", DECLARED, (), params)
+    assert trained_on(record) == DECLARED
+
+
+def test_records_are_read_as_params_are(root: Path, tmp_path: Path) -> None:
+    text = "a: 2e-5\nb: 1e-05\nc: no\ne: 1:30\nf: ~\ng: true\nh: 1_000\ni: .5\nj: 0x1F\n"
+    path = tmp_path / "record.yaml"
+    for content in (text, (root / "params.yaml").read_text(encoding="utf-8")):
+        path.write_text(content, encoding="utf-8")
+        assert yaml.load(content, _RecordLoader) == read_yaml(path)
+    assert load_params(root / "params.yaml").sft.optimizer.learning_rate == 2e-3
