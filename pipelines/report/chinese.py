@@ -90,7 +90,7 @@ def _scope(comparison: Comparison) -> str:
         return f"每个算法 {seeds} 个训练种子:区间和检验涵盖其他种子与其他题目,自由度由种子数决定。"
     return (
         "不能对训练下结论:每个算法只有一个训练种子。区间和检验只针对本次运行的模型,涵盖其他题目。"
-        "请在 project.seeds 中增加种子(建议 5 个以上)以比较算法。"
+        "请增加种子以比较算法:make demo SEEDS=5。"
     )
 
 

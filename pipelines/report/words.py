@@ -280,7 +280,7 @@ def _scope(comparison: Comparison) -> str:
     if not comparison.about_training:
         return (
             "No statement about training is possible: there is one training seed per algorithm. Intervals and tests cover other"
-            " prompts, for the models of this run. Add seeds to project.seeds (5 or more are advised) to compare the algorithms."
+            " prompts, for the models of this run. To compare the algorithms, add seeds: make demo SEEDS=5."
         )
     return (
         f"{seeds} training seeds per algorithm: intervals and tests cover other seeds and other prompts, with degrees of freedom"

@@ -59,6 +59,10 @@ ON_POLICY_EFFECT: dict[str, tuple[Callable[[OnPolicy], bool], str]] = {
         "mu_peak > 0 and mu_valley differs from it",
     ),
     "phi": (lambda r: r.has_expert or r.phi == "none", "mu_peak > 0"),
+    "router_replay": (
+        lambda r: r.router_replay and r.epochs * r.minibatches > 1,
+        "it is true and epochs x minibatches > 1, because the first update routes by itself",
+    ),
     "gamma": (lambda r: r.has_critic, "advantage is 'gae'"),
     "lam": (lambda r: r.has_critic, "advantage is 'gae'"),
     "whiten": (lambda r: r.has_critic, "advantage is 'gae'"),

@@ -101,6 +101,8 @@ class OnPolicy:
     epochs: int = 1
     """Passes over a rollout, in `minibatches` updates each. With one update in total the ratio is 1 and the clip has no effect."""
     minibatches: int = 1
+    router_replay: bool = False
+    """Mixture of experts: every update of a rollout routes its response tokens as the policy before the first one did (2507.18071)."""
 
     @property
     def has_critic(self) -> bool:

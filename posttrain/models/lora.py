@@ -177,9 +177,11 @@ class BasePolicy(Policy):
         super().__init__(lm)
         self.adapter = adapter
 
-    def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
+    def forward(
+        self, batch: TokenBatch, temperature: float | Tensor = 1.0, replayed: Tensor | None = None
+    ) -> PolicyOutput:
         with self.adapter.disabled():
-            return super().forward(batch, temperature)
+            return super().forward(batch, temperature, replayed)
 
 
 def adapter_parameters(config: Any, settings: LoraSettings) -> int:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from posttrain.data.batches import TokenBatch
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
-from posttrain.models.routing import Routing, reading, routers_of
+from posttrain.models.routing import Replay, Routing, reading, routers_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,17 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, batch: TokenBatch, temperature: float | Tensor = 1.0) -> PolicyOutput:
+    def forward(
+        self, batch: TokenBatch, temperature: float | Tensor = 1.0, replayed: Tensor | None = None
+    ) -> PolicyOutput:
         """Return log-probabilities, entropy and values of the response tokens.
 
         Args:
             temperature: one number for all rows, or [batch].
+            replayed: [rows, time, layers, experts per token] choices of experts that replace those of the first rows' response tokens.
         """
-        with reading(self.routers) as routers:
+        replay = None if replayed is None else Replay(batch, replayed)
+        with reading(self.routers, replay) as routers:
             hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
         head, trained = self.lm.get_output_embeddings(), batch.trained
         source, targets = (numbers.flatten().index_select(0, trained) for numbers in (batch.source, batch.targets))

@@ -34,6 +34,7 @@ from posttrain.objectives.kl import adapted_coefficient
 from posttrain.objectives.shaping import expert_weight
 from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow
+from posttrain.training.routing import require_replay
 from posttrain.training.sharding import whole
 from posttrain.training.source import StepData
 
@@ -86,6 +87,8 @@ class ExperienceSource:
             sampler,
             objective,
         )
+        if spec.router_replay:
+            require_replay(policy)
         self.micro_batch_tokens, self.bf16, self.experts = micro_batch_tokens, bf16, experts
         self.measure_kl_every = measure_kl_every
         self.updates = 0

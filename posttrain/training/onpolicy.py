@@ -101,10 +101,12 @@ class OnPolicyObjective:
         sampled = [r for r in rows if isinstance(r, Experience)]
         experts = [r for r in rows if isinstance(r, Demonstration)]
         batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
-        output = model(batch, self._temperatures(len(sampled), len(experts), device))
         terms, split = Terms(), len(sampled)
+        columns = _Columns(sampled, batch.mask[:split])
+        replayed = columns.old_routing if self.spec.router_replay else None
+        output = model(batch, self._temperatures(len(sampled), len(experts), device), replayed)
         # without a sampled row these are zeros with a graph, because all-reduce needs a gradient of every parameter on every rank
-        self._policy_terms(terms, output[:split], _Columns(sampled, batch.mask[:split]))
+        self._policy_terms(terms, output[:split], columns)
         if experts:
             self._expert_terms(terms, output[split:].logprobs, batch.mask[split:], experts[0].weight)
         return terms

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posttrain.errors import ConfigError
+from posttrain.models.checkpointing import recomputed_layers
+from posttrain.models.policy import Policy
 from posttrain.models.routing import Routing
 from posttrain.objectives.reduce import masked_sum
 from posttrain.objectives.routing import changed_choices, expert_loads
@@ -28,6 +31,16 @@ def add_routing(terms: Terms, routing: Routing | None, mask: Tensor, count: str,
     terms.histograms["router/load_max"] = expert_loads(routing.chosen, mask, routing.experts)
     if before is not None:
         terms.metrics["router/changed"] = (masked_sum(changed_choices(routing.chosen, before), mask), count)
+
+
+def require_replay(policy: Policy) -> None:
+    """Raise ConfigError if routing cannot be replayed: in a dense model, or if the backward pass routes again by itself."""
+    if not policy.routers:
+        raise ConfigError("options.router_replay: has no effect on a dense model, which has no routers. Remove it.")
+    if recomputed_layers(policy.lm):
+        raise ConfigError(
+            "options.router_replay: the backward pass of compute.gradient_checkpointing would route without it. Turn one of them off."
+        )
 
 
 def pad_choices(rows: list[Tensor], time: int) -> Tensor:

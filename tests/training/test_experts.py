@@ -92,6 +92,27 @@ def test_sampled_by_the_engine_judged_and_trained(name: str) -> None:
         assert updates[0].get("router/changed", 0.0) == 0.0
 
 
+def test_replayed_routing_is_in_the_ratio_of_later_updates_whatever_the_micro_batches() -> None:
+    updates = {}
+    for replay in (False, True):
+        for budget in (30, 10_000):
+            spec = replace(PRESETS["gspo"], ratio="token", clip_low=0.2, clip_high=0.2, router_replay=replay)
+            policy = small.policy()
+            source, objective = source_of(spec, policy)
+            trainer: Trainer[Any] = Trainer(policy, OptimizerSettings(1e-2), total_steps=9, micro_batch_tokens=budget)
+            batches = source.next(0).batches
+            updates[replay, budget] = [trainer.update(batch, objective) for batch in batches]
+    free, replayed = updates[False, 10_000], updates[True, 10_000]
+    assert free[0] == replayed[0]
+    assert replayed[0]["ratio/max"] == pytest.approx(1.0, abs=1e-5)
+    # the routers of later updates would choose otherwise, and the ratio shows whether they may
+    changed = next(i for i, update in enumerate(replayed) if update["router/changed"] > 0)
+    assert replayed[changed]["ratio/max"] != pytest.approx(free[changed]["ratio/max"], abs=1e-6)
+    for one, other in zip(updates[True, 30], replayed, strict=True):
+        assert one["ratio/max"] == pytest.approx(other["ratio/max"], rel=1e-3)
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
 def test_what_changed_is_counted_against_the_old_policys_choices() -> None:
     source, objective = source_of(PRESETS["gspo"], small.policy())
     rows = [row for batch in source.next(0).batches for row in batch]
