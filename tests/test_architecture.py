@@ -62,7 +62,7 @@ ROOMS = {
     "stages": {"config", "data", "promotion", "report", "runtime", "training", "validation"},
     "training": {"config", "data", "runtime"},
     "labelling": {"config", "data", "runtime"},
-    "lineage": {"config", "tracking"},
+    "lineage": {"config", "data", "runtime", "tracking"},
     "promotion": {"runtime", "tracking"},
     "report": {"config", "runtime"},
     "serving": {"config", "promotion", "runtime"},

@@ -30,6 +30,7 @@ COMMANDS = (
     "ui",
     "models",
     "lineage",
+    "forget",
     "chat",
     "label",
     "serve",

@@ -20,12 +20,14 @@ _ALIASES = "SELECT alias, version FROM registered_model_aliases WHERE name = ?"
 def read_versions(project: Path, name: str) -> list[Version] | None:
     """Return the versions of a registered model, newest first, as `Registry.versions` does.
 
-    Returns None if the store is not a SQLite file with MLflow's tables of today: then ask MLflow.
+    Without a store there are none. Returns None if the store is not a SQLite file with MLflow's tables of today: then ask MLflow.
     """
     uri = tracking_uri(project)
     path = Path(uri.removeprefix(_PREFIX))
-    if not uri.startswith(_PREFIX) or "?" in uri or not path.is_file():
+    if not uri.startswith(_PREFIX) or "?" in uri:
         return None
+    if not path.is_file():
+        return []
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             numbers = [int(row[0]) for row in database.execute(_VERSIONS, (name,))]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import signal
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from posttrain.network import HOST
@@ -73,5 +75,10 @@ def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
             await super().startup(sockets)
             if self.started:
                 ready()
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # uvicorn would raise the signal again after it has stopped, and end the process before the caller has cleaned up
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
 
     Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning", access_log=False)).run()

@@ -63,8 +63,9 @@ class Nights:
         YAML().dump(entry, path)
         self.locked[stage.split(" ")[0]] = entry
 
-    def night(self, rows: list[dict[str, Any]], inputs: dict[str, str]) -> None:
-        journal = self.store(json.dumps({"kind": "start", "inputs": inputs}).encode() + b"\n")
+    def night(self, rows: list[dict[str, Any]], inputs: dict[str, str], quoted: bytes = b"") -> None:
+        """Write the records of one night; `quoted` stands in the journal of ingest, as the samples of a table do."""
+        journal = self.store(json.dumps({"kind": "start", "inputs": inputs}).encode() + b"\n" + quoted)
         tables = self.folder({"preferences.parquet": parquet(rows)})
         self.record("ingest", {}, {"data/tables": tables, "runs/ingest/journal.jsonl": journal})
         valid = self.folder({"preferences.parquet": parquet(rows), "sft.parquet": parquet([{"id": 0}])})

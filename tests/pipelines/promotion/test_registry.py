@@ -104,7 +104,7 @@ def test_the_local_store_is_read_as_mlflow_reads_it(registry: Registry, monkeypa
     assert read_versions(registry.project, registry.name) == registry.versions()
     assert [version.aliases for version in registry.versions()] == [("previous",), ("champion",)]
     (registry.project / "mlflow.db").rename(registry.project / "away.db")
-    assert read_versions(registry.project, registry.name) is None
+    assert read_versions(registry.project, registry.name) == []
     (registry.project / "mlflow.db").write_bytes(b"no database")
     assert read_versions(registry.project, registry.name) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")

@@ -1,0 +1,120 @@
+"""A forgotten file leaves no copy behind: every file of the project, DVC's cache and its remote is searched for the texts."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.commands import forget as command
+from pipelines.lineage.erasure import plan
+from pipelines.lineage.graph import Lineage
+from posttrain.errors import DataError
+from tests.pipelines.lineage.test_lineage import Nights, parquet, weights
+from tests.workspace import dvc
+
+OTHER = {"id": 1, "prompt": "what is the capital?", "chosen": "a city on a river", "rejected": "no idea at all"}
+TEXTS = ("who is Ann Example?", 'she asked to be "forgotten" & <left> é', "somebody else entirely")
+ROW = dict(zip(("prompt", "chosen", "rejected"), TEXTS, strict=True))
+FILE = Path("data/raw/accepted/preferences/0001-ann.jsonl")
+
+
+def holders(folder: Path) -> list[str]:
+    """Return the files below a folder that hold one of the texts in any form; Parquet is decoded."""
+    forms = {
+        form.encode()
+        for text in TEXTS
+        for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], html.escape(text))
+    }
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        if data[:4] == b"PAR1":
+            data = json.dumps(pq.read_table(path).to_pylist()).encode()
+        if any(form in data for form in forms):
+            found.append(path.relative_to(folder).as_posix())
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+    """Return two nights of which the second took Ann's file in; the remote holds everything that the cache holds."""
+    nights = Nights(tmp_path / "project")
+    (nights.root / FILE).parent.mkdir(parents=True)
+    (nights.root / FILE).write_text(json.dumps(ROW) + "\n")
+    digest = hashlib.sha256((nights.root / FILE).read_bytes()).hexdigest()
+    nights.night([{**OTHER, "id": 0}], {"raw/pairs/one.jsonl": "aa"})
+    nights.night(
+        [{**ROW, "id": 0}, OTHER], {"raw/pairs/one.jsonl": "aa", str(FILE): digest}, json.dumps(ROW).encode() + b"\n"
+    )
+    (nights.root / "data/tables").mkdir(parents=True)
+    (nights.root / "data/tables/preferences.parquet").write_bytes(parquet([{**ROW, "id": 0}, OTHER]))
+    (nights.root / "report").mkdir()
+    (nights.root / "report/index.html").write_text(f"<p>{html.escape(TEXTS[1])}</p>")
+    (nights.root / "inbox").mkdir()
+    (nights.root / "inbox/again.jsonl").write_text(json.dumps(ROW))
+    shutil.copy(root / "params.yaml", nights.root)
+    config = f"[core]\n    no_scm = True\n['remote \"store\"']\n    url = {tmp_path / 'remote'}\n"
+    (nights.root / ".dvc/config").write_text(config)
+    dvc(nights.root, "add", "-q", "data/raw/accepted")
+    shutil.copytree(nights.root / ".dvc/cache/files", tmp_path / "remote/files")
+    monkeypatch.chdir(nights.root)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return nights
+
+
+def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytest.CaptureFixture[str]) -> None:
+    remote = project.root.parent / "remote"
+    before, remotely = holders(project.root), holders(remote)
+    assert len(remotely) == 4, (
+        "the file, the table before and after validation (the same bytes), the journal, the quarantine"
+    )
+    assert {str(FILE), "data/valid/preferences.parquet", "report/index.html", "inbox/again.jsonl"} < set(before)
+    others = {path for path in remote.rglob("*") if path.is_file()} - {remote / name for name in remotely}
+
+    assert command.main([str(FILE)]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was changed; add --yes to delete" in shown
+    assert f"  models/align/dpo-0  md5 {weights(project, 2).md5}\n" in shown
+    assert weights(project, 1).md5 not in shown
+    assert holders(project.root) == before
+
+    assert command.main([str(FILE), "--yes"]) == 0
+    assert "deleted; remotes: store; versions marked: none" in capsys.readouterr().out
+    assert holders(remote) == []
+    assert holders(project.root) == ["inbox/again.jsonl"], "a person's own file is named, not deleted"
+    assert {path for path in remote.rglob("*") if path.is_file()} == others, "nothing else was deleted"
+    (record,) = [json.loads(line) for line in Path(".posttrain/forgotten.jsonl").read_text().splitlines()]
+    assert record["models"] == [weights(project, 2)._asdict()]
+    assert "nfiles: 0" in Path("data/raw/accepted.dvc").read_text()
+
+
+def test_a_file_that_nobody_read_or_whose_texts_are_everywhere_is_refused(project: Nights, tmp_path: Path) -> None:
+    unread = tmp_path / "unread.jsonl"
+    unread.write_text(json.dumps(ROW | {"prompt": "another"}) + "\n")
+    lineage = Lineage.read(project.root)
+    with pytest.raises(DataError, match="no recorded run read a file with these bytes"):
+        plan(project.root, lineage, unread)
+    Path("data/tables/preferences.parquet").write_bytes(
+        parquet([{**ROW, "id": 0, "more": "a text that the file lacks"}])
+    )
+    with pytest.raises(DataError, match="every text of the file is in other rows too"):
+        plan(project.root, lineage, project.root / FILE)
+
+
+def test_a_remote_that_cannot_be_changed_stops_before_anything_local_is_deleted(
+    project: Nights, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = holders(project.root)
+    config = project.root / ".dvc/config"
+    config.write_text(config.read_text().replace("url = ", "url = ssh://nobody.invalid"))
+    assert command.main([str(FILE), "--yes"]) == 2
+    assert "the remote store may still hold the rows" in capsys.readouterr().err
+    assert holders(project.root) == before
