@@ -95,9 +95,10 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
         DataError: the file cannot be read, or no recorded run read it.
     """
     digest = file_digest(path)
-    tables = lineage.tables_with_file(digest)
-    mine = read_file(path)
+    read_from, mine = lineage.tables_with_file(digest), read_file(path)
     texts = Texts(mine, _other_rows(project, mine))
+    # a version that the cache has lost is counted as one with the rows
+    tables = [each for each in read_from if not (stored := lineage.cache.file(each.md5)) or texts.in_file(stored)]
     accepted = [each for each in _files(project, ("data/raw/accepted",)) if file_digest(each) == digest]
     candidates = {md5 for record in _touched(lineage, digest, tables) for md5 in _contents(lineage, record)}
     objects = {md5 for md5 in candidates if (stored := lineage.cache.file(md5)) and texts.in_file(stored)}

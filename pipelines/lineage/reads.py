@@ -12,6 +12,7 @@ from posttrain.errors import ConfigError
 SFT, PREFERENCES, PROBLEMS, LABELLED = (
     f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems", "labelled")
 )
+HELDOUT = "data/valid/preferences_heldout.parquet"
 REWARD = "models/reward"
 
 
@@ -20,8 +21,10 @@ def trained_on(record: StageRecord) -> tuple[Artifact, ...]:
 
     For an align stage these are its start, and the tables and models of its algorithm: pairs for preference algorithms, problems for
     on-policy ones, demonstrations for those with an expert stream. The reward model counts if a reward with a weight, the critic or
-    the stop at divergence uses it. An unknown algorithm counts with all inputs.
+    the stop at divergence uses it. Held-out pairs only measure a reward model. An unknown algorithm counts with all inputs.
     """
+    if record.stage.startswith("reward"):
+        return tuple(each for each in record.inputs if each.path != HELDOUT)
     if not record.stage.startswith("align "):
         return record.inputs
     try:

@@ -40,6 +40,12 @@ def test_every_algorithm_counts_with_what_it_learns_from(root: Path) -> None:
     assert used(root, "ppo", rewards={"answer": 1.0}, **sft_critic) == {"problems", "sft"}
 
 
+def test_held_out_pairs_only_measure_a_reward_model() -> None:
+    inputs = [Artifact(f"data/valid/{table}.parquet", table) for table in ("preferences", "preferences_heldout")]
+    record = StageRecord("python -m pipelines.reward", (*inputs, Artifact("models/sft", "sft")), (), {})
+    assert [each.md5 for each in trained_on(record)] == ["preferences", "sft"]
+
+
 def test_demonstrations_count_for_chord_only(root: Path) -> None:
     def tables(name: str) -> set[str]:
         tree = read_yaml(root / "params.yaml")
