@@ -27,6 +27,7 @@ COMMANDS = (
     "preview",
     "configure",
     "push",
+    "export",
     "ui",
     "models",
     "lineage",

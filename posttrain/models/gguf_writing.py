@@ -1,0 +1,145 @@
+"""Write a model as a GGUF file, as llama.cpp reads it: Llama and Qwen models with a byte-level BPE tokenizer.
+
+llama.cpp rotates neighbouring pairs of a head's dimensions, transformers the two halves; so the rows of Llama's query and key matrices are
+reordered. Vectors, such as norms, stay in float32.
+
+Example:
+    >>> weights = np.arange(8.0).reshape(4, 2)
+    >>> paired(weights, heads=1)[:, 0].tolist(), halved(paired(weights, heads=1), heads=1).tolist() == weights.tolist()
+    ([0.0, 4.0, 2.0, 6.0], True)
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.errors import ModelError
+
+Precision = Literal["f32", "f16", "q8_0"]
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Types of transformers' configurations; llama.cpp gives them the same names."""
+
+
+def paired(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder rows [heads x size, hidden] from halves of each head to neighbouring pairs."""
+    split = weights.reshape(heads, 2, -1, *weights.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weights.shape)
+
+
+def halved(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Undo `paired`."""
+    split = weights.reshape(heads, -1, 2, *weights.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weights.shape)
+
+
+def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, precision: Precision) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Raises:
+        ModelError: the architecture or the tokenizer cannot be written, or the package gguf is missing.
+    """
+    if find_spec("gguf") is None:
+        raise ModelError("writing GGUF files needs the package gguf; type: pip install 'posttrain[gguf]'")
+    import gguf
+
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"a model of type {kind!r} cannot be written as GGUF here, only {', '.join(ARCHITECTURES)}; export a merged folder, and"
+            " convert it with llama.cpp's convert_hf_to_gguf.py"
+        )
+    writer = gguf.GGUFWriter(file, kind)
+    _write_configuration(writer, model.config)
+    _write_tokenizer(writer, tokenizer, model.config.vocab_size, kind)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), model.config.num_hidden_layers)
+    target = {
+        "f32": gguf.GGMLQuantizationType.F32,
+        "f16": gguf.GGMLQuantizationType.F16,
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    }
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        written = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if written is None:
+            raise ModelError(
+                f"the weight {name} has no name in GGUF files of type {kind}; the model cannot be exported"
+            )
+        weights = tensor.detach().float().cpu().numpy()
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
+            weights = paired(weights, heads)
+        stored = target[precision] if weights.ndim > 1 else gguf.GGMLQuantizationType.F32
+        if stored == gguf.GGMLQuantizationType.Q8_0 and weights.shape[-1] % 32:
+            stored = gguf.GGMLQuantizationType.F16  # blocks of 32 numbers do not fit the row
+        writer.add_tensor(written, gguf.quants.quantize(weights, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_configuration(writer: Any, config: PreTrainedConfig) -> None:
+    writer.add_name(config.model_type)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    rotary = dict(config.rope_parameters)
+    if rotary.get("rope_type", "default") != "default":
+        raise ModelError(f"rotary embeddings of type {rotary['rope_type']!r} cannot be written as GGUF here")
+    writer.add_rope_freq_base(float(rotary["rope_theta"]))
+
+
+def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, kind: str) -> None:
+    """Write a byte-level BPE tokenizer; ids without a token are filled with unused ones."""
+    import gguf
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = {"model": {"type": "slow"}} if backend is None else json.loads(backend.to_str())
+    if state["model"]["type"] != "BPE" or "ByteLevel" not in str(state["pre_tokenizer"]):
+        raise ModelError(
+            f"a tokenizer of type {state['model']['type']} cannot be written as GGUF here, only byte-level BPE; export a merged folder"
+        )
+    if not state["model"]["merges"]:
+        raise ModelError(
+            "the tokenizer has no merges (one token a byte), which llama.cpp cannot read; the built-in tiny model is such a one. Export a"
+            " merged folder"
+        )
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    types = [
+        gguf.TokenType.UNUSED if i not in tokens else gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+        for i in range(size)
+    ]
+    writer.add_tokenizer_model("gpt2")
+    # llama.cpp splits text by a rule that the file names
+    digits = "Digits" in str(state["pre_tokenizer"])
+    writer.add_tokenizer_pre("qwen2" if kind.startswith("qwen") else "smollm" if digits else "gpt-2")
+    writer.add_token_list([tokens.get(i, f"[unused{i}]") for i in range(size)])
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    for add, number in (
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if number is not None:
+            add(number)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)

@@ -1,0 +1,165 @@
+"""Exports: read back by transformers and peft, and refused if they give other log-probabilities than what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pipelines.commands.export import main
+from posttrain.errors import ModelError
+from posttrain.models import export, gguf_writing
+from posttrain.models.export import export_adapter, export_gguf, export_merged, probe, trained_on
+from posttrain.models.folders import load_policy, save_model
+from posttrain.models.gguf_writing import halved, paired
+from posttrain.models.lora import Adapter
+from posttrain.models.tiny import byte_tokenizer
+from posttrain.settings import LoraSettings
+from tests.models import moe, small
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with merges, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Tom has twelve apples and finds seven more."] * 4, trainer)
+    template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template
+    )
+
+
+TOKENIZER = merging_tokenizer()
+SIZES: dict[str, Any] = {
+    "vocab_size": len(TOKENIZER) + 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": TOKENIZER.eos_token_id, "bos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
+
+
+def made(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied"))
+
+
+@pytest.fixture(params=["llama", "tied", "qwen2", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    model = made(request.param)
+    for parameter in model.parameters():
+        # norms of ones and biases of zeros would hide a lost tensor
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    save_model(model, TOKENIZER, tmp_path / "model", card="# A model")
+    return tmp_path / "model"
+
+
+def test_a_gguf_file_gives_the_trained_log_probabilities(folder: Path, tmp_path: Path) -> None:
+    exact = export_gguf(folder, tmp_path / "a.gguf", "f32")
+    half = export_gguf(folder, tmp_path / "b.gguf", "f16")
+    eighth = export_gguf(folder, tmp_path / "c.gguf", "q8_0")
+    assert exact.largest < 1e-4
+    assert exact.mean < half.mean < 5e-3
+    assert half.mean < eighth.mean < 0.2
+    assert (
+        (tmp_path / "c.gguf").stat().st_size
+        < (tmp_path / "b.gguf").stat().st_size
+        < (tmp_path / "a.gguf").stat().st_size
+    )
+
+
+def test_transformers_reads_the_tokenizer_and_the_template_of_a_file(tmp_path: Path) -> None:
+    save_model(made("llama"), TOKENIZER, tmp_path / "model", card="# A model")
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f16")
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    text = "Tom has 12 + 7 = 19 apples, \u00e9\u4e2d\n"
+    assert read(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    assert read.eos_token_id == TOKENIZER.eos_token_id
+    assert read.chat_template == TOKENIZER.chat_template
+
+
+def test_an_export_with_other_log_probabilities_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(made("llama"), TOKENIZER, tmp_path / "model", card="# A model")
+    monkeypatch.setattr(gguf_writing, "paired", lambda weights, heads: weights)
+    monkeypatch.setattr(export, "LIMITS", export.LIMITS | {"f16": 1e-5})
+    with pytest.raises(
+        ModelError, match=r"a\.gguf gives other log-probabilities than the trained model .* so it was removed"
+    ):
+        export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f16")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_tokenizer_without_merges_and_other_architectures_are_refused(tmp_path: Path) -> None:
+    save_model(small.language_model(), byte_tokenizer(64), tmp_path / "tiny", card="# Tiny")
+    with pytest.raises(ModelError, match="no merges"):
+        export_gguf(tmp_path / "tiny", tmp_path / "a.gguf", "f16")
+    save_model(moe.language_model(), byte_tokenizer(64), tmp_path / "experts", card="# Experts")
+    with pytest.raises(ModelError, match="type 'qwen3_moe' cannot be written as GGUF here, only llama, qwen2, qwen3"):
+        export_gguf(tmp_path / "experts", tmp_path / "a.gguf", "f16")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_pairs_and_halves_of_two_heads() -> None:
+    rows = np.arange(8)[:, None]
+    assert paired(rows, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert halved(paired(rows, heads=2), heads=2).tolist() == rows.tolist()
+
+
+def test_merged_weights_and_the_adapter_alone_are_the_trained_model(tmp_path: Path) -> None:
+    base, source = tmp_path / "base", tmp_path / "tuned"
+    save_model(small.language_model(), byte_tokenizer(64), base, card="# Base")
+    model = load_policy(base)
+    adapter = Adapter(model, LoraSettings(rank=2, alpha=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter, generator=None)
+    adapter.merge()
+    save_model(model, byte_tokenizer(64), source, card="# Tuned", adapter=adapter)
+    assert float((probe(load_policy(source)) - probe(load_policy(base))).abs().max()) > 0.01
+    assert trained_on(source) == str(base)
+    assert export_merged(source, tmp_path / "merged").largest == 0.0
+    assert not (tmp_path / "merged" / "adapter").exists()
+    assert export_adapter(source, base, tmp_path / "adapter").largest < 1e-4
+    with pytest.raises(ModelError, match="gives other log-probabilities"):
+        # the wrong base: the adapter's own changes cannot make up for it
+        export_adapter(source, source, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ModelError, match="has no adapter"):
+        export_adapter(base, base, tmp_path / "none")
+    with pytest.raises(ModelError, match="exists already"):
+        export_merged(source, tmp_path / "merged")
+
+
+def test_the_command_prints_the_drift_and_refuses_what_has_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(made("llama"), TOKENIZER, tmp_path / "model", card="# A model")
+    asked = [str(tmp_path / "model"), str(tmp_path / "out.gguf")]
+    assert main([*asked, "--form", "gguf", "--precision", "q8_0"]) == 0
+    assert "nats a token, at most" in capsys.readouterr().out
+    assert main([*asked, "--precision", "f16"]) == 2
+    assert "has no effect on --form merged" in capsys.readouterr().err
