@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from posttrain.errors import ModelError
 from posttrain.models.folders import ADAPTER, load_policy, load_tokenizer
-from posttrain.models.gguf_writing import Precision, write_gguf
+from posttrain.models.gguf_writing import Precision, read_tokens, write_gguf
+from posttrain.models.lora import load_adapter
 from posttrain.models.weights import pretrained
 from posttrain.settings import context_limit
 
@@ -60,11 +60,10 @@ def export_adapter(source: Path, base: Path, target: Path) -> Drift:
         raise ModelError(
             f"{source} has no adapter: all of its weights were trained (lora: null). Export a merged folder."
         )
-    from peft import PeftModel
 
     def write() -> PreTrainedModel:
         shutil.copytree(source / ADAPTER, target)
-        return cast(PreTrainedModel, PeftModel.from_pretrained(load_policy(base), target))
+        return load_adapter(load_policy(base), target)
 
     return _proven(load_policy(source), target, "adapter", write)
 
@@ -122,10 +121,7 @@ def probe(model: PreTrainedModel) -> Tensor:
 
 def _compare_tokenizers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError, and remove the file, unless the file has the tokens of the tokenizer under the same ids."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).fields["tokenizer.ggml.tokens"]
-    written = [bytes(field.parts[i]).decode() for i in field.data]
+    written = read_tokens(file)
     if any(written[number] != token for token, number in tokenizer.get_vocab().items()):
         file.unlink()
         raise ModelError(f"{file}: tokens have other ids than in the trained model, so it was removed")

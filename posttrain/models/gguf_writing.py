@@ -86,6 +86,14 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer.close()
 
 
+def read_tokens(file: Path) -> list[str]:
+    """Return the tokens of a GGUF file in the order of their ids."""
+    import gguf
+
+    field = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"]
+    return [bytes(field.parts[i]).decode() for i in field.data]
+
+
 def _write_configuration(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_name(config.model_type)
     writer.add_vocab_size(config.vocab_size)

@@ -170,6 +170,11 @@ class Adapter:
                 )
 
 
+def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return `base` with the adapter of a folder that `Adapter.save` wrote."""
+    return cast(PreTrainedModel, _peft().PeftModel.from_pretrained(base, folder))
+
+
 class BasePolicy(Policy):
     """The policy without its adapter, on the same weights: a reference that costs no memory."""
 

@@ -117,7 +117,7 @@ def test_a_tokenizer_without_merges_and_other_architectures_are_refused(tmp_path
     save_model(small.language_model(), byte_tokenizer(64), tmp_path / "tiny", card="# Tiny")
     with pytest.raises(ModelError, match="no merges"):
         export_gguf(tmp_path / "tiny", tmp_path / "a.gguf", "f16")
-    save_model(moe.language_model(), byte_tokenizer(64), tmp_path / "experts", card="# Experts")
+    save_model(moe.language_model(), byte_tokenizer(64), tmp_path / "experts", card="# A mixture")
     with pytest.raises(ModelError, match="type 'qwen3_moe' cannot be written as GGUF here, only llama, qwen2, qwen3"):
         export_gguf(tmp_path / "experts", tmp_path / "a.gguf", "f16")
     assert not (tmp_path / "a.gguf").exists()
