@@ -20,7 +20,7 @@ from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks import stage as stages
 from tasks.console import log_line, print_line
-from tasks.dag import Dag, Node, changed, needed_for, read_dag, stale
+from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
 from tasks.publish import publish_report
 from tasks.slots import machine_slots
@@ -38,14 +38,13 @@ def bring_all_up_to_date(
         dag = needed_for(whole, targets)
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
         todo = stale(dag, changed(root) | imports)
-        _announce(dag, todo)
         if not todo:
+            _announce(dag, todo)
             _finish(root)
             return None
         started = time.time()
         with fork_server(root), follower(root, tracking):
-            report = _Progress(todo, last_seconds(root), len(machine_slots()))
-            outcome = run_all(dag, _submitter(root, todo, refresh), len(machine_slots()), stages.stop, report)
+            outcome = _plan_and_run(root, dag, todo, imports, refresh)
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
@@ -58,6 +57,27 @@ def bring_all_up_to_date(
             print_line(f"costs: {costs}")
         _print_seconds(outcome, time.time() - started)
     return None
+
+
+def _plan_and_run(root: Path, dag: Dag, todo: set[str], imports: set[str], refresh: bool) -> DagOutcome:
+    """Run the stages on whose results the plan depends, count the stale stages again, and run them."""
+    first = before_plan(dag, todo)
+    early = _run(root, needed_for(dag, first), first, refresh) if first else DagOutcome()
+    if early.failures or early.interrupted:
+        early.not_started = [name for name in dag if name in todo - first]
+        return early
+    if first:
+        todo = stale(dag, changed(root) | imports)
+    _announce(dag, todo)
+    outcome = _run(root, dag, todo, refresh)
+    outcome.results |= {name: result for name, result in early.results.items() if result.ran}
+    return outcome
+
+
+def _run(root: Path, dag: Dag, todo: set[str], refresh: bool) -> DagOutcome:
+    """Bring the nodes of `todo` up to date, in the order of the DAG and as many at once as there are slots."""
+    slots = len(machine_slots())
+    return run_all(dag, _submitter(root, todo, refresh), slots, stages.stop, _Progress(todo, last_seconds(root), slots))
 
 
 def _submitter(

@@ -12,8 +12,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pipelines.config.params import load_params
+from pipelines.config.reward_uses import algorithm_uses
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
+from pipelines.training.reward_record import align_record, check_record, reward_inputs
 from posttrain.algorithms import OnPolicy, Unpaired
 
 
@@ -23,6 +25,7 @@ def run(run: Run) -> None:
 
     params, args = run.context.params, run.context.args
     name, seed = args.algorithm, args.seed
+    check_record(run.context, align_record(name))
     spec = params.algorithm(name)
     device = accelerator(run.context, params.align.compute, seed, Path(start_folder(params, name)))
     if isinstance(spec, OnPolicy):
@@ -65,7 +68,8 @@ def inputs(args: Namespace) -> list[str]:
         own.append("data/valid/labelled.parquet")
     if name in params.algorithms and params.start(name) == "base":
         own.append("models/base")
-    return [*TABLES, "models/sft", "models/reward", *own]
+    reads = name in params.algorithms and bool(algorithm_uses(params, name))
+    return [*TABLES, "models/sft", *reward_inputs(args, align_record(name), reads=reads), *own]
 
 
 TABLES = tuple(f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems"))

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.params import load_params
+from pipelines.config.reward_uses import evaluation_uses
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.data.tables import plain
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.evaluator import REFERENCE, Evaluator, write_predictions
+from pipelines.training.reward_record import EVALUATION, check_record, reward_inputs
 from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 def run(run: Run) -> None:
     """Evaluate the model and record predictions and results."""
+    check_record(run.context, EVALUATION)
     params = run.context.params.evaluation
     from posttrain.evaluation.statistics import Resampling
 
@@ -127,8 +131,9 @@ def variant(args: Namespace) -> str:
 
 def inputs(args: Namespace) -> list[str]:
     """Return the files and folders that the evaluation reads."""
-    folders = {str(model_folder(args.model)), str(REFERENCE), "models/reward"}
-    return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders)]
+    folders = {str(model_folder(args.model)), str(REFERENCE)}
+    reward = reward_inputs(args, EVALUATION, reads=bool(evaluation_uses(load_params(args.params))))
+    return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders), *reward]
 
 
 if __name__ == "__main__":

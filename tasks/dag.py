@@ -38,6 +38,8 @@ class Node:
     kind: Kind
     after: tuple[str, ...]
     """Names of the nodes whose outputs this node reads, sorted."""
+    before_plan: bool = False
+    """True if a flow runs the stage before it counts the stale stages, because its result decides which ones are (`meta` in dvc.yaml)."""
 
 
 Dag = Mapping[str, Node]
@@ -53,6 +55,7 @@ def read_dag(root: Path) -> dict[str, Node]:
                 _address(stage, root),
                 _kind(stage),
                 tuple(sorted(_address(above, root) for above in graph.successors(stage))),
+                bool((getattr(stage, "meta", None) or {}).get("before_plan")),
             )
             for stage in sorted(graph.nodes, key=position.__getitem__)
             if _address(stage, root) != CHAMPION
@@ -110,6 +113,11 @@ def stale(dag: Dag, changed: Collection[str]) -> set[str]:
         if name in changed or result.intersection(node.after):
             result.add(name)
     return result
+
+
+def before_plan(dag: Dag, todo: Collection[str]) -> set[str]:
+    """Return the stale stages that a flow can run before it plans: those whose own inputs are up to date."""
+    return {name for name in todo if dag[name].before_plan and not set(todo).intersection(dag[name].after)}
 
 
 def changed(root: Path) -> set[str]:

@@ -40,7 +40,7 @@ EXTRAS = {
 """Packages that the library imports only on demand, and the only files that may import them."""
 
 
-STAGES = {"ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate"}
+STAGES = {"ingest", "base", "validate", "sft", "reward", "reward_readers", "align", "evaluate", "compare", "gate"}
 ROOMS = {
     "aliases": {"commands"},
     "commands": {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from posttrain.text import nearest
 
-STEPS = ("ingest", "base", "validate", "sft", "reward", "align", "evaluate", "compare", "gate")
+STEPS = ("ingest", "base", "validate", "sft", "reward", "reward_readers", "align", "evaluate", "compare", "gate")
 """The versioned steps, in the order in which a pipeline runs them."""
 COMMANDS = (
     "plan",
@@ -75,7 +75,7 @@ def overview() -> str:
     """Return the help text: one line for each command and step."""
     lines = ["usage: posttrain NAME [options]; `posttrain NAME --help` explains one", ""]
     for title, names in (("commands", COMMANDS), ("steps, each a stage of dvc.yaml", STEPS)):
-        lines += [f"{title}:", *(f"  {name:<10} {_first_line(name)}" for name in names), ""]
+        lines += [f"{title}:", *(f"  {name:<14} {_first_line(name)}" for name in names), ""]
     lines += [
         "Start with `make demo`; then `posttrain plan` and `posttrain configure KEY=VALUE`. Documentation: docs/index.md"
     ]

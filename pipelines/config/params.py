@@ -18,6 +18,7 @@ from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.reward_arguments import check_arguments
+from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.config.schema import (
     AlgorithmParams,
     AlignParams,
@@ -182,23 +183,9 @@ class Params(Section):
         """Raise ConfigError if something uses the reward model although `reward.enabled` is false."""
         if self.reward.enabled:
             return
-        models = {name for name, section in self.rewards.items() if section.function == "reward_model"}
-        used = [f"evaluation.rewards ({name})" for name in self.evaluation.rewards if name in models]
+        used = evaluation_uses(self)
         for name in self.project.algorithms:
-            section = self.algorithms.get(name)
-            used += [
-                f"algorithms.{name}.rewards ({reward})"
-                for reward in (section and section.rewards) or ()
-                if reward in models
-            ]
-            spec = self.algorithm(name) if section else None
-            if (
-                isinstance(spec, OnPolicy)
-                and spec.has_critic
-                and spec.critic == "separate"
-                and spec.critic_start == "reward"
-            ):
-                used.append(f"algorithms.{name}.options.critic_start (reward)")
+            used += algorithm_uses(self, name) if name in self.algorithms else []
         if used:
             raise ConfigError(
                 f"reward.enabled is false, but {', '.join(used)} {'use' if len(used) > 1 else 'uses'} the reward model; remove"

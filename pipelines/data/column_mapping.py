@@ -134,7 +134,7 @@ def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) 
 
 def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str]) -> None:
     """Raise ConfigError if a prompt is read from the place of its answer, without an expression that parts them."""
-    asked = set(_FIELD.findall(wanted.get("prompt", "")) or [wanted.get("prompt", "")])
+    asked = set(paths_of(wanted.get("prompt", "")))
     for name in ("completion", "chosen", "rejected", "answer", _MESSAGES):
         if wanted.get(name) in asked and "prompt" not in (source.extract or {}):
             raise ConfigError(
@@ -146,8 +146,8 @@ def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str]) -> 
 def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_is: bool) -> Callable[[Record], Any]:
     """Return the function that reads one column. Raises DataError if no record has the named path."""
     template = bool(_FIELD.search(spec))
-    for path in _FIELD.findall(spec) if template else [spec]:
-        if all(_at(record, path) is _ABSENT for record in records):
+    for path in paths_of(spec):
+        if not any(is_there(record, path) for record in records):
             there = sorted({str(key) for record in records for key in record})
             raise DataError(
                 f"{where}: column {name!r} should come from {path!r}, which no record has{nearest(path, there)}."
@@ -161,6 +161,16 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
         return None if value is _ABSENT else value if as_it_is else _written(value)
 
     return read
+
+
+def paths_of(spec: str) -> list[str]:
+    """Return the paths that the specification of a column reads: those in the braces of a template, else itself."""
+    return _FIELD.findall(spec) or [spec]
+
+
+def is_there(record: Record, path: str) -> bool:
+    """Return True if the record has a value at the path."""
+    return _at(record, path) is not _ABSENT
 
 
 def _at(record: Any, path: str) -> Any:

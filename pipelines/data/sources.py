@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.conversation_rows import Sourced, chat_rows
+from pipelines.data.file_columns import require_alike
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
@@ -167,10 +168,10 @@ def _options(name: str, data: DataParams) -> dict[str, Any]:
 
 def _records(kind: Sourced, source: TableSource) -> list[Record]:
     """Return the records of a file or hub source."""
-    records: list[Record] = []
+    parts: list[tuple[str, list[Record]]] = []
     for name in source.names:
         if name.startswith(HUB):
-            records += _hub(kind, name, source.split)
+            parts.append((name, _hub(kind, name, source.split)))
             continue
         if is_generator(name):
             raise ConfigError(
@@ -182,9 +183,9 @@ def _records(kind: Sourced, source: TableSource) -> list[Record]:
                 f"data.{kind}.source = {name!r}: no such generator{nearest(name, built_in())};"
                 f" or a file ({', '.join(READERS)}; also .gz, .bz2, .xz, .zst), a folder of them, or hub:OWNER/NAME"
             )
-        for path in files:
-            records += read_file(path)
-    return records
+        parts += [(str(path), read_file(path)) for path in files]
+    require_alike(kind, source, parts)
+    return [record for _, records in parts for record in records]
 
 
 def _hub(kind: Sourced, source: str, split: str) -> list[Record]:

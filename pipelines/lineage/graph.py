@@ -12,6 +12,8 @@ from pipelines.lineage.records import TABLES, Artifact, Cache, StageRecord, open
 from posttrain.errors import DataError
 
 INGEST_JOURNAL = "runs/ingest/journal.jsonl"
+LEADS_ON = ("models/", "runs/reward_readers/artifacts/")
+"""Starts of the paths of outputs that carry data on to the next stage: models, and records of the reward model."""
 HELDOUT = {"preferences": ("preferences", "preferences_heldout")}
 """Validated tables that rows of one source may be in."""
 
@@ -42,7 +44,7 @@ class Lineage:
         return self._used[record]
 
     def written(self, record: StageRecord) -> list[Artifact]:
-        """Return the outputs of a stage and, for tables, each file of the folder."""
+        """Return the outputs of a stage and, for tables and records of readers, each file of the folder."""
         return self._written[record]
 
     def ancestors(self, artifact: Artifact) -> list[StageRecord]:
@@ -64,7 +66,7 @@ class Lineage:
         reached, found = set(artifacts), dict[StageRecord, None]()
         while more := [r for r in self.records if r not in found and reached.intersection(self._used[r])]:
             found |= dict.fromkeys(more)
-            reached |= {each for record in more for each in record.outputs if each.path.startswith("models/")}
+            reached |= {each for record in more for each in self.written(record) if each.path.startswith(LEADS_ON)}
         return list(found)
 
     def start(self, record: StageRecord) -> dict[str, Any]:

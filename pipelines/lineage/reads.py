@@ -14,6 +14,8 @@ SFT, PREFERENCES, PROBLEMS, LABELLED = (
 )
 HELDOUT = "data/valid/preferences_heldout.parquet"
 REWARD = "models/reward"
+REWARD_RECORDS = "runs/reward_readers/artifacts/align"
+"""Folder of the records on which align stages depend in place of the reward model."""
 
 
 def trained_on(record: StageRecord) -> tuple[Artifact, ...]:
@@ -51,5 +53,5 @@ def _paths(name: str, params: Mapping[str, Any]) -> set[str]:
     budget = {**align["on_policy"], **(section.get("budget") or {})}
     starts_critic = spec.has_critic and spec.critic_start == "reward"
     if rewarded or starts_critic or budget.get("on_divergence") == "stop":
-        used.add(REWARD)
+        used |= {REWARD, f"{REWARD_RECORDS}/{name}.json"}
     return used

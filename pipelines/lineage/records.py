@@ -22,7 +22,7 @@ from posttrain.files import write_atomic
 PARSED = Path(".posttrain/lineage.json")
 PRODUCTS = ("data/", "models/", "runs/", "report")
 """Starts of the paths of data and results; the other inputs of a stage are code."""
-TABLES = ("data/tables", "data/valid", "data/quarantine")
+TABLES = ("data/tables", "data/valid", "data/quarantine", "runs/reward_readers/artifacts")
 """Output folders whose files are inputs of later stages."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.config.params import Params
@@ -34,6 +34,8 @@ class RunContext:
     key: str
     code: str
     """Digest of the code and libraries. A checkpoint that different code wrote is never continued."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each input at the start of the run, by its path."""
     stop_requested: Callable[[], bool] = _never
     """Return True if a signal asked to stop: write a checkpoint, then raise Interrupted."""
     records: bool = True

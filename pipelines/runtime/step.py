@@ -209,7 +209,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     key = run_key(name, values, inputs)
     state = environment.states(project) / f"{name}-{key[:16]}"
     if getattr(args, "replay", None) is not None:
-        _replay(step, args, params, name, key)
+        _replay(step, args, params, name, key, inputs)
     main_process = launch.process() == 0
     lock = Lock(state / LOCK)
     if main_process and not lock.acquire():
@@ -220,7 +220,7 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     reads = Reads(step.stage, declared)
     context = RunContext(
         stage=step.stage, name=name, params=watched(params, reads), args=args, key=key, state=state,
-        code=code_digest(project, step.stage),
+        code=code_digest(project, step.stage), inputs=inputs,
         directory=Path("runs", step.stage, variant or ""), stop_requested=step.signals.requested, records=main_process,
     )  # fmt: skip
     run = Run.create(context)
@@ -246,12 +246,22 @@ def _prepare_and_execute(step: Step, args: argparse.Namespace) -> None:
     snapshot.write()
 
 
-def _replay(step: Step, args: argparse.Namespace, params: Params, name: str, key: str) -> NoReturn:
+def _replay(
+    step: Step, args: argparse.Namespace, params: Params, name: str, key: str, inputs: dict[str, str]
+) -> NoReturn:
     """Run the body up to its training, which replays the saved update and exits. Nothing is recorded."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         scratch = Path(folder)
         context = RunContext(
-            stage=step.stage, name=name, params=params, args=args, key=key, code="", state=scratch, directory=scratch
+            stage=step.stage,
+            name=name,
+            params=params,
+            args=args,
+            key=key,
+            code="",
+            inputs=inputs,
+            state=scratch,
+            directory=scratch,
         )
         step.body(Run.create(context))
     raise AssertionError(f"{step.stage} is declared as a training step, but did not train")

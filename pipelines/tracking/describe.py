@@ -23,6 +23,7 @@ TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
 REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
+START = "models/sft"
 _PARAM_LENGTH, _TAG_LENGTH, _SHOWN_TABLES = 6000, 8000, 100
 
 
@@ -83,18 +84,17 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
 def grouping(source: RecordedRun, project: Path) -> dict[str, str]:
     """Return the tags by which runs are grouped: algorithm, seed, study, protocol, and the algorithm's colour.
 
-    `protocol` is a hash of the models that training and evaluation start from: only runs with equal protocols can be compared.
+    `protocol` is a hash of the supervised model, which all algorithms start from or are compared with.
     """
     given, inputs = source.start.get("arguments", {}), source.start.get("inputs", {})
     name, _, seed = str(given.get("model") or "").rpartition("-") if source.start["stage"] == "evaluate" else ("",) * 3
     algorithm = str(given.get("algorithm") or name or seed)
     settings = _project_section(project / "params.yaml", (project / "params.yaml").stat().st_mtime_ns)
-    starts = [str(inputs[path]) for path in ("models/sft", "models/reward") if path in inputs]
     found = {
         "algorithm": algorithm,
         "seed": seed if name else "",
         "study": str(source.surroundings().get("experiment") or settings.experiment),
-        "protocol": hashlib.sha256(" ".join(starts).encode()).hexdigest()[:8] if starts else "",
+        "protocol": hashlib.sha256(inputs[START].encode()).hexdigest()[:8] if START in inputs else "",
         "mlflow.runColor": colour(algorithm, settings.algorithms) or "",
     }
     return {key: value for key, value in found.items() if value}

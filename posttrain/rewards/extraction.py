@@ -1,5 +1,7 @@
 r"""Read the answer out of a completion: strictly, after a marker, or flexibly, else the last number; None if there is none.
 
+Scale words multiply (1.5 million). A range, several alternatives (3 or 4) and a denied number (not 42) are no answer.
+
 Markers: "#### 42", "\boxed{42}", "<answer>42</answer>", "the answer is 42", "Answer: 42", and the same in other languages. The last
 marker counts. After a marker, an expression that would need to be computed (6 * 7) is no answer: none of its numbers is taken for it.
 
@@ -16,7 +18,15 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
-from posttrain.rewards.values import cleaned, mentions_numbers, number_value, result_of, values
+from posttrain.rewards.values import (
+    cleaned,
+    last_of,
+    mentions_numbers,
+    number_value,
+    result_of,
+    unscaled_value,
+    values,
+)
 from posttrain.text import normalised
 
 Extract = Literal["strict", "flexible"]
@@ -79,8 +89,7 @@ def flexible(completion: str) -> str | None:
     marked = _marked(completion)
     if marked is not None and mentions_numbers(marked):
         return result_of(marked)
-    found = values(completion)
-    return found[-1] if found else None
+    return last_of(completion)
 
 
 def gold_value(gold: str) -> Fraction | None:
@@ -117,8 +126,11 @@ def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
         return _bare(answer) == _bare(gold)
     if kind == "choice":
         return gold_choice(gold) == answer
-    value = number_value(answer)
-    return value is not None and value == gold_value(gold)
+    value, expected = number_value(answer), gold_value(gold)
+    if value is None or expected is None:
+        return False
+    # A question in millions has the gold answer 1.5, and the right answer is "1.5 million".
+    return value == expected or (unscaled_value(gold) is None and unscaled_value(answer) == expected)
 
 
 def _marked(completion: str) -> str | None:

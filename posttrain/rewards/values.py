@@ -9,35 +9,53 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from fractions import Fraction
 
 from posttrain.environments.numbers import parse_number
+from posttrain.rewards.scales import SCALE, SCALED, scaled
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_TIMES_TEN = r"\s?(?:x|\u00d7|\\times|\\cdot|\u00b7|\*)\s?10\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?"
+_EXPONENT = r"[-+]?\d{1,3}"
+_TIMES_TEN = r"\s?(?:x|\u00d7|\\times|\\cdot|\u00b7|\*)\s?10\s?\^\s?\{?"
 _SIGN = r"(?:(?<![A-Za-z0-9_)\]])[-+](?=[$\u20ac\u00a3\d.\\]))?"
 _LATEX = r"\\[dt]?frac\s?(?:\{[-+]?\d{1,30}\}\s?\{\d{1,30}\}|\d\d)"
 _POWER = r"\s?\^\s?(?:\{[-+]?\d{1,3}\}|[-+]?\d{1,3})"
 _UNIT = r"(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|mph|hrs?|h|min)(?![A-Za-z0-9_])"
 _HIDDEN = "\ue000"
 """Placeholder for an expression that is not read, such as a root."""
-_VALUE = re.compile(
+_NUMBER = (
     rf"{_SIGN}(?:\d{{1,30}}\s?)?{_LATEX}"
     rf"|(?<![A-Za-z0-9_.,]){_SIGN}\d{{1,30}}\s\d{{1,30}}/\d{{1,30}}(?![A-Za-z0-9_/])"
     rf"|(?<![A-Za-z0-9_.^])(?<!\^[{{ +-]){_SIGN}[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})"
-    rf"(?:{_TIMES_TEN}|{_POWER}|[eE][-+]?\d{{1,3}}|/\d{{1,30}})?"
-    rf"(?:(?={_UNIT})|(?![A-Za-z0-9_]|\.\d|,\d{{3}}(?!\d)|[)}}\]]*\s?\^))",
-    re.ASCII,
+    rf"(?:{_TIMES_TEN}{_EXPONENT}\}}?|{_POWER}|[eE][-+]?\d{{1,3}}|/\d{{1,30}})?"
+    rf"(?:(?={_UNIT})|(?=(?i:{SCALE}))|(?![A-Za-z0-9_]|\.\d|,\d{{3}}(?!\d)|[)}}\]]*\s?\^))"
 )
+_VALUE = re.compile(rf"(?:{_NUMBER})(?:{SCALED})?", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)\s?)?\\[dt]?frac\s?(?:\{([-+]?\d+)\}\s?\{(\d+)\}|(\d)(\d))")
 _MIXED = re.compile(r"([-+]?)(\d+)\s(\d+)/(\d+)")
-_SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){_TIMES_TEN}")
+_SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){_TIMES_TEN}(?P<power>{_EXPONENT})\}}?")
 _RAISED = re.compile(r"(?P<sign>[-+]?)(?P<base>\d{1,12}(?:\.\d{1,12})?)\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?")
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
-    r"|\s?(?:\\pi\b|\u03c0|\ue000)|:\d\d\b"
+    r"|\s?(?:\\pi\b|\u03c0|\ue000)|:\d\d\b|\s?mil\b"
 )
-"""After a number: it is a part of an expression, a date or a time."""
+"""After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
+_DENIED = re.compile(
+    rf"(?:\b(?:not|never|nicht|pas|non)\b|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
+    rf"(?:\s(?:equal to|exactly|just|only|simply|really|about))?[ \t:*_]*"
+    rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*",
+    re.ASCII | re.IGNORECASE,
+)
+"""Numbers that the text denies: the 42 of `not 42, but 43`, the 3 and 4 of `not 3 or 4`."""
+_UNIT_BETWEEN = r"[*_)%\s]*(?:[A-Za-z]{1,12}[*_,]*\s)?"
+_OPEN = r"[*_(\s$\u20ac\u00a3]*"
+_OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)\s?(?:[A-Za-z]{{1,3}}\s?=)?{_OPEN}")
+_TO = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:to|through|bis)\b|\u5230|\u81f3){_OPEN}")
+_AND = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:and|to|und|et|y)\b|-|\u548c|\u5230|\u81f3){_OPEN}")
+_BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre)|\u4ecb\u4e8e|\u5728)[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
+_PRECISION = re.compile(r"[\s-]*(?:decimal|significant|places?|digits?|figures?|d\.?p\b|s\.?f\b)", re.IGNORECASE)
+_OTHER_SOLUTION = re.compile(r"\bor\s+\S{1,6}\s*$")
 _CLEAN = (
     ("\u2212", "-"),
     ("\u2013", "-"),
@@ -78,14 +96,44 @@ def values(text: str) -> list[str]:
 def result_of(text: str) -> str | None:
     """Return the number that a short text such as `6 * 7 = 42 apples` comes to.
 
-    None if it holds none, or only expressions that would need to be computed, such as `6 * 7`.
+    None if it holds none, only expressions that would need to be computed, such as `6 * 7`, or several: a range, or `3 or 4`.
     """
-    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
-    for side in reversed(text.split("=")):
+    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), undenied(cleaned(text)))
+    sides = text.split("=")
+    if any(_OTHER_SOLUTION.search(side) for side in sides[:-1]):
+        return None
+    for side in reversed(sides):
         found = _VALUE.search(side)
         if found and not _OPERATOR.match(side, found.end()) and _HIDDEN not in side[: found.start()]:
-            return found[0]
+            after = _VALUE.search(side, found.end())
+            return None if after and _are_several(side, found, after, (_OR, _TO)) else found[0]
     return None
+
+
+def last_of(text: str) -> str | None:
+    """Return the last number of a text, None if there is none or if it is one of several: `between 3 and 5`, `3 or 4`."""
+    text = undenied(cleaned(text))
+    before: re.Match[str] | None = None
+    last: re.Match[str] | None = None
+    for found in _VALUE.finditer(text):
+        before, last = last, found
+    if last is None or (before and _are_several(text, before, last, (_OR,))):
+        return None
+    return last[0]
+
+
+def undenied(text: str) -> str:
+    """Return the text without the numbers that it denies."""
+    return _DENIED.sub(" ", text)
+
+
+def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: Iterable[re.Pattern[str]]) -> bool:
+    """Return True if two neighbouring numbers are alternatives or a range, and differ."""
+    gap, lead = text[one.end() : other.start()], text[max(0, one.start() - 20) : one.start()]
+    joined = any(pattern.fullmatch(gap) for pattern in between) or bool(_BETWEEN.search(lead) and _AND.fullmatch(gap))
+    if not joined or _PRECISION.match(text, other.end()):
+        return False
+    return number_value(one[0]) != number_value(other[0])
 
 
 def mentions_numbers(text: str) -> bool:
@@ -94,8 +142,10 @@ def mentions_numbers(text: str) -> bool:
 
 
 def number_value(text: str) -> Fraction | None:
-    r"""Return the value of one number, also 3 1/2, 3 x 10^2, 2^{10} and \frac{1}{2}; None if it is none."""
+    r"""Return the value of one number, also 3 1/2, 3 x 10^2, 2^{10}, \frac{1}{2} and 1.5 million; None if it is none."""
     text = cleaned(text).strip().strip("*_$ ").rstrip(".")
+    if parts := scaled(text):
+        return _sum_of(parts)
     if found := _FRACTION.fullmatch(text):
         top, bottom = int(found[3] or found[5]), int(found[4] or found[6])
         return None if found[2] and top < 0 else _ratio(found[1], int(found[2] or 0), top, bottom)
@@ -109,6 +159,28 @@ def number_value(text: str) -> Fraction | None:
         value = None if not base and power < 0 else base**power
         return -value if value is not None and found["sign"] == "-" else value
     return parse_number(text)
+
+
+def unscaled_value(text: str) -> Fraction | None:
+    """Return the 1.5 of `1.5 million`; None without a scale word or with several parts."""
+    parts = scaled(cleaned(text).strip())
+    return number_value(parts[0][0]) if len(parts) == 1 else None
+
+
+def _sum_of(parts: list[tuple[str, int]]) -> Fraction | None:
+    """Return the value of parts with falling factors, as in 1 million 200 thousand; after a larger factor, counting begins anew."""
+    total, last = Fraction(0), 0
+    for text, factor in parts:
+        value = number_value(text)
+        if value is None:
+            return None
+        value *= factor
+        if factor >= last:
+            total = value
+        else:
+            total += -value if total < 0 else value
+        last = factor
+    return total
 
 
 def _spelt_fraction(found: re.Match[str]) -> str:

@@ -19,8 +19,9 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from pipelines.commands.chat import Chat, Sampling, has_template, open_models
+from pipelines.runtime.identity import content_digest
 from posttrain.api import Model
-from tasks.dag import changed, read_dag, stale
+from tasks.dag import before_plan, changed, read_dag, stale
 from tests.end_to_end.conftest import TINY, Clone
 from tests.s3 import CREDENTIALS, serving
 
@@ -124,13 +125,47 @@ def _command(trace: dict[str, str]) -> str:
 
 def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -> None:
     params = reproduced.root / "params.yaml"
-    before = params.read_text(encoding="utf-8")
+    before, locked = params.read_text(encoding="utf-8"), (reproduced.root / "dvc.lock").read_bytes()
     try:
         reproduced.configure("algorithms.ppo.options.kl_coefficient=0.3")
+        early = before_plan(read_dag(reproduced.root), changed(reproduced.root))
+        records = reproduced.repro("--single-item", *early)
         planned = stale(read_dag(reproduced.root), changed(reproduced.root))
     finally:
         params.write_text(before, encoding="utf-8")
+        (reproduced.root / "dvc.lock").write_bytes(locked)
+        reproduced.run("dvc", "checkout", "-q")
+    assert early == {"reward_readers"}
+    assert "Running stage 'reward_readers'" in records
     assert planned == {"align@ppo-0", "evaluate_aligned@ppo-0", "compare"}
+
+
+def test_a_new_reward_model_leaves_algorithms_that_do_not_read_it_up_to_date(reproduced: Clone) -> None:
+    """Ask DVC for the stale stages; and a step that is started by hand refuses the model that its record does not name."""
+    root, kept = reproduced.root, {name: (reproduced.root / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    record, aligned = root / "runs/reward_readers/artifacts/align", ("align@dpo-0", "align@grpo-0", "align@ppo-0")
+    try:
+        reproduced.configure("reward.optimizer.learning_rate=5e-4")
+        reproduced.repro("--single-item", "reward")
+        by_hand = reproduced.run("pipelines.align", "--algorithm", "ppo", "--seed", "0", check=False)
+        reproduced.repro("--single-item", "reward_readers")
+        status = json.loads(reproduced.run("dvc", "status", "--json", *aligned).stdout)
+        planned = stale(read_dag(root), changed(root))
+        unread = json.loads((record / "dpo.json").read_text(encoding="utf-8"))
+        read = json.loads((record / "ppo.json").read_text(encoding="utf-8"))
+        digest = content_digest(root / "models/reward")
+    finally:
+        for name, content in kept.items():
+            (root / name).write_bytes(content)
+        reproduced.run("dvc", "checkout", "-q")
+    # grpo measures the reward model with the weight 0
+    assert set(status) == {"align@grpo-0", "align@ppo-0"}
+    assert status["align@ppo-0"] == [{"changed deps": {f"{record.relative_to(root)}/ppo.json": "modified"}}]
+    assert "align@dpo-0" not in planned
+    assert {"align@ppo-0", "evaluate_aligned@ppo-0", "evaluate_aligned@dpo-0", "compare"} < planned
+    assert (unread, read) == ({}, {"models/reward": digest})
+    assert by_hand.returncode == 2
+    assert "Type `dvc repro reward_readers`, then repeat the command." in by_hand.stderr
 
 
 def test_the_champions_weights_give_the_answers_that_its_evaluation_gave(reproduced: Clone) -> None:
@@ -168,7 +203,9 @@ def test_a_model_leads_to_its_data_and_a_row_to_its_models(reproduced: Clone) ->
     found = lineage("ppo-0")
     stages = [entry["stage"] for entry in found["stages"]]
     assert stages[0] == "align --algorithm ppo --seed 0"
-    assert set(stages[1:]) == {"validate", "reward", "sft", "ingest", "base"}
+    assert set(stages[1:]) == {"validate", "reward_readers", "reward", "sft", "ingest", "base"}
+    without = {entry["stage"] for entry in lineage("dpo-0")["stages"][1:]}
+    assert without == {"validate", "sft", "ingest", "base"}
     outputs = {out["path"]: out["md5"] for stage in lock(reproduced).values() for out in stage["outs"]}  # type: ignore[attr-defined]
     assert found["model"] == {"path": "models/align/ppo-0", "md5": outputs["models/align/ppo-0"]}
     assert all(model["md5"] == outputs[model["path"]] for model in found["models"])

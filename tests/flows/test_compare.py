@@ -63,6 +63,40 @@ def test_order_is_kept_independent_stages_overlap_and_the_lock_is_dvcs_own(
     assert "nothing to do: all 5 stages are up to date" in capsys.readouterr().out
 
 
+SELECTING = """
+  select:
+    cmd: mkdir -p chosen && cp left.in chosen/left && cp right.in chosen/right
+    meta: {before_plan: true}
+    deps: [left.in, right.in]
+    outs: [chosen]
+  chosen:
+    matrix:
+      name: ${sides}
+    cmd: cp chosen/${item.name} chosen-${item.name}.txt
+    deps: ["chosen/${item.name}"]
+    outs: ["chosen-${item.name}.txt"]
+"""
+
+
+def test_a_stage_before_the_plan_runs_first_so_that_only_stages_with_new_inputs_are_counted(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (workspace / "dvc.yaml").open("a") as file:
+        file.write(SELECTING)
+    for side in ("left", "right"):
+        (workspace / f"{side}.in").write_text(side)
+    run(workspace)
+    capsys.readouterr()
+    (workspace / "left.in").write_text("new")
+    run(workspace)
+    printed = capsys.readouterr().out
+    assert "1 of 8 stages to bring up to date" in printed
+    assert printed.index("select                   done in") < printed.index("1 of 8 stages")
+    assert (workspace / "chosen-left.txt").read_text() == "new"
+    record = json.loads((workspace / ".posttrain" / "flow.json").read_text())["stages"]
+    assert [name for name, stage in record.items() if stage["ran"]] == ["select", "chosen@left"]
+
+
 def test_a_failure_stops_only_its_dependants_and_the_webhook_is_told(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_an_existing_reward_model_is_kept_and_rewards(other: Workspace, source: 
     assert set(before) == set(after)
     assert all(bool((weight == after[name]).all()) for name, weight in before.items())
     assert configured(other.folder)["reads_text"] is reads_text
+    other.succeed("pipelines.reward_readers")
     other.succeed(*GRPO)
     steps = [
         r["values"]
@@ -65,7 +66,8 @@ def test_an_existing_reward_model_is_kept_and_rewards(other: Workspace, source: 
 @pytest.mark.slow
 def test_a_critic_cannot_start_from_other_tokens(other: Workspace) -> None:
     other.succeed("pipelines.commands.configure", "reward.source=foreign")
-    other.succeed("pipelines.reward")
+    for step in ("reward", "reward_readers"):
+        other.succeed(f"pipelines.{step}")
     done = other.run("pipelines.align", "--algorithm", "ppo", "--seed", "0")
     assert done.returncode == 2
     assert "critic_start: reward, the reward model's tokenizer: 2 of its" in done.stderr

@@ -110,6 +110,6 @@ def prepare(folder: Path, warm: Warm) -> Workspace:
     workspace.succeed("pipelines.commands.configure", str(OVERLAY))
     workspace.succeed("pipelines.ingest")
     shutil.copytree(folder / "data" / "tables", folder / "data" / "valid")
-    for step in ("base", "sft", "reward"):
+    for step in ("base", "sft", "reward", "reward_readers"):
         workspace.succeed(f"pipelines.{step}")
     return workspace

@@ -33,6 +33,17 @@ MARKED = [
     ("\u0627\u0644\u062c\u0648\u0627\u0628: \u0664\u0662", 42), ("\uc815\ub2f5: 42", 42), ("\u0909\u0924\u094d\u0924\u0930: 42", 42),
     ("answer is 3\u00d710\u2075", 300_000), ("Odpov\u011b\u010f: 42", 42), ("Answer: 42 * (sure)", 42), ("The answer is 42: 6 times 7", 42),
     ("I am #1! The answer is 42", 42), (r"The answer is \(42\)", 42), ("The answer is \"42\"", 42), ("The answer is: $42$", 42),
+    ("The answer is 1.5 million", 1_500_000), ("Answer: $1.5 million.", 1_500_000), ("Answer: 5 hundred thousand", 500_000),
+    ("Answer: 1 million 200 thousand", 1_200_000), ("Answer: -1 million 200 thousand", -1_200_000), ("Answer: 2 dozen eggs", 24),
+    ("\u7b54\u6848\u662f150\u4e07", 1_500_000), ("\u7b54\u6848\uff1a3\u4e075\u5343", 35_000),
+    ("\u7b54\u6848\uff1a1\u4ebf2000\u4e07", 120_000_000),
+    ("\u7b54\u6848\u662f5\u5343\u514b", 5), ("Antwort ist 42 Millionen", 42_000_000),
+    ("\u041e\u0442\u0432\u0435\u0442: 5 \u0442\u044b\u0441\u044f\u0447", 5000),
+    ("Answer: 3 x 10^2 million", 300_000_000), ("Answer: 1 hundred percent", 100), ("Answer: 5 millennia", 5),
+    ("The answer is not 42, but 43", 43), ("The answer is 43, not 42", 43), ("The answer is not 3 or 4 but 5", 5),
+    ("Answer: **not 42** but 43", 43),
+    ("The answer is not more than 5", 5), ("The answer is 1/2 or 0.5", Fraction(1, 2)), ("The answer is 42 or so", 42),
+    ("The answer is 3.14 to 2 decimal places", Fraction(157, 50)), ("The answer is 42 to the nearest 10", 42),
 ]  # fmt: skip
 UNMARKED = [
     ("**42**", 42), ("$42$", 42), ("so he has 42 apples", 42), ("42\u3002", 42), ("42", 42), ("it is -3", -3), ("She makes 18.", 18),
@@ -42,6 +53,10 @@ UNMARKED = [
     ("it covers 25 cm^2", 25), ("25 cm\u00b2", 25), ("2^10", 1024), ("10^3 of them", 1000), (r"\frac{-1}{2}", Fraction(-1, 2)),
     ("3\u00bd cups", Fraction(7, 2)), ("\uff11\uff12", 12), ("7 and then \\sqrt{2}", 7), ("He is 42, she 43", 43),
     ("5;#", 5), ("#74+5", 5), ("\u20ac5", 5), ("50 %", 50),
+    ("he earns 1.5 million", 1_500_000), ("not 42, but 43", 43), ("It is 43, not 42.", 43), ("he has not 42 apples, but 43", 43),
+    ("nicht 42, sondern 43", 43), ("\u4e0d\u662f42\uff0c\u800c\u662f43", 43), ("It isn't 42, it's 43", 43),
+    ("between 3 and 5 hours, so 15", 15),
+    ("Is it 3 or 4? It is 4.", 4), ("it rose from 3 to 5", 5), ("50\u767e\u5206\u70b9", 50), ("5million", 5_000_000),
 ]  # fmt: skip
 NOTHING = [
     "",
@@ -65,6 +80,17 @@ NOTHING = [
     r"\boxed{2\pi}",
     "the answer is 2\u03c0",
     "\\boxed{(-2)^{2}}",
+    "The answer is between 3 and 5",
+    "between 3 km and 5 km",
+    "Answer: 3 to 5",
+    "Answer: 2 million to 3 million",
+    "The answer is 3 or 4",
+    "either 3 or 4 apples",
+    "x = 3 or x = -3",
+    "The answer is x = 3 or x = -3",
+    "\u7b54\u6848\u662f3\u52305",
+    "The answer is not 42.",
+    "The answer is 5 mil",
 ]
 CHOICES = [
     ("the answer is (B)", "B"), ("Answer: B", "B"), ("B", "B"), ("(C)", "C"), ("B. Paris", "B"), (r"\boxed{D}", "D"),
@@ -133,6 +159,9 @@ def test_a_text_is_compared_without_its_markup(text: str) -> None:
         "1 1/",
         "=",
         "(A",
+        "1 million ",
+        "not 1 or ",
+        "between 1 and ",
     ],
 )
 def test_a_degenerate_completion_is_read_within_bounds(part: str) -> None:
@@ -148,6 +177,16 @@ def test_values_that_used_to_pass_wrongly() -> None:
     assert gold_value("so 3 + 4 = 7\n#### 7") == 7
     assert equal("7", '["seven", "7"]')
     assert not equal("x", "x")
+
+
+def test_a_scale_word_counts_or_is_the_unit_of_the_question() -> None:
+    """A question in millions has the gold answer 1.5; a percent sign is a unit only, so that 50 % is 50 and never 0.5."""
+    assert equal("1.5 million", "1500000")
+    assert equal("1,500,000", "1.5 million")
+    assert equal("1.5 million", "1.5")
+    assert not equal("1.5", "1.5 million")
+    assert not equal("1.5 million", "15")
+    assert not equal("50%", "0.5")
 
 
 def test_the_reward_chooses_its_extractor_and_kind() -> None:

@@ -10,19 +10,26 @@ import lzma
 import tracemalloc
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config.data_schema import TableSource
+from pipelines.config.data_schema import DataParams, TableSource
+from pipelines.config.params import load_params
 from pipelines.data.files import folder_files, read_file
-from pipelines.data.sources import local_files
+from pipelines.data.sources import local_files, table_rows
 from posttrain.errors import DataError
 from posttrain.text import normalised
 
 LINE = b'{"prompt": "a", "completion": "b"}\n'
 ROWS = [{"prompt": "a", "completion": "b"}]
+
+
+@pytest.fixture(scope="module")
+def shipped(root: Path) -> DataParams:
+    return load_params(root / "params.yaml").data
 
 
 def zstandard(data: bytes) -> bytes:
@@ -211,3 +218,46 @@ def test_a_key_that_occurs_twice_is_refused_because_one_value_would_be_lost(
     where = ", line 2" if name.endswith("l") else ""
     with pytest.raises(DataError, match=f"{name}{where}: cannot be held: the key 'p' occurs twice in one object"):
         read_file(tmp_path / name)
+
+
+def mixed(folder: Path, *files: list[dict[str, Any]]) -> Path:
+    for number, records in enumerate(files):
+        (folder / f"{number}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            {"question": "c", "response": "d"},
+            r"0\.jsonl: prompt and completion \(completion, prompt\); .*1\.jsonl: no known format \(question, r",
+        ),
+        ({"instruction": "c", "output": "d"}, r"1\.jsonl: Alpaca \(instruction, output\)"),
+        ({"prompt": "c", "response": "d"}, r"1\.jsonl: no known format \(prompt, response\)"),
+        # together, the columns would be those of KTO, which leaves out rows whose label is not true
+        ({"prompt": "c", "completion": "d", "label": True}, r"1\.jsonl: KTO \(completion, label, prompt\)"),
+    ],
+)
+def test_files_of_a_folder_with_different_columns_are_named(
+    shipped: DataParams, tmp_path: Path, other: dict[str, Any], words: str
+) -> None:
+    folder = mixed(tmp_path, [{"prompt": "a", "completion": "b"}], [other])
+    with pytest.raises(DataError, match=words):
+        table_rows("sft", shipped.model_copy(update={"sft": TableSource(source=str(folder))}))
+
+
+def test_a_file_without_a_mapped_column_is_named_and_an_optional_one_may_be_absent(
+    shipped: DataParams, tmp_path: Path
+) -> None:
+    folder = mixed(tmp_path, [{"q": "a", "r": "b", "topic": "x"}], [{"q": "c", "r": "d"}, {"q": "e", "r": "f"}])
+    columns = {"prompt": "q", "completion": "{r}", "topic": "topic"}
+    table = shipped.model_copy(update={"sft": TableSource(source=str(folder), columns=columns)})
+    assert [row["completion"] for row in table_rows("sft", table)] == ["b", "d", "f"]
+    mixed(tmp_path, [{"q": "a", "r": "b", "topic": "x"}], [{"q": "c", "answer": "d"}])
+    with pytest.raises(
+        DataError, match=r"1\.jsonl has no 'r', from which .* reads completion; its columns are answer, q\."
+    ):
+        table_rows("sft", table)
