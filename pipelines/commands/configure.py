@@ -25,9 +25,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipelines.commands.lookahead import problems
+from pipelines.commands.lookahead import problems, unused_rewards
 from pipelines.config.dvc_yaml import require_survival, to_block_style
-from pipelines.config.params import flatten, load_params, parse_params, read_yaml
+from pipelines.config.params import Params, flatten, load_params, parse_params, read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.errors import ConfigError
@@ -49,21 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
     changes = configure(path, args.changes, write=False)
+    params = _changed(path, args.changes)
     if not args.absent:
-        _look(path, args.changes)
+        _look(params)
     if not args.check:
         configure(path, args.changes)
-    print("\n".join(changes) or f"{path.name}: valid, nothing changes")
+    print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *unused_rewards(params)]))
     return 0
 
 
-def _look(path: Path, changes: Sequence[str]) -> None:
-    """Raise ConfigError if a run with the changed parameters would not find something."""
+def _changed(path: Path, changes: Sequence[str]) -> Params:
+    """Return the parameters as they will be after the changes."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         changed = Path(folder, path.name)
         changed.write_bytes(path.read_bytes())
         configure(changed, changes)
-        params = load_params(changed)
+        return load_params(changed)
+
+
+def _look(params: Params) -> None:
+    """Raise ConfigError if a run with the parameters would not find something."""
     sys.path.insert(0, os.getcwd())
     found = problems(params)
     if found:

@@ -28,6 +28,25 @@ def problems(params: Params) -> list[str]:
     return [*_functions(params), *_model(params), *_data(params)]
 
 
+def unused_rewards(params: Params) -> list[str]:
+    """Return one line for each reward that no aligned algorithm and not the evaluation computes; a run with it is no error."""
+    computed = {*params.evaluation.rewards}
+    for name in params.project.algorithms:
+        computed.update(params.algorithms[name].rewards or {})
+    found = []
+    for reward in params.rewards:
+        if reward not in computed:
+            elsewhere = [name for name, section in params.algorithms.items() if reward in (section.rewards or {})]
+            where = (
+                f"; {', '.join(elsewhere)} would use it, but project.algorithms does not list it" if elsewhere else ""
+            )
+            found.append(
+                f"warning: rewards.{reward} is computed by nothing{where}. To train on it, give it a weight:"
+                f" posttrain configure algorithms.NAME.rewards.{reward}=1.0. To measure it, add it to evaluation.rewards."
+            )
+    return found
+
+
 def _functions(params: Params) -> Iterator[str]:
     """Yield the reward functions that cannot be imported; no code of their module runs."""
     for name, reward in params.rewards.items():

@@ -28,14 +28,14 @@ CURRENCIES: dict[Currency, str] = {
     "optimiser_steps": "优化步数",
 }
 WHY = dict(
-    zip(samples.WHY, ("抽取理由:各对齐模型意见不一", "抽取理由:所有对齐模型都答错", "抽取自得分相同的题"), strict=True)
+    zip(samples.WHY, ("抽取理由：各对齐模型意见不一", "抽取理由：所有对齐模型都答错", "抽取自得分相同的题"), strict=True)
 )
 MARKS = {"right": "对", "wrong": "错", "partly": "部分正确", "unjudged": "未判"}
 CURVES = {
-    KL: "相对参考模型的 KL(每个回答,nat)",
-    "entropy": "熵(每 token,nat)",
-    "length/mean": "长度(每个回答的 token 数)",
-    "length/truncated": "被截断的回答(比例)",
+    KL: "相对参考模型的 KL（每个回答，nat）",
+    "entropy": "熵（每 token，nat）",
+    "length/mean": "长度（每个回答的 token 数）",
+    "length/truncated": "被截断的回答（比例）",
     "preference/accuracy": "训练偏好对上的准确率",
     "preference/margin": "训练偏好对上的间隔",
 }
@@ -46,10 +46,10 @@ def title(comparison: Comparison) -> str:
     """Return the result in one line of Chinese."""
     apart = list(comparison.apart()) if solved(comparison) else []
     called = "、".join(apart) if len(apart) <= 2 else f"{len(comparison.algorithms)} 个算法中有 {len(apart)} 个"
-    result = _result(comparison) + (f";{called} 的协议不同,不参与排名" if apart else "")
+    result = _result(comparison) + (f"；{called} 的协议不同，不参与排名" if apart else "")
     if comparison.about_training or not solved(comparison):
         return result
-    return f"仅就本次运行:{result};只有一个训练种子,不能说明更多"
+    return f"仅就本次运行：{result}；只有一个训练种子，不能说明更多"
 
 
 def _result(comparison: Comparison) -> str:
@@ -57,8 +57,8 @@ def _result(comparison: Comparison) -> str:
     return {
         "unsolved": "没有模型能解决此任务",
         "none": f"{_listed(comparison.panel)} 未优于监督微调",
-        "chance": f"{name} 领先,但差距可能只是偶然",
-        "undecided": f"{name} 优于 SFT;{'、'.join(alike)} 之间无法区分",
+        "chance": f"{name} 领先，但差距可能只是偶然",
+        "undecided": f"{name} 优于 SFT；{'、'.join(alike)} 之间无法区分",
         "first": f"{name} 胜出",
         "only": f"{name} 优于监督微调",
     }[kind]
@@ -80,17 +80,17 @@ def findings(comparison: Comparison) -> list[str]:
 def curve_title(metric: str, question: Question) -> str:
     """Return the title of a training curve."""
     source = metric.removeprefix("reward/").removesuffix("/mean")
-    return CURVES.get(metric) or ("真实奖励:" if source == question.accuracy else "奖励:") + source
+    return CURVES.get(metric) or ("真实奖励：" if source == question.accuracy else "奖励：") + source
 
 
 def _scope(comparison: Comparison) -> str:
     """Return a sentence on the population that intervals and tests cover."""
     if comparison.about_training:
         seeds = max(len(summary.seeds) for summary in comparison.algorithms)
-        return f"每个算法 {seeds} 个训练种子:区间和检验涵盖其他种子与其他题目,自由度由种子数决定。"
+        return f"每个算法 {seeds} 个训练种子：区间和检验涵盖其他种子与其他题目，自由度由种子数决定。"
     return (
-        "不能对训练下结论:每个算法只有一个训练种子。区间和检验只针对本次运行的模型,涵盖其他题目。"
-        "请增加种子以比较算法:make demo SEEDS=5。"
+        "不能对训练下结论：每个算法只有一个训练种子。区间和检验只针对本次运行的模型，涵盖其他题目。"
+        "请增加种子以比较算法：make demo SEEDS=5。"
     )
 
 
@@ -99,14 +99,14 @@ def _level(comparison: Comparison, first: Summary) -> str:
     if not solved(comparison):
         best = max(comparison.summaries, key=lambda summary: summary.headline.value)
         return (
-            f"在 {comparison.prompts} 道留出题上,准确率处处接近零:最好的模型也只有 {percent(best.headline.value)}"
-            f"({_span(best.headline, comparison)})。模型不能解决此任务,算法之间的差别说明不了什么。"
+            f"在 {comparison.prompts} 道留出题上，准确率处处接近零：最好的模型也只有 {percent(best.headline.value)}"
+            f"（{_span(best.headline, comparison)}）。模型不能解决此任务，算法之间的差别说明不了什么。"
         )
-    among = "参与排名的算法中," if comparison.apart() else ""
-    over = f",{len(first.seeds)} 个种子的平均" if len(first.seeds) > 1 else ""
+    among = "参与排名的算法中，" if comparison.apart() else ""
+    over = f"，{len(first.seeds)} 个种子的平均" if len(first.seeds) > 1 else ""
     return (
-        f"{among}{first.name} 的{MEASURES[comparison.question.headline]}最高:{percent(first.headline.value)}"
-        f"({_span(first.headline, comparison)},{comparison.prompts} 道留出题{over})。"
+        f"{among}{first.name} 的{MEASURES[comparison.question.headline]}最高：{percent(first.headline.value)}"
+        f"（{_span(first.headline, comparison)}，{comparison.prompts} 道留出题{over}）。"
     )
 
 
@@ -118,10 +118,10 @@ def _difference(comparison: Comparison, a: Summary, b: Summary) -> str:
     low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
     if low == high == 0:
         return f"{a.name} 与 {_called(b)} 之间看不出差别。"
-    verdict = "显著" if pair.significant else "不显著,这些数据不能说明哪个更好"
+    verdict = "显著" if pair.significant else "不显著，这些数据不能说明哪个更好"
     return (
-        f"{a.name} 相对 {_called(b)}({percent(b.headline.value)}):{100 * sign * spread.value:+.1f} 个百分点"
-        f"(区间 {low:+.1f} 至 {high:+.1f}),{verdict}(Holm 校正 {p_value(pair.adjusted)})。"
+        f"{a.name} 相对 {_called(b)}（{percent(b.headline.value)}）：{100 * sign * spread.value:+.1f} 个百分点"
+        f"（区间 {low:+.1f} 至 {high:+.1f}），{verdict}（Holm 校正 {p_value(pair.adjusted)}）。"
     )
 
 
@@ -131,10 +131,10 @@ def _protocols_differ(comparison: Comparison) -> list[str]:
     if not apart:
         return []
     currency, norm = comparison.question.currency, comparison.protocols[comparison.panel[0].name]
-    each = ";".join(f"{name}({'、'.join(_cells(comparison.protocols[name], norm, currency))})" for name in apart)
+    each = "；".join(f"{name}（{'、'.join(_cells(comparison.protocols[name], norm, currency))}）" for name in apart)
     return [
         f"只有起始模型、训练奖励和调参方式相同且{CURRENCIES[currency]}相等的算法才一起排名。"
-        f"未与 {_listed(comparison.panel)} 一起排名:{each}。"
+        f"未与 {_listed(comparison.panel)} 一起排名：{each}。"
     ]
 
 
@@ -143,12 +143,12 @@ def _cells(own: Protocol, norm: Protocol, currency: Currency) -> list[str]:
     found = (
         []
         if own.signal == norm.signal
-        else [f"训练信号:{SIGNALS.get(own.signal, own.signal.replace('reward', '奖励'))}"]
+        else [f"训练信号：{SIGNALS.get(own.signal, own.signal.replace('reward', '奖励'))}"]
     )
     if (own.start, own.digest) != (norm.start, norm.digest):
         found.append(f"起始于 {own.start}" if own.start != norm.start else "起始模型不同")
     if own.tuned != norm.tuned:
-        found.append(f"调参:{SIGNALS.get(own.tuned, own.tuned)}")
+        found.append(f"调参：{SIGNALS.get(own.tuned, own.tuned)}")
     return found or [f"{CURRENCIES[currency]}不同"]
 
 
@@ -160,8 +160,8 @@ def _other_measure(comparison: Comparison, first: Summary) -> list[str]:
     best, level, own = found
     other = "greedy" if comparison.question.headline == "sampled" else "sampled"
     return [
-        f"若按{MEASURES[other]},{best} 会排第一:{percent(level)},而 {first.name} 为 {percent(own)}。"
-        f"标题遵循 report.headline: {comparison.question.headline}。"
+        f"若按{MEASURES[other]}，{best} 会排第一：{percent(level)}，而 {first.name} 为 {percent(own)}。"
+        f"标题遵循 report.headline：{comparison.question.headline}。"
     ]
 
 
@@ -169,7 +169,7 @@ def _worse(comparison: Comparison, summary: Summary) -> str:
     """Return a sentence on an algorithm that is worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
     points = -100 * pair.test.difference.value
-    return f"{summary.name} 使模型比 SFT 差 {points:.1f} 个百分点(Holm 校正 {p_value(pair.adjusted)})。"
+    return f"{summary.name} 使模型比 SFT 差 {points:.1f} 个百分点（Holm 校正 {p_value(pair.adjusted)}）。"
 
 
 def _over_optimised(comparison: Comparison, summary: Summary) -> list[str]:
@@ -179,7 +179,7 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> list[str]:
         return []
     (old, new), before = found, comparison.of(SFT).headline.value
     return [
-        f"{summary.name} 过度优化了奖励模型:奖励模型分数从 {old.value:.2f}(SFT)升至 {new.value:.2f},"
+        f"{summary.name} 过度优化了奖励模型：奖励模型分数从 {old.value:.2f}（SFT）升至 {new.value:.2f}，"
         f"而准确率从 {percent(before)} 降至 {percent(summary.headline.value)}。"
     ]
 
@@ -187,10 +187,10 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> list[str]:
 def _hacked(name: str, own: Watched) -> str:
     """Return a sentence on an algorithm with a diverged run."""
     first = min(own.hacked, key=lambda one: (one.began, one.seed))
-    which = f"(种子 {first.seed})" if own.runs > 1 else ""
+    which = f"（种子 {first.seed}）" if own.runs > 1 else ""
     return (
-        f"{name} 在 {own.runs} 次运行中有 {len(own.hacked)} 次钻了奖励模型 {first.source} 的空子:从第 {first.began} 步起{which}"
-        f"真实奖励从 {first.level:.2f} 降至 {first.truth:.2f},而分数保持不降;在第 {first.noticed} 步被发现。"
+        f"{name} 在 {own.runs} 次运行中有 {len(own.hacked)} 次钻了奖励模型 {first.source} 的空子：从第 {first.began} 步起{which}"
+        f"真实奖励从 {first.level:.2f} 降至 {first.truth:.2f}，而分数保持不降；在第 {first.noticed} 步被发现。"
     )
 
 
@@ -202,10 +202,10 @@ def _entropy_kept(comparison: Comparison) -> list[str]:
     dapo, grpo = found
     numbers = f"采样答案每 token {dapo.value:.3f} 对 {grpo.value:.3f} nat"
     if dapo.low > grpo.high:
-        return [f"dapo 结束时的熵高于 grpo:{numbers}。"]
+        return [f"dapo 结束时的熵高于 grpo：{numbers}。"]
     if dapo.high < grpo.low:
-        return [f"dapo 结束时的熵并不高于 grpo,反而更低:{numbers}。"]
-    return [f"dapo 结束时的熵并不明显高于 grpo:{numbers},两个区间重叠。"]
+        return [f"dapo 结束时的熵并不高于 grpo，反而更低：{numbers}。"]
+    return [f"dapo 结束时的熵并不明显高于 grpo：{numbers}，两个区间重叠。"]
 
 
 def _called(summary: Summary) -> str:

@@ -101,13 +101,13 @@ def _place() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores, commit = available_cores(), (environment.commit() or "")[:12]
     english = f"Measured on {platform.machine()}, {cores} CPU cores, {memory:.0f} GiB of memory; commit {commit or 'unknown'}."
-    chinese = f"测量环境:{platform.machine()},{cores} 个 CPU 核,{memory:.0f} GiB 内存;提交号 {commit or '未知'}。"
+    chinese = f"测量环境：{platform.machine()}，{cores} 个 CPU 核，{memory:.0f} GiB 内存；提交号 {commit or '未知'}。"
     return f'<p class="note">{_macros().t(english, chinese)}</p>\n'
 
 
 def _tile(best: str, seconds: float) -> str:
     """Return the tile of the first screen with the wall time of one run."""
-    said = _macros().t(f"one run of {best} here", f"{best} 单次运行(本机)")
+    said = _macros().t(f"one run of {best} here", f"{best} 单次运行（本机）")
     return f'<div class="tile"><b>{seconds:.0f} s</b><span>{said}</span></div>'
 
 
@@ -125,7 +125,7 @@ def _against_seconds(found: dict[str, Any], seconds: dict[str, float]) -> str:
         lambda look: against_cost(points, "wall time of one run here, seconds", measure, look),
     )  # fmt: skip
     english = "The result of every algorithm against the wall time of one run on this machine, as loaded as it was."
-    return str(_macros().figure(drawn, english, "每个算法的结果对单次运行在本机的耗时;耗时受当时机器负载影响。"))
+    return str(_macros().figure(drawn, english, "每个算法的结果对单次运行在本机的耗时；耗时受当时机器负载影响。"))
 
 
 def _macros() -> Any:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from posttrain.errors import OrchestrationError
@@ -48,6 +49,12 @@ _NO_THREAD = "can't start new thread"
 _REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
 """How torch reports a lack of memory on the CPU, which has no separate type."""
 FULL_BYTES = 1 << 22
+
+
+def started_by_console() -> bool:
+    """Return True if this process was started as `posttrain NAME` and not by a module's own name."""
+    started = sys.orig_argv[1:3]
+    return any(Path(word).name == "posttrain" for word in started) or "pipelines.commands" in started
 
 
 def quiet() -> None:

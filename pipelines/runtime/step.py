@@ -172,9 +172,11 @@ def _run_in_fork_server() -> None:
 
 def _parse(step: Step) -> argparse.Namespace:
     """Parse the command line of a step."""
+    module = f"python -m pipelines.{step.stage}"
+    program = f"posttrain {step.stage}" if environment.started_by_console() else module
     parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines.{step.stage}",
-        description=step.doc,
+        prog=program,
+        description=(step.doc or "").replace(module, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -48,6 +48,10 @@ def test_k1_is_never_clamped_and_k3_stays_finite() -> None:
     far = torch.tensor([-300.0, 300.0])
     assert kl_estimate(far, torch.zeros(2), "k1").tolist() == [-300.0, 300.0]
     assert torch.isfinite(kl_estimate(far, torch.zeros(2), "k3")).all()
+    ratio = torch.tensor([25.0, 300.0], requires_grad=True)
+    kl_estimate(ratio, torch.zeros(2), "k3").sum().backward()
+    assert ratio.grad is not None
+    assert ratio.grad.tolist() == pytest.approx([1.0, 1.0])  # 1 - exp(-d), also beyond the limit
 
 
 def test_the_metric_is_k3_and_never_clamped() -> None:

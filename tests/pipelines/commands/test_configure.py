@@ -192,3 +192,31 @@ def test_a_parameter_without_its_value_says_what_to_write(params: Path, capsys: 
     assert "To change a parameter, write sft.epochs=VALUE." in capsys.readouterr().err
     assert main(["nofile.yaml"]) == 2
     assert "the project's root" not in capsys.readouterr().err
+
+
+def test_a_reward_that_nothing_computes_is_named(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise it would be written and valid, and have no effect."""
+    overlay = params.parent / "reward.yaml"
+    overlay.write_text(
+        "rewards:\n  brevity:\n    function: posttrain.rewards.functions:length\n    arguments: {target: 9, tolerance: 3}\n"
+    )
+    assert main([str(overlay), "--params", str(params)]) == 0
+    said = capsys.readouterr().out
+    assert "rewards.brevity.function: (none) -> 'posttrain.rewards.functions:length'" in said
+    assert "warning: rewards.brevity is computed by nothing. To train on it, give it a weight" in said
+    assert main(["algorithms.other={preset: grpo, rewards: {brevity: 1.0}}", "--params", str(params)]) == 0
+    assert "computed by nothing; other would use it, but project.algorithms does not list it" in capsys.readouterr().out
+    assert main(["algorithms.grpo.rewards.brevity=1.0", "--params", str(params)]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "algorithms.grpo.rewards.brevity=null",
+                "evaluation.rewards=[answer, rm, brevity]",
+                "--params",
+                str(params),
+            ]
+        )
+        == 0
+    )
+    assert "warning" not in capsys.readouterr().out

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from posttrain.evaluation.statistics import mcnemar, wilson
 from tests.pipelines.read_html import Text
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
+from tests.test_translations import half_width
 
 
 def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
@@ -263,8 +265,8 @@ def test_comparing_needs_no_model_library(root: Path) -> None:
 
 def test_the_page_has_two_languages_and_needs_no_script(page: str, numbers: Any) -> None:
     text = Text(page).text
-    assert "仅就本次运行:grpo 胜出;dpo 的协议不同,不参与排名;只有一个训练种子,不能说明更多" in text
-    assert "grpo 的贪心准确率最高:75.8 %" in text
+    assert "仅就本次运行：grpo 胜出；dpo 的协议不同，不参与排名；只有一个训练种子，不能说明更多" in text
+    assert "grpo 的贪心准确率最高：75.8 %" in text
     assert re.search(r'#zh:checked ~ \.body \[lang="en"\].*display: none', page)
     assert page.count('<span lang="en">') == page.count('<span lang="zh">')
 
@@ -279,3 +281,11 @@ def test_the_page_has_hyper_parameters_and_the_first_screen_has_the_cost(project
     assert "CPU cores" in copied
     assert "this machine:" not in copied
     assert "iframe" not in page + copied
+
+
+def test_chinese_texts_of_the_page_have_full_width_punctuation(page: str) -> None:
+    texts = [
+        unescape(re.sub(r"<[^>]+>", "", text)) for text in re.findall(r'<span lang="zh">(.*?)</span>', page, re.DOTALL)
+    ]
+    assert len(texts) > 60
+    assert [place for text in texts for place in half_width(text)] == []
