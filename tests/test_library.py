@@ -55,6 +55,19 @@ def test_train_grpo_lifts_the_reward_in_under_twenty_lines(root: Path) -> None:
     assert len(lines) < 20
 
 
+def test_the_block_of_docs_library_md_runs_as_it_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pt.tiny(seed=0, **SMALL).save("path/to/model")
+    assert "steps=40" in block
+    names: dict[str, Any] = {}
+    exec(block.replace("steps=40", "steps=2"), names)
+    assert len(names["history"]) == 2
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
 def test_train_dpo_learns_the_preferences(run_example: Callable[[str], str]) -> None:
     said = run_example("train_dpo")
     first, last, accuracy = (float(value) for value in re.findall(NUMBER, said))

@@ -1,4 +1,4 @@
-"""Every command that a README or quick start shows is run by a test, or marked with its requirement; every link leads somewhere."""
+"""Every command of README and docs is run by a test, or marked with its requirement; every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ ONE_MACHINE = "tests/servers/test_one_machine.py"
 PIPELINE = "tests/end_to_end/test_pipeline.py"
 HERE = "tests/test_readme.py"
 RETRAIN = "tests/flows/test_retrain.py"
+TUNE, STUDY = "tests/end_to_end/test_tune.py", "tests/end_to_end/test_study.py"
+BACKUP = "tests/servers/test_faults.py::test_the_databases_come_back_as_they_were_backed_up"
+NEEDS = {"needs: GPU", "needs: hub", "needs: server"}
 VALID = "test_the_changes_that_the_pages_show_are_valid_and_can_be_planned"
 COMMANDS = {
     "make demo": (f"{PIPELINE}::test_the_flow_in_another_clone_gives_the_same_lock", "flows.compare"),
@@ -44,9 +47,80 @@ COMMANDS = {
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),
+    "make setup": ("runs: .ci/run", ""),
+    "make test ARGS=tests/objectives/test_kl.py": ("runs: .ci/run", "pytest"),
+    'make test ARGS="tests/objectives/test_kl.py -k by_hand"': ("runs: .ci/run", "pytest"),
+    "make tune": (f"{TUNE}::test_tuning_trains_equal_trials_and_writes_sections_that_params_accept", "flows.tune"),
+    "make calibrate": (
+        "tests/pipelines/commands/test_calibrate.py::test_the_table_holds_both_methods_and_the_power",
+        "pipelines.commands.calibrate",
+    ),
+    "make study NAME=group_size": (
+        f"{STUDY}::test_a_study_runs_is_decided_and_is_up_to_date_afterwards",
+        "flows.study",
+    ),
+    "make studies": (f"{STUDY}::test_a_study_runs_is_decided_and_is_up_to_date_afterwards", "flows.study"),
+    "posttrain study": ("tests/pipelines/studies/test_studies.py::test_a_study_is_decided_saved_and_shown", ""),
+    "python -m flows.study group_size --base my.yaml": (
+        f"{STUDY}::test_a_study_runs_is_decided_and_is_up_to_date_afterwards",
+        "",
+    ),
+    "posttrain configure model.source=path/to/model sft.epochs=2": (f"{HERE}::{VALID}", ""),
+    "POSTTRAIN_ACCELERATE=infra/accelerate/fsdp2_gpu.yaml dvc repro": ("needs: GPU", ""),
+    "accelerate launch --config_file infra/accelerate/ddp_cpu.yaml -m pipelines.sft": (
+        "tests/reliability/test_processes.py::test_accelerate_launch_by_hand",
+        "",
+    ),
+    "infra/models/smollm2.sh": ("needs: hub", ""),
+    "posttrain chat .posttrain/models/smollm2": ("needs: hub", ""),
+    "posttrain configure model.source=.posttrain/models/smollm2": (f"{HERE}::{VALID}", ""),
+    "posttrain configure 'data.sft={source: data/mine/chat.jsonl, rows: null}'"
+    " 'data.problems={source: data/mine/tasks.jsonl, columns: {prompt: question}}' --absent": (f"{HERE}::{VALID}", ""),
+    "posttrain configure examples/all_presets.yaml": (f"{HERE}::{VALID}", ""),
+    "posttrain configure examples/gsm8k.yaml model.source=HuggingFaceTB/SmolLM2-135M"
+    " data.sft.source=hub:openai/gsm8k:main data.problems.source=hub:openai/gsm8k:main": (f"{HERE}::{VALID}", ""),
+    "HF_HUB_OFFLINE=0 dvc repro": ("needs: hub", ""),
+    "export PREFECT_API_URL=http://127.0.0.1:4200/api"
+    " PREFECT_API_AUTH_STRING=posttrain:$(cat .posttrain/secrets/prefect)": ("needs: server", ""),
+    "export PREFECT_API_URL=http://127.0.0.1:4200/api": ("needs: server", ""),
+    'export PREFECT_API_AUTH_STRING="posttrain:$(cat .posttrain/secrets/prefect)"': ("needs: server", ""),
+    "python -m infra.servers backup backups/monday": (BACKUP, ""),
+    "python -m infra.servers stop worker prefect mlflow": (BACKUP, ""),
+    "python -m infra.servers restore backups/monday": (BACKUP, ""),
+    "source .posttrain/servers/env && python -m infra.servers backup backups/before-upgrade": (BACKUP, ""),
+    "make up": (BACKUP, "infra.servers"),
+    "make down": ("needs: server", "infra.servers"),
+    "git pull && make setup": ("needs: server", ""),
+    "python -m pipelines.sft --replay .posttrain/runs/sft-\u2026/faults/fault-00000001": (
+        "tests/reliability/test_faults.py::test_the_default_is_to_stop_and_to_say_which_row",
+        "",
+    ),
+    "infra/vllm/setup.sh": ("needs: server", ""),
+    "posttrain configure align.on_policy.rollouts.engine=vllm": (f"{HERE}::{VALID}", ""),
+    "dvc repro align@grpo-0": (
+        "tests/end_to_end/test_vllm.py::test_the_stage_starts_its_server_resumes_after_a_kill_and_leaves_none_behind",
+        "",
+    ),
+    "VLLM_SERVER_DEV_MODE=1 .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model FOLDER --host 127.0.0.1 --port 8000"
+    " --dtype float32 --generation-config vllm --logprobs-mode processed_logprobs": ("needs: server", ""),
+    "POSTTRAIN_VLLM_URLS=http://127.0.0.1:8000,http://127.0.0.1:8001 dvc repro align@grpo-0": ("needs: server", ""),
 }
 """A command, the test that runs it (or the requirement that a test lacks), and the module that a make target starts."""
-PAGES = ["README.md", "README.zh-CN.md", "docs/tutorial.md", "docs/quickstart.zh-CN.md"]
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = "docs/experiments.md"
+"""Its commands are typed as they are by tests/pipelines/test_experiments.py."""
+PAGES = [
+    page.relative_to(ROOT).as_posix()
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
+    if "```" in page.read_text(encoding="utf-8") and page.relative_to(ROOT).as_posix() != EXPERIMENTS
+]
+PYTHON = {
+    "README.md": "tests/environments/test_one_file.py",
+    "README.zh-CN.md": "tests/environments/test_one_file.py",
+    "docs/library.md": "tests/test_library.py",
+}
+"""The file of tests that runs the page's Python block."""
+LANGUAGES = {"bash", "yaml", "python", "text"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -67,13 +141,30 @@ def text(root: Path, name: str) -> str:
 def commands(page: str) -> list[str]:
     """Return the lines of the page's bash blocks, without comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    whole = re.sub(r"\s*\\\n\s*", " ", "".join(blocks))
+    return [line.split("  #")[0].strip() for line in whole.splitlines() if line.strip()]
+
+
+def test_every_block_has_a_language(root: Path) -> None:
+    """A block without one would be run by no test."""
+    for name in (*PAGES, EXPERIMENTS):
+        opened = re.findall(r"^ *```(\w*)$", text(root, name), re.MULTILINE)[::2]
+        assert {*opened} <= LANGUAGES, name
+
+
+def test_python_blocks_are_run_by_their_tests(root: Path) -> None:
+    shown = {name for name in PAGES if "```python" in text(root, name)}
+    assert shown == set(PYTHON)
+    for name, file in PYTHON.items():
+        read = name.replace(".zh-CN", "")
+        blocks = [re.findall(r"```python\n(.*?)```", text(root, page), re.DOTALL) for page in (name, read)]
+        assert blocks[0] == blocks[1], f"{name} shows different code from {read}"
+        assert Path(read).name in text(root, file), f"{file} does not read {read}"
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_shown_has_a_test_that_runs_it(root: Path, name: str) -> None:
     shown = commands(text(root, name))
-    assert shown
     assert [command for command in shown if command not in COMMANDS] == [], "add the command and its test to COMMANDS"
 
 
@@ -82,14 +173,14 @@ def test_no_command_is_listed_that_no_page_shows_and_every_test_exists(root: Pat
     assert sorted(set(COMMANDS) - shown) == []
     for by, _ in COMMANDS.values():
         file, _, test = by.partition("::")
-        assert by.startswith(("runs: ", "needs: ")) or f"def {test}(" in text(root, file), by
+        assert by.startswith("runs: ") or by in NEEDS or f"def {test}(" in text(root, file), by
 
 
 def test_make_starts_the_module_that_the_test_runs(root: Path) -> None:
     targets = {command: module for command, (_, module) in COMMANDS.items() if command.startswith("make ")}
     for command, module in targets.items():
         made = subprocess.run([*shlex.split(command), "-n"], cwd=root, capture_output=True, text=True, check=True)
-        assert f"-m {module} " in made.stdout.replace("\n", " ") + " ", command
+        assert not module or f"-m {module} " in made.stdout.replace("\n", " ") + " ", command
 
 
 def test_the_changes_that_the_pages_show_are_valid_and_can_be_planned(
@@ -99,7 +190,9 @@ def test_the_changes_that_the_pages_show_are_valid_and_can_be_planned(
     shown = {command for name in PAGES for command in commands(text(root, name)) if "posttrain configure" in command}
     for command in sorted(shown):
         params.write_text(text(root, "params.yaml"), encoding="utf-8")
-        assert configure(params, shlex.split(command)[2:]) != [], command
+        assert configure(params, [word for word in shlex.split(command)[2:] if word != "--absent"]) != [], command
+    params.write_text(text(root, "params.yaml"), encoding="utf-8")
+    configure(params, ["project.seeds=[0, 1, 2, 3, 4]"])
     assert plan.main(["--params", str(params)]) == 0
     assert "dpo" in capsys.readouterr().out
 

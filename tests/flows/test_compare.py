@@ -91,10 +91,12 @@ def test_a_stage_before_the_plan_runs_first_so_that_only_stages_with_new_inputs_
     run(workspace)
     printed = capsys.readouterr().out
     assert "1 of 8 stages to bring up to date" in printed
-    assert printed.index("select                   done in") < printed.index("1 of 8 stages")
+    first, counted = re.search(r"select +done in", printed), printed.index("1 of 8 stages")
+    assert first is not None
+    assert first.start() < counted
     assert (workspace / "chosen-left.txt").read_text() == "new"
     record = json.loads((workspace / ".posttrain" / "flow.json").read_text())["stages"]
-    assert [name for name, stage in record.items() if stage["ran"]] == ["select", "chosen@left"]
+    assert {name for name, stage in record.items() if stage["ran"]} == {"select", "chosen@left"}
 
 
 def test_a_failure_stops_only_its_dependants_and_the_webhook_is_told(
