@@ -12,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pipelines.config.params import load_params
-from pipelines.config.reward_uses import algorithm_uses
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.reward_record import align_record, check_record, reward_inputs
@@ -68,7 +67,7 @@ def inputs(args: Namespace) -> list[str]:
         own.append("data/valid/labelled.parquet")
     if name in params.algorithms and params.start(name) == "base":
         own.append("models/base")
-    reads = name in params.algorithms and bool(algorithm_uses(params, name))
+    reads = name in params.algorithms and bool(params.reward_model_in(name))
     return [*TABLES, "models/sft", *reward_inputs(args, align_record(name), reads=reads), *own]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.params import load_params
-from pipelines.config.reward_uses import evaluation_uses
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.data.tables import plain
 from pipelines.runtime.run import Run
@@ -132,7 +131,7 @@ def variant(args: Namespace) -> str:
 def inputs(args: Namespace) -> list[str]:
     """Return the files and folders that the evaluation reads."""
     folders = {str(model_folder(args.model)), str(REFERENCE)}
-    reward = reward_inputs(args, EVALUATION, reads=bool(evaluation_uses(load_params(args.params))))
+    reward = reward_inputs(args, EVALUATION, reads=bool(load_params(args.params).reward_model_in_evaluation()))
     return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders), *reward]
 
 

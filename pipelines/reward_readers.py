@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
-from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.reward_record import EVALUATION, MODEL, align_record
@@ -22,8 +21,8 @@ def run(run: Run) -> None:
     """Write the records."""
     run.recorder.ready()
     params, digest = run.context.params, run.context.inputs[MODEL]
-    readers = {align_record(name): bool(algorithm_uses(params, name)) for name in sorted(params.algorithms)}
-    readers[EVALUATION] = bool(evaluation_uses(params))
+    readers = {align_record(name): bool(params.reward_model_in(name)) for name in sorted(params.algorithms)}
+    readers[EVALUATION] = bool(params.reward_model_in_evaluation())
     for name, reads in readers.items():
         path = run.outputs.artifact(name)
         path.write_text(json.dumps({MODEL: digest} if reads else {}) + "\n", encoding="utf-8")

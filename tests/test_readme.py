@@ -18,6 +18,7 @@ HERE = "tests/test_readme.py"
 RETRAIN = "tests/flows/test_retrain.py"
 TUNE, STUDY = "tests/end_to_end/test_tune.py", "tests/end_to_end/test_study.py"
 BACKUP = "tests/servers/test_faults.py::test_the_databases_come_back_as_they_were_backed_up"
+LABEL = "tests/pipelines/labelling/test_intake.py::test_judgements_of_two_people_who_disagree_are_taken_in"
 NEEDS = {"needs: GPU", "needs: hub", "needs: server"}
 VALID = "test_the_changes_that_the_pages_show_are_valid_and_can_be_planned"
 COMMANDS = {
@@ -44,6 +45,18 @@ COMMANDS = {
         "",
     ),
     "posttrain lineage champion": (f"{PIPELINE}::test_a_model_leads_to_its_data_and_a_row_to_its_models", ""),
+    "make label": (LABEL, ""),
+    'make label ARGS="champion challenger"': (LABEL, ""),
+    "make serve-model": (
+        "tests/pipelines/serving/test_promotion.py::test_no_request_fails_while_a_promotion_happens",
+        "",
+    ),
+    "export OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=$(cat .posttrain/secrets/model)": (
+        "needs: server",
+        "",
+    ),
+    'curl -s $OPENAI_BASE_URL/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json"'
+    """ -d '{"model": "champion", "prompt": "17+34=", "temperature": 0}'""": ("needs: server", ""),
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),
@@ -118,6 +131,7 @@ PYTHON = {
     "README.md": "tests/environments/test_one_file.py",
     "README.zh-CN.md": "tests/environments/test_one_file.py",
     "docs/library.md": "tests/test_library.py",
+    "docs/environments.md": "tests/environments/test_turns_file.py",
 }
 """The file of tests that runs the page's Python block."""
 LANGUAGES = {"bash", "yaml", "python", "text"}

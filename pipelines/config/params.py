@@ -119,6 +119,14 @@ class Params(Section):
         true = [r for r in weights if self.rewards[r].function != "reward_model"]
         return (true[0], models[0]) if true and models else None
 
+    def reward_model_in(self, name: str) -> list[str]:
+        """Return the places where an algorithm uses the reward model; empty if it reads none."""
+        return algorithm_uses(name, self.algorithms[name], self.algorithm(name), self.rewards)
+
+    def reward_model_in_evaluation(self) -> list[str]:
+        """Return the places where the evaluation uses the reward model."""
+        return evaluation_uses(self.evaluation.rewards, self.rewards)
+
     def start(self, name: str) -> StartModel:
         """Return the model that an algorithm starts from."""
         return self.algorithms[name].start or self.align.start
@@ -183,9 +191,9 @@ class Params(Section):
         """Raise ConfigError if something uses the reward model although `reward.enabled` is false."""
         if self.reward.enabled:
             return
-        used = evaluation_uses(self)
+        used = self.reward_model_in_evaluation()
         for name in self.project.algorithms:
-            used += algorithm_uses(self, name) if name in self.algorithms else []
+            used += self.reward_model_in(name) if name in self.algorithms else []
         if used:
             raise ConfigError(
                 f"reward.enabled is false, but {', '.join(used)} {'use' if len(used) > 1 else 'uses'} the reward model; remove"

@@ -28,7 +28,9 @@ CURRENCIES: dict[Currency, str] = {
     "optimiser_steps": "优化步数",
 }
 WHY = dict(
-    zip(samples.WHY, ("抽取理由：各对齐模型意见不一", "抽取理由：所有对齐模型都答错", "抽取自得分相同的题"), strict=True)
+    zip(
+        samples.WHY, ("抽取理由：各对齐模型意见不一", "抽取理由：所有对齐模型都答错", "抽取自得分相同的题"), strict=True
+    )
 )
 MARKS = {"right": "对", "wrong": "错", "partly": "部分正确", "unjudged": "未判"}
 CURVES = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.params import Params, load_params, parse_params, read_yaml
-from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.runtime.context import RunContext
 from pipelines.training.reward_record import FOLDER, MODEL, align_record, check_record, reward_inputs
 from posttrain.errors import DataError
@@ -38,11 +37,11 @@ def params(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Param
 
 
 def test_only_algorithms_with_the_reward_model_as_a_reward_or_critic_read_it(params: Params) -> None:
-    read = {name for name in params.algorithms if algorithm_uses(params, name)}
+    read = {name for name in params.algorithms if params.reward_model_in(name)}
     assert read == {"ppo", "grpo", "gspo", "dapo", "chord", "critic"}
-    assert algorithm_uses(params, "critic") == ["algorithms.critic.options.critic_start (reward)"]
-    assert algorithm_uses(params, "grpo") == ["algorithms.grpo.rewards (rm)"]
-    assert evaluation_uses(params) == ["evaluation.rewards (rm)"]
+    assert params.reward_model_in("critic") == ["algorithms.critic.options.critic_start (reward)"]
+    assert params.reward_model_in("grpo") == ["algorithms.grpo.rewards (rm)"]
+    assert params.reward_model_in_evaluation() == ["evaluation.rewards (rm)"]
 
 
 def test_a_stage_depends_on_its_record_and_on_the_model_only_if_it_is_read(params: Params) -> None:
