@@ -25,7 +25,7 @@ from pipelines.config.params import load_params
 from pipelines.lineage.erasure import Erasure, erase, erase_remotely, plan
 from pipelines.lineage.graph import Lineage
 from pipelines.promotion.local_store import read_versions
-from pipelines.promotion.registry import Registry
+from pipelines.promotion.registry import RETRAIN, Registry
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.journal import Journal
@@ -35,7 +35,6 @@ from posttrain.errors import DataError, OrchestrationError
 ACCEPTED = Path("data/raw/accepted")
 RECORD = Path(".posttrain/forgotten.jsonl")
 """What was forgotten, by hash, and which models had seen it: the run cache no longer knows after the deletion."""
-RETRAIN = "retrain"
 
 
 def describe(found: Erasure, project: Path) -> str:

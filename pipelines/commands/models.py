@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from pipelines.config.params import load_params
-from pipelines.promotion.registry import DECISION, MODEL, REASON, ROLLED_BACK, Registry, Version
+from pipelines.promotion.registry import DECISION, MODEL, REASON, RETRAIN, ROLLED_BACK, Registry, Version
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.redaction import printable
@@ -24,6 +24,7 @@ def line(version: Version, *, full: bool = False) -> str:
     """Return one version as one line; its reason is cut unless `full` is true."""
     tags = version.tags
     why = f"rolled back: {tags[ROLLED_BACK]}" if ROLLED_BACK in tags else tags.get(REASON, "")
+    why = f"train again: {tags[RETRAIN]}; {why}" if RETRAIN in tags else why
     why = printable(" ".join(why.split()))
     if not full and len(why) > WIDTH:
         why = why[: WIDTH - 1] + "…"

@@ -9,25 +9,31 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.config.params import load_params
-from pipelines.data.sources import table_rows
+from pipelines.data.sources import CANONICAL, FORM, table_rows
 from pipelines.data.tables import SCORES
 from posttrain.errors import DataError
 from posttrain.files import write_atomic
 
 Row = dict[str, Any]
 FOLDER = "preferences"
+TABLE = Path("data/tables/preferences.parquet")
 
 
 def preference(prompt: Any, chosen: str, rejected: str, high: float = 1.0, low: float = 0.0) -> Row:
     """Return a pair with its scores from 0 to 1; answers to chat messages are messages."""
-    answers = {"chosen": chosen, "rejected": rejected}
+    answers: Row = {"chosen": chosen, "rejected": rejected}
     if not isinstance(prompt, str):
-        return {"prompt": prompt, **{name: [_message(text)] for name, text in answers.items()}, **_scores(high, low)}
-    return {"prompt": prompt, **answers, **_scores(high, low)}
+        answers = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return {"prompt": prompt, **answers, **dict(zip(SCORES, (high, low), strict=True)), FORM: CANONICAL}
 
 
 def needs_scores(project: Path) -> bool:
     """Return True if the project's preferences have scores, so that a file without them would be refused."""
+    table = project / TABLE
+    if table.is_file():
+        import pyarrow.parquet as pq
+
+        return SCORES[0] in pq.read_schema(table).names
     rows = table_rows("preferences", load_params(project / "params.yaml").data)
     return bool(rows) and SCORES[0] in rows[0]
 
@@ -66,11 +72,3 @@ def _upload(inbox: str, name: str, data: bytes) -> str:
     files, base = fsspec.core.url_to_fs(inbox)
     files.pipe_file(f"{base}/{place}", data)
     return f"{inbox.rstrip('/')}/{place}"
-
-
-def _scores(high: float, low: float) -> dict[str, float]:
-    return dict(zip(SCORES, (high, low), strict=True))
-
-
-def _message(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}

@@ -26,6 +26,8 @@ from posttrain.text import nearest
 
 HUB = "hub:"
 ACCEPTED = Path("data/raw/accepted")
+FORM, CANONICAL = "form", "canonical"
+"""Field and value by which records say that their columns are the canonical ones."""
 
 
 def table_rows(kind: Sourced, data: DataParams, changes: Changes | None = None) -> list[Row]:
@@ -52,12 +54,16 @@ def arrival_number(path: Path) -> int:
 
 
 def file_rows(kind: Sourced, data: DataParams, path: Path, changes: Changes | None = None) -> list[Row]:
-    """Return the rows of one additional file. It has the columns of a configured file or hub source, else the canonical ones."""
+    """Return the rows of one additional file. It has the columns of a configured file or hub source, else the canonical ones.
+
+    Files that this project writes into the inbox have the canonical columns whatever is configured, and say so in each record.
+    """
+    records = read_file(path)
     source: TableSource = getattr(data, kind)
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
-    if is_generator(source.source):
+    if is_generator(source.source) or all(record.get(FORM) == CANONICAL for record in records):
         update |= {"columns": None, "extract": None, "graded": None, "preferred": None}
-    return canonical_rows(kind, source.model_copy(update=update), read_file(path), changes)
+    return canonical_rows(kind, source.model_copy(update=update), records, changes)
 
 
 def alike(kind: Sourced, rows: list[Row], more: list[Row], path: Path) -> list[Row]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
 MD5, PATH, SIZE, FILES, REMOTE = "dvc.md5", "dvc.path", "dvc.size", "dvc.nfiles", "dvc.remote"
-MODEL, DECISION, REASON, ROLLED_BACK = "model", "decision", "reason", "rolled_back"
+MODEL, DECISION, REASON, ROLLED_BACK, RETRAIN = "model", "decision", "reason", "rolled_back", "retrain"
 AGAINST = "judged_against"
 """Number of the champion that the gate compared with, or none."""
 MEASURE = "judged_by"

@@ -104,7 +104,7 @@ def test_choices_are_numbered_files_and_plain_text_stays_plain(tmp_path: Path) -
     paths = [Path(store(str(tmp_path), "1+1=", "2", "3", scores=scores)) for scores in (True, False)]
     assert [path.name for path in paths] == ["chat-0001.jsonl", "chat-0002.jsonl"]
     first, second = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    assert second == {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    assert second == {"prompt": "1+1=", "chosen": "2", "rejected": "3", "form": "canonical"}
     assert first == second | {"chosen_score": 1.0, "rejected_score": 0.0}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from pipelines.commands.configure import configure
 from pipelines.config.params import load_params
-from pipelines.data.handover import needs_scores
+from pipelines.data.handover import needs_scores, preference, put
 from pipelines.data.sources import table_rows
 from pipelines.ingest import split_tables
 from pipelines.labelling.judgements import Desk
@@ -40,3 +42,23 @@ def test_judgements_of_two_people_who_disagree_are_taken_in(folder: Path) -> Non
     added = [pair for pair in mine if "#1" in pair]
     assert sorted(added) == [("#1", "#22")] * 6 + [("#22", "#1")] * 6
     assert len(after["preferences_heldout"]) == len(tables["preferences_heldout"])
+
+
+GRADED = """data.preferences={source: graded.jsonl, heldout: 0.25, columns: {prompt: q}, graded: {answers: answers, text: t,
+ score: s, better: higher}}"""
+
+
+def test_judgements_are_taken_in_whatever_columns_the_projects_own_file_has(folder: Path) -> None:
+    """Without the mark of its form, the file is asked for the configured columns."""
+    answers = [{"t": "the right answer", "s": 2}, {"t": "no idea", "s": 1}]
+    lines = [json.dumps({"q": f"how much is {i}+1?", "answers": answers}) for i in range(9)]
+    (folder / "graded.jsonl").write_text("\n".join(lines) + "\n")
+    configure(folder / "params.yaml", [GRADED])
+    assert needs_scores(folder)
+    data = load_params(folder / "params.yaml").data
+    tables = split_tables({kind: table_rows(kind, data) for kind in KINDS}, data)
+    marked = preference(tables["preferences"][0]["prompt"], "yes", "no")
+    unmarked = {name: value for name, value in marked.items() if name != "form"}
+    put(str(folder / "inbox"), "a-marked.jsonl", [marked], scores=True)
+    put(str(folder / "inbox"), "b-unmarked.jsonl", [unmarked], scores=True)
+    assert [(result.outcome, result.rows) for result in taken(folder)] == [("accepted", 1), ("quarantined", 0)]

@@ -142,7 +142,7 @@ def test_only_decisions_go_to_the_inbox_each_once_with_who_and_which(tmp_path: P
     assert found.keys() == {"0+0=", "1+0="}
     assert found["1+0="] == {
         "prompt": "1+0=", "chosen": "1.1x", "rejected": "1.0", "chosen_score": 1.0, "rejected_score": 0.0,
-        "annotator": "ann", "time": "2026-11-29T12:00:00+00:00",
+        "form": "canonical", "annotator": "ann", "time": "2026-11-29T12:00:00+00:00",
         "labelled": {"session": "s", "item": "1", "chosen": "model-1 md5-1", "rejected": "model-0 md5-0"},
     }  # fmt: skip
     kept = read_file(desk.session.folder / "judgements.jsonl")

@@ -12,7 +12,7 @@ import pytest
 from flows.promote import _refuse_stale
 from pipelines.commands.models import line
 from pipelines.promotion.local_store import read_versions
-from pipelines.promotion.registry import Registry
+from pipelines.promotion.registry import RETRAIN, Registry
 from posttrain.errors import OrchestrationError, TrackingError
 from tasks.challenger import best_model
 from tasks.challenger import register as challenge
@@ -232,3 +232,5 @@ def test_a_long_reason_is_cut_to_one_line_unless_it_is_asked_for(registry: Regis
     assert "\x1b" not in short
     assert len(short.rpartition("-         ")[2]) == 120
     assert len(line(registry.version(number), full=True)) > 2000
+    registry.tag(number, {RETRAIN: "trained on a forgotten file"})
+    assert " train again: trained on a forgotten file; too" in line(registry.version(number))
