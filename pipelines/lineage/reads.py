@@ -14,7 +14,7 @@ SFT, PREFERENCES, PROBLEMS, LABELLED = (
 )
 HELDOUT = "data/valid/preferences_heldout.parquet"
 REWARD = "models/reward"
-REWARD_RECORDS = "runs/reward_readers/artifacts/align"
+REWARD_RECORDS = "runs/reward_readers/artifacts/algorithms"
 """Folder of the records on which align stages depend in place of the reward model."""
 
 

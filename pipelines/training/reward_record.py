@@ -17,7 +17,7 @@ EVALUATION = "evaluation.json"
 
 def align_record(algorithm: str) -> str:
     """Return the name of an algorithm's record in FOLDER."""
-    return f"align/{algorithm}.json"
+    return f"algorithms/{algorithm}.json"
 
 
 def reward_inputs(args: Namespace, record: str, *, reads: bool) -> list[str]:

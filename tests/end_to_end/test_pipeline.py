@@ -143,7 +143,7 @@ def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -
 def test_a_new_reward_model_leaves_algorithms_that_do_not_read_it_up_to_date(reproduced: Clone) -> None:
     """Ask DVC for the stale stages; and a step that is started by hand refuses the model that its record does not name."""
     root, kept = reproduced.root, {name: (reproduced.root / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
-    record, aligned = root / "runs/reward_readers/artifacts/align", ("align@dpo-0", "align@grpo-0", "align@ppo-0")
+    record, aligned = root / "runs/reward_readers/artifacts/algorithms", ("align@dpo-0", "align@grpo-0", "align@ppo-0")
     try:
         reproduced.configure("reward.optimizer.learning_rate=5e-4")
         # POSTTRAIN_FOLLOWER keeps these runs out of MLflow, whose runs a later test counts

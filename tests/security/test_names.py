@@ -33,7 +33,7 @@ def clone(new_clone: Callable[[], Clone]) -> Clone:  # noqa: F811
     for folder in ("base", "sft", "reward"):
         (made.root / "models" / folder).mkdir(parents=True)
         (made.root / "models" / folder / "config.json").touch()
-    (made.root / "runs/reward_readers/artifacts/align").mkdir(parents=True)
+    (made.root / "runs/reward_readers/artifacts/algorithms").mkdir(parents=True)
     (made.root / "runs/reward_readers/artifacts/evaluation.json").touch()
     return made
 
@@ -53,7 +53,7 @@ def edit(clone: Clone, name: str, seed: object) -> None:
 def test_a_name_is_one_argument_of_its_command_under_dvc(clone: Clone, stage: str, name: str) -> None:
     edit(clone, name, 0)
     (clone.root / "models" / "align" / f"{name}-0").mkdir(parents=True, exist_ok=True)
-    (clone.root / "runs/reward_readers/artifacts/align" / f"{name}.json").touch()
+    (clone.root / "runs/reward_readers/artifacts/algorithms" / f"{name}.json").touch()
     done = clone.run("dvc", "repro", "--single-item", f"{stage}@{name}-0", check=False)
     assert done.returncode != 0
     assert f"Running stage '{stage}@" in done.stdout
@@ -62,7 +62,7 @@ def test_a_name_is_one_argument_of_its_command_under_dvc(clone: Clone, stage: st
 
 def test_a_seed_is_one_argument_too(clone: Clone) -> None:
     edit(clone, "dpo", "0; touch pwned")
-    (clone.root / "runs/reward_readers/artifacts/align/dpo.json").touch()
+    (clone.root / "runs/reward_readers/artifacts/algorithms/dpo.json").touch()
     done = clone.run("dvc", "repro", "--single-item", "align@dpo-0; touch pwned", check=False)
     assert "invalid int value: '0; touch pwned'" in done.stderr
     assert not list(clone.root.glob("pwned*"))

@@ -48,8 +48,11 @@ def test_a_stage_depends_on_its_record_and_on_the_model_only_if_it_is_read(param
     own = argparse.Namespace(params=Path("params.yaml").resolve())
     other = argparse.Namespace(params=Path("other.yaml").resolve())
     record = align_record("ppo")
-    assert reward_inputs(own, record, reads=False) == ["runs/reward_readers/artifacts/align/ppo.json"]
-    assert reward_inputs(own, record, reads=True) == ["runs/reward_readers/artifacts/align/ppo.json", "models/reward"]
+    assert reward_inputs(own, record, reads=False) == ["runs/reward_readers/artifacts/algorithms/ppo.json"]
+    assert reward_inputs(own, record, reads=True) == [
+        "runs/reward_readers/artifacts/algorithms/ppo.json",
+        "models/reward",
+    ]
     # the records describe params.yaml and no other file
     assert reward_inputs(other, record, reads=True) == ["models/reward"]
 
