@@ -14,10 +14,10 @@ from tests.end_to_end.conftest import Clone
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
-    "project.algorithms=[grpo]", "data.sft.rows=96", "data.preferences.rows=60", "data.problems.rows=64",
-    "data.evaluation.rows=120", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
+    "project.algorithms=[grpo]", "data.sft.rows=48", "data.preferences.rows=40", "data.problems.rows=32",
+    "data.evaluation.rows=64", "align.on_policy.steps=2", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
     "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=32", "align.on_policy.max_new_tokens=32",
-    "align.on_policy.prompts_per_step=8", "sft.epochs=2",
+    "align.on_policy.prompts_per_step=4", "sft.epochs=1", "reward.epochs=1",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_training_on_answers_to_the_evaluation_questions_is_refused(gsm8k: Clone
     before = params.read_text(encoding="utf-8")
     gsm8k.configure("tests/end_to_end/leak.yaml")
     try:
-        done = gsm8k.run("dvc", "repro", "validate", check=False)
+        done = gsm8k.run("dvc", "repro", "validate", check=False, POSTTRAIN_FOLLOWER="1")
     finally:
         params.write_text(before, encoding="utf-8")
     assert done.returncode != 0
