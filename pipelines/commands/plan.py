@@ -3,6 +3,7 @@
     posttrain plan
     posttrain plan --memory 80        # for a device with 80 GiB
     posttrain plan --params other.yaml
+    posttrain plan --workers 8        # how long with up to 8 stages side by side
 
 Memory is computed from the model's configuration; no weights are loaded. It is the memory of a process that holds all weights, which
 every process does while it samples. Under FSDP2, n processes share the weights, gradients and moments of trained models during updates.
@@ -27,6 +28,7 @@ from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_li
 from pipelines.commands.lookahead import problems, unused_rewards
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
+from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.algorithms import OnPolicy
@@ -58,7 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of one device in GiB (default: this machine's)"
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="show the time with up to N stages side by side, from the last flow's times",
+    )
     args = parser.parse_args(arguments)
+    if args.workers is not None and args.workers < 1:
+        parser.error("--workers must be 1 or more")
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
     os.chdir(environment.root())
     params = load_params(path)
@@ -75,7 +85,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{rows_line(rows_by_table(params))}\n{time_line(params, steps, seconds_by_stage(Path()))}")
     stopping = too_long_warmups(params, steps)
     print("\n".join(["", *stopping, *unused_rewards(params), shown]))
+    if args.workers:
+        print("\n" + workers_table(expected_work(Path(), params), args.workers))
     return int(bool(stopping) or any(phase.memory.total > limit for phase in planned))
+
+
+def workers_table(work: Mapping[str, Work], most: int) -> str:
+    """Return the time of a flow with 1, 2, 4 … workers as a table, and the stages that bound it."""
+    path = critical_path(work)
+    rows = [schedule(work, count) for count in worker_counts(most)]
+    longest = _decimal_minutes(sum(work[name].seconds for name in path))
+    return "\n".join(
+        [
+            f"{len(work)} stages with the times of the last flow here; POSTTRAIN_SLOTS sets how many run side by side:",
+            "  workers   time      busy",
+            *(f"  {row.workers:>7}   {_decimal_minutes(row.wall):<9} {row.busy:.0%}" for row in rows),
+            f"No number of workers takes less than {longest}: {' -> '.join(path)}",
+        ]
+    )
+
+
+def _decimal_minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
 
 
 def model_sizes(params: Params) -> Sizes:
