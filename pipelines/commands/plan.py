@@ -31,6 +31,7 @@ from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.tracking.lockfile import read_lock
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping = too_long_warmups(params, steps)
     print("\n".join(["", *stopping, *unused_rewards(params), shown]))
     if args.workers:
-        print("\n" + workers_table(expected_work(Path(), params), args.workers))
+        print("\n" + workers_table(expected_work(Path(), read_lock(Path()), params), args.workers))
     return int(bool(stopping) or any(phase.memory.total > limit for phase in planned))
 
 

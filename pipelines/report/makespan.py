@@ -22,7 +22,6 @@ from typing import Any
 
 from pipelines.config.params import Params
 from pipelines.report.measured import flow_time
-from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
 
 ALIGNED = re.compile(r"(?P<kind>align|evaluate_aligned)@(?P<algorithm>.+)-(?P<seed>\d+)")
@@ -78,17 +77,20 @@ def critical_path(work: Mapping[str, Work]) -> list[str]:
     return max((reach(name) for name in work), default=(0.0, []), key=itemgetter(0))[1]
 
 
-def expected_work(project: Path, params: Params) -> dict[str, Work]:
-    """Return the stages that params.yaml asks for, with the times of the last flow and the dependencies that dvc.lock records.
+def expected_work(project: Path, lock: Mapping[str, Any], params: Params) -> dict[str, Work]:
+    """Return the stages that params.yaml asks for, with the times of the last flow.
 
     A seed that has not run yet takes as long as the mean of its algorithm's other seeds; an algorithm that has not, as the mean of all.
+
+    Args:
+        lock: the stages of dvc.lock, whose paths show which stage reads from which.
 
     Raises:
         DataError: no flow has run here, or one of the stages has never run in it.
     """
     flow = flow_time(project, [])
     timed = {stage.name: stage.wall for stage in flow.ran} if flow is not None else {}
-    above = _dependencies(read_lock(project))
+    above = _dependencies(lock)
     known = {name: Work(timed[name], above[name]) for name in above if name in timed}
     fixed = {name: each for name, each in known.items() if not ALIGNED.fullmatch(name)}
     if LAST not in known or not any(map(ALIGNED.fullmatch, known)):

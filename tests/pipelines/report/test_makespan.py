@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipelines.commands.plan import workers_table
 from pipelines.config.params import load_params
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule
+from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
 
 
@@ -50,7 +51,7 @@ def test_seeds_that_have_not_run_take_as_long_as_their_algorithms_others(root: P
     params.project.algorithms[:] = ["dpo", "grpo"]
     params.project.seeds[:] = [0, 1]
     with pytest.raises(DataError, match="make demo"):
-        expected_work(tmp_path, params)
+        expected_work(tmp_path, read_lock(tmp_path), params)
     seconds = {"sft": 10, "align@dpo-0": 20, "align@grpo-0": 40, "evaluate_aligned@dpo-0": 5,
                "evaluate_aligned@grpo-0": 7, "compare": 2}  # fmt: skip
     record = {name: {"started": 0, "ended": took, "ran": True} for name, took in seconds.items()}
@@ -64,7 +65,7 @@ def test_seeds_that_have_not_run_take_as_long_as_their_algorithms_others(root: P
         )
     stages.append("compare:\n    deps: [{path: runs/evaluate}]\n    outs: [{path: report}]")
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  " + "\n  ".join(stages) + "\n")
-    work = expected_work(tmp_path, params)
+    work = expected_work(tmp_path, read_lock(tmp_path), params)
     assert work["align@grpo-1"] == Work(40.0, ("sft",))
     assert work["evaluate_aligned@dpo-1"] == Work(5.0, ("align@dpo-1",))
     assert len(work) == 10
