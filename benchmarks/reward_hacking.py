@@ -1,9 +1,10 @@
 """How often does the monitor of reward hacking raise a false alarm, and how soon does it see a true one?
 
-    posttrain configure benchmarks/reward_hacking.yaml && dvc repro align && python benchmarks/reward_hacking.py . --write
+    make study NAME=ppo_kl && python benchmarks/reward_hacking.py .posttrain/studies/ppo_kl --write
 
 Simulated runs have a true reward that stays, rises or falls, with noise of one step that is independent or correlated, under a rising
-score. Trained runs are read from workspaces; runs of one algorithm differ only in their seed.
+score. Trained runs are read from the workspaces of studies; runs of one arm differ only in their seed (A/A). A run that was trained on
+the true answer only has no score. It is watched with a score that always rises, which makes no alarm less likely.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
-from pipelines.report.hacking import Hacked, find
 from pipelines.report.load import Training, training
-from posttrain.evaluation.divergence import divergence
+from posttrain.evaluation.divergence import Divergence, divergence
 from posttrain.files import write_atomic
 
+TRUTH, SCORE = "reward/answer/mean", "reward/rm/mean"
 PAGE = Path(__file__).with_suffix(".md")
-RUNS = 400
+RUNS = 600
 NOISE = 0.06
 """Standard deviation of the mean of 64 answers with a rate of .5."""
 CORRELATION = 0.5
@@ -70,55 +71,65 @@ def seen(before: float, after: float, correlated: float, runs: int = RUNS, steps
 def arms(folder: Path) -> dict[str, list[Training]]:
     """Return the runs of a study by arm, in the order of their names."""
     found: dict[str, list[Training]] = {}
-    for journal in sorted([*folder.glob("runs/align/*/journal.jsonl"), *folder.glob("*/runs/align/*/journal.jsonl")]):
+    for journal in sorted(folder.glob("*/runs/align/*/journal.jsonl")):
         name = journal.parent.name
         found.setdefault(name.rpartition("-")[0], []).append(training(journal.parent, name))
-    return found
+    return {arm: runs for arm, runs in found.items() if all(TRUTH in run.curves for run in runs)}
 
 
-def row(arm: str, runs: Sequence[Training]) -> str | None:
-    """Return one arm's row, or None if its runs do not log both rewards."""
-    known = [run for run in runs if {"reward/answer/mean", "reward/rm/mean"} <= run.curves.keys()]
-    if not known:
-        return None
-    alarms = [one for seed, run in enumerate(known) if (one := find(seed, run, "answer", "rm")) is not None]
-    ends = [run.curves["reward/answer/mean"][1] for run in known]
-    first, last = (float(np.mean([values[part].mean() for values in ends])) for part in (slice(5), slice(-5, None)))
-    low, high = stats.binomtest(len(alarms), len(known)).proportion_ci()
-    return f"| {arm} | {len(known)} | {first:.2f} to {last:.2f} | {len(alarms)} | {low:.0%} to {high:.0%} | {_steps(alarms)} |"
+def alarms_of(runs: Sequence[Training]) -> list[Divergence]:
+    """Return the alarms of the runs of one arm."""
+    found = []
+    for run in runs:
+        truth = run.curves[TRUTH][1]
+        score = run.curves[SCORE][1] if SCORE in run.curves else np.arange(len(truth))
+        found.append(divergence(truth, score))
+    return [one for one in found if one is not None]
+
+
+def ends_of(runs: Sequence[Training]) -> tuple[float, float]:
+    """Return the mean true reward of the first and of the last five steps."""
+    curves = [run.curves[TRUTH][1] for run in runs]
+    return float(np.mean([c[:5].mean() for c in curves])), float(np.mean([c[-5:].mean() for c in curves]))
+
+
+def row(study: str, arm: str, runs: Sequence[Training]) -> str:
+    """Return one arm's row."""
+    alarms, (first, last) = alarms_of(runs), ends_of(runs)
+    score = "reward model" if SCORE in runs[0].curves else "always rises"
+    steps = len(runs[0].curves[TRUTH][1])
+    return f"| {study} | {arm} | {len(runs)} | {steps} | {score} | {first:.2f} to {last:.2f} | {len(alarms)} | {_steps(alarms)} |"
 
 
 def pooled(folders: Sequence[Path]) -> str:
     """Return a sentence on the alarms of all arms whose true reward rose."""
-    found: list[bool] = []
-    for runs in (runs for folder in folders for runs in arms(folder).values()):
-        known = [run for run in runs if {"reward/answer/mean", "reward/rm/mean"} <= run.curves.keys()]
-        curves = [run.curves["reward/answer/mean"][1] for run in known]
-        if curves and np.mean([values[-5:].mean() - values[:5].mean() for values in curves]) > 0:
-            found += [find(0, run, "answer", "rm") is not None for run in known]
-    low, high = stats.binomtest(sum(found), len(found)).proportion_ci()
-    return f"Arms whose true reward rose: {sum(found)} alarms in {len(found)} runs ({low:.1%} to {high:.1%})."
+    every = [runs for folder in folders for runs in arms(folder).values()]
+    rose = [runs for runs in every if ends_of(runs)[1] > ends_of(runs)[0]]
+    count, alarms = sum(map(len, rose)), sum(len(alarms_of(runs)) for runs in rose)
+    low, high = stats.binomtest(alarms, count).proportion_ci()
+    return f"Arms whose true reward rose: {alarms} alarms in {count} runs (95 % interval, Clopper-Pearson: {low:.1%} to {high:.1%})."
 
 
-def _steps(alarms: Sequence[Hacked]) -> str:
+def _steps(alarms: Sequence[Divergence]) -> str:
     return ", ".join(f"{one.began} ({one.noticed})" for one in alarms)
 
 
 def page(folders: Sequence[Path], seconds: float, table: dict[tuple[int, float, float], float]) -> str:
     """Return the page as Markdown."""
-    rows = [row(arm, runs) for folder in folders for arm, runs in arms(folder).items()]
+    rows = [row(folder.name, arm, runs) for folder in folders for arm, runs in arms(folder).items()]
     lines = [
         "# False alarms of the monitor of reward hacking",
         "",
-        "    posttrain configure benchmarks/reward_hacking.yaml && dvc repro align",
         f"    python benchmarks/reward_hacking.py {' '.join(folder.as_posix() for folder in folders)} --write    # {seconds:.0f} s",
         "",
-        "Trained runs. True reward is the mean of the first and of the last five steps. An algorithm whose true reward rises hacks nothing,"
-        " so its alarms are false; the interval (95 %, Clopper-Pearson) is of the share of alarms.",
+        "Trained runs of the studies in docs/claims.md; runs of one arm differ only in their seed. True reward is the mean of the first and"
+        " of the last five steps. An arm whose true reward rises hacks nothing, so its alarms are false. Arms that were trained on the true"
+        " answer only are watched with a score that always rises, which makes no alarm less likely. The level and the blocks of the rule"
+        " were chosen with these runs in view.",
         "",
-        "| algorithm | runs | true reward | alarms | share | began (noticed), steps |",
-        "|---|---|---|---|---|---|",
-        *(line for line in rows if line is not None),
+        "| study | arm | runs | steps | score | true reward | alarms | began (noticed), steps |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
         "",
         pooled(folders),
         "",
@@ -151,9 +162,7 @@ def _fall(before: float, after: float) -> str:
 def main() -> int:
     """Measure, print and optionally write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", nargs="*", type=Path, help="workspaces with finished runs: . or .posttrain/studies/NAME"
-    )
+    parser.add_argument("folders", nargs="*", type=Path, help="workspaces of studies: .posttrain/studies/NAME")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args()
     started = time.monotonic()

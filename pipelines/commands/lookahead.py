@@ -13,7 +13,7 @@ from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files
-from posttrain.environments.base import built_in
+from posttrain.environments.base import built_in, environment, is_wrapped
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.text import nearest
@@ -58,6 +58,8 @@ def _functions(params: Params) -> Iterator[str]:
 
 def _missing_function(path: str) -> str | None:
     """Return why an import path leads nowhere, or None."""
+    if is_wrapped(path):
+        return _missing_task(path)
     module, _, function = path.partition(":")
     try:
         spec = importlib.util.find_spec(module)
@@ -84,6 +86,15 @@ def _missing_function(path: str) -> str | None:
         for alias in node.names
     }
     return None if function in names else f"{source.name} defines no {function}{nearest(function, names)}"
+
+
+def _missing_task(path: str) -> str | None:
+    """Return why a task of a wrapped package cannot be used, or None. This imports the package, which is no code of the user's."""
+    try:
+        environment(path)
+    except PosttrainError as error:
+        return str(error)
+    return None
 
 
 def _model(params: Params) -> Iterator[str]:
@@ -116,6 +127,8 @@ def _data(params: Params) -> Iterator[str]:
         for name in source.names:
             if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
                 yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
+            elif is_wrapped(name) and (why := _missing_task(name)):
+                yield f"data.{kind}.source = {name!r}: {why}"
         if any(is_generator(name) or name.startswith(HUB) for name in source.names):
             continue
         try:

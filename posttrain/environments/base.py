@@ -90,10 +90,15 @@ def built_in() -> tuple[str, ...]:
     )
 
 
+def is_wrapped(name: str) -> bool:
+    """Return True if the name is that of a task in a package that this one wraps, such as `reasoning_gym:gcd`."""
+    package, colon, _ = name.partition(":")
+    return bool(colon) and package in WRAPPED
+
+
 def import_path(name: str) -> str:
     """Return `reasoning_gym:NAME` as the import path of the environment that wraps the task; other names as they are."""
-    package, colon, attribute = name.partition(":")
-    return f"{PACKAGE}.{package}{colon}{attribute}" if package in WRAPPED and colon else name
+    return f"{PACKAGE}.{name}" if is_wrapped(name) else name
 
 
 def is_environment(name: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 from posttrain.environments.base import Environment
 from posttrain.environments.parts import Kind, Row, distinct
 from posttrain.errors import ConfigError
-from posttrain.text import nearest
+from posttrain.text import nearest, normalised
 
 PACKAGE = "reasoning_gym"
 ENTRY = "entry"
@@ -90,7 +90,7 @@ def _exact(completion: str, answer: str) -> float:
 
 
 def _rows(name: str, kind: Kind, count: int, seed: int, *, careless: float = 0.0, **options: Any) -> list[Row]:
-    """Return `count` rows of one table. No two tables share a prompt.
+    """Return `count` rows of one table. No two tables share a prompt, also if only its case differs.
 
     Args:
         careless: share of demonstrations that give the answer to a different problem.
@@ -107,7 +107,7 @@ def _rows(name: str, kind: Kind, count: int, seed: int, *, careless: float = 0.0
             found.setdefault(entry["question"], entry)
             yield entry["question"]
 
-    entries = [found[question] for question in distinct(kind, count, questions(), str, hint)]
+    entries = [found[question] for question in distinct(kind, count, questions(), normalised, hint)]
     _check_reference(name, entries[0], options)
     rng = random.Random(f"{PACKAGE}/{name}/{kind}/{seed}")
     return [_row(name, kind, entry, entries, options, rng, careless) for entry in entries]

@@ -37,11 +37,12 @@ FEWEST = 2
 """Fewest steps of a fall."""
 LAG = 2
 """Largest distance of the steps whose differences estimate the noise; a larger one takes a sharp fall for noise."""
-BLOCKS = (4, 8)
+BLOCKS = (2, 3, 4, 6, 8, 12)
 """Lengths of the blocks whose differences estimate the noise of correlated steps. A length needs three blocks before the fall."""
-ALPHA = 0.0015
-"""One-sided level of a scan, divided by half the square of the number of steps so far. Of curves whose steps have a correlation of .5, at
-most 5 % then raise an alarm in 100 steps; at .01, 10 % do."""
+ALPHA = 0.008
+"""One-sided level of a scan, divided by half the square of the number of steps so far,"""
+LONG = 20
+"""and by the number of steps over LONG beyond that: a long run asks so often that chance would find something."""
 FALL = 0.2
 """Smallest fall that counts, as a share of the level: a long run shows falls that are certain and do not matter."""
 
@@ -97,7 +98,7 @@ def divergence(truth: ArrayLike, score: ArrayLike, since: int = 0) -> Divergence
         z = (level - fallen) / (noise * np.sqrt(1 / WINDOW + 1 / steps))
         z[(gain <= 0) | (fallen > (1 - FALL) * level)] = -np.inf
         i = int(z.argmax())
-        if z[i] > -NormalDist().inv_cdf(2 * ALPHA / t**2):
+        if z[i] > -NormalDist().inv_cdf(2 * ALPHA * min(1, LONG / t) / t**2):
             return Divergence(int(known[began[i]]), int(known[t]), float(level[i]), float(fallen[i]), float(gain[i]))
     return None
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.commands.configure import configure
+from pipelines.commands.lookahead import problems
 from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.config.params import load_params
 from pipelines.data.sources import table_rows
@@ -17,6 +20,7 @@ from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError
 from posttrain.rewards import require_available
 from posttrain.rewards.functions import find_function
+from posttrain.text import normalised
 
 NAME = "reasoning_gym:gcd"
 installed = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="the extra 'reasoning' is not installed")
@@ -46,6 +50,21 @@ def test_without_the_extra_every_way_in_says_what_to_type(root: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"pip install -c constraints.txt '.\[reasoning\]'"):
             used()
+
+
+def test_the_example_is_valid_and_names_the_task_in_every_table(root: Path, tmp_path: Path) -> None:
+    shutil.copy(root / "params.yaml", tmp_path / "params.yaml")
+    configure(tmp_path / "params.yaml", [str(root / "examples" / "reasoning_gym.yaml")])
+    params = load_params(tmp_path / "params.yaml")
+    task = "reasoning_gym:spell_backward"
+    assert {getattr(params.data, kind).source for kind in KINDS} == {params.rewards["spelled"].function} == {task}
+    found = problems(params)
+    if find_spec("reasoning_gym"):
+        assert found == []
+    else:
+        # one for the reward, one for each table
+        assert len(found) == 5
+        assert all("pip install -c constraints.txt '.[reasoning]'" in line for line in found)
 
 
 @installed
@@ -81,6 +100,16 @@ def test_an_answer_other_than_the_reference_is_right_if_the_task_says_so(root: P
     assert environment("reasoning_gym:countdown").reward(
         [""], [other], answer=[row["answer"]], entry=[row["entry"]]
     ) == [1.0]
+
+
+@installed
+def test_prompts_that_differ_in_case_only_are_in_one_table() -> None:
+    found = environment("reasoning_gym:spell_backward")
+    rows = {kind: found.rows(kind, 400, 0, max_word_len=5) for kind in KINDS}
+    prompts = {kind: {normalised(row["prompt"]) for row in table} for kind, table in rows.items()}
+    # the list of words has names, too: Beth and beth
+    assert len(prompts["sft"]) < 400 or len(prompts["problems"]) < 400
+    assert all(prompts[a].isdisjoint(prompts[b]) for a in KINDS for b in KINDS if a != b)
 
 
 @installed
