@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from pipelines.runtime import credentials, environment, web
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.redaction import printable
+from pipelines.validation.leakage import prompt_keys
 from posttrain import network
 from posttrain.errors import DataError
 
@@ -55,6 +57,43 @@ def prompts(path: Path) -> list[Any]:
     if any("prompt" not in row for row in rows):
         raise DataError(f"{path}: a record has no `prompt`; give a file whose records all have one")
     return list({json.dumps(row["prompt"], sort_keys=True): row["prompt"] for row in rows}.values())
+
+
+def usable(found: Sequence[Any], tables: Path) -> list[Any]:
+    """Return the prompts whose pairs the intake will accept, and report the others.
+
+    A pair must not have a prompt of a held-out table. A prompt that is new to the pairs may become a held-out one, so it must not be in a
+    different training table. Raises DataError if no prompt is left.
+    """
+
+    def keys(name: str, held_out: bool) -> set[str]:
+        path = tables / f"{name}.parquet"
+        return {key for row in read_rows(path) for key in prompt_keys(row, held_out)} if path.is_file() else set()
+
+    pairs = keys("preferences", False)
+    held_out = {name: keys(name, True) for name in ("evaluation", "preferences_heldout")}
+    training = {name: keys(name, False) for name in ("problems", "sft", "labelled")}
+    kept, left = list[Any](), Counter[str]()
+    for prompt in found:
+        as_training, as_held_out = (prompt_keys({"prompt": prompt}, side) for side in (False, True))
+        place = next((name for name, known in held_out.items() if as_training & known), None)
+        if place is None and not as_training & pairs:
+            place = next((name for name, known in training.items() if as_held_out & known), None)
+        if place is None:
+            kept.append(prompt)
+        else:
+            left[place] += 1
+    places = ", ".join(f"{name} has {count}" for name, count in sorted(left.items()))
+    if not kept:
+        raise DataError(
+            f"all {len(found)} prompts are in other tables ({places}), so the intake would refuse their pairs"
+        )
+    if left:
+        print(
+            f"label: {left.total()} of {len(found)} prompts are left out, since the intake would refuse their pairs: {places}",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def reward_scores(folder: Path) -> Score:
@@ -94,12 +133,13 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     if args.temperature is None:
         args.temperature = params.evaluation.temperature
     table = args.prompts or PROMPTS
-    found = prompts(table)
+    found = usable(prompts(table), PROMPTS.parent)
     weights = [_weights(project, name, params.project.experiment) for name in names]
     folder = FOLDER / (args.name or identity(args, weights, table))
     if (folder / "items.jsonl").is_file():
         return open_session(folder)
-    models = [(n, w, m) for w, (n, m) in zip(weights, open_models(project, names), strict=True)]
+    opened = zip(weights, open_models(project, names), strict=True)
+    models = [(Path(name).name if _is_folder(name) else name, md5, model) for md5, (name, model) in opened]
     sampling = Sampling(args.answers, args.max_new_tokens, args.temperature, args.seed)
     wanted = args.count * (CANDIDATES if args.by == "unsure" else 1)
     items = sample_items(models, found, wanted, args.ask, sampling)
@@ -112,11 +152,15 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
 
 def _weights(project: Path, name: str, experiment: str) -> str:
     """Return the hash of a model's weights; of a folder outside the project, the hash of its files."""
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+    if _is_folder(name):
+        files = sorted(path for path in Path(name).iterdir() if path.is_file())
         return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:32]
     return find_model(project, name, experiment).md5
+
+
+def _is_folder(name: str) -> bool:
+    """Return True if a model is named by its folder."""
+    return (Path(name) / "config.json").is_file()
 
 
 def serve(session: Session, project: Path, port: int) -> None:
@@ -195,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     environment.quiet()
     project = environment.root()
     args.prompts = args.prompts and args.prompts.absolute()
-    args.models = [str(Path(m).absolute()) if (Path(m) / "config.json").is_file() else m for m in args.models]
+    args.models = [str(Path(m).absolute()) if _is_folder(m) else m for m in args.models]
     os.chdir(project)
     try:
         if args.summary:
