@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
+.PHONY: help setup workspace demo demo-real retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ workspace: setup
 
 demo: workspace  ## train, align and compare on built-in data, then print the report's path (SEEDS=5 adds seeds up to five)
 	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS))
+
+demo-real: workspace  ## the same with a real language model of 135 M parameters, on word problems: docs/real-model.md
+	@infra/models/smollm2.sh
+	@$(PYTHON_IN) -m pipelines.commands.configure examples/smollm2.yaml
+	@$(QUIET) $(PYTHON_IN) -m flows.compare
 
 retrain: workspace  ## take in new files, run stale stages, run the gate, promote; ends in seconds if nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain

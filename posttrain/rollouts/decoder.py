@@ -140,10 +140,36 @@ class Decoder:
         for prompt, answer, logits in zip((prompts[0], *prompts), forced, found, strict=True):
             row = torch.cat([torch.tensor(prompt, device=answer.device), answer[:-1]])[None]
             plain = self.lm(input_ids=row).logits[0, len(prompt) - 1 :]
-            tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)
-            if not torch.allclose(logits, plain, atol=tolerance * float(plain.abs().max()), rtol=0, equal_nan=True):
+            tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps) * float(plain.abs().max())
+            if torch.allclose(logits, plain, atol=tolerance, rtol=0, equal_nan=True):
+                continue
+            beyond = (logits - plain).abs().amax(-1) - (tolerance + self._rounding(row)[len(prompt) - 1 :])
+            if not bool((beyond <= 0).all()):
                 worst = float((logits - plain).abs().max())
                 raise ValueError(f"logits by slots differ from those of a plain forward pass by {worst:.2g}")
+
+    def _rounding(self, row: Tensor) -> Tensor:
+        """Return how much rounding may change each token's logits, [tokens]: ten times the effect of the smallest change of the embeddings.
+
+        Some trained models amplify rounding at single tokens by a factor of thousands, where an attention sink forms.
+        """
+        embeddings = self.lm.get_input_embeddings()
+        plain = self.lm(input_ids=row).logits[0]
+        effect = torch.zeros(plain.shape[0], device=plain.device)
+        for seed in range(4):
+            generator = torch.Generator(plain.device).manual_seed(seed)
+
+            def nudged(module: nn.Module, given: Any, output: Tensor, generator: torch.Generator = generator) -> Tensor:
+                signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device) * 2 - 1
+                return output * (1 + 8 * torch.finfo(output.dtype).eps * signs)
+
+            handle = embeddings.register_forward_hook(nudged)
+            try:
+                changed = self.lm(input_ids=row).logits[0]
+            finally:
+                handle.remove()
+            effect = torch.maximum(effect, (changed - plain).abs().amax(-1))
+        return 10 * effect
 
 
 def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:

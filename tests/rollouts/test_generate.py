@@ -114,3 +114,27 @@ def test_both_ways_draw_the_same_tokens(temperature: float) -> None:
     native, generated = (kind(model, EOS).sample(requests(5), settings) for kind in (NativeEngine, GenerateEngine))
     assert [[c.tokens for c in group] for group in generated] == [[c.tokens for c in group] for group in native]
     assert_right(model, requests(5), generated, 12, temperature or 1.0)
+
+
+def chaotic(strength: float) -> Any:
+    """Return a model whose last hidden states depend on rounding: where training has made attention sinks, real models do so."""
+    from posttrain.models.tiny import tiny_model
+
+    model, _ = tiny_model(small.SHAPE, 0)
+    model.base_model.norm.register_forward_hook(
+        lambda module, given, output: output + strength * torch.sin(1e5 * output)
+    )
+    return model
+
+
+def test_a_model_that_amplifies_rounding_is_not_taken_for_one_with_a_wrong_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = chaotic(0.2)
+    decoder, row = decoder_of(model, bf16=False), torch.tensor([[5, 6, 7]])
+    assert isinstance(decoder, Decoder)
+    with decoder.decoding():
+        assert bool((decoder._rounding(row) > 1e-3).all())
+        assert bool((Decoder(chaotic(0.0), True)._rounding(row) < 1e-3).all())
+    monkeypatch.setattr(Decoder, "_rounding", lambda self, row: torch.zeros(row.shape[1]))
+    assert "logits by slots differ" in str(decoder_of(model, bf16=False))

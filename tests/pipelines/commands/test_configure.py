@@ -91,12 +91,27 @@ def test_the_overlay_of_reward_models_has_both_algorithms_on_both_rewards(root: 
     assert trained == {"ppo": answer, "grpo": answer, "ppo_rm": model, "grpo_rm": model}
 
 
+def test_the_overlay_of_the_real_model_asks_all_tables_in_the_same_words(root: Path, params: Path) -> None:
+    configure(params, [str(root / "examples" / "smollm2.yaml")])
+    loaded = load_params(params)
+    tables = [loaded.data.sft, loaded.data.preferences, loaded.data.problems, loaded.data.evaluation]
+    assert {(table.source, table.system) for table in tables} == {
+        ("word_problems", "You solve word problems in one line.")
+    }
+    assert loaded.model.source == ".posttrain/models/smollm2"
+    assert {name: loaded.algorithms[name].rewards for name in loaded.project.algorithms} == {
+        "dpo": None, "grpo": {"answer": 1.0}, "chord": {"answer": 1.0},
+    }  # fmt: skip
+    assert configure(params, [str(root / "examples" / "smollm2.yaml")]) == []
+
+
 def test_every_shipped_overlay_is_tested(root: Path) -> None:
     assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == [
         "all_presets",
         "gsm8k",
         "reasoning_gym",
         "reward_model",
+        "smollm2",
         "stories",
     ]
 
