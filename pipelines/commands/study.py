@@ -55,7 +55,8 @@ def decide(root: Path, name: str, base: Path | None = None, *, write: bool = Fal
 def listing(root: Path) -> str:
     """Return one line for each study: name, verdict and question."""
     return "\n".join(
-        f"{name:<22} {short(study, result):<14} {study.question}" for name, study, result, _ in all_saved(root)
+        f"{name:<22} {short(study, result, earlier):<14} {study.question}"
+        for name, study, result, earlier in all_saved(root)
     )
 
 

@@ -35,18 +35,18 @@ before the new runs, and only these decide. From `looks: 2` on, all series of th
 def page(studies: Sequence[Entry]) -> str:
     """Return the page as Markdown."""
     lines = [HEAD, "| study | question | source | verdict |", "|---|---|---|---|"]
-    for name, study, result, _ in studies:
+    for name, study, result, earlier in studies:
         source = f"[{study.source}](https://arxiv.org/abs/{study.source})"
-        lines.append(f"| [{name}](#{name}) | {study.question} | {source} | {short(study, result)} |")
+        lines.append(f"| [{name}](#{name}) | {study.question} | {source} | {short(study, result, earlier)} |")
     for entry in studies:
         lines += ["", *section(*entry)]
     return "\n".join(lines) + "\n"
 
 
-def short(study: Study, result: Result | None) -> str:
+def short(study: Study, result: Result | None, earlier: Sequence[Result] = ()) -> str:
     """Return the verdict in a few words."""
     if result is None:
-        return "not run"
+        return f"{earlier[-1].verdict} (a new series is planned)" if earlier else "not run"
     return result.verdict if result.digest == study.digest else f"{result.verdict} (the study has changed since)"
 
 
@@ -56,7 +56,8 @@ def section(name: str, study: Study, result: Result | None, earlier: Sequence[Re
     if study.remark:
         lines += ["", study.remark]
     if result is None:
-        return [*lines, "", f"Not run yet: `make study NAME={name}`.", *series(earlier)]
+        planned = "This series has not run yet" if earlier else "Not run yet"
+        return [*lines, "", f"{planned}: `make study NAME={name}`.", *series(earlier)]
     lines += [
         "",
         f"    make study NAME={name}    # {result.seeds} seeds, {result.prompts} prompts, {result.seconds:.0f} s of work",

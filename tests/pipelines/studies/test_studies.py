@@ -132,6 +132,7 @@ def test_a_series_on_new_seeds_keeps_the_earlier_one_on_the_page(finished: Works
     save(tmp_path, again)
     assert (saved(tmp_path, "which"), earlier(tmp_path, "which")) == (again, [first])
     text = page([Entry("which", study(seeds=[0, 1]), again, earlier(tmp_path, "which"))])
+    assert "| supported (a new series is planned) |" in page([Entry("which", study(), None, [first])])
     claim = first.claims[0]
     assert (
         f"| 3 | 60 | grpo is better | {claim.value:.3f} | {claim.low:.3f} to {claim.high:.3f} | > 0.000 | supported |"
