@@ -63,8 +63,8 @@ def power(params: Params) -> str:
         scores = tables(params)
     except DataError:
         return (
-            "What these seeds can show is not known yet: it follows from finished runs with 2 or more seeds. As a pilot, set"
-            " project.seeds to [0, 1] and run `make demo`; seeds that are added later leave the finished ones as they are."
+            "What these seeds can show is not known yet: it follows from finished runs with 2 or more seeds. A pilot is"
+            " `make demo SEEDS=2`; a larger number later trains only the seeds that are new."
         )
     spreads = [_spread(scores, name) for name in scores]
     widest = max(spreads, key=lambda spread: spread.run)
