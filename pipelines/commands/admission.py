@@ -26,7 +26,7 @@ class Admission:
 
     def __init__(self, params: Params, rows: Mapping[Kind, list[Row]]) -> None:
         self.rows: dict[Sourced, list[Row]] = {kind: list(each) for kind, each in rows.items()}
-        self._digests: dict[Sourced, list[str]] = {}
+        self._digests: dict[Sourced, list[bytes]] = {}
         self._accepted: dict[Path, str] = {}
         self._held_out: dict[str, Table] | None = None
         self._params = params
@@ -60,14 +60,15 @@ class Admission:
         return len(outcome.quarantined[kind]) + self._repeated(kind, rows, {row["id"] for row in kept})
 
     def admit(self, kind: Kind, rows: list[Row]) -> None:
-        """Add the rows to a table."""
+        """Add the rows to a table; they are numbered on from its last row."""
         self._row_digests(kind).extend(row_digest(row) for row in rows)
-        first = len(self.rows[kind])
-        self.rows[kind] += [{**row, "id": first + i} for i, row in enumerate(rows)]
+        for i, row in enumerate(rows, start=len(self.rows[kind])):
+            row["id"] = i
+        self.rows[kind] += rows
         if kind in ("evaluation", "preferences"):
             self._held_out = None
 
-    def _row_digests(self, kind: Kind) -> list[str]:
+    def _row_digests(self, kind: Kind) -> list[bytes]:
         if kind not in self._digests:
             self._digests[kind] = [row_digest(row) for row in self.rows[kind]]
         return self._digests[kind]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -40,17 +40,16 @@ def canonical_rows(
     if source.columns is None and not pairing:
         records = _in_known_format(kind, records, where, changes)
     columns = _columns(kind, source, records, where)
-    rows = [{name: read(record) for name, read in columns.items()} for record in records]
-    for row in rows:
-        if "answer" in row:
-            row["answer"] = _answer(row["answer"])
-        if not row.get(TOOLS):
-            row.pop(TOOLS, None)
-    if source.graded:
-        rows = graded_pairs(rows, records, source.graded, where, _at, _ABSENT, changes)
-    elif source.preferred:
-        rows = preferred_pairs(rows, records, source.preferred, where, _at, changes)
-    rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
+    if pairing:
+        rows = [_row(columns, record) for record in records]
+        if source.graded:
+            rows = graded_pairs(rows, records, source.graded, where, _at, _ABSENT, changes)
+        elif source.preferred:
+            rows = preferred_pairs(rows, records, source.preferred, where, _at, changes)
+        rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
+    else:
+        records = list(records[: source.rows])
+        rows = [{"id": i, **_row(columns, record)} for i, record in enumerate(_consumed(records))]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
     rows = chat_rows(kind, rows, source, where, changes)
@@ -64,6 +63,23 @@ def canonical_rows(
         for row in rows:
             row[LABEL] = thumb(row[LABEL], f"{where}, row {row['id']}: {LABEL}")
     return rows
+
+
+def _row(columns: dict[str, Callable[[Record], Any]], record: Record) -> Row:
+    """Return the canonical columns of one record."""
+    row = {name: read(record) for name, read in columns.items()}
+    if "answer" in row:
+        row["answer"] = _answer(row["answer"])
+    if not row.get(TOOLS):
+        row.pop(TOOLS, None)
+    return row
+
+
+def _consumed(records: list[Record]) -> Iterator[Record]:
+    """Yield the records in order and forget each: a table's records and rows need not be in memory together."""
+    records.reverse()
+    while records:
+        yield records.pop()
 
 
 def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:

@@ -17,15 +17,17 @@ _WHOLE = "messages"
 
 
 def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
-    """Return the rows with chat messages in the canonical form. Raises DataError naming the row if they have none."""
-    made = []
-    for row in rows:
+    """Return the rows with chat messages in the canonical form; the list is changed, so that old and new rows are not held together.
+
+    Raises DataError naming the row if it has no such form.
+    """
+    for i, row in enumerate(rows):
         place = f"{where}, row {row['id']}"
         read = {name: from_json(row[name]) for name in (*TEXT[kind], _WHOLE) if name in row}
         changes["conversations read from text that is JSON"] += any(
             isinstance(row[n], str) and isinstance(read[n], list) for n in read
         )
-        row = row | {name: canonical_messages(value, place) for name, value in read.items()}
+        row |= {name: canonical_messages(value, place) for name, value in read.items()}
         if TOOLS in row:
             row[TOOLS] = canonical_tools(row[TOOLS], place)
         if kind == "sft" and _WHOLE in row:
@@ -46,8 +48,8 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
                 f"{place}: the prompt ends with an assistant turn, so the answer would be in the prompt. End it with the user's"
                 " question; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
             )
-        made.append(_with_system(kind, row, source, changes))
-    return made
+        rows[i] = _with_system(kind, row, source, changes)
+    return rows
 
 
 def _parted(row: Row, where: str, changes: Changes) -> Row:

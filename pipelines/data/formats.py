@@ -117,7 +117,8 @@ def _instruction(more: str, answer: str) -> Convert:
 def _pair(record: Record) -> Record:
     """Take UltraFeedback's names of the scores, too."""
     names = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
-    return record | {new: record[old] for old, new in names.items() if old in record and new not in record}
+    named = {new: record[old] for old, new in names.items() if old in record and new not in record}
+    return record | named if named else record
 
 
 def _asked(name: str) -> Convert:

@@ -83,8 +83,10 @@ def alike(kind: Sourced, rows: list[Row], more: list[Row], path: Path) -> list[R
 
 
 def numbered(rows: list[Row]) -> list[Row]:
-    """Return the rows with their position as `id`."""
-    return [{**row, "id": i} for i, row in enumerate(rows)]
+    """Set each row's `id` to its position, and return the rows."""
+    for i, row in enumerate(rows):
+        row["id"] = i
+    return rows
 
 
 def _form(value: Any) -> str:

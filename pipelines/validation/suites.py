@@ -16,12 +16,13 @@ from great_expectations.expectations.core.expect_column_pair_values_a_to_be_grea
 from great_expectations.expectations.core.expect_column_to_exist import ExpectColumnToExist
 from great_expectations.expectations.core.expect_column_values_to_be_between import ExpectColumnValuesToBeBetween
 from great_expectations.expectations.core.expect_column_values_to_be_in_set import ExpectColumnValuesToBeInSet
+from great_expectations.expectations.core.expect_column_values_to_not_be_in_set import ExpectColumnValuesToNotBeInSet
 from great_expectations.expectations.core.expect_column_values_to_not_be_null import ExpectColumnValuesToNotBeNull
 from great_expectations.expectations.core.expect_table_row_count_to_be_between import ExpectTableRowCountToBeBetween
 
 from pipelines.data.tables import ANSWERED, EQUATION, TEXT, WEIGHT, Table
 from pipelines.validation import expectations as own
-from pipelines.validation.view import POSITION, TEMPLATE, UNKNOWN, typed_columns
+from pipelines.validation.view import BLANK, POSITION, TEMPLATE, UNKNOWN, typed_columns
 from posttrain.rewards.extraction import AnswerKind
 
 Status = Literal["passed", "failed", "errored"]
@@ -79,7 +80,8 @@ def types(table: Table, scores: Sequence[str]) -> list[Expectation]:
 def content(table: Table, limits: TableLimits, columns: Collection[str]) -> list[Expectation]:
     """Return the rules about single rows with valid types; `columns` are the view's columns."""
     suite: list[Expectation] = [
-        own.ExpectColumnValuesToNotBeBlank(column=name, meta=_meta("empty_text", name)) for name in TEXT[table]
+        ExpectColumnValuesToNotBeInSet(column=name, value_set=[BLANK], meta=_meta("empty_text", name))
+        for name in TEXT[table]
     ]
     suite.append(own.ExpectColumnValuesToBeFirstOccurrences(column="row", meta=_meta("duplicate_rows", "row")))
     suite += [_length(name, limits) for name in TEXT[table]]

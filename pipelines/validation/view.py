@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pipelines.data.tables import (
     ANSWERED,
@@ -28,6 +29,8 @@ from posttrain.errors import DataError
 
 POSITION = "position"
 """Index of a row in its table: how results point at rows."""
+BLANK = 0
+"""Key of a text without a character other than white space."""
 TEMPLATE = "template"
 """Why the chat template refuses a row; empty if it does not."""
 
@@ -67,13 +70,17 @@ def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.DataFrame:
-    """Return text, token counts, scores, weight, answer, and a key of the whole row."""
+    """Return text keys, token counts, scores, weight, answer, and in `row` the position of the first row that equals this one."""
     columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
-    for name in TEXT[table]:
-        columns[name] = pd.Series([_judged(row[name], name) for row in rows], dtype=object)
-    counted, refused = zip(*(_tokens(table, row, lengths) for row in rows), strict=True)
-    for name in TEXT[table]:
-        columns[f"{name}_tokens"] = pd.Series([tokens[name] for tokens in counted], dtype="int64")
+    columns |= {name: _text_keys(rows, name) for name in TEXT[table]}
+    counted = {name: np.zeros(len(rows), dtype=np.int64) for name in TEXT[table]}
+    refused = []
+    for i, row in enumerate(rows):
+        tokens, why = _tokens(table, row, lengths)
+        refused.append(why)
+        for name in TEXT[table]:
+            counted[name][i] = tokens[name]
+    columns |= {f"{name}_tokens": counts for name, counts in counted.items()}
     columns[UNKNOWN] = pd.Series([lengths.unknown(row) for row in rows], dtype="float64")
     if any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
         columns[TEMPLATE] = pd.Series(refused, dtype=object)
@@ -85,8 +92,28 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
         if EQUATION in rows[0]:
             columns[EQUATION] = pd.Series([plain(row[EQUATION]) for row in rows], dtype=object)
-    columns["row"] = pd.Series([row_digest(row) for row in rows], dtype=object)
+    columns["row"] = _first_equal(rows)
     return pd.DataFrame(columns)
+
+
+def _text_keys(rows: Sequence[Row], name: str) -> NDArray[np.int64]:
+    """Return a 64-bit key of each row's text, [rows]: equal texts have equal ones, and BLANK stands for no text.
+
+    Great Expectations would encode and hash the texts of a frame, which needs about twice their size.
+    """
+    texts = (_judged(row[name], name) for row in rows)
+    return np.fromiter((_number(_digest(text)) if text.strip() else BLANK for text in texts), np.int64, len(rows))
+
+
+def _number(digest: bytes) -> int:
+    """Return the first 64 bits of a digest, never BLANK."""
+    return int.from_bytes(digest[:8], signed=True) or 1
+
+
+def _first_equal(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Return for each row the position of the first row with the same content, [rows]."""
+    first: dict[bytes, int] = {}
+    return np.fromiter((first.setdefault(row_digest(row), i) for i, row in enumerate(rows)), np.int64, len(rows))
 
 
 def _judged(value: Any, name: str) -> str:
@@ -125,7 +152,7 @@ def prompts_view(tables: Sequence[tuple[Table, Sequence[Row]]]) -> pd.DataFrame:
         for key in sorted(prompt_keys(row, table in HELD_OUT)):
             columns[POSITION].append(position)
             columns["held_out"].append(table in HELD_OUT)
-            columns["prompt_key"].append(int.from_bytes(_digest(key)[:8], signed=True))
+            columns["prompt_key"].append(_number(_digest(key)))
     types = {POSITION: "int64", "held_out": "bool", "prompt_key": "int64"}
     return pd.DataFrame({name: np.array(values, dtype=types[name]) for name, values in columns.items()})
 
@@ -152,10 +179,10 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def row_digest(row: Row) -> str:
+def row_digest(row: Row) -> bytes:
     """Return a digest of the row without its origin: equal rows have equal ones, and a table of digests stays small."""
     text = json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)
-    return _digest(text).hex()
+    return _digest(text)
 
 
 def _digest(text: str) -> bytes:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
+import tracemalloc
 import weakref
+from pathlib import Path
 from typing import Any
 
+from pipelines.config.params import load_params
+from pipelines.data.sources import file_rows, numbered
 from pipelines.validation import suites
-from pipelines.validation.suites import Validator
-from pipelines.validation.view import prompts_view, structure_view
+from pipelines.validation.check import check
+from pipelines.validation.suites import TableLimits, Validator
+from pipelines.validation.view import content_view, prompts_view, structure_view
 
 ROWS: list[dict[str, Any]] = [
     {"id": i, "prompt": f"{i} " + "word " * 200, "completion": [{"role": "assistant", "content": "word " * 200}]}
@@ -17,9 +23,23 @@ ROWS: list[dict[str, Any]] = [
 """About 2,000 characters a row."""
 
 
-def test_views_about_whole_tables_hold_no_text() -> None:
-    for view in (structure_view(ROWS), prompts_view([("sft", ROWS)])):
-        assert view.memory_usage(deep=True, index=False).sum() / len(ROWS) < 60
+class Lengths:
+    """Token counts of no model."""
+
+    def prompt(self, row: dict[str, Any]) -> int:
+        return 1
+
+    def pair(self, row: dict[str, Any], column: str) -> tuple[int, int]:
+        return 1, 1
+
+    def unknown(self, row: dict[str, Any]) -> float:
+        return 0.0
+
+
+def test_no_view_holds_text() -> None:
+    plain = [row | {"completion": "word " * 200} for row in ROWS]
+    for view in (structure_view(ROWS), prompts_view([("sft", ROWS)]), content_view("sft", plain, Lengths())):
+        assert view.memory_usage(deep=True, index=False).sum() / len(ROWS) < 100
     assert list(structure_view(ROWS).columns) == ["id", "prompt", "completion"]
 
 
@@ -32,3 +52,28 @@ def test_a_run_keeps_no_frame() -> None:
     del frame
     gc.collect()
     assert kept() is None
+
+
+def test_reading_and_checking_a_file_needs_at_most_two_and_a_half_times_its_size(root: Path, tmp_path: Path) -> None:
+    """Only the rows are held: not the records they came from, and no encoded copy of their texts."""
+    params = load_params(root / "params.yaml")
+    path, limits = tmp_path / "pairs.jsonl", TableLimits(10, 10, "number")
+
+    def read_and_check(count: int) -> None:
+        texts = (f"{i} " + "word " * 50 for i in range(count))
+        lines = (json.dumps({"prompt": text, "chosen": "yes " + text, "rejected": "no " + text}) for text in texts)
+        path.write_text("\n".join(lines) + "\n")
+        tracemalloc.reset_peak()
+        rows = numbered(file_rows("preferences", params.data, path))
+        outcome = check({"preferences": rows}, params.validation.rules, limits, Lengths(), Validator())
+        assert len(outcome.kept["preferences"]) == count
+
+    tracemalloc.start()
+    try:
+        read_and_check(20)  # what the libraries keep
+        before = tracemalloc.get_traced_memory()[0]
+        read_and_check(2000)
+        ratio = (tracemalloc.get_traced_memory()[1] - before) / path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert ratio < 2.5
