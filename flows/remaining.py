@@ -8,12 +8,15 @@ from pathlib import Path
 
 
 def last_seconds(root: Path) -> dict[str, float]:
-    """Return the seconds of each stage that ran in the last flow; empty if no flow has run here."""
+    """Return the seconds of each stage that ran in the last flow; empty if no flow has run here, or its record is damaged."""
     path = root / ".posttrain" / "flow.json"
     if not path.is_file():
         return {}
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    return {name: stage["ended"] - stage["started"] for name, stage in stages.items() if stage["ran"]}
+    try:
+        stages = json.loads(path.read_bytes())["stages"]
+        return {name: float(stage["ended"] - stage["started"]) for name, stage in stages.items() if stage["ran"]}
+    except (ValueError, KeyError, TypeError, AttributeError):  # only an estimate; this flow writes a new record
+        return {}
 
 
 def time_left(left: Collection[str], seconds: Mapping[str, float], slots: int) -> str:

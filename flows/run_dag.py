@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from flows.signals import reason, stop_on_signal
 from flows.workspace import follower, fork_server, write_costs, write_record
 from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import Interrupted, OrchestrationError
+from posttrain.files import read_json
 from tasks import stage as stages
 from tasks.console import log_line, print_line
 from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
-from tasks.publish import publish_report
+from tasks.publish import RESTORE_REPORT, publish_report
 from tasks.slots import machine_slots
 
 
@@ -176,7 +176,7 @@ def answer(root: Path) -> list[str]:
     path = root / "report" / "comparison.json"
     if not path.is_file():
         return []
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    numbers = read_json(path, RESTORE_REPORT)
     return [f"answer: {numbers['title']}", *(f"  {sentence}" for sentence in numbers["findings"][:4])]
 
 

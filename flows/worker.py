@@ -23,6 +23,7 @@ from prefect.utilities.processutils import setup_signal_handlers_worker
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
 from flows.deploy import HEARTBEAT_SECONDS
+from flows.deployments import read_entries
 from flows.server import require_server
 from flows.unstarted import end_unstarted
 from flows.workspace import sweep
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     require_server(url)
     sweep(root)
-    names = [entry["name"] for entry in read_yaml(root / "prefect.yaml")["deployments"]]
+    names = [entry.name for entry in read_entries(root / "prefect.yaml")]
     end_unstarted(names, pool=args.pool, worker=os.uname().nodename)
     asyncio.run(work(root, args.pool))
     return 0

@@ -24,11 +24,13 @@ from infra.postgres import Postgres
 from infra.processes import Processes, Service
 from pipelines.runtime import credentials, environment
 from posttrain.errors import OrchestrationError
+from posttrain.files import read_json
 from tasks.process import child_environment
 
 BUCKET = "posttrain"
 STORE_KEY = "posttrain-store-key"
 ADMIN = credentials.ADMIN
+LOST_SECRETS = "It holds the passwords of the databases: restore it from a back-up. Without one, remove it together with the databases."
 ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
 
 
@@ -214,7 +216,7 @@ class Topology:
     def _secrets(self) -> dict[str, str]:
         """Load the passwords, and generate them at the first call."""
         path = self.home / "secrets.json"
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found: dict[str, str] = read_json(path, LOST_SECRETS) if path.is_file() else {}
         missing = [name for name in ("postgres", "mlflow", "flask", "s3", "prefect") if name not in found]
         if missing:
             found |= {name: secrets.token_urlsafe(24) for name in missing}

@@ -10,11 +10,26 @@ Example:
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from posttrain.errors import DataError
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Return the content of a JSON file that this project wrote.
+
+    Raises DataError, which ends with the `remedy`, if the file is damaged, as after a power cut.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}) and is not used. {remedy}") from None
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load
 from posttrain.errors import TrackingError
-from posttrain.files import write_atomic
+from posttrain.files import read_json, write_atomic
 from tasks.console import print_line
+from tasks.publish import RESTORE_REPORT
 
 NUMBERS = Path("report/comparison.json")
 REGISTERED = Path(".posttrain/challenger")
@@ -29,9 +29,9 @@ def register_best(root: Path) -> None:
     if not (root / NUMBERS).is_file() or not (root / "params.yaml").is_file():
         return
     digest, mark = file_digest(root / NUMBERS), root / REGISTERED
-    if mark.is_file() and mark.read_text(encoding="utf-8") == digest:
+    if mark.is_file() and mark.read_bytes() == digest.encode():
         return
-    chosen = best_model(json.loads((root / NUMBERS).read_text(encoding="utf-8")))
+    chosen = best_model(read_json(root / NUMBERS, RESTORE_REPORT))
     if chosen is None:
         return
     try:

@@ -6,7 +6,6 @@ This module writes champion.dvc, so that `dvc pull` fetches the champion and `dv
 from __future__ import annotations
 
 import fcntl
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.config.params import read_yaml
 from pipelines.promotion.registry import FILES, PATH, SIZE, Version
 from posttrain.errors import ConfigError, OrchestrationError
-from posttrain.files import write_atomic
+from posttrain.files import read_json, write_atomic
 from tasks.process import child_environment
 from tasks.remote import run_dvc
 
@@ -117,7 +116,7 @@ def cached(root: Path, version: Version) -> bool:
         return False
     if not version.md5.endswith(".dir"):
         return True
-    members = [str(entry["md5"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+    members = [str(entry["md5"]) for entry in read_json(listing, f"Remove it, then type `dvc pull {POINTER}`.")]
     return all((files / md5[:2] / md5[2:]).is_file() for md5 in members)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+from posttrain.files import read_json
+
+RESTORE_REPORT = "Type `dvc checkout --force report`, or `dvc repro compare`."
 
 
 def publish_report(root: Path) -> Path | None:
     """Publish report/comparison.json and report/index.html if they exist; return the page's path."""
     page, numbers = root / "report" / "index.html", root / "report" / "comparison.json"
     if numbers.is_file():
-        table = markdown_table(json.loads(numbers.read_text(encoding="utf-8")))
+        table = markdown_table(read_json(numbers, RESTORE_REPORT))
         create_markdown_artifact(key="comparison", markdown=table, description="Every model of the comparison")
     if not page.is_file():
         return None

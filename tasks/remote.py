@@ -16,7 +16,7 @@ from pipelines.config.params import read_yaml
 from pipelines.runtime.process import killed_by
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote
-from posttrain.errors import OrchestrationError
+from posttrain.errors import ConfigError, OrchestrationError
 from tasks.dag import open_workspace
 from tasks.process import child_environment
 
@@ -104,7 +104,13 @@ def restore_missing(root: Path, pointer: str) -> None:
     Raises OrchestrationError if it is in neither DVC's cache nor the remote.
     """
     path = root / pointer
-    outs = [path.parent / str(out["path"]) for out in read_yaml(path)["outs"]]
+    try:
+        outs = [path.parent / str(out["path"]) for out in read_yaml(path)["outs"]]
+    except (ConfigError, KeyError, TypeError) as damage:
+        raise OrchestrationError(
+            f"{pointer} is damaged ({damage}), so the data that belong to it are unknown. Type `git checkout {pointer}`, or `dvc add"
+            f" {pointer.removesuffix('.dvc')}` if the folder is as it should be."
+        ) from None
     if all(out.exists() for out in outs) or run_dvc(root, "checkout", pointer) is None:
         return
     error = run_dvc(root, "pull", pointer)

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipelines.config.params import load_params
 from pipelines.lineage.graph import Lineage
-from pipelines.lineage.records import Artifact, StageRecord
+from pipelines.lineage.records import REMOVE, Artifact, StageRecord
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import DECISION, REASON, Version
 from pipelines.runtime import environment
@@ -29,6 +29,7 @@ from pipelines.runtime.command_line import command_parser, print_text, reports_e
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
+from posttrain.files import read_json
 
 
 def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _evaluation(lineage: Lineage, model: Artifact) -> dict[str, Any]:
             # The evaluation of an aligned model also depends on models/sft, whose score is not this one.
             name = Path(model.path).name
             if path is not None and metrics.path == f"runs/evaluate/{name}/metrics.json":
-                found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                found: dict[str, Any] = read_json(path, REMOVE)
                 return found
     return {}
 

@@ -10,7 +10,6 @@ licence and intended use in the hub's metadata format. Sign in first with `hf au
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from pipelines.runtime.identity import input_digests
 from pipelines.runtime.journal import read
 from pipelines.runtime.publish import JOURNAL
 from posttrain.errors import ConfigError
+from posttrain.files import read_json
 
 FOLDER = Path(".posttrain") / "push"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -156,7 +156,7 @@ def _results(model: str) -> dict[str, float]:
     if not path.is_file():
         return {}
     flat: dict[str, float] = {}
-    stack = [("", json.loads(path.read_text(encoding="utf-8")))]
+    stack = [("", read_json(path, f"Type `dvc checkout --force {path}`, or `dvc repro`."))]
     while stack:
         prefix, node = stack.pop()
         for name, value in node.items():

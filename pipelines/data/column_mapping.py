@@ -220,6 +220,8 @@ def _answer(value: Any) -> Any:
         return json.dumps([_answer(v) for v in value], ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
+    if isinstance(value, int):
+        return str(value)
     return str(int(value)) if math.isfinite(value) and value == int(value) else repr(value)
 
 

@@ -224,8 +224,8 @@ def number(value: Any, where: str) -> float:
     """Return a score as a finite number. Raises DataError otherwise."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
-        shown = "missing" if value == "missing" else repr(value)
+    except (TypeError, ValueError, OverflowError):
+        shown = "missing" if value == "missing" else repr(value)[:60]
         raise DataError(f"{where} is {shown}; it must be a number or a boolean") from None
     if result != result or result in (float("inf"), float("-inf")):
         raise DataError(f"{where} is {result}; it must be finite. Correct or remove the record.")

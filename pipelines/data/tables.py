@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from posttrain.errors import DataError
+from posttrain.files import read_json
 
 Table = Literal["sft", "preferences", "preferences_heldout", "problems", "evaluation", "labelled"]
 Row = dict[str, Any]
@@ -128,7 +129,7 @@ def write_changes(changes: Mapping[str, Mapping[str, int]], folder: Path) -> Non
 def read_changes(folder: Path) -> dict[str, dict[str, int]]:
     """Return the omissions and changes of ingest, by table and description."""
     path = folder / CHANGES
-    found: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found: dict[str, dict[str, int]] = read_json(path, "Type `dvc repro ingest`.") if path.exists() else {}
     return found
 
 

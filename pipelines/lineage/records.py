@@ -6,7 +6,6 @@ connect any model of this checkout with the tables that it was trained on, also 
 
 from __future__ import annotations
 
-import configparser
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 from ruamel.yaml.resolver import implicit_resolvers
 
-from pipelines.tracking.lockfile import read_lock
-from posttrain.files import write_atomic
+from pipelines.tracking.lockfile import read_dvc_config, read_lock
+from posttrain.files import read_json, write_atomic
+
+REMOVE = "Remove this object of DVC's cache; `dvc pull` or `dvc repro` brings it back."
 
 PARSED = Path(".posttrain/lineage.json")
 PRODUCTS = ("data/", "models/", "runs/", "report")
@@ -85,7 +86,7 @@ class Cache:
         path = self.file(folder.md5)
         if path is None:
             return None
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path, REMOVE)
         return [Artifact(f"{folder.path}/{entry['relpath']}", entry["md5"]) for entry in entries]
 
     def records(self) -> Iterator[StageRecord]:
@@ -106,8 +107,7 @@ class Cache:
 
 def open_cache(project: Path) -> Cache:
     """Return the cache that `.dvc/config` names, `.dvc/cache` if it names none."""
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
+    parser = read_dvc_config(project)
     folder = project / ".dvc" / parser.get("cache", "dir", fallback="cache").strip("'\"")
     return Cache(folder, project / PARSED)
 

@@ -28,7 +28,7 @@ from pipelines.runtime.machine import available_cores
 from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.statistics import Interval
-from posttrain.files import write_atomic
+from posttrain.files import read_json, write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
 FIRST_SCREEN, COST_SECTION = "<!-- this machine: first screen -->", "<!-- this machine: cost -->"
@@ -65,7 +65,7 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     report, numbers = project / "report" / "index.html", project / "report" / "comparison.json"
     if not report.is_file() or not numbers.is_file():
         return
-    found = json.loads(numbers.read_text(encoding="utf-8"))
+    found = read_json(numbers, "Type `dvc checkout --force report`, or `dvc repro compare`.")
     seconds = _seconds(rows, [name for name in found["models"] if name not in (BASE, SFT)])
     best = found["best"]
     tile = _tile(best, seconds[best]) if best in seconds else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipelines.runtime.publish import ARTIFACTS, JOURNAL, METRICS
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Floats
+from posttrain.files import read_json
 
 RUNS = Path("runs")
 PREDICTIONS = "predictions.parquet"
@@ -198,7 +198,7 @@ def optimiser_steps(run: Training, algorithm: str) -> int:
 
 def _metrics(path: Path) -> dict[str, float]:
     """Load metrics.json as flat names and values."""
-    return dict(_flat(json.loads(path.read_text(encoding="utf-8")), ""))
+    return dict(_flat(read_json(path, f"Type `dvc checkout --force {path}`, or `dvc repro`."), ""))
 
 
 def _flat(tree: Any, prefix: str) -> list[tuple[str, float]]:

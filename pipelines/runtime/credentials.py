@@ -37,9 +37,11 @@ def secret(project: Path, name: str) -> str:
             f"{path} can be read by other users, who could then start runs as you. Remove it and start the servers again:"
             " they make a new one."
         )
-    found = path.read_text(encoding="utf-8").strip()
+    found = path.read_bytes().decode("utf-8", "replace").strip()
     if not found:
         raise ConfigError(f"{path} is empty, so nothing would be protected. Remove it and start the servers again.")
+    if not (found.isascii() and found.isprintable()):
+        raise ConfigError(f"{path} is damaged, as after a power cut. Remove it and start the servers again.")
     return found
 
 

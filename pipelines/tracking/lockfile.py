@@ -69,10 +69,25 @@ def locked_output(project: Path, output: str) -> dict[str, Any] | None:
     return next((dict(out) for out in entries if str(out["path"]) == output), None)
 
 
+def read_dvc_config(project: Path) -> configparser.ConfigParser:
+    """Return DVC's configuration of the project, the local file over the shared one. Raises ConfigError if one is damaged."""
+    parser = configparser.ConfigParser(interpolation=None)
+    for name in ("config", "config.local"):
+        path = project / ".dvc" / name
+        try:
+            parser.read([path], encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            words = " ".join(str(error).split())
+            raise ConfigError(
+                f"{path} is damaged ({redact(words)}), so neither DVC nor this project finds cache and remote. Correct it; `git checkout"
+                " .dvc/config` restores the shared file, and `dvc remote add --local` writes a new local one."
+            ) from None
+    return parser
+
+
 def default_remote(project: Path) -> str | None:
     """Return the URL of DVC's default remote, without credentials."""
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
+    parser = read_dvc_config(project)
     name = parser.get("core", "remote", fallback=None)
     url = parser.get(f"'remote \"{name}\"'", "url", fallback=None)
     return redact(url) if url else None

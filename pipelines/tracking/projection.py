@@ -64,7 +64,7 @@ class Projector:
         """Bring the store up to date with a run and return the MLflow run id. A second call changes nothing."""
         mark = self._mark(source)
         with Lock(mark):
-            if not mark.read_text().startswith(self._token):
+            if not mark.read_text(errors="replace").startswith(self._token):
                 # A different process has written this run since then, so the cached contents may be outdated.
                 self._links.pop(source.identity, None)
             mark.write_text(self._token)
@@ -81,7 +81,7 @@ class Projector:
     def settled(self, source: RecordedRun) -> bool:
         """Return True if this checkout has already copied exactly this journal into this store; the store is not queried."""
         mark = self._mark(source)
-        return mark.is_file() and mark.read_text().endswith(self._stamp(source))
+        return mark.is_file() and mark.read_text(errors="replace").endswith(self._stamp(source))
 
     def _mark(self, source: RecordedRun) -> Path:
         """Return the file that notes the last copy of a run."""

@@ -50,7 +50,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id.
 
     Raises:
-        ModelError: there is none, or it has no end-of-sequence token.
+        ModelError: there is none, it has no end-of-sequence token, or its configuration is damaged.
     """
     check_folder(source)
     tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, source)
@@ -58,6 +58,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{source}: there is no tokenizer (no tokenizer.json or vocabulary file), and transformers would make one up that knows no"
             " words; copy the tokenizer's files of the original model into the folder"
+        )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{source}: model_max_length of tokenizer_config.json is {tokenizer.model_max_length!r}, which is no number; correct it"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(

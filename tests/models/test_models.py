@@ -292,6 +292,10 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
     with pytest.raises(ModelError, match="259 tokens, the model's embedding 100"):
         load_encoder(tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ModelError, match=r"model_max_length of tokenizer_config\.json is 'x'"):
+        load_encoder(tmp_path / "m")
     bare = byte_tokenizer(64)
     bare.eos_token = None
     bare.save_pretrained(tmp_path / "m")

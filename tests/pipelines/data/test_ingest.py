@@ -131,6 +131,8 @@ def test_columns_are_names_dotted_paths_or_templates() -> None:
 def test_number_answers_become_text_and_whole_ones_lose_their_point() -> None:
     records = [{"prompt": "p", "answer": value} for value in (51.0, 0.5, 7, "x")]
     assert [row["answer"] for row in canonical_rows("problems", source(), records)] == ["51", "0.5", "7", "x"]
+    huge = [{"prompt": "q", "answer": 10**400}]
+    assert canonical_rows("problems", source(), huge)[0]["answer"] == "1" + "0" * 400, "no number of any type is lost"
 
 
 def test_a_missing_column_names_those_there_are() -> None:
@@ -172,7 +174,7 @@ def test_graded_answers_pair_every_better_one_with_every_worse_one() -> None:
     assert {row["record"] for row in rows} == {0}
 
 
-@pytest.mark.parametrize("score", [math.nan, math.inf, "high", None])
+@pytest.mark.parametrize("score", [math.nan, math.inf, "high", None, 10**400])
 def test_a_score_that_is_no_finite_number_is_named(score: Any) -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1.0, "rejected_score": 0.5}
     with pytest.raises(DataError, match=r"row 1: rejected_score is "):
