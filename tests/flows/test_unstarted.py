@@ -1,17 +1,18 @@
-"""A run that was claimed and never began does not keep its place in the queue for ever."""
+"""A run that was claimed and never began does not keep its place in the queue for ever, and a crash is reported by its name."""
 
 from __future__ import annotations
 
 import asyncio
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Pending, Running
+from prefect.states import Crashed, Pending, Running
 
+from flows.hooks import HOOKS
 from flows.unstarted import end_unstarted
 from tests.webhook import listening
 
@@ -60,6 +61,22 @@ def test_a_run_that_was_claimed_and_never_began_is_marked_and_reported(
     assert message["event"] == "failed"
     assert f"nightly-flow ({run.name}) ended Crashed: Its process was killed before the flow began" in message["text"]
     assert end_unstarted(["unstarted"]) == []
+
+
+def test_a_crash_is_reported_with_the_runs_present_name(deployment: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's copy of the run is older than the name that the flow has given it."""
+    run = claimed(deployment)
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run.id, name="retrain 2026-11-29 02:00")
+    (hook,) = HOOKS["on_crashed"]
+    with listening() as (url, told):
+        monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
+        hook(nightly, run, Crashed(message="SIGKILL"))
+        hook(nightly, run.model_copy(update={"id": uuid4()}), Crashed(message="SIGKILL"))
+    assert [message["text"].partition(" ended")[0] for message in told] == [
+        "nightly-flow (retrain 2026-11-29 02:00)",
+        f"nightly-flow ({run.name})",
+    ]
 
 
 def test_runs_of_a_pool_are_left_to_a_different_worker_that_polls_it(prefect_url: str) -> None:
