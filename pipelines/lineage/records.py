@@ -7,7 +7,6 @@ connect any model of this checkout with the tables that it was trained on, also 
 from __future__ import annotations
 
 import json
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
