@@ -64,7 +64,7 @@ def test_a_run_that_was_claimed_and_never_began_is_marked_and_reported(
 
 
 def test_a_crash_is_reported_with_the_runs_present_name(deployment: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's copy of the run is older than the name that the flow has given it."""
+    """Check a copy of the run that is older than the name that the flow has given it, as the worker has one."""
     run = claimed(deployment)
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, name="retrain 2026-11-29 02:00")
