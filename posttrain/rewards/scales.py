@@ -34,7 +34,7 @@ _TAIL = rf"(?:[ \t\u00a0-]?(?i:{SCALE})){{1,3}}"
 _PLAIN = r"\d{1,15}(?:\.\d{1,15})?"
 SCALED = rf"{_TAIL}(?:\s?(?:and\s)?{_PLAIN}{_TAIL}){{0,3}}(?:(?<=[\u4e07\u842c\u4ebf\u5104\u5343])\d{{1,4}}(?![\d.,]))?"
 """What may follow a number: scale words, and smaller parts such as those of 1 million 200 thousand or 3万5000."""
-_PART = re.compile(rf"(?P<number>.*?\S)(?P<scales>{_TAIL})(?:and\s)?\s?", re.DOTALL)
+_PART = re.compile(rf"(?P<number>.*?\S)(?P<scales>{_TAIL})(?:\s?and\s)?\s?", re.DOTALL)
 _WORD = re.compile(SCALE, re.IGNORECASE)
 
 
