@@ -49,7 +49,7 @@ def test_without_two_seeds_the_plan_says_how_to_find_out(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "set project.seeds to [0, 1] and run `make demo`" in power(params_with(root, [0]))
+    assert "A pilot is `make demo SEEDS=2`" in power(params_with(root, [0]))
     with pytest.raises(DataError, match=r"project\.seeds has 1 seed; copies of an algorithm are runs with other seeds"):
         tables(params_with(root, [0]))
     with pytest.raises(DataError, match="the report needs runs that do not exist"):
