@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.server import FILES, application
+from tests import coroutines
 from tests.pipelines.labelling.sessions import session
 
 PORT, TOKEN = 5050, "secret"
@@ -38,7 +38,7 @@ def send(desk: Desk, *requests: Sent, handed: list[int] | None = None) -> list[h
         async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{PORT}") as client:
             return [await client.request(m, path, json=body or None, headers=h) for m, path, body, h in requests]
 
-    return asyncio.run(run())
+    return coroutines.run(run())
 
 
 def test_strangers_are_refused_and_texts_have_no_other_reader(desk: Desk) -> None:

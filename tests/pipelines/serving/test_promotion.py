@@ -22,6 +22,7 @@ from pipelines.serving.server import VERSION_HEADER
 from posttrain import network
 from posttrain.guard import signal_at_parents_death
 from tasks.champion import put_into_production, switching
+from tests import coroutines
 from tests.pipelines.serving.test_server import SIZES
 from tests.workspace import dvc
 
@@ -66,7 +67,7 @@ def test_no_request_fails_while_a_promotion_happens(
         up = network.wait_until(lambda: "Ctrl-C stops" in log.read_text(), lambda: process.poll() is None, 120)
         assert up, log.read_text()
         key = credentials.secret(workspace, SECRET)
-        answers = asyncio.run(requests(f"http://127.0.0.1:{port}", key, lambda: promote(second)))
+        answers = coroutines.run(requests(f"http://127.0.0.1:{port}", key, lambda: promote(second)))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

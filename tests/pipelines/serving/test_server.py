@@ -18,6 +18,7 @@ from pipelines.serving.models import Models, Served, Watch, folder_md5, load_cha
 from pipelines.serving.server import VERSION_HEADER, application
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
+from tests import coroutines
 from tests.workspace import dvc
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 64}
@@ -51,7 +52,7 @@ def ask(models: Models, *requests: dict[str, Any], path: str = "completions") ->
             sent = [client.post(f"/v1/{path}", json={"model": "champion"} | each) for each in requests]
             return list(await asyncio.gather(*sent))
 
-    return asyncio.run(gather())
+    return coroutines.run(gather())
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -135,7 +136,7 @@ def test_no_request_is_lost_while_the_model_changes(models: Models) -> None:
 
             return list(await asyncio.gather(*(one(i) for i in range(200))))
 
-    answers = asyncio.run(run())
+    answers = coroutines.run(run())
     assert [answer.status_code for answer in answers] == [200] * 200
     named = {answer.headers[VERSION_HEADER] for answer in answers}
     assert named == {"version 3, md5 aaaa.dir", "version 4, md5 bbbb.dir"}
@@ -173,7 +174,7 @@ def test_a_stranger_is_refused(models: Models) -> None:
                 (await client.get("/health")).status_code
             ]
 
-    assert asyncio.run(statuses()) == [401, 403, 403, 200, 200]
+    assert coroutines.run(statuses()) == [401, 403, 403, 200, 200]
 
 
 def test_the_hash_of_a_folder_is_dvcs_own_and_a_half_changed_one_is_not_loaded(workspace: Path) -> None:
