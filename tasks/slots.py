@@ -122,9 +122,12 @@ def lease(
 def lease_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the directory of the lock files, and create it for all users."""
     folder = Path(environ.get("POSTTRAIN_LEASES") or Path(tempfile.gettempdir()) / "posttrain-slots")
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o1777)
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o1777)
+    except OSError as error:
+        raise _unusable(folder, error) from None
     return folder
 
 
@@ -147,18 +150,30 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def _try_lock(path: Path) -> int | None:
-    """Take one lock file; return None if it is held."""
+    """Take one lock file; return None if it is held. Raises OrchestrationError if another user has put something else there."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block without O_NONBLOCK
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.fchmod(descriptor, 0o644)  # All users of the machine share the lock, whatever the first user's umask is.
+        try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+            os.fchmod(descriptor, 0o644)  # All users of the machine share the lock, whatever the first user's umask is.
+    except OSError as error:
+        raise _unusable(path, error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _unusable(path: Path, error: OSError) -> OrchestrationError:
+    """Return the error for a lock that cannot be opened; the default folder can be written by every user of the machine."""
+    return OrchestrationError(
+        f"{path}: cannot be used for the locks that share this machine's devices ({error.strerror}). Remove it, or set POSTTRAIN_LEASES to"
+        " a folder of your own."
+    )
 
 
 def _requested_slots(environ: Mapping[str, str]) -> int | None:

@@ -125,3 +125,16 @@ def test_a_pair_waits_while_either_of_its_devices_is_held(tmp_path: Path) -> Non
             assert held.slot.names == ("a",)
     with lease(pair, Event(), directory=tmp_path) as held:
         assert len(held.descriptors) == 2
+
+
+def test_what_another_user_puts_in_place_of_a_lock_is_never_followed_and_never_blocks(tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "pipe")
+    words = r"cannot be used for the locks .*set POSTTRAIN_LEASES to a folder of your own"
+    with pytest.raises(OrchestrationError, match=words), lease([Slot(("link",), None)], Event(), directory=tmp_path):
+        pass
+    with lease([Slot(("pipe",), None)], Event(), directory=tmp_path) as held:
+        assert held.slot.names == ("pipe",)
+    with pytest.raises(OrchestrationError, match=words):
+        lease_directory({"POSTTRAIN_LEASES": str(tmp_path / "precious")})
