@@ -150,7 +150,7 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def _try_lock(path: Path) -> int | None:
-    """Take one lock file; return None if it is held. Raises OrchestrationError if another user has put something else there."""
+    """Take one lock file; return None if it is held. Raises OrchestrationError if it cannot be opened."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block without O_NONBLOCK
     try:
         try:
