@@ -45,6 +45,8 @@ COMMANDS = {
         "",
     ),
     "posttrain lineage champion": (f"{PIPELINE}::test_a_model_leads_to_its_data_and_a_row_to_its_models", ""),
+    "make demo-real": ("needs: hub", "flows.compare"),
+    "git checkout params.yaml": ("runs: changes only the caller's files", ""),
     "make label": (LABEL, ""),
     'make label ARGS="champion challenger"': (LABEL, ""),
     "make serve-model": (
