@@ -35,7 +35,9 @@ _VALUE = re.compile(rf"(?:{_NUMBER})(?:{SCALED})?", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)\s?)?\\[dt]?frac\s?(?:\{([-+]?\d+)\}\s?\{(\d+)\}|(\d)(\d))")
 _MIXED = re.compile(r"([-+]?)(\d+)\s(\d+)/(\d+)")
 _SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){_TIMES_TEN}(?P<power>{_EXPONENT})\}}?")
-_RAISED = re.compile(r"(?P<sign>[-+]?)(?P<base>\d{1,12}(?:\.\d{1,12})?)\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?")
+_RAISED = re.compile(
+    r"(?P<sign>[-+]?)(?P<base>\d{1,12}(?:\.\d{1,12})?|\.\d{1,12})\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?"
+)
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
     r"|\s?(?:\\pi\b|\u03c0|\ue000)|:\d\d\b|\s?mil\b"

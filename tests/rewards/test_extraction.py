@@ -57,7 +57,8 @@ UNMARKED = [
     ("he earns 1.5 million", 1_500_000), ("not 42, but 43", 43), ("It is 43, not 42.", 43), ("he has not 42 apples, but 43", 43),
     ("nicht 42, sondern 43", 43), ("\u4e0d\u662f42\uff0c\u800c\u662f43", 43), ("It isn't 42, it's 43", 43),
     ("between 3 and 5 hours, so 15", 15),
-    ("Is it 3 or 4? It is 4.", 4), ("it rose from 3 to 5", 5), ("50\u767e\u5206\u70b9", 50), ("5million", 5_000_000),
+    ("Is it 3 or 4? It is 4.", 4), ("it rose from 3 to 5", 5), ("50\u767e\u5206\u70b9", 50), ("it is .5^2", Fraction(1, 4)),
+    ("5million", 5_000_000),
 ]  # fmt: skip
 NOTHING = [
     "",
