@@ -15,11 +15,13 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.params import load_params
+from pipelines.data.files import read_file
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import REMOVE, Artifact, StageRecord
 from pipelines.promotion.named import find_model
@@ -41,6 +43,7 @@ def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
     chain = lineage.ancestors(model)
     ingest = next((record for record in chain if record.stage == "ingest"), None)
     used = [each for record in chain for each in lineage.used(record)]
+    files = lineage.files(ingest) if ingest is not None else {}
     return {
         "model": model._asdict(),
         "stages": [{"stage": record.stage, "params": dict(record.params)} for record in chain],
@@ -50,10 +53,23 @@ def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
             for each in dict.fromkeys(used)
             if each.path.startswith("data/valid/")
         ],
-        "files": lineage.files(ingest) if ingest is not None else {},
+        "files": files,
+        "annotators": annotators(files),
         "set_aside": {Path(each.path).stem: _rows(lineage, each) for each in _quarantined(lineage, chain)},
         "evaluation": _evaluation(lineage, model),
     }
+
+
+def annotators(files: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Return how many rows each annotator gave, by file; only for files of JSON lines that the workspace still has unchanged."""
+    found = {}
+    for name, digest in sorted(files.items()):
+        path = Path(name)
+        if path.suffix != ".jsonl" or not path.is_file() or b'"annotator"' not in path.read_bytes():
+            continue
+        if file_digest(path) == digest:
+            found[name] = dict(Counter(str(row["annotator"]) for row in read_file(path) if "annotator" in row))
+    return found
 
 
 def affected(lineage: Lineage, tables: list[Artifact]) -> dict[str, Any]:
@@ -142,6 +158,11 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     lines += _section(
         "out of the files", (f"{name}  sha256 {digest}" for name, digest in sorted(found["files"].items()))
     )
+    people = (
+        f"{name}: {', '.join(f'{who} {count}' for who, count in sorted(counts.items()))}"
+        for name, counts in sorted(found["annotators"].items())
+    )
+    lines += _section("judged by", people)
     aside = {table: count for table, count in found["set_aside"].items() if count}
     lines += _section("set aside by validate", (f"{table}: {_count(count)}" for table, count in sorted(aside.items())))
     measured = found["evaluation"]

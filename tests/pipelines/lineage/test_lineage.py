@@ -127,6 +127,20 @@ def test_a_model_that_newer_runs_replaced_still_leads_to_its_own_tables(nights: 
     assert (old["evaluation"]["accuracy"], new["evaluation"]["accuracy"]) == (0.25, 0.5)
 
 
+def test_people_who_judged_are_named_while_their_file_is_there(nights: Nights) -> None:
+    path = Path("data/raw/accepted/preferences/0002-label.jsonl")
+    path.parent.mkdir(parents=True)
+    rows = [{"prompt": "a", "chosen": "1", "rejected": "0", "annotator": who} for who in ("ann", "bob", "ann")]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert command.annotators({str(path): digest, "gone.jsonl": "00"}) == {str(path): {"ann": 2, "bob": 1}}
+    assert command.annotators({str(path): "changed"}) == {}
+    found = describe_model(Lineage.read(nights.root), weights(nights, 2)) | {
+        "annotators": command.annotators({str(path): digest})
+    }
+    assert f"judged by:\n  {path}: ann 2, bob 1" in command.model_text(found, None)
+
+
 def test_entries_are_parsed_once_and_new_ones_are_seen(nights: Nights) -> None:
     before = read_records(nights.root)
     kept = nights.root / PARSED
