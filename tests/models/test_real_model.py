@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,28 @@ def test_a_conversation_with_the_calculator_has_the_log_probabilities_of_one_pas
         assert "<|im_start|>tool\n1104<|im_end|>\n<|im_start|>assistant\n" in model.encoder.tokenizer.decode(
             answer.tokens
         )
+
+
+def test_a_killed_training_continues_to_the_same_weights(root: Path, folder: Path, tmp_path: Path) -> None:
+    def run(checkpoints: str, weights: str, *kill_at: str) -> int:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.models.real_steps",
+            str(folder),
+            str(tmp_path / checkpoints),
+            str(tmp_path / weights),
+        ]
+        return subprocess.run([*command, *kill_at], cwd=root, check=False).returncode
+
+    assert run("undisturbed", "a.pt") == 0
+    assert run("killed", "b.pt", "3") == -signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["step-00000001", "step-00000002"]
+    assert run("killed", "b.pt") == 0
+    undisturbed, killed = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
+    assert undisturbed.keys() == killed.keys()
+    assert all(torch.equal(undisturbed[name], killed[name]) for name in undisturbed)
+    assert any(float(value.abs().max()) > 0 for name, value in undisturbed.items() if "lora_B" in name)
 
 
 def test_it_is_exported_for_llama_cpp(folder: Path, tmp_path: Path) -> None:
