@@ -46,6 +46,7 @@ COMMANDS = {
     ),
     "posttrain lineage champion": (f"{PIPELINE}::test_a_model_leads_to_its_data_and_a_row_to_its_models", ""),
     "make demo-real": ("needs: hub", "flows.compare"),
+    'make test-slow ARGS="-m real_model"': ("needs: hub", "pytest"),
     "git checkout params.yaml": ("runs: changes only the caller's files", ""),
     "make label": (LABEL, ""),
     'make label ARGS="champion challenger"': (LABEL, ""),
