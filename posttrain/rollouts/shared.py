@@ -2,6 +2,13 @@
 
 As in Hydragen (2402.05099): a group's queries meet the prompt's keys in one matrix product, and each answer's own keys in a second one.
 One softmax covers both. The result is exact to rounding.
+
+Example:
+    Models sample with this attention once it is chosen by its name; without slots it is torch's own:
+
+    >>> from transformers import AttentionInterface
+    >>> AttentionInterface()[NAME] is shared_attention
+    True
 """
 
 from __future__ import annotations
