@@ -2,6 +2,16 @@
 
 The proof is a log-probability probe: the exported weights are loaded by transformers or peft, and give every token of a few fixed rows a
 log-probability. The differences from the trained model are reported in nats, and an export beyond its limit is removed.
+
+Example:
+    >>> from tempfile import TemporaryDirectory
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, tokenizer = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> with TemporaryDirectory() as folder:
+    ...     model.save_pretrained(Path(folder, "model"))
+    ...     written = tokenizer.save_pretrained(Path(folder, "model"))
+    ...     print(export_merged(Path(folder, "model"), Path(folder, "copy")))
+    0 nats a token, at most 0
 """
 
 from __future__ import annotations
