@@ -141,16 +141,6 @@ LANGUAGES = {"bash", "yaml", "python", "text"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
-SPEED = {
-    "8": ("sft", "rm", "dpo", "grpo"),
-    "256": ("", "", "dpo-long", "grpo-long"),
-    "16": ("sft-uneven", "", "", "grpo-uneven"),
-    "151,936": ("sft-vocabulary", "", "dpo-vocabulary", ""),
-    "30": ("sft-30m-bf16", "", "dpo-30m-bf16", "grpo-30m-bf16"),
-}
-"""Cases of benchmarks/RESULTS.md by the first number of a row of the table of speeds, one a column."""
-
-
 def text(root: Path, name: str) -> str:
     return (root / name).read_text(encoding="utf-8")
 
@@ -218,16 +208,3 @@ def test_every_link_of_a_readme_leads_to_a_file(root: Path) -> None:
     for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md"):
         missing = [to for to in LINK.findall(text(root, name)) if "://" not in to and not (root / to).exists()]
         assert [to for to in missing if to != "docs/security.md"] == [], name
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "docs/speed.md"])
-def test_the_table_of_speeds_shows_measured_ratios(root: Path, name: str) -> None:
-    results = text(root, "benchmarks/RESULTS.md")
-    measured = dict(re.findall(r"^\| ([\w-]+) \| [^|]+ s?\| [^|]+ \| ([\d.]+) \|", results, re.MULTILINE))
-    _, _, table = text(root, name).partition("| DPO | GRPO |\n|---|---|---|---|---|\n")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.partition("\n\n")[0].splitlines()]
-    shown = {re.findall(r"[\d,]+", row[0])[0]: tuple(row[1:]) for row in rows}
-    wanted = {
-        key: tuple(f"{float(measured[case]):.1f}" if case else "" for case in cases) for key, cases in SPEED.items()
-    }
-    assert shown == wanted

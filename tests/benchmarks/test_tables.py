@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = {
-    "GRPO, 256-token prompts x 8 answers": ("grpo-long",),
-    "GRPO's update on given answers of 16 to 512 tokens; SFT on such": ("grpo-uneven", "sft-uneven"),
-    "DPO with 256-token prompts; with 8-token prompts": ("dpo-long", "dpo"),
-    "reward model; SFT; GRPO with 8-token prompts": ("rm", "sft", "grpo"),
-    "a vocabulary of 151,936: SFT, DPO": ("sft-vocabulary", "dpo-vocabulary"),
-    "a 30 M model in bf16: SFT, DPO, GRPO": ("sft-30m-bf16", "dpo-30m-bf16", "grpo-30m-bf16"),
+import pytest
+
+SPEED = {
+    "8": ("sft", "rm", "dpo", "grpo"),
+    "256": ("", "", "dpo-long", "grpo-long"),
+    "16": ("sft-uneven", "", "", "grpo-uneven"),
+    "151,936": ("sft-vocabulary", "", "dpo-vocabulary", ""),
+    "30": ("sft-30m-bf16", "", "dpo-30m-bf16", "grpo-30m-bf16"),
 }
-"""A row of the README's table, and the cases of benchmarks/training.md whose ratios it shows."""
-HEAD = "log-probabilities at a vocabulary of 151,936, against the whole table"
+"""Cases of benchmarks/training.md by the first number of a row of the table of speeds, one a column."""
+PAGES = ("README.md", "README.zh-CN.md", "docs/speed.md")
 
 
 def cells(page: Path) -> dict[str, list[str]]:
@@ -29,17 +30,25 @@ def cells(page: Path) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_the_readme_shows_the_measured_speeds(root: Path) -> None:
-    shown, measured = cells(root / "README.md"), cells(root / "benchmarks" / "training.md")
-    for row, cases in CASES.items():
-        assert re.findall(r"[\d.]+", shown[row][0]) == [f"{float(measured[case][2]):.1f}" for case in cases], row
+@pytest.mark.parametrize("page", PAGES)
+def test_the_table_of_speeds_shows_measured_ratios(root: Path, page: str) -> None:
+    measured = cells(root / "benchmarks" / "training.md")
+    _, _, table = (root / page).read_text(encoding="utf-8").partition("| DPO | GRPO |\n|---|---|---|---|---|\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.partition("\n\n")[0].splitlines()]
+    shown = {re.findall(r"[\d,]+", row[0])[0]: tuple(row[1:]) for row in rows}
+    assert shown == {
+        key: tuple(f"{float(measured[case][2]):.1f}" if case else "" for case in cases) for key, cases in SPEED.items()
+    }
 
 
-def test_the_readme_shows_the_measured_log_probabilities(root: Path) -> None:
-    shown, measured = cells(root / "README.md"), cells(root / "benchmarks" / "logprobs.md")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_show_the_measured_log_probabilities(root: Path, page: str) -> None:
+    measured = cells(root / "benchmarks" / "logprobs.md")
     speeds = [f"{float(measured[way][1].removesuffix(' x')):.1f}" for way in ("fused", "fused, bf16")]
     parts = [str(int(float(measured[way][5].removeprefix("1/")))) for way in ("fused", "fused, bf16")]
-    assert shown[HEAD] == [f"{speeds[0]} (bf16 {speeds[1]}), in 1/{parts[0]} (1/{parts[1]}) of the memory"]
+    _, _, text = (root / page).read_text(encoding="utf-8").partition("| 30 M")
+    sentence = text.partition("\n\n")[2].partition("\n\n")[0].partition("151,936")[2]
+    assert re.findall(r"\d+\.\d|(?<=1/)\d+", sentence) == [*speeds, *parts]
 
 
 def test_all_results_on_one_page_are_those_of_the_tables(root: Path, tmp_path: Path) -> None:

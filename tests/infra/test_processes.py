@@ -38,7 +38,7 @@ def test_a_pid_that_belongs_to_a_later_process_counts_as_ended(tmp_path: Path) -
 
 
 def test_a_reader_that_goes_away_is_no_traceback(root: Path) -> None:
-    code = "from pipelines.runtime.redaction import print_text; print_text('line\\n' * 100000)"
+    code = "from pipelines.runtime.command_line import print_text; print_text('line\\n' * 100000)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
     ) as process:
