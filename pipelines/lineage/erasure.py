@@ -20,8 +20,13 @@ from pipelines.lineage.records import Artifact, StageRecord
 from pipelines.runtime.identity import file_digest
 from posttrain.errors import DataError
 
-MADE = ("data/tables", "data/valid", "data/quarantine", "runs", "report", "mlartifacts", ".posttrain")
-"""Folders whose files are made by the pipeline: those that hold a text are deleted."""
+STATE = ("runs", "logs", "costs", "report.html", "intake", "intake.json", "studies", "tune")
+"""Parts of .posttrain that record rows. Not among them: fetched models and databases, whose bytes may hold a short text by chance."""
+MADE = (
+    *("data/tables", "data/valid", "data/quarantine", "runs", "report", "mlartifacts"),
+    *(f".posttrain/{name}" for name in STATE),
+)
+"""Files and folders of files that the pipeline made: those that hold a text are deleted."""
 KEPT = ("data/raw", "inbox", "labels")
 """Folders of people's own files: those that hold a text are only named."""
 WEIGHTS = (".safetensors", ".pt", ".bin")
@@ -200,10 +205,12 @@ def _other_rows(project: Path, mine: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def _files(project: Path, folders: Sequence[str]) -> Iterator[Path]:
-    """Yield the files of folders, without weights, secrets and links."""
+    """Yield the files of folders, without models, weights, secrets and links. The vocabulary of a tokenizer holds many short texts."""
     for folder in folders:
-        for path in sorted((project / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink() and path.suffix not in WEIGHTS and "secrets" not in path.parts:
+        root = project / folder
+        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+            left_out = {"secrets", "models"}.intersection(path.relative_to(project).parts)
+            if path.is_file() and not path.is_symlink() and path.suffix not in WEIGHTS and not left_out:
                 yield path
 
 

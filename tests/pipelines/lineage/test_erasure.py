@@ -118,3 +118,14 @@ def test_a_remote_that_cannot_be_changed_stops_before_anything_local_is_deleted(
     assert command.main([str(FILE), "--yes"]) == 2
     assert "the remote store may still hold the rows" in capsys.readouterr().err
     assert holders(project.root) == before
+
+
+def test_models_and_databases_of_servers_stay_whatever_bytes_they_hold(project: Nights) -> None:
+    kept = [".posttrain/models/small/tokenizer.json", ".posttrain/servers/postgres/base/1", ".posttrain/secrets/model"]
+    gone = [".posttrain/report.html", ".posttrain/runs/sft-0/journal.jsonl", ".posttrain/studies/a/runs/sft/rows.json"]
+    for name in (*kept, *gone, ".posttrain/studies/a/models/sft/tokenizer.json"):
+        (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.root / name).write_text(TEXTS[0])
+    assert command.main([str(FILE), "--yes"]) == 0
+    assert [name for name in (*kept, *gone) if (project.root / name).exists()] == kept
+    assert (project.root / ".posttrain/studies/a/models/sft/tokenizer.json").exists()
