@@ -49,7 +49,7 @@ COMMANDS = {
     'make test-slow ARGS="-m real_model"': ("needs: hub", "pytest"),
     "git checkout params.yaml": ("runs: changes only the caller's files", ""),
     "make label": (LABEL, ""),
-    'make label ARGS="champion challenger"': (LABEL, ""),
+    'make label ARGS="challenger sft"': (LABEL, ""),
     "make serve-model": (
         "tests/pipelines/serving/test_promotion.py::test_no_request_fails_while_a_promotion_happens",
         "",
@@ -59,7 +59,7 @@ COMMANDS = {
         "",
     ),
     'curl -s $OPENAI_BASE_URL/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json"'
-    """ -d '{"model": "champion", "prompt": "17+34=", "temperature": 0}'""": ("needs: server", ""),
+    """ -d '{"model": "champion", "prompt": "482+155=", "temperature": 0}'""": ("needs: server", ""),
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
     "make lint": ("runs: .ci/run", "mypy"),

@@ -168,7 +168,10 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     measured = found["evaluation"]
     if "accuracy" in measured:
         low, high = measured.get("accuracy_low"), measured.get("accuracy_high")
-        lines += _section("evaluated", [f"accuracy {measured['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}"])
+        lines += _section(
+            "evaluated",
+            [f"accuracy of greedy answers {measured['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}"],
+        )
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ from pipelines.config.schema import (
 )
 from pipelines.config.tune_schema import TuneParams
 from pipelines.config.types import Name, Section
-from posttrain.algorithms import Algorithm, OnPolicy, choose
+from posttrain.algorithms import PRESETS, Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
@@ -348,6 +348,9 @@ def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
         owner = _model_at(kind, fault["loc"][:-1])
         return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
     if fault["type"] == "missing":
+        section, *rest = (*location, *map(str, fault["loc"]))
+        if section == "algorithms" and rest[1:] == ["preset"]:
+            return f"{path}: missing, and {rest[0]!r} is no preset{nearest(rest[0], PRESETS)}"
         return f"{path}: missing; add it"
     message: str = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:

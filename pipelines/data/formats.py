@@ -26,11 +26,23 @@ class Format:
 
 
 def recognised(kind: Sourced, records: Sequence[Record], where: str) -> Format | None:
-    """Return the format of records whose columns say it. Raises DataError if it would leave out a part of the question."""
+    """Return the format of records whose columns say it.
+
+    Raises:
+        DataError: the columns are those of two formats, or the format would leave out a part of the question.
+    """
     present = {str(name) for record in records for name in record}
-    found = next((f for f in FORMATS if kind in f.kinds and f.needs <= present), None)
-    if found is None:
+    complete = [f for f in FORMATS if kind in f.kinds and f.needs <= present]
+    if not complete:
         return None
+    found, *others = complete
+    other = next((f for f in others if not f.needs <= found.needs), None)
+    if other is not None:
+        raise DataError(
+            f"{where}: its columns are those of two formats, {found.name!r} ({', '.join(sorted(found.needs))}) and {other.name!r}"
+            f" ({', '.join(sorted(other.needs))}), and only one of them would be used. Name the columns to use in data.{kind}.columns;"
+            " if some rows have one shape and some the other, put them into two files."
+        )
     for name in sorted(_ASKED & present - found.needs - found.reads):
         if any(record.get(name) not in (None, "", []) for record in records):
             raise DataError(

@@ -48,7 +48,7 @@ class Guard:
         if status is None:
             await self.app(scope, receive, with_headers)
             return
-        body = b'{"error": "refused: open the address that the command printed"}'
+        body = b'{"error": "refused: open the address that the command printed, or send its secret as Authorization: Bearer"}'
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await with_headers({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

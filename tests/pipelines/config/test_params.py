@@ -69,6 +69,7 @@ PPO_DROPPING_ALONE = {
         ("project.seeds", [0, 0], "must not repeat a value"),
         ("algorithms.grpo.options", {"gamma": 0.9}, "algorithms.grpo: grpo.options.gamma = 0.9: has no effect here"),
         ("algorithms.mine", {"preset": "grop"}, "algorithms.mine: unknown algorithm preset 'grop'; did you mean 'grpo'?"),
+        ("algorithms.pppo", {"options": {}}, "algorithms.pppo.preset: missing, and 'pppo' is no preset; did you mean 'ppo'?"),
         ("algorithms.dpo.rewards", {"answer": 1.0}, "algorithms.dpo.rewards: has no effect"),
         ("algorithms.mine", {"preset": "distill"}, "algorithms.mine.teacher: missing; the preset learns from a teacher"),
         ("algorithms.grpo.teacher", "models/base", "algorithms.grpo.teacher: has no effect on the preset grpo"),

@@ -352,3 +352,33 @@ def test_roles_are_read_whatever_their_case() -> None:
 def test_a_pair_of_conversations_without_a_first_turn_in_common_is_refused() -> None:
     with pytest.raises(DataError, match="row 0: chosen and rejected have no first turn in common"):
         rows("preferences", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"})
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"prompt": "Name", "completion": "Plum", "messages": [user("q"), says("r")]}],
+        [{"prompt": "Name", "completion": "Plum"}, {"messages": [user("q"), says("r")]}],
+    ],
+)
+def test_columns_of_two_formats_are_refused_because_one_would_be_lost(records: list[dict[str, Any]]) -> None:
+    with pytest.raises(
+        DataError, match=r"two formats, 'prompt and completion' .* and 'messages' .* data\.sft\.columns"
+    ):
+        rows("sft", *records)
+    assert rows("sft", records[0], columns={"prompt": "prompt", "completion": "completion"}) == [
+        {"prompt": "Name", "completion": "Plum"}
+    ]
+
+
+def test_the_documentations_graded_and_judged_records_become_its_pairs() -> None:
+    graded = GradedAnswers(answers="replies", text="text", score="rank", better="lower")
+    replies = [{"text": "best", "rank": 0}, {"text": "middle", "rank": 1}, {"text": "worst", "rank": 2}]
+    pairs = rows("preferences", {"prompt": "q", "replies": replies}, columns={"prompt": "prompt"}, graded=graded)
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {
+        ("best", "middle"), ("best", "worst"), ("middle", "worst")
+    }  # fmt: skip
+    judged = PreferredAnswer(columns=["winner"], answers={"A": "a", "B": "b"}, ties=["tie"])
+    records = [{"question": "q", "a": "one", "b": "two", "winner": label} for label in ("A", "B", "tie")]
+    pairs = rows("preferences", *records, columns={"prompt": "question"}, preferred=judged)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
