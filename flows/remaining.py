@@ -20,7 +20,7 @@ def last_seconds(root: Path) -> dict[str, float]:
 
 
 def time_left(left: Collection[str], seconds: Mapping[str, float], slots: int) -> str:
-    """Return the time left in words, empty if nothing is left or nothing is known.
+    """Return the time left in words, empty if nothing is left, or if the time of most stages is not known yet.
 
     Example:
         >>> time_left({"align@dpo-0", "align@dpo-1"}, {"align@grpo-0": 90.0}, 1)
@@ -29,7 +29,7 @@ def time_left(left: Collection[str], seconds: Mapping[str, float], slots: int) -
         'at least 30 s left'
     """
     known = {name: each for name in left if (each := _seconds(name, seconds)) is not None}
-    if not known:
+    if not known or 2 * len(known) < len(left):
         return ""
     longest = max(known.values())
     total = max(longest, sum(known.values()) / slots)

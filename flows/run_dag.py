@@ -52,10 +52,10 @@ def bring_all_up_to_date(
         _raise_failures(outcome)
         _assert_current(root, dag)
         costs = write_costs(root)
-        _finish(root)
+        _print_seconds(outcome, time.time() - started)
         if costs is not None:
             print_line(f"costs: {costs}")
-        _print_seconds(outcome, time.time() - started)
+        _finish(root)
     return None
 
 
