@@ -230,11 +230,18 @@ def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
     trainer = run.trainer(policy, run.steps)
     tokens = table_tokens(run.model.encoder, [dict(row) for row in table], "completion")
     answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
-    labels = [bool(row["label"]) for row in table]
+    labels = [_label(row["label"], number) for number, row in enumerate(table)]
     rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
     order = EpochOrder(len(rows), run.batch_size, 1, run.seed)
     source = UnpairedSource(rows, order, policy, trainer.accelerator, run.micro_batch_tokens)
     run.fit(trainer, source, UnpairedObjective(spec), "loss")
+
+
+def _label(value: Any, number: int) -> bool:
+    """Return the label of a row. Raises DataError unless it is a boolean, 1 or 0: the text "False" would count as true."""
+    if isinstance(value, str) or value not in (True, False):
+        raise DataError(f"row {number}: label is {value!r}; it must be True (thumbs up) or False (thumbs down)")
+    return bool(value)
 
 
 def _check_epochs(spec: Preference | LoggedGroups | Unpaired) -> None:

@@ -110,6 +110,13 @@ def test_no_rows_are_refused() -> None:
         pt.train(pt.tiny(seed=0, **SMALL), "sft", [], steps=1, learning_rate=0.1, batch_size=1)
 
 
+@pytest.mark.parametrize("label", ["False", -1, None])
+def test_a_label_that_is_neither_true_nor_false_is_refused(label: object) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": 1}, {"prompt": "c", "completion": "d", "label": label}]
+    with pytest.raises(DataError, match="row 1: label is "):
+        pt.train(pt.tiny(seed=0, **SMALL), "kto", rows, steps=1, learning_rate=0.1, batch_size=1)
+
+
 @pytest.mark.parametrize("algorithm", ["ppo_shared", "chord", "grpo_pairs", "dr_grpo"])
 def test_every_kind_of_algorithm_trains(algorithm: str) -> None:
     model = pt.tiny(seed=0, **SMALL)

@@ -91,8 +91,9 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
     if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)
-        changes["answers with label false, left out of imitation"] += sum(not record.get("label") for record in records)
-        records = [record for record in records if record.get("label")]
+        up = [thumb(record.get(LABEL), f"{where}, row {i}: {LABEL}") for i, record in enumerate(records)]
+        changes["answers with label false, left out of imitation"] += up.count(False)
+        records = [record for record, liked in zip(records, up, strict=True) if liked]
         if not records:
             raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
     return [found.convert(record) for record in records]
@@ -254,7 +255,7 @@ def _check_texts(kind: Sourced, rows: list[Row], where: str) -> None:
             value = rows[0][name]
             raise DataError(
                 f"{where}: {name} is never text; row 0 holds {value!r} ({type(value).__name__})."
-                " Text is a string or chat messages [{role, content}]; point `columns` at one."
+                " Text is a string or a list of chat messages [{role, content}]; point `columns` at one, or make a single message a list."
             )
         kinds = {isinstance(row[name], str): row["id"] for row in reversed(rows) if is_text(row[name])}
         if len(kinds) == 2:

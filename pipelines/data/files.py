@@ -190,7 +190,8 @@ def _json(path: Path) -> list[Record]:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.{hint}") from None
     if not isinstance(tree, list):
         raise DataError(
-            f"{path}: must hold an array of objects, and holds {_kind(tree)}; one object a line would be .jsonl"
+            f"{path}: must hold an array of objects, and holds {_kind(tree)}. Write records that are below a key as the array itself; a"
+            " file with one object a line is .jsonl"
         )
     return [_object(value, f"{path}, element {number}") for number, value in enumerate(tree)]
 

@@ -122,7 +122,7 @@ def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
                 f"row {i}: has a label of thumbs in other rows, but no {absent}; correct or remove the record"
             )
         answers = prompts.setdefault(json.dumps(record["prompt"], sort_keys=True), {True: [], False: []})
-        answers[bool(record["label"])].append(record["completion"])
+        answers[thumb(record["label"], f"row {i}: label")].append(record["completion"])
     pairs = [
         {"prompt": json.loads(prompt), "chosen": good, "rejected": bad}
         for prompt, answers in prompts.items()
@@ -143,7 +143,8 @@ def thumb(value: Any, where: str) -> bool:
     found = named.get(str(value).strip().lower())
     if found is None:
         raise DataError(
-            f"{where} is {value!r}; it must be true (thumbs up) or false (thumbs down). Correct the record, or make such a column"
+            f"{where} is {value!r}; it must be true (thumbs up) or false (thumbs down), or 1 or 0. Write these into the column in place of"
+            " other labels, such as 'good' or -1"
         )
     return found
 

@@ -49,6 +49,24 @@ class Span:
     weight: float = 1.0
 
 
+def _require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
+    """Raise DataError if the rendered text lacks the name of a tool or of a call: a template may ignore both without an error."""
+    calls = [
+        (f"the call in turn {i}", call) for i, turn in enumerate(messages) for call in turn.get("tool_calls") or ()
+    ]
+    for where, tool in [*(("the conversation's tools", tool) for tool in tools or ()), *calls]:
+        name = (
+            tool.get("function", tool).get("name")
+            if isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
+            else None
+        )
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"{_row(row)}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
+                " whose template shows tools, or write tools and calls as text."
+            )
+
+
 class ChatTemplate:
     """A tokenizer's chat template. `row` names the row in messages."""
 
@@ -92,11 +110,12 @@ class ChatTemplate:
     def conversation(
         self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
     ) -> str:
-        """Return the text of a conversation, which contains every turn's own text.
+        """Return the text of a conversation, which contains every turn's own text, and the names of its tools and calls.
 
-        Raises DataError if the template leaves out or refuses a turn.
+        Raises DataError if the template leaves out or refuses a turn, a tool or a call.
         """
         text = self.render(messages, tools, generate, row)
+        _require_tools(text, messages, tools, row)
         shown = _plain(text)
         for i, message in enumerate(messages):
             content = message.get("content")

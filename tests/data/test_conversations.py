@@ -170,6 +170,28 @@ def test_tools_are_rendered_and_a_tool_s_answer_is_not_trained() -> None:
     assert enc.tokenizer.decode(tokens.prompt).startswith('[{"name": "weather"}]')
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"tools": '[{"type": "function", "function": {"name": "weather"}}]'},
+            "leaves out 'weather' of the conversation's tools",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "weather", "arguments": {}}}]},
+            "leaves out 'weather' of the call in turn 1",
+        ),
+    ],
+)
+def test_a_template_that_shows_no_tools_is_refused_with_them(change: dict[str, Any], words: str) -> None:
+    answer = {"role": "assistant", "content": "I look", **{k: v for k, v in change.items() if k == "tool_calls"}}
+    row = {"id": 0, "prompt": turns("Weather?"), "completion": [answer, *turns("and?", "rain")]}
+    if "tools" in change:
+        row["tools"] = change["tools"]
+    with pytest.raises(DataError, match=words):
+        table_tokens(encoder(), [row], "completion")
+
+
 def spaced() -> PreTrainedTokenizerFast:
     """Return a tokenizer that puts a space before the first word, as SentencePiece does."""
     words = ["<unk>", "</s>", "\u2581", "2", "+", "=", "4", "\u25812", "\u25814", "\n"]

@@ -382,3 +382,22 @@ def test_the_documentations_graded_and_judged_records_become_its_pairs() -> None
     records = [{"question": "q", "a": "one", "b": "two", "winner": label} for label in ("A", "B", "tie")]
     pairs = rows("preferences", *records, columns={"prompt": "question"}, preferred=judged)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
+
+
+@pytest.mark.parametrize("label", ["False", "0", "false", 0, False])
+def test_an_answer_with_thumbs_down_is_never_imitated_however_its_label_is_spelt(label: Any) -> None:
+    good, bad = (
+        {"prompt": "a", "completion": "good", "label": "True"},
+        {"prompt": "a", "completion": "bad", "label": label},
+    )
+    changes = Changes()
+    assert rows("sft", good, bad, changes=changes) == [{"prompt": "a", "completion": "good"}]
+    assert changes["answers with label false, left out of imitation"] == 1
+    assert rows("preferences", good, bad) == [{"prompt": "a", "chosen": "good", "rejected": "bad"}]
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences"])
+@pytest.mark.parametrize("label", [-1, "down", None, "-1"])
+def test_a_label_that_is_neither_true_nor_false_is_refused(kind: str, label: Any) -> None:
+    with pytest.raises(DataError, match=r"row 1: label is .*; it must be true"):
+        rows(kind, {"prompt": "a", "completion": "x", "label": 1}, {"prompt": "a", "completion": "y", "label": label})
