@@ -25,7 +25,7 @@ def more(seeds: Sequence[int], count: int) -> list[int]:
 
 
 def raise_seeds(root: Path, count: int) -> list[str]:
-    """Change `project.seeds` of params.yaml to `count` seeds and return what to tell the user, line by line.
+    """Change `project.seeds` of params.yaml to `count` seeds and return the lines to print.
 
     Seeds are only added. A comparison that was read before is read again, so the lines say how many looks its level allows.
     """

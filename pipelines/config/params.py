@@ -124,7 +124,7 @@ class Params(Section):
         return algorithm_uses(name, self.algorithms[name], self.algorithm(name), self.rewards)
 
     def reward_model_in_evaluation(self) -> list[str]:
-        """Return the places where the evaluation uses the reward model."""
+        """Return the parameters by which the evaluation uses the reward model."""
         return evaluation_uses(self.evaluation.rewards, self.rewards)
 
     def start(self, name: str) -> StartModel:

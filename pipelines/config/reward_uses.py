@@ -20,7 +20,7 @@ def algorithm_uses(name: str, section: AlgorithmParams, spec: Algorithm, rewards
 
 
 def evaluation_uses(measured: Sequence[str], rewards: Rewards) -> list[str]:
-    """Return the places where the evaluation uses the reward model."""
+    """Return the parameters by which the evaluation uses the reward model."""
     models = _reward_models(rewards)
     return [f"evaluation.rewards ({name})" for name in measured if name in models]
 

@@ -280,7 +280,7 @@ class TurnsParams(Section):
     limit: Count = 4
     """Most turns of the model. A conversation that is not over then is judged as it is."""
     on_error: Literal["stop", "end", "tell"] = "stop"
-    """Reaction to an exception or a time-out of `step`: stop the run, end the conversation, or tell the model, which goes on."""
+    """Reaction to an exception or a time-out of `step`: stop the run, end the conversation, or show the model the error and go on."""
     timeout_seconds: Positive = 10.0
     """Time limit of one `step`."""
 

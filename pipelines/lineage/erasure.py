@@ -31,7 +31,7 @@ KEPT = ("data/raw", "inbox", "labels")
 """Folders of people's own files: those that hold a text are only named."""
 WEIGHTS = (".safetensors", ".pt", ".bin")
 SHORTEST = 4
-"""Shorter texts are in many unrelated files, so that a file without longer ones could not be told from others."""
+"""Shorter texts are in many unrelated files, so that a file without longer ones could not be distinguished from others."""
 _SUFFIX = ".dir"
 
 
@@ -70,7 +70,7 @@ class Texts:
         if not found:
             raise DataError(
                 f"every text of the file is in other rows too, or is shorter than {SHORTEST} characters, so copies of its rows cannot be"
-                " told from theirs. Remove the file from data/raw/accepted, and run `dvc add data/raw/accepted` and `dvc repro`."
+                " distinguished from theirs. Remove the file from data/raw/accepted, and run `dvc add data/raw/accepted` and `dvc repro`."
             )
         self._forms = tuple(sorted({form for text in found for form in _forms(text)}))
         self._plain = found

@@ -97,7 +97,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
 
 
 def _text_keys(rows: Sequence[Row], name: str) -> NDArray[np.int64]:
-    """Return a 64-bit key of each row's text, [rows]: equal texts have equal ones, and BLANK stands for no text.
+    """Return a 64-bit key of each row's text, [rows]: equal texts have equal ones, and BLANK is the key of no text.
 
     Great Expectations would encode and hash the texts of a frame, which needs about twice their size.
     """

@@ -31,7 +31,7 @@ from posttrain.text import nearest, normalised
 
 PACKAGE = "reasoning_gym"
 ENTRY = "entry"
-"""Column with what the task's judge needs, as JSON: its own record of the problem, and the options that made it."""
+"""Column with the input of the task's judge, as JSON: its record of the problem, and the options that made it."""
 _DRAWS = 40
 """Draws for each wanted row: a table owns at least 15 % of the prompts, and small tasks repeat themselves."""
 

@@ -69,7 +69,7 @@ class TurnEngine:
         self.engine, self.encoder, self.turns = engine, encoder, turns
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        """Return one conversation per request and seed. The first turn is that of the engine; later ones have seeds of their own.
+        """Return one conversation per request and seed. The first turn is that of the engine; later ones have other seeds.
 
         Raises:
             RolloutError: `step` failed, and the policy is to stop.

@@ -52,12 +52,12 @@ def test_a_run_that_was_claimed_and_never_began_is_marked_and_reported(
     run, at_work = claimed(deployment), claimed(deployment)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(at_work.id, Running(), force=True)
-    with listening() as (url, told):
+    with listening() as (url, notices):
         monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
         assert end_unstarted(["another"]) == []
         assert [each.id for each in end_unstarted(["unstarted"])] == [run.id]
     assert (state(run), state(at_work)) == ("Crashed", "Running")
-    (message,) = told
+    (message,) = notices
     assert message["event"] == "failed"
     assert f"nightly-flow ({run.name}) ended Crashed: Its process was killed before the flow began" in message["text"]
     assert end_unstarted(["unstarted"]) == []
@@ -69,11 +69,11 @@ def test_a_crash_is_reported_with_the_runs_present_name(deployment: UUID, monkey
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, name="retrain 2026-11-29 02:00")
     (hook,) = HOOKS["on_crashed"]
-    with listening() as (url, told):
+    with listening() as (url, notices):
         monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
         hook(nightly, run, Crashed(message="SIGKILL"))
         hook(nightly, run.model_copy(update={"id": uuid4()}), Crashed(message="SIGKILL"))
-    assert [message["text"].partition(" ended")[0] for message in told] == [
+    assert [message["text"].partition(" ended")[0] for message in notices] == [
         "nightly-flow (retrain 2026-11-29 02:00)",
         f"nightly-flow ({run.name})",
     ]

@@ -1,4 +1,4 @@
-"""Replayed routing against a forward pass whose routers are told their experts token by token."""
+"""Replayed routing against a forward pass whose routers are given their experts token by token."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ROWS = [*small.rows(6), *small.answers(small.rows(6), seed=3)]
 
 
 @contextmanager
-def told(rows: list[list[list[int]]]) -> Iterator[None]:
-    """Make the routers of one row choose `rows[layer][token]`, by their formula: softmax, the told experts, divided by their sum."""
+def forced(rows: list[list[list[int]]]) -> Iterator[None]:
+    """Make the routers of one row choose `rows[layer][token]`, by their formula: softmax, the given experts, divided by their sum."""
     calls = iter(rows)
 
     def forward(router: Qwen3MoeTopKRouter, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +45,12 @@ def by_hand(policy: Policy, row: Tokens, chosen: Tensor) -> Tensor:
     # the first layer's choices outside the response are its own; the second layer's depend on the first one's, so go layer by layer
     choices: list[list[list[int]]] = []
     for layer in range(len(layers)):
-        with told([*choices, *([[[0, 1]] * ids.shape[1]] * (len(layers) - layer))]):
+        with forced([*choices, *([[[0, 1]] * ids.shape[1]] * (len(layers) - layer))]):
             seen = policy.lm.base_model(input_ids=ids, output_router_logits=True).router_logits[layer]
         own = seen.topk(2).indices.tolist()
         own[start : start + time] = chosen[:time, layer].tolist()
         choices.append(own)
-    with told(choices):
+    with forced(choices):
         logprobs = policy.lm(input_ids=ids).logits.log_softmax(-1)
     return logprobs[0, start : start + time].gather(-1, torch.tensor(row.response)[:, None]).squeeze(-1)
 

@@ -105,7 +105,7 @@ def test_two_people_judge_and_nothing_is_lost(browser: Browser, project: Path, s
         judge(ann, "ann", done)
 
     server.stop(signal.SIGKILL)
-    ann.keyboard.press("1")  # nobody answers: the page keeps it and sends it again
+    ann.keyboard.press("1")  # the server is down: the page keeps it and sends it again
     ann.get_by_text("The server does not answer").wait_for()
     port = int(server.address.split(":")[2].split("/")[0])
     again = Server(project, port)

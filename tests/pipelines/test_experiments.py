@@ -84,7 +84,7 @@ def test_the_page_of_experiments_can_be_typed_as_it_is(project: Project, root: P
         said[line] = newcomer.type(line.replace("NAME", name).replace("COMMIT", commit))
     assert set(said) == set(page)
     assert old != 1e-3
-    # the first experiment was applied, committed, and is what the older commit brings back
+    # the first experiment was applied, committed, and the older commit brings it back
     assert newcomer.rate() == 1e-3
     assert "up to date" in said["dvc repro"]
     journal = project.directory / "journal.jsonl"

@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that merges letters, so that most sampled ids are not those of their own text."""
+    """Return a tokenizer that merges letters, so that tokenising the text of sampled ids again gives other ids for most."""
     alphabet = [*"ab\n[]", "Ġ", *"</s>mtunorlicy"]
     pairs = [("a", "b"), ("b", "a"), ("a", "a"), ("ab", "ab"), ("ab", "a"), ("aa", "b")]
     pieces = dict.fromkeys(
@@ -303,8 +303,8 @@ def test_an_error_stops_the_run_ends_the_conversation_or_is_told_to_the_model() 
     with pytest.raises(RolloutError, match=r"step failed after turn 1 of the prompt '\?' \(KeyError: 'tool'\)"):
         talk(broken)
     assert transcript(talk(broken, on_error="end").messages) == "assistant: x"
-    told = talk(broken, limit=2, on_error="tell")
-    assert transcript(told.messages) == "assistant: x\nuser: error: KeyError: 'tool'\nassistant: x"
+    answer = talk(broken, limit=2, on_error="tell")
+    assert transcript(answer.messages) == "assistant: x\nuser: error: KeyError: 'tool'\nassistant: x"
 
 
 def test_a_step_that_takes_too_long_is_an_error() -> None:

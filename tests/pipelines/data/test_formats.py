@@ -16,20 +16,7 @@ from pipelines.data.pairs import Changes
 from pipelines.data.sources import table_rows
 from pipelines.data.tables import read_changes, read_rows, write_changes, write_rows
 from posttrain.errors import ConfigError, DataError, PosttrainError
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def rows(kind: Any, *records: dict[str, Any], changes: Changes | None = None, **fields: Any) -> list[dict[str, Any]]:
-    made = canonical_rows(kind, TableSource(source="memory.jsonl", **fields), records, changes)
-    return [{name: value for name, value in row.items() if name not in ("id", "record")} for row in made]
-
+from tests.pipelines.data.records import rows, says, user
 
 FRUIT = {"prompt": [user("Name a fruit")], "completion": [says("Plum"), user("Another"), says("Pear")]}
 
@@ -218,7 +205,6 @@ def test_a_system_message_and_a_template_for_plain_columns(root: Path) -> None:
         rows("sft", {"messages": [user("q"), says("a")]}, **fields)
     with pytest.raises(ValueError, match=r"must contain {prompt}"):
         TableSource(source="x.jsonl", template="Q:")
-    from pipelines.config.params import load_params
 
     data: DataParams = load_params(root / "params.yaml").data
     few = TableSource(source="arithmetic", rows=2, template="{prompt}")
@@ -269,47 +255,6 @@ def test_an_answer_that_is_no_conversation_is_left_to_validation() -> None:
     record = {"prompt": "p", "chosen": [{}, {"role": 0, "content": "Brick"}], "rejected": [user("p"), says("b")]}
     (row,) = rows("preferences", record, {"prompt": "q", "chosen": [says("a")], "rejected": [says("b")]})[:1]
     assert row["chosen"] == record["chosen"]
-
-
-def test_single_answers_keep_their_labels(tmp_path: Path) -> None:
-    records = [
-        {"prompt": "p", "completion": "a", "label": True, "source": "web"},
-        {"prompt": "p", "completion": "b", "label": 0},
-        {"prompt": "q", "completion": "c", "label": "TRUE"},
-    ]
-    made = canonical_rows("labelled", TableSource(source="memory.jsonl"), records)
-    assert [(row["completion"], row["label"]) for row in made] == [("a", True), ("b", False), ("c", True)]
-    write_rows("labelled", made, tmp_path / "labelled.parquet")
-    assert read_rows(tmp_path / "labelled.parquet") == made
-    chat = canonical_rows(
-        "labelled",
-        TableSource(source="memory.jsonl"),
-        [{"prompt": [user("q")], "completion": [says("c")], "label": False}],
-    )
-    assert (chat[0]["completion"], chat[0]["label"]) == ([says("c")], False)
-    write_rows("labelled", [], tmp_path / "empty.parquet")
-    assert read_rows(tmp_path / "empty.parquet") == []
-
-
-@pytest.mark.parametrize("label", ["up", 2, None, 0.5])
-def test_a_label_that_is_no_thumb_is_named(label: Any) -> None:
-    with pytest.raises(DataError, match=r"row 0: label is .*; it must be true \(thumbs up\) or false"):
-        rows("labelled", {"prompt": "p", "completion": "a", "label": label})
-
-
-def test_the_table_of_labelled_answers_needs_their_labels() -> None:
-    with pytest.raises(DataError, match="no known format has its columns"):
-        rows("labelled", {"prompt": "p", "completion": "a"})
-    assert rows(
-        "labelled", {"q": "p", "a": "x", "ok": 1}, columns={"prompt": "q", "completion": "a", "label": "ok"}
-    ) == [{"prompt": "p", "completion": "x", "label": True}]
-
-
-def test_no_generator_makes_labelled_answers(root: Path) -> None:
-    data = load_params(root / "params.yaml").data
-    given = data.model_copy(update={"labelled": TableSource(source="arithmetic", rows=4)})
-    with pytest.raises(ConfigError, match="generators make no labelled answers"):
-        table_rows("labelled", given)
 
 
 @pytest.mark.parametrize(
@@ -382,22 +327,3 @@ def test_the_documentations_graded_and_judged_records_become_its_pairs() -> None
     records = [{"question": "q", "a": "one", "b": "two", "winner": label} for label in ("A", "B", "tie")]
     pairs = rows("preferences", *records, columns={"prompt": "question"}, preferred=judged)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
-
-
-@pytest.mark.parametrize("label", ["False", "0", "false", 0, False])
-def test_an_answer_with_thumbs_down_is_never_imitated_however_its_label_is_spelt(label: Any) -> None:
-    good, bad = (
-        {"prompt": "a", "completion": "good", "label": "True"},
-        {"prompt": "a", "completion": "bad", "label": label},
-    )
-    changes = Changes()
-    assert rows("sft", good, bad, changes=changes) == [{"prompt": "a", "completion": "good"}]
-    assert changes["answers with label false, left out of imitation"] == 1
-    assert rows("preferences", good, bad) == [{"prompt": "a", "chosen": "good", "rejected": "bad"}]
-
-
-@pytest.mark.parametrize("kind", ["sft", "preferences"])
-@pytest.mark.parametrize("label", [-1, "down", None, "-1"])
-def test_a_label_that_is_neither_true_nor_false_is_refused(kind: str, label: Any) -> None:
-    with pytest.raises(DataError, match=r"row 1: label is .*; it must be true"):
-        rows(kind, {"prompt": "a", "completion": "x", "label": 1}, {"prompt": "a", "completion": "y", "label": label})

@@ -64,7 +64,7 @@ class Nights:
         self.locked[stage.split(" ")[0]] = entry
 
     def night(self, rows: list[dict[str, Any]], inputs: dict[str, str], quoted: bytes = b"") -> None:
-        """Write the records of one night; `quoted` stands in the journal of ingest, as the samples of a table do."""
+        """Write the records of one night; `quoted` is in the journal of ingest, as the samples of a table do."""
         journal = self.store(json.dumps({"kind": "start", "inputs": inputs}).encode() + b"\n" + quoted)
         tables = self.folder({"preferences.parquet": parquet(rows)})
         self.record("ingest", {}, {"data/tables": tables, "runs/ingest/journal.jsonl": journal})

@@ -70,7 +70,7 @@ def test_reading_and_checking_a_file_needs_at_most_two_and_a_half_times_its_size
 
     tracemalloc.start()
     try:
-        read_and_check(20)  # what the libraries keep
+        read_and_check(20)  # the libraries' own memory
         before = tracemalloc.get_traced_memory()[0]
         read_and_check(2000)
         ratio = (tracemalloc.get_traced_memory()[1] - before) / path.stat().st_size
