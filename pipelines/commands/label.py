@@ -151,10 +151,11 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
 
 
 def _weights(project: Path, name: str, experiment: str) -> str:
-    """Return the hash of a model's weights; of a folder outside the project, the hash of its files."""
+    """Return the hash of a model's weights, by which DVC knows a folder."""
+    from pipelines.serving.models import folder_md5
+
     if _is_folder(name):
-        files = sorted(path for path in Path(name).iterdir() if path.is_file())
-        return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:32]
+        return folder_md5(Path(name))
     return find_model(project, name, experiment).md5
 
 
