@@ -15,11 +15,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
@@ -61,6 +62,7 @@ class Scene:
     clone: Clone
     topology: Topology
     told: Bodies
+    _printed: dict[UUID, int] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -87,6 +89,7 @@ class Scene:
 
     def fire(self) -> FlowRun:
         """Let the server's own scheduler start retrain/nightly: a schedule of seconds, until its run has begun."""
+        printed = len(self._worker_output())
         with get_client(sync_client=True) as client:
             deployment = client.read_deployment_by_name("retrain/nightly")
             before = {run.id for run in client.read_flow_runs()}
@@ -97,6 +100,7 @@ class Scene:
             finally:
                 client.delete_deployment_schedule(deployment.id, made.id)
                 self._forget_waiting(client)
+        self._printed[run.id] = printed
         assert run.auto_scheduled
         assert run.created_by is not None
         assert run.created_by.type == "SCHEDULE"
@@ -123,21 +127,40 @@ class Scene:
             return client.read_flow_run(run.id)
 
     def log(self, run: FlowRun, last: str = "") -> str:
-        """Return the flow run's log, once it holds `last`: Prefect sends lines in batches, also after the run's end."""
+        """Return the flow run's log, once it holds `last`.
+
+        Prefect sends lines in batches, also after the run's end, and gives up if its server is busy for long. After a minute
+        the worker's own log is enough.
+        """
+        patience = time.monotonic() + 60
 
         def look() -> str | None:
-            wanted, lines, page = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), list[str](), 200
-            with get_client(sync_client=True) as client:
-                while len(lines) % page == 0:
-                    found = client.read_logs(wanted, limit=page, offset=len(lines))
-                    lines += [entry.message for entry in found]
-                    if not found:
-                        break
-            text = "\n".join(lines)
+            text = self._sent_log(run)
+            if last not in text and time.monotonic() > patience:
+                text = self.worker_log(run)
             return text if last in text else None
 
-        text: str = wait(look, 60)
+        text: str = wait(look, 180)
         return text
+
+    def _sent_log(self, run: FlowRun) -> str:
+        """Return the run's lines that have reached Prefect's server."""
+        wanted, lines, page = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), list[str](), 200
+        with get_client(sync_client=True) as client:
+            while len(lines) % page == 0:
+                found = client.read_logs(wanted, limit=page, offset=len(lines))
+                lines += [entry.message for entry in found]
+                if not found:
+                    break
+        return "\n".join(lines)
+
+    def worker_log(self, run: FlowRun) -> str:
+        """Return what the worker has printed since the run was awaited: its flow's lines, one flow at a time."""
+        return self._worker_output()[self._printed[run.id] :]
+
+    def _worker_output(self) -> str:
+        path = self.topology.processes.log("worker")
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def completed(self, run: FlowRun, last: str) -> str:
         """Wait for the run's end, which has to be a good one; its log."""

@@ -45,6 +45,7 @@ def test_the_schedule_fires_by_itself_and_a_better_model_becomes_champion(scene:
     log = scene.completed(run, "why: runs/gate/artifacts/decision.html")
     assert "inbox: accepted preferences/good.jsonl: 8 rows for preferences" in log
     assert "inbox: quarantined preferences/bad.jsonl: bad.jsonl, line 1" in log
+    assert "why: runs/gate/artifacts/decision.html" in scene.worker_log(run)
     assert (scene.root / "inbox/quarantined/preferences/bad.jsonl.reason.txt").is_file()
     assert (scene.root / "data/raw/accepted.dvc").is_file()
 
