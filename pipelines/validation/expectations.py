@@ -25,7 +25,8 @@ from great_expectations.expectations.metrics.table_metric_provider import TableM
 
 from posttrain.environments.arithmetic import answer_value
 from posttrain.environments.expressions import expression_value
-from posttrain.rewards.extraction import gold_answers, gold_choice, gold_value
+from posttrain.rewards.choices import gold_letter
+from posttrain.rewards.extraction import gold_answers, gold_value
 
 
 class NotBlank(ColumnMapMetricProvider):
@@ -96,7 +97,7 @@ class IsChoice(ColumnMapMetricProvider):
 
 def _is_choice(gold: str) -> bool:
     """Return True if one of the accepted answers is a letter."""
-    return any(gold_choice(answer) is not None for answer in gold_answers(gold))
+    return any(gold_letter(answer) is not None for answer in gold_answers(gold))
 
 
 class ExpectColumnValuesToBeChoices(ColumnMapExpectation):

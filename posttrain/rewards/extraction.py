@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
+from posttrain.rewards.choices import LATEX_TEXT, chosen_letter, gold_letter
+from posttrain.rewards.final_part import correction, final_part, question_starts
+from posttrain.rewards.number_words import spelt_number
 from posttrain.rewards.values import (
+    HIDDEN,
     cleaned,
     last_of,
     mentions_numbers,
@@ -48,48 +51,44 @@ _TAG_END = re.compile(r"[<\[]/answer", re.IGNORECASE)
 _LINE_OF_NUMBER = 80
 """Characters; a longer line after one `#` is no number."""
 _DETACHED_MINUS = re.compile(r"^[-\u2212\u2013][ \t]+(?=[\d$.])")
-_NAMED_CHOICE = re.compile(
-    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)",
-    re.MULTILINE,
-)
-_LEADING_CHOICE = re.compile(r"^\W*(?:([A-HJ]),|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
-_ANY_CHOICE = re.compile(
-    r"(?<![A-Za-z])([A-J])(?![A-Za-z'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
-)
-"""A letter by itself, unless it is the word `A` or `I`."""
-_CHOICES = (_NAMED_CHOICE, _LEADING_CHOICE, _ANY_CHOICE)
-_SEVERAL = re.compile(r"[A-J]\W{0,3}\s(?:and|or)\s\W{0,3}[A-J]\b|\b[A-J]\s?[/&]\s?[A-J]\b")
-_MARKUP = " \t\n*_`$\"'\u201c\u201d\u300c\u300d"
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
+_MARKUP = " !\t\n*_`$\"'\u201c\u201d\u300c\u300d"
+_JOINED = re.compile(r"\\(?:boxed|fbox)\s*\{[^{}]{0,40}\}[$ ]{0,3}(?:,|or|and)[$ ]{0,3}$")
+"""Before a box: it is one of several, so that no single answer is given."""
 
 
 def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind = "number") -> str | None:
     """Return the answer that a completion gives, None if none is found."""
     if kind == "number":
         return strict(completion) if extract == "strict" else flexible(completion)
-    marked = _marked(completion)
-    if kind == "text":
-        return marked or (completion.strip() or None if extract == "flexible" else None)
-    if marked is not None and _SEVERAL.search(marked):
+    text = final_part(completion)
+    marked = _marked(text)
+    if marked == HIDDEN:
         return None
-    found = _letters(marked, _CHOICES)[:1] if marked is not None else _letters(completion, [_LEADING_CHOICE])[-1:]
-    if not found and extract == "flexible":
-        found = _letters(completion, _CHOICES)[-1:]
-    return found[0] if found else None
+    if kind == "text":
+        return marked or (text.strip() or None if extract == "flexible" else None)
+    return chosen_letter(text, marked, loosely=extract == "flexible")
 
 
 def strict(completion: str) -> str | None:
-    """Return the number after the last marker."""
-    marked = _marked(completion)
-    return None if marked is None else result_of(marked)
+    """Return the number after the last marker; None if words such as `wait` take it back."""
+    text = final_part(completion)
+    marked = _marked(text)
+    if marked is None or _takes_back(text):
+        return None
+    return result_of(marked) if mentions_numbers(marked) else spelt_number(marked)
 
 
 def flexible(completion: str) -> str | None:
     """Return the number after the last marker; if there is no marker, or only words after it, the last number."""
-    marked = _marked(completion)
+    text = final_part(completion)
+    marked = _marked(text)
+    if marked is not None and (later := _takes_back(text)):
+        return last_of(later)
     if marked is not None and mentions_numbers(marked):
         return result_of(marked)
-    return last_of(completion)
+    if marked is not None and (spelt := spelt_number(marked)):
+        return spelt
+    return last_of(text) if mentions_numbers(text) else spelt_number(text)
 
 
 def gold_value(gold: str) -> Fraction | None:
@@ -97,11 +96,6 @@ def gold_value(gold: str) -> Fraction | None:
     alone = number_value(gold)
     marked = strict(gold) if alone is None else None
     return number_value(marked) if marked is not None else alone
-
-
-def gold_choice(gold: str) -> str | None:
-    """Return the letter of a gold answer, such as `b`, `(B)` or `B. Paris`; None if it is none."""
-    return next(iter(_letters(gold, _CHOICES)), None)
 
 
 def gold_answers(gold: str) -> list[str]:
@@ -125,7 +119,7 @@ def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     if kind == "text":
         return _bare(answer) == _bare(gold)
     if kind == "choice":
-        return gold_choice(gold) == answer
+        return gold_letter(gold) == answer
     value, expected = number_value(answer), gold_value(gold)
     if value is None or expected is None:
         return False
@@ -133,18 +127,41 @@ def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     return value == expected or (unscaled_value(gold) is None and unscaled_value(answer) == expected)
 
 
-def _marked(completion: str) -> str | None:
+def _marked(text: str) -> str | None:
     """Return the text after the last marker: on its line, in its box or in its tag."""
-    found = [match for pattern in (_HASH, _WORD, _BOXED, _TAG) for match in pattern.finditer(completion)]
+    found = _last_marker(text)
+    return None if found is None else found[1]
+
+
+def _last_marker(text: str) -> tuple[re.Match[str], str] | None:
+    """Return the last marker, and the answer after it. A further question, which follows an answer, is left out."""
+    found = [match for pattern in (_HASH, _WORD, _BOXED, _TAG) for match in pattern.finditer(text)]
+    first = min((match.start() for match in found if match[0].strip() != "#"), default=len(text))
+    text = text[: next((start for start in question_starts(text) if start > first), len(text))]
     for match in sorted(found, key=lambda match: match.start(), reverse=True):
+        if match.end() > len(text):
+            continue
         if match.re is _BOXED:
-            return _braced(completion, match.end()).strip()
+            several = _JOINED.search(text[max(0, match.start() - 60) : match.start()])
+            return match, HIDDEN if several else _braced(text, match.end()).strip()
         if match.re is _TAG:
-            return _TAG_END.split(completion[match.end() :], maxsplit=1)[0].strip()
-        text = completion[match.end() :].split("\n", maxsplit=1)[0].strip()
-        if text and (match.re is _WORD or match[0].startswith("##") or _ends_with_a_number(text)):
-            return text if "\n" in match[0] else _DETACHED_MINUS.sub("-", text)
+            return match, _TAG_END.split(text[match.end() :], maxsplit=1)[0].strip()
+        line = text[match.end() :].split("\n", maxsplit=1)[0].strip()
+        if line and (match.re is _WORD or match[0].startswith("##") or _ends_with_a_number(line)):
+            return match, line if "\n" in match[0] else _DETACHED_MINUS.sub("-", line)
     return None
+
+
+def _takes_back(text: str) -> str | None:
+    """Return the text after a correction if both it and the answer before it have numbers: `The answer is 5. Wait, it is 6.`"""
+    found = _last_marker(text)
+    if found is None or found[0].re is not _WORD:
+        return None
+    said = text[found[0].end() :]
+    later = correction(said)
+    if later is None or not mentions_numbers(later) or not mentions_numbers(said[: len(said) - len(later)]):
+        return None
+    return later
 
 
 def _ends_with_a_number(line: str) -> bool:
@@ -163,15 +180,6 @@ def _braced(text: str, start: int) -> str:
     return text[start:]
 
 
-def _letters(text: str, patterns: Iterable[re.Pattern[str]]) -> list[str]:
-    """Return the letters that the first pattern with a match finds."""
-    for pattern in patterns:
-        found = [str(match[match.lastindex or 0]).upper() for match in pattern.finditer(_LATEX_TEXT.sub(r"\1", text))]
-        if found:
-            return found
-    return []
-
-
 def _bare(text: str) -> str:
     """Return a text as answers are compared: without case, markup around it and a full stop at its end."""
-    return normalised(normalised(_LATEX_TEXT.sub(r"\1", text).strip(_MARKUP)).strip(_MARKUP))
+    return normalised(normalised(LATEX_TEXT.sub(r"\1", text).strip(_MARKUP)).strip(_MARKUP))

@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.errors import RewardError
 from posttrain.rewards import require_available
+from posttrain.rewards.final_part import final_part
 
 WARM_UP_SECONDS = 60
 """The parser builds its tables on first use; that time is not charged to an answer."""
@@ -23,7 +24,7 @@ _DELIMITERS = ("$", "\\boxed", "\\[", "\\(")
 def math(
     prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], row_seconds: int = 5, **_: Any
 ) -> list[float | None]:
-    """Return 1 if the completion's last expression equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
+    """Return 1 if the last expression after the completion's reasoning equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
 
     The reward is None if the gold answer is not mathematics (no answer could match it), or if parsing or comparing took longer than
     `row_seconds`. The time limits use signals, so this runs only in a main thread: a worker's, or a script's.
@@ -44,7 +45,7 @@ def _compared(completion: str, gold: str, seconds: int) -> float | None:
         expected = _parsed(gold if any(mark in gold for mark in _DELIMITERS) else f"${gold}$", seconds)
         if not expected:
             return None
-        return float(_equal(expected, _parsed(completion, seconds), seconds))
+        return float(_equal(expected, _parsed(final_part(completion), seconds), seconds))
     except TimeoutException:
         return None
 

@@ -1,7 +1,7 @@
 r"""Find and read the numbers of a text as people and models write them: 1,200, 3 1/2, 3 x 10^2, \frac{1}{2}, 2^{10}, ½, 3×10⁵, ４２.
 
 Example:
-    >>> [values("2,5 cm")[-1], number_value("2^{10}"), values(r"it is \sqrt{2}")]
+    >>> [values("2 or 5 cm")[-1], number_value("2^{10}"), values(r"it is \sqrt{2}")]
     ['5', Fraction(1024, 1), []]
 """
 
@@ -21,9 +21,11 @@ _TIMES_TEN = r"\s?(?:x|\u00d7|\\times|\\cdot|\u00b7|\*)\s?10\s?\^\s?\{?"
 _SIGN = r"(?:(?<![A-Za-z0-9_)\]])[-+](?=[$\u20ac\u00a3\d.\\]))?"
 _LATEX = r"\\[dt]?frac\s?(?:\{[-+]?\d{1,30}\}\s?\{\d{1,30}\}|\d\d)"
 _POWER = r"\s?\^\s?(?:\{[-+]?\d{1,3}\}|[-+]?\d{1,3})"
-_UNIT = r"(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|mph|hrs?|h|min)(?![A-Za-z0-9_])"
-_HIDDEN = "\ue000"
+_UNIT = r"(?:cm|mm|km|kg|mg|ml|mL|L|lbs?|oz|ft|mph|hrs?|h|min|[ap]m|kWh?|Hz|[kMGT]B|c?m[23])(?![A-Za-z0-9_])"
+HIDDEN = "\ue000"
 """Placeholder for an expression that is not read, such as a root."""
+_UNCLEAR = "\ue002"
+"""Placeholder for digits with more than one reading: 2,5 is a decimal in some languages and a list in others."""
 _NUMBER = (
     rf"{_SIGN}(?:\d{{1,30}}\s?)?{_LATEX}"
     rf"|(?<![A-Za-z0-9_.,]){_SIGN}\d{{1,30}}\s\d{{1,30}}/\d{{1,30}}(?![A-Za-z0-9_/])"
@@ -31,7 +33,7 @@ _NUMBER = (
     rf"(?:{_TIMES_TEN}{_EXPONENT}\}}?|{_POWER}|[eE][-+]?\d{{1,3}}|/\d{{1,30}})?"
     rf"(?:(?={_UNIT})|(?=(?i:{SCALE}))|(?![A-Za-z0-9_]|\.\d|,\d{{3}}(?!\d)|[)}}\]]*\s?\^))"
 )
-_VALUE = re.compile(rf"(?:{_NUMBER})(?:{SCALED})?", re.ASCII)
+_VALUE = re.compile(rf"(?:{_NUMBER})(?:{SCALED})?|{_UNCLEAR}", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)\s?)?\\[dt]?frac\s?(?:\{([-+]?\d+)\}\s?\{(\d+)\}|(\d)(\d))")
 _MIXED = re.compile(r"([-+]?)(\d+)\s(\d+)/(\d+)")
 _SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){_TIMES_TEN}(?P<power>{_EXPONENT})\}}?")
@@ -44,8 +46,9 @@ _OPERATOR = re.compile(
 )
 """After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
-    rf"(?:\b(?:not|never|nicht|pas|non)\b|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
-    rf"(?:\s(?:equal to|exactly|just|only|simply|really|about))?[ \t:*_]*"
+    r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|anything but|rather than|instead of|other than)\b"
+    r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
+    rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer)){{0,2}}[ \t:*_]*"
     rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*",
     re.ASCII | re.IGNORECASE,
 )
@@ -56,11 +59,38 @@ _OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)
 _TO = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:to|through|bis)\b|\u5230|\u81f3){_OPEN}")
 _AND = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:and|to|und|et|y)\b|-|\u548c|\u5230|\u81f3){_OPEN}")
 _BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre)|\u4ecb\u4e8e|\u5728)[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
+_LISTED = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c]|,?\s?\band\b)\s?{_OPEN}")
+_END = re.compile(r"[^\w\n]*(?:\n|$)")
+_LARGER = re.compile(
+    r"\s?(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|['\u2019\u2032]|pounds?|lbs?|dollars?|met(?:er|re)s?|m|km|kg"
+    r"|kilomet(?:er|re)s?|kilograms?)[.,]?\s?(?:and\s)?"
+    r"|,?\s?(?:with\s)?(?:an?\s)?(?:remainder|rest|[rR])\.?\s?(?:of\s|is\s)?"
+)
+_SMALLER = re.compile(
+    r"\s?(?:months?|weeks?|days?|hours?|minutes?|mins?|seconds?|secs?|s|inch(?:es)?|in|[\"\u201d\u2033]|ounces?|oz|cents?|met(?:er|re)s?|m|cm"
+    r"|centimet(?:er|re)s?|grams?|g)(?![A-Za-z])"
+)
+"""`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
+_REMAINDER = re.compile(r"remainder|rest|[rR]\b")
+_BOUND = re.compile(
+    r"(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
+)
+_BOUNDED = re.compile(
+    r"[ \t$)}]*(?:[<>\u2260\u2264\u2265\u00b1]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))"
+)
+"""Before and after a number: it bounds the answer (x < 5), or stands for two (\u00b15)."""
+_OPERAND = re.compile(
+    r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\u03c0|\ue000)[ \t]?"
+    r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):)[ \t]?[$\\({]*$"
+)
+"""Before a number: it is the second part of an expression, a date or a time."""
+_SIGNED_PART = re.compile(r"[\d)][ \t]?$")
 _PRECISION = re.compile(r"[\s-]*(?:decimal|significant|places?|digits?|figures?|d\.?p\b|s\.?f\b)", re.IGNORECASE)
 _OTHER_SOLUTION = re.compile(r"\bor\s+\S{1,6}\s*$")
 _CLEAN = (
     ("\u2212", "-"),
     ("\u2013", "-"),
+    ("\uff0d", "-"),
     ("{,}", ","),
     ("\\,", ""),
     ("\\!", ""),
@@ -69,6 +99,22 @@ _CLEAN = (
     ("\\left", ""),
     ("\\right", ""),
 )
+_SPELLINGS = (
+    (re.compile(r"</?[A-Za-z][^<>\n]{0,40}>"), " "),
+    (re.compile(r"(?<![-=])[-=]{1,10}>"), "\u2192"),
+    (re.compile(r">="), "\u2265"),
+    (re.compile(r"<="), "\u2264"),
+    (re.compile(r"!="), "\u2260"),
+    (re.compile(r"\+/-"), "\u00b1"),
+    (re.compile(r"(?<=\d)\*\*(?=-?\d)"), "^"),
+    (re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ\b)|\\degree\b"), " "),
+    (re.compile(r"(?<=\d)['\u2019_](?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)k(?![A-Za-z0-9])"), " thousand"),
+    (re.compile(r"\b(?:minus|negative)[ \t]+(?=[$\u20ac\u00a3]?\d)", re.IGNORECASE), "-"),
+)
+_COMMAS = re.compile(r"(?<![\d,.])\d+(?:,\d+)+(?!\d)")
+_GROUPS = re.compile(r"\d{1,3}(?:,\d{3})+")
+_INDIAN = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _THIN = re.compile(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))")
 _DETACHED_MINUS = re.compile(r"((?:\bis|[=:])[ \t])-[ \t](?=[\d$.])")
 _UNDERLINED = re.compile(r"(?<![A-Za-z0-9_])_{1,3}(?=[-+$.\d])|(?<=\d)_{1,3}(?![A-Za-z0-9_])")
@@ -76,6 +122,7 @@ _ROOT = re.compile(r"\\sqrt\s?(?:\[[^\[\]]{0,20}\])?\s?(?:\{[^{}]*\}|\d)|\u221a\
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _RAISED_DIGITS = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _FRACTION_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")
+_QUOTED = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,/]|\.\d{3})")
 
 
@@ -87,7 +134,10 @@ def cleaned(text: str) -> str:
         text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), _THIN.sub("", text))
         text = _RAISED_DIGITS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]).replace("\u2212", "-"), text)
         text = _FRACTION_SIGN.sub(_spelt_fraction, text)
-    return _UNDERLINED.sub("", _DETACHED_MINUS.sub(r"\1-", _ROOT.sub(_HIDDEN, text)))
+    for pattern, usual in _SPELLINGS:
+        text = pattern.sub(usual, text)
+    text = _COMMAS.sub(_grouped, text)
+    return _UNDERLINED.sub("", _DETACHED_MINUS.sub(r"\1-", _ROOT.sub(HIDDEN, text)))
 
 
 def values(text: str) -> list[str]:
@@ -100,13 +150,13 @@ def result_of(text: str) -> str | None:
 
     None if it holds none, only expressions that would need to be computed, such as `6 * 7`, or several: a range, or `3 or 4`.
     """
-    text = _SPACED.sub(lambda found: found[0].replace(" ", ""), undenied(cleaned(text)))
+    text = _prepared(text)
     sides = text.split("=")
     if any(_OTHER_SOLUTION.search(side) for side in sides[:-1]):
         return None
     for side in reversed(sides):
         found = _VALUE.search(side)
-        if found and not _OPERATOR.match(side, found.end()) and _HIDDEN not in side[: found.start()]:
+        if found and not _is_partial(side, found) and HIDDEN not in side[: found.start()]:
             after = _VALUE.search(side, found.end())
             return None if after and _are_several(side, found, after, (_OR, _TO)) else found[0]
     return None
@@ -114,14 +164,26 @@ def result_of(text: str) -> str | None:
 
 def last_of(text: str) -> str | None:
     """Return the last number of a text, None if there is none or if it is one of several: `between 3 and 5`, `3 or 4`."""
-    text = undenied(cleaned(text))
+    text = _QUOTED.sub("", _prepared(text))
     before: re.Match[str] | None = None
     last: re.Match[str] | None = None
     for found in _VALUE.finditer(text):
         before, last = last, found
-    if last is None or (before and _are_several(text, before, last, (_OR,))):
+    if last is None or _is_partial(text, last) or (before and _are_several(text, before, last, (_OR,))):
         return None
     return last[0]
+
+
+def _prepared(text: str) -> str:
+    return _SPACED.sub(lambda found: found[0].replace(" ", ""), undenied(cleaned(text)))
+
+
+def _is_partial(text: str, found: re.Match[str]) -> bool:
+    """Return True if a number is not the whole answer: a part of an expression or date, a bound, or unclear."""
+    lead = text[max(0, found.start() - 20) : found.start()]
+    signed = found[0][0] in "+-" and _SIGNED_PART.search(lead)
+    inside = _OPERATOR.match(text, found.end()) or _OPERAND.search(lead) or signed
+    return bool(inside or _BOUND.search(lead) or _BOUNDED.match(text, found.end()) or found[0] == _UNCLEAR)
 
 
 def undenied(text: str) -> str:
@@ -133,6 +195,8 @@ def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: I
     """Return True if two neighbouring numbers are alternatives or a range, and differ."""
     gap, lead = text[one.end() : other.start()], text[max(0, one.start() - 20) : one.start()]
     joined = any(pattern.fullmatch(gap) for pattern in between) or bool(_BETWEEN.search(lead) and _AND.fullmatch(gap))
+    joined |= bool(_LISTED.fullmatch(gap) and _END.match(text, other.end()))
+    joined |= bool(_LARGER.fullmatch(gap) and (_SMALLER.match(text, other.end()) or _REMAINDER.search(gap)))
     if not joined or _PRECISION.match(text, other.end()):
         return False
     return number_value(one[0]) != number_value(other[0])
@@ -140,7 +204,7 @@ def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: I
 
 def mentions_numbers(text: str) -> bool:
     """Return True if the text has a digit or an expression that is not read."""
-    return re.search(rf"[\d{_HIDDEN}]", cleaned(text)) is not None
+    return re.search(rf"[\d{HIDDEN}{_UNCLEAR}]", cleaned(text)) is not None
 
 
 def number_value(text: str) -> Fraction | None:
@@ -183,6 +247,12 @@ def _sum_of(parts: list[tuple[str, int]]) -> Fraction | None:
             total += -value if total < 0 else value
         last = factor
     return total
+
+
+def _grouped(found: re.Match[str]) -> str:
+    if _GROUPS.fullmatch(found[0]):
+        return found[0]
+    return found[0].replace(",", "") if _INDIAN.fullmatch(found[0]) else _UNCLEAR
 
 
 def _spelt_fraction(found: re.Match[str]) -> str:

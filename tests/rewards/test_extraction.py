@@ -53,7 +53,7 @@ UNMARKED = [
     ("2/3", Fraction(2, 3)), ("first 7, then 8", 8), ("(42)", 42), ("`42`", 42), ("*42*!", 42), ("I am #1 of 42 people", 42),
     ("it covers 25 cm^2", 25), ("25 cm\u00b2", 25), ("2^10", 1024), ("10^3 of them", 1000), (r"\frac{-1}{2}", Fraction(-1, 2)),
     ("3\u00bd cups", Fraction(7, 2)), ("\uff11\uff12", 12), ("7 and then \\sqrt{2}", 7), ("He is 42, she 43", 43),
-    ("5;#", 5), ("#74+5", 5), ("\u20ac5", 5), ("50 %", 50),
+    ("5;#", 5), ("\u20ac5", 5), ("50 %", 50),
     ("he earns 1.5 million", 1_500_000), ("not 42, but 43", 43), ("It is 43, not 42.", 43), ("he has not 42 apples, but 43", 43),
     ("nicht 42, sondern 43", 43), ("\u4e0d\u662f42\uff0c\u800c\u662f43", 43), ("It isn't 42, it's 43", 43),
     ("between 3 and 5 hours, so 15", 15),

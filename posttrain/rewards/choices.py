@@ -1,0 +1,83 @@
+r"""Find the letter that a completion chooses among the options of a multiple-choice question.
+
+Example:
+    >>> [chosen_letter(text, None) for text in ("(A) is wrong. (B) is right.", "A or B", "It is not B")]
+    ['B', None, None]
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from posttrain.rewards.final_part import correction
+
+_NAMED = re.compile(
+    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)",
+    re.MULTILINE,
+)
+_LEADING = re.compile(r"^\W*(?:([A-HJ]),|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
+_ANY = re.compile(
+    r"(?<![A-Za-z])([A-J])(?![A-Za-z'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
+)
+"""A letter by itself, unless it is the word `A` or `I`."""
+_PATTERNS = (_NAMED, _LEADING, _ANY)
+_ONE = r"\W{0,3}\b(?:(?i:option|choice)\s\W{0,3})?[A-J]\b\W{0,3}"
+_SEVERAL = re.compile(
+    rf"[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
+)
+_DENIED = re.compile(
+    rf"\b(?:[Nn]ot|cannot|[Nn]either|rather than|instead of)\b(?:\s(?:be|option|choice))?{_ONE}(?:\s?n?or\s{_ONE})?"
+    rf"|n['\u2019]t(?:\sbe)?{_ONE}"
+    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:is|are|was|must be|seems)\s(?:wrong|incorrect|false|not|untrue)\b[^\n.;,]{0,40}"
+    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
+)
+LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
+
+
+def chosen_letter(text: str, marked: str | None, loosely: bool = True) -> str | None:
+    """Return the letter after the marker or at the start of the last line that begins with one.
+
+    None if there is none, if it is one of several (`A or B`), or if all are denied (`not B`).
+
+    Args:
+        marked: the text after the last marker, None without a marker.
+        loosely: also take the last letter that stands by itself.
+    """
+    if marked is not None:
+        found = _found(_later(marked, text), _PATTERNS)
+        return found[0] if found else (_last(text) if loosely else None)
+    leading = _found(text, (_LEADING,))
+    return leading[-1] if leading else (_last(text) if loosely else None)
+
+
+def gold_letter(gold: str) -> str | None:
+    """Return the letter of a gold answer, such as `b`, `(B)` or `B. Paris`; None if it is none."""
+    return next(iter(_found(gold, _PATTERNS, whole=True)), None)
+
+
+def _later(marked: str, text: str) -> str:
+    """Return the text after a correction if it names a letter."""
+    later = correction(text[text.rfind(marked) :])
+    return later if later is not None and _found(later, _PATTERNS) else marked
+
+
+def _last(text: str) -> str | None:
+    found = _found(text, _PATTERNS)
+    return found[-1] if found else None
+
+
+def _found(text: str, patterns: Iterable[re.Pattern[str]], whole: bool = False) -> list[str]:
+    """Return the letters that the first pattern with a match finds; empty if the last of them is one of several."""
+    text = unicodedata.normalize("NFKC", LATEX_TEXT.sub(r"\1", text))
+    if not whole:
+        text = _DENIED.sub(" ", text)
+    several = [match.span() for match in _SEVERAL.finditer(text)] if not whole else []
+    for pattern in patterns:
+        found = list(pattern.finditer(text))
+        if found and any(start <= found[-1].start(found[-1].lastindex or 0) < stop for start, stop in several):
+            return []
+        if found:
+            return [str(match[match.lastindex or 0]).upper() for match in found]
+    return []

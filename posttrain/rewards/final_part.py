@@ -1,0 +1,47 @@
+r"""Find the part of a completion that gives its answer: after the reasoning, before a further question, after a correction.
+
+Example:
+    >>> final_part("<think>6? no</think>It is 5."), final_part("<think>the answer is 6")
+    ('It is 5.', '')
+    >>> correction("5? No, 6.")
+    ' 6.'
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = "think|thinking|thought|thoughts|reasoning|reason|scratchpad"
+_CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]|\u25c1/think\u25b7", re.IGNORECASE)
+_OPENED = re.compile(rf"<(?:{_NAMES})>|\[(?:{_NAMES})\]|\u25c1think\u25b7", re.IGNORECASE)
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,40}<\|message\|>")
+"""How gpt-oss separates its reasoning (`analysis`) from its answer (`final`)."""
+_NEXT_QUESTION = re.compile(
+    r"\n\s*[#*]*(?:question|q|problem|user|human|\u95ee\u9898|\u95ee)\s*\d{0,4}\s*[:\uff1a]", re.IGNORECASE
+)
+_CORRECTION = re.compile(
+    r"\b(?:wait|oops|scratch that|correction|my mistake|sorry|actually)\b|(?<![\w'])no[,!.;:](?=\s)", re.IGNORECASE
+)
+_STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
+
+
+def final_part(completion: str) -> str:
+    """Return the text after the reasoning, without what is struck out; empty if the reasoning has not ended."""
+    channels = list(_CHANNEL.finditer(completion))
+    if channels:
+        completion = completion[channels[-1].end() :] if channels[-1][1] == "final" else ""
+    closed = list(_CLOSED.finditer(completion))
+    after = completion[closed[-1].end() :] if closed else completion
+    opened = _OPENED.search(after)
+    return _STRUCK.sub(" ", after[: opened.start()] if opened else after)
+
+
+def question_starts(text: str) -> list[int]:
+    """Return where the text asks a question, after its first line: models without a trained end go on with the next problem."""
+    return [found.start() for found in _NEXT_QUESTION.finditer(text)]
+
+
+def correction(text: str) -> str | None:
+    """Return the text after the last words that take something back, such as `wait` or `no,`; None without such."""
+    found = list(_CORRECTION.finditer(text))
+    return text[found[-1].end() :] if found else None
