@@ -3,7 +3,7 @@
     python -m pipelines.compare
 
 Reads the finished runs of base, sft, reward and of every algorithm and seed in params.yaml. Nothing in report/ depends on the clock or
-the machine; times and memory are on a separate page, .posttrain/costs/index.html, and in
+the machine, unless report.currency is wall_time; times and memory are on a separate page, .posttrain/costs/index.html, and in
 .posttrain/report.html, a copy of the report.
 """
 
@@ -16,10 +16,12 @@ from pipelines.config.params import Params, load_params
 from pipelines.report.analysis import Question, compare
 from pipelines.report.costs import write_costs
 from pipelines.report.load import load, wanted
+from pipelines.report.measured import all_runs, training_seconds
 from pipelines.report.words import solved
 from pipelines.report.write import write
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
+from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Resampling
 
 FOLDER = Path("report")
@@ -32,7 +34,15 @@ def run(run: Run) -> None:
     project, settings = params.project, params.report
     question = question_of(params)
     results = load(project.algorithms, project.seeds)
-    comparison = compare(results, question)
+    seconds = None
+    if question.currency == "wall_time":
+        seconds = training_seconds(all_runs(Path()), project.algorithms, project.seeds)
+        if not seconds:
+            raise DataError(
+                "report.currency is wall_time, but no algorithm has all its runs timed on this machine: they were restored or"
+                " trained elsewhere. Choose another budget, for example: posttrain configure report.currency=tokens_sampled"
+            )
+    comparison = compare(results, question, seconds)
     write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
     levels = {f"headline/{summary.name}": summary.headline.value for summary in comparison.summaries}
     significant = sum(pair.significant for pair in comparison.pairs)

@@ -375,8 +375,9 @@ class ReportParams(Section):
 
     headline: Literal["sampled", "greedy"] = "sampled"
     """Answers whose mean reward `evaluation.accuracy` ranks the models, in the report, the gate and MLflow."""
-    currency: Literal["tokens_sampled", "tokens_trained", "optimiser_steps"] = "tokens_sampled"
-    """The budget that must be equal, up to a tenth, for algorithms to be ranked together; see docs/comparison.md."""
+    currency: Literal["tokens_sampled", "tokens_trained", "optimiser_steps", "wall_time"] = "tokens_sampled"
+    """The budget that must be equal, up to a tenth, for algorithms to be ranked together; see docs/comparison.md. wall_time is measured on
+    the machine that trained, so that the report then depends on it."""
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]

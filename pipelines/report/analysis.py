@@ -11,7 +11,14 @@ import numpy as np
 from pipelines.report.hacking import Watched, watched
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
 from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
-from posttrain.evaluation.crossed import Crossed, crossed_difference, crossed_mean
+from posttrain.evaluation.crossed import (
+    Crossed,
+    crossed_difference,
+    crossed_mean,
+    effect_size,
+    interquartile_mean,
+    probability_of_improvement,
+)
 from posttrain.evaluation.statistics import (
     Floats,
     Interval,
@@ -67,6 +74,8 @@ class Summary:
     """Accuracy of the greedy answers."""
     by_seed: tuple[float, ...]
     """The headline of each seed's model, in the order of `seeds`; one value for base and sft."""
+    iqm: float | None
+    """Interquartile mean of `by_seed` (2108.13264); None with one run."""
     pass_at: dict[int, Interval | None]
     rewards: dict[str, Interval | None]
     win_rate: Interval | None
@@ -82,13 +91,20 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
-    """The test of model `a` against model `b`; `adjusted` is Holm's p over all pairs of the report."""
+    """The test of model `a` against model `b`; `adjusted` is Holm's p over all pairs of the report.
+
+    Attributes:
+        effect: Hedges' g of the runs' headline values; None unless both sides have several runs that differ.
+        improvement: chance that a run of `a` scores above a run of `b` (2108.13264), ties counting half; None with one run each.
+    """
 
     a: str
     b: str
     test: PairedTest
     adjusted: float
     significant: bool
+    effect: float | None = None
+    improvement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +175,13 @@ class Comparison:
         return [summary for summary in self.summaries if summary.seeds]
 
 
-def compare(results: Results, question: Question) -> Comparison:
-    """Compute all numbers of the report."""
+def compare(results: Results, question: Question, seconds: Mapping[str, float] | None = None) -> Comparison:
+    """Compute all numbers of the report. `seconds` of one run of each algorithm is read if the currency is wall time."""
     heldout, loss = _reward_model(results.reward, question.resampling.confidence)
     costs = _costs(results)
-    spent = {cost.name: getattr(cost, question.currency) for cost in costs}
+    spent: Mapping[str, float | None] = seconds or {}
+    if question.currency != "wall_time":
+        spent = {cost.name: getattr(cost, question.currency) for cost in costs}
     return Comparison(
         question,
         len(results.prompts.prompt_ids),
@@ -194,6 +212,11 @@ def scored(models: Sequence[Model], question: Question) -> Floats:
     return np.stack([per_prompt(sampled([model], f"reward_{question.accuracy}")) for model in models], axis=1)
 
 
+def run_means(scores: Floats) -> tuple[float, ...]:
+    """Return each run's mean over the prompts that it has a score for, from [prompts, runs]."""
+    return tuple(float(np.nanmean(scores[:, i])) for i in range(scores.shape[1]))
+
+
 def wins(values: Floats, others: Floats) -> Floats:
     """Return the win rate of `values` [prompts, n] against `others` [prompts, m] per prompt, [prompts]; a tie counts half.
 
@@ -217,7 +240,8 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         seeds=tuple(model.seed for model in models if model.seed is not None),
         headline=_level(scores, draws),
         accuracy=_level(greedy(models, source), draws),
-        by_seed=tuple(float(np.nanmean(scores[:, i])) for i in range(scores.shape[1])),
+        by_seed=run_means(scores),
+        iqm=interquartile_mean(run_means(scores)) if scores.shape[1] > 1 else None,
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
         rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards},
         win_rate=None if name == SFT else _if_known(won, mean_interval, draws),
@@ -279,7 +303,19 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     answers = {name: scored(results.of(name), question) for name in (SFT, *results.algorithms)}
     tests = [_test(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
     adjusted = holm([test.p for test in tests])
-    return [Pair(a, b, test, p, p < question.alpha) for (a, b), test, p in zip(names, tests, adjusted, strict=True)]
+    runs = {name: run_means(scores) for name, scores in answers.items()}
+    return [
+        Pair(a, b, test, p, p < question.alpha, *_over_runs(runs[a], runs[b]))
+        for (a, b), test, p in zip(names, tests, adjusted, strict=True)
+    ]
+
+
+def _over_runs(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return Hedges' g and the probability of improvement of two algorithms' runs, None if there are too few runs."""
+    if max(len(a), len(b)) < 2:
+        return None, None
+    effect = effect_size(a, b)
+    return (None if np.isnan(effect) else effect), probability_of_improvement(a, b)
 
 
 def _costs(results: Results) -> list[Cost]:

@@ -26,6 +26,7 @@ CURRENCIES: dict[Currency, str] = {
     "tokens_sampled": "采样 token 数",
     "tokens_trained": "训练 token 数",
     "optimiser_steps": "优化步数",
+    "wall_time": "耗时",
 }
 WHY = dict(
     zip(
@@ -135,7 +136,7 @@ def _protocols_differ(comparison: Comparison) -> list[str]:
     currency, norm = comparison.question.currency, comparison.protocols[comparison.panel[0].name]
     each = "；".join(f"{name}（{'、'.join(_cells(comparison.protocols[name], norm, currency))}）" for name in apart)
     return [
-        f"只有起始模型、训练奖励和调参方式相同且{CURRENCIES[currency]}相等的算法才一起排名。"
+        f"只有起始模型、训练奖励、题目和调参方式相同且{CURRENCIES[currency]}相等的算法才一起排名。"
         f"未与 {_listed(comparison.panel)} 一起排名：{each}。"
     ]
 
@@ -149,6 +150,8 @@ def _cells(own: Protocol, norm: Protocol, currency: Currency) -> list[str]:
     )
     if (own.start, own.digest) != (norm.start, norm.digest):
         found.append(f"起始于 {own.start}" if own.start != norm.start else "起始模型不同")
+    if own.signal == norm.signal and own.prompts != norm.prompts:
+        found.append("训练题目不同")
     if own.tuned != norm.tuned:
         found.append(f"调参：{SIGNALS.get(own.tuned, own.tuned)}")
     return found or [f"{CURRENCIES[currency]}不同"]

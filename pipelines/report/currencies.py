@@ -12,6 +12,8 @@ from pipelines.report.protocol import CURRENCIES, Currency
 from pipelines.report.style import Look, figure
 
 METRICS = {"tokens_sampled": "tokens/sampled", "tokens_trained": "tokens/trained"}
+LOGGED: tuple[Currency, ...] = ("tokens_sampled", "tokens_trained", "optimiser_steps")
+"""The currencies of the journals. Curves against wall time are in `wall_time.py`, since they depend on the machine."""
 
 
 def spent(run: Training, algorithm: str, currency: Currency) -> Curve | None:
@@ -39,13 +41,13 @@ def curve(results: Results, algorithm: str, metric: str, currency: Currency) -> 
 
 def against_budgets(results: Results, question: Question, look: Look) -> Figure:
     """Plot the true reward of the sampled answers of each step, one panel per budget."""
-    drawn, panels = figure(6.0, 0.6 + 2.3 * len(CURRENCIES), len(CURRENCIES))
-    for axes, (currency, words) in zip(panels, CURRENCIES.items(), strict=True):
+    drawn, panels = figure(6.0, 0.6 + 2.3 * len(LOGGED), len(LOGGED))
+    for axes, currency in zip(panels, LOGGED, strict=True):
         for name in on_policy(results, question):
             found = curve(results, name, f"reward/{question.accuracy}/mean", currency)
             if found is not None:
                 axes.plot(*found, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
-        axes.set_xlabel(words)
+        axes.set_xlabel(CURRENCIES[currency])
         axes.set_ylabel(question.accuracy)
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -12,9 +13,12 @@ from pipelines.report.analysis import Comparison
 from pipelines.report.load import SFT
 from pipelines.report.style import Look, figure
 from pipelines.report.words import ranked
+from posttrain.evaluation.crossed import performance_profile
 from posttrain.evaluation.statistics import Interval
 
 WIDTH = 6.0
+LEVELS = 201
+"""Levels at which a performance profile is drawn."""
 
 
 def accuracy(comparison: Comparison, look: Look) -> Figure:
@@ -97,6 +101,31 @@ def pass_at_k(comparison: Comparison, look: Look) -> Figure:
     axes.set_xticks(comparison.question.pass_k, [str(k) for k in comparison.question.pass_k])
     axes.minorticks_off()
     axes.set_xlabel("k (sampled answers per prompt)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    drawn.legend(loc="outside lower center", ncols=5)
+    return drawn
+
+
+def profiles(comparison: Comparison, look: Look) -> Figure:
+    """Plot the share of each algorithm's runs whose headline exceeds a level (performance profiles, 2108.13264)."""
+    drawn, (axes,) = figure(WIDTH, 3.2)
+    values = [value for summary in comparison.algorithms for value in summary.by_seed]
+    margin = max(0.02, 0.1 * (max(values) - min(values)))
+    levels = np.linspace(min(values) - margin, max(values) + margin, LEVELS)
+    for summary in comparison.algorithms:
+        shares, name = performance_profile(summary.by_seed, levels), summary.name
+        axes.step(
+            levels,
+            shares,
+            where="post",
+            color=look.colour(name),
+            linestyle=look.dashes(name),
+            linewidth=1.8,
+            label=name,
+        )
+    axes.set_xlabel(comparison.question.measure)
+    axes.set_ylabel("share of runs above")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     drawn.legend(loc="outside lower center", ncols=5)
     return drawn

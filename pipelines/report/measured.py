@@ -105,6 +105,16 @@ def newest(runs: Iterable[RunMeasures]) -> list[RunMeasures]:
     return sorted(latest.values(), key=lambda run: (run.spans[0][0], run.name))
 
 
+def training_seconds(runs: Iterable[RunMeasures], algorithms: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
+    """Return the seconds of one align run of each algorithm, the mean over its seeds.
+
+    Algorithms of which a run was restored or trained elsewhere are left out: its time on this machine is unknown.
+    """
+    known = {run.name: run.seconds for run in newest(runs)}
+    names = {algorithm: [f"align-{algorithm}-{seed}" for seed in seeds] for algorithm in algorithms}
+    return {a: float(np.mean([known[n] for n in own])) for a, own in names.items() if all(n in known for n in own)}
+
+
 def _run(name: str, records: Sequence[Record]) -> RunMeasures:
     """Read the measurements of one run."""
     run = RunMeasures(name, None)

@@ -63,6 +63,11 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
             "pass_at_k", "pass@k", "pass@k of every model against k.", algorithms,
             lambda look: forest.pass_at_k(comparison, look),
         )  # fmt: skip
+    if comparison.about_training:
+        drawn["profiles"] = draw(
+            "profiles", "Performance profiles", "Share of each algorithm's runs whose headline exceeds a level.", algorithms,
+            lambda look: forest.profiles(comparison, look),
+        )  # fmt: skip
     if curves.on_policy(results, question):
         drawn["over_optimisation"] = draw(
             "over_optimisation", "Reward against KL", "True reward and reward-model score against KL along training.",

@@ -1,4 +1,4 @@
-"""Compare only algorithms with the same protocol: the same start, training signal and tuning, and an equal budget in one currency.
+"""Compare only algorithms with the same protocol: the same start, training signal, prompts and tuning, and an equal budget in one currency.
 
 Algorithms with equal protocols form a panel. The headline ranks the largest panel; the report marks the cells of the others that
 differ.
@@ -15,12 +15,15 @@ from pipelines.report.load import Results, Training
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
 
-Currency = Literal["tokens_sampled", "tokens_trained", "optimiser_steps"]
+Currency = Literal["tokens_sampled", "tokens_trained", "optimiser_steps", "wall_time"]
 CURRENCIES: Mapping[Currency, str] = {
     "tokens_sampled": "tokens sampled",
     "tokens_trained": "tokens trained on",
     "optimiser_steps": "optimiser steps",
+    "wall_time": "wall time",
 }
+"""`wall_time` is in seconds on the machine that trained; the others are counted in the journals."""
+PROBLEMS, PREFERENCES = "data/valid/problems.parquet", "data/valid/preferences.parquet"
 TOLERANCE = 0.1
 """Budgets that differ by at most this share count as equal: answers of one number of tokens do not exist."""
 PAIRS, UNKNOWN, AS_GIVEN = "logged pairs", "not recorded", "as given"
@@ -39,17 +42,23 @@ class Protocol:
     tuned: str
     """How the algorithm's values were found."""
     spent: float | None
-    """None if the algorithm spends nothing in this currency."""
+    """None if the algorithm spends nothing in this currency, or it was not measured on this machine."""
+    prompts: str = ""
+    """sha256 of the table whose prompts it trained on; empty if it was not recorded."""
 
     def differs(self, other: Protocol, currency: Currency) -> list[str]:
         """Return the cells in which this protocol differs from `other`, in words."""
         found = [] if self.signal == other.signal else [f"trained on {self.signal}"]
         if (self.start, self.digest) != (other.start, other.digest):
             found.append(f"started from {self.start}" if self.start != other.start else "a different starting model")
+        if self.signal == other.signal and self.prompts != other.prompts:
+            found.append("different training prompts")
         found += [] if self.tuned == other.tuned else [f"tuned: {self.tuned}"]
         if found or self.same_budget(other):
             return found
         if not self.spent or not other.spent:
+            if currency == "wall_time":
+                return ["not timed on this machine" if not self.spent else "timed on this machine"]
             return [f"no {CURRENCIES[currency]}" if not self.spent else f"has {CURRENCIES[currency]}"]
         return [f"{self.spent / other.spent:.2g} times the {CURRENCIES[currency]}"]
 
@@ -70,6 +79,7 @@ def protocols(results: Results, spent: Mapping[str, float | None]) -> dict[str, 
             run.inputs.get(_start(name, run), ""),
             str(run.params.get(f"algorithms.{name}.tuned") or AS_GIVEN),
             spent.get(name),
+            run.inputs.get(PREFERENCES if _signal(name, run) == PAIRS else PROBLEMS, ""),
         )
         for name, run in runs.items()
         if run is not None

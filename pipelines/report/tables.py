@@ -50,6 +50,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
         "headline": _interval(summary.headline),
         "accuracy": _interval(summary.accuracy),
         "headline_by_seed": list(summary.by_seed),
+        "interquartile_mean": summary.iqm,
         "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},
         "reward": {name: _interval(value) for name, value in sorted(summary.rewards.items())},
         "win_rate_against_sft": _interval(summary.win_rate),
@@ -81,6 +82,8 @@ def _pair(pair: Pair) -> dict[str, Any]:
         "p": pair.test.p,
         "p_holm": pair.adjusted,
         "significant": pair.significant,
+        "hedges_g": pair.effect,
+        "probability_of_improvement": pair.improvement,
     }
 
 
@@ -115,12 +118,14 @@ def pairwise_csv(comparison: Comparison) -> str:
         "p",
         "p_holm",
         "significant",
+        "hedges_g",
+        "probability_of_improvement",
     ]
     rows = []
     for pair in comparison.pairs:
         test, d = pair.test, pair.test.difference
         rows.append([pair.a, pair.b, d.value, d.low, d.high, d.n, test.only_a, test.only_b, test.method, test.p,
-                     pair.adjusted, str(pair.significant).lower()])  # fmt: skip
+                     pair.adjusted, str(pair.significant).lower(), pair.effect, pair.improvement])  # fmt: skip
     return _csv(header, rows)
 
 

@@ -148,8 +148,8 @@ def protocols_differ(comparison: Comparison) -> str | None:
     each = "; ".join(f"{name} ({', '.join(cells)})" for name, cells in apart.items())
     currency = CURRENCIES[comparison.question.currency]
     return (
-        f"Only algorithms with the same start, training reward and tuning, and equal {currency} are ranked together. Not ranked with"
-        f" {_listed([summary.name for summary in comparison.panel])}: {each}."
+        f"Only algorithms with the same start, training reward, prompts and tuning, and equal {currency} are ranked together. Not ranked"
+        f" with {_listed([summary.name for summary in comparison.panel])}: {each}."
     )
 
 

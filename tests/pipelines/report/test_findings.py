@@ -14,10 +14,12 @@ import pytest
 from pipelines.report.analysis import Comparison, Question, compare, greedy, wins
 from pipelines.report.currencies import curve
 from pipelines.report.curves import running_mean, seed_band, seed_mean
+from pipelines.report.forest import profiles
 from pipelines.report.load import load, predictions
 from pipelines.report.page import Picture
 from pipelines.report.page import page as html
 from pipelines.report.samples import examples
+from pipelines.report.style import Look
 from pipelines.report.tables import comparison_json
 from pipelines.report.words import entropy_kept, findings, other_measure, p_value, solved, title
 from pipelines.report.write import write
@@ -78,6 +80,30 @@ def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
         "2 training seeds per algorithm: intervals and tests cover other seeds and other prompts"
     )
     assert "in this run" not in title(comparison).lower()
+    # two runs are too few to trim, so that the interquartile mean is the mean
+    assert row.iqm == pytest.approx(both.mean())
+    assert comparison.of("sft").iqm is None
+    pair, left, right = comparison.pair("dpo", "grpo"), comparison.of("dpo").by_seed, both.mean(axis=0)
+    spread = np.sqrt((np.var(left, ddof=1) + np.var(right, ddof=1)) / 2)
+    assert pair.effect == pytest.approx((np.mean(left) - np.mean(right)) / spread * (1 - 3 / 7))
+    assert pair.improvement == np.mean([x > y for x in left for y in right]) == 0
+    # the supervised model is one model, so there is no standard deviation between its runs
+    against = comparison.pair("grpo", "sft")
+    assert (against.effect, against.improvement) == (None, 1)
+    look = Look("light", ("dpo", "grpo"))
+    line = profiles(comparison, look).axes[0].get_lines()[1]
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert y.tolist() == [np.mean([value > level for value in row.by_seed]) for level in x]
+    assert set(y) == {0.0, 0.5, 1.0}
+    assert line.get_color() == look.colour("grpo")
+    text = rendered(tmp_path, comparison, ("dpo", "grpo"), (0, 3), "profiles")
+    assert "Performance profiles: the share of runs above each level" in text
+    assert "a t interval whose variance has a part from runs" in text
+    assert "The last one of every run" in text
+    assert f"<td>{100 * both.mean():.1f} %</td>" in text
+    tuned = comparison.protocols | {"dpo": replace(comparison.protocols["dpo"], tuned="best of 4 trials")}
+    page = rendered(tmp_path, replace(comparison, protocols=tuned), ("dpo", "grpo"), (0, 3))
+    assert '<mark><span lang="en">best of 4 trials</span>' in page
 
 
 @pytest.mark.parametrize(
@@ -151,10 +177,12 @@ def test_equal_models_are_called_equal_and_nothing_wins_at_zero(
     assert "no difference seen" in rendered(tmp_path, comparison, ("dpo", "grpo"))
 
 
-def rendered(folder: Path, comparison: Comparison, algorithms: tuple[str, ...]) -> str:
-    results = load(algorithms, (0,), folder)
+def rendered(
+    folder: Path, comparison: Comparison, algorithms: tuple[str, ...], seeds: tuple[int, ...] = (0,), *more: str
+) -> str:
+    results = load(algorithms, seeds, folder)
     blank = Picture("x", "x", "x", {"light": b"", "dark": b""}, (1, 1))
-    drawn = dict.fromkeys(("accuracy", "differences", "rewards", "against_tokens"), blank)
+    drawn = dict.fromkeys(("accuracy", "differences", "rewards", "against_tokens", *more), blank)
     return html(results, comparison, drawn, 2, 0)
 
 

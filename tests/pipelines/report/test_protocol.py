@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from scipy import stats
 
 from pipelines.compare import question_of
 from pipelines.config.params import load_params
-from pipelines.report.protocol import Protocol, main_panel, panels
+from pipelines.report.load import Model, Predictions, Results, Training
+from pipelines.report.measured import all_runs, training_seconds
+from pipelines.report.protocol import Protocol, main_panel, panels, protocols
 
 ANSWER, MODEL = "reward answer", "reward rm"
 FOUND = {
@@ -22,11 +25,12 @@ FOUND = {
     "bare": Protocol(ANSWER, "models/base", "c", "as given", 1000.0),
     "lucky": Protocol(ANSWER, "models/sft", "a", "best of 9", 1000.0),
     "late": Protocol(ANSWER, "models/sft", "b", "as given", 1000.0),
+    "other": Protocol(ANSWER, "models/sft", "a", "as given", 1000.0, "f"),
 }
 
 
 def test_panels_hold_equal_start_signal_and_budget() -> None:
-    assert panels(FOUND) == [["dpo"], ["ppo"], ["grpo", "gspo"], ["dapo"], ["bare"], ["lucky"], ["late"]]
+    assert panels(FOUND) == [*(["dpo"], ["ppo"], ["grpo", "gspo"], ["dapo"], ["bare"], ["lucky"], ["late"], ["other"])]
 
 
 def test_what_differs_is_named() -> None:
@@ -38,6 +42,7 @@ def test_what_differs_is_named() -> None:
     assert FOUND["bare"].differs(norm, "tokens_sampled") == ["started from models/base"]
     assert FOUND["lucky"].differs(norm, "tokens_sampled") == ["tuned: best of 9"]
     assert FOUND["late"].differs(norm, "tokens_sampled") == ["a different starting model"]
+    assert FOUND["other"].differs(norm, "tokens_sampled") == ["different training prompts"]
     assert Protocol(ANSWER, "models/sft", "a", "as given", None).differs(norm, "tokens_sampled") == [
         "no tokens sampled"
     ]
@@ -49,6 +54,48 @@ def test_the_headline_ranks_the_largest_panel_and_of_equal_ones_the_best() -> No
     two = {name: FOUND[name] for name in ("dpo", "grpo")}
     assert main_panel(two, level | {"grpo": 0.6}) == ["grpo"]
     assert main_panel({}, {}) == []
+
+
+def timed(project: Path, name: str, seconds: float) -> None:
+    folder = project / ".posttrain" / "runs" / f"align-{name}-{'a' * 16}"
+    folder.mkdir(parents=True)
+    lines = [{"kind": "start", "time": 50.0}, {"kind": "end", "time": 50.0 + seconds}]
+    (folder / "measurements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_with_wall_time_as_the_budget_only_algorithms_of_equal_seconds_on_this_machine_are_ranked(
+    tmp_path: Path,
+) -> None:
+    algorithms, seeds = ("grpo", "ppo", "gspo"), (0, 1)
+    for name, seconds in {"grpo-0": 10, "grpo-1": 14, "ppo-0": 12, "ppo-1": 12.6, "gspo-0": 12}.items():
+        timed(tmp_path, name, seconds)
+    # gspo-1 was restored, so that its time here is unknown
+    seconds = training_seconds(all_runs(tmp_path), algorithms, seeds)
+    assert seconds == {"grpo": 12.0, "ppo": pytest.approx(12.3)}
+    found = {name: Protocol(ANSWER, "models/sft", "a", "as given", seconds.get(name)) for name in algorithms}
+    assert panels(found) == [["grpo", "ppo"], ["gspo"]]
+    assert found["gspo"].differs(found["grpo"], "wall_time") == ["not timed on this machine"]
+    twice = Protocol(ANSWER, "models/sft", "a", "as given", 24.0)
+    assert twice.differs(found["grpo"], "wall_time") == ["2 times the wall time"]
+
+
+def test_the_cells_of_a_protocol_come_from_the_runs(tmp_path: Path) -> None:
+    params = {
+        "algorithms.grpo.preset": "grpo",
+        "algorithms.grpo.rewards.answer": 1.0,
+        "algorithms.grpo.tuned": "best of 4",
+    }
+    inputs = {"models/sft": "s", "data/valid/problems.parquet": "p", "data/valid/preferences.parquet": "q"}
+    runs = {
+        "grpo": Training("grpo-0", {}, {}, params, inputs),
+        "dpo": Training("dpo-0", {}, {}, {"algorithms.dpo.preset": "dpo"}, inputs),
+    }
+    empty = Predictions((), [], [], [], {})
+    models = [Model(f"{name}-0", name, 0, empty, {}, run) for name, run in runs.items()]
+    results = Results(models, runs["grpo"], runs["grpo"], list(runs), [0])
+    found = protocols(results, {"grpo": 5.0})
+    assert found["grpo"] == Protocol(ANSWER, "models/sft", "s", "best of 4", 5.0, "p")
+    assert found["dpo"] == Protocol("logged pairs", "models/sft", "s", "as given", None, "q")
 
 
 def test_several_looks_share_the_level(root: Path) -> None:

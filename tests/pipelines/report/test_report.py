@@ -114,11 +114,12 @@ def test_algorithms_under_other_protocols_are_marked_and_not_ranked(page: str, n
         "digest": "",
         "tuned": "as given",
         "spent": None,
+        "prompts": "",
     }
     assert numbers["protocols"]["ppo"]["spent"] == 5120 * 40
     assert (
-        "Only algorithms with the same start, training reward and tuning, and equal tokens sampled are ranked together. Not ranked"
-        " with grpo and ppo: dpo (trained on logged pairs)."
+        "Only algorithms with the same start, training reward, prompts and tuning, and equal tokens sampled are ranked together. Not"
+        " ranked with grpo and ppo: dpo (trained on logged pairs)."
     ) in numbers["findings"]
     assert '<mark><span lang="en">logged pairs</span>' in page
     assert page.count("<mark>204,800</mark>") == 0
