@@ -10,36 +10,36 @@ PREFECT_PORT ?= 4200
 .PHONY: help setup workspace demo demo-real retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup:  ## create .venv from pyproject.toml and constraints.txt
+setup:  ## install into .venv, once: 10 s to 5 min by network; 3 GB, more with CUDA
 	@infra/setup.sh
 
 workspace: setup
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 
-demo: workspace  ## train, align and compare on built-in data, then print the report's path (SEEDS=5 adds seeds up to five)
+demo: workspace  ## set up, train, align, compare on built-in data: 7 min on 2 cores (SEEDS=5)
 	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS))
 
-demo-real: workspace  ## the same with a real language model of 135 M parameters, on word problems: docs/real-model.md
+demo-real: workspace  ## the same with a language model of 135 M parameters: docs/real-model.md
 	@infra/models/smollm2.sh
 	@$(PYTHON_IN) -m pipelines.commands.configure examples/smollm2.yaml
 	@$(QUIET) $(PYTHON_IN) -m flows.compare
 
-retrain: workspace  ## take in new files, run stale stages, run the gate, promote; ends in seconds if nothing is new
+retrain: workspace  ## take in new files, train, promote a proven gain; seconds if nothing is new
 	@$(QUIET) $(PYTHON_IN) -m flows.retrain
 
-serve: workspace  ## retrain nightly and compare weekly on this machine only, with Prefect's UI (PREFECT_PORT=4200; Ctrl-C stops)
+serve: workspace  ## retrain nightly, compare weekly, with Prefect's UI (PREFECT_PORT=4200)
 	@$(QUIET) $(PYTHON_IN) -m flows.serve --port $(PREFECT_PORT)
 
-label: workspace  ## let people compare answers on a page; judgements go to inbox/preferences (ARGS="champion challenger")
+label: workspace  ## let people compare answers on a page, to train on (ARGS="champion challenger")
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands label $(ARGS)
 
-serve-model: workspace  ## serve the champion over an OpenAI-compatible interface on this machine (ARGS="champion dpo-0 --port 8000")
+serve-model: workspace  ## serve the champion, OpenAI-compatible (ARGS="champion dpo-0 --port 8000")
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands serve $(ARGS)
 
-up: workspace  ## start PostgreSQL, an S3 store, MLflow with accounts, Prefect and a worker as plain processes
+up: workspace  ## start PostgreSQL, S3, MLflow with accounts, Prefect and a worker as processes
 	@$(QUIET) $(PYTHON_IN) -m infra.servers up
 
 down: setup  ## stop them; databases and logs are kept
@@ -59,13 +59,13 @@ test-fast: setup  ## the tests of the mathematics, data and parameters, for the 
 test-slow: setup  ## the tests marked slow
 	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
 
-lint: setup  ## check formatting, lint, types, and known vulnerabilities of the dependencies
+lint: setup  ## check formatting, lint, types, and the dependencies for known vulnerabilities
 	@$(PYTHON_IN) -m ruff format --check .
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m mypy
 	@infra/audit.sh
 
-ui: setup  ## open MLflow for the recorded runs and Prefect for the flows, with useful links (PORT=5000 PREFECT_PORT=4200)
+ui: setup  ## open MLflow for the runs and Prefect for the flows (PORT=5000 PREFECT_PORT=4200)
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
 
 bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hour on two idle cores
@@ -74,10 +74,10 @@ bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hou
 		echo "== benchmarks/$$name.py"; $(QUIET) $(PYTHON_IN) "benchmarks/$$name.py" --write || exit 1; done
 	@$(PYTHON_IN) benchmarks/results.py
 
-calibrate: workspace  ## compare finished runs of one algorithm with each other: how often are equal copies called different?
+calibrate: workspace  ## compare copies of one algorithm: how often are they called different?
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
 
-tune: workspace  ## tune all algorithms with equal trials, chosen on some prompts and reported on the others
+tune: workspace  ## tune all algorithms with equal trials; chosen on some prompts, reported on others
 	@$(QUIET) $(PYTHON_IN) -m flows.tune $(ARGS)
 
 study: workspace  ## run one study of examples/studies and decide its claims (NAME=group_size)

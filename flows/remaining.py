@@ -1,10 +1,12 @@
-"""Estimate the time that a flow still needs, from the seconds of finished stages of the same kind, here or in the last flow."""
+"""Estimate the time that a flow still needs, from the seconds of finished stages like it, here or in the last flow."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from pipelines.report.makespan import like
 
 
 def last_seconds(root: Path) -> dict[str, float]:
@@ -28,18 +30,11 @@ def time_left(left: Collection[str], seconds: Mapping[str, float], slots: int) -
         >>> time_left({"align@dpo-0", "compare"}, {"align@grpo-0": 30.0}, 1)
         'at least 30 s left'
     """
-    known = {name: each for name in left if (each := _seconds(name, seconds)) is not None}
+    alike = {name: like(name, seconds) for name in left}
+    known = {name: sum(map(seconds.__getitem__, each)) / len(each) for name, each in alike.items() if each}
     if not known or 2 * len(known) < len(left):
         return ""
     longest = max(known.values())
     total = max(longest, sum(known.values()) / slots)
     words = f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min"
     return f"{'about' if len(known) == len(left) else 'at least'} {words} left"
-
-
-def _seconds(name: str, seconds: Mapping[str, float]) -> float | None:
-    """Return the seconds of the stage, else the mean of the stages that differ only in their item; None if neither is known."""
-    if name in seconds:
-        return seconds[name]
-    alike = [each for other, each in seconds.items() if other.partition("@")[0] == name.partition("@")[0]]
-    return sum(alike) / len(alike) if alike else None

@@ -11,18 +11,20 @@ from prefect.client.schemas import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from flows.answer import answer
 from flows.remaining import last_seconds, time_left
 from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
 from flows.workspace import follower, fork_server, write_costs, write_record
+from pipelines.runtime.command_line import print_text
 from pipelines.runtime.publish import SHARED_REPORT
+from pipelines.runtime.redaction import printable
 from posttrain.errors import Interrupted, OrchestrationError
-from posttrain.files import read_json
 from tasks import stage as stages
 from tasks.console import log_line, print_line
 from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
-from tasks.publish import RESTORE_REPORT, publish_report
+from tasks.publish import publish_report
 from tasks.slots import machine_slots
 
 
@@ -162,22 +164,12 @@ def _finish(root: Path) -> None:
     """Publish the report and print its address."""
     report = publish_report(root)
     if report is not None:
-        for sentence in answer(root):
-            print_line(sentence)
+        print_text("\n".join(["", *map(printable, answer(root)), ""]))
         print_line(f"report: {report}")
         shared = root / SHARED_REPORT
         if shared.is_file():
             print_line(f"the same page with this machine's times, as one file to send: {shared}")
         print_line("metrics: `make ui` opens MLflow")
-
-
-def answer(root: Path) -> list[str]:
-    """Return the title of the report and the findings that say how sure it is; empty without a report."""
-    path = root / "report" / "comparison.json"
-    if not path.is_file():
-        return []
-    numbers = read_json(path, RESTORE_REPORT)
-    return [f"answer: {numbers['title']}", *(f"  {sentence}" for sentence in numbers["findings"][:4])]
 
 
 def _print_seconds(outcome: DagOutcome, total: float) -> None:

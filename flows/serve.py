@@ -49,7 +49,7 @@ from pipelines.commands.ui import free_port
 from pipelines.data.inbox import location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact
@@ -181,6 +181,7 @@ def _make_inbox(root: Path) -> None:
 
 
 @reports_errors
+@ends_with_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("python -m flows.serve", __doc__)
@@ -192,14 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(root)
     for number in stopping_signals():
         signal.signal(number, raise_interrupt)
-    try:
-        require_writable(root)
-        entries = read_entries(root / "prefect.yaml")
-        _make_inbox(root)
-        with only_serving(root), server(root, args.port) as pages, announced(root, pages):
-            _serve(root, entries, pages)
-    except KeyboardInterrupt:
-        return 0
+    require_writable(root)
+    entries = read_entries(root / "prefect.yaml")
+    _make_inbox(root)
+    with only_serving(root), server(root, args.port) as pages, announced(root, pages):
+        _serve(root, entries, pages)
     return 0
 
 

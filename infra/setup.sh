@@ -55,7 +55,7 @@ find_uv() {
 }
 
 if fresh; then exit 0; fi
-echo "setup: installing into $VENV (once per change of pyproject.toml or constraints.txt)"
+echo "setup: installing into $VENV (3 GB, more with CUDA; once per change of pyproject.toml or constraints.txt)"
 if [ ! -x "$VENV/bin/python" ]; then
     BASE="$(interpreter)"
     "$BASE" -m venv "$VENV"

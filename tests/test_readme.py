@@ -190,6 +190,16 @@ def test_make_starts_the_module_that_the_test_runs(root: Path) -> None:
         assert not module or f"-m {module} " in made.stdout.replace("\n", " ") + " ", command
 
 
+def test_make_lists_its_commands_in_100_columns_and_what_set_up_costs(root: Path) -> None:
+    made = subprocess.run(["make"], cwd=root, capture_output=True, text=True, check=True)
+    lines = made.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line[:5] == "make " and line[17] == " " and line[18] != " " for line in lines)
+    (setup,) = [line for line in lines if line.startswith("make setup ")]
+    assert "3 GB" in setup
+    assert "min by network" in setup
+
+
 def test_the_changes_that_the_pages_show_are_valid_and_can_be_planned(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from pipelines.data.inbox import location
 from pipelines.data.tables import read_rows
 from pipelines.promotion.named import find_model
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
 from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
 
@@ -184,7 +184,13 @@ def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
     return models
 
 
+def read_line(prompt: str) -> str:
+    """Return the user's next line. The prompt is only shown on a terminal: in a pipe it would stand between the answers."""
+    return input(prompt if sys.stdin.isatty() else "")
+
+
 @reports_errors
+@ends_with_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("posttrain chat", __doc__)
@@ -205,18 +211,19 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     inbox = location(project)
-    try:
-        if args.against:
-            handover.free_name(inbox, "chat")  # refuses a store before any model is loaded
-        models = open_models(project, [args.model, *([args.against] if args.against else [])])
-        if args.system and not has_template(models[0][1]):
-            raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")
+    if args.against:
+        handover.free_name(inbox, "chat")  # refuses a store before any model is loaded
+    models = open_models(project, [args.model, *([args.against] if args.against else [])])
+    if args.system and not has_template(models[0][1]):
+        raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")
+    if sys.stdin.isatty():
         print_text("\n".join([HELP, *plain_text_hint(project, models[0][1])]))
-        sampling = Sampling(args.temperature, args.max_new_tokens, args.seed, args.system)
-        scores = bool(args.against) and handover.needs_scores(project)
-        Chat(models, sampling, inbox, input, lambda text: print(text, end="", flush=True), scores).run()
-    except (EOFError, KeyboardInterrupt):
-        print()
+    sampling = Sampling(args.temperature, args.max_new_tokens, args.seed, args.system)
+    scores = bool(args.against) and handover.needs_scores(project)
+    try:
+        Chat(models, sampling, inbox, read_line, lambda text: print(text, end="", flush=True), scores).run()
+    except EOFError:  # Ctrl-D, or the end of a file
+        print("\n" if sys.stdin.isatty() else "", end="")
     return 0
 
 

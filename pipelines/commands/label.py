@@ -8,7 +8,7 @@
 Prints the page's address, which holds a secret. Everyone who judges opens it and gives a name. The page is reachable only from this
 machine; from a different one, use `ssh -L 5050:127.0.0.1:5050 HOST`. Each judgement is on disk before the next item appears. When an
 annotator has finished, or the server stops, judgements go to inbox/preferences, where `make retrain` takes them in. The same command
-continues the same session; other models, prompts or options begin a new one.
+continues the same session; other models, prompts or options begin a new one. A session in which nobody judged anything is removed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from pipelines.labelling.session import ASKS, FOLDER, Session, open_session
 from pipelines.labelling.summary import describe, summarise
 from pipelines.promotion.named import find_model
 from pipelines.runtime import credentials, environment, web
-from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.redaction import printable
 from pipelines.validation.leakage import prompt_keys
@@ -122,17 +123,26 @@ def identity(args: argparse.Namespace, weights: Sequence[str], table: Path) -> s
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def with_defaults(args: argparse.Namespace, params: Params) -> argparse.Namespace:
+    """Return the options with the values that they have if they are not given."""
+    models = args.models or ["champion"]
+    defaults = {
+        "models": models,
+        "answers": 2 if len(models) == 1 else 1,
+        "max_new_tokens": params.evaluation.max_new_tokens,
+        "temperature": params.evaluation.temperature,
+        "prompts": PROMPTS,
+    }
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**(defaults | given | {"models": models}))
+
+
 def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     """Open the session of these options, or sample a new one."""
     if args.name and (FOLDER / args.name / "items.jsonl").is_file():
         return open_session(FOLDER / args.name)
-    names = args.models or ["champion"]
-    args.answers = args.answers or (2 if len(names) == 1 else 1)
-    if args.max_new_tokens is None:
-        args.max_new_tokens = params.evaluation.max_new_tokens
-    if args.temperature is None:
-        args.temperature = params.evaluation.temperature
-    table = args.prompts or PROMPTS
+    args = with_defaults(args, params)
+    names, table = args.models, args.prompts
     found = usable(prompts(table), PROMPTS.parent)
     weights = [_weights(project, name, params.project.experiment) for name in names]
     folder = FOLDER / (args.name or identity(args, weights, table))
@@ -180,10 +190,19 @@ def serve(session: Session, project: Path, port: int) -> None:
 
     try:
         web.run(application(desk, lambda: hand_over(desk, inbox, scores=scores), port, token), port, ready)
-        write_results(desk)
-        print_text("\n".join(map(printable, describe(summarise(session, desk.judgements())).split("\n"))))
+        finish(desk)
     finally:
         desk.close()
+
+
+def finish(desk: Desk) -> None:
+    """Write and print the results. A session in which nobody judged anything is removed; the same command samples it again."""
+    if desk.is_untouched:
+        shutil.rmtree(desk.session.folder)
+        print_text(f"nobody judged anything; {printable(str(desk.session.folder))} is removed")
+        return
+    write_results(desk)
+    print_text("\n".join(map(printable, describe(summarise(desk.session, desk.judgements())).split("\n"))))
 
 
 def print_summary(name: str) -> None:
@@ -229,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @reports_errors
+@ends_with_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     command = parser()
@@ -242,16 +262,13 @@ def main(argv: list[str] | None = None) -> int:
     args.prompts = args.prompts and args.prompts.absolute()
     args.models = [str(Path(m).absolute()) if _is_folder(m) else m for m in args.models]
     os.chdir(project)
-    try:
-        if args.summary:
-            print_summary(args.summary)
-            return 0
-        environment.require_writable(project)
-        port = free_port(args.port)
-        session = prepare(project, args, load_params(project / "params.yaml"))
-        serve(session, project, port)
-    except KeyboardInterrupt:
+    if args.summary:
+        print_summary(args.summary)
         return 0
+    environment.require_writable(project)
+    port = free_port(args.port)
+    session = prepare(project, args, load_params(project / "params.yaml"))
+    serve(session, project, port)
     return 0
 
 

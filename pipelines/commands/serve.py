@@ -24,7 +24,7 @@ from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import CHAMPION, Registry
 from pipelines.runtime import credentials, environment, web
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.redaction import printable
 from posttrain import network
 from posttrain.errors import DataError, TrackingError
@@ -100,6 +100,7 @@ def serve(project: Path, names: list[str], port: int, max_tokens: int) -> None:
 
 
 @reports_errors
+@ends_with_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("posttrain serve", __doc__)
@@ -120,11 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     names = [str(Path(m).absolute()) if (Path(m) / "config.json").is_file() else m for m in args.models]
     os.chdir(project)
-    try:
-        environment.require_writable(project)
-        serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens)
-    except KeyboardInterrupt:
-        return 0
+    environment.require_writable(project)
+    serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens)
     return 0
 
 

@@ -127,6 +127,12 @@ class Desk:
                 raise DataError("your last judgement was handed to the inbox, so it cannot be undone here")
             self._append({"kind": "undo", "key": last.key, "annotator": annotator, "time": self.now()})
 
+    @property
+    def is_untouched(self) -> bool:
+        """Return True if nobody has judged anything, not even what was undone later."""
+        with self._lock:
+            return not self._seen
+
     def is_finished(self, annotator: str) -> bool:
         """Return True if the annotator has judged every task."""
         with self._lock:

@@ -52,7 +52,7 @@ def title(comparison: Comparison) -> str:
     result = _result(comparison) + (f"；{called} 的协议不同，不参与排名" if apart else "")
     if comparison.about_training or not solved(comparison):
         return result
-    return f"仅就本次运行：{result}；只有一个训练种子，不能说明更多"
+    return f"仅就本次运行（一个种子）：{result}"
 
 
 def _result(comparison: Comparison) -> str:
@@ -92,7 +92,7 @@ def _scope(comparison: Comparison) -> str:
         seeds = max(len(summary.seeds) for summary in comparison.algorithms)
         return f"每个算法 {seeds} 个训练种子：区间和检验涵盖其他种子与其他题目，自由度由种子数决定。"
     return (
-        "不能对训练下结论：每个算法只有一个训练种子。区间和检验只针对本次运行的模型，涵盖其他题目。"
+        "每个算法只有一个训练种子：结果只针对本次运行的模型，再运行一次顺序可能不同。区间和检验涵盖其他题目。"
         "请增加种子以比较算法：make demo SEEDS=5。"
     )
 

@@ -117,19 +117,27 @@ def _present(work: Mapping[str, Work]) -> dict[str, Work]:
 
 def _of(kind: str, name: str, known: Mapping[str, Work]) -> Work:
     """Return the time of a stage, and its dependencies after those of a stage like it. `name` is algorithm-seed."""
-    exact = known.get(f"{kind}@{name}")
-    if exact is not None:
-        return exact
-    alike = {each: found for each in known if (found := ALIGNED.fullmatch(each)) and found["kind"] == kind}
+    alike = like(f"{kind}@{name}", known)
     if not alike:
         raise DataError(
             f"the last flow here ran no stage {kind}; run `dvc repro` with all algorithms once, and ask again"
         )
-    algorithm = name.rpartition("-")[0]
-    own = [each for each, found in alike.items() if found["algorithm"] == algorithm] or list(alike)
-    suffix = own[0].partition("@")[2]
-    after = (above.replace(f"align@{suffix}", f"align@{name}") for above in known[own[0]].after)
-    return Work(sum(known[each].seconds for each in own) / len(own), tuple(after))
+    suffix = alike[0].partition("@")[2]
+    after = (above.replace(f"align@{suffix}", f"align@{name}") for above in known[alike[0]].after)
+    return Work(sum(known[each].seconds for each in alike) / len(alike), tuple(after))
+
+
+def like(name: str, known: Iterable[str]) -> list[str]:
+    """Return the stages whose mean time predicts that of `name`: itself, else its algorithm's other seeds, else all of its kind.
+
+    Example:
+        >>> like("align@dpo-1", ["sft", "align@dpo-0", "align@grpo-0"]), like("align@ppo-0", ["align@dpo-0", "align@grpo-0"])
+        (['align@dpo-0'], ['align@dpo-0', 'align@grpo-0'])
+    """
+    kind, _, item = name.partition("@")
+    alike = [each for each in known if each.partition("@")[0] == kind]
+    own = [each for each in alike if each.partition("@")[2].rpartition("-")[0] == item.rpartition("-")[0]]
+    return [name] if name in alike else own or alike
 
 
 def _dependencies(lock: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

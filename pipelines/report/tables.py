@@ -33,6 +33,7 @@ def comparison_json(comparison: Comparison) -> str:
         "resamples": question.resampling.resamples,
         "prompts": comparison.prompts,
         "ranked": [summary.name for summary in ranked(comparison)],
+        "not_ranked": comparison.apart(),
         "protocols": {name: asdict(protocol) for name, protocol in sorted(comparison.protocols.items())},
         "models": {summary.name: _summary(summary) for summary in comparison.summaries},
         "pairs": [_pair(pair) for pair in comparison.pairs],

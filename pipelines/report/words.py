@@ -50,7 +50,7 @@ def title(comparison: Comparison) -> str:
     result = _result(comparison) + _unranked(comparison)
     if comparison.about_training or not solved(comparison):
         return result
-    return f"In this run, {result[0].lower() + result[1:] if result.startswith('No ') else result}; one training seed allows no more"
+    return f"In this run with one seed, {result[0].lower() + result[1:] if result.startswith('No ') else result}"
 
 
 def _unranked(comparison: Comparison) -> str:
@@ -279,8 +279,8 @@ def _scope(comparison: Comparison) -> str:
     seeds = max(len(summary.seeds) for summary in comparison.algorithms)
     if not comparison.about_training:
         return (
-            "No statement about training is possible: there is one training seed per algorithm. Intervals and tests cover other"
-            " prompts, for the models of this run. To compare the algorithms, add seeds: make demo SEEDS=5."
+            "One training seed per algorithm: the result holds for the models of this run, and a second run may give a different order."
+            " Intervals and tests cover other prompts. To compare the algorithms, add seeds: make demo SEEDS=5."
         )
     return (
         f"{seeds} training seeds per algorithm: intervals and tests cover other seeds and other prompts, with degrees of freedom"

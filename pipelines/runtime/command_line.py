@@ -36,6 +36,21 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
     return run
 
 
+def ends_with_ctrl_c(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate the `main` of a command that runs until Ctrl-C or SIGTERM: it ends with status 0, with the prompt on a new line."""
+
+    @wraps(main)
+    def run(*args: P.args, **options: P.kwargs) -> int:
+        try:
+            return main(*args, **options)
+        except KeyboardInterrupt:
+            if sys.stdout.isatty():
+                print()
+            return 0
+
+    return run
+
+
 def report_error(error: PosttrainError) -> int:
     """Print an error as one paragraph on stderr and return its exit status."""
     print(f"error: {printable(redact(str(error)))}", file=sys.stderr)

@@ -149,6 +149,9 @@ def test_the_time_left_comes_from_stages_of_the_same_kind() -> None:
     # two unknown alignments take the mean of the known ones, 100 s each; two slots share them
     assert time_left({"align@dpo-0", "align@dpo-1"}, seconds, 1) == "about 3 min left"
     assert time_left({"align@dpo-0", "align@dpo-1"}, seconds, 2) == "about 2 min left"
+    assert time_left({"align@dpo-1"}, {"align@dpo-0": 40.0, "align@grpo-0": 80.0}, 1) == "about 40 s left", (
+        "its other seed"
+    )
     assert time_left({"sft", "compare"}, seconds, 1) == "at least 40 s left"
     assert time_left({"sft", "compare", "reward"}, seconds, 1) == "", "the time of most stages is not known"
     assert time_left({"compare"}, seconds, 1) == time_left(set(), seconds, 1) == ""

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from flows.answer import answer
 from flows.deployments import read_entries
 from flows.remaining import last_seconds
-from flows.run_dag import answer
 from infra.topology import Topology
 from pipelines.data.tables import read_changes
 from pipelines.lineage.records import Artifact, open_cache

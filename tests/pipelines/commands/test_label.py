@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 import posttrain as pt
-from pipelines.commands.label import main, parser, prepare, prompts, usable
+from pipelines.commands.label import finish, main, parser, prepare, prompts, usable, with_defaults
 from pipelines.config.params import load_params
 from pipelines.data.tables import Table, write_rows
+from pipelines.labelling.judgements import Desk
 from pipelines.labelling.sampling import Sampling, closest, sample_items
 from pipelines.labelling.session import Answer, Item
 from posttrain.errors import DataError
+from tests.pipelines.labelling.sessions import session
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 96}
 ROWS: dict[Table, list[dict[str, Any]]] = {
@@ -90,3 +92,29 @@ def test_mistakes_are_words(project: Path, capsys: pytest.CaptureFixture[str]) -
     assert "there is no labelling session none; sessions: none yet" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["model-0", "--name", "../x"])
+
+
+def test_a_session_in_which_nobody_judged_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty", "judged"):
+        desk = Desk(session(tmp_path / name, count=2))
+        if name == "judged":
+            desk.judge("ann", "1", "k", "first")
+            desk.undo("ann")
+        finish(desk)
+        desk.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["judged"]
+    assert (tmp_path / "judged/summary.json").is_file()
+    said = capsys.readouterr().out
+    assert said.startswith("nobody judged anything; ")
+    assert f"{Path('empty')} is removed" in said
+
+
+def test_options_that_are_not_given_follow_the_project_and_the_models(root: Path) -> None:
+    given = parser().parse_args(["--seed", "3"])
+    params = load_params(root / "params.yaml")
+    full = with_defaults(given, params)
+    assert (full.models, full.answers, full.seed) == (["champion"], 2, 3)
+    assert full.max_new_tokens == params.evaluation.max_new_tokens
+    assert (given.models, given.answers, given.max_new_tokens) == ([], None, None), "the options given stay as they are"
+    assert with_defaults(parser().parse_args(["a", "b", "--temperature", "0"]), params).temperature == 0
+    assert with_defaults(parser().parse_args(["a", "b"]), params).answers == 1
