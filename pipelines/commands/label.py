@@ -133,8 +133,8 @@ def with_defaults(args: argparse.Namespace, params: Params) -> argparse.Namespac
         "temperature": params.evaluation.temperature,
         "prompts": PROMPTS,
     }
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**(defaults | given | {"models": models}))
+    missing = [name for name in defaults if getattr(args, name) in (None, [])]
+    return argparse.Namespace(**(vars(args) | {name: defaults[name] for name in missing}))
 
 
 def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
