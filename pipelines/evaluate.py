@@ -41,6 +41,8 @@ def run(run: Run) -> None:
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
     results |= answers_not_found(answers, run.context.params.rewards[params.accuracy])
     results["preference/accuracy"] = evaluator.preference_accuracy()
+    second = evaluator.second_task_accuracy()
+    results |= {} if second is None else {"second_task/accuracy": second}
     run.recorder.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary(results)

@@ -20,8 +20,8 @@ from tests.training.runs import options_of, source_of
 
 TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)?")
 NAME = re.compile(r"`([^`]+)`")
-ELSEWHERE = ("heldout/", "pairs/", "faults/", "router/")
-"""Logged by the reward step, the loop at a fault, and mixtures of experts."""
+ELSEWHERE = ("heldout/", "pairs/", "faults/", "router/", "second_task/")
+"""Logged by the reward step, the loop at a fault, mixtures of experts, and evaluations."""
 
 
 def documents(root: Path) -> list[Path]:

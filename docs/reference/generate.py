@@ -93,7 +93,7 @@ def errors() -> str:
 
 def _classes() -> dict[str, ast.ClassDef]:
     """Return the classes of the parameters' schema by name."""
-    files = [ROOT / "pipelines" / "config" / name for name in ("schema.py", "data_schema.py", "tune_schema.py")]
+    files = sorted((ROOT / "pipelines" / "config").glob("*schema.py"))
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 

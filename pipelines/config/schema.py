@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipelines.config.second_task_schema import SecondTask
 from pipelines.config.types import (
     Count,
     Finite,
@@ -367,6 +368,8 @@ class EvaluationParams(Section):
     samples_shown: Count
     turns: TurnsParams | None = None
     """Conversations of several turns, as in align.on_policy.turns."""
+    second_task: SecondTask | None = None
+    """A task that nothing trains on, to see what was forgotten."""
     compute: ComputeParams
 
 

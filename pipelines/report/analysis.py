@@ -87,6 +87,8 @@ class Summary:
     """Share of answers in which the judge `answer` found no answer; they count as wrong."""
     entropy: Interval | None
     preference: float | None
+    second_task: float | None
+    """Accuracy of the greedy answers to `evaluation.second_task`."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         entropy=over_samples("entropy", bootstrap),
         not_found=_mean_metric(models, "answers/not_found"),
         preference=_mean_metric(models, "preference/accuracy"),
+        second_task=_mean_metric(models, "second_task/accuracy"),
     )
 
 

@@ -61,6 +61,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
         "answers_not_found": summary.not_found,
         "entropy": _interval(summary.entropy),
         "preference_accuracy": summary.preference,
+        "second_task_accuracy": summary.second_task,
     }
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.training.setup import accelerator, announce, device_name, problems, read_table, with_turns
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from pipelines.config.second_task_schema import SecondTask
+    from posttrain.data.tokens import TextEncoder
     from posttrain.evaluation.answers import EvaluatedAnswer
+    from posttrain.models.policy import Policy
 
 REFERENCE = Path("models/sft")
 
@@ -67,6 +71,52 @@ class Evaluator:
         chosen, rejected = (table_tokens(self.encoder, rows, name) for name in ("chosen", "rejected"))
         pairs = list(zip(chosen, rejected, strict=True))
         return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16)
+
+    def second_task_accuracy(self) -> float | None:
+        """Return the accuracy on `evaluation.second_task`, or None if there is none."""
+        task, params = self.params.second_task, self.params
+        if task is None:
+            return None
+        settings = SecondTaskSettings(params.seed, params.max_new_tokens, params.compute.bf16)
+        return second_task_accuracy(self.policy, self.encoder, task, settings)
+
+
+class SecondTaskSettings(NamedTuple):
+    """Settings of the answers to a second task: those of the evaluation."""
+
+    seed: int
+    max_new_tokens: int
+    bf16: bool = False
+
+
+def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask, settings: SecondTaskSettings) -> float:
+    """Return the mean reward of the greedy answers to a second task.
+
+    An answer that the judge cannot score is left out.
+
+    Raises:
+        ConfigError: the task has several turns, or the options do not fit it.
+        DataError: the judge scored no answer.
+    """
+    from posttrain.environments.base import checked_rows, environment
+    from posttrain.rollouts.engine import Request, SamplingSettings
+    from posttrain.rollouts.native import NativeEngine
+
+    found = environment(task.source)
+    if found.step is not None:
+        raise ConfigError(
+            f"evaluation.second_task: {task.source} has several turns; choose a task with one answer to each prompt"
+        )
+    rows = checked_rows(found, "evaluation", task.rows, settings.seed, task.options, "evaluation.second_task.options")
+    requests = [Request(tuple(encoder.prompt(row["prompt"])), ((0,),)) for row in rows]
+    engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
+    answers = engine.sample(requests, SamplingSettings(settings.max_new_tokens, 0.0))
+    texts = [encoder.text(completion.tokens) for (completion,) in answers]
+    judged = [found.judge(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    known = [reward for reward in judged if reward is not None]
+    if not known:
+        raise DataError(f"evaluation.second_task: the judge of {task.source} scored none of {len(judged)} answers")
+    return sum(known) / len(known)
 
 
 def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:

@@ -106,20 +106,30 @@ def is_environment(name: str) -> bool:
     return name in built_in() or name in _REGISTERED or PATH.fullmatch(name) is not None
 
 
-def checked_rows(found: Environment, kind: Kind, count: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+def checked_rows(
+    found: Environment, kind: Kind, count: int, seed: int, options: Mapping[str, Any], place: str | None = None
+) -> list[Row]:
     """Return the environment's rows of one table.
+
+    Args:
+        place: where the options are written, for the error; default: data.environments and the name.
 
     Raises:
         ConfigError: `options` do not fit its function `rows`.
     """
+    check_options(found, options, place or f"data.environments.{found.name}")
+    return found.rows(kind, count, seed, **options)
+
+
+def check_options(found: Environment, options: Mapping[str, Any], place: str) -> None:
+    """Raise ConfigError with `place` if `options` do not fit the environment's function `rows`."""
     try:
-        signature(found.rows).bind(kind, count, seed, **options)
+        signature(found.rows).bind("evaluation", 1, 0, **options)
     except TypeError as error:
         valid = [name for name, p in signature(found.rows).parameters.items() if p.kind is p.KEYWORD_ONLY]
         raise ConfigError(
-            f"data.environments.{found.name}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
+            f"{place}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
         ) from error
-    return found.rows(kind, count, seed, **options)
 
 
 def register(new: Environment) -> Environment:

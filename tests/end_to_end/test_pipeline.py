@@ -42,6 +42,7 @@ def test_every_stage_writes_journal_metrics_and_result(reproduced: Clone) -> Non
     for model in MODELS:
         metrics = json.loads((reproduced.root / "runs" / "evaluate" / model / "metrics.json").read_text())
         assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
+        assert 8 * metrics["second_task"]["accuracy"] in range(9)
     page = (reproduced.root / "report" / "index.html").read_text(encoding="utf-8")
     assert all(name in page for name in ("dpo", "grpo", "ppo"))
     assert json.loads((reproduced.root / "report" / "comparison.json").read_text())

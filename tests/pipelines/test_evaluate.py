@@ -1,14 +1,23 @@
-"""The share of malformed answers: those in which the judge finds nothing to compare."""
+"""The share of malformed answers, and the accuracy on a second task that nothing trains on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import pytest
+import torch
+from pydantic import ValidationError
 
 from pipelines.config.schema import RewardFunctionParams
+from pipelines.config.second_task_schema import SecondTask
 from pipelines.evaluate import answers_not_found
+from pipelines.training.evaluator import SecondTaskSettings, second_task_accuracy
+from posttrain.data.tokens import TextEncoder
+from posttrain.environments.base import Environment, register
+from posttrain.errors import ConfigError, DataError
 from posttrain.evaluation.answers import EvaluatedAnswer
+from posttrain.models.policy import Policy
+from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.groups import Problem
 
 
@@ -27,3 +36,82 @@ def test_malformed_answers_are_those_without_an_answer_right_or_wrong() -> None:
     assert answers_not_found(answers, strict) == {"answers/not_found": pytest.approx(3 / 4)}
     # other judges do not say whether they found something
     assert answers_not_found(answers, RewardFunctionParams(function="length")) == {}
+
+
+ASKED = ["1+2=", "30+4=", "5+67=", "8-9=", "0+0="]
+
+
+def judge(completion: str, answer: str) -> float | None:
+    """Score an answer by its first byte, and give none for the last prompt."""
+    return None if answer == "skip" else (ord(completion[:1] or "a") % 4) / 4
+
+
+ECHO = register(
+    Environment(
+        "echo_second",
+        lambda kind, count, seed: [
+            {"prompt": prompt, "answer": "skip" if i == 4 else "4"} for i, prompt in enumerate(ASKED[:count])
+        ],
+        judge,
+    )
+)
+
+
+def greedy_text(model: torch.nn.Module, encoder: TextEncoder, prompt: str, length: int) -> str:
+    """Decode greedily without a cache: the whole text again for every token."""
+    ids = encoder.prompt(prompt)
+    start = len(ids)
+    for _ in range(length):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        if ids[-1] in encoder.ends:
+            break
+    return encoder.text(ids[start:])
+
+
+def test_a_second_task_is_answered_greedily_and_scored_by_its_own_judge() -> None:
+    torch.manual_seed(0)
+    shape = TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, max_length=32)
+    model, tokenizer = tiny_model(shape, 3)
+    encoder = TextEncoder(tokenizer, shape.max_length)
+    by_hand = [judge(greedy_text(model, encoder, prompt, 6), "4") for prompt in ASKED[:4]]
+    assert len(set(by_hand)) > 1
+    task = SecondTask(source="echo_second", rows=5)
+    found = second_task_accuracy(Policy(model), encoder, task, SecondTaskSettings(0, 6))
+    assert found == pytest.approx(sum(by_hand) / 4)
+    talk = register(Environment("talk_second", ECHO.rows, judge, lambda conversation: None))
+    with pytest.raises(ConfigError, match="talk_second has several turns"):
+        second_task_accuracy(Policy(model), encoder, SecondTask(source=talk.name, rows=5), SecondTaskSettings(0, 6))
+    nothing = SecondTask(source="echo_second", rows=5, options={"loud": True})
+    with pytest.raises(ConfigError, match=r"evaluation.second_task.options: .* 'loud'"):
+        second_task_accuracy(Policy(model), encoder, nothing, SecondTaskSettings(0, 6))
+
+
+def test_a_second_task_that_is_never_scored_is_an_error() -> None:
+    register(Environment("mute_second", lambda kind, count, seed: [{"prompt": "1", "answer": "skip"}] * count, judge))
+    shape = TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, max_length=32)
+    model, tokenizer = tiny_model(shape, 0)
+    with pytest.raises(DataError, match="mute_second scored none of 2 answers"):
+        second_task_accuracy(
+            Policy(model),
+            TextEncoder(tokenizer, 32),
+            SecondTask(source="mute_second", rows=2),
+            SecondTaskSettings(0, 2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"source": "arithmetics"}, "is no environment; did you mean 'arithmetic'"),
+        (
+            {"source": "arithmetic"},
+            "options: missing a required argument: 'terms'; the options of this environment are terms",
+        ),
+        ({"source": "guess"}, "has several turns"),
+        ({"source": "word_problems", "rows": 0}, "greater than"),
+    ],
+)
+def test_a_second_task_is_checked_before_anything_is_trained(section: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SecondTask.model_validate(section)

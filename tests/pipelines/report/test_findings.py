@@ -186,6 +186,23 @@ def rendered(
     return html(results, comparison, drawn, 2, 0)
 
 
+def test_a_second_task_is_a_column_if_it_was_measured(tmp_path: Path) -> None:
+    before = compared(tmp_path, algorithms=("dpo", "grpo"), seeds=(0, 3))
+    assert before.of("grpo").second_task is None
+    assert "Second task" not in rendered(tmp_path, before, ("dpo", "grpo"), (0, 3))
+    results = load(("dpo", "grpo"), (0, 3), tmp_path)
+    levels = {"base": 0.0, "sft": 0.75, "dpo-0": 0.7, "dpo-3": 0.6, "grpo-0": 0.25, "grpo-3": 0.15}
+    for model in results.models:
+        model.metrics["second_task/accuracy"] = levels[model.name]
+    comparison = compare(results, QUESTION)
+    found = {row.name: row.second_task for row in comparison.summaries}
+    assert found == pytest.approx({"base": 0.0, "sft": 0.75, "dpo": 0.65, "grpo": 0.2})
+    assert json.loads(comparison_json(comparison))["models"]["grpo"]["second_task_accuracy"] == pytest.approx(0.2)
+    page = rendered(tmp_path, comparison, ("dpo", "grpo"), (0, 3))
+    assert "which nothing trains on; a fall shows forgetting" in page
+    assert "<td>20.0 %</td>" in page
+
+
 def test_a_band_over_seeds_is_the_t_interval_of_their_mean() -> None:
     a = (np.array([1.0, 2.0]), np.array([1.0, 2.0]))
     b = (np.array([1.0, 2.0]), np.array([3.0, 2.0]))
