@@ -117,19 +117,14 @@ def checked_rows(
     Raises:
         ConfigError: `options` do not fit its function `rows`.
     """
-    check_options(found, options, place or f"data.environments.{found.name}")
-    return found.rows(kind, count, seed, **options)
-
-
-def check_options(found: Environment, options: Mapping[str, Any], place: str) -> None:
-    """Raise ConfigError with `place` if `options` do not fit the environment's function `rows`."""
     try:
-        signature(found.rows).bind("evaluation", 1, 0, **options)
+        signature(found.rows).bind(kind, count, seed, **options)
     except TypeError as error:
         valid = [name for name, p in signature(found.rows).parameters.items() if p.kind is p.KEYWORD_ONLY]
         raise ConfigError(
-            f"{place}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
+            f"{place or f'data.environments.{found.name}'}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
         ) from error
+    return found.rows(kind, count, seed, **options)
 
 
 def register(new: Environment) -> Environment:

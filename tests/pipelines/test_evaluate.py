@@ -109,6 +109,10 @@ def test_a_second_task_that_is_never_scored_is_an_error() -> None:
             "options: missing a required argument: 'terms'; the options of this environment are terms",
         ),
         ({"source": "guess"}, "has several turns"),
+        (
+            {"source": "arithmetic", "options": {"terms": 3, "max_term": 9, "careless": 0.0}},
+            r"rows = 200: only \d+ different prompts exist",
+        ),
         ({"source": "word_problems", "rows": 0}, "greater than"),
     ],
 )
