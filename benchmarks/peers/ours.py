@@ -121,6 +121,9 @@ class Sevens:
     def score(self, answers: RewardBatch) -> list[float | None]:
         return [float(sum(tokens.response) % 7) for tokens in answers.tokens]
 
+    def used(self) -> dict[str, float]:
+        return {}
+
 
 def _key(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids))

@@ -42,7 +42,7 @@ from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
 
-REWARD_FUNCTIONS = ("reward_model", *BUILT_IN_NAMES)
+REWARD_FUNCTIONS = ("reward_model", "judge", *BUILT_IN_NAMES)
 RESERVED_NAMES = ("reward", "total", "prompt", "completion")
 
 S = TypeVar("S", bound=Section)

@@ -10,9 +10,10 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.judge import JudgeSettings
 from posttrain.text import nearest
 
 _POSITIVE = "a number above 0"
@@ -31,6 +32,8 @@ _REQUIRED = ("length", "regex", "format")
 
 def check_arguments(function: str, arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError if a built-in function has no such argument or value; other functions check their own."""
+    if function == "judge":
+        judge_settings(arguments)
     if function not in KNOWN:
         return
     known = KNOWN[function]
@@ -47,3 +50,32 @@ def check_arguments(function: str, arguments: Mapping[str, Any]) -> None:
     missing = sorted(set(known) - set(arguments)) if function in _REQUIRED else []
     if missing:
         raise ConfigError(f"{missing[0]}: missing; the reward function {function!r} needs it ({known[missing[0]]})")
+
+
+def judge_settings(arguments: Mapping[str, Any]) -> JudgeSettings:
+    """Return what a judge is asked. Raises ConfigError if there is no such argument, or a value of another type or beyond its limits."""
+    known = get_type_hints(JudgeSettings)
+    for name, value in arguments.items():
+        if name not in known:
+            raise ConfigError(f"{name}: the reward function 'judge' has no such argument{nearest(name, known)}")
+        if not _fits(value, known[name]):
+            raise ConfigError(f"{name} = {value!r}: must be {_JUDGE_KINDS.get(known[name], 'text')}")
+    if "model" not in arguments:
+        raise ConfigError("model: missing; the reward function 'judge' needs the name of a model of its server")
+    return JudgeSettings(**arguments)
+
+
+_JUDGE_KINDS = {int: "a whole number", bool: "true or false", Mapping[str, float]: "sentences with weights"}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind == Mapping[str, float]:
+        return isinstance(value, Mapping) and all(
+            isinstance(name, str) and isinstance(weight, int | float) and not isinstance(weight, bool)
+            for name, weight in value.items()
+        )
+    return isinstance(value, str)

@@ -253,10 +253,11 @@ class RewardFunctionParams(Section):
     """One reward function."""
 
     function: str
-    """A built-in (reward_model, answer, math, mentions, length, regex, format) or an import path package.module:function."""
+    """A built-in (reward_model, judge, answer, math, mentions, length, regex, format) or an import path package.module:function."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     timeout_seconds: Positive | None = None
-    """Time limit for one batch of answers, after which its process is killed. Default: 60 for `math` and import paths, else none."""
+    """Time limit for one batch of answers, after which its process is killed. Default: 60 for `math` and import paths, 600 for `judge`,
+    else none."""
     on_failure: Literal["stop", "skip"] = "stop"
     """Reaction to an exception or a time-out: stop the run, or give these answers no reward (never 0)."""
 

@@ -36,7 +36,7 @@ class Evaluator:
         self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
 
     def answers(self) -> list[EvaluatedAnswer]:
-        from pipelines.training.reward_sources import reward_sources
+        from pipelines.training.reward_sources import judges_used, reward_sources
         from posttrain.evaluation.answers import EvaluationSettings, evaluate
         from posttrain.models.folders import load_policy
         from posttrain.models.policy import Policy
@@ -60,7 +60,10 @@ class Evaluator:
             NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16), self.encoder, params.turns
         )
         sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
-        return evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+        answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+        for line in judges_used(sources):
+            announce(self.context, line)
+        return answers
 
     def preference_accuracy(self) -> float:
         """Share of held-out pairs whose chosen answer the policy finds the more probable one."""

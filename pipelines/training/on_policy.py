@@ -12,7 +12,7 @@ from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.training.monitor import DivergenceMonitor
-from pipelines.training.reward_sources import reward_sources
+from pipelines.training.reward_sources import judges_used, reward_sources
 from pipelines.training.rollout_engine import closing, sampling_engine
 from pipelines.training.setup import (
     TrainableModel,
@@ -114,6 +114,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+    for line in judges_used(sources):
+        announce(context, line)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
     made = merged_model(trainer, made, lambda: _make(spec, params, start))
     card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora), last)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.config.reward_arguments import judge_settings
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams, RewardFunctionParams
 from posttrain.data.whole_texts import READS_TEXT
 from posttrain.errors import ConfigError
@@ -17,6 +18,7 @@ from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
 from posttrain.rewards.functions import BUILT_IN
+from posttrain.rewards.judge import Judge
 from posttrain.rewards.sources import FunctionReward, ModelReward, RewardSource
 from posttrain.rewards.worker import Worker
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 REWARD = Path("models/reward")
+JUDGE_SECONDS = 600.0
+"""Time for a judge's answers about one batch."""
 
 
 def reward_sources(
@@ -44,6 +48,12 @@ def reward_sources(
     return sources
 
 
+def judges_used(sources: Sequence[RewardSource]) -> list[str]:
+    """Return a line for each judge among the sources: what it was asked by this process, and what that cost."""
+    judges = {s.name: s.function for s in sources if isinstance(s, FunctionReward) and isinstance(s.function, Judge)}
+    return [f"judge {name}: {judge.server.summary()}" for name, judge in judges.items()]
+
+
 def _limit_seconds() -> float | None:
     """Return the time limit of this machine (POSTTRAIN_REWARD_SECONDS), which is no parameter and makes no stage stale; None if unset."""
     text = os.environ.get("POSTTRAIN_REWARD_SECONDS")
@@ -61,6 +71,9 @@ def _limit_seconds() -> float | None:
 def _function_reward(name: str, section: RewardFunctionParams) -> FunctionReward:
     """Return a function reward. A fast built-in is called directly; any other function runs in its own process with a time limit."""
     require_available(section.function)
+    if section.function == "judge":
+        judge = Judge(judge_settings(section.arguments), _limit_seconds() or section.timeout_seconds or JUDGE_SECONDS)
+        return FunctionReward(name, judge, on_failure=section.on_failure)
     if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
         return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
     worker = Worker(section.function, _limit_seconds() or section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)

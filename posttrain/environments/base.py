@@ -76,7 +76,7 @@ class Environment:
 PACKAGE = "posttrain.environments"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """An import path package.module:attribute."""
-WRAPPED = ("reasoning_gym",)
+WRAPPED = ("reasoning_gym", "verifiers")
 """Packages of tasks that are wrapped by a module of this package with the same name."""
 _REGISTERED: dict[str, Environment] = {}
 

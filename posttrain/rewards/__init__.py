@@ -16,17 +16,22 @@ BUILT_IN_NAMES = ("answer", "math", "mentions", "length", "regex", "format")
 """Names that params.yaml may use without an import path, besides `reward_model`; rewards/functions.py defines them."""
 
 
+WRAPPED_PACKAGES = {"reasoning_gym": ("reasoning-gym", "reasoning"), "verifiers": ("verifiers", "verifiers")}
+"""Packages whose tasks are rewards by PACKAGE:NAME, with the name to install and the extra."""
+
+
 def require_available(function: str) -> None:
     """Raise ConfigError with the command to type if the function's package is not installed. This imports nothing."""
     if function == "math" and find_spec("math_verify") is None:
         raise ConfigError(
             "the reward function 'math' needs the package math-verify; install it with: pip install -c constraints.txt '.[math]'"
         )
-    if function.startswith("reasoning_gym:") and find_spec("reasoning_gym") is None:
-        raise ConfigError(
-            f"the reward function {function!r} needs the package reasoning-gym; install it with: pip install -c constraints.txt"
-            " '.[reasoning]'"
-        )
+    for package, (distribution, extra) in WRAPPED_PACKAGES.items():
+        if function.startswith(f"{package}:") and find_spec(package) is None:
+            raise ConfigError(
+                f"the reward function {function!r} needs the package {distribution}; install it with: pip install -c constraints.txt"
+                f" '.[{extra}]'"
+            )
     package = function.partition(":")[0].partition(".")[0]
     if ":" in function and find_spec(package) is None:
         raise ConfigError(

@@ -25,6 +25,7 @@ from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores
 from posttrain.models.policy import Scorer
 from posttrain.rewards.calling import CallResult, RewardFunction, call
+from posttrain.rewards.judge import Judge
 from posttrain.rewards.worker import Worker
 
 OnFailure = Literal["stop", "skip"]
@@ -59,9 +60,13 @@ class RewardSource(Protocol):
 
     def score(self, answers: RewardBatch) -> list[float | None]: ...
 
+    def used(self) -> dict[str, float]:
+        """Return counts since the last call, such as questions to a judge; empty for most sources."""
+        ...
+
 
 class FunctionReward:
-    """A function of texts and columns, called in this process or, as a Worker, in a separate process.
+    """A function of texts and columns, called in this process or, as a Worker, in a separate process; or a Judge.
 
     Args:
         on_failure: `stop` raises RewardError with the rows; `skip` reports on stderr and leaves those rows without a reward.
@@ -70,12 +75,13 @@ class FunctionReward:
     def __init__(
         self,
         name: str,
-        function: RewardFunction | Worker,
+        function: RewardFunction | Worker | Judge,
         arguments: Mapping[str, Any] | None = None,
         on_failure: OnFailure = "stop",
     ) -> None:
         self.name, self.arguments, self.on_failure = name, dict(arguments or {}), on_failure
-        self.call = function if isinstance(function, Worker) else partial(call, function)
+        self.function = function
+        self.call = function if isinstance(function, Worker | Judge) else partial(call, function)
         self.failures: Counter[str] = Counter()
 
     def score(self, answers: RewardBatch) -> list[float | None]:
@@ -90,6 +96,10 @@ class FunctionReward:
             self._failed(kind, answers, result)
         checked = _checked(self.name, result.values, answers)
         return [math.nan if row in result.failures else value for row, value in enumerate(checked)]
+
+    def used(self) -> dict[str, float]:
+        """Return a judge's counts since the last call."""
+        return self.function.used() if isinstance(self.function, Judge) else {}
 
     def _failed(self, kind: str, answers: RewardBatch, result: CallResult) -> None:
         rows, message = sorted(result.failures), next(iter(result.failures.values()))
@@ -146,6 +156,10 @@ class ModelReward:
         values = scores(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
         # a model scores every answer, so NaN is an error here and not a missing reward
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
+
+    def used(self) -> dict[str, float]:
+        """Return nothing: a model costs no requests."""
+        return {}
 
 
 def _short(text: Any) -> str:

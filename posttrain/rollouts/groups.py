@@ -141,6 +141,7 @@ class GroupSampler:
         drawn = rounds = zero_variance = 0
         for reward in self.rewards:
             reward.failures.clear()
+            reward.used()
         while len(kept) < wanted:
             groups = self._round(wanted if spec.filter == "refill" else wanted - drawn)
             drawn, rounds = drawn + len(groups), rounds + 1
@@ -164,6 +165,7 @@ class GroupSampler:
         for reward in self.rewards:
             for kind in ("failed", "timed_out"):
                 metrics[f"reward/{reward.name}/{kind}"] = reward.failures[kind] / (drawn * self.settings.samples)
+            metrics |= {f"reward/{reward.name}/{name}": value for name, value in reward.used().items()}
         return [answer for group in kept[:wanted] for answer in group], metrics
 
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:

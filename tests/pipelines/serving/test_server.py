@@ -196,3 +196,39 @@ def test_the_hash_of_a_folder_is_dvcs_own_and_a_half_changed_one_is_not_loaded(w
     assert models.get("champion").version == "6"
     assert models.get("champion") is not served
     models.close()
+
+
+def test_a_judge_asks_this_server_with_its_key(tmp_path: Path) -> None:
+    from threading import Thread
+
+    import uvicorn
+
+    from posttrain.network import free_port
+    from posttrain.rewards.judge import Judge, JudgeSettings
+    from posttrain.rewards.judge_server import JudgeServer
+
+    wide = pt.tiny(seed=0, **(SIZES | {"max_length": 1024}))
+    wide.encoder.tokenizer.chat_template = TEMPLATE
+    made = Models({"champion": Served("champion", "aaaa.dir", "3", Batcher(wide))})
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(application(made, port, TOKEN, 12), port=port, log_level="error"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    settings = JudgeSettings("champion", max_tokens=4)
+    try:
+        asked, stranger = (
+            Judge(settings, 120.0, JudgeServer(f"http://127.0.0.1:{port}/v1", key, folder=folder))(
+                ["1+1="], ["2"], {}, {}
+            )
+            for key, folder in ((TOKEN, tmp_path), ("wrong", None))
+        )
+    finally:
+        server.should_exit = True
+        thread.join()
+        made.close()
+    # an untrained model says no grade, and what it says is kept and named
+    (kept,) = tmp_path.rglob("*.json")
+    answer = json.loads(kept.read_text(encoding="utf-8"))
+    assert answer["tokens"]["completion_tokens"] == 4
+    assert asked.failures == {0: f"the judge's answer {answer['answer'][:80]!r} holds no verdict"}
+    assert "refused the request with 401" in stranger.failures[0]
