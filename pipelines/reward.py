@@ -56,8 +56,8 @@ def run(run: Run) -> None:
     from posttrain.models.folders import load_encoder
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
-    from posttrain.models.scorers import scoring_pad, start_scorer
-    from posttrain.training.supervised import EpochSource, RewardObjective, prompts_balanced
+    from posttrain.models.scorers import PENALTY, scoring_pad, start_scorer
+    from posttrain.training.supervised import EpochSource, RewardObjective, heads_bootstrapped, prompts_balanced
     from posttrain.training.trainer import Trainer
 
     run.recorder.ready(device_name(device.device))
@@ -65,12 +65,15 @@ def run(run: Run) -> None:
     pairs, cut = reward_pairs(encoder, read_table("preferences"), params.margin_from_scores, params.soft_target_scale)
     if params.balance_prompts:
         pairs = prompts_balanced(pairs)
+    if params.heads > 1:
+        pairs = heads_bootstrapped(pairs, params.heads, params.seed)
     heldout_rows = read_table("preferences_heldout")
     heldout, _ = reward_pairs(encoder, heldout_rows)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
     def make() -> TrainableModel[Scorer]:
-        scorer = Scorer(start_scorer(START))
+        scorer = Scorer(start_scorer(START, params.heads))
+        scorer.penalty = params.disagreement
         return TrainableModel(scorer, apply_training_options(scorer.model, params.lora, params.compute))
 
     made = make()
@@ -106,6 +109,8 @@ def run(run: Run) -> None:
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
     scorer.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
+    if params.heads > 1:
+        extra[PENALTY] = params.disagreement
     write_model(run.outputs, scorer.model, encoder, FOLDER, card, made.adapter, extra)
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
@@ -178,10 +183,11 @@ def _measured(
 ) -> dict[str, float]:
     """Record the calibration on held-out pairs and return the results."""
     compute = run.context.params.reward.compute
-    gaps = score_gaps(scorer, heldout, compute.micro_batch_tokens, compute.bf16)
+    gaps, spreads = score_gaps(scorer, heldout, compute.micro_batch_tokens, compute.bf16)
     run.recorder.table("calibration", step, [asdict(b) for b in calibration_curve(gaps)])
     graded = [row["chosen_score"] - row["rejected_score"] for row in rows if "chosen_score" in row]
-    return heldout_results(gaps, graded)
+    disagreement = {"heldout/disagreement": sum(spreads) / len(spreads)} if scorer.heads > 1 else {}
+    return heldout_results(gaps, graded) | disagreement
 
 
 def inputs(args: Namespace) -> list[str]:
@@ -233,13 +239,16 @@ def _sigmoid(x: float) -> float:
     return 0.5 + 0.5 * math.tanh(x / 2)
 
 
-def score_gaps(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> list[float]:
-    """Return score of chosen minus score of rejected for every pair."""
-    from posttrain.models.inference import scores
+def score_gaps(
+    scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool
+) -> tuple[list[float], list[float]]:
+    """Return score of chosen minus score of rejected for every pair, and the disagreement of an ensemble's heads on every answer."""
+    from posttrain.models.inference import scores_and_spreads
 
-    chosen = scores(scorer, [pair.chosen for pair in pairs], budget, bf16)
-    rejected = scores(scorer, [pair.rejected for pair in pairs], budget, bf16)
-    return [c - r for c, r in zip(chosen, rejected, strict=True)]
+    chosen = scores_and_spreads(scorer, [pair.chosen for pair in pairs], budget, bf16)
+    rejected = scores_and_spreads(scorer, [pair.rejected for pair in pairs], budget, bf16)
+    gaps = [c - r for (c, _), (r, _) in zip(chosen, rejected, strict=True)]
+    return gaps, [spread for _, spread in chosen + rejected]
 
 
 def heldout_results(gaps: list[float], graded: list[float]) -> dict[str, float]:

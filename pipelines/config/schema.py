@@ -212,6 +212,10 @@ class RewardParams(Section):
     """eta: a pair's target is sigma(eta * difference of its scores). None: the target is 1."""
     balance_prompts: bool = True
     """True: pairs are weighed so that every prompt counts once, however many pairs it has. False: every pair counts once."""
+    heads: Count = 1
+    """Heads of an ensemble on one trunk, each trained on a random half of the prompts; the score is their mean."""
+    disagreement: NonNegative = 0.0
+    """Penalty of an ensemble's score: this number times the standard deviation of its heads (2310.02743)."""
     center_coefficient: NonNegative
     optimizer: OptimizerParams
     lora: LoraParams | None = None
@@ -220,12 +224,23 @@ class RewardParams(Section):
     faults: FaultParams
 
     @model_validator(mode="after")
+    def _heads_disagree(self) -> RewardParams:
+        """Refuse a penalty on the disagreement of one head."""
+        if self.disagreement and self.heads == 1:
+            raise ValueError(
+                f"disagreement = {self.disagreement:g}: one head never disagrees with itself, so it would have no effect; set heads to 2 or"
+                " more, or disagreement: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _source_is_not_trained(self) -> RewardParams:
         """Refuse options without effect on an existing reward model."""
         given = {
             "margin_from_scores": self.margin_from_scores,
             "soft_target_scale": self.soft_target_scale,
             "lora": self.lora,
+            "heads": self.heads > 1,
         }
         without_effect = [name for name, value in given.items() if value]
         if self.source is not None and (without_effect or not self.enabled):

@@ -33,7 +33,7 @@ from posttrain.data.tokens import TextEncoder, require_same_vocabulary, table_to
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
-from posttrain.models.scorers import load_new_scorer, load_scorer
+from posttrain.models.scorers import load_new_scorer, load_scorer, mean_head
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, ScoredAnswer
 from posttrain.rollouts.turns import transcript
@@ -135,7 +135,7 @@ def _policy(spec: OnPolicy, start: str) -> Policy:
     require_same_vocabulary(
         load_encoder(REWARD), load_encoder(start), "critic_start: reward, the reward model's tokenizer"
     )
-    return Policy(lm, critic=load_scorer(REWARD))
+    return Policy(lm, critic=mean_head(load_scorer(REWARD)))
 
 
 def _make(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:

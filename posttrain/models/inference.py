@@ -68,14 +68,22 @@ def token_logprobs(
     return [n for n in numbers if n is not None]
 
 
-@torch.no_grad()
 def scores(scorer: Scorer, tokens: Sequence[Tokens], micro_batch_tokens: int, bf16: bool = False) -> list[float]:
     """Return the scorer's score of every row."""
+    return [score for score, _ in scores_and_spreads(scorer, tokens, micro_batch_tokens, bf16)]
+
+
+@torch.no_grad()
+def scores_and_spreads(
+    scorer: Scorer, tokens: Sequence[Tokens], micro_batch_tokens: int, bf16: bool = False
+) -> list[tuple[float, float]]:
+    """Return the scorer's score of every row, and the standard deviation of its heads."""
     device = next(scorer.parameters()).device
-    result = [0.0] * len(tokens)
+    result = [(0.0, 0.0)] * len(tokens)
     for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group]).to(device))
-        for i, value in zip(group, values.cpu().tolist(), strict=True):
-            result[i] = value
+        combined, spread = (column.cpu().tolist() for column in scorer.combined(values))
+        for i, score, width in zip(group, combined, spread, strict=True):
+            result[i] = (score, width)
     return result

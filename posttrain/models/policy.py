@@ -95,16 +95,38 @@ def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Ten
 
 
 class Scorer(nn.Module):
-    """A reward model: one score per row, read at the last real token and independent of padding."""
+    """A reward model: one score per row, read at the last real token and independent of padding.
+
+    Attributes:
+        penalty: an ensemble's score is the mean of its heads minus `penalty` times their standard deviation (2310.02743).
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.packs = prepare(model)
+        self.penalty = float(getattr(model.config, "reward_disagreement", 0.0))
 
     def forward(self, batch: TokenBatch) -> Tensor:
+        """Return the scores [batch], or [batch, heads] of an ensemble."""
         hidden = hidden_states(self.model, batch, self.packs, batch.ending())
         return _wide(cast(nn.Module, self.model.score)(hidden[batch.last]).squeeze(-1))
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return int(cast(nn.Linear, self.model.score).weight.shape[0])
+
+    def combined(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one score per row, and the standard deviation of its heads (over n, 0 for one head); both [batch].
+
+        Args:
+            scores: as `forward` returns them.
+        """
+        if scores.dim() == 1:
+            return scores, torch.zeros_like(scores)
+        spread = scores.std(-1, correction=0)
+        return scores.mean(-1) - self.penalty * spread, spread
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -30,17 +30,23 @@ from posttrain.models.folders import load_config, load_policy
 from posttrain.models.weights import load_whole
 
 HEAD = "score"
+HEADS = "reward_heads"
+"""Entry of config.json: number of heads of an ensemble."""
+PENALTY = "reward_disagreement"
+"""Entry of config.json: an ensemble's score is the heads' mean minus this number times their standard deviation."""
 PROBE = (3, 4, 5, 3)
 
 
 def load_scorer(source: str | Path) -> PreTrainedModel:
     """Load a finished reward model: every weight, its head included, comes from the folder.
 
+    Several heads are loaded only if the folder says that they are an ensemble (`reward_heads` in its config.json).
+
     Raises:
         ModelError: the folder lacks weights, has more than one label, or its score is not the plain output of a linear head.
     """
     config = load_config(source)
-    if config.num_labels != 1:
+    if config.num_labels != getattr(config, HEADS, 1):
         raise ModelError(
             f"{source}: a reward model gives one number, and this one has {config.num_labels} labels; give a model with num_labels = 1"
         )
@@ -50,8 +56,8 @@ def load_scorer(source: str | Path) -> PreTrainedModel:
     return model
 
 
-def start_scorer(source: str | Path) -> PreTrainedModel:
-    """Load the trunk of a language model and put a new scalar head on it, random as the architecture's own initialisation."""
+def start_scorer(source: str | Path, heads: int = 1) -> PreTrainedModel:
+    """Load the trunk of a language model and put new scalar heads on it, random as the architecture's own initialisation."""
     lm = load_policy(source)
     config, head = lm.config, cast(nn.Module, lm.get_output_embeddings())
     wide = cast(Tensor, head.weight).shape[-1]
@@ -60,11 +66,13 @@ def start_scorer(source: str | Path) -> PreTrainedModel:
             f"{source}: the last hidden states of {type(lm).__name__} have {wide} numbers and its configuration names {_width(config)}, so"
             " no reward model or critic can be put on it; choose another architecture, such as Qwen3 or Llama"
         )
-    config.num_labels = 1
+    config.num_labels = heads
+    if heads > 1:
+        setattr(config, HEADS, heads)
     with torch.device("meta"):
         scorer: Any = _scorer_kind(config)(config)
     setattr(scorer, scorer.base_model_prefix, lm.base_model)
-    scorer.score = nn.Linear(_width(config), 1, bias=False, device="meta").to_empty(device="cpu")
+    scorer.score = nn.Linear(_width(config), heads, bias=False, device="meta").to_empty(device="cpu")
     scorer._init_weights(scorer.score)
     config.architectures = [type(scorer).__name__]
     started: PreTrainedModel = scorer.eval()
@@ -75,6 +83,21 @@ def load_new_scorer(source: str | Path) -> PreTrainedModel:
     """Load the trunk of a language model with a scalar head of zeros: a critic that starts from it gives every state the value 0."""
     model = start_scorer(source)
     nn.init.zeros_(cast(nn.Linear, model.score).weight)
+    return model
+
+
+def mean_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a reward model with the mean of its heads as its only head, as a critic needs it."""
+    head = cast(nn.Linear, model.score)
+    if head.out_features > 1:
+        single = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
+        with torch.no_grad():
+            single.weight.copy_(head.weight.mean(0, keepdim=True))
+            if head.bias is not None:
+                single.bias.copy_(head.bias.mean(0, keepdim=True))
+        model.score = single
+        model.config.num_labels = 1
+        delattr(model.config, HEADS)
     return model
 
 
@@ -115,7 +138,7 @@ def _scorer_class(trunk: type) -> Any:
         base.__init__(self, config)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, trunk(config))
-        self.score = nn.Linear(_width(config), 1, bias=False)
+        self.score = nn.Linear(_width(config), config.num_labels, bias=False)
         self.post_init()
 
     # transformers finds out from the source of the class's module which attention and which experts it supports
@@ -161,7 +184,8 @@ def _check_score(model: PreTrainedModel, source: str | Path) -> None:
         own = model(input_ids=ids, use_cache=False).logits.flatten()
         model.config.get_text_config().pad_token_id = pad
         plain = head(hidden[0, -1]).flatten()
-        if own.shape == plain.shape == (1,) and float((own - plain).abs()) <= 1e-4 * max(1.0, float(own.abs())):
+        same = own.shape == plain.shape == (model.config.num_labels,)
+        if same and bool(((own - plain).abs() <= 1e-4 * own.abs().clamp(min=1.0)).all()):
             return
     raise ModelError(
         f"{source}: the score of {type(model).__name__} is not the output of one linear layer `{HEAD}` at the last token, so it would be"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.data.whole_texts import whole_texts
 from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
-from posttrain.models.inference import scores
+from posttrain.models.inference import scores_and_spreads
 from posttrain.models.policy import Scorer
 from posttrain.rewards.calling import CallResult, RewardFunction, call
 from posttrain.rewards.judge import Judge
@@ -148,18 +148,23 @@ class ModelReward:
             bf16,
         )
         self.failures: Counter[str] = Counter()
+        self._spreads: list[float] = []
 
     def score(self, answers: RewardBatch) -> list[float | None]:
         tokens = answers.tokens
         if self.encoder is not None:
             tokens = whole_texts(self.encoder, answers.prompts, answers.completions, answers.columns)
-        values = scores(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
+        found = scores_and_spreads(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
+        values = [score for score, _ in found]
+        if self.scorer.heads > 1:
+            self._spreads += [spread for _, spread in found]
         # a model scores every answer, so NaN is an error here and not a missing reward
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
 
     def used(self) -> dict[str, float]:
-        """Return nothing: a model costs no requests."""
-        return {}
+        """Return the mean standard deviation of an ensemble's heads over the answers since the last call; nothing for one head."""
+        spreads, self._spreads = self._spreads, []
+        return {"disagreement": sum(spreads) / len(spreads)} if spreads else {}
 
 
 def _short(text: Any) -> str:

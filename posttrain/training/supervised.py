@@ -7,6 +7,7 @@ Example:
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,7 @@ class RewardPair:
         margin: score difference that the chosen response should have.
         target: probability that the chosen response is the better one.
         weight: weight of the pair relative to others; above 0.
+        heads: weight of the pair for each head of an ensemble, times `weight`; () is 1 for all.
     """
 
     chosen: Tokens
@@ -108,6 +110,12 @@ class RewardPair:
     margin: float = 0.0
     target: float = 1.0
     weight: float = 1.0
+    heads: tuple[float, ...] = ()
+
+    @property
+    def loss_weight(self) -> float:
+        """Return the weight of the pair, averaged over the heads."""
+        return self.weight * (sum(self.heads) / len(self.heads) if self.heads else 1.0)
 
 
 def prompts_balanced(pairs: Sequence[RewardPair]) -> list[RewardPair]:
@@ -116,10 +124,24 @@ def prompts_balanced(pairs: Sequence[RewardPair]) -> list[RewardPair]:
     return [replace(pair, weight=1 / count[pair.chosen.prompt]) for pair in pairs]
 
 
+def heads_bootstrapped(pairs: Sequence[RewardPair], heads: int, seed: int) -> list[RewardPair]:
+    """Return the pairs with a weight of 0 or 2 for each head, drawn by prompt, so that heads learn from different halves of the prompts.
+
+    Every prompt is learnt by some head, and every head learns from some prompt.
+    """
+    rng = random.Random(f"heads/{seed}")
+    weights: dict[tuple[int, ...], tuple[float, ...]] = {}
+    for place, prompt in enumerate(dict.fromkeys(pair.chosen.prompt for pair in pairs)):
+        drawn = [rng.choice((0.0, 2.0)) for _ in range(heads)]
+        drawn[place % heads] = 2.0
+        weights[prompt] = tuple(drawn)
+    return [replace(pair, heads=weights[pair.chosen.prompt]) for pair in pairs]
+
+
 class RewardObjective:
     """Bradley-Terry loss, a weighted mean over pairs, with the sum of scores held near zero by `center`.
 
-    Chosen and rejected share one forward pass.
+    Chosen and rejected share one forward pass. An ensemble's loss is the mean of its heads' losses.
     """
 
     def __init__(self, center: float = 0.01) -> None:
@@ -129,17 +151,21 @@ class RewardObjective:
         return (row.chosen, row.rejected)
 
     def counts(self, rows: Sequence[RewardPair]) -> Mapping[str, float]:
-        return {"pairs": float(len(rows)), "pair_weight": sum(row.weight for row in rows)}
+        return {"pairs": float(len(rows)), "pair_weight": sum(row.loss_weight for row in rows)}
 
     def terms(self, model: nn.Module, rows: Sequence[RewardPair]) -> Terms:
         device = next(model.parameters()).device
         scores = model(collate([r.chosen for r in rows] + [r.rejected for r in rows]).to(device))
-        chosen, rejected = scores[: len(rows)], scores[len(rows) :]
-        margin, target, weight = (
-            torch.tensor(column, dtype=scores.dtype, device=device)
-            for column in ([r.margin for r in rows], [r.target for r in rows], [r.weight for r in rows])
+        scores = scores.view(len(scores), -1)
+        chosen, rejected = scores[: len(rows)], scores[len(rows) :]  # [pairs, heads]
+        margin, target = (
+            torch.tensor(column, dtype=scores.dtype, device=device)[:, None]
+            for column in ([r.margin for r in rows], [r.target for r in rows])
         )
-        loss = (weight * bradley_terry(chosen, rejected, margin, target, self.center)).sum()
+        weights = [[r.weight * head for head in r.heads or (1.0,) * scores.shape[1]] for r in rows]
+        weight = torch.tensor(weights, dtype=scores.dtype, device=device)
+        loss = (weight * bradley_terry(chosen, rejected, margin, target, self.center)).mean(-1).sum()
+        chosen, rejected = chosen.mean(-1), rejected.mean(-1)
         return Terms(
             losses={"pairs": (loss, "pair_weight", 1.0)},
             metrics={
