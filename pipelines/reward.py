@@ -239,9 +239,7 @@ def _sigmoid(x: float) -> float:
     return 0.5 + 0.5 * math.tanh(x / 2)
 
 
-def score_gaps(
-    scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool
-) -> tuple[list[float], list[float]]:
+def score_gaps(scorer: Scorer, pairs: list[RewardPair], budget: int, bf16: bool) -> tuple[list[float], list[float]]:
     """Return score of chosen minus score of rejected for every pair, and the disagreement of an ensemble's heads on every answer."""
     from posttrain.models.inference import scores_and_spreads
 

@@ -138,7 +138,7 @@ def _scorer_class(trunk: type) -> Any:
         base.__init__(self, config)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, trunk(config))
-        self.score = nn.Linear(_width(config), config.num_labels, bias=False)
+        self.score = nn.Linear(_width(config), config.num_labels or 1, bias=False)
         self.post_init()
 
     # transformers finds out from the source of the class's module which attention and which experts it supports
