@@ -19,7 +19,7 @@ from pipelines.config.schema import RewardFunctionParams
 from pipelines.data.tables import plain
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from pipelines.training.evaluator import REFERENCE, Evaluator, write_predictions
+from pipelines.training.evaluator import REFERENCE, TASKS, Evaluator, write_predictions
 from pipelines.training.reward_record import EVALUATION, check_record, reward_inputs
 from pipelines.training.setup import peak_memory_mib
 from posttrain.errors import ConfigError
@@ -33,13 +33,21 @@ def run(run: Run) -> None:
     """Evaluate the model and record predictions and results."""
     check_record(run.context, EVALUATION)
     params = run.context.params.evaluation
+    from pipelines.training.benchmark_table import BENCHMARKS, write_scores
     from posttrain.evaluation.statistics import Resampling
 
+    if params.benchmarks is not None:
+        from posttrain.evaluation.benchmarks import require_package
+
+        require_package()
     evaluator = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
     answers = evaluator.answers()
     write_predictions(run.outputs.artifact("predictions.parquet"), answers)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
     results |= answers_not_found(answers, run.context.params.rewards[params.accuracy])
+    if params.benchmarks is not None:
+        scores = evaluator.benchmarks(params.benchmarks)
+        results |= write_scores(run.outputs.artifact(BENCHMARKS), scores, Resampling(seed=params.seed))
     results["preference/accuracy"] = evaluator.preference_accuracy()
     second = evaluator.second_task_accuracy()
     results |= {} if second is None else {"second_task/accuracy": second}
@@ -134,7 +142,9 @@ def inputs(args: Namespace) -> list[str]:
     """Return the files and folders that the evaluation reads."""
     folders = {str(model_folder(args.model)), str(REFERENCE)}
     reward = reward_inputs(args, EVALUATION, reads=bool(load_params(args.params).reward_model_in_evaluation()))
-    return ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet", *sorted(folders), *reward]
+    tables = ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet"]
+    tasks = [str(TASKS)] if load_params(args.params).evaluation.benchmarks else []
+    return [*tables, *tasks, *sorted(folders), *reward]
 
 
 if __name__ == "__main__":

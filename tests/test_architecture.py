@@ -33,6 +33,7 @@ FORBIDDEN = {
 BARE_BOX = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm", "posttrain"}
 EXTRAS = {
     "gguf": ["posttrain/models/gguf_writing.py"],
+    "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],
     "peft": ["posttrain/models/lora.py"],
     "scipy": ["posttrain/evaluation/crossed.py"],

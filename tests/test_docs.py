@@ -20,8 +20,11 @@ from tests.training.runs import options_of, source_of
 
 TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)?")
 NAME = re.compile(r"`([^`]+)`")
-ELSEWHERE = ("heldout/", "pairs/", "faults/", "router/", "second_task/")
-"""Logged by the reward step, the loop at a fault, mixtures of experts, and evaluations."""
+ELSEWHERE = (
+    "heldout/", "pairs/", "faults/", "router/", "benchmark/", "second_task/", "reward/varied/questions", "reward/varied/prompt_tokens",
+    "reward/varied/completion_tokens", "reward/varied/order_changed", "reward/varied/disagreement",
+)  # fmt: skip
+"""Logged by the reward step, the loop at a fault, mixtures of experts, benchmarks, a second task, judges, and ensembles."""
 
 
 def documents(root: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def check_arguments(function: str, arguments: Mapping[str, Any]) -> None:
 
 
 def judge_settings(arguments: Mapping[str, Any]) -> JudgeSettings:
-    """Return what a judge is asked. Raises ConfigError if there is no such argument, or a value of another type or beyond its limits."""
+    """Return the settings of a judge. Raises ConfigError if there is no such argument, or its value has a wrong type or size."""
     known = get_type_hints(JudgeSettings)
     for name, value in arguments.items():
         if name not in known:

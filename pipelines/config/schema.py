@@ -371,6 +371,19 @@ class AlgorithmParams(Section):
     """How the values were found, for the report's protocol, e.g. "best of 4 trials"; `make tune` writes it."""
 
 
+class BenchmarkParams(Section):
+    """Tasks of the package lm-eval, which every model is asked besides the held-out problems."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Tasks by name: files in data/benchmarks, or those of the package, whose data comes from the hub (HF_HUB_OFFLINE=0)."""
+    limit: Count | None = None
+    """Documents of each task; null: all."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null: the task's own number."""
+    chat: bool = False
+    """True: ask in the model's chat template."""
+
+
 class EvaluationParams(Section):
     """Evaluation on held-out problems."""
 
@@ -386,6 +399,8 @@ class EvaluationParams(Section):
     """Conversations of several turns, as in align.on_policy.turns."""
     second_task: SecondTask | None = None
     """A task that nothing trains on, to see what was forgotten."""
+    benchmarks: BenchmarkParams | None = None
+    """Standard benchmarks in the same report, with each model's change from base; needs the extra `benchmarks`."""
     compute: ComputeParams
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from posttrain.files import read_json
 
 RUNS = Path("runs")
 PREDICTIONS = "predictions.parquet"
+BENCHMARKS = "benchmarks.parquet"
 TEXTS = ("prompt", "answer", "completion")
 NUMBERS = ("tokens", "truncated", "entropy", "kl")
 BASE, SFT = "base", "sft"
@@ -65,6 +66,8 @@ class Model:
     predictions: Predictions
     metrics: dict[str, float]
     training: Training | None
+    benchmarks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """By task and metric: value, low, high, and documents, one number each."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,14 @@ def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
     """Load one evaluated model."""
     folder = root / RUNS / "evaluate" / name
     trained = None if seed is None else training(root / RUNS / "align" / name, name)
-    return Model(name, group, seed, predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS), trained)
+    answered, metrics = predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS)
+    return Model(name, group, seed, answered, metrics, trained, _benchmarks(folder / ARTIFACTS / BENCHMARKS))
+
+
+def _benchmarks(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Load the scores of benchmarks; none if the evaluation ran none."""
+    rows = pq.read_table(path).to_pylist() if path.is_file() else []
+    return {(row["task"], row["metric"]): row for row in rows}
 
 
 def predictions(path: Path) -> Predictions:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pipelines.report import chinese, currencies, curves, forest
 from pipelines.report.analysis import Comparison, Question
+from pipelines.report.benchmarks import benchmark_rows
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.protocol import CURRENCIES
 from pipelines.report.samples import examples
@@ -129,5 +130,6 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         measure_zh=chinese.MEASURES[question.headline], currency_zh=chinese.CURRENCIES[question.currency],
         marks_zh=chinese.MARKS, why_zh=chinese.WHY, signals_zh=chinese.SIGNALS,
         costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
+        benchmarks=benchmark_rows(results, question.resampling),
         examples=examples(results, question, samples_shown, seed),
     )  # fmt: skip

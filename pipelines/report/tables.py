@@ -1,4 +1,4 @@
-"""Write the report's numbers as files: comparison.json, accuracy.csv, pairwise.csv, curves.csv."""
+"""Write the report's numbers as files: comparison.json, accuracy.csv, pairwise.csv, curves.csv, benchmarks.csv."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines.report.analysis import Comparison, Cost, Pair, Summary
+from pipelines.report.benchmarks import HEADER, BenchmarkRow, csv_rows
 from pipelines.report.load import Results
 from pipelines.report.words import findings, ranked, solved, title
 from pipelines.runtime.journal import representable
@@ -142,6 +143,11 @@ def curves_csv(results: Results) -> str:
         for step, value in zip(steps.tolist(), values.tolist(), strict=True)
     ]
     return _csv(["model", "seed", "metric", "step", "value"], rows)
+
+
+def benchmarks_csv(rows: Sequence[BenchmarkRow]) -> str:
+    """Return one row per task, metric and model."""
+    return _csv(HEADER, csv_rows(rows))
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

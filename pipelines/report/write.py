@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.report import tables
 from pipelines.report.analysis import Comparison
+from pipelines.report.benchmarks import benchmark_rows
 from pipelines.report.load import Results
 from pipelines.report.markdown import comparison_md
 from pipelines.report.page import page, pictures
@@ -28,5 +29,7 @@ def write(folder: Path, results: Results, comparison: Comparison, samples_shown:
         "pairwise.csv": tables.pairwise_csv(comparison),
         "curves.csv": tables.curves_csv(results),
     }
+    if benchmarks := benchmark_rows(results, comparison.question.resampling):
+        texts["benchmarks.csv"] = tables.benchmarks_csv(benchmarks)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")

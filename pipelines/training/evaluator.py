@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipelines.config.schema import BenchmarkParams
 from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
     from posttrain.evaluation.answers import EvaluatedAnswer
     from posttrain.models.policy import Policy
+    from posttrain.evaluation.benchmarks import BenchmarkScore
 
 REFERENCE = Path("models/sft")
+TASKS = Path("data/benchmarks")
+"""Folder of the project's task files of lm-eval."""
 
 
 class Evaluator:
@@ -64,6 +68,25 @@ class Evaluator:
         for line in judges_used(sources):
             announce(self.context, line)
         return answers
+
+    def benchmarks(self, settings: BenchmarkParams) -> list[BenchmarkScore]:
+        """Scores of the tasks of lm-eval that params.yaml names."""
+        from posttrain.evaluation.benchmarks import BenchmarkSettings, benchmark
+        from posttrain.rollouts.native import NativeEngine
+
+        compute = self.params.compute
+        wanted = BenchmarkSettings(
+            settings.tasks,
+            TASKS,
+            settings.limit,
+            settings.shots,
+            settings.chat,
+            compute.micro_batch_tokens,
+            compute.bf16,
+        )
+        announce(self.context, f"benchmarks of lm-eval: {', '.join(settings.tasks)}")
+        engine = NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16)
+        return benchmark(self.policy, engine, self.encoder, wanted)
 
     def preference_accuracy(self) -> float:
         """Share of held-out pairs whose chosen answer the policy finds the more probable one."""

@@ -49,7 +49,7 @@ def reward_sources(
 
 
 def judges_used(sources: Sequence[RewardSource]) -> list[str]:
-    """Return a line for each judge among the sources: what it was asked by this process, and what that cost."""
+    """Return a line for each judge among the sources: the questions of this process, and their cost."""
     judges = {s.name: s.function for s in sources if isinstance(s, FunctionReward) and isinstance(s.function, Judge)}
     return [f"judge {name}: {judge.server.summary()}" for name, judge in judges.items()]
 

@@ -1,10 +1,10 @@
 """Environments of the package verifiers as ours: its tasks are the rows, its scoring the reward, its replies the turns.
 
-A source `verifiers:MODULE` is the environment that verifiers loads for the taskset MODULE: one of its own, such as `textarena`, or an
+A source `verifiers:MODULE` is the environment that verifiers loads for the taskset MODULE: a built-in one, such as `textarena`, or an
 installed package in its format. Options are those of the taskset. The extra: `pip install -c constraints.txt '.[verifiers]'`.
 
 An environment of verifiers asks the model for turns; ours are asked for replies. So each reply replays the conversation: the environment
-runs from the start with the turns that were said, up to its next message (verifiers_replay.py). Nothing lives between two turns, and a
+runs from the start with the turns so far, up to its next message (verifiers_replay.py). Nothing lives between two turns, and a
 run that was killed continues with the same bytes. An environment that replies differently on a replay is refused.
 
 Example:
@@ -32,7 +32,7 @@ from posttrain.text import normalised
 
 PACKAGE = "verifiers"
 ENTRY = "entry"
-"""Column with what a replay needs, as JSON: the task of verifiers, and the options of its environment."""
+"""Column with the inputs of a replay, as JSON: the task of verifiers, and the options of its environment."""
 _DRAWS = 40
 """Tasks to look at for each wanted row: a table owns at least 15 % of them."""
 Messages = list[dict[str, Any]]

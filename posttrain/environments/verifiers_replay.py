@@ -1,4 +1,4 @@
-"""Run an environment of the package verifiers on a conversation that is already said, up to its next message.
+"""Run an environment of the package verifiers on the turns of a conversation so far, up to its next message.
 
 verifiers gives an environment agents, and the environment asks them for turns. Here the only agent reads its turns from a list. If the
 list is used up, the run stops at that place with the environment's message or, at the end of a conversation, is told that the model has
@@ -30,14 +30,14 @@ from posttrain.errors import ConfigError, RolloutError
 
 @dataclass(frozen=True)
 class Episode:
-    """What a replay came to: the environment's next message, or the reward of the finished conversation."""
+    """Result of a replay: the environment's next message, or the reward of the finished conversation."""
 
     message: str | None = None
     reward: float | None = None
 
 
 class _TurnWanted(BaseException):
-    """The environment asks for a turn that is not said yet. No environment that catches Exception stops it."""
+    """The environment asks for a turn beyond the list. No environment that catches Exception stops it."""
 
     def __init__(self, message: str | None) -> None:
         super().__init__(message)

@@ -40,7 +40,7 @@ PROBE = (3, 4, 5, 3)
 def load_scorer(source: str | Path) -> PreTrainedModel:
     """Load a finished reward model: every weight, its head included, comes from the folder.
 
-    Several heads are loaded only if the folder says that they are an ensemble (`reward_heads` in its config.json).
+    Several heads are loaded only if the folder is marked as an ensemble (`reward_heads` in its config.json).
 
     Raises:
         ModelError: the folder lacks weights, has more than one label, or its score is not the plain output of a linear head.

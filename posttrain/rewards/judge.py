@@ -40,11 +40,11 @@ Verdict = TypeVar("Verdict")
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What the judge is asked.
+    """Questions to the judge.
 
     Attributes:
         model: the name under which the server knows the judge.
-        instruction: what makes an answer good; for grades and pairs.
+        instruction: the properties of a good answer; for grades and pairs.
         criteria: sentence -> weight; for rubrics.
         against: column with the text that an answer is compared with; None: other answers to the same prompt.
         opponents: number of other answers to the prompt that each one is compared with.

@@ -56,10 +56,10 @@ class JudgeServer:
     Attributes:
         url: up to and including `/v1`.
         concurrency: most requests at the same time.
-        folder: where answers are kept; None keeps none.
+        folder: of kept answers; None keeps none.
         prices: of a million prompt tokens and of a million completion tokens; () if unknown.
         usage: different `questions`, and the tokens of their answers as the server counts them, kept answers included:
-            `prompt_tokens`, `completion_tokens`. These do not depend on what was kept.
+            `prompt_tokens`, `completion_tokens`. These do not depend on which answers were kept.
         paid: this process's `questions` and `requests`, and the tokens of those requests, from the start.
     """
 
@@ -104,7 +104,7 @@ class JudgeServer:
         return [answer if isinstance(answer, RewardError) else answer.text for answer in found]
 
     def summary(self) -> str:
-        """Return what this process has asked, in words."""
+        """Return the requests of this process and their cost, in words."""
         tokens = self.paid["prompt_tokens"] + self.paid["completion_tokens"]
         price = f", at a cost of {cost(self.paid, self.prices):.4g}" if self.prices else ""
         return f"{self.usage['questions']} questions, {self.paid['requests']} of them sent to {self.url}: {tokens} tokens{price}"

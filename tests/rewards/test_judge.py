@@ -1,4 +1,4 @@
-"""A judge behind a URL: grades, rubrics, pairs in both orders; what is kept, bounded, counted, and refused."""
+"""A judge behind a URL: grades, rubrics, pairs in both orders; answers are kept, requests bounded and counted, wrong settings refused."""
 
 from __future__ import annotations
 
