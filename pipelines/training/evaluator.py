@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pipelines.config.second_task_schema import SecondTask
     from posttrain.data.tokens import TextEncoder
     from posttrain.evaluation.answers import EvaluatedAnswer
-    from posttrain.models.policy import Policy
     from posttrain.evaluation.benchmarks import BenchmarkScore
+    from posttrain.models.policy import Policy
 
 REFERENCE = Path("models/sft")
 TASKS = Path("data/benchmarks")
