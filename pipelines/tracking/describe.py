@@ -24,6 +24,10 @@ REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
 START = "models/sft"
+SYSTEM = "system/"
+"""MLflow shows metrics with this prefix under *System metrics*, apart from the model's."""
+MACHINE = ("memory/",)
+"""Beginnings of the names of measurements that say how the machine was used."""
 _PARAM_LENGTH, _TAG_LENGTH, _SHOWN_TABLES = 6000, 8000, 100
 
 
@@ -42,8 +46,14 @@ def arguments(source: RecordedRun) -> dict[str, Any]:
 
 
 def entity_name(name: str) -> str:
-    """Return a name that MLflow accepts: pass@4 becomes pass_at_4."""
-    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+    """Return a name that MLflow accepts, with the prefix by which its page of a run collects the measurements of the machine.
+
+    Example:
+        >>> entity_name("pass@4"), entity_name("memory/peak_mib")
+        ('pass_at_4', 'system/memory/peak_mib')
+    """
+    accepted = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+    return f"{SYSTEM}{accepted}" if accepted.startswith(MACHINE) else accepted
 
 
 def parameters(source: RecordedRun) -> dict[str, str]:
@@ -67,6 +77,8 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         **grouping(source, project),
         **source.values_of("tags"),
         "mlflow.note.content": _note(source),
+        "mlflow.source.name": _command(source),
+        "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": surroundings.get("commit"),
         "posttrain.dvc_stage": surroundings.get("dvc_stage"),
         "posttrain.flow_run": surroundings.get("flow_run"),
@@ -126,14 +138,19 @@ def _tables(source: RecordedRun) -> str | None:
 
 def _note(source: RecordedRun) -> str:
     """Return the run's description: its result in words, its files, and the command that repeats it."""
-    options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in arguments(source).items())
-    stage = source.start["stage"]
+    stage, given = source.start["stage"], run_name(source)
     return (
-        f"Stage **{stage}**{', ' + run_name(source).removeprefix(stage).strip() if options else ''}.{_result(source)}\n\n"
+        f"Stage **{stage}**{', ' + given.removeprefix(stage).strip() if given != stage else ''}.{_result(source)}\n\n"
         f"* files: `{source.start['directory']}`\n"
         f"* comparison of all runs: `report/`\n"
-        f"* run only this stage: `python -m pipelines.{stage}{options}`\n"
+        f"* run only this stage: `{_command(source)}`\n"
     )
+
+
+def _command(source: RecordedRun) -> str:
+    """Return the command that runs only this stage."""
+    options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in arguments(source).items())
+    return f"python -m pipelines.{source.start['stage']}{options}"
 
 
 def _result(source: RecordedRun) -> str:

@@ -69,6 +69,7 @@ def experiment_tags(experiment: str, sources: Sequence[RecordedRun], headline: s
     if not aligned:
         return {}
     metrics = sorted({describe.entity_name(name) for source in aligned for name, _ in source.metrics | source.timings})
+    metrics = [name for name in metrics if not name.startswith(describe.SYSTEM)]  # on the pages of runs
     state = {
         "searchFilter": FILTER,
         "orderByKey": f"metrics.`{headline}`",

@@ -124,7 +124,12 @@ def test_models_and_tables_are_linked_to_the_run(project: Path, empty_store: Pat
     store, projector = open_client(project), Projector(open_client(project), project)
     source = found(project, "align")
     source.start["inputs"]["data/valid/sft.parquet"] = "d" * 64
+    source.measurements.append({"kind": "timings", "step": 2, "time": 5.0, "values": {"memory/peak_mib": 512.0}})
     run = store.get_run(projector.project(source))
+    assert run.data.metrics["system/memory/peak_mib"] == 512, (
+        "the beginning that MLflow's page of system metrics asks for"
+    )
+    assert run.data.tags["mlflow.source.name"] == "python -m pipelines.align --algorithm grpo --seed 0"
     (table,) = run.inputs.dataset_inputs
     assert (table.dataset.name, table.dataset.digest) == ("sft", "d" * 32)
     (model,) = store.search_logged_models([run.info.experiment_id])
