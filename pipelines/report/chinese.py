@@ -48,8 +48,8 @@ SIGNALS = {PAIRS: "已记录的偏好对", UNKNOWN: "未记录", AS_GIVEN: "按�
 def title(comparison: Comparison) -> str:
     """Return the result in one line of Chinese."""
     apart = list(comparison.apart()) if solved(comparison) else []
-    called = "、".join(apart) if len(apart) <= 2 else f"{len(comparison.algorithms)} 个算法中有 {len(apart)} 个"
-    result = _result(comparison) + (f"；{called} 的协议不同，不参与排名" if apart else "")
+    called = f"{'、'.join(apart)} " if len(apart) <= 2 else f"{len(comparison.algorithms)} 个算法中有 {len(apart)} 个"
+    result = _result(comparison) + (f"；{called}的协议不同，不参与排名" if apart else "")
     if comparison.about_training or not solved(comparison):
         return result
     return f"仅就本次运行（一个种子）：{result}"

@@ -46,7 +46,7 @@ def differences(comparison: Comparison, look: Look) -> Figure:
     _forest(axes, rows, look, [pair.a for pair in pairs], [pair.significant for pair in pairs])
     axes.axvline(0, color=look.ink, linewidth=1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.3g}" if x else "0")
-    axes.set_xlabel(f"difference in {comparison.question.measure}, percentage points (filled: significant)")
+    axes.set_xlabel(f"difference in {comparison.question.measure}, points")
     return drawn
 
 

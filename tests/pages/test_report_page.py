@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 FIRST_SCREEN = {
     "English": (
         "grpo wins; dpo had a different protocol and is not ranked",
-        "first by sampled accuracy",
+        "first of the ranked algorithms by sampled accuracy",
         "tokens sampled and trained on",
         "one run of grpo here",
         "Protocol: 40 held-out problems",
     ),
     "中文": (
         "grpo 胜出；dpo 的协议不同，不参与排名",
-        "按采样准确率排第一",
+        "按采样准确率在参与排名的算法中排第一",
         "采样与训练的 token 数",
         "grpo 单次运行（本机）",
         "评测方法：40 道留出题",
@@ -55,6 +55,8 @@ def test_the_first_screen_has_the_answer_and_nothing_is_cut(
         chart = page.locator(".lead img").bounding_box()
         assert chart is not None
         assert chart["y"] + chart["height"] <= viewport["height"]
+        wide = "tables => tables.filter(t => t.scrollWidth > t.clientWidth).map(t => t.innerText.slice(0, 80))"
+        assert page.locator(".scroll:visible").evaluate_all(wide) == [], "a table of the desktop that must be scrolled"
     page.close()
 
 

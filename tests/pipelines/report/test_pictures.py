@@ -1,0 +1,49 @@
+"""Pictures of the report: every title, label and legend lies within its picture."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from pipelines.report.analysis import Question, compare
+from pipelines.report.load import load
+from pipelines.report.page import pictures
+from posttrain.evaluation.statistics import Resampling
+from tests.pipelines.synthetic_runs import build
+
+QUESTION = Question("answer", ("answer", "rm"), ("rm",), (1, 4), Resampling(200, 0.95, 0))
+
+
+def named(drawn: Figure) -> list[Text]:
+    """Return the texts of a picture, without the labels of ticks: of those, some lie outside and are not drawn."""
+    axes = [text for each in drawn.axes for text in (each.title, each.xaxis.label, each.yaxis.label)]
+    return [*axes, *(text for legend in drawn.legends for text in legend.get_texts())]
+
+
+def cut(drawn: Figure) -> list[str]:
+    drawn.draw_without_rendering()
+    shown = [(text.get_text(), text.get_window_extent()) for text in named(drawn) if text.get_text()]
+    wide, high = drawn.bbox.width, drawn.bbox.height
+    return [text for text, box in shown if box.x0 < 0 or box.y0 < 0 or box.x1 > wide or box.y1 > high]
+
+
+def test_no_title_label_or_legend_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = load(("dpo", "grpo", "ppo"), (0,), build(tmp_path, seeds=(0,), steps=4))
+    saved, found, written = Figure.savefig, list[str](), list[Figure]()
+
+    def look(drawn: Figure, *places: Any, **options: Any) -> None:
+        written.append(drawn)
+        found.extend(cut(drawn))
+        saved(drawn, *places, **options)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    comparison = compare(results, QUESTION)
+    # the longer the names of a pair, the narrower the axes, under whose middle the label is
+    pair = next(each for each in comparison.pairs if each.a == "grpo")
+    named_longer = replace(pair, b="name_of_20_letters__")
+    pictures(results, replace(comparison, pairs=[*comparison.pairs, named_longer]))
+    assert len(written) > 10
+    assert found == []
