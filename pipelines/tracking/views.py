@@ -93,11 +93,11 @@ def _compressed(text: str) -> str:
 
 def note(experiment: str, aligned: Sequence[RecordedRun]) -> str:
     """Return the description of the experiment: where the runs are, and the result of each."""
-    lines = [
-        f"[**Compare the algorithms**](.{runs_page(experiment)}): their curves, results, costs and hyper-parameters.",
-        f"[All runs](./#/experiments/{experiment}/runs?{TRAINING_PAGES}) · the report with intervals and tests is `report/index.html`.",
-    ]
-    return "\n\n".join(lines) + f"\n\n{len(aligned)} align runs.\n"
+    return (
+        f"{len(aligned)} align runs. [**Compare the algorithms**](.{runs_page(experiment)}): their curves, results, costs and"
+        f" hyper-parameters.\n\n[All runs](./#/experiments/{experiment}/runs?{TRAINING_PAGES}) · the report with intervals and tests is"
+        " `report/index.html`.\n"
+    )
 
 
 def varied(aligned: Iterable[RecordedRun]) -> list[str]:
