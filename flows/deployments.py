@@ -76,11 +76,21 @@ def read_entries(path: Path) -> list[Entry]:
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise ConfigError(f"{path.name}: `deployments` must be a list of entries with name, entrypoint and schedules.")
     entries = [_entry(each, path) for each in listed]
-    names = [entry.full_name for entry in entries]
+    names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path.name}: {', '.join(twice)} occurs more than once; give each deployment its own name.")
     return entries
+
+
+def find_flow(path: Path, name: str) -> Flow[..., Any]:
+    """Return the flow of the deployment with that name in prefect.yaml. Raises ConfigError if there is none."""
+    for tree in read_yaml(path)["deployments"]:
+        if tree["name"] == name:
+            return _flow(tree["entrypoint"], path.parent, f"{path.name}, deployment {name!r}")
+    raise ConfigError(
+        f"{path} deploys no {name!r}; deploy again with `python -m flows.deploy`, or restart `make serve`."
+    )
 
 
 def _entry(tree: Mapping[str, Any], path: Path) -> Entry:

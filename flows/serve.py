@@ -32,6 +32,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
+from flows import deployed
 from flows.deployments import (
     Entry,
     Pauses,
@@ -153,6 +154,8 @@ def _serve(root: Path, entries: Sequence[Entry], pages: str) -> None:
     for run in [killed, *unstarted]:
         if run is not None:
             print_line(start_again(run))
+    os.environ.update(deployed.ENVIRONMENT)
+    deployed.keep_own_code()
     print_line(f"Prefect: {pages}   inbox for new data: {redact(location(root))}   Ctrl-C stops")
     serve(*deployments(entries, before), pause_on_shutdown=False, print_starting_message=False)
 

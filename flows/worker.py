@@ -19,9 +19,10 @@ import anyio.abc
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.settings import PREFECT_API_URL
-from prefect.utilities.processutils import setup_signal_handlers_worker
+from prefect.utilities.processutils import command_to_string, setup_signal_handlers_worker
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
+from flows import deployed
 from flows.deploy import HEARTBEAT_SECONDS
 from flows.deployments import read_entries
 from flows.server import require_server
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 async def work(root: Path, pool: str) -> None:
     """Poll the pool until a signal ends this process."""
     os.chdir(root)
+    deployed.keep_own_code()
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
     setup_signal_handlers_worker(os.getpid(), "the process worker", print)
     worker = ProjectWorker(work_pool_name=pool, name=os.uname().nodename)
@@ -93,7 +95,20 @@ class ProjectWorker(ProcessWorker):
                 f" {self.root} gives. Deploy again with `python -m flows.deploy`, and change the server's password if"
                 " no user of this project changed the deployment."
             )
+        only_own_code(configuration, deployment.name, self.root)
         return await super().run(flow_run, configuration, task_status)
+
+
+def only_own_code(configuration: ProcessJobConfiguration, name: str, root: Path) -> None:
+    """Make a run of the deployment load the flow of prefect.yaml, in this folder and with this worker's environment.
+
+    The server's record may have changed since it was checked, and the work pool's template can set variables and a command too.
+    """
+    allowed = {key: value for key, value in configuration.env.items() if key in ENVIRONMENT}
+    configuration.env = allowed | deployed.ENVIRONMENT | {deployed.NAME: name}
+    configuration.working_dir = root
+    configuration.command = command_to_string([sys.executable, "-m", "prefect.engine"])
+    configuration._command_configured = True  # else Prefect runs the deployment's pull steps to find a command
 
 
 def foreign(

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
-from pipelines.data.bounds import limit_megabytes, refuse_too_large
+from pipelines.data.bounds import refuse_too_large
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
+from pipelines.data.size_limit import limit_megabytes
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors

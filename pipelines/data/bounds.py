@@ -6,7 +6,6 @@ A Parquet file of 862 bytes can hold 8 GB, since it stores equal values once; a 
 from __future__ import annotations
 
 import lzma
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,18 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.files import OPENERS, kind_and_compression
-from posttrain.errors import ConfigError, DataError
+from pipelines.data.size_limit import limit_megabytes
+from posttrain.errors import DataError
 
 MOST_ROWS = 5_000_000
 _CHUNK = 1 << 20
-
-
-def limit_megabytes() -> int:
-    """Return POSTTRAIN_INBOX_MB, the largest file of the inbox after decompression. Raises ConfigError if it is no number."""
-    text = os.environ.get("POSTTRAIN_INBOX_MB", "1024")
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"POSTTRAIN_INBOX_MB = {text!r}: must be a whole number of megabytes, at least 1.")
-    return int(text)
 
 
 def refuse_too_large(path: Path) -> None:

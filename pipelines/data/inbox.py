@@ -20,6 +20,7 @@ from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from pipelines.data.size_limit import refuse_size
 from posttrain.errors import DataError
 
 QUARANTINED = "quarantined"
@@ -140,6 +141,7 @@ class StoreInbox:
     def fetch(self, arrival: Arrival, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._reached():
+            refuse_size(self._files.size(arrival.place), arrival.file)
             self._files.get_file(arrival.place, str(target))
 
     def unchanged(self, arrival: Arrival) -> bool:

@@ -11,21 +11,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from pipelines.data import size_limit
+from pipelines.data.folders import exists, opened
 from pipelines.data.inbox import QUARANTINED, Arrival, Inbox, StoreInbox, free_names, unusable, waits
 from posttrain.errors import ConfigError, DataError
 
 CLAIMED = ".claimed"
 _ATTEMPTS = ("1", "2")
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _NAME_BYTES = 200
 """Longest name in quarantine; with `-2` and `.reason.txt` it stays below the 255 bytes of a file system."""
 
@@ -70,12 +72,12 @@ class FolderInbox:
         attempt = arrival.attempts
         if attempt >= len(_ATTEMPTS):
             return arrival
-        target = self.base / CLAIMED / _ATTEMPTS[attempt] / arrival.name
+        target = f"{CLAIMED}/{_ATTEMPTS[attempt]}/{arrival.name}"
         try:
-            if target.exists():
-                return replace(arrival, left="an older file of this name is still being dealt with")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(arrival.place, target)
+            with self._opened(arrival.place) as (source, name), opened(self.base, target, make=True) as (folder, file):
+                if exists(file, folder):
+                    return replace(arrival, left="an older file of this name is still being dealt with")
+                os.rename(name, file, src_dir_fd=source, dst_dir_fd=folder)
         except FileNotFoundError:
             return replace(arrival, left="it has vanished")
         except OSError as error:
@@ -84,8 +86,8 @@ class FolderInbox:
             return replace(
                 arrival, left=f"it cannot be moved: {error.strerror}; give this user the right to write in its folder"
             )
-        claimed = replace(arrival, place=str(target))
-        if _state(os.lstat(target)) != arrival.state or being_written(target):
+        claimed = replace(arrival, place=str(self.base / target))
+        if not self.unchanged(claimed):
             self.give_back(claimed)
             return replace(arrival, left="it was changed a moment ago; the next run takes it")
         return claimed
@@ -93,37 +95,54 @@ class FolderInbox:
     def fetch(self, arrival: Arrival, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(arrival.place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with self._opened(arrival.place) as (folder, name):
+                descriptor = os.open(name, _READ, dir_fd=folder)
         except PermissionError as error:
             raise DataError(f"{arrival.file}: this user may not read it; `chmod u+r` it and move it back") from error
-        with open(descriptor, "rb") as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
+        except OSError as error:
+            raise DataError(f"{arrival.file}: it cannot be opened: {error.strerror}") from error
+        with open(descriptor, "rb") as source, target.open("wb") as local:
+            size_limit.copy(source, local, arrival.file)
 
     def unchanged(self, arrival: Arrival) -> bool:
         with self._reached():
-            return _state(os.lstat(arrival.place)) == arrival.state and not being_written(Path(arrival.place))
+            try:
+                with self._opened(arrival.place) as (folder, name):
+                    now = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    return _state(now) == arrival.state and not being_written(name, folder)
+            except (FileNotFoundError, NotADirectoryError):  # somebody has moved it away
+                return False
 
     def remove(self, arrival: Arrival) -> None:
-        with self._reached():
-            os.unlink(arrival.place)
+        with self._reached(), self._opened(arrival.place) as (folder, name):
+            os.unlink(name, dir_fd=folder)
 
     def give_back(self, arrival: Arrival) -> None:
-        """Rename the file to its old place, or next to it if a new file has come there."""
-        with self._reached():
-            free = next(each for each in free_names(arrival.name) if not os.path.lexists(self.base / each))
-            (self.base / free).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(arrival.place, self.base / free)
+        """Rename the file to its old place, or next to it if a new file has come there. One that has vanished stays away."""
+        with self._reached(), suppress(FileNotFoundError, NotADirectoryError):
+            self._move(arrival, arrival.name)
 
     def quarantine(self, arrival: Arrival, reason: str) -> str:
         with self._reached():
             folder, file = os.path.split(f"{QUARANTINED}/{arrival.name}")
-            names = free_names(f"{folder}/{_shortened(file)}")
-            name = next(each for each in names if not os.path.lexists(self.base / each))
-            target = self.base / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (target.parent / f"{target.name}.reason.txt").write_text(reason + "\n", encoding="utf-8")
-            os.rename(arrival.place, target)
-        return name
+            return self._move(arrival, f"{folder}/{_shortened(file)}", reason)
+
+    def _move(self, arrival: Arrival, wanted: str, reason: str = "") -> str:
+        """Rename a claimed file to a free name, with its reason next to it, and return the name."""
+        with self._opened(arrival.place) as (source, name), opened(self.base, wanted, make=True) as (folder, file):
+            free = next(each for each in free_names(file) if not exists(each, folder))
+            if reason:
+                note = os.open(
+                    f"{free}.reason.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, dir_fd=folder
+                )
+                with open(note, "w", encoding="utf-8") as text:
+                    text.write(reason + "\n")
+            os.rename(name, free, src_dir_fd=source, dst_dir_fd=folder)
+        return str(PurePosixPath(wanted).with_name(free))
+
+    def _opened(self, place: str) -> AbstractContextManager[tuple[int, str]]:
+        """Open the folder of an entry of this inbox."""
+        return opened(self.base, os.path.relpath(place, self.base))
 
     def recovered(self) -> Iterator[Arrival]:
         """Yield files that a killed process had claimed."""
@@ -134,7 +153,7 @@ class FolderInbox:
     def _scan(self, below: str) -> Iterator[Arrival]:
         """Yield the entries under a folder, by name. Links are never followed."""
         top = self.base / below if below else self.base
-        if not top.is_dir():
+        if not top.is_dir() or any((self.base / part).is_symlink() for part in (CLAIMED, below) if below):
             return
         pending = [""]
         while pending:
@@ -163,10 +182,10 @@ class FolderInbox:
             raise unusable(self.where, error.strerror or error) from error
 
 
-def being_written(path: Path) -> bool:
+def being_written(path: str, folder: int | None = None) -> bool:
     """Return True if a process has the file open for writing, as far as the file system can say (a lease is refused then)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, _READ, dir_fd=folder)
     except OSError:
         return False
     # the kernel asks the holder of a lease by SIGIO to give it up, which would end the process
@@ -218,7 +237,7 @@ def _age_to_wait(arrival: Arrival) -> float:
 def _settled(arrival: Arrival, before: Arrival | None) -> Arrival:
     if arrival.left:
         return arrival
-    if before is None or before.state != arrival.state or being_written(Path(arrival.place)):
+    if before is None or before.state != arrival.state or being_written(arrival.place):
         return replace(arrival, left="it is still being written; the next run takes it")
     return arrival
 

@@ -34,8 +34,11 @@ class Guard:
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no application here has web sockets, and their requests are not checked
+            await send({"type": "websocket.close", "code": 1008})
             return
         status = self._refusal(scope["path"], {k.decode().lower(): v.decode("latin-1") for k, v in scope["headers"]})
         extra = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
@@ -55,10 +58,8 @@ class Guard:
 
     def _refusal(self, path: str, headers: dict[str, str]) -> int | None:
         """Return the status of a request that is refused, or None."""
-        if headers.get("host") not in self.hosts:
-            return 403
-        origin = headers.get("origin")
-        if origin is not None and origin.removeprefix("http://") not in self.hosts:
+        host = headers.get("host")
+        if host not in self.hosts or headers.get("origin", f"http://{host}") != f"http://{host}":
             return 403
         if path in self.public:
             return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SECONDS = 10.0
+REPEAT_SECONDS = 0.2
 BYTES = 2**30
 """Address space that one rendering may add: far more than any conversation needs."""
 _STATM = Path("/proc/self/statm")
@@ -46,11 +47,14 @@ def _time(seconds: float) -> Iterator[None]:
         return
     began = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # The alarm is repeated: Jinja ignores an error while it computes constants, and then computes them again.
+    signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_SECONDS)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if outer:
             signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), 1e-3), period)

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from flows.deploy import APPROVALS, POOL, TRAINING
 from infra.postgres import DATABASES
+from pipelines.runtime.credentials import prefect_client, prefect_server
 
 PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 BIN = Path(sys.executable).parent
@@ -106,6 +107,12 @@ def test_compose_publishes_on_loopback_checks_health_and_gives_no_password_a_def
     assert services["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     images = {service["image"] for service in services.values()}
     assert all(re.search(r":(\d|cpu$|cuda$)", image) for image in images), "every image is pinned"
+    server = prefect_server("admin:word", 4200)
+    prefect = services["prefect"]["environment"]
+    assert set(server) - set(prefect) <= set(prefect_client("")), "the container is protected as `make ui` is"
+    assert {name: server[name] for name in prefect if name in server and "AUTH" not in name} == {
+        name: prefect[name] for name in prefect if name in server and "AUTH" not in name
+    }
 
 
 def test_images_are_pinned_and_do_not_run_as_root(root: Path) -> None:

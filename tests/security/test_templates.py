@@ -16,6 +16,8 @@ from posttrain.data.limits import bounded
 from posttrain.errors import DataError, ModelError
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+POWER = "{{ 9 ** 999999999 }}"  # Jinja computes it when it compiles the template, and again when it renders
+SQUARES = "{% set x = namespace(v=3) %}{% for i in range(60) %}{% set x.v = x.v * x.v %}{% endfor %}{{ x.v }}"
 HUNGRY = "{% set x = 'a' * 9999999999 %}{{ x }}"
 
 
@@ -28,7 +30,15 @@ def template(text: str) -> conversations.ChatTemplate:
     return conversations.ChatTemplate(tokenizer)
 
 
-@pytest.mark.parametrize(("text", "words"), [(ENDLESS, "more than 0.2 s"), (HUNGRY, "more than 1 GiB")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ENDLESS, "more than 0.2 s"),
+        (POWER, "more than 0.2 s"),
+        (SQUARES, "more than 0.2 s"),
+        (HUNGRY, "more than 1 GiB"),
+    ],
+)
 def test_a_template_without_bounds_is_stopped(text: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversations, "bounded", partial(bounded, seconds=0.2))
     with pytest.raises(ModelError, match=words):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from typing import Any
 
+import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.states import Cancelled
 
 from flows.promote import promote
+from infra.postgres import program
+from infra.topology import ORDER
 from pipelines.commands.models import line
+from tests.security.test_servers import EVIL, basic, status
 from tests.servers.conftest import Scene, signed_in, wait
 from tests.sockets import addresses, family
 
@@ -69,9 +72,37 @@ def test_the_schedule_fires_by_itself_and_a_better_model_becomes_champion(scene:
     assert {artifact.key for artifact in found} >= {"intake", "comparison", "report", "decision", "decision-page"}
 
 
-def test_mlflow_asks_for_a_password(scene: Scene) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{scene.topology.url('mlflow')}/api/2.0/mlflow/registered-models/search", timeout=10)
+def test_strangers_are_refused_by_every_server(scene: Scene) -> None:
+    """No password, a page of a different origin, a rebound host name, and a signed-in browser without the page's token."""
+    prefect, mlflow, s3 = (scene.topology.url(name) for name in ("prefect", "mlflow", "s3"))
+    keys = scene.topology.client_environment()
+    operator = basic(keys["PREFECT_API_AUTH_STRING"])
+    admin = basic(f"{keys['MLFLOW_TRACKING_USERNAME']}:{keys['MLFLOW_TRACKING_PASSWORD']}")
+    models = f"{mlflow}/api/2.0/mlflow/registered-models/search"
+    for headers in ({}, {"Origin": EVIL}, {"Host": "evil.example"}, operator):
+        assert status(f"{prefect}/api/flows/", {"name": "attack"}, **headers) == 403, headers
+        assert status(s3, **headers) == 403, headers
+    for headers in ({"Host": "evil.example"}, {"Origin": EVIL}):
+        assert status(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 5}, **admin, **headers) == 403
+    assert (status(models), status(models, **basic("admin:password1234")), status(models, **admin)) == (401, 401, 200)
+    postgres = scene.topology.postgres
+    for password in ("", "guessed"):
+        environment = postgres.environment() | {"PGPASSWORD": password}
+        command = [program("psql"), *postgres.client("psql")[1:], "--no-password", "-d", "prefect", "-c", "SELECT 1"]
+        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 2
+
+
+def test_secrets_are_in_private_files_and_in_no_process_list(scene: Scene) -> None:
+    found = json.loads((scene.topology.home / "secrets.json").read_text(encoding="utf-8"))
+    assert {stat.S_IMODE((scene.topology.home / name).stat().st_mode) for name in ("secrets.json", "env")} == {0o600}
+    assert stat.S_IMODE(scene.topology.home.stat().st_mode) == 0o700
+    lines = []
+    for name in ORDER:
+        pid = scene.topology.processes.pid(name)
+        assert pid is not None
+        lines += [" ".join(process.cmdline()) for process in family(psutil.Process(pid))]
+    assert len(lines) >= len(ORDER)
+    assert not [line for line in lines for value in found.values() if value in line]
 
 
 def test_a_night_without_new_data_runs_no_stage_and_says_so(scene: Scene) -> None:
@@ -131,8 +162,6 @@ def test_a_model_promoted_by_hand_is_rolled_back_and_barred(scene: Scene, monkey
 
 
 def test_no_server_listens_to_the_network(scene: Scene) -> None:
-    import psutil
-
     listening: dict[str, set[Any]] = {}
     for name in ("postgres", "s3", "mlflow", "prefect"):
         pid = scene.topology.processes.pid(name)

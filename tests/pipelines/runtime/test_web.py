@@ -1,0 +1,61 @@
+"""The guard before our own web servers: its own address and origin, a token, and nothing that it cannot check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipelines.runtime.web import Guard
+from tests import coroutines
+
+GOOD = {"host": "127.0.0.1:5050", "authorization": "Bearer word"}
+
+
+def answers(kind: str, path: str, headers: dict[str, str]) -> list[dict[str, Any]]:
+    """Return what the guard, before an application that answers everything, sends."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "path": path, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
+    coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/state", GOOD, 200),
+        ("/state", GOOD | {"host": "localhost:5050", "origin": "http://localhost:5050"}, 200),
+        ("/", {"host": "127.0.0.1:5050"}, 200),
+        ("/state", GOOD | {"authorization": "Bearer wörd"}, 401),
+        ("/state", GOOD | {"authorization": ""}, 401),
+        ("/state/", {"host": "127.0.0.1:5050"}, 401),
+        ("/state", GOOD | {"origin": "null"}, 403),
+        ("/state", GOOD | {"origin": "https://127.0.0.1:5050"}, 403),
+        ("/state", GOOD | {"origin": "http://localhost:5050"}, 403),  # a different server may listen there, on ::1
+        ("/state", GOOD | {"origin": "http://127.0.0.1:5051"}, 403),
+        ("/", {"host": "127.0.0.1:5051"}, 403),
+        ("/", {"host": "evil.example:5050"}, 403),
+        ("/", {}, 403),
+    ],
+)
+def test_a_request_needs_the_servers_own_address_origin_and_token(
+    path: str, headers: dict[str, str], status: int
+) -> None:
+    first = answers("http", path, headers)[0]
+    assert first["status"] == status
+    assert not [name for name, _ in first["headers"] if name.startswith(b"access-control")]
+    assert (b"x-content-type-options", b"nosniff") in first["headers"]
+
+
+def test_a_web_socket_is_closed_unseen() -> None:
+    assert answers("websocket", "/state", GOOD) == [{"type": "websocket.close", "code": 1008}]
