@@ -11,6 +11,9 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import compress
+
+import numpy as np
 
 from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
@@ -73,20 +76,34 @@ def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row]
         raise ConfigError(
             "data.preferences.heldout: must be greater than 0, e.g. 0.1, because held-out pairs measure the reward model"
         )
-    prompts = sorted({_key(row) for row in rows}, key=lambda key: (_place(key, seed), key))
-    count = max(1, round(share * len(prompts)))
-    if count >= len(prompts):
+    places = np.fromiter((_place(_key(row), seed) for row in rows), np.uint64, len(rows))
+    prompts = np.fromiter((_digest(_key(row)) for row in rows), np.uint64, len(rows))
+    order = np.lexsort((prompts, places))
+    places_in_order, prompts_in_order = places[order], prompts[order]
+    first = np.ones(len(rows), dtype=bool)  # of the rows of a prompt
+    first[1:] = (np.diff(places_in_order) != 0) | (np.diff(prompts_in_order) != 0)
+    count = max(1, round(share * int(first.sum())))
+    if count >= first.sum():
         raise DataError(
-            f"data.preferences.heldout = {share} would hold out {count} of {len(prompts)} prompts and leave none for training;"
+            f"data.preferences.heldout = {share} would hold out {count} of {first.sum()} prompts and leave none for training;"
             " lower it, or add pairs"
         )
-    heldout = set(prompts[:count])
-    return [row for row in rows if _key(row) not in heldout], [row for row in rows if _key(row) in heldout]
+    limit = places_in_order[first][count - 1]
+    before = int((places_in_order[first] < limit).sum())
+    neighbours = {_key(rows[i]) for i in np.flatnonzero(places == limit)}
+    last = set(sorted(neighbours)[: count - before])
+    heldout = [place < limit or (place == limit and _key(row) in last) for place, row in zip(places, rows, strict=True)]
+    return [row for row, held in zip(rows, heldout, strict=True) if not held], [*compress(rows, heldout)]
 
 
-def _place(key: str, seed: int) -> bytes:
-    """Return the prompt's place in a random order that depends only on prompt and seed."""
-    return hashlib.sha256(f"{seed}\0{letters_and_digits(key)}".encode()).digest()
+def _place(key: str, seed: int) -> int:
+    """Return the prompt's place in a random order that depends only on prompt and seed, as a number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{letters_and_digits(key)}".encode()).digest()[:8])
+
+
+def _digest(key: str) -> int:
+    """Return a number of 64 bits by which prompts are told apart: a million of them take 8 MB."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _key(row: Row) -> str:

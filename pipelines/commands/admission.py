@@ -57,7 +57,7 @@ class Admission:
         kept: list[Row] = outcome.kept[kind]
         if self._params.validation.rules.leakage == "stop":
             self._refuse_leakage(kind, kept)
-        return len(outcome.quarantined[kind]) + self._repeated(kind, rows, {row["id"] for row in kept})
+        return len(outcome.quarantined[kind]) + self._repeated(kind, rows, kept)
 
     def admit(self, kind: Kind, rows: list[Row]) -> None:
         """Add the rows to a table; they are numbered on from its last row."""
@@ -73,13 +73,16 @@ class Admission:
             self._digests[kind] = [row_digest(row) for row in self.rows[kind]]
         return self._digests[kind]
 
-    def _repeated(self, kind: Kind, rows: list[Row], kept: set[int]) -> int:
+    def _repeated(self, kind: Kind, rows: list[Row], kept: list[Row]) -> int:
         """Return how many of the kept rows `validate` quarantines because the table has them. Raises DataError if it would stop."""
         rule = self._params.validation.rules.duplicate_rows
         if rule == "warn":
             return 0
         mine = set(self._row_digests(kind))
-        again = [row for row in rows if row["id"] in kept and row_digest(row) in mine]
+        stays = bytearray(len(rows))  # by id, which is a row's position in its file
+        for row in kept:
+            stays[row["id"]] = True
+        again = [row for row in rows if stays[row["id"]] and row_digest(row) in mine]
         if again and rule == "stop":
             raise DataError(
                 f"{len(again)} rows are in the table {kind} already (first: {shown_prompt(again[0])!r}). Remove them, or set"

@@ -11,6 +11,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
+from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised, require_known
@@ -49,7 +50,7 @@ def canonical_rows(
         rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     else:
         records = list(records[: source.rows])
-        rows = [{"id": i, **_row(columns, record)} for i, record in enumerate(_consumed(records))]
+        rows = [compact({"id": i, **_row(columns, record)}) for i, record in enumerate(_consumed(records))]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
     rows = chat_rows(kind, rows, source, where, changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pipelines.config.data_schema import TableSource
+from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
@@ -48,8 +49,13 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
                 f"{place}: the prompt ends with an assistant turn, so the answer would be in the prompt. End it with the user's"
                 " question; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
             )
-        rows[i] = _with_system(kind, row, source, changes)
+        rows[i] = _compact(_with_system(kind, row, source, changes))
     return rows
+
+
+def _compact(row: Row) -> Row:
+    """Return the row and its messages in less memory."""
+    return compact({n: [*map(compact, v)] if is_messages(v) else v for n, v in row.items()})
 
 
 def _parted(row: Row, where: str, changes: Changes) -> Row:

@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.data.compact import compact
 from pipelines.data.parquet import parquet_records
 from posttrain.errors import DataError
 from posttrain.text import nearest
@@ -122,7 +123,7 @@ def _jsonl(path: Path) -> list[Record]:
             if number == 1 and isinstance(value, list):
                 raise DataError(f"{path}, line 1: is an array of objects, which is .json; rename the file")
             record = _object(value, f"{path}, line {number}")
-            records.append({sys.intern(name): value for name, value in record.items()})
+            records.append(compact({sys.intern(name): value for name, value in record.items()}))
     return records
 
 

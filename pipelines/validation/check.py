@@ -155,17 +155,18 @@ def _texts(table: Table, row: Row) -> Row:
 def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Validator) -> None:
     """Find training rows whose prompt is also in held-out data."""
     tables = [(table, outcome.kept[table]) for table in (*TRAINING, *HELD_OUT) if outcome.kept.get(table)]
-    every = [(table, i, row) for table, rows in tables for i, row in enumerate(rows)]
     (finding,) = validator.run("all", "leakage", prompts_view(tables), suites.leakage())
     held_out = {
         key: (table, row["id"])
-        for table, _, row in reversed(every)
+        for table, rows in reversed(tables)
         if table in HELD_OUT
+        for row in reversed(rows)
         for key in prompt_keys(row, held_out=True)
     }
     shared: dict[Table, dict[int, str]] = {}
     for position in finding.rows:
-        table, i, row = every[position]
+        table, i = _place(tables, position)
+        row = outcome.kept[table][i]
         for key in sorted(prompt_keys(row, held_out=False) & held_out.keys())[:1]:
             shared.setdefault(table, {})[i] = "{} id {}".format(*held_out[key])
     if finding.status == "errored" or not shared:
@@ -176,6 +177,15 @@ def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Val
         outcome.verdicts.append(Verdict(found, rules.leakage, [rows[i] for i in notes], list(notes.values())))
         if rules.leakage == QUARANTINE:
             _quarantine(outcome, table, rows, {i: [f"leakage (prompt of {note})"] for i, note in notes.items()})
+
+
+def _place(tables: Sequence[tuple[Table, list[Row]]], position: int) -> tuple[Table, int]:
+    """Return table and place of a row from its position in all tables below each other."""
+    for table, rows in tables:
+        if position < len(rows):
+            return table, position
+        position -= len(rows)
+    raise IndexError(position)
 
 
 def _check_emptied(outcome: ValidationOutcome) -> None:

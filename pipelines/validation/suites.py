@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from posttrain.rewards.extraction import AnswerKind
 
 Status = Literal["passed", "failed", "errored"]
 Expectation = Any
+_LARGE = 10_000
+"""Rows of a frame whose memory is worth a collection, which takes about 0.1 s."""
 ANSWERS: dict[AnswerKind, type[Any]] = {
     "number": own.ExpectColumnValuesToBeNumbers,
     "choice": own.ExpectColumnValuesToBeChoices,
@@ -146,6 +149,8 @@ class Validator:
         )
         self.context.validation_definitions.delete(name)
         self.context.data_sources.delete(name)
+        if len(frame) > _LARGE:
+            gc.collect()  # frame and results are in cycles
         order = {(e.meta["rule"], e.meta["column"]): place for place, e in enumerate(suite)}
         return sorted((_finding(table, result) for result in outcome.results), key=lambda f: order[f.rule, f.column])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -112,8 +113,9 @@ def _number(digest: bytes) -> int:
 
 def _first_equal(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Return for each row the position of the first row with the same content, [rows]."""
-    first: dict[bytes, int] = {}
-    return np.fromiter((first.setdefault(row_digest(row), i) for i, row in enumerate(rows)), np.int64, len(rows))
+    digests = np.frombuffer(b"".join(row_digest(row) for row in rows), dtype="V16")
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    return first[which].astype(np.int64)
 
 
 def _judged(value: Any, name: str) -> str:
@@ -146,7 +148,7 @@ def prompts_view(tables: Sequence[tuple[Table, Sequence[Row]]]) -> pd.DataFrame:
 
     The keys are 64-bit digests: a million of them take 8 MB. Who reads a finding compares the keys themselves.
     """
-    columns: dict[str, list[Any]] = {POSITION: [], "held_out": [], "prompt_key": []}
+    columns = {POSITION: array("q"), "held_out": array("b"), "prompt_key": array("q")}
     every = ((table, row) for table, rows in tables for row in rows)
     for position, (table, row) in enumerate(every):
         for key in sorted(prompt_keys(row, table in HELD_OUT)):

@@ -115,7 +115,7 @@ class Scene:
         for run in client.read_flow_runs(flow_run_filter=waiting):
             client.delete_flow_run(run.id)
 
-    def ended(self, run: FlowRun, seconds: float = 600) -> FlowRun:
+    def ended(self, run: FlowRun, seconds: float = 2000) -> FlowRun:
         def look() -> FlowRun | None:
             now = self.read(run)
             return now if now.state is not None and now.state.is_final() else None

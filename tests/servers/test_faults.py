@@ -15,7 +15,7 @@ from tests.servers.conftest import Scene, wait
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
 ]
 
 

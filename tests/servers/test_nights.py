@@ -24,7 +24,7 @@ from tests.security.test_servers import EVIL, basic, status
 from tests.servers.conftest import Scene, signed_in, wait
 from tests.sockets import addresses, family
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 
 GOOD = [{"prompt": f"n{i}?", "chosen": "1", "rejected": "0"} for i in range(8)]
 POISON = [{"prompt": f"x{i}?", "chosen": "0", "rejected": "1"} for i in range(240)]

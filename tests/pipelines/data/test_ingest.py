@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from hypothesis import strategies as st
 from pipelines.config.data_schema import DataParams, GradedAnswers, TableSource
 from pipelines.config.params import load_params
 from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.compact import compact
 from pipelines.data.files import read_file
 from pipelines.data.sources import table_rows
 from pipelines.data.tables import plain, read_rows, write_rows
 from pipelines.ingest import split_by_prompt
 from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError, DataError
-from posttrain.text import normalised
+from posttrain.text import letters_and_digits, normalised
 
 
 @pytest.fixture
@@ -244,6 +247,39 @@ def test_held_out_pairs_share_no_prompt_with_the_others(prompts: list[str], shar
     assert not held & {normalised(row["prompt"]) for row in kept}
     assert len(held) == max(1, round(share * len(keys)))
     assert (kept, heldout) == split_by_prompt(rows, share, seed)
+
+
+@given(
+    st.lists(st.text("ab!?. ", min_size=1, max_size=4), min_size=4, max_size=40), st.floats(0.1, 0.5), st.integers(0, 3)
+)
+def test_the_split_is_that_of_prompts_sorted_by_a_hash_of_their_letters_then_by_text(
+    prompts: list[str], share: float, seed: int
+) -> None:
+    """Prompts that differ only in punctuation have one hash, so the border may lie between them."""
+    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(prompts)]
+    keys = {normalised(plain(row["prompt"])) for row in rows}
+    places = {key: hashlib.sha256(f"{seed}\0{letters_and_digits(key)}".encode()).digest() for key in keys}
+    count = max(1, round(share * len(keys)))
+    if count >= len(keys):
+        return
+    held = set(sorted(keys, key=lambda key: (places[key], key))[:count])
+    kept, heldout = split_by_prompt(rows, share, seed)
+    assert heldout == [row for row in rows if normalised(row["prompt"]) in held]
+    assert kept == [row for row in rows if normalised(row["prompt"]) not in held]
+
+
+def test_rows_share_their_names_and_stay_dictionaries() -> None:
+    names = ("id", "prompt", "chosen", "rejected", "chosen_score", "rejected_score")
+    rows = [compact(dict.fromkeys(names, i)) for i in range(100)]
+    plain_size = sys.getsizeof(dict.fromkeys(names, 0))
+    assert sys.getsizeof(rows[-1]) < 0.6 * plain_size
+    row = rows[0]
+    row |= {"id": 7, "reason": "x"}
+    assert row.pop("chosen") == 0
+    assert list(row.items()) == [("id", 7), *((n, 0) for n in ("prompt", "rejected", *names[4:])), ("reason", "x")]
+    assert rows[1] == dict.fromkeys(names, 1)
+    for odd in ({"__class__": 1}, {"a b": 1}, {"": 1}, {"class": 1}):
+        assert compact(odd) == odd
 
 
 def test_heldout_needs_a_share_that_leaves_both_sides() -> None:
