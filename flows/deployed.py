@@ -1,4 +1,4 @@
-"""Run the flow that this project's prefect.yaml names, whatever the server's record of its deployment says.
+"""Run the flow that this project's prefect.yaml names, also if the server's record of its deployment names a different one.
 
 Whoever has the server's password can change that record. Prefect would run the record's entry point and pull steps in the flow's
 process, and for hooks in the process of the worker or of `make serve`.

@@ -30,7 +30,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _holder(names: tuple[str, ...]) -> type | None:
-    """Return a class of its own for these names; None if one of them could not be an attribute."""
+    """Return the class for these names; None if one of them could not be an attribute."""
     if not all(name.isidentifier() and not name.startswith("_") for name in names):
         return None
     return type("Holder", (), {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ from pipelines.validation.view import (
     types_view,
 )
 
+Note = Callable[[int], str]
 STOP, QUARANTINE, WARN = "stop", "quarantine", "warn"
 
 
@@ -100,9 +101,10 @@ class _Checker:
         if rows:
             view = content_view(self.table, rows, lengths)
             suite = suites.content(self.table, limits, list(view.columns))
-            notes = {UNKNOWN: [f"{share:.1%} of its tokens are unknown" for share in view[UNKNOWN]]}
+            shares = view[UNKNOWN].to_numpy()
+            notes: dict[str, Note] = {UNKNOWN: lambda i: f"{shares[i]:.1%} of its tokens are unknown"}
             if TEMPLATE in view.columns:
-                notes[TEMPLATE] = list(view[TEMPLATE])
+                notes[TEMPLATE] = view[TEMPLATE].to_numpy().__getitem__
             detail = f"{view[UNKNOWN].mean():.2%} of a row's tokens are unknown on average, at most {view[UNKNOWN].max():.2%}"
             findings = [
                 replace(finding, detail=detail) if finding.rule == "unknown_tokens" and not finding.detail else finding
@@ -111,15 +113,15 @@ class _Checker:
             self._settle(rows, findings, notes)
 
     def _settle(
-        self, rows: list[Row], findings: Sequence[Finding], notes: Mapping[str, Sequence[str]] = MappingProxyType({})
+        self, rows: list[Row], findings: Sequence[Finding], notes: Mapping[str, Note] = MappingProxyType({})
     ) -> bool:
-        """Record the findings and set rows aside. Return True if one of them stops the run. `notes`: of each row, by column."""
+        """Record the findings and set rows aside. Return True if one of them stops the run. `notes`: by column, of a row."""
         verdicts = [
             Verdict(
                 f,
                 _policy(self.rules, f.rule),
                 [rows[i] for i in f.rows],
-                [notes[f.column][i] for i in f.rows] if f.column in notes else [],
+                [notes[f.column](i) for i in f.rows] if f.column in notes else [],
             )
             for f in findings
         ]

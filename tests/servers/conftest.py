@@ -155,7 +155,7 @@ class Scene:
         return "\n".join(lines)
 
     def worker_log(self, run: FlowRun) -> str:
-        """Return what the worker has printed since the run was awaited: its flow's lines, one flow at a time."""
+        """Return the worker's output since the run was awaited: the lines of its flow, one flow at a time."""
         return self._worker_output()[self._printed[run.id] :]
 
     def _worker_output(self) -> str:

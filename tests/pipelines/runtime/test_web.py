@@ -13,7 +13,7 @@ GOOD = {"host": "127.0.0.1:5050", "authorization": "Bearer word"}
 
 
 def answers(kind: str, path: str, headers: dict[str, str]) -> list[dict[str, Any]]:
-    """Return what the guard, before an application that answers everything, sends."""
+    """Return the messages of the guard before an application that answers everything."""
     sent: list[dict[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
