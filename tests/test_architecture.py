@@ -37,6 +37,7 @@ EXTRAS = {
     "math_verify": ["posttrain/rewards/mathematics.py"],
     "peft": ["posttrain/models/lora.py"],
     "scipy": ["posttrain/evaluation/crossed.py"],
+    "websockets": ["posttrain/environments/openenv.py"],
 }
 """Packages that the library imports only on demand, and the only files that may import them."""
 

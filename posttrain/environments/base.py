@@ -76,7 +76,7 @@ class Environment:
 PACKAGE = "posttrain.environments"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """An import path package.module:attribute."""
-WRAPPED = ("reasoning_gym", "verifiers")
+WRAPPED = ("reasoning_gym", "verifiers", "openenv")
 """Packages of tasks that are wrapped by a module of this package with the same name."""
 _REGISTERED: dict[str, Environment] = {}
 

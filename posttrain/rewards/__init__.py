@@ -16,8 +16,12 @@ BUILT_IN_NAMES = ("answer", "math", "mentions", "length", "regex", "format")
 """Names that params.yaml may use without an import path, besides `reward_model`; rewards/functions.py defines them."""
 
 
-WRAPPED_PACKAGES = {"reasoning_gym": ("reasoning-gym", "reasoning"), "verifiers": ("verifiers", "verifiers")}
-"""Packages whose tasks are rewards by PACKAGE:NAME, with the name to install and the extra."""
+WRAPPED_PACKAGES = {
+    "reasoning_gym": ("reasoning_gym", "reasoning-gym", "reasoning"),
+    "verifiers": ("verifiers", "verifiers", "verifiers"),
+    "openenv": ("websockets", "websockets", "openenv"),
+}
+"""Packages whose tasks are rewards by PACKAGE:NAME, with the module that they need, its name to install, and the extra."""
 
 
 def require_available(function: str) -> None:
@@ -26,8 +30,8 @@ def require_available(function: str) -> None:
         raise ConfigError(
             "the reward function 'math' needs the package math-verify; install it with: pip install -c constraints.txt '.[math]'"
         )
-    for package, (distribution, extra) in WRAPPED_PACKAGES.items():
-        if function.startswith(f"{package}:") and find_spec(package) is None:
+    for package, (module, distribution, extra) in WRAPPED_PACKAGES.items():
+        if function.startswith(f"{package}:") and find_spec(module) is None:
             raise ConfigError(
                 f"the reward function {function!r} needs the package {distribution}; install it with: pip install -c constraints.txt"
                 f" '.[{extra}]'"
