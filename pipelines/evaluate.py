@@ -37,7 +37,7 @@ def run(run: Run) -> None:
     from posttrain.evaluation.statistics import Resampling
 
     if params.benchmarks is not None:
-        from posttrain.evaluation.benchmarks import require_package
+        from posttrain.evaluation.harness import require_package
 
         require_package()
     evaluator = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +16,8 @@ from pipelines.data.sources import HUB, is_generator, local_files
 from posttrain.environments.base import built_in, environment, is_wrapped
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
+from posttrain.evaluation.harness import require_package
+from posttrain.rewards.judge_server import server_of_environment
 from posttrain.text import nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -25,7 +27,7 @@ ROWS = 20
 
 def problems(params: Params) -> list[str]:
     """Return one line for each source, import path or column that a run would not find."""
-    return [*_functions(params), *_model(params), *_data(params)]
+    return [*_functions(params), *_services(params), *_model(params), *_data(params)]
 
 
 def unused_rewards(params: Params) -> list[str]:
@@ -45,6 +47,21 @@ def unused_rewards(params: Params) -> list[str]:
                 f" posttrain configure algorithms.NAME.rewards.{reward}=1.0. To measure it, add it to evaluation.rewards."
             )
     return found
+
+
+def _services(params: Params) -> Iterator[str]:
+    """Yield a missing package of benchmarks, and a judge whose server the environment does not name."""
+    judges = [name for name, reward in params.rewards.items() if reward.function == "judge"]
+    checks: list[tuple[str, Callable[[], object]]] = []
+    if params.evaluation.benchmarks is not None:
+        checks.append(("evaluation.benchmarks", require_package))
+    if judges:
+        checks.append((f"rewards.{judges[0]}", lambda: server_of_environment(None)))
+    for key, check in checks:
+        try:
+            check()
+        except PosttrainError as error:
+            yield f"{key}: {error}"
 
 
 def _functions(params: Params) -> Iterator[str]:

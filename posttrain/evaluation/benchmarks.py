@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from posttrain.data.batches import micro_batches
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.errors import ConfigError
+from posttrain.evaluation.harness import require_package
 from posttrain.evaluation.statistics import Interval, Resampling, floats, mean_interval
 from posttrain.models.policy import Policy
 from posttrain.rollouts.engine import Engine, Request, SamplingSettings
@@ -83,14 +83,6 @@ class BenchmarkSettings:
     chat: bool
     micro_batch_tokens: int
     bf16: bool = False
-
-
-def require_package() -> None:
-    """Raise ConfigError with the command to type if lm-eval is not installed. This imports nothing."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "evaluation.benchmarks needs the package lm-eval; install it with: pip install -c constraints.txt '.[benchmarks]'"
-        )
 
 
 def benchmark(

@@ -75,7 +75,7 @@ class JudgeSettings:
             f"max_tokens = {self.max_tokens}: must be at least 1": self.max_tokens < 1,
         }
         if found := [message for message, holds in wrong.items() if holds]:
-            raise ConfigError(f"the reward function 'judge': {found[0]}")
+            raise ConfigError(f"{found[0]} (of the reward function 'judge')")
 
 
 class Judge:

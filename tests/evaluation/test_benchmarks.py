@@ -18,8 +18,8 @@ from posttrain.evaluation.benchmarks import (
     benchmark,
     continuations,
     generations,
-    require_package,
 )
+from posttrain.evaluation.harness import require_package
 from posttrain.evaluation.statistics import Resampling
 from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.policy import Policy

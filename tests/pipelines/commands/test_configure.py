@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands.configure import configure, main
+from pipelines.commands.lookahead import problems
 from pipelines.config.dvc_yaml import survives
 from pipelines.config.params import load_params
 from posttrain.algorithms import PRESETS, OnPolicy
@@ -236,3 +237,21 @@ def test_a_reward_that_nothing_computes_is_named(params: Path, capsys: pytest.Ca
         == 0
     )
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_judge_without_a_server_and_benchmarks_without_their_package_are_named_at_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(root / "params.yaml", tmp_path / "params.yaml")
+    changes = tmp_path / "changes.yaml"
+    changes.write_text(
+        "rewards: {graded: {function: judge, arguments: {model: small}}}\nevaluation: {benchmarks: {tasks: [mine]}}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("posttrain.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.delenv("POSTTRAIN_JUDGE_URL", raising=False)
+    configure(tmp_path / "params.yaml", [str(changes)])
+    found = problems(load_params(tmp_path / "params.yaml"))
+    assert [line.partition(":")[0] for line in found] == ["evaluation.benchmarks", "rewards.graded"]
+    assert "'.[benchmarks]'" in found[0]
+    assert "set POSTTRAIN_JUDGE_URL" in found[1]
