@@ -7,6 +7,7 @@ PosttrainError
 ├── ModelError         a model folder, tokenizer or vocabulary cannot be used
 ├── RewardError        a reward function failed or returned an invalid value
 │   └── RewardTimeoutError  it exceeded its time limit
+├── JudgeError         a model that judges answers could not be asked
 ├── RolloutError       sampling could not deliver what was requested
 │   ├── ServerError         an inference server is gone, hung or broken
 │   └── StaleWeightsError   an inference server uses other weights than the policy's
@@ -57,6 +58,10 @@ class RewardError(PosttrainError):
 
 
 class RewardTimeoutError(RewardError):
+    pass
+
+
+class JudgeError(PosttrainError):
     pass
 
 

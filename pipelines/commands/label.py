@@ -4,6 +4,7 @@
     posttrain label champion challenger        # one answer of each; no annotator sees which is which
     posttrain label champion --ask scores --answers 4
     posttrain label --summary NAME             # agreement and biases of a session
+    posttrain label --import FILE              # judgements that were exported from Label Studio or Argilla
 
 Prints the page's address, which holds a secret. Everyone who judges opens it and gives a name. The page is reachable only from this
 machine; from a different one, use `ssh -L 5050:127.0.0.1:5050 HOST`. Each judgement is on disk before the next item appears. When an
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -31,6 +33,7 @@ from pipelines.data.files import read_file
 from pipelines.data.handover import needs_scores
 from pipelines.data.inbox import location
 from pipelines.data.tables import read_rows
+from pipelines.labelling.imports import read_export
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.sampling import CANDIDATES, Sampling, Score, closest, sample_items
@@ -144,7 +147,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     args = with_defaults(args, params)
     names, table = args.models, args.prompts
     found = usable(prompts(table), PROMPTS.parent)
-    weights = [_weights(project, name, params.project.experiment) for name in names]
+    weights = [folder_or_model_md5(project, name, params.project.experiment) for name in names]
     folder = FOLDER / (args.name or identity(args, weights, table))
     if (folder / "items.jsonl").is_file():
         return open_session(folder)
@@ -160,7 +163,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     return session
 
 
-def _weights(project: Path, name: str, experiment: str) -> str:
+def folder_or_model_md5(project: Path, name: str, experiment: str) -> str:
     """Return the hash of a model's weights, by which DVC knows a folder."""
     from pipelines.serving.models import folder_md5
 
@@ -205,6 +208,28 @@ def finish(desk: Desk) -> None:
     print_text("\n".join(map(printable, describe(summarise(desk.session, desk.judgements())).split("\n"))))
 
 
+def import_export(project: Path, file: Path, name: str | None) -> None:
+    """Make a session of an export, hand its judgements over, and print the summary. A second call for the same file changes nothing."""
+    ask, items, judgements = read_export(file)
+    allowed = {json.dumps(prompt) for prompt in usable([item.prompt for item in items], PROMPTS.parent)}
+    kept = {item.id: item for item in items if json.dumps(item.prompt) in allowed}
+    folder = FOLDER / (name or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', file.stem)}-{file_digest(file)[:8]}")
+    session = Session(folder, ask, 0, 0, tuple(kept.values()))
+    if (folder / "items.jsonl").is_file() and open_session(folder) != session:
+        raise DataError(f"{folder} is a different session; choose another --name")
+    session.save()
+    desk = Desk(session)
+    try:
+        for each in judgements:
+            if each.item in kept:
+                desk.judge_item(each.annotator, each.item, f"{each.annotator}/{each.item}", each.value, each.time)
+        count = hand_over(desk, location(project), scores=needs_scores(project))
+        print_text(f"{session.folder}: {len(kept)} items, {count} judgements handed to the inbox")
+        print_text("\n".join(map(printable, describe(summarise(session, desk.judgements())).split("\n"))))
+    finally:
+        desk.close()
+
+
 def print_summary(name: str) -> None:
     """Print agreement and biases of one session. Raises DataError if it does not exist, or is being served."""
     session = open_session(FOLDER / name)
@@ -244,6 +269,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--port", type=int, default=5050, help="port on 127.0.0.1; 0 takes a free one (default: 5050)")
     made.add_argument("--summary", metavar="NAME", help="print agreement and biases of a session")
+    made.add_argument(
+        "--import", dest="imported", type=Path, metavar="FILE", help="take in an export of Label Studio or Argilla"
+    )
     return made  # fmt: skip
 
 
@@ -260,8 +288,13 @@ def main(argv: list[str] | None = None) -> int:
     environment.quiet()
     project = environment.root()
     args.prompts = args.prompts and args.prompts.absolute()
+    args.imported = args.imported and args.imported.absolute()
     args.models = [str(Path(m).absolute()) if _is_folder(m) else m for m in args.models]
     os.chdir(project)
+    if args.imported:
+        environment.require_writable(project)
+        import_export(project, args.imported, args.name)
+        return 0
     if args.summary:
         print_summary(args.summary)
         return 0

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.gate_schema import GateParams
+from pipelines.config.judge_schema import JudgeParams
 from pipelines.config.reward_arguments import check_arguments
 from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.config.schema import (
@@ -64,6 +65,7 @@ class Params(Section):
     report: ReportParams
     gate: GateParams
     tune: TuneParams = TuneParams()
+    judge: JudgeParams = JudgeParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

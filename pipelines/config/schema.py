@@ -287,6 +287,9 @@ class RolloutParams(Section):
     """The sampling engine. The environment selects its servers (docs/rollouts.md)."""
 
     engine: Literal["native", "vllm"] = "native"
+    keep: Literal["none", "extremes", "all"] | Annotated[float, Field(gt=0, lt=1)] = "none"
+    """Answers that each step stores in a table next to the run: none, a few extremes, a random share such as 0.1, or all.
+    `posttrain replay` needs all."""
 
 
 class TurnsParams(Section):

@@ -16,6 +16,8 @@ from posttrain.errors import DataError
 
 CHOICES = ("first", "second", "tie", "bad")
 SKIP = "skip"
+JUDGE = "judge/"
+"""Beginning of the name of an annotator that is a model; no person may use it."""
 TOP_SCORE = 10
 _NAME_LENGTH = 40
 
@@ -117,6 +119,15 @@ class Desk:
             record = {"kind": "judgement", "key": key, "annotator": annotator, "task": task}
             self._append(record | {"places": places, "value": value, "time": self.now()})
 
+    def judge_item(self, annotator: str, task: str, key: str, value: Any, time: str = "") -> None:
+        """Record a judgement that was not made on this page: by a model, or in a different tool. The value is by answers."""
+        with self._lock:
+            if key in self._seen:
+                return
+            record = {"kind": "judgement", "key": key, "annotator": annotator, "task": task}
+            places = list(range(len(self.session.item(task).answers)))
+            self._append(record | {"places": places, "value": value, "time": time or self.now()})
+
     def undo(self, annotator: str) -> None:
         """Take the annotator's last judgement back. Raises DataError if there is none, or it was handed over."""
         with self._lock:
@@ -143,13 +154,20 @@ class Desk:
         with self._lock:
             return [judgement for _, done in sorted(self._done.items()) for judgement in done.values()]
 
-    def hand_over(self, write: Callable[[int, list[Judgement]], None]) -> int:
+    def hand_over(self, write: Callable[[int, list[Judgement]], None], trusted: str | None = None) -> int:
         """Give judgements that were not handed over to `write`, as a numbered batch, and return how many.
 
+        Judgements of models stay, except those of the model named `trusted`.
         The batch is recorded first. If the process dies before `write` has finished, the next call writes exactly the same batch again.
         """
         with self._lock:
-            fresh = [each.key for each in self.judgements() if each.counts and each.key not in self._handed]
+            fresh = [
+                each.key
+                for each in self.judgements()
+                if each.counts
+                and each.key not in self._handed
+                and (each.annotator == trusted or not is_judge(each.annotator))
+            ]
             if fresh:
                 self._append({"kind": "batch", "number": len(self._batches) + 1, "keys": fresh})
             by_key = {each.key: each for each in self.judgements()}
@@ -185,8 +203,15 @@ class Desk:
                 self._written.add(record["number"])
 
 
+def is_judge(annotator: str) -> bool:
+    """Return True if an annotator is a model."""
+    return annotator.startswith(JUDGE)
+
+
 def check_name(annotator: str) -> None:
-    """Raise DataError unless an annotator's name can be stored and shown."""
+    """Raise DataError unless a person's name can be stored and shown."""
+    if is_judge(annotator):
+        raise DataError(f"a name that begins with {JUDGE} means a model that judges; take a different one")
     if not annotator.strip() or len(annotator) > _NAME_LENGTH or not annotator.isprintable():
         raise DataError(f"an annotator's name is 1 to {_NAME_LENGTH} printable characters, and not {annotator[:60]!r}")
 

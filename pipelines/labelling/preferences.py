@@ -49,15 +49,18 @@ def ordered(ask: str, value: Any) -> Iterator[tuple[int, int, float, float]]:
                 yield better, worse, high, low
 
 
-def hand_over(desk: Desk, inbox: str, *, scores: bool) -> int:
-    """Put fresh judgements into the inbox, rewrite the session's results, and return the number of fresh judgements."""
+def hand_over(desk: Desk, inbox: str, *, scores: bool, trusted: str | None = None) -> int:
+    """Put fresh judgements into the inbox, rewrite the session's results, and return the number of fresh judgements.
+
+    Of models that judge, only the one named `trusted` takes part.
+    """
 
     def write(number: int, batch: Sequence[Judgement]) -> None:
         found = [row for judgement in batch for row in rows(desk.session, judgement)]
         if found:
             handover.put(inbox, f"label-{desk.session.name}-{number:04d}.jsonl", found, scores=scores)
 
-    count = desk.hand_over(write)
+    count = desk.hand_over(write, trusted)
     write_results(desk)
     return count
 

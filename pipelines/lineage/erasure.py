@@ -33,6 +33,8 @@ WEIGHTS = (".safetensors", ".pt", ".bin")
 SHORTEST = 4
 """Shorter texts are in many unrelated files, so that a file without longer ones could not be distinguished from others."""
 _SUFFIX = ".dir"
+ROLLOUTS = {"prompt", "completion", "prompt_ids", "response_ids"}
+"""Columns by which a table of rollouts is known."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,15 @@ class Texts:
         import pyarrow.parquet as pq
 
         try:
-            rows = pq.read_table(path).to_pylist()
+            table = pq.read_table(path)
         except (pa.ArrowException, OSError):
             return True  # it cannot be shown to be free of the texts
-        return any(text in self._plain for row in rows for text in _strings(row))
+        if set(table.column_names) >= ROLLOUTS:
+            # a prompt is there as one text, whose messages and template surround the row's own
+            texts = table.select(["prompt", "completion"]).to_pylist()
+            data = "\0".join(text for row in texts for text in _strings(row)).encode("utf-8", "surrogatepass")
+            return any(form in data for form in self._forms)
+        return any(text in self._plain for row in table.to_pylist() for text in _strings(row))
 
 
 def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:

@@ -22,6 +22,7 @@ from pipelines.report.forest import against_cost
 from pipelines.report.load import BASE, SFT
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
 from pipelines.report.page import draw
+from pipelines.report.prices import Prices, read_prices
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
 from pipelines.runtime.machine import available_cores
@@ -42,8 +43,11 @@ def write_costs(project: Path) -> Path:
     """Read the measurements of this machine, write the page and return its path."""
     runs = all_runs(project)
     flow = flow_time(project, runs)
-    rows = [_row(run) for run in newest(runs)]
-    tree = {"flow": None if flow is None else _flow(flow), "runs": rows, "orchestration_target": TARGET}
+    prices = read_prices(project)
+    rows = [_row(run, prices) for run in newest(runs)]
+    tree: dict[str, Any] = {"flow": None if flow is None else _flow(flow), "runs": rows, "orchestration_target": TARGET}
+    if prices is not None:
+        tree |= {"currency": prices.currency, "money": sum(row["money"] or 0.0 for row in rows)}
     folder = project / FOLDER
     values = {
         "rows": rows,
@@ -52,6 +56,9 @@ def write_costs(project: Path) -> Path:
         "parts": list(PARTS.values()),
         "longest": max((r["seconds"] for r in rows), default=1.0),
         "against_seconds": None,
+        "prices": prices,
+        "energy": any(row["joules"] is not None for row in rows),
+        "unpriced": sorted({row["device"] for row in rows if row["money"] is None}) if prices else [],
     }
     page = templates().get_template("costs.html.j2").render(**values)
     write_atomic(folder / "costs.json", (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
@@ -133,10 +140,13 @@ def _macros() -> Any:
     return templates().get_template("macros.html.j2").module
 
 
-def _row(run: RunMeasures) -> dict[str, Any]:
+def _row(run: RunMeasures, prices: Prices | None) -> dict[str, Any]:
     """Return one run as a row of the page."""
     return {
         "name": run.name,
+        "device": run.device,
+        "joules": run.joules,
+        "money": None if prices is None else prices.of(run.device, run.seconds),
         "seconds": run.seconds,
         "attempts": len(run.spans),
         "steps": len(run.values.get("seconds/step", ())),

@@ -10,12 +10,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.runtime.context import CHECKPOINTS, FAULTS, MEASUREMENTS, RunContext
+from pipelines.runtime.energy import read_counters
 from pipelines.runtime.journal import Journal, Record, ended, representable
 from pipelines.runtime.outputs import artifact_path
 from pipelines.runtime.publish import ARTIFACTS, JOURNAL
@@ -57,7 +58,9 @@ class RunRecorder:
 
     def ready(self, device: str = "") -> None:
         """Mark the end of start-up (imports); the page of costs counts the time before it separately. `device` is shown in MLflow."""
-        self._measurements.append({"kind": "ready", "time": time.time()} | ({"device": device} if device else {}))
+        self._measurements.append(
+            {"kind": "ready", "time": time.time()} | ({"device": device} if device else {}) | _energy()
+        )
 
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Write rows to artifacts/{name}-{step}.json and return the path."""
@@ -67,6 +70,15 @@ class RunRecorder:
         relative = path.relative_to(self.folder).as_posix()
         self.journal.append({"kind": "table", "name": name, "step": int(step), "path": relative, "rows": len(rows)})
         return path
+
+    def file(self, name: str, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` make the file artifacts/{name} of one step, and record it. Only the process that records calls it."""
+        if not self._context.records:
+            return
+        path = artifact_path(self.folder, name)
+        write(path)
+        relative = path.relative_to(self.folder).as_posix()
+        self.journal.append({"kind": "artifact", "step": int(step), "path": relative})
 
     def faults(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
         """Record the numerical faults of a step, with the ids of their rows, as a table."""
@@ -88,7 +100,7 @@ class RunRecorder:
     def truncate_after(self, step: int) -> None:
         """Drop everything that was logged after the checkpoint of `step`; -1 keeps only the run's identity."""
         for record in self.journal.truncate_after(step):
-            if record["kind"] == "table":
+            if record["kind"] == "table" or (record["kind"] == "artifact" and "step" in record):
                 (self.folder / record["path"]).unlink(missing_ok=True)
         self._measurements.truncate_after(step)
         self._recall()
@@ -111,13 +123,13 @@ class RunRecorder:
             _drop_uncovered_checkpoints(self._context, -1)
             self.journal.append(start)
             self.journal.append(params)
-        self._measurements.append(measured | {"time": time.time()})
+        self._measurements.append(measured | {"time": time.time()} | _energy())
         self._recall()
 
     def close(self, status: str, reason: str | None = None) -> None:
         """Record the end of the run with its status."""
         self.journal.append({"kind": "end", "status": status} | ({"reason": reason} if reason else {}))
-        self._measurements.append({"kind": "end", "time": time.time()})
+        self._measurements.append({"kind": "end", "time": time.time()} | _energy())
 
     def _checked(self, name: str, step: int) -> str:
         """Return the metric's name. Raises TrackingError if the journal already holds this step or a later one."""
@@ -140,6 +152,12 @@ class RunRecorder:
         self._measurements.clear()
         for folder in (ARTIFACTS, CHECKPOINTS, FAULTS):
             shutil.rmtree(self._context.state / folder, ignore_errors=True)
+
+
+def _energy() -> Record:
+    """Return the machine's energy counters as part of a measurement; nothing if it shows none."""
+    counters = read_counters()
+    return {"energy": counters} if counters else {}
 
 
 def _drop_foreign_checkpoints(context: RunContext) -> None:

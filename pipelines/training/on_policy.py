@@ -14,6 +14,7 @@ from pipelines.runtime.run import Run
 from pipelines.training.monitor import DivergenceMonitor
 from pipelines.training.reward_sources import judges_used, reward_sources
 from pipelines.training.rollout_engine import closing, sampling_engine
+from pipelines.training.rollout_tables import keep_rollouts
 from pipelines.training.setup import (
     TrainableModel,
     adapter_facts,
@@ -55,7 +56,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     assert isinstance(budget, OnPolicyBudget)
     start = start_folder(context.params, name)
     encoder = load_encoder(start)
-    made = _make(spec, params, start)
+    made = make_policy(spec, params, start)
     policy = made.model.to(device.device)
     reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, start, device)
     compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
@@ -82,7 +83,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         device,
     )
     updates = budget.steps * spec.epochs * spec.minibatches
-    objective = OnPolicyObjective(spec, budget.max_new_tokens * turns, budget.temperature)
+    objective = make_objective(spec, budget)
     experts = _demonstrations(spec, encoder, budget, seed)
     source = ExperienceSource(
         spec,
@@ -96,14 +97,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         measure_kl_every=budget.measure_kl_every,
         updates=updates,
     )
-    trainer: Trainer[Any] = Trainer(
-        policy,
-        budget.optimizer.settings(),
-        total_steps=updates,
-        micro_batch_tokens=compute.micro_batch_tokens,
-        groups=_parameter_groups(policy, budget),
-        accelerator=device,
-    )
+    trainer = make_trainer(spec, budget, policy, compute.micro_batch_tokens, device)
     announce(
         context,
         f"{budget.steps} steps of {budget.prompts_per_step} x {budget.samples_per_prompt} answers, {updates} optimiser steps",
@@ -111,13 +105,13 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
     watched = context.params.watched_rewards(name) if budget.on_divergence == "stop" else None
     monitor = DivergenceMonitor(context.state / JOURNAL, *watched) if watched else None
-    hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor)
+    hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
     for line in judges_used(sources):
         announce(context, line)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
-    made = merged_model(trainer, made, lambda: _make(spec, params, start))
+    made = merged_model(trainer, made, lambda: make_policy(spec, params, start))
     card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora), last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return budget.steps, last
@@ -138,7 +132,7 @@ def _policy(spec: OnPolicy, start: str) -> Policy:
     return Policy(lm, critic=mean_head(load_scorer(REWARD)))
 
 
-def _make(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:
+def make_policy(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:
     """Build the policy with its training options."""
     policy = _policy(spec, start)
     adapter = apply_training_options(policy.lm, params.lora, params.compute)
@@ -160,6 +154,26 @@ def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> P
         return None
     require_same_vocabulary(load_encoder(source), encoder, source)
     return Policy(load_policy(source)).to(device.device).eval().requires_grad_(False)
+
+
+def make_objective(spec: OnPolicy, budget: OnPolicyBudget) -> OnPolicyObjective:
+    """Return the loss; its length normalisation uses the most tokens that an answer may have."""
+    turns = 1 if budget.turns is None else budget.turns.limit
+    return OnPolicyObjective(spec, budget.max_new_tokens * turns, budget.temperature)
+
+
+def make_trainer(
+    spec: OnPolicy, budget: OnPolicyBudget, policy: Policy, micro_batch_tokens: int, device: Accelerator
+) -> Trainer[Any]:
+    """Return the trainer of a run."""
+    return Trainer(
+        policy,
+        budget.optimizer.settings(),
+        total_steps=budget.steps * spec.epochs * spec.minibatches,
+        micro_batch_tokens=micro_batch_tokens,
+        groups=_parameter_groups(policy, budget),
+        accelerator=device,
+    )
 
 
 def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterGroup]:
@@ -185,12 +199,19 @@ def _shown(answer: ScoredAnswer) -> str:
 
 
 class _AfterStep:
-    """Write a table of the policy's answers every few steps, and ask the monitor if the run may continue."""
+    """Write a table of the policy's answers every few steps and the step's rollouts, and ask the monitor if the run may continue."""
 
     def __init__(
-        self, recorder: RunRecorder, source: ExperienceSource, every: int, shown: int, monitor: DivergenceMonitor | None
+        self,
+        recorder: RunRecorder,
+        source: ExperienceSource,
+        every: int,
+        shown: int,
+        monitor: DivergenceMonitor | None,
+        keep: str | float,
     ) -> None:
-        self.recorder, self.source, self.every, self.shown, self.monitor = recorder, source, every, shown, monitor
+        self.recorder, self.source, self.every, self.shown = recorder, source, every, shown
+        self.monitor, self.keep = monitor, keep
 
     def __call__(self, step: int) -> Mapping[str, float]:
         if step == 1 or step % self.every == 0:
@@ -203,6 +224,8 @@ class _AfterStep:
                     for a in answers
                 ],
             )
+        if self.keep != "none" and self.source.last_batches:
+            keep_rollouts(self.recorder, step, self.source, self.keep)
         if self.monitor is not None:
             self.monitor.check(step, self.source.last_answers)
         return {}

@@ -93,11 +93,12 @@ class ExperienceSource:
         self.measure_kl_every = measure_kl_every
         self.updates = 0
         self.last_answers: list[ScoredAnswer] = []
+        self.last_batches: list[Sequence[OnPolicyRow]] = []
 
     def next(self, step: int) -> StepData[OnPolicyRow]:
         """Return the batches of step `step`, counted from 0, with their metrics."""
         started = time.perf_counter()
-        self.last_answers = []
+        self.last_answers, self.last_batches = [], []
         with whole(self.policy):
             answers, metrics = self.sampler.sample()
         self.last_answers = answers
@@ -105,7 +106,7 @@ class ExperienceSource:
         with whole(self.policy):
             rows, measured = self._rows(answers, step)
         metrics |= reward_metrics(answers) | measured
-        batches = self._batches(rows, metrics)
+        self.last_batches = batches = self._batches(rows, metrics)
         timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
         return StepData(batches, metrics, timings)
 

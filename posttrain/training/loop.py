@@ -3,7 +3,7 @@
 Example:
     Metrics of several updates of one step are merged by name:
 
-    >>> _mean_of([{"loss": 1.0, "ratio/max": 2.0}, {"loss": 3.0, "ratio/max": 1.0}])
+    >>> mean_of([{"loss": 1.0, "ratio/max": 2.0}, {"loss": 3.0, "ratio/max": 1.0}])
     {'loss': 2.0, 'ratio/max': 2.0}
 """
 
@@ -131,7 +131,7 @@ def _one_step(
         if faults is not None and faults.pending:
             recorder.faults(step, faults.pending)
     trained = time.perf_counter()
-    metrics = data.metrics | _mean_of(updates)
+    metrics = data.metrics | mean_of(updates)
     if faults is not None and faults.pending:
         metrics["faults/skipped"] = float(faults.skipped)
         faults.pending = []
@@ -183,7 +183,7 @@ def _updates(
     return done
 
 
-def _mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return a step's metrics from its updates: the mean, or the minimum, maximum or latest value depending on the name."""
     names = sorted({name for update in updates for name in update})
     merged = {}

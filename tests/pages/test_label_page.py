@@ -31,15 +31,16 @@ SEES = {"ann": 0, "bob": 1}
 class Server:
     """`posttrain label` as users run it."""
 
-    def __init__(self, project: Path, port: int) -> None:
+    def __init__(self, project: Path, port: int, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.log = project / "label.log"
         command = [sys.executable, "-m", "pipelines.commands", "label", "--name", "test", "--port", str(port)]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                command, cwd=project, stdout=output, stderr=subprocess.STDOUT, preexec_fn=signal_at_parents_death
-            )
+                [*command, *arguments], cwd=project, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                preexec_fn=signal_at_parents_death,
+            )  # fmt: skip
         ready = lambda: "judge them at" in self.log.read_text()  # noqa: E731
-        if not network.wait_until(ready, lambda: self.process.poll() is None, 120):
+        if not network.wait_until(ready, lambda: self.process.poll() is None, 300):
             raise AssertionError(self.log.read_text())
         self.address = re.search(r"http://\S+", self.log.read_text())[0]  # type: ignore[index]
 

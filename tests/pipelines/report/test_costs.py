@@ -13,7 +13,7 @@ from pipelines.report.costs import write_costs
 from pipelines.report.load import training
 from pipelines.report.measured import all_runs, flow_time, newest, overlap, union
 from pipelines.report.wall_time import curves, picture
-from posttrain.errors import TrackingError
+from posttrain.errors import ConfigError, TrackingError
 from tests.pipelines.synthetic_runs import build
 
 
@@ -104,6 +104,36 @@ def test_true_reward_against_seconds_has_the_runs_whose_steps_were_all_timed(tmp
     assert drawn is not None
     assert drawn.bytes["light"].startswith(b"\x89PNG")
     assert picture({}, [], "answer") is None
+
+
+def test_money_is_seconds_times_the_price_of_the_devices_hour(project: Path) -> None:
+    measured(project, "reward", "d", "reward", {"kind": "start", "time": 10.0},
+             {"kind": "ready", "time": 20.0, "device": "cuda: Big"}, {"kind": "end", "time": 56.0})  # fmt: skip
+    measured(project, "base", "e", "base", {"kind": "start", "time": 1.0},
+             {"kind": "ready", "time": 1.0, "device": "cuda: Odd"}, {"kind": "end", "time": 2.0})  # fmt: skip
+    (project / "prices.yaml").write_text('currency: EUR\nhour: {cpu: 0.36, "cuda: Big": 10}\n')
+    page = write_costs(project).read_text(encoding="utf-8")
+    numbers = json.loads((project / ".posttrain" / "costs" / "costs.json").read_text())
+    money = {row["name"]: row["money"] for row in numbers["runs"]}
+    # 10 s and 8 s at 0.36 an hour; 36 s at 10 an hour; a device without a price
+    assert money == {
+        "sft": pytest.approx(0.001),
+        "align-grpo-0": pytest.approx(0.0008),
+        "reward": pytest.approx(0.1),
+        "base": None,
+    }
+    assert (numbers["currency"], numbers["money"]) == ("EUR", pytest.approx(0.1018))
+    assert "Together 0.1018 EUR" in page
+    assert "No price is listed for cuda: Odd." in page
+
+
+@pytest.mark.parametrize(
+    "text", ["hour: {cpu: 1}", "currency: EUR\nhour: {cpu: much}", "currency: EUR\nhour: {cpu: -1}", "[]"]
+)
+def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -> None:
+    (project / "prices.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"prices\.yaml: must have `currency`"):
+        write_costs(project)
 
 
 def test_without_measurements_the_page_says_so(tmp_path: Path) -> None:

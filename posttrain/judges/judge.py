@@ -1,0 +1,127 @@
+"""Ask a judge many questions at once: a bounded number in parallel, each content only once, with a cache on disk and its cost.
+
+Example:
+    >>> from tempfile import TemporaryDirectory
+    >>> class Echo:
+    ...     def body(self, messages): return {"model": "echo", "messages": messages}
+    ...     def complete(self, messages): return Reply(messages[-1]["content"].upper(), 3, 1)
+    >>> with TemporaryDirectory() as folder:
+    ...     judge = Judge(Echo(), Path(folder))
+    ...     questions = [[{"role": "user", "content": text}] for text in ("a", "b", "a")]
+    ...     judge.ask(questions), judge.usage.asked, judge.ask(questions[:1]), judge.usage.cached
+    (['A', 'B', 'A'], 2, ['A'], 2)
+    >>> Usage(asked=2, prompt_tokens=6, completion_tokens=2).cost(Prices(input=1.0, output=4.0))
+    1.4e-05
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain.files import write_atomic
+from posttrain.judges.client import Message, Reply
+
+CONCURRENT = 8
+"""Requests under way at once."""
+
+
+class ChatModel(Protocol):
+    """Whatever completes a chat: a ChatClient, or a model in this process."""
+
+    def body(self, messages: Sequence[Message]) -> Mapping[str, Any]:
+        """Return everything that decides the reply; the cache is keyed by it."""
+        ...
+
+    def complete(self, messages: Sequence[Message]) -> Reply: ...
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Money per million tokens, in any currency."""
+
+    input: float = 0.0
+    output: float = 0.0
+
+
+@dataclass
+class Usage:
+    """Requests that were sent, questions that the cache answered, and tokens that the server counted for the sent ones."""
+
+    asked: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def cost(self, prices: Prices) -> float:
+        """Return the money for the sent requests."""
+        return (self.prompt_tokens * prices.input + self.completion_tokens * prices.output) / 1e6
+
+
+@dataclass
+class Judge:
+    """A judge with its cache. `folder` None keeps replies in memory only.
+
+    A reply is stored before `ask` returns, so that a run that was stopped asks nothing twice.
+    """
+
+    model: ChatModel
+    folder: Path | None = None
+    concurrent: int = CONCURRENT
+    usage: Usage = field(default_factory=Usage)
+    _memory: dict[str, Reply] = field(default_factory=dict, repr=False)
+
+    def ask(self, questions: Sequence[Sequence[Message]]) -> list[str]:
+        """Return the reply to each question, in their order. Equal questions are asked once.
+
+        Raises:
+            JudgeError: a question got no reply; the replies that came are stored.
+        """
+        keys = [self._key(messages) for messages in questions]
+        missing = {key: messages for key, messages in zip(keys, questions, strict=True) if not self._recall(key)}
+        with ThreadPoolExecutor(max(1, min(self.concurrent, len(missing)))) as pool:
+            asked = {key: pool.submit(self._ask_and_store, key, messages) for key, messages in missing.items()}
+            try:
+                for future in asked.values():
+                    reply = future.result()
+                    self.usage.asked += 1
+                    self.usage.prompt_tokens += reply.prompt_tokens
+                    self.usage.completion_tokens += reply.completion_tokens
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        self.usage.cached += len(questions) - len(missing)
+        return [self._memory[key].text for key in keys]
+
+    def _ask_and_store(self, key: str, messages: Sequence[Message]) -> Reply:
+        reply = self._memory[key] = self.model.complete(messages)
+        path = self._path(key)
+        if path is not None:
+            write_atomic(path, json.dumps(asdict(reply)).encode())
+        return reply
+
+    def _recall(self, key: str) -> bool:
+        """Load a stored reply. Return False if there is none, or it cannot be read; it is then asked for again."""
+        if key in self._memory:
+            return True
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return False
+        try:
+            self._memory[key] = Reply(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / key[:2] / f"{key[2:]}.json"
+
+    def _key(self, messages: Sequence[Message]) -> str:
+        address = getattr(self.model, "url", "")
+        body = json.dumps([address, self.model.body(messages)], sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()

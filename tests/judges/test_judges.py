@@ -1,0 +1,117 @@
+"""Judges behind a real server: verdicts in both orders, the cache, bounds, costs, and servers that fail."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import ConfigError, JudgeError
+from posttrain.judges import ChatClient, Judge, Prices, Rubric, compare, grade
+from tests.judges.servers import serving
+
+
+def longer(system: str, user: str) -> str:
+    """Prefer the longer answer, whatever its place."""
+    assert "Count letters." in system
+    a, b = (re.search(rf"\[begin of answer {x}\]\n(.*?)\n\[end", user, re.S)[1] for x in "AB")  # type: ignore[index]
+    return f"so: [[{'C' if len(a) == len(b) else 'A' if len(a) > len(b) else 'B'}]]"
+
+
+def always_first(system: str, user: str) -> str:
+    return "[[A]]"
+
+
+RUBRIC = Rubric("Count letters.")
+CHAT = [{"role": "user", "content": "say something"}]
+PAIRS = [("p", "long answer", "short"), ("p", "a", "bb"), (CHAT, "same", "size"), ("p", "long answer", "short")]
+
+
+def client(url: str, **options: object) -> ChatClient:
+    return ChatClient(url, "judge", waits_seconds=(0.0, 0.0), **options)  # type: ignore[arg-type]
+
+
+def test_both_orders_are_asked_and_a_judge_that_follows_the_place_says_tie() -> None:
+    with serving(longer) as server:
+        judge = Judge(client(server.url))
+        assert compare(judge, RUBRIC, PAIRS) == ["first", "second", "tie", "first"]
+        assert len(server.bodies) == 6, "the pair that came twice is asked once, each pair in both orders"
+        assert (judge.usage.asked, judge.usage.cached) == (6, 2)
+        assert "user: say something" in {
+            text for body in server.bodies for text in body["messages"][1]["content"].split("\n")
+        }
+    with serving(always_first) as server:
+        assert compare(Judge(client(server.url)), RUBRIC, PAIRS[:2]) == ["tie", "tie"]
+
+
+def test_scores_are_read_within_their_range_and_a_reply_without_one_is_none() -> None:
+    replies = {"one": "[[1]] no: [[7.5]]", "two": "eleven [[11]]", "three": "good"}
+    with serving(lambda system, user: next(r for word, r in replies.items() if word in user)) as server:
+        graded = grade(Judge(client(server.url)), RUBRIC, [("p", word) for word in replies])
+        assert graded == [7.5, None, None]
+
+
+def test_replies_are_on_disk_and_a_second_judge_asks_nothing_and_costs_nothing(tmp_path: Path) -> None:
+    with serving(longer) as server:
+        first = Judge(client(server.url, key="secret-key"), tmp_path)
+        assert compare(first, RUBRIC, PAIRS[:1]) == ["first"]
+        words = sum(len(body["messages"][1]["content"].split()) for body in server.bodies)
+        assert first.usage.cost(Prices(input=2.0, output=10.0)) == pytest.approx((words * 2 + 2 * 3 * 10) / 1e6)
+        assert server.headers[0]["Authorization"] == "Bearer secret-key"
+        second = Judge(client(server.url), tmp_path)
+        assert compare(second, RUBRIC, PAIRS[:1]) == ["first"]
+        assert (len(server.bodies), second.usage.asked, second.usage.cached) == (2, 0, 2)
+        assert compare(Judge(client(server.url), tmp_path), Rubric("Count letters. Twice."), PAIRS[:1]) == ["first"]
+        assert len(server.bodies) == 4, "another rubric is another question"
+        stored = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not any(b"secret-key" in path.read_bytes() for path in stored)
+        for path in stored:
+            path.write_bytes(b"{")
+        compare(Judge(client(server.url), tmp_path), RUBRIC, PAIRS[:1])
+        assert len(server.bodies) == 6, "a damaged reply is asked for again"
+
+
+def test_no_more_requests_than_allowed_are_under_way() -> None:
+    barrier = threading.Barrier(3)
+    with serving(always_first) as server:
+        server.wait = lambda: barrier.wait(timeout=60)  # type: ignore[assignment,return-value]
+        judge = Judge(client(server.url), concurrent=3)
+        grade(judge, RUBRIC, [("p", str(i)) for i in range(9)])
+        assert (server.most_at_once, len(server.bodies)) == (3, 9)
+
+
+def test_a_busy_server_is_asked_again_and_one_that_stays_broken_ends_in_words(tmp_path: Path) -> None:
+    with serving(always_first) as server:
+        server.faults = [503, 429]
+        assert grade(Judge(client(server.url)), RUBRIC, [("p", "a")]) == [None]
+        assert len(server.bodies) == 3
+        server.faults = [500, 500, 500]
+        with pytest.raises(JudgeError, match=r"failed 3 times: status 500"):
+            grade(Judge(client(server.url), tmp_path), RUBRIC, [("p", "a")])
+        server.faults = [401]
+        with pytest.raises(JudgeError, match="refused the request with status 401"):
+            grade(Judge(client(server.url, key="k")), RUBRIC, [("p", "a")])
+        server.raw = b"<html>"
+        with pytest.raises(JudgeError, match="sent no chat completion: <html>"):
+            grade(Judge(client(server.url)), RUBRIC, [("p", "a")])
+        url = server.url
+    with pytest.raises(JudgeError, match="Is the server running"):
+        grade(Judge(client(url)), RUBRIC, [("p", "a")])
+
+
+def test_a_server_that_never_answers_is_left() -> None:
+    released = threading.Event()
+    with serving(always_first) as server:
+        server.wait = lambda: released.wait(60)  # type: ignore[assignment,return-value]
+        with pytest.raises(JudgeError, match="failed 3 times: timed out"):
+            grade(Judge(client(server.url, timeout_seconds=0.2)), RUBRIC, [("p", "a")])
+        released.set()
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError, match="give the secret as its key") as caught:
+        ChatClient("http://me:hunter2@127.0.0.1/v1", "judge")
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in repr(ChatClient("http://127.0.0.1/v1", "judge", key="hunter2"))
