@@ -1,4 +1,9 @@
-"""Check for the package of the benchmarks without importing it or torch."""
+"""Check for the package of the benchmarks without importing it or torch.
+
+Example:
+    >>> if find_spec("lm_eval"):
+    ...     require_package()
+"""
 
 from __future__ import annotations
 
