@@ -19,10 +19,11 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from posttrain.data.layout import Attended, Family, Reads, attended_parts, endin
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
 
+FindReads = Callable[[Sequence[Family]], Reads]
+"""Returns which tokens of a batch are read: `predicting` or `ending`."""
 SHARED_FROM_TOKENS = 4
 """Tokens. A shorter prompt is repeated for each of its rows, because one causal sequence is cheaper than a branch."""
 
@@ -52,6 +55,7 @@ class TokenBatch:
         last: [batch] index of the row's last token.
         rows: [batch, length] indices of the row's tokens, padded on the right.
         place: [tokens] index of each token in rows.flatten().
+        found: the reads that have been computed, on the batch's device.
     """
 
     input_ids: Tensor
@@ -65,22 +69,37 @@ class TokenBatch:
     last: Tensor
     rows: Tensor
     place: Tensor
+    found: dict[FindReads, Reads] = field(default_factory=dict, compare=False, repr=False)
 
-    def to(self, device: torch.device) -> TokenBatch:
-        """Return the batch on `device`, in one copy."""
+    def to(self, device: torch.device, reads: FindReads = predicting) -> TokenBatch:
+        """Return the batch on `device`, with the reads that the model will ask for, in one copy."""
+        return self.with_columns({}, device, reads)[0]
+
+    def with_columns(
+        self, columns: Mapping[str, Tensor], device: torch.device, reads: FindReads = predicting
+    ) -> tuple[TokenBatch, dict[str, Tensor]]:
+        """Return the batch and an objective's columns on `device`, all in one copy."""
+        found = self._reads(reads)
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
-        tensors = [*(getattr(self, name) for name in names), *chain(*(part.tensors() for part in self.parts))]
-        moved = iter(together(tensors, device))
-        fields = {name: next(moved) for name in names}
-        return TokenBatch(families=self.families, parts=take_parts(self.parts, moved), **fields)
+        own, others = [getattr(self, name) for name in names], [*chain(*(part.tensors() for part in self.parts))]
+        moved = iter(together([*own, *others, *found.tensors(), *columns.values()], device))
+        fields: dict[str, Any] = {name: next(moved) for name in names}
+        parts = take_parts(self.parts, moved)
+        batch = TokenBatch(families=self.families, parts=parts, found={reads: found.take(moved)}, **fields)
+        return batch, dict(zip(columns, moved, strict=True))
 
     def predicting(self) -> Reads:
         """Return the tokens that `source` refers to under the mask."""
-        return predicting(self.families).to(self.input_ids.device)
+        return self._reads(predicting)
 
     def ending(self) -> Reads:
         """Return the tokens that `last` refers to."""
-        return ending(self.families).to(self.input_ids.device)
+        return self._reads(ending)
+
+    def _reads(self, find: FindReads) -> Reads:
+        if find not in self.found:
+            self.found[find] = find(self.families).to(self.input_ids.device)
+        return self.found[find]
 
 
 def collate(tokens: Sequence[Tokens]) -> TokenBatch:
@@ -114,11 +133,8 @@ def collate(tokens: Sequence[Tokens]) -> TokenBatch:
         "trained": np.flatnonzero(mask),
         "last": np.array([row[-1] for row in indices]), "rows": rows, "place": place,
     }  # fmt: skip
-    return TokenBatch(
-        families=tuple(families),
-        parts=attended_parts(families),
-        **{name: torch.from_numpy(array) for name, array in numbers.items()},
-    )
+    fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in numbers.items()}
+    return TokenBatch(families=tuple(families), parts=attended_parts(families), **fields)
 
 
 def _families(prompts: Sequence[tuple[int, ...]], shared_from: int = 1) -> list[list[int]]:

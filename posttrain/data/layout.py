@@ -68,7 +68,14 @@ class Reads:
 
     def to(self, device: torch.device) -> Reads:
         """Return the reads on `device`."""
-        moved = iter(together([self.tokens, *chain(*(part.tensors() for part in self.parts))], device))
+        return self.take(iter(together(self.tensors(), device)))
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that `take` takes."""
+        return [self.tokens, *chain(*(part.tensors() for part in self.parts))]
+
+    def take(self, moved: Iterator[Tensor]) -> Reads:
+        """Return the reads with the next tensors of `moved` in place of their own."""
         return Reads(next(moved), take_parts(self.parts, moved))
 
 

@@ -32,6 +32,16 @@ def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [_bytes(moved, start, tensor) for tensor, start in zip(tensors, starts, strict=True)]
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors on the CPU. Those of a device travel as one buffer, so the program waits once."""
+    if not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = packed.split([tensor.nbytes for tensor in tensors])
+    # a part may begin at any byte; a copy of its own is aligned for its dtype
+    return [part.clone().view(like.dtype).view(like.shape) for part, like in zip(parts, tensors, strict=True)]
+
+
 def _bytes(packed: Tensor, start: int, like: Tensor) -> Tensor:
     """Return the view of the buffer that holds a tensor of this dtype and shape."""
     return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from posttrain.data.batches import collate, micro_batches
+from posttrain.data.layout import ending
 from posttrain.data.tokens import Tokens
+from posttrain.data.transfer import to_host
 from posttrain.models.policy import Policy, Scorer
 
 
@@ -53,17 +55,22 @@ def token_logprobs(
     for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group]).to(device), temperature)
-        logprobs, entropy = output.logprobs.cpu().numpy(), output.entropy.cpu().numpy()
-        values = None if output.values is None else output.values.cpu().numpy()
-        chosen = None if output.routing is None else output.routing.chosen.cpu().numpy()
+        given = {
+            "logprobs": output.logprobs,
+            "entropy": output.entropy,
+            "values": output.values,
+            "experts": None if output.routing is None else output.routing.chosen,
+        }
+        kept = {name: value for name, value in given.items() if value is not None}
+        read = {name: value.numpy() for name, value in zip(kept, to_host([*kept.values()]), strict=True)}
         for row, i in enumerate(group):
             n = len(tokens[i].response)
             none = np.zeros(0, dtype=np.float32)
             numbers[i] = TokenLogprobs(
-                logprobs[row, :n],
-                entropy[row, :n],
-                none if values is None else values[row, :n],
-                None if chosen is None else chosen[row, :n],
+                read["logprobs"][row, :n],
+                read["entropy"][row, :n],
+                read["values"][row, :n] if "values" in read else none,
+                read["experts"][row, :n] if "experts" in read else None,
             )
     return [n for n in numbers if n is not None]
 
@@ -82,8 +89,8 @@ def scores_and_spreads(
     result = [(0.0, 0.0)] * len(tokens)
     for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            values = scorer(collate([tokens[i] for i in group]).to(device))
-        combined, spread = (column.cpu().tolist() for column in scorer.combined(values))
+            values = scorer(collate([tokens[i] for i in group]).to(device, ending))
+        combined, spread = (column.tolist() for column in to_host(scorer.combined(values)))
         for i, score, width in zip(group, combined, spread, strict=True):
             result[i] = (score, width)
     return result

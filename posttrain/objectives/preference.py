@@ -83,5 +83,5 @@ def unpaired_loss(log_ratio: Tensor, baseline: Tensor, desirable: Tensor, spec: 
         desirable: [batch] bool.
     """
     gain = spec.beta * (log_ratio - baseline)
-    up, down = (gain.new_tensor(weight) for weight in (spec.desirable_weight, spec.undesirable_weight))
+    up, down = (torch.full_like(gain, weight) for weight in (spec.desirable_weight, spec.undesirable_weight))
     return torch.where(desirable, up, down) * torch.sigmoid(torch.where(desirable, -gain, gain))

@@ -24,8 +24,11 @@ def expert_loads(chosen: Tensor, mask: Tensor, experts: int) -> Tensor:
         mask: [batch, time].
     """
     layers = chosen.shape[-2]
-    ids = chosen[mask].long() + experts * torch.arange(layers, device=chosen.device)[:, None]
-    return torch.bincount(ids.flatten(), minlength=layers * experts).view(layers, experts)
+    # every position is added, with 0 outside the mask: a selection by the mask would make a GPU wait
+    within = mask[..., None, None].expand(chosen.shape)
+    ids = torch.where(within, chosen, 0).long() + experts * torch.arange(layers, device=chosen.device)[:, None]
+    loads = torch.zeros(layers * experts, dtype=torch.long, device=chosen.device)
+    return loads.scatter_add_(0, ids.flatten(), within.flatten().long()).view(layers, experts)
 
 
 def changed_choices(chosen: Tensor, before: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def soft_gate_loss(ratio: Tensor, advantages: Tensor, tau_positive: float, tau_n
 
     The gradient is that of -A * rho at rho = 1, and fades smoothly on both sides of it.
     """
-    tau = torch.where(advantages > 0, ratio.new_tensor(tau_positive), ratio.new_tensor(tau_negative))
+    tau = torch.where(advantages > 0, torch.full_like(ratio, tau_positive), torch.full_like(ratio, tau_negative))
     never = torch.zeros_like(ratio, dtype=torch.bool)
     return SurrogateLoss(-advantages * 4 / tau * torch.sigmoid(tau * (ratio - 1)), never, never)
 

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
@@ -75,7 +76,9 @@ class Decoder:
         computed = [self._prefill(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
         slots.enter(list(zip(*(pairs for _, pairs in computed), strict=True)), lengths, counts)
         hidden = torch.cat([last for last, _ in computed])
-        return hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)
+        # indices that the host makes: repeating by lengths would make a GPU wait for their sum
+        (groups,) = together([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))], hidden.device)
+        return hidden.index_select(0, groups)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pair]]:
         """Compute prompts. Padding follows every real token, so causal attention never sees it and no mask is needed."""
@@ -83,10 +86,11 @@ class Decoder:
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         cache: Any = DynamicCache()
-        hidden = self._trunk(input_ids=ids.to(self.lm.device), past_key_values=cache)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        ids, rows, last = together([ids, torch.arange(len(prompts)), ends], self.lm.device)
+        hidden = self._trunk(input_ids=ids, past_key_values=cache)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return hidden[torch.arange(len(prompts), device=hidden.device), last], pairs
+        return hidden[rows, last], pairs
 
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
         """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]."""

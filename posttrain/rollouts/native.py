@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import completion, draw, noise
@@ -42,6 +43,8 @@ from posttrain.settings import context_limit
 OnToken = Callable[[int, int], None]
 COMPACT_BELOW = 0.75
 """Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
+READ_EVERY = 8
+"""Tokens between two looks at which answers are finished, on a GPU: each look waits for the device. Answers are the same."""
 
 
 class NativeEngine:
@@ -136,7 +139,7 @@ class _ActiveAnswers:
 
     def take(self, rows: Sequence[int]) -> _ActiveAnswers:
         # indices that the host knows; a boolean mask would make a GPU wait once for each field
-        index = torch.tensor(rows, dtype=torch.long, device=self.running.device)
+        (index,) = together([torch.tensor(rows, dtype=torch.long)], self.running.device)
         return _ActiveAnswers(
             [self.number[i] for i in rows], *(value.index_select(0, index) for value in self.tensors())
         )
@@ -169,6 +172,8 @@ class _Sampling:
         self.answers = self._answers([])
         self.hidden = torch.empty(0, device=self.device)
         self.completions: dict[int, Completion] = {}
+        self.read_every = 1 if self.device.type == "cpu" or on_token is not None else READ_EVERY
+        self.unread = 0
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
         waiting = self._pieces(requests)
@@ -244,14 +249,18 @@ class _Sampling:
 
     def _leave(self) -> None:
         """Store finished answers and release their slots if they are many, or if one has reached the length limit."""
-        running: list[bool] = self.answers.running.tolist()
         at_limit = max(self.slots.ages) + 1 == self.settings.max_new_tokens
+        self.unread += 1
+        if not at_limit and self.unread < self.read_every:
+            return
+        self.unread = 0
+        running: list[bool] = self.answers.running.tolist()
         if not at_limit and sum(running) >= max(1.0, COMPACT_BELOW * len(running)):
             return
         ended = self.answers.take([i for i, runs in enumerate(running) if not runs])
-        drawn = zip(ended.number, ended.tokens.tolist(), ended.logprobs.tolist(), strict=True)
-        for number, tokens, logprobs in drawn:
-            self.completions[number] = completion(tokens, logprobs, self.ends)
+        tokens, logprobs = to_host([ended.tokens, ended.logprobs])
+        for number, ids, values in zip(ended.number, tokens.tolist(), logprobs.tolist(), strict=True):
+            self.completions[number] = completion(ids, values, self.ends)
         kept = [i for i, runs in enumerate(running) if runs]
         self.answers = self.answers.take(kept)
         self.slots.keep(kept)

@@ -11,11 +11,15 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.data.transfer import together
+
+TENSORS = ("cells", "prompt_mask", "own_mask")
 UNIFORM_BELOW = 32
 """Tokens. Groups whose lengths differ by at most this are computed together, whatever their ratio."""
 
@@ -84,34 +88,46 @@ def segments(lengths: Sequence[int], ages: Sequence[int], counts: Sequence[int],
 
     A new segment starts if a prompt or an answer is less than half as long as the first one of its segment, so that padding stays small.
     """
-    found, start, row = [], 0, 0
+    found, start, row = list[Segment](), 0, 0
     for end in range(1, len(counts) + 1):
         if end < len(counts) and _alike(lengths[start], lengths[end]) and _alike(ages[start], ages[end]):
             continue
         groups, rows = slice(start, end), slice(row, row + sum(counts[start:end]))
-        found.append(_segment(groups, rows, lengths[groups], ages[groups], counts[groups], device))
+        found.append(_segment(groups, rows, lengths[groups], ages[groups], counts[groups]))
         start, row = end, rows.stop
-    return found
+    return _moved(found, device)
+
+
+def _moved(found: Sequence[Segment], device: torch.device) -> list[Segment]:
+    """Return the segments with their tensors on `device`, all in one copy."""
+    if device.type == "cpu":
+        return list(found)
+    names = [[name for name in TENSORS if getattr(segment, name) is not None] for segment in found]
+    given = [getattr(segment, name) for segment, own in zip(found, names, strict=True) for name in own]
+    moved = iter(together(given, device) if given else [])
+    placed = []
+    for segment, own in zip(found, names, strict=True):
+        tensors: dict[str, Any] = {name: next(moved) for name in own}
+        placed.append(replace(segment, **tensors))
+    return placed
 
 
 def _alike(first: int, other: int) -> bool:
     return first - other <= UNIFORM_BELOW or first < 2 * other
 
 
-def _segment(
-    groups: slice, rows: slice, lengths: Sequence[int], ages: Sequence[int], counts: Sequence[int], device: torch.device
-) -> Segment:
+def _segment(groups: slice, rows: slice, lengths: Sequence[int], ages: Sequence[int], counts: Sequence[int]) -> Segment:
     prompt, own, most = max(lengths), max(ages) + 1, max(counts)
     answers = torch.tensor(counts)
     cells = prompt_mask = own_mask = None
     if min(counts) < most:
         # answers are stored without gaps, group after group; `free` counts the empty cells of all groups before each one
         free = most * torch.arange(len(counts)) - (answers.cumsum(0) - answers)
-        cells = (torch.arange(len(free.repeat_interleave(answers))) + free.repeat_interleave(answers)).to(device)
+        cells = torch.arange(len(free.repeat_interleave(answers))) + free.repeat_interleave(answers)
     if min(lengths) < prompt:
-        prompt_mask = _beyond(torch.tensor(lengths), prompt).to(device)
+        prompt_mask = _beyond(torch.tensor(lengths), prompt)
     if min(ages) + 1 < own:
-        own_mask = _beyond(torch.tensor(ages).repeat_interleave(answers) + 1, own).to(device)
+        own_mask = _beyond(torch.tensor(ages).repeat_interleave(answers) + 1, own)
     return Segment(groups, rows, prompt, own, most, cells, prompt_mask, own_mask)
 
 

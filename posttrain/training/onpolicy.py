@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import collate, pad
 from posttrain.data.tokens import Tokens
-from posttrain.data.transfer import together
 from posttrain.models.policy import PolicyOutput
 from posttrain.objectives.gae import value_loss
 from posttrain.objectives.kl import kl_estimate, kl_metric
@@ -100,22 +99,21 @@ class OnPolicyObjective:
         device = next(model.parameters()).device
         sampled = [r for r in rows if isinstance(r, Experience)]
         experts = [r for r in rows if isinstance(r, Demonstration)]
-        batch = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)]).to(device)
+        laid_out = collate([*(r.tokens for r in sampled), *(r.tokens for r in experts)])
         terms, split = Terms(), len(sampled)
-        columns = _Columns(sampled, batch.mask[:split])
+        given = _columns(sampled, laid_out.mask.shape[1])
+        if experts:
+            # the expert stream imitates text, so it is trained at temperature 1 as in SFT
+            given["temperature"] = torch.tensor([self.temperature] * split + [1.0] * len(experts), dtype=torch.float64)
+        batch, moved = laid_out.with_columns(given, device)
+        columns = _Columns(sampled, batch.mask[:split], moved)
         replayed = columns.old_routing if self.spec.router_replay else None
-        output = model(batch, self._temperatures(len(sampled), len(experts), device), replayed)
+        output = model(batch, moved.get("temperature", self.temperature), replayed)
         # without a sampled row these are zeros with a graph, because all-reduce needs a gradient of every parameter on every rank
         self._policy_terms(terms, output[:split], columns)
         if experts:
             self._expert_terms(terms, output[split:].logprobs, batch.mask[split:], experts[0].weight)
         return terms
-
-    def _temperatures(self, sampled: int, experts: int, device: torch.device) -> float | Tensor:
-        """Return the temperature of each row. The expert stream imitates text, so it is trained at temperature 1 as in SFT."""
-        if not experts:
-            return self.temperature
-        return torch.tensor([self.temperature] * sampled + [1.0] * experts, dtype=torch.float64, device=device)
 
     def _policy_terms(self, terms: Terms, output: PolicyOutput, columns: _Columns) -> None:
         spec, logprobs, mask = self.spec, output.logprobs, columns.mask
@@ -174,35 +172,37 @@ class OnPolicyObjective:
         terms.metrics["expert/phi"] = (masked_sum(token_weight(logprobs, self.spec.phi), mask), "expert_tokens")
 
 
+def _columns(rows: Sequence[Experience], time: int) -> dict[str, Tensor]:
+    """Return the rows' data as padded tensors [batch, time], without those that the rows do not have."""
+
+    def padded(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+        given = [a for a in arrays if a is not None]
+        return pad(given, time) if len(given) == len(rows) else None
+
+    routing = [torch.from_numpy(r.old_routing) for r in rows if r.old_routing is not None]
+    columns = {
+        "advantages": pad([r.advantages for r in rows], time),
+        "rollout_logprobs": pad([r.rollout_logprobs for r in rows], time),
+        "ref_logprobs": padded([r.ref_logprobs for r in rows]),
+        "old_logprobs": padded([r.old_logprobs for r in rows]),
+        "old_routing": pad_choices(routing, time) if routing and len(routing) == len(rows) else None,
+        "old_values": padded([r.old_values for r in rows]),
+        "returns": padded([r.returns for r in rows]),
+        "trained": torch.tensor([r.trained for r in rows], dtype=torch.bool),
+        "weight": torch.tensor([r.weight for r in rows])[:, None],
+    }
+    return {name: column for name, column in columns.items() if column is not None}
+
+
 class _Columns:
-    """The rows' data as padded tensors [batch, time] on the device of their mask, moved there in one copy.
+    """The rows' data as padded tensors [batch, time] on the device of their mask.
 
     Attributes:
         tokens: number of tokens under the mask.
     """
 
-    def __init__(self, rows: Sequence[Experience], mask: Tensor) -> None:
-        time = mask.shape[1]
+    def __init__(self, rows: Sequence[Experience], mask: Tensor, moved: Mapping[str, Tensor]) -> None:
         self.mask, self.tokens = mask, sum(r.tokens.loss_tokens for r in rows)
-
-        def padded(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
-            given = [a for a in arrays if a is not None]
-            return pad(given, time) if len(given) == len(rows) else None
-
-        routing = [torch.from_numpy(r.old_routing) for r in rows if r.old_routing is not None]
-        columns = {
-            "advantages": pad([r.advantages for r in rows], time),
-            "rollout_logprobs": pad([r.rollout_logprobs for r in rows], time),
-            "ref_logprobs": padded([r.ref_logprobs for r in rows]),
-            "old_logprobs": padded([r.old_logprobs for r in rows]),
-            "old_routing": pad_choices(routing, time) if routing and len(routing) == len(rows) else None,
-            "old_values": padded([r.old_values for r in rows]),
-            "returns": padded([r.returns for r in rows]),
-            "trained": torch.tensor([r.trained for r in rows], dtype=torch.bool),
-            "weight": torch.tensor([r.weight for r in rows])[:, None],
-        }
-        given = {name: column for name, column in columns.items() if column is not None}
-        moved = dict(zip(given, together([*given.values()], mask.device), strict=True))
         self.advantages, self.rollout_logprobs = moved["advantages"], moved["rollout_logprobs"]
         self.trained, self.weight = moved["trained"], moved["weight"]
         self.ref_logprobs, self.old_logprobs = moved.get("ref_logprobs"), moved.get("old_logprobs")

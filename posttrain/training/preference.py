@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.algorithms.specs import LoggedGroups, Preference
-from posttrain.data.batches import collate, pad
+from posttrain.data.batches import TokenBatch, collate, pad
 from posttrain.data.tokens import Tokens
-from posttrain.data.transfer import together
 from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.preference import answer_logits, preference_loss
 from posttrain.objectives.reduce import aggregate, masked_extremes, masked_sum, row_means, row_sums
@@ -72,12 +71,12 @@ class PreferenceObjective:
     def terms(self, model: nn.Module, rows: Sequence[PreferencePair]) -> Terms:
         device = next(model.parameters()).device
         answers = [row.chosen for row in rows] + [row.rejected for row in rows]
-        batch = collate([a.tokens for a in answers]).to(device)
-        output = model(batch)
-        reference = pad([a.ref_logprobs for a in answers], batch.mask.shape[1]).to(device)
+        gaps = torch.tensor([row.score_gap for row in rows], dtype=torch.float64)
+        batch, columns = with_reference(answers, {"score_gap": gaps}, device)
+        output, reference = model(batch), columns["reference"]
         ratio = answer_logits(output.logprobs, reference, batch.mask, self.spec)
         difference = ratio[: len(rows)] - ratio[len(rows) :]
-        gap = torch.tensor([row.score_gap for row in rows], dtype=difference.dtype, device=device)
+        gap = columns["score_gap"].to(difference.dtype)
         loss = preference_loss(difference, gap, self.spec)
         weight = gap.abs() if self.spec.score_weighting == "weight" else torch.ones_like(gap)
         chosen_mask = batch.mask[: len(rows)]
@@ -120,10 +119,12 @@ class LoggedGroupsObjective:
     def terms(self, model: nn.Module, rows: Sequence[AnswerGroup]) -> Terms:
         spec, device = self.spec, next(model.parameters()).device
         answers = [a for row in rows for a in row.answers]
-        batch = collate([a.tokens for a in answers]).to(device)
-        output = model(batch)
-        reference = pad([a.ref_logprobs for a in answers], batch.mask.shape[1]).to(device)
-        advantages = torch.tensor([a for row in rows for a in centred(row.scores)], device=device)
+        added = {
+            "advantages": torch.tensor([a for row in rows for a in centred(row.scores)]),
+            "ends": _best_and_worst(rows),
+        }
+        batch, columns = with_reference(answers, added, device)
+        output, reference, advantages = model(batch), columns["reference"], columns["advantages"]
         ratio = importance_ratio(output.logprobs, reference, batch.mask, spec.ratio)
         surrogate = surrogate_loss(ratio, output.logprobs, advantages[:, None], spec.clip_low, spec.clip_high)
         kl = kl_estimate(output.logprobs, reference, spec.kl_estimator)
@@ -138,7 +139,7 @@ class LoggedGroupsObjective:
                 "ratio/mean": (masked_sum(ratio, batch.mask), "tokens"),
                 "entropy": (masked_sum(output.entropy, batch.mask), "tokens"),
                 "preference/accuracy": (
-                    _ranked_share(row_sums(output.logprobs - reference, batch.mask), rows),
+                    _ranked_share(row_sums(output.logprobs - reference, batch.mask), columns["ends"]),
                     "groups",
                 ),
             },
@@ -165,12 +166,25 @@ def bounded_advantages(ranked: Sequence[AnswerGroup]) -> list[AnswerGroup]:
     return list(ranked) if scale <= 1 else [replace(g, scores=tuple(s / scale for s in g.scores)) for g in ranked]
 
 
-def _ranked_share(log_ratios: Tensor, rows: Sequence[AnswerGroup]) -> Tensor:
-    """Return the number of groups whose best-scored answer has gained more log-probability than the worst-scored one."""
+def with_reference(
+    answers: Sequence[Answer], columns: dict[str, Tensor], device: torch.device
+) -> tuple[TokenBatch, dict[str, Tensor]]:
+    """Return the batch of the answers and the columns on `device`, with the reference's log-probabilities [batch, time]."""
+    laid_out = collate([answer.tokens for answer in answers])
+    reference = pad([answer.ref_logprobs for answer in answers], laid_out.mask.shape[1])
+    return laid_out.with_columns({"reference": reference, **columns}, device)
+
+
+def _best_and_worst(rows: Sequence[AnswerGroup]) -> Tensor:
+    """Return the indices of each group's best-scored and worst-scored answers, [2, groups]."""
     best, worst, start = [], [], 0
     for row in rows:
         best.append(start + row.scores.index(max(row.scores)))
         worst.append(start + row.scores.index(min(row.scores)))
         start += len(row.answers)
-    (ends,) = together([torch.tensor([best, worst])], log_ratios.device)
+    return torch.tensor([best, worst])
+
+
+def _ranked_share(log_ratios: Tensor, ends: Tensor) -> Tensor:
+    """Return the number of groups whose best-scored answer has gained more log-probability than the worst-scored one."""
     return (log_ratios.index_select(0, ends[0]) > log_ratios.index_select(0, ends[1])).float().sum()

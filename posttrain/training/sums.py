@@ -20,6 +20,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from posttrain.data.transfer import to_host
+
 
 @dataclass
 class Terms:
@@ -103,12 +105,13 @@ class Sums:
 
 
 def read_together(values: Sequence[Tensor]) -> list[float]:
-    """Return the numbers; a device is waited for once per dtype, not once per number."""
+    """Return the numbers; a device is waited for once, not once per number."""
+    kinds = [value.dtype for value in values]
+    members = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
+    stacked = to_host([torch.stack([values[i] for i in places]) for places in members.values()])
     numbers = [0.0] * len(values)
-    kinds = [(value.device, value.dtype) for value in values]
-    for kind in dict.fromkeys(kinds):
-        members = [i for i, other in enumerate(kinds) if other == kind]
-        for i, number in zip(members, torch.stack([values[i] for i in members]).tolist(), strict=True):
+    for places, read in zip(members.values(), stacked, strict=True):
+        for i, number in zip(places, read.tolist(), strict=True):
             numbers[i] = number
     return numbers
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from posttrain.data.batches import EpochOrder, collate, pad
+from posttrain.data.layout import ending
 from posttrain.data.tokens import Tokens
 from posttrain.objectives.preference import bradley_terry
 from posttrain.objectives.reduce import masked_sum
@@ -76,12 +77,16 @@ class SupervisedObjective:
     def terms(self, model: nn.Module, rows: Sequence[Example]) -> Terms:
         device = next(model.parameters()).device
         split = [self._split(row.tokens) for row in rows]
-        batch = collate(split).to(device)
-        output = model(batch)
-        weight = torch.tensor([row.weight for row in rows], dtype=output.logprobs.dtype, device=device)[:, None]
+        laid_out = collate(split)
+        columns = {"weight": torch.tensor([row.weight for row in rows], dtype=torch.float64)[:, None]}
         if any(tokens.weights is not None for tokens in split):
             own = [tokens.weights or (1.0,) * len(tokens.response) for tokens in split]
-            weight = weight * pad(own, batch.mask.shape[1]).to(weight)
+            columns["token_weights"] = pad(own, laid_out.mask.shape[1])
+        batch, columns = laid_out.with_columns(columns, device)
+        output = model(batch)
+        weight = columns["weight"].to(output.logprobs.dtype)
+        if "token_weights" in columns:
+            weight = weight * columns["token_weights"].to(weight.dtype)
         loss = masked_sum(weight * negative_log_likelihood(output.logprobs), batch.mask)
         entropy = masked_sum(output.entropy, batch.mask)
         terms = Terms(losses={"nll": (loss, "weighted_tokens", 1.0)}, metrics={"entropy": (entropy, "tokens")})
@@ -155,15 +160,20 @@ class RewardObjective:
 
     def terms(self, model: nn.Module, rows: Sequence[RewardPair]) -> Terms:
         device = next(model.parameters()).device
-        scores = model(collate([r.chosen for r in rows] + [r.rejected for r in rows]).to(device))
+        laid_out = collate([r.chosen for r in rows] + [r.rejected for r in rows])
+        heads = max(len(r.heads or (1.0,)) for r in rows)
+        columns = {
+            "margin": torch.tensor([[r.margin] for r in rows], dtype=torch.float64),
+            "target": torch.tensor([[r.target] for r in rows], dtype=torch.float64),
+            "weight": torch.tensor(
+                [[r.weight * head for head in r.heads or (1.0,) * heads] for r in rows], dtype=torch.float64
+            ),
+        }
+        batch, columns = laid_out.with_columns(columns, device, ending)
+        scores = model(batch)
         scores = scores.view(len(scores), -1)
         chosen, rejected = scores[: len(rows)], scores[len(rows) :]  # [pairs, heads]
-        margin, target = (
-            torch.tensor(column, dtype=scores.dtype, device=device)[:, None]
-            for column in ([r.margin for r in rows], [r.target for r in rows])
-        )
-        weights = [[r.weight * head for head in r.heads or (1.0,) * scores.shape[1]] for r in rows]
-        weight = torch.tensor(weights, dtype=scores.dtype, device=device)
+        margin, target, weight = (columns[name].to(scores.dtype) for name in ("margin", "target", "weight"))
         loss = (weight * bradley_terry(chosen, rejected, margin, target, self.center)).mean(-1).sum()
         chosen, rejected = chosen.mean(-1), rejected.mean(-1)
         return Terms(

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.algorithms.specs import Unpaired
-from posttrain.data.batches import EpochOrder, collate, pad, share_of
+from posttrain.data.batches import EpochOrder, share_of
 from posttrain.data.tokens import Tokens
 from posttrain.distributed import gather_all
 from posttrain.errors import DataError
@@ -27,7 +27,7 @@ from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.objectives.preference import unpaired_loss
 from posttrain.objectives.reduce import masked_sum, row_sums
-from posttrain.training.preference import Answer
+from posttrain.training.preference import Answer, with_reference
 from posttrain.training.routing import add_routing
 from posttrain.training.sharding import whole
 from posttrain.training.source import StepData
@@ -133,20 +133,23 @@ class UnpairedObjective:
 
     def terms(self, model: nn.Module, rows: Sequence[LabelledAnswer]) -> Terms:
         device = next(model.parameters()).device
-        batch = collate([row.answer.tokens for row in rows]).to(device)
-        output = model(batch)
-        reference = pad([row.answer.ref_logprobs for row in rows], batch.mask.shape[1]).to(device)
-        log_ratio = row_sums(output.logprobs - reference, batch.mask)
-        baseline = torch.tensor([row.baseline for row in rows], dtype=log_ratio.dtype, device=device)
-        desirable = torch.tensor([row.desirable for row in rows], device=device)
+        added = {
+            "baseline": torch.tensor([row.baseline for row in rows], dtype=torch.float64),
+            "desirable": torch.tensor([row.desirable for row in rows]),
+        }
+        batch, columns = with_reference([row.answer for row in rows], added, device)
+        output, desirable = model(batch), columns["desirable"]
+        log_ratio = row_sums(output.logprobs - columns["reference"], batch.mask)
+        baseline = columns["baseline"].to(log_ratio.dtype)
         loss = unpaired_loss(log_ratio, baseline, desirable, self.spec).sum()
         terms = Terms(
             losses={"answers": (loss, "answers", 1.0)},
             metrics={"entropy": (masked_sum(output.entropy, batch.mask), "tokens")},
         )
         reward = self.spec.beta * log_ratio
-        for name, members in (("desirable", desirable), ("undesirable", ~desirable)):
-            if members.any():
+        present = {row.desirable for row in rows}
+        for name, given, members in (("desirable", True, desirable), ("undesirable", False, ~desirable)):
+            if given in present:
                 terms.metrics[f"unpaired/{name}_reward"] = (torch.where(members, reward, 0.0).sum(), name)
         add_routing(terms, output.routing, batch.mask, "tokens")
         return terms

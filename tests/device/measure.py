@@ -7,36 +7,72 @@ It runs as a separate process: the pretend device is registered with PyTorch for
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 
+from posttrain.training.sums import Sums
+from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
 from tests.device.pretend import DEVICE, Counts, pretending
 from tests.training import runs
-from tests.training.runs import Memory, options_of, start
+from tests.training.runs import Memory, start
 
 SAMPLING = ("posttrain/rollouts/", "posttrain/models/inference.py", "posttrain/models/allocator.py")
 """Files that sample or score; the rest of the counts belongs to updates."""
 STEPS = 2
-OFFLINE = ("sft", "reward", "dpo", "grpo_pairs")
 
 
-def run(name: str, device: str) -> tuple[dict[int, dict[str, float]], Counts]:
-    """Train `name` on a device. Return its metrics by step, and the counts."""
+class Stepwise(Memory):
+    """Keep the counts of the last step: the first one also moves the weights and tries the model's cache."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts, self.before, self.last = counts, Counts(), Counts()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        super().metrics(step, values)
+        self.last, self.before = self.counts.since(self.before), copy.deepcopy(self.counts)
+
+
+@contextmanager
+def counting(found: dict[str, int]) -> Iterator[None]:
+    """Count the updates of the last step and their micro-batches."""
+    update, add = Trainer.update, Sums.add
+
+    def counted_update(self: Any, *args: Any) -> Any:
+        found["updates"] = found.get("updates", 0) + 1
+        return update(self, *args)
+
+    def counted_add(self: Any, *args: Any) -> Any:
+        found["micro_batches"] = found.get("micro_batches", 0) + 1
+        return add(self, *args)
+
+    Trainer.update, Sums.add = counted_update, counted_add  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.update, Sums.add = update, add  # type: ignore[method-assign]
+
+
+def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[str, float]], Counts]:
+    """Train `name` on a device. Return its metrics by step, and the counts of the last step."""
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    recorder = Memory()
-    with pretending() as counts:
+    with pretending() as counts, counting(found):
+        recorder = Stepwise(counts)
         model = start(name, Path(tempfile.mkdtemp()), recorder)
     assert next(model.parameters()).device == torch.device(device)
-    return recorder.steps, counts
+    return recorder.steps, recorder.last
 
 
 def part(counts: Any, sampling: bool) -> int:
@@ -45,19 +81,22 @@ def part(counts: Any, sampling: bool) -> int:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Return the metrics on both devices, and the counts per update and per step."""
-    ours, counts = run(name, str(DEVICE))
-    theirs, _ = run(name, "cpu")
-    spec = None if name in OFFLINE else options_of(name)
-    updates = STEPS * (spec.epochs * spec.minibatches if spec else 1)
-    moving = sum(n for place, n in counts.copies.items() if "trainer.py" in place)  # the weights, once
+    """Return the metrics on both devices, and the counts of the last step: per update, per micro-batch, and of its sampling.
+
+    A copy to the host is a wait as well, so `copies - syncs` are the copies to the device.
+    """
+    found: dict[str, int] = {}
+    ours, counts = run(name, str(DEVICE), found)
+    theirs, _ = run(name, "cpu", {})
+    updates, micro_batches = found["updates"] / STEPS, found["micro_batches"] / STEPS
     return {
         "metrics": [[ours[step], theirs[step]] for step in sorted(theirs)],
         "update": {
             "syncs": part(counts.syncs, False) / updates,
-            "copies": (part(counts.copies, False) - moving) / updates,
+            "copies": part(counts.copies, False) / updates,
+            "micro-batches": micro_batches / updates,
         },
-        "sampling": {"syncs": part(counts.syncs, True) / STEPS, "copies": part(counts.copies, True) / STEPS},
+        "sampling": {"syncs": part(counts.syncs, True), "copies": part(counts.copies, True)},
         "places": str(counts),
     }
 

@@ -24,6 +24,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("posttrain", "pipelines"))
+MOVES = ("posttrain/data/transfer.py", "posttrain/data/batches.py")
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
          aten._unique2.default, aten.repeat_interleave.Tensor, aten.is_nonzero.default}  # fmt: skip
@@ -79,6 +80,10 @@ class Counts:
     syncs: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+
+    def since(self, before: Counts) -> Counts:
+        """Return what was counted after `before`."""
+        return Counts(self.syncs - before.syncs, self.copies - before.copies, self.launches - before.launches)
 
     def __str__(self) -> str:
         parts = []
@@ -169,9 +174,10 @@ class Pretend(TorchDispatchMode):
         plain = func(raw, **(kwargs | ({"device": torch.device("cpu")} if target else {})))
         return OnDevice(plain) if lands else plain
 
-    def copied_below(self) -> None:
-        """Count a copy that did not pass the dispatch mode."""
-        self.counts.copies[f"{_place()} tensor"] += 1
+    def copied_below(self, source: torch.Tensor) -> None:
+        """Count a copy that did not pass the dispatch mode; an empty tensor, such as that of a new cache, is no copy."""
+        if source.numel():
+            self.counts.copies[f"{_place()} tensor"] += 1
 
     @staticmethod
     def _boolean_index(func: Any, args: Any) -> bool:
@@ -185,11 +191,11 @@ class Pretend(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Return the nearest line of the project's packages in the stack."""
+    """Return the nearest line of the project's packages in the stack; the line that asked for a move, not the move itself."""
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(PACKAGES):
+        if path.startswith(PACKAGES) and not path.endswith(MOVES):
             return f"{Path(path).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
@@ -212,7 +218,7 @@ def _empty(size: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
 @torch.library.impl("aten::_copy_from", NAME)
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if _ACTIVE is not None:
-        _ACTIVE.copied_below()
+        _ACTIVE.copied_below(source)
     into = target.raw if isinstance(target, OnDevice) else target
     into.copy_(source.raw if isinstance(source, OnDevice) else source)
     return target

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-KINDS = ("sft", "reward", "dpo", "grpo_pairs", "grpo", "ppo")
-COPIES = {"sft": 4, "reward": 6, "dpo": 5, "grpo_pairs": 7, "grpo": 11, "ppo": 14}
-"""Maximum number of copies of one update: per micro-batch the batch, its read positions, its columns and the metrics."""
-SYNCS = 3
-"""Most waits of one update: for the metrics, once per dtype, and for the norm of the gradient."""
-SAMPLING = {"syncs": 36, "copies": 90}
-"""Most waits and copies of one step's sampling and scoring, with half of the trial of the model's cache, which runs once."""
+KINDS = ("sft", "reward", "dpo", "kto", "grpo_pairs", "grpo", "ppo")
+SYNCS = 2
+"""Most waits of one update: for all metrics at once, and for the norm of the gradient."""
+SAMPLING = {"syncs": 6, "copies": 27}
+"""Most waits and copies of one step's sampling and scoring: six tokens each, then two to four forward passes."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,8 @@ def test_a_device_gives_the_numbers_of_the_cpu(measured: Any, kind: str) -> None
 def test_an_update_waits_and_copies_no_more_than_it_did(measured: Any, kind: str) -> None:
     found = measured["kinds"][kind]
     assert found["update"]["syncs"] <= SYNCS, found["places"]
-    assert found["update"]["copies"] <= COPIES[kind], found["places"]
+    # the data of each micro-batch, and once the metrics
+    assert found["update"]["copies"] <= found["update"]["micro-batches"] + 1, found["places"]
     assert found["sampling"]["syncs"] <= SAMPLING["syncs"], found["places"]
     assert found["sampling"]["copies"] <= SAMPLING["copies"], found["places"]
 

@@ -120,7 +120,7 @@ def start(
     torch.manual_seed(0)
     optimizer = replace(OPTIMIZER, learning_rate=learning_rate)
     source: Any
-    if name in ("sft", "reward", "dpo", "grpo_pairs"):
+    if name in ("sft", "reward", "dpo", "grpo_pairs", "kto"):
         made = case(name)
         model, objective = made.model(), made.objective
         for part in ("lm", "model") if lora else ():

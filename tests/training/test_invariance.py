@@ -12,7 +12,7 @@ from torch.nn.functional import pad as pad_tensor
 from posttrain.algorithms import PRESETS
 from posttrain.data import batches
 from posttrain.data.batches import TokenBatch, collate
-from posttrain.training import onpolicy, preference, supervised, unpaired
+from posttrain.training import onpolicy, preference, supervised
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective
 from posttrain.training.supervised import Example, SupervisedObjective
 from tests.models import small
@@ -69,7 +69,7 @@ def test_micro_batches_order_and_padding_change_nothing(name: str, monkeypatch: 
     for budget in (1, 25, 70):
         same(whole, outcome(made, budget), 1e-10)
     same(whole, outcome(made, 40, made.rows[::-1]), 1e-10)
-    for module in (onpolicy, preference, supervised, unpaired):
+    for module in (onpolicy, preference, supervised):
         monkeypatch.setattr(module, "collate", wider)
     same(whole, outcome(made, 70), 1e-10)
     same(whole, outcome(unpacked(made), 70), 1e-10)
