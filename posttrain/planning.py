@@ -144,17 +144,19 @@ def training(
     adapter: int | None = None,
     bf16: bool = False,
     recomputes: bool = False,
+    device: str = "cpu",
 ) -> Memory:
     """Return the memory of `trained` copies of the model with gradient and moments, `frozen` copies, and one micro-batch.
 
     Args:
         adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
+        device: kind of the device, which determines the tiles of logits.
     """
-    from posttrain.models.logprobs import TILE_ELEMENTS
+    from posttrain.models.logprobs import tile_limits
 
     held = FLOAT32_BYTES * model.parameters
     share = AUTOCAST_SHARE if bf16 else 1.0
-    tile = min(TILE_ELEMENTS, micro_batch_tokens * model.vocabulary)
+    tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
     return Memory(
         weights=held * (trained + frozen) + _added(adapter, trained),
         optimiser=3 * (held * trained if adapter is None else _added(adapter, trained)),

@@ -140,7 +140,10 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
 
 def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:
     """Return the options of `posttrain.planning.training` other than the sizes."""
+    import torch
+
     return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "adapter": _adapter(params, lora),
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.last_layer import layers_of, may_be_narrow
-from posttrain.models.packed import NAME, packed_attention
+from posttrain.models.packed import NAME, Opaque, packed_attention
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -36,6 +36,10 @@ def _compiled_for_flat_batches(forward: Callable[..., Tensor]) -> Callable[..., 
     compiled = torch.compile(forward, dynamic=True)
 
     def chosen(*args: Any, **kwargs: Any) -> Tensor:
-        return (forward if kwargs.get("parts") is None else compiled)(*args, **kwargs)
+        if kwargs.get("parts") is None:
+            return forward(*args, **kwargs)
+        # the compiler would compile again for each number of parts, and give up after eight
+        hidden = {name: Opaque(kwargs[name]) for name in ("parts", "reads")}
+        return compiled(*args, **kwargs | hidden)
 
     return chosen

@@ -23,7 +23,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 TILE_ELEMENTS, TILE_WORDS = 2**21, 4096
-"""Most logits of a tile (8 MiB of float32), and most words of the vocabulary in a tile."""
+"""Most logits of a tile on a CPU (8 MiB of float32), and most words of the vocabulary in a tile, which stays in cache."""
+DEVICE_TILE_ELEMENTS = 2**27
+"""Most logits of a tile on a GPU (512 MiB of float32). Each tile starts about 25 kernels, so tiles are as large as memory allows."""
+
+
+def tile_limits(kind: str) -> tuple[int, int]:
+    """Return the most logits and the most words of a tile on a kind of device: `cpu`, `cuda`."""
+    return (TILE_ELEMENTS, TILE_WORDS) if kind == "cpu" else (DEVICE_TILE_ELEMENTS, DEVICE_TILE_ELEMENTS)
 
 
 def selected_logprobs(
@@ -150,8 +157,9 @@ class _Head:
         self.bias = None if bias is None else bias.to(product)
         self.temperature = temperature
         self.wide = torch.promote_types(product, torch.float32)
-        most_words = min(len(weight), TILE_WORDS)
-        self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), TILE_ELEMENTS // most_words)
+        elements, words = tile_limits(hidden.device.type)
+        most_words = min(len(weight), words)
+        self.words, self.rows = _slices(len(weight), most_words), _slices(len(hidden), elements // most_words)
 
     def logits(self, rows: slice, words: slice) -> Tensor:
         """Return one tile of logits [tokens, words], divided by the temperature."""

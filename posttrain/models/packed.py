@@ -42,14 +42,21 @@ PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
 """Two rows that share a prompt, and one with its own prompt."""
 
 
+class Opaque:
+    """A value that passes through a compiled layer unseen: the number of parts and their sizes differ in each batch."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    parts: tuple[Attended, ...] | None = None,
-    reads: Reads | None = None,
+    parts: tuple[Attended, ...] | Opaque | None = None,
+    reads: Reads | Opaque | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -60,15 +67,16 @@ def packed_attention(
     Raises:
         TypeError: the attention is not plain (soft caps, sinks).
     """
-    if parts is None:
+    found: tuple[Attended, ...] | None = parts.value if isinstance(parts, Opaque) else parts
+    if found is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     shape = (*queries.shape[:-1], values.shape[-1])
-    if not parts:
+    if not found:
         return queries.new_zeros(shape)[None], None
-    attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in parts])
-    order = torch.cat([part.tokens for part in parts])
+    attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in found])
+    order = torch.cat([part.tokens for part in found])
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(shape).index_copy(0, order, attended)[None], None
 

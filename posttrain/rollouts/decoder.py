@@ -47,6 +47,7 @@ class Decoder:
         self.head = lm.get_output_embeddings()
         self.takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
         self.casts: dict[nn.Module, dict[str, Tensor]] = {}
+        self._token_bytes = 0
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -68,6 +69,14 @@ class Decoder:
     def slots(self, capacity: int) -> Slots:
         """Return empty slots for answers of at most `capacity` tokens."""
         return Slots(self.lm.config.get_text_config().num_hidden_layers, capacity, self.lm.device, self.shared)
+
+    def token_bytes(self) -> int:
+        """Return the bytes of one token's keys and values over all layers, found by computing a prompt of one token."""
+        if not self._token_bytes:
+            slots = self.slots(1)
+            self.enter(slots, [(0,)], [1])
+            self._token_bytes = sum(states.nbytes for layer in slots.layers for states in layer.answers)
+        return self._token_bytes
 
     def enter(self, slots: Slots, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
         """Compute each prompt once and give its `counts` answers slots. Return their last hidden states [answers, hidden]."""

@@ -18,7 +18,7 @@ import numpy as np
 MAX_ROWS = 512
 """Most active answers of an engine in this process."""
 MAX_TOKENS = 2**17
-"""Most tokens whose keys and values an in-process engine stores: every active prompt, and a full slot for every answer."""
+"""Most tokens whose keys and values an in-process engine stores on a CPU: every active prompt, and a full slot for every answer."""
 
 DRAWN_ELEMENTS = 2**24
 """Most logits that tokens are drawn from at once."""

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
+from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import completion, draw, noise
 from posttrain.rollouts.engine import (
@@ -56,13 +57,14 @@ class NativeEngine:
         ends: int | Iterable[int],
         max_rows: int = MAX_ROWS,
         bf16: bool = False,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> None:
         """Create an engine that shares the weights of `lm`.
 
         Args:
             max_rows: most active answers.
-            max_tokens: most tokens whose keys and values are stored.
+            max_tokens: most tokens whose keys and values are stored. By default MAX_TOKENS on a CPU, on a GPU as many as its free memory
+                holds.
             bf16: compute under autocast.
         """
         self.lm, self.ends, self.bf16 = lm, end_ids(ends), bf16
@@ -105,7 +107,12 @@ class NativeEngine:
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
         with decoder.decoding():
-            return _Sampling(decoder, self.ends, settings, self.max_rows, self.max_tokens, on_token).run(requests)
+            limit = self.max_tokens
+            if limit is None:
+                limit = (
+                    MAX_TOKENS if self.lm.device.type == "cpu" else max_tokens(self.lm.device, decoder.token_bytes())
+                )
+            return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token).run(requests)
 
 
 @cache

@@ -20,10 +20,14 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
+from posttrain.models.logprobs import selected_logprobs
+from posttrain.rollouts.budget import max_tokens
+from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.training.sums import Sums
 from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
 from tests.device.pretend import DEVICE, Counts, pretending
+from tests.models import small
 from tests.training import runs
 from tests.training.runs import Memory, start
 
@@ -101,8 +105,36 @@ def measured(name: str) -> dict[str, Any]:
     }
 
 
+def head() -> dict[str, Any]:
+    """Return the kernels that the fused head starts for 64 tokens of 20,000 words, and its largest difference from the CPU's results."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (64, 20_000))
+    targets = torch.randint(20_000, (64,), generator=generator)
+
+    def run(device: torch.device | str) -> list[torch.Tensor]:
+        leaves = [tensor.to(device).requires_grad_() for tensor in (hidden, weight)]
+        logprobs, entropy = selected_logprobs(*leaves, None, targets.to(device), 1.0)
+        return [logprobs, entropy, *torch.autograd.grad((logprobs - 0.1 * entropy).sum(), leaves)]
+
+    with pretending() as counts:
+        ours = [tensor.detach().cpu() for tensor in run(DEVICE)]
+    worst = max(float((a - b.detach()).abs().max()) for a, b in zip(ours, run("cpu"), strict=True))
+    return {"launches": counts.launches.total(), "difference": worst}
+
+
+def stored() -> int:
+    """Return how many tokens the sampler stores on the device."""
+    with pretending():
+        lm = small.language_model().to(DEVICE)
+        decoder = decoder_of(lm, bf16=False)
+        assert isinstance(decoder, Decoder), decoder
+        with decoder.decoding():
+            return max_tokens(lm.device, decoder.token_bytes())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runs.STEPS = STEPS
     found = {name: measured(name) for name in sys.argv[1:]}
-    json.dump({"kinds": found, "planted": {name: caught(fault) for name, fault in FAULTS.items()}}, sys.stdout)
+    planted = {name: caught(fault) for name, fault in FAULTS.items()}
+    json.dump({"kinds": found, "planted": planted, "head": head(), "stored": stored()}, sys.stdout)

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
+FREE_BYTES = 2**20
+"""Memory that the device says it has left."""
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("posttrain", "pipelines"))
 MOVES = ("posttrain/data/transfer.py", "posttrain/data/batches.py")
@@ -65,6 +67,15 @@ class _Module:
     def empty_cache(self) -> None:
         pass
 
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return FREE_BYTES, 2 * FREE_BYTES
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return 0
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return 0
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
@@ -82,7 +93,7 @@ class Counts:
     launches: Counter[str] = field(default_factory=Counter)
 
     def since(self, before: Counts) -> Counts:
-        """Return what was counted after `before`."""
+        """Return the counts after `before`."""
         return Counts(self.syncs - before.syncs, self.copies - before.copies, self.launches - before.launches)
 
     def __str__(self) -> str:

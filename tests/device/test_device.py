@@ -47,6 +47,17 @@ def test_an_update_waits_and_copies_no_more_than_it_did(measured: Any, kind: str
     assert found["sampling"]["copies"] <= SAMPLING["copies"], found["places"]
 
 
+def test_the_head_computes_large_tiles(measured: Any) -> None:
+    """With the five tiles that a CPU computes, it would start more than 200 kernels."""
+    assert measured["head"]["launches"] <= 80
+    assert measured["head"]["difference"] < 1e-4
+
+
+def test_the_sampler_stores_what_free_memory_holds(measured: Any) -> None:
+    """70 % of 1 MiB for 2 layers x keys and values x 8 numbers of 4 bytes: 5734 tokens, of which the three leading bits stay."""
+    assert measured["stored"] == 0b101 << 10
+
+
 def test_planted_faults_are_caught(measured: Any) -> None:
     assert measured["planted"] == {
         "index on the host": "refused",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.models.checkpointing import recompute_layers, recomputed_layers
 from posttrain.models.compiled import compile_layers
 from posttrain.models.folders import save_model
+from posttrain.models.packed import NAME, packed_attention
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, byte_tokenizer, tiny_model
 from posttrain.planning import sizes
@@ -82,6 +84,32 @@ def test_compiled_agrees_with_what_it_was_compiled_from(change: Any) -> None:
     assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
     for parameter, value in plain[1].items():
         assert torch.allclose(value, compiled[1][parameter], atol=1e-5), parameter
+
+
+def test_layouts_of_batches_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    lm, shared = small.language_model(), (5, 6, 7, 8, 9)
+    policy = Policy(lm)
+    compile_layers(lm)
+    layouts = [[Tokens((3, 4 + i), (5,) * 2**j) for j in range(i)] for i in range(1, 8)]
+    layouts += [[Tokens(shared, (5,) * 2**j) for j in range(i)] for i in range(2, 8)]
+    assert len({len(collate(rows).parts) for rows in layouts}) > 5
+    counts = []
+    try:
+        for rows in layouts:
+            policy(collate(rows))
+            counts.append(len(compiled))
+    finally:
+        torch.compiler.reset()
+        AttentionInterface.register(NAME, packed_attention)
+    assert counts[0] > 0
+    assert counts[1:] == [counts[1]] * len(counts[1:])
 
 
 def test_rates_that_a_layer_reads_from_the_configuration_have_no_effect_and_are_saved(tmp_path: Path) -> None:
