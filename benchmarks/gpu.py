@@ -143,6 +143,7 @@ def throughput(device: torch.device, config: Qwen3Config, work: Work) -> list[tu
         ("SFT: model FLOP utilisation", utilisation(device, config, tokens / seconds, work.length)),
         ("SFT: peak memory", peak),
     ]
+    found += uneven(taught, device, config, work)
     engine = NativeEngine(lm, NO_EOS, bf16=True)
     source, objective = group_source(policy, config, engine, work)
     seconds, peak = timed(lambda: source.sampler.sample(), device, work.repeats)
@@ -162,6 +163,21 @@ def throughput(device: torch.device, config: Qwen3Config, work: Work) -> list[tu
         ("GRPO: peak memory", peak),
     ]
     return found
+
+
+def uneven(taught: Trainer[Any], device: torch.device, config: Qwen3Config, work: Work) -> list[tuple[str, str]]:
+    """Time SFT on rows of different lengths. Kernels that prepare for a shape, or fall back to a mask, lose time only here."""
+    fractions = [2 ** (-3 * i / (2 * work.batch - 1)) for i in range(2 * work.batch)]  # from 1 to 1/8 of the length
+    lengths = [max(8, round(work.length * fraction)) for fraction in fractions]
+    rows = [Example(texts(1, length, config.vocab_size, length // 4)[0]) for length in lengths]
+    seconds, peak = timed(lambda: taught.update(rows, SupervisedObjective()), device, work.repeats)
+    tokens, context = sum(lengths), sum(length**2 for length in lengths) // sum(lengths)
+    name = f"SFT, {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens"
+    return [
+        (f"{name}: tokens/s", f"{tokens / seconds:,.0f}"),
+        (f"{name}: model FLOP utilisation", utilisation(device, config, tokens / seconds, context)),
+        (f"{name}: peak memory", peak),
+    ]
 
 
 def group_source(

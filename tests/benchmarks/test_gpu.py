@@ -26,4 +26,5 @@ def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path)
     for name, value in rows.items():
         if name.endswith(("tokens/s", "seconds", "tokens/s, end to end")):
             assert float(value.replace(",", "")) > 0, name
-    assert sum("tokens/s" in name for name in rows) == 3
+    assert sum("tokens/s" in name for name in rows) == 4
+    assert "SFT, 8 rows of 8 to 64 tokens: tokens/s" in rows
