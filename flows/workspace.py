@@ -22,6 +22,7 @@ from prefect.states import Crashed
 from flows.hooks import notify_end
 from flows.lock import WorkspaceBusy, only_flow
 from flows.production import bring_pending
+from pipelines.runtime.fork_server import VARIABLE as FORK_SERVER
 from posttrain.files import write_atomic
 from posttrain.guard import end_with
 from tasks import stage as stages
@@ -162,8 +163,8 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def fork_server(root: Path) -> Iterator[None]:
-    """Run one process that has imported torch and forks for each step. Not used with GPUs."""
-    if cuda_devices():
+    """Run one process that has imported torch and forks for each step, unless POSTTRAIN_WARM names one. Not used with GPUs."""
+    if cuda_devices() or os.environ.get(FORK_SERVER):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
@@ -174,11 +175,11 @@ def fork_server(root: Path) -> Iterator[None]:
             process = start(
                 [sys.executable, "-m", "pipelines.runtime.fork_server", str(path)], root, output=output, grace_seconds=1
             )
-        os.environ["POSTTRAIN_WARM"] = str(path)
+        os.environ[FORK_SERVER] = str(path)
         try:
             yield
         finally:
-            del os.environ["POSTTRAIN_WARM"]
+            del os.environ[FORK_SERVER]
             end(process, 0)
 
 

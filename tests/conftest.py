@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pipelines.runtime import environment
 
 environment.quiet()
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start: two that wait for each other spin
 
 pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of tasks and flows: a Prefect server for the session, and a workspace for each test."""
+"""Fixtures of the tests of tasks and flows: a Prefect server and a fork server for the session, and a workspace for each test."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 
 import flows  # noqa: F401  (sets the quiet environment before Prefect is imported)
+from tests.reliability.workspace import Warm
 from tests.workspace import build, copy, dvc
 
 
@@ -23,6 +24,14 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield str(PREFECT_API_URL.value())
         # the harness itself would wait without end for an event that is meant for a server that is gone
         EventsWorker.drain_all(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def warm(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A fork server, so that the steps and flows of all tests import torch once."""
+    process = Warm(root, tmp_path_factory.mktemp("warm"))
+    yield process
+    process.stop()
 
 
 @pytest.fixture(scope="session")

@@ -305,14 +305,23 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
 
 def read_yaml(path: str | Path) -> Any:
     """Load YAML 1.2 as DVC does, so that 2e-5 is a number everywhere."""
+    return parse_yaml(read_text(path), path)
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a YAML file. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         is_params = Path(path).name == "params.yaml"
         hint = " Run the command in the project's root, which holds params.yaml." if is_params else ""
         raise ConfigError(f"cannot read {path}: {error.strerror}.{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
+
+
+def parse_yaml(text: str, path: str | Path) -> Any:
+    """Parse the text of a YAML file; `path` is named in errors."""
     try:
         tree = YAML(typ="safe", pure=True).load(StringIO(text))
         if "\\u" in text.lower():

@@ -108,6 +108,8 @@ def _become_step(connection: socket.socket) -> None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.path[0] = request["folder"]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "pipelines"]:
+            del sys.modules[name]  # this module's own package may belong to a different checkout
         sys.argv = [request["module"], *request["arguments"]]
         connection.sendall(f"{os.getpid()}\n".encode())
         threading.Thread(target=_die_with_caller, args=(lines,), daemon=True).start()

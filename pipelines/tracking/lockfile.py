@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.params import read_yaml
+from pipelines.config.params import parse_yaml, read_text
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.redaction import redact
 from posttrain.errors import ConfigError, TrackingError
@@ -16,18 +17,24 @@ _CONFLICT = "<<<<<<< "
 
 
 def read_lock(project: Path) -> dict[str, Any]:
-    """Return the stages of dvc.lock by name; none if there is no file. Raises TrackingError if it is damaged."""
+    """Return the stages of dvc.lock by name, not to be changed; none if there is no file. Raises TrackingError if it is damaged."""
     path = project / "dvc.lock"
     if not path.is_file():
         return {}
     try:
-        tree = read_yaml(path)
+        tree = _parsed(read_text(path), path)
     except ConfigError as error:
         raise _damaged(path, str(error)) from None
     stages = tree.get("stages") if isinstance(tree, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise _damaged(path, f"{path}: holds no stages")
     return stages
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str, path: Path) -> Any:
+    """Return the tree. A follower asks once for each run and pass, and the lock of a hundred stages takes a second to parse."""
+    return parse_yaml(text, path)
 
 
 def _damaged(path: Path, problem: str) -> TrackingError:

@@ -1,4 +1,4 @@
-"""Bound the time and memory of code that comes with a model, such as its chat template.
+"""Bound the time and memory of code that works on what a model writes or brings, such as a chat template or a formula.
 
 Example:
     >>> with bounded(seconds=60):
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 SECONDS = 10.0
 REPEAT_SECONDS = 0.2
+"""Time from one alarm to the next, for code that catches everything and goes on."""
 BYTES = 2**30
 """Address space that one rendering may add: far more than any conversation needs."""
 _STATM = Path("/proc/self/statm")
@@ -31,6 +32,10 @@ def bounded(seconds: float = SECONDS, size: int = BYTES) -> Iterator[None]:
         yield
 
 
+class _Expired(BaseException):
+    """Raised inside the bounded code. No Exception, so that an `except Exception` there does not catch it."""
+
+
 @contextmanager
 def _time(seconds: float) -> Iterator[None]:
     """Set the process's alarm. An alarm that is set already keeps its own time, and rings for its owner if it is due first."""
@@ -39,7 +44,7 @@ def _time(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"it ran for more than {seconds:g} s")
+        raise _Expired
 
     outer, period = signal.getitimer(signal.ITIMER_REAL)
     if outer and outer <= seconds:
@@ -54,7 +59,10 @@ def _time(seconds: float) -> Iterator[None]:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+    except _Expired:
+        raise TimeoutError(f"it ran for more than {seconds:g} s") from None
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # again: the alarm may have rung just before the first of these calls
         signal.signal(signal.SIGALRM, before)
         if outer:
             signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), 1e-3), period)

@@ -1,5 +1,8 @@
 """Score mathematical answers: LaTeX and expressions, compared by value with the optional package math-verify.
 
+The package's own time limit rings once, and SymPy goes on if something on the way catches the exception. `bounded` rings until the code
+ends.
+
 Example:
     >>> from importlib.util import find_spec
     >>> if find_spec("math_verify"):
@@ -8,10 +11,12 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.data.limits import bounded
 from posttrain.errors import RewardError
 from posttrain.rewards import require_available
 from posttrain.rewards.final_part import final_part
@@ -26,45 +31,48 @@ def math(
 ) -> list[float | None]:
     """Return 1 if the last expression after the completion's reasoning equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
 
-    The reward is None if the gold answer is not mathematics (no answer could match it), or if parsing or comparing took longer than
-    `row_seconds`. The time limits use signals, so this runs only in a main thread: a worker's, or a script's.
+    The reward is None if the gold answer is not mathematics (no answer could match it), or if parsing and comparing took longer than
+    `row_seconds` or 1 GiB of memory. The time limit uses signals, so this runs only in a main thread: a worker's, or a script's.
     """
     require_available("math")
     if threading.current_thread() is not threading.main_thread():
         raise RewardError(
             "math limits its time with signals, which work in the main thread only; run it in a worker process"
         )
-    _parsed("$1$", WARM_UP_SECONDS)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    with bounded(WARM_UP_SECONDS):
+        _parsed("$1$")
     return [_compared(text, gold, row_seconds) for text, gold in zip(completions, answer, strict=True)]
 
 
 def _compared(completion: str, gold: str, seconds: int) -> float | None:
-    from math_verify.errors import TimeoutException
-
     try:
-        expected = _parsed(gold if any(mark in gold for mark in _DELIMITERS) else f"${gold}$", seconds)
-        if not expected:
-            return None
-        return float(_equal(expected, _parsed(final_part(completion), seconds), seconds))
-    except TimeoutException:
+        with bounded(seconds):
+            expected = _parsed(gold if any(mark in gold for mark in _DELIMITERS) else f"${gold}$")
+            return float(_equal(expected, _parsed(completion))) if expected else None
+    except (TimeoutError, MemoryError):
         return None
 
 
-def _parsed(text: str, seconds: int) -> list[Any]:
+def _parsed(text: str) -> list[Any]:
     """Return the parsed expressions, [] if the text cannot be parsed: unparsed text must never be compared as text."""
     from math_verify import parse
 
     try:
-        found: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=seconds, raise_on_error=True)
+        found: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    except MemoryError:
+        raise
     except Exception:  # anything that the grammar, SymPy or regular expressions raise
         return []
     return found
 
 
-def _equal(expected: list[Any], found: list[Any], seconds: int) -> bool:
+def _equal(expected: list[Any], found: list[Any]) -> bool:
     from math_verify import verify
 
     try:
-        return bool(verify(expected, found, timeout_seconds=seconds, raise_on_error=True))
+        return bool(verify(expected, found, timeout_seconds=None, raise_on_error=True))
+    except MemoryError:
+        raise
     except Exception:  # SymPy could not compare the two, so equality is not proven
         return False

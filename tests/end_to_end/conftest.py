@@ -20,13 +20,19 @@ TINY = Path("tests/end_to_end/tiny.yaml")
 
 @dataclass(frozen=True)
 class Clone:
-    """A separate workspace with its own code, DVC cache, MLflow store and journals."""
+    """A separate workspace with its own code, DVC cache, MLflow store and journals.
+
+    Its steps are forks of `warm`, which an empty POSTTRAIN_WARM turns off, and its flows share CPU slots with no other one.
+    """
 
     root: Path
+    warm: Path | None = None
 
     def environment(self, **extra: str) -> dict[str, str]:
         inherited = {k: v for k, v in child_environment().items() if not k.startswith(CLEARED)}
-        return inherited | {"PYTHONPATH": str(self.root), "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | extra
+        quiet = {"TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        own = {"POSTTRAIN_WARM": str(self.warm or ""), "POSTTRAIN_LEASES": str(self.root.parent / "leases")}
+        return inherited | {"PYTHONPATH": str(self.root)} | quiet | own | extra
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """A command that nobody listens to."""
@@ -52,7 +58,9 @@ class Clone:
 
 
 @pytest.fixture(scope="session")
-def new_clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Clone]:
+def new_clone(
+    root: Path, warm: Warm, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Clone]:
     def make() -> Clone:
         target = tmp_path_factory.mktemp("clone") / "project"
         listed = subprocess.run(
@@ -68,23 +76,20 @@ def new_clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         shared = root / ".." / "shared"
         if shared.is_dir():
             (target.parent / "shared").symlink_to(shared.resolve())
-        return Clone(target)
+        shutil.copy(empty_store, target / "mlflow.db")
+        return Clone(target, warm.socket)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def reproduced(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def reproduced(new_clone: Callable[[], Clone]) -> Clone:
     """Return the tiny pipeline after one `dvc repro`; trace.jsonl has the parameters and modules that every step used."""
     clone = new_clone()
     clone.configure(str(TINY))
     (clone.root / ".posttrain").mkdir()
-    # steps as forks of one process, and one projection at the end instead of a follower for every step: both are quicker
-    warm = Warm(clone.root, tmp_path_factory.mktemp("warm"))
-    try:
-        trace = str(clone.root / ".posttrain" / "trace.jsonl")
-        clone.repro(POSTTRAIN_TRACE=trace, POSTTRAIN_FOLLOWER="1", POSTTRAIN_WARM=str(warm.socket))
-    finally:
-        warm.stop()
+    # one projection at the end instead of a follower for every step: it is quicker
+    trace = str(clone.root / ".posttrain" / "trace.jsonl")
+    clone.repro(POSTTRAIN_TRACE=trace, POSTTRAIN_FOLLOWER="1")
     clone.run("pipelines.commands.sync")
     return clone

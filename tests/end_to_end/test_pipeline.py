@@ -289,7 +289,7 @@ def test_mlflow_holds_one_run_per_stage_with_every_metric_at_every_step(reproduc
 
 def test_a_step_without_a_warm_process_gives_the_same_lock(reproduced: Clone) -> None:
     before = lock(reproduced)
-    output = reproduced.repro("--single-item", "--force", "sft", POSTTRAIN_FOLLOWER="1")
+    output = reproduced.repro("--single-item", "--force", "sft", POSTTRAIN_FOLLOWER="1", POSTTRAIN_WARM="")
     assert "Running stage 'sft'" in output
     assert lock(reproduced) == before
 
@@ -312,7 +312,7 @@ def s3() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> list[tuple[str, ...]]:
     """Return the `dvc` commands that make the remote known to a clone. They write to config.local, which git does not see."""
     if request.param == "folder":
@@ -326,7 +326,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> list[tuple[str, ..
 
 @pytest.mark.servers
 def test_a_fresh_clone_pulls_and_runs_nothing(reproduced: Clone, remote: list[tuple[str, ...]], tmp_path: Path) -> None:
-    other = Clone(tmp_path / "clone")
+    other = Clone(tmp_path / "clone", reproduced.warm)
     subprocess.run(["git", "clone", "-q", str(reproduced.root), str(other.root)], check=True)
     for name in ("params.yaml", "dvc.lock"):
         shutil.copy(reproduced.root / name, other.root)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import TINY, Clone
-from tests.reliability.workspace import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 OFF = """
@@ -26,21 +25,17 @@ def test_without_a_reward_model_everything_else_runs_and_does_not_depend_on_it(
     clone = new_clone()
     (tmp_path / "off.yaml").write_text(OFF, encoding="utf-8")
     clone.configure(str(TINY), str(tmp_path / "off.yaml"))
-    warm = Warm(clone.root, tmp_path)
-    try:
-        environment = {"POSTTRAIN_FOLLOWER": "1", "POSTTRAIN_WARM": str(warm.socket)}
-        assert "no reward model is trained, because reward.enabled is false" in clone.repro(**environment)
-        assert [path.name for path in (clone.root / "models" / "reward").iterdir()] == ["README.md"]
-        for model in ("base", "sft", "dpo-0", "grpo-0"):
-            metrics = json.loads((clone.root / "runs" / "evaluate" / model / "metrics.json").read_text())
-            assert "reward/rm/mean" not in metrics
-            assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
-        comparison = json.loads((clone.root / "report" / "comparison.json").read_text())
-        assert {"dpo", "grpo"} <= set(json.dumps(comparison).replace('"', " ").split())
-        clone.configure("reward.epochs=7")
-        again = clone.repro(**environment)
-    finally:
-        warm.stop()
+    environment = {"POSTTRAIN_FOLLOWER": "1"}
+    assert "no reward model is trained, because reward.enabled is false" in clone.repro(**environment)
+    assert [path.name for path in (clone.root / "models" / "reward").iterdir()] == ["README.md"]
+    for model in ("base", "sft", "dpo-0", "grpo-0"):
+        metrics = json.loads((clone.root / "runs" / "evaluate" / model / "metrics.json").read_text())
+        assert "reward/rm/mean" not in metrics
+        assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
+    comparison = json.loads((clone.root / "report" / "comparison.json").read_text())
+    assert {"dpo", "grpo"} <= set(json.dumps(comparison).replace('"', " ").split())
+    clone.configure("reward.epochs=7")
+    again = clone.repro(**environment)
     ran = {line.split("'")[1] for line in again.splitlines() if line.startswith("Running stage '")}
     assert ran == {"reward", "compare"}
     assert "up to date" in clone.repro()
