@@ -19,7 +19,6 @@ from typing import Any
 from posttrain.data.limits import bounded
 from posttrain.errors import RewardError
 from posttrain.rewards import require_available
-from posttrain.rewards.final_part import final_part
 
 WARM_UP_SECONDS = 60
 """The parser builds its tables on first use; that time is not charged to an answer."""
