@@ -12,7 +12,7 @@ from posttrain.data.limits import bounded
 
 
 def stubborn(catches: int) -> None:
-    """Run without end, but for what comes after `catches` interruptions."""
+    """Run without end, and catch the first `catches` interruptions."""
     with contextlib.suppress(Exception):
         try:
             while True:
