@@ -154,15 +154,23 @@ def _command(source: RecordedRun) -> str:
 
 
 def _result(source: RecordedRun) -> str:
-    """Return a sentence with the accuracy of the evaluated model, empty if it has not been evaluated."""
+    """Return sentences with both measures of the evaluated model, sampled and greedy; empty if it has not been evaluated."""
     evaluation = source if source.start["stage"] == "evaluate" else source.evaluation
     measured = {} if evaluation is None else evaluation.values_of("summary")
-    if "accuracy" not in measured:
+    if evaluation is None or "accuracy" not in measured:
         return ""
-    accuracy, low, high = (
-        f"{100 * float(measured[name]):.1f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
-    )
-    return f" **{accuracy} %** of the held-out problems are solved (95 % interval {low} to {high} %)."
+    judge = "reward/" + str(evaluation.values_of("params").get("evaluation.accuracy"))
+    sampled = _share(measured, f"{judge}/mean", f"{judge}/low", f"{judge}/high", "of the sampled answers are right")
+    greedy = _share(measured, "accuracy", "accuracy_low", "accuracy_high", "of the held-out problems are solved")
+    return f"{sampled}.{greedy} by the greedy answers." if sampled else f"{greedy} by the greedy answers."
+
+
+def _share(measured: dict[str, Any], value: str, low: str, high: str, words: str) -> str:
+    """Return one measure with its interval in words, empty unless all three numbers were recorded."""
+    if not {value, low, high} <= measured.keys():
+        return ""
+    share, bottom, top = (f"{100 * float(measured[name]):.1f}" for name in (value, low, high))
+    return f" **{share} %** {words} (95 % interval {bottom} to {top} %)"
 
 
 def _text(value: Any) -> str:

@@ -23,7 +23,8 @@ from pipelines.tracking.views import VIEW_TAG, experiment_tags
 
 SFT_DIGEST, RM_DIGEST = "5" * 64, "6" * 64
 STARTS = {"models/sft": SFT_DIGEST, "models/reward": RM_DIGEST}
-RESULT = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "reward/answer/mean": 0.625, "kl/ref_k1": 2.5}
+RESULT = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "reward/answer/mean": 0.625,
+          "reward/answer/low": 0.6, "reward/answer/high": 0.65, "kl/ref_k1": 2.5}  # fmt: skip
 END = {"kind": "end", "status": "FINISHED"}
 
 
@@ -54,7 +55,13 @@ def project(tmp_path: Path, root: Path) -> Path:
           summary, END)  # fmt: skip
     evaluated = STARTS | {"models/align/grpo-0": "b" * 64}
     done = {"kind": "summary", "values": RESULT}
-    write(tmp_path / "runs/evaluate/grpo-0", start("evaluate", "grpo-0", {"model": "grpo-0"}, evaluated), done, END)
+    write(
+        tmp_path / "runs/evaluate/grpo-0",
+        start("evaluate", "grpo-0", {"model": "grpo-0"}, evaluated),
+        {"kind": "params", "values": {"evaluation.accuracy": "answer"}},
+        done,
+        END,
+    )
     return tmp_path
 
 
@@ -82,9 +89,9 @@ def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> No
         assert aligned[name] == evaluated[name], name
     assert (aligned["algorithm"], aligned["seed"], aligned["study"]) == ("grpo", "0", "posttrain")
     assert (
-        "**75.0 %** of the held-out problems are solved (95 % interval 50.0 to 87.5 %)"
-        in aligned["mlflow.note.content"]
-    )
+        "**62.5 %** of the sampled answers are right (95 % interval 60.0 to 65.0 %)."
+        " **75.0 %** of the held-out problems are solved (95 % interval 50.0 to 87.5 %) by the greedy answers."
+    ) in aligned["mlflow.note.content"]
 
 
 def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(project: Path) -> None:
