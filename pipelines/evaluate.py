@@ -42,7 +42,7 @@ def run(run: Run) -> None:
         require_package()
     evaluator = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
     answers = evaluator.answers()
-    write_predictions(run.outputs.artifact("predictions.parquet"), answers)
+    write_predictions(run.outputs.artifact("predictions.parquet"), answers, params.groups)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
     results |= answers_not_found(answers, run.context.params.rewards[params.accuracy])
     if params.benchmarks is not None:

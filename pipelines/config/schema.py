@@ -400,6 +400,8 @@ class EvaluationParams(Section):
     samples_shown: Count
     turns: TurnsParams | None = None
     """Conversations of several turns, as in align.on_policy.turns."""
+    groups: str | None = None
+    """Column of the evaluation table with the group of each prompt, for clustered standard errors."""
     second_task: SecondTask | None = None
     """A task that nothing trains on, to see what was forgotten."""
     benchmarks: BenchmarkParams | None = None

@@ -13,6 +13,7 @@ from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
 from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
 from posttrain.evaluation.crossed import (
     Crossed,
+    Groups,
     crossed_difference,
     crossed_mean,
     effect_size,
@@ -230,7 +231,7 @@ def wins(values: Floats, others: Floats) -> Floats:
 
 def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question: Question) -> Summary:
     """Compute one row of the report."""
-    source, draws = question.accuracy, question.resampling
+    source, draws, groups = question.accuracy, question.resampling, models[0].predictions.groups
     scores = scored(models, question)
 
     def over_samples(column: str, estimate: Estimate) -> Interval | None:
@@ -240,8 +241,8 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
-        headline=_level(scores, draws),
-        accuracy=_level(greedy(models, source), draws),
+        headline=_level(scores, draws, groups),
+        accuracy=_level(greedy(models, source), draws, groups),
         by_seed=run_means(scores),
         iqm=interquartile_mean(run_means(scores)) if scores.shape[1] > 1 else None,
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
@@ -263,11 +264,11 @@ def _mean_metric(models: Sequence[Model], name: str) -> float | None:
     return float(np.mean(values)) if len(values) == len(models) else None
 
 
-def _level(scores: Floats, draws: Resampling) -> Interval:
+def _level(scores: Floats, draws: Resampling, groups: Groups = None) -> Interval:
     """Estimate a model's mean over [prompts, runs]: over seeds and prompts if there are several runs, else over prompts."""
-    if scores.shape[1] < 2:
+    if scores.shape[1] < 2 and groups is None:
         return mean_interval(scores, draws)
-    return _interval(crossed_mean(scores, draws.confidence))
+    return _interval(crossed_mean(scores, draws.confidence, groups))
 
 
 def _interval(found: Crossed) -> Interval:
@@ -275,14 +276,15 @@ def _interval(found: Crossed) -> Interval:
     return Interval(found.value, found.low, found.high, found.prompts, found.missing, found.method)
 
 
-def _test(a: Floats, b: Floats, draws: Resampling, tests: int) -> PairedTest:
+def _test(a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = None) -> PairedTest:
     """Compare [prompts, runs] with the same prompts of a second algorithm, or with the model that training starts from.
 
-    With several seeds, runs are the unit of replication (posttrain/evaluation/crossed.py); with one seed, the test is over prompts.
+    With several seeds, runs are the unit of replication (posttrain/evaluation/crossed.py); with one seed, the test is over prompts. If
+    prompts come in groups, it is over groups.
     """
-    if a.shape[1] < 2:
+    if a.shape[1] < 2 and groups is None:
         return paired(a, b, draws, tests)
-    found = crossed_difference(a, b, draws.confidence)
+    found = crossed_difference(a, b, draws.confidence, groups=groups)
     return PairedTest(_interval(found), found.p, found.method)
 
 
@@ -304,7 +306,8 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     """Test every algorithm against sft, and every two algorithms, as one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
     answers = {name: scored(results.of(name), question) for name in (SFT, *results.algorithms)}
-    tests = [_test(answers[a], answers[b], question.resampling, len(names)) for a, b in names]
+    groups = results.prompts.groups
+    tests = [_test(answers[a], answers[b], question.resampling, len(names), groups) for a, b in names]
     adjusted = holm([test.p for test in tests])
     runs = {name: run_means(scores) for name, scores in answers.items()}
     return [

@@ -21,6 +21,7 @@ from posttrain.files import read_json
 RUNS = Path("runs")
 PREDICTIONS = "predictions.parquet"
 BENCHMARKS = "benchmarks.parquet"
+GROUP = "group"
 TEXTS = ("prompt", "answer", "completion")
 NUMBERS = ("tokens", "truncated", "entropy", "kl")
 BASE, SFT = "base", "sft"
@@ -36,6 +37,8 @@ class Predictions:
     completions: list[list[str]]
     numbers: dict[str, Floats]
     """Values by name, [prompts, samples]; NaN if there is no value."""
+    groups: tuple[str, ...] | None = None
+    """The value of `evaluation.groups` of each prompt; None if prompts are independent."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,9 @@ def predictions(path: Path) -> Predictions:
     for name in names:
         numbers[name][rows, columns["sample"]] = np.asarray(columns[name], dtype=np.float64)
     prompts, answers = ([row[0] for row in texts[name]] for name in ("prompt", "answer"))
-    return Predictions(tuple(ids), prompts, answers, texts["completion"], numbers)
+    groups = dict(zip(columns["prompt_id"], columns.get(GROUP, ()), strict=False))
+    found = tuple(str(groups[prompt_id]) for prompt_id in ids) if groups else None
+    return Predictions(tuple(ids), prompts, answers, texts["completion"], numbers, found)
 
 
 def _check_same_prompts(models: Sequence[Model]) -> None:
@@ -169,11 +174,15 @@ def _check_same_prompts(models: Sequence[Model]) -> None:
     first = models[0]
     for model in models[1:]:
         ours, theirs = model.predictions, first.predictions
-        if (ours.prompt_ids, ours.prompts, ours.answers) != (theirs.prompt_ids, theirs.prompts, theirs.answers):
+        if _asked(ours) != _asked(theirs):
             raise DataError(
                 f"runs/evaluate/{model.name} and runs/evaluate/{first.name} answer different prompts, so they cannot be compared"
                 " prompt by prompt. Run `dvc repro` so that all evaluations use the same data/valid/evaluation.parquet."
             )
+
+
+def _asked(found: Predictions) -> tuple[object, ...]:
+    return found.prompt_ids, found.prompts, found.answers, found.groups
 
 
 def training(folder: Path, name: str) -> Training:

@@ -145,7 +145,12 @@ def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask,
     return sum(known) / len(known)
 
 
-def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
+def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer], groups: str | None = None) -> None:
+    """Write one row for each answer; `groups` names the column of the evaluation table with the group of a prompt.
+
+    Raises:
+        DataError: a prompt has no value there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -163,6 +168,15 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer]) -> None:
         "entropy": pa.array([a.entropy for a in answers], pa.float64()),
         "kl": pa.array([a.kl for a in answers], pa.float64()),
     }
+    if groups is not None:
+        lacking = [a.prompt_id for a in answers if a.problem.columns.get(groups) is None]
+        if lacking:
+            raise DataError(
+                f"evaluation.groups = {groups!r}: {len(set(lacking))} evaluation prompts have no value in this column (first: prompt"
+                f" {lacking[0]}). Without its group a prompt would count as independent. The columns are"
+                f" {', '.join(sorted(answers[0].problem.columns))}."
+            )
+        columns["group"] = [str(a.problem.columns[groups]) for a in answers]
     for source in sorted(answers[0].rewards):
         columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
     pq.write_table(pa.table(columns), path)

@@ -35,6 +35,7 @@ from scipy import stats
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Floats, floats
 
+Groups = Sequence[str] | NDArray[Any] | None
 CAUTION = 1.3
 """Divides the degrees of freedom of the runs' part. Plugging in estimates truncated at 0 makes them too many with 3 to 5 seeds;
 with this factor intervals cover 93 to 97 % over the grid of tests/evaluation/test_crossed.py (without it: 92.7 to 97 %)."""
@@ -53,6 +54,7 @@ class Crossed:
         prompts, missing: prompts used, and prompts left out since some run has no value there.
         about_training: True if an algorithm has two or more runs on every side that is not a fixed model; otherwise the numbers
             describe these runs only, and the interval covers other prompts only.
+        groups: number of groups of prompts; None if prompts count as independent.
     """
 
     value: float
@@ -66,6 +68,7 @@ class Crossed:
     prompts: int
     missing: int
     about_training: bool
+    groups: int | None = None
 
     @property
     def standard_error(self) -> float:
@@ -74,9 +77,10 @@ class Crossed:
     @property
     def method(self) -> str:
         """Name the interval's method for tables."""
+        prompts = "prompts" if self.groups is None else f"{self.groups} groups of prompts"
         if not self.about_training:
-            return "t over prompts, this run only"
-        return f"t over seeds and prompts, {self.df:.1f} degrees of freedom"
+            return f"t over {prompts}, this run only"
+        return f"t over seeds and {prompts}, {self.df:.1f} degrees of freedom"
 
 
 @dataclass(frozen=True)
@@ -97,22 +101,38 @@ def moments(a: Floats, b: Floats | None = None) -> Moments:
     return contrast_moments([a], [1.0]) if b is None else contrast_moments([a, b], [1.0, -1.0])
 
 
-def contrast_moments(sides: Sequence[Floats], weights: Sequence[float]) -> Moments:
-    """Estimate the weighted sum of the sides' means and its variances from complete tables [..., prompts, seeds]."""
+def contrast_moments(sides: Sequence[Floats], weights: Sequence[float], groups: NDArray[Any] | None = None) -> Moments:
+    """Estimate the weighted sum of the sides' means and its variances from complete tables [..., prompts, seeds].
+
+    With `groups`, [prompts], the prompts' part is clustered (2411.00640, equation 4): prompts of one group are not independent, so its
+    degrees of freedom come from the groups. The runs' part takes out only what independent prompts would explain, so it is not too small.
+    """
     prompts = sides[0].shape[-2]
     by_prompt: Floats = np.asarray(sum(w * side.mean(-1) for w, side in zip(weights, sides, strict=True)))
     value = by_prompt.mean(-1)
     # if all prompts agree, assume that one more prompt would have differed by a single answer
     from_prompts = np.maximum(by_prompt.var(-1, ddof=1), 1.0 / prompts * _unit(sides, weights)) / prompts
+    independent = prompts
+    if groups is not None:
+        from_prompts, independent = np.maximum(from_prompts, _clustered(by_prompt, groups)), len(np.unique(groups))
     excess = [(w**2, *_excess(side)) for w, side in zip(weights, sides, strict=True) if side.shape[-1] > 1]
     from_runs = np.maximum(sum((square * part for square, part, _ in excess), np.zeros_like(value)), 0.0)
-    spread = from_prompts**2 / (prompts - 1)
+    spread = from_prompts**2 / (independent - 1)
     for square, part, seeds in excess:
         spread = spread + CAUTION * np.maximum(square * part, 0.0) ** 2 / (seeds - 1)
     total = (from_prompts + from_runs) ** 2
     # without any variance the degrees of freedom do not matter
-    df = np.maximum(np.divide(total, spread, out=np.full_like(total, float(prompts - 1)), where=spread > 0), 1.0)
+    df = np.maximum(np.divide(total, spread, out=np.full_like(total, float(independent - 1)), where=spread > 0), 1.0)
     return Moments(value, from_prompts, from_runs, df)
+
+
+def _clustered(by_prompt: Floats, groups: NDArray[Any]) -> Floats:
+    """Return the variance of the mean of [..., prompts] in groups, with the factor G / (G - 1) for few groups."""
+    names, member = np.unique(groups, return_inverse=True)
+    deviations = by_prompt - by_prompt.mean(-1, keepdims=True)
+    sums = deviations @ (member[:, None] == np.arange(len(names))[None, :]).astype(np.float64)
+    variance: Floats = np.square(sums).sum(-1) / by_prompt.shape[-1] ** 2 * len(names) / (len(names) - 1)
+    return variance
 
 
 def _unit(sides: Sequence[Floats], weights: Sequence[float]) -> float:
@@ -130,16 +150,19 @@ def _excess(table: Floats) -> tuple[NDArray[np.float64], int]:
     return (runs.var(-1, ddof=1) - mean_square / prompts) / seeds, seeds
 
 
-def crossed_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, fixed_b: bool = True) -> Crossed:
+def crossed_difference(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, fixed_b: bool = True, groups: Groups = None
+) -> Crossed:
     """Compare two models or algorithms on the same prompts.
 
     Args:
         a, b: scores [prompts, seeds], NaN if missing; a prompt that any run has no score for is left out.
         confidence: of the interval.
         fixed_b: a single column of `b` is a fixed model (the start that every run shares), not a sample of trainings.
+        groups: the group of each prompt, such as the text that a question is about; None if prompts are independent.
 
     Raises:
-        DataError: the tables have different prompts, or fewer than 2 prompts are complete.
+        DataError: the tables have different prompts, fewer than 2 prompts are complete, or all are in one group.
     """
     left, right = _table(a), _table(b)
     if len(left) != len(right):
@@ -148,15 +171,21 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, 
     seeds = (left.shape[1], right.shape[1])
     trained = seeds[0] > 1 and (seeds[1] > 1 or fixed_b)
     sides = [left[complete], right[complete]]
-    return _crossed(sides, [1.0, -1.0], confidence, seeds, int((~complete).sum()), trained)
+    return _crossed(sides, [1.0, -1.0], confidence, seeds, int((~complete).sum()), trained, _of(groups, complete))
 
 
-def crossed_mean(a: ArrayLike, confidence: float = 0.95) -> Crossed:
+def crossed_mean(a: ArrayLike, confidence: float = 0.95, groups: Groups = None) -> Crossed:
     """Estimate an algorithm's mean score over seeds and prompts from [prompts, seeds]. Raises DataError as crossed_difference."""
     table = _table(a)
     complete = np.isfinite(table).all(1)
     seeds = table.shape[1]
-    return _crossed([table[complete]], [1.0], confidence, (seeds,), int((~complete).sum()), seeds > 1)
+    found = [table[complete]]
+    return _crossed(found, [1.0], confidence, (seeds,), int((~complete).sum()), seeds > 1, _of(groups, complete))
+
+
+def _of(groups: Groups, complete: ArrayLike) -> NDArray[Any] | None:
+    """Return the groups of the complete prompts."""
+    return None if groups is None else np.asarray(groups)[np.asarray(complete)]
 
 
 def crossed_contrast(tables: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95) -> Crossed:
@@ -188,6 +217,7 @@ def _crossed(
     seeds: tuple[int, ...],
     missing: int,
     trained: bool,
+    groups: NDArray[Any] | None = None,
 ) -> Crossed:
     prompts = len(sides[0])
     if prompts < 2:
@@ -195,7 +225,13 @@ def _crossed(
             f"only {prompts} prompts have a score from every run; at least 2 are needed for an interval. See"
             " reward/<source>/missing in the journals, or evaluate on more prompts."
         )
-    found = contrast_moments(sides, weights)
+    clusters = None if groups is None else len(np.unique(groups))
+    if clusters == 1:
+        raise DataError(
+            "all prompts are in one group, so that nothing shows how other prompts would differ. Name a column with several values in"
+            " evaluation.groups, or remove it."
+        )
+    found = contrast_moments(sides, weights, groups)
     value, error, df = float(found.value), float(np.sqrt(found.from_prompts + found.from_runs)), float(found.df)
     reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * error
     if error > 0:
@@ -204,7 +240,7 @@ def _crossed(
         p = 1.0 if value == 0 else 0.0
     return Crossed(
         value, value - reach, value + reach, p, df, float(found.from_runs), float(found.from_prompts), seeds, prompts, missing,
-        trained,
+        trained, clusters,
     )  # fmt: skip
 
 

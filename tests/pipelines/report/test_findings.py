@@ -186,6 +186,21 @@ def rendered(
     return html(results, comparison, drawn, 2, 0)
 
 
+def test_prompts_in_groups_are_compared_over_groups(tmp_path: Path) -> None:
+    compared(tmp_path, algorithms=("dpo", "grpo"), seeds=(0, 3))
+    for seeds in ((0, 3), (0,)):
+        results = load(("dpo", "grpo"), seeds, tmp_path)
+        groups = tuple(f"text {i // 10}" for i in range(120))
+        grouped = [replace(model, predictions=replace(model.predictions, groups=groups)) for model in results.models]
+        comparison = compare(replace(results, models=grouped), QUESTION)
+        test, both = comparison.pair("grpo", "sft").test, greedy(results.of("grpo"), "answer")
+        by_hand = crossed_difference(both, greedy(results.of("sft"), "answer"), groups=groups)
+        assert (test.p, test.difference.low, test.difference.high) == (by_hand.p, by_hand.low, by_hand.high)
+        assert "12 groups of prompts" in test.method
+        level = crossed_mean(both, groups=groups)
+        assert (comparison.of("grpo").headline.low, comparison.of("grpo").accuracy.high) == (level.low, level.high)
+
+
 def test_a_second_task_is_a_column_if_it_was_measured(tmp_path: Path) -> None:
     before = compared(tmp_path, algorithms=("dpo", "grpo"), seeds=(0, 3))
     assert before.of("grpo").second_task is None
