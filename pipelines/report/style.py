@@ -43,17 +43,17 @@ class Look:
         if name in _GREY[self.scheme]:
             return _GREY[self.scheme][name]
         colours = palette.LIGHT if self.scheme == "light" else palette.DARK
-        return colours[self.algorithms.index(name) % len(colours)]
+        return colours[palette.position(name, self.algorithms) % len(colours)]
 
     def marker(self, name: str) -> str:
         """Return the model's marker."""
         if name in (BASE, SFT):
             return "|" if name == BASE else "d"
-        return _MARKERS[self.algorithms.index(name) % len(_MARKERS)]
+        return _MARKERS[palette.position(name, self.algorithms) % len(_MARKERS)]
 
     def dashes(self, name: str) -> str:
         """Return the line style: dashed if all colours are already used."""
-        return "-" if self.algorithms.index(name) < len(palette.LIGHT) else "--"
+        return "-" if palette.position(name, self.algorithms) < len(palette.LIGHT) else "--"
 
     @property
     def ink(self) -> str:
