@@ -13,7 +13,7 @@ from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files
-from posttrain.environments.base import built_in, environment, is_wrapped
+from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.evaluation.harness import require_package
@@ -27,7 +27,7 @@ ROWS = 20
 
 def problems(params: Params) -> list[str]:
     """Return one line for each source, import path or column that a run would not find."""
-    return [*_functions(params), *_services(params), *_model(params), *_data(params)]
+    return [*_functions(params), *_services(params), *_model(params), *_data(params), *_second_task(params)]
 
 
 def unused_rewards(params: Params) -> list[str]:
@@ -71,6 +71,25 @@ def _functions(params: Params) -> Iterator[str]:
             why = _missing_function(reward.function)
             if why:
                 yield f"rewards.{name}.function = {reward.function!r}: {why}"
+
+
+def _second_task(params: Params) -> Iterator[str]:
+    """Yield why `evaluation.second_task` cannot be asked. A user's module is not imported."""
+    task = params.evaluation.second_task
+    if task is None:
+        return
+    key = f"evaluation.second_task.source = {task.source!r}"
+    if not is_environment(task.source):
+        yield f"{key}: no such environment{nearest(task.source, built_in())}"
+    elif task.source in built_in() or is_wrapped(task.source):
+        try:
+            single_turn_rows(task.source, task.rows, params.evaluation.seed, task.options, "evaluation.second_task")
+        except PosttrainError as error:
+            yield f"{key}: {error}"
+    else:
+        why = _missing_function(task.source)
+        if why:
+            yield f"{key}: {why}"
 
 
 def _missing_function(path: str) -> str | None:

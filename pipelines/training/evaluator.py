@@ -11,7 +11,7 @@ from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.training.setup import accelerator, announce, device_name, problems, read_table, with_turns
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from pipelines.config.second_task_schema import SecondTask
@@ -124,21 +124,17 @@ def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask,
         ConfigError: the task has several turns, or the options do not fit it.
         DataError: the judge scored no answer.
     """
-    from posttrain.environments.base import checked_rows, environment
+    from posttrain.environments.base import environment, single_turn_rows
     from posttrain.rollouts.engine import Request, SamplingSettings
     from posttrain.rollouts.native import NativeEngine
 
-    found = environment(task.source)
-    if found.step is not None:
-        raise ConfigError(
-            f"evaluation.second_task: {task.source} has several turns; choose a task with one answer to each prompt"
-        )
-    rows = checked_rows(found, "evaluation", task.rows, settings.seed, task.options, "evaluation.second_task.options")
+    rows = single_turn_rows(task.source, task.rows, settings.seed, task.options, "evaluation.second_task")
+    judge = environment(task.source).judge
     requests = [Request(tuple(encoder.prompt(row["prompt"])), ((0,),)) for row in rows]
     engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
     answers = engine.sample(requests, SamplingSettings(settings.max_new_tokens, 0.0))
     texts = [encoder.text(completion.tokens) for (completion,) in answers]
-    judged = [found.judge(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    judged = [judge(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
     known = [reward for reward in judged if reward is not None]
     if not known:
         raise DataError(f"evaluation.second_task: the judge of {task.source} scored none of {len(judged)} answers")

@@ -127,6 +127,18 @@ def checked_rows(
     return found.rows(kind, count, seed, **options)
 
 
+def single_turn_rows(name: str, count: int, seed: int, options: Mapping[str, Any], place: str) -> list[Row]:
+    """Return evaluation rows of an environment that has one answer to each prompt. `place` is where it is named, for errors.
+
+    Raises:
+        ConfigError: there is no such environment, it has several turns, or its options or number of rows do not fit it.
+    """
+    found = environment(name)
+    if found.step is not None:
+        raise ConfigError(f"{place}: {name} has several turns; choose a task with one answer to each prompt")
+    return checked_rows(found, "evaluation", count, seed, options, f"{place}.options")
+
+
 def register(new: Environment) -> Environment:
     """Make an environment available by its name in this process; return it.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
+from pipelines.commands.lookahead import problems
+from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
 from pipelines.evaluate import answers_not_found
@@ -103,19 +105,20 @@ def test_a_second_task_that_is_never_scored_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"source": "arithmetics"}, "is no environment; did you mean 'arithmetic'"),
-        (
-            {"source": "arithmetic"},
-            "options: missing a required argument: 'terms'; the options of this environment are terms",
-        ),
+        ({"source": "arithmetics"}, "no such environment; did you mean 'arithmetic'"),
+        ({"source": "arithmetic"}, "evaluation.second_task.options: missing a required argument: 'terms'; the options"),
         ({"source": "guess"}, "has several turns"),
+        ({"source": "no.such:ENVIRONMENT"}, "cannot be imported"),
         (
             {"source": "arithmetic", "options": {"terms": 3, "max_term": 9, "careless": 0.0}},
-            r"rows = 200: only \d+ different prompts exist",
+            "rows = 200: only 0 different prompts exist",
         ),
-        ({"source": "word_problems", "rows": 0}, "greater than"),
     ],
 )
-def test_a_second_task_is_checked_before_anything_is_trained(section: dict[str, object], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        SecondTask.model_validate(section)
+def test_a_second_task_is_checked_by_configure_and_plan(section: dict[str, object], said: str, root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    evaluation = params.evaluation.model_copy(update={"second_task": SecondTask.model_validate(section)})
+    (line,) = problems(params.model_copy(update={"evaluation": evaluation}))
+    assert line.startswith(f"evaluation.second_task.source = {section['source']!r}: ")
+    assert said in line
+    assert problems(params) == []

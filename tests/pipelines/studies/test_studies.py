@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,17 @@ def test_the_time_of_a_study_is_the_work_of_its_runs(tmp_path: Path) -> None:
         lines = [{"kind": "start", "time": 1.0}, {"kind": "ready", "time": span[0]}, {"kind": "end", "time": span[1]}]
         (folder / MEASUREMENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert work_seconds([Workspace(tmp_path, (), {}), Workspace(tmp_path / "none", (), {})]) == 6.5
+
+
+def test_the_settings_that_tell_algorithms_apart_have_the_numbers_of_the_committed_results(root: Path) -> None:
+    page = (root / "docs" / "comparison.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (\d+) \| ([.\d]+) \| ([.\d]+) to ([.\d]+) \| (\d) \| `make study NAME=(\w+)` \|", page)
+    assert len(rows) == 4
+    for seeds, start, low, high, shown, name in rows:
+        result = saved(root, name)
+        assert result is not None
+        levels = {arm: values["answers/accuracy"] for arm, values in result.arms.items()}
+        assert (result.seeds, f"{levels.pop('sft'):.3f}") == (int(seeds), start)
+        assert (f"{min(levels.values()):.3f}", f"{max(levels.values()):.3f}") == (low, high)
+        found = [claim for claim in result.claims if claim.outcome == "answers/accuracy" and claim.low * claim.high > 0]
+        assert len(found) == int(shown)
