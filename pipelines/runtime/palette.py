@@ -35,4 +35,5 @@ def position(name: str, algorithms: Sequence[str]) -> int:
     free = [place for place, own in enumerate(OWN) if own not in algorithms]
     others = [other for other in algorithms if other not in OWN]
     after = range(len(LIGHT), len(LIGHT) + len(others))
-    return [*spare, *free, *after][others.index(name)]
+    places: list[int] = [*spare, *free, *after]
+    return places[others.index(name)]
