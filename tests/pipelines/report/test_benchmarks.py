@@ -12,6 +12,7 @@ from pipelines.report.analysis import compare
 from pipelines.report.benchmarks import BenchmarkRow, benchmark_rows
 from pipelines.report.load import BENCHMARKS, Model, Results, load
 from pipelines.report.write import write
+from pipelines.runtime.publish import nested
 from pipelines.training.benchmark_table import write_scores
 from posttrain.errors import DataError
 from posttrain.evaluation.benchmarks import BenchmarkScore
@@ -74,9 +75,10 @@ def test_the_page_and_a_table_show_them(tmp_path: Path, root: Path) -> None:
         scores = [BenchmarkScore("mine", "acc", sum(own) / 40, own), BenchmarkScore("text", "ppl", 9.0, (), 0.5)]
         path = tmp_path / "runs" / "evaluate" / name / "artifacts" / BENCHMARKS
         metrics = write_scores(path, scores, DRAWS)
-        assert metrics["benchmark/mine/acc"] == pytest.approx(number / 5)
+        assert metrics["benchmark/mine/acc/value"] == pytest.approx(number / 5)
         assert metrics["benchmark/text/ppl/high"] == pytest.approx(9.98, abs=1e-3)
         assert pq.read_table(path).num_rows == 2
+        assert nested(metrics)["benchmark"]["mine"]["acc"].keys() == {"value", "low", "high"}
     loaded = load(["dpo", "grpo", "ppo"], [0], tmp_path)
     question = question_of(load_params(root / "params.yaml"))
     write(tmp_path / "report", loaded, compare(loaded, question), 2, 0)
