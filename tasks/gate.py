@@ -109,7 +109,7 @@ def ask(
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
     if champion is not None:
         command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
-    with lease(machine_slots(), stop, on_wait=lambda: print_line("gate waits for a free slot")) as held:
+    with lease(machine_slots(several=False), stop, on_wait=lambda: print_line("gate waits for a free slot")) as held:
         run_logged(Path(root), "gate", command, held=held, flow_run=flow_run, followed=not tracking)
     decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))
     return decision

@@ -2,7 +2,7 @@
 
 A slot is a lock file in a directory that all flows of the machine share (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
 POSTTRAIN_SLOTS sets the number of slots; the default is one per CUDA device, else one per CPU core with 2 GiB of memory. If
-POSTTRAIN_ACCELERATE starts n processes per stage, a slot is n devices or cores and holds the lock of each.
+POSTTRAIN_ACCELERATE starts n processes per stage that trains, the slot of such a stage is n devices or cores and holds the lock of each.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pipelines.runtime.launch import configuration, processes
 from pipelines.runtime.machine import available_cores
 from posttrain.errors import Interrupted, OrchestrationError
 
+TRAINING_STAGES = ("sft", "reward", "align")
+"""Stages whose steps POSTTRAIN_ACCELERATE starts as several processes; every other stage is one process on one device."""
 MEMORY_PER_SLOT_BYTES = 2 << 30
 POLL_SECONDS = 0.2
 _UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
@@ -50,9 +52,18 @@ class Lease:
         return {} if self.slot.device is None else {"CUDA_VISIBLE_DEVICES": self.slot.device}
 
 
-def machine_slots(environ: Mapping[str, str] = os.environ) -> list[Slot]:
-    """Return the slots of this machine; with more slots than devices, several stages share a device."""
-    devices, each = cuda_devices(environ), processes(configuration(environ))
+def trains(stage: str) -> bool:
+    """Return True if a node of the DAG trains a model, which only these stages do in several processes."""
+    return stage.partition("@")[0] in TRAINING_STAGES
+
+
+def machine_slots(environ: Mapping[str, str] = os.environ, several: bool = True) -> list[Slot]:
+    """Return the slots of this machine; with more slots than devices, several stages share a device.
+
+    Args:
+        several: False for a stage that is one process even if POSTTRAIN_ACCELERATE asks for more.
+    """
+    devices, each = cuda_devices(environ), processes(configuration(environ)) if several else 1
     if devices and len(devices) < each:
         raise OrchestrationError(
             f"POSTTRAIN_ACCELERATE asks for {each} processes per stage, but this machine has {len(devices)} devices; lower num_processes"

@@ -23,7 +23,7 @@ from tasks.dag import Kind, mend_rwlock
 from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
 from tasks.remote import restore_missing
-from tasks.slots import Lease, lease, machine_slots
+from tasks.slots import Lease, lease, machine_slots, trains
 
 RETRY_SECONDS = [1, 2, 4, 8]
 CATCH_UP_SECONDS = 60.0
@@ -87,7 +87,8 @@ def bring_up_to_date(
     if current:
         now = time.time()
         return StageResult(name, "up-to-date", 0.0, now, now)
-    with lease(machine_slots(), stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
+    slots = machine_slots(several=trains(name))
+    with lease(slots, stop, on_wait=lambda: print_line(f"{name:<24} waits for a free slot")) as held:
         print_line(f"{name:<24} started" + (f" on {held.slot.device}" if held.slot.device else ""))
         project, command = Path(root), dvc_command(name, kind, refresh=refresh)
         if kind == "data":

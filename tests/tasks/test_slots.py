@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks import slots
-from tasks.slots import Slot, lease, lease_directory, machine_slots, parse_devices
+from tasks.slots import TRAINING_STAGES, Slot, lease, lease_directory, machine_slots, parse_devices, trains
 
 LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa)
 GPU 1: NVIDIA H200 (UUID: GPU-bbbb)
@@ -138,3 +138,21 @@ def test_what_another_user_puts_in_place_of_a_lock_is_never_followed_and_never_b
         assert held.slot.names == ("pipe",)
     with pytest.raises(OrchestrationError, match=words):
         lease_directory({"POSTTRAIN_LEASES": str(tmp_path / "precious")})
+
+
+def test_a_stage_that_does_not_train_leases_one_device(
+    two_processes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_nvidia_smi", lambda: LISTING)
+    training, single = machine_slots(two_processes), machine_slots(two_processes, several=False)
+    assert [slot.device for slot in training] == ["GPU-aaaa,MIG-b1", "MIG-b2,GPU-cccc"]
+    assert [slot.device for slot in single] == ["GPU-aaaa", "MIG-b1", "MIG-b2", "GPU-cccc"]
+    with lease(training, Event(), directory=tmp_path), lease(single, Event(), directory=tmp_path) as second:
+        assert second.slot == single[2]
+
+
+def test_the_stages_that_train_are_those_whose_steps_say_so(root: Path) -> None:
+    found = {path.stem for path in (root / "pipelines").glob("*.py") if "trains=True" in path.read_text("utf-8")}
+    assert found == set(TRAINING_STAGES)
+    for stage, expected in (("align@grpo-0", True), ("evaluate@base", False), ("evaluate_aligned@grpo-0", False)):
+        assert trains(stage) == expected, stage
