@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.models.tiny import TinyShape
+from posttrain.rollouts import native
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
@@ -70,6 +71,23 @@ def test_any_budget_gives_the_same_answers(model: Any, uneven: Uneven, budget: d
         assert [(c.tokens, c.finished) for c in group] == [(c.tokens, c.finished) for c in alone]
         for left, right in zip(group, alone, strict=True):
             assert left.logprobs == pytest.approx(right.logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_rows": 9, "max_tokens": 1200}])
+def test_answers_are_the_same_if_their_ends_are_read_at_every_eighth_token(
+    model: Any, uneven: Uneven, budget: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU does this; here the CPU does."""
+    made = native._Sampling.__init__
+
+    def seldom(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self.read_every = native.READ_EVERY
+
+    monkeypatch.setattr(native._Sampling, "__init__", seldom)
+    answers = engine(model, uneven.eos, **budget).sample(uneven.asked, SETTINGS)
+    found = [[(c.tokens, c.finished) for c in group] for group in answers]
+    assert found == [[(c.tokens, c.finished) for c in group] for group in uneven.alone]
 
 
 def test_prompts_enter_while_others_are_answered_and_the_budget_holds(
