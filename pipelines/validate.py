@@ -42,7 +42,7 @@ def run(run: Run) -> None:
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
 
     from pipelines.validation.check import check
-    from pipelines.validation.masks import samples
+    from pipelines.validation.masks import left_out, samples
     from pipelines.validation.messages import refuse, summary
     from pipelines.validation.report import page
     from pipelines.validation.suites import TableLimits, Validator
@@ -55,7 +55,12 @@ def run(run: Run) -> None:
     outcome = check(tables, params.rules, limits, lengths, validator)
     report = run.outputs.artifact("validation.html")
     shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES)
-    report.write_text(page(outcome, params.max_shown_rows, read_changes(FOLDER), shown), encoding="utf-8")
+    changes = read_changes(FOLDER)
+    for table in () if outcome.stops else TABLES:
+        for what, count in left_out(lengths.encoder, table, outcome.kept[table]).items():
+            changes.setdefault(table, {})[what] = count
+            print(f"validate: {table}: {count} {what}", flush=True)
+    report.write_text(page(outcome, params.max_shown_rows, changes, shown), encoding="utf-8")
     numbers = summary(outcome)
     run.recorder.summary(numbers)
     refuse(outcome, params.max_shown_rows, report)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config.types import Count, Finite, NonNegative, Section, Seed, Share
+from pipelines.config.types import Count, Finite, NonNegative, Section, Seed, Share, Source
 
 
 class ArithmeticParams(Section):
@@ -57,7 +57,7 @@ class TableSource(Section):
     `columns` maps canonical names to a column, a dotted path, or a template such as '{Body} {Question}'.
     """
 
-    source: str | Annotated[list[str], Field(min_length=1)]
+    source: Source | Annotated[list[Source], Field(min_length=1)]
     """An environment (arithmetic, stories, word_problems, calculator, guess, or package.module:ENVIRONMENT), a file, a folder of files, a
     pattern such as data/*.jsonl, hub:OWNER/NAME, or a list of these."""
     rows: Count | None = None

@@ -18,6 +18,7 @@ from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.judge_schema import JudgeParams
+from pipelines.config.numbers import refuse_huge
 from pipelines.config.reward_arguments import check_arguments
 from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.config.schema import (
@@ -298,6 +299,7 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: must be a mapping of sections ({', '.join(Params.model_fields)})")
     try:
+        refuse_huge(tree)
         return _validated(Params, tree, ())
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None

@@ -19,6 +19,7 @@ from pipelines.config.types import (
     Section,
     Seed,
     Share,
+    Source,
 )
 from posttrain.settings import LoraSettings, OptimizerSettings
 
@@ -98,7 +99,7 @@ class TinyParams(Section):
 class ModelParams(Section):
     """The base model."""
 
-    source: str
+    source: Source
     seed: Seed
     tiny: TinyParams
 
@@ -201,7 +202,7 @@ class RewardParams(Section):
 
     enabled: bool = True
     """False: no algorithm, critic or evaluation uses a reward model, so the stage trains none and ends at once."""
-    source: str | None = None
+    source: Source | None = None
     """An existing reward model, used as it is: a folder or a hub id. None: one is trained, from the supervised model."""
     seed: Seed
     epochs: Count

@@ -23,6 +23,19 @@ Momentum = Annotated[Finite, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+
+
+def _named(value: str) -> str:
+    """Return the text if it names something. Raises ValueError otherwise."""
+    if not value.strip() or "\0" in value or len(value) > LONGEST_PATH:
+        raise ValueError(
+            "must be a path, a name or a hub id: not empty, without a null byte, and at most 4,096 characters long"
+        )
+    return value
+
+
+LONGEST_PATH = 4096
+Source = Annotated[str, AfterValidator(_named)]
 RulePolicy = Literal["stop", "quarantine", "warn"]
 
 

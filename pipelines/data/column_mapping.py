@@ -7,13 +7,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from difflib import SequenceMatcher
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
 from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
-from pipelines.data.files import Record
+from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import recognised, require_known
 from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumb, thumbs_pairs
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
@@ -224,6 +225,10 @@ def _answer(value: Any) -> Any:
         return value
     if isinstance(value, int):
         return str(value)
+    if math.isnan(value):  # how tables write a missing value
+        return None
+    if isinstance(value, WrittenNumber) and Decimal(value.text) != Decimal(value):
+        return value.text
     return str(int(value)) if math.isfinite(value) and value == int(value) else repr(value)
 
 

@@ -38,6 +38,8 @@ _BEGINNINGS = {
     b"PAR1": "a Parquet file (name it .parquet)",
 }
 """How files of other kinds begin."""
+EXACT_DIGITS = 15
+"""Characters; a float holds every shorter number as it is written."""
 _SHARD = re.compile(r"(?P<series>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.")
 _SPLIT = re.compile(r"(?:train|training|test|testing|valid|validation|val|dev|eval)(?=[-_.])")
 
@@ -159,10 +161,9 @@ def _loaded(text: str, where: str) -> Any:
     Raises DataError if the JSON cannot be represented, and JSONDecodeError if the text is not JSON.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object_of)
+        value = json.loads(text, object_pairs_hook=_object_of, parse_float=_number)
         if "\\ud" in text.lower():
-            # half a surrogate pair can be spelt in JSON, and is no character
-            json.dumps(value, ensure_ascii=False).encode()
+            _refuse_half_characters(value, where)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -170,6 +171,47 @@ def _loaded(text: str, where: str) -> Any:
     except ValueError as error:
         raise DataError(f"{where}: cannot be held: {error}; correct or remove it") from None
     return value
+
+
+class WrittenNumber(float):
+    """A number whose digits a float cannot hold, with the text that spells it."""
+
+    __slots__ = ("text",)
+    text: str
+
+
+def _number(text: str) -> float:
+    """Return a number; if a float rounds it, with its spelling."""
+    if len(text) <= EXACT_DIGITS:
+        return float(text)
+    number = WrittenNumber(text)
+    number.text = text
+    return number
+
+
+def _refuse_half_characters(value: Any, where: str, column: str = "") -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and which is no character."""
+    if isinstance(value, str) and not _is_utf8(value):
+        shown = value.encode("ascii", "backslashreplace").decode()[:60]
+        place = f", column {column!r}" if column else ", the name of a column"
+        raise DataError(
+            f"{where}{place}: holds half of a character ({shown}), as a text that was cut by its UTF-16 length does; correct or remove it"
+        )
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_half_characters(name, where, column)
+            _refuse_half_characters(inner, where, column or name)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _refuse_half_characters(inner, where if column else f"{where}, element {i}", column)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> Record:

@@ -29,12 +29,19 @@ def parquet_records(path: Path, data: bytes | None = None) -> list[dict[str, Any
 
 def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     """Return the rows of an Arrow table. Raises DataError if bytes are no UTF-8 text."""
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise DataError(f"{where}: has the column {twice[0]!r} twice, so one would be lost; rename it")
     try:
         records: list[dict[str, Any]] = table.to_pylist()
         list(table.schema.names)  # names may be undecodable, too
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: holds a name or a text that is not UTF-8 ({error.reason}); save it again as UTF-8"
+        ) from None
+    except (OverflowError, ValueError) as error:
+        raise DataError(
+            f"{where}: holds a date or time that Python cannot represent ({error}); save the column as text"
         ) from None
     for field in table.schema:
         convert = _conversion(field.type)

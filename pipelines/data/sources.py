@@ -110,7 +110,15 @@ def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -
 
 def is_generator(name: str | list[str]) -> bool:
     """Return True if a source is an environment, built in or by import path, and not a file or a hub id."""
-    return isinstance(name, str) and not name.startswith(HUB) and not Path(name).exists() and is_environment(name)
+    return isinstance(name, str) and not name.startswith(HUB) and not _exists(name) and is_environment(name)
+
+
+def _exists(name: str) -> bool:
+    """Return True if a path exists; a name that is too long for a path is none."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
 
 
 def environment_files(source: TableSource) -> list[Path]:
@@ -135,8 +143,13 @@ def _files_of(name: str, split: str) -> list[Path]:
     if name.startswith(HUB) or is_generator(name):
         return []
     path = Path(name)
-    if path.is_dir():
-        return folder_files(path, split)
+    try:
+        if path.is_dir():
+            return folder_files(path, split)
+    except OSError as error:
+        raise DataError(
+            f"{name}: cannot be read ({error.strerror}); name a folder of this project that can be read"
+        ) from None
     if any(sign in name for sign in "*?"):
         found = sorted(p for p in path.parent.glob(path.name) if p.is_file())
         if not found:

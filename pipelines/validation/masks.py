@@ -41,6 +41,30 @@ def _parts(encoder: TextEncoder, tokens: Tokens) -> list[Part]:
     return parts
 
 
+def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> dict[str, int]:
+    """Return how many turns of a table lose a part that the chat template does not show: earlier reasoning, or a speaker's name."""
+    from posttrain.data.conversations import as_messages, hidden_reasoning
+    from posttrain.data.tokens import row_tools
+
+    counts = {
+        "earlier turns whose reasoning the chat template leaves out": 0,
+        "turns whose `name` the chat template leaves out": 0,
+    }
+    reasoning, names = counts
+    for row in rows:
+        for column in [column for column in TEXT[table] if column != "prompt"] or [""]:
+            prompt, answer = row["prompt"] or "", (row[column] or "") if column else ""
+            if isinstance(prompt, str) and isinstance(answer, str):
+                continue
+            messages = [*as_messages(prompt, "user"), *(as_messages(answer, "assistant") if column else ())]
+            text = encoder.template.render(messages, row_tools(row), generate=not column, row=str(row["id"]))
+            counts[reasoning] += len(hidden_reasoning(text, messages))
+            counts[names] += sum(
+                str(turn["name"]) not in text for turn in messages if turn.get("name") and turn["role"] != "tool"
+            )
+    return {what: count for what, count in counts.items() if count}
+
+
 def samples(encoder: TextEncoder, tables: Mapping[Table, Sequence[Row]], count: int) -> list[tuple[str, list[Part]]]:
     """Return the first `count` rows of each table with their trained parts."""
     return [

@@ -28,7 +28,7 @@ def page(
     changes: Mapping[str, Mapping[str, int]] | None = None,
     samples: Sequence[Sample] = (),
 ) -> str:
-    """Return the whole page. changes: what ingest left out, by table; samples: rows with their trained tokens."""
+    """Return the whole page. changes: what ingest and the chat template left out, by table; samples: rows with their trained tokens."""
     verdict = "Refused" if outcome.stops else "Accepted"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validation: {verdict}</title><style>{_STYLE}</style></head>'
@@ -41,7 +41,7 @@ def _changes(changes: Mapping[str, Mapping[str, int]]) -> str:
     rows = [_cells([table, name, count]) for table, counts in changes.items() for name, count in counts.items()]
     if not rows:
         return ""
-    return f"<h2>Left out or changed by ingest</h2><table><tr><th>table<th>what<th>count</tr>{''.join(rows)}</table>"
+    return f"<h2>Left out or changed</h2><table><tr><th>table<th>what<th>count</tr>{''.join(rows)}</table>"
 
 
 def _samples(samples: Sequence[Sample]) -> str:

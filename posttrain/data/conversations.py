@@ -33,10 +33,9 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_INS = ("\ue000\ue000", "\ue001\ue001")
 DATE = datetime(2024, 7, 26)
 """The date for a template that prints today's date: the same rows must give the same tokens on any day."""
-_TAIL = 24
-"""Characters at the end of a turn by which it is found in the rendered text."""
 _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
 """The end of reasoning, which templates may cut off."""
+_TAGS = re.compile(r"</?\w+>|\[/?\w+\]|<\|\w+\|>")
 _OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
@@ -123,11 +122,18 @@ class ChatTemplate:
                 continue
             end = _after_reasoning(content)
             spellings = (end, json.dumps(end)[1:-1], json.dumps(end, ensure_ascii=False)[1:-1])
-            if not any(_plain(one)[-_TAIL:] in shown for one in spellings):
+            if not any(_plain(one) in shown for one in spellings):
                 raise DataError(
                     f"{_row(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model would"
                     " never see it. Put it into a turn that the template shows, such as the user's, or take a model with another template."
                 )
+        asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
+        hidden = [turn for turn in hidden_reasoning(text, messages) if turn > asked]
+        if hidden:
+            raise DataError(
+                f"{_row(row)}: the model's chat template leaves out the reasoning of turn {hidden[0]} (assistant), so the model would never"
+                " learn it. Take a model whose template shows reasoning, write it into the text of the turn, or remove it from the row."
+            )
         return text
 
     def spans(
@@ -249,6 +255,23 @@ class ChatTemplate:
             )
         weights = {i: float(messages[i].get("weight", 1.0)) for i in turns}
         return [Span(mark[0], mark[1], weights[i]) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
+
+
+def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
+    """Return the assistant turns whose reasoning, in a field of its own or in tags, the rendered text lacks.
+
+    Many templates leave it out of earlier turns on purpose.
+    """
+    shown = _plain(text)
+    found = []
+    for i, message in enumerate(messages):
+        fields = [message.get(name) for name in _OTHER_FIELDS[1:]]
+        content = message.get("content")
+        inline = content[: len(content) - len(_after_reasoning(content))] if isinstance(content, str) else ""
+        parts = [*(part for part in fields if isinstance(part, str)), *_TAGS.split(inline)]
+        if message.get("role") == "assistant" and any(_plain(part) not in shown for part in parts):
+            found.append(i)
+    return found
 
 
 def as_messages(text: str | Sequence[Message], role: str) -> list[Message]:

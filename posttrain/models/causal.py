@@ -36,6 +36,11 @@ def check_policy(model: PreTrainedModel, source: str | Path) -> None:
     length = min(trial_length(text), context_limit(text.to_dict()) or 2**31)
     row = torch.tensor([probe_ids(length, text.vocab_size)], device=model.device)
     hidden, logits = _outputs(model, row, source)
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"{source}: the logits of {name} are NaN or infinite although its weights are finite: a setting of config.json, such as a"
+            " norm's epsilon or rope, is wrong, or the weights are far too large; fetch the model again"
+        )
     # most of the row: sparse attention leaks only beyond the tokens that it keeps
     start, _ = _outputs(model, row[:, : length - length // 4], source)
     change = float((hidden[:, : start.shape[1]] - start).abs().max())

@@ -36,7 +36,7 @@ from posttrain.errors import ModelError
 from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
-from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads
+from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads, weight_files
 from posttrain.settings import context_limit
 
 if TYPE_CHECKING:
@@ -93,6 +93,24 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     return model
 
 
+_DISTORTING = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sequence_bias",
+    "guidance_scale",
+    "watermarking_config",
+    "min_length",
+    "min_new_tokens",
+)
+"""Generation settings that change the probabilities of tokens."""
+
+
 @cache
 def _report_once(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
@@ -102,13 +120,18 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """Load the configuration of a folder or hub id, without its weights."""
     check_folder(source)
     config: PreTrainedConfig = pretrained(AutoConfig, source)
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise ModelError(
+            f"{source}: config.json has a part text_config, which {type(config).__name__} does not have; remove that part, or correct"
+            " model_type"
+        )
     return config
 
 
 def count_parameters(folder: Path) -> int:
     """Return the number of weights in a folder; only the headers of the files are read."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as weights:
             total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return total
@@ -122,9 +145,11 @@ def load_encoder(source: str | Path) -> TextEncoder:
     """
     tokenizer, config = load_tokenizer(source), load_config(source)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
+    highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if vocabulary is not None and max(len(tokenizer), highest[1] + 1) > vocabulary:
         raise ModelError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary}; they do not match"
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, up to the id {highest[1]} ({highest[0]!r}), and the model's embedding"
+            f" has {vocabulary} rows; they do not match"
         )
     length = context_length(config) or int(tokenizer.model_max_length)
     return TextEncoder(tokenizer, length, _configured_ends(source, config))
@@ -134,7 +159,16 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
     """Return the ends of sequence of generation_config.json and config.json."""
     file = Path(source) / "generation_config.json"
     try:
-        generation = GenerationConfig.from_pretrained(str(source)).eos_token_id
+        settings = GenerationConfig.from_pretrained(str(source))
+        generation = settings.eos_token_id
+        if changed := {
+            name: value for name in _DISTORTING if (value := getattr(settings, name, None)) not in (None, 1.0, 0)
+        }:
+            listed = ", ".join(f"{name} {value}" for name, value in changed.items())
+            _report_once(
+                f"{file}: asks for {str(listed)[:200]}. Answers here are sampled from the model's own probabilities, with the temperature"
+                " of params.yaml; the settings stay in the folder for other tools"
+            )
     except Exception as error:  # a hub id or an old model without the file raises OSError, a damaged file anything
         if file.exists() or not isinstance(error, OSError):
             raise ModelError(
@@ -145,7 +179,7 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
     ids: list[int] = []
     for named in (generation, config.get_text_config().eos_token_id):
         listed = [] if named is None else named if isinstance(named, list) else [named]
-        if not all(isinstance(token, int) for token in listed):
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
             raise ModelError(f"{source}: eos_token_id is {named!r}, and must be the id of a token, or a list of ids")
         ids += listed
     return ids

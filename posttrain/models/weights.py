@@ -38,6 +38,8 @@ WRAPPERS = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 """How safetensors files name the number formats that need no scale."""
 SHOWN = 4
+_PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Settings of a configuration that change in which form a model returns its outputs, not their values."""
 POINTER = b"version https://git-lfs"
 
 
@@ -66,6 +68,9 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
         )
     _check_floating(model, stored, pattern if found else None, source)
     _check_finite(model, source)
+    for name, plain in _PLAIN_OUTPUTS.items():
+        if getattr(model.config, name, plain) is not plain:
+            setattr(model.config, name, plain)
     without_dropout(model)
     return model
 
@@ -98,7 +103,13 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
 def check_folder(source: str | Path) -> None:
     """Raise ModelError unless `source` is a hub id or a folder with a configuration and whole safetensors files."""
     folder = Path(source)
-    if not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
+    try:
+        there = folder.is_dir() and any(folder.iterdir()) and (folder / "config.json").exists()
+    except OSError as error:
+        raise ModelError(
+            f"{source}: cannot be read ({error.strerror}); give this user the right to read the folder"
+        ) from error
+    if not there and not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
         raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
     if not folder.is_dir():
         return
@@ -118,15 +129,29 @@ def check_folder(source: str | Path) -> None:
         )
     for path in files:
         _check_file(path)
+    for path in sorted(folder.glob("*.json")):
+        _check_text_file(path)
     for path in sorted(folder.glob("*.index.json")):
         _check_index(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers reads: model.safetensors, else those of its index, else all."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _check_index(path: Path) -> None:
     """Raise ModelError unless an index names only safetensors files next to it: transformers would unpickle any other."""
     try:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ModelError(f"{path}: not an index of weight files; copy the model again") from None
     for name in sorted(map(str, names)):
         if not name.endswith(".safetensors") or Path(name).name != name:
@@ -136,12 +161,20 @@ def _check_index(path: Path) -> None:
             )
         if not (path.parent / name).is_file():
             raise ModelError(f"{path} names {name!r}, and there is no such file; copy the model again")
+    single = path.name.removesuffix(".index.json")
+    if single.endswith(".safetensors") and single not in names and (path.parent / single).exists():
+        raise ModelError(
+            f"{path.parent}: holds two sets of weights: {single}, and the files that {path.name} names. Only one of them would be"
+            " loaded; remove the other"
+        )
 
 
 def _check_quantisation(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ModelError(f"{folder}: config.json cannot be read ({error.strerror}); copy the model again") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}: config.json is not valid JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder}: config.json holds no mapping, so this is not a model folder")
@@ -152,6 +185,16 @@ def _check_quantisation(folder: Path) -> None:
             f"{folder}: its weights are quantised ({method}), and quantised weights cannot be trained here; give the folder of the"
             " original model, or save it dequantised in float32 or bfloat16"
         )
+
+
+def _check_text_file(path: Path) -> None:
+    """Raise ModelError if a file of settings or of the tokenizer is a git-lfs pointer, or cannot be read."""
+    try:
+        pointer = path.read_bytes()[: len(POINTER)] == POINTER
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); copy the model again") from error
+    if pointer:
+        raise ModelError(f"{path}: a git-lfs pointer instead of the file; type: git lfs pull")
 
 
 def _check_file(path: Path) -> None:
@@ -176,7 +219,7 @@ def _check_file(path: Path) -> None:
 
 def refuse_other_heads(config: Any, source: str | Path) -> None:
     """Raise ModelError if the folder was saved as a model without a language model's head."""
-    for name in getattr(config, "architectures", None) or []:
+    for name in map(str, getattr(config, "architectures", None) or []):
         if re.search(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel", name):
             raise ModelError(
                 f"{source}: {name} is no language model (its head is a classifier or reward), so there is nothing to sample from;"
@@ -210,7 +253,7 @@ def _loaded(kind: Any, source: str | Path, **options: Any) -> tuple[PreTrainedMo
 def _stored(source: str | Path) -> dict[str, str]:
     """Return the names of the weights in a folder and how each is stored, such as BF16; nothing for a hub id."""
     found: dict[str, str] = {}
-    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+    for path in weight_files(Path(source)) if Path(source).is_dir() else ():
         with safe_open(path, "pt") as weights:
             found |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     return found

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.alignment import continuation_ids
 from posttrain.data.batches import collate
+from posttrain.data.conversations import hidden_reasoning
 from posttrain.data.tokens import TextEncoder, Tokens, table_tokens
 from posttrain.errors import DataError, ModelError
 from posttrain.models.tiny import byte_tokenizer
@@ -126,6 +127,33 @@ def test_reasoning_that_the_template_strips_from_history_is_trained_as_rendered(
     enc = encoder(REASONING)
     completion = turns("<think>x</think>\n\nPlum", "b", "<think>y</think>\n\nPear", first="assistant")
     assert trained(enc, enc.pair(turns("a"), completion)) == ["Plum<|im_end|>", "<think>y</think>\n\nPear<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": "Plum", "reasoning_content": "it is ripe"},
+        {"role": "assistant", "content": "<think>it is ripe</think>Plum"},
+    ],
+)
+def test_reasoning_that_the_template_never_shows_is_refused(turn: dict[str, str]) -> None:
+    enc = encoder(CHATML.replace("m.content", "m.content.split('</think>')[-1]") + OPEN)
+    with pytest.raises(
+        DataError, match=r"row 5: the model's chat template leaves out the reasoning of turn 1 \(assistant\)"
+    ):
+        enc.pair(turns("a"), [turn], "5")
+    # of an earlier turn it may be left out, which validation counts
+    history = [*turns("a"), turn, *turns("b", "Pear")]
+    assert trained(enc, enc.pair(history[:1], history[1:])) == ["Plum<|im_end|>", "Pear<|im_end|>"]
+    assert hidden_reasoning(enc.template.render(history), history) == [1]
+    shown = encoder(CHATML.replace("m.content", "(m.reasoning_content or '') + m.content") + OPEN)
+    assert "it is ripe" in trained(shown, shown.pair(turns("a"), [turn]))[0]
+
+
+def test_a_template_that_cuts_a_turn_is_refused() -> None:
+    enc = encoder(CHATML.replace("m.content", "m.content[-30:]") + OPEN)
+    with pytest.raises(DataError, match=r"leaves out the text of turn 0 \(user\)"):
+        enc.pair(turns("x" * 31), "Plum")
 
 
 def test_a_generation_prompt_that_opens_the_reasoning_is_not_doubled() -> None:

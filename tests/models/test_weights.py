@@ -17,7 +17,14 @@ from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import recompute_layers
-from posttrain.models.folders import load_config, load_encoder, load_policy, load_tokenizer, save_model
+from posttrain.models.folders import (
+    count_parameters,
+    load_config,
+    load_encoder,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)
 from posttrain.models.inference import scores
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
@@ -295,3 +302,81 @@ def test_a_plan_of_no_language_model_is_refused(folder: Path, change: dict[str, 
     reconfigure(folder, **change)
     with pytest.raises(ModelError, match="transformers makes no language model of this configuration"):
         sizes(load_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text_config": {"hidden_size": 16}}, r"config.json has a part text_config, which Qwen3Config does not have"),
+        (
+            {"architectures": ["Qwen3ForSequenceClassification", 3]},
+            r"Qwen3ForSequenceClassification is no language model",
+        ),
+        ({"rms_norm_eps": -1.0}, r"the logits of Qwen3ForCausalLM are NaN or infinite although its weights are finite"),
+    ],
+)
+def test_an_odd_configuration_is_refused_in_words(folder: Path, change: dict[str, Any], words: str) -> None:
+    reconfigure(folder, **change)
+    with pytest.raises(ModelError, match=words):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}]
+)
+def test_the_form_of_outputs_changes_no_value_and_can_be_saved(
+    folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    expected = load_policy(folder)(ids).logits
+    reconfigure(folder, **change)
+    model = load_policy(folder)
+    assert torch.equal(model(ids).logits, expected)
+    save_model(model, load_tokenizer(folder), tmp_path / "again", "")
+    assert torch.equal(load_policy(tmp_path / "again")(ids).logits, expected)
+
+
+def test_files_that_cannot_be_read_are_named(folder: Path) -> None:
+    good = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"tokenizer.json: a git-lfs pointer instead of the file; type: git lfs pull"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_bytes(good)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ModelError, match=r"config.json is not valid JSON"):
+        check_folder(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config.json cannot be read \(Is a directory\)"):
+        check_folder(folder)
+    (folder / "config.json").rmdir()
+    (folder / "config.json").write_text(text)
+    check_folder(folder)
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ModelError,
+        match=r"holds two sets of weights: model.safetensors, and the files that model.safetensors.index.json",
+    ):
+        load_policy(folder)
+    expected = count_parameters(folder)
+    (folder / "model.safetensors").unlink()
+    assert count_parameters(folder) == expected == sum(p.numel() for p in load_policy(folder).parameters())
+
+
+def test_generation_settings_that_distort_sampling_are_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.5, "suppress_tokens": [5]}))
+    assert load_encoder(folder).ends == (2,)
+    assert "asks for repetition_penalty 1.5, suppress_tokens [5]. Answers here are sampled" in capsys.readouterr().err
+    path.write_text(json.dumps({"eos_token_id": [True]}))
+    with pytest.raises(ModelError, match=r"eos_token_id is \[True\], and must be the id of a token"):
+        load_encoder(folder)

@@ -195,3 +195,20 @@ def test_whatever_stands_in_a_leaf_it_is_accepted_or_refused_in_words(
     path = data.draw(st.sampled_from(sorted(path for path in flatten(tree) if path)))
     with contextlib.suppress(ConfigError):  # anything else is a traceback that a user would see
         parse_params(changed(tree, path, value))
+
+
+@pytest.mark.parametrize(
+    "path", ["align.on_policy.steps", "algorithms.dpo_soft.options.score_scale", "sft.epochs", "tune.trials"]
+)
+def test_a_whole_number_beyond_all_bounds_is_refused_by_name(tree: Any, path: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{path}: a whole number beyond 2\^53 = 9,007,199,254,740,992; type a smaller one"
+    ):
+        parse_params(changed(tree, path, 10**400))
+
+
+@pytest.mark.parametrize("path", ["data.sft.source", "model.source", "reward.source"])
+@pytest.mark.parametrize("value", ["", "  ", "a\0b", "x" * 5000])
+def test_a_source_names_something(tree: Any, path: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{path}.* must be a path, a name or a hub id"):
+        parse_params(changed(tree, path, value))

@@ -18,8 +18,9 @@ import pytest
 
 from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.config.params import load_params
+from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import folder_files, read_file
-from pipelines.data.sources import local_files, table_rows
+from pipelines.data.sources import is_generator, local_files, table_rows
 from posttrain.errors import DataError
 from posttrain.text import normalised
 
@@ -261,3 +262,43 @@ def test_a_file_without_a_mapped_column_is_named_and_an_optional_one_may_be_abse
         DataError, match=r"1\.jsonl has no 'r', from which .* reads completion; its columns are answer, q\."
     ):
         table_rows("sft", table)
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ('{"prompt": "x", "completion": "\\ud800"}', "line 1, column 'completion'"),
+        ('{"messages": [{"role": "user", "content": "a\\udfff"}]}', "line 1, column 'messages'"),
+        ('{"\\ud83d": 1}', "line 1, the name of a column"),
+    ],
+)
+def test_half_a_character_names_its_column(tmp_path: Path, line: str, place: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(DataError, match=rf"a.jsonl, {place}: holds half of a character \(a?\\ud"):
+        read_file(tmp_path / "a.jsonl")
+
+
+def test_numbers_beyond_a_float_are_as_written_and_nan_is_missing(tmp_path: Path) -> None:
+    texts = ["0.1234567890123456789", "12345678901234567890.5", "0.30000000000000004", "51.0", "1.50", "NaN"]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "p", "answer": {text}}}\n' for text in texts))
+    rows = canonical_rows("problems", TableSource(source="x", rows=None), read_file(tmp_path / "a.jsonl"))
+    assert [row["answer"] for row in rows] == [*texts[:3], "51", "1.5", None]
+
+
+def test_a_parquet_column_twice_and_a_date_beyond_python_are_refused(tmp_path: Path) -> None:
+    texts = pa.array(["a"])
+    pq.write_table(pa.table([texts, texts], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has the column 'prompt' twice, so one would be lost; rename it"):
+        read_file(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"day": pa.array([3_000_000], pa.int32()).cast(pa.date32())}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="holds a date or time that Python cannot represent"):
+        read_file(tmp_path / "b.parquet")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no file that can be read"):
+        local_files(TableSource(source="d", rows=None))
+    assert not is_generator("x" * 300)

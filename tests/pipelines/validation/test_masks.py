@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.validation.check import ValidationOutcome
-from pipelines.validation.masks import samples, trained_parts
+from pipelines.validation.masks import left_out, samples, trained_parts
 from pipelines.validation.report import page
 from posttrain.data.tokens import TextEncoder
 from posttrain.models.tiny import byte_tokenizer
@@ -33,3 +33,21 @@ def test_the_page_marks_them_and_counts_what_ingest_left_out() -> None:
     html = page(ValidationOutcome(), 5, {"sft": {"answers left out": 7}}, samples(encoder, {"sft": [ROW]}, 1))
     assert "<mark>&lt;b&gt;&lt;|im_end|&gt;</mark>" in html
     assert '<td>answers left out<td class="n">7' in html
+
+
+def test_what_the_template_leaves_out_of_earlier_turns_is_counted() -> None:
+    tokenizer = byte_tokenizer(256)
+    encoder = TextEncoder(tokenizer, 256)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    answers = ["<think>x y</think>Plum", "Pear"]
+    turns = [{"role": role, "content": text} for text in answers for role, text in (("user", "a"), ("assistant", text))]
+    turns[0]["name"] = "Ada"
+    row = {"id": 0, "prompt": turns[:1], "completion": turns[1:]}
+    found = left_out(encoder, "sft", [row, row, {"id": 1, "prompt": "a", "completion": "b"}])
+    assert found == {
+        "earlier turns whose reasoning the chat template leaves out": 2,
+        "turns whose `name` the chat template leaves out": 2,
+    }
+    assert left_out(encoder, "problems", [{"id": 0, "prompt": turns[2:3], "answer": "1"}]) == {}
