@@ -15,7 +15,7 @@ from pipelines.config.data_schema import TableSource
 from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record, WrittenNumber
-from pipelines.data.formats import recognised, require_known
+from pipelines.data.formats import Format, recognised, require_known, unused
 from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumb, thumbs_pairs
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.errors import ConfigError, DataError
@@ -23,6 +23,8 @@ from posttrain.text import nearest
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _ABSENT: Any = object()
+MOST_SHOWN = 8
+"""Names of columns in one line of the counts."""
 NEAR = 0.85
 """Similarity from which the name of an unused column is asked about."""
 _MESSAGES = "messages"
@@ -90,6 +92,10 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
     if found is None:
         require_known(kind, records, where)
         return records
+    if left := unused(found, records):
+        changes[
+            f"columns that are not used: {', '.join(left[:MOST_SHOWN])}{', …' if len(left) > MOST_SHOWN else ''}"
+        ] += len(left)
     if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)
@@ -98,7 +104,14 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
         records = [record for record, liked in zip(records, up, strict=True) if liked]
         if not records:
             raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
-    return [found.convert(record) for record in records]
+    return [_converted(found, record, f"{where}, row {i}") for i, record in enumerate(records)]
+
+
+def _converted(found: Format, record: Record, where: str) -> Record:
+    try:
+        return found.convert(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _columns(

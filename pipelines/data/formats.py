@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
+from pipelines.data.messages import from_json
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]
@@ -80,11 +82,24 @@ def _same(record: Record) -> Record:
 
 def _messages(name: str) -> Convert:
     def convert(record: Record) -> Record:
-        turns = record.get(name)
+        given = record.get(name)
+        turns = from_json(given)
         system = record.get("system") or record.get("system_prompt")
-        if isinstance(turns, list) and isinstance(system, str) and system and not _has_system(turns):
+        if system and not isinstance(system, str):
+            raise DataError(f"system {str(system)[:60]!r}: must be text; correct the record, or leave the column out")
+        own = (
+            turns[0].get("content", turns[0].get("value")) if isinstance(turns, list) and _has_system(turns) else system
+        )
+        if system and own != system:
+            raise DataError(
+                f"the column system ({str(system)[:40]!r}) and the conversation's own system message ({str(own)[:40]!r}) differ, and"
+                " only one of them would be used; leave one out"
+            )
+        if isinstance(turns, list) and system and not _has_system(turns):
             turns = [{"role": "system", "content": system}, *turns]
             turns[1:] = [_role_named(turn) for turn in turns[1:]]
+        # text stays text, so that it is counted as such where it is read
+        turns = json.dumps(turns, ensure_ascii=False) if isinstance(given, str) and isinstance(turns, list) else turns
         return record | {"messages": turns, "tools": record.get("tools") or record.get("functions")}
 
     return convert
@@ -105,9 +120,8 @@ def _role_named(turn: Any) -> Any:
 
 def _instruction(more: str, answer: str) -> Convert:
     def convert(record: Record) -> Record:
-        asked = "\n".join(
-            part for part in (record.get("instruction"), record.get(more)) if isinstance(part, str) and part
-        )
+        parts = [_part(record.get(column), column) for column in ("instruction", more)]
+        asked = "\n".join(part for part in parts if part)
         history, system = record.get("history") or [], record.get("system")
         if not history and not system:
             return record | {"prompt": asked, "completion": record.get(answer)}
@@ -126,6 +140,20 @@ def _instruction(more: str, answer: str) -> Convert:
     return convert
 
 
+def _part(value: Any, column: str) -> str:
+    """Return a part of a question as text. Raises DataError if it is neither text nor a number."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{column} {str(value)[:60]!r}: must be text; correct the record, or leave the column out")
+    return str(value)
+
+
+def unused(found: Format, records: Sequence[Record]) -> list[str]:
+    """Return the names of the columns that the format does not read."""
+    return sorted({str(name) for record in records for name in record} - found.needs - found.reads - _OPTIONAL)
+
+
 def _pair(record: Record) -> Record:
     """Take UltraFeedback's names of the scores, too."""
     names = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
@@ -142,6 +170,9 @@ def _verl(record: Record) -> Record:
     return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
 
 
+_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
+_OPTIONAL = frozenset(("system", "system_prompt", "tools", "functions", "history", "weight", "id", *_SCORES))
+"""Columns that some formats read if they are there; `id` is replaced by the row's position."""
 _ASKED = frozenset(
     (
         "choices",

@@ -327,3 +327,34 @@ def test_the_documentations_graded_and_judged_records_become_its_pairs() -> None
     records = [{"question": "q", "a": "one", "b": "two", "winner": label} for label in ("A", "B", "tie")]
     pairs = rows("preferences", *records, columns={"prompt": "question"}, preferred=judged)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
+
+
+def _sft(*records: dict[str, Any]) -> tuple[list[dict[str, Any]], Counter[str]]:
+    changes: Counter[str] = Counter()
+    return canonical_rows("sft", TableSource(source="x", rows=None), list(records), changes), +changes
+
+
+def test_a_part_of_the_question_that_is_a_number_stays_and_other_values_are_refused() -> None:
+    rows, _ = _sft({"instruction": "Square it", "input": 5, "output": "25"})
+    assert rows[0]["prompt"] == "Square it\n5"
+    with pytest.raises(DataError, match=r"row 0: input \"\['a'\]\": must be text"):
+        _sft({"instruction": "Square it", "input": ["a"], "output": "25"})
+
+
+def test_a_system_column_reaches_the_conversation_or_is_refused() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows, _ = _sft({"messages": json.dumps(turns), "system": "Be brief."})
+    assert rows[0]["prompt"] == [{"role": "system", "content": "Be brief."}, turns[0]]
+    own = [{"role": "system", "content": "Be long."}, *turns]
+    with pytest.raises(
+        DataError, match=r"row 0: the column system \('Be brief.'\) and the conversation's own .*\('Be long.'\) differ"
+    ):
+        _sft({"messages": own, "system": "Be brief."})
+    assert _sft({"messages": own, "system": "Be long."})[0][0]["prompt"][0] == own[0]
+    with pytest.raises(DataError, match="row 0: system '5': must be text"):
+        _sft({"messages": turns, "system": 5})
+
+
+def test_columns_that_no_format_reads_are_counted() -> None:
+    record = {"prompt": "a", "completion": "b", "weight": 1.0, "margin": 2, "source": "web"}
+    assert _sft(record)[1] == {"columns that are not used: margin, source": 2}
