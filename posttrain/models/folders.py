@@ -93,6 +93,8 @@ def load_policy(source: str | Path) -> PreTrainedModel:
     return model
 
 
+_PROBE = "It is 5 ,\n\n  so B."
+"""A text with capital letters, line breaks, two spaces, and a space before a comma."""
 _DISTORTING = (
     "repetition_penalty",
     "encoder_repetition_penalty",
@@ -152,7 +154,14 @@ def load_encoder(source: str | Path) -> TextEncoder:
             f" has {vocabulary} rows; they do not match"
         )
     length = context_length(config) or int(tokenizer.model_max_length)
-    return TextEncoder(tokenizer, length, _configured_ends(source, config))
+    encoder = TextEncoder(tokenizer, length, _configured_ends(source, config))
+    read = encoder.text(encoder.completion(_PROBE))
+    if read != _PROBE:
+        _report_once(
+            f"{source}: its tokenizer changes texts: {_PROBE!r} becomes {read!r}. The model never sees the difference, and rewards see the"
+            " changed text"
+        )
+    return encoder
 
 
 def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
@@ -164,9 +173,9 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
         if changed := {
             name: value for name in _DISTORTING if (value := getattr(settings, name, None)) not in (None, 1.0, 0)
         }:
-            listed = ", ".join(f"{name} {value}" for name, value in changed.items())
+            asked = ", ".join(f"{name} {value}" for name, value in changed.items())
             _report_once(
-                f"{file}: asks for {str(listed)[:200]}. Answers here are sampled from the model's own probabilities, with the temperature"
+                f"{file}: asks for {asked[:200]}. Answers here are sampled from the model's own probabilities, with the temperature"
                 " of params.yaml; the settings stay in the folder for other tools"
             )
     except Exception as error:  # a hub id or an old model without the file raises OSError, a damaged file anything

@@ -380,3 +380,12 @@ def test_generation_settings_that_distort_sampling_are_reported(
     path.write_text(json.dumps({"eos_token_id": [True]}))
     with pytest.raises(ModelError, match=r"eos_token_id is \[True\], and must be the id of a token"):
         load_encoder(folder)
+
+
+def test_a_tokenizer_that_changes_texts_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_encoder(folder)
+    assert "changes texts" not in capsys.readouterr().err
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    load_encoder(folder)
+    assert r"changes texts: 'It is 5 ,\n\n  so B.' becomes 'it is 5 ,\n\n  so b.'" in capsys.readouterr().err
