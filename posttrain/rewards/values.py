@@ -49,10 +49,11 @@ _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|anything but|rather than|instead of|other than)\b"
     r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
     rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer)){{0,2}}[ \t:*_]*"
-    rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*",
+    rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*"
+    rf"|(?:{_NUMBER})(?:{SCALED})?\s(?:is|was|must be)\s(?:wrong|incorrect|false|not\s(?:the|an?|right|correct)\b)[^\n.;,]{{0,40}}",
     re.ASCII | re.IGNORECASE,
 )
-"""Numbers that the text denies: the 42 of `not 42, but 43`, the 3 and 4 of `not 3 or 4`."""
+"""Numbers that the text denies: the 42 of `not 42, but 43` and of `42 is wrong`, the 3 and 4 of `not 3 or 4`."""
 _UNIT_BETWEEN = r"[*_)%\s]*(?:[A-Za-z]{1,12}[*_,]*\s)?"
 _OPEN = r"[*_(\s$\u20ac\u00a3]*"
 _OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)\s?(?:[A-Za-z]{{1,3}}\s?=)?{_OPEN}")
@@ -71,6 +72,10 @@ _SMALLER = re.compile(
     r"|centimet(?:er|re)s?|grams?|g)(?![A-Za-z])"
 )
 """`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
+_DOLLARS = re.compile(r"\$?\s?(?:dollars?|euros?)?,?\s?(?:and\s)?\$?")
+_CENTS = re.compile(r"\$?\s?cents?\b")
+_OF_BOTH = re.compile(r"\s(?:times|plus|over|out of|divided by|multiplied by)\s")
+"""Between two numbers: the second one is a part of an expression in words."""
 _REMAINDER = re.compile(r"remainder|rest|[rR]\b")
 _BOUND = re.compile(
     r"(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
@@ -106,6 +111,8 @@ _SPELLINGS = (
     (re.compile(r"<="), "\u2264"),
     (re.compile(r"!="), "\u2260"),
     (re.compile(r"\+/-"), "\u00b1"),
+    (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"(?<=\d)\\ (?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<=\d)\*\*(?=-?\d)"), "^"),
     (re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ\b)|\\degree\b"), " "),
     (re.compile(r"(?<=\d)['\u2019_](?=\d{3}(?!\d))"), ""),
@@ -122,6 +129,8 @@ _ROOT = re.compile(r"\\sqrt\s?(?:\[[^\[\]]{0,20}\])?\s?(?:\{[^{}]*\}|\d)|\u221a\
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _RAISED_DIGITS = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _FRACTION_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")
+_LISTED_AT = re.compile(r"^[ \t]*(\d{1,3})[.)][ \t]+(?=\S)", re.MULTILINE)
+_STEP = re.compile(r"^[ \t#*]*(?:step|case|part)[ \t]\d{1,3}[:.)]", re.MULTILINE | re.IGNORECASE)
 _QUOTED = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,/]|\.\d{3})")
 
@@ -164,14 +173,23 @@ def result_of(text: str) -> str | None:
 
 def last_of(text: str) -> str | None:
     """Return the last number of a text, None if there is none or if it is one of several: `between 3 and 5`, `3 or 4`."""
-    text = _QUOTED.sub("", _prepared(text))
+    text = _without_labels(_QUOTED.sub("", _prepared(text)))
     before: re.Match[str] | None = None
     last: re.Match[str] | None = None
     for found in _VALUE.finditer(text):
         before, last = last, found
-    if last is None or _is_partial(text, last) or (before and _are_several(text, before, last, (_OR,))):
+    if last is None or (before and _are_several(text, before, last, (_OR, _OF_BOTH))):
         return None
-    return last[0]
+    if not _is_partial(text, last):
+        return last[0]
+    line = text[text.rfind("\n", 0, last.start()) + 1 :].split("\n", maxsplit=1)[0]
+    return result_of(line) if "=" in line else None
+
+
+def _without_labels(text: str) -> str:
+    """Return the text without the numbers of its steps, and of a list that counts from 1."""
+    numbers = {found[1] for found in _LISTED_AT.finditer(text)}
+    return _STEP.sub(" ", _LISTED_AT.sub(" ", text) if {"1", "2"} <= numbers else text)
 
 
 def _prepared(text: str) -> str:
@@ -196,6 +214,7 @@ def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: I
     gap, lead = text[one.end() : other.start()], text[max(0, one.start() - 20) : one.start()]
     joined = any(pattern.fullmatch(gap) for pattern in between) or bool(_BETWEEN.search(lead) and _AND.fullmatch(gap))
     joined |= bool(_LISTED.fullmatch(gap) and _END.match(text, other.end()))
+    joined |= bool(_DOLLARS.fullmatch(gap) and _CENTS.match(text, other.end()))
     joined |= bool(_LARGER.fullmatch(gap) and (_SMALLER.match(text, other.end()) or _REMAINDER.search(gap)))
     if not joined or _PRECISION.match(text, other.end()):
         return False

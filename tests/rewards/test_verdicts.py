@@ -9,6 +9,8 @@ from posttrain.rewards.functions import answer
 from posttrain.rewards.number_words import spelt_number
 
 RIGHT = [
+    ("15 = 7 + 8", "15"), ("7 is wrong; it is 8", "8"), ("7 of them, and 1 more, is 8", "8"), ("\\boxed{7\\ 000}", "7000"),
+    ("1. 2 + 3 = 5\n2. 5 + 1 = 6", "6"), ("5. I counted them.", "5"), ("It is 5.\nStep 2: check", "5"), ("\\boxed{7\\text{ apples}}", "7"),
     ("five", "5"), ("Five apples", "5"), ("The answer is five.", "5"), ("**twenty-one**", "21"), ("one hundred and five", "105"),
     ("twelve hundred", "1200"), ("two hundred thousand and six", "200006"), ("zero", "0"), ("a dozen", "12"), ("half", "0.5"),
     ("three quarters", "3/4"), ("negative five", "-5"), ("\u7b54\u6848\u662f\u4e00\u767e\u96f6\u4e94", "105"), ("\u5341\u4e8c\u4e2a", "12"),
@@ -24,6 +26,9 @@ RIGHT = [
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
 WRONG = [
+    ("7 is not the answer", "7"), ("7 is wrong", "7"), ("7 times 8", "8"), ("7 out of 8", "8"), ("7 divided by 8", "8"), ("7 + 8 =", "8"),
+    ("$5$ dollars and $30$ cents", "5"), ("$5 and 30 cents", "30"), ("\\boxed{7\\text{ or }8}", "7"), ("1. first\n2. second", "2"),
+    ("Step 1: a\nStep 2: b", "2"),
     ("It can't be 5.", "5"), ("The answer is no longer 5", "5"), ("The answer is anything but 5", "5"), ("It cannot be 5", "5"),
     ("The answer is 5. Wait, no, 6.", "5"), ("~~5~~", "5"), ("minus 5", "5"), ("one of them", "1"), ("two three", "5"),
     ("x \u2264 5", "5"), ("x < 5", "5"), ("x >= 5", "5"), ("The answer is > 5", "5"), ("x != 5", "5"), ("x \\neq 5", "5"), ("5 < x", "5"),
