@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipelines.config.types import Count, Finite, NonNegative, Section, Seed, Share, Source
+from posttrain.environments.base import built_in, is_environment
+from posttrain.text import nearest
 
 
 class ArithmeticParams(Section):
@@ -120,3 +122,13 @@ class DataParams(Section):
     evaluation: TableSource
     labelled: TableSource | None = None
     """Single answers with thumbs up or down (columns prompt, completion, label) for KTO. null: the answers of the pairs are used."""
+
+    @model_validator(mode="after")
+    def _every_environment_is_known(self) -> DataParams:
+        """Refuse options of an environment that does not exist."""
+        for name in self.environments:
+            if not is_environment(name):
+                raise ValueError(
+                    f"environments.{name}: no such environment, so its options would have no effect{nearest(name, [*built_in()])}"
+                )
+        return self

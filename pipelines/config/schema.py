@@ -91,6 +91,10 @@ class TinyParams(Section):
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if not self.experts and self.experts_per_token != type(self).model_fields["experts_per_token"].default:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} has no effect without experts; set experts, or remove it"
+            )
         if self.experts and self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} must not exceed experts {self.experts}")
         return self

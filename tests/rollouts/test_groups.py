@@ -189,6 +189,24 @@ def test_shaping_by_a_missing_end_and_by_length() -> None:
         assert {a.reward for a in answers} == {expected}
 
 
+class OneCutOff(Scripted):
+    """Of the answers to each prompt, one is cut off."""
+
+    def _answer(self, prompt: str, seed: tuple[int, ...]) -> Completion:
+        return replace(super()._answer(prompt, seed), finished=seed[-1] != 1)
+
+
+def test_groups_are_filtered_by_the_reward_of_the_task_before_shaping() -> None:
+    """Four wrong answers of which one is cut off have shaped rewards 0 and -1.5, and teach nothing about the task."""
+    spec = replace(GRPO, filter="drop", missing_eos_penalty=1.5)
+    answers, _ = make(["hard", "mixed"], spec, engine=OneCutOff()).sample()
+    assert {answer.problem.prompt for answer in answers} == {"mixed"}
+    assert sorted(answer.reward for answer in answers) == [-1.5, 0.0, 2.0, 2.0]
+    assert sorted(answer.task for answer in answers) == [0.0, 0.0, 2.0, 2.0]
+    with pytest.raises(RolloutError, match="no group of this step carries a signal"):
+        make(["hard", "easy"], spec, engine=OneCutOff()).sample()
+
+
 def test_columns_of_the_problem_reach_the_reward() -> None:
     seen: list[Any] = []
 

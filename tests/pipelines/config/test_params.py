@@ -212,3 +212,19 @@ def test_a_whole_number_beyond_all_bounds_is_refused_by_name(tree: Any, path: st
 def test_a_source_names_something(tree: Any, path: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{path}.* must be a path, a name or a hub id"):
         parse_params(changed(tree, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (
+            "data.environments",
+            {"gues": {"largest": 5}},
+            r"environments.gues: no such environment.* did you mean 'guess'\?",
+        ),
+        ("model.tiny.experts_per_token", 3, r"experts_per_token 3 has no effect without experts"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(tree: Any, path: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_params(changed(tree, path, value))
