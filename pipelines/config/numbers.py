@@ -1,4 +1,4 @@
-"""Limits of the numbers of params.yaml that no type of its own has."""
+"""Limits of numbers anywhere in params.yaml."""
 
 from __future__ import annotations
 

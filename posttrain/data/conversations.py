@@ -258,7 +258,7 @@ class ChatTemplate:
 
 
 def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
-    """Return the assistant turns whose reasoning, in a field of its own or in tags, the rendered text lacks.
+    """Return the assistant turns whose reasoning, in its own field or in tags, the rendered text lacks.
 
     Many templates leave it out of earlier turns on purpose.
     """

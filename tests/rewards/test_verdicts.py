@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from posttrain.data.limits import bounded
+from posttrain.rewards.extraction import flexible
 from posttrain.rewards.functions import answer
 from posttrain.rewards.number_words import spelt_number
+from posttrain.rewards.values import number_value
 
 RIGHT = [
     ("15 = 7 + 8", "15"), ("7 is wrong; it is 8", "8"), ("7 of them, and 1 more, is 8", "8"), ("\\boxed{7\\ 000}", "7000"),
@@ -114,3 +118,29 @@ def test_a_repeated_part_is_judged_within_bounds(part: str) -> None:
 )  # fmt: skip
 def test_numbers_in_words(words: str, digits: str | None) -> None:
     assert spelt_number(words) == digits
+
+
+def test_an_answer_among_other_numbers_is_read_as_itself() -> None:
+    """4,000 texts of a lead, a marker, a number and an end."""
+    leads = [
+        "",
+        "Let's see: 3+4=7. ",
+        "1. add 2\n2. add 3\n",
+        "<think>maybe 99</think>",
+        "Between 3 and 5 there is 4. ",
+        "It costs $5, not $6. ",
+    ]
+    markers = [
+        "The answer is ",
+        "Answer: ",
+        "#### ",
+        "Final answer:\n",
+        "<answer>",
+        "therefore it is ",
+        "Thus x = ",
+        "= ",
+    ]
+    forms = ["{n}", "{n:,}", "${n}$", "**{n}**", "\\boxed{{{n}}}", "{n}.0", "{n}%", "{n} apples", "({n})", "{n}."]
+    for lead, marker, form, end, n in product(leads, markers, forms, ["", "\n"], [0, 7, 42, 1000, 123456]):
+        text = lead + marker + form.format(n=n) + end
+        assert number_value(flexible(text) or "") == n, text
