@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from pipelines.data.tables import TEXT, Row, Table
+from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder, Tokens
@@ -57,7 +58,10 @@ def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> dict[st
             if isinstance(prompt, str) and isinstance(answer, str):
                 continue
             messages = [*as_messages(prompt, "user"), *(as_messages(answer, "assistant") if column else ())]
-            text = encoder.template.render(messages, row_tools(row), generate=not column, row=str(row["id"]))
+            try:
+                text = encoder.template.render(messages, row_tools(row), generate=not column, row=str(row["id"]))
+            except DataError:  # the rule chat_template has reported the row
+                continue
             counts[reasoning] += len(hidden_reasoning(text, messages))
             counts[names] += sum(
                 str(turn["name"]) not in text for turn in messages if turn.get("name") and turn["role"] != "tool"

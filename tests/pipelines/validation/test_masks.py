@@ -51,3 +51,5 @@ def test_what_the_template_leaves_out_of_earlier_turns_is_counted() -> None:
         "turns whose `name` the chat template leaves out": 2,
     }
     assert left_out(encoder, "problems", [{"id": 0, "prompt": turns[2:3], "answer": "1"}]) == {}
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert left_out(encoder, "sft", [row]) == {}  # the rule chat_template reports such rows
