@@ -121,7 +121,7 @@ def test_numbers_and_nests_that_no_reader_holds(tmp_path: Path, value: str) -> N
     if value == "1e400":
         assert read_file(tmp_path / "rows.jsonl")[1]["prompt"] == math.inf
     else:
-        with pytest.raises(DataError, match=r"rows\.jsonl, line 2: "):
+        with pytest.raises(DataError, match=r"rows\.jsonl, line 2[:,] "):
             read_file(tmp_path / "rows.jsonl")
     (tmp_path / "params.yaml").write_text(f"project: {value}\n")
     with pytest.raises(ConfigError, match=r"params\.yaml"):
