@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import sqlite3
@@ -88,6 +89,8 @@ def open_client(project: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    # it would log the traceback of a locked or full database, which our errors report in words
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     uri = tracking_uri(project)
     refuse_damaged(uri)
     if uri == f"sqlite:///{project / DATABASE}" and relocate_artifacts(project, project / DATABASE):

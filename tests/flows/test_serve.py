@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from flows.deployments import (
     refuse_foreign,
     remove_old_schedules,
 )
-from flows.serve import AGAIN, deployments, describe, main, start_again
+from flows.serve import AGAIN, deployments, describe, forget_missed, main, start_again
 from flows.server import announced, only_serving, prefect_api
 from flows.workspace import SERVING_PROCESS
 from pipelines.config.params import load_params
@@ -147,6 +148,28 @@ def test_a_pause_outlives_a_restart_and_an_emptied_list_removes_the_old_times(
         emptied = read_entries(project / "prefect.yaml")
         remove_old_schedules(emptied, read_pauses(emptied))
         assert client.read_deployment(identity).schedules == []
+
+
+def test_nights_that_passed_while_nothing_served_are_dropped(
+    project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    entries = read_entries(write(project))
+    (made,) = deployments(entries, {})
+    identity = made.apply()
+    now = datetime.now(UTC)
+    with get_client(sync_client=True) as client:
+        asked = {"start_time": str(now - timedelta(days=3)), "end_time": str(now + timedelta(days=2)), "min_runs": 5}
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": identity}, json=asked)
+        by_hand = client.create_flow_run_from_deployment(identity)
+        mine = DeploymentFilter(id=DeploymentFilterId(any_=[identity]))
+        times = {run.id: run.expected_start_time for run in client.read_flow_runs(deployment_filter=mine)}
+        assert times.pop(by_hand.id) is not None
+        passed = {identity for identity, time in times.items() if time is not None and time < now}
+        assert len(passed) == 3
+        assert forget_missed(entries) == 3
+        left = {run.id for run in client.read_flow_runs(deployment_filter=mine)}
+    assert left == {by_hand.id, *(times.keys() - passed)}
 
 
 def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:

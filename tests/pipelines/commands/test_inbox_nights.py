@@ -71,6 +71,17 @@ def test_a_file_that_was_not_touched_for_long_is_taken_at_once(folder: Path, mon
     assert asked == [0.0]
 
 
+def test_a_file_from_the_future_waits_no_longer_than_a_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock was set back by an hour after the file was written."""
+    monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "600")
+    written = put(folder, "problems/future.jsonl", problem("one"))
+    os.utime(written, (written.stat().st_mtime + 3600,) * 2)
+    asked: list[float] = []
+    monkeypatch.setattr(inbox_folder.time, "sleep", asked.append)
+    assert [entry.outcome for entry in taken(folder)] == ["accepted"]
+    assert asked == [600.0]
+
+
 def test_a_corrected_file_moved_over_the_old_one_during_the_check_is_read_next_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,18 @@ def test_a_registry_that_does_not_answer_says_so_and_shows_no_password(
     ) as error:
         Registry(project.folder, "posttrain").versions()
     assert "pass-word-1" not in str(error.value)
+
+
+@pytest.mark.slow  # SQLite waits for the lock, several times
+def test_a_locked_database_is_reported_in_words(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    registry = Registry(project.folder, "posttrain")
+    assert registry.versions() == []
+    with closing(sqlite3.connect(project.folder / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingError, match=r"database is locked.*run again when it responds"):
+            registry.versions()
+    assert "Traceback" not in capfd.readouterr().err
+    assert registry.versions() == []
 
 
 class LoginPage(BaseHTTPRequestHandler):
