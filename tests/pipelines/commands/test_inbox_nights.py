@@ -72,7 +72,7 @@ def test_a_file_that_was_not_touched_for_long_is_taken_at_once(folder: Path, mon
 
 
 def test_a_file_from_the_future_waits_no_longer_than_a_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock was set back by an hour after the file was written."""
+    """Set the clock back by an hour after the file was written."""
     monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "600")
     written = put(folder, "problems/future.jsonl", problem("one"))
     os.utime(written, (written.stat().st_mtime + 3600,) * 2)
