@@ -19,7 +19,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from pydantic import ValidationError
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError, OrchestrationError
 
 PROJECT = "project:"

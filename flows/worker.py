@@ -28,7 +28,7 @@ from flows.deployments import read_entries
 from flows.server import require_server
 from flows.unstarted import end_unstarted
 from flows.workspace import sweep
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.errors import OrchestrationError

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from pipelines.config.evaluation_schema import EvaluationParams
 from pipelines.config.params import Params
-from pipelines.config.schema import EvaluationParams
 from pipelines.data.tables import FOLDER, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.registry import FILES, PATH, SIZE, Version
 from posttrain.errors import ConfigError, OrchestrationError
 from posttrain.files import read_json, write_atomic

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.process import killed_by
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote

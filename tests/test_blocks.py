@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.commands.configure import configure
 from pipelines.config.dvc_yaml import survives
-from pipelines.config.params import Params, read_yaml
+from pipelines.config.params import Params
+from pipelines.config.yaml_files import read_yaml
 
 BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import torch
 
 from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line, too_long_warmups
 from pipelines.commands.plan import main, page, phases
-from pipelines.config.params import Params, load_params, parse_params, read_yaml
+from pipelines.config.params import Params, load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.journal import Journal
 from pipelines.runtime.param_tracking import declared_values
 from posttrain.data.batches import collate

@@ -27,7 +27,8 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipelines.commands.lookahead import problems, unused_rewards
 from pipelines.config.dvc_yaml import require_survival, to_block_style
-from pipelines.config.params import Params, flatten, load_params, parse_params, read_yaml
+from pipelines.config.params import Params, flatten, load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.errors import ConfigError

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import fields, is_dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import YAMLError
 
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
+from pipelines.config.evaluation_schema import EvaluationParams, ReportParams
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.judge_schema import JudgeParams
 from pipelines.config.numbers import refuse_huge
@@ -24,12 +20,10 @@ from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
 from pipelines.config.schema import (
     AlgorithmParams,
     AlignParams,
-    EvaluationParams,
     ModelParams,
     OnPolicyBudget,
     PreferenceBudget,
     ProjectParams,
-    ReportParams,
     RewardFunctionParams,
     RewardParams,
     SftParams,
@@ -38,6 +32,7 @@ from pipelines.config.schema import (
 )
 from pipelines.config.tune_schema import TuneParams
 from pipelines.config.types import Name, Section
+from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import PRESETS, Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
 from posttrain.errors import ConfigError
@@ -303,47 +298,6 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
         return _validated(Params, tree, ())
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Load YAML 1.2 as DVC does, so that 2e-5 is a number everywhere."""
-    return parse_yaml(read_text(path), path)
-
-
-def read_text(path: str | Path) -> str:
-    """Return the text of a YAML file. Raises ConfigError if it cannot be read or is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        is_params = Path(path).name == "params.yaml"
-        hint = " Run the command in the project's root, which holds params.yaml." if is_params else ""
-        raise ConfigError(f"cannot read {path}: {error.strerror}.{hint}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
-
-
-def parse_yaml(text: str, path: str | Path) -> Any:
-    """Parse the text of a YAML file; `path` is named in errors."""
-    try:
-        tree = YAML(typ="safe", pure=True).load(StringIO(text))
-        if "\\u" in text.lower():
-            # YAML can spell half of a surrogate pair, which UTF-8 cannot encode.
-            json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
-        return tree
-    except DuplicateKeyError as error:
-        raise ConfigError(f"{path}: {error.problem!s}, line {_line(error)}; remove one of the two.") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply to be read.") from None
-    except (YAMLError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"
-        ) from None
-
-
-def _line(error: Any) -> str:
-    """Return the line of a YAML error."""
-    mark = getattr(error, "problem_mark", None)
-    return str(mark.line + 1) if mark else "?"
 
 
 def _validated(kind: type[S], tree: Any, location: tuple[str, ...]) -> S:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config.second_task_schema import SecondTask
 from pipelines.config.types import (
     Count,
     Finite,
@@ -377,60 +376,3 @@ class AlgorithmParams(Section):
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
     tuned: str | None = None
     """How the values were found, for the report's protocol, e.g. "best of 4 trials"; `make tune` writes it."""
-
-
-class BenchmarkParams(Section):
-    """Tasks of the package lm-eval, which every model is asked besides the held-out problems."""
-
-    tasks: Annotated[list[str], Field(min_length=1)]
-    """Tasks by name: files in data/benchmarks, or those of the package, whose data comes from the hub (HF_HUB_OFFLINE=0)."""
-    limit: Count | None = None
-    """Documents of each task; null: all."""
-    shots: Annotated[int, Field(ge=0)] | None = None
-    """Examples before each question; null: the task's own number."""
-    chat: bool = False
-    """True: ask in the model's chat template."""
-
-
-class EvaluationParams(Section):
-    """Evaluation on held-out problems."""
-
-    seed: Seed
-    max_new_tokens: Count
-    samples_per_prompt: Count
-    temperature: Positive
-    pass_k: Annotated[list[Count], Field(min_length=1)]
-    rewards: Annotated[list[str], Field(min_length=1)]
-    accuracy: str
-    samples_shown: Count
-    turns: TurnsParams | None = None
-    """Conversations of several turns, as in align.on_policy.turns."""
-    groups: str | None = None
-    """Column of the evaluation table with the group of each prompt, for clustered standard errors."""
-    second_task: SecondTask | None = None
-    """A task that nothing trains on, to see what was forgotten."""
-    benchmarks: BenchmarkParams | None = None
-    """Standard benchmarks in the same report, with each model's change from base; needs the extra `benchmarks`."""
-    compute: ComputeParams
-
-
-class ReportParams(Section):
-    """Statistics of the report."""
-
-    headline: Literal["sampled", "greedy"] = "sampled"
-    """Answers whose mean reward `evaluation.accuracy` ranks the models, in the report, the gate and MLflow."""
-    currency: Literal["tokens_sampled", "tokens_trained", "optimiser_steps", "wall_time"] = "tokens_sampled"
-    """The budget that must be equal, up to a tenth, for algorithms to be ranked together; see docs/comparison.md. wall_time is measured on
-    the machine that trained, so that the report then depends on it."""
-    seed: Seed
-    bootstrap: Annotated[int, Field(ge=100)]
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    looks: Count = 1
-    """Times that the comparison will be read while seeds are added. Each look gets an equal part of 1 - confidence, so that all looks
-    together keep the level."""
-    samples_shown: Count
-
-    @property
-    def level(self) -> float:
-        """Return the confidence of one look."""
-        return self.confidence if self.looks == 1 else 1 - (1 - self.confidence) / self.looks

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError
 
 FILE = "prices.yaml"

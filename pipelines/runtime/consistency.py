@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.params import flatten, read_yaml
+from pipelines.config.params import flatten
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.identity import SOURCES, content_digest, file_digest
 from pipelines.runtime.journal import representable
 from posttrain.errors import ConfigError, TrackingError

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError, Interrupted
 
 VARIABLE = "POSTTRAIN_ACCELERATE"

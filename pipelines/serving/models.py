@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.named import PRODUCTION
 from pipelines.promotion.registry import CHAMPION
 from pipelines.runtime.redaction import printable, redact

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipelines.config.params import read_yaml
 from pipelines.config.types import Finite, Name, Section, Seed
+from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipelines.config.params import merged, parse_params, read_yaml
+from pipelines.config.params import merged, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.studies.study import FOLDER, Study
 from posttrain.errors import ConfigError
 

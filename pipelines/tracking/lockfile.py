@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.params import parse_yaml, read_text
+from pipelines.config.yaml_files import parse_yaml, read_text
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.redaction import redact
 from posttrain.errors import ConfigError, TrackingError

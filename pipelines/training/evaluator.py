@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.config.schema import BenchmarkParams
+from pipelines.config.evaluation_schema import BenchmarkParams
 from pipelines.data.tables import plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder

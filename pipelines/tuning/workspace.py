@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.config.params import parse_params, read_yaml
+from pipelines.config.params import parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.studies.workspace import Workspace, make_paths_absolute
 from pipelines.tuning.trials import Trial
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.config.params import load_params, read_yaml
+from pipelines.config.params import load_params
+from pipelines.config.yaml_files import read_yaml
 from tests.end_to_end.conftest import TINY, Clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

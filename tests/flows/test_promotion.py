@@ -16,7 +16,7 @@ from flows.production import bring_pending, reconcile, registry_of, switch
 from flows.promote import _adopt, _refuse_stale, _roll_back
 from flows.promote import promote as promote_flow
 from pipelines.commands.configure import configure
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.registry import Registry, Version
 from posttrain.errors import OrchestrationError, TrackingError
 from tasks import gate

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.journal import read
 from tests.pipelines.conftest import Project, wait_for

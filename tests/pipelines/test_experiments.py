@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.journal import read
 from tests.pipelines.conftest import Project
 from tests.test_readme import commands

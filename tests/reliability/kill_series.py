@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.identity import file_digest
 from posttrain.files import write_atomic
 from tests.reliability.kill_ways import ALGORITHMS, KINDS, Attempt, Kind, Starter, clone

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.params import parse_params, read_yaml
+from pipelines.config.params import parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.page import markdown
 from pipelines.report.tables import _csv
 from pipelines.runtime.command_line import report_error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands.console import COMMANDS, RENAMED, STEPS, main, module, overview
-from pipelines.config.params import read_yaml
+from pipelines.config.yaml_files import read_yaml
 
 
 def run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:

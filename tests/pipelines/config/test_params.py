@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.config.params import flatten, load_params, parse_params, read_yaml
+from pipelines.config.params import flatten, load_params, parse_params
 from pipelines.config.schema import OnPolicyBudget
+from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError
 
 

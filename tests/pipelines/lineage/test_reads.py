@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config.params import load_params, read_yaml
+from pipelines.config.params import load_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.lineage.reads import trained_on
 from pipelines.lineage.records import Artifact, StageRecord, _RecordLoader
 

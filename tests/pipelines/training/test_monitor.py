@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.params import parse_params, read_yaml
+from pipelines.config.params import parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.training.monitor import DivergenceMonitor
 from posttrain.errors import ConfigError, NumericalError
 

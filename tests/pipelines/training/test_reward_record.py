@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.params import Params, load_params, parse_params, read_yaml
+from pipelines.config.params import Params, load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.context import RunContext
 from pipelines.training.reward_record import FOLDER, MODEL, align_record, check_record, reward_inputs
 from posttrain.errors import DataError

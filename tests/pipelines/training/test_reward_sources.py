@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.config.params import load_params, parse_params, read_yaml
+from pipelines.config.params import load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.training.reward_sources import reward_sources
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ConfigError

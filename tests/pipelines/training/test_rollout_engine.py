@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from pipelines.config.params import Params, parse_params, read_yaml
+from pipelines.config.params import Params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.journal import read
 from pipelines.runtime.run import Run

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.config.params import Params, parse_params, read_yaml
+from pipelines.config.params import Params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.tuning.choose import choose, report, scores, split
 from pipelines.tuning.page import page, sections
 from pipelines.tuning.suggest import suggest
