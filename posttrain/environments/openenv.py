@@ -1,6 +1,6 @@
 """Environments that an OpenEnv server runs, in its own process and its own Python environment.
 
-A source `openenv:NAME` is the server at POSTTRAIN_OPENENV_NAME, such as POSTTRAIN_OPENENV_ECHO=http://127.0.0.1:8000 for `openenv:echo`.
+A source `openenv:name` is the server whose address, such as http://127.0.0.1:8000, POSTTRAIN_OPENENV_NAME holds.
 The package openenv clashes with this project's dependencies, so only its protocol over a WebSocket is used (extra `openenv`).
 
 A row is a seed. Each reply resets a new session with that seed and repeats the turns so far, so nothing lives between two turns. An
@@ -9,8 +9,8 @@ environment that answers differently after the same seed and turns is refused. T
 Example:
     >>> shown({"echo": "hi", "reward": 0.0}, None), shown({"echo": "hi"}, "echo")
     ('{"echo": "hi", "reward": 0.0}', 'hi')
-    >>> address_variable("text_arena")
-    'POSTTRAIN_OPENENV_TEXT_ARENA'
+    >>> address_variable("name")
+    'POSTTRAIN_OPENENV_NAME'
 """
 
 from __future__ import annotations
