@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from posttrain.rewards.final_part import correction
 
 _NAMED = re.compile(
-    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)",
+    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)"
+    r"|\b(?:pick|picked|choose|chose|select|go with)\s+([a-j])(?=[).,:!]|\s*$)",
     re.MULTILINE,
 )
-_LEADING = re.compile(r"^\W*(?:([A-HJ]),|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
+_LEADING = re.compile(r"^\W*(?:([A-HJ]),(?!\s?\(?[A-J]\b)|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
 _ANY = re.compile(
-    r"(?<![A-Za-z])([A-J])(?![A-Za-z'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
+    r"(?<![A-Za-z])([A-J])(?![A-Za-z0-9'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
 )
 """A letter by itself, unless it is the word `A` or `I`."""
 _PATTERNS = (_NAMED, _LEADING, _ANY)
@@ -27,10 +28,27 @@ _ONE = r"\W{0,3}\b(?:(?i:option|choice)\s\W{0,3})?[A-J]\b\W{0,3}"
 _SEVERAL = re.compile(
     rf"[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
 )
+_LETTER = r"[(\[*]{0,3}\b(?:(?i:option|choice)\s)?[A-J]\b[)\]*]{0,3}"
+_ASKED = re.compile(rf"{_LETTER}(?:,?\s(?:or\s)?{_LETTER}){{1,9}}\s?\?")
+"""The letters of a question: `A, B, C, or D?`"""
+_OTHER = re.compile(
+    r"\b(?i:vitamin|hepatitis|plan|grade|class|team|type|appendix|figure|point|line|side|angle|set|event)\s[A-J]\b"
+    rf"|{_LETTER}\s(?:is|was|seems|looks)\s(?:worse|weaker|poorer|less\s[a-z]{{1,20}})\sthan\b"
+    rf"|\b(?i:than|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
+    rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
+)
+"""Letters that name a thing, or an option that is worse or left out."""
+_LABEL = re.compile(
+    r"(?:^|(?<=\s))\(?([A-J])[).:]\)?[ \t]+(?=[^\s()])(?!(?i:because|since|is|as|and|or|was|isn|not|fails)\b)",
+    re.MULTILINE,
+)
+"""The label of an option that the text repeats: `(A) 3 (B) 4`."""
 _DENIED = re.compile(
     rf"\b(?:[Nn]ot|cannot|[Nn]either|rather than|instead of)\b(?:\s(?:be|option|choice))?{_ONE}(?:\s?n?or\s{_ONE})?"
     rf"|n['\u2019]t(?:\sbe)?{_ONE}"
-    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:is|are|was|must be|seems)\s(?:wrong|incorrect|false|not|untrue)\b[^\n.;,]{0,40}"
+    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:is|are|was|must be|would be|will be|looks|seems)\s(?:also\s)?"
+    r"(?:wrong|incorrect|false|not|untrue)\b[^\n.;,]{0,40}"
+    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}[:.]?\s(?i:no|false|wrong|incorrect|not)\b[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
 )
 LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -72,7 +90,7 @@ def _found(text: str, patterns: Iterable[re.Pattern[str]], whole: bool = False) 
     """Return the letters that the first pattern with a match finds; empty if the last of them is one of several."""
     text = unicodedata.normalize("NFKC", LATEX_TEXT.sub(r"\1", text))
     if not whole:
-        text = _DENIED.sub(" ", text)
+        text = _without_options(_OTHER.sub(" ", _DENIED.sub(" ", _ASKED.sub(" ", text))))
     several = [match.span() for match in _SEVERAL.finditer(text)] if not whole else []
     for pattern in patterns:
         found = list(pattern.finditer(text))
@@ -81,3 +99,14 @@ def _found(text: str, patterns: Iterable[re.Pattern[str]], whole: bool = False) 
         if found:
             return [str(match[match.lastindex or 0]).upper() for match in found]
     return []
+
+
+def _without_options(text: str) -> str:
+    """Return the text without the labels of options that it repeats in order: A, B, and so on."""
+    labels = list(_LABEL.finditer(text))
+    if [label[1] for label in labels[:2]] != ["A", "B"]:
+        return text
+    listed = [label for label, letter in zip(labels, "ABCDEFGHIJ", strict=False) if label[1] == letter]
+    for label in reversed(listed):
+        text = text[: label.start()] + " " + text[label.end() :]
+    return text

@@ -17,11 +17,13 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-from posttrain.rewards.choices import LATEX_TEXT, chosen_letter, gold_letter
-from posttrain.rewards.final_part import correction, final_part, question_starts
+from posttrain.rewards.boxes import BOXED, braced, signed_boxes
+from posttrain.rewards.choices import chosen_letter, gold_letter
+from posttrain.rewards.expressions import HIDDEN
+from posttrain.rewards.final_part import correction, final_part, question_starts, rejection
 from posttrain.rewards.number_words import spelt_number
+from posttrain.rewards.texts import same_text
 from posttrain.rewards.values import (
-    HIDDEN,
     cleaned,
     last_of,
     mentions_numbers,
@@ -30,7 +32,6 @@ from posttrain.rewards.values import (
     unscaled_value,
     values,
 )
-from posttrain.text import normalised
 
 Extract = Literal["strict", "flexible"]
 AnswerKind = Literal["number", "choice", "text"]
@@ -45,13 +46,17 @@ _WORD = re.compile(
     r"(?:[*_: \t\n]|(?:\\[\[(]|\${1,2})[ \t]*\n)*",
     re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TAG = re.compile(r"[<\[]answer[>\]](?=\s*[^\s<\[])", re.IGNORECASE)
 _TAG_END = re.compile(r"[<\[]/answer", re.IGNORECASE)
 _LINE_OF_NUMBER = 80
 """Characters; a longer line after one `#` is no number."""
 _DETACHED_MINUS = re.compile(r"^[-\u2212\u2013][ \t]+(?=[\d$.])")
-_MARKUP = " !\t\n*_`$\"'\u201c\u201d\u300c\u300d"
+_FACTORIAL = re.compile(r"(?<=[\d)])\s?!(?!=)")
+_GOES_ON = re.compile(r"[ \t]?(?:\^|\\(?:pi|sqrt|cdot|times)(?![A-Za-z])|\u03c0|\u221a)")
+"""After a box: it is a part of an expression."""
+_OPENING = re.compile(r"[*_]{1,3}\Z")
+_TITLED = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)
+_NAMED = re.compile(r"\$?\s?[A-Za-z]\w{0,10}\s?=\s?([^=]+)")
 _JOINED = re.compile(r"\\(?:boxed|fbox)\s*\{[^{}]{0,40}\}[$ ]{0,3}(?:,|or|and)[$ ]{0,3}$")
 """Before a box: it is one of several, so that no single answer is given."""
 
@@ -65,24 +70,29 @@ def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind =
     if marked == HIDDEN:
         return None
     if kind == "text":
+        if marked is None and (titled := _TITLED.search(text)):
+            return titled[1].strip()
+        found = _last_marker(text)
+        if found and found[0].re is _WORD and (markup := _OPENING.search(found[0][0])):
+            return markup[0] + found[1]
         return marked or (text.strip() or None if extract == "flexible" else None)
     return chosen_letter(text, marked, loosely=extract == "flexible")
 
 
 def strict(completion: str) -> str | None:
     """Return the number after the last marker; None if words such as `wait` take it back."""
-    text = final_part(completion)
+    text = signed_boxes(final_part(completion))
     marked = _marked(text)
-    if marked is None or _takes_back(text):
+    if marked is None or _takes_back(text) is not None:
         return None
     return result_of(marked) if mentions_numbers(marked) else spelt_number(marked)
 
 
 def flexible(completion: str) -> str | None:
     """Return the number after the last marker; if there is no marker, or only words after it, the last number."""
-    text = final_part(completion)
+    text = signed_boxes(final_part(completion))
     marked = _marked(text)
-    if marked is not None and (later := _takes_back(text)):
+    if marked is not None and (later := _takes_back(text)) is not None:
         return last_of(later)
     if marked is not None and mentions_numbers(marked):
         return result_of(marked)
@@ -92,10 +102,13 @@ def flexible(completion: str) -> str | None:
 
 
 def gold_value(gold: str) -> Fraction | None:
-    """Return the value of a gold answer: a number, by itself or after a marker."""
+    """Return the value of a gold answer: a number in digits or words, by itself, after a marker or after `x =`."""
     alone = number_value(gold)
-    marked = strict(gold) if alone is None else None
-    return number_value(marked) if marked is not None else alone
+    if alone is not None:
+        return alone
+    named = _NAMED.fullmatch(gold.strip())
+    read = strict(gold) or (result_of(named[1]) if named else None) or spelt_number(gold)
+    return None if read is None else number_value(read)
 
 
 def gold_answers(gold: str) -> list[str]:
@@ -117,7 +130,7 @@ def equal(answer: str, gold: str, kind: AnswerKind = "number") -> bool:
 
 def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     if kind == "text":
-        return _bare(answer) == _bare(gold)
+        return same_text(answer, gold)
     if kind == "choice":
         return gold_letter(gold) == answer
     value, expected = number_value(answer), gold_value(gold)
@@ -135,15 +148,14 @@ def _marked(text: str) -> str | None:
 
 def _last_marker(text: str) -> tuple[re.Match[str], str] | None:
     """Return the last marker, and the answer after it. A further question, which follows an answer, is left out."""
-    found = [match for pattern in (_HASH, _WORD, _BOXED, _TAG) for match in pattern.finditer(text)]
+    found = [match for pattern in (_HASH, _WORD, BOXED, _TAG) for match in pattern.finditer(text)]
     first = min((match.start() for match in found if match[0].strip() != "#"), default=len(text))
     text = text[: next((start for start in question_starts(text) if start > first), len(text))]
     for match in sorted(found, key=lambda match: match.start(), reverse=True):
         if match.end() > len(text):
             continue
-        if match.re is _BOXED:
-            several = _JOINED.search(text[max(0, match.start() - 60) : match.start()])
-            return match, HIDDEN if several else _braced(text, match.end()).strip()
+        if match.re is BOXED:
+            return match, _boxed(text, match)
         if match.re is _TAG:
             return match, _TAG_END.split(text[match.end() :], maxsplit=1)[0].strip()
         line = text[match.end() :].split("\n", maxsplit=1)[0].strip()
@@ -153,11 +165,14 @@ def _last_marker(text: str) -> tuple[re.Match[str], str] | None:
 
 
 def _takes_back(text: str) -> str | None:
-    """Return the text after a correction if both it and the answer before it have numbers: `The answer is 5. Wait, it is 6.`"""
+    """Return the text after words that take the answer back: `The answer is 5. Wait, it is 6.`, `The answer is 5. That is wrong.`"""
     found = _last_marker(text)
     if found is None or found[0].re is not _WORD:
         return None
     said = text[found[0].end() :]
+    rest = rejection(said)
+    if rest is not None:
+        return rest
     later = correction(said)
     if later is None or not mentions_numbers(later) or not mentions_numbers(said[: len(said) - len(later)]):
         return None
@@ -171,15 +186,10 @@ def _ends_with_a_number(line: str) -> bool:
     return bool(first) and not after.partition(first[0])[2].strip(" \t.!?)%]")
 
 
-def _braced(text: str, start: int) -> str:
-    depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if not depth:
-            return text[start:i]
-    return text[start:]
-
-
-def _bare(text: str) -> str:
-    """Return a text as answers are compared: without case, markup around it and a full stop at its end."""
-    return normalised(normalised(LATEX_TEXT.sub(r"\1", text).strip(_MARKUP)).strip(_MARKUP))
+def _boxed(text: str, match: re.Match[str]) -> str:
+    """Return what is in a box; the placeholder if it is one of several boxes, or a part of an expression."""
+    inside = braced(text, match.end())
+    several = _JOINED.search(text[max(0, match.start() - 60) : match.start()])
+    if several or _GOES_ON.match(text, match.end() + len(inside) + 1):
+        return HIDDEN
+    return _FACTORIAL.sub(HIDDEN, inside).strip()

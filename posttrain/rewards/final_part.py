@@ -22,18 +22,37 @@ _NEXT_QUESTION = re.compile(
 _CORRECTION = re.compile(
     r"\b(?:wait|oops|scratch that|correction|my mistake|sorry|actually)\b|(?<![\w'])no[,!.;:](?=\s)", re.IGNORECASE
 )
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|supposing|assume|assuming|imagine|whether|unless)\s(?:that\s)?(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:is|was|were|equals)"
+    r"\s(?:[^,.;:?!\n]|[.,](?=\d)){1,60}"
+    r"|\b(?:is|was|could|would|might|can)\s(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:be\s)?(?:[^,.;:?!\n]|[.,](?=\d)){1,60}\?",
+    re.IGNORECASE,
+)
+"""An answer that is only supposed or asked for."""
+_FIRST_SENTENCE = r"(?:[^.!?;\n]|\.(?=\d)){1,80}"
+_REJECTED = re.compile(
+    rf"{_FIRST_SENTENCE}(?:[.!?;,][*\s]{{0,4}}|\n\s{{0,4}})(?:(?:but|no|hmm|however|oh|well|wait|actually|sorry)[,.!\s]{{1,3}}){{0,3}}"
+    r"(?:that|this|it|which|the answer)"
+    r"(?:['\u2019]s|\s(?:is|was|would be|must be|seems|looks|can['\u2019]?t be|cannot be|isn['\u2019]t))\s(?:\w{1,12}\s)?"
+    r"(?:incorrect|wrong|false|impossible|nonsense|a mistake|an error|right|correct)\b",
+    re.IGNORECASE,
+)
+_DOUBT = re.compile(
+    r"\b(?:incorrect|wrong|false|impossible|nonsense|mistake|error)\b|(?:\bnot|n['\u2019]t)(?:\s\w{1,12})?\s(?:right|correct)\b",
+    re.IGNORECASE,
+)
 _STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
 
 
 def final_part(completion: str) -> str:
-    """Return the text after the reasoning, without what is struck out; empty if the reasoning has not ended."""
+    """Return the text after the reasoning, without what is struck out or only supposed; empty if the reasoning has not ended."""
     channels = list(_CHANNEL.finditer(completion))
     if channels:
         completion = completion[channels[-1].end() :] if channels[-1][1] == "final" else ""
     closed = list(_CLOSED.finditer(completion))
     after = completion[closed[-1].end() :] if closed else completion
     opened = _OPENED.search(after)
-    return _STRUCK.sub(" ", after[: opened.start()] if opened else after)
+    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after[: opened.start()] if opened else after))
 
 
 def question_starts(text: str) -> list[int]:
@@ -45,3 +64,17 @@ def correction(text: str) -> str | None:
     """Return the text after the last words that take something back, such as `wait` or `no,`; None without such."""
     found = list(_CORRECTION.finditer(text))
     return text[found[-1].end() :] if found else None
+
+
+def rejection(text: str) -> str | None:
+    """Return the text after a sentence that calls the answer before it wrong, such as `5. That is incorrect.`; None without such."""
+    found = _REJECTED.match(text)
+    if found is None or _is_affirmed(found[0]):
+        return None
+    return text[found.end() :]
+
+
+def _is_affirmed(said: str) -> bool:
+    """Return True for `that is right` and `that is not wrong`."""
+    doubts = _DOUBT.findall(said)
+    return not doubts or re.search(r"\b(?:not|never)\s(?:wrong|incorrect|false)\b", said) is not None

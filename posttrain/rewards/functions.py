@@ -22,6 +22,7 @@ from posttrain.errors import ConfigError
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.extraction import EXTRACTS, AnswerKind, Extract, equal, extracted
 from posttrain.rewards.extraction import KINDS as ANSWER_KINDS
+from posttrain.rewards.golds import gold_texts
 from posttrain.rewards.mathematics import math
 from posttrain.text import nearest
 
@@ -45,7 +46,8 @@ def answer(
             f" {', '.join(ANSWER_KINDS)}"
         )
     found = [extracted(completion, extract, kind) for completion in completions]
-    return [float(said is not None and equal(said, gold, kind)) for said, gold in zip(found, answer, strict=True)]
+    golds = gold_texts("answer", answer)
+    return [float(said is not None and equal(said, gold, kind)) for said, gold in zip(found, golds, strict=True)]
 
 
 def mentions(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:

@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,15 @@ from typing import Any
 from posttrain.data.limits import bounded
 from posttrain.errors import RewardError
 from posttrain.rewards import require_available
+from posttrain.rewards.boxes import signed_boxes
+from posttrain.rewards.extraction import equal, flexible, gold_value
+from posttrain.rewards.final_part import final_part
+from posttrain.rewards.golds import gold_texts
 
 WARM_UP_SECONDS = 60
 """The parser builds its tables on first use; that time is not charged to an answer."""
+_PERCENT = re.compile(r"(?<=\d)\s?\\?%")
+_PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|sqrt|pi)\b)[A-Za-z]{2,}")
 _DELIMITERS = ("$", "\\boxed", "\\[", "\\(")
 
 
@@ -30,8 +37,9 @@ def math(
 ) -> list[float | None]:
     """Return 1 if the last expression after the completion's reasoning equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
 
-    The reward is None if the gold answer is not mathematics (no answer could match it), or if parsing and comparing took longer than
-    `row_seconds` or 1 GiB of memory. The time limit uses signals, so this runs only in a main thread: a worker's, or a script's.
+    A number in prose without LaTeX is read as `answer` reads it, and percent signs are ignored. The reward is None if the gold answer is
+    not mathematics (no answer could match it), or if parsing and comparing took longer than `row_seconds` or 1 GiB of memory. The time
+    limit uses signals, so this runs only in a main thread: a worker's, or a script's.
     """
     require_available("math")
     if threading.current_thread() is not threading.main_thread():
@@ -41,16 +49,32 @@ def math(
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     with bounded(WARM_UP_SECONDS):
         _parsed("$1$")
-    return [_compared(text, gold, row_seconds) for text, gold in zip(completions, answer, strict=True)]
+    return [
+        _compared(text, gold, row_seconds) for text, gold in zip(completions, gold_texts("math", answer), strict=True)
+    ]
 
 
 def _compared(completion: str, gold: str, seconds: int) -> float | None:
     try:
         with bounded(seconds):
-            expected = _parsed(gold if any(mark in gold for mark in _DELIMITERS) else f"${gold}$")
-            return float(_equal(expected, _parsed(completion))) if expected else None
+            expected = _parsed(_delimited(_PERCENT.sub("", gold)))
+            return _verdict(signed_boxes(final_part(completion)), gold, expected) if expected else None
     except (TimeoutError, MemoryError):
         return None
+
+
+def _verdict(said: str, gold: str, expected: list[Any]) -> float:
+    """Return 1 if the answer equals the gold answer. A number that is said in prose, without LaTeX, is read as `answer` reads it."""
+    said = _PERCENT.sub("", said)
+    if not any(mark in said for mark in _DELIMITERS) and gold_value(gold) is not None:
+        if _PROSE.search(said) or (flexible(said) is not None and "!" not in said):
+            return float(equal(flexible(said) or "", gold))
+        said = _delimited(said.strip(" \t\n.?").replace("**", "^"))
+    return float(_equal(expected, _parsed(said)))
+
+
+def _delimited(text: str) -> str:
+    return text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
 
 
 def _parsed(text: str) -> list[Any]:

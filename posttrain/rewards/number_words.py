@@ -16,12 +16,29 @@ _TEENS_AND_TENS = "sixteen seventeen eighteen nineteen twenty thirty forty fifty
 _VALUES = [*range(16), 16, 17, 18, 19, 20, 30, 40, 50, 60, 70, 80, 90]
 _SMALL = dict(zip(f"{_ONES} {_TEENS_AND_TENS}".split(" "), _VALUES, strict=True))
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5, "fifths": 5}
+_PART = {
+    "half": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
+}
+_PARTS = _PART | {f"{name}s": value for name, value in _PART.items()} | {"halves": 2}
+_PART_WORD = "|".join(sorted(_PARTS, key=len, reverse=True))
 _WORD = rf"(?:{'|'.join([*_SMALL, 'hundred', 'dozen', *_LARGE])})"
+_ONE = "|".join(_ONES.split(" ")[:10])
+_NO_NOUN = "of|and|or|to|is|that|who|times|plus|minus|less|more|over|point|squared|cubed|factorial|pi|choose|divided|multiplied|out|than"
+"""Words after a number that make it a part of an expression."""
 _ENGLISH = re.compile(
-    rf"(?P<sign>(?:minus|negative)\s+)?(?P<number>(?:an?\s+(?=hundred|dozen|thousand|million|half|third|quarter|fifth))?"
-    rf"(?:{_WORD}(?:(?:\s+and\s+|[\s-]+){_WORD}){{0,12}})?(?:[\s-]*\b(?P<part>{'|'.join(_PARTS)}))?)"
-    r"(?:\s+(?!of\b|and\b|or\b|to\b|is\b|that\b|who\b|times\b|plus\b|minus\b|less\b|more\b|over\b)[a-z]{2,20}){0,2}",
+    rf"(?P<sign>(?:minus|negative)\s+)?(?P<number>(?:an?\s+(?=hundred|dozen|thousand|million|{_PART_WORD}))?"
+    rf"(?:\b{_WORD}\b(?:(?:\s+and\s+(?!(?:{_ONE})[\s-]+(?:{_PART_WORD})\b)|[\s-]+){_WORD}\b){{0,12}})?)(?P<decimals>(?:\s+point)(?:[\s-]+(?:{_ONE})\b){{1,12}})?"
+    rf"(?:(?P<mixed>\s+and\s+)(?P<some>an?|{_ONE})[\s-]+|[\s-]*)(?P<part>\b(?:{_PART_WORD})\b)?"
+    rf"(?:\s+(?!(?:{_NO_NOUN})\b|(?:{_PART_WORD})\b)[a-z]{{2,20}}){{0,2}}",
     re.IGNORECASE,
 )
 _CHINESE_DIGITS = dict(zip("\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d", range(10), strict=True)) | {
@@ -41,14 +58,26 @@ def spelt_number(text: str) -> str | None:
     if found := _CHINESE.fullmatch(text):
         return _signed(found[1], _chinese(found[2]))
     found = _ENGLISH.fullmatch(text)
-    if found is None or not found["number"]:
+    return None if found is None else _signed(found["sign"], _read(found))
+
+
+def _read(found: re.Match[str]) -> str | None:
+    """Return the digits of a number in English: whole, 7.5, 7/8 or 7 1/2."""
+    words = [word for word in re.split(r"[\s-]+", found["number"].lower()) if word not in ("and", "")]
+    part = (found["part"] or "").lower()
+    value = _english(words)
+    if value is None or not (words or part == "half") or bool(found["mixed"]) > bool(part):
         return None
-    words = [word for word in re.split(r"[\s-]+", found["number"].lower()) if word != "and"]
-    bottom = _PARTS.get(words[-1]) if words else None
-    value = _english([word for word in words if word not in _PARTS])
-    if value is None:
-        return None
-    return _signed(found["sign"], str(value) if bottom is None else f"{value}/{bottom}")
+    if found["decimals"]:
+        digits = "".join(str(_SMALL[word]) for word in re.split(r"[\s-]+", found["decimals"].lower().strip())[1:])
+        return None if part else f"{value}.{digits}"
+    if not part:
+        return str(value)
+    above = 1 if found["mixed"] and found["some"].lower() in ("a", "an") else value
+    above = _SMALL.get((found["some"] or "").lower(), above) if found["mixed"] else above
+    if above != 1 and part in _PART:
+        return None  # an ordinal: twenty-fifth
+    return f"{value} {above}/{_PARTS[part]}" if found["mixed"] else f"{above}/{_PARTS[part]}"
 
 
 def _signed(sign: str | None, digits: str | None) -> str | None:

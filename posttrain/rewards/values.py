@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from posttrain.environments.numbers import parse_number
+from posttrain.rewards.expressions import HIDDEN, without_expressions
 from posttrain.rewards.scales import SCALE, SCALED, scaled
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -22,8 +23,6 @@ _SIGN = r"(?:(?<![A-Za-z0-9_)\]])[-+](?=[$\u20ac\u00a3\d.\\]))?"
 _LATEX = r"\\[dt]?frac\s?(?:\{[-+]?\d{1,30}\}\s?\{\d{1,30}\}|\d\d)"
 _POWER = r"\s?\^\s?(?:\{[-+]?\d{1,3}\}|[-+]?\d{1,3})"
 _UNIT = r"(?:cm|mm|km|kg|mg|ml|mL|L|lbs?|oz|ft|mph|hrs?|h|min|[ap]m|kWh?|Hz|[kMGT]B|c?m[23])(?![A-Za-z0-9_])"
-HIDDEN = "\ue000"
-"""Placeholder for an expression that is not read, such as a root."""
 _UNCLEAR = "\ue002"
 """Placeholder for digits with more than one reading: 2,5 is a decimal in some languages and a list in others."""
 _NUMBER = (
@@ -42,15 +41,17 @@ _RAISED = re.compile(
 )
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
-    r"|\s?(?:\\pi\b|\u03c0|\ue000)|:\d\d\b|\s?mil\b"
+    r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t]x\b|:\d\d\b|\s?mil\b"
 )
 """After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
-    r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|anything but|rather than|instead of|other than)\b"
+    r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
+    r"|rather than|instead of|other than)\b"
     r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
     rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer)){{0,2}}[ \t:*_]*"
     rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*"
-    rf"|(?:{_NUMBER})(?:{SCALED})?\s(?:is|was|must be)\s(?:wrong|incorrect|false|not\s(?:the|an?|right|correct)\b)[^\n.;,]{{0,40}}",
+    rf"|(?:{_NUMBER})(?:{SCALED})?\s(?:(?:is|was|must be|would be|seems|looks)\s(?:wrong|incorrect|false"
+    r"|not\s(?:the|an?|right|correct|it)\b)|(?:isn|wasn)['\u2019]t\s(?:the|an?|right|correct|it)\b|(?:cannot|can['\u2019]t)\sbe\b)[^\n.;,]{0,40}",
     re.ASCII | re.IGNORECASE,
 )
 """Numbers that the text denies: the 42 of `not 42, but 43` and of `42 is wrong`, the 3 and 4 of `not 3 or 4`."""
@@ -74,14 +75,19 @@ _SMALLER = re.compile(
 """`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
 _DOLLARS = re.compile(r"\$?\s?(?:dollars?|euros?)?,?\s?(?:and\s)?\$?")
 _CENTS = re.compile(r"\$?\s?cents?\b")
-_OF_BOTH = re.compile(r"\s(?:times|plus|over|out of|divided by|multiplied by)\s")
+_OF_ALL = re.compile(r"\s(?:out\s)?of\s(?:the\s)?")
+"""Between two numbers: the first one counts some of the second."""
+_OF_BOTH = re.compile(r"\s(?:times|plus|over|divided by|multiplied by)\s")
 """Between two numbers: the second one is a part of an expression in words."""
 _REMAINDER = re.compile(r"remainder|rest|[rR]\b")
+_FROM = re.compile(r"\bfrom[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
 _BOUND = re.compile(
-    r"(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
+    r"(?<!not )(?<!no )\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than [$\u20ac\u00a3]?$"
+    r"|(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
 )
 _BOUNDED = re.compile(
     r"[ \t$)}]*(?:[<>\u2260\u2264\u2265\u00b1]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))"
+    r"|(?:\s[A-Za-z]{1,12})?\s{1,3}(?:or\s(?:more|less|fewer|greater|higher|lower|above|below|over|under|up|larger|smaller)|and\s(?:above|up|over))\b"
 )
 """Before and after a number: it bounds the answer (x < 5), or stands for two (\u00b15)."""
 _OPERAND = re.compile(
@@ -91,7 +97,7 @@ _OPERAND = re.compile(
 """Before a number: it is the second part of an expression, a date or a time."""
 _SIGNED_PART = re.compile(r"[\d)][ \t]?$")
 _PRECISION = re.compile(r"[\s-]*(?:decimal|significant|places?|digits?|figures?|d\.?p\b|s\.?f\b)", re.IGNORECASE)
-_OTHER_SOLUTION = re.compile(r"\bor\s+\S{1,6}\s*$")
+_OTHER_SOLUTION = re.compile(r"\bor\s+\S{1,6}\s*$|\d\s?(?:[,;]|,?\sand)\s?[A-Za-z]\S{0,5}\s*$")
 _CLEAN = (
     ("\u2212", "-"),
     ("\u2013", "-"),
@@ -125,7 +131,6 @@ _INDIAN = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _THIN = re.compile(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))")
 _DETACHED_MINUS = re.compile(r"((?:\bis|[=:])[ \t])-[ \t](?=[\d$.])")
 _UNDERLINED = re.compile(r"(?<![A-Za-z0-9_])_{1,3}(?=[-+$.\d])|(?<=\d)_{1,3}(?![A-Za-z0-9_])")
-_ROOT = re.compile(r"\\sqrt\s?(?:\[[^\[\]]{0,20}\])?\s?(?:\{[^{}]*\}|\d)|\u221a\s?\(?[\d.]+\)?")
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _RAISED_DIGITS = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _FRACTION_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")
@@ -145,8 +150,8 @@ def cleaned(text: str) -> str:
         text = _FRACTION_SIGN.sub(_spelt_fraction, text)
     for pattern, usual in _SPELLINGS:
         text = pattern.sub(usual, text)
-    text = _COMMAS.sub(_grouped, text)
-    return _UNDERLINED.sub("", _DETACHED_MINUS.sub(r"\1-", _ROOT.sub(HIDDEN, text)))
+    text = _COMMAS.sub(_grouped, without_expressions(text))
+    return _UNDERLINED.sub("", _DETACHED_MINUS.sub(r"\1-", text))
 
 
 def values(text: str) -> list[str]:
@@ -178,12 +183,25 @@ def last_of(text: str) -> str | None:
     last: re.Match[str] | None = None
     for found in _VALUE.finditer(text):
         before, last = last, found
-    if last is None or (before and _are_several(text, before, last, (_OR, _OF_BOTH))):
+    if before and last and _counts_some_of(text, before, last):
+        return before[0]
+    joining = (
+        (_OR, _OF_BOTH)
+        if before and _FROM.search(text[max(0, before.start() - 20) : before.start()])
+        else (_OR, _OF_BOTH, _TO)
+    )
+    if last is None or (before and _are_several(text, before, last, joining)):
         return None
     if not _is_partial(text, last):
         return last[0]
     line = text[text.rfind("\n", 0, last.start()) + 1 :].split("\n", maxsplit=1)[0]
     return result_of(line) if "=" in line else None
+
+
+def _counts_some_of(text: str, before: re.Match[str], last: re.Match[str]) -> bool:
+    """Return True for the two numbers of `7 out of 10`, but not of `number 7 of 10`."""
+    of = _OF_ALL.fullmatch(text[before.end() : last.start()])
+    return bool(of) and text[before.start() - 1 : before.start()] != "#" and not _is_partial(text, before)
 
 
 def _without_labels(text: str) -> str:

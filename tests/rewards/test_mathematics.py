@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from posttrain.errors import ConfigError, RewardError
+from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.rewards.mathematics import math as judge
 
 pytest.importorskip("math_verify")
@@ -24,7 +24,12 @@ CASES = [
     ("", "3", 0.0),
     (r"\boxed{\frac{1}{", "3", 0.0),
     (r"$\{1, 2\}$", r"\{2, 1\}", 1.0),
-]
+    (r"-\boxed{7}", "-7", 1.0), (r"-\boxed{7}", "7", 0.0), (r"$-\boxed{7}$", "-7", 1.0), (r"-\boxed{x+1}", "-x-1", 1.0),
+    (r"\boxed{10\%}", r"10\%", 1.0), (r"\boxed{10\%}", "10", 1.0), (r"\boxed{50\%}", "50%", 1.0), ("10%", r"10\%", 1.0),
+    (r"<think>\boxed{7}", "7", 0.0), (r"<think>\boxed{7}</think>\boxed{8}", "8", 1.0), ("<think>7", "7", 0.0),
+    ("The answer is 7. Wait, no, 8", "7", 0.0), ("not 7", "7", 0.0), ("7!", "7", 0.0), ("3!", "6", 1.0), ("7x", "7", 0.0),
+    ("5 or 7", "7", 0.0), (r"\pm 5", "5", 0.0), ("2,5", "2.5", 0.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("completion", "gold", "expected"), CASES)
@@ -35,6 +40,12 @@ def test_equal_by_value(completion: str, gold: str, expected: float) -> None:
 @pytest.mark.parametrize("gold", ["", "???", r"\frac{1}{"])
 def test_a_gold_answer_that_cannot_be_read_passes_nobody(gold: str) -> None:
     assert judge(["p"] * 3, [gold, r"\boxed{1}", "1"], answer=[gold] * 3) == [None] * 3
+
+
+def test_a_gold_answer_may_be_a_number() -> None:
+    assert judge(["p"], [r"\boxed{7}"], answer=[7]) == [1.0]  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"`math`: the gold answer of row 0 is None"):
+        judge(["p"], ["7"], answer=[None])  # type: ignore[list-item]
 
 
 def test_a_row_that_takes_too_long_is_missing_and_the_others_are_judged() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 
 from posttrain.data.limits import bounded
+from posttrain.errors import DataError
 from posttrain.rewards.extraction import flexible
 from posttrain.rewards.functions import answer
 from posttrain.rewards.number_words import spelt_number
@@ -27,6 +29,15 @@ RIGHT = [
     ("The answer is 5 hours 30 minutes = 330 minutes", "330"),
     ("<think>the answer is 6</think>5", "5"), ("<think>\\boxed{6}</think>So he has 5.", "5"), ("maybe 6\n</think>\n\nAnswer: 5", "5"),
     ("<|channel|>analysis<|message|>6?<|end|><|start|>assistant<|channel|>final<|message|>5", "5"),
+    ("-\\boxed{7}", "-7"), ("$-\\boxed{7}$", "-7"), ("it is -\\boxed{\\frac{1}{2}}", "-0.5"), ("x = - \\boxed{7}", "-7"),
+    ("- \\boxed{7}", "7"),
+    ("9 - 2 = \\boxed{7}", "7"), ("9 - \\boxed{7} = 2", "7"), ("\\boxed{-(7)}", "-7"), ("f(2) = 7", "7"), ("half of 14 is 7", "7"),
+    ("7 squared", "49"), ("7 squared is 49", "49"), ("7 times 2 is 14", "14"), ("7% of 200 is 14", "14"), ("\\boxed{\\cfrac{7}{2}}", "3.5"),
+    ("The answer is seven point five", "7.5"), ("seven eighths", "7/8"), ("seven and a half", "7.5"), ("two and three quarters", "2.75"),
+    ("The answer is 7 and a half", "7.5"), ("7 and 1/2", "7.5"), ("The answer is 7 and three quarters", "7.75"), ("one tenth", "0.1"),
+    ("7 out of 10", "7"), ("page 7 of 8", "7"), ("from 7 to 8", "8"), ("7 (mod 8)", "7"), ("The answer is 7. That's right.", "7"),
+    ("If the answer is 6, we fail. So it is 7", "7"), ("The answer is 6. That's wrong. It is 7", "7"), ("If so, the answer is 7.", "7"),
+    ("The answer is 7. Some say 8. That is wrong.", "7"),
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
 WRONG = [
@@ -48,10 +59,29 @@ WRONG = [
     ("2,5 cm", "5"), ("The answer is 1,5", "15"), ("The answer is 1,5", "1"), ("1 000", "0"), ("90^\\circ", "0"),
     ("<think>the answer is 5", "5"), ("<think>the answer is 5</think>", "5"), ("The answer is 5\n\nQuestion: 3+3?\nAnswer: 6", "6"),
     ("<|channel|>analysis<|message|>the answer is 5", "5"),
+    ("-\\boxed{7}", "7"), ("\\boxed{-(7)}", "7"), ("\\boxed{-(x+7)}", "7"), ("\\boxed{7}^2", "7"), ("\\boxed{7}\\pi", "7"),
+    *((f"The answer is {text}", "7") for text in (
+        "sin(7)", "ln(7)", "sqrt(7)", "f(7)", "log 7", "7 squared", "7 factorial", "7 plus 2", "7 times 2", "half of 7", "7 pi",
+        "7% of 200", "the cube of 7", "twice 7", "7 x 2", "7 to the power of 2", "7 over 8", "7 choose 2", "max(7, 2)", "7 or more",
+        "7 and a half",
+        "7 and 1/2", "7 to 8", "seven point five", "seven eighths", "seven and a half", "seven squared", "seven plus two", "less than 7",
+    )),
+    *((f"\\boxed{{{text}}}", "7") for text in (
+        "\\log_2 7", "\\sin 7", "\\ln(7)", "7!", "[7,\\infty)", "(-\\infty,7]", "[7, \u221e)", "\\binom{7}{2}", "\\sqrt{\\frac{7}{1}}",
+        "\\frac{7x}{1}", "\\overline{7}", "7 \\text{ or more}",
+    )),
+    ("\\boxed{\\frac{7x}{2}}", "2"), ("7 out of 10", "10"), ("page 7 of 8", "8"), ("7 to 8", "8"), ("1.2e 3", "3"), ("7 (mod 8)", "8"),
+    ("7 isn't right", "7"), ("7 can't be right", "7"), ("anything except 7", "7"), ("twenty-fifth", "4"), ("x = 3, y = 7", "3"),
+    ("The answer is x = 3, y = 7", "7"), ("The answer is 7. That's incorrect.", "7"), ("The answer is 7, which is wrong.", "7"),
+    ("If the answer is 7, then we have a contradiction.", "7"), ("Suppose the answer is 7. Then no.", "7"), ("Is the answer 7?", "7"),
+    ("The answer is 7. Hmm, actually that is wrong.", "7"),
 ]  # fmt: skip
 LETTERS = [
     ("The answer is not B but C", "C"), ("B is incorrect, C is right", "C"), ("(A) is wrong. (B) is right.", "B"),
     ("The correct option is B because A is wrong", "B"), ("The answer is B. Wait, no, C.", "C"), ("<think>maybe (C)</think>B", "B"),
+    ("A, B, C, or D? D", "D"), ("A: no. B: yes.", "B"), ("A is better than B", "A"), ("A is worse than B", "B"), ("B beats A", "B"),
+    ("I pick a", "A"), ("Unlike A, B", "B"), ("A rather than B", "A"), ("(A) 3 (B) 4\nSo (B)", "B"), ("(A) because (B) fails", "A"),
+    ("The answer is (A) because (B) is too small", "A"), ("A. No.\nB. Yes.", "B"), ("A. cat\nB. dog\n\nA", "A"),
     ("\uff22", "B"), ("B, not A", "B"), ("Both A and B are wrong, so C", "C"), ("A. cats\nB. dogs\nAnswer: B", "B"),
 ]  # fmt: skip
 NO_LETTER = [
@@ -62,6 +92,15 @@ NO_LETTER = [
     "both A and B",
     "A/B",
     "Neither A nor B",
+    "(A) 3 (B) 4 (C) 5",
+    "A. cat\nB. dog",
+    "All except B",
+    "anything but B",
+    "B would be incorrect",
+    "vitamin B",
+    "The answer is vitamin B",
+    "B12",
+    "A, B, or C?",
     "The answer is A, B",
     "<think>B",
     "\\boxed{A} or \\boxed{B}",
@@ -97,13 +136,81 @@ def test_a_text_answer_follows_the_reasoning() -> None:
     assert _verdict("<think>Paris</think>London", "Paris", kind="text") == 0.0
 
 
+TEXTS = [
+    ("#### Paris", "Paris"), ("don\u2019t", "don't"), ("The answer is Paris because it is the capital", "Paris"),
+    ("Answer: \"Paris\".", "Paris"),
+    ("_Paris_", "Paris"), ("The answer is _Paris_", "Paris"), ("The answer is **Paris**", "Paris"), ("The answer is __init__", "__init__"),
+    ("$\\text{Paris}$", "Paris"), ("**Answer:** Paris", "Paris"), ("The answer is *args", "*args"), ("?", "?"), ("**\"Paris\"**.", "Paris"),
+]  # fmt: skip
+NOT_TEXTS = [
+    ("?", "!"),
+    ("...", "?"),
+    ("!!!", ""),
+    ("", ""),
+    ("$5", "5"),
+    ("__init__", "init"),
+    ("*args", "args"),
+    ("Paris", "because"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), TEXTS)
+def test_a_text_equals_the_gold_answer(text: str, gold: str) -> None:
+    assert _verdict(text, gold, kind="text") == 1.0
+
+
+@pytest.mark.parametrize(("text", "gold"), NOT_TEXTS)
+def test_signs_and_parts_of_names_are_not_taken_off_a_text(text: str, gold: str) -> None:
+    assert _verdict(text, gold, kind="text") == 0.0
+
+
+@pytest.mark.parametrize(("text", "gold"), [entry for entry in WRONG if "answer is" in entry[0] or "boxed" in entry[0]])
+def test_a_wrong_answer_after_a_marker_fails_strictly(text: str, gold: str) -> None:
+    assert _verdict(text, gold, extract="strict") == 0.0
+
+
+@pytest.mark.parametrize("gold", ["7", "seven", "x=7", "#### 7", 7, 7.0])
+def test_a_gold_answer_in_words_or_as_a_number_matches(gold: Any) -> None:
+    assert answer([""], ["7"], answer=[gold]) == [1.0]
+
+
+@pytest.mark.parametrize("gold", [None, True, [7], ["7"]])
+def test_a_gold_answer_that_is_neither_text_nor_number_is_refused(gold: Any) -> None:
+    with pytest.raises(DataError, match=r"`answer`: the gold answer of row 1 is .* Give a text or a number"):
+        answer([""] * 2, ["7"] * 2, answer=["7", gold])
+
+
 def test_what_was_taken_back_is_no_strict_answer() -> None:
     assert _verdict("The answer is 5. Wait, no, 6.", "5", extract="strict") == 0.0
     assert _verdict("The answer is five.", "5", extract="strict") == 1.0
 
 
 @pytest.mark.parametrize(
-    "part", ["\nQ: ", "\nanswer is 1\nQ:", "<think>", "</think>", "1,", "not B ", "A or ", "twenty ", "wait 1 ", "< 5 "]
+    "part",
+    [
+        "\nQ: ",
+        "\nanswer is 1\nQ:",
+        "<think>",
+        "</think>",
+        "1,",
+        "not B ",
+        "A or ",
+        "twenty ",
+        "wait 1 ",
+        "< 5 ",
+        "-\\boxed{",
+        "\\frac{1",
+        "f(1",
+        "half of ",
+        "7 and a ",
+        "(7,",
+        "A. ",
+        "(A) 1 (B) ",
+        "if the answer is ",
+        "a point ",
+        "\\sin{",
+        "_",
+    ],
 )
 def test_a_repeated_part_is_judged_within_bounds(part: str) -> None:
     with bounded(seconds=10):

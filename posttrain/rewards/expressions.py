@@ -1,0 +1,82 @@
+r"""Replace expressions that would need to be computed by a placeholder, so that none of their numbers is taken for the answer.
+
+Example:
+    >>> without_expressions("sin(7) = x").replace(HIDDEN, "?"), without_expressions("7 plus 2"), without_expressions("7 squared")
+    ('? = x', '7 + 2', '7^2')
+"""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = "\ue000"
+"""Placeholder for an expression that is not read, such as a root."""
+_NUMBER = r"[-+]?[$\u20ac\u00a3]?\d+(?:[.,]\d+)*%?"
+_BRACES = r"\{(?:[^{}]|\{[^{}]{0,40}\}){0,60}\}"
+_PARENTHESES = r"\([^()\n]{0,60}\)"
+_PARTS = "half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
+_FUNCTIONS = re.compile(
+    rf"(?<![A-Za-z])\\?(?:(?:arc)?(?:sin|cos|tan|cot)h?|csc|log|ln|lg|sqrt|cbrt)(?:[_^](?:{_BRACES}|\w{{1,6}}))?\s?"
+    rf"(?:{_PARENTHESES}|{_BRACES}|{_NUMBER})"
+    rf"|(?<![A-Za-z\\])(?:[A-Za-z]|max|min|gcd|lcm|exp|abs|floor|ceil|round|sum|mean|det|sec|mod)\((?=[^()\n]{{0,60}}\d){_PARENTHESES[2:]}"
+    rf"|\\(?:max|min|gcd|lcm|exp|det|sec|csc|operatorname\s?{_BRACES})\s?(?:{_PARENTHESES}|{_BRACES}|{_NUMBER})"
+)
+_ROOTS = re.compile(rf"\\sqrt\s?(?:\[[^\[\]]{{0,20}}\])?\s?(?:{_BRACES}|\d)|\u221a\s?\(?[\d.]+\)?")
+_LATEX = re.compile(
+    rf"\\[dtc]?frac(?!\s?(?:\{{[-+]?\d{{1,30}}\}}\s?\{{\d{{1,30}}\}}|\d\d))\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
+    rf"|\\[dt]?binom\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
+    rf"|[\d.]{{0,30}}\\(?:overline|bar|dot)\s?(?:{_BRACES}|\d)"
+)
+_INFINITY = r"(?:\\infty|\u221e|infinity|inf)"
+_INTERVALS = re.compile(
+    rf"[(\[]\s?[^()\[\]\n,;]{{1,40}}[,;]\s?\+?{_INFINITY}\s?[)\]]|[(\[]\s?-\s?{_INFINITY}\s?[,;][^()\[\]\n]{{1,40}}[)\]]"
+)
+_NEGATED = re.compile(r"(?<![\w)\]}] )(?<![\w)\]}])-\s?\([^()\n]{1,60}\)")
+_OF = re.compile(
+    rf"\b(?:(?:{_PARTS})s?|halves|square|cube|root|sum|product|difference|quotient|logarithm|log|factorial|reciprocal|inverse)"
+    rf"\sof\s(?:the\s)?{_NUMBER}(?:\s?(?:,|,?\s?and)\s{_NUMBER}){{0,6}}|\b(?:twice|double|triple|thrice)\s{_NUMBER}",
+    re.IGNORECASE,
+)
+_AFTER = re.compile(
+    rf"(?<=\d)(?:\s?(?:\\?%|percent|per\scent)\sof\s(?:the\s)?{_NUMBER}"
+    rf"|\s(?:factorial\b|raised\sto\b|to\sthe\s(?:power|{_PARTS})\b|(?:choose|mod|modulo)\s{_NUMBER}))",
+    re.IGNORECASE,
+)
+_BROKEN_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:[ \t][eE][ \t]?|[eE][ \t])[-+]?\d+(?!\w)")
+_HIDING = (_ROOTS, _FUNCTIONS, _LATEX, _INTERVALS, _NEGATED, _OF, _AFTER, _BROKEN_EXPONENT)
+_ORDINALS = {"third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
+_SHARES = {
+    "half": "1/2",
+    "third": "1/3",
+    "quarter": "1/4",
+    "fourth": "1/4",
+    "fifth": "1/5",
+    "eighth": "1/8",
+    "tenth": "1/10",
+}
+_SPELLINGS = (
+    (re.compile(r"(?<![\w)\]}] )(?<![\w)\]}])-\s?\(\s?(\d[\d.,]{0,30})\s?\)"), r"-\1"),
+    (re.compile(r"\\cfrac"), r"\\frac"),
+    (re.compile(r"(?<=\d)\s?(?:\\pmod\s?(?:\{\d{1,9}\}|\d)|\(\s?mod\s\d{1,9}\s?\))"), ""),
+    (re.compile(r"(?<=\d)\s(?:and\s)?(?:an?|one)[\s-](" + "|".join(_SHARES) + r")\b"), lambda found: f" {_SHARES[found[1]]}"),
+    (re.compile(r"(?<=\d)\sand\s(?:two[\s-]thirds|2/3)\b"), " 2/3"),
+    (re.compile(r"(?<=\d)\sand\sthree[\s-](?:quarters|fourths)\b"), " 3/4"),
+    (re.compile(r"(?<=\d)\sand\s(?=\d{1,3}/\d{1,3}(?![\w/]))"), " "),
+    (re.compile(r"(?<=\d)\s(" + "|".join(_ORDINALS) + r")s\b"), lambda found: f"/{_ORDINALS[found[1]]}"),
+    (re.compile(r"(?<=\d)\spoint\s(?=\d)"), "."),
+    (re.compile(r"(?<=\d)\ssquared\b"), "^2"),
+    (re.compile(r"(?<=\d)\scubed\b"), "^3"),
+    (re.compile(r"(?<=\d)\splus\s(?=[$\u20ac\u00a3]?\d)"), " + "),
+    (re.compile(r"(?<=\d)\s(?:times|multiplied\sby)\s(?=[$\u20ac\u00a3]?\d)"), " \u00d7 "),
+    (re.compile(r"(?<=\d)\sdivided\sby\s(?=[$\u20ac\u00a3]?\d)"), " \u00f7 "),
+    (re.compile(r"(?<=\d)\sover\s(?=\d+(?!\s?[A-Za-z\d%]))"), " \u00f7 "),
+)  # fmt: skip
+
+
+def without_expressions(text: str) -> str:
+    """Return the text with operators in words as signs, mixed numbers as digits, and other expressions hidden."""
+    for pattern, usual in _SPELLINGS:
+        text = pattern.sub(usual, text)  # type: ignore[arg-type]
+    for pattern in _HIDING:
+        text = pattern.sub(HIDDEN, text)
+    return text
