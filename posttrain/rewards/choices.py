@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from posttrain.rewards.final_part import correction
+from posttrain.rewards.final_part import correction, rejection
 
 _NAMED = re.compile(
     r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)"
@@ -34,7 +34,7 @@ _ASKED = re.compile(rf"{_LETTER}(?:,?\s(?:or\s)?{_LETTER}){{1,9}}\s?\?")
 _OTHER = re.compile(
     r"\b(?i:vitamin|hepatitis|plan|grade|class|team|type|appendix|figure|point|line|side|angle|set|event)\s[A-J]\b"
     rf"|{_LETTER}\s(?:is|was|seems|looks)\s(?:worse|weaker|poorer|less\s[a-z]{{1,20}})\sthan\b"
-    rf"|\b(?i:than|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
+    rf"|\b(?i:than|over|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
     rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
 )
 """Letters that name a thing, or an option that is worse or left out."""
@@ -63,6 +63,8 @@ def chosen_letter(text: str, marked: str | None, loosely: bool = True) -> str | 
         marked: the text after the last marker, None without a marker.
         loosely: also take the last letter that stands by itself.
     """
+    if marked is not None and (rest := rejection(text[text.rfind(marked) :])) is not None:
+        return _last(rest)
     if marked is not None:
         found = _found(_later(marked, text), _PATTERNS)
         return found[0] if found else (_last(text) if loosely else None)

@@ -21,10 +21,11 @@ _FUNCTIONS = re.compile(
     rf"|(?<![A-Za-z\\])(?:[A-Za-z]|max|min|gcd|lcm|exp|abs|floor|ceil|round|sum|mean|det|sec|mod)\((?=[^()\n]{{0,60}}\d){_PARENTHESES[2:]}"
     rf"|\\(?:max|min|gcd|lcm|exp|det|sec|csc|operatorname\s?{_BRACES})\s?(?:{_PARENTHESES}|{_BRACES}|{_NUMBER})"
 )
-_ROOTS = re.compile(rf"\\sqrt\s?(?:\[[^\[\]]{{0,20}}\])?\s?(?:{_BRACES}|\d)|\u221a\s?\(?[\d.]+\)?")
+_ROOTS = re.compile(rf"\\sqrt\s?(?:\[[^\[\]]{{0,20}}\])?\s?(?:{_BRACES}|[0-9A-Za-z])|\u221a\s?\(?[\d.]+\)?")
 _LATEX = re.compile(
     rf"\\[dtc]?frac(?!\s?(?:\{{[-+]?\d{{1,30}}\}}\s?\{{\d{{1,30}}\}}|\d\d))\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
     rf"|\\[dt]?binom\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
+    r"|\\l(?:floor|ceil)\b[^\n]{1,40}?\\r(?:floor|ceil)\b"
     rf"|[\d.]{{0,30}}\\(?:overline|bar|dot)\s?(?:{_BRACES}|\d)"
 )
 _INFINITY = r"(?:\\infty|\u221e|infinity|inf)"
@@ -57,6 +58,8 @@ _SHARES = {
 _SPELLINGS = (
     (re.compile(r"(?<![\w)\]}] )(?<![\w)\]}])-\s?\(\s?(\d[\d.,]{0,30})\s?\)"), r"-\1"),
     (re.compile(r"\\cfrac"), r"\\frac"),
+    (re.compile(r"\|-(\d[\d.,]{0,30})\|"), r"\1"),
+    (re.compile(r"(?<=\d)\shalves\b"), "/2"),
     (re.compile(r"(?<=\d)\s?(?:\\pmod\s?(?:\{\d{1,9}\}|\d)|\(\s?mod\s\d{1,9}\s?\))"), ""),
     (re.compile(r"(?<=\d)\s(?:and\s)?(?:an?|one)[\s-](" + "|".join(_SHARES) + r")\b"), lambda found: f" {_SHARES[found[1]]}"),
     (re.compile(r"(?<=\d)\sand\s(?:two[\s-]thirds|2/3)\b"), " 2/3"),

@@ -52,7 +52,7 @@ _LINE_OF_NUMBER = 80
 """Characters; a longer line after one `#` is no number."""
 _DETACHED_MINUS = re.compile(r"^[-\u2212\u2013][ \t]+(?=[\d$.])")
 _FACTORIAL = re.compile(r"(?<=[\d)])\s?!(?!=)")
-_GOES_ON = re.compile(r"[ \t]?(?:\^|\\(?:pi|sqrt|cdot|times)(?![A-Za-z])|\u03c0|\u221a)")
+_GOES_ON = re.compile(r"[ \t]?(?:\^(?!\s?\{?\s?\\circ)|\\(?:pi|sqrt|cdot|times)(?![A-Za-z])|\u03c0|\u221a)")
 """After a box: it is a part of an expression."""
 _OPENING = re.compile(r"[*_]{1,3}\Z")
 _TITLED = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)

@@ -34,7 +34,7 @@ _REJECTED = re.compile(
     rf"{_FIRST_SENTENCE}(?:[.!?;,][*\s]{{0,4}}|\n\s{{0,4}})(?:(?:but|no|hmm|however|oh|well|wait|actually|sorry)[,.!\s]{{1,3}}){{0,3}}"
     r"(?:that|this|it|which|the answer)"
     r"(?:['\u2019]s|\s(?:is|was|would be|must be|seems|looks|can['\u2019]?t be|cannot be|isn['\u2019]t))\s(?:\w{1,12}\s)?"
-    r"(?:incorrect|wrong|false|impossible|nonsense|a mistake|an error|right|correct)\b",
+    r"(?:incorrect|wrong|false|impossible|nonsense|a mistake|an error|right|correct)\b(?!\s(?:to|that|positive|alarm|negative)\b)",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(

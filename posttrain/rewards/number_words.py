@@ -34,11 +34,12 @@ _WORD = rf"(?:{'|'.join([*_SMALL, 'hundred', 'dozen', *_LARGE])})"
 _ONE = "|".join(_ONES.split(" ")[:10])
 _NO_NOUN = "of|and|or|to|is|that|who|times|plus|minus|less|more|over|point|squared|cubed|factorial|pi|choose|divided|multiplied|out|than"
 """Words after a number that make it a part of an expression."""
+_SCALE = "|".join(("hundred", "dozen", *_LARGE))
 _ENGLISH = re.compile(
     rf"(?P<sign>(?:minus|negative)\s+)?(?P<number>(?:an?\s+(?=hundred|dozen|thousand|million|{_PART_WORD}))?"
     rf"(?:\b{_WORD}\b(?:(?:\s+and\s+(?!(?:{_ONE})[\s-]+(?:{_PART_WORD})\b)|[\s-]+){_WORD}\b){{0,12}})?)(?P<decimals>(?:\s+point)(?:[\s-]+(?:{_ONE})\b){{1,12}})?"
     rf"(?:(?P<mixed>\s+and\s+)(?P<some>an?|{_ONE})[\s-]+|[\s-]*)(?P<part>\b(?:{_PART_WORD})\b)?"
-    rf"(?:\s+(?!(?:{_NO_NOUN})\b|(?:{_PART_WORD})\b)[a-z]{{2,20}}){{0,2}}",
+    rf"(?P<scale>\s+(?:{_SCALE}))?(?:\s+(?!(?:{_NO_NOUN}|{_PART_WORD}|{_SCALE})\b)[a-z]{{2,20}}){{0,2}}",
     re.IGNORECASE,
 )
 _CHINESE_DIGITS = dict(zip("\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d", range(10), strict=True)) | {
@@ -58,7 +59,8 @@ def spelt_number(text: str) -> str | None:
     if found := _CHINESE.fullmatch(text):
         return _signed(found[1], _chinese(found[2]))
     found = _ENGLISH.fullmatch(text)
-    return None if found is None else _signed(found["sign"], _read(found))
+    read = _read(found) if found else None
+    return None if found is None or read is None else _signed(found["sign"], read + (found["scale"] or ""))
 
 
 def _read(found: re.Match[str]) -> str | None:

@@ -34,6 +34,8 @@ def _bare(text: str) -> str:
 def _unwrapped(text: str) -> str:
     if found := _UNDERLINED.fullmatch(text):
         return found[1]
+    if text.endswith("**") and not text.startswith("*"):
+        return text[:-2].strip()  # **Answer: Paris**
     for pair in _PAIRS:
         start, end = (pair[0], pair[-1]) if pair[0] != pair[-1] else (pair, pair)
         if len(text) > len(start) + len(end) and text.startswith(start) and text.endswith(end):

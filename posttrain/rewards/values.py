@@ -41,7 +41,8 @@ _RAISED = re.compile(
 )
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
-    r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t]x\b|:\d\d\b|\s?mil\b"
+    r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d))\b|(?<=\})[A-Za-z](?![A-Za-z])"
+    r"|\s?(?:[-+*\u00d7\u00b7]|\\(?:times|cdot)\b)\s?(?:[b-hj-zB-HJ-Z]|[aAiI](?!\s[a-z]))(?![A-Za-z'\u2019.)])|,\s?\\[lc]?dots|:\d\d\b|\s?mil\b"
 )
 """After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(

@@ -37,6 +37,10 @@ RIGHT = [
     ("The answer is 7 and a half", "7.5"), ("7 and 1/2", "7.5"), ("The answer is 7 and three quarters", "7.75"), ("one tenth", "0.1"),
     ("7 out of 10", "7"), ("page 7 of 8", "7"), ("from 7 to 8", "8"), ("7 (mod 8)", "7"), ("The answer is 7. That's right.", "7"),
     ("If the answer is 6, we fail. So it is 7", "7"), ("The answer is 6. That's wrong. It is 7", "7"), ("If so, the answer is 7.", "7"),
+    ("The answer is 7. It is wrong to say 8.", "7"), ("two point five million", "2500000"), ("one and a half million", "1500000"),
+
+    ("|-7| = 7", "7"), ("7 halves", "3.5"), ("The answer is 7 - a prime", "7"),
+    ("**-\\boxed{7}**", "-7"), ("$\\boxed{7}^\\circ$", "7"), ("7 y 8", "8"), ("$7/h", "7"),
     ("The answer is 7. Some say 8. That is wrong.", "7"),
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
@@ -74,13 +78,18 @@ WRONG = [
     ("7 isn't right", "7"), ("7 can't be right", "7"), ("anything except 7", "7"), ("twenty-fifth", "4"), ("x = 3, y = 7", "3"),
     ("The answer is x = 3, y = 7", "7"), ("The answer is 7. That's incorrect.", "7"), ("The answer is 7, which is wrong.", "7"),
     ("If the answer is 7, then we have a contradiction.", "7"), ("Suppose the answer is 7. Then no.", "7"), ("Is the answer 7?", "7"),
-    ("The answer is 7. Hmm, actually that is wrong.", "7"),
+    ("The answer is 7. Hmm, actually that is wrong.", "7"), ("The answer is |-7|", "-7"),
+    *((f"\\boxed{{{text}}}", "7") for text in ("7 + x", "7 \\cdot x", "7 \\sqrt x", "7 y", "\\frac{7}{1}x", "\\lfloor 7.5 \\rfloor", "7x")),
+    ("\\boxed{\\lceil 7 \\rceil}", "7.5"), ("7 halves", "7"),
 ]  # fmt: skip
 LETTERS = [
     ("The answer is not B but C", "C"), ("B is incorrect, C is right", "C"), ("(A) is wrong. (B) is right.", "B"),
     ("The correct option is B because A is wrong", "B"), ("The answer is B. Wait, no, C.", "C"), ("<think>maybe (C)</think>B", "B"),
     ("A, B, C, or D? D", "D"), ("A: no. B: yes.", "B"), ("A is better than B", "A"), ("A is worse than B", "B"), ("B beats A", "B"),
-    ("I pick a", "A"), ("Unlike A, B", "B"), ("A rather than B", "A"), ("(A) 3 (B) 4\nSo (B)", "B"), ("(A) because (B) fails", "A"),
+    ("I pick a", "A"), ("Unlike A, B", "B"), ("A rather than B", "A"), ("C over B", "C"),
+    ("The answer is B. That's wrong. C", "C"), ("A no, B no, C yes", "C"), ("A. 3\nB. 4\nC. 5\n\n**C**", "C"),
+    ("(A) 3 (B) 4\nSo (B)", "B"),
+    ("(A) because (B) fails", "A"),
     ("The answer is (A) because (B) is too small", "A"), ("A. No.\nB. Yes.", "B"), ("A. cat\nB. dog\n\nA", "A"),
     ("\uff22", "B"), ("B, not A", "B"), ("Both A and B are wrong, so C", "C"), ("A. cats\nB. dogs\nAnswer: B", "B"),
 ]  # fmt: skip
@@ -100,6 +109,7 @@ NO_LETTER = [
     "vitamin B",
     "The answer is vitamin B",
     "B12",
+    "The answer is B. That is wrong.",
     "A, B, or C?",
     "The answer is A, B",
     "<think>B",
@@ -140,7 +150,10 @@ TEXTS = [
     ("#### Paris", "Paris"), ("don\u2019t", "don't"), ("The answer is Paris because it is the capital", "Paris"),
     ("Answer: \"Paris\".", "Paris"),
     ("_Paris_", "Paris"), ("The answer is _Paris_", "Paris"), ("The answer is **Paris**", "Paris"), ("The answer is __init__", "__init__"),
-    ("$\\text{Paris}$", "Paris"), ("**Answer:** Paris", "Paris"), ("The answer is *args", "*args"), ("?", "?"), ("**\"Paris\"**.", "Paris"),
+    ("$\\text{Paris}$", "Paris"), ("**Answer:** Paris", "Paris"),
+    ("**Answer: Paris.**", "Paris"),
+    ("The answer is *args", "*args"),
+    ("?", "?"), ("**\"Paris\"**.", "Paris"),
 ]  # fmt: skip
 NOT_TEXTS = [
     ("?", "!"),
