@@ -79,7 +79,7 @@ _SPELLINGS = (
 def without_expressions(text: str) -> str:
     """Return the text with operators in words as signs, mixed numbers as digits, and other expressions hidden."""
     for pattern, usual in _SPELLINGS:
-        text = pattern.sub(usual, text)  # type: ignore[arg-type]
+        text = pattern.sub(usual, text)
     for pattern in _HIDING:
         text = pattern.sub(HIDDEN, text)
     return text
