@@ -40,12 +40,13 @@ _OF = re.compile(
 )
 _AFTER = re.compile(
     rf"(?<=\d)(?:\s?(?:\\?%|percent|per\scent)\sof\s(?:the\s)?{_NUMBER}"
-    rf"|\s(?:factorial\b|raised\sto\b|to\sthe\s(?:power|{_PARTS})\b|(?:choose|mod|modulo)\s{_NUMBER}))",
+    rf"|[\s-](?:factorial\b|doubled\b|tripled\b|halved\b|multiplied\sby\sitself\b|choose-\d+|raised\sto\b|to\sthe\s(?:power|{_PARTS})\b|(?:choose|mod|modulo)\s{_NUMBER}))",
     re.IGNORECASE,
 )
 _BROKEN_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:[ \t][eE][ \t]?|[eE][ \t])[-+]?\d+(?!\w)")
 _HIDING = (_ROOTS, _FUNCTIONS, _LATEX, _INTERVALS, _NEGATED, _OF, _AFTER, _BROKEN_EXPONENT)
 _ORDINALS = {"third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
+_ORDINALS |= {"hundredth": 100, "thousandth": 1000}
 _SHARES = {
     "half": "1/2",
     "third": "1/3",

@@ -23,7 +23,9 @@ _CORRECTION = re.compile(
     r"\b(?:wait|oops|scratch that|correction|my mistake|sorry|actually)\b|(?<![\w'])no[,!.;:](?=\s)", re.IGNORECASE
 )
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppose|supposing|assume|assuming|imagine|whether|unless)\s(?:that\s)?(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:is|was|were|equals)"
+    r"(?:\b(?:doubt|denies|deny|(?:false|wrong|untrue|not true)(?=\sthat)|not (?:think|believe|say))|n['\u2019]t (?:think|believe|say)"
+    r"|\bnobody (?:thinks|believes|says)|\bif|\bsuppose|supposing|assume|assuming|imagine|whether|unless)"
+    r"\s(?:that\s)?(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:is|was|were|equals)"
     r"\s(?:[^,.;:?!\n]|[.,](?=\d)){1,60}"
     r"|\b(?:is|was|could|would|might|can)\s(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:be\s)?(?:[^,.;:?!\n]|[.,](?=\d)){1,60}\?",
     re.IGNORECASE,
@@ -31,10 +33,15 @@ _SUPPOSED = re.compile(
 """An answer that is only supposed or asked for."""
 _FIRST_SENTENCE = r"(?:[^.!?;\n]|\.(?=\d)){1,80}"
 _REJECTED = re.compile(
-    rf"{_FIRST_SENTENCE}(?:[.!?;,][*\s]{{0,4}}|\n\s{{0,4}})(?:(?:but|no|hmm|however|oh|well|wait|actually|sorry)[,.!\s]{{1,3}}){{0,3}}"
+    rf"{_FIRST_SENTENCE}(?:[.!?;,]{{1,3}}[*\s]{{0,4}}|\n\s{{0,4}})(?:(?:but|no|hmm|however|oh|well|wait|actually|sorry)[,.!\s]{{1,3}}){{0,3}}"
     r"(?:that|this|it|which|the answer)"
     r"(?:['\u2019]s|\s(?:is|was|would be|must be|seems|looks|can['\u2019]?t be|cannot be|isn['\u2019]t))\s(?:\w{1,12}\s)?"
     r"(?:incorrect|wrong|false|impossible|nonsense|a mistake|an error|right|correct)\b(?!\s(?:to|that|positive|alarm|negative)\b)",
+    re.IGNORECASE,
+)
+_REFUSED = re.compile(
+    rf"{_FIRST_SENTENCE}(?:[.!?;,]{{1,3}}[*\s]{{0,4}}|\n\s{{0,4}}|\s?(?=\())\(?(?:no|nope|wrong|incorrect|scratch that|just kidding)\b"
+    r"(?=\s?(?:[.!,;)]|\Z))",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(
@@ -68,6 +75,8 @@ def correction(text: str) -> str | None:
 
 def rejection(text: str) -> str | None:
     """Return the text after a sentence that calls the answer before it wrong, such as `5. That is incorrect.`; None without such."""
+    if refused := _REFUSED.match(text):
+        return text[refused.end() :]
     found = _REJECTED.match(text)
     if found is None or _is_affirmed(found[0]):
         return None

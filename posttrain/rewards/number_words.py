@@ -28,6 +28,7 @@ _PART = {
     "ninth": 9,
     "tenth": 10,
 }
+_PART |= {"hundredth": 100, "thousandth": 1000}
 _PARTS = _PART | {f"{name}s": value for name, value in _PART.items()} | {"halves": 2}
 _PART_WORD = "|".join(sorted(_PARTS, key=len, reverse=True))
 _WORD = rf"(?:{'|'.join([*_SMALL, 'hundred', 'dozen', *_LARGE])})"

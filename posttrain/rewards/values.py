@@ -41,15 +41,16 @@ _RAISED = re.compile(
 )
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
-    r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d))\b|(?<=\})[A-Za-z](?![A-Za-z])"
+    r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d)|i(?!\s\w))\b|(?<=\})[A-Za-z](?![A-Za-z])"
     r"|\s?(?:[-+*\u00d7\u00b7]|\\(?:times|cdot)\b)\s?(?:[b-hj-zB-HJ-Z]|[aAiI](?!\s[a-z]))(?![A-Za-z'\u2019.)])|,\s?\\[lc]?dots|:\d\d\b|\s?mil\b"
+    r"|\s(?:less|fewer|more|greater)\sthan\s(?:[$\u20ac\u00a3]?\d|[xyz]\b)"
 )
 """After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
     r"|rather than|instead of|other than)\b"
     r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
-    rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer)){{0,2}}[ \t:*_]*"
+    rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer|necessarily|known to be)){{0,2}}[ \t:*_]*"
     rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*"
     rf"|(?:{_NUMBER})(?:{SCALED})?\s(?:(?:is|was|must be|would be|seems|looks)\s(?:wrong|incorrect|false"
     r"|not\s(?:the|an?|right|correct|it)\b)|(?:isn|wasn)['\u2019]t\s(?:the|an?|right|correct|it)\b|(?:cannot|can['\u2019]t)\sbe\b)[^\n.;,]{0,40}",
@@ -92,7 +93,7 @@ _BOUNDED = re.compile(
 )
 """Before and after a number: it bounds the answer (x < 5), or stands for two (\u00b15)."""
 _OPERAND = re.compile(
-    r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\u03c0|\ue000)[ \t]?"
+    r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\bpi|\u03c0|\ue000)[ \t]?"
     r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):)[ \t]?[$\\({]*$"
 )
 """Before a number: it is the second part of an expression, a date or a time."""

@@ -37,6 +37,8 @@ RIGHT = [
     ("The answer is 7 and a half", "7.5"), ("7 and 1/2", "7.5"), ("The answer is 7 and three quarters", "7.75"), ("one tenth", "0.1"),
     ("7 out of 10", "7"), ("page 7 of 8", "7"), ("from 7 to 8", "8"), ("7 (mod 8)", "7"), ("The answer is 7. That's right.", "7"),
     ("If the answer is 6, we fail. So it is 7", "7"), ("The answer is 6. That's wrong. It is 7", "7"), ("If so, the answer is 7.", "7"),
+    ("The answer is 7. No doubt.", "7"), ("The answer is 5? No, 7", "7"), ("seven hundredths", "0.07"),
+    ("The answer is 7 hundredths", "0.07"),
     ("The answer is 7. It is wrong to say 8.", "7"), ("two point five million", "2500000"), ("one and a half million", "1500000"),
 
     ("|-7| = 7", "7"), ("7 halves", "3.5"), ("The answer is 7 - a prime", "7"),
@@ -69,6 +71,8 @@ WRONG = [
         "7% of 200", "the cube of 7", "twice 7", "7 x 2", "7 to the power of 2", "7 over 8", "7 choose 2", "max(7, 2)", "7 or more",
         "7 and a half",
         "7 and 1/2", "7 to 8", "seven point five", "seven eighths", "seven and a half", "seven squared", "seven plus two", "less than 7",
+        "7 less than 10", "7 hundredths", "seven hundredths", "pi/7", "7-choose-2", "7 doubled", "not necessarily 7", "7? No.", "7. Wrong!",
+        "7. No, it's not.", "7 (wrong)", "7. Scratch that.", "7... no.",
     )),
     *((f"\\boxed{{{text}}}", "7") for text in (
         "\\log_2 7", "\\sin 7", "\\ln(7)", "7!", "[7,\\infty)", "(-\\infty,7]", "[7, \u221e)", "\\binom{7}{2}", "\\sqrt{\\frac{7}{1}}",
@@ -78,6 +82,7 @@ WRONG = [
     ("7 isn't right", "7"), ("7 can't be right", "7"), ("anything except 7", "7"), ("twenty-fifth", "4"), ("x = 3, y = 7", "3"),
     ("The answer is x = 3, y = 7", "7"), ("The answer is 7. That's incorrect.", "7"), ("The answer is 7, which is wrong.", "7"),
     ("If the answer is 7, then we have a contradiction.", "7"), ("Suppose the answer is 7. Then no.", "7"), ("Is the answer 7?", "7"),
+    *((f"{lead} the answer is 7", "7") for lead in ("I doubt", "I don't think", "It is false that", "Nobody says")),
     ("The answer is 7. Hmm, actually that is wrong.", "7"), ("The answer is |-7|", "-7"),
     *((f"\\boxed{{{text}}}", "7") for text in ("7 + x", "7 \\cdot x", "7 \\sqrt x", "7 y", "\\frac{7}{1}x", "\\lfloor 7.5 \\rfloor", "7x")),
     ("\\boxed{\\lceil 7 \\rceil}", "7.5"), ("7 halves", "7"),
@@ -110,6 +115,7 @@ NO_LETTER = [
     "The answer is vitamin B",
     "B12",
     "The answer is B. That is wrong.",
+    "I don't think the answer is B",
     "A, B, or C?",
     "The answer is A, B",
     "<think>B",
