@@ -16,7 +16,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from posttrain.api_arguments import check_shape, checked, require, require_list, require_path
+from posttrain.api_rows import check_prompt
 from posttrain.data.tokens import Text, TextEncoder
+from posttrain.errors import ModelError
 from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -33,29 +36,59 @@ class Model:
     def generate(
         self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Return one answer per prompt; temperature 0 is greedy. The seed decides the answers at any other temperature."""
-        requests = [Request(tuple(self.encoder.prompt(prompt)), ((seed, i),)) for i, prompt in enumerate(prompts)]
+        """Return one answer per prompt; temperature 0 is greedy. The seed decides the answers at any other temperature.
+
+        Raises:
+            ConfigError: an argument is of a different type or out of its range.
+            DataError: a prompt is no text, is empty, or fills the model's context.
+        """
+        checked("generate", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        asked = require_list("generate", "prompts", prompts, "a list of prompts, e.g. ['1+1=']")
+        ids = [check_prompt(self.encoder, prompt, f"generate: prompt {i}") for i, prompt in enumerate(asked)]
+        requests = [Request(tokens, ((int(seed), i),)) for i, tokens in enumerate(ids)]
         answers = NativeEngine(self.lm, self.encoder.ends).sample(
             requests, SamplingSettings(max_new_tokens, temperature)
         )
         return [self.encoder.text(answer.tokens) for (answer,) in answers]
 
     def save(self, folder: str | Path, card: str = "") -> None:
-        """Write a folder that `load` and `from_pretrained` read: safetensors weights, configuration, tokenizer, README.md."""
-        save_model(self.lm, self.encoder.tokenizer, Path(folder), card, ends=self.encoder.ends)
+        """Write a folder that `load` and `from_pretrained` read: safetensors weights, configuration, tokenizer, README.md.
+
+        An existing model folder is replaced.
+
+        Raises:
+            ModelError: the weights are not finite, or the folder holds other files than a model, or cannot be written.
+        """
+        require_path("save", "folder", folder, "the path of a folder")
+        require("save", "card", card, str, "the text of README.md")
+        path = Path(folder)
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists()):
+            raise ModelError(
+                f"{path}: is there already and is no model folder, so it is not replaced; give a new folder"
+            )
+        save_model(self.lm, self.encoder.tokenizer, path, card, ends=self.encoder.ends)
 
 
 def load(source: str | Path) -> Model:
     """Load a model folder, or a hub id if downloads are allowed.
 
     Raises:
+        ConfigError: `source` is no path.
         ModelError: the folder cannot be used.
     """
+    require_path("load", "source", source, "the path of a model folder, or a hub id OWNER/NAME")
     return Model(load_policy(source), load_encoder(source))
 
 
 def tiny(seed: int, **sizes: Any) -> Model:
-    """Build a tiny Qwen3 with a byte tokenizer from a seed; `sizes` are fields of `TinyShape`. Nothing is downloaded."""
+    """Build a tiny Qwen3 with a byte tokenizer from a seed; `sizes` are fields of `TinyShape`. Nothing is downloaded.
+
+    Raises:
+        ConfigError: there is no such size, or the sizes do not fit together.
+    """
+    require("tiny", "seed", seed, int, "a whole number")
+    checked("tiny", seed=seed)
+    check_shape(sizes)
     shape = TinyShape(**sizes)
     lm, tokenizer = tiny_model(shape, seed)
     return Model(lm, TextEncoder(tokenizer, shape.max_length))

@@ -21,22 +21,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.algorithms import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
+from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
+from posttrain.algorithms.checks import check_spec
+from posttrain.algorithms.on_policy_checks import needs_several_answers
 from posttrain.api import Model
+from posttrain.api_arguments import check_columns, check_reward, checked, require
+from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens, require_same_vocabulary, table_tokens
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
+from posttrain.models.weights import broken_weights
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.functions import find_function
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.engine import Engine, SamplingSettings
-from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
+from posttrain.rollouts.groups import CONVERSATION, GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.turns import TurnEngine, Turns
 from posttrain.settings import OptimizerSettings
+from posttrain.text import nearest
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
 from posttrain.training.loop import LoopSettings, fit
@@ -112,7 +118,8 @@ def train(
     Args:
         algorithm: a preset's name, a spec such as `replace(GRPO, …)`, or "sft".
         rows: prompts, or rows with `prompt` and further columns for the reward (on-policy); `prompt`, `chosen`, `rejected` and optional
-            scores (preferences); `prompt`, `completion` and `label`, True or False (kto); `prompt`, `completion` (sft).
+            scores (preferences); `prompt`, `completion` and `label`, True or False (kto); `prompt`, `completion` or `messages`, and an
+            optional `weight` of the row's tokens (sft).
         batch_size: prompts, pairs or rows per step.
         reward: a function `f(prompts, completions, **columns) -> list of numbers or None`, a built-in's name, or several by name, whose
             sum is used.
@@ -123,37 +130,79 @@ def train(
         turns: an environment's `step` and a limit, for answers that are conversations; `max_new_tokens` is then the limit of one turn.
 
     Raises:
-        ConfigError: an argument is missing, or has no effect for this algorithm.
-        DataError: there are no rows.
-        ModelError: the logits of the model are not the plain output of its head.
+        ConfigError: an argument is missing, of a different type or out of its range, or has no effect for this algorithm.
+        DataError: there are no rows, or a row lacks a column or holds something else than text.
+        ModelError: the logits of the model are not the plain output of its head, or its weights are not finite.
+        NotFiniteError: a loss, or a weight after the last step, is not finite.
     """
-    table = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    if not table:
-        raise DataError("train needs at least one row; rows is empty")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    check_policy(model.lm, "the model to train")
-    run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
-    spec = choose(algorithm) if isinstance(algorithm, str) and algorithm != "sft" else algorithm
-    if isinstance(spec, OnPolicy):
-        limit = 1 if turns is None else turns.limit
-        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
-        _on_policy(run, spec, table, reward, sampling, demonstrations, teacher, turns)
-    elif reward is not None or demonstrations or teacher is not None or turns is not None:
+    require("train", "model", model, Model, "a model of load(...) or tiny(...)")
+    checked(
+        "train",
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        micro_batch_tokens=micro_batch_tokens,
+        threads=threads,
+        **{"training temperature": temperature},
+    )
+    spec = _spec(algorithm)
+    if not isinstance(spec, OnPolicy) and (
+        reward is not None or demonstrations or teacher is not None or turns is not None
+    ):
         raise ConfigError(
             "reward, demonstrations, teacher and turns have no effect here: only on-policy algorithms use them. Remove them."
         )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if broken := broken_weights(model.lm):
+        raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
+    check_policy(model.lm, "the model to train")
+    run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
+    if isinstance(spec, OnPolicy):
+        require("train", "teacher", teacher, (Model, type(None)), "a model of load(...)")
+        require("train", "turns", turns, (Turns, type(None)), "Turns(step, limit=...)")
+        if reason := needs_several_answers(spec, samples):
+            raise ConfigError(f"{spec.name}: {reason}; samples = {samples} must be at least 2")
+        limit = 1 if turns is None else turns.limit
+        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
+        _on_policy(run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, turns)
     elif isinstance(spec, str):
-        examples = [
-            Example(tokens) for tokens in table_tokens(model.encoder, [dict(row) for row in table], "completion")
-        ]
-        run.fit(run.trainer(Policy(model.lm), steps), run.epochs(examples), SupervisedObjective(), "loss")
+        _supervised(run, supervised_rows(rows))
     elif isinstance(spec, Unpaired):
-        _unpaired(run, spec, table)
+        _unpaired(run, spec, labelled_rows(rows))
     else:
-        _preferences(run, spec, table)
+        needs_scores = isinstance(spec, Preference) and spec.score_weighting != "none"
+        _preferences(run, spec, preference_rows(rows, needs_scores))
     model.lm.eval()
+    if broken := broken_weights(model.lm):
+        raise NotFiniteError(
+            f"after {steps} steps {broken}: an update was too large. Load the model again, and lower learning_rate = {learning_rate:g}"
+        )
     return [run.history.steps[step] for step in sorted(run.history.steps)]
+
+
+def _spec(algorithm: Any) -> Algorithm | str:
+    """Return the spec of a preset's name, "sft" or a checked spec as it is."""
+    if algorithm == "sft":
+        return "sft"
+    if isinstance(algorithm, str):
+        if algorithm not in PRESETS:
+            raise ConfigError(f"unknown algorithm {algorithm!r}{nearest(algorithm, [*PRESETS, 'sft'])}")
+        return choose(algorithm)
+    kinds = (OnPolicy, Preference, LoggedGroups, Unpaired)
+    require("train", "algorithm", algorithm, kinds, "a preset's name such as 'grpo', a spec of choose(...), or 'sft'")
+    spec: Algorithm = algorithm
+    check_spec(spec, set())
+    return spec
+
+
+def _supervised(run: _Run, table: list[dict[str, Any]]) -> None:
+    tokens = table_tokens(run.model.encoder, table, "completion")
+    examples = [Example(t, float(row.get(WEIGHT, 1.0))) for t, row in zip(tokens, table, strict=True)]
+    run.fit(run.trainer(Policy(run.model.lm), run.steps), run.epochs(examples), SupervisedObjective(), "loss")
 
 
 def _on_policy(
@@ -181,8 +230,11 @@ def _on_policy(
             f"{spec.name}: pass demonstrations= if and only if the algorithm has an expert stream (mu_peak > 0)"
         )
     model = run.model
-    functions = dict(reward) if isinstance(reward, Mapping) else {} if reward is None else {"reward": reward}
-    sources = [FunctionReward(n, find_function(f) if isinstance(f, str) else f) for n, f in functions.items()]
+    functions = {n: find_function(f) if isinstance(f, str) else f for n, f in check_reward(reward).items()}
+    columns = [*(name for name in table[0] if name != "prompt"), *([CONVERSATION] if turns is not None else [])]
+    for name, function in functions.items():
+        check_columns(name, function, columns)
+    sources = [FunctionReward(name, function) for name, function in functions.items()]
     if teacher is not None:
         require_same_vocabulary(teacher.encoder, model.encoder, "teacher=")
     held = teacher.lm if teacher is not None else copy.deepcopy(model.lm) if spec.needs_reference else None
@@ -190,7 +242,8 @@ def _on_policy(
     policy = Policy(model.lm, shared_value_head=spec.has_critic)
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
-    experts = table_tokens(model.encoder, [dict(row) for row in demonstrations], "completion")
+    shown = supervised_rows(demonstrations, "demonstrations") if spec.has_expert else []
+    experts = table_tokens(model.encoder, shown, "completion")
     most = sampling.sampling.max_new_tokens * sampling.turns
     objective = OnPolicyObjective(spec, most, sampling.sampling.temperature)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)
@@ -221,7 +274,9 @@ def _on_policy(
 
 def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    return Problem(row["prompt"], tuple(model.encoder.prompt(row["prompt"])), columns, number)
+    return Problem(
+        row["prompt"], check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt"), columns, number
+    )
 
 
 def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:

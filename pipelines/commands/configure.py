@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipelines.commands.lookahead import problems, unused_rewards
+from pipelines.commands.lookahead import problems
+from pipelines.commands.notes import notes
 from pipelines.config.dvc_yaml import require_survival, to_block_style
 from pipelines.config.params import Params, flatten, load_params, parse_params
 from pipelines.config.yaml_files import read_yaml
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _look(params)
     if not args.check:
         configure(path, args.changes)
-    print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *unused_rewards(params)]))
+    print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *notes(params, changes)]))
     return 0
 
 
@@ -137,6 +138,10 @@ def _overlay(change: str) -> dict[str, Any]:
     names = key.strip().split(".")
     if not all(names):
         raise ConfigError(f"{change!r}: write dotted.key=value, e.g. sft.epochs=2")
+    if not value.strip():
+        raise ConfigError(
+            f"{change!r}: there is no value after the equals sign; to remove an optional key, write {key}=null"
+        )
     try:
         tree = _round_trip().load(value)
     except YAMLError as error:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
+from pipelines.commands.layers import adapters, weight_names
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
-from pipelines.data.sources import HUB, is_generator, local_files
+from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
@@ -27,26 +29,14 @@ ROWS = 20
 
 def problems(params: Params) -> list[str]:
     """Return one line for each source, import path or column that a run would not find."""
-    return [*_functions(params), *_services(params), *_model(params), *_data(params), *_second_task(params)]
-
-
-def unused_rewards(params: Params) -> list[str]:
-    """Return one line for each reward that no aligned algorithm and not the evaluation computes; a run with it is no error."""
-    computed = {*params.evaluation.rewards}
-    for name in params.project.algorithms:
-        computed.update(params.algorithms[name].rewards or {})
-    found = []
-    for reward in params.rewards:
-        if reward not in computed:
-            elsewhere = [name for name, section in params.algorithms.items() if reward in (section.rewards or {})]
-            where = (
-                f"; {', '.join(elsewhere)} would use it, but project.algorithms does not list it" if elsewhere else ""
-            )
-            found.append(
-                f"warning: rewards.{reward} is computed by nothing{where}. To train on it, give it a weight:"
-                f" posttrain configure algorithms.NAME.rewards.{reward}=1.0. To measure it, add it to evaluation.rewards."
-            )
-    return found
+    return [
+        *_functions(params),
+        *_services(params),
+        *_model(params),
+        *_adapters(params),
+        *_data(params),
+        *_second_task(params),
+    ]
 
 
 def _services(params: Params) -> Iterator[str]:
@@ -103,6 +93,9 @@ def _missing_function(path: str) -> str | None:
         return f"cannot be imported: {error}"
     if spec is None or spec.origin is None:
         return f"there is no module {module} here. Write it, or start the command in the folder that holds it."
+    if spec.origin in ("frozen", "built-in"):  # a module of Python's own, which has no file here
+        known = dir(importlib.import_module(module))
+        return None if function in known else f"Python's module {module} has no {function}{nearest(function, known)}"
     source = Path(spec.origin)
     if source.suffix != ".py":
         return None
@@ -142,7 +135,9 @@ def _model(params: Params) -> Iterator[str]:
         if key == "model.source" and source.endswith(".gguf"):
             yield from _gguf(Path(source))
         elif Path(source).exists():
-            yield f"{key} = {source!r}: the folder has no config.json, so it is not a model that transformers can load"
+            inside = sorted(path.parent for path in Path(source).glob("*/config.json"))
+            where = f"; models are in its subfolders: write {inside[-1].as_posix()}" if inside else ""
+            yield f"{key} = {source!r}: the folder has no config.json, so it is not a model that transformers can load{where}"
         elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
             yield f"{key} = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
 
@@ -156,6 +151,16 @@ def _gguf(file: Path) -> Iterator[str]:
         yield f"model.source = {error}"
 
 
+def _adapters(params: Params) -> Iterator[str]:
+    """Yield layers that an adapter names and the model does not have; only a folder here, and the tiny model, are looked into."""
+    names = weight_names(params)
+    for key, lora in adapters(params).items():
+        for target in lora.target_modules if names and not isinstance(lora.target_modules, str) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                ends = {name.rpartition(".")[2] for name in names}
+                yield f"{key}.target_modules: the model has no layer {target!r}{nearest(target, ends)}"
+
+
 def _data(params: Params) -> Iterator[str]:
     """Yield what is wrong with a table's source, or with the columns of its first rows."""
     for kind in get_args(Kind):
@@ -165,12 +170,14 @@ def _data(params: Params) -> Iterator[str]:
                 yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
             elif is_wrapped(name) and (why := _missing_task(name)):
                 yield f"data.{kind}.source = {name!r}: {why}"
-        if any(is_generator(name) or name.startswith(HUB) for name in source.names):
-            continue
         try:
+            if is_generator(source.source):
+                require_effect(kind, source)
+            if any(is_generator(name) or name.startswith(HUB) for name in source.names):
+                continue
             files = local_files(source)
             if not files:
-                yield f"data.{kind}.source = {source.source!r}: no such file, folder or generator{nearest(str(source.source), built_in())}"
+                yield f"data.{kind}.source = {source.source!r}: {no_source(source.names[0])}"
                 continue
             canonical_rows(kind, source.model_copy(update={"rows": None}), read_file(files[0])[:ROWS])
         except PosttrainError as error:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
 from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line, too_long_warmups
-from pipelines.commands.lookahead import problems, unused_rewards
+from pipelines.commands.lookahead import problems
+from pipelines.commands.notes import notes
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = {phase.stage: phase.steps for phase in planned if phase.name == "train"}
     print(f"\n{rows_line(rows_by_table(params))}\n{time_line(params, steps, seconds_by_stage(Path()))}")
     stopping = too_long_warmups(params, steps)
-    print("\n".join(["", *stopping, *unused_rewards(params), shown]))
+    print("\n".join(["", *stopping, *notes(params), shown]))
     if args.workers:
         print("\n" + workers_table(expected_work(Path(), read_lock(Path()), params), args.workers))
     return int(bool(stopping) or any(phase.memory.total > limit for phase in planned))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config.schema import ComputeParams, TurnsParams
 from pipelines.config.second_task_schema import SecondTask
@@ -44,6 +44,13 @@ class EvaluationParams(Section):
     benchmarks: BenchmarkParams | None = None
     """Standard benchmarks in the same report, with each model's change from base; needs the extra `benchmarks`."""
     compute: ComputeParams
+
+    @model_validator(mode="after")
+    def _every_k_once(self) -> EvaluationParams:
+        """Refuse the same k twice."""
+        if len(set(self.pass_k)) < len(self.pass_k):
+            raise ValueError(f"pass_k {self.pass_k}: names the same k twice; name each once")
+        return self
 
 
 class ReportParams(Section):

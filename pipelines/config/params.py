@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, model_validator
 
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.evaluation_schema import EvaluationParams, ReportParams
+from pipelines.config.explain import validated
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.judge_schema import JudgeParams
 from pipelines.config.numbers import refuse_huge
@@ -30,19 +31,19 @@ from pipelines.config.schema import (
     StartModel,
     ValidationParams,
 )
+from pipelines.config.tune_check import check_space
 from pipelines.config.tune_schema import TuneParams
 from pipelines.config.types import Name, Section
 from pipelines.config.yaml_files import read_yaml
-from posttrain.algorithms import PRESETS, Algorithm, OnPolicy, choose
+from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
+from posttrain.algorithms.on_policy_checks import needs_several_answers
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
 
 REWARD_FUNCTIONS = ("reward_model", "judge", *BUILT_IN_NAMES)
 RESERVED_NAMES = ("reward", "total", "prompt", "completion")
-
-S = TypeVar("S", bound=Section)
 
 
 class Params(Section):
@@ -90,6 +91,7 @@ class Params(Section):
             raise ValueError(
                 f"evaluation.pass_k {self.evaluation.pass_k}: k must not exceed samples_per_prompt {self.evaluation.samples_per_prompt}"
             )
+        check_space(self)
         return self
 
     def algorithm(self, name: str) -> Algorithm:
@@ -107,8 +109,8 @@ class Params(Section):
         values = merged(defaults.model_dump(), self.algorithms[name].budget)
         location = ("algorithms", name, "budget")
         if not on_policy:
-            return _validated(PreferenceBudget, values, location)
-        return _validated(OnPolicyBudget, values, location)
+            return validated(PreferenceBudget, values, location)
+        return validated(OnPolicyBudget, values, location)
 
     def watched_rewards(self, name: str) -> tuple[str, str] | None:
         """Return a true reward and the reward model that an algorithm trains on, or None if it does not measure both."""
@@ -133,16 +135,9 @@ class Params(Section):
         """Check one algorithm's sampling settings against its spec."""
         spec = self.algorithm(name)
         assert isinstance(spec, OnPolicy)
-        grouped = spec.advantage in ("group_mean", "group_z", "leave_one_out", "group_rate")
-        if grouped and budget.samples_per_prompt < 2:
+        if reason := needs_several_answers(spec, budget.samples_per_prompt):
             raise ConfigError(
-                f"algorithms.{name}: advantage {spec.advantage!r} compares several answers to one prompt;"
-                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
-            )
-        if spec.filter != "none" and budget.samples_per_prompt < 2:
-            raise ConfigError(
-                f"algorithms.{name}: filter {spec.filter!r} keeps prompts whose answers are rewarded differently;"
-                f" samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
+                f"algorithms.{name}: {reason}; samples_per_prompt = {budget.samples_per_prompt} must be at least 2"
             )
         if "critic_learning_rate" in self.algorithms[name].budget and not spec.has_critic:
             raise ConfigError(
@@ -295,48 +290,9 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
         raise ConfigError(f"{origin}: must be a mapping of sections ({', '.join(Params.model_fields)})")
     try:
         refuse_huge(tree)
-        return _validated(Params, tree, ())
+        return validated(Params, tree, ())
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-
-
-def _validated(kind: type[S], tree: Any, location: tuple[str, ...]) -> S:
-    """Validate a tree. Raises ConfigError with one line per error."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, fault, location) for fault in error.errors())) from None
-
-
-def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
-    """Return one error of pydantic as a line."""
-    path = ".".join([*location, *map(str, fault["loc"])])
-    if fault["type"] == "extra_forbidden":
-        owner = _model_at(kind, fault["loc"][:-1])
-        return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
-    if fault["type"] == "missing":
-        section, *rest = (*location, *map(str, fault["loc"]))
-        if section == "algorithms" and rest[1:] == ["preset"]:
-            return f"{path}: missing, and {rest[0]!r} is no preset{nearest(rest[0], PRESETS)}"
-        return f"{path}: missing; add it"
-    message: str = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not path:
-        return message
-    shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
-    return f"{path}{shown}: {message}"
-
-
-def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
-    """Return the section at a location of an error."""
-    for part in loc:
-        if isinstance(kind, type) and issubclass(kind, Section):
-            kind = kind.model_fields[part].annotation
-        else:
-            kind = getattr(kind, "__args__", [None])[-1]
-        options = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
-        if options and not str(kind).startswith(("dict", "list")):
-            kind = options[0]
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

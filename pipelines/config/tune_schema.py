@@ -28,7 +28,7 @@ class SearchRange(Section):
             raise ValueError("give either low and high, or values")
         if self.values is not None and self.log:
             raise ValueError("log: has no effect on values; remove it")
-        if self.low is not None and self.high is not None and not (0 if self.log else self.low) < self.high:
+        if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError(f"high {self.high} must be greater than low {self.low}")
         if self.log and self.low is not None and self.low <= 0:
             raise ValueError(f"low {self.low} must be positive on a logarithmic scale")

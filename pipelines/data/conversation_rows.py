@@ -9,6 +9,7 @@ from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
+from posttrain.data.messages import parted
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
@@ -66,12 +67,9 @@ def _parted(row: Row, where: str, changes: Changes) -> Row:
         raise DataError(
             f"{where}: its conversation is {_shown(turns)}; it must be a list of messages with role and content"
         )
-    asked = [i for i, turn in enumerate(turns) if turn["role"] != "system"]
-    greets = bool(asked) and turns[asked[0]]["role"] == "assistant"
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1 if greets else 0 :]
+    asked, answered, greets = parted(turns)
     changes["conversations that begin with the assistant, whose first turn is not trained"] += greets
-    first = answers[0] if answers else len(turns)
-    return {"id": row["id"], "prompt": turns[:first] or None, "completion": turns[first:] or None, **rest}
+    return {"id": row["id"], "prompt": asked or None, "completion": answered or None, **rest}
 
 
 def _as_conversation(kind: Sourced, row: Row, source: TableSource) -> Row:

@@ -71,7 +71,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
 
     Raises DataError if there are none, if they are of several formats, or if a numbered shard is missing.
     """
-    files = [p for p in sorted(folder.rglob("*")) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
+    files = _data_files(folder)
     named = {path: found[0] for path in files if (found := _SPLIT.match(path.name))}
     if named:
         files = [path for path in files if named.get(path) == split]
@@ -88,6 +88,15 @@ def folder_files(folder: Path, split: str) -> list[Path]:
         )
     _check_shards(folder, files)
     return files
+
+
+def unread_files(folder: Path, split: str) -> list[Path]:
+    """Return the data files of a folder that belong to other splits, or to none."""
+    return sorted({*_data_files(folder)} - {*folder_files(folder, split)})
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
 
 
 def _is_hidden(path: Path) -> bool:

@@ -69,11 +69,23 @@ def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
         if kind == "preferences"
         else ""
     )
+    columns = {column for f in FORMATS if kind in f.kinds for column in f.needs}
+    if wrong := [name for name in there if name not in columns and name.strip().lower() in columns]:
+        advice = "; ".join(f"{name!r}: {_spelt(name)} ({name.strip().lower()})" for name in wrong)
+        raise DataError(
+            f"{where}: the names of its columns are not written as they must be: {advice}. Correct the header of the file."
+        )
     known = "; ".join(f"{f.name}: {', '.join(sorted(f.needs))}" for f in FORMATS if kind in f.kinds)
     raise DataError(
         f"{where}: no known format has its columns ({', '.join(there)}). Known by their columns are {known}. For other names, map"
         f" each column in data.{kind}.columns; a prompt must not contain its answer.{graded}"
     )
+
+
+def _spelt(name: str) -> str:
+    """Return the advice for a column's name."""
+    spaces = ["remove the space"] if name != name.strip() else []
+    return " and ".join([*spaces, *(["write it in lower case"] if name != name.lower() else [])])
 
 
 def _same(record: Record) -> Record:

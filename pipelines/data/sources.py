@@ -16,7 +16,7 @@ from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.file_columns import require_alike
-from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file
+from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file, unread_files
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
 from pipelines.data.tables import SCORES, TEXT, Row
@@ -105,7 +105,17 @@ def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -
         raise ConfigError(f"data.{kind}.preferred: only data.preferences makes pairs out of two answers; remove it")
     if source.graded and kind != "preferences":
         raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
+    if changes is not None and (left := unread(source)):
+        changes[f"files of other splits than {source.split!r}, not read: {', '.join(left)}"] += len(left)
     return canonical_rows(kind, source, _records(kind, source), changes)
+
+
+def unread(source: TableSource) -> list[str]:
+    """Return the data files in the folders that a source names which are not of its split, and so are not read."""
+    folders = [
+        Path(name) for name in source.names if not name.startswith(HUB) and _exists(name) and Path(name).is_dir()
+    ]
+    return [path.as_posix() for folder in folders for path in unread_files(folder, source.split)]
 
 
 def is_generator(name: str | list[str]) -> bool:
@@ -165,15 +175,34 @@ def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row
             f"data.labelled.source = {source.source!r}: generators make no labelled answers. Leave data.labelled out: the answers of the"
             " generated pairs are used, chosen ones with thumbs up and rejected ones with thumbs down"
         )
-    for field in ("columns", "extract", "graded", "preferred"):
-        if getattr(source, field) is not None:
-            raise ConfigError(f"data.{kind}.{field}: has no effect on the generator {source.source!r}. Remove it.")
+    require_effect(kind, source)
     if source.rows is None:
         raise ConfigError(
             f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
         )
     assert isinstance(source.source, str)
     return checked_rows(environment(source.source), kind, source.rows, data.seed, _options(source.source, data))
+
+
+def require_effect(kind: Sourced, source: TableSource) -> None:
+    """Raise ConfigError for a setting of files that is given for a generator, on which it has no effect."""
+    given = [field for field in ("columns", "extract", "graded", "preferred") if getattr(source, field) is not None]
+    given += ["split"] if source.split != type(source).model_fields["split"].default else []
+    if given:
+        raise ConfigError(f"data.{kind}.{given[0]}: has no effect on the generator {source.source!r}. Remove it.")
+
+
+_INSTEAD = {".zip": "unpack it", ".xlsx": "save it as CSV", ".xls": "save it as CSV", ".txt": "write rows with columns"}
+"""Advice for files of other kinds."""
+
+
+def no_source(name: str) -> str:
+    """Return why a name is no source: a file of a kind that cannot be read, or nothing that is here."""
+    kinds = f"{', '.join(READERS)}; also .gz, .bz2, .xz, .zst"
+    if _exists(name) and Path(name).is_file():
+        suffix = Path(name).suffix.lower()
+        return f"files that end in {suffix or 'nothing'!r} cannot be read; {_INSTEAD.get(suffix, 'convert it')}. Known are {kinds}"
+    return f"no such file, folder or generator{nearest(name, built_in())}; or a file ({kinds}), a folder of them, or hub:OWNER/NAME"
 
 
 def _options(name: str, data: DataParams) -> dict[str, Any]:
@@ -200,10 +229,7 @@ def _records(kind: Sourced, source: TableSource) -> list[Record]:
             )
         files = _files_of(name, source.split)
         if not files:
-            raise ConfigError(
-                f"data.{kind}.source = {name!r}: no such generator{nearest(name, built_in())};"
-                f" or a file ({', '.join(READERS)}; also .gz, .bz2, .xz, .zst), a folder of them, or hub:OWNER/NAME"
-            )
+            raise ConfigError(f"data.{kind}.source = {name!r}: {no_source(name)}")
         parts += [(str(path), read_file(path)) for path in files]
     require_alike(kind, source, parts)
     return [record for _, records in parts for record in records]

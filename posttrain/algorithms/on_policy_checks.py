@@ -27,6 +27,17 @@ def refuse_k1_in_loss(name: str, estimator: KlEstimator) -> None:
         )
 
 
+def needs_several_answers(spec: OnPolicy, samples: int) -> str:
+    """Return why the algorithm learns nothing from `samples` answers to a prompt; empty if they suffice."""
+    if samples > 1:
+        return ""
+    if spec.advantage in ("group_mean", "group_z", "leave_one_out", "group_rate"):
+        return f"advantage {spec.advantage!r} compares several answers to one prompt"
+    return (
+        f"filter {spec.filter!r} keeps prompts whose answers are rewarded differently" if spec.filter != "none" else ""
+    )
+
+
 def check_on_policy(spec: OnPolicy, given: set[str]) -> None:
     """Raise ConfigError for impossible points; `given` are the options that the user set."""
     if spec.ratio == "sequence" and spec.surrogate in ("geometric", "tv", "kl"):

@@ -99,6 +99,12 @@ class ChatTemplate:
                 f"{_row(row)}: the model's chat template was stopped: {reason}. Take a model whose template you trust."
             ) from None
         except Exception as error:  # a template is a program of the model's author, which may raise anything
+            if type(error).__name__ == "TemplateSyntaxError":
+                raise ModelError(
+                    f"{_row(row)}: the model's chat template is no valid Jinja ({' '.join(str(error).split())}, line"
+                    f" {getattr(error, 'lineno', '?')}), so no conversation can be shown. Correct chat_template.jinja, or the entry"
+                    " chat_template of tokenizer_config.json, or fetch the model again."
+                ) from None
             raise DataError(
                 f"{_row(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
                 f" {', '.join(str(message.get('role')) for message in messages)}. Change the row, e.g. put a system message into the"
@@ -115,7 +121,7 @@ class ChatTemplate:
         """
         text = self.render(messages, tools, generate, row)
         _require_tools(text, messages, tools, row)
-        shown = _plain(text)
+        shown, as_written = _plain(text), " ".join(text.split())
         for i, message in enumerate(messages):
             content = message.get("content")
             if not isinstance(content, str) or message.get("role") == "tool" or message.get("tool_calls"):
@@ -126,6 +132,12 @@ class ChatTemplate:
                 raise DataError(
                     f"{_row(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model would"
                     " never see it. Put it into a turn that the template shows, such as the user's, or take a model with another template."
+                )
+            if not any(" ".join(one.split()) in as_written for one in spellings):
+                raise DataError(
+                    f"{_row(row)}: the model's chat template changes the letters of turn {i} ({message.get('role')}), as its filters upper"
+                    f" and lower do: {_shorter(end)} is not in what it shows. The model would learn another text than the row's; take"
+                    " a model with another template, or correct the template."
                 )
         asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
         hidden = [turn for turn in hidden_reasoning(text, messages) if turn > asked]
@@ -296,6 +308,12 @@ def _after_reasoning(content: str) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+def _shorter(text: str) -> str:
+    """Return a text as one short line."""
+    line = repr(" ".join(text.split()))
+    return line if len(line) <= 60 else line[:57] + "…" + line[0]
 
 
 def _shared(a: str, b: str) -> int:

@@ -36,7 +36,14 @@ from posttrain.errors import ModelError
 from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
-from posttrain.models.weights import check_folder, load_whole, pretrained, refuse_other_heads, weight_files
+from posttrain.models.weights import (
+    broken_weights,
+    check_folder,
+    load_whole,
+    pretrained,
+    refuse_other_heads,
+    weight_files,
+)
 from posttrain.settings import context_limit
 
 if TYPE_CHECKING:
@@ -215,8 +222,12 @@ def save_model(
         adapter: already merged into `model`; its own weights are kept in the subfolder `adapter`.
 
     Raises:
-        ModelError: the disk is full or read-only.
+        ModelError: a weight is not finite, or the disk is full or read-only.
     """
+    if broken := broken_weights(model):
+        raise ModelError(
+            f"the model is not saved to {folder}: {broken}. Load it again and train with a lower learning rate"
+        )
     partial = folder.with_name(folder.name + ".partial")
     _remove(partial)
     for key, value in (extra_config or {}).items():

@@ -111,6 +111,8 @@ def check_folder(source: str | Path) -> None:
         ) from error
     if not there and not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
         raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
+    if folder.is_file():
+        raise ModelError(f"{source}: is a file; give the folder that holds it: {folder.parent}")
     if not folder.is_dir():
         return
     if (folder / "adapter_config.json").exists():
@@ -119,7 +121,9 @@ def check_folder(source: str | Path) -> None:
             " base model (peft: PeftModel.from_pretrained(…).merge_and_unload()) and save the whole model"
         )
     if not (folder / "config.json").exists():
-        raise ModelError(f"{source}: no config.json, so this is not a model folder")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        where = f"; models are in its subfolders: give {folder / inside[-1]}" if inside else ""
+        raise ModelError(f"{source}: no config.json, so this is not a model folder{where}")
     _check_quantisation(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -314,10 +318,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+def broken_weights(model: torch.nn.Module) -> str:
+    """Return "NAME holds NaN or infinity" for the weights that are not finite; empty if all are."""
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
-    if broken:
+    return f"{_some(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity" if broken else ""
+
+
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+    if broken := broken_weights(model):
         raise ModelError(
-            f"{source}: {_some(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity, so every output would be NaN;"
-            " fetch the weights again, or take an earlier checkpoint"
+            f"{source}: {broken}, so every output would be NaN; fetch the weights again, or take an earlier checkpoint"
         )

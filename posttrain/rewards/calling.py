@@ -47,7 +47,7 @@ def call(
 
     def values_of(rows: Sequence[int]) -> list[Any]:
         chosen = {name: [values[i] for i in rows] for name, values in columns.items()}
-        return list(function([prompts[i] for i in rows], [completions[i] for i in rows], **chosen, **arguments))
+        return _listed(function([prompts[i] for i in rows], [completions[i] for i in rows], **chosen, **arguments))
 
     every = range(len(completions))
     try:
@@ -71,6 +71,18 @@ def call(
         return CallResult(again)  # the caller rejects a wrong count
     known = dict(zip(rest, again, strict=True))
     return CallResult([known.get(row) for row in every], failures, trace)
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return a function's values as plain numbers: it may return a tensor or an array, or a list of their elements."""
+    if values is None:
+        raise TypeError("the function returned None; it must return a list with one number or None per completion")
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not isinstance(found, list):
+        raise TypeError(
+            f"the function returned {found!r}; it must return a list with one number or None per completion"
+        )
+    return [value.item() if getattr(value, "shape", None) == () else value for value in found]
 
 
 def _described(error: Exception) -> str:

@@ -111,8 +111,14 @@ class FunctionReward:
             f" {listed}; the first to prompt {_short(answers.prompts[rows[0]])}: {_short(answers.completions[rows[0]])}): {message}"
         )
         if self.on_failure == "stop":
+            if kind == "failed" and len(rows) == len(answers.completions):
+                # the function fails on everything: to skip would leave no reward and hide the fault
+                columns = ", ".join(["prompts", "completions", *answers.columns])
+                remedy = f"Correct the function, or give what it needs: it is called with {columns}"
+            else:
+                remedy = f"Correct the function, or skip such answers with rewards.{self.name}.on_failure: skip"
             failure = (RewardTimeoutError if kind == "timed_out" else RewardError)(
-                f"{report}. Correct the function, or skip such answers with rewards.{self.name}.on_failure: skip"
+                f"{report}. {remedy}"
                 + (f"; raise the limit with rewards.{self.name}.timeout_seconds" if kind == "timed_out" else "")
             )
             if result.trace:

@@ -33,7 +33,7 @@ THINKING = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML + OPEN
 )
-HIDDEN = "{{ messages | length }}" + CHATML.replace("m.content", "m.content | upper") + OPEN
+HIDDEN = "{{ messages | length }}" + CHATML.replace("m.content", "m.content + ' ' + m.content") + OPEN
 
 
 def encoder(template: str | None = CHATML + OPEN) -> TextEncoder:
@@ -176,6 +176,22 @@ def test_what_a_template_refuses_or_hides_names_the_row() -> None:
         encoder().pair(turns("a"), [{"role": "user", "content": "b"}], "6")
     with pytest.raises(ModelError, match=r"row 7: .*no chat template"):
         encoder(None).pair(turns("a"), "Plum", "7")
+
+
+@pytest.mark.parametrize("filters", ["upper", "trim | lower"])
+def test_a_template_that_changes_letters_is_refused(filters: str) -> None:
+    enc = encoder(CHATML.replace("m.content", f"m.content | {filters}") + OPEN)
+    with pytest.raises(DataError, match=r"row 5: .*changes the letters of turn 0 \(user\).*'Hi X' is not in"):
+        enc.pair(turns("Hi X"), turns("Abc", first="assistant"), "5")
+    with pytest.raises(DataError, match=r"turn 1 \(assistant\).*'Abc' is not in"):
+        enc.pair(turns("7"), turns("Abc", first="assistant"), "5")
+    trimmed = encoder(CHATML.replace("m.content", "m.content | trim") + OPEN)
+    assert "Hi X" in trimmed.tokenizer.decode(trimmed.prompt(turns(" Hi X ")))
+
+
+def test_a_template_that_is_no_jinja_is_the_models_fault() -> None:
+    with pytest.raises(ModelError, match=r"is no valid Jinja .*Correct chat_template"):
+        encoder("{% for m in messages %}{{ m.content }").prompt(turns("a"), row="5")
 
 
 def test_tools_are_rendered_and_a_tool_s_answer_is_not_trained() -> None:

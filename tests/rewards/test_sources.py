@@ -45,6 +45,22 @@ def test_numbers_of_every_kind_are_taken_and_none_and_nan_are_missing() -> None:
     assert returning(values).score(reward_batch(["x"] * 9)) == [1.0, 0.5, 1.0, 0.25, 3.0, None, None, None, None]
 
 
+@pytest.mark.parametrize("values", [torch.tensor([1.0, 0.5]), np.array([1.0, 0.5]), [torch.tensor(1), np.float32(0.5)]])
+def test_tensors_and_arrays_are_rewards(values: Any) -> None:
+    assert returning(values).score(reward_batch(["x", "y"])) == [1.0, 0.5]
+
+
+def test_a_function_that_fails_on_every_answer_is_not_to_be_skipped() -> None:
+    def needs(prompts: Sequence[Any], completions: Sequence[str], gold: Sequence[str], **_: Any) -> list[float]:
+        return [1.0] * len(gold)
+
+    with pytest.raises(RewardError, match=r"'gold'.*it is called with prompts, completions, answer") as caught:
+        FunctionReward("mine", needs).score(reward_batch(["x", "y"], answer=["1", "2"]))
+    assert "on_failure" not in str(caught.value)
+    with pytest.raises(RewardError, match="the function returned None; it must return a list"):
+        returning(None).score(reward_batch(["x"]))
+
+
 @pytest.mark.parametrize(
     ("value", "error"), [(math.inf, NotFiniteError), (-math.inf, NotFiniteError), ("1", RewardError), (1j, RewardError)]
 )

@@ -1,0 +1,45 @@
+"""Names of a model's linear layers, read from the headers of its files without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.config.params import Params
+from pipelines.config.schema import LoraParams
+
+_TINY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+"""Layers of the tiny model; its experts are no linear layers."""
+LARGEST_HEADER = 100 * 2**20
+
+
+def adapters(params: Params) -> Mapping[str, LoraParams]:
+    """Return the adapters that are trained on the model, by their parameter."""
+    found = {"sft.lora": params.sft.lora, "align.lora": params.align.lora}
+    if params.reward.enabled and params.reward.source is None:
+        found["reward.lora"] = params.reward.lora
+    return {key: lora for key, lora in found.items() if lora is not None}
+
+
+def weight_names(params: Params) -> list[str]:
+    """Return the paths of the layers of `model.source`; empty if it is no folder of safetensors files here."""
+    if params.model.source == "tiny":
+        return [*_TINY] if not params.model.tiny.experts else []
+    names: set[str] = set()
+    for path in sorted(Path(params.model.source).glob("*.safetensors")):
+        names |= {name.removesuffix(".weight") for name in _header(path) if name.endswith(".weight")}
+    return sorted(names)
+
+
+def _header(path: Path) -> Mapping[str, object]:
+    """Return the header of a safetensors file; empty if it has none, which loading the model reports."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            return {}
+        try:
+            found = json.loads(file.read(size))
+        except ValueError:
+            return {}
+    return found if isinstance(found, dict) else {}

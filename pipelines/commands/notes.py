@@ -1,0 +1,69 @@
+"""Lines that `configure` and `plan` print about settings and files that a run would not use; a run with them is no error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import get_args
+
+from pipelines.config.params import Params
+from pipelines.data.sources import is_generator, unread
+from posttrain.environments.parts import Kind
+from posttrain.errors import DataError
+
+
+def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
+    """Return one line for each thing that would have no effect.
+
+    changes: lines of `configure`, such as "sft.epochs: 1 -> 2"; None for `plan`, which counts all steps and reports warm-ups itself.
+    """
+    changed = [] if changes is None else _without_effect(params, changes)
+    return [*changed, *_unread_files(params), *unused_rewards(params)]
+
+
+def _without_effect(params: Params, changes: Sequence[str]) -> Iterator[str]:
+    """Yield changes of the tiny model's shape if a different model is used, and a warm-up that does not fit into the run."""
+    shape = [line.partition(":")[0] for line in changes if line.startswith("model.tiny.")]
+    if shape and params.model.source != "tiny":
+        yield f"warning: {', '.join(shape)}: no effect, because model.source is {params.model.source!r} and not tiny."
+    source, warmup = params.data.sft, params.sft.optimizer.warmup_steps
+    if source.rows is not None and is_generator(source.source):
+        steps = params.sft.epochs * ceil(source.rows / params.sft.batch_size)
+        if warmup > steps:
+            yield (
+                f"warning: sft would stop: sft.optimizer.warmup_steps = {warmup} is longer than its {steps} optimiser steps; set it to"
+                f" {steps // 10}, a tenth of them, or train for longer."
+            )
+
+
+def _unread_files(params: Params) -> Iterator[str]:
+    """Yield the files of other splits in each table's folders."""
+    for kind in get_args(Kind):
+        source = getattr(params.data, kind)
+        try:
+            left = unread(source)
+        except DataError:  # `problems` reports a folder that cannot be read
+            continue
+        if left:
+            yield (
+                f"note: data.{kind} reads only files of the split {source.split!r} (data.{kind}.split); not read: {', '.join(left)}."
+            )
+
+
+def unused_rewards(params: Params) -> list[str]:
+    """Return one line for each reward that no aligned algorithm and not the evaluation computes; a run with it is no error."""
+    computed = {*params.evaluation.rewards}
+    for name in params.project.algorithms:
+        computed.update(params.algorithms[name].rewards or {})
+    found = []
+    for reward in params.rewards:
+        if reward not in computed:
+            elsewhere = [name for name, section in params.algorithms.items() if reward in (section.rewards or {})]
+            where = (
+                f"; {', '.join(elsewhere)} would use it, but project.algorithms does not list it" if elsewhere else ""
+            )
+            found.append(
+                f"warning: rewards.{reward} is computed by nothing{where}. To train on it, give it a weight:"
+                f" posttrain configure algorithms.NAME.rewards.{reward}=1.0. To measure it, add it to evaluation.rewards."
+            )
+    return found

@@ -1,0 +1,89 @@
+"""Turn pydantic's errors into lines that name the parameter, its value, and the values that are valid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from pipelines.config.types import Section
+from posttrain.algorithms import PRESETS
+from posttrain.errors import ConfigError
+from posttrain.text import nearest
+
+S = TypeVar("S", bound=Section)
+_MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|(list|function-\w+|dict|union)\[.*\])", re.DOTALL)
+"""Names that pydantic adds to a location for each member of a union, such as `literal['auto']`."""
+
+
+def validated(kind: type[S], tree: Any, location: tuple[str, ...]) -> S:
+    """Validate a tree. Raises ConfigError with one line per parameter that is wrong."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        groups = [[*faults] for _, faults in groupby(error.errors(), key=_parameter)]
+        raise ConfigError("\n".join(_explained(kind, faults, location) for faults in groups)) from None
+
+
+def _parameter(fault: Any) -> tuple[Any, ...]:
+    """Return the location of the parameter that a fault is about: up to the first member of a union."""
+    loc = fault["loc"]
+    member = next((i for i, part in enumerate(loc) if isinstance(part, str) and _MEMBER.fullmatch(part)), len(loc))
+    return tuple(loc[:member])
+
+
+def _explained(kind: type[Section], faults: Sequence[Any], location: tuple[str, ...]) -> str:
+    first = faults[0]
+    if _parameter(first) == first["loc"]:
+        return "\n".join(_explain(kind, fault, location) for fault in faults)
+    path = ".".join([*location, *map(str, _parameter(first))])
+    whole = next(
+        (fault["input"] for fault in faults if len(fault["loc"]) == len(_parameter(fault)) + 1), first["input"]
+    )
+    wanted = [_message(fault) for fault in faults]
+    return f"{path} = {whole!r}: {', or '.join(dict.fromkeys(wanted))}"
+
+
+def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
+    """Return one error of pydantic as a line."""
+    path = ".".join([*location, *map(str, fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        owner = _model_at(kind, fault["loc"][:-1])
+        return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
+    if fault["type"] == "missing":
+        section, *rest = (*location, *map(str, fault["loc"]))
+        if section == "algorithms" and rest[1:] == ["preset"]:
+            return f"{path}: missing, and {rest[0]!r} is no preset{nearest(rest[0], PRESETS)}"
+        return f"{path}: missing; add it"
+    if not path:
+        return _message(fault)
+    shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+    return f"{path}{shown}: {_message(fault)}"
+
+
+def _message(fault: Any) -> str:
+    """Return which values are valid; a number that was written as text is named as such."""
+    message: str = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace(
+        "List should have at least 1 item after validation, not 0", "a list needs at least one entry"
+    )
+    if fault["type"] in ("float_type", "int_type") and isinstance(fault["input"], str):
+        example = "0.001" if fault["type"] == "float_type" else "3"
+        return f"{message}, and this is a text; write a number without quotes, such as {example}"
+    return message
+
+
+def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:
+    """Return the section at a location of an error."""
+    for part in loc:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = kind.model_fields[part].annotation
+        else:
+            kind = getattr(kind, "__args__", [None])[-1]
+        options = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        if options and not str(kind).startswith(("dict", "list")):
+            kind = options[0]
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None

@@ -1,0 +1,151 @@
+"""Check every argument of the public functions in one place: what it is, its range, and what to give instead.
+
+Example:
+    >>> checked("train", steps=3, learning_rate=0.01)
+    >>> checked("train", seed=-1)
+    Traceback (most recent call last):
+    posttrain.errors.ConfigError: train: seed = -1; it must be a whole number from 0 to 4294967295
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import signature
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any
+
+from posttrain.errors import ConfigError
+from posttrain.models.tiny import TinyShape
+from posttrain.text import nearest
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number from `least` on, up to `greatest` if there is one; `above` leaves out `least` itself."""
+
+    whole: bool
+    least: float
+    greatest: float = math.inf
+    above: bool = False
+
+    def allows(self, value: Any) -> bool:
+        kind = Integral if self.whole else Real
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        return self.least <= value <= self.greatest and not (self.above and value == self.least)
+
+    def in_words(self) -> str:
+        noun = "a whole number" if self.whole else "a finite number"
+        if self.greatest < math.inf:
+            return f"{noun} from {self.least:.0f} to {self.greatest:.0f}"
+        return f"{noun} {'above' if self.above else 'of at least'} {self.least:g}"
+
+
+_COUNT = _Number(whole=True, least=1)
+NUMBERS: dict[str, _Number] = {
+    "steps": _COUNT,
+    "learning_rate": _Number(whole=False, least=0, above=True),
+    "batch_size": _COUNT,
+    "samples": _COUNT,
+    "max_new_tokens": _COUNT,
+    "temperature": _Number(whole=False, least=0),
+    "training temperature": _Number(whole=False, least=0, above=True),
+    "seed": _Number(whole=True, least=0, greatest=2**32 - 1),
+    "micro_batch_tokens": _COUNT,
+    "threads": _Number(whole=True, least=1, greatest=4096),
+}
+"""The range of every number that a public function takes."""
+
+
+def checked(function: str, **values: Any) -> None:
+    """Raise ConfigError for the first number that is of a different type or out of its range; None stands for "not given"."""
+    for name, value in values.items():
+        rule = NUMBERS[name]
+        if value is not None and not rule.allows(value):
+            raise ConfigError(f"{function}: {name.split()[-1]} = {shown(value)}; it must be {rule.in_words()}")
+
+
+def require(function: str, name: str, value: Any, kinds: type | tuple[type, ...], give: str) -> None:
+    """Raise ConfigError unless the value is of one of the kinds. `give` says which values are right."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
+
+
+def require_path(function: str, name: str, value: Any, give: str) -> None:
+    """Raise ConfigError unless the value is a path that is not empty."""
+    require(function, name, value, (str, PathLike), give)
+    if not str(value).strip() or "\0" in str(value):
+        raise ConfigError(f"{function}: {name} is {shown(value)}, which names nothing; give {give}")
+
+
+def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
+    """Return the entries of a list. Raises ConfigError for a text, a mapping, a data frame and everything else that is no list of rows."""
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        raise ConfigError(
+            f"{function}: {name} is a {type(value).__name__}; give {name}.to_dict('records'), a list of rows"
+        )
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
+    return list(value)
+
+
+def check_shape(sizes: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the sizes are those of a model that can be built."""
+    valid = [field.name for field in fields(TinyShape)]
+    for name, value in sizes.items():
+        if name not in valid:
+            raise ConfigError(f"tiny: no such size {name!r}{nearest(name, valid)}")
+        rule = _Number(whole=True, least=0 if name == "experts" else 1)
+        if not rule.allows(value):
+            raise ConfigError(f"tiny: {name} = {shown(value)}; it must be {rule.in_words()}")
+    shape = TinyShape(**sizes)
+    if shape.hidden_size % shape.heads or (shape.hidden_size // shape.heads) % 2:
+        raise ConfigError(f"tiny: hidden_size = {shape.hidden_size} must be an even multiple of heads = {shape.heads}")
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"tiny: heads = {shape.heads} must be a multiple of kv_heads = {shape.kv_heads}")
+    if shape.experts and shape.experts_per_token > shape.experts:
+        raise ConfigError(
+            f"tiny: experts_per_token = {shape.experts_per_token} must not exceed experts = {shape.experts}"
+        )
+
+
+def check_reward(reward: Any) -> dict[str, Any]:
+    """Return the reward functions by name. Raises ConfigError for an empty mapping, and for values that are no functions."""
+    give = (
+        "a function f(prompts, completions, **columns), a built-in's name such as 'answer', or several of them by name"
+    )
+    functions = dict(reward) if isinstance(reward, Mapping) else {} if reward is None else {"reward": reward}
+    if reward is not None and not functions:
+        raise ConfigError(f"train: reward is {shown(reward)}, so nothing would be learnt; give {give}")
+    for name, function in functions.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"train: reward has the name {shown(name)}; give a text as its name")
+        if not isinstance(function, str) and not callable(function):
+            own = " (an environment: give its .reward)" if hasattr(function, "reward") else ""
+            raise ConfigError(f"train: reward {name!r} is {shown(function)}{own}; give {give}")
+    return functions
+
+
+def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:
+    """Raise ConfigError if a reward function asks for a column that the rows lack, or takes no columns though they have some."""
+    try:
+        expected = signature(function)
+    except (TypeError, ValueError):  # a function of C has none
+        return
+    try:
+        expected.bind([], [], **dict.fromkeys(columns, ()))
+    except TypeError as error:
+        raise ConfigError(
+            f"train: reward {name!r} cannot be called with these rows: {error}. The rows have the columns"
+            f" {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with functools.partial, and end the"
+            " function's parameters with **columns"
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """Return a value as text of one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,169 @@
+"""Check the rows that `train` is given, and bring them to one form; a message names the row, the column and what to give.
+
+Example:
+    >>> supervised_rows([{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}])
+    [{'prompt': [{'role': 'user', 'content': '1+1='}], 'completion': [{'role': 'assistant', 'content': '2'}]}]
+    >>> supervised_rows([{"prompt": "1+1="}])
+    Traceback (most recent call last):
+    posttrain.errors.DataError: rows, row 0: has no column 'completion' (it has prompt); give prompt and completion
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from posttrain.api_arguments import require_list, shown
+from posttrain.data.messages import parted
+from posttrain.data.tokens import TextEncoder
+from posttrain.errors import DataError
+
+Row = dict[str, Any]
+WEIGHT = "weight"
+"""Optional column of rows for imitation: the weight of each token of the row, a number that is not negative."""
+SCORES = ("chosen_score", "rejected_score")
+_WHOLE = "messages"
+_ALMOST = 0.8
+"""Names of columns that are at least this similar to an optional one are taken for a misspelling of it."""
+
+
+def prompt_rows(rows: Any) -> list[Row]:
+    """Return rows with a prompt and the same further columns; a text or a list of messages is a row with only a prompt."""
+    table = [{"prompt": row} if isinstance(row, str | list | tuple) else row for row in _entries("rows", rows)]
+    found = [_row("rows", row, i, ("prompt",)) for i, row in enumerate(table)]
+    for i, row in enumerate(found):
+        if different := sorted(set(row) ^ set(found[0])):
+            raise DataError(
+                f"rows, row {i}: has the columns {', '.join(row)}, and row 0 has {', '.join(found[0])}. A reward function reads columns of"
+                f" all rows; give {different[0]!r} in every row or in none"
+            )
+    return found
+
+
+def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
+    """Return rows with `prompt` and `completion`. A row with `messages` is parted at its first answer."""
+    found = []
+    for i, row in enumerate(_entries(name, rows)):
+        if isinstance(row, Mapping) and _WHOLE in row and not {"prompt", "completion"} & set(row):
+            _check_text(row[_WHOLE], f"{name}, row {i}: {_WHOLE}", chat=True)
+            asked, answered, _ = parted(row[_WHOLE])
+            if not asked or not answered:
+                raise DataError(
+                    f"{name}, row {i}: its messages have no {'answer' if asked else 'question before the answer'}; give a user's turn and"
+                    " then an assistant's"
+                )
+            rest = {column: value for column, value in row.items() if column != _WHOLE}
+            row = {"prompt": asked, "completion": answered, **rest}
+        one = _row(name, row, i, ("prompt", "completion"), (WEIGHT,))
+        if WEIGHT in one:
+            _check_number(one[WEIGHT], f"{name}, row {i}: {WEIGHT}", least=0.0)
+        found.append(one)
+    if found and not any(row.get(WEIGHT, 1.0) for row in found):
+        raise DataError(
+            f"{name}: the weight of every row is 0, so nothing would be learnt; give at least one weight above 0"
+        )
+    return found
+
+
+def labelled_rows(rows: Any) -> list[Row]:
+    """Return rows with `prompt`, `completion` and `label`, which is True or False."""
+    return [_row("rows", row, i, ("prompt", "completion", "label")) for i, row in enumerate(_entries("rows", rows))]
+
+
+def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
+    """Return rows with `prompt`, `chosen`, `rejected`; scores are in every row or in none."""
+    entries = _entries("rows", rows)
+    needs = ("prompt", "chosen", "rejected")
+    found = [_row("rows", row, i, needs, SCORES) for i, row in enumerate(entries)]
+    scored = needs_scores or any(name in row for row in found for name in SCORES)
+    for i, row in enumerate(found):
+        for name in SCORES if scored else ():
+            if name not in row:
+                why = "the algorithm weighs pairs by their scores" if needs_scores else "other rows have scores"
+                raise DataError(
+                    f"rows, row {i}: has no column {name!r}, and {why}; give {' and '.join(SCORES)} in every row"
+                )
+            _check_number(row[name], f"rows, row {i}: {name}", least=-math.inf)
+    return found
+
+
+def check_prompt(encoder: TextEncoder, prompt: Any, place: str) -> tuple[int, ...]:
+    """Return the ids of a prompt. Raises DataError if it is no text and no messages, has no tokens, or leaves no room for an answer."""
+    _check_text(prompt, place)
+    ids = tuple(encoder.prompt(prompt, row=place))
+    if not ids:
+        raise DataError(
+            f"{place} has no tokens, so the first token of the answer has no context; give a text that is not empty"
+        )
+    if len(ids) >= encoder.max_length:
+        raise DataError(
+            f"{place} has {len(ids)} tokens, and the model's context of {encoder.max_length} leaves no room for an answer; shorten it"
+        )
+    return ids
+
+
+def _entries(name: str, rows: Any) -> list[Any]:
+    found = require_list("train", name, rows, "a list of rows, e.g. [{'prompt': 'a', 'completion': 'b'}]")
+    if not found:
+        raise DataError(f"train needs at least one row; {name} is empty")
+    return found
+
+
+def _row(name: str, row: Any, number: int, needs: Sequence[str], optional: Sequence[str] = ()) -> Row:
+    place = f"{name}, row {number}"
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place}: is {shown(row)} ({type(row).__name__}); give a mapping with {' and '.join(needs)}")
+    for column in needs:
+        if column not in row:
+            has = ", ".join(map(str, row)) or "none"
+            raise DataError(f"{place}: has no column {column!r} (it has {has}); give {' and '.join(needs)}")
+        if column != "label":
+            _check_text(row[column], f"{place}: {column}")
+    for column in map(str, row):
+        close = difflib.get_close_matches(column.lower(), optional, n=1, cutoff=_ALMOST)
+        if close and column not in optional and column.lower()[0] == close[0][0]:  # "height" is no misspelt "weight"
+            raise DataError(
+                f"{place}: the column {column!r} would be ignored; did you mean {close[0]!r}? Rename or remove it"
+            )
+    return {str(column): value for column, value in row.items()}
+
+
+def _check_text(value: Any, place: str, chat: bool = False) -> None:
+    """Raise DataError unless the value is a text, or a list of messages whose contents are texts."""
+    if isinstance(value, str) and not chat:
+        _check_encodable(value, place)
+        return
+    if not isinstance(value, list | tuple) or not value:
+        either = "" if chat else "a text, or "
+        raise DataError(
+            f"{place} is {shown(value)} ({type(value).__name__}); give {either}a list of messages such as"
+            " [{'role': 'user', 'content': 'hello'}]"
+        )
+    for i, turn in enumerate(value):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise DataError(f"{place}, turn {i} is {shown(turn)}; give a mapping with role and content")
+        content = turn.get("content")
+        if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+            raise DataError(f"{place}, turn {i}: the content is {shown(content)}; give a text")
+        _check_encodable(content or "", f"{place}, turn {i}")
+        if "weight" in turn:
+            _check_number(turn["weight"], f"{place}, turn {i}: weight", least=0.0)
+
+
+def _check_encodable(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, which is no text; remove it, or"
+            " read the file again with the right encoding"
+        ) from None
+
+
+def _check_number(value: Any, place: str, least: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+        limit = "" if least == -math.inf else " that is not negative"
+        raise DataError(f"{place} is {shown(value)}; give a finite number{limit}")

@@ -1,0 +1,140 @@
+"""Parameters that could not work are refused before a run, and those without effect are named."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.commands.configure import configure
+from pipelines.commands.lookahead import problems
+from pipelines.commands.notes import notes
+from pipelines.config.params import Params, merged, parse_params
+from pipelines.config.yaml_files import read_yaml
+from pipelines.data.pairs import Changes
+from pipelines.data.sources import table_rows
+from posttrain.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def shipped(root: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = read_yaml(root / "params.yaml")
+    return tree
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(shipped: dict[str, Any], over: dict[str, Any]) -> Params:
+    return parse_params(merged(copy.deepcopy(shipped), over))
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (
+            {"tune": {"space": {"on_policy": {"budget.foo": {"low": 1, "high": 2}}}}},
+            r"tune\.space\.on_policy\.budget\.foo: the value 1\.0 cannot be tried: .*unknown parameter",
+        ),
+        (
+            {"tune": {"space": {"on_policy": {"budget.steps": {"values": [0, 3]}}}}},
+            r"budget\.steps: the value 0 cannot be tried: .*greater than or equal to 1",
+        ),
+        (
+            {"tune": {"space": {"on_policy": {"budget.steps": {"low": 9.0, "high": 3.0, "log": True}}}}},
+            r"high 3\.0 must be greater than low 9\.0",
+        ),
+        ({"evaluation": {"pass_k": [1, 1]}}, "names the same k twice"),
+        (
+            {"sft": {"compute": {"threads": 0}}},
+            r"sft\.compute\.threads = 0: should be greater than or equal to 1, or should be 'auto'",
+        ),
+        (
+            {"sft": {"lora": {"rank": 4, "alpha": 8, "target_modules": []}}},
+            r"sft\.lora\.target_modules = \[\]: should be 'all-linear', or a list needs at least one entry",
+        ),
+        ({"sft": {"optimizer": {"learning_rate": "nan"}}}, "'nan': should be a valid number, and this is a text"),
+    ],
+)
+def test_values_that_could_not_work_are_refused(shipped: dict[str, Any], over: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        changed(shipped, over)
+    assert "constrained" not in str(caught.value)
+
+
+def test_a_space_of_valid_values_is_taken(shipped: dict[str, Any]) -> None:
+    space = {"on_policy": {"budget.optimizer.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}}
+    assert changed(shipped, {"tune": {"space": space}}).tune.space
+
+
+def test_a_key_without_a_value_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no value after the equals sign; .* sft=null"):
+        configure(root / "params.yaml", ["sft="], write=False)
+
+
+LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_prj"]}
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"rewards": {"mine": {"function": "os:nope"}}}, "Python's module os has no nope"),
+        ({"sft": {"lora": LORA}}, "sft.lora.target_modules: the model has no layer 'q_prj'; did you mean 'q_proj'"),
+        ({"align": {"lora": LORA}}, "align.lora.target_modules: the model has no layer 'q_prj'"),
+        ({"data": {"sft": {"columns": {"prompt": "x"}}}}, "data.sft.columns: has no effect on the generator"),
+        ({"data": {"sft": {"split": "test"}}}, "data.sft.split: has no effect on the generator"),
+        ({"data": {"sft": {"source": "rows.zip"}}}, "files that end in '.zip' cannot be read; unpack it"),
+        (
+            {"data": {"sft": {"source": "rows.csv"}}},
+            "' completion': remove the space (completion); 'Prompt': write it in",
+        ),
+        ({"model": {"source": "trained"}}, "models are in its subfolders: write trained/checkpoint-100"),
+    ],
+)
+def test_what_a_run_would_stop_at_is_found(
+    shipped: dict[str, Any], here: Path, over: dict[str, Any], message: str
+) -> None:
+    folder = here / "trained" / "checkpoint-100"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (here / "rows.zip").write_bytes(b"PK")
+    (here / "rows.csv").write_text("Prompt, completion\na,b\n")
+    assert any(message in line for line in problems(changed(shipped, over)))
+
+
+def test_layers_of_a_model_folder_are_read_from_its_files(shipped: dict[str, Any], here: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"model.layers.0.attn.wq.weight": torch.zeros(1)}, here / "model.safetensors")
+    (here / "config.json").write_text("{}")
+    over = {"model": {"source": str(here)}, "sft": {"lora": LORA | {"target_modules": ["wq", "attn.wq", "q_proj"]}}}
+    found = [line for line in problems(changed(shipped, over)) if "target_modules" in line]
+    assert len(found) == 1
+    assert "no layer 'q_proj'" in found[0]
+
+
+def test_settings_without_effect_are_named(shipped: dict[str, Any], here: Path) -> None:
+    (here / "mine").mkdir()
+    for split in ("train", "test", "validation"):
+        (here / "mine" / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    counted: Changes = Counter()
+    assert (
+        len(table_rows("sft", changed(shipped, {"data": {"sft": {"source": "mine", "rows": None}}}).data, counted)) == 1
+    )
+    assert counted["files of other splits than 'train', not read: mine/test.jsonl, mine/validation.jsonl"] == 2
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text("{}")
+    params = changed(shipped, {"data": {"sft": {"source": "mine", "rows": None}}, "model": {"source": "model"}})
+    read = "data.sft reads only files of the split 'train' (data.sft.split); not read: mine/test.jsonl, mine/validation.jsonl."
+    assert any(read in line for line in notes(params))
+    shape = [line for line in notes(params, ["model.tiny.layers: 2 -> 7"]) if "model.tiny.layers: no effect" in line]
+    assert len(shape) == 1
+    long = changed(shipped, {"sft": {"optimizer": {"warmup_steps": 100_000}}})
+    assert any("sft.optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, []))

@@ -1,0 +1,174 @@
+"""Wrong arguments and rows of the public functions are refused in one paragraph that names the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import posttrain as pt
+from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError, PosttrainError
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
+NAN = float("nan")
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> pt.Model:
+    """Return a model that refused calls leave unchanged."""
+    return pt.tiny(seed=0, **SMALL)
+
+
+def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def train(model: pt.Model, algorithm: Any = "sft", rows: Any = ROWS, **changes: Any) -> list[dict[str, float]]:
+    return pt.train(model, algorithm, rows, **({"steps": 1, "learning_rate": 0.01, "batch_size": 2} | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("steps", (0, -1, 1.5, True, "3")),
+        ("learning_rate", (NAN, float("inf"), -1, 0, "0.1")),
+        ("batch_size", (0, 2.0)),
+        ("samples", (0,)),
+        ("max_new_tokens", (0, -5)),
+        ("temperature", (0, -1, NAN)),
+        ("seed", (-1, 1.5, 2**32)),
+        ("micro_batch_tokens", (0,)),
+        ("threads", (0, 10**6)),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"train: {name} = .*; it must be a (whole|finite) number"):
+            train(model, "grpo", ["a"], reward=lengths, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward": {}}, "nothing would be learnt"),
+        ({"reward": 5}, "reward 'reward' is 5"),
+        ({"reward": pt.environment("stories")}, "give its .reward"),
+        ({"reward": "length"}, "missing a required argument: 'target'"),
+        ({"reward": "answer"}, "missing a required argument: 'answer'. The rows have the columns prompt only"),
+        ({"reward": lengths, "samples": 1}, "compares several answers to one prompt; samples = 1"),
+        ({"reward": lengths, "turns": 3}, "turns is 3"),
+        ({"reward": lengths, "teacher": "x"}, "teacher is 'x'"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(model, "grpo", ["a"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "message"),
+    [
+        ("sft", [{"prompt": "a"}], "row 0: has no column 'completion'"),
+        ("sft", [ROWS[0], {"prompt": "a", "completion": None}], "row 1: completion is None"),
+        ("sft", ["a"], "row 0: is 'a'"),
+        ("sft", [{"prompt": "a", "completion": "\ud800"}], "completion holds '\\\\ud800' at character 0"),
+        ("sft", [{"messages": "a"}], "messages is 'a'"),
+        ("sft", [{"messages": [{"role": "user", "content": "a"}]}], "its messages have no answer"),
+        ("sft", [{"messages": [{"role": "user", "content": 5}]}], "turn 0: the content is 5"),
+        ("sft", [ROWS[0] | {"weigth": 2}], "did you mean 'weight'"),
+        ("sft", [ROWS[0] | {"Weight": 2}], "did you mean 'weight'"),
+        ("sft", [ROWS[0] | {"weight": -1}], "weight is -1"),
+        ("sft", [ROWS[0] | {"weight": NAN}], "weight is nan"),
+        ("sft", [ROWS[0] | {"weight": "2"}], "weight is '2'"),
+        ("sft", [ROWS[0] | {"weight": 0}], "the weight of every row is 0"),
+        ("sft", {"prompt": "a"}, "rows is {'prompt': 'a'}"),
+        ("sft", "abc", "rows is 'abc'"),
+        ("dpo", [{"prompt": "a", "chosen": "b"}], "has no column 'rejected'"),
+        (
+            "dpo_soft",
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            "no column 'chosen_score', and the algorithm weighs",
+        ),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 1}], "no column 'rejected_score'"),
+        ("kto", [{"prompt": "a", "completion": "b"}], "has no column 'label'"),
+        ("grpo", [5], "row 0: is 5"),
+        ("grpo", [""], "prompt has no tokens"),
+        ("grpo", ["a" * 300], "has 300 tokens, and the model's context of 256"),
+        ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}], "row 1: has the columns prompt, and row 0"),
+        ("grop", ["a"], "did you mean 'grpo'"),
+        ("SFT", ["a"], "unknown algorithm 'SFT'"),
+        (5, ["a"], "algorithm is 5"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_refused(model: pt.Model, algorithm: Any, rows: Any, message: str) -> None:
+    reward = {"reward": lengths} if algorithm == "grpo" else {}
+    with pytest.raises(PosttrainError, match=message):
+        train(model, algorithm, rows, **reward)
+
+
+def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "run" / "checkpoint-100")
+    file = tmp_path / "run" / "checkpoint-100" / "config.json"
+    calls: list[tuple[Any, str]] = [
+        (lambda: pt.load(None), "load: source is None"),  # type: ignore[arg-type]
+        (lambda: pt.load(""), "load: source is ''"),
+        (lambda: pt.load(file), "is a file; give the folder"),
+        (lambda: pt.load(tmp_path / "run"), "give .*checkpoint-100"),
+        (lambda: pt.tiny(seed=-1), "tiny: seed = -1"),
+        (lambda: pt.tiny(seed=0, layer=2), "did you mean 'layers'"),
+        (lambda: pt.tiny(seed=0, layers=0), "layers = 0"),
+        (lambda: pt.tiny(seed=0, heads=3), "an even multiple"),
+        (lambda: model.generate("ab", max_new_tokens=1), "prompts is 'ab'"),
+        (lambda: model.generate([5], max_new_tokens=1), "prompt 0 is 5"),  # type: ignore[list-item]
+        (lambda: model.generate(["a"], max_new_tokens=0), "generate: max_new_tokens = 0"),
+        (lambda: model.generate(["a"], max_new_tokens=1, seed=-1), "generate: seed = -1"),
+        (lambda: model.save(None), "save: folder is None"),  # type: ignore[arg-type]
+        (lambda: model.save(tmp_path), "is no model folder, so it is not replaced"),
+        (lambda: train(None), "train: model is None"),  # type: ignore[arg-type]
+    ]
+    for call, message in calls:
+        with pytest.raises(PosttrainError, match=message):
+            call()
+    assert file.exists()
+
+
+def test_the_weight_of_a_row_is_the_weight_of_its_tokens() -> None:
+    losses = []
+    for weights in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (3.0, 1)):
+        rows = [row | {"weight": weight} for row, weight in zip(ROWS, weights, strict=True)]
+        losses.append(train(pt.tiny(seed=0, **SMALL), rows=rows)[0]["loss"])
+    both, first, second, three = losses
+    assert first != second
+    assert both == pytest.approx((first + second) / 2)
+    assert three == pytest.approx((3 * first + second) / 4)
+    assert train(pt.tiny(seed=0, **SMALL))[0]["loss"] == both
+    assert train(pt.tiny(seed=0, **SMALL), rows=[row | {"height": 3, "id": 1} for row in ROWS])[0]["loss"] == both
+
+
+def test_whole_conversations_train_as_their_parts() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    whole = train(pt.tiny(seed=0, **SMALL), rows=[{"messages": turns}])
+    parts = train(pt.tiny(seed=0, **SMALL), rows=[{"prompt": turns[:1], "completion": turns[1:]}])
+    assert whole == parts
+
+
+def test_weights_that_are_not_finite_are_reported_and_not_saved(tmp_path: Path) -> None:
+    model = pt.tiny(seed=0, **SMALL)
+    with pytest.raises(NotFiniteError, match=r"after 1 steps .* or infinity: an update was too large"):
+        train(model, learning_rate=1e38)
+    with torch.no_grad():
+        next(model.lm.parameters()).fill_(NAN)
+    with pytest.raises(ModelError, match=r"is not saved to .* NaN or infinity"):
+        model.save(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    with pytest.raises(ModelError, match="a training that diverged; load it again"):
+        train(model)
+
+
+def test_no_demonstrations_are_refused_row_by_row(model: pt.Model) -> None:
+    with pytest.raises(DataError, match="demonstrations, row 0: has no column 'completion'"):
+        train(model, "chord", ["a"], reward=lengths, demonstrations=[{"prompt": "a"}])
