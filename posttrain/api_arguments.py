@@ -18,7 +18,6 @@ from os import PathLike
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.models.tiny import TinyShape
 from posttrain.text import nearest
 
 
@@ -55,6 +54,8 @@ NUMBERS: dict[str, _Number] = {
     "training temperature": _Number(whole=False, least=0, above=True),
     "seed": _Number(whole=True, least=0, greatest=2**32 - 1),
     "micro_batch_tokens": _COUNT,
+    "limit": _Number(whole=True, least=1, greatest=2**31),
+    "seconds": _Number(whole=False, least=0, above=True),
     "threads": _Number(whole=True, least=1, greatest=4096),
 }
 """The range of every number that a public function takes."""
@@ -71,6 +72,19 @@ def checked(function: str, **values: Any) -> None:
 def require(function: str, name: str, value: Any, kinds: type | tuple[type, ...], give: str) -> None:
     """Raise ConfigError unless the value is of one of the kinds. `give` says which values are right."""
     if not isinstance(value, kinds):
+        raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
+
+
+def require_methods(function: str, name: str, value: Any, methods: Sequence[str], give: str) -> None:
+    """Raise ConfigError unless the value is None or has all the methods."""
+    missing = [method for method in methods if not callable(getattr(value, method, None))]
+    if value is not None and missing:
+        raise ConfigError(f"{function}: {name} is {shown(value)}, which has no method {missing[0]}; give {give}")
+
+
+def require_function(function: str, name: str, value: Any, give: str) -> None:
+    """Raise ConfigError unless the value can be called."""
+    if not callable(value):
         raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
 
 
@@ -94,6 +108,8 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
 
 def check_shape(sizes: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the sizes are those of a model that can be built."""
+    from posttrain.models.tiny import TinyShape  # imports torch, which the other checks do not need
+
     valid = [field.name for field in fields(TinyShape)]
     for name, value in sizes.items():
         if name not in valid:

@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -70,7 +71,14 @@ def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
 
 def labelled_rows(rows: Any) -> list[Row]:
     """Return rows with `prompt`, `completion` and `label`, which is True or False."""
-    return [_row("rows", row, i, ("prompt", "completion", "label")) for i, row in enumerate(_entries("rows", rows))]
+    found = [_row("rows", row, i, ("prompt", "completion", "label")) for i, row in enumerate(_entries("rows", rows))]
+    for i, row in enumerate(found):
+        label = row["label"].item() if getattr(row["label"], "shape", None) == () else row["label"]
+        # the text "False" would count as true
+        if not isinstance(label, bool | int | float) or label not in (0, 1):
+            raise DataError(f"row {i}: label is {shown(label)}; it must be True (thumbs up) or False (thumbs down)")
+        row["label"] = bool(label)
+    return found
 
 
 def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
@@ -122,6 +130,8 @@ def _row(name: str, row: Any, number: int, needs: Sequence[str], optional: Seque
             raise DataError(f"{place}: has no column {column!r} (it has {has}); give {' and '.join(needs)}")
         if column != "label":
             _check_text(row[column], f"{place}: {column}")
+    if "tools" in row:
+        _check_tools(row["tools"], f"{place}: tools")
     for column in map(str, row):
         close = difflib.get_close_matches(column.lower(), optional, n=1, cutoff=_ALMOST)
         if close and column not in optional and column.lower()[0] == close[0][0]:  # "height" is no misspelt "weight"
@@ -129,6 +139,18 @@ def _row(name: str, row: Any, number: int, needs: Sequence[str], optional: Seque
                 f"{place}: the column {column!r} would be ignored; did you mean {close[0]!r}? Rename or remove it"
             )
     return {str(column): value for column, value in row.items()}
+
+
+def _check_tools(tools: Any, place: str) -> None:
+    """Raise DataError unless the tools are a list of mappings, or that as JSON; None and an empty text stand for none."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) and tools else tools or []
+    except ValueError:
+        found = None
+    if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
+        raise DataError(
+            f"{place} is {shown(tools)}; give a list of tools, each with a function's name, or that list as JSON"
+        )
 
 
 def _check_text(value: Any, place: str, chat: bool = False) -> None:

@@ -25,11 +25,11 @@ from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Pre
 from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_several_answers
 from posttrain.api import Model
-from posttrain.api_arguments import check_columns, check_reward, checked, require
+from posttrain.api_arguments import check_columns, check_reward, checked, require, require_methods
 from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
 from posttrain.data.batches import EpochOrder
 from posttrain.data.tokens import Tokens, require_same_vocabulary, table_tokens
-from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError
+from posttrain.errors import ConfigError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
@@ -148,6 +148,10 @@ def train(
         threads=threads,
         **{"training temperature": temperature},
     )
+    require_methods(
+        "train", "recorder", recorder, ("metrics", "timings", "truncate_after"), "a recorder, such as History()"
+    )
+    require_methods("train", "checkpoints", checkpoints, ("latest", "save"), "Checkpoints(folder, ...)")
     spec = _spec(algorithm)
     if not isinstance(spec, OnPolicy) and (
         reward is not None or demonstrations or teacher is not None or turns is not None
@@ -285,18 +289,11 @@ def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
     trainer = run.trainer(policy, run.steps)
     tokens = table_tokens(run.model.encoder, [dict(row) for row in table], "completion")
     answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
-    labels = [_label(row["label"], number) for number, row in enumerate(table)]
+    labels = [bool(row["label"]) for row in table]
     rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
     order = EpochOrder(len(rows), run.batch_size, 1, run.seed)
     source = UnpairedSource(rows, order, policy, trainer.accelerator, run.micro_batch_tokens)
     run.fit(trainer, source, UnpairedObjective(spec), "loss")
-
-
-def _label(value: Any, number: int) -> bool:
-    """Return the label of a row. Raises DataError unless it is a boolean, 1 or 0: the text "False" would count as true."""
-    if isinstance(value, str) or value not in (True, False):
-        raise DataError(f"row {number}: label is {value!r}; it must be True (thumbs up) or False (thumbs down)")
-    return bool(value)
 
 
 def _check_epochs(spec: Preference | LoggedGroups | Unpaired) -> None:

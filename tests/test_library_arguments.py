@@ -85,6 +85,8 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0] | {"weight": NAN}], "weight is nan"),
         ("sft", [ROWS[0] | {"weight": "2"}], "weight is '2'"),
         ("sft", [ROWS[0] | {"weight": 0}], "the weight of every row is 0"),
+        ("sft", [ROWS[0] | {"tools": "{"}], "tools is '{'; give a list of tools"),
+        ("sft", [ROWS[0] | {"tools": 5}], "tools is 5; give a list of tools"),
         ("sft", {"prompt": "a"}, "rows is {'prompt': 'a'}"),
         ("sft", "abc", "rows is 'abc'"),
         ("dpo", [{"prompt": "a", "chosen": "b"}], "has no column 'rejected'"),
@@ -129,6 +131,16 @@ def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> 
         (lambda: model.save(None), "save: folder is None"),  # type: ignore[arg-type]
         (lambda: model.save(tmp_path), "is no model folder, so it is not replaced"),
         (lambda: train(None), "train: model is None"),  # type: ignore[arg-type]
+        (lambda: train(model, recorder=5), "recorder is 5, which has no method metrics"),
+        (lambda: train(model, checkpoints=5), "checkpoints is 5, which has no method latest"),
+        (lambda: pt.environment(5), "environment: name is 5"),  # type: ignore[arg-type]
+        (lambda: pt.register(5), "register: new is 5"),  # type: ignore[arg-type]
+        (lambda: pt.Environment("x", 5, 5), "Environment: rows is 5"),  # type: ignore[arg-type]
+        (lambda: pt.choose(5), "choose: preset is 5"),  # type: ignore[arg-type]
+        (lambda: pt.choose("grpo", 5), "choose: options is 5"),  # type: ignore[arg-type]
+        (lambda: pt.Turns(5, limit=2), "Turns: step is 5"),  # type: ignore[arg-type]
+        (lambda: pt.Turns(lengths, limit="2"), "Turns: limit = '2'"),  # type: ignore[arg-type]
+        (lambda: pt.Turns(lengths, limit=2, seconds=-1), "Turns: seconds = -1"),  # type: ignore[arg-type]
     ]
     for call, message in calls:
         with pytest.raises(PosttrainError, match=message):

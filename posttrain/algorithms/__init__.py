@@ -31,6 +31,7 @@ from posttrain.algorithms.reinforce_pp import REINFORCE_PP
 from posttrain.algorithms.rloo import RLOO
 from posttrain.algorithms.sapo import SAPO
 from posttrain.algorithms.specs import Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired
+from posttrain.api_arguments import require
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
@@ -72,6 +73,8 @@ def choose(preset: str, options: Mapping[str, Any] | None = None) -> Algorithm:
     Raises:
         ConfigError: an unknown name, a wrong type, or an option without effect.
     """
+    require("choose", "preset", preset, str, "a preset's name, such as 'grpo'")
+    require("choose", "options", options, (Mapping, type(None)), "options by name, such as {'clip_high': 0.3}")
     if preset not in PRESETS:
         raise ConfigError(f"unknown algorithm preset {preset!r}{nearest(preset, PRESETS)}")
     spec = checked_options(PRESETS[preset], options or {})

@@ -20,6 +20,7 @@ from inspect import signature
 from pkgutil import iter_modules
 from typing import Any
 
+from posttrain.api_arguments import require, require_function
 from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
@@ -65,6 +66,13 @@ class Environment:
     rows: Callable[..., list[Row]]
     judge: Callable[[str, str], float | None]
     step: Step | None = None
+
+    def __post_init__(self) -> None:
+        require("Environment", "name", self.name, str, "a text")
+        for field in ("rows", "judge"):
+            require_function("Environment", field, getattr(self, field), "a function; see docs/environments.md")
+        if self.step is not None:
+            require_function("Environment", "step", self.step, "a function f(conversation), or None for a single turn")
 
     def reward(
         self, prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
@@ -145,6 +153,7 @@ def register(new: Environment) -> Environment:
     Raises:
         ConfigError: a different environment has this name.
     """
+    require("register", "new", new, Environment, "an Environment(name, rows, judge)")
     if new.name in built_in() or _REGISTERED.get(new.name, new) != new:
         raise ConfigError(f"an environment named {new.name!r} already exists; choose a different name")
     return _REGISTERED.setdefault(new.name, new)
@@ -156,6 +165,7 @@ def environment(name: str) -> Environment:
     Raises:
         ConfigError: there is no such environment.
     """
+    require("environment", "name", name, str, "a name, or an import path package.module:attribute")
     if name in _REGISTERED:
         return _REGISTERED[name]
     path = f"{PACKAGE}.{name}:ENVIRONMENT" if name in built_in() else import_path(name)

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from posttrain.api_arguments import checked, require_function
 from posttrain.data.conversations import as_messages
 from posttrain.data.limits import bounded
 from posttrain.data.tokens import TextEncoder, row_tools
@@ -55,6 +56,8 @@ class Turns:
     seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        require_function("Turns", "step", self.step, "an environment's step: f(conversation) -> messages or None")
+        checked("Turns", limit=self.limit, seconds=self.seconds)
         if self.limit < 1 or self.on_error not in get_args(OnError):
             raise ConfigError(
                 f"turns: limit = {self.limit} and on_error = {self.on_error!r}; the limit is at least 1, and on_error is one of"
