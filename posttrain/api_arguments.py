@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
@@ -31,10 +32,13 @@ class _Number:
     above: bool = False
 
     def allows(self, value: Any) -> bool:
-        kind = Integral if self.whole else Real
-        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        return self.least <= value <= self.greatest and not (self.above and value == self.least)
+        number: Any = value
+        # NaN compares as false; a whole number may be larger than any float
+        return bool(self.least <= number <= min(self.greatest, sys.float_info.max)) and not (
+            self.above and number == self.least
+        )
 
     def in_words(self) -> str:
         noun = "a whole number" if self.whole else "a finite number"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -186,6 +187,8 @@ def _check_encodable(text: str, place: str) -> None:
 
 
 def _check_number(value: Any, place: str, least: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+    number: Any = value
+    plain = not isinstance(value, bool) and isinstance(value, Real)
+    if not plain or not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
         limit = "" if least == -math.inf else " that is not negative"
         raise DataError(f"{place} is {shown(value)}; give a finite number{limit}")

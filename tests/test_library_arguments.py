@@ -35,7 +35,7 @@ def train(model: pt.Model, algorithm: Any = "sft", rows: Any = ROWS, **changes: 
     ("name", "values"),
     [
         ("steps", (0, -1, 1.5, True, "3")),
-        ("learning_rate", (NAN, float("inf"), -1, 0, "0.1")),
+        ("learning_rate", (NAN, float("inf"), -1, 0, "0.1", 10**400)),
         ("batch_size", (0, 2.0)),
         ("samples", (0,)),
         ("max_new_tokens", (0, -5)),
@@ -83,6 +83,7 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0] | {"Weight": 2}], "did you mean 'weight'"),
         ("sft", [ROWS[0] | {"weight": -1}], "weight is -1"),
         ("sft", [ROWS[0] | {"weight": NAN}], "weight is nan"),
+        ("sft", [ROWS[0] | {"weight": 10**400}], "weight is 1000"),
         ("sft", [ROWS[0] | {"weight": "2"}], "weight is '2'"),
         ("sft", [ROWS[0] | {"weight": 0}], "the weight of every row is 0"),
         ("sft", [ROWS[0] | {"tools": "{"}], "tools is '{'; give a list of tools"),
