@@ -290,7 +290,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert load_encoder(tmp_path / "m").max_length == small.SHAPE.max_length
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
-    with pytest.raises(ModelError, match="259 tokens, the model's embedding 100"):
+    with pytest.raises(ModelError, match=r"the tokenizer has 259 tokens, .* embedding has 100 rows"):
         load_encoder(tmp_path / "m")
     path = tmp_path / "m" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))

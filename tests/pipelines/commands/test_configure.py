@@ -110,6 +110,7 @@ def test_every_shipped_overlay_is_tested(root: Path) -> None:
     assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == [
         "all_presets",
         "gsm8k",
+        "human_scores",
         "reasoning_gym",
         "reward_model",
         "smollm2",

@@ -106,9 +106,8 @@ def test_a_wrong_search_is_refused(root: Path, change: dict[str, Any], message: 
 
 def test_a_trial_with_impossible_values_is_refused_before_anything_runs(root: Path) -> None:
     space = {"on_policy": {"options.cliphigh": {"values": [0.3]}}, "preference": {RATE: {"values": [1e-5]}}}
-    found = trials(params_with(root, space=space))
-    with pytest.raises(ConfigError, match=r"algorithms.grpo_t1: .*cliphigh"):
-        search_workspace(root, found, [1000])
+    with pytest.raises(ConfigError, match=r"tune\.space\.on_policy\.options\.cliphigh: the value 0\.3 cannot be tried"):
+        params_with(root, space=space)
     space = search_workspace(root, trials(params_with(root)), [1000])
     assert space.targets([1000])[2] == "evaluate_aligned@dpo_t0-1000"
     assert space.params["project"]["seeds"] == [1000]
