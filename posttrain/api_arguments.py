@@ -1,4 +1,4 @@
-"""Check every argument of the public functions in one place: what it is, its range, and what to give instead.
+"""Check every argument of the public functions in one place: its type, its range, and the values to give instead.
 
 Example:
     >>> checked("train", steps=3, learning_rate=0.01)
@@ -74,7 +74,7 @@ def checked(function: str, **values: Any) -> None:
 
 
 def require(function: str, name: str, value: Any, kinds: type | tuple[type, ...], give: str) -> None:
-    """Raise ConfigError unless the value is of one of the kinds. `give` says which values are right."""
+    """Raise ConfigError unless the value is of one of the kinds. `give` names the right values."""
     if not isinstance(value, kinds):
         raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
 

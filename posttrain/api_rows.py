@@ -1,4 +1,4 @@
-"""Check the rows that `train` is given, and bring them to one form; a message names the row, the column and what to give.
+"""Check the rows that `train` is given, and bring them to one form; a message names the row, the column and the remedy.
 
 Example:
     >>> supervised_rows([{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}])

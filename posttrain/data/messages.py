@@ -1,4 +1,4 @@
-"""Whole conversations: where the turns to learn begin.
+"""Whole conversations: which turns are learnt.
 
 Example:
     >>> asked, answered, greets = parted([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
