@@ -65,6 +65,10 @@ class JudgeError(PosttrainError):
     pass
 
 
+class JudgeTimeoutError(JudgeError):
+    pass
+
+
 class RolloutError(PosttrainError):
     pass
 

@@ -3,7 +3,7 @@
     posttrain judge NAME            # NAME is a folder of labels/, which `posttrain label` made
     posttrain judge NAME --dry-run  # counts the questions, asks none
 
-The model is `judge.model`, at the OpenAI-compatible address in POSTTRAIN_JUDGE_URL with the key in POSTTRAIN_JUDGE_KEY, or a model of
+The model is `judge.model`, at the OpenAI-compatible address in POSTTRAIN_JUDGE_URL with the key in POSTTRAIN_JUDGE_API_KEY, or a model of
 this project. It compares two answers in both orders; if the order changes its mind, the verdict is a tie. Replies are cached, so a
 second call asks nothing. Its judgements go to the inbox only if it agrees with people: `judge.alone` says on how many items and how
 much. Stop the session's page first.
@@ -30,10 +30,9 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.redaction import printable
 from posttrain.errors import ConfigError
-from posttrain.judges import ChatClient, Judge, Prices, Rubric
+from posttrain.judges import API_KEY, URL, ChatClient, Judge, Prices, Rubric
 
 CACHE = Path(".posttrain/judges")
-URL, KEY = "POSTTRAIN_JUDGE_URL", "POSTTRAIN_JUDGE_KEY"
 
 
 def open_judge(project: Path, params: Params) -> Judge:
@@ -46,7 +45,7 @@ def open_judge(project: Path, params: Params) -> Judge:
         )
     if url:
         client = ChatClient(
-            url, section.model, os.environ.get(KEY, ""), section.max_tokens, timeout_seconds=section.timeout_seconds
+            url, section.model, os.environ.get(API_KEY, ""), section.max_tokens, timeout_seconds=section.timeout_seconds
         )
         return Judge(client, project / CACHE, section.concurrent)
     md5 = folder_or_model_md5(project, section.model, params.project.experiment)

@@ -10,11 +10,13 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.judge import JudgeSettings
 from posttrain.text import nearest
+
+if TYPE_CHECKING:
+    from posttrain.rewards.judge import JudgeSettings
 
 _POSITIVE = "a number above 0"
 _TEXT = "a regular expression"
@@ -54,6 +56,8 @@ def check_arguments(function: str, arguments: Mapping[str, Any]) -> None:
 
 def judge_settings(arguments: Mapping[str, Any]) -> JudgeSettings:
     """Return the settings of a judge. Raises ConfigError if there is no such argument, or its value has a wrong type or size."""
+    from posttrain.rewards.judge import JudgeSettings  # not above: every stage reads params.yaml, and few ask a judge
+
     known = get_type_hints(JudgeSettings)
     for name, value in arguments.items():
         if name not in known:

@@ -1,12 +1,13 @@
 """Models that judge answers, through an OpenAI-compatible URL: asked within bounds, cached by content, their cost counted.
 
 client.py    one request: tries, time limits, errors in words
-judge.py     many requests at once, the cache on disk, and usage
+store.py     replies on disk, by the hash of the question
+judge.py     many requests at once, and usage
 verdicts.py  prompts and replies: two answers in both orders, or one score for each answer
 """
 
-from posttrain.judges.client import ChatClient, Reply
+from posttrain.judges.client import API_KEY, URL, ChatClient, Reply
 from posttrain.judges.judge import Judge, Prices, Usage
 from posttrain.judges.verdicts import Rubric, Verdict, compare, grade
 
-__all__ = ["ChatClient", "Judge", "Prices", "Reply", "Rubric", "Usage", "Verdict", "compare", "grade"]
+__all__ = ["API_KEY", "URL", "ChatClient", "Judge", "Prices", "Reply", "Rubric", "Usage", "Verdict", "compare", "grade"]

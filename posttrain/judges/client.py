@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from posttrain.errors import ConfigError, JudgeError
+from posttrain.errors import ConfigError, JudgeError, JudgeTimeoutError
 
+URL, API_KEY = "POSTTRAIN_JUDGE_URL", "POSTTRAIN_JUDGE_API_KEY"
+"""Variables with the judge's address and secret."""
 Message = Mapping[str, str]
 WAITS_SECONDS = (0.5, 2.0, 8.0)
 """Time before the second, third and fourth try, unless the server names one."""
@@ -76,26 +79,37 @@ class ChatClient:
         }
 
     def complete(self, messages: Sequence[Message]) -> Reply:
-        """Return the model's reply.
+        """Return the model's reply. Raises JudgeError as `post` does."""
+        return self.post(self.body(messages))
+
+    def post(self, body: Mapping[str, Any], until: float = math.inf) -> Reply:
+        """Send a request until it succeeds.
+
+        Args:
+            until: time of the monotonic clock at which all tries end, in seconds.
 
         Raises:
-            JudgeError: no try succeeded, or the server refused the request.
+            JudgeTimeoutError: no try had succeeded by then.
+            JudgeError: no try succeeded, or the server refused the request. Redirects are refused: they would carry the key elsewhere.
         """
-        body = self.body(messages)
         for wait in (*self.waits_seconds, None):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise JudgeTimeoutError(f"{self.url} did not answer within the time limit")
             try:
-                return self._try(body)
+                return self._try(body, min(self.timeout_seconds, left))
             except _Again as error:
                 if wait is None:
                     tries = len(self.waits_seconds) + 1
                     raise JudgeError(f"{self.url} failed {tries} times: {error}. Is the server running?") from error
-                time.sleep(min(LONGEST_WAIT_SECONDS, wait if error.after is None else error.after))
+                pause = min(LONGEST_WAIT_SECONDS, wait if error.after is None else error.after)
+                time.sleep(max(0.0, min(pause, until - time.monotonic())))
         raise AssertionError("the last try returns or raises")
 
-    def _try(self, body: Mapping[str, Any]) -> Reply:
+    def _try(self, body: Mapping[str, Any], seconds: float) -> Reply:
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        connection = kind(parts.netloc, timeout=self.timeout_seconds)
+        connection = kind(parts.netloc, timeout=seconds)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         try:
             connection.request("POST", f"{parts.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)

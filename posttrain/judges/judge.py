@@ -16,16 +16,14 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from posttrain.files import write_atomic
 from posttrain.judges.client import Message, Reply
+from posttrain.judges.store import ReplyStore, key_of
 
 CONCURRENT = 8
 """Requests under way at once."""
@@ -100,28 +98,14 @@ class Judge:
 
     def _ask_and_store(self, key: str, messages: Sequence[Message]) -> Reply:
         reply = self._memory[key] = self.model.complete(messages)
-        path = self._path(key)
-        if path is not None:
-            write_atomic(path, json.dumps(asdict(reply)).encode())
+        ReplyStore(self.folder).write(key, reply)
         return reply
 
     def _recall(self, key: str) -> bool:
-        """Load a stored reply. Return False if there is none, or it cannot be read; it is then asked for again."""
-        if key in self._memory:
-            return True
-        path = self._path(key)
-        if path is None or not path.is_file():
-            return False
-        try:
-            self._memory[key] = Reply(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            return False
-        return True
-
-    def _path(self, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / key[:2] / f"{key[2:]}.json"
+        """Load a kept reply into memory. Return False if there is none."""
+        if key not in self._memory and (kept := ReplyStore(self.folder).read(key)) is not None:
+            self._memory[key] = kept
+        return key in self._memory
 
     def _key(self, messages: Sequence[Message]) -> str:
-        address = getattr(self.model, "url", "")
-        body = json.dumps([address, self.model.body(messages)], sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()
+        return key_of([getattr(self.model, "url", ""), self.model.body(messages)])

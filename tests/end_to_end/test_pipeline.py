@@ -108,6 +108,8 @@ PLUMBING = (
     "pipelines/config",
     "pipelines/runtime",
     "posttrain/__init__.py",
+    "posttrain/environments/base.py",  # params.yaml is checked for unknown environments
+    "posttrain/environments/parts.py",
     "posttrain/errors.py",
     "posttrain/files.py",
     "posttrain/guard.py",

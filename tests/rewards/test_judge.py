@@ -101,13 +101,13 @@ def test_answers_are_kept_by_content_and_equal_questions_are_sent_once(tmp_path:
             }
         )
         assert (first.server.paid["requests"], again.server.paid["requests"]) == (1, 0)
+        (kept,) = tmp_path.rglob("*.json")
         judge(server, tmp_path, instruction="Shorter is better.").reward(["p"], ["ab"])
         assert len(server.asked) == 2
-        (kept,) = [file for file in tmp_path.rglob("*.json") if "Shorter" not in file.read_text(encoding="utf-8")]
-        kept.write_text('{"answer": "Gra', encoding="utf-8")
+        kept.write_text('{"text": "Gra', encoding="utf-8")
         assert judge(server, tmp_path).reward(["p"], ["ab"]) == [1 / 9]
         assert len(server.asked) == 3
-        assert json.loads(kept.read_text(encoding="utf-8"))["answer"] == "Grade: 2"
+        assert json.loads(kept.read_text(encoding="utf-8"))["text"] == "Grade: 2"
 
 
 def test_no_more_requests_than_allowed_run_at_the_same_time() -> None:
@@ -123,8 +123,7 @@ def test_no_more_requests_than_allowed_run_at_the_same_time() -> None:
     assert server.most == 3
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.rewards.judge_server.PAUSE_SECONDS", 0.01)
+def test_a_busy_server_is_asked_again_and_a_refusal_is_not() -> None:
     tries: list[str] = []
 
     def reply(question: str) -> str | int:
@@ -132,10 +131,11 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(monkeypatch: pytest.M
         return {"busy": 503 if tries.count("busy") < 3 else "9", "refused": 401, "broken": 500}[answer_in(question)]
 
     with judge_server(reply) as server:
-        result = judge(server)(["p"] * 3, ["busy", "refused", "broken"], {}, {})
+        quick = JudgeServer(server.url, folder=None, waits_seconds=(0.01,) * 3)
+        result = Judge(JudgeSettings("m"), 60.0, quick)(["p"] * 3, ["busy", "refused", "broken"], {}, {})
     assert result.values == [pytest.approx(8 / 9), None, None]
-    assert "refused the request with 401" in result.failures[1]
-    assert "failed 4 times, the last time with: 500" in result.failures[2]
+    assert "refused the request with status 401" in result.failures[1]
+    assert "failed 4 times: status 500" in result.failures[2]
     assert (tries.count("busy"), tries.count("refused"), tries.count("broken")) == (3, 1, 4)
 
 
@@ -171,7 +171,7 @@ def test_an_answer_without_a_verdict_is_a_failure_of_that_answer_only(capsys: py
 def test_a_redirect_is_not_followed_because_it_would_carry_the_key() -> None:
     with judge_server(lambda question: 302) as server:
         result = Judge(JudgeSettings("m"), 60.0, JudgeServer(server.url, "sk-key", folder=None))(["p"], ["a"], {}, {})
-    assert "refused the request with 302" in result.failures[0]
+    assert "refused the request with status 302" in result.failures[0]
     assert server.headers[0]["Authorization"] == "Bearer sk-key"
 
 
@@ -196,7 +196,7 @@ def test_params_build_the_judge_that_the_environment_names(
         (line,) = judges_used([source])
     sent = len(server.asked[0]["messages"][0]["content"])
     assert line == f"judge j: 1 questions, 1 of them sent to {server.url}: {sent + 8} tokens, at a cost of {sent}"
-    assert len(list(Path(".posttrain/judge").rglob("*.json"))) == 1
+    assert len(list(Path(".posttrain/judges").rglob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_arguments_are_checked_before_anything_runs(arguments: dict[str, Any], w
 
 def test_settings_of_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_JUDGE_URL", "127.0.0.1:8000")
-    with pytest.raises(ConfigError, match="not an address"):
+    with pytest.raises(ConfigError, match="is not the address of a server"):
         server_of_environment(None)
     monkeypatch.setenv("POSTTRAIN_JUDGE_URL", "http://127.0.0.1:8000/v1/")
     assert server_of_environment(None).url == "http://127.0.0.1:8000/v1"
