@@ -125,9 +125,11 @@ class DataParams(Section):
 
     @model_validator(mode="after")
     def _every_environment_is_known(self) -> DataParams:
-        """Refuse options of an environment that does not exist."""
+        """Refuse options of an environment that does not exist. The sources of the tables are checked where they are read."""
+        tables = (self.sft, self.preferences, self.problems, self.evaluation, self.labelled)
+        sources = {name for table in tables if table is not None for name in table.names}
         for name in self.environments:
-            if not is_environment(name):
+            if name not in sources and not is_environment(name):
                 raise ValueError(
                     f"environments.{name}: no such environment, so its options would have no effect{nearest(name, [*built_in()])}"
                 )

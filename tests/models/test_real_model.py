@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def rows(kind: Any, count: int) -> list[dict[str, Any]]:
         row | {"prompt": [SYSTEM, {"role": "user", "content": row["prompt"]}]}
         for row in word_problems.rows(kind, count, 0, largest=20)
     ]
+
+
+def test_the_measurement_of_the_page_is_the_number_in_its_table(folder: Path, root: Path) -> None:
+    """The block of docs/real-model.md, as it is shown."""
+    page = (root / "docs" / "real-model.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", block], cwd=root, capture_output=True, text=True, check=True)
+    assert f"{float(done.stdout):.2f}" in page
+    assert 0.2 < float(done.stdout) < 0.6
 
 
 def test_imitation_lowers_the_loss_of_its_rows(model: Model) -> None:
