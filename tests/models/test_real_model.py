@@ -55,7 +55,7 @@ def rows(kind: Any, count: int) -> list[dict[str, Any]]:
 
 
 def test_the_measurement_of_the_page_is_the_number_in_its_table(folder: Path, root: Path) -> None:
-    """The block of docs/real-model.md, as it is shown."""
+    """Run the block of docs/real-model.md as it is shown."""
     page = (root / "docs" / "real-model.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", block], cwd=root, capture_output=True, text=True, check=True)
