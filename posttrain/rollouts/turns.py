@@ -58,11 +58,8 @@ class Turns:
     def __post_init__(self) -> None:
         require_function("Turns", "step", self.step, "an environment's step: f(conversation) -> messages or None")
         checked("Turns", limit=self.limit, seconds=self.seconds)
-        if self.limit < 1 or self.on_error not in get_args(OnError):
-            raise ConfigError(
-                f"turns: limit = {self.limit} and on_error = {self.on_error!r}; the limit is at least 1, and on_error is one of"
-                f" {', '.join(get_args(OnError))}"
-            )
+        if self.on_error not in get_args(OnError):
+            raise ConfigError(f"Turns: on_error = {self.on_error!r}; it is one of {', '.join(get_args(OnError))}")
 
 
 class TurnEngine:

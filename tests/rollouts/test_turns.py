@@ -313,8 +313,10 @@ def test_a_step_that_takes_too_long_is_an_error() -> None:
 
 
 def test_policies_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"limit = 0 .*stop, end, tell"):
+    with pytest.raises(ConfigError, match="Turns: limit = 0; it must be a whole number"):
         Turns(echo, 0)
+    with pytest.raises(ConfigError, match=r"on_error = 'go on'; it is one of stop, end, tell"):
+        Turns(echo, 1, on_error="go on")  # type: ignore[arg-type]
 
 
 def test_a_template_that_hides_the_newest_turn_is_refused() -> None:
