@@ -187,7 +187,7 @@ def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row
 def require_effect(kind: Sourced, source: TableSource) -> None:
     """Raise ConfigError for a setting of files that is given for a generator, on which it has no effect."""
     given = [field for field in ("columns", "extract", "graded", "preferred") if getattr(source, field) is not None]
-    given += ["split"] if source.split != type(source).model_fields["split"].default else []
+    given += ["split"] if source.split != TableSource.model_fields["split"].default else []
     if given:
         raise ConfigError(f"data.{kind}.{given[0]}: has no effect on the generator {source.source!r}. Remove it.")
 
