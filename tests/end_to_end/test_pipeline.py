@@ -108,6 +108,7 @@ PLUMBING = (
     "pipelines/config",
     "pipelines/runtime",
     "posttrain/__init__.py",
+    "posttrain/api_arguments.py",
     "posttrain/environments/base.py",  # params.yaml is checked for unknown environments
     "posttrain/environments/parts.py",
     "posttrain/errors.py",
@@ -363,7 +364,9 @@ def projected(clone: Clone) -> dict[str, object]:
     assert experiment is not None
     found: dict[str, object] = {}
     for run in client.search_runs([experiment.experiment_id], max_results=100):
-        names = [n for n in run.data.metrics if not n.startswith(("seconds/", "system/", "cost/seconds"))]
+        names = [
+            n for n in run.data.metrics if not n.startswith(("seconds/", "throughput/", "system/", "cost/seconds"))
+        ]
         series = {
             n: sorted((m.step, str(m.value)) for m in client.get_metric_history(run.info.run_id, n)) for n in names
         }
