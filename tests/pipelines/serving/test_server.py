@@ -229,6 +229,6 @@ def test_a_judge_asks_this_server_with_its_key(tmp_path: Path) -> None:
     # an untrained model says no grade, and what it says is kept and named
     (kept,) = tmp_path.rglob("*.json")
     answer = json.loads(kept.read_text(encoding="utf-8"))
-    assert answer["tokens"]["completion_tokens"] == 4
-    assert asked.failures == {0: f"the judge's answer {answer['answer'][:80]!r} holds no verdict"}
-    assert "refused the request with 401" in stranger.failures[0]
+    assert answer["completion_tokens"] == 4
+    assert asked.failures == {0: f"the judge's answer {answer['text'][:80]!r} holds no verdict"}
+    assert "refused the request with status 401" in stranger.failures[0]
