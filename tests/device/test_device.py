@@ -48,7 +48,7 @@ def test_an_update_waits_and_copies_no_more_than_it_did(measured: Any, kind: str
 
 
 def test_the_head_computes_large_tiles(measured: Any) -> None:
-    """With the five tiles that a CPU computes, it would start more than 200 kernels."""
+    """Count the kernels of one tile; a CPU computes five tiles."""
     assert measured["head"]["launches"] <= 80
     assert measured["head"]["difference"] < 1e-4
 
