@@ -66,7 +66,7 @@ NUMBERS: dict[str, _Number] = {
 
 
 def checked(function: str, **values: Any) -> None:
-    """Raise ConfigError for the first number that is of a different type or out of its range; None stands for "not given"."""
+    """Raise ConfigError for the first number that is of a different type or out of its range; None means "not given"."""
     for name, value in values.items():
         rule = NUMBERS[name]
         if value is not None and not rule.allows(value):

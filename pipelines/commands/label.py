@@ -9,7 +9,7 @@
 Prints the page's address, which holds a secret. Everyone who judges opens it and gives a name. The page is reachable only from this
 machine; from a different one, use `ssh -L 5050:127.0.0.1:5050 HOST`. Each judgement is on disk before the next item appears. When an
 annotator has finished, or the server stops, judgements go to inbox/preferences, where `make retrain` takes them in. The same command
-continues the same session; other models, prompts or options begin a new one. A session in which nobody judged anything is removed.
+continues the same session; other models, prompts or options begin a new one. A session without judgements is removed.
 """
 
 from __future__ import annotations
@@ -199,10 +199,10 @@ def serve(session: Session, project: Path, port: int) -> None:
 
 
 def finish(desk: Desk) -> None:
-    """Write and print the results. A session in which nobody judged anything is removed; the same command samples it again."""
+    """Write and print the results. A session without judgements is removed; the same command samples it again."""
     if desk.is_untouched:
         shutil.rmtree(desk.session.folder)
-        print_text(f"nobody judged anything; {printable(str(desk.session.folder))} is removed")
+        print_text(f"no judgements; {printable(str(desk.session.folder))} is removed")
         return
     write_results(desk)
     print_text("\n".join(map(printable, describe(summarise(desk.session, desk.judgements())).split("\n"))))

@@ -140,7 +140,7 @@ class Desk:
 
     @property
     def is_untouched(self) -> bool:
-        """Return True if nobody has judged anything, not even what was undone later."""
+        """Return True if there is no judgement, not even an undone one."""
         with self._lock:
             return not self._seen
 

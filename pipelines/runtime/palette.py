@@ -8,7 +8,7 @@ LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD6", "#882
 DARK = ("#4DA3DC", "#F08A45", "#35C79B", "#E3A3C6", "#E6B93D", "#8CCBF2", "#D3749F", "#9C92F2", "#C4C45A", "#7FD3C6")
 """The same hues, lighter for contrast on a dark ground."""
 OWN = ("dpo", "dpo_soft", "grpo_pairs", "ppo", "grpo", "gspo", "dapo", "chord")
-"""Algorithms with a colour of their own, whatever they are compared with: the first colours, in this order."""
+"""Algorithms with a fixed colour, whatever they are compared with: the first colours, in this order."""
 GREY = {"base": "#9AA0A6", "sft": "#4A4F55"}
 
 

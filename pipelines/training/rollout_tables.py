@@ -116,7 +116,7 @@ def read_table(path: Path) -> KeptStep:
 
 
 def _about(row: OnPolicyRow, answer: ScoredAnswer | None, encoder: TextEncoder) -> dict[str, Any]:
-    """Return the columns for people: texts, rewards and where the row is from."""
+    """Return the columns for people: texts, rewards and origin of the row."""
     about: dict[str, Any] = {"id": row.tokens.id, "completion": encoder.text(row.tokens.response)}
     if answer is None:
         return about | {"kind": "demonstration", "prompt": encoder.text(row.tokens.prompt)}

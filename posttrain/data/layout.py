@@ -75,12 +75,12 @@ class Reads:
         return [self.tokens, *chain(*(part.tensors() for part in self.parts))]
 
     def take(self, moved: Iterator[Tensor]) -> Reads:
-        """Return the reads with the next tensors of `moved` in place of their own."""
+        """Return the reads with the next tensors of `moved` in place of theirs."""
         return Reads(next(moved), take_parts(self.parts, moved))
 
 
 def take_parts(parts: Iterable[Attended], moved: Iterator[Tensor]) -> tuple[Attended, ...]:
-    """Return the parts with the next tensors of `moved` in place of their own."""
+    """Return the parts with the next tensors of `moved` in place of theirs."""
     return tuple(Attended.of([*islice(moved, len(part.tensors()))]) for part in parts)
 
 

@@ -19,23 +19,21 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
-from posttrain.environments.base import Conversation, Environment
+from posttrain.environments.base import Conversation
 from posttrain.environments.parts import Kind, Row, distinct
+from posttrain.environments.replayed import ENTRY, ReplayedEnvironment, Turns
 from posttrain.errors import ConfigError, RolloutError
 
 PACKAGE = "openenv"
-ENTRY = "entry"
-"""Column with the inputs of a session, as JSON: the seed, and the options."""
 SECONDS = 60.0
 """A server that has not answered by then is considered hung."""
 _BYTES = 2**24
 """Largest message of a server."""
-Turns = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +45,18 @@ class Session:
     done: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenEnvironment(Environment):
-    """An environment whose reward needs the whole conversation and the column `entry`."""
-
-    def reward(
-        self, prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
-    ) -> list[float | None]:
-        """Return the sum of the steps' rewards of each conversation; None if the server gave none.
-
-        Raises:
-            ConfigError: the rows have no column `entry`.
-        """
-        if ENTRY not in columns:
-            raise ConfigError(
-                f"the reward {PACKAGE}:{self.name} needs the column {ENTRY!r}, which only rows of the source {PACKAGE}:{self.name} have"
-            )
-        turns = columns.get("conversation") or [[{"role": "assistant", "content": text}] for text in completions]
-        return [session(self.name, entry, own).reward for entry, own in zip(columns[ENTRY], turns, strict=True)]
-
-
 @cache
-def environment_of(name: str) -> OpenEnvironment:
+def environment_of(name: str) -> ReplayedEnvironment:
     """Return the environment of a server. Raises ConfigError if the extra is not installed or no address is set."""
     if find_spec("websockets") is None:
         raise ConfigError(
             "a source openenv:NAME needs the package websockets; install it with: pip install -c constraints.txt '.[openenv]'"
         )
     _address(name)
-    return OpenEnvironment(name, partial(_rows, name), _exact, partial(_reply, name))
+    return ReplayedEnvironment(
+        name, partial(_rows, name), _exact, partial(_reply, name), package=PACKAGE,
+        score=lambda entry, turns: session(name, entry, turns).reward,
+    )  # fmt: skip
 
 
 def address_variable(name: str) -> str:
@@ -181,7 +162,7 @@ def _rows(
     action: Mapping[str, Any] | None = None,
     reset: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Return `count` rows of one table, each with its own seed, whose number stands before the first observation.
+    """Return `count` rows of one table, each with its own seed, whose number precedes the first observation.
 
     Args:
         field: field of the action that takes the model's answer.
@@ -208,7 +189,7 @@ def _rows(
     return rows
 
 
-def __getattr__(name: str) -> OpenEnvironment:
+def __getattr__(name: str) -> ReplayedEnvironment:
     """Return an environment as an attribute, so that `posttrain.environments.openenv:NAME` is an import path."""
     if name.startswith("_") or name == "ENVIRONMENT":
         raise AttributeError(name)

@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,50 +23,30 @@ from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
-from posttrain.environments.base import Conversation, Environment
+from posttrain.environments.base import Conversation
 from posttrain.environments.parts import Kind, Row, distinct
+from posttrain.environments.replayed import ENTRY, ReplayedEnvironment
 from posttrain.environments.verifiers_replay import Episode, LoadedEnvironment, load, play
 from posttrain.errors import ConfigError
 from posttrain.text import normalised
 
 PACKAGE = "verifiers"
-ENTRY = "entry"
-"""Column with the inputs of a replay, as JSON: the task of verifiers, and the options of its environment."""
 _DRAWS = 40
 """Tasks to look at for each wanted row: a table owns at least 15 % of them."""
 Messages = list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class VerifiersEnvironment(Environment):
-    """An environment whose reward needs the whole conversation and the column `entry`."""
-
-    def reward(
-        self, prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
-    ) -> list[float | None]:
-        """Score conversations as verifiers does: the weighted sum of the task's rewards. None if the task records no reward.
-
-        Raises:
-            ConfigError: the rows have no column `entry`.
-        """
-        if ENTRY not in columns:
-            raise ConfigError(
-                f"the reward {PACKAGE}:{self.name} needs the column {ENTRY!r}, which only rows of the source {PACKAGE}:{self.name} have;"
-                " use a reward of the task's own rows, such as `answer`, for other rows"
-            )
-        said = columns.get("conversation") or [[{"role": "assistant", "content": text}] for text in completions]
-        return [score(self.name, entry, turns) for entry, turns in zip(columns[ENTRY], said, strict=True)]
-
-
 @cache
-def environment_of(name: str) -> VerifiersEnvironment:
+def environment_of(name: str) -> ReplayedEnvironment:
     """Return the environment of a taskset. Raises ConfigError if the package is not installed or has no such taskset."""
     require_package()
     try:
         import_module(f"{PACKAGE}.v1.utils.loaders").taskset_class(name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{PACKAGE}:{name}: verifiers cannot load this taskset: {error}") from error
-    return VerifiersEnvironment(name, partial(_rows, name), _exact, partial(_reply, name))
+    return ReplayedEnvironment(
+        name, partial(_rows, name), _exact, partial(_reply, name), package=PACKAGE, score=partial(score, name)
+    )
 
 
 def require_package() -> None:
@@ -167,7 +146,7 @@ def _row(name: str, kind: Kind, task: dict[str, Any], prompt: Messages, options:
     return {"prompt": prompt, "answer": str(answer or task.get("name") or "none"), ENTRY: record}
 
 
-def __getattr__(name: str) -> VerifiersEnvironment:
+def __getattr__(name: str) -> ReplayedEnvironment:
     """Return an environment as an attribute, so that `posttrain.environments.verifiers:MODULE` is an import path."""
     if name.startswith("_") or name == "ENVIRONMENT":
         raise AttributeError(name)

@@ -99,7 +99,7 @@ def _pair(rubric: Rubric, prompt: Any, first: str, second: str) -> list[dict[str
 
 
 def _question(task: str, *parts: tuple[str, str]) -> list[dict[str, str]]:
-    """Return messages in which every part stands between marks with its name."""
+    """Return messages in which every part is between marks with its name."""
     text = "\n\n".join(f"[begin of {name}]\n{part}\n[end of {name}]" for name, part in parts)
     return [{"role": "system", "content": task}, {"role": "user", "content": text}]
 

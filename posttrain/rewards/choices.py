@@ -61,7 +61,7 @@ def chosen_letter(text: str, marked: str | None, loosely: bool = True) -> str | 
 
     Args:
         marked: the text after the last marker, None without a marker.
-        loosely: also take the last letter that stands by itself.
+        loosely: also take the last separate letter.
     """
     if marked is not None and (rest := rejection(text[text.rfind(marked) :])) is not None:
         return _last(rest)

@@ -91,7 +91,7 @@ _BOUNDED = re.compile(
     r"[ \t$)}]*(?:[<>\u2260\u2264\u2265\u00b1]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))"
     r"|(?:\s[A-Za-z]{1,12})?\s{1,3}(?:or\s(?:more|less|fewer|greater|higher|lower|above|below|over|under|up|larger|smaller)|and\s(?:above|up|over))\b"
 )
-"""Before and after a number: it bounds the answer (x < 5), or stands for two (\u00b15)."""
+"""Before and after a number: it bounds the answer (x < 5), or means two (\u00b15)."""
 _OPERAND = re.compile(
     r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\bpi|\u03c0|\ue000)[ \t]?"
     r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):)[ \t]?[$\\({]*$"

@@ -141,7 +141,7 @@ def test_the_command_reads_lines_and_ends_with_them(
     done = subprocess.run([*command, "--temperature", "0"], cwd=root, input="1+1=\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{tmp_path / 'model'}> "), "one line an answer, without prompts that nobody types at"
+    assert line.startswith(f"{tmp_path / 'model'}> "), "one line an answer, without prompts"
     monkeypatch.chdir(root)
     assert main([str(tmp_path / "model"), "--system", "x"]) == 2
     assert "has no chat template, so it has no system message; leave it out" in capsys.readouterr().err

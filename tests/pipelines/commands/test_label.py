@@ -105,7 +105,7 @@ def test_a_session_in_which_nobody_judged_is_removed(tmp_path: Path, capsys: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judged"]
     assert (tmp_path / "judged/summary.json").is_file()
     said = capsys.readouterr().out
-    assert said.startswith("nobody judged anything; ")
+    assert said.startswith("no judgements; ")
     assert f"{Path('empty')} is removed" in said
 
 
