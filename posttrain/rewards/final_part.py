@@ -63,7 +63,7 @@ def final_part(completion: str) -> str:
 
 
 def question_starts(text: str) -> list[int]:
-    """Return the place at which the text asks a question, after its first line: models without a trained end go on with the next problem."""
+    """Return the place where the text asks a question, after its first line: models without a trained end go on with the next problem."""
     return [found.start() for found in _NEXT_QUESTION.finditer(text)]
 
 
