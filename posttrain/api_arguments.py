@@ -60,6 +60,7 @@ NUMBERS: dict[str, _Number] = {
     "micro_batch_tokens": _COUNT,
     "limit": _Number(whole=True, least=1, greatest=2**31),
     "seconds": _Number(whole=False, least=0, above=True),
+    "staleness": _Number(whole=True, least=0),
     "threads": _Number(whole=True, least=1, greatest=4096),
 }
 """The range of every number that a public function takes."""

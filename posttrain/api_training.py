@@ -23,7 +23,7 @@ import torch
 
 from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
 from posttrain.algorithms.checks import check_spec
-from posttrain.algorithms.on_policy_checks import needs_several_answers
+from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
 from posttrain.api_arguments import check_columns, check_reward, checked, require, require_methods
 from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
@@ -37,9 +37,11 @@ from posttrain.models.weights import broken_weights
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.functions import find_function
 from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import Engine, SamplingSettings
 from posttrain.rollouts.groups import CONVERSATION, GroupSampler, GroupSettings, Problem
 from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.process import ProcessEngine
 from posttrain.rollouts.turns import TurnEngine, Turns
 from posttrain.settings import OptimizerSettings
 from posttrain.text import nearest
@@ -110,6 +112,7 @@ def train(
     demonstrations: Table = (),
     teacher: Model | None = None,
     turns: Turns | None = None,
+    staleness: int = 0,
     recorder: Recorder | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
@@ -128,6 +131,8 @@ def train(
         demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
         teacher: a model with the same vocabulary to learn from (distill), which needs no reward.
         turns: an environment's `step` and a limit, for answers that are conversations; `max_new_tokens` is then the limit of one turn.
+        staleness: from 1, a second process samples the answers of the next steps during the update, with weights that are this many steps
+            old; the spec's `anchor` or `mismatch` must correct for it.
 
     Raises:
         ConfigError: an argument is missing, of a different type or out of its range, or has no effect for this algorithm.
@@ -146,6 +151,7 @@ def train(
         seed=seed,
         micro_batch_tokens=micro_batch_tokens,
         threads=threads,
+        staleness=staleness,
         **{"training temperature": temperature},
     )
     require_methods(
@@ -154,10 +160,10 @@ def train(
     require_methods("train", "checkpoints", checkpoints, ("latest", "save"), "Checkpoints(folder, ...)")
     spec = _spec(algorithm)
     if not isinstance(spec, OnPolicy) and (
-        reward is not None or demonstrations or teacher is not None or turns is not None
+        reward is not None or demonstrations or teacher is not None or turns is not None or staleness
     ):
         raise ConfigError(
-            "reward, demonstrations, teacher and turns have no effect here: only on-policy algorithms use them. Remove them."
+            "reward, demonstrations, teacher, turns and staleness have no effect here: only on-policy algorithms use them. Remove them."
         )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -170,9 +176,13 @@ def train(
         require("train", "turns", turns, (Turns, type(None)), "Turns(step, limit=...)")
         if reason := needs_several_answers(spec, samples):
             raise ConfigError(f"{spec.name}: {reason}; samples = {samples} must be at least 2")
+        if staleness and (reason := needs_correction(spec)):
+            raise ConfigError(f"{spec.name}: staleness = {staleness}: {reason}")
+        if staleness and turns is not None:
+            raise ConfigError("train: conversations (turns) are sampled by the training process; set staleness = 0")
         limit = 1 if turns is None else turns.limit
         sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
-        _on_policy(run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, turns)
+        _on_policy(run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, turns, staleness)
     elif isinstance(spec, str):
         _supervised(run, supervised_rows(rows))
     elif isinstance(spec, Unpaired):
@@ -218,6 +228,7 @@ def _on_policy(
     demonstrations: Table,
     teacher: Model | None,
     turns: Turns | None,
+    staleness: int,
 ) -> None:
     if spec.needs_teacher != (teacher is not None):
         raise ConfigError(f"{spec.name}: pass teacher= if and only if its advantage is 'teacher'")
@@ -249,8 +260,12 @@ def _on_policy(
     shown = supervised_rows(demonstrations, "demonstrations") if spec.has_expert else []
     experts = table_tokens(model.encoder, shown, "completion")
     most = sampling.sampling.max_new_tokens * sampling.turns
-    objective = OnPolicyObjective(spec, most, sampling.sampling.temperature)
+    objective = OnPolicyObjective(spec, most, sampling.sampling.temperature, staleness=staleness)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)
+    ahead = None
+    if staleness:
+        engine = Background(ProcessEngine(model.lm, model.encoder.ends, staleness))
+        ahead = Ahead(engine, staleness, run.steps)
     sampler = GroupSampler(
         [_problem(model, row, i) for i, row in enumerate(table)],
         engine if turns is None else TurnEngine(engine, model.encoder, turns),
@@ -261,6 +276,7 @@ def _on_policy(
         sampling,
         run.seed,
         trainer.accelerator,
+        ahead,
     )
     source = ExperienceSource(
         spec,
@@ -273,7 +289,11 @@ def _on_policy(
         measure_kl_every=0 if reference is None else 1,
         updates=run.steps * spec.epochs * spec.minibatches,
     )
-    run.fit(trainer, source, objective, "kl/ref_k1" if spec.needs_teacher else "reward/total/mean")
+    try:
+        run.fit(trainer, source, objective, "kl/ref_k1" if spec.needs_teacher else "reward/total/mean")
+    finally:
+        if ahead is not None:
+            ahead.engine.close()
 
 
 def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:

@@ -135,6 +135,10 @@ COMMANDS = {
         "tests/reliability/test_replay.py::test_a_replay_gives_the_numbers_of_the_run_and_names_the_first_that_differs",
         "",
     ),
+    "posttrain configure algorithms.grpo.budget.rollouts.staleness=1 algorithms.grpo.options.anchor=rollout": (
+        f"{HERE}::{VALID}",
+        "",
+    ),
     "posttrain configure align.on_policy.rollouts.engine=vllm": (f"{HERE}::{VALID}", ""),
     "dvc repro align@grpo-0": (
         "tests/end_to_end/test_vllm.py::test_the_stage_starts_its_server_resumes_after_a_kill_and_leaves_none_behind",

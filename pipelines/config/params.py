@@ -37,7 +37,7 @@ from pipelines.config.types import Name, Section
 from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
-from posttrain.algorithms.on_policy_checks import needs_several_answers
+from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
@@ -147,6 +147,13 @@ class Params(Section):
             raise ConfigError(
                 f"algorithms.{name}.budget.on_divergence: has no effect here; it compares a reward model that is trained on with a true"
                 " reward. Give both in rewards, e.g. {rm: 1.0, answer: 0.0}, or remove it."
+            )
+        if budget.rollouts.staleness and (reason := needs_correction(spec)):
+            raise ConfigError(f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness}: {reason}")
+        if budget.rollouts.staleness and budget.turns is not None:
+            raise ConfigError(
+                f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} and turns: an environment's step has a time limit,"
+                " which holds only where the trainer waits for its answers; set staleness: 0"
             )
         if budget.turns != self.evaluation.turns:
             raise ConfigError(

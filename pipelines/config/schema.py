@@ -294,6 +294,9 @@ class RolloutParams(Section):
     keep: Literal["none", "extremes", "all"] | Annotated[float, Field(gt=0, lt=1)] = "none"
     """Answers that each step stores in a table next to the run: none, a few extremes, a random share such as 0.1, or all.
     `posttrain replay` needs all."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Most steps between the weights that sample an answer and those that it trains. 0: the trainer waits for its answers. From 1, a
+    second process or the servers sample the next steps' answers during the update; `anchor: rollout` or a `mismatch` corrects for it."""
 
 
 class TurnsParams(Section):

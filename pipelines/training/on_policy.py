@@ -35,6 +35,7 @@ from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.models.scorers import load_new_scorer, load_scorer, mean_head
+from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, ScoredAnswer
 from posttrain.rollouts.turns import transcript
@@ -81,6 +82,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         ),
         seed,
         device,
+        Ahead(engine, budget.rollouts.staleness, budget.steps) if isinstance(engine, Background) else None,
     )
     updates = budget.steps * spec.epochs * spec.minibatches
     objective = make_objective(spec, budget)
@@ -159,7 +161,9 @@ def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> P
 def make_objective(spec: OnPolicy, budget: OnPolicyBudget) -> OnPolicyObjective:
     """Return the loss; its length normalisation uses the most tokens that an answer may have."""
     turns = 1 if budget.turns is None else budget.turns.limit
-    return OnPolicyObjective(spec, budget.max_new_tokens * turns, budget.temperature)
+    return OnPolicyObjective(
+        spec, budget.max_new_tokens * turns, budget.temperature, staleness=budget.rollouts.staleness
+    )
 
 
 def make_trainer(

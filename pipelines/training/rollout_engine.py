@@ -5,6 +5,7 @@ POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a ser
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
 POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
+POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahead (staleness) with the native engine
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 from pipelines.config.schema import OnPolicyBudget
 from pipelines.runtime.context import RunContext
 from posttrain.errors import ConfigError
+from posttrain.rollouts.ahead import Background
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.native import NativeEngine
 from posttrain.settings import context_limit
@@ -62,8 +64,20 @@ def sampling_engine(
     Raises ConfigError if vllm is configured, but neither a server nor an environment for one exists.
     """
     bf16 = context.params.align.compute.bf16
+    staleness = budget.rollouts.staleness
     if budget.rollouts.engine == "native":
-        return NativeEngine(lm, encoder.ends, bf16=bf16)
+        if not staleness:
+            return NativeEngine(lm, encoder.ends, bf16=bf16)
+        from posttrain.rollouts.process import ProcessEngine
+
+        visible = os.environ.get("POSTTRAIN_SAMPLER_DEVICES")
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        return Background(ProcessEngine(lm, encoder.ends, staleness, bf16, environment))
+    if staleness and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"rollouts.staleness = {staleness} with engine: vllm needs one training process, and {accelerator.num_processes} were"
+            " launched; set staleness: 0, or engine: native"
+        )
     from posttrain.rollouts.vllm import VllmEngine
     from posttrain.rollouts.vllm.probe import RANDOM_TOKENS, sequences
 
@@ -73,7 +87,7 @@ def sampling_engine(
     text = lm.config.get_text_config()
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
-    return VllmEngine(
+    made = VllmEngine(
         lm,
         encoder.ends,
         _servers(context.state.resolve() / LOG, tokenizer, length, bf16),
@@ -83,6 +97,7 @@ def sampling_engine(
         bf16=bf16,
         accelerator=accelerator,
     )
+    return Background(made) if staleness else made
 
 
 @contextmanager

@@ -38,6 +38,16 @@ def needs_several_answers(spec: OnPolicy, samples: int) -> str:
     )
 
 
+def needs_correction(spec: OnPolicy) -> str:
+    """Return why the algorithm cannot train on answers that older weights sampled; empty if it corrects for them."""
+    if spec.anchor == "rollout" or spec.mismatch != "none":
+        return ""
+    return (
+        "the answers are sampled by older weights, and nothing corrects for that, so the gradient would be biased. Set options.anchor:"
+        " rollout (ratios to the sampler's probabilities), or options.mismatch: truncate"
+    )
+
+
 def check_on_policy(spec: OnPolicy, given: set[str]) -> None:
     """Raise ConfigError for impossible points; `given` are the options that the user set."""
     if spec.ratio == "sequence" and spec.surrogate in ("geometric", "tv", "kl"):

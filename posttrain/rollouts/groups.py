@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from posttrain.errors import PosttrainError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
+from posttrain.rollouts.ahead import Ahead, Round, restored
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
 
 
@@ -105,7 +107,11 @@ class GroupSettings:
 
 
 class GroupSampler:
-    """Draw problems in shuffled epochs, then sample and score answers. The position in the order is the whole state."""
+    """Draw problems in shuffled epochs, then sample and score answers. The position in the order is the whole state.
+
+    With `ahead`, the first round of each step is sampled before the step, and its answers are part of the state. Further rounds of
+    dynamic sampling use the present weights.
+    """
 
     def __init__(
         self,
@@ -118,6 +124,7 @@ class GroupSampler:
         settings: GroupSettings,
         seed: int,
         accelerator: Accelerator,
+        ahead: Ahead | None = None,
     ) -> None:
         self.problems, self.engine, self.encoder, self.rewards, self.weights = (
             problems,
@@ -127,8 +134,11 @@ class GroupSampler:
             weights,
         )
         self.spec, self.settings, self.seed, self.accelerator = spec, settings, seed, accelerator
+        self.ahead = ahead
         self.position = 0
         self.tokens_sampled = 0
+        self.steps = self.begun = 0
+        self.rounds: deque[Round] = deque()
 
     def sample(self) -> tuple[list[ScoredAnswer], dict[str, float]]:
         """Return the answers of one step, grouped by prompt, and the cost of sampling them.
@@ -139,11 +149,15 @@ class GroupSampler:
         wanted, spec = self.settings.prompts, self.spec
         kept: list[list[ScoredAnswer]] = []
         drawn = rounds = zero_variance = 0
+        step, self.steps = self.steps, self.steps + 1
+        first, versions = self._first_round(step), dict[int, int]()
         for reward in self.rewards:
             reward.failures.clear()
             reward.used()
         while len(kept) < wanted:
-            groups = self._round(wanted if spec.filter == "refill" else wanted - drawn)
+            taken = first or self._begin(wanted if spec.filter == "refill" else wanted - drawn)
+            groups, first = self._finished(taken), None
+            versions |= dict.fromkeys(taken.positions, taken.version)
             drawn, rounds = drawn + len(groups), rounds + 1
             informative = [group for group in groups if _carries_signal(group)]
             zero_variance += len(groups) - len(informative)
@@ -153,6 +167,8 @@ class GroupSampler:
             if rounds >= spec.refill_limit and len(kept) < wanted:
                 self._at_limit(len(kept), wanted, rounds)
                 break
+        if self.ahead is not None:
+            self._begin_until(step + self.ahead.staleness + 1)
         if not kept:
             raise RolloutError("no group of this step carries a signal: all answers to each prompt have equal rewards")
         metrics = {
@@ -166,6 +182,9 @@ class GroupSampler:
             for kind in ("failed", "timed_out"):
                 metrics[f"reward/{reward.name}/{kind}"] = reward.failures[kind] / (drawn * self.settings.samples)
             metrics |= {f"reward/{reward.name}/{name}": value for name, value in reward.used().items()}
+        if self.ahead is not None:
+            steps = [step - versions[group[0].group] for group in kept[:wanted]]
+            metrics |= {"staleness/mean": sum(steps) / len(steps), "staleness/max": float(max(steps))}
         return [answer for group in kept[:wanted] for answer in group], metrics
 
     def _at_limit(self, found: int, wanted: int, rounds: int) -> None:
@@ -179,26 +198,53 @@ class GroupSampler:
             f"dynamic sampling: continuing with {found} of {wanted} groups after {rounds} rounds", file=sys.stderr
         )
 
-    def _round(self, prompts: int) -> list[list[ScoredAnswer]]:
-        positions = range(self.position, self.position + prompts)
-        self.position += prompts
-        problems = [self._problem(position) for position in positions]
-        requests = [
-            request(problem, tuple((self.seed, position, j) for j in range(self.settings.samples)))
-            for problem, position in zip(problems, positions, strict=True)
-        ]
-        completions = self._sample_on_all_ranks(requests)
-        self.tokens_sampled += sum(c.sampled for group in completions for c in group)
-        return self._scored(problems, list(positions), completions)
+    def _first_round(self, step: int) -> Round | None:
+        """Return the round that was begun for this step, and begin a later one with the present weights if no filter waits for rewards."""
+        if self.ahead is None:
+            return None
+        self._begin_until(step + self.ahead.staleness)
+        first = self.rounds.popleft()
+        first.answers()
+        if self.spec.filter != "refill":
+            self._begin_until(step + self.ahead.staleness + 1)
+        return first
 
-    def _sample_on_all_ranks(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Sample this process's share; all processes receive all answers, in order."""
-        return gather_all(
-            self.accelerator,
-            requests,
-            lambda own: self.engine.sample(own, self.settings.sampling),
-            round_robin(len(requests)),
-        )
+    def _begin_until(self, step: int) -> None:
+        """Begin the first rounds of all steps before `step`."""
+        assert self.ahead is not None
+        while self.begun < min(step, self.ahead.steps):
+            self.rounds.append(self._begin(self.settings.prompts))
+            self.begun += 1
+
+    def _begin(self, prompts: int) -> Round:
+        """Return a round of the next problems; with `ahead` it is sampled in the background with the present weights."""
+        positions = list(range(self.position, self.position + prompts))
+        self.position += prompts
+        requests = [
+            request(self._problem(position), tuple((self.seed, position, j) for j in range(self.settings.samples)))
+            for position in positions
+        ]
+        version = max(0, self.steps - 1)
+        if self.ahead is None:
+            return Round(positions, version, lambda: self._on_all_ranks(requests, self._sampled))
+        share = round_robin(len(requests))(self.accelerator.process_index, self.accelerator.num_processes)
+        future = self.ahead.engine.submit([requests[i] for i in share], self.settings.sampling)
+        return Round(positions, version, lambda: self._on_all_ranks(requests, lambda own: future.result()))
+
+    def _sampled(self, own: Sequence[Request]) -> list[list[Completion]]:
+        return self.engine.sample(own, self.settings.sampling)
+
+    def _on_all_ranks(
+        self, requests: Sequence[Request], work: Callable[[Sequence[Request]], list[list[Completion]]]
+    ) -> list[list[Completion]]:
+        """Apply `work` to this process's share; all processes receive all answers, in order."""
+        return gather_all(self.accelerator, requests, work, round_robin(len(requests)))
+
+    def _finished(self, taken: Round) -> list[list[ScoredAnswer]]:
+        """Wait for a round, and score its answers."""
+        completions = taken.answers()
+        self.tokens_sampled += sum(c.sampled for group in completions for c in group)
+        return self._scored([self._problem(p) for p in taken.positions], taken.positions, completions)
 
     def _problem(self, position: int) -> Problem:
         epoch, within = divmod(position, len(self.problems))
@@ -255,11 +301,18 @@ class GroupSampler:
             shaped += float(overlong_penalty(length, limit, self.spec.overlong_share * limit))
         return shaped
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "tokens_sampled": self.tokens_sampled}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; rounds that are being sampled are in it as they are, see `posttrain.training.source.settled`."""
+        state: dict[str, Any] = {"position": self.position, "tokens_sampled": self.tokens_sampled}
+        if self.ahead is not None:
+            state |= {"steps": self.steps, "begun": self.begun, "rounds": list(self.rounds)}
+        return state
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
+        if self.ahead is not None:
+            self.steps, self.begun = state["steps"], state["begun"]
+            self.rounds = deque(restored(each) for each in state["rounds"])
 
 
 def _id(problem: Problem) -> str:

@@ -26,7 +26,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import CheckpointError, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.randomness import set_random_state
-from posttrain.training.source import BatchSource
+from posttrain.training.source import BatchSource, settled
 from posttrain.training.trainer import Objective, Row, Trainer
 
 
@@ -72,8 +72,8 @@ class Faults:
 
 
 def snapshot(trainer: Trainer[Row], source: Mapping[str, Any], generators: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a run's state that a fault needs for its replay."""
-    return {"trainer": trainer.state_dict(), "source": dict(source), "random": dict(generators)}
+    """Return the part of a run's state that a fault needs for its replay, after waiting for answers that are being sampled."""
+    return {"trainer": trainer.state_dict(), "source": settled(dict(source)), "random": dict(generators)}
 
 
 def repeat(trainer: Trainer[Row], source: BatchSource[Row], objective: Objective[Row], folder: Path) -> str:

@@ -76,8 +76,22 @@ class OnPolicyObjective:
     """
 
     def __init__(
-        self, spec: OnPolicy, max_length: int, temperature: float, kl_coefficient: float | None = None
+        self,
+        spec: OnPolicy,
+        max_length: int,
+        temperature: float,
+        kl_coefficient: float | None = None,
+        staleness: int = 0,
     ) -> None:
+        """Create the objective.
+
+        Args:
+            max_length: most tokens of an answer.
+            temperature: of the sampler.
+            staleness: most steps between the weights that sampled an answer and those that it trains. Above 0 the mismatch has no limit,
+                because older weights are meant to differ.
+        """
+        self.staleness = staleness
         self.spec, self.max_length, self.temperature = spec, max_length, temperature
         self.kl_coefficient = spec.kl_coefficient if kl_coefficient is None else kl_coefficient
 
@@ -156,7 +170,8 @@ class OnPolicyObjective:
                 "kl/ref_k1": (masked_sum(logprobs - columns.ref_logprobs, mask), "sampled_sequences"),
                 "kl/ref_k3": (masked_sum(kl_metric(logprobs, columns.ref_logprobs), mask), "sampled_sequences"),
             }
-        terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler uses other weights than the trainer")
+        if not self.staleness:
+            terms.limits["mismatch/mean"] = (MISMATCH_LIMIT, "the sampler uses other weights than the trainer")
         if columns.tokens:
             smallest, largest = masked_extremes(ratio, mask)
             terms.extremes |= {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, runtime_checkable
 
 from posttrain.training.trainer import Row
 
@@ -23,8 +23,26 @@ class StepData(Generic[Row]):
     timings: dict[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
+class Pending(Protocol):
+    """A part of a source's state that may still be computed when the state is taken."""
+
+    def state(self) -> dict[str, Any]:
+        """Wait for it, and return it as a checkpoint holds it."""
+        ...
+
+
+def settled(tree: Any) -> Any:
+    """Return a state with every pending part replaced by its result. It waits, so a state is settled only when it is written."""
+    if isinstance(tree, Pending):
+        return tree.state()
+    if isinstance(tree, dict):
+        return {name: settled(value) for name, value in tree.items()}
+    return [settled(value) for value in tree] if isinstance(tree, list) else tree
+
+
 class BatchSource(Protocol[Row]):
-    """Provides the batches of a step. Its state is part of the checkpoint."""
+    """Provides the batches of a step. Its state is part of the checkpoint, after `settled`."""
 
     def next(self, step: int) -> StepData[Row]: ...
 

@@ -23,7 +23,7 @@ from posttrain.models.tiny import tiny_model
 from posttrain.network import free_port
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.rollouts.vllm.probe import Tolerance
+from posttrain.rollouts.tolerance import Tolerance
 from posttrain.rollouts.vllm.server import server_seed
 from tests.models import small
 from tests.rollouts import two_processes

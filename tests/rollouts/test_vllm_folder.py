@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import RolloutError
 from posttrain.models.lora import Adapter
-from posttrain.rollouts.vllm.folder import plain_state, write_weights
+from posttrain.models.plain import plain_state
+from posttrain.rollouts.vllm.folder import write_weights
 from posttrain.settings import LoraSettings
 from tests.models import small
 

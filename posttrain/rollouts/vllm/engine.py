@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,25 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from posttrain.errors import PosttrainError, ServerError, StaleWeightsError
+from posttrain.models.plain import plain_state
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings, end_ids
+from posttrain.rollouts.tolerance import BFLOAT16, FLOAT32
 from posttrain.rollouts.vllm.fleet import Fleet
-from posttrain.rollouts.vllm.folder import plain_state, write_weights
-from posttrain.rollouts.vllm.probe import BFLOAT16, FLOAT32, Expected, Probe, expected
+from posttrain.rollouts.vllm.folder import write_weights
+from posttrain.rollouts.vllm.probe import Expected, Probe, expected
 from posttrain.rollouts.vllm.server import VllmServer
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for a server if none is left."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights that were written for the servers, and the policy's log-probabilities of the probe with them."""
+
+    version: int
+    temperature: float
+    expected: list[Expected]
 
 
 class VllmEngine:
@@ -64,6 +76,7 @@ class VllmEngine:
         self.probe = Probe(BFLOAT16 if bf16 else FLOAT32, str(self.dtype).removeprefix("torch."))
         self.fleet = Fleet(servers, self._ready, patience_seconds)
         self._served: tuple[int, float] | None = None
+        self._pinned: int | None = None
         self._expected: list[Expected] = []
         self._main = accelerator is None or accelerator.is_main_process
         self._proven = self._named = False
@@ -84,6 +97,42 @@ class VllmEngine:
 
     def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         self._synchronise(settings.temperature)
+        return self._answers(requests, settings)
+
+    def snapshot(self, settings: SamplingSettings) -> Snapshot:
+        """Write the present weights for the servers, which load them when `sample_with` is called. For one process only.
+
+        Raises:
+            RolloutError: the disk is full or read-only.
+        """
+        taken = Snapshot(
+            self.version(),
+            settings.temperature,
+            expected(self.lm, self.probes, settings.temperature, self.bf16),
+        )
+        folder = self.folder / f"weights-{taken.version}"
+        if not folder.exists():
+            write_weights(self.lm, plain_state(self.lm, self.dtype), folder)
+        return taken
+
+    def sample_with(
+        self, taken: Snapshot, requests: Sequence[Request], settings: SamplingSettings
+    ) -> list[list[Completion]]:
+        """Return the completions under the weights of `taken`; older weights are removed. Errors are those of `sample`."""
+        self._pinned, self._expected, self._temperature = taken.version, taken.expected, taken.temperature
+        try:
+            if (taken.version, taken.temperature) == self._served:
+                self._check()
+            else:
+                self.fleet.prepare()
+                self._served = taken.version, taken.temperature
+            self._remove(before=taken.version)
+            return self._answers(requests, settings)
+        except StaleWeightsError:
+            self._named = True
+            raise
+
+    def _answers(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         jobs = [
             partial(VllmServer.complete, prompt=request.prompt, seed=seed, settings=settings, ends=self.ends)
             for request in requests
@@ -100,8 +149,14 @@ class VllmEngine:
 
     @property
     def weights(self) -> Path:
-        """Return the folder of the current weights."""
-        return self.folder / f"weights-{self.version()}"
+        """Return the folder of the weights that the servers use: the current ones, or those of a snapshot."""
+        return self.folder / f"weights-{self.version() if self._pinned is None else self._pinned}"
+
+    def _remove(self, before: int) -> None:
+        for old in sorted(self.folder.glob("weights-*")):
+            number = old.name.partition("-")[2]
+            if number.isdigit() and int(number) < before:
+                shutil.rmtree(old)
 
     def _synchronise(self, temperature: float) -> None:
         now = (self.version(), temperature)

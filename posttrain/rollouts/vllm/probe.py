@@ -11,24 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from posttrain.errors import StaleWeightsError
+from posttrain.rollouts.tolerance import Tolerance
 from posttrain.rollouts.vllm.server import VllmServer
 
 PROMPTS, RANDOM_TOKENS = 3, 48
 MOVED = 1e-3
 """Mean change of the policy's log-probabilities, in nats, above which no rounding can leave a server's values unchanged."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Allowed difference between server and policy in nats: the mean over the probe's tokens, and the largest."""
-
-    mean: float
-    largest: float
-
-
-FLOAT32 = Tolerance(2e-3, 2e-2)
-BFLOAT16 = Tolerance(0.1, 1.0)
-"""Rounding in bfloat16 gives 0.05 on average; other weights give 1 or more."""
 
 
 def sequences(prompts: Sequence[tuple[int, ...]], vocabulary: int, context: int) -> list[tuple[int, ...]]:

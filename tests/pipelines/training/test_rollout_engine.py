@@ -109,6 +109,64 @@ def test_the_stage_trains_on_what_servers_sample_and_goes_on_after_a_stop(
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
 
 
+def stale(params: Params, staleness: int, engine: str, **options: Any) -> Params:
+    tree = params.model_dump(exclude_unset=True)
+    tree["align"]["on_policy"]["rollouts"] = {"engine": engine, "staleness": staleness}
+    tree["algorithms"]["grpo"]["options"] = {"anchor": "rollout"} | options
+    return parse_params(tree)
+
+
+def test_servers_sample_the_next_step_with_the_weights_before_the_update(
+    new_run: Callable[..., Run], peer: Peer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", peer.url)
+    chosen = stale(params, 1, "vllm")
+    device = accelerator(new_run().context, params.align.compute, 0, Path("models/sft"))
+    run = new_run(params=chosen)
+    align(run, "grpo", 0, device, MODEL)
+    steps = steps_of(run)
+    assert [values["staleness/mean"] for values in steps.values()] == [0.0, 1.0, 1.0]
+    # the third step's answers are of the weights after the first update, which the server loads once
+    assert peer.paths.count("/collective_rpc") == 2
+    assert steps[1]["mismatch/max"] < 1e-5 < steps[2]["mismatch/max"]
+    assert not list(run.context.state.glob("vllm-*"))
+
+
+@pytest.mark.slow
+def test_a_stage_samples_ahead_in_a_process_and_resumes_to_the_same_numbers(
+    new_run: Callable[..., Run], params: Params
+) -> None:
+    chosen = stale(params, 1, "native")
+    device = accelerator(new_run().context, params.align.compute, 0, Path("models/sft"))
+    straight = new_run(params=chosen)
+    align(straight, "grpo", 0, device, MODEL)
+    expected = steps_of(straight)
+    assert [values["staleness/max"] for values in expected.values()] == [0.0, 1.0, 1.0]
+    shutil.rmtree("state")
+    stops = iter([False, True])
+    with pytest.raises(Interrupted):
+        align(new_run(params=chosen, stop_requested=lambda: next(stops)), "grpo", 0, device, MODEL)
+    resumed = new_run(params=chosen)
+    align(resumed, "grpo", 0, device, MODEL)
+    assert steps_of(resumed) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor": "old"}, r"algorithms.grpo: rollouts.staleness = 2: .*nothing corrects for that.*anchor: rollout"),
+        ({"anchor": "old", "mismatch": "truncate"}, ""),
+    ],
+)
+def test_answers_of_older_weights_need_a_correction(params: Params, options: dict[str, str], message: str) -> None:
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            stale(params, 2, "native", **options)
+    else:
+        budget: Any = stale(params, 2, "native", **options).budget("grpo")
+        assert budget.rollouts.staleness == 2
+
+
 def test_an_algorithm_that_starts_from_the_base_model_moves_away_from_it_only(
     new_run: Callable[..., Run], params: Params
 ) -> None:

@@ -1,0 +1,71 @@
+"""A model's weights as an ordinary transformers model holds them: adapters added to their layers, shards gathered.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> head_name(model), plain_state(model, torch.bfloat16)["lm_head.weight"].dtype
+    ('lm_head.weight', torch.bfloat16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return `lm.state_dict()` without adapters: those of peft are added to their layers.
+
+    Every process of a sharded model must call it. Gathered weights are not split again, as `state_dict` would do.
+    """
+    modules = dict(lm.named_modules())
+    state = {}
+    for name, tensor in _tensors(lm):
+        if ".lora_" in name:
+            continue
+        path, base, leaf = name.rpartition("base_layer.")
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if base and leaf == "weight":
+            layer: Any = modules[path[:-1]]
+            whole = whole + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        state[path + leaf] = whole.to(dtype)
+    return state
+
+
+def _tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        yield name, parameter.detach()
+    for path, module in lm.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def head_name(lm: PreTrainedModel) -> str:
+    """Return the name of the output head's weight in the state dict."""
+    head = lm.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in lm.named_modules() if module is head)
+
+
+def trained_names(lm: PreTrainedModel) -> set[str]:
+    """Return the names in `plain_state` whose values training changes.
+
+    Example:
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> for name, parameter in model.named_parameters():
+        ...     parameter.requires_grad_(name.endswith("q_proj.weight"))  # doctest: +ELLIPSIS
+        Parameter...
+        >>> trained_names(model)
+        {'model.layers.0.self_attn.q_proj.weight'}
+    """
+    names = set()
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            layer, adapter, _ = name.partition(".lora_")
+            names.add(f"{layer}.weight" if adapter else name.replace("base_layer.", ""))
+    return names

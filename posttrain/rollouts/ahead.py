@@ -1,0 +1,115 @@
+"""Rounds of answers that are sampled in the background, before the step that trains on them.
+
+With staleness s the answers of step k (counted from 0) are sampled with the weights from before step max(0, k - s). The schedule is a
+function of the step number and never of timing, so a run has the same bits at any speed, and after a kill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol
+
+from posttrain.rollouts.engine import Completion, Request, SamplingSettings
+from posttrain.rollouts.packing import as_tensors, from_tensors, packed, unpacked
+
+Answers = list[list[Completion]]
+
+
+class SnapshotEngine(Protocol):
+    """An engine that samples with weights as they were when `snapshot` was called."""
+
+    def snapshot(self, settings: SamplingSettings) -> Any:
+        """Keep the present weights, and return a handle of them for a request with these settings."""
+        ...
+
+    def sample_with(self, taken: Any, requests: Sequence[Request], settings: SamplingSettings) -> Answers:
+        """Return the completions under the weights of `taken`, which is then used up."""
+        ...
+
+
+class Background:
+    """Runs the requests to an engine one after another in a thread, each with the weights of the moment when it was submitted."""
+
+    def __init__(self, engine: SnapshotEngine) -> None:
+        self.engine = engine
+        self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # a daemon: a run that fails elsewhere must not wait for answers that nobody will read
+        self.thread = Thread(target=self._work, daemon=True)
+
+    def submit(self, requests: Sequence[Request], settings: SamplingSettings) -> Future[Answers]:
+        """Start sampling with the present weights; errors are raised by the result."""
+        if not self.thread.is_alive():
+            self.thread.start()
+        taken, future = self.engine.snapshot(settings), Future[Answers]()
+
+        def job() -> None:
+            try:
+                future.set_result(self.engine.sample_with(taken, requests, settings))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.jobs.put(job)
+        return future
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Answers:
+        """Return the completions under the present weights."""
+        return self.submit(requests, settings).result()
+
+    def close(self) -> None:
+        """Close the engine."""
+        close: Callable[[], None] | None = getattr(self.engine, "close", None)
+        if close is not None:
+            close()
+
+    def _work(self) -> None:
+        while True:
+            self.jobs.get()()
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Sampling ahead of training.
+
+    Attributes:
+        engine: samples in the background.
+        staleness: most steps between the weights that sampled an answer and those that it trains.
+        steps: of the whole run; no round is sampled for a later step.
+    """
+
+    engine: Background
+    staleness: int
+    steps: int
+
+
+@dataclass
+class Round:
+    """Answers to the problems at `positions` of the seeded order, perhaps not yet sampled.
+
+    Attributes:
+        version: steps that the weights had taken that sample them.
+    """
+
+    positions: list[int]
+    version: int
+    wait: Callable[[], Answers] = field(repr=False)
+    done: Answers | None = field(default=None, repr=False)
+
+    def answers(self) -> Answers:
+        """Wait for the answers. Every process must call it, in the same order."""
+        if self.done is None:
+            self.done = self.wait()
+        return self.done
+
+    def state(self) -> dict[str, Any]:
+        """Return the round with its answers, for a checkpoint."""
+        return {"positions": self.positions, "version": self.version, "answers": as_tensors(packed(self.answers()))}
+
+
+def restored(state: Mapping[str, Any]) -> Round:
+    """Return the round of a checkpoint."""
+    answers = unpacked(from_tensors(state["answers"]))
+    return Round(list(state["positions"]), state["version"], lambda: answers, answers)
