@@ -3,10 +3,10 @@
     posttrain forget data/raw/accepted/preferences/0003-monday.jsonl          # shows what would be deleted
     posttrain forget data/raw/accepted/preferences/0003-monday.jsonl --yes    # deletes it
 
-Deleted are the file, its rows in all versions of the tables, and every journal, artifact, log and page that quotes them: in the project, in
-DVC's cache and in all its remotes. FILE may be any copy of the file; a copy outside data/raw/accepted is not deleted. Weights are kept, and
-the registry's versions that were trained on the rows get the tag `retrain`. Files of inbox/ and labels/ that hold the same texts are
-named, for you to decide. Afterwards `make retrain` makes tables and models anew.
+Deleted are the file, its rows in all versions of the tables, and every journal, artifact, log, page and MLflow trace that quotes them: in
+the project, in DVC's cache and in all its remotes. FILE may be any copy of the file; a copy outside data/raw/accepted is not deleted.
+Weights are kept, and the registry's versions that were trained on the rows get the tag `retrain`. Files of inbox/ and labels/ that hold
+the same texts are named, for you to decide. Afterwards `make retrain` makes tables and models anew.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.journal import Journal
 from pipelines.runtime.redaction import printable
+from pipelines.tracking.erasure import erase_traces
 from posttrain.errors import DataError, OrchestrationError
 
 ACCEPTED = Path("data/raw/accepted")
@@ -44,6 +45,7 @@ def describe(found: Erasure, project: Path) -> str:
         ("accepted files", [str(path.relative_to(project)) for path in found.accepted]),
         ("files that quote the rows", [str(path.relative_to(project)) for path in found.files]),
         ("objects of DVC's cache and remotes", list(found.objects)),
+        ("traces in MLflow, as experiment/trace", list(found.traces)),
         ("models to train again, which are kept", [f"{each.path}  md5 {each.md5}" for each in found.models]),
         ("your own files with the same texts, which are kept", [str(p.relative_to(project)) for p in found.elsewhere]),
     ):
@@ -54,9 +56,10 @@ def describe(found: Erasure, project: Path) -> str:
 def forget(project: Path, lineage: Lineage, found: Erasure) -> list[str]:
     """Delete everything and return the names of the remotes that were changed.
 
-    Remotes come first: if one cannot be changed, the local copies are still there to find the rest by.
+    Remotes and MLflow come first: if one cannot be changed, the local copies are still there to find the rest by.
     """
     remotes = erase_remotely(project, found.objects)
+    erase_traces(project, found.traces)
     tables, models = [each._asdict() for each in found.tables], [each._asdict() for each in found.models]
     journal = Journal(project / RECORD)
     journal.append({"kind": "forgotten", "sha256": found.sha256, "tables": tables, "models": models})

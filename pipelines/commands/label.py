@@ -42,7 +42,7 @@ from pipelines.labelling.summary import describe, summarise
 from pipelines.promotion.named import find_model
 from pipelines.runtime import credentials, environment, web
 from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
-from pipelines.runtime.identity import file_digest
+from pipelines.runtime.identity import content_digest, file_digest
 from pipelines.runtime.redaction import printable
 from pipelines.validation.leakage import prompt_keys
 from posttrain import network
@@ -54,10 +54,11 @@ REWARD = Path("models/reward")
 
 
 def prompts(path: Path) -> list[Any]:
-    """Return the different prompts of a table or file, in their order. Raises DataError if there are none."""
+    """Return the different prompts of a table, a file, or a folder of JSONL files, in their order. Raises DataError if there are none."""
     if path == PROMPTS and not path.is_file():
         raise DataError(f"{path} does not exist yet: type `make demo`, or give --prompts FILE with a column `prompt`")
-    rows = read_rows(path) if path == PROMPTS else read_file(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    rows = read_rows(path) if path == PROMPTS else [row for file in files for row in read_file(file)]
     if any("prompt" not in row for row in rows):
         raise DataError(f"{path}: a record has no `prompt`; give a file whose records all have one")
     return list({json.dumps(row["prompt"], sort_keys=True): row["prompt"] for row in rows}.values())
@@ -122,7 +123,7 @@ def identity(args: argparse.Namespace, weights: Sequence[str], table: Path) -> s
     """Return the name of a session: equal weights, prompts and options have equal ones."""
     names = ("ask", "answers", "count", "by", "repeat", "seed", "temperature", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
-    text = json.dumps([options, list(weights), file_digest(table)], sort_keys=True)
+    text = json.dumps([options, list(weights), content_digest(table)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -261,7 +262,10 @@ def parser() -> argparse.ArgumentParser:
         "--repeat", type=int, default=0, help="items shown a second time, to measure consistency (default: 0)"
     )
     made.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="records with a `prompt` (default: prompts of the training pairs)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="records with a `prompt`, such as the folder .posttrain/served (default: prompts of the training pairs)",
     )
     made.add_argument("--name", help="name of the session in labels/ (default: from models, prompts and options)")
     made.add_argument("--temperature", type=float, help="default: evaluation.temperature")

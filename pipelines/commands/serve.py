@@ -2,12 +2,16 @@
 
     posttrain serve                            # the champion
     posttrain serve champion challenger dpo-0  # a request's `model` chooses
+    posttrain serve --shadow challenger        # the challenger answers every request too, and only the log sees its answers
     export OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=$(cat .posttrain/secrets/model)
 
 Answers at /v1/models, /v1/completions, /v1/chat/completions (for models with a chat template) and /health. Each answer names the version
 of its weights in `system_fingerprint` and in the header X-Model-Version. The new champion answers as soon as models/champion holds it;
 requests in progress are finished by the one before. Options that are not implemented are refused. The same seed gives the same answer,
 whatever else is asked at the time.
+
+tracking.served in params.yaml is the share of requests whose prompts and answers are logged, in .posttrain/served and as MLflow traces;
+0, as shipped, logs nothing. Requests that a shadow answers are always logged.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from pipelines.promotion.registry import CHAMPION, Registry
 from pipelines.runtime import credentials, environment, web
 from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.redaction import printable
+from pipelines.tracking.served import FOLDER as LOGGED
+from pipelines.tracking.served import ServedTraces
 from posttrain import network
 from posttrain.errors import DataError, TrackingError
 
@@ -68,21 +74,37 @@ def open_served(project: Path, name: str, experiment: str) -> Served:
     return serve_folder(name, found.folder(project), found.md5, version(found.md5))
 
 
-def serve(project: Path, names: list[str], port: int, max_tokens: int) -> None:
+def serve(
+    project: Path, names: list[str], port: int, max_tokens: int, shadow: str | None = None, shadow_share: float = 1.0
+) -> None:
     """Load the models and serve them until Ctrl-C or SIGTERM."""
     from transformers.utils import logging
 
+    from pipelines.serving.answer_log import AnswerLog
     from pipelines.serving.models import Models, Watch
+    from pipelines.serving.observation import Observer
     from pipelines.serving.server import application
 
     logging.disable_progress_bar()
-    experiment = load_params(project / "params.yaml").project.experiment
+    params = load_params(project / "params.yaml")
+    experiment = params.project.experiment
+    second = None if shadow is None else open_served(project, shadow, experiment)
     models = Models({name: open_served(project, name, experiment) for name in names})
     watch = Watch(project, models, registered(project, experiment))
     token = credentials.secret(project, SECRET)
+    observer = None
+    if second is not None or params.tracking.served:
+        log = AnswerLog(project, params.tracking.served, ServedTraces(project, experiment))
+        observer = Observer(log, second, shadow_share)
 
     def ready() -> None:
         lines = [f"{served.name}: {served.fingerprint}" for served in models.all()]
+        if second is not None:
+            lines.append(f"{second.name}: {second.fingerprint} is the shadow of {shadow_share:.0%} of the requests")
+        if observer is not None:
+            lines.append(
+                f"logs {max(params.tracking.served, shadow_share * bool(second)):.0%} of the requests in {LOGGED}"
+            )
         lines += [
             f"answers at http://{network.HOST}:{port}/v1 with the key in {credentials.FOLDER / SECRET}",
             "Ctrl-C stops",
@@ -92,11 +114,18 @@ def serve(project: Path, names: list[str], port: int, max_tokens: int) -> None:
     if CHAMPION in names:
         watch.start()
     try:
-        web.run(application(models, port, token, max_tokens), port, ready)
+        web.run(application(models, port, token, max_tokens, observer), port, ready)
     finally:
         if CHAMPION in names:
             watch.stop()
         models.close()
+        if observer is not None:
+            observer.close()
+
+
+def _absolute(name: str) -> str:
+    """Return a model folder's absolute path, or any other name as it is."""
+    return str(Path(name).absolute()) if name and (Path(name) / "config.json").is_file() else name
 
 
 @reports_errors
@@ -114,15 +143,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-tokens", type=int, default=256, help="longest answer to a request that names no limit (default: 256)"
     )
+    parser.add_argument("--shadow", metavar="MODEL", help="a model whose answers are logged and never returned")
+    parser.add_argument(
+        "--shadow-share", type=float, default=1.0, help="share of the requests that the shadow answers too (default: 1)"
+    )
     args = parser.parse_args(argv)
+    if not 0 < args.shadow_share <= 1:
+        parser.error("--shadow-share must be above 0 and at most 1")
     if args.max_tokens < 1:
         parser.error("--max-tokens must be 1 or more")
     environment.quiet()
     project = environment.root()
-    names = [str(Path(m).absolute()) if (Path(m) / "config.json").is_file() else m for m in args.models]
+    *names, shadow = [_absolute(name) for name in (*args.models, args.shadow or "")]
     os.chdir(project)
     environment.require_writable(project)
-    serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens)
+    serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens, shadow or None, args.shadow_share)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Copy the journals of this project into MLflow.
+"""Copy the journals of this project into MLflow, and the answers that `posttrain serve` logged.
 
     posttrain sync              once: everything that is here and not yet there
     posttrain sync --wait 60    the same, trying again while the server is away
@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pipelines.config.params import load_params
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.projection import Projector
+from pipelines.tracking.served import ServedTraces
 from pipelines.tracking.source import RecordedRun, discover, load
 from pipelines.tracking.store import ask, open_client, tracking_uri
 from posttrain.errors import TrackingError
@@ -157,7 +159,9 @@ def synchronise(project: Path, wait_seconds: float) -> dict[str, str]:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            return catch_up(projector)
+            done = catch_up(projector)
+            ServedTraces(project, load_params(project / "params.yaml").project.experiment).catch_up()
+            return done
         except TrackingError:
             if time.monotonic() >= deadline:
                 raise

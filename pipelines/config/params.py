@@ -15,6 +15,7 @@ from pipelines.config.evaluation_schema import EvaluationParams, ReportParams
 from pipelines.config.explain import validated
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.judge_schema import JudgeParams
+from pipelines.config.limits_schema import LimitsParams
 from pipelines.config.numbers import refuse_huge
 from pipelines.config.reward_arguments import check_arguments
 from pipelines.config.reward_uses import algorithm_uses, evaluation_uses
@@ -31,6 +32,7 @@ from pipelines.config.schema import (
     StartModel,
     ValidationParams,
 )
+from pipelines.config.tracking_schema import TrackingParams
 from pipelines.config.tune_check import check_space
 from pipelines.config.tune_schema import TuneParams
 from pipelines.config.types import Name, Section
@@ -63,6 +65,8 @@ class Params(Section):
     gate: GateParams
     tune: TuneParams = TuneParams()
     judge: JudgeParams = JudgeParams()
+    tracking: TrackingParams = TrackingParams()
+    limits: LimitsParams = LimitsParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
@@ -90,6 +94,11 @@ class Params(Section):
         if max(self.evaluation.pass_k) > self.evaluation.samples_per_prompt:
             raise ValueError(
                 f"evaluation.pass_k {self.evaluation.pass_k}: k must not exceed samples_per_prompt {self.evaluation.samples_per_prompt}"
+            )
+        if self.tracking.traces > self.evaluation.samples_shown:
+            raise ValueError(
+                f"tracking.traces = {self.tracking.traces} exceeds evaluation.samples_shown = {self.evaluation.samples_shown}: only shown"
+                " samples become traces; lower the one or raise the other"
             )
         check_space(self)
         return self
@@ -235,9 +244,14 @@ class Params(Section):
                 check_arguments(section.function, section.arguments)
             except ConfigError as error:
                 raise ConfigError(f"rewards.{name}.arguments.{error}") from None
-            for field in ("arguments", "timeout_seconds", "on_failure"):
+            for field in ("arguments", "on_failure"):
                 if section.function == "reward_model" and field in section.model_fields_set:
                     raise ConfigError(f"rewards.{name}.{field}: has no effect on the reward model. Remove it.")
+        for name in self.limits.reward_seconds:
+            if name not in self.rewards:
+                raise ConfigError(f"limits.reward_seconds.{name}: no reward {name!r}{nearest(name, self.rewards)}")
+            if self.rewards[name].function == "reward_model":
+                raise ConfigError(f"limits.reward_seconds.{name}: has no effect on the reward model. Remove it.")
 
     def _check_rewards(self, name: str) -> None:
         """Check one algorithm's reward weights."""

@@ -274,11 +274,19 @@ class RewardFunctionParams(Section):
     function: str
     """A built-in (reward_model, judge, answer, math, mentions, length, regex, format) or an import path package.module:function."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    timeout_seconds: Positive | None = None
-    """Time limit for one batch of answers, after which its process is killed. Default: 60 for `math` and import paths, 600 for `judge`,
-    else none."""
     on_failure: Literal["stop", "skip"] = "stop"
     """Reaction to an exception or a time-out: stop the run, or give these answers no reward (never 0)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limits_are_elsewhere(cls, given: Any) -> Any:
+        """Refuse a time limit here: DVC tracks all of `rewards`, so a change of it would make stages stale."""
+        if isinstance(given, dict) and "timeout_seconds" in given:
+            raise ValueError(
+                f"timeout_seconds is now limits.reward_seconds, where a change makes no stage stale. Remove it here and write"
+                f" limits: {{reward_seconds: {{NAME: {given['timeout_seconds']}}}}} with the reward's name"
+            )
+        return given
 
 
 TRUNCATIONS = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}

@@ -1,4 +1,5 @@
-"""Find and delete every stored copy of a file's rows: in DVC's cache and remotes, in tables, journals, artifacts and MLflow's files.
+"""Find and delete every stored copy of a file's rows: in DVC's cache and remotes, in tables, journals, artifacts, and MLflow's
+files and traces.
 
 Models are never deleted: the caller names those that were trained on the rows. Which objects are looked at follows from the run cache:
 the file itself, the tables that were made from it, and journals and artifacts of every stage run that had such a table, or a model trained
@@ -18,9 +19,10 @@ from pipelines.data.files import read_file
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import Artifact, StageRecord
 from pipelines.runtime.identity import file_digest
+from pipelines.tracking.erasure import find_traces
 from posttrain.errors import DataError
 
-STATE = ("runs", "logs", "costs", "report.html", "intake", "intake.json", "studies", "tune")
+STATE = ("runs", "logs", "costs", "report.html", "served", "intake", "intake.json", "studies", "tune")
 """Parts of .posttrain that record rows. Not among them: fetched models and databases, whose bytes may hold a short text by chance."""
 MADE = (
     *("data/tables", "data/valid", "data/quarantine", "runs", "report", "mlartifacts"),
@@ -46,6 +48,7 @@ class Erasure:
         objects: MD5 of each object of DVC's cache and remotes.
         files: files of the project that the pipeline made.
         elsewhere: people's own files with texts of the rows, which are kept.
+        traces: MLflow traces, as experiment/trace.
         tables: versions of validated tables with the rows.
         models: models that were trained on them.
     """
@@ -55,6 +58,7 @@ class Erasure:
     objects: tuple[str, ...]
     files: tuple[Path, ...]
     elsewhere: tuple[Path, ...]
+    traces: tuple[str, ...]
     tables: tuple[Artifact, ...]
     models: tuple[Artifact, ...]
 
@@ -84,6 +88,11 @@ class Texts:
         data = path.read_bytes()
         return any(form in data for form in self._forms)
 
+    def in_text(self, text: str) -> bool:
+        """Return True if a text holds one of the texts."""
+        data = text.encode("utf-8", "surrogatepass")
+        return any(form in data for form in self._forms)
+
     def _in_table(self, path: Path) -> bool:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -95,8 +104,7 @@ class Texts:
         if set(table.column_names) >= ROLLOUTS:
             # a prompt is there as one text, whose messages and template surround the row's own
             texts = table.select(["prompt", "completion"]).to_pylist()
-            data = "\0".join(text for row in texts for text in _strings(row)).encode("utf-8", "surrogatepass")
-            return any(form in data for form in self._forms)
+            return self.in_text("\0".join(text for row in texts for text in _strings(row)))
         return any(text in self._plain for row in table.to_pylist() for text in _strings(row))
 
 
@@ -122,6 +130,7 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
         tuple(sorted(objects | set(_copies(lineage, digest)))),
         tuple(each for each in _files(project, MADE) if texts.in_file(each)),
         tuple(each for each in _files(project, KEPT) if each not in accepted and texts.in_file(each)),
+        tuple(find_traces(project, texts.in_text)),
         tuple(tables),
         tuple(sorted(models)),
     )

@@ -17,6 +17,8 @@ from pipelines.config.types import Section
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
 
+UNTRACKED = "limits"
+"""The section that every stage may read and none declares: time limits depend on the machine, not on the result."""
 Seen = Callable[[str], None]
 """A callback that receives the dotted name of every parameter that is read."""
 
@@ -30,6 +32,8 @@ class Reads:
         self.leaves: set[str] = set()
 
     def __call__(self, leaf: str) -> None:
+        if within(leaf, UNTRACKED):
+            return
         if not any(within(leaf, prefix) for prefix in self.declared):
             parts = leaf.split(".")
             prefix = ".".join(parts[:2]) if parts[0] in ("algorithms", "rewards") else parts[0]

@@ -47,6 +47,12 @@ class Batcher:
             self._changed.notify()
             return True
 
+    @property
+    def waiting(self) -> int:
+        """Return the number of jobs that have not been begun."""
+        with self._changed:
+            return len(self._waiting)
+
     def retire(self) -> None:
         """Take no more jobs; those that wait are still answered. Returns at once."""
         with self._changed:

@@ -18,6 +18,7 @@ from pipelines.runtime.redaction import printable, redact
 from pipelines.runtime.web import Guard
 from pipelines.serving.batching import Job
 from pipelines.serving.models import Models, Served
+from pipelines.serving.observation import Observer
 from pipelines.serving.protocol import (
     CHAT,
     TEXT,
@@ -60,11 +61,12 @@ class Call:
 
     def finished(self, completion: Completion) -> tuple[str, str]:
         """Return an answer's text, and why it ended."""
-        text, stopped = cut(self.served.batcher.model.encoder.text(completion.tokens), self.wanted.stops)
-        return text, "stop" if completion.finished or stopped else "length"
+        return _finished(self.served, self.wanted, completion)
 
 
-def application(models: Models, port: int, token: str, default_tokens: int) -> ASGIApp:
+def application(
+    models: Models, port: int, token: str, default_tokens: int, observer: Observer | None = None
+) -> ASGIApp:
     """Return the application. `default_tokens` limits answers to requests without max_tokens."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -90,18 +92,20 @@ def application(models: Models, port: int, token: str, default_tokens: int) -> A
     async def chat(wanted: ChatWanted) -> Any:
         limit = wanted.max_completion_tokens or wanted.max_tokens or default_tokens
         messages = [{"role": message.role, "content": message.content} for message in wanted.messages]
-        return await _answer(models, wanted, CHAT, [messages], limit)
+        return await _answer(models, observer, wanted, CHAT, [messages], limit)
 
     @app.post("/v1/completions")
     async def complete(wanted: TextWanted) -> Any:
         prompt: Any = wanted.prompt
         prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-        return await _answer(models, wanted, TEXT, prompts, wanted.max_tokens or default_tokens)
+        return await _answer(models, observer, wanted, TEXT, prompts, wanted.max_tokens or default_tokens)
 
     return Guard(app, port, token, ("/health",))
 
 
-async def _answer(models: Models, wanted: Wanted, kind: str, prompts: Sequence[Any], limit: int) -> Any:
+async def _answer(
+    models: Models, observer: Observer | None, wanted: Wanted, kind: str, prompts: Sequence[Any], limit: int
+) -> Any:
     """Answer all prompts of one request, as a whole or streamed."""
     wanted.check()
     if not prompts:
@@ -113,6 +117,9 @@ async def _answer(models: Models, wanted: Wanted, kind: str, prompts: Sequence[A
         _submit(models, wanted, kind, prompt, tuple((seed, place * wanted.n + i) for i in range(wanted.n)), limit)
         for place, prompt in enumerate(prompts)
     ]
+    if observer is not None:
+        for call, prompt in zip(calls, prompts, strict=True):
+            _watch(observer, call, prompt, limit)
     headers = {VERSION_HEADER: calls[0].served.fingerprint}
     if wanted.stream:
         return StreamingResponse(_pieces(calls[0]), media_type="text/event-stream", headers=headers)
@@ -140,6 +147,24 @@ def _submit(
     served, job = models.submit(wanted.model, make)
     job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(tokens.put_nowait, None))
     return Call(wanted, kind, served, job, tokens)
+
+
+def _watch(observer: Observer, call: Call, prompt: Any, limit: int) -> None:
+    """Let the observer log the answers to a prompt, and ask its shadow the same with the same seeds."""
+
+    def ask(shadow: Served) -> Job:
+        ids, room = _fitting(shadow, call.kind, prompt)
+        return Job(Prompt(ids, call.job.request.seeds), SamplingSettings(min(limit, room), call.wanted.temperature))
+
+    is_ids = call.kind == TEXT and isinstance(prompt, list)
+    shown = call.served.batcher.model.encoder.text(prompt) if is_ids else prompt
+    observer.watch(call.name, call.served, call.job, shown, lambda s, c: _finished(s, call.wanted, c), ask)
+
+
+def _finished(served: Served, wanted: Wanted, completion: Completion) -> tuple[str, str]:
+    """Return an answer's text, and why it ended."""
+    text, stopped = cut(served.batcher.model.encoder.text(completion.tokens), wanted.stops)
+    return text, "stop" if completion.finished or stopped else "length"
 
 
 def _fitting(served: Served, kind: str, prompt: Any) -> tuple[tuple[int, ...], int]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.effective import effective_parameters
-from pipelines.config.params import load_params
-from pipelines.config.schema import ProjectParams
+from pipelines.config.params import Params, load_params
 from pipelines.runtime.palette import colour
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
@@ -21,6 +20,8 @@ from pipelines.tracking.store import workspace
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
 TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
 REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
+TRACES_TAG = "posttrain.traces"
+"""Number of answers of the evaluation that are sent as traces of the run."""
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
 START = "models/sft"
@@ -88,6 +89,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),
         **_model(source, project),
         EVALUATION_TAG: None if source.evaluation is None else source.evaluation.digest,
+        TRACES_TAG: None if source.evaluation is None else present_params(project).tracking.traces,
         DVC_TAG: json.dumps(locked) if locked else None,
     }
     return {entity_name(k): redact(str(v))[:_TAG_LENGTH] for k, v in found.items() if v not in (None, "")}
@@ -101,7 +103,7 @@ def grouping(source: RecordedRun, project: Path) -> dict[str, str]:
     given, inputs = source.start.get("arguments", {}), source.start.get("inputs", {})
     name, _, seed = str(given.get("model") or "").rpartition("-") if source.start["stage"] == "evaluate" else ("",) * 3
     algorithm = str(given.get("algorithm") or name or seed)
-    settings = _project_section(project / "params.yaml", (project / "params.yaml").stat().st_mtime_ns)
+    settings = present_params(project).project
     found = {
         "algorithm": algorithm,
         "seed": seed if name else "",
@@ -112,10 +114,16 @@ def grouping(source: RecordedRun, project: Path) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
+def present_params(project: Path) -> Params:
+    """Return the parameters in params.yaml. The file is read again only after a change."""
+    path = project / "params.yaml"
+    return _load(path, path.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=8)
-def _project_section(path: Path, changed: int) -> ProjectParams:
-    """Return the section `project` of a params file; the time of its last change is part of the key of the cache."""
-    return load_params(path).project
+def _load(path: Path, changed: int) -> Params:
+    """Return the parameters of a file; the time of its last change is part of the key of the cache."""
+    return load_params(path)
 
 
 def _model(source: RecordedRun, project: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pipelines.tracking.artifacts import send_artifacts
 from pipelines.tracking.lineage import log_datasets, logged_model
 from pipelines.tracking.source import RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
+from pipelines.tracking.traces import evaluated_answers, replace_evaluated
 from pipelines.tracking.views import experiment_tags
 from posttrain.errors import TrackingError
 
@@ -147,6 +148,7 @@ class Projector:
         self._add_params(link, describe.parameters(source))
         model_id = logged_model(self.client, self.experiment(source), link.run_id, source)
         self._add_metrics(link, source, model_id)
+        self._add_traces(link, source, model_id)
         self._add_tags(link.run_id, link.tags, wanted_tags)
         send_artifacts(self.client, link.run_id, source, link.sent)
         self._end(link, source)
@@ -154,9 +156,8 @@ class Projector:
 
     def _has_results(self, run: MlflowRun, wanted: dict[str, str]) -> bool:
         """Return True if the run holds the results of the evaluation, or belongs to a different checkout, which adds its own."""
-        return not self._is_ours(run) or run.data.tags.get(describe.EVALUATION_TAG) == wanted.get(
-            describe.EVALUATION_TAG
-        )
+        names = (describe.EVALUATION_TAG, describe.TRACES_TAG)
+        return not self._is_ours(run) or all(run.data.tags.get(name) == wanted.get(name) for name in names)
 
     def _candidates(self, source: RecordedRun) -> list[MlflowRun]:
         """Return the store's runs of this identity, those of this checkout first, without replaced ones."""
@@ -198,6 +199,7 @@ class Projector:
         self.client.set_tag(link.run_id, describe.REPLACED_TAG, "true")
         for model in self.client.search_logged_models([self.experiment(source)], f"source_run_id = '{link.run_id}'"):
             self.client.delete_logged_model(model.model_id)
+        replace_evaluated(self.client, self.experiment(source), link.run_id, [])
         self.client.delete_run(link.run_id)
         return self._create(source)
 
@@ -230,6 +232,14 @@ class Projector:
         for batch in _batches(missing, _METRICS_PER_CALL):
             self.client.log_batch(link.run_id, metrics=batch)
             link.values |= {(metric.key, metric.step): metric.value for metric in batch}
+
+    def _add_traces(self, link: Link, source: RecordedRun, model_id: str | None) -> None:
+        """Make the first answers of the run's evaluation its traces."""
+        if source.evaluation is None:
+            return
+        count = describe.present_params(self.project_root).tracking.traces
+        answers = evaluated_answers(source, link.run_id, model_id, count)
+        replace_evaluated(self.client, self.experiment(source), link.run_id, answers)
 
     def _add_tags(self, run_id: str, present: dict[str, str], wanted: dict[str, str]) -> None:
         """Add missing or changed tags."""

@@ -63,7 +63,8 @@ class Evaluator:
         engine = with_turns(
             NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16), self.encoder, params.turns
         )
-        sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute)
+        limits = self.context.params.limits.reward_seconds
+        sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute, limits)
         answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
         for line in judges_used(sources):
             announce(self.context, line)

@@ -62,7 +62,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, start, device)
     compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
     weights = dict(context.params.algorithms[name].rewards or {})
-    sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute)
+    limits = context.params.limits.reward_seconds
+    sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute, limits)
     training_problems = problems(encoder, read_table("problems"))
     engine = sampling_engine(
         context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates

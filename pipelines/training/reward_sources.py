@@ -31,9 +31,13 @@ JUDGE_SECONDS = 600.0
 
 
 def reward_sources(
-    sections: Mapping[str, RewardFunctionParams], names: Sequence[str], device: torch.device, compute: ComputeParams
+    sections: Mapping[str, RewardFunctionParams],
+    names: Sequence[str],
+    device: torch.device,
+    compute: ComputeParams,
+    seconds: Mapping[str, float],
 ) -> list[RewardSource]:
-    """Return the sources of `names`; a reward model is loaded once and frozen."""
+    """Return the sources of `names`; a reward model is loaded once and frozen. `seconds` are time limits by name."""
     sources: list[RewardSource] = []
     for name in names:
         section = sections[name]
@@ -44,7 +48,7 @@ def reward_sources(
             mean = config.get("reward_mean", 0.0)
             sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16, encoder))
         else:
-            sources.append(_function_reward(name, section))
+            sources.append(_function_reward(name, section, seconds.get(name)))
     return sources
 
 
@@ -68,13 +72,13 @@ def _limit_seconds() -> float | None:
     return seconds
 
 
-def _function_reward(name: str, section: RewardFunctionParams) -> FunctionReward:
+def _function_reward(name: str, section: RewardFunctionParams, limit: float | None) -> FunctionReward:
     """Return a function reward. A fast built-in is called directly; any other function runs in its own process with a time limit."""
     require_available(section.function)
     if section.function == "judge":
-        judge = Judge(judge_settings(section.arguments), _limit_seconds() or section.timeout_seconds or JUDGE_SECONDS)
+        judge = Judge(judge_settings(section.arguments), _limit_seconds() or limit or JUDGE_SECONDS)
         return FunctionReward(name, judge, on_failure=section.on_failure)
-    if section.function in BUILT_IN and section.function != "math" and section.timeout_seconds is None:
+    if section.function in BUILT_IN and section.function != "math" and limit is None:
         return FunctionReward(name, BUILT_IN[section.function], section.arguments, section.on_failure)
-    worker = Worker(section.function, _limit_seconds() or section.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    worker = Worker(section.function, _limit_seconds() or limit or DEFAULT_TIMEOUT_SECONDS)
     return FunctionReward(name, worker, section.arguments, section.on_failure)

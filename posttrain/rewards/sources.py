@@ -119,7 +119,7 @@ class FunctionReward:
                 remedy = f"Correct the function, or skip such answers with rewards.{self.name}.on_failure: skip"
             failure = (RewardTimeoutError if kind == "timed_out" else RewardError)(
                 f"{report}. {remedy}"
-                + (f"; raise the limit with rewards.{self.name}.timeout_seconds" if kind == "timed_out" else "")
+                + (f"; raise the limit with limits.reward_seconds.{self.name}" if kind == "timed_out" else "")
             )
             if result.trace:
                 failure.add_note(result.trace)

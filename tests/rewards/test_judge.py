@@ -184,7 +184,7 @@ def test_params_build_the_judge_that_the_environment_names(
     compute = ComputeParams(micro_batch_tokens=64, bf16=False, threads=1)
 
     def build() -> list[RewardSource]:
-        return sources.reward_sources({"j": section}, ["j"], torch.device("cpu"), compute)
+        return sources.reward_sources({"j": section}, ["j"], torch.device("cpu"), compute, {})
 
     with pytest.raises(ConfigError, match="set POSTTRAIN_JUDGE_URL"):
         build()

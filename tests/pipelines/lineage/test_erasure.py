@@ -14,6 +14,8 @@ import pytest
 from pipelines.commands import forget as command
 from pipelines.lineage.erasure import plan
 from pipelines.lineage.graph import Lineage
+from pipelines.tracking.served import PER_FILE, ServedTraces, append_served, read_served
+from pipelines.tracking.store import open_client
 from posttrain.errors import DataError
 from tests.pipelines.lineage.test_lineage import Nights, parquet, weights
 from tests.workspace import dvc
@@ -94,6 +96,32 @@ def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytes
     (record,) = [json.loads(line) for line in Path(".posttrain/forgotten.jsonl").read_text().splitlines()]
     assert record["models"] == [weights(project, 2)._asdict()]
     assert "nfiles: 0" in Path("data/raw/accepted.dvc").read_text()
+
+
+def test_traces_and_logged_answers_are_deleted_too(
+    project: Nights, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_store, project.root / "mlflow.db")
+    answer = {"kind": "served", "time": 1.8e9, "seconds": 0.1, "model": "champion", "version": "", "md5": "aa.dir"}
+    other = {**answer, "id": "b-0", "request": "b", "prompt": "what else?", "completion": "nothing at all"}
+    append_served(project.root, [other] * PER_FILE)
+    quoting = {
+        **answer,
+        "id": "a-0",
+        "request": "a",
+        "prompt": [{"role": "user", "content": TEXTS[0]}],
+        "completion": TEXTS[1],
+    }
+    append_served(project.root, [quoting])
+    ServedTraces(project.root, "posttrain").add([quoting, other])
+    assert {"mlflow.db", ".posttrain/served/000002.jsonl"} < set(holders(project.root))
+    assert command.main([str(FILE)]) == 0
+    assert "traces in MLflow, as experiment/trace: 1\n  1/tr-" in capsys.readouterr().out
+    assert command.main([str(FILE), "--yes"]) == 0
+    assert holders(project.root) == ["inbox/again.jsonl"]
+    assert len(read_served(project.root)) == PER_FILE
+    client = open_client(project.root)
+    assert [trace.info.tags["request"] for trace in client.search_traces(locations=["1"])] == ["b"]
 
 
 def test_a_file_that_nobody_read_or_whose_texts_are_everywhere_is_refused(project: Nights, tmp_path: Path) -> None:

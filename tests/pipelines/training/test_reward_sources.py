@@ -19,19 +19,23 @@ from posttrain.rewards.sources import FunctionReward, RewardBatch
 from posttrain.rewards.worker import Worker
 
 
-def sources(root: Path, **sections: Any) -> dict[str, FunctionReward]:
+def sources(root: Path, seconds: dict[str, float] | None = None, **sections: Any) -> dict[str, FunctionReward]:
     tree = read_yaml(root / "params.yaml")
     tree["rewards"] |= sections
+    tree["limits"]["reward_seconds"] = seconds or {}
     params = parse_params(tree)
-    made = reward_sources(params.rewards, sorted(sections), torch.device("cpu"), params.align.compute)
+    made = reward_sources(
+        params.rewards, sorted(sections), torch.device("cpu"), params.align.compute, params.limits.reward_seconds
+    )
     return {source.name: source for source in made if isinstance(source, FunctionReward)}
 
 
 def test_built_ins_run_here_and_foreign_or_limited_functions_in_a_process(root: Path) -> None:
     made = sources(
         root,
+        {"limited": 0.5},
         plain={"function": "answer"},
-        limited={"function": "regex", "arguments": {"pattern": "(a+)+$"}, "timeout_seconds": 0.5, "on_failure": "skip"},
+        limited={"function": "regex", "arguments": {"pattern": "(a+)+$"}, "on_failure": "skip"},
         mine={"function": "tests.rewards.behaving:lengths", "arguments": {"bonus": 1.0}},
         latex={"function": "math", "arguments": {"row_seconds": 60}},
     )
@@ -50,14 +54,14 @@ def test_built_ins_run_here_and_foreign_or_limited_functions_in_a_process(root: 
 
 
 def test_the_limit_of_a_machine_is_no_parameter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = {"function": "tests.rewards.behaving:lengths", "timeout_seconds": 2}
+    mine = {"function": "tests.rewards.behaving:lengths"}
     monkeypatch.setenv("POSTTRAIN_REWARD_SECONDS", "7.5")
-    call = sources(root, mine=mine)["mine"].call
+    call = sources(root, {"mine": 2.0}, mine=mine)["mine"].call
     assert isinstance(call, Worker)
     assert call.seconds == 7.5
     monkeypatch.setenv("POSTTRAIN_REWARD_SECONDS", "soon")
     with pytest.raises(ConfigError, match="POSTTRAIN_REWARD_SECONDS = 'soon': must be a number of seconds above 0"):
-        sources(root, mine=mine)
+        sources(root, {"mine": 2.0}, mine=mine)
 
 
 def test_a_missing_extra_is_one_sentence_before_anything_is_trained(
@@ -72,5 +76,5 @@ def test_a_missing_extra_is_one_sentence_before_anything_is_trained(
 
 def test_the_shipped_sources_need_no_process(root: Path) -> None:
     params = load_params(root / "params.yaml")
-    assert all(section.timeout_seconds is None for section in params.rewards.values())
+    assert params.limits.reward_seconds == {}
     assert {section.on_failure for section in params.rewards.values()} == {"stop"}
