@@ -104,6 +104,9 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
                 "reward_rm": None if name == "base" and i == 0 else SCORES[group] + float(own.normal(0, 0.3)),
             })  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), run.outputs.artifact("predictions.parquet"))
+    greedy_rows = [row for row in rows if row["sample"] == 0][: params.evaluation.samples_shown]
+    shown = {"prompt": "prompt", "completion": "completion", "answer": "reward_answer", "rm": "reward_rm"}
+    run.recorder.table("samples", 0, [{name: row[column] for name, column in shown.items()} for row in greedy_rows])
     level = RATES[group]
     sampled = {f"reward/answer/{end}": level + shift for end, shift in (("mean", 0.0), ("low", -0.05), ("high", 0.05))}
     greedy = {"accuracy": level, "accuracy_low": level - 0.1, "accuracy_high": level + 0.1}
