@@ -23,6 +23,7 @@ import numpy as np
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.params import Params, load_params
 from pipelines.promotion.decision import Decision, GateLimits, SampledAnswers, cautious, decide, not_judged
+from pipelines.promotion.drift import arriving
 from pipelines.promotion.page import page
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
 from pipelines.runtime.journal import representable
@@ -35,7 +36,7 @@ from posttrain.evaluation.statistics import Resampling
 
 DECISION = RUNS / "gate" / ARTIFACTS / "decision.json"
 PAGE = RUNS / "gate" / ARTIFACTS / "decision.html"
-READ = ("gate", "project", "evaluation", "rewards", "report")
+READ = ("gate", "project", "evaluation", "rewards", "report", "data")
 
 
 def run(run: Run) -> None:
@@ -46,11 +47,13 @@ def run(run: Run) -> None:
     reference = _answers(params, args.champion_name or "the supervised model", _reference(run))
     resampling = cautious(Resampling(settings.bootstrap, params.gate.confidence, settings.seed), len(names))
     decisions = _judged(params, names, reference, resampling)
+    drifts = arriving(Path(), params)
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
+    record = _record(chosen, decisions) | {"drift": [drift.record() for drift in drifts]}
     run.outputs.artifact(DECISION.name).write_text(
-        json.dumps(representable(_record(chosen, decisions)), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(representable(record), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions), encoding="utf-8")
+    run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions, drifts), encoding="utf-8")
     run.recorder.summary(
         {"promote": float(chosen.promote), "detectable": chosen.detectable}
         | {check.name: check.value for check in chosen.checks}
@@ -60,6 +63,8 @@ def run(run: Run) -> None:
     print(
         f"gate: {'promote' if chosen.promote else 'refuse'} {chosen.challenger} against {chosen.reference}", flush=True
     )
+    for drift in drifts:
+        print(f"gate: {drift.words}", flush=True)
     for check in chosen.checks:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
 

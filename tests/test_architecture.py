@@ -36,7 +36,7 @@ EXTRAS = {
     "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],
     "peft": ["posttrain/models/lora.py"],
-    "scipy": ["posttrain/evaluation/crossed.py"],
+    "scipy": ["posttrain/evaluation/crossed.py", "posttrain/evaluation/drift.py"],
     "websockets": ["posttrain/environments/openenv.py"],
 }
 """Packages that the library imports only on demand, and the only files that may import them."""
@@ -66,9 +66,9 @@ ROOMS = {
     "training": {"config", "data", "runtime"},
     "labelling": {"config", "data", "runtime"},
     "lineage": {"config", "data", "runtime", "tracking"},
-    "promotion": {"runtime", "tracking"},
+    "promotion": {"config", "data", "runtime", "tracking"},
     "report": {"config", "runtime"},
-    "serving": {"config", "promotion", "runtime"},
+    "serving": {"config", "promotion", "runtime", "tracking"},
     "studies": {"config", "report", "runtime"},
     "tuning": {"config", "report", "runtime", "studies"},
     "validation": {"config", "data"},

@@ -35,7 +35,7 @@ def _sections(block: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real dvc.yaml and params.yaml with one algorithm, whose stages DVC holds to be up to date; files are dummies."""
+    """Return a workspace with the real dvc.yaml, one algorithm, and dummy files; DVC finds every stage up to date."""
     root = tmp_path_factory.mktemp("graph")
     shutil.copy(ROOT / "dvc.yaml", root)
     tree = YAML().load(ROOT / "params.yaml")
@@ -61,7 +61,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(graph: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The workspace with its first params.yaml."""
+    """Return the workspace with its first params.yaml."""
     subprocess.run(["git", "checkout", "-q", "--", "params.yaml"], cwd=graph, check=True)
     monkeypatch.chdir(graph)
     return graph

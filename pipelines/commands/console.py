@@ -31,6 +31,7 @@ COMMANDS = (
     "ui",
     "models",
     "lineage",
+    "drift",
     "forget",
     "replay",
     "chat",

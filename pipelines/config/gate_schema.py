@@ -27,6 +27,17 @@ class FormatParams(Section):
         return self
 
 
+class DriftParams(Section):
+    """Limits above which arriving prompts count as different from the training prompts. Drift is shown, and refuses no model."""
+
+    length_psi: Positive = 0.25
+    """Limit of the population stability index of the prompts' lengths; an index within chance never counts."""
+    new_words: Share = 0.1
+    """Limit of the share of words that no training prompt has."""
+    min_prompts: Annotated[int, Field(ge=2)] = 30
+    """Fewer prompts are not compared."""
+
+
 class GateParams(Section):
     """Requirements for an aligned model to become champion, on the prompts and seeds of the evaluation table."""
 
@@ -45,4 +56,5 @@ class GateParams(Section):
     max_truncated: Share
     max_divergence: NonNegative
     """Limit by which a reward model's score may gain more than the true reward, in standard deviations."""
+    drift: DriftParams = DriftParams()
     format: FormatParams | None = None

@@ -10,7 +10,7 @@ from pipelines.config.types import Section, Share
 
 
 class TrackingParams(Section):
-    """What MLflow shows besides parameters and metrics. No stage reads it, so that a change makes nothing stale."""
+    """Choose which answers MLflow shows besides parameters and metrics. No stage reads it, so that a change makes nothing stale."""
 
     traces: Annotated[int, Field(ge=0)] = 4
     """Greedy answers of each evaluated model that become MLflow traces, at most evaluation.samples_shown; 0: none."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from pipelines.promotion.decision import Decision
+from pipelines.promotion.drift import Drift
 from pipelines.runtime.markup import markdown_text
 
 _STYLE = """
@@ -24,7 +25,7 @@ def verdict(decision: Decision) -> str:
     return f"{decision.challenger} was refused; {decision.reference} stays"
 
 
-def page(chosen: Decision, decisions: Sequence[Decision]) -> str:
+def page(chosen: Decision, decisions: Sequence[Decision], drifts: Sequence[Drift] = ()) -> str:
     """Return the whole page. `decisions` are all candidates in the order in which the gate checked them."""
     title = "Promote" if chosen.promote else "Refuse"
     reasons = "".join(f"<li>{escape(words)}</li>" for words in chosen.refusals)
@@ -33,6 +34,7 @@ def page(chosen: Decision, decisions: Sequence[Decision]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
         + "".join(_table(decision) for decision in decisions)
+        + _drift(drifts)
         + "</body></html>\n"
     )
 
@@ -56,6 +58,20 @@ def _table(decision: Decision) -> str:
     )
     head = "<tr><th>check<th>verdict<th>measured<th>limit<th>in words</tr>"
     return f"<h2>{escape(decision.challenger)} against {escape(decision.reference)}</h2><table>{head}{rows}</table>"
+
+
+def _drift(drifts: Sequence[Drift]) -> str:
+    """Return a table of the prompts that arrive, compared with the training prompts; empty if none were compared."""
+    if not drifts:
+        return ""
+    rows = "".join(
+        f'<tr><td>{escape(drift.name)}<td class="n">{drift.measured.texts}<td class="n">{drift.measured.length_psi:.3f}'
+        f'<td class="n">{drift.measured.chance:.3f}<td class="n">{100 * drift.measured.new_words:.1f} %<td>{escape(drift.words)}</tr>'
+        for drift in drifts
+    )
+    head = "<tr><th>prompts<th>number<th>stability index of lengths<th>by chance up to<th>new words<th>in words</tr>"
+    words = "They change no verdict. If prompts drift, the held-out prompts may no longer stand for what is asked."
+    return f"<h2>Prompts that arrive, against the training prompts</h2><p>{words}</p><table>{head}{rows}</table>"
 
 
 def markdown(decision: dict[str, object], note: str) -> str:

@@ -48,6 +48,7 @@ def write_costs(project: Path) -> Path:
     tree: dict[str, Any] = {"flow": None if flow is None else _flow(flow), "runs": rows, "orchestration_target": TARGET}
     if prices is not None:
         tree |= {"currency": prices.currency, "money": sum(row["money"] or 0.0 for row in rows)}
+        tree |= {"co2_grams": sum(row["co2_grams"] or 0.0 for row in rows)} if prices.grams_per_kwh is not None else {}
     folder = project / FOLDER
     values = {
         "rows": rows,
@@ -58,6 +59,8 @@ def write_costs(project: Path) -> Path:
         "against_seconds": None,
         "prices": prices,
         "energy": any(row["joules"] is not None for row in rows),
+        "carbon": prices is not None and prices.grams_per_kwh is not None,
+        "unknown_energy": sorted({row["device"] for row in rows if row["co2_grams"] is None}),
         "unpriced": sorted({row["device"] for row in rows if row["money"] is None}) if prices else [],
     }
     page = templates().get_template("costs.html.j2").render(**values)
@@ -147,6 +150,7 @@ def _row(run: RunMeasures, prices: Prices | None) -> dict[str, Any]:
         "device": run.device,
         "joules": run.joules,
         "money": None if prices is None else prices.of(run.device, run.seconds),
+        "co2_grams": None if prices is None else prices.grams(run.device, run.seconds, run.joules),
         "seconds": run.seconds,
         "attempts": len(run.spans),
         "steps": len(run.values.get("seconds/step", ())),

@@ -1,40 +1,56 @@
-"""Compute the cost of runs in money: their seconds times the price of an hour of their device, from prices.yaml in the project.
+"""Compute what runs cost in money and CO2, from prices.yaml in the project.
 
     currency: EUR
-    hour:
+    hour:                     # price of an hour by device
       cpu: 0.08               # the machine without a GPU
       "cuda: NVIDIA H200": 3.20
+    grams_per_kwh: 380        # CO2 of a kilowatt-hour where the machine is; optional
+    watts: {"cuda: NVIDIA H200": 700}    # power of a device whose energy is not measured; optional
 
 The file is optional and no part of a result. A device is named as a step records it; MLflow shows it as the tag `device`.
 
 Example:
-    >>> prices = Prices("EUR", {"cpu": 3.6})
+    >>> prices = Prices("EUR", {"cpu": 3.6}, grams_per_kwh=400.0, watts={"gpu": 700.0})
     >>> prices.of("cpu", 100.0), prices.of("cuda: X", 100.0)
     (0.1, None)
+    >>> prices.grams("cpu", 100.0, joules=9e6), prices.grams("gpu", 3600.0, joules=None), prices.grams("cpu", 1.0, joules=None)
+    (1000.0, 280.0, None)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError
 
 FILE = "prices.yaml"
+_JOULES_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Price of an hour by device, in one currency."""
+    """Price of an hour and power by device, and grams of CO2 per kWh (None: unknown)."""
 
     currency: str
     hour: Mapping[str, float]
+    grams_per_kwh: float | None = None
+    watts: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, device: str, seconds: float) -> float | None:
         """Return the money for so many seconds on a device, or None if its price is not listed."""
         return None if device not in self.hour else self.hour[device] * seconds / 3600
+
+    def grams(self, device: str, seconds: float, joules: float | None) -> float | None:
+        """Return the grams of CO2 of a run, or None if its energy or the grid's factor is unknown.
+
+        The stated power of a device counts before the measured `joules`, which do not include GPUs.
+        """
+        energy = self.watts[device] * seconds if device in self.watts else joules
+        return None if energy is None or self.grams_per_kwh is None else energy / _JOULES_PER_KWH * self.grams_per_kwh
 
 
 def read_prices(project: Path) -> Prices | None:
@@ -43,13 +59,29 @@ def read_prices(project: Path) -> Prices | None:
     if not path.is_file():
         return None
     tree = read_yaml(path)
-    hour = tree.get("hour") if isinstance(tree, dict) else None
-    valid = isinstance(hour, dict) and all(
-        isinstance(price, int | float) and not isinstance(price, bool) and price >= 0 for price in hour.values()
-    )
-    if not valid or set(tree) != {"currency", "hour"} or not isinstance(tree["currency"], str):
+    known = {"currency", "hour", "grams_per_kwh", "watts"}
+    valid = isinstance(tree, dict) and {"currency", "hour"} <= set(tree) <= known and isinstance(tree["currency"], str)
+    if not valid or not (_numbers(tree["hour"]) and _numbers(tree.get("watts", {}))) or not _factor(tree):
         raise ConfigError(
-            f"{FILE}: must have `currency`, such as EUR, and `hour`, which gives the price of an hour by device, e.g. cpu: 0.08"
+            f"{FILE}: must have `currency`, such as EUR, and `hour`, which gives the price of an hour by device, e.g. cpu: 0.08. It may"
+            " have `grams_per_kwh`, the CO2 of the grid, e.g. 380, and `watts`, the power by device. Numbers must not be negative."
         )
-    assert isinstance(hour, dict)
-    return Prices(tree["currency"], {str(device): float(price) for device, price in hour.items()})
+    factor = tree.get("grams_per_kwh")
+    return Prices(
+        tree["currency"],
+        {str(device): float(price) for device, price in tree["hour"].items()},
+        None if factor is None else float(factor),
+        {str(device): float(power) for device, power in tree.get("watts", {}).items()},
+    )
+
+
+def _factor(tree: Mapping[str, Any]) -> bool:
+    """Return True if the grid's factor is a number or absent."""
+    return _numbers({"": tree.get("grams_per_kwh", 0)})
+
+
+def _numbers(given: Any) -> bool:
+    """Return True for a mapping to numbers that are not negative."""
+    return isinstance(given, dict) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) and number >= 0 for number in given.values()
+    )

@@ -1,4 +1,4 @@
-"""Log served answers on disk and as MLflow traces, in a thread of its own: no request waits for it, and none fails by it."""
+"""Log served answers on disk and as MLflow traces, in its own thread: no request waits for it, and none fails by it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GivenAnswers:
 
 
 class AnswerLog:
-    """Log a share of the requests. `close` writes what is waiting."""
+    """Log a share of the requests. `close` writes those that wait."""
 
     def __init__(self, project: Path, share: float, traces: ServedTraces) -> None:
         self._project, self._share, self._traces = project, share, traces
@@ -81,7 +81,7 @@ class AnswerLog:
         self._queue.put(answers)
 
     def close(self) -> None:
-        """Write what is waiting and end. What MLflow has not taken stays on disk for `posttrain sync`."""
+        """Write the answers that wait, and end. Those that MLflow has not taken stay on disk for `posttrain sync`."""
         self._queue.put(None)
         self._thread.join()
 
@@ -93,7 +93,7 @@ class AnswerLog:
             self._copy(last=not more)
 
     def _next_batch(self) -> tuple[list[GivenAnswers], bool]:
-        """Return what is waiting, and False after the last batch. Waits if MLflow is up to date."""
+        """Return the answers that wait, and False after the last batch. Wait for one if MLflow is up to date."""
         found = list[GivenAnswers]()
         try:
             first = self._queue.get(timeout=RETRY_SECONDS if self._pending else None)

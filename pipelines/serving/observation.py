@@ -22,7 +22,7 @@ Finish = Callable[[Served, Completion], tuple[str, str]]
 
 
 class Observer:
-    """What happens to a request besides its answer. An error here is reported and never reaches the caller."""
+    """Handle a request besides answering it. An error here is reported and never reaches the caller."""
 
     def __init__(self, log: AnswerLog, shadow: Served | None = None, shadow_share: float = 1.0) -> None:
         self._log, self.shadow, self._share = log, shadow, shadow_share
@@ -40,7 +40,7 @@ class Observer:
             self._ask_shadow(self.shadow, request, prompt, finish, ask)
 
     def close(self) -> None:
-        """Answer what waits for the shadow, write the log, and end."""
+        """Answer the prompts that wait for the shadow, write the log, and end."""
         if self.shadow is not None:
             self.shadow.batcher.retire()
             self.shadow.batcher.join()

@@ -127,9 +127,26 @@ def test_money_is_seconds_times_the_price_of_the_devices_hour(project: Path) -> 
     assert "No price is listed for cuda: Odd." in page
 
 
+def test_co2_is_energy_times_the_grids_factor(project: Path) -> None:
+    measured(project, "reward", "d", "reward", {"kind": "start", "time": 10.0},
+             {"kind": "ready", "time": 20.0, "device": "cuda: Big"}, {"kind": "end", "time": 56.0})  # fmt: skip
+    (project / "prices.yaml").write_text('currency: EUR\nhour: {}\ngrams_per_kwh: 400\nwatts: {"cuda: Big": 700}\n')
+    page = write_costs(project).read_text(encoding="utf-8")
+    numbers = json.loads((project / ".posttrain" / "costs" / "costs.json").read_text())
+    grams = {row["name"]: row["co2_grams"] for row in numbers["runs"]}
+    # 36 s at 700 W are 0.007 kWh; the others have no counters, and no stated power
+    assert grams == {"sft": None, "align-grpo-0": None, "reward": pytest.approx(2.8)}
+    assert numbers["co2_grams"] == pytest.approx(2.8)
+    assert "Together 2.8 g of CO₂" in page
+    assert "Unknown energy: cpu." in page
+
+
 @pytest.mark.parametrize(
-    "text", ["hour: {cpu: 1}", "currency: EUR\nhour: {cpu: much}", "currency: EUR\nhour: {cpu: -1}", "[]"]
-)
+    "text",
+    ["hour: {cpu: 1}", "currency: EUR\nhour: {cpu: much}", "currency: EUR\nhour: {cpu: -1}", "[]",
+     "currency: EUR\nhour: {}\ngrams_per_kwh: -1",
+     "currency: EUR\nhour: {}\nwatts: 5", "currency: EUR\nhour: {}\nkwh: 5"],
+)  # fmt: skip
 def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -> None:
     (project / "prices.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"prices\.yaml: must have `currency`"):
