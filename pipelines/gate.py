@@ -25,6 +25,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.promotion.decision import Decision, GateLimits, SampledAnswers, cautious, decide, not_judged
 from pipelines.promotion.drift import arriving
 from pipelines.promotion.page import page
+from pipelines.promotion.people import preferred, with_people
 from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
 from pipelines.runtime.journal import representable
 from pipelines.runtime.publish import ARTIFACTS
@@ -46,14 +47,20 @@ def run(run: Run) -> None:
     names = args.candidates or aligned(params.project.algorithms, params.project.seeds)
     reference = _answers(params, args.champion_name or "the supervised model", _reference(run))
     resampling = cautious(Resampling(settings.bootstrap, params.gate.confidence, settings.seed), len(names))
-    decisions = _judged(params, names, reference, resampling)
+    people = {name: preferred(Path(), name, args.champion) for name in names}
+    decisions = [
+        with_people(decision, people[decision.challenger], params.gate.people)
+        for decision in _judged(params, names, reference, resampling)
+    ]
     drifts = arriving(Path(), params)
+    rates = [rate for rate in people.values() if rate is not None]
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
     record = _record(chosen, decisions) | {"drift": [drift.record() for drift in drifts]}
+    record["people"] = [asdict(rate) for rate in rates]
     run.outputs.artifact(DECISION.name).write_text(
         json.dumps(representable(record), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions, drifts), encoding="utf-8")
+    run.outputs.artifact(PAGE.name).write_text(page(chosen, decisions, drifts, rates), encoding="utf-8")
     run.recorder.summary(
         {"promote": float(chosen.promote), "detectable": chosen.detectable}
         | {check.name: check.value for check in chosen.checks}

@@ -38,6 +38,15 @@ class DriftParams(Section):
     """Fewer prompts are not compared."""
 
 
+class PeopleParams(Section):
+    """Required preference of people for a candidate over the champion, from the sessions of `posttrain label`."""
+
+    win_rate: Share = 0.5
+    """The 95 % interval of the share of comparisons that the candidate won must begin here or above."""
+    min_prompts: Annotated[int, Field(ge=1)] = 20
+    """Fewer compared prompts show nothing."""
+
+
 class GateParams(Section):
     """Requirements for an aligned model to become champion, on the prompts and seeds of the evaluation table."""
 
@@ -57,4 +66,6 @@ class GateParams(Section):
     max_divergence: NonNegative
     """Limit by which a reward model's score may gain more than the true reward, in standard deviations."""
     drift: DriftParams = DriftParams()
+    people: PeopleParams | None = None
+    """null: people's preference is shown if there is one, and not required."""
     format: FormatParams | None = None

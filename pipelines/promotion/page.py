@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from pipelines.labelling.win_rates import WinRate
 from pipelines.promotion.decision import Decision
 from pipelines.promotion.drift import Drift
 from pipelines.runtime.markup import markdown_text
@@ -25,7 +26,9 @@ def verdict(decision: Decision) -> str:
     return f"{decision.challenger} was refused; {decision.reference} stays"
 
 
-def page(chosen: Decision, decisions: Sequence[Decision], drifts: Sequence[Drift] = ()) -> str:
+def page(
+    chosen: Decision, decisions: Sequence[Decision], drifts: Sequence[Drift] = (), people: Sequence[WinRate] = ()
+) -> str:
     """Return the whole page. `decisions` are all candidates in the order in which the gate checked them."""
     title = "Promote" if chosen.promote else "Refuse"
     reasons = "".join(f"<li>{escape(words)}</li>" for words in chosen.refusals)
@@ -34,6 +37,7 @@ def page(chosen: Decision, decisions: Sequence[Decision], drifts: Sequence[Drift
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
         + "".join(_table(decision) for decision in decisions)
+        + _people(people)
         + _drift(drifts)
         + "</body></html>\n"
     )
@@ -58,6 +62,12 @@ def _table(decision: Decision) -> str:
     )
     head = "<tr><th>check<th>verdict<th>measured<th>limit<th>in words</tr>"
     return f"<h2>{escape(decision.challenger)} against {escape(decision.reference)}</h2><table>{head}{rows}</table>"
+
+
+def _people(rates: Sequence[WinRate]) -> str:
+    """Return one paragraph for each candidate that people compared with the champion; empty if there is none."""
+    said = "".join(f"<p>{escape(rate.words)}</p>" for rate in rates)
+    return f"<h2>What people preferred</h2>{said}" if said else ""
 
 
 def _drift(drifts: Sequence[Drift]) -> str:

@@ -2,8 +2,8 @@
 
     python -m pipelines.report.costs
 
-Writes .posttrain/costs/index.html and costs.json, and .posttrain/report.html, which is the report with these times in it. They depend
-on the clock, so they are not part of report/ or of any result.
+Writes .posttrain/costs/index.html and costs.json, and .posttrain/report.html, which is the report with these times in it, and with the
+preferences of people. Neither is part of report/ or of any result.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.labelling.win_rates import win_rates
 from pipelines.report.forest import against_cost
 from pipelines.report.load import BASE, SFT
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
@@ -81,6 +82,8 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     tile = _tile(best, seconds[best]) if best in seconds else ""
     values = values | {"against_seconds": _curves_against_seconds(project, found)}
     body = _place() + _against_seconds(found, seconds) + templates().get_template("costs_body.html.j2").render(**values)
+    rates = win_rates(project)
+    body += templates().get_template("people.html.j2").render(rates=rates) if rates else ""
     text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
     for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
         text = text.replace(f'href="{name}"', f'href="../report/{name}"')
