@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.report.costs import write_costs
+from pipelines.report.costs import COST_SECTION, write_costs
 from pipelines.report.load import training
 from pipelines.report.measured import all_runs, flow_time, newest, overlap, union
 from pipelines.report.wall_time import curves, picture
 from posttrain.errors import ConfigError, TrackingError
+from tests.pipelines.labelling.test_win_rates import NEW, OLD, judgement, session
 from tests.pipelines.synthetic_runs import build
 
 
@@ -151,6 +152,22 @@ def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -
     (project / "prices.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"prices\.yaml: must have `currency`"):
         write_costs(project)
+
+
+def test_the_report_says_which_model_people_preferred(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text(f"<main>{COST_SECTION}</main>")
+    numbers = {"models": {}, "best": None, "headline": "sampled", "accuracy_source": "answer"}
+    (tmp_path / "report" / "comparison.json").write_text(json.dumps(numbers))
+    write_costs(tmp_path)
+    copied = tmp_path / ".posttrain" / "report.html"
+    assert "What people preferred" not in copied.read_text()
+    session(tmp_path, "monday", *(judgement(prompt, 0, NEW, OLD) for prompt in "abc"), judgement("d", "tie", NEW, OLD))
+    write_costs(tmp_path)
+    shown = copied.read_text()
+    # aa.dir comes before bb.dir: the champion won half of one of four comparisons
+    assert '<th scope="row">champion</th><td class="text">grpo-0</td><td>12.5 %</td>' in shown
+    assert shown.index("What people preferred") < shown.index("</main>")
 
 
 def test_without_measurements_the_page_says_so(tmp_path: Path) -> None:
