@@ -1,9 +1,9 @@
-"""The S3 store of `python -m infra.servers`: moto's server behind a check of every request's signature.
+"""The S3 store of `python -m infra.servers`: objects in a folder, behind a check of every request's signature.
 
-    python -m infra.s3 PORT
+    python -m infra.s3 PORT FOLDER
 
-Moto accepts any key. Here a request must be signed (AWS signature version 4) with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of
-the environment, and be addressed to this machine.
+A request must be signed (AWS signature version 4) with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment, and be
+addressed to this machine.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from infra.object_store import ObjectStore
+from infra.s3_api import S3Api, iso_time
+from pipelines.runtime.command_line import reports_errors
+from pipelines.runtime.process import Lock
+from posttrain.errors import OrchestrationError
+
 HOST = "127.0.0.1"
 SCHEME = "AWS4-HMAC-SHA256 "
 SKEW = timedelta(minutes=15)
+ABANDONED = timedelta(days=7)
+"""Age of an upload in parts that its client has given up."""
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -83,17 +92,22 @@ def _is_recent(when: str) -> bool:
     return abs(datetime.now(UTC) - signed) < SKEW
 
 
-def main() -> None:
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+@reports_errors
+def main() -> int:
+    """Serve until the process is stopped."""
     from werkzeug.serving import run_simple
 
-    app = Signed(
-        DomainDispatcherApplication(create_backend_app),
-        os.environ["AWS_ACCESS_KEY_ID"],
-        os.environ["AWS_SECRET_ACCESS_KEY"],
-    )
+    folder = Path(sys.argv[2])
+    if not Lock(folder / "lock").acquire():
+        raise OrchestrationError(
+            f"a different process serves {folder}. Stop it first: `python -m infra.servers stop s3`"
+        )
+    store = ObjectStore(folder)
+    store.end_uploads_before(iso_time(datetime.now(UTC) - ABANDONED))
+    app = Signed(S3Api(store), os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
     run_simple(HOST, int(sys.argv[1]), app, threaded=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

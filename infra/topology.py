@@ -72,7 +72,7 @@ class Topology:
         return [
             Service("postgres", self.postgres.command(), self.postgres.environment(), self.postgres.healthy,
                     user=self.postgres.user),
-            Service("s3", [*python, "infra.s3", str(self.ports["s3"])], here,
+            Service("s3", [*python, "infra.s3", str(self.ports["s3"]), str(self.home / "s3")], here,
                     lambda: responds(self.url("s3"))),
             Service("mlflow", [*python, "mlflow", "server", *credentials.mlflow_options(self.ports["mlflow"])],
                     here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health")),

@@ -3,7 +3,7 @@
 Imports only the standard library. Run as a script it is the guard of one command and starts in 20 ms:
 
     python guard.py PARENT GRACE -- COMMAND...     COMMAND in its own process group; see `guarded`
-    python guard.py --group PARENT -- COMMAND...   COMMAND in the guard's own group; see `guarded_group`
+    python guard.py --group PARENT SCRATCH -- COMMAND...   COMMAND in the guard's own group; see `guarded_group`
 """
 
 from __future__ import annotations
@@ -61,18 +61,19 @@ def guarded(command: list[str], grace_seconds: float = 20.0) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace_seconds), "--", *command]
 
 
-def guarded_group(command: list[str]) -> list[str]:
+def guarded_group(command: list[str], scratch: os.PathLike[str] | str = "") -> list[str]:
     """Return the command line that runs `command` in the guard's own process group, which ends as one.
 
     It is bound to the calling process, not to its thread: TERM for the command, then KILL for the whole group. Start it in a new session.
+    If the calling process is killed, the guard also deletes the folder `scratch`.
     """
-    return [sys.executable, "-I", "-S", __file__, "--group", str(os.getpid()), "--", *command]
+    return [sys.executable, "-I", "-S", __file__, "--group", str(os.getpid()), os.fspath(scratch), "--", *command]
 
 
 def main(arguments: list[str]) -> int:
     """Run the guard of one command; return the command's exit status."""
     if arguments[0] == "--group":
-        _guard_group(int(arguments[1]), arguments[3:])
+        _guard_group(int(arguments[1]), arguments[2], arguments[4:])
     parent, grace_seconds, command = int(arguments[0]), float(arguments[1]), arguments[3:]
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     signal_at_parents_death(signal.SIGTERM, parent)
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _guard_group(parent: int, command: list[str]) -> NoReturn:
+def _guard_group(parent: int, scratch: str, command: list[str]) -> NoReturn:
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: received.append(got))
@@ -98,6 +99,10 @@ def _guard_group(parent: int, command: list[str]) -> NoReturn:
         child.terminate()
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+    if scratch and os.getppid() != parent:
+        import shutil  # here, because it takes as long to import as all the rest of the guard
+
+        shutil.rmtree(scratch, ignore_errors=True)
     # This process leads the group, so it ends here as well.
     os.killpg(os.getpgrp(), signal.SIGKILL)
     raise AssertionError("unreachable")

@@ -1,6 +1,6 @@
 """Build the sampling engine that params.yaml names, with servers from the environment.
 
-POSTTRAIN_VLLM_URLS      running servers, separated by commas; they read the weights from this machine's disk
+POSTTRAIN_VLLM_URLS      running servers (`http://…` or `unix:PATH`), separated by commas; they read the weights from this machine's disk
 POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a server; default: the one of infra/vllm/setup.sh
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
@@ -118,9 +118,10 @@ def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmSer
 
     urls = [url for url in os.environ.get("POSTTRAIN_VLLM_URLS", "").replace(",", " ").split() if url]
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        parts = urlsplit(url)
+        if not (parts.path if parts.scheme == "unix" else parts.scheme in ("http", "https") and parts.netloc):
             raise ConfigError(
-                f"POSTTRAIN_VLLM_URLS: {url!r} is not the address of a server; write e.g. http://127.0.0.1:8000"
+                f"POSTTRAIN_VLLM_URLS: {url!r} is not the address of a server; write e.g. http://127.0.0.1:8000 or unix:/folder/vllm.sock"
             )
     if urls:
         return [VllmServer(url) for url in urls]

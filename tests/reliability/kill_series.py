@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -196,12 +197,13 @@ def prepared(folder: Path) -> Iterator[Series]:
         warm.socket.unlink(missing_ok=True)
 
 
-def run(folder: Path, seed: int, kills: int, ways: list[str]) -> list[Trial]:
-    """Run trials until there were so many kills; continue the series that the folder holds."""
+def run(folder: Path, seed: int, kills: int, ways: list[str], minutes: float = math.inf) -> list[Trial]:
+    """Run trials until there were so many kills, or so many minutes have passed; continue the series that the folder holds."""
     record = folder / "series.jsonl"
     done = [Trial(**json.loads(line)) for line in record.read_text().splitlines()] if record.exists() else []
+    end = time.monotonic() + 60 * minutes
     with prepared(folder) as series, series.starter.servers(set(ways)):
-        while (killed := sum(len(trial.victims) for trial in done)) < kills:
+        while (killed := sum(len(trial.victims) for trial in done)) < kills and time.monotonic() < end:
             chance, kind, way, most = draw(seed, len(done), ways)
             trial = series.trial(len(done), kind, way, chance, min(most, kills - killed))
             done.append(trial)
@@ -252,9 +254,10 @@ def main() -> int:
         default="warm,step,dvc",
         help="ways to start a run, of warm,step,dvc,flow,worker (default: the first three; the last two take some minutes a run)",
     )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no trial after so many minutes")
     parser.add_argument("--table", action="store_true", help="write the summary into docs/reliability.md")
     args = parser.parse_args()
-    trials = run(args.folder.resolve(), args.seed, args.kills, args.ways.split(","))
+    trials = run(args.folder.resolve(), args.seed, args.kills, args.ways.split(","), args.minutes)
     print(table(trials, args.seed, args.ways))
     if args.table:
         page = ROOT / "docs" / "reliability.md"

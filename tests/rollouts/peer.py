@@ -1,6 +1,6 @@
 """A small server with vLLM's protocol that computes with transformers. It is the peer of the tested code, not a part of it.
 
-Run as a script it takes vLLM's command line: python peer.py -m vllm.entrypoints.openai.api_server --model FOLDER --port PORT …
+Run as a script it takes vLLM's command line: python peer.py -m vllm.entrypoints.openai.api_server --model FOLDER --uds SOCKET …
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer, ThreadingUnixStreamServer
 from threading import Lock, Thread
 from typing import Any
 
@@ -26,7 +27,7 @@ class Peer:
     unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
     """
 
-    def __init__(self, model: PreTrainedModel, port: int = 0, context: int = 64) -> None:
+    def __init__(self, model: PreTrainedModel, context: int = 64, socket: str | None = None) -> None:
         self.model, self.context = model.eval(), context
         self.tied = self.raw = False
         self.loads = self.development = self.token_ids = True
@@ -65,9 +66,12 @@ class Peer:
                 except (OSError, ValueError):  # the other side has gone, or this one has hung up
                     self.close_connection = True
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.port: int = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        if socket is None:
+            self._server: TCPServer = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        else:
+            self._server = ThreadingUnixStreamServer(socket, Handler)
+            self.url = f"unix:{socket}"
 
     def start(self) -> Peer:
         Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -138,4 +142,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     arguments = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=False))
     served = AutoModelForCausalLM.from_pretrained(arguments["--model"])
-    Peer(served, int(arguments["--port"]), int(arguments["--max-model-len"])).serve()
+    Peer(served, int(arguments["--max-model-len"]), arguments["--uds"]).serve()

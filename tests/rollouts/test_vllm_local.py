@@ -35,12 +35,11 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.fixture
-def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
-    """On a server whose interpreter runs the tests' small one instead of vLLM, with a child as vLLM has them."""
+def peer_engine(tmp_path: Path, root: Path) -> VllmEngine:
+    """Return an engine on a server whose interpreter runs the tests' small one instead of vLLM, with a child as vLLM has them."""
     command = f'sleep 1000 &\ncd {root} && exec {sys.executable} {root}/tests/rollouts/peer.py "$@"'
     server = LocalServer(launch(script(tmp_path / "python", command)), tmp_path / "vllm.log")
-    made = VllmEngine(
+    return VllmEngine(
         small.language_model(),
         small.EOS,
         [server],
@@ -48,6 +47,11 @@ def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
         folder=tmp_path / "served",
         probes=sequences([(5, 6, 7)], 259, 64),
     )
+
+
+@pytest.fixture
+def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
+    made = peer_engine(tmp_path, root)
     yield made
     made.close()
 

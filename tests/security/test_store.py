@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from pipelines.commands.ui import free_port
-
-KEY, SECRET = "posttrain-store-key", "the-store's-secret"
+from tests.infra.stores import KEY, SECRET, client, serving
 
 
 @pytest.fixture(scope="module")
-def store(root: Path) -> Iterator[str]:
-    port = free_port(0)
-    environment = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "infra.s3", str(port)], cwd=root, env=environment, stderr=subprocess.DEVNULL
-    )
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    try:
-        while status(url) == 0:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+def store(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(root, tmp_path_factory.mktemp("store") / "s3") as (url, _):
         yield url
-    finally:
-        process.kill()
-        process.wait()
 
 
 def status(url: str, **headers: str) -> int:
@@ -49,12 +28,6 @@ def status(url: str, **headers: str) -> int:
         return error.code
     except OSError:
         return 0
-
-
-def client(url: str, key: str = KEY, secret: str = SECRET) -> Any:
-    return boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=secret
-    )
 
 
 def test_who_has_the_key_writes_lists_and_reads(store: str) -> None:
@@ -73,7 +46,7 @@ def test_who_has_the_key_writes_lists_and_reads(store: str) -> None:
 
 
 def test_nobody_else_lists_reads_or_resets(store: str) -> None:
-    for path in ("/", "/posttrain", "/posttrain?list-type=2", "/moto-api/", "/moto-api/data.json"):
+    for path in ("/", "/posttrain", "/posttrain?list-type=2", "/posttrain/dvc/files/ab", "/../index.db"):
         assert status(store + path) == 403
         assert status(store + path, Authorization=f"AWS4-HMAC-SHA256 Credential={KEY}/x/y/s3/aws4_request") == 403
 

@@ -1,8 +1,13 @@
-"""A vLLM server that this process starts, restarts after a crash, and stops at its own end."""
+"""A vLLM server that this process starts, restarts after a crash, and stops at its own end.
+
+vLLM's password protects only its `/v1` pages, not those that load weights. So the server listens on no port, but on a Unix socket in a
+folder of mode 0700: other users and web pages cannot reach it.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +22,7 @@ from tqdm import tqdm
 
 from posttrain.errors import RolloutError, ServerError
 from posttrain.guard import GROUP_GRACE_SECONDS, guarded_group
-from posttrain.network import free_port
+from posttrain.rollouts.vllm.connection import UNIX, private_folder
 from posttrain.rollouts.vllm.server import REQUEST_SECONDS, VllmServer
 
 START_SECONDS, POLL_SECONDS = 900.0, 0.5
@@ -30,6 +35,8 @@ DEFAULTS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 """Environment of the server; variables that the caller has set take precedence."""
+NAME_LENGTH = 36
+"""Characters of a socket's name in the server's folder: vLLM names those between its processes by a UUID."""
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
@@ -43,9 +50,9 @@ class Launch:
 
     Example:
         >>> launch = Launch("python", tokenizer="models/sft", dtype="float32", context=64)
-        >>> command = launch.command(Path("weights"), port=8000)
-        >>> command[command.index("--max-model-len") + 1], command[command.index("--host") + 1]
-        ('64', '127.0.0.1')
+        >>> command = launch.command(Path("weights"), Path("/run/vllm/socket"))
+        >>> command[command.index("--max-model-len") + 1], command[command.index("--uds") + 1]
+        ('64', '/run/vllm/socket')
     """
 
     python: str
@@ -56,11 +63,11 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = START_SECONDS
 
-    def command(self, folder: Path, port: int) -> list[str]:
+    def command(self, folder: Path, socket: Path) -> list[str]:
         return [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "policy",
             "--tokenizer", self.tokenizer, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
-            "--dtype", self.dtype, "--max-model-len", str(self.context), "--host", "127.0.0.1", "--port", str(port),
+            "--dtype", self.dtype, "--max-model-len", str(self.context), "--uds", str(socket),
             *self.arguments,
         ]  # fmt: skip
 
@@ -69,8 +76,8 @@ class LocalServer(VllmServer):
     """A server that starts with the first weights it gets. Its process group ends with this process, however that ends."""
 
     def __init__(self, launch: Launch, log: Path, request_seconds: float = REQUEST_SECONDS) -> None:
-        self.port = free_port()
-        super().__init__(f"http://127.0.0.1:{self.port}", request_seconds)
+        super().__init__(UNIX, request_seconds)
+        self.socket: Path | None = None
         self.launch, self.log = launch, log
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = Event()
@@ -89,26 +96,44 @@ class LocalServer(VllmServer):
         self._stop.set()
         super().close()
         self._end()
+        if self.socket is not None:
+            shutil.rmtree(self.socket.parent, ignore_errors=True)
 
     def _start(self, folder: Path) -> None:
         self._end()
-        tqdm.write(
-            f"starting a vLLM server on {self.url}, which takes a minute or more; log: {self.log}", file=sys.stderr
-        )
+        socket = self._socket()
+        socket.unlink(missing_ok=True)  # a killed server leaves it, and a new one cannot listen on it
+        tqdm.write(f"starting a vLLM server, which takes a minute or more; log: {self.log}", file=sys.stderr)
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                guarded_group(self.launch.command(folder, self.port)),
+                guarded_group(self.launch.command(folder, socket), scratch=socket.parent),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**DEFAULTS, **inherited, **self.launch.environment, "VLLM_SERVER_DEV_MODE": "1"},
+                # the sockets between the server's processes are next to its own
+                env={
+                    **DEFAULTS,
+                    **inherited,
+                    **self.launch.environment,
+                    "VLLM_SERVER_DEV_MODE": "1",
+                    "VLLM_RPC_BASE_PATH": str(socket.parent),
+                },
                 cwd=self.log.parent,
                 start_new_session=True,
             )
         weakref.finalize(self, _end, self._process)
         self._wait(self._process)
+
+    def _socket(self) -> Path:
+        """Return the socket of all starts. Other processes keep its address, so it does not change."""
+        if self.socket is None:
+            folder = private_folder(NAME_LENGTH)
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self.socket = folder / "vllm.sock"
+            self.url = f"{UNIX}{self.socket}"
+        return self.socket
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.launch.start_seconds

@@ -7,16 +7,16 @@ import json
 import math
 import socket
 from collections.abc import Sequence
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.engine import Completion, SamplingSettings
+from posttrain.rollouts.vllm.connection import base_path, new_connection
 
 REQUEST_SECONDS = 900.0
 """A server that has not answered by then is considered hung."""
@@ -26,7 +26,10 @@ CACHE_RESETS = 20
 
 
 class VllmServer:
-    """A vLLM server. All methods are thread-safe. They raise ServerError if it is gone, hung or broken."""
+    """A vLLM server at `http://…`, `https://…` or `unix:PATH`.
+
+    All methods are thread-safe. They raise ServerError if it is gone, hung or broken.
+    """
 
     def __init__(self, url: str, request_seconds: float = REQUEST_SECONDS) -> None:
         self.url, self.request_seconds = url.rstrip("/"), request_seconds
@@ -122,9 +125,7 @@ class VllmServer:
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float) -> Any:
         """Use a new connection for each request: the server may close a kept one at the moment when it is used again."""
-        parts = urlsplit(self.url)
-        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        connection = kind(parts.netloc, timeout=seconds)
+        connection = new_connection(self.url, seconds)
         with self._lock:
             self._open.add(connection)
         try:
@@ -132,7 +133,7 @@ class VllmServer:
             connection.connect()
             if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
                 raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
-            connection.request(method, parts.path + path, payload, {"Content-Type": "application/json"})
+            connection.request(method, base_path(self.url) + path, payload, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read()
         except (OSError, HTTPException) as error:

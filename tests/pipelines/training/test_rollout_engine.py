@@ -256,7 +256,7 @@ def test_a_server_is_started_as_the_environment_says(
     assert isinstance(made, VllmEngine)
     (server,) = made.fleet.servers
     assert isinstance(server, LocalServer)
-    command = server.launch.command(Path("weights"), 8123)
+    command = server.launch.command(Path("weights"), Path("/private/vllm.sock"))
     # the server has another working directory
     assert command[0] == str(python.absolute())
     monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", str(python))
@@ -264,7 +264,7 @@ def test_a_server_is_started_as_the_environment_says(
     assert command[-3:] == ["--enforce-eager", "--max-num-seqs", "8"]
     pairs = set(pairwise(command))
     # prompt and answer have 9 tokens at most, and a probe of 48 must fit as well
-    assert {("--host", "127.0.0.1"), ("--max-model-len", "49"), ("--dtype", "float32"), ("--port", "8123")} <= pairs
+    assert {("--uds", "/private/vllm.sock"), ("--max-model-len", "49"), ("--dtype", "float32")} <= pairs
     assert server.launch.environment == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
