@@ -110,7 +110,9 @@ class RunRecorder:
         self.journal.recover()
         self._measurements.recover()
         records = self.journal.records()
-        self.resumed = bool(records) and ended(records) != "FINISHED"
+        # a kill, or a full disk, between the first two records: nothing has begun, and the parameters are not recorded
+        begun = any(record["kind"] == "params" for record in records)
+        self.resumed = begun and ended(records) != "FINISHED"
         if records and not self.resumed:
             self._reset()
         if self.resumed:

@@ -61,6 +61,19 @@ def test_a_killed_and_resumed_run_leaves_the_bytes_of_an_undisturbed_one(project
     assert {p.name: content_digest(p) for p in project.directory.iterdir()} == rough
 
 
+def test_a_journal_that_was_cut_before_its_parameters_is_begun_again(project: Project) -> None:
+    """A kill, or a full disk, between the first two records: a run that went on from there would never show its parameters."""
+    assert project.run(DIE_AT="0").returncode == -signal.SIGKILL
+    journal = project.state / "journal.jsonl"
+    first, second = journal.read_bytes().splitlines(keepends=True)[:2]
+    journal.write_bytes(first + second[: len(second) // 2])
+    assert project.run().returncode == 0
+    cut = content_digest(project.directory / "journal.jsonl")
+    assert project.run().returncode == 0
+    assert content_digest(project.directory / "journal.jsonl") == cut
+    assert "params" in [record["kind"] for record in read(project.directory / "journal.jsonl")]
+
+
 def test_sigterm_stops_at_a_safe_point_and_is_told_as_killed(project: Project) -> None:
     done = project.run(TERM_AT="6")
     assert done.returncode == 143
