@@ -1,6 +1,6 @@
 """Back up and restore the three databases: Prefect's runs and schedules, MLflow's runs and registry, MLflow's accounts.
 
-The S3 store and DVC's cache hold weights, data and artifacts; docs/operations.md says how to copy them.
+The S3 store and DVC's cache hold weights, data and artifacts; to copy them see docs/operations.md.
 """
 
 from __future__ import annotations

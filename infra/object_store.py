@@ -242,7 +242,7 @@ class ObjectStore:
             index.close()
 
     def _files(self, index: sqlite3.Connection, query: str, *values: object) -> list[str]:
-        """Begin to write, so that no other thread changes what the query finds, and return the files."""
+        """Begin to write, so that no other thread changes the result of the query, and return its files."""
         if not index.in_transaction:
             index.execute("BEGIN IMMEDIATE")
         return [str(name) for (name,) in index.execute(query, values)]

@@ -1,4 +1,4 @@
-"""Every fault in docs/reliability.md and every attack in docs/security.md names tests that exist, and says which of them are slow."""
+"""Every fault in docs/reliability.md and every attack in docs/security.md names tests that exist, with their tier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The S3 store of `make up`: what was stored is there after a kill; lost, cut and full disks are named; boto3 finds its protocol."""
+"""The S3 store of `make up`: objects survive a kill; lost, cut and full disks are named; boto3 finds its protocol."""
 
 from __future__ import annotations
 
