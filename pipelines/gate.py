@@ -22,18 +22,27 @@ import numpy as np
 
 from pipelines.config.gate_schema import GateParams
 from pipelines.config.params import Params, load_params
-from pipelines.promotion.decision import Decision, GateLimits, SampledAnswers, cautious, decide, not_judged
+from pipelines.promotion.decision import (
+    BenchmarkMargin,
+    Decision,
+    GateLimits,
+    SampledAnswers,
+    cautious,
+    decide,
+    not_judged,
+)
 from pipelines.promotion.drift import arriving
 from pipelines.promotion.page import page
 from pipelines.promotion.people import preferred, with_people
-from pipelines.report.load import PREDICTIONS, RUNS, SFT, Predictions, predictions
+from pipelines.report.load import BENCHMARKS, PREDICTIONS, RUNS, SFT, benchmark_scores, predictions
 from pipelines.runtime.journal import representable
 from pipelines.runtime.publish import ARTIFACTS
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
-from pipelines.training.evaluator import Evaluator, write_predictions
+from pipelines.training.benchmark_table import write_scores
+from pipelines.training.evaluator import TASKS, Evaluator, write_predictions
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Resampling
+from posttrain.evaluation.statistics import Floats, Resampling, floats
 
 DECISION = RUNS / "gate" / ARTIFACTS / "decision.json"
 PAGE = RUNS / "gate" / ARTIFACTS / "decision.html"
@@ -81,9 +90,7 @@ def _judged(params: Params, names: Sequence[str], reference: SampledAnswers, res
     limits, decisions, unusable = _limits(params.gate), [], []
     for name in names:
         try:
-            decisions.append(
-                decide(_answers(params, name, predictions(evaluated(name))), reference, limits, resampling)
-            )
+            decisions.append(decide(_answers(params, name, evaluated(name)), reference, limits, resampling))
         except DataError as error:
             unusable.append(not_judged(name, reference.name, str(error)))
     if not decisions:
@@ -91,19 +98,26 @@ def _judged(params: Params, names: Sequence[str], reference: SampledAnswers, res
     return [*sorted(decisions, key=lambda decision: -decision.difference.value), *unusable]
 
 
-def _reference(run: Run) -> Predictions:
-    """Return the champion's answers to the same table with the same seeds as the candidates' evaluations."""
-    champion = run.context.args.champion
+def _reference(run: Run) -> Path:
+    """Return the file of the champion's answers to the same table, with the same seeds, as the candidates' evaluations.
+
+    Its benchmarks, if the gate has some, are written next to it, as those of an evaluation.
+    """
+    champion, params = run.context.args.champion, run.context.params
     if champion is None:
-        return predictions(evaluated(SFT))
+        return evaluated(SFT)
     path = run.outputs.artifact("champion.parquet")
-    write_predictions(path, Evaluator(run.context, run.recorder, Path(champion)).answers())
-    return predictions(path)
+    evaluator = Evaluator(run.context, run.recorder, Path(champion))
+    write_predictions(path, evaluator.answers())
+    if params.gate.benchmarks and params.evaluation.benchmarks is not None:
+        resampling = Resampling(params.report.bootstrap, params.gate.confidence, params.report.seed)
+        write_scores(path.with_name(BENCHMARKS), evaluator.benchmarks(params.evaluation.benchmarks), resampling)
+    return path
 
 
-def _answers(params: Params, name: str, found: Predictions) -> SampledAnswers:
-    """Return the sampled answers, and the rewards that `report.headline` ranks by; column 0 holds the greedy answer."""
-    evaluation, form = params.evaluation, params.gate.format
+def _answers(params: Params, name: str, path: Path) -> SampledAnswers:
+    """Return the sampled answers in a file, and the rewards that `report.headline` ranks by; column 0 holds the greedy answer."""
+    evaluation, form, found = params.evaluation, params.gate.format, predictions(path)
     greedy = params.report.headline == "greedy"
     numbers = {key: values[:, 1:] for key, values in found.numbers.items()}
     missing = sorted(source for source in evaluation.rewards if f"reward_{source}" not in numbers)
@@ -125,7 +139,15 @@ def _answers(params: Params, name: str, found: Predictions) -> SampledAnswers:
         formatted=None
         if form is None
         else np.array([[bool(re.search(form.pattern, text)) for text in row[1:]] for row in found.completions], float),
+        benchmarks=_benchmarks(params, path),
     )
+
+
+def _benchmarks(params: Params, path: Path) -> dict[tuple[str, str], Floats]:
+    """Return a model's benchmarks, values over documents by task and metric, from next to its answers; none if the gate has none."""
+    if not params.gate.benchmarks:
+        return {}
+    return {key: floats(row["documents"]) for key, row in benchmark_scores(path.with_name(BENCHMARKS)).items()}
 
 
 def _limits(gate: GateParams) -> GateLimits:
@@ -139,6 +161,7 @@ def _limits(gate: GateParams) -> GateLimits:
         gate.min_prompts,
         gate.max_missing,
         None if gate.format is None else gate.format.min_share,
+        tuple(BenchmarkMargin(**limit.model_dump()) for limit in gate.benchmarks),
     )
 
 
@@ -179,12 +202,15 @@ def arguments(parser: ArgumentParser) -> None:
 
 def inputs(args: Namespace) -> list[str]:
     """Return the evaluations and models that the gate reads."""
-    project = load_params(args.params).project
-    names = args.candidates or aligned(project.algorithms, project.seeds)
-    reference = [str(evaluated(SFT))]
-    if args.champion:
-        reference = [args.champion, "models/sft", "models/reward", "data/valid/evaluation.parquet"]
-    return [*(str(evaluated(name)) for name in names), *reference]
+    params = load_params(args.params)
+    names = args.candidates or aligned(params.project.algorithms, params.project.seeds)
+    answers = [evaluated(name) for name in (*names, *([] if args.champion else [SFT]))]
+    if params.gate.benchmarks:
+        # a candidate without them is refused by name later
+        answers += [path for path in (answer.with_name(BENCHMARKS) for answer in answers) if path.is_file()]
+    champion = [args.champion, "models/sft", "models/reward", "data/valid/evaluation.parquet"] if args.champion else []
+    tasks = [str(TASKS)] if args.champion and params.gate.benchmarks else []
+    return [*map(str, answers), *champion, *tasks]
 
 
 if __name__ == "__main__":

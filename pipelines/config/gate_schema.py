@@ -47,6 +47,19 @@ class PeopleParams(Section):
     """Fewer compared prompts show nothing."""
 
 
+class BenchmarkLimit(Section):
+    """A benchmark on which a candidate must not be worse than the champion by more than a margin (non-inferiority)."""
+
+    task: str
+    """One of evaluation.benchmarks.tasks."""
+    metric: str = "acc"
+    """A metric of the task that is a mean over documents, as named in report/benchmarks.csv."""
+    tolerated_loss: Positive
+    """The interval of the paired difference over documents must lie above minus this number."""
+    lower_is_better: bool = False
+    """True: a larger value of the metric is the loss."""
+
+
 class GateParams(Section):
     """Requirements for an aligned model to become champion, on the prompts and seeds of the evaluation table."""
 
@@ -69,3 +82,5 @@ class GateParams(Section):
     people: PeopleParams | None = None
     """null: people's preference is shown if there is one, and not required."""
     format: FormatParams | None = None
+    benchmarks: list[BenchmarkLimit] = Field(default_factory=list)
+    """Benchmarks that a candidate must keep; each needs its task in evaluation.benchmarks."""

@@ -100,6 +100,7 @@ class Params(Section):
                 f"tracking.traces = {self.tracking.traces} exceeds evaluation.samples_shown = {self.evaluation.samples_shown}: only shown"
                 " samples become traces; lower the one or raise the other"
             )
+        self._check_benchmarks()
         check_space(self)
         return self
 
@@ -139,6 +140,16 @@ class Params(Section):
     def start(self, name: str) -> StartModel:
         """Return the model that an algorithm starts from."""
         return self.algorithms[name].start or self.align.start
+
+    def _check_benchmarks(self) -> None:
+        """Check that the evaluation runs every benchmark of the gate."""
+        run = self.evaluation.benchmarks.tasks if self.evaluation.benchmarks else []
+        for i, limit in enumerate(self.gate.benchmarks):
+            if limit.task not in run:
+                raise ValueError(
+                    f"gate.benchmarks.{i}: {limit.task!r} is not in evaluation.benchmarks.tasks, so no model has its score; name"
+                    f" it there, or remove it here{nearest(limit.task, run)}"
+                )
 
     def _check_budget(self, name: str, budget: OnPolicyBudget) -> None:
         """Check one algorithm's sampling settings against its spec."""

@@ -7,7 +7,7 @@ counted as right.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,23 @@ class SampledAnswers:
     """1 if the response was cut off before its end, else 0."""
     formatted: Floats | None = None
     """1 if the response has the required format, else 0; None if no format is required."""
+    benchmarks: Mapping[tuple[str, str], Floats] = field(default_factory=dict)
+    """Values over documents by task and metric of lm-eval; empty if the metric is no mean over documents."""
+
+
+@dataclass(frozen=True)
+class BenchmarkMargin:
+    """A benchmark to keep; `BenchmarkLimit` documents the fields."""
+
+    task: str
+    metric: str
+    tolerated_loss: float
+    lower_is_better: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the check's name."""
+        return f"benchmark/{self.task}/{self.metric}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class GateLimits:
     min_prompts: int
     max_missing: float
     min_formatted: float | None = None
+    benchmarks: tuple[BenchmarkMargin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,7 @@ def decide(
         gap = divergence(challenger, reference, name)
         words = f"standard deviations by which {name} gains more than the true reward"
         checks.append(_at_most(f"divergence/{name}", gap, limits.max_divergence, words))
+    checks += [_benchmark(challenger, reference, margin, resampling) for margin in limits.benchmarks]
     return Decision(challenger.name, reference.name, found.interval, tuple(checks), found.detectable, found.level)
 
 
@@ -230,3 +249,48 @@ def _length(challenger: SampledAnswers, reference: SampledAnswers, limit: float)
 def _format(share: float, limit: float) -> Check:
     """Check the share of responses in the required format."""
     return Check("format", share, limit, share >= limit, f"share in the format: {share:.4g} (at least {limit:.4g})")
+
+
+def _benchmark(
+    challenger: SampledAnswers, reference: SampledAnswers, margin: BenchmarkMargin, resampling: Resampling
+) -> Check:
+    """Check that a benchmark is not worse by more than the margin: the interval of the paired difference lies above it.
+
+    Every check must pass, so the level is not divided among the benchmarks (an intersection-union test); it is divided among the
+    candidates, as for the reward. Values within 0 and 1 could differ by 1, which bounds a loss that few documents have not shown.
+    """
+    mine, theirs = (documents_of(answers, margin) for answers in (challenger, reference))
+    if mine.shape != theirs.shape:
+        raise DataError(
+            f"{margin.name}: {challenger.name} has {len(mine)} documents and {reference.name} has {len(theirs)}, so they cannot be"
+            " paired. Evaluate both again: `dvc repro`."
+        )
+    difference = theirs - mine if margin.lower_is_better else mine - theirs
+    both = np.concatenate([mine, theirs])
+    found = gain(difference, margin.tolerated_loss, max(1.0, float(both.max() - both.min())), resampling)
+    own, confidence = found.interval, 100 * (1 - 2 * found.level)
+    words = (
+        f"{margin.metric} of {margin.task} against {reference.name}{', lower is better' if margin.lower_is_better else ''}:"
+        f" {own.value:+.4g}, {confidence:.4g} % interval {own.low:+.4g} to {own.high:+.4g} over {own.n} documents (must lie above"
+        f" {-margin.tolerated_loss:.4g})"
+    )
+    if not found.shown and own.value > -margin.tolerated_loss:
+        words += "; more documents may show it, since the loss itself is within the margin"
+    return Check(margin.name, own.low, -margin.tolerated_loss, found.shown, words)
+
+
+def documents_of(answers: SampledAnswers, margin: BenchmarkMargin) -> Floats:
+    """Return a benchmark's values over documents. Raises DataError if the evaluation has none."""
+    values = answers.benchmarks.get((margin.task, margin.metric))
+    if values is None:
+        known = ", ".join(f"{task} {metric}" for task, metric in sorted(answers.benchmarks)) or "none"
+        raise DataError(
+            f"gate.benchmarks: the evaluation of {answers.name} has no metric {margin.metric!r} of {margin.task!r}; it has: {known}."
+            " Correct the name, or evaluate again: `dvc repro`."
+        )
+    if not len(values):
+        raise DataError(
+            f"gate.benchmarks: {margin.metric} of {margin.task} is no mean over documents, so a paired interval does not exist;"
+            " name a different metric"
+        )
+    return values

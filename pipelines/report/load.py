@@ -127,10 +127,10 @@ def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
     folder = root / RUNS / "evaluate" / name
     trained = None if seed is None else training(root / RUNS / "align" / name, name)
     answered, metrics = predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS)
-    return Model(name, group, seed, answered, metrics, trained, _benchmarks(folder / ARTIFACTS / BENCHMARKS))
+    return Model(name, group, seed, answered, metrics, trained, benchmark_scores(folder / ARTIFACTS / BENCHMARKS))
 
 
-def _benchmarks(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def benchmark_scores(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Load the scores of benchmarks; none if the evaluation ran none."""
     rows = pq.read_table(path).to_pylist() if path.is_file() else []
     return {(row["task"], row["metric"]): row for row in rows}

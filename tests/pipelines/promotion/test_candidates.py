@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import gate
-from pipelines.config.params import Params, load_params
-from pipelines.report.load import predictions
-from posttrain.errors import DataError
+from pipelines.config.params import Params, load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
+from pipelines.report.load import BENCHMARKS
+from pipelines.training.benchmark_table import write_scores
+from posttrain.errors import ConfigError, DataError
+from posttrain.evaluation.benchmarks import BenchmarkScore
 from posttrain.evaluation.statistics import Resampling
 
 PROMPTS = 40
@@ -47,7 +50,7 @@ def params(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Param
 
 
 def judged(params: Params, *names: str) -> list[Any]:
-    reference = gate._answers(params, "the supervised model", predictions(gate.evaluated("sft")))
+    reference = gate._answers(params, "the supervised model", gate.evaluated("sft"))
     return gate._judged(params, names, reference, RESAMPLING)
 
 
@@ -69,3 +72,40 @@ def test_an_evaluation_set_that_was_replaced_since_the_reference_was_judged_is_n
     evaluation("grpo-0", [1.0] * PROMPTS, prompt=[f"{i}+2?" for i in range(PROMPTS) for _ in range(2)])
     with pytest.raises(DataError, match="no candidate can be judged: the gate compares answers to the same prompts"):
         judged(params, "grpo-0")
+
+
+def benchmark(name: str, values: list[float]) -> None:
+    """The file of a benchmark's scores next to a model's answers, as an evaluation stores it."""
+    score = BenchmarkScore("mine", "acc", sum(values) / len(values), tuple(values))
+    write_scores(gate.evaluated(name).with_name(BENCHMARKS), [score], RESAMPLING)
+
+
+def test_a_candidate_that_forgets_a_benchmark_is_refused_and_one_that_keeps_it_is_promoted(
+    params: Params, root: Path
+) -> None:
+    tree = read_yaml(root / "params.yaml")
+    tree["evaluation"]["benchmarks"] = {"tasks": ["mine"]}
+    tree["gate"]["benchmarks"] = [{"task": "mine", "tolerated_loss": 0.05}]
+    own = parse_params(tree, "params.yaml")
+    benchmark("sft", [1.0, 0.0] * 200)
+    for name, values in {"grpo-0": [0.0, 0.0] * 200, "dapo-0": [1.0, 0.0] * 200, "ppo-0": None}.items():
+        evaluation(name, [1.0] * PROMPTS)
+        if values is not None:
+            benchmark(name, values)
+    decisions = {decision.challenger: decision for decision in judged(own, "grpo-0", "dapo-0", "ppo-0")}
+    assert [name for name, decision in decisions.items() if decision.promote] == ["dapo-0"]
+    (words,) = decisions["grpo-0"].refusals
+    assert words.startswith("acc of mine against the supervised model: -0.5, 95 % interval")
+    assert "the evaluation of ppo-0 has no metric 'acc' of 'mine'; it has: none" in decisions["ppo-0"].refusals[0]
+    # without gate.benchmarks the same files change nothing
+    assert all(decision.promote for decision in judged(params, "grpo-0", "dapo-0", "ppo-0"))
+
+
+def test_a_benchmark_of_the_gate_that_no_evaluation_runs_is_refused_at_once(root: Path) -> None:
+    tree = read_yaml(root / "params.yaml")
+    tree["gate"]["benchmarks"] = [{"task": "arc_eazy", "tolerated_loss": 0.05}]
+    tree["evaluation"]["benchmarks"] = {"tasks": ["arc_easy"]}
+    with pytest.raises(
+        ConfigError, match=r"gate.benchmarks.0: 'arc_eazy' is not in evaluation.benchmarks.tasks.*arc_easy"
+    ):
+        parse_params(tree, "params.yaml")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.promotion.decision import (
+    BenchmarkMargin,
     Check,
     Decision,
     GateLimits,
@@ -224,3 +225,76 @@ def test_an_equal_model_is_never_promoted_and_at_most_one_direction_is_a_gain(ro
     assert not check(decide(mine, mine, LIMITS, RESAMPLING), "loss").passed
     forth, back = (check(decide(*pair, LIMITS, RESAMPLING), "loss").passed for pair in ((mine, theirs), (theirs, mine)))
     assert not (forth and back)
+
+
+ACC = BenchmarkMargin("arc", "acc", 0.05)
+
+
+def judged_on(mine: list[float], theirs: list[float], margin: BenchmarkMargin = ACC, candidates: int = 1) -> Check:
+    """Return the check of a benchmark with these values over documents."""
+    key, limits = (margin.task, margin.metric), dataclasses.replace(LIMITS, benchmarks=(margin,))
+    better = dataclasses.replace(BETTER, benchmarks={key: np.array(mine)})
+    champion = dataclasses.replace(CHAMPION, benchmarks={key: np.array(theirs)})
+    return check(decide(better, champion, limits, cautious(RESAMPLING, candidates)), margin.name)
+
+
+def test_a_benchmark_may_fall_by_no_more_than_its_margin_by_hand() -> None:
+    # 4 of 400 documents were lost and 2 won: mean -.005. The interval counts z^2 / 2 = 1.920729 documents with the worst loss, 1
+    found = judged_on([1.0] * 200 + [0.0] * 200, [1.0] * 198 + [0.0] * 2 + [1.0] * 4 + [0.0] * 196)
+    total, extra = 401.920729, 1.920729
+    mean = (-2 - extra) / total
+    spread = math.sqrt(((6 + extra) / total - mean**2) / (total - 1))
+    assert found.value == pytest.approx(mean - 1.965927 * spread, abs=1e-6)  # t(.975, 399)
+    assert (found.limit, found.passed) == (-0.05, True)
+    assert found.words.startswith("acc of arc against champion: -0.005, 95 % interval -0.02")
+    assert "over 400 documents (must lie above -0.05)" in found.words
+
+
+def test_a_benchmark_on_which_the_candidate_lost_refuses_it() -> None:
+    lost = judged_on([1.0] * 150 + [0.0] * 250, [1.0] * 200 + [0.0] * 200)
+    assert not lost.passed
+    assert "more documents" not in lost.words
+    # equal answers to 20 documents bound a loss only at 1.92 / 21.92 and beyond, which is more than .05
+    few = judged_on([1.0] * 10 + [0.0] * 10, [1.0] * 10 + [0.0] * 10)
+    assert not few.passed
+    assert few.value < -1.920729 / 21.920729
+    assert few.words.endswith("; more documents may show it, since the loss itself is within the margin")
+
+
+@pytest.mark.parametrize(("candidates", "documents"), [(1, 92), (8, 178)])
+def test_equal_answers_show_a_margin_of_a_twentieth_from_so_many_documents(candidates: int, documents: int) -> None:
+    fewer, enough = [1.0] * (documents - 1), [1.0] * documents
+    assert not judged_on(fewer, fewer, candidates=candidates).passed
+    assert judged_on(enough, enough, candidates=candidates).passed
+
+
+def test_the_level_of_a_benchmark_is_divided_among_the_candidates() -> None:
+    mine, theirs = [1.0] * 200 + [0.0] * 200, [1.0] * 204 + [0.0] * 196
+    one, five = judged_on(mine, theirs), judged_on(mine, theirs, candidates=5)
+    assert "95 % interval" in one.words
+    assert "99 % interval" in five.words
+    assert five.value < one.value
+
+
+def test_a_metric_of_which_less_is_better_is_turned_around() -> None:
+    margin = BenchmarkMargin("text", "error", 0.1, lower_is_better=True)
+    assert judged_on([0.0] * 300, [1.0] * 150 + [0.0] * 150, margin).passed
+    assert not judged_on([1.0] * 150 + [0.0] * 150, [0.0] * 300, margin).passed
+
+
+@pytest.mark.parametrize(
+    ("mine", "words"),
+    [
+        ({}, "the evaluation of better has no metric 'acc' of 'arc'; it has: none"),
+        ({("arc", "acc_norm"): np.ones(3)}, "it has: arc acc_norm"),
+        ({("arc", "acc"): np.ones(3)}, "better has 3 documents and champion has 4"),
+        ({("arc", "acc"): np.ones(0)}, "acc of arc is no mean over documents"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_compared_is_refused_in_words(
+    mine: dict[tuple[str, str], np.ndarray], words: str
+) -> None:
+    limits = dataclasses.replace(LIMITS, benchmarks=(ACC,))
+    champion = dataclasses.replace(CHAMPION, benchmarks={("arc", "acc"): np.ones(4)})
+    with pytest.raises(DataError, match=words):
+        decide(dataclasses.replace(BETTER, benchmarks=mine), champion, limits, RESAMPLING)
