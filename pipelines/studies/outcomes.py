@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.report.load import predictions, training
 from pipelines.runtime.publish import ARTIFACTS, METRICS
+from pipelines.studies.measured import measured
 from pipelines.studies.study import FIXED, Study
 from pipelines.studies.workspace import Workspace
 from posttrain.errors import DataError
@@ -43,6 +44,11 @@ class Reader:
         Raises DataError if a run has not finished or has no such number.
         """
         kind, _, name = outcome.partition("/")
+        if kind == "measured":
+            space = next(s for s in self.spaces if arm in s.arms)
+            level = self.study.level
+            found = [measured(space.folder, arm, seed, name, space.params, level) for seed in self.study.seeds]
+            return np.asarray(found, dtype=np.float64)
         columns = [self._value(run, kind, name) for run in self._runs(arm)]
         return np.stack(columns, axis=-1)
 

@@ -99,7 +99,7 @@ def _takes(found: Estimate, at_least: float, level: float) -> str:
 
 def _has(arm: str, outcome: str) -> bool:
     """Return True if the arm was trained in the study or the outcome is one of the evaluation."""
-    return arm not in FIXED or not outcome.startswith("training/")
+    return arm not in FIXED or not outcome.startswith(("training/", "measured/"))
 
 
 def _mean(reader: Reader, arm: str, outcome: str) -> float:

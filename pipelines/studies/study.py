@@ -42,10 +42,10 @@ class Claim(Section):
 
     claim: str
     outcome: Annotated[
-        str, Field(pattern=r"^(answers/[a-z_]+|(evaluation|training)/[\w@/]+(:(first|last|mean|max|min))?)$")
+        str, Field(pattern=r"^((answers|measured)/[a-z_]+|(evaluation|training)/[\w@/]+(:(first|last|mean|max|min))?)$")
     ]
     """`answers/COLUMN`: per prompt, over all sampled answers. `evaluation/NAME`: a number of metrics.json. `training/METRIC:last`: a
-    number of the curve, also first, mean, max or min."""
+    number of the curve, also first, mean, max or min. `measured/NAME`: seconds or memory on this machine, see `measured.py`."""
     contrast: Annotated[dict[Name, Finite], Field(min_length=1)]
     """Weight of each arm."""
     at_least: Finite = 0.0
@@ -67,6 +67,8 @@ class Study(Section):
     seeds: Annotated[list[Seed], Field(min_length=2)]
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     claims: Annotated[list[Claim], Field(min_length=1)]
+    level: Finite | None = None
+    """The true reward that `measured/seconds_to_level` is about."""
     shown: list[str] = Field(default_factory=list)
     """Further outcomes for the table of the arms."""
     remark: str = ""
@@ -86,7 +88,8 @@ class Study(Section):
     def digest(self) -> str:
         """Return a hash of everything that the results depend on in this file."""
         # words change no run, and an option that is not used leaves the digests of other studies as they are
-        ignored = {"remark"} | ({"pretraining"} if self.pretraining is None else set())
+        unused = {name for name in ("pretraining", "level") if getattr(self, name) is None}
+        ignored = {"remark"} | unused
         return hashlib.sha256(self.model_dump_json(exclude=ignored).encode()).hexdigest()[:16]
 
 

@@ -75,7 +75,7 @@ def test_an_evaluation_set_that_was_replaced_since_the_reference_was_judged_is_n
 
 
 def benchmark(name: str, values: list[float]) -> None:
-    """The file of a benchmark's scores next to a model's answers, as an evaluation stores it."""
+    """Write the scores of a benchmark next to the answers of a model, as an evaluation stores them."""
     score = BenchmarkScore("mine", "acc", sum(values) / len(values), tuple(values))
     write_scores(gate.evaluated(name).with_name(BENCHMARKS), [score], RESAMPLING)
 
