@@ -40,6 +40,8 @@ KEPT = {
     *("tests", "docs", "benchmarks", "infra", "flows", "tasks"),
 }
 """Files and folders of the project that are not copied: results, and code that no stage uses."""
+GIVEN = (Path("data/raw"), Path("data/benchmarks"))
+"""Folders within `data` that stages read and no stage writes."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def prepare(root: Path, workspace: Workspace) -> None:
     for source in sorted(root.iterdir()):
         if not source.name.startswith(".") and source.name not in KEPT and not source.name.endswith(".egg-info"):
             _copy(source, folder / source.name)
-    _copy(root / "data" / "raw", folder / "data" / "raw")
+    for given in GIVEN:
+        _copy(root / given, folder / given)
     _copy(root / ".dvcignore", folder / ".dvcignore")
     (folder / "params.yaml").write_text(_yaml(workspace.params), encoding="utf-8")
     _configure_dvc(root, folder)

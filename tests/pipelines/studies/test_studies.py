@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from pipelines.config.params import load_params
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.context import MEASUREMENTS
 from pipelines.studies.outcomes import Reader
 from pipelines.studies.page import page, short
@@ -193,6 +194,22 @@ def test_arms_share_a_workspace_unless_they_change_other_parameters(root: Path, 
     (copy.folder / "dvc.lock").write_text("kept")
     prepare(root, copy)
     assert (copy.folder / "dvc.lock").read_text() == "kept"
+
+
+def test_a_workspace_has_everything_that_stages_read_and_no_stage_writes(root: Path, tmp_path: Path) -> None:
+    space = workspaces(root, "group_size", load_study(root, "group_size"))[0]
+    copy = Workspace(tmp_path / "space", space.arms, space.params)
+    prepare(root, copy)
+    stages = read_yaml(root / "dvc.yaml")["stages"].values()
+    paths = {kind: {str(path) for stage in stages for path in stage.get(kind, [])} for kind in ("deps", "outs")}
+    written = {path.split("${")[0] for path in paths["outs"]}
+    given = {
+        dep
+        for dep in paths["deps"]
+        if "${" not in dep and not any(dep.startswith(w) or w.startswith(dep) for w in written)
+    }
+    assert {"pipelines/sft.py", "data/raw", "data/benchmarks"} <= given
+    assert sorted(dep for dep in given if not (copy.folder / dep).exists()) == []
 
 
 def test_a_pretraining_makes_the_base_model_of_all_arms(root: Path) -> None:
