@@ -28,6 +28,7 @@ from posttrain.api import Model
 from posttrain.api_arguments import check_columns, check_reward, checked, require, require_methods
 from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
 from posttrain.data.batches import EpochOrder
+from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
 from posttrain.data.tokens import Tokens, require_same_vocabulary, table_tokens
 from posttrain.errors import ConfigError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
@@ -111,6 +112,7 @@ def train(
     threads: int | None = None,
     demonstrations: Table = (),
     teacher: Model | None = None,
+    teacher_prompt: str | None = None,
     turns: Turns | None = None,
     staleness: int = 0,
     recorder: Recorder | None = None,
@@ -129,7 +131,8 @@ def train(
         samples: answers per prompt of an on-policy step.
         threads: CPU threads of this process; a tiny model is fastest on 1. None leaves them unchanged.
         demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
-        teacher: a model with the same vocabulary to learn from (distill), which needs no reward.
+        teacher: a model with the same vocabulary to learn from (distill), which needs no reward; `model` itself for self-distillation.
+        teacher_prompt: the prompt that the teacher reads, such as "{prompt} The answer is {answer}.", with columns of `rows` in braces.
         turns: an environment's `step` and a limit, for answers that are conversations; `max_new_tokens` is then the limit of one turn.
         staleness: from 1, a second process samples the answers of the next steps during the update, with weights that are this many steps
             old; the spec's `anchor` or `mismatch` must correct for it.
@@ -159,11 +162,11 @@ def train(
     )
     require_methods("train", "checkpoints", checkpoints, ("latest", "save"), "Checkpoints(folder, ...)")
     spec = _spec(algorithm)
-    if not isinstance(spec, OnPolicy) and (
-        reward is not None or demonstrations or teacher is not None or turns is not None or staleness
-    ):
+    given = any(value is not None for value in (reward, teacher, teacher_prompt, turns))
+    if not isinstance(spec, OnPolicy) and (given or demonstrations or staleness):
         raise ConfigError(
-            "reward, demonstrations, teacher, turns and staleness have no effect here: only on-policy algorithms use them. Remove them."
+            "reward, demonstrations, teacher, teacher_prompt, turns and staleness have no effect here: only on-policy algorithms use"
+            " them. Remove them."
         )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -173,6 +176,7 @@ def train(
     run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
     if isinstance(spec, OnPolicy):
         require("train", "teacher", teacher, (Model, type(None)), "a model of load(...)")
+        require("train", "teacher_prompt", teacher_prompt, (str, type(None)), "a text with {prompt} in it")
         require("train", "turns", turns, (Turns, type(None)), "Turns(step, limit=...)")
         if reason := needs_several_answers(spec, samples):
             raise ConfigError(f"{spec.name}: {reason}; samples = {samples} must be at least 2")
@@ -182,7 +186,9 @@ def train(
             raise ConfigError("train: conversations (turns) are sampled by the training process; set staleness = 0")
         limit = 1 if turns is None else turns.limit
         sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
-        _on_policy(run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, turns, staleness)
+        _on_policy(
+            run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, teacher_prompt, turns, staleness
+        )
     elif isinstance(spec, str):
         _supervised(run, supervised_rows(rows))
     elif isinstance(spec, Unpaired):
@@ -227,11 +233,15 @@ def _on_policy(
     sampling: GroupSettings,
     demonstrations: Table,
     teacher: Model | None,
+    teacher_prompt: str | None,
     turns: Turns | None,
     staleness: int,
 ) -> None:
     if spec.needs_teacher != (teacher is not None):
         raise ConfigError(f"{spec.name}: pass teacher= if and only if its advantage is 'teacher'")
+    if teacher is None and teacher_prompt is not None:
+        raise ConfigError(f"{spec.name}: teacher_prompt= has no effect without a teacher. Remove it.")
+    require_template(teacher_prompt, SELF if teacher is run.model else None, "teacher_prompt=")
     if reward is None and teacher is None:
         raise ConfigError(
             f"{spec.name} learns from rewards: pass reward=, a function or a built-in's name such as 'answer'"
@@ -252,7 +262,8 @@ def _on_policy(
     sources = [FunctionReward(name, function) for name, function in functions.items()]
     if teacher is not None:
         require_same_vocabulary(teacher.encoder, model.encoder, "teacher=")
-    held = teacher.lm if teacher is not None else copy.deepcopy(model.lm) if spec.needs_reference else None
+    own = spec.needs_reference and (teacher is None or teacher is model)
+    held = copy.deepcopy(model.lm) if own else None if teacher is None else teacher.lm
     reference = None if held is None else Policy(held)
     policy = Policy(model.lm, shared_value_head=spec.has_critic)
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
@@ -267,7 +278,7 @@ def _on_policy(
         engine = Background(ProcessEngine(model.lm, model.encoder.ends, staleness))
         ahead = Ahead(engine, staleness, run.steps)
     sampler = GroupSampler(
-        [_problem(model, row, i) for i, row in enumerate(table)],
+        [_problem(model, row, i, teacher_prompt, most) for i, row in enumerate(table)],
         engine if turns is None else TurnEngine(engine, model.encoder, turns),
         model.encoder,
         sources,
@@ -296,11 +307,10 @@ def _on_policy(
             ahead.engine.close()
 
 
-def _problem(model: Model, row: Mapping[str, Any], number: int) -> Problem:
+def _problem(model: Model, row: Mapping[str, Any], number: int, template: str | None, longest: int) -> Problem:
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    return Problem(
-        row["prompt"], check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt"), columns, number
-    )
+    ids = check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt")
+    return Problem(row["prompt"], ids, columns, number, teacher_ids(model.encoder, template, row, longest))
 
 
 def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:

@@ -40,6 +40,7 @@ from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import Algorithm, OnPolicy, choose
 from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
+from posttrain.data.teacher_prompts import require_template
 from posttrain.errors import ConfigError
 from posttrain.rewards import BUILT_IN_NAMES
 from posttrain.text import nearest
@@ -278,6 +279,11 @@ class Params(Section):
             raise ConfigError(
                 f"algorithms.{name}.teacher: {need if taught else f'has no effect on the preset {section.preset}. Remove it.'}"
             )
+        if section.teacher_prompt is not None and not taught:
+            raise ConfigError(
+                f"algorithms.{name}.teacher_prompt: has no effect on the preset {section.preset}. Remove it."
+            )
+        require_template(section.teacher_prompt, section.teacher, f"algorithms.{name}.teacher_prompt")
         if taught and weighed:
             raise ConfigError(
                 f"algorithms.{name}.rewards: the preset {section.preset} learns from its teacher only; give rewards the weight 0 to measure"

@@ -382,7 +382,10 @@ class AlgorithmParams(Section):
     rewards: dict[str, Finite] | None = None
     """Weight of each reward; weight 0 measures a reward without training on it."""
     teacher: str | None = None
-    """Folder or hub id of the model to distil from, with the same vocabulary; only for presets whose advantage is 'teacher'."""
+    """Folder or hub id of the model to distil from, with the same vocabulary, or self: the model before training; only for presets whose
+    advantage is 'teacher'."""
+    teacher_prompt: str | None = None
+    """The prompt that the teacher reads, with {prompt} and columns of the problems in braces; null: the student's."""
     budget: dict[str, Any] = Field(default_factory=dict)
     """Overrides of align.on_policy or align.preference, by the preset's kind."""
     tuned: str | None = None

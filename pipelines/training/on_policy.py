@@ -30,6 +30,7 @@ from pipelines.training.setup import (
     write_model,
 )
 from posttrain.algorithms import OnPolicy
+from posttrain.data.teacher_prompts import SELF
 from posttrain.data.tokens import TextEncoder, require_same_vocabulary, table_tokens
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
@@ -59,12 +60,13 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     encoder = load_encoder(start)
     made = make_policy(spec, params, start)
     policy = made.model.to(device.device)
-    reference = _teacher(context.params.algorithms[name].teacher, encoder, device) or _reference(made, start, device)
+    section = context.params.algorithms[name]
+    reference = _teacher(section.teacher, encoder, device) or _reference(made, start, device)
     compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
-    weights = dict(context.params.algorithms[name].rewards or {})
+    weights = dict(section.rewards or {})
     limits = context.params.limits.reward_seconds
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute, limits)
-    training_problems = problems(encoder, read_table("problems"))
+    training_problems = problems(encoder, read_table("problems"), section.teacher_prompt, budget.max_new_tokens * turns)
     engine = sampling_engine(
         context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
     )
@@ -152,8 +154,8 @@ def _reference(made: TrainableModel[Policy], start: str, device: Accelerator) ->
 
 
 def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> Policy | None:
-    """Return the teacher, which takes the place of the reference, or None if the algorithm has none."""
-    if source is None:
+    """Return the teacher, which takes the place of the reference, or None if there is none or it is the model before training."""
+    if source is None or source == SELF:
         return None
     require_same_vocabulary(load_encoder(source), encoder, source)
     return Policy(load_policy(source)).to(device.device).eval().requires_grad_(False)

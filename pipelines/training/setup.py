@@ -107,8 +107,15 @@ def start_folder(params: Params, algorithm: str) -> str:
     return f"models/{params.start(algorithm)}"
 
 
-def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]:
-    """Prompts as token ids; every other column goes to the reward functions."""
+def problems(
+    encoder: TextEncoder, table: list[dict[str, Any]], teacher: str | None = None, longest: int = 0
+) -> list[Problem]:
+    """Return prompts as token ids; every other column goes to the reward functions.
+
+    Args:
+        teacher: template of the prompt that a teacher reads, before an answer of at most `longest` tokens.
+    """
+    from posttrain.data.teacher_prompts import teacher_ids
     from posttrain.data.tokens import row_tools
     from posttrain.rollouts.groups import Problem
 
@@ -118,6 +125,7 @@ def problems(encoder: TextEncoder, table: list[dict[str, Any]]) -> list[Problem]
             tuple(encoder.prompt(row["prompt"], row_tools(row), str(row["id"]))),
             {k: v for k, v in row.items() if k not in ("prompt", "id")},
             row["id"],
+            teacher_ids(encoder, teacher, row, longest),
         )
         for row in table
     ]

@@ -38,12 +38,14 @@ class Problem:
 
     Attributes:
         row: id of the row in its table, for messages.
+        teacher_ids: the prompt that a teacher reads before the student's answer; None: the student's own.
     """
 
     prompt: Any
     ids: tuple[int, ...]
     columns: dict[str, Any]
     row: int | None = None
+    teacher_ids: tuple[int, ...] | None = None
 
 
 def request(problem: Problem, seeds: tuple[tuple[int, ...], ...]) -> Request:

@@ -113,7 +113,7 @@ class ExperienceSource:
     def _rows(self, answers: Sequence[ScoredAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
         spec, tokens = self.spec, [a.tokens for a in answers]
         measured = spec.needs_reference or (self.measure_kl_every > 0 and step % self.measure_kl_every == 0)
-        reference = self._token_logprobs(self.reference, tokens) if measured else None
+        reference = self._token_logprobs(self.reference, [_read_by_teacher(a) for a in answers]) if measured else None
         # a single update right after sampling has old = its own log-probabilities; all other cases need them stored
         stores_old = (
             spec.epochs * spec.minibatches > 1
@@ -258,6 +258,12 @@ def minibatches(rows: Sequence[Experience], group_size: int, count: int) -> list
     groups = [groups[i % len(groups)] for i in range(max(count, len(groups)))]
     bounds = [len(groups) * part // count for part in range(count + 1)]
     return [[row for group in groups[low:high] for row in group] for low, high in pairwise(bounds)]
+
+
+def _read_by_teacher(answer: ScoredAnswer) -> Tokens:
+    """Return the answer after the prompt that a teacher reads; a reference policy reads the student's."""
+    ids = answer.problem.teacher_ids
+    return answer.tokens if ids is None else replace(answer.tokens, prompt=ids)
 
 
 def _is_trained(answer: ScoredAnswer, spec: OnPolicy) -> bool:

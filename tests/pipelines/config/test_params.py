@@ -73,6 +73,17 @@ PPO_DROPPING_ALONE = {
         ("algorithms.pppo", {"options": {}}, "algorithms.pppo.preset: missing, and 'pppo' is no preset; did you mean 'ppo'?"),
         ("algorithms.dpo.rewards", {"answer": 1.0}, "algorithms.dpo.rewards: has no effect"),
         ("algorithms.mine", {"preset": "distill"}, "algorithms.mine.teacher: missing; the preset learns from a teacher"),
+        (
+            "algorithms.mine",
+            {"preset": "distill", "teacher": "self"},
+            "algorithms.mine.teacher_prompt: missing. The model before training teaches only what its prompt adds",
+        ),
+        (
+            "algorithms.mine",
+            {"preset": "distill", "teacher": "self", "teacher_prompt": "Think."},
+            "algorithms.mine.teacher_prompt = 'Think.': has no {prompt}",
+        ),
+        ("algorithms.grpo.teacher_prompt", "{prompt}", "algorithms.grpo.teacher_prompt: has no effect on the preset grpo"),
         ("algorithms.grpo.teacher", "models/base", "algorithms.grpo.teacher: has no effect on the preset grpo"),
         (
             "algorithms.mine",
