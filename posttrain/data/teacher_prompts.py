@@ -1,4 +1,4 @@
-"""Write the prompt that a teacher reads in place of the student's, for self-distillation: the same model, told more than the student.
+"""Write the prompt that a teacher reads in place of the student's, for self-distillation: the same model with more in its prompt.
 
 Example:
     >>> teacher_prompt("{prompt} (the answer is {answer})", "1+1=?", {"answer": "2"})
@@ -24,7 +24,7 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 
 def require_template(template: str | None, teacher: object, where: str) -> None:
-    """Raise ConfigError if a model is its own teacher without a prompt that says more, or a template leaves the prompt out."""
+    """Raise ConfigError if a model is its own teacher without a longer prompt, or a template leaves the prompt out."""
     if template is None:
         if teacher == SELF:
             raise ConfigError(
