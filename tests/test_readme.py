@@ -128,8 +128,6 @@ COMMANDS = {
         "tests/pipelines/labelling/test_judging.py::test_a_model_of_this_machine_judges_too_and_mistakes_are_words",
         "",
     ),
-    "posttrain configure examples/smollm2.yaml data.environments.word_problems.largest=10 data.environments.word_problems.two_steps=0"
-    " align.on_policy.max_new_tokens=56 evaluation.max_new_tokens=56": (f"{HERE}::{VALID}", ""),
     "posttrain configure align.on_policy.rollouts.keep=all": (f"{HERE}::{VALID}", ""),
     "posttrain replay grpo-0 --step 37": (
         "tests/reliability/test_replay.py::test_a_replay_gives_the_numbers_of_the_run_and_names_the_first_that_differs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -232,7 +233,7 @@ def wins(values: Floats, others: Floats) -> Floats:
 def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question: Question) -> Summary:
     """Compute one row of the report."""
     source, draws, groups = question.accuracy, question.resampling, models[0].predictions.groups
-    scores = scored(models, question)
+    scores, least = scored(models, question), _least(models, source)
 
     def over_samples(column: str, estimate: Estimate) -> Interval | None:
         return _if_known(sampled(models, column), estimate, draws)
@@ -241,8 +242,8 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
-        headline=_level(scores, draws, groups),
-        accuracy=_level(greedy(models, source), draws, groups),
+        headline=_level(scores, draws, groups, least),
+        accuracy=_level(greedy(models, source), draws, groups, least),
         by_seed=run_means(scores),
         iqm=interquartile_mean(run_means(scores)) if scores.shape[1] > 1 else None,
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
@@ -264,19 +265,27 @@ def _mean_metric(models: Sequence[Model], name: str) -> float | None:
     return float(np.mean(values)) if len(values) == len(models) else None
 
 
-def _level(scores: Floats, draws: Resampling, groups: Groups = None) -> Interval:
+def _least(models: Sequence[Model], source: str) -> float:
+    """Return the least mean that the reward can have: 0 if every answer is right or wrong, which also bounds it by 1, else no bound."""
+    return 0.0 if all(is_binary(m.predictions.numbers[f"reward_{source}"]) for m in models) else -math.inf
+
+
+def _level(scores: Floats, draws: Resampling, groups: Groups = None, least: float = -math.inf) -> Interval:
     """Estimate a model's mean over [prompts, runs]: over seeds and prompts if there are several runs, else over prompts."""
     if scores.shape[1] < 2 and groups is None:
         return mean_interval(scores, draws)
-    return _interval(crossed_mean(scores, draws.confidence, groups))
+    return _interval(crossed_mean(scores, draws.confidence, groups), least)
 
 
-def _interval(found: Crossed) -> Interval:
-    """Convert a crossed estimate to an interval."""
-    return Interval(found.value, found.low, found.high, found.prompts, found.missing, found.method)
+def _interval(found: Crossed, least: float) -> Interval:
+    """Convert a crossed estimate to an interval, cut at the values that are possible: from 0 (or -1, of a difference) to 1."""
+    low, high = (found.low, found.high) if least == -math.inf else (max(found.low, least), min(found.high, 1.0))
+    return Interval(found.value, low, high, found.prompts, found.missing, found.method)
 
 
-def _test(a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = None) -> PairedTest:
+def _test(
+    a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = None, least: float = -math.inf
+) -> PairedTest:
     """Compare [prompts, runs] with the same prompts of a second algorithm, or with the model that training starts from.
 
     With several seeds, runs are the unit of replication (posttrain/evaluation/crossed.py); with one seed, the test is over prompts. If
@@ -285,7 +294,7 @@ def _test(a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = 
     if a.shape[1] < 2 and groups is None:
         return paired(a, b, draws, tests)
     found = crossed_difference(a, b, draws.confidence, groups=groups)
-    return PairedTest(_interval(found), found.p, found.method)
+    return PairedTest(_interval(found, least), found.p, found.method)
 
 
 def _if_known(values: Floats, estimate: Estimate, draws: Resampling) -> Interval | None:
@@ -306,8 +315,8 @@ def _pairs(results: Results, question: Question) -> list[Pair]:
     """Test every algorithm against sft, and every two algorithms, as one family for Holm's correction."""
     names = [(name, SFT) for name in results.algorithms] + list(combinations(results.algorithms, 2))
     answers = {name: scored(results.of(name), question) for name in (SFT, *results.algorithms)}
-    groups = results.prompts.groups
-    tests = [_test(answers[a], answers[b], question.resampling, len(names), groups) for a, b in names]
+    groups, least = results.prompts.groups, _least(results.models, question.accuracy) - 1
+    tests = [_test(answers[a], answers[b], question.resampling, len(names), groups, least) for a, b in names]
     adjusted = holm([test.p for test in tests])
     runs = {name: run_means(scores) for name, scores in answers.items()}
     return [
