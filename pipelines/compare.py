@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
-from pipelines.report.analysis import Question, compare
-from pipelines.report.costs import write_costs
 from pipelines.report.load import load, wanted
 from pipelines.report.measured import all_runs, training_seconds
-from pipelines.report.words import solved
-from pipelines.report.write import write
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Resampling
+
+if TYPE_CHECKING:
+    from pipelines.report.analysis import Question
 
 FOLDER = Path("report")
 READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evaluation.pass_k", "rewards")
@@ -30,6 +29,12 @@ READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evalu
 
 def run(run: Run) -> None:
     """Compute the comparison, write the report and record the results."""
+    # SciPy and matplotlib take a second; a process that hands this step over to the fork server does not need them.
+    from pipelines.report.analysis import compare
+    from pipelines.report.costs import write_costs
+    from pipelines.report.words import solved
+    from pipelines.report.write import write
+
     params = run.context.params
     project, settings = params.project, params.report
     question = question_of(params)
@@ -56,6 +61,9 @@ def run(run: Run) -> None:
 
 def question_of(params: Params) -> Question:
     """Return the settings of the comparison from the parameters."""
+    from pipelines.report.analysis import Question
+    from posttrain.evaluation.statistics import Resampling
+
     evaluation, settings = params.evaluation, params.report
     sources = tuple(evaluation.rewards)
     return Question(

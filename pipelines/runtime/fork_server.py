@@ -1,15 +1,17 @@
 """Fork server: a process that has imported torch and transformers, and forks for each step, so that a flow imports them once.
 
-    python -m pipelines.runtime.fork_server SOCKET
+    python -m pipelines.runtime.fork_server SOCKET [MODULE...]
 
 If POSTTRAIN_WARM=SOCKET is set, a step sends its arguments, environment, working directory and standard streams to the server, and
 waits for the fork's exit status. It forwards signals, and the fork dies with the step. The server imports only third-party modules
-in advance, so a step always runs the project's code as it is on disk. Do not use it with GPUs: a CUDA driver does not survive a fork.
+in advance, so a step always runs the project's code as it is on disk; MODULE names more of them. Do not use it with GPUs: a CUDA driver
+does not survive a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,6 +21,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 VARIABLE = "POSTTRAIN_WARM"
@@ -41,14 +44,15 @@ STREAMS = (0, 1, 2)
 """File descriptors of standard input, output and error."""
 
 
-def serve(path: Path) -> None:
-    """Import the modules that steps need, then fork for every connection until the process is stopped."""
+def serve(path: Path, more: Sequence[str] = ()) -> None:
+    """Import the modules that steps need and `more`, then fork for every connection until the process is stopped."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         # Listen before the imports: a step that connects early waits here, which takes no longer than importing itself.
         server.bind(str(path))
         server.listen()
-        for name in AHEAD:
+        for name in (*AHEAD, *more):
             importlib.import_module(name)
+        gc.freeze()  # A collection in a fork would write to the objects that it shares with the server, and so copy their pages.
         forks: dict[int, socket.socket] = {}
         ended: dict[int, int] = {}
         signal.signal(signal.SIGCHLD, lambda *_: _reap(forks, ended))
@@ -167,4 +171,4 @@ def _report_killed(forks: dict[int, socket.socket], ended: dict[int, int]) -> No
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), sys.argv[2:])

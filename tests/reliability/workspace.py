@@ -16,6 +16,8 @@ from pipelines.runtime.identity import file_digest
 DROPPED = ("MLFLOW_TRACKING", "POSTTRAIN_", "DVC_")
 CLIENT = "import sys; from pipelines.runtime.fork_server import run_in_fork_server; sys.exit(run_in_fork_server(sys.argv[1], sys.argv[2:]))"
 """`python -m` of a step hands over to the warm process too; this does it before anything is imported."""
+ONCE = ("great_expectations", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "scipy.stats")
+"""Modules of `validate` and `compare`. A flow needs them once, so its own server does not import them; tests need them many times."""
 OVERLAY = Path(__file__).with_name("tiny.yaml")
 
 
@@ -31,7 +33,7 @@ class Warm:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.socket = root, folder / "warm"
-        command = [sys.executable, "-m", "pipelines.runtime.fork_server", str(self.socket)]
+        command = [sys.executable, "-m", "pipelines.runtime.fork_server", str(self.socket), *ONCE]
         self.process = subprocess.Popen(command, env=environment(root), cwd=folder, start_new_session=True)
         deadline = time.monotonic() + 60
         while not self.socket.exists():
