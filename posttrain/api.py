@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from posttrain.api_arguments import check_shape, checked, require, require_list, require_path
 from posttrain.api_rows import check_prompt
+from posttrain.api_surroundings import SEED_LOCK, usual_torch
 from posttrain.data.tokens import Text, TextEncoder
 from posttrain.errors import ModelError
 from posttrain.models.folders import load_encoder, load_policy, save_model
@@ -46,9 +47,10 @@ class Model:
         asked = require_list("generate", "prompts", prompts, "a list of prompts, e.g. ['1+1=']")
         ids = [check_prompt(self.encoder, prompt, f"generate: prompt {i}") for i, prompt in enumerate(asked)]
         requests = [Request(tokens, ((int(seed), i),)) for i, tokens in enumerate(ids)]
-        answers = NativeEngine(self.lm, self.encoder.ends).sample(
-            requests, SamplingSettings(max_new_tokens, temperature)
-        )
+        with usual_torch():
+            answers = NativeEngine(self.lm, self.encoder.ends).sample(
+                requests, SamplingSettings(int(max_new_tokens), float(temperature))
+            )
         return [self.encoder.text(answer.tokens) for (answer,) in answers]
 
     def save(self, folder: str | Path, card: str = "") -> None:
@@ -77,7 +79,8 @@ def load(source: str | Path) -> Model:
         ModelError: the folder cannot be used.
     """
     require_path("load", "source", source, "the path of a model folder, or a hub id OWNER/NAME")
-    return Model(load_policy(source), load_encoder(source))
+    with usual_torch():
+        return Model(load_policy(source), load_encoder(source))
 
 
 def tiny(seed: int, **sizes: Any) -> Model:
@@ -86,9 +89,9 @@ def tiny(seed: int, **sizes: Any) -> Model:
     Raises:
         ConfigError: there is no such size, or the sizes do not fit together.
     """
-    require("tiny", "seed", seed, int, "a whole number")
     checked("tiny", seed=seed)
     check_shape(sizes)
-    shape = TinyShape(**sizes)
-    lm, tokenizer = tiny_model(shape, seed)
+    shape = TinyShape(**{name: int(size) for name, size in sizes.items()})
+    with usual_torch(), SEED_LOCK:
+        lm, tokenizer = tiny_model(shape, int(seed))
     return Model(lm, TextEncoder(tokenizer, shape.max_length))

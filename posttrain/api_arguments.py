@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from inspect import signature
 from numbers import Integral, Real
@@ -19,22 +19,27 @@ from os import PathLike
 from typing import Any
 
 from posttrain.errors import ConfigError
+from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
+from posttrain.text import shortened as shown
 
 
 @dataclass(frozen=True)
 class _Number:
-    """A number from `least` on, up to `greatest` if there is one; `above` leaves out `least` itself."""
+    """A number from `least` on, up to `greatest` if there is one; `above` leaves out `least` itself, `or_zero` adds 0."""
 
     whole: bool
     least: float
     greatest: float = math.inf
     above: bool = False
+    or_zero: bool = False
 
     def allows(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
         number: Any = value
+        if self.or_zero and number == 0:
+            return True
         # NaN compares as false; a whole number may be larger than any float
         return bool(self.least <= number <= min(self.greatest, sys.float_info.max)) and not (
             self.above and number == self.least
@@ -42,20 +47,24 @@ class _Number:
 
     def in_words(self) -> str:
         noun = "a whole number" if self.whole else "a finite number"
+        zero = "0, or " if self.or_zero else ""
+        if self.above and self.greatest < math.inf:
+            return f"{noun} above {self.least:g}, and at most {self.greatest:g}"
         if self.greatest < math.inf:
-            return f"{noun} from {self.least:.0f} to {self.greatest:.0f}"
+            form = ".0f" if self.whole else "g"
+            return f"{zero}{noun} from {self.least:{form}} to {self.greatest:{form}}"
         return f"{noun} {'above' if self.above else 'of at least'} {self.least:g}"
 
 
 _COUNT = _Number(whole=True, least=1)
 NUMBERS: dict[str, _Number] = {
     "steps": _COUNT,
-    "learning_rate": _Number(whole=False, least=0, above=True),
+    "learning_rate": _Number(whole=False, least=0, greatest=LARGEST_LEARNING_RATE, above=True),
     "batch_size": _COUNT,
     "samples": _COUNT,
     "max_new_tokens": _COUNT,
-    "temperature": _Number(whole=False, least=0),
-    "training temperature": _Number(whole=False, least=0, above=True),
+    "temperature": _Number(whole=False, least=TEMPERATURES[0], greatest=TEMPERATURES[1], or_zero=True),
+    "training temperature": _Number(whole=False, least=TEMPERATURES[0], greatest=TEMPERATURES[1]),
     "seed": _Number(whole=True, least=0, greatest=2**32 - 1),
     "micro_batch_tokens": _COUNT,
     "limit": _Number(whole=True, least=1, greatest=2**31),
@@ -64,13 +73,15 @@ NUMBERS: dict[str, _Number] = {
     "threads": _Number(whole=True, least=1, greatest=4096),
 }
 """The range of every number that a public function takes."""
+LARGEST_TINY = 10**9
+"""Most parameters of a model that is built from a seed: 4 GB."""
 
 
 def checked(function: str, **values: Any) -> None:
-    """Raise ConfigError for the first number that is of a different type or out of its range; None means "not given"."""
+    """Raise ConfigError for the first number that is of a different type or out of its range."""
     for name, value in values.items():
         rule = NUMBERS[name]
-        if value is not None and not rule.allows(value):
+        if not rule.allows(value):
             raise ConfigError(f"{function}: {name.split()[-1]} = {shown(value)}; it must be {rule.in_words()}")
 
 
@@ -106,6 +117,10 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
         raise ConfigError(
             f"{function}: {name} is a {type(value).__name__}; give {name}.to_dict('records'), a list of rows"
         )
+    if isinstance(value, Set):
+        raise ConfigError(
+            f"{function}: {name} is a {type(value).__name__}, whose order differs from run to run; give sorted({name}), a list"
+        )
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
     return list(value)
@@ -130,6 +145,12 @@ def check_shape(sizes: Mapping[str, Any]) -> None:
     if shape.experts and shape.experts_per_token > shape.experts:
         raise ConfigError(
             f"tiny: experts_per_token = {shape.experts_per_token} must not exceed experts = {shape.experts}"
+        )
+    width = shape.intermediate_size * max(1, shape.experts)
+    parameters = shape.layers * shape.hidden_size * (2 * shape.hidden_size + 3 * width)
+    if parameters > LARGEST_TINY:
+        raise ConfigError(
+            f"tiny: these sizes make more than {LARGEST_TINY:,} parameters; lower hidden_size, intermediate_size, layers or experts"
         )
 
 
@@ -164,9 +185,3 @@ def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:
             f" {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with functools.partial, and end the"
             " function's parameters with **columns"
         ) from None
-
-
-def shown(value: Any) -> str:
-    """Return a value as text of one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from posttrain.api_arguments import require_list, shown
+from posttrain.api_arguments import require_list
 from posttrain.data.messages import parted
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
+from posttrain.text import shortened as shown
 
 Row = dict[str, Any]
 WEIGHT = "weight"
@@ -49,7 +50,11 @@ def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
     """Return rows with `prompt` and `completion`. A row with `messages` is parted at its first answer."""
     found = []
     for i, row in enumerate(_entries(name, rows)):
-        if isinstance(row, Mapping) and _WHOLE in row and not {"prompt", "completion"} & set(row):
+        if isinstance(row, Mapping) and _WHOLE in row:
+            if both := sorted({"prompt", "completion"} & set(row)):
+                raise DataError(
+                    f"{name}, row {i}: has {_WHOLE} and {' and '.join(both)}, of which only one could be learnt; remove the other"
+                )
             _check_text(row[_WHOLE], f"{name}, row {i}: {_WHOLE}", chat=True)
             asked, answered, _ = parted(row[_WHOLE])
             if not asked or not answered:
@@ -60,6 +65,7 @@ def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
             rest = {column: value for column, value in row.items() if column != _WHOLE}
             row = {"prompt": asked, "completion": answered, **rest}
         one = _row(name, row, i, ("prompt", "completion"), (WEIGHT,))
+        _check_said(one["completion"], f"{name}, row {i}: completion")
         if WEIGHT in one:
             _check_number(one[WEIGHT], f"{name}, row {i}: {WEIGHT}", least=0.0)
         found.append(one)
@@ -74,6 +80,7 @@ def labelled_rows(rows: Any) -> list[Row]:
     """Return rows with `prompt`, `completion` and `label`, which is True or False."""
     found = [_row("rows", row, i, ("prompt", "completion", "label")) for i, row in enumerate(_entries("rows", rows))]
     for i, row in enumerate(found):
+        _check_said(row["completion"], f"rows, row {i}: completion")
         label = row["label"].item() if getattr(row["label"], "shape", None) == () else row["label"]
         # the text "False" would count as true
         if not isinstance(label, bool | int | float) or label not in (0, 1):
@@ -89,6 +96,12 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
     found = [_row("rows", row, i, needs, SCORES) for i, row in enumerate(entries)]
     scored = needs_scores or any(name in row for row in found for name in SCORES)
     for i, row in enumerate(found):
+        for name in ("chosen", "rejected"):
+            _check_said(row[name], f"rows, row {i}: {name}")
+        if row["chosen"] == row["rejected"]:
+            raise DataError(
+                f"rows, row {i}: chosen and rejected are the same, so there is nothing to learn from it; remove the row"
+            )
         for name in SCORES if scored else ():
             if name not in row:
                 why = "the algorithm weighs pairs by their scores" if needs_scores else "other rows have scores"
@@ -96,6 +109,11 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
                     f"rows, row {i}: has no column {name!r}, and {why}; give {' and '.join(SCORES)} in every row"
                 )
             _check_number(row[name], f"rows, row {i}: {name}", least=-math.inf)
+        if scored and row[SCORES[0]] < row[SCORES[1]]:
+            raise DataError(
+                f"rows, row {i}: the chosen answer's score {shown(row[SCORES[0]])} is below the rejected one's {shown(row[SCORES[1]])};"
+                " exchange the answers, or correct the scores"
+            )
     return found
 
 
@@ -133,13 +151,21 @@ def _row(name: str, row: Any, number: int, needs: Sequence[str], optional: Seque
             _check_text(row[column], f"{place}: {column}")
     if "tools" in row:
         _check_tools(row["tools"], f"{place}: tools")
-    for column in map(str, row):
+    for column in row:
+        if not isinstance(column, str):
+            raise DataError(f"{place}: the column {shown(column)} is no text; name each column by a text")
         close = difflib.get_close_matches(column.lower(), optional, n=1, cutoff=_ALMOST)
         if close and column not in optional and column.lower()[0] == close[0][0]:  # "height" is no misspelt "weight"
             raise DataError(
                 f"{place}: the column {column!r} would be ignored; did you mean {close[0]!r}? Rename or remove it"
             )
-    return {str(column): value for column, value in row.items()}
+    return dict(row)
+
+
+def _check_said(value: Any, place: str) -> None:
+    """Raise DataError for an answer of white space only: it would teach the model to say nothing."""
+    if isinstance(value, str) and not value.strip():
+        raise DataError(f"{place} is {shown(value)}, so the model would learn to say nothing; remove the row")
 
 
 def _check_tools(tools: Any, place: str) -> None:

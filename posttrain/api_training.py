@@ -25,12 +25,13 @@ from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Pre
 from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
-from posttrain.api_arguments import check_columns, check_reward, checked, require, require_methods
+from posttrain.api_arguments import check_columns, check_reward, checked, require, require_list, require_methods
 from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
+from posttrain.api_surroundings import check_trainable, in_training, usual_torch
 from posttrain.data.batches import EpochOrder
 from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
-from posttrain.data.tokens import Tokens, require_same_vocabulary, table_tokens
-from posttrain.errors import ConfigError, ModelError, NotFiniteError
+from posttrain.data.tokens import Tokens, require_context, require_same_vocabulary, table_tokens
+from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
@@ -144,6 +145,7 @@ def train(
         NotFiniteError: a loss, or a weight after the last step, is not finite.
     """
     require("train", "model", model, Model, "a model of load(...) or tiny(...)")
+    cpu = {} if threads is None else {"threads": threads}
     checked(
         "train",
         steps=steps,
@@ -153,8 +155,8 @@ def train(
         max_new_tokens=max_new_tokens,
         seed=seed,
         micro_batch_tokens=micro_batch_tokens,
-        threads=threads,
         staleness=staleness,
+        **cpu,
         **{"training temperature": temperature},
     )
     require_methods(
@@ -162,18 +164,17 @@ def train(
     )
     require_methods("train", "checkpoints", checkpoints, ("latest", "save"), "Checkpoints(folder, ...)")
     spec = _spec(algorithm)
+    experts = (
+        [] if demonstrations is None else require_list("train", "demonstrations", demonstrations, "a list of rows")
+    )
     given = any(value is not None for value in (reward, teacher, teacher_prompt, turns))
-    if not isinstance(spec, OnPolicy) and (given or demonstrations or staleness):
+    if not isinstance(spec, OnPolicy) and (given or experts or staleness):
         raise ConfigError(
             "reward, demonstrations, teacher, teacher_prompt, turns and staleness have no effect here: only on-policy algorithms use"
             " them. Remove them."
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    if broken := broken_weights(model.lm):
-        raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
-    check_policy(model.lm, "the model to train")
-    run = _Run(model, steps, learning_rate, batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
     if isinstance(spec, OnPolicy):
         require("train", "teacher", teacher, (Model, type(None)), "a model of load(...)")
         require("train", "teacher_prompt", teacher_prompt, (str, type(None)), "a text with {prompt} in it")
@@ -184,18 +185,25 @@ def train(
             raise ConfigError(f"{spec.name}: staleness = {staleness}: {reason}")
         if staleness and turns is not None:
             raise ConfigError("train: conversations (turns) are sampled by the training process; set staleness = 0")
-        limit = 1 if turns is None else turns.limit
-        sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, temperature), limit)
-        _on_policy(
-            run, spec, prompt_rows(rows), reward, sampling, demonstrations, teacher, teacher_prompt, turns, staleness
-        )
-    elif isinstance(spec, str):
-        _supervised(run, supervised_rows(rows))
-    elif isinstance(spec, Unpaired):
-        _unpaired(run, spec, labelled_rows(rows))
-    else:
-        needs_scores = isinstance(spec, Preference) and spec.score_weighting != "none"
-        _preferences(run, spec, preference_rows(rows, needs_scores))
+    check_trainable(model.lm)
+    if broken := broken_weights(model.lm):
+        raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
+    run = _Run(model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
+    with usual_torch(), in_training(model.lm):
+        check_policy(model.lm, "the model to train")
+        if isinstance(spec, OnPolicy):
+            limit = 1 if turns is None else turns.limit
+            sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, float(temperature)), limit)
+            _on_policy(
+                run, spec, prompt_rows(rows), reward, sampling, experts, teacher, teacher_prompt, turns, staleness
+            )
+        elif isinstance(spec, str):
+            _supervised(run, supervised_rows(rows))
+        elif isinstance(spec, Unpaired):
+            _unpaired(run, spec, labelled_rows(rows))
+        else:
+            needs_scores = isinstance(spec, Preference) and spec.score_weighting != "none"
+            _preferences(run, spec, preference_rows(rows, needs_scores))
     model.lm.eval()
     if broken := broken_weights(model.lm):
         raise NotFiniteError(
@@ -260,8 +268,12 @@ def _on_policy(
     for name, function in functions.items():
         check_columns(name, function, columns)
     sources = [FunctionReward(name, function) for name, function in functions.items()]
+    most = sampling.sampling.max_new_tokens * sampling.turns
+    problems = [_problem(model, row, i, teacher_prompt, most) for i, row in enumerate(table)]
     if teacher is not None:
+        longest = max(len(problem.teacher_ids or problem.ids) for problem in problems)
         require_same_vocabulary(teacher.encoder, model.encoder, "teacher=")
+        require_context(teacher.encoder, model.encoder, longest + most, "teacher=")
     own = spec.needs_reference and (teacher is None or teacher is model)
     held = copy.deepcopy(model.lm) if own else None if teacher is None else teacher.lm
     reference = None if held is None else Policy(held)
@@ -270,7 +282,6 @@ def _on_policy(
     device = trainer.accelerator.device
     shown = supervised_rows(demonstrations, "demonstrations") if spec.has_expert else []
     experts = table_tokens(model.encoder, shown, "completion")
-    most = sampling.sampling.max_new_tokens * sampling.turns
     objective = OnPolicyObjective(spec, most, sampling.sampling.temperature, staleness=staleness)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)
     ahead = None
@@ -278,7 +289,7 @@ def _on_policy(
         engine = Background(ProcessEngine(model.lm, model.encoder.ends, staleness))
         ahead = Ahead(engine, staleness, run.steps)
     sampler = GroupSampler(
-        [_problem(model, row, i, teacher_prompt, most) for i, row in enumerate(table)],
+        problems,
         engine if turns is None else TurnEngine(engine, model.encoder, turns),
         model.encoder,
         sources,
@@ -292,7 +303,7 @@ def _on_policy(
     source = ExperienceSource(
         spec,
         policy,
-        policy if reference is None else reference.to(device).eval().requires_grad_(False),
+        policy if reference is None else reference.to(device).eval(),
         sampler,
         objective,
         micro_batch_tokens=run.micro_batch_tokens,
@@ -305,6 +316,7 @@ def _on_policy(
     finally:
         if ahead is not None:
             ahead.engine.close()
+    sampler.require_rewarded()
 
 
 def _problem(model: Model, row: Mapping[str, Any], number: int, template: str | None, longest: int) -> Problem:
@@ -337,6 +349,11 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     trainer = run.trainer(policy, run.steps)
     rows = [dict(row) for row in table]
     chosen, rejected = (_answers(run, spec, policy, rows, column) for column in ("chosen", "rejected"))
+    for i, pair in enumerate(zip(chosen, rejected, strict=True)):
+        if pair[0].tokens == pair[1].tokens:
+            raise DataError(
+                f"rows, row {i}: chosen and rejected have the same tokens, so there is nothing to learn from it; remove the row"
+            )
     scores = [(float(row.get("chosen_score", 0.5)), float(row.get("rejected_score", -0.5))) for row in rows]
     if isinstance(spec, Preference):
         gaps = [high - low if "chosen_score" in row else 0.0 for row, (high, low) in zip(rows, scores, strict=True)]

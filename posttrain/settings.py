@@ -16,6 +16,10 @@ CONTEXT_NAMES = (
     "context_length",
 )
 """How configurations of models spell the context length."""
+LARGEST_LEARNING_RATE = 1.0
+"""AdamW moves each weight by up to the learning rate at every step, and weights of language models are smaller than 1."""
+TEMPERATURES = (0.001, 1000.0)
+"""Least and greatest temperature: beyond them, samples are those of the limit, and gradients vanish or overflow."""
 
 
 def context_limit(values: Mapping[str, Any]) -> int | None:

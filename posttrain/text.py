@@ -13,14 +13,27 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `; did you mean 'x'? Valid: ...`, for the end of an error message."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    same = [one for one in names if one.casefold() == name.strip().casefold()]
+    close = same or difflib.get_close_matches(name.casefold(), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} Valid: {', '.join(names)}"
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """Return a value as text of one short line, for an error message.
+
+    Example:
+        >>> shortened(["a" * 100], most=10)
+        "['aaaaaaa…"
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def reason_of(error: BaseException) -> str:

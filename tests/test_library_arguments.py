@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 import posttrain as pt
-from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError, PosttrainError
+from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError, PosttrainError, RewardError
+from posttrain.training.history import History
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
 NAN = float("nan")
@@ -35,18 +36,18 @@ def train(model: pt.Model, algorithm: Any = "sft", rows: Any = ROWS, **changes: 
     ("name", "values"),
     [
         ("steps", (0, -1, 1.5, True, "3")),
-        ("learning_rate", (NAN, float("inf"), -1, 0, "0.1", 10**400)),
+        ("learning_rate", (NAN, float("inf"), -1, 0, "0.1", 10**400, 1.5)),
         ("batch_size", (0, 2.0)),
         ("samples", (0,)),
         ("max_new_tokens", (0, -5)),
-        ("temperature", (0, -1, NAN)),
+        ("temperature", (0, -1, NAN, 1e-30, 1e30)),
         ("seed", (-1, 1.5, 2**32)),
         ("micro_batch_tokens", (0,)),
         ("threads", (0, 10**6)),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str, values: Sequence[Any]) -> None:
-    for value in values:
+    for value in (*values, None) if name != "threads" else values:
         with pytest.raises(ConfigError, match=rf"train: {name} = .*; it must be a (whole|finite) number"):
             train(model, "grpo", ["a"], reward=lengths, **{name: value})
 
@@ -62,6 +63,8 @@ def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str
         ({"reward": lengths, "samples": 1}, "compares several answers to one prompt; samples = 1"),
         ({"reward": lengths, "turns": 3}, "turns is 3"),
         ({"reward": lengths, "teacher": "x"}, "teacher is 'x'"),
+        ({"reward": lengths, "demonstrations": 5}, "demonstrations is 5"),
+        ({"reward": lengths, "demonstrations": np.array(ROWS)}, "pass demonstrations= if and only if"),
     ],
 )
 def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[str, Any], message: str) -> None:
@@ -88,7 +91,28 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0] | {"weight": 0}], "the weight of every row is 0"),
         ("sft", [ROWS[0] | {"tools": "{"}], "tools is '{'; give a list of tools"),
         ("sft", [ROWS[0] | {"tools": 5}], "tools is 5; give a list of tools"),
+        ("sft", [ROWS[0] | {"completion": " "}], "row 0: completion is ' ', so the model would learn to say nothing"),
+        ("sft", [ROWS[0] | {"messages": []}], "row 0: has messages and completion and prompt, of which only one"),
+        ("sft", [ROWS[0] | {3: 4}], "row 0: the column 3 is no text"),
+        ("sft", {"a"}, "rows is a set, whose order differs from run to run"),
         ("sft", {"prompt": "a"}, "rows is {'prompt': 'a'}"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "row 0: chosen and rejected are the same"),
+        (
+            "dpo",
+            [
+                {
+                    "prompt": [{"role": "user", "content": "a"}],
+                    "chosen": "b",
+                    "rejected": [{"role": "assistant", "content": "b"}],
+                }
+            ],
+            "row 0: chosen and rejected have the same tokens",
+        ),
+        (
+            "grpo_pairs",
+            [{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 0, "rejected_score": 1}],
+            "the chosen answer's score 0 is below the rejected one's 1",
+        ),
         ("sft", "abc", "rows is 'abc'"),
         ("dpo", [{"prompt": "a", "chosen": "b"}], "has no column 'rejected'"),
         (
@@ -103,7 +127,8 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("grpo", ["a" * 300], "has 300 tokens, and the model's context of 256"),
         ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}], "row 1: has the columns prompt, and row 0"),
         ("grop", ["a"], "did you mean 'grpo'"),
-        ("SFT", ["a"], "unknown algorithm 'SFT'"),
+        ("SFT", ["a"], "unknown algorithm 'SFT'; did you mean 'sft'"),
+        ("Dpo", ["a"], "did you mean 'dpo'"),
         (5, ["a"], "algorithm is 5"),
     ],
 )
@@ -141,6 +166,22 @@ def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> 
         (lambda: pt.choose("grpo", 5), "choose: options is 5"),  # type: ignore[arg-type]
         (lambda: pt.Turns(5, limit=2), "Turns: step is 5"),  # type: ignore[arg-type]
         (lambda: pt.Turns(lengths, limit="2"), "Turns: limit = '2'"),  # type: ignore[arg-type]
+        (lambda: pt.Turns(lengths, limit=None), "Turns: limit = None"),  # type: ignore[arg-type]
+        (lambda: pt.tiny(seed=0, hidden_size=10**7), "make more than 1,000,000,000 parameters"),
+        (lambda: model.generate(["a"], max_new_tokens=1, temperature=1e-30), "temperature = 1e-30; it must be 0, or"),
+        (lambda: train(model, "distill", ["a"], teacher=model), "teaches only what its prompt adds"),
+        (
+            lambda: train(model, "distill", ["a"], teacher=pt.tiny(seed=0, **SMALL | {"max_length": 8})),
+            "at most 8 tokens",
+        ),
+        (
+            lambda: pt.environment("arithmetic").rows(),
+            "missing a required argument: 'kind'; the options of .* terms, max_term",
+        ),
+        (
+            lambda: pt.environment("arithmetic").rows("problem", 1, 0, terms=2, max_term=9, careless=0),
+            "did you mean 'problems'",
+        ),
         (lambda: pt.Turns(lengths, limit=2, seconds=-1), "Turns: seconds = -1"),  # type: ignore[arg-type]
     ]
     for call, message in calls:
@@ -171,10 +212,13 @@ def test_whole_conversations_train_as_their_parts() -> None:
 
 def test_weights_that_are_not_finite_are_reported_and_not_saved(tmp_path: Path) -> None:
     model = pt.tiny(seed=0, **SMALL)
+
+    class Diverging(History):
+        def metrics(self, step: int, values: Any) -> None:
+            next(model.lm.parameters()).data.fill_(NAN)
+
     with pytest.raises(NotFiniteError, match=r"after 1 steps .* or infinity: an update was too large"):
-        train(model, learning_rate=1e38)
-    with torch.no_grad():
-        next(model.lm.parameters()).fill_(NAN)
+        train(model, recorder=Diverging())
     with pytest.raises(ModelError, match=r"is not saved to .* NaN or infinity"):
         model.save(tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
@@ -185,3 +229,17 @@ def test_weights_that_are_not_finite_are_reported_and_not_saved(tmp_path: Path) 
 def test_no_demonstrations_are_refused_row_by_row(model: pt.Model) -> None:
     with pytest.raises(DataError, match="demonstrations, row 0: has no column 'completion'"):
         train(model, "chord", ["a"], reward=lengths, demonstrations=[{"prompt": "a"}])
+
+
+@pytest.mark.parametrize("value", [None, NAN])
+def test_a_run_in_which_no_answer_got_a_reward_is_an_error(model: pt.Model, value: Any) -> None:
+    def silent(prompts: Any, completions: list[str], **columns: Any) -> list[Any]:
+        return [value] * len(completions)
+
+    with pytest.raises(RewardError, match="no answer of this run got a reward: reward returned None or NaN for each"):
+        train(model, "grpo", ["a"], reward=silent, max_new_tokens=2)
+
+    def seldom(prompts: Any, completions: list[str], **columns: Any) -> list[Any]:
+        return [1.0, *[value] * (len(completions) - 1)]
+
+    assert train(model, "grpo", ["a"], reward=seldom, max_new_tokens=2)[0]["reward/total/mean"] == 1.0

@@ -31,7 +31,7 @@ def generate(root: Path) -> ModuleType:
 def test_the_page_of_parameters_has_every_section_key_and_value(root: Path, generate: ModuleType) -> None:
     page = generate.on_page_markdown("<!-- params -->")
     assert [name for name in Params.model_fields if f"\n## {name}\n" not in page] == []
-    assert "| `sft.optimizer.learning_rate` | `0.002` | `Positive` | peak learning rate of AdamW |" in page
+    assert "| `sft.optimizer.learning_rate` | `0.002` | `LearningRate` | peak learning rate of AdamW |" in page
     named = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
     fixed = {
         key for key in flatten(load_params(root / "params.yaml")) if not key.startswith(("algorithms.", "rewards."))

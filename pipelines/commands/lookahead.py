@@ -89,8 +89,8 @@ def _missing_function(path: str) -> str | None:
     module, _, function = path.partition(":")
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError) as error:
-        return f"cannot be imported: {error}"
+    except Exception as error:  # the package around the module is imported, and may raise anything
+        return f"cannot be imported: {type(error).__name__}: {error}"
     if spec is None or spec.origin is None:
         return f"there is no module {module} here. Write it, or start the command in the folder that holds it."
     if spec.origin in ("frozen", "built-in"):  # a module of Python's own, which has no file here
@@ -99,8 +99,19 @@ def _missing_function(path: str) -> str | None:
     source = Path(spec.origin)
     if source.suffix != ".py":
         return None
-    tree = ast.parse(source.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"{source.name} cannot be read as Python ({type(error).__name__}: {error}); correct it"
+    later = {node.name for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)}
+    if function in later:
+        return f"{function} of {source.name} is asynchronous; define it with def"
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {
+        node.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     names |= {
         target.id
         for node in ast.walk(tree)
@@ -111,7 +122,7 @@ def _missing_function(path: str) -> str | None:
     names |= {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom | ast.Import)
         for alias in node.names
     }
     return None if function in names else f"{source.name} defines no {function}{nearest(function, names)}"

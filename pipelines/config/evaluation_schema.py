@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipelines.config.schema import ComputeParams, TurnsParams
 from pipelines.config.second_task_schema import SecondTask
-from pipelines.config.types import Count, Positive, Section, Seed
+from pipelines.config.types import Count, Section, Seed, Temperature
 
 
 class BenchmarkParams(Section):
@@ -30,7 +30,7 @@ class EvaluationParams(Section):
     seed: Seed
     max_new_tokens: Count
     samples_per_prompt: Count
-    temperature: Positive
+    temperature: Temperature
     pass_k: Annotated[list[Count], Field(min_length=1)]
     rewards: Annotated[list[str], Field(min_length=1)]
     accuracy: str

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pipelines.config.types import (
     Count,
     Finite,
+    LearningRate,
     Momentum,
     Name,
     NonNegative,
@@ -19,6 +20,7 @@ from pipelines.config.types import (
     Seed,
     Share,
     Source,
+    Temperature,
 )
 from posttrain.settings import LoraSettings, OptimizerSettings
 
@@ -110,7 +112,7 @@ class ModelParams(Section):
 class OptimizerParams(Section):
     """Settings of the optimiser and its schedule; the defaults are those of the library."""
 
-    learning_rate: Positive
+    learning_rate: LearningRate
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)] = OptimizerSettings.warmup_steps
     weight_decay: NonNegative = OptimizerSettings.weight_decay
@@ -326,7 +328,7 @@ class OnPolicyBudget(Section):
     steps: Count
     prompts_per_step: Count
     samples_per_prompt: Count
-    temperature: Positive
+    temperature: Temperature
     max_new_tokens: Count
     measure_kl_every: Annotated[int, Field(ge=0)] = 1
     """Interval in steps between forward passes of the reference, if the loss does not need them; 0 disables them."""
@@ -336,7 +338,7 @@ class OnPolicyBudget(Section):
     turns: TurnsParams | None = None
     """Conversations of several turns; `max_new_tokens` is then the limit of one turn. null: one answer to each prompt."""
     optimizer: OptimizerParams
-    critic_learning_rate: Positive
+    critic_learning_rate: LearningRate
 
     @model_validator(mode="before")
     @classmethod

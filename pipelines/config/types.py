@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
+
 
 def _finite(value: float) -> float:
     """Return the value if it is finite. Raises ValueError otherwise."""
@@ -17,6 +19,8 @@ def _finite(value: float) -> float:
 
 Finite = Annotated[float, AfterValidator(_finite)]
 Positive = Annotated[Finite, Field(gt=0)]
+Temperature = Annotated[Finite, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
+LearningRate = Annotated[Finite, Field(gt=0, le=LARGEST_LEARNING_RATE)]
 NonNegative = Annotated[Finite, Field(ge=0)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Momentum = Annotated[Finite, Field(ge=0, lt=1)]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from difflib import SequenceMatcher
 from typing import Any
@@ -44,6 +44,8 @@ def canonical_rows(
     if source.columns is None and not pairing:
         records = _in_known_format(kind, records, where, changes)
     columns = _columns(kind, source, records, where)
+    if source.columns is not None or pairing:
+        _count_unused(_unmapped(source, columns, records), changes)
     if pairing:
         rows = [_row(columns, record) for record in records]
         if source.graded:
@@ -66,6 +68,43 @@ def canonical_rows(
     if kind == "labelled":
         for row in rows:
             row[LABEL] = thumb(row[LABEL], f"{where}, row {row['id']}: {LABEL}")
+    return rows
+
+
+def _unmapped(source: TableSource, canonical: Iterable[str], records: Sequence[Record]) -> list[str]:
+    """Return the names of the columns that no part of the mapping reads; without one, columns have their canonical names."""
+    graded, preferred = source.graded, source.preferred
+    paths = [path for spec in (source.columns or {n: n for n in canonical}).values() for path in paths_of(spec)]
+    if graded is not None:
+        paths += [*(graded.columns or ()), *([graded.answers] if graded.answers else []), graded.score]
+    if preferred is not None:
+        paths += [*preferred.columns, *preferred.answers.values()]
+    read = {*paths, *(path.partition(".")[0] for path in paths)}
+    return sorted({str(name) for record in records for name in record} - read)
+
+
+def _count_unused(names: Sequence[str], changes: Changes) -> None:
+    if names:
+        more = ", …" if len(names) > MOST_SHOWN else ""
+        changes[f"columns that are not used: {', '.join(names[:MOST_SHOWN])}{more}"] += len(names)
+
+
+def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
+    """Return an environment's rows with `id` and canonical values; further columns become text, as those of files do.
+
+    Raises DataError if a value is neither text nor JSON, or a column holds no text.
+    """
+    known = {*TEXT[kind], *SCORES, _MESSAGES, "answer", WEIGHT, LABEL, TOOLS, "id"}
+    rows = []
+    for i, row in enumerate(made):
+        try:
+            more = {name: value if name in known else _written(value, strict=True) for name, value in row.items()}
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}, row {i}: {error}; give texts, numbers, and lists or mappings of them") from None
+        rows.append({"id": i, **more, **({"answer": _answer(row["answer"])} if "answer" in row else {})})
+    rows = chat_rows(kind, rows, source, where, changes)
+    _check_texts(kind, rows, where)
+    _check_scores(rows, where)
     return rows
 
 
@@ -92,10 +131,7 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
     if found is None:
         require_known(kind, records, where)
         return records
-    if left := unused(found, records):
-        changes[
-            f"columns that are not used: {', '.join(left[:MOST_SHOWN])}{', …' if len(left) > MOST_SHOWN else ''}"
-        ] += len(left)
+    _count_unused(unused(found, records), changes)
     if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)
@@ -219,11 +255,13 @@ def _at(record: Any, path: str) -> Any:
     return _at(inner, rest) if rest else inner
 
 
-def _written(value: Any) -> str:
-    """Return a value as text, for a template or an extra column."""
+def _written(value: Any, strict: bool = False) -> str:
+    """Return a value as text, for a template or an extra column; `strict` raises TypeError for values that JSON does not have."""
     if value is None or value is _ABSENT:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=None if strict else str)
 
 
 def _answer(value: Any) -> Any:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.data_schema import DataParams, TableSource
-from pipelines.data.column_mapping import canonical_rows
-from pipelines.data.conversation_rows import Sourced, chat_rows
+from pipelines.data.column_mapping import canonical_rows, generated_rows
+from pipelines.data.conversation_rows import Sourced
 from pipelines.data.file_columns import require_alike
 from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file, unread_files
 from pipelines.data.pairs import Changes
@@ -98,9 +98,8 @@ def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -
     """Return the rows of the source that params.yaml configures."""
     source: TableSource = getattr(data, kind)
     if is_generator(source.source):
-        rows = _generated(kind, source, data)
-        made = [{"id": i, **row} for i, row in enumerate(rows)]
-        return chat_rows(kind, made, source, f"data.{kind}", Counter() if changes is None else changes)
+        made = _generated(kind, source, data)
+        return generated_rows(kind, made, source, f"data.{kind}", Counter() if changes is None else changes)
     if source.preferred and kind != "preferences":
         raise ConfigError(f"data.{kind}.preferred: only data.preferences makes pairs out of two answers; remove it")
     if source.graded and kind != "preferences":

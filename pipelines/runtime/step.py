@@ -298,11 +298,12 @@ def _execute(step: Step, run: Run, verify: Callable[[], None]) -> None:
         raise
     except BaseException as error:
         step.signals.ignore()
-        text = redact(traceback.format_exc())
+        # a user's code may raise a text with half of a surrogate pair
+        text = redact(traceback.format_exc()).encode(errors="backslashreplace").decode()
         try:
             (state / ARTIFACTS).mkdir(exist_ok=True)
             (state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
-            recorder.close(FAILED, f"{type(error).__name__}: {error}")
+            recorder.close(FAILED, f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode())
         except OSError as full:
             # A journal without an end record marks a run that was cut off: the same command continues it.
             error.add_note(f"the end could not be written to the journal either: {full}")

@@ -126,16 +126,18 @@ def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask,
         DataError: the judge scored no answer.
     """
     from posttrain.environments.base import environment, single_turn_rows
+    from posttrain.rewards.sources import FunctionReward, RewardBatch
     from posttrain.rollouts.engine import Request, SamplingSettings
     from posttrain.rollouts.native import NativeEngine
 
     rows = single_turn_rows(task.source, task.rows, settings.seed, task.options, "evaluation.second_task")
-    judge = environment(task.source).judge
+    judge = FunctionReward("evaluation.second_task", environment(task.source).reward)
     requests = [Request(tuple(encoder.prompt(row["prompt"])), ((0,),)) for row in rows]
     engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
     answers = engine.sample(requests, SamplingSettings(settings.max_new_tokens, 0.0))
     texts = [encoder.text(completion.tokens) for (completion,) in answers]
-    judged = [judge(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    judged = judge.score(RewardBatch([row["prompt"] for row in rows], texts, [], columns))
     known = [reward for reward in judged if reward is not None]
     if not known:
         raise DataError(f"evaluation.second_task: the judge of {task.source} scored none of {len(judged)} answers")

@@ -31,7 +31,7 @@ from pipelines.training.setup import (
 )
 from posttrain.algorithms import OnPolicy
 from posttrain.data.teacher_prompts import SELF
-from posttrain.data.tokens import TextEncoder, require_same_vocabulary, table_tokens
+from posttrain.data.tokens import TextEncoder, require_context, require_same_vocabulary, table_tokens
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
@@ -61,12 +61,14 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     made = make_policy(spec, params, start)
     policy = made.model.to(device.device)
     section = context.params.algorithms[name]
-    reference = _teacher(section.teacher, encoder, device) or _reference(made, start, device)
     compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
     weights = dict(section.rewards or {})
     limits = context.params.limits.reward_seconds
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute, limits)
-    training_problems = problems(encoder, read_table("problems"), section.teacher_prompt, budget.max_new_tokens * turns)
+    most = budget.max_new_tokens * turns
+    training_problems = problems(encoder, read_table("problems"), section.teacher_prompt, most)
+    longest = max(len(problem.teacher_ids or problem.ids) for problem in training_problems) + most
+    reference = _teacher(section.teacher, encoder, longest, device) or _reference(made, start, device)
     engine = sampling_engine(
         context, budget, policy.lm, encoder, start, training_problems, device, version=lambda: trainer.updates
     )
@@ -113,6 +115,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+    sampler.require_rewarded()
     for line in judges_used(sources):
         announce(context, line)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
@@ -153,11 +156,17 @@ def _reference(made: TrainableModel[Policy], start: str, device: Accelerator) ->
     return Policy(load_policy(start)).to(device.device).eval().requires_grad_(False)
 
 
-def _teacher(source: str | None, encoder: TextEncoder, device: Accelerator) -> Policy | None:
-    """Return the teacher, which takes the place of the reference, or None if there is none or it is the model before training."""
+def _teacher(source: str | None, encoder: TextEncoder, longest: int, device: Accelerator) -> Policy | None:
+    """Return the teacher, which takes the place of the reference, or None if there is none or it is the model before training.
+
+    Args:
+        longest: most tokens of a prompt and its answer, which the teacher must be able to read.
+    """
     if source is None or source == SELF:
         return None
-    require_same_vocabulary(load_encoder(source), encoder, source)
+    own = load_encoder(source)
+    require_same_vocabulary(own, encoder, source)
+    require_context(own, encoder, longest, source)
     return Policy(load_policy(source)).to(device.device).eval().requires_grad_(False)
 
 

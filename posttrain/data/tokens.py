@@ -172,6 +172,16 @@ def require_same_vocabulary(other: TextEncoder, own: TextEncoder, where: str) ->
         )
 
 
+def require_context(other: TextEncoder, own: TextEncoder, tokens: int, where: str) -> None:
+    """Raise ConfigError if rows of so many tokens, or of the model's whole context if that is less, do not fit the other model's."""
+    most = min(own.max_length, tokens)
+    if most > other.max_length:
+        raise ConfigError(
+            f"{where} reads at most {other.max_length} tokens, and prompt and answer have up to {most}. Lower max_new_tokens, shorten the"
+            " prompts, or take a model with a longer context"
+        )
+
+
 def row_tools(row: dict[str, Any]) -> list[Any] | None:
     """Return the tools that a row offers, which a table holds as JSON."""
     tools = row.get("tools")

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from inspect import signature
 from pkgutil import iter_modules
 from typing import Any
 
 from posttrain.api_arguments import require, require_function
+from posttrain.environments.checked import CheckedRows
 from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError
 from posttrain.text import nearest
@@ -55,7 +55,7 @@ class Environment:
     """A task with a verifiable answer.
 
     Attributes:
-        rows: `rows(kind, count, seed, **options)` returns the rows of one table with `prompt` and `answer`.
+        rows: `rows(kind, count, seed, **options)` returns the rows of one table with `prompt` and `answer`. Arguments and rows are checked.
         judge: `judge(completion, answer)` returns the reward of one completion, None if it cannot be scored. Of a conversation of several
             turns it reads the last one.
         step: `step(conversation)` returns the messages that follow the model's turn, such as a tool's result; None ends the conversation.
@@ -73,6 +73,8 @@ class Environment:
             require_function("Environment", field, getattr(self, field), "a function; see docs/environments.md")
         if self.step is not None:
             require_function("Environment", "step", self.step, "a function f(conversation), or None for a single turn")
+        if not isinstance(self.rows, CheckedRows):
+            object.__setattr__(self, "rows", CheckedRows(self.name, self.rows))
 
     def reward(
         self, prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
@@ -125,13 +127,9 @@ def checked_rows(
     Raises:
         ConfigError: `options` do not fit its function `rows`.
     """
-    try:
-        signature(found.rows).bind(kind, count, seed, **options)
-    except TypeError as error:
-        valid = [name for name, p in signature(found.rows).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        raise ConfigError(
-            f"{place or f'data.environments.{found.name}'}: {error}; the options of this environment are {', '.join(valid) or 'none'}"
-        ) from error
+    assert isinstance(found.rows, CheckedRows)
+    if reason := found.rows.misfit(kind, count, seed, **options):
+        raise ConfigError(f"{place or f'data.environments.{found.name}'}: {reason}")
     return found.rows(kind, count, seed, **options)
 
 
@@ -177,7 +175,7 @@ def environment(name: str) -> Environment:
         found = getattr(import_module(module), attribute)
     except ConfigError:  # it says what is wrong
         raise
-    except Exception as error:  # the import runs a user's module, which may raise anything
+    except (Exception, SystemExit) as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the environment {name!r}: {error}") from error
     if not isinstance(found, Environment):
         raise ConfigError(f"{name!r} is a {type(found).__name__}, not an Environment")

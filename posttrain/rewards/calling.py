@@ -10,10 +10,14 @@ Example:
 
 from __future__ import annotations
 
+import copy
+import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
+
+from posttrain.text import shortened
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -46,24 +50,25 @@ def call(
     """
 
     def values_of(rows: Sequence[int]) -> list[Any]:
-        chosen = {name: [values[i] for i in rows] for name, values in columns.items()}
-        return _listed(function([prompts[i] for i in rows], [completions[i] for i in rows], **chosen, **arguments))
+        chosen = {name: [_own(values[i]) for i in rows] for name, values in columns.items()}
+        asked = [_own(prompts[i]) for i in rows]
+        return _listed(function(asked, [completions[i] for i in rows], **chosen, **arguments))
 
     every = range(len(completions))
     try:
         return CallResult(values_of(every))
-    except Exception as error:  # a user's function may raise anything; the failure is attributed to its rows
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; its rows are found
         message, trace = _described(error), traceback.format_exc()
     failures: dict[int, str] = {}
     for row in every:
         try:
             values_of([row])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failures[row] = _described(error)
     rest = [row for row in every if row not in failures]
     try:
         again = values_of(rest) if failures and rest else None
-    except Exception:
+    except (Exception, SystemExit):
         again = None
     if again is None:
         return CallResult([None] * len(every), failures if not rest else dict.fromkeys(every, message), trace)
@@ -73,17 +78,40 @@ def call(
     return CallResult([known.get(row) for row in every], failures, trace)
 
 
+def _own(value: Any) -> Any:
+    """Return the value, or a copy that the function may change: the next function reads the same row."""
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
+
+
 def _listed(values: Any) -> list[Any]:
-    """Return a function's values as plain numbers: it may return a tensor or an array, or a list of their elements."""
-    if values is None:
-        raise TypeError("the function returned None; it must return a list with one number or None per completion")
+    """Return a function's values as plain numbers: it may return a tensor or an array, or a list of their elements.
+
+    Raises:
+        TypeError: they are no list in the order of the completions, such as a mapping, whose entries would be its keys.
+    """
+    unordered = isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set)
+    columns = hasattr(values, "columns")  # a data frame, whose entries would be the names of its columns
+    if unordered or columns or not (hasattr(values, "tolist") or isinstance(values, Iterable)):
+        if inspect.iscoroutine(values):
+            values.close()
+            raise TypeError("the function is asynchronous; define it with def, and run its coroutines in asyncio.run")
+        raise TypeError(f"the function returned {shortened(values)}; it must return {_WANTED}")
     found = values.tolist() if hasattr(values, "tolist") else list(values)
     if not isinstance(found, list):
-        raise TypeError(
-            f"the function returned {found!r}; it must return a list with one number or None per completion"
-        )
-    return [value.item() if getattr(value, "shape", None) == () else value for value in found]
+        raise TypeError(f"the function returned {shortened(found)}; it must return {_WANTED}")
+    return [_plain(value) for value in found]
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+_WANTED = "a list with one number or None per completion"
+
+
+def _plain(value: Any) -> Any:
+    """Return an array's element as a number; a date is left unchanged, because its number has another meaning."""
+    is_date = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")
+    return value.item() if getattr(value, "shape", None) == () and not is_date else value
+
+
+def _described(error: BaseException) -> str:
+    # a text with half of a surrogate pair could be neither printed nor stored
+    text = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+    return f"{text} (the function ended the program)" if isinstance(error, SystemExit) else text

@@ -26,7 +26,7 @@ _ANY = re.compile(
 _PATTERNS = (_NAMED, _LEADING, _ANY)
 _ONE = r"\W{0,3}\b(?:(?i:option|choice)\s\W{0,3})?[A-J]\b\W{0,3}"
 _SEVERAL = re.compile(
-    rf"[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
+    rf"[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&=]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
 )
 _LETTER = r"[(\[*]{0,3}\b(?:(?i:option|choice)\s)?[A-J]\b[)\]*]{0,3}"
 _ASKED = re.compile(rf"{_LETTER}(?:,?\s(?:or\s)?{_LETTER}){{1,9}}\s?\?")
@@ -35,9 +35,10 @@ _OTHER = re.compile(
     r"\b(?i:vitamin|hepatitis|plan|grade|class|team|type|appendix|figure|point|line|side|angle|set|event)\s[A-J]\b"
     rf"|{_LETTER}\s(?:is|was|seems|looks)\s(?:worse|weaker|poorer|less\s[a-z]{{1,20}})\sthan\b"
     rf"|\b(?i:than|over|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
+    rf"|(?<=[A-J)\]*])\s?(?:>{{1,3}}|\u227b)\s?{_LETTER}|{_LETTER}\s?(?:<{{1,3}}|\u227a)(?=\s?[(\[*]{{0,3}}[A-J]\b)"
     rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
 )
-"""Letters that name a thing, or an option that is worse or left out."""
+"""Letters that name a thing, or an option that is worse (the A of `C > A`) or left out."""
 _LABEL = re.compile(
     r"(?:^|(?<=\s))\(?([A-J])[).:]\)?[ \t]+(?=[^\s()])(?!(?i:because|since|is|as|and|or|was|isn|not|fails)\b)",
     re.MULTILINE,

@@ -101,7 +101,11 @@ def find_function(name: str) -> RewardFunction:
         found = getattr(importlib.import_module(module), attribute)
     except ConfigError:  # it says what is wrong
         raise
-    except Exception as error:  # the import runs a user's module, which may raise anything
+    except (Exception, SystemExit) as error:  # the import runs a user's module, which may raise anything
         raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
     function: RewardFunction = found.reward if isinstance(found, Environment) else found
+    if not callable(function):
+        raise ConfigError(
+            f"the reward function {name!r} is a {type(function).__name__}; give a function f(prompts, completions, **columns)"
+        )
     return function

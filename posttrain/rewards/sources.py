@@ -29,6 +29,8 @@ from posttrain.rewards.judge import Judge
 from posttrain.rewards.worker import Worker
 
 OnFailure = Literal["stop", "skip"]
+LARGEST_REWARD = 1e15
+"""Largest size of a reward: the square of a larger one overflows where advantages are normalised."""
 NAMED_ROWS = 5
 """Most rows that a message lists."""
 
@@ -190,14 +192,23 @@ def _checked(
     checked: list[float | None] = []
     broken = []
     for i, value in enumerate(values):
-        if value is None or (nan_is_missing and isinstance(value, Real) and math.isnan(value)):
+        number: Any = value
+        if value is None or (nan_is_missing and isinstance(value, Real) and number != number):
             checked.append(None)
         elif isinstance(value, Real):
-            checked.append(float(value))
-            broken += [] if math.isfinite(value) else [i]
+            inside = bool(-LARGEST_REWARD <= number <= LARGEST_REWARD)  # False for NaN
+            checked.append(float(value) if inside else math.nan)
+            broken += [] if inside else [i]
         else:
-            raise RewardError(f"reward {name!r} returned {value!r}; it must be a finite number or None")
+            nested = isinstance(value, list | tuple) or getattr(value, "shape", ()) != ()
+            hint = ", so it returned one list per answer; take the number out of it" if nested else ""
+            raise RewardError(
+                f"reward {name!r} returned {_short(value)} ({type(value).__name__}){hint}; it must be a finite number or None"
+            )
     if broken:
-        ids = [f"problem {answers.ids[i]}" for i in broken] if answers.ids else []
-        raise NotFiniteError(f"reward {name!r} returned {values[broken[0]]!r}; it must be a finite number or None", ids)
+        ids = list(dict.fromkeys(f"problem {answers.ids[i]}" for i in broken)) if answers.ids else []
+        raise NotFiniteError(
+            f"reward {name!r} returned {_short(values[broken[0]])}; it must be None or a finite number of at most {LARGEST_REWARD:g}",
+            ids,
+        )
     return checked

@@ -47,7 +47,7 @@ _OPERATOR = re.compile(
 )
 """After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
-    r"(?:\b(?:not|cannot|never|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
+    r"(?:\b(?:not|cannot|never|hardly|scarcely|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
     r"|rather than|instead of|other than)\b"
     r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
     rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer|necessarily|known to be)){{0,2}}[ \t:*_]*"
@@ -57,6 +57,11 @@ _DENIED = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 """Numbers that the text denies: the 42 of `not 42, but 43` and of `42 is wrong`, the 3 and 4 of `not 3 or 4`."""
+_BOUND_BEFORE = re.compile(
+    rf"\b(?:at (?:most|least)|up to)\s(?:{_NUMBER})(?:{SCALED})?[^\n.;,\d]{{0,20}}[,;]?\s(?:so|hence|therefore|thus)\b(?=[^\n]*\d)",
+    re.ASCII | re.IGNORECASE,
+)
+"""A bound that the answer follows from: the `at most 7` of `at most 7, so 6`."""
 _UNIT_BETWEEN = r"[*_)%\s]*(?:[A-Za-z]{1,12}[*_,]*\s)?"
 _OPEN = r"[*_(\s$\u20ac\u00a3]*"
 _OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)\s?(?:[A-Za-z]{{1,3}}\s?=)?{_OPEN}")
@@ -225,8 +230,8 @@ def _is_partial(text: str, found: re.Match[str]) -> bool:
 
 
 def undenied(text: str) -> str:
-    """Return the text without the numbers that it denies."""
-    return _DENIED.sub(" ", text)
+    """Return the text without the numbers that it denies, or from which it infers another one."""
+    return _DENIED.sub(" ", _BOUND_BEFORE.sub(" ", text))
 
 
 def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: Iterable[re.Pattern[str]]) -> bool:

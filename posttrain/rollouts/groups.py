@@ -24,7 +24,7 @@ from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.distributed import gather_all, round_robin
-from posttrain.errors import PosttrainError, RolloutError
+from posttrain.errors import PosttrainError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
@@ -141,6 +141,8 @@ class GroupSampler:
         self.tokens_sampled = 0
         self.steps = self.begun = 0
         self.rounds: deque[Round] = deque()
+        self.rewarded = 0
+        """Answers that have got a reward so far."""
 
     def sample(self) -> tuple[list[ScoredAnswer], dict[str, float]]:
         """Return the answers of one step, grouped by prompt, and the cost of sampling them.
@@ -275,6 +277,7 @@ class GroupSampler:
             for i, (p, g, c) in enumerate(flat)
         ]
         size = self.settings.samples
+        self.rewarded += sum(not math.isnan(total) for total in totals)
         return [answers[i : i + size] for i in range(0, len(answers), size)]
 
     def _scores(self, answers: RewardBatch) -> dict[str, list[float | None]]:
@@ -303,15 +306,28 @@ class GroupSampler:
             shaped += float(overlong_penalty(length, limit, self.spec.overlong_share * limit))
         return shaped
 
+    def require_rewarded(self) -> None:
+        """Raise RewardError after a run in which no answer got a reward: nothing was learnt from any of them."""
+        if any(self.weights.values()) and self.tokens_sampled and not self.rewarded:
+            raise RewardError(
+                f"no answer of this run got a reward: {', '.join(sorted(self.weights))} returned None or NaN for each, or failed on it, so"
+                " nothing was learnt. Return a number for the answers that a reward applies to"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state; rounds that are being sampled are in it as they are, see `posttrain.training.source.settled`."""
-        state: dict[str, Any] = {"position": self.position, "tokens_sampled": self.tokens_sampled}
+        state: dict[str, Any] = {
+            "position": self.position,
+            "tokens_sampled": self.tokens_sampled,
+            "rewarded": self.rewarded,
+        }
         if self.ahead is not None:
             state |= {"steps": self.steps, "begun": self.begun, "rounds": list(self.rounds)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
+        self.rewarded = state["rewarded"]
         if self.ahead is not None:
             self.steps, self.begun = state["steps"], state["begun"]
             self.rounds = deque(restored(each) for each in state["rounds"])

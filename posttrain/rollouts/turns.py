@@ -22,7 +22,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -33,8 +34,11 @@ from posttrain.data.tokens import TextEncoder, row_tools
 from posttrain.environments.base import Conversation, Messages, Step
 from posttrain.errors import ConfigError, DataError, RolloutError
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
+from posttrain.text import shortened
 
 OnError = Literal["stop", "end", "tell"]
+REPLYING = ("user", "tool", "system")
+"""Roles of an environment's messages."""
 _MARK = "\ue000\ue001\ue000"
 """Stands for the model's turn when the template is asked what follows it; no text contains it."""
 
@@ -106,19 +110,23 @@ class TurnEngine:
         one.messages += reply
         return True
 
-    def _reply(self, one: _Unfinished, turn: int) -> Messages | None:
-        messages = (*as_messages(one.request.asked, "user"), *one.messages)
+    def _reply(self, one: _Unfinished, turn: int) -> list[Mapping[str, Any]]:
+        # copies: what `step` writes into them would be lost when a run continues
+        messages, columns = copy.deepcopy(
+            ([*as_messages(one.request.asked, "user"), *one.messages], one.request.columns)
+        )
+        place = f"after turn {turn} of the prompt {str(one.request.asked)[-80:]!r}"
         try:
             with bounded(self.turns.seconds):
-                return self.turns.step(Conversation(messages, one.request.columns, turn))
-        except Exception as error:  # a user's environment may raise anything; the policy decides
+                reply = self.turns.step(Conversation(tuple(messages), columns, turn))
+        except (Exception, SystemExit) as error:  # a user's environment may raise anything; the policy decides
             reason = f"{type(error).__name__}: {error}"
             if self.turns.on_error == "stop":
                 raise RolloutError(
-                    f"the environment's step failed after turn {turn} of the prompt {str(one.request.asked)[-80:]!r} ({reason})."
-                    " Correct it, or set turns.on_error to `end` or `tell`"
+                    f"the environment's step failed {place} ({reason}). Correct it, or set turns.on_error to `end` or `tell`"
                 ) from error
-            return None if self.turns.on_error == "end" else [{"role": "user", "content": f"error: {reason}"}]
+            return [] if self.turns.on_error == "end" else [{"role": "user", "content": f"error: {reason}"}]
+        return checked_reply(reply, place)
 
 
 @dataclass
@@ -145,6 +153,39 @@ class _Unfinished:
     def completion(self) -> Completion:
         own = tuple(self.weights)
         return Completion(tuple(self.tokens), tuple(self.logprobs), self.finished, own, tuple(self.messages))
+
+
+def checked_reply(reply: Any, place: str) -> list[Mapping[str, Any]]:
+    """Return the messages that `step` returned; none at the end of the conversation. `place` is for the error.
+
+    Raises:
+        RolloutError: it returned something else than messages of other roles than the assistant's.
+
+    Example:
+        >>> checked_reply([{"role": "user", "content": "later"}], "")
+        [{'role': 'user', 'content': 'later'}]
+    """
+    if reply is None or (isinstance(reply, list | tuple) and not reply):
+        return []
+    listed = isinstance(reply, Iterable) and not isinstance(reply, str | bytes | Mapping)
+    messages = list(reply) if listed else [reply]
+    fault = "" if listed else "is no list of messages"
+    for i, message in enumerate(messages if listed else ()):
+        said = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(message, Mapping) or message.get("role") not in REPLYING:
+            fault = f"has the message {shortened(message)}, whose role is none of {', '.join(REPLYING)}"
+        elif not isinstance(said, str):
+            fault = f"has the message {shortened(message)}, whose content is no text"
+        elif said.encode(errors="replace").decode() != said:
+            fault = f"has half of a surrogate pair in message {i}, which is no text"
+        if fault:
+            break
+    if fault:
+        raise RolloutError(
+            f"the environment's step returned, {place}, {shortened(reply)}, which {fault}. Return None to end the conversation, or"
+            " messages such as [{'role': 'user', 'content': 'later'}]"
+        )
+    return messages
 
 
 def reply_ids(encoder: TextEncoder, request: Request, said: Messages, reply: Messages) -> list[int]:

@@ -144,11 +144,11 @@ class Trainer(Generic[Row]):
         metrics = sums.reduced(self.accelerator)
         if not math.isfinite(metrics["loss"]):
             self.optimizer.zero_grad()
-            raise NotFiniteError(f"the loss of update {self.updates + 1} is {metrics['loss']}; weights are unchanged")
+            raise NotFiniteError(f"the loss of update {self.updates + 1} is {metrics['loss']}; {self._advice()}")
         for name, (limit, meaning) in sums.limits.items():
             if math.isnan(metrics[name]):
                 self.optimizer.zero_grad()
-                raise NotFiniteError(f"{name} of update {self.updates + 1} is {metrics[name]}; weights are unchanged")
+                raise NotFiniteError(f"{name} of update {self.updates + 1} is {metrics[name]}; {self._advice()}")
             if metrics[name] > limit:
                 self.optimizer.zero_grad()
                 raise NumericalError(
@@ -165,13 +165,22 @@ class Trainer(Generic[Row]):
             norm = _clip(group.parameters, self.settings.max_grad_norm)
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
-                raise NotFiniteError(f"the gradient norm of update {self.updates + 1} is {norm}; weights are unchanged")
+                raise NotFiniteError(f"the gradient norm of update {self.updates + 1} is {norm}; {self._advice()}")
             metrics["grad_norm" if group is self.groups[0] else f"{group.name}/grad_norm"] = norm
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.updates += 1
         return metrics
+
+    def _advice(self) -> str:
+        """Return what a value that is not finite means for the weights, and which setting to lower."""
+        if not self.updates:
+            return "weights are unchanged"
+        return (
+            "weights are unchanged by it. If the updates before it were too large for the weights, lower"
+            f" learning_rate = {self.settings.learning_rate:g}"
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Return all trained weights, gathered on every process; the others are unchanged since the start of training."""

@@ -110,6 +110,7 @@ PLUMBING = (
     "posttrain/__init__.py",
     "posttrain/api_arguments.py",
     "posttrain/environments/base.py",  # params.yaml is checked for unknown environments
+    "posttrain/environments/checked.py",
     "posttrain/environments/parts.py",
     "posttrain/errors.py",
     "posttrain/files.py",

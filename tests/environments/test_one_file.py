@@ -16,7 +16,7 @@ from pipelines.data.sources import environment_files, table_rows
 from posttrain.api import tiny
 from posttrain.api_training import train
 from posttrain.environments import base
-from posttrain.environments.base import built_in, environment
+from posttrain.environments.base import Environment, built_in, checked_rows, environment
 from posttrain.environments.parts import KINDS
 from posttrain.errors import ConfigError
 from posttrain.rewards.functions import find_function
@@ -96,3 +96,33 @@ def test_a_new_module_of_the_package_is_found_by_its_name(
     finally:
         built_in.cache_clear()
         sys.modules.pop(f"{base.PACKAGE}.reversed_word", None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda *_: None, "the table problems is None; return a list of rows"),
+        (lambda *_: "abc", "the table problems is 'abc'"),
+        (lambda *_: {"prompt": "a"}, "the table problems is {'prompt': 'a'}"),
+        (lambda *_: [], "the table problems has no row"),
+        (lambda *_: ["a"], "row 0 of problems is 'a'"),
+        (lambda *_: [{3: "a"}], "row 0 of problems is {3: 'a'}"),
+        (lambda *_: [{"prompt": "a", "answer": "b"}, {"prompt": "a"}], "row 1 of problems has no 'answer'"),
+        (lambda *_: [{"prompt": "a", "answer": "b"}], "the table problems has 1 rows, and 2 were asked for"),
+        (lambda *_: [{"prompt": "a", "answer": "b"}] * 3, "the table problems has 3 rows, and 2 were asked for"),
+        (lambda *_: 1 / 0, "could not make its table problems .ZeroDivisionError"),
+        (lambda *_: (row for row in [{"prompt": 1 / 0}]), "could not make its table problems .ZeroDivisionError"),
+        (lambda kind: [], "too many positional arguments"),
+    ],
+)
+def test_what_a_task_returns_instead_of_rows_is_refused_by_its_name(rows: Any, message: str) -> None:
+    odd = Environment("odd", rows, lambda completion, answer: 1.0)
+    with pytest.raises(ConfigError, match=f"environment 'odd'.*{message}"):
+        odd.rows("problems", 2, 0)
+    with pytest.raises(ConfigError, match=message):
+        checked_rows(odd, "problems", 2, 0, {})
+
+
+def test_rows_may_come_from_a_generator() -> None:
+    lazy = Environment("lazy", lambda kind, count, seed: ({"prompt": str(i), "answer": ""} for i in range(count)), len)  # type: ignore[arg-type]
+    assert lazy.rows("problems", 2, 0) == [{"prompt": "0", "answer": ""}, {"prompt": "1", "answer": ""}]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -62,7 +63,63 @@ def test_a_function_that_fails_on_every_answer_is_not_to_be_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(math.inf, NotFiniteError), (-math.inf, NotFiniteError), ("1", RewardError), (1j, RewardError)]
+    "values",
+    [
+        {0: 1.0, 1: 2.0},
+        {1.0, 2.0},
+        b"ab",
+        "12",
+        memoryview(b"ab"),
+        3.0,
+        np.float32(3),
+        pd.DataFrame({"a": [1.0], "b": [2.0]}),
+    ],
+)
+def test_values_without_the_order_of_the_completions_are_refused(values: Any) -> None:
+    with pytest.raises(
+        RewardError, match=r"TypeError: the function returned .*; it must return a list with one number or None"
+    ):
+        returning(values).score(reward_batch(["x", "y"]))
+
+
+def test_a_function_that_is_asynchronous_or_ends_the_program_is_refused() -> None:
+    async def later(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    def ending(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+        raise SystemExit(3)
+
+    with pytest.raises(RewardError, match="asynchronous; define it with def"):
+        FunctionReward("mine", later).score(reward_batch(["x"]))  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match=r"SystemExit: 3 \(the function ended the program\)"):
+        FunctionReward("mine", ending).score(reward_batch(["x", "y"]))
+
+
+def test_a_function_changes_only_its_own_copy_of_the_rows() -> None:
+    def changing(
+        prompts: Sequence[Any], completions: Sequence[str], notes: Sequence[dict[str, int]], **_: Any
+    ) -> list[float]:
+        for note in notes:
+            note["seen"] = note.get("seen", 0) + 1
+        return [float(note["seen"]) for note in notes]
+
+    answers = reward_batch(["x", "y"], notes=[{}, {}])
+    assert FunctionReward("mine", changing).score(answers) == [1.0, 1.0]
+    assert FunctionReward("mine", changing).score(answers) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (1e200, NotFiniteError),
+        (10**400, NotFiniteError),
+        (np.datetime64("NaT"), RewardError),
+        ([1.0], RewardError),
+        (math.inf, NotFiniteError),
+        (-math.inf, NotFiniteError),
+        ("1", RewardError),
+        (1j, RewardError),
+    ],
 )
 def test_what_is_no_finite_number_is_refused(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="'mine' returned"):

@@ -41,12 +41,14 @@ RIGHT = [
     ("The answer is 7 hundredths", "0.07"),
     ("The answer is 7. It is wrong to say 8.", "7"), ("two point five million", "2500000"), ("one and a half million", "1500000"),
 
+    ("at most 7, so 6", "6"), ("The answer is at most 7, so 6", "6"), ("at least 7, hence 8", "8"), ("7 less", "7"), ("barely 7", "7"),
     ("|-7| = 7", "7"), ("7 halves", "3.5"), ("The answer is 7 - a prime", "7"),
     ("**-\\boxed{7}**", "-7"), ("$\\boxed{7}^\\circ$", "7"), ("7 y 8", "8"), ("$7/h", "7"),
     ("The answer is 7. Some say 8. That is wrong.", "7"),
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
 WRONG = [
+    ("hardly 7", "7"), ("The answer is hardly 7", "7"), ("scarcely 7", "7"), ("The answer is at most 7, so 6", "7"),
     ("7 is not the answer", "7"), ("7 is wrong", "7"), ("7 times 8", "8"), ("7 out of 8", "8"), ("7 divided by 8", "8"), ("7 + 8 =", "8"),
     ("$5$ dollars and $30$ cents", "5"), ("$5 and 30 cents", "30"), ("\\boxed{7\\text{ or }8}", "7"), ("1. first\n2. second", "2"),
     ("Step 1: a\nStep 2: b", "2"),
@@ -91,6 +93,7 @@ LETTERS = [
     ("The answer is not B but C", "C"), ("B is incorrect, C is right", "C"), ("(A) is wrong. (B) is right.", "B"),
     ("The correct option is B because A is wrong", "B"), ("The answer is B. Wait, no, C.", "C"), ("<think>maybe (C)</think>B", "B"),
     ("A, B, C, or D? D", "D"), ("A: no. B: yes.", "B"), ("A is better than B", "A"), ("A is worse than B", "B"), ("B beats A", "B"),
+    ("C > A", "C"), ("A < C", "C"), ("I rank C > A > B", "C"), ("**C** >> **A**", "C"), ("B > A, so B", "B"),
     ("I pick a", "A"), ("Unlike A, B", "B"), ("A rather than B", "A"), ("C over B", "C"),
     ("The answer is B. That's wrong. C", "C"), ("A no, B no, C yes", "C"), ("A. 3\nB. 4\nC. 5\n\n**C**", "C"),
     ("(A) 3 (B) 4\nSo (B)", "B"),
@@ -100,6 +103,7 @@ LETTERS = [
 ]  # fmt: skip
 NO_LETTER = [
     "It is not B",
+    "A = C",
     "It isn't (B)",
     "B is wrong",
     "A or B",

@@ -326,3 +326,57 @@ def test_a_template_that_hides_the_newest_turn_is_refused() -> None:
     asked = [{"role": "user", "content": "?"}]
     with pytest.raises(DataError, match="shows the assistant's newest turn 0 times"):
         reply_ids(encoder, Request((1,), ((0,),), asked), [{"role": "assistant", "content": "x"}], [asked[0]])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "x",
+        3,
+        True,
+        ["x"],
+        {"role": "user", "content": "x"},
+        [{"content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "wizard", "content": "x"}],
+    ],
+)
+def test_a_reply_that_is_no_message_is_refused_by_the_turn_and_the_prompt(reply: Any) -> None:
+    encoder = TextEncoder(merging_tokenizer(), 512)
+    engine = TurnEngine(Letters(encoder), encoder, Turns(lambda conversation: reply, limit=2, on_error="tell"))
+    for asked in ("ab", [{"role": "user", "content": "ab"}]):
+        request = Request(tuple(encoder.prompt(asked)), ((0, 0),), asked)
+        with pytest.raises(
+            RolloutError, match=r"the environment's step returned, after turn 1 of the prompt .*, which "
+        ):
+            engine.sample([request], SamplingSettings(12, 1.0))
+
+
+def test_a_step_changes_only_its_own_copy_of_the_conversation() -> None:
+    def step(conversation: Conversation) -> list[dict[str, Any]]:
+        conversation.columns["answer"] = "changed"  # type: ignore[index]
+        conversation.messages[0]["content"] = "changed"  # type: ignore[index]
+        return [{"role": "user", "content": "ab"}]
+
+    encoder, asked, columns = (
+        TextEncoder(merging_tokenizer(), 512),
+        [{"role": "user", "content": "ab"}],
+        {"answer": "7"},
+    )
+    engine = TurnEngine(Letters(encoder), encoder, Turns(step, limit=2))
+    engine.sample([Request(tuple(encoder.prompt(asked)), ((0, 0),), asked, columns)], SamplingSettings(12, 1.0))
+    assert (asked, columns) == ([{"role": "user", "content": "ab"}], {"answer": "7"})
+
+
+def test_a_step_that_ends_the_program_fails_like_any_other() -> None:
+    def step(conversation: Conversation) -> None:
+        raise SystemExit(0)
+
+    encoder = TextEncoder(merging_tokenizer(), 512)
+    request = Request(tuple(encoder.prompt("ab")), ((0, 0),), "ab")
+    with pytest.raises(RolloutError, match=r"step failed after turn 1 .*SystemExit"):
+        TurnEngine(Letters(encoder), encoder, Turns(step, limit=2)).sample([request], SamplingSettings(12, 1.0))

@@ -358,3 +358,22 @@ def test_a_system_column_reaches_the_conversation_or_is_refused() -> None:
 def test_columns_that_no_format_reads_are_counted() -> None:
     record = {"prompt": "a", "completion": "b", "weight": 1.0, "margin": 2, "source": "web"}
     assert _sft(record)[1] == {"columns that are not used: margin, source": 2}
+
+
+def test_columns_that_a_mapping_leaves_out_are_counted() -> None:
+    record = {"q": {"text": "a", "id": 1}, "body": "b", "a.b": "c", "reasoning": "because", "source": "web"}
+    changes: Changes = Counter()
+    found = rows(
+        "sft", record, columns={"prompt": "{q.text} {body}", "completion": "a.b", "site": "source"}, changes=changes
+    )
+    assert [(row["prompt"], row["completion"], row["site"]) for row in found] == [("a b", "c", "web")]
+    assert dict(+changes) == {"columns that are not used: reasoning": 1}
+    votes = {"prompt": "p", "one": "A", "two": "B", "x": "1", "note": "n"}
+    changes.clear()
+    rows(
+        "preferences",
+        votes,
+        preferred=PreferredAnswer(columns=["x"], answers={"1": "one", "2": "two"}),
+        changes=changes,
+    )
+    assert dict(+changes) == {"columns that are not used: note": 1}

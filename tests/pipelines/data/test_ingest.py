@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from pipelines.config.data_schema import DataParams, GradedAnswers, TableSource
 from pipelines.config.params import load_params
-from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.column_mapping import canonical_rows, generated_rows
 from pipelines.data.compact import compact
 from pipelines.data.files import read_file
 from pipelines.data.sources import table_rows
@@ -314,3 +315,24 @@ def test_pandalm_prompts_are_split_by_prompt_and_not_by_row(shared_data: Path) -
     )
     kept, heldout = split_by_prompt(rows, 0.2, 0)
     assert (len({row["prompt"] for row in kept}), len({row["prompt"] for row in heldout})) == (136, 34)
+
+
+def test_further_columns_of_an_environment_become_text_as_those_of_files_do() -> None:
+    made = [
+        {"prompt": "a", "answer": 7, "level": 1, "tags": ["x"], "about": {"b": 1}, "none": None},
+        {"prompt": "b", "answer": 7.5, "level": "hard", "tags": [], "about": {}, "none": "n"},
+    ]
+    source = TableSource(source="made:ENVIRONMENT", rows=2)
+    found = generated_rows("problems", made, source, "data.problems", Counter())
+    assert [row["answer"] for row in found] == ["7", "7.5"]
+    assert [(row["level"], row["tags"], row["about"], row["none"]) for row in found] == [
+        ("1", '["x"]', '{"b": 1}', ""),
+        ("hard", "[]", "{}", "n"),
+    ]
+    for value in ({1}, object(), b"x"):
+        with pytest.raises(DataError, match=r"data.problems, row 0: .* is not JSON serializable; give texts, numbers"):
+            generated_rows(
+                "problems", [{"prompt": "a", "answer": "7", "odd": value}], source, "data.problems", Counter()
+            )
+    with pytest.raises(DataError, match="prompt is never text; row 0 holds 3"):
+        generated_rows("problems", [{"prompt": 3, "answer": "7"}], source, "data.problems", Counter())
