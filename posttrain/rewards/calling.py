@@ -106,7 +106,7 @@ _WANTED = "a list with one number or None per completion"
 
 
 def _plain(value: Any) -> Any:
-    """Return an array's element as a number; a date is left unchanged, because its number has another meaning."""
+    """Return an array's element as a number; a date is left unchanged, because its number is a time."""
     is_date = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")
     return value.item() if getattr(value, "shape", None) == () and not is_date else value
 

@@ -230,7 +230,7 @@ def _is_partial(text: str, found: re.Match[str]) -> bool:
 
 
 def undenied(text: str) -> str:
-    """Return the text without the numbers that it denies, or from which it infers another one."""
+    """Return the text without the numbers that it denies, or from which it infers the answer."""
     return _DENIED.sub(" ", _BOUND_BEFORE.sub(" ", text))
 
 
