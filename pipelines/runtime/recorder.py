@@ -62,6 +62,10 @@ class RunRecorder:
             {"kind": "ready", "time": time.time()} | ({"device": device} if device else {}) | _energy()
         )
 
+    def kernels(self, attention: str) -> None:
+        """Note which attention the run computes with; it depends on the device, so it is no part of the result."""
+        self._measurements.append({"kind": "kernels", "time": time.time(), "attention": attention})
+
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Write rows to artifacts/{name}-{step}.json and return the path."""
         path = artifact_path(self.folder, f"{name}-{step:06d}.json")

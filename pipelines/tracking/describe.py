@@ -84,6 +84,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "posttrain.dvc_stage": surroundings.get("dvc_stage"),
         "posttrain.flow_run": surroundings.get("flow_run"),
         "device": source.device(),
+        "attention": source.attention(),
         TIMINGS_TAG: ",".join(sorted({entity_name(name) for name, _ in source.timings})) or None,
         "mlflow.loggedArtifacts": _tables(source),
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),

@@ -123,6 +123,10 @@ class RecordedRun:
         """Return the device that the run computed on, e.g. `cuda: NVIDIA H200`; None if it is not known."""
         return next((r["device"] for r in reversed(self.measurements) if r["kind"] == "ready" and "device" in r), None)
 
+    def attention(self) -> str | None:
+        """Return the name of the attention that the run computed with; None if it is not known."""
+        return next((r["attention"] for r in reversed(self.measurements) if r["kind"] == "kernels"), None)
+
     def started(self) -> int | None:
         """Return the start time in milliseconds since the epoch, or None."""
         times = [record["time"] for record in self.measurements if record["kind"] == "start"]

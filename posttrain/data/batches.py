@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.data.layout import Attended, Family, Reads, attended_parts, ending, predicting, take_parts
+from posttrain.data.layout import Family, Parts, Reads, attended_parts, ending, predicting, take_parts
+from posttrain.data.offsets import takes_offsets
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
 
-FindReads = Callable[[Sequence[Family]], Reads]
-"""Returns which tokens of a batch are read: `predicting` or `ending`."""
+FindReads = Callable[[Sequence[Family], bool], Reads]
+"""Returns which tokens of a batch are read, laid out by offsets or not: `predicting` or `ending`."""
 SHARED_FROM_TOKENS = 4
 """Tokens. A shorter prompt is repeated for each of its rows, because one causal sequence is cheaper than a branch."""
 
@@ -61,7 +62,7 @@ class TokenBatch:
     input_ids: Tensor
     positions: Tensor
     families: tuple[Family, ...]
-    parts: tuple[Attended, ...]
+    parts: Parts
     source: Tensor
     targets: Tensor
     trained: Tensor
@@ -79,13 +80,15 @@ class TokenBatch:
         self, columns: Mapping[str, Tensor], device: torch.device, reads: FindReads = predicting
     ) -> tuple[TokenBatch, dict[str, Tensor]]:
         """Return the batch and an objective's columns on `device`, all in one copy."""
-        found = self._reads(reads)
+        parts, found = self.parts, self._reads(reads)
+        if takes_offsets(device):
+            parts, found = attended_parts(self.families, offsets=True), reads(self.families, True)
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
-        own, others = [getattr(self, name) for name in names], [*chain(*(part.tensors() for part in self.parts))]
+        own, others = [getattr(self, name) for name in names], [*chain(*(part.tensors() for part in parts))]
         moved = iter(together([*own, *others, *found.tensors(), *columns.values()], device))
         fields: dict[str, Any] = {name: next(moved) for name in names}
-        parts = take_parts(self.parts, moved)
-        batch = TokenBatch(families=self.families, parts=parts, found={reads: found.take(moved)}, **fields)
+        moved_parts = take_parts(parts, moved)
+        batch = TokenBatch(families=self.families, parts=moved_parts, found={reads: found.take(moved)}, **fields)
         return batch, dict(zip(columns, moved, strict=True))
 
     def predicting(self) -> Reads:
@@ -98,7 +101,8 @@ class TokenBatch:
 
     def _reads(self, find: FindReads) -> Reads:
         if find not in self.found:
-            self.found[find] = find(self.families).to(self.input_ids.device)
+            device = self.input_ids.device
+            self.found[find] = find(self.families, takes_offsets(device)).to(device)
         return self.found[find]
 
 

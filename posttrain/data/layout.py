@@ -22,6 +22,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from posttrain.data.offsets import ByOffsets, Segment, by_offsets
 from posttrain.data.transfer import together
 
 
@@ -44,14 +45,17 @@ class Attended:
     tokens: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors, in the order that `of` takes."""
+        """Return all tensors, in the order that `with_tensors` takes."""
         return [self.queries, self.keys, self.real, self.tokens, *([] if self.mask is None else [self.mask])]
 
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Attended:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Attended:
         """Return the part with these tensors."""
         queries, keys, real, tokens, *mask = tensors
         return Attended(queries, keys, mask[0] if mask else None, real, tokens)
+
+
+Parts = tuple[Attended | ByOffsets, ...]
+"""The attention of a flat batch: parts with masks, or one layout by offsets."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Reads:
     """
 
     tokens: Tensor
-    parts: tuple[Attended, ...]
+    parts: Parts
 
     def to(self, device: torch.device) -> Reads:
         """Return the reads on `device`."""
@@ -79,9 +83,9 @@ class Reads:
         return Reads(next(moved), take_parts(self.parts, moved))
 
 
-def take_parts(parts: Iterable[Attended], moved: Iterator[Tensor]) -> tuple[Attended, ...]:
+def take_parts(parts: Parts, moved: Iterator[Tensor]) -> Parts:
     """Return the parts with the next tensors of `moved` in place of theirs."""
-    return tuple(Attended.of([*islice(moved, len(part.tensors()))]) for part in parts)
+    return tuple(part.with_tensors([*islice(moved, len(part.tensors()))]) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -92,76 +96,68 @@ class Family:
     responses: tuple[range, ...]
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Consecutive tokens `own` that follow the tokens `seen`.
-
-    Attributes:
-        first: index in `own` of the first query; the tokens before it are only keys.
-    """
-
-    seen: range
-    own: range
-    first: int = 0
-
-    @property
-    def queries(self) -> range:
-        return self.own[self.first :]
-
-
-def attended_parts(families: Iterable[Family]) -> tuple[Attended, ...]:
+def attended_parts(families: Iterable[Family], offsets: bool = False) -> Parts:
     """Return parts that cover every token once.
 
     A prompt with one response is one causal sequence. With several responses, each is a segment that sees the prompt before it.
+
+    Args:
+        offsets: return one layout by offsets instead of parts with masks.
     """
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     for family in families:
         if len(family.responses) == 1:
-            segments.append(_Segment(range(0), _whole(family)))
+            segments.append(Segment(range(0), _whole(family)))
         else:
-            segments.append(_Segment(range(0), family.prompt))
-            segments += [_Segment(family.prompt, response) for response in family.responses]
-    return _parts(segments)
+            segments.append(Segment(range(0), family.prompt))
+            segments += [Segment(family.prompt, response) for response in family.responses]
+    return _laid_out(segments, offsets)
 
 
-def predicting(families: Sequence[Family]) -> Reads:
+def predicting(families: Sequence[Family], offsets: bool = False) -> Reads:
     """Return the tokens that predict response tokens: a prompt's last token, and all tokens of a response except its last."""
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     for family in families:
         prompt, last = family.prompt, max(0, len(family.prompt) - 1)
         if len(family.responses) == 1:
             own = _whole(family)[:-1]
-            # skipping the prompt's queries needs a mask, which pays off only if they are more than half of the row
-            segments.append(_Segment(range(0), own, last if 2 * last > len(own) else 0))
+            # skipping the prompt's queries needs a mask, or a gather, which pays off only if they are more than half of the row
+            segments.append(Segment(range(0), own, last if 2 * last > len(own) else 0))
         else:
-            segments.append(_Segment(range(0), prompt, last))
-            segments += [_Segment(prompt, response[:-1]) for response in family.responses]
+            segments.append(Segment(range(0), prompt, last))
+            segments += [Segment(prompt, response[:-1]) for response in family.responses]
     parts = [part for f in families if any(f.responses) for part in (f.prompt[-1:], *(r[:-1] for r in f.responses))]
-    return Reads(torch.tensor([*chain(*parts)], dtype=torch.long), _parts(segments))
+    return Reads(torch.tensor([*chain(*parts)], dtype=torch.long), _laid_out(segments, offsets))
 
 
-def ending(families: Sequence[Family]) -> Reads:
+def ending(families: Sequence[Family], offsets: bool = False) -> Reads:
     """Return the last token of every row."""
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     for family in families:
         for response in family.responses:
             if len(family.responses) == 1:
                 seen, own = range(0), _whole(family)
             else:
                 seen, own = (family.prompt, response) if response else (range(0), family.prompt)
-            segments.append(_Segment(seen, own, len(own) - 1))
+            segments.append(Segment(seen, own, len(own) - 1))
     # rows that consist of the same prompt without a response end with the same token
     once = sorted(dict.fromkeys(segments), key=lambda segment: segment.own[-1])
-    return Reads(torch.tensor([segment.own[-1] for segment in once], dtype=torch.long), _parts(once))
+    return Reads(torch.tensor([segment.own[-1] for segment in once], dtype=torch.long), _laid_out(once, offsets))
 
 
 def _whole(family: Family) -> range:
     return range(family.prompt.start, family.responses[0].stop)
 
 
-def _parts(segments: Iterable[_Segment]) -> tuple[Attended, ...]:
+def _laid_out(segments: Sequence[Segment], offsets: bool) -> Parts:
+    if offsets:
+        return (by_offsets(segments),) if any(segment.queries for segment in segments) else ()
+    return masked_parts(segments)
+
+
+def masked_parts(segments: Iterable[Segment]) -> tuple[Attended, ...]:
     """Bucket segments with 2^k to 2^(k+1) - 1 queries (and likewise keys), so that less than half of a part is padding."""
-    buckets: dict[tuple[bool, int, int], list[_Segment]] = {}
+    buckets: dict[tuple[bool, int, int], list[Segment]] = {}
     for segment in segments:
         if segment.queries:
             sizes = len(segment.queries).bit_length(), len(segment.own).bit_length()
@@ -169,7 +165,7 @@ def _parts(segments: Iterable[_Segment]) -> tuple[Attended, ...]:
     return tuple(_part(buckets[sizes]) for sizes in sorted(buckets))
 
 
-def _part(segments: Sequence[_Segment]) -> Attended:
+def _part(segments: Sequence[Segment]) -> Attended:
     longest, before = (max(len(s.queries) for s in segments), max(len(s.seen) for s in segments))
     queries, real = _indices([s.queries for s in segments], longest)
     if not any(s.seen or s.first for s in segments):

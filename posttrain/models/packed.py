@@ -27,11 +27,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from posttrain.data.batches import TokenBatch, collate
-from posttrain.data.layout import Attended, Reads
+from posttrain.data.layout import Attended, Parts, Reads, masked_parts, take_parts
+from posttrain.data.offsets import ByOffsets, takes_offsets
 from posttrain.data.tokens import Tokens
+from posttrain.data.transfer import together
 from posttrain.models.kernels import attention
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import find_reach, probe_ids
+from posttrain.models.varlen import takes_size, varlen_attention
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
@@ -55,7 +58,7 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    parts: tuple[Attended, ...] | Opaque | None = None,
+    parts: Parts | Opaque | None = None,
     reads: Reads | Opaque | None = None,
     scaling: float | None = None,
     **kwargs: Any,
@@ -67,7 +70,7 @@ def packed_attention(
     Raises:
         TypeError: the attention is not plain (soft caps, sinks).
     """
-    found: tuple[Attended, ...] | None = parts.value if isinstance(parts, Opaque) else parts
+    found: Parts | None = parts.value if isinstance(parts, Opaque) else parts
     if found is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     refuse_more_than_plain(kwargs)
@@ -75,10 +78,38 @@ def packed_attention(
     shape = (*queries.shape[:-1], values.shape[-1])
     if not found:
         return queries.new_zeros(shape)[None], None
-    attended = torch.cat([_attend(part, queries, keys, values, scaling) for part in found])
-    order = torch.cat([part.tokens for part in found])
+    attended, order = _attended(found, queries, keys, values, scaling)
+    if order is None:
+        return attended[None], None
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(shape).index_copy(0, order, attended)[None], None
+
+
+def _attended(
+    found: Parts, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the outputs [queries, heads, size] and the token of each; None if these are all tokens in order."""
+    first = found[0]
+    if isinstance(first, ByOffsets):
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (states.to(dtype) for states in (query, key, value))
+        if takes_size(query.shape[-1], value.shape[-1]):
+            outputs = varlen_attention(query, key, value, first, scaling)
+            return outputs, None if first.in_order else first.own.queries
+        found = _masked(first, query.device)
+    parts = [part for part in found if isinstance(part, Attended)]
+    attended = torch.cat([_attend(part, query, key, value, scaling) for part in parts])
+    return attended, torch.cat([part.tokens for part in parts])
+
+
+def _masked(layout: ByOffsets, device: torch.device) -> Parts:
+    """Return the layout as parts with masks, for heads of a shape that the kernel does not take. They are made once a batch."""
+    if not layout.masked:
+        parts: Parts = masked_parts(layout.segments)
+        moved = together([tensor for part in parts for tensor in part.tensors()], device)
+        layout.masked.extend(take_parts(parts, iter(moved)))
+    return tuple(layout.masked)
 
 
 def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
@@ -166,6 +197,18 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
     if packs and (reach is None or batch.rows.shape[1] <= reach):
         return _packed(model, batch, reads)
     return _padded(model, batch)
+
+
+def attention_name(module: nn.Module, device: torch.device) -> str:
+    """Return the name of the attention that the first language model in `module` computes with on the device, under autocast's dtype."""
+    model = next(each for each in module.modules() if isinstance(each, PreTrainedModel))
+    if model.config._attn_implementation != NAME:
+        return "the model's own, over padded rows"
+    config, reach = model.config.get_text_config(), getattr(model, REACH, None)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    by_offsets = takes_offsets(device) and takes_size(size, getattr(config, "v_head_dim", None) or size)
+    name = "FlashAttention by offsets" if by_offsets else "scaled dot-product attention with masks"
+    return name if reach is None else f"{name}; over padded rows beyond {reach} tokens"
 
 
 def _packed(model: PreTrainedModel, batch: TokenBatch, reads: Reads | None = None) -> Tensor:

@@ -12,28 +12,34 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._pytree import tree_map_only
 
+from posttrain.data.offsets import OFFSETS
 from posttrain.models.logprobs import selected_logprobs
+from posttrain.models.varlen import KERNELS, Kernel
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.training.sums import Sums
 from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
-from tests.device.pretend import DEVICE, Counts, pretending
+from tests.device.pretend import DEVICE, Counts, OnDevice, pretending
 from tests.models import small
+from tests.models.varlen_reference import REFERENCE
 from tests.training import runs
 from tests.training.runs import Memory, start
 
 SAMPLING = ("posttrain/rollouts/", "posttrain/models/inference.py", "posttrain/models/allocator.py")
 """Files that sample or score; the rest of the counts belongs to updates."""
 STEPS = 2
+BY_OFFSETS = "-by-offsets"
+"""Ends the name of a training whose attention takes offsets, as on a GPU in half precision."""
 
 
 class Stepwise(Memory):
@@ -68,13 +74,25 @@ def counting(found: dict[str, int]) -> Iterator[None]:
         Trainer.update, Sums.add = update, add  # type: ignore[method-assign]
 
 
+def on_device(function: Callable[..., Any], found: dict[str, int]) -> Callable[..., Any]:
+    """Return a kernel of the device: it computes on raw values, and its program neither waits nor copies. Its calls are counted."""
+
+    def kernel(*given: Any) -> Any:
+        found["kernel_calls"] = found.get("kernel_calls", 0) + 1
+        return tree_map_only(torch.Tensor, OnDevice, function(*tree_map_only(OnDevice, lambda t: t.raw, given)))
+
+    return kernel
+
+
 def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[str, float]], Counts]:
     """Train `name` on a device. Return its metrics by step, and the counts of the last step."""
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    OFFSETS[DEVICE.type] = frozenset({torch.float32}) if BY_OFFSETS in name else frozenset()
+    KERNELS[DEVICE.type] = lambda: Kernel(*(on_device(function, found) for function in REFERENCE))
     with pretending() as counts, counting(found):
         recorder = Stepwise(counts)
-        model = start(name, Path(tempfile.mkdtemp()), recorder)
+        model = start(name.removesuffix(BY_OFFSETS), Path(tempfile.mkdtemp()), recorder)
     assert next(model.parameters()).device == torch.device(device)
     return recorder.steps, recorder.last
 
@@ -100,6 +118,7 @@ def measured(name: str) -> dict[str, Any]:
             "copies": part(counts.copies, False) / updates,
             "micro-batches": micro_batches / updates,
         },
+        "kernel_calls": found.get("kernel_calls", 0),
         "sampling": {"syncs": part(counts.syncs, True), "copies": part(counts.copies, True)},
         "places": str(counts),
     }

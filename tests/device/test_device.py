@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-KINDS = ("sft", "reward", "dpo", "kto", "grpo_pairs", "grpo", "ppo")
+KINDS = (
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "grpo_pairs",
+    "grpo",
+    "ppo",
+    "dpo-by-offsets",
+    "grpo-by-offsets",
+    "reward-by-offsets",
+)
 SYNCS = 2
 """Most waits of one update: for all metrics at once, and for the norm of the gradient."""
 SAMPLING = {"syncs": 6, "copies": 27}
@@ -30,6 +41,8 @@ def measured(root: Path) -> Any:
 def test_a_device_gives_the_numbers_of_the_cpu(measured: Any, kind: str) -> None:
     steps = measured["kinds"][kind]["metrics"]
     assert len(steps) == 2
+    # forward and backward, at least one call in each of two layers
+    assert (measured["kinds"][kind]["kernel_calls"] >= 2 * 2 * 2) == kind.endswith("-by-offsets")
     for ours, theirs in steps:
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

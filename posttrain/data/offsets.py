@@ -1,0 +1,142 @@
+"""Attention over a flat batch by offsets: segments of queries next to each other, each with its segment of keys, and no mask.
+
+A prompt with several responses needs two calls, whose results are merged: `own` is causal within each segment, and in `shared` the
+queries of all responses see the whole prompt. Both are linear in the number of tokens.
+
+Example:
+    A prompt at 0..1 with responses at 2..3 and 4:
+
+    >>> layout = by_offsets([Segment(range(0), range(0, 2)), Segment(range(2), range(2, 4)), Segment(range(2), range(4, 5))])
+    >>> layout.own.query_starts.tolist(), layout.own.longest_query, layout.in_order
+    ([0, 2, 4, 5], 2, True)
+    >>> layout.shared.queries.tolist(), layout.shared.query_starts.tolist(), layout.shared.keys.tolist()
+    ([2, 3, 4], [0, 3], [0, 1])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, groupby, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = frozenset({torch.bfloat16, torch.float16})
+OFFSETS: dict[str, frozenset[torch.dtype]] = {"cuda": HALF}
+"""Kinds of devices whose kernel takes offsets, and the dtypes that it computes in (posttrain/models/varlen.py)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens `own` that follow the tokens `seen`.
+
+    Attributes:
+        first: index in `own` of the first query; the tokens before it are only keys.
+    """
+
+    seen: range
+    own: range
+    first: int = 0
+
+    @property
+    def queries(self) -> range:
+        """Return the tokens whose outputs are computed."""
+        return self.own[self.first :]
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """One call of a kernel: segment i has the queries from query_starts[i] to query_starts[i + 1], and its keys likewise.
+
+    Attributes:
+        queries: [queries] int64; token indices, or in `ByOffsets.shared` positions among the queries of `own`.
+        keys: [keys] int64 token indices.
+        query_starts: [segments + 1] int32.
+        key_starts: [segments + 1] int32.
+        longest_query: tokens of the longest segment of queries, known without asking the device.
+        longest_key: the same of keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
+
+    @staticmethod
+    def of(queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]) -> Offsets:
+        """Return the call for segments that are given as indices."""
+        return Offsets(
+            torch.tensor([*chain(*queries)], dtype=torch.long),
+            torch.tensor([*chain(*keys)], dtype=torch.long),
+            torch.tensor([*accumulate(map(len, queries), initial=0)], dtype=torch.int32),
+            torch.tensor([*accumulate(map(len, keys), initial=0)], dtype=torch.int32),
+            max(map(len, queries)),
+            max(map(len, keys)),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that `take` takes."""
+        return [self.queries, self.keys, self.query_starts, self.key_starts]
+
+    def take(self, moved: Iterator[Tensor]) -> Offsets:
+        """Return the call with the next tensors of `moved` in place of its own."""
+        queries, keys, query_starts, key_starts = islice(moved, 4)
+        return Offsets(queries, keys, query_starts, key_starts, self.longest_query, self.longest_key)
+
+
+@dataclass(frozen=True)
+class ByOffsets:
+    """Attention of a flat batch in one or two calls.
+
+    Attributes:
+        own: causal, aligned at the ends: the last query of a segment sees all its keys.
+        shared: without a mask; None if no row shares its prompt.
+        in_order: True if the queries and keys of `own` are all tokens in order, so that nothing need be gathered.
+        segments: the same on the host, for kernels that need masks.
+        masked: the parts with masks that have been made from it.
+    """
+
+    own: Offsets
+    shared: Offsets | None
+    in_order: bool
+    segments: tuple[Segment, ...] = field(repr=False)
+    masked: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that `with_tensors` takes."""
+        return [*self.own.tensors(), *([] if self.shared is None else self.shared.tensors())]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ByOffsets:
+        """Return the layout with these tensors."""
+        moved = iter(tensors)
+        own = self.own.take(moved)
+        return ByOffsets(own, None if self.shared is None else self.shared.take(moved), self.in_order, self.segments)
+
+
+def takes_offsets(device: torch.device) -> bool:
+    """Return True if attention on the device is computed by offsets, in the dtype that autocast sets now."""
+    kind = device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return dtype in OFFSETS.get(kind, frozenset())
+
+
+def by_offsets(segments: Sequence[Segment]) -> ByOffsets:
+    """Return the layout of the segments, in the order of their tokens."""
+    ordered = sorted((s for s in segments if s.queries), key=lambda s: (s.own.start, s.own.stop))
+    own = Offsets.of([s.queries for s in ordered], [s.own for s in ordered])
+    starts = list(accumulate((len(s.queries) for s in ordered), initial=0))
+    placed = [
+        (segment.seen, range(start, stop))
+        for segment, start, stop in zip(ordered, starts, starts[1:], strict=False)
+        if segment.seen
+    ]
+    # the responses of a prompt follow each other, so they are one segment of queries over its keys
+    families = [(seen, [*chain(*(r for _, r in group))]) for seen, group in groupby(placed, key=lambda pair: pair[0])]
+    shared = Offsets.of([queries for _, queries in families], [seen for seen, _ in families]) if families else None
+    everything = range(len(own.queries))
+    in_order = all(s.first == 0 for s in ordered) and [*chain(*(s.own for s in ordered))] == list(everything)
+    return ByOffsets(own, shared, in_order, tuple(ordered))
