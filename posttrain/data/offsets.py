@@ -83,7 +83,7 @@ class Offsets:
         return [self.queries, self.keys, self.query_starts, self.key_starts]
 
     def take(self, moved: Iterator[Tensor]) -> Offsets:
-        """Return the call with the next tensors of `moved` in place of its own."""
+        """Return the call with the next tensors of `moved`."""
         queries, keys, query_starts, key_starts = islice(moved, 4)
         return Offsets(queries, keys, query_starts, key_starts, self.longest_query, self.longest_key)
 

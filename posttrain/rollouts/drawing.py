@@ -38,11 +38,30 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
     if uniform is None:
         chosen = wide.argmax(-1, keepdim=True)
     else:
-        cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+        cumulated = running_sums(probabilities)
         chosen = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
         # an index past the end means that a weight is NaN; the log-probability is NaN too, and the trainer reports it
         chosen.clamp_(max=logits.shape[-1] - 1)
     return chosen, probabilities.gather(-1, chosen).log()
+
+
+def running_sums(probabilities: Tensor) -> Tensor:
+    """Return the cumulated probabilities in float64, [batch, vocabulary].
+
+    PyTorch's kernel for GPUs adds in an order that may change, and refuses if only deterministic kernels are allowed. The order here is
+    fixed: log2(vocabulary) additions of the row to itself, shifted by 1, 2, 4 and so on.
+    """
+    if probabilities.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1, dtype=torch.float64)
+    return _shifted_sums(probabilities.double())
+
+
+def _shifted_sums(sums: Tensor) -> Tensor:
+    shift = 1
+    while shift < sums.shape[-1]:
+        sums = torch.cat([sums[:, :shift], sums[:, shift:] + sums[:, :-shift]], -1)
+        shift *= 2
+    return sums
 
 
 def completion(tokens: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:

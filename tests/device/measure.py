@@ -26,6 +26,7 @@ from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.varlen import KERNELS, Kernel
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
+from posttrain.rollouts.drawing import running_sums
 from posttrain.training.sums import Sums
 from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
@@ -38,6 +39,8 @@ from tests.training.runs import Memory, start
 SAMPLING = ("posttrain/rollouts/", "posttrain/models/inference.py", "posttrain/models/allocator.py")
 """Files that sample or score; the rest of the counts belongs to updates."""
 STEPS = 2
+DETERMINISTIC = "-deterministic"
+"""Ends the name of a training that may only use deterministic kernels (`compute.deterministic`)."""
 BY_OFFSETS = "-by-offsets"
 """Ends the name of a training whose attention takes offsets, as on a GPU in half precision."""
 
@@ -90,9 +93,11 @@ def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[s
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
     OFFSETS[DEVICE.type] = frozenset({torch.float32}) if BY_OFFSETS in name else frozenset()
     KERNELS[DEVICE.type] = lambda: Kernel(*(on_device(function, found) for function in REFERENCE))
+    torch.use_deterministic_algorithms(DETERMINISTIC in name)
     with pretending() as counts, counting(found):
         recorder = Stepwise(counts)
-        model = start(name.removesuffix(BY_OFFSETS), Path(tempfile.mkdtemp()), recorder)
+        model = start(name.removesuffix(BY_OFFSETS).removesuffix(DETERMINISTIC), Path(tempfile.mkdtemp()), recorder)
+    torch.use_deterministic_algorithms(False)
     assert next(model.parameters()).device == torch.device(device)
     return recorder.steps, recorder.last
 
@@ -122,6 +127,22 @@ def measured(name: str) -> dict[str, Any]:
         "sampling": {"syncs": part(counts.syncs, True), "copies": part(counts.copies, True)},
         "places": str(counts),
     }
+
+
+def refusals() -> dict[str, str]:
+    """Return how the device reacts to operations without a deterministic kernel, and to the sampler's replacement for one of them."""
+    faults: dict[str, Callable[[torch.Tensor], Any]] = {
+        "running sum": lambda x: x.cumsum(-1),
+        "running count": lambda x: (x > 0).long().cumsum(-1),
+        "histogram": lambda x: x.histc(3),
+        "weighted count": lambda x: x[0].abs().long().bincount(x[0]),
+        "the sampler's running sum": running_sums,
+    }
+    torch.use_deterministic_algorithms(True)
+    try:
+        return {name: caught(fault) or "accepted" for name, fault in faults.items()}
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def head() -> dict[str, Any]:
@@ -156,4 +177,6 @@ if __name__ == "__main__":
     runs.STEPS = STEPS
     found = {name: measured(name) for name in sys.argv[1:]}
     planted = {name: caught(fault) for name, fault in FAULTS.items()}
-    json.dump({"kinds": found, "planted": planted, "head": head(), "stored": stored()}, sys.stdout)
+    json.dump(
+        {"kinds": found, "planted": planted, "head": head(), "stored": stored(), "refusals": refusals()}, sys.stdout
+    )

@@ -87,6 +87,8 @@ def caught(fault: Fault) -> str:
         try:
             fault(x)
         except RuntimeError as error:
+            if "does not have a deterministic implementation" in str(error):
+                return "refused: not deterministic"
             return "refused" if "expected all tensors on one device" in str(error) else f"failed: {error}"
     if counts.syncs:
         return f"syncs {counts.syncs.total()}"

@@ -32,6 +32,9 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
          aten._unique2.default, aten.repeat_interleave.Tensor, aten.is_nonzero.default}  # fmt: skip
 """Operators whose result needs a value on the host: a number, or a shape."""
 COPIES = {aten._to_copy.default, aten.copy_.default}
+REFUSED = {aten.put_.default, aten.histc.default, aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default,
+           aten._ctc_loss_backward.default, aten.median.dim, aten.kthvalue.default, aten.nanmedian.dim}  # fmt: skip
+"""Operators without a deterministic kernel on CUDA, by the list of `torch.use_deterministic_algorithms`; others depend on arguments."""
 VIEWS = {"view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "alias", "as_strided",
          "detach", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold", "lift_fresh", "diagonal", "chunk"}  # fmt: skip
 """Operators that start no kernel."""
@@ -160,6 +163,8 @@ class Pretend(TorchDispatchMode):
                 raise RuntimeError(
                     f"{func}: expected all tensors on one device, found {DEVICE} and {others[0].device} {tuple(others[0].shape)}"
                 )
+            if torch.are_deterministic_algorithms_enabled() and _not_deterministic(func, args, kwargs):
+                raise RuntimeError(f"{func} does not have a deterministic implementation")
             if func in WAITS or self._boolean_index(func, args):
                 self._count("syncs", func)
             elif func.overloadpacket.__name__ not in VIEWS:
@@ -199,6 +204,17 @@ class Pretend(TorchDispatchMode):
     def _count(self, kind: str, func: Any) -> None:
         place = _place()
         getattr(self.counts, kind)[f"{place} {func.overloadpacket.__name__}"] += 1
+
+
+def _not_deterministic(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return True if CUDA refuses the operator when only deterministic kernels are allowed."""
+    if func.overloadpacket in (aten.cumsum, aten.cumsum_):
+        return (kwargs.get("dtype") or args[0].dtype).is_floating_point  # type: ignore[no-any-return]
+    if func.overloadpacket is aten.bincount:
+        return len(args) > 1 and args[1] is not None
+    if func.overloadpacket is aten.scatter_reduce:
+        return "prod" in args
+    return func in REFUSED
 
 
 def _place() -> str:

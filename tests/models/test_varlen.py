@@ -36,7 +36,7 @@ batches = st.lists(st.builds(Tokens, a_prompt, st.lists(st.just(9), max_size=14)
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU takes offsets, in any dtype, through the reference kernel."""
+    """Let the CPU take offsets, in any dtype, through the reference kernel."""
     monkeypatch.setitem(KERNELS, "cpu", lambda: REFERENCE)
     monkeypatch.setitem(OFFSETS, "cpu", frozenset({torch.float32}))
 

@@ -13,6 +13,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.errors import RolloutError
 from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
+from posttrain.rollouts.drawing import _shifted_sums
 from posttrain.rollouts.engine import Request, SamplingSettings, uniforms
 from posttrain.rollouts.native import NativeEngine
 from tests.models import small
@@ -181,3 +182,9 @@ def test_rows_that_finish_early_leave_the_others_as_they_are(model: Any) -> None
             assert cut.tokens == whole.tokens[: len(cut.tokens)]
             assert cut.logprobs == pytest.approx(whole.logprobs[: len(cut.tokens)], abs=1e-5)
             assert cut.finished == (common in whole.tokens)
+
+
+def test_running_sums_of_a_fixed_order_are_the_cumulated_probabilities() -> None:
+    for size in (1, 2, 7, 64, 1000):
+        rows = torch.rand(3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+        assert torch.allclose(_shifted_sums(rows), rows.cumsum(-1), rtol=1e-14, atol=0)
