@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo demo-real retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies docs clean
+.PHONY: help setup workspace demo demo-real retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies worker docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ study: workspace  ## run one study of examples/studies and decide its claims (NA
 
 studies: workspace  ## run all studies and write docs/claims.md
 	@$(QUIET) $(PYTHON_IN) -m flows.study --all $(ARGS)
+
+worker: workspace  ## run stages for flows on other machines (POOL=stages; ARGS="list" or "drain NAME")
+	@$(QUIET) $(PYTHON_IN) -m flows.workers $(or $(ARGS),add) $(if $(POOL),--pool $(POOL))
 
 docs: setup  ## build the documentation into .posttrain/site, offline
 	@NO_MKDOCS_2_WARNING=true $(PYTHON_IN) -m mkdocs build --strict --quiet

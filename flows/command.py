@@ -27,6 +27,7 @@ from tasks.console import print_line
 ENVIRONMENT = """environment:
   POSTTRAIN_SLOTS          stages side by side (default: one per CUDA device, else per CPU core)
   POSTTRAIN_GRACE_SECONDS  time for a stage to write its checkpoint when stopped (default 8)
+  POSTTRAIN_POOL           a work pool whose workers run the stages (default: none, they run on this machine)
   PREFECT_API_URL          a Prefect server to report to (default: a private one that ends with the command)
   MLFLOW_TRACKING_URI      where MLflow keeps runs and registry (default: mlflow.db in the project)
   POSTTRAIN_INBOX          folder or s3://BUCKET/PREFIX where new data arrive (default: inbox in the project)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.answer import answer
+from flows.pool import Workers, workers_of_pool
 from flows.remaining import last_seconds, time_left
 from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
@@ -24,6 +26,7 @@ from tasks import stage as stages
 from tasks.console import log_line, print_line
 from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
+from tasks.pool.send import bring_up_to_date_on_worker
 from tasks.publish import publish_report
 from tasks.slots import machine_slots
 
@@ -41,12 +44,12 @@ def bring_all_up_to_date(
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
         todo = stale(dag, changed(root) | imports)
         if not todo:
-            _announce(dag, todo)
+            _announce(dag, todo, None)
             _finish(root)
             return None
         started = time.time()
-        with fork_server(root), follower(root, tracking):
-            outcome = _plan_and_run(root, dag, todo, imports, refresh)
+        with workers_of_pool(root, whole) as workers, _helpers(root, tracking, workers):
+            outcome = _plan_and_run(root, dag, todo, imports, refresh, workers)
         sort_lock(root, whole)
         write_record(root, started, time.time(), outcome.results)
         if outcome.interrupted:
@@ -61,34 +64,51 @@ def bring_all_up_to_date(
     return None
 
 
-def _plan_and_run(root: Path, dag: Dag, todo: set[str], imports: set[str], refresh: bool) -> DagOutcome:
+@contextmanager
+def _helpers(root: Path, tracking: bool, workers: Workers) -> Iterator[None]:
+    """Run the helper processes of a flow; stages on other machines fork from a fork server there."""
+    with follower(root, tracking), fork_server(root) if workers is None else nullcontext():
+        yield
+
+
+def _plan_and_run(
+    root: Path, dag: Dag, todo: set[str], imports: set[str], refresh: bool, workers: Workers
+) -> DagOutcome:
     """Run the stages on whose results the plan depends, count the stale stages again, and run them."""
     first = before_plan(dag, todo)
-    early = _run(root, needed_for(dag, first), first, refresh) if first else DagOutcome()
+    early = _run(root, needed_for(dag, first), first, refresh, workers) if first else DagOutcome()
     if early.failures or early.interrupted:
         early.not_started = [name for name in dag if name in todo - first]
         return early
     if first:
         todo = stale(dag, changed(root) | imports)
-    _announce(dag, todo)
-    outcome = _run(root, dag, todo, refresh)
+    _announce(dag, todo, workers)
+    outcome = _run(root, dag, todo, refresh, workers)
     outcome.results |= {name: result for name, result in early.results.items() if result.ran}
     return outcome
 
 
-def _run(root: Path, dag: Dag, todo: set[str], refresh: bool) -> DagOutcome:
+def _run(root: Path, dag: Dag, todo: set[str], refresh: bool, workers: Workers) -> DagOutcome:
     """Bring the nodes of `todo` up to date, in the order of the DAG and as many at once as there are slots."""
-    slots = len(machine_slots())
-    return run_all(dag, _submitter(root, todo, refresh), slots, stages.stop, _Progress(todo, last_seconds(root), slots))
+    slots = len(machine_slots()) if workers is None else workers.settings.in_flight
+    progress = _Progress(todo, last_seconds(root), slots)
+    outcome = run_all(dag, _submitter(root, todo, refresh, workers), slots, stages.stop, progress)
+    if workers is not None and not outcome.interrupted:
+        workers.bring_back()
+    return outcome
 
 
 def _submitter(
-    root: Path, todo: set[str], refresh: bool
+    root: Path, todo: set[str], refresh: bool, workers: Workers
 ) -> Callable[[Node, list[Future], Callable[[str], None]], Future]:
     """Return the function that submits one node as a Prefect task."""
     identity = str(flow_run.get_id() or "")
 
     def submit(node: Node, above: list[Future], done: Callable[[str], None]) -> Future:
+        if workers is not None and node.kind == "stage" and node.name in todo:
+            sent = bring_up_to_date_on_worker.submit(workers, node.name, return_state=False, wait_for=above)
+            sent.add_done_callback(lambda _: done(node.name))
+            return sent
         future = stages.bring_up_to_date.submit(
             str(root),
             node.name,
@@ -105,12 +125,13 @@ def _submitter(
     return submit
 
 
-def _announce(dag: Dag, todo: set[str]) -> None:
+def _announce(dag: Dag, todo: set[str], workers: Workers) -> None:
     """Log the number of stages to run."""
     if not todo:
         log_line(f"nothing to do: all {len(dag)} stages are up to date")
         return
-    log_line(f"{len(todo)} of {len(dag)} stages to bring up to date, {len(machine_slots())} in parallel")
+    where = f"{len(machine_slots())} in parallel" if workers is None else f"by the workers of {workers.name}"
+    log_line(f"{len(todo)} of {len(dag)} stages to bring up to date, {where}")
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Sort dvc.lock in the order of the DAG: DVC appends each stage when it finishes, which is random for parallel stages."""
+"""Read, merge and sort the entries of dvc.lock as text.
+
+DVC appends each stage when it finishes, which is random for parallel stages; here they follow the order of the DAG.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 
 from posttrain.files import write_atomic
 
+HEAD = "schema: '2.0'\n"
+"""First line of a dvc.lock."""
 _ENTRY = re.compile(r"^  (?! )'?(.+?)'?:\n", re.MULTILINE)
 
 
@@ -37,3 +42,24 @@ def sorted_lock(text: str, order: Iterable[str]) -> str:
         return rank.get(match[1], len(rank)), match[1]
 
     return head + marker + "".join(sorted(entries, key=key))
+
+
+def lock_entries(text: str) -> dict[str, str]:
+    """Return the text of each stage's entry in dvc.lock by the stage's name, in the order of the file."""
+    body = text.partition("stages:\n")[2]
+    starts = [*_ENTRY.finditer(body)]
+    ends = [*(match.start() for match in starts[1:]), len(body)]
+    return {match[1]: body[match.start() : end] for match, end in zip(starts, ends, strict=False)}
+
+
+def merge_entry(root: Path, name: str, entry: str, order: Iterable[str]) -> None:
+    """Put one stage's entry into dvc.lock, in place of an older one, as DVC would write it.
+
+    Call it from one thread at a time, and not while a dvc process writes the file.
+    """
+    path = root / "dvc.lock"
+    text = path.read_text(encoding="utf-8") if path.is_file() else HEAD
+    present = lock_entries(text)
+    entries = present | {name: entry}
+    head = text.partition("stages:\n")[0] if present else HEAD
+    write_atomic(path, sorted_lock(f"{head}stages:\n{''.join(entries.values())}", order).encode())

@@ -145,11 +145,12 @@ def run_logged(
     held: Lease | None = None,
     flow_run: str = "",
     followed: bool = True,
+    stopped: Event = stop,
 ) -> StageLog:
     """Run a command to its end; its lines go to Prefect's log, its whole output to .posttrain/logs.
 
-    If `followed` is true, the flow copies the command's journal into MLflow, so the command does not. Raises Interrupted if `stop` was
-    set, LockBusy if a retry may succeed, else StageFailed with the last error line.
+    If `followed` is true, the flow copies the command's journal into MLflow, so the command does not. Raises Interrupted if `stopped`
+    was set, LockBusy if a retry may succeed, else StageFailed with the last error line.
     """
     path = log_path(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +168,8 @@ def run_logged(
             pass_fds=descriptors,
             grace_seconds=grace_seconds(),
         )
-        status = _watch(process, log)
-    if stop.is_set() and status:
+        status = _watch(process, log, stopped)
+    if stopped.is_set() and status:
         raise Interrupted(f"{name} was stopped; its checkpoint is kept, and the next run continues from it")
     if status:
         raise _failure(name, log, path, status)
@@ -184,10 +185,10 @@ def grace_seconds() -> float:
         raise OrchestrationError(f"POSTTRAIN_GRACE_SECONDS = {text!r}: must be a number of seconds.") from None
 
 
-def _watch(process: subprocess.Popen[bytes], log: StageLog) -> int:
+def _watch(process: subprocess.Popen[bytes], log: StageLog, stopped: Event) -> int:
     """Feed the output to the log and return the exit status."""
     try:
-        for chunk in chunks(process, stop):
+        for chunk in chunks(process, stopped):
             log.feed(chunk)
         log.close()
         return process.wait()

@@ -1,0 +1,257 @@
+"""Measure the cost of running stages on workers: of one stage, and of a flow over many trivial stages.
+
+    python benchmarks/workers.py overhead [--stages 6] [--write]     one worker with its own clone, an S3 store, a git server
+    python benchmarks/workers.py many [--stages 500] [--write]       the flow's process and Prefect's server only
+
+`overhead` runs a chain of stages that copy one byte on a worker, and the same chain by `dvc repro --single-item` on this machine; the
+difference of the times from one stage's end to the next one's is the overhead. `many` has workers that answer at once with a finished
+record, so only the flow's own work is left: its seconds for a stage, and its peak memory.
+--write puts the table into benchmarks/workers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import flows  # noqa: F401  (Prefect's quiet environment)
+from benchmarks.orchestration import prefect
+from posttrain.network import free_port, wait_until
+from tasks.process import child_environment
+
+PROJECT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_suffix(".md")
+POOL = "stages"
+KEYS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def project(folder: Path, stages: list[str]) -> Path:
+    """Create a committed project of stages with this checkout's code and settings of workers."""
+    folder.mkdir(parents=True)
+    (folder / "in").write_text("x")
+    (folder / "params.yaml").write_text("{}\n")
+    (folder / "dvc.yaml").write_text("\n".join(["stages:", *stages]) + "\n")
+    for name in ("flows", "tasks", "pipelines", "posttrain", "infra"):
+        subprocess.run(["cp", "-r", str(PROJECT / name), str(folder / name)], check=True)
+    git(folder, "init", "-q")
+    run(folder, "dvc", "init", "-q")
+    (folder / ".gitignore").write_text(".posttrain/\n__pycache__/\nout-*\n")
+    (folder / ".dvcignore").write_text("__pycache__\n")
+    return folder
+
+
+def publish(root: Path, remote: str, endpoint: str | None, bare: Path, address: str) -> None:
+    """Commit the project with its DVC remote, and push it to a bare repository."""
+    run(root, "dvc", "remote", "add", "-q", "--default", "store", remote)
+    if endpoint:
+        run(root, "dvc", "remote", "modify", "store", "endpointurl", endpoint)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "benchmark")
+    git(root, "init", "-q", "--bare", str(bare))
+    git(root, "remote", "add", "origin", address)
+    git(root, "push", "-q", str(bare), "HEAD:refs/heads/main")
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def run(folder: Path, *command: str, **extra: str) -> str:
+    environment = child_environment({**KEYS, "CUDA_VISIBLE_DEVICES": "", **extra})
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+@contextmanager
+def background(folder: Path, command: list[str], **extra: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process while inside; its output goes to a file next to its folder."""
+    with folder.with_name(f"{folder.name}-{Path(command[0]).name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=child_environment({**KEYS, **extra}),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def overhead(stages: int) -> dict[str, list[float]]:
+    """Return the seconds of a stage on a worker, and by dvc alone."""
+    chain = ["  s1: {cmd: cp in out-1, deps: [in], outs: [out-1]}"]
+    for i in range(2, stages + 1):
+        chain.append(f"  s{i}: {{cmd: cp out-{i - 1} out-{i}, deps: [out-{i - 1}], outs: [out-{i}]}}")
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as name, prefect(Path(name), None) as url:
+        folder = Path(name)
+        root, port, store = project(folder / "parent", chain), free_port(), free_port()
+        moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(store)]
+        daemon = [
+            "git",
+            "daemon",
+            "--export-all",
+            f"--base-path={folder}",
+            "--listen=127.0.0.1",
+            f"--port={port}",
+            name,
+        ]
+        with background(folder / "parent", moto), background(folder / "parent", daemon):
+            endpoint = f"http://127.0.0.1:{store}"
+            ready = ["curl", "-sf", "-X", "PUT", f"{endpoint}/store"]
+            wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, lambda: True, 60)
+            publish(root, "s3://store/dvc", endpoint, folder / "project.git", f"git://127.0.0.1:{port}/project.git")
+            git(folder, "clone", "-q", "--branch", "main", str(folder / "project.git"), str(folder / "worker"))
+            git(folder / "worker", "remote", "set-url", "origin", f"git://127.0.0.1:{port}/project.git")
+            worker = [sys.executable, "-m", "flows.workers", "add", POOL, "--name", "one"]
+            settings = {"PREFECT_API_URL": url, "POSTTRAIN_SLOTS": "1", "POSTTRAIN_WARM": "none"}
+            with background(folder / "worker", worker, **settings):
+                run(root, "flows.compare", "--no-tracking", POSTTRAIN_POOL=POOL, PREFECT_API_URL=url)
+        remote = _gaps(root)
+        alone = []
+        for number in range(1, stages + 1):
+            began = time.monotonic()
+            run(root, "dvc", "repro", "--single-item", "--force", f"s{number}")
+            alone.append(time.monotonic() - began)
+    return {"a stage on a worker": remote[1:], "a stage by dvc alone": alone[1:]}
+
+
+def _gaps(root: Path) -> list[float]:
+    """Return the seconds from one stage's end to the next one's, in the record of the flow."""
+    stages = json.loads((root / ".posttrain" / "flow.json").read_text(encoding="utf-8"))["stages"].values()
+    ends = sorted(stage["ended"] for stage in stages)
+    return [later - earlier for earlier, later in pairwise(ends)]
+
+
+def many(stages: int) -> dict[str, float]:
+    """Return the seconds of a flow for each stage, and its peak memory in megabytes, with workers that answer at once."""
+    wide = [f"  s{i}: {{cmd: cp in out-{i}, deps: [in], outs: [out-{i}]}}" for i in range(stages)]
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as name, prefect(Path(name), None) as url:
+        folder = Path(name)
+        root = project(folder / "parent", wide)
+        publish(root, str(folder / "store"), None, folder / "project.git", str(folder / "project.git"))
+        run(root, "dvc", "repro", "-q", "s0")  # one byte, which all outputs share
+        run(root, "dvc", "push", "-q")
+        (root / "dvc.lock").unlink()
+        over = threading.Event()
+        thread = threading.Thread(target=_answer, args=(url, over), daemon=True)
+        thread.start()
+        command = [sys.executable, "-m", "flows.compare", "--no-tracking"]
+        environment = child_environment(
+            {**KEYS, "POSTTRAIN_POOL": POOL, "PREFECT_API_URL": url, "CUDA_VISIBLE_DEVICES": ""}
+        )
+        with (folder / "flow.log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, _memory(process.pid))
+            time.sleep(0.5)
+        over.set()
+        thread.join()
+        if process.returncode:
+            raise SystemExit((folder / "flow.log").read_text(encoding="utf-8")[-3000:])
+        record = json.loads((root / ".posttrain" / "flow.json").read_text(encoding="utf-8"))
+        ends = sorted(stage["ended"] for stage in record["stages"].values())
+        lines = (folder / "flow.log").read_text(encoding="utf-8").splitlines()
+        begun = record["started"]
+        return {
+            "seconds a stage, from the first sent to the last merged": (ends[-1] - begun) / stages,
+            "seconds from the last merged to the flow's end": record["ended"] - ends[-1],
+            "megabytes of the flow's process, at most": peak,
+            "lines in the terminal": float(len(lines)),
+        }
+
+
+def _memory(pid: int) -> float:
+    """Return the peak resident memory of a process in megabytes."""
+    path = Path(f"/proc/{pid}/status")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")]
+    return int(found[0]) / 1024 if found else 0.0
+
+
+def _answer(url: str, over: threading.Event) -> None:
+    """Finish every stage that is sent: stand in for workers that need no time."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import ArtifactCreate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Completed
+
+    from tasks.pool.record import TYPE, Record
+
+    md5 = hashlib.md5(b"x", usedforsecurity=False).hexdigest()
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        while not over.wait(0.2):
+            try:
+                found = client.get_scheduled_flow_runs_for_work_pool(POOL)
+            except ObjectNotFound:
+                continue
+            for each in found:
+                number = each.flow_run.parameters["name"][1:]
+                same = f"      hash: md5\n      md5: {md5}\n      size: 1\n"
+                entry = f"  s{number}:\n    cmd: cp in out-{number}\n    deps:\n    - path: in\n{same}    outs:\n    - path: out-{number}\n{same}"
+                record = Record("stand-in", 1, "done", {"running": 0.01}, "", "ran", entry)
+                client.set_flow_run_state(each.flow_run.id, Completed(), force=True)
+                client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=each.flow_run.id, data=vars(record)))
+
+
+def table(mode: str, stages: int, found: dict[str, list[float]] | dict[str, float]) -> str:
+    """Return the measurements as a section of benchmarks/workers.md."""
+    rows = [f"| {name} | {_number(value)} |" for name, value in found.items()]
+    command = f"`python benchmarks/workers.py {mode} --stages {stages}`"
+    load = f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
+    return "\n".join([f"## {mode}", "", command, "", "| | |", "|---|---|", *rows, "", load, ""])
+
+
+def _number(value: list[float] | float) -> str:
+    if isinstance(value, list):
+        return f"{statistics.median(value):.2f} s (least {min(value):.2f}, most {max(value):.2f})"
+    return f"{value:.3g}"
+
+
+def write(mode: str, section: str) -> None:
+    """Replace one section of the page."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Stages on workers\n\n"
+    head, *sections = text.split("\n## ")
+    kept = [f"## {each}" for each in sections if not each.startswith(mode)]
+    PAGE.write_text(
+        "\n".join([head.rstrip() + "\n", *(each.rstrip() + "\n" for each in [*kept, section])]), encoding="utf-8"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("overhead", "many"))
+    parser.add_argument("--stages", type=int)
+    parser.add_argument("--write", action="store_true", help="write the table into benchmarks/workers.md")
+    args = parser.parse_args(argv)
+    stages = args.stages or {"overhead": 6, "many": 500}[args.mode]
+    found = overhead(stages) if args.mode == "overhead" else many(stages)
+    section = table(args.mode, stages, found)
+    print(section)
+    if args.write:
+        write(args.mode, section)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

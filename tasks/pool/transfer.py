@@ -1,0 +1,159 @@
+"""Move a stage's inputs and results between a worktree and DVC's remote, with DVC's own objects.
+
+DVC's command copies its whole cache of runs; here only the entries of one stage are copied, because a remote may hold ten thousand.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipelines.runtime.redaction import redact
+from posttrain.errors import Interrupted, OrchestrationError
+from posttrain.files import replace
+from tasks.dag import open_workspace
+
+T = TypeVar("T")
+_DVC = threading.Lock()
+"""One thread in DVC at a time: its locks and settings belong to the process."""
+RETRY_SECONDS = 2.0
+_CONNECTION = ("connect", "timed out", "timeout", "unreachable", "503", "500", "slow down", "reset", "endpoint")
+
+
+class RemoteAway(OrchestrationError):
+    """DVC's remote did not respond for `remote_seconds`; a different worker may reach it."""
+
+
+@contextmanager
+def opened(tree: Path) -> Iterator[Any]:
+    """Open the worktree in DVC, one thread at a time."""
+    with _DVC, open_workspace(tree) as repo:
+        yield repo
+
+
+def patiently(act: Callable[[], T], what: str, seconds: float, stop: threading.Event) -> T:
+    """Repeat `act` while the remote does not respond. Raises RemoteAway after `seconds`, and other errors of DVC at once."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return act()
+        except OrchestrationError:
+            raise
+        except Exception as error:  # each kind of remote raises errors of its own
+            words = redact(" ".join(str(error).split())[:300])
+            if not _away(error):
+                raise OrchestrationError(f"{what} failed: {words or type(error).__name__}") from error
+            if time.monotonic() > deadline:
+                raise RemoteAway(
+                    f"{what} failed for {seconds:.0f} s: {words}. `dvc remote list` shows the remote."
+                ) from error
+        if stop.wait(RETRY_SECONDS):
+            raise Interrupted(f"stopped while waiting for DVC's remote: {what}")
+
+
+def _away(error: BaseException) -> bool:
+    """Return True if the error, or a cause of it, is one of the network."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = f"{type(seen).__name__} {seen}".lower()
+        if isinstance(seen, ConnectionError | TimeoutError) or any(word in text for word in _CONNECTION):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def pull_inputs(tree: Path, name: str) -> None:
+    """Fetch the stage's inputs and its entries in the cache of runs, with their outputs."""
+    with opened(tree) as repo:
+        stage = find_stage(repo, name)
+        outs = [out.fs_path for out in repo.index.outs]
+        wanted = [path for dep in stage.deps for path in made_paths(dep.fs_path, outs)]
+        if wanted:
+            repo.pull(targets=wanted, force=True)
+        _fetch_runs(repo, stage)
+
+
+def find_stage(repo: Any, name: str) -> Any:
+    """Return a stage of the project's own dvc.yaml. Raises OrchestrationError if there is none of this name."""
+    for stage in repo.index.stages:
+        if getattr(stage, "name", None) == name and Path(stage.path).parent == Path(repo.root_dir):
+            return stage
+    raise OrchestrationError(f"dvc.yaml of this commit has no stage {name!r}")
+
+
+def made_paths(dependency: str, outs: Collection[str]) -> list[str]:
+    """Return the paths that DVC must fetch for a dependency: itself if an output holds it, else the outputs below it.
+
+    Code and parameters come with the commit.
+
+    Example:
+        >>> made_paths("/p/data/valid/sft.parquet", ["/p/data/valid", "/p/models/base"])
+        ['/p/data/valid/sft.parquet']
+        >>> made_paths("/p/data/raw", ["/p/data/raw/accepted"]), made_paths("/p/pipelines", ["/p/models/base"])
+        (['/p/data/raw/accepted'], [])
+    """
+    if any(dependency == out or dependency.startswith(f"{out}/") for out in outs):
+        return [dependency]
+    return sorted(out for out in outs if out.startswith(f"{dependency}/"))
+
+
+def _fetch_runs(repo: Any, stage: Any) -> None:
+    """Fetch the runs with the stage's present inputs, and the outputs of the newest, which `dvc repro` then restores."""
+    from dvc.stage.cache import _can_hash, _get_stage_hash
+    from dvc.stage.loader import StageLoader
+
+    stage.save_deps()
+    if not _can_hash(stage):
+        return
+    key = _get_stage_hash(stage)
+    remote = repo.cloud.get_remote_odb(None, "fetch --run-cache", hash_name="md5-dos2unix")
+    source = remote.fs.join(remote.path, "runs", key[:2], key)
+    if not remote.fs.exists(source):
+        return
+    target = Path(repo.stage_cache._get_cache_dir(key))
+    target.mkdir(parents=True, exist_ok=True)
+    for path in remote.fs.find(source):
+        final = target / remote.fs.name(path)
+        partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
+        remote.fs.get_file(path, str(partial))
+        partial.rename(final)
+    found = repo.stage_cache._load(stage)
+    if found:
+        StageLoader.fill_from_lock(stage, found)
+        for objects in stage.get_used_objs().values():
+            repo.cloud.pull(objects)
+
+
+def push_results(tree: Path, name: str) -> None:
+    """Copy the stage's outputs, and its entries in the cache of runs, to the default remote."""
+    from dvc.stage.cache import _can_hash, _get_stage_hash
+
+    with opened(tree) as repo:
+        stage = find_stage(repo, name)
+        repo.push(targets=[out.fs_path for out in stage.outs])
+        if not _can_hash(stage):
+            return
+        key = _get_stage_hash(stage)
+        remote = repo.cloud.get_remote_odb(None, "push --run-cache", hash_name="md5-dos2unix")
+        for path in sorted(Path(repo.stage_cache._get_cache_dir(key)).glob("*")):
+            target = remote.fs.join(remote.path, "runs", key[:2], key, path.name)
+            if path.suffix != ".partial" and not remote.fs.exists(target):
+                put_file(remote.fs, path, target)
+
+
+def put_file(fs: Any, path: Path, target: str) -> None:
+    """Copy a file to a remote, where it appears whole: a store of objects does so by itself, a folder by renaming."""
+    from dvc.fs import LocalFileSystem
+
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(path), target)
+        return
+    fs.makedirs(fs.parent(target), exist_ok=True)
+    partial = f"{target}.{os.getpid()}.partial"
+    fs.put_file(str(path), partial)
+    replace(Path(partial), Path(target))

@@ -1,0 +1,188 @@
+"""Run one stage on a worker that shares nothing with the flow: fetch, run, send, and report."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from prefect.logging import get_run_logger
+
+from pipelines.runtime.environment import machine_fault
+from posttrain.errors import PosttrainError
+from tasks.console import log_line
+from tasks.lockfile import lock_entries
+from tasks.pool import checkpoints
+from tasks.pool.order import StageOrder
+from tasks.pool.record import Lease, Phase, Record
+from tasks.pool.settings import WorkerSettings
+from tasks.pool.transfer import patiently, pull_inputs, push_results
+from tasks.pool.tree import NoCommit, check_out, free_tree
+from tasks.slots import Slot, lease
+from tasks.stage import StageFailed, dvc_command, run_logged
+
+T = TypeVar("T")
+POLL_SECONDS = 0.5
+MACHINE = "cannot continue: "
+"""In the error of a step that met a fault of its machine; see pipelines.runtime.step."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker of a pool: its name, its clone, and how many stages it runs at once."""
+
+    name: str
+    workspace: Path
+    slots: Sequence[Slot]
+    stop: threading.Event
+    """Set when the worker is asked to end: its stages write a checkpoint and are given to other workers."""
+
+
+def run_order(worker: Worker, order: StageOrder, run: UUID, settings: WorkerSettings, parent: str = "") -> Record:
+    """Bring the stage up to date in a worktree, copy its results to the remote, and return the record.
+
+    Raises the stage's error, after the record reports it. `parent` is the id of the flow run that sent the stage.
+    """
+    held = Lease(run, Record(worker.name), settings.beat_seconds)
+    work = _Work(worker, order, held, settings, parent)
+    with held.held(), _stopped_with(worker, held):
+        try:
+            work.run()
+        except (PosttrainError, OSError) as error:
+            held.record.phase, held.record.error = _blame(error), _words(error)
+            raise
+        finally:
+            held.report()
+    return held.record
+
+
+def _blame(error: Exception) -> Phase:
+    """Return `failed` if the stage would fail on every worker, else `lost`."""
+    if isinstance(error, StageFailed):
+        return "lost" if error.killed or MACHINE in str(error) else "failed"
+    return "failed" if isinstance(error, NoCommit) else "lost"
+
+
+def _words(error: Exception) -> str:
+    """Return the error in words; a fault of the machine with its remedy."""
+    return (machine_fault(error) if isinstance(error, OSError) else None) or str(error)
+
+
+@dataclass
+class _Work:
+    """The steps of one stage."""
+
+    worker: Worker
+    order: StageOrder
+    lease: Lease
+    settings: WorkerSettings
+    parent: str
+
+    def run(self) -> None:
+        order, record = self.order, self.lease.record
+        with free_tree(self.worker.workspace, len(self.worker.slots)) as tree:
+            with self._phase("fetching"):
+                self._fetch(tree)
+            with self._phase("waiting"), lease(self.worker.slots, self.lease.stop) as slot:
+                record.seconds["waiting"] = round(time.monotonic() - self._began, 3)
+                with self._phase("running"), self._checkpoints(tree):
+                    command = dvc_command(order.name, "stage", refresh=False)
+                    log = run_logged(
+                        tree, order.name, command, held=slot, flow_run=self.parent, stopped=self.lease.stop
+                    )
+            with self._phase("sending"):
+                self.lease.require()
+                self._remote(lambda: push_results(tree, order.name), "copying results to DVC's remote")
+                self.lease.require()
+            record.entry = lock_entries((tree / "dvc.lock").read_text(encoding="utf-8"))[order.name]
+            record.outcome, record.phase = log.outcome, "done"
+            self.lease.report()  # the flow need not wait for what follows
+            if record.checkpoint:
+                self._remote(lambda: checkpoints.remove(tree, order.key), "removing checkpoints")
+
+    def _fetch(self, tree: Path) -> None:
+        """Bring the code, the inputs and the newest checkpoint to the worktree."""
+        order, record = self.order, self.lease.record
+        check_out(self.worker.workspace, tree, order.commit, order.files, order.lock)
+        self._remote(lambda: pull_inputs(tree, order.name), "fetching inputs from DVC's remote")
+        record.checkpoint = (
+            self._remote(lambda: checkpoints.download(tree, order.key, order.name), "fetching a checkpoint") or ""
+        )
+        if record.checkpoint:
+            log_line(f"{order.name} continues from checkpoint {record.checkpoint} of the remote")
+
+    @contextmanager
+    def _phase(self, name: Phase) -> Iterator[None]:
+        """Report the phase and measure its seconds."""
+        self._began = began = time.monotonic()
+        self.lease.record.phase = name
+        try:
+            yield
+        finally:
+            self.lease.record.seconds.setdefault(name, round(time.monotonic() - began, 3))
+
+    def _remote(self, act: Callable[[], T], what: str) -> T:
+        return patiently(act, what, self.settings.remote_seconds, self.lease.stop)
+
+    @contextmanager
+    def _checkpoints(self, tree: Path) -> Iterator[None]:
+        """Copy new checkpoints to the remote while the stage runs, and the last one if it does not finish."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._copy_checkpoints, args=(tree, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        except PosttrainError:
+            over.set()
+            thread.join()
+            self._copy(tree)
+            raise
+        finally:
+            over.set()
+            thread.join()
+
+    def _copy_checkpoints(self, tree: Path, over: threading.Event) -> None:
+        copied = time.monotonic()
+        while not over.wait(POLL_SECONDS):
+            if time.monotonic() - copied >= self.settings.checkpoint_seconds and self._copy(tree):
+                copied = time.monotonic()
+
+    def _copy(self, tree: Path) -> bool:
+        """Copy the newest checkpoint unless the remote has it; return True if it was copied."""
+        found = checkpoints.newest(tree, self.order.name)
+        if found is None or f"{found.step}" == self.lease.record.checkpoint.partition("-")[0]:
+            return False
+        try:
+            name = checkpoints.upload(tree, self.order.key, found)
+        except (
+            Exception
+        ) as error:  # each kind of remote raises its own; training goes on, and the next copy tries again
+            get_run_logger().warning(f"{self.order.name}: checkpoint {found.step} is not in the remote: {error}")
+            return False
+        self.lease.record.checkpoint = name or self.lease.record.checkpoint
+        return name is not None
+
+
+@contextmanager
+def _stopped_with(worker: Worker, held: Lease) -> Iterator[None]:
+    """Stop the stage when the worker is asked to end."""
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(POLL_SECONDS):
+            if worker.stop.is_set():
+                held.stop.set()
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

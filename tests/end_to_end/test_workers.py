@@ -1,0 +1,138 @@
+"""One flow on workers that share only the network: the lock of one machine, each stage once, a killed worker, and a late one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterName,
+)
+from prefect.client.schemas.objects import FlowRun
+
+from tasks.dag import read_dag
+from tasks.lockfile import sorted_lock
+from tasks.pool.record import Record, parse
+from tasks.pool.settings import FLOW
+from tests.end_to_end.conftest import TINY, Clone
+from tests.fleet import Fleet, fleet, until
+from tests.s3 import serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+SETTINGS = (
+    "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=40", "align.on_policy.measure_kl_every=0",
+    "align.checkpoint.every_steps=2",
+)  # fmt: skip
+QUICK = {"lease_seconds: 30": "lease_seconds: 10", "checkpoint_seconds: 30": "checkpoint_seconds: 1"}
+
+
+def attempts(stage: str) -> list[tuple[FlowRun, Record | None]]:
+    """Return the flow runs of a stage, and their workers' records, in the order of attempts."""
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_=stage)),
+        )
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id for run in runs]))
+        )
+    records = {each.flow_run_id: parse(each.data) for each in found}
+    return [(run, records.get(run.id)) for run in sorted(runs, key=lambda run: run.name)]
+
+
+def at_work(stage: str, checkpoint: bool = False) -> str | None:
+    """Return the worker that trains the stage, once it runs and, if asked, has a checkpoint in the remote."""
+    for run, record in attempts(stage):
+        if (
+            record
+            and run.state
+            and run.state.is_running()
+            and record.phase == "running"
+            and (record.checkpoint or not checkpoint)
+        ):
+            return record.worker
+    return None
+
+
+@pytest.fixture
+def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Return the flow's clone, committed and pushed, and a second clone with the same settings for one machine."""
+    with serving("store") as s3, fleet(tmp_path / "fleet", s3, prefect_url) as made:
+        made.parent.home.mkdir(parents=True)
+        shutil.move(new_clone().root, made.parent.root)
+        path = made.parent.root / "infra" / "workers.yaml"
+        text = path.read_text()
+        for before, after in QUICK.items():
+            assert before in text
+            text = text.replace(before, after)
+        path.write_text(text)
+        made.publish("store")
+        made.parent.run(
+            "pipelines.commands.configure", str(TINY), *SETTINGS
+        )  # travels with each stage: it is not committed
+        alone = new_clone()
+        alone.configure(str(TINY), *SETTINGS)
+        yield made, alone
+
+
+def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is_late(
+    machines: tuple[Fleet, Clone],
+) -> None:
+    made, alone = machines
+    parent = made.parent
+    reference = alone.start("dvc", "repro", "-q", POSTTRAIN_FOLLOWER="1")
+    for name in ("one", "two"):
+        made.add(name)
+    flow = parent.start("flows.compare", "--no-tracking")
+
+    def alive() -> None:
+        assert flow.poll() is None, parent.log()
+
+    def first(stage: str) -> str:
+        found: list[str] = []
+
+        def look() -> bool:
+            alive()
+            found[:] = [each for each in [at_work(stage, checkpoint=True)] if each]
+            return bool(found)
+
+        until(look, f"{stage} writes no checkpoint\n{parent.log()}", 700)
+        return found[0]
+
+    killed = first("align@grpo-0")
+    made.kill(killed)
+    made.add("three")
+    late = first("align@grpo-1")
+    assert late != killed
+    os.kill(made.workers[late].pid, signal.SIGSTOP)
+    until(lambda: len(attempts("align@grpo-1")) > 1, f"the silent worker keeps its stage\n{parent.log()}")
+    os.kill(made.workers[late].pid, signal.SIGCONT)
+    assert flow.wait(700) == 0, parent.log()
+    assert reference.wait(700) == 0
+
+    order = [name for name, node in read_dag(alone.root).items() if node.kind == "stage"]
+    assert (parent.root / "dvc.lock").read_text() == sorted_lock((alone.root / "dvc.lock").read_text(), order)
+    assert "up to date" in parent.run("dvc", "status").stdout
+
+    done = {stage: [record for _, record in attempts(stage) if record and record.phase == "done"] for stage in order}
+    assert {stage: [record.outcome for record in records] for stage, records in done.items()} == {
+        stage: ["ran"] for stage in order
+    }
+    assert {record.worker for records in done.values() for record in records} == {"one", "two", "three"}
+    for stage in ("align@grpo-0", "align@grpo-1"):
+        (begun, _), *_, (_, last) = attempts(stage)
+        assert begun.state is not None
+        assert begun.state.is_crashed()
+        assert last is not None
+        assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
+    until(lambda: (attempts("align@grpo-1")[0][1] or Record("")).phase == "lost", "the late worker does not give up")
