@@ -24,7 +24,7 @@ def stage(name: str, commit: str, files: dict[str, str], lock: str, parent: str 
     """Bring one stage of a commit up to date here and copy its results to DVC's remote; see tasks.pool.order."""
     order = checked(name, commit, files, lock)
     worker = PRESENT[0] if PRESENT else Worker(
-        str(flow_run.get_name()), Path.cwd(), machine_slots(), threading.Event()
+        str(flow_run.get_name()), Path.cwd(), len(machine_slots()), threading.Event()
     )  # fmt: skip
     settings = read_settings(worker.workspace, read_yaml(worker.workspace / "dvc.yaml")["stages"])
     run_order(worker, order, UUID(str(flow_run.get_id())), settings, parent)

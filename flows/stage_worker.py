@@ -29,14 +29,16 @@ from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, Proc
 from flows.stage import PRESENT, stage
 from flows.workspace import fork_server
 from pipelines.config.yaml_files import read_yaml
-from posttrain.errors import OrchestrationError
+from posttrain.errors import Interrupted, OrchestrationError
 from tasks.console import print_line
 from tasks.pool.settings import CPU, FLOW, GPU, read_settings
-from tasks.pool.work import Worker
+from tasks.pool.work import Worker, blame
 from tasks.remote import has_remote
 from tasks.slots import cuda_devices, machine_slots
 
 QUERY_SECONDS = 1.0
+REST_SECONDS = 20.0
+"""After a fault of this machine, such as a full disk, other workers have time to take its stages."""
 # Prefect looks classes of workers up by type and warns of a second one; this process makes its worker itself.
 warnings.filterwarnings("ignore", message="Type 'StageWorker'")
 
@@ -81,17 +83,17 @@ def serve(root: Path, pool: str, name: str) -> None:
             f"{root} has no default DVC remote, through which a worker gets inputs and returns results: `python -m dvc remote add"
             " --default NAME URL`, the same as the flow's."
         )
-    slots, stop = machine_slots(), threading.Event()
-    PRESENT[:] = [Worker(name, root, slots, stop)]
+    places, stop = len(machine_slots()), threading.Event()
+    PRESENT[:] = [Worker(name, root, places, stop)]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     queues = {GPU, CPU} if cuda_devices() else {CPU}
     if name in _listed(pool):
         Variable.set(variable(pool), sorted(_listed(pool) - {name}), overwrite=True)
-    print_line(f"worker {name}: {len(slots)} stages at once, from {' and '.join(sorted(queues))} of the pool {pool}")
+    print_line(f"worker {name}: {places} stages at once, from {' and '.join(sorted(queues))} of the pool {pool}")
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(QUERY_SECONDS))
     with fork_server(root):
-        worker = StageWorker(work_pool_name=pool, name=name, limit=len(slots), work_queues=sorted(queues))
+        worker = StageWorker(work_pool_name=pool, name=name, limit=places, work_queues=sorted(queues))
         worker.stop, worker.pool = stop, pool
         try:
             asyncio.run(worker.start(printer=lambda *_: None))
@@ -138,8 +140,8 @@ class StageWorker(ProcessWorker):
         error = await anyio.to_thread.run_sync(_run_here, flow_run)
         words = "done" if error is None else f"not done: {error}"
         print_line(f"{flow_run.name:<24} {words} ({time.monotonic() - began:.1f} s)")
-        if isinstance(error, OSError):
-            self._resting_until = time.monotonic() + 60
+        if error is not None and not isinstance(error, Interrupted) and blame(error) == "lost":
+            self._resting_until = time.monotonic() + REST_SECONDS
         return ProcessWorkerResult(status_code=0, identifier=str(flow_run.id))
 
     async def kill_infrastructure(

@@ -6,7 +6,7 @@ DVC appends each stage when it finishes, which is random for parallel stages; he
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from posttrain.files import write_atomic
@@ -52,14 +52,8 @@ def lock_entries(text: str) -> dict[str, str]:
     return {match[1]: body[match.start() : end] for match, end in zip(starts, ends, strict=False)}
 
 
-def merge_entry(root: Path, name: str, entry: str, order: Iterable[str]) -> None:
-    """Put one stage's entry into dvc.lock, in place of an older one, as DVC would write it.
-
-    Call it from one thread at a time, and not while a dvc process writes the file.
-    """
-    path = root / "dvc.lock"
-    text = path.read_text(encoding="utf-8") if path.is_file() else HEAD
-    present = lock_entries(text)
-    entries = present | {name: entry}
-    head = text.partition("stages:\n")[0] if present else HEAD
-    write_atomic(path, sorted_lock(f"{head}stages:\n{''.join(entries.values())}", order).encode())
+def write_entries(root: Path, entries: Mapping[str, str], order: Iterable[str]) -> None:
+    """Write a dvc.lock of these entries, by the stage's name, as DVC would write it. Call it while no dvc process writes the file."""
+    rank = {name: i for i, name in enumerate(order)}
+    names = sorted(entries, key=lambda name: (rank.get(name, len(rank)), name))
+    write_atomic(root / "dvc.lock", f"{HEAD}stages:\n{''.join(map(entries.__getitem__, names))}".encode())

@@ -7,10 +7,11 @@ reader's own clock measures that, so clocks of other machines do not matter.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 from uuid import UUID
 
 import httpx
@@ -18,9 +19,12 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.exceptions import ObjectNotFound
 
-from posttrain.errors import OrchestrationError
+from pipelines.runtime.redaction import redact
+from posttrain.errors import Interrupted, OrchestrationError
 from tasks.log import StageOutcome
 
+T = TypeVar("T")
+RETRY_SECONDS = 2.0
 TYPE = "posttrain-stage"
 """Type of the artifact."""
 Phase = Literal["fetching", "waiting", "running", "sending", "done", "failed", "lost"]
@@ -60,15 +64,28 @@ def parse(data: Any) -> Record | None:
     return Record(beat=data["beat"], phase=data["phase"], outcome=outcome, seconds=spent, **texts)
 
 
+def insist(act: Callable[[], T], seconds: float) -> T:
+    """Repeat a request to Prefect's server while it does not respond, as during its restart. Raises OrchestrationError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return act()
+        except httpx.HTTPError as error:
+            if time.monotonic() > deadline:
+                raise OrchestrationError(
+                    f"Prefect's server did not respond for {seconds:.0f} s: {redact(str(error))}. Start it, then run again: finished stages"
+                    " are kept."
+                ) from None
+        time.sleep(RETRY_SECONDS)
+
+
 class Lease:
     """A worker's hold of a stage: reports every `beat_seconds`, and sets `stop` when the flow run is no longer this worker's."""
 
-    def __init__(self, run: UUID, record: Record, beat_seconds: float) -> None:
-        self.run, self.record, self.beat_seconds = run, record, beat_seconds
+    def __init__(self, run: UUID, record: Record, beat_seconds: float, server_seconds: float) -> None:
+        self.run, self.record, self.beat_seconds, self.server_seconds = run, record, beat_seconds, server_seconds
         self.stop, self._over, self._write = threading.Event(), threading.Event(), threading.Lock()
-        with self._client() as client:
-            made = client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=run, data=vars(record)))
-        self._artifact = made.id
+        self._artifact = insist(self._create, server_seconds)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -83,17 +100,27 @@ class Lease:
 
     def report(self) -> None:
         """Write the record now."""
-        with self._client() as client:
-            self._send(client)
+
+        def send() -> None:
+            with self._client() as client:
+                self._send(client)
+
+        insist(send, self.server_seconds)
 
     def require(self) -> None:
-        """Raise OrchestrationError if the flow run was taken away: the stage may be at work elsewhere, and its results count."""
+        """Raise Interrupted if the flow run was taken away: the stage may be at work elsewhere, and its results count."""
+
+        def ours() -> bool:
+            with self._client() as client:
+                return self._is_ours(client)
+
+        if self.stop.is_set() or not insist(ours, self.server_seconds):
+            self.stop.set()
+            raise Interrupted("the stage was given to another worker, or cancelled; its result here is not used")
+
+    def _create(self) -> UUID:
         with self._client() as client:
-            if self.stop.is_set() or not self._is_ours(client):
-                self.stop.set()
-                raise OrchestrationError(
-                    "the stage was given to another worker, or cancelled; its result here is not used"
-                )
+            return client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=self.run, data=vars(self.record))).id
 
     def _report(self) -> None:
         with self._client() as client:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,18 +16,19 @@ from uuid import UUID
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Crashed
+from prefect.types._datetime import now
 
 from pipelines.config.yaml_files import parse_yaml
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError, Interrupted, OrchestrationError
 from tasks.console import print_line
 from tasks.dag import Dag, Node
-from tasks.lockfile import lock_entries, merge_entry
+from tasks.lockfile import lock_entries, write_entries
 from tasks.pool.order import StageOrder
-from tasks.pool.record import Record
+from tasks.pool.record import Record, insist
 from tasks.pool.settings import FLOW, WorkerSettings
 from tasks.pool.snapshot import StagePaths, committed, order, read_paths
 from tasks.pool.watch import Sight, Watch
@@ -35,6 +37,8 @@ from tasks.stage import StageFailed, StageResult, grace_seconds
 from tasks.stage import stop as stop_flow
 
 WAIT_SECONDS = 0.5
+SKEW = timedelta(days=1)
+"""A stage is scheduled so long ago: a worker, whose clock may be late, takes only those whose time has come by its own clock."""
 SENDING_SECONDS = 30.0
 """Time for a stopped stage's last checkpoint to reach the remote."""
 
@@ -55,15 +59,28 @@ class Pool:
             )
         self.paths: dict[str, StagePaths] = read_paths(root)
         self.commit = committed(root, self.paths)
-        self._lock, self._watch, self._sent = threading.Lock(), Watch(), set[str]()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._watch, self._sent = Watch(), set[str]()
         self._made: set[str] = set()
-        self._locked: dict[str, Any] = dict(read_lock(root))  # kept up to date: parsing a large dvc.lock takes seconds
+        # dvc.lock in memory: parsing or sorting a large one takes seconds, so it is not read again, and written once for many results
+        self._locked: dict[str, Any] = dict(read_lock(root))
+        path = root / "dvc.lock"
+        self._entries = lock_entries(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._unwritten = Event()
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Follow the stages that are sent while inside."""
-        with self._watch.running():
-            yield
+        """Follow the stages that are sent while inside, and write dvc.lock."""
+        over = Event()
+        writer = threading.Thread(target=self._write_often, args=(over,), daemon=True)
+        writer.start()
+        try:
+            with self._watch.running():
+                yield
+        finally:
+            over.set()
+            writer.join()
+            self._write()
 
     def run(self, node: Node, stop: Event) -> StageResult:
         """Bring one stage up to date on a worker; a stage whose worker is lost goes to the next one.
@@ -80,7 +97,7 @@ class Pool:
             made += 1
             try:
                 record = self._wait(node.name, run, stop)
-                self._merge(node, record, wanted)
+                self._merge(node, record)
             except WorkerLost as lost:
                 if made == self.settings.attempts:
                     raise
@@ -95,6 +112,7 @@ class Pool:
         """Pull the results of all stages that workers have made since the last call."""
         with self._lock:
             names, self._made = sorted(self._made), set()
+        self._write()
         if not names:
             return
         error = run_dvc(self.root, "pull", "--force", *names)
@@ -106,7 +124,7 @@ class Pool:
     def _order(self, node: Node) -> StageOrder:
         """Return the order for a stage, after the remote holds those inputs that this machine made."""
         with self._lock:
-            own = sorted(set(node.after) - self._sent - self._made)
+            own = sorted(set(node.after) - self._sent)
             error = run_dvc(self.root, "push", *own) if own else None
             if error is not None:
                 raise OrchestrationError(f"inputs of {node.name} could not be copied to DVC's remote: {error}")
@@ -116,17 +134,22 @@ class Pool:
     def _submit(self, wanted: StageOrder, attempt: int) -> FlowRun:
         """Create the flow run of an attempt. A run of the same order and attempt, of any flow, is joined instead."""
         title = f"{wanted.name}" if attempt == 1 else f"{wanted.name} attempt {attempt}"
-        made = run_deployment(
-            f"{FLOW}/{self.name}",
-            parameters=wanted.parameters() | {"parent": self.flow_run},
-            flow_run_name=title,
-            timeout=0,
-            idempotency_key=f"{wanted.key}-{attempt}",
-            work_queue_name=self.settings.queue(wanted.name),
-            tags=["posttrain"],
-        )
-        assert isinstance(made, FlowRun)
-        return made
+
+        def create() -> FlowRun:
+            made = run_deployment(
+                f"{FLOW}/{self.name}",
+                parameters=wanted.parameters() | {"parent": self.flow_run},
+                scheduled_time=now("UTC") - SKEW,
+                flow_run_name=title,
+                timeout=0,
+                idempotency_key=f"{wanted.key}-{attempt}",
+                work_queue_name=self.settings.queue(wanted.name),
+                tags=["posttrain"],
+            )
+            assert isinstance(made, FlowRun)
+            return made
+
+        return insist(create, self.settings.remote_seconds)
 
     def _wait(self, name: str, run: FlowRun, stop: Event) -> Record:
         """Wait until the attempt is done. Raises StageFailed, WorkerLost or Interrupted; the run is then closed for its worker."""
@@ -162,13 +185,11 @@ class Pool:
 
     def _close(self, run: UUID, words: str) -> None:
         """End an attempt, so that a worker that comes back late finds that the stage is no longer its own."""
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run, Crashed(message=words[:500]), force=True)
+        self._set(run, Crashed(message=words[:500]))
 
     def _cancel(self, run: UUID, sight: Sight) -> None:
         """Cancel an attempt, and wait until its worker has stopped the stage and copied its checkpoint."""
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run, Cancelled(message="the flow was stopped"), force=True)
+        self._set(run, Cancelled(message="the flow was stopped"))
         deadline = time.monotonic() + grace_seconds() + 3 * self.settings.beat_seconds + SENDING_SECONDS
         while sight.record is not None and not sight.record.ended and time.monotonic() < deadline:
             sight.news.wait(WAIT_SECONDS)
@@ -176,15 +197,44 @@ class Pool:
             if sight.silent_seconds > self.settings.lease_seconds:
                 return
 
-    def _merge(self, node: Node, record: Record, wanted: StageOrder) -> None:
+    def _set(self, run: UUID, state: State[Any]) -> None:
+        def act() -> None:
+            with get_client(
+                httpx_settings={"timeout": 10.0}, sync_client=True
+            ) as client:  # not the flow's, for this thread
+                client.set_flow_run_state(run, state, force=True)
+
+        insist(act, self.settings.remote_seconds)
+
+    def _merge(self, node: Node, record: Record) -> None:
         """Put the entry into dvc.lock. Raises WorkerLost if it is not one of this stage with the inputs that were ordered."""
         with self._lock:
             try:
-                self._locked[node.name] = checked_entry(node.name, record.entry, self.paths[node.name], self._locked)
+                above = {name: self._locked[name] for name in node.after if name in self._locked}
+                self._locked[node.name] = checked_entry(node.name, record.entry, self.paths[node.name], above)
             except ConfigError as wrong:
                 raise WorkerLost(f"{record.worker} returned a result that is refused: {wrong}") from None
-            merge_entry(self.root, node.name, record.entry, self.whole)
+            self._entries[node.name] = record.entry
             self._made.add(node.name)
+            self._sent.add(node.name)
+            self._unwritten.set()
+
+    def _write_often(self, over: Event) -> None:
+        """Write dvc.lock after each result, but at most a tenth of the time. The next flow restores a killed flow's last results."""
+        pause = 0.0
+        while not over.wait(max(WAIT_SECONDS, pause)):
+            began = time.monotonic()
+            self._write()
+            pause = 10 * (time.monotonic() - began)
+
+    def _write(self) -> None:
+        """Write dvc.lock if a result is not in it yet."""
+        with self._writing:
+            if self._unwritten.is_set():
+                self._unwritten.clear()
+                with self._lock:
+                    entries = dict(self._entries)
+                write_entries(self.root, entries, self.whole)
 
 
 def checked_entry(name: str, entry: str, paths: StagePaths, locked: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def order(
     root: Path, commit: str, node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]
 ) -> StageOrder:
     """Return the order for a stage whose inputs are in `locked`, the stages of dvc.lock."""
-    return StageOrder(node.name, commit, differing(root, node), input_lock(locked, paths[node.name].deps))
+    above = {name: locked[name] for name in node.after if name in locked}
+    return StageOrder(node.name, commit, differing(root, node), input_lock(above, paths[node.name].deps))
 
 
 def input_lock(locked: Mapping[str, Any], deps: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tasks.pool.record import Lease, Phase, Record
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.transfer import patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree
-from tasks.slots import Slot, lease
+from tasks.slots import lease, machine_slots, trains
 from tasks.stage import StageFailed, dvc_command, run_logged
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Worker:
 
     name: str
     workspace: Path
-    slots: Sequence[Slot]
+    places: int
     stop: threading.Event
     """Set when the worker is asked to end: its stages write a checkpoint and are given to other workers."""
 
@@ -48,20 +48,20 @@ def run_order(worker: Worker, order: StageOrder, run: UUID, settings: WorkerSett
 
     Raises the stage's error, after the record reports it. `parent` is the id of the flow run that sent the stage.
     """
-    held = Lease(run, Record(worker.name), settings.beat_seconds)
+    held = Lease(run, Record(worker.name), settings.beat_seconds, settings.remote_seconds)
     work = _Work(worker, order, held, settings, parent)
     with held.held(), _stopped_with(worker, held):
         try:
             work.run()
         except (PosttrainError, OSError) as error:
-            held.record.phase, held.record.error = _blame(error), _words(error)
+            held.record.phase, held.record.error = blame(error), _words(error)
             raise
         finally:
             held.report()
     return held.record
 
 
-def _blame(error: Exception) -> Phase:
+def blame(error: BaseException) -> Phase:
     """Return `failed` if the stage would fail on every worker, else `lost`."""
     if isinstance(error, StageFailed):
         return "lost" if error.killed or MACHINE in str(error) else "failed"
@@ -85,10 +85,10 @@ class _Work:
 
     def run(self) -> None:
         order, record = self.order, self.lease.record
-        with free_tree(self.worker.workspace, len(self.worker.slots)) as tree:
+        with free_tree(self.worker.workspace, self.worker.places) as tree:
             with self._phase("fetching"):
                 self._fetch(tree)
-            with self._phase("waiting"), lease(self.worker.slots, self.lease.stop) as slot:
+            with self._phase("waiting"), lease(machine_slots(several=trains(order.name)), self.lease.stop) as slot:
                 record.seconds["waiting"] = round(time.monotonic() - self._began, 3)
                 with self._phase("running"), self._checkpoints(tree):
                     command = dvc_command(order.name, "stage", refresh=False)

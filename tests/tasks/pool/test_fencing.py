@@ -10,7 +10,7 @@ from tasks.pool.order import checked
 from tasks.pool.record import Record, parse
 from tasks.pool.settings import read_settings
 from tasks.pool.watch import Sight
-from tasks.pool.work import _blame
+from tasks.pool.work import blame
 from tasks.stage import StageFailed
 
 
@@ -42,10 +42,10 @@ def test_a_record_survives_the_server_and_anything_else_is_no_record() -> None:
 
 
 def test_a_stage_that_fails_everywhere_is_not_tried_again_and_a_machines_fault_is() -> None:
-    assert _blame(StageFailed("stage sft failed: error: no rows")) == "failed"
-    assert _blame(StageFailed("stage sft failed: it was ended by SIGKILL", "SIGKILL")) == "lost"
-    assert _blame(StageFailed("stage sft failed: error: sft cannot continue: No space left on device: /x")) == "lost"
-    assert _blame(OSError(28, "No space left on device")) == "lost"
+    assert blame(StageFailed("stage sft failed: error: no rows")) == "failed"
+    assert blame(StageFailed("stage sft failed: it was ended by SIGKILL", "SIGKILL")) == "lost"
+    assert blame(StageFailed("stage sft failed: error: sft cannot continue: No space left on device: /x")) == "lost"
+    assert blame(OSError(28, "No space left on device")) == "lost"
 
 
 @pytest.mark.parametrize(

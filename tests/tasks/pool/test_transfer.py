@@ -117,16 +117,16 @@ def test_a_checkpoint_goes_to_another_clone_whole_or_not_at_all(project: Path, c
     assert not stored.exists()
 
 
-def test_an_archive_that_would_write_elsewhere_is_not_unpacked(project: Path, tmp_path: Path) -> None:
+def test_an_archive_that_would_write_elsewhere_is_not_unpacked(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
     path = tmp_path / "bad.tar"
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "x", "side-left-1/../../../../x")
     with pytest.raises(tarfile.OutsideDestinationError):
-        checkpoints._unpack(path, project, "side@left")
+        checkpoints._unpack(path, tmp_path / "tree", "side@left")
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "x", "other/x")
-    assert not checkpoints._unpack(path, project, "side@left")
+    assert not checkpoints._unpack(path, tmp_path / "tree", "side@left")
 
 
 def test_only_a_remote_that_is_away_is_asked_again() -> None:
