@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
+
 import flows  # noqa: F401  (Prefect's quiet environment)
 from benchmarks.orchestration import prefect
 from posttrain.network import free_port, wait_until
