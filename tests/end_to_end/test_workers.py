@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ SETTINGS = (
     "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=40", "align.on_policy.measure_kl_every=0",
     "align.checkpoint.every_steps=2",
 )  # fmt: skip
+STAGES = ("align@dpo-0", "align@dpo-1", "align@grpo-0", "align@grpo-1")
 QUICK = {"lease_seconds: 30": "lease_seconds: 10", "checkpoint_seconds: 30": "checkpoint_seconds: 1"}
 
 
@@ -65,23 +67,24 @@ def at_work(stage: str, checkpoint: bool = False) -> str | None:
 
 
 @pytest.fixture
-def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Return the flow's clone, committed and pushed, and a second clone with the same settings for one machine."""
+def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path) -> Iterator[tuple[Fleet, Clone]]:
+    """Return a fleet and a copy of its flow's clone for one machine. Both have run the stages before the alignments on one machine."""
     with serving("store") as s3, fleet(tmp_path / "fleet", s3, prefect_url) as made:
+        clone = new_clone()
         made.parent.home.mkdir(parents=True)
-        shutil.move(new_clone().root, made.parent.root)
-        path = made.parent.root / "infra" / "workers.yaml"
+        shutil.move(clone.root, made.parent.root)
+        parent = replace(clone, root=made.parent.root)
+        path = parent.root / "infra" / "workers.yaml"
         text = path.read_text()
         for before, after in QUICK.items():
             assert before in text
             text = text.replace(before, after)
         path.write_text(text)
         made.publish("store")
-        made.parent.run(
-            "pipelines.commands.configure", str(TINY), *SETTINGS
-        )  # travels with each stage: it is not committed
-        alone = new_clone()
-        alone.configure(str(TINY), *SETTINGS)
+        parent.configure(str(TINY), *SETTINGS)  # is not committed: it travels with each stage
+        parent.repro("reward_readers", POSTTRAIN_FOLLOWER="1")
+        alone = replace(clone, root=tmp_path / "alone" / "project")
+        shutil.copytree(parent.root, alone.root, symlinks=True)
         yield made, alone
 
 
@@ -90,10 +93,10 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
 ) -> None:
     made, alone = machines
     parent = made.parent
-    reference = alone.start("dvc", "repro", "-q", POSTTRAIN_FOLLOWER="1")
+    reference = alone.start("dvc", "repro", "-q", *STAGES, POSTTRAIN_FOLLOWER="1")
     for name in ("one", "two"):
         made.add(name)
-    flow = parent.start("flows.compare", "--no-tracking")
+    flow = parent.start("flows.compare", "--no-tracking", *STAGES)
 
     def alive() -> None:
         assert flow.poll() is None, parent.log()
@@ -122,13 +125,13 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
 
     order = [name for name, node in read_dag(alone.root).items() if node.kind == "stage"]
     assert (parent.root / "dvc.lock").read_text() == sorted_lock((alone.root / "dvc.lock").read_text(), order)
-    assert "up to date" in parent.run("dvc", "status").stdout
+    assert "up to date" in parent.run("dvc", "status", *STAGES).stdout
 
-    done = {stage: [record for _, record in attempts(stage) if record and record.phase == "done"] for stage in order}
+    done = {stage: [record for _, record in attempts(stage) if record and record.phase == "done"] for stage in STAGES}
     assert {stage: [record.outcome for record in records] for stage, records in done.items()} == {
-        stage: ["ran"] for stage in order
+        stage: ["ran"] for stage in STAGES
     }
-    assert {record.worker for records in done.values() for record in records} == {"one", "two", "three"}
+    assert len({record.worker for records in done.values() for record in records}) > 1
     for stage in ("align@grpo-0", "align@grpo-1"):
         (begun, _), *_, (_, last) = attempts(stage)
         assert begun.state is not None
