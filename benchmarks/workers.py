@@ -99,7 +99,7 @@ def background(folder: Path, command: list[str], **extra: str) -> Iterator[subpr
 
 
 def overhead(stages: int) -> dict[str, list[float]]:
-    """Return the seconds of a stage on a worker, and by dvc alone."""
+    """Return the seconds of a stage on a worker, and by dvc without Prefect."""
     chain = ["  s1: {cmd: cp in out-1, deps: [in], outs: [out-1]}"]
     for i in range(2, stages + 1):
         chain.append(f"  s{i}: {{cmd: cp out-{i - 1} out-{i}, deps: [out-{i - 1}], outs: [out-{i}]}}")
@@ -133,7 +133,7 @@ def overhead(stages: int) -> dict[str, list[float]]:
             began = time.monotonic()
             run(root, "dvc", "repro", "--single-item", "--force", f"s{number}")
             alone.append(time.monotonic() - began)
-    return {"a stage on a worker": remote[1:], "a stage by dvc alone": alone[1:]}
+    return {"a stage on a worker": remote[1:], "a stage by dvc without Prefect": alone[1:]}
 
 
 def _gaps(root: Path) -> list[float]:
