@@ -14,7 +14,7 @@ import json
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pipelines.promotion.decision import (
     not_judged,
 )
 from pipelines.promotion.drift import arriving
+from pipelines.promotion.growth import by_age, mark
 from pipelines.promotion.page import page
 from pipelines.promotion.people import preferred, with_people
 from pipelines.report.load import BENCHMARKS, PREDICTIONS, RUNS, SFT, benchmark_scores, predictions
@@ -59,13 +60,14 @@ def run(run: Run) -> None:
     people = {name: preferred(Path(), name, args.champion) for name in names}
     decisions = [
         with_people(decision, people[decision.challenger], params.gate.people)
-        for decision in _judged(params, names, reference, resampling)
+        for decision in _judged(params, names, reference, resampling, args.earlier)
     ]
     drifts = arriving(Path(), params)
     rates = [rate for rate in people.values() if rate is not None]
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
     record = _record(chosen, decisions) | {"drift": [drift.record() for drift in drifts]}
     record["people"] = [asdict(rate) for rate in rates]
+    record["evaluation"] = mark(reference.prompts)
     run.outputs.artifact(DECISION.name).write_text(
         json.dumps(representable(record), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
@@ -85,12 +87,20 @@ def run(run: Run) -> None:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
 
 
-def _judged(params: Params, names: Sequence[str], reference: SampledAnswers, resampling: Resampling) -> list[Decision]:
-    """Decide about every candidate, the best mean difference first. Raises DataError if no candidate can be judged."""
+def _judged(
+    params: Params, names: Sequence[str], reference: SampledAnswers, resampling: Resampling, earlier: str | None = None
+) -> list[Decision]:
+    """Decide about every candidate, the best mean difference first. Raises DataError if no candidate can be judged.
+
+    `earlier` is the mark of the evaluation by which the champion was judged, None if it is unknown.
+    """
     limits, decisions, unusable = _limits(params.gate), [], []
     for name in names:
         try:
-            decisions.append(decide(_answers(params, name, evaluated(name)), reference, limits, resampling))
+            answers = _answers(params, name, evaluated(name))
+            decision = decide(answers, reference, limits, resampling)
+            aged = () if earlier is None else by_age(answers, reference, earlier, resampling)
+            decisions.append(replace(decision, by_age=aged))
         except DataError as error:
             unusable.append(not_judged(name, reference.name, str(error)))
     if not decisions:
@@ -173,6 +183,7 @@ def _record(chosen: Decision, decisions: Sequence[Decision]) -> dict[str, Any]:
         "reference": chosen.reference,
         "refusals": chosen.refusals,
         "reward_gain": asdict(chosen.difference),
+        "by_age": list(chosen.by_age),
         "power": {"level": chosen.level, "detectable": chosen.detectable},
         "candidates": [
             {"name": d.challenger, "promote": d.promote, "checks": [asdict(check) for check in d.checks]}
@@ -197,6 +208,9 @@ def arguments(parser: ArgumentParser) -> None:
         "--champion", help="folder of the champion's model (default: compare with the supervised model)"
     )
     parser.add_argument("--champion-name", help="name of the champion on the page")
+    parser.add_argument(
+        "--earlier", help="mark of the evaluation by which the champion was judged; rows since then are shown apart"
+    )
     parser.add_argument("--candidates", nargs="+", help="aligned models to check (default: all of params.yaml)")
 
 

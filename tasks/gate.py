@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.config.params import Params, load_params
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
-from pipelines.promotion.registry import AGAINST, CHAMPION, MD5, MEASURE, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHAMPION, EVALUATION, MD5, MEASURE, REASON, Registry, Version
 from pipelines.promotion.registry import DECISION as DECISION_TAG
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
@@ -109,6 +109,7 @@ def ask(
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
     if champion is not None:
         command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
+        command += ["--earlier", champion.tags[EVALUATION]] if EVALUATION in champion.tags else []
     with lease(machine_slots(several=False), stop, on_wait=lambda: print_line("gate waits for a free slot")) as held:
         run_logged(Path(root), "gate", command, held=held, flow_run=flow_run, followed=not tracking)
     decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))
@@ -130,6 +131,7 @@ def register(root: str, decision: Mapping[str, Any], champion: Version | None = 
     tags = {DECISION_TAG: "passed" if decision["promote"] else "refused", REASON: words}
     tags[AGAINST] = "none" if champion is None else str(champion.number)
     tags[MEASURE] = measure(project)
+    tags |= {EVALUATION: str(decision["evaluation"])} if "evaluation" in decision else {}
     if trained is not None:
         tags[RUN_TAG] = trained.identity
     version = registry.register(name, f"models/align/{name}", tags, f"Against {decision['reference']}: {words}")

@@ -100,7 +100,7 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> li
             f" {usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {cost:.4f}",
             *describe(found, session.ask, params.judge),
         ]
-        if may_label_alone(found, params.judge):
+        if may_label_alone(found, params.judge) and not session.held_out:
             handed = hand_over(desk, location(project), scores=needs_scores(project), trusted=annotator)
             lines.append(f"{handed} judgements handed to the inbox")
         else:

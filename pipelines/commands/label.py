@@ -3,6 +3,7 @@
     posttrain label                            # two answers of the champion to each of 50 training prompts
     posttrain label champion challenger        # one answer of each; no annotator sees which is which
     posttrain label champion --ask scores --answers 4
+    posttrain label champion --held-out --prompts .posttrain/served     # fresh prompts for the evaluation, instead of preferences
     posttrain label --summary NAME             # agreement and biases of a session
     posttrain label --import FILE              # judgements that were exported from Label Studio or Argilla
 
@@ -33,6 +34,7 @@ from pipelines.data.files import read_file
 from pipelines.data.handover import needs_scores
 from pipelines.data.inbox import location
 from pipelines.data.tables import read_rows
+from pipelines.labelling.held_out import gold_answer
 from pipelines.labelling.imports import read_export
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.preferences import hand_over, write_results
@@ -64,11 +66,11 @@ def prompts(path: Path) -> list[Any]:
     return list({json.dumps(row["prompt"], sort_keys=True): row["prompt"] for row in rows}.values())
 
 
-def usable(found: Sequence[Any], tables: Path) -> list[Any]:
-    """Return the prompts whose pairs the intake will accept, and report the others.
+def usable(found: Sequence[Any], tables: Path, *, held_out_session: bool = False) -> list[Any]:
+    """Return the prompts whose rows the intake will accept, and report the others.
 
     A pair must not have a prompt of a held-out table. A prompt that is new to the pairs may become a held-out one, so it must not be in a
-    different training table. Raises DataError if no prompt is left.
+    different training table. Prompts of a held-out session must be in no table at all. Raises DataError if no prompt is left.
     """
 
     def keys(name: str, held_out: bool) -> set[str]:
@@ -82,6 +84,8 @@ def usable(found: Sequence[Any], tables: Path) -> list[Any]:
     for prompt in found:
         as_training, as_held_out = (prompt_keys({"prompt": prompt}, side) for side in (False, True))
         place = next((name for name, known in held_out.items() if as_training & known), None)
+        if place is None and held_out_session and as_held_out & pairs:
+            place = "preferences"
         if place is None and not as_training & pairs:
             place = next((name for name, known in training.items() if as_held_out & known), None)
         if place is None:
@@ -91,11 +95,11 @@ def usable(found: Sequence[Any], tables: Path) -> list[Any]:
     places = ", ".join(f"{name} has {count}" for name, count in sorted(left.items()))
     if not kept:
         raise DataError(
-            f"all {len(found)} prompts are in other tables ({places}), so the intake would refuse their pairs"
+            f"all {len(found)} prompts are in other tables ({places}), so the intake would refuse their rows"
         )
     if left:
         print(
-            f"label: {left.total()} of {len(found)} prompts are left out, since the intake would refuse their pairs: {places}",
+            f"label: {left.total()} of {len(found)} prompts are left out, since the intake would refuse their rows: {places}",
             file=sys.stderr,
         )
     return kept
@@ -123,6 +127,7 @@ def identity(args: argparse.Namespace, weights: Sequence[str], table: Path) -> s
     """Return the name of a session: equal weights, prompts and options have equal ones."""
     names = ("ask", "answers", "count", "by", "repeat", "seed", "temperature", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
+    options |= {"held_out": True} if args.held_out else {}
     text = json.dumps([options, list(weights), content_digest(table)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -147,7 +152,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
         return open_session(FOLDER / args.name)
     args = with_defaults(args, params)
     names, table = args.models, args.prompts
-    found = usable(prompts(table), PROMPTS.parent)
+    found = usable(prompts(table), PROMPTS.parent, held_out_session=args.held_out)
     weights = [folder_or_model_md5(project, name, params.project.experiment) for name in names]
     folder = FOLDER / (args.name or identity(args, weights, table))
     if (folder / "items.jsonl").is_file():
@@ -159,7 +164,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     items = sample_items(models, found, wanted, args.ask, sampling)
     if args.by == "unsure":
         items = closest(items, reward_scores(REWARD), args.count)
-    session = Session(folder, args.ask, args.seed, args.repeat, tuple(items))
+    session = Session(folder, args.ask, args.seed, args.repeat, tuple(items), args.held_out)
     session.save()
     return session
 
@@ -183,6 +188,7 @@ def serve(session: Session, project: Path, port: int) -> None:
     from pipelines.labelling.server import application
 
     inbox, scores = location(project), needs_scores(project)
+    gold = gold_answer(load_params(project / "params.yaml")) if session.held_out else None
     desk, token = Desk(session), credentials.secret(project, "label")
     address = f"http://{network.HOST}:{port}/#token={token}"
 
@@ -193,7 +199,7 @@ def serve(session: Session, project: Path, port: int) -> None:
         )
 
     try:
-        web.run(application(desk, lambda: hand_over(desk, inbox, scores=scores), port, token), port, ready)
+        web.run(application(desk, lambda: hand_over(desk, inbox, scores=scores, gold=gold), port, token), port, ready)
         finish(desk)
     finally:
         desk.close()
@@ -267,6 +273,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="records with a `prompt`, such as the folder .posttrain/served (default: prompts of the training pairs)",
     )
+    made.add_argument(
+        "--held-out",
+        action="store_true",
+        help="with --prompts: people give scores, and an answer that two or more people all gave 10 makes a held-out problem",
+    )
     made.add_argument("--name", help="name of the session in labels/ (default: from models, prompts and options)")
     made.add_argument("--temperature", type=float, help="default: evaluation.temperature")
     made.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens")
@@ -287,6 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     args = command.parse_args(argv)
     if args.count < 1 or (args.answers is not None and not 1 <= args.answers <= 10) or args.repeat < 0:
         command.error("--count must be 1 or more, --answers 1 to 10, --repeat 0 or more")
+    if args.held_out and (args.prompts is None or args.by == "unsure"):
+        command.error("--held-out needs --prompts FILE, since training prompts cannot be held out, and no --by unsure")
+    if args.held_out:
+        args.ask = "scores"
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
         command.error(f"--name {args.name!r} must be the name of one folder")
     environment.quiet()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipelines.config.params import load_params
@@ -38,8 +38,8 @@ def needs_scores(project: Path) -> bool:
     return bool(rows) and SCORES[0] in rows[0]
 
 
-def put(inbox: str, name: str, rows: Iterable[Row], *, scores: bool) -> str:
-    """Write one file of preferences into the inbox, replacing one of this name, and return its place.
+def put(inbox: str, name: str, rows: Iterable[Row], *, scores: bool, table: str = FOLDER) -> str:
+    """Write one file into the inbox, for `table`, replacing one of this name, and return its place.
 
     Args:
         scores: keep the pairs' scores; without, they are left out.
@@ -47,8 +47,8 @@ def put(inbox: str, name: str, rows: Iterable[Row], *, scores: bool) -> str:
     kept = [row if scores else {key: value for key, value in row.items() if key not in SCORES} for row in rows]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode("utf-8")
     if _is_store(inbox):
-        return _upload(inbox, name, data)
-    path = Path(inbox.removeprefix("file://")).expanduser() / FOLDER / name
+        return _upload(inbox, f"{table}/{name}", data)
+    path = Path(inbox.removeprefix("file://")).expanduser() / table / name
     write_atomic(path, data)
     return str(path)
 
@@ -65,10 +65,9 @@ def _is_store(inbox: str) -> bool:
     return "://" in inbox and not inbox.startswith("file://")
 
 
-def _upload(inbox: str, name: str, data: bytes) -> str:
+def _upload(inbox: str, place: str, data: bytes) -> str:
     import fsspec
 
-    place = str(PurePosixPath(FOLDER) / name)
     files, base = fsspec.core.url_to_fs(inbox)
     files.pipe_file(f"{base}/{place}", data)
     return f"{inbox.rstrip('/')}/{place}"

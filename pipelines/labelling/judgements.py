@@ -176,6 +176,11 @@ class Desk:
                 self._append({"kind": "written", "number": number})
             return len(fresh)
 
+    def handed_before(self, number: int) -> list[Judgement]:
+        """Return the judgements of the batches before one."""
+        keys = {key for batch, listed in self._batches.items() if batch < number for key in listed}
+        return [each for each in self.judgements() if each.key in keys]
+
     def _append(self, record: Record) -> None:
         """Write one record; after a failed write the journal is opened anew, which removes the partial line."""
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipelines.data import handover
+from pipelines.labelling.held_out import TABLE, Gold, problems
 from pipelines.labelling.judgements import SKIP, TOP_SCORE, Desk, Judgement
 from pipelines.labelling.session import Item, Session
 from pipelines.labelling.summary import summarise
@@ -49,18 +50,24 @@ def ordered(ask: str, value: Any) -> Iterator[tuple[int, int, float, float]]:
                 yield better, worse, high, low
 
 
-def hand_over(desk: Desk, inbox: str, *, scores: bool, trusted: str | None = None) -> int:
+def hand_over(desk: Desk, inbox: str, *, scores: bool, trusted: str | None = None, gold: Gold | None = None) -> int:
     """Put fresh judgements into the inbox, rewrite the session's results, and return the number of fresh judgements.
 
-    Of models that judge, only the one named `trusted` takes part.
+    Of models that judge, only the one named `trusted` takes part. A held-out session needs `gold`, which reads the gold answer from an
+    answer; its rows go to the table `evaluation`, and none to the preferences.
     """
+    session = desk.session
 
     def write(number: int, batch: Sequence[Judgement]) -> None:
-        found = [row for judgement in batch for row in rows(desk.session, judgement)]
+        if session.held_out:
+            assert gold is not None
+            found, table = list(problems(session, desk.handed_before(number), batch, gold)), TABLE
+        else:
+            found, table = [row for judgement in batch for row in rows(session, judgement)], handover.FOLDER
         if found:
-            handover.put(inbox, f"label-{desk.session.name}-{number:04d}.jsonl", found, scores=scores)
+            handover.put(inbox, f"label-{session.name}-{number:04d}.jsonl", found, scores=scores, table=table)
 
-    count = desk.hand_over(write, trusted)
+    count = desk.hand_over(write, None if session.held_out else trusted)
     write_results(desk)
     return count
 

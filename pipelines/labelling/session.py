@@ -45,13 +45,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Session:
-    """All items. `repeated` items are shown to each annotator a second time, to measure their consistency."""
+    """All items. `repeated` items are shown to each annotator a second time, to measure their consistency.
+
+    Judgements of a session that is `held_out` become held-out problems, and never rows of training.
+    """
 
     folder: Path
     ask: Ask
     seed: int
     repeated: int
     items: tuple[Item, ...]
+    held_out: bool = False
 
     @property
     def name(self) -> str:
@@ -81,6 +85,7 @@ class Session:
     def save(self) -> None:
         """Write the items; a session is either complete or absent."""
         header = {"ask": self.ask, "seed": self.seed, "repeated": self.repeated}
+        header |= {"held_out": True} if self.held_out else {}
         lines = [header, *(asdict(item) for item in self.items)]
         text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
         write_atomic(self.folder / "items.jsonl", text.encode("utf-8", "surrogatepass"))
@@ -97,7 +102,9 @@ def open_session(folder: Path) -> Session:
         items = tuple(
             Item(line["id"], line["prompt"], tuple(Answer(**answer) for answer in line["answers"])) for line in lines
         )
-        return Session(folder, header["ask"], int(header["seed"]), int(header["repeated"]), items)
+        return Session(
+            folder, header["ask"], int(header["seed"]), int(header["repeated"]), items, bool(header.get("held_out"))
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is damaged ({error}); the judgements in journal.jsonl refer to it, so restore it from a backup"

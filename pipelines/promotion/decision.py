@@ -93,6 +93,8 @@ class Decision:
     """True gain that is found with a chance of 80 % with these prompts."""
     level: float = float("nan")
     """Chance of promoting this candidate that is allowed if it equals the reference."""
+    by_age: tuple[str, ...] = ()
+    """The gain on earlier and on fresh prompts, if the evaluation has grown since the champion was judged."""
 
     @property
     def promote(self) -> bool:

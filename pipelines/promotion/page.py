@@ -36,6 +36,7 @@ def page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
+        + "".join(f"<p>{escape(words)}</p>" for words in chosen.by_age)
         + "".join(_table(decision) for decision in decisions)
         + _people(people)
         + _drift(drifts)

@@ -31,6 +31,8 @@ AGAINST = "judged_against"
 """Number of the champion that the gate compared with, or none."""
 MEASURE = "judged_by"
 """Digest of the evaluation set and of the parameters that the gate judged by."""
+EVALUATION = "evaluation"
+"""Mark of the evaluation by which the gate judged: its number of rows and a digest."""
 _TAG_LENGTH = 4000
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Span, Trace, TraceInfo
 
-KIND_TAG, KEY_TAG = "posttrain.trace", "posttrain.trace.key"
+KIND_TAG = "posttrain.trace"
 EVALUATED, SERVED = "evaluation", "served"
 """Values of KIND_TAG: answers of an evaluation, and answers of `posttrain serve`."""
 SAMPLES = "samples"
@@ -156,7 +156,7 @@ def _info(answer: TracedAnswer, experiment: str) -> TraceInfo:
     for score in scores:
         score.assessment_id = f"a-{_hash(f'{answer.key}/{score.name}', 32)}"
     metadata = {"mlflow.sourceRun": answer.run_id, "mlflow.modelId": answer.model_id}
-    tags = {"mlflow.traceName": answer.name, KIND_TAG: answer.kind, KEY_TAG: answer.key, **answer.tags}
+    tags = {"mlflow.traceName": answer.name, KIND_TAG: answer.kind, **answer.tags}
     shown = redacted({"prompt": answer.prompt, "answer": answer.answer})
     return TraceInfo(
         trace_id=answer.trace_id,

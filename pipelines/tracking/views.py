@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ SECTIONS = (
 )
 """Title of each section of charts, and the prefixes of its metrics, in the order of the page."""
 REST = "More"
+LEARNING_RATE = "optimizer.learning_rate"
 BOUNDS = ("_low", "_high")
 """Ends of the names of interval bounds, which are columns of the table but have no charts."""
 FIRST = (
@@ -50,7 +52,7 @@ COLUMNS = (
     "metrics.`evaluation/accuracy`",
     "metrics.`evaluation/kl_ref_k1`",
     "metrics.`cost/seconds`",
-    "params.`optimizer.learning_rate`",
+    f"params.`{LEARNING_RATE}`",
 )
 """Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows about six."""
 
@@ -80,7 +82,7 @@ def experiment_tags(experiment: str, sources: Sequence[RecordedRun], headline: s
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
         "groupBy": _grouping(aligned),
-        **_charts(metrics, varied(aligned), headline),
+        **_charts(metrics, _axes(aligned), headline),
     }
     view = {"name": "Compare algorithms", "createdAt": 0, "updatedAt": 0, "state": _compressed(json.dumps(state))}
     return {VIEW_TAG: json.dumps(view), NOTE_TAG: note(experiment, aligned), **KIND}
@@ -101,21 +103,46 @@ def note(experiment: str, aligned: Sequence[RecordedRun]) -> str:
 
 
 def varied(aligned: Iterable[RecordedRun]) -> list[str]:
-    """Return the hyper-parameters whose values differ between runs of one algorithm, else those that differ between runs."""
+    """Return the hyper-parameters whose values differ between runs of one algorithm; none if no algorithm was swept."""
     by_name: dict[str, dict[str, set[str]]] = {}
     for source in aligned:
         for name, value in describe.parameters(source).items():
             by_name.setdefault(name, {}).setdefault(str(source.start["arguments"].get("algorithm")), set()).add(value)
     swept = [name for name, groups in by_name.items() if any(len(values) > 1 for values in groups.values())]
-    return sorted(swept) or ["optimizer.learning_rate", "preset"]
+    return sorted(swept)
 
 
 def _grouping(aligned: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return a grouping by algorithm if an algorithm has several runs: MLflow then draws their mean with a band."""
-    names = [str(source.start["arguments"].get("algorithm")) for source in aligned]
-    if len(names) == len(set(names)):
+    """Return a grouping by algorithm and swept hyper-parameters if it puts several runs together: MLflow draws their mean with a band."""
+    swept = varied(aligned)
+    groups = [
+        (str(source.start["arguments"].get("algorithm")), *map(describe.parameters(source).get, swept))
+        for source in aligned
+    ]
+    if len(groups) == len(set(groups)):
         return None
-    return {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "algorithm"}]}
+    keys = [("tag", "algorithm"), *(("param", name) for name in swept)]
+    return {
+        "aggregateFunction": "average",
+        "groupByKeys": [{"mode": mode, "groupByData": name} for mode, name in keys],
+    }
+
+
+def _axes(aligned: Sequence[RecordedRun]) -> list[str]:
+    """Return the hyper-parameters of the parallel coordinates. In groups MLflow draws only those that are numbers."""
+    axes = varied(aligned) or [LEARNING_RATE, "preset"]
+    if _grouping(aligned) is None:
+        return axes
+    given = [describe.parameters(source) for source in aligned]
+    return [name for name in axes if all(_is_number(each.get(name, "")) for each in given)] or [LEARNING_RATE]
+
+
+def _is_number(text: str) -> bool:
+    """Return True if MLflow's page reads a parameter as a number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: str) -> dict[str, list[dict[str, Any]]]:

@@ -190,3 +190,34 @@ def test_other_stages_use_the_same_names(root: Path) -> None:
 def test_a_preset_that_is_gone_keeps_the_names_of_the_journal() -> None:
     values = {"algorithms.old.preset": "withdrawn", "align.on_policy.steps": 3}
     assert effective_parameters("align", {"algorithm": "old"}, values) == values
+
+
+def sweep(root: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[RecordedRun]:
+    """Return align runs of (algorithm, seed, changed parameters)."""
+    params = load_params(root / "params.yaml")
+    found = []
+    for algorithm, seed, changed in runs:
+        values = declared_values(params, ("align", "rewards", f"algorithms.{algorithm}")) | changed
+        begin = start("align", f"{algorithm}-{seed}", {"algorithm": algorithm, "seed": seed}, STARTS)
+        found.append(RecordedRun(root, [begin, {"kind": "params", "values": values}, END], [], "FINISHED"))
+    return found
+
+
+def view(sources: list[RecordedRun]) -> tuple[Any, list[str]]:
+    """Return the grouping and the axes of the parallel coordinates of the saved view."""
+    saved = json.loads(experiment_tags("7", sources, "evaluation/accuracy")[VIEW_TAG])["state"]
+    state = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
+    grouped = state["groupBy"] and [(key["mode"], key["groupByData"]) for key in state["groupBy"]["groupByKeys"]]
+    return grouped, state["compareRunCharts"][0]["selectedParams"]
+
+
+def test_seeds_are_grouped_and_a_sweep_stays_apart(root: Path) -> None:
+    rate = "align.on_policy.optimizer.learning_rate"
+    two_seeds = sweep(root, ("grpo", 0, {}), ("grpo", 1, {}), ("dpo", 0, {}))
+    assert view(two_seeds) == ([("tag", "algorithm")], ["optimizer.learning_rate"]), "a preset is no number"
+    one_seed = sweep(root, ("grpo", 0, {}), ("dpo", 0, {}))
+    assert view(one_seed) == (None, ["optimizer.learning_rate", "preset"])
+    rates = sweep(root, ("grpo", 0, {rate: 1e-3}), ("grpo", 0, {rate: 1e-4}))
+    assert view(rates) == (None, ["optimizer.learning_rate"]), "the mean over learning rates would say nothing"
+    both = sweep(root, *(("grpo", seed, {rate: value}) for seed in (0, 1) for value in (1e-3, 1e-4)))
+    assert view(both) == ([("tag", "algorithm"), ("param", "optimizer.learning_rate")], ["optimizer.learning_rate"])
