@@ -3,6 +3,7 @@
     posttrain label                            # two answers of the champion to each of 50 training prompts
     posttrain label champion challenger        # one answer of each; no annotator sees which is which
     posttrain label champion --ask scores --answers 4
+    posttrain label --shadow                   # answers of `posttrain serve` and its shadow to the same requests
     posttrain label champion --held-out --prompts .posttrain/served     # fresh prompts for the evaluation, instead of preferences
     posttrain label --summary NAME             # agreement and biases of a session
     posttrain label --import FILE              # judgements that were exported from Label Studio or Argilla
@@ -40,12 +41,14 @@ from pipelines.labelling.judgements import Desk
 from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.sampling import CANDIDATES, Sampling, Score, closest, sample_items
 from pipelines.labelling.session import ASKS, FOLDER, Session, open_session
+from pipelines.labelling.shadow import shadow_items
 from pipelines.labelling.summary import describe, summarise
 from pipelines.promotion.named import find_model
 from pipelines.runtime import credentials, environment, web
 from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
 from pipelines.runtime.identity import content_digest, file_digest
 from pipelines.runtime.redaction import printable
+from pipelines.tracking.served import read_served
 from pipelines.validation.leakage import prompt_keys
 from posttrain import network
 from posttrain.errors import DataError
@@ -150,6 +153,8 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     """Open the session of these options, or sample a new one."""
     if args.name and (FOLDER / args.name / "items.jsonl").is_file():
         return open_session(FOLDER / args.name)
+    if args.shadow:
+        return prepare_shadow(project, args)
     args = with_defaults(args, params)
     names, table = args.models, args.prompts
     found = usable(prompts(table), PROMPTS.parent, held_out_session=args.held_out)
@@ -165,6 +170,20 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     if args.by == "unsure":
         items = closest(items, reward_scores(REWARD), args.count)
     session = Session(folder, args.ask, args.seed, args.repeat, tuple(items), args.held_out)
+    session.save()
+    return session
+
+
+def prepare_shadow(project: Path, args: argparse.Namespace) -> Session:
+    """Return a new session of logged answers. Without --name its name follows from the log and the options."""
+    records = read_served(project)
+    text = json.dumps([args.count, args.seed, args.repeat, [record["id"] for record in records]])
+    folder = FOLDER / (args.name or hashlib.sha256(text.encode()).hexdigest()[:8])
+    if (folder / "items.jsonl").is_file():
+        return open_session(folder)
+    found = usable([record["prompt"] for record in records], PROMPTS.parent) if records else []
+    items = shadow_items(records, found, args.count, args.seed)
+    session = Session(folder, "pairs", args.seed, args.repeat, tuple(items))
     session.save()
     return session
 
@@ -274,6 +293,9 @@ def parser() -> argparse.ArgumentParser:
         help="records with a `prompt`, such as the folder .posttrain/served (default: prompts of the training pairs)",
     )
     made.add_argument(
+        "--shadow", action="store_true", help="compare logged answers of `posttrain serve --shadow` instead of new ones"
+    )
+    made.add_argument(
         "--held-out",
         action="store_true",
         help="with --prompts: people give scores, and an answer that two or more people all gave 10 makes a held-out problem",
@@ -298,6 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     args = command.parse_args(argv)
     if args.count < 1 or (args.answers is not None and not 1 <= args.answers <= 10) or args.repeat < 0:
         command.error("--count must be 1 or more, --answers 1 to 10, --repeat 0 or more")
+    if args.shadow and (args.models or args.prompts or args.held_out or args.ask != "pairs" or args.by != "random"):
+        command.error(
+            "--shadow asks about logged answers in pairs; give no MODEL, --prompts, --held-out, --ask or --by"
+        )
     if args.held_out and (args.prompts is None or args.by == "unsure"):
         command.error("--held-out needs --prompts FILE, since training prompts cannot be held out, and no --by unsure")
     if args.held_out:

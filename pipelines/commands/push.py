@@ -110,15 +110,18 @@ def card(params: Params, model: str, repository: str, licence: str, written: str
     """Return the card: metadata, results with intervals, intended use, and the table of the training step."""
     results = _results(model)
     body = re.sub(r"\A---\n.*?\n---\n", "", written, flags=re.DOTALL).strip()
-    lines = [f"| {name} | {value:.4g} |" for name, value in sorted(results.items())]
     held_out = f"`data.evaluation`: {params.data.evaluation.source}"
+    measured = [
+        f"On held-out problems ({held_out}); `low` and `high` bound 95 % intervals over problems.", "",
+        "| measure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in sorted(results.items())),
+    ]  # fmt: skip
+    missing = [f"This model has not been evaluated yet; `dvc repro` does it on held-out problems ({held_out})."]
+    use = "A result of an experiment that compares post-training algorithms."
+    tested = "It was evaluated on the problems above only; test it" if results else "Test it"
     return "\n".join([
         "---", _yaml(metadata(params, model, repository, licence, results)), "---", "", body, "",
-        "## Evaluation", "", f"On held-out problems ({held_out}); `low` and `high` bound 95 % intervals over problems.", "",
-        "| measure | value |", "|---|---|", *lines, "",
-        "## Intended use", "",
-        "A result of an experiment that compares post-training algorithms. It was evaluated on the problems above only; test it before"
-        " any other use.", "",
+        "## Evaluation", "", *(measured if results else missing), "",
+        "## Intended use", "", f"{use} {tested} before any other use.", "",
     ])  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def check(
     if not outcome.stops:
         _check_leakage(outcome, rules, validator)
     if not outcome.stops:
-        _check_emptied(outcome)
+        _check_emptied(outcome, limits)
     return outcome
 
 
@@ -190,17 +190,26 @@ def _place(tables: Sequence[tuple[Table, list[Row]]], position: int) -> tuple[Ta
     raise IndexError(position)
 
 
-def _check_emptied(outcome: ValidationOutcome) -> None:
+def _check_emptied(outcome: ValidationOutcome, limits: TableLimits) -> None:
     """Stop if a table has no rows left."""
     for table, rows in outcome.kept.items():
         if not rows and (table not in OPTIONAL or outcome.quarantined[table]):
             aside = outcome.quarantined[table]
             counts = Counter(reason for row in aside for reason in str(row["reason"]).split("; "))
-            rules = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+            rules = ", ".join(f"{reason}: {count}{_limit(reason, limits)}" for reason, count in counts.most_common())
             detail = (
                 f"all {len(aside)} rows were quarantined by {rules}; first row: {_shown(aside[0])}" if aside else ""
             )
             outcome.verdicts.append(Verdict(Finding(table, "row_count", "", "failed", detail=detail), STOP, []))
+
+
+def _limit(reason: str, limits: TableLimits) -> str:
+    """Return the limit in params.yaml that a row exceeded, for the rules of length."""
+    if reason.startswith("prompt_length"):
+        return f" (validation.max_prompt_tokens is {limits.max_prompt_tokens})"
+    if reason.startswith("completion_length"):
+        return f" (validation.max_completion_tokens is {limits.max_completion_tokens})"
+    return ""
 
 
 def _shown(row: Row) -> str:

@@ -55,6 +55,15 @@ def test_a_built_in_model_names_no_base_and_no_data_of_the_hub(project: Path) ->
     assert (card.data.base_model, card.data.datasets) == (None, None)
 
 
+def test_the_card_of_a_model_without_an_evaluation_says_so(project: Path) -> None:
+    (project / "runs/evaluate/grpo-0/metrics.json").unlink()
+    assert main(["grpo-0", "me/mine", "--dry-run"]) == 0
+    text = ModelCard.load(project / ".posttrain/push/mine/README.md").text
+    assert "This model has not been evaluated yet; `dvc repro` does it on held-out problems" in text
+    assert "| measure |" not in text
+    assert "It was evaluated" not in text
+
+
 @pytest.mark.parametrize(
     ("model", "repository", "message"),
     [

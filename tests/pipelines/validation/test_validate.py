@@ -153,6 +153,13 @@ def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
     )
 
 
+def test_a_table_that_a_limit_emptied_names_the_limit(checked: Checked) -> None:
+    outcome = checked(sft(("a" * 300, "b")))
+    with pytest.raises(DataError) as caught:
+        refuse(outcome, 5, Path("report.html"))
+    assert "quarantined by prompt_length (prompt): 1 (validation.max_prompt_tokens is " in str(caught.value)
+
+
 # Errors and reports --------------------------------------------------------------------------------------------------
 
 
