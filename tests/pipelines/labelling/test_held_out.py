@@ -1,4 +1,4 @@
-"""Held-out problems from people's scores: only what all agree on, once, into the evaluation and never into the preferences."""
+"""Held-out problems from people's scores: only answers on which all agree, once, into the evaluation and never into the preferences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""People compare what was served with what the shadow answered."""
+"""People compare served answers with those of the shadow."""
 
 from __future__ import annotations
 

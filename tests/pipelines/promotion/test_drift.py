@@ -1,4 +1,4 @@
-"""Prompts that arrive, compared with the training prompts: what the command and the page of the decision say."""
+"""Prompts that arrive, compared with the training prompts: the words of the command and of the page of the decision."""
 
 from __future__ import annotations
 
