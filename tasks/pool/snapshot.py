@@ -49,15 +49,25 @@ def read_paths(root: Path) -> dict[str, StagePaths]:
 def committed(root: Path, paths: Mapping[str, StagePaths]) -> str:
     """Return the project's commit. Raises OrchestrationError if code differs from it: a worker would run something else."""
     commit = _git(root, "rev-parse", "HEAD").strip()
-    code = {dep for each in paths.values() for dep in each.deps}
-    wrong = [path for new, path in _status(root) if path not in IGNORED and not may_differ(path)
-             and (not new or any(path == dep or path.startswith(f"{dep}/") for dep in code))]  # fmt: skip
+    inputs, results = ({path for each in paths.values() for path in getattr(each, kind)} for kind in ("deps", "outs"))
+    wrong = [
+        path
+        for new, path in _status(root)
+        if path not in IGNORED
+        and not may_differ(path)
+        and (not new or (is_within(path, inputs) and not is_within(path, results)))
+    ]
     if wrong:
         raise OrchestrationError(
             f"{len(wrong)} files differ from the commit {commit[:12]} (first: {wrong[0]}), and workers run commits only. Type `git add -A`,"
             f" `git commit` and `git push`, or `git stash`. Only {PARAMS} and .dvc files may differ: they travel with each stage."
         )
     return commit
+
+
+def is_within(path: str, folders: Collection[str]) -> bool:
+    """Return True if the path is one of the paths, or in a folder that is one of them."""
+    return any(path == each or path.startswith(f"{each}/") for each in folders)
 
 
 def _status(root: Path) -> list[tuple[bool, str]]:
