@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -44,8 +45,7 @@ def workers_of_pool(root: Path, whole: Dag) -> Iterator[Workers]:
     require_pool_server(name)
     settings = read_settings(root, {node.name: node for node in whole.values() if node.kind == "stage"})
     pool = Pool(root, name, whole, settings, str(flow_run.get_id() or ""))
-    prepare(name, "process")
-    with pool.open():
+    with pool.open(prepare(name, "process")):
         yield pool
 
 
@@ -60,15 +60,18 @@ def require_pool_server(name: str) -> None:
         )
 
 
-def prepare(name: str, kind: str) -> None:
-    """Create or update the pool, its two queues, and the deployment of a stage. Safe to repeat, by workers and flows at once."""
+def prepare(name: str, kind: str) -> UUID:
+    """Create or update the pool, its two queues, and the deployment of a stage; return the deployment's id.
+
+    Safe to repeat, by workers and flows at once.
+    """
     with get_client(sync_client=True) as client:
         template = json.loads((TEMPLATES / f"{kind}.json").read_text(encoding="utf-8"))
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
         for queue, priority in PRIORITIES.items():
             _queue(client, name, queue, priority)
-        client.create_deployment(
+        return client.create_deployment(
             client.create_flow(stage),
             name,
             work_pool_name=name,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.deployments import run_deployment
-from prefect.states import Cancelled, Crashed
+from prefect.context import TaskRunContext
+from prefect.states import Cancelled, Crashed, Scheduled
 from prefect.types._datetime import now
 
 from pipelines.config.yaml_files import parse_yaml
@@ -29,13 +29,14 @@ from tasks.dag import Dag, Node
 from tasks.lockfile import lock_entries, write_entries
 from tasks.pool.order import StageOrder
 from tasks.pool.record import Record, insist
-from tasks.pool.settings import FLOW, WorkerSettings
+from tasks.pool.settings import WorkerSettings
 from tasks.pool.snapshot import StagePaths, committed, order, read_paths
 from tasks.pool.watch import Sight, Watch
 from tasks.remote import has_remote, run_dvc
 from tasks.stage import StageFailed, StageResult, grace_seconds
 from tasks.stage import stop as stop_flow
 
+T = TypeVar("T")
 WAIT_SECONDS = 0.5
 SKEW = timedelta(days=1)
 """A stage is scheduled so long ago: a worker, whose clock may be late, takes only those whose time has come by its own clock."""
@@ -59,7 +60,7 @@ class Pool:
             )
         self.paths: dict[str, StagePaths] = read_paths(root)
         self.commit = committed(root, self.paths)
-        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._lock, self._writing, self._connection = threading.Lock(), threading.Lock(), threading.Lock()
         self._watch, self._sent = Watch(), set[str]()
         self._made: set[str] = set()
         # dvc.lock in memory: parsing or sorting a large one takes seconds, so it is not read again, and written once for many results
@@ -69,13 +70,14 @@ class Pool:
         self._unwritten = Event()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Follow the stages that are sent while inside, and write dvc.lock."""
-        over = Event()
+    def open(self, deployment: UUID) -> Iterator[None]:
+        """Send stages as runs of this deployment while inside, follow them, and write dvc.lock."""
+        self._deployment, over = deployment, Event()
         writer = threading.Thread(target=self._write_often, args=(over,), daemon=True)
         writer.start()
         try:
-            with self._watch.running():
+            # not the flow's client, which belongs to the flow's thread
+            with get_client(httpx_settings={"timeout": 30.0}, sync_client=True) as self._client, self._watch.running():
                 yield
         finally:
             over.set()
@@ -135,21 +137,30 @@ class Pool:
         """Create the flow run of an attempt. A run of the same order and attempt, of any flow, is joined instead."""
         title = f"{wanted.name}" if attempt == 1 else f"{wanted.name} attempt {attempt}"
 
-        def create() -> FlowRun:
-            made = run_deployment(
-                f"{FLOW}/{self.name}",
-                parameters=wanted.parameters() | {"parent": self.flow_run},
-                scheduled_time=now("UTC") - SKEW,
-                flow_run_name=title,
-                timeout=0,
-                idempotency_key=f"{wanted.key}-{attempt}",
-                work_queue_name=self.settings.queue(wanted.name),
-                tags=["posttrain"],
-            )
-            assert isinstance(made, FlowRun)
-            return made
+        context = TaskRunContext.get()
 
-        return insist(create, self.settings.remote_seconds)
+        def create(client: SyncPrefectClient) -> FlowRun:
+            return client.create_flow_run_from_deployment(
+                self._deployment,
+                parameters=wanted.parameters() | {"parent": self.flow_run},
+                state=Scheduled(scheduled_time=now("UTC") - SKEW),
+                name=title,
+                tags=["posttrain"],
+                idempotency_key=f"{wanted.key}-{attempt}",
+                parent_task_run_id=context.task_run.id if context else None,
+                work_queue_name=self.settings.queue(wanted.name),
+            )
+
+        return self._request(create)
+
+    def _request(self, act: Callable[[SyncPrefectClient], T]) -> T:
+        """Send a request by the one connection that all stages share: a client for each would cost seconds."""
+
+        def once() -> T:
+            with self._connection:
+                return act(self._client)
+
+        return insist(once, self.settings.remote_seconds)
 
     def _wait(self, name: str, run: FlowRun, stop: Event) -> Record:
         """Wait until the attempt is done. Raises StageFailed, WorkerLost or Interrupted; the run is then closed for its worker."""
@@ -198,13 +209,7 @@ class Pool:
                 return
 
     def _set(self, run: UUID, state: State[Any]) -> None:
-        def act() -> None:
-            with get_client(
-                httpx_settings={"timeout": 10.0}, sync_client=True
-            ) as client:  # not the flow's, for this thread
-                client.set_flow_run_state(run, state, force=True)
-
-        insist(act, self.settings.remote_seconds)
+        self._request(lambda client: client.set_flow_run_state(run, state, force=True))
 
     def _merge(self, node: Node, record: Record) -> None:
         """Put the entry into dvc.lock. Raises WorkerLost if it is not one of this stage with the inputs that were ordered."""
