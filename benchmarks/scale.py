@@ -3,7 +3,7 @@
     python benchmarks/scale.py [--write]
 
 The stages are those of dvc.yaml: a chain (ingest to reward_readers), then one alignment and one evaluation for each algorithm and seed,
-then the comparison. Seconds, bytes and costs of the orchestration are the constants below, each with its source. --write puts the tables
+then the comparison. Seconds, bytes and costs of the orchestration are the constants below; most are assumptions. --write puts the tables
 into docs/scale.md between its marks.
 """
 
@@ -28,11 +28,11 @@ class Costs:
     """Costs of running a stage elsewhere. Seconds, bytes a second, and requests a second."""
 
     worker: float = 4.0
-    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending (benchmarks/workers.md)."""
+    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending. An assumption; `workers.py overhead` measures it."""
     parent: float = 0.2
-    """Seconds of the flow's own process for a stage, one stage at a time (benchmarks/workers.md)."""
-    lock: float = 2e-6
-    """Seconds to merge an entry into dvc.lock, for each entry that it holds: the file is rewritten (measured here)."""
+    """Seconds of the flow's own process for a stage, one stage at a time. An assumption; `workers.py many` measures it."""
+    lock: float = 0.1
+    """Share of its time that the flow spends at most on writing dvc.lock (tasks/pool/send.py)."""
     server: float = 400.0
     """Requests a second that one Prefect server over PostgreSQL answers."""
     remote: float = 1.25e9
@@ -85,7 +85,7 @@ class Flow:
     """One simulated flow: a clock, free workers, and the stages' steps as generators that yield the time of their next step."""
 
     def __init__(self, case: Case, costs: Costs) -> None:
-        self.case, self.costs, self.now, self.last, self.busy, self.merged = case, costs, 0.0, 0.0, 0.0, 7
+        self.case, self.costs, self.now, self.last, self.busy = case, costs, 0.0, 0.0, 0.0
         self.parent, self.remote, self.server = Resource(), Resource(), Resource()
         self.free, self.waiting = case.workers, deque[Iterator[float | None]]()
         # reports and polls take their share of the server before any stage does
@@ -116,7 +116,7 @@ class Flow:
 
     def stage(self, seconds: float, inputs: float, outputs: float) -> Iterator[float | None]:
         """Send one stage, wait for a worker, fetch, run, store and merge."""
-        yield self.parent.serve(self.now, self.costs.parent)
+        yield self.parent.serve(self.now, self.costs.parent / (1.0 - self.costs.lock))
         yield self.server.serve(self.now, self.request)
         yield None  # until a worker is free
         yield from self.transfer(inputs)
@@ -124,8 +124,6 @@ class Flow:
         yield from self.transfer(outputs)
         self.free += 1
         self.busy += seconds
-        self.merged += 1
-        yield self.parent.serve(self.now, self.costs.lock * self.merged)
 
     def transfer(self, size: float) -> Iterator[float | None]:
         """Move bytes through the worker's link and the remote, which all workers share."""
