@@ -28,7 +28,7 @@ class Costs:
     """Costs of running a stage elsewhere. Seconds, bytes a second, and requests a second."""
 
     worker: float = 4.0
-    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending. An assumption; `workers.py overhead` measures it."""
+    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending. An assumption (`workers.py overhead`)."""
     parent: float = 0.2
     """Seconds of the flow's own process for a stage, one stage at a time. An assumption; `workers.py many` measures it."""
     lock: float = 0.1

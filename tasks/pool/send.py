@@ -105,9 +105,7 @@ class Pool:
                     raise
                 print_line(f"{node.name:<24} attempt {attempt} lost: {lost}")
                 continue
-            spent = record.seconds.get("running", 0.0)
-            ended = time.time()
-            return StageResult(node.name, record.outcome, spent, began if record.outcome == "ran" else ended, ended)
+            return StageResult(node.name, record.outcome, record.seconds.get("running", 0.0), began, time.time())
         raise AssertionError("attempts are counted without end")
 
     def bring_back(self) -> None:
