@@ -94,6 +94,7 @@ COMMANDS = {
     "posttrain configure 'data.sft={source: data/mine/chat.jsonl, rows: null}'"
     " 'data.problems={source: data/mine/tasks.jsonl, columns: {prompt: question}}' --absent": (f"{HERE}::{VALID}", ""),
     "posttrain configure examples/all_presets.yaml": (f"{HERE}::{VALID}", ""),
+    "posttrain configure examples/tell_apart.yaml": (f"{HERE}::{VALID}", ""),
     "posttrain configure examples/gsm8k.yaml model.source=HuggingFaceTB/SmolLM2-135M"
     " data.sft.source=hub:openai/gsm8k:main data.problems.source=hub:openai/gsm8k:main": (f"{HERE}::{VALID}", ""),
     "HF_HUB_OFFLINE=0 dvc repro": ("needs: hub", ""),

@@ -106,6 +106,15 @@ def test_the_overlay_of_the_real_model_asks_all_tables_in_the_same_words(root: P
     assert configure(params, [str(root / "examples" / "smollm2.yaml")]) == []
 
 
+def test_the_setting_that_tells_algorithms_apart_is_the_demo_stopped_early(params: Path, root: Path) -> None:
+    before = load_params(params)
+    configure(params, [str(root / "examples" / "tell_apart.yaml")])
+    loaded = load_params(params)
+    assert (loaded.data, loaded.sft, loaded.model) == (before.data, before.sft, before.model)
+    assert len(loaded.project.seeds) == 5
+    assert loaded.align.on_policy.steps < before.align.on_policy.steps / 2
+
+
 def test_every_shipped_overlay_is_tested(root: Path) -> None:
     assert sorted(path.stem for path in (root / "examples").glob("*.yaml")) == [
         "all_presets",
@@ -115,6 +124,7 @@ def test_every_shipped_overlay_is_tested(root: Path) -> None:
         "reward_model",
         "smollm2",
         "stories",
+        "tell_apart",
     ]
 
 
