@@ -36,7 +36,16 @@ def test_the_page_of_parameters_has_every_section_key_and_value(root: Path, gene
     fixed = {
         key for key in flatten(load_params(root / "params.yaml")) if not key.startswith(("algorithms.", "rewards."))
     }
-    open_ended = ("data.", "sft.lora", "reward.lora", "align.lora", "gate.format", "gate.benchmarks", "gate.people", "tune.space")
+    open_ended = (
+        "data.",
+        "sft.lora",
+        "reward.lora",
+        "align.lora",
+        "gate.format",
+        "gate.benchmarks",
+        "gate.people",
+        "tune.space",
+    )
     open_ended += ("align.on_policy.turns", "evaluation.turns", "evaluation.benchmarks", "evaluation.second_task")
     assert sorted(key for key in fixed - named if not key.startswith(open_ended)) == []
 
