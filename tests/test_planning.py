@@ -81,6 +81,17 @@ def test_a_vllm_server_keeps_its_cache_where_it_runs(root: Path) -> None:
     assert planned["align@gspo", "sample"].cache > 0
 
 
+def test_sampling_ahead_holds_a_model_and_snapshots(root: Path) -> None:
+    tree = read_yaml(root / "params.yaml")
+    weights = []
+    for rollouts in ({}, {"staleness": 2}):
+        tree["algorithms"]["grpo"] |= {"budget": {"rollouts": rollouts}, "options": {"anchor": "rollout"}}
+        planned = {(phase.stage, phase.name): phase.memory for phase in phases(parse_params(tree), SIZES)}
+        weights.append([planned["align@grpo", name].weights for name in ("sample", "train")])
+    # a model in the second process and two snapshots, 4 bytes a parameter
+    assert [ahead - now for now, ahead in zip(*weights, strict=True)] == [3 * 4 * 1000] * 2
+
+
 @pytest.mark.parametrize("shape", [TinyShape(), TinyShape(64, 200, 3, 4, 4), TinyShape(96, 64, 1, 2, 1)])
 def test_activations_are_what_autograd_saves(shape: TinyShape) -> None:
     lm, _ = tiny_model(shape, 0)

@@ -192,8 +192,12 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     length = prompt + budget.max_new_tokens
     # With an adapter, the frozen base model is also the reference policy.
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
+    native, staleness = budget.rollouts.engine == "native", budget.rollouts.staleness
+    if native and staleness:
+        # the process that samples ahead holds a model, and shared memory the snapshots for it
+        held["frozen"] += 1 + staleness
     # A vLLM server has its cache on its own device.
-    here = answers if budget.rollouts.engine == "native" else 0
+    here = answers if native else 0
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
@@ -135,7 +136,8 @@ class Trainer(Generic[Row]):
             with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.model):
                 # a process without rows still takes part in collective operations, with weight 0
                 part = [own[i] for i in group] or [rows[0]]
-                with self.accelerator.autocast():
+                # without autocast's cache: under FSDP2 it would keep a copy of all gathered weights until the end of the forward pass
+                with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
                     terms = objective.terms(self.model, part)
                 weight = 1.0 if group else 0.0
                 loss = sums.add(terms, weight)

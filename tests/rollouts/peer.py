@@ -24,6 +24,7 @@ class Peer:
     """`faults`: called with the number of a completion before it is made; its return value is answered instead, and 0 hangs up.
 
     tied: the output head is never replaced. raw: log-probabilities before the temperature. loads: weights are loaded when it says so.
+    counted: its counter of tokens, if it has one.
     unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
     """
 
@@ -32,6 +33,7 @@ class Peer:
         self.tied = self.raw = False
         self.loads = self.development = self.token_ids = True
         self.unhealthy = 0
+        self.counted: Callable[[], float] | None = None
         self.faults: Callable[[int], Reply | None] = lambda number: None
         self.paths: list[str] = []
         self.asked: list[dict[str, Any]] = []
@@ -40,6 +42,9 @@ class Peer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == "/metrics" and peer.counted is not None:
+                    self._send(200, f'vllm:generation_tokens_total{{model="policy"}} {peer.counted()}\n'.encode())
+                    return
                 self._reply(*peer.get(self.path))
 
             def do_POST(self) -> None:
@@ -51,7 +56,9 @@ class Peer:
                 self._reply(status, value)
 
             def _reply(self, status: int, value: Any) -> None:
-                data = json.dumps(value).encode()
+                self._send(status, json.dumps(value).encode())
+
+            def _send(self, status: int, data: bytes) -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

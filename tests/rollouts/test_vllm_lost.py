@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from threading import Event, Timer
 from typing import Any
 
@@ -83,6 +84,41 @@ def test_a_run_that_is_stopped_waits_for_no_server(start: Callable[..., Setup]) 
         setup.sample()
     assert not over, "a request outlived the stop"
     answered.set()
+
+
+def test_a_server_that_makes_no_tokens_any_more_is_left_long_before_its_time_limit(start: Callable[..., Setup]) -> None:
+    setup, over = start(servers=2), Event()
+    hung, other = setup.peers
+    made = count()
+    hung.counted, other.counted = lambda: 7.0, lambda: float(next(made))
+    hung.faults = lambda number: (0, None) if number > 4 and over.wait(300) else None
+    for server in setup.engine.fleet.servers:
+        server.look_seconds = 0.2
+    try:
+        assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
+    finally:
+        over.set()
+    (error,) = setup.engine.fleet.lost.values()
+    assert str(error).startswith(f"{hung.url} does not answer /v1/completions and makes no tokens any more")
+
+
+def test_a_server_that_still_makes_tokens_is_waited_for(start: Callable[..., Setup]) -> None:
+    setup, looks = start(), list[float]()
+    go_on = Event()
+
+    def counted() -> float:
+        looks.append(len(looks))
+        if len(looks) > 3:
+            go_on.set()
+        return looks[-1]
+
+    peer = setup.peers[0]
+    peer.counted = counted
+    peer.faults = lambda number: None if number != 6 or go_on.wait(300) else (0, None)
+    setup.engine.fleet.servers[0].look_seconds = 0.2
+    assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
+    assert len(looks) > 3
+    assert setup.engine.fleet.lost == {}
 
 
 def test_a_request_that_begins_while_the_run_stops_is_not_sent(start: Callable[..., Setup]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from posttrain.data.batches import EpochOrder
@@ -207,3 +209,25 @@ def test_learning_lowers_the_loss() -> None:
     made = case("dpo")
     learner = Trainer(made.model(), OptimizerSettings(1e-2), total_steps=20, micro_batch_tokens=50)
     assert [learner.update(made.rows, made.objective)["preference/accuracy"] for _ in range(20)][-1] > 0.99
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_autocast_keeps_no_copies_of_weights_that_are_gathered(sharded: bool) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Watched(Linear):
+        def terms(self, model: nn.Module, rows: Sequence[float]) -> Terms:
+            seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            return super().terms(model, rows)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        made: Trainer[float] = Trainer(
+            nn.Linear(2, 1), OptimizerSettings(0.1), total_steps=1, micro_batch_tokens=1, accelerator=accelerator
+        )
+        made.sharded = sharded
+        made.update([1.0, 2.0], Watched())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [(True, not sharded)] * 2

@@ -17,6 +17,7 @@ import numpy as np
 from posttrain.errors import RolloutError, ServerError
 from posttrain.rollouts.engine import Completion, SamplingSettings
 from posttrain.rollouts.vllm.connection import base_path, new_connection
+from posttrain.rollouts.vllm.progress import LOOK_SECONDS, tokens_counted, wait_for_reply
 
 REQUEST_SECONDS = 900.0
 """A server that has not answered by then is considered hung."""
@@ -33,6 +34,7 @@ class VllmServer:
 
     def __init__(self, url: str, request_seconds: float = REQUEST_SECONDS) -> None:
         self.url, self.request_seconds = url.rstrip("/"), request_seconds
+        self.look_seconds = LOOK_SECONDS
         self.model, self.context = "", 0
         self._open: set[HTTPConnection] = set()
         self._lock = Lock()
@@ -112,7 +114,7 @@ class VllmServer:
         }
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        reply = self._exchange("POST", "/v1/completions", body, self.request_seconds)
+        reply = self._exchange("POST", "/v1/completions", body, self.request_seconds, watched=True)
         choice: dict[str, Any] = _field(reply, "choices", self.url)[0]
         return choice
 
@@ -123,8 +125,22 @@ class VllmServer:
             raise ServerError(f"{self.url} sent {len(tokens)} tokens with the log-probabilities {list(logprobs)[:8]}")
         return tokens, logprobs
 
-    def _exchange(self, method: str, path: str, body: Any, seconds: float) -> Any:
-        """Use a new connection for each request: the server may close a kept one at the moment when it is used again."""
+    def _tokens_counted(self) -> float | None:
+        """Return the server's counter of tokens, None if it has none."""
+        response, text = self._fetch("GET", "/metrics", None, HEALTH_SECONDS)
+        return tokens_counted(text.decode(errors="replace")) if response.status == 200 else None
+
+    def _exchange(self, method: str, path: str, body: Any, seconds: float, watched: bool = False) -> Any:
+        return self._answer(*self._fetch(method, path, body, seconds, watched), path)
+
+    def _fetch(
+        self, method: str, path: str, body: Any, seconds: float, watched: bool = False
+    ) -> tuple[HTTPResponse, bytes]:
+        """Use a new connection for each request: the server may close a kept one at the moment when it is used again.
+
+        Args:
+            watched: give up as soon as the server makes no tokens any more.
+        """
         connection = new_connection(self.url, seconds)
         with self._lock:
             self._open.add(connection)
@@ -134,6 +150,10 @@ class VllmServer:
             if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
                 raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
             connection.request(method, base_path(self.url) + path, payload, {"Content-Type": "application/json"})
+            if watched and not wait_for_reply(connection.sock, self._tokens_counted, self.look_seconds, seconds):
+                raise ServerError(
+                    f"{self.url} does not answer {path} and makes no tokens any more, so it is considered hung"
+                )
             response = connection.getresponse()
             text = response.read()
         except (OSError, HTTPException) as error:
@@ -142,9 +162,9 @@ class VllmServer:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
-        return self._answer(response, path, text)
+        return response, text
 
-    def _answer(self, response: HTTPResponse, path: str, text: bytes) -> Any:
+    def _answer(self, response: HTTPResponse, text: bytes, path: str) -> Any:
         shown = text[:500].decode(errors="replace")
         if response.status >= 500:
             raise ServerError(f"{self.url} answered {path} with {response.status}: {shown}")

@@ -1,0 +1,40 @@
+"""Notice a hung server by its own counters of tokens, long before a request's time limit.
+
+Example:
+    >>> text = '# HELP vllm:generation_tokens_total ...\\nvllm:generation_tokens_total{model="policy"} 41.0\\n'
+    >>> tokens_counted(text + 'vllm:prompt_tokens_total{model="policy"} 7.0\\n'), tokens_counted("null")
+    (48.0, None)
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from socket import socket
+
+COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+LOOK_SECONDS = 20.0
+"""Time between two looks at a server that has not answered yet. It is considered hung if its counters are equal in both."""
+
+
+def tokens_counted(metrics: str) -> float | None:
+    """Return the number of tokens that the server has read and made, from its page `/metrics`; None if it counts none."""
+    lines = [line for line in metrics.splitlines() if line.startswith(COUNTERS)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines) if lines else None
+
+
+def wait_for_reply(connection: socket, count: Callable[[], float | None], look_seconds: float, seconds: float) -> bool:
+    """Wait until a reply can be read. Return False if the server has hung.
+
+    Args:
+        count: returns the server's counter of tokens, or None if it has none; then only `seconds` limits the wait.
+        seconds: longest wait.
+    """
+    before, deadline = None, time.monotonic() + seconds
+    while not select.select([connection], [], [], min(look_seconds, max(0.0, deadline - time.monotonic())))[0]:
+        now = count()
+        if (now is not None and now == before) or time.monotonic() >= deadline:
+            return False
+        before = now
+    return True
