@@ -24,7 +24,7 @@ from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.distributed import gather_all, round_robin
-from posttrain.errors import PosttrainError, RewardError, RolloutError
+from posttrain.errors import CheckpointError, PosttrainError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
@@ -326,6 +326,11 @@ class GroupSampler:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if ("rounds" in state) != (self.ahead is not None):
+            raise CheckpointError(
+                "the checkpoint was written with a different staleness: one of the two samples ahead. Set it as it was, or remove the"
+                " run's checkpoints to start again"
+            )
         self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
         self.rewarded = state["rewarded"]
         if self.ahead is not None:

@@ -174,11 +174,11 @@ class ProcessEngine:
             header: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
             content = process.stdout.read(header.get("bytes", 0))
         except (OSError, ValueError) as error:  # the pipe broke or was closed
-            raise RolloutError(f"the sampling process {_ending(process)}") from error
+            raise RolloutError(_ended(process)) from error
         if "error" in header:
             raise RolloutError(header["error"])
         if not line.endswith(b"\n") or len(content) < header.get("bytes", 0):
-            raise RolloutError(f"the sampling process {_ending(process)}")
+            raise RolloutError(_ended(process))
         return header, content
 
     def _prove(self, found: Sequence[float], expected: Sequence[float]) -> None:
@@ -214,6 +214,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _ending(process: subprocess.Popen[bytes]) -> str:
+def _ended(process: subprocess.Popen[bytes]) -> str:
     status = process.wait()
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"the sampling process {how}. Run the same command again: it resumes from its last checkpoint"

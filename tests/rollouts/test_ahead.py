@@ -15,7 +15,7 @@ import torch
 
 from posttrain.algorithms.dapo import DAPO
 from posttrain.algorithms.grpo import GRPO
-from posttrain.errors import ConfigError, RolloutError
+from posttrain.errors import CheckpointError, ConfigError, RolloutError
 from posttrain.models.policy import Policy
 from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
@@ -100,6 +100,12 @@ def test_the_answers_of_a_step_come_from_the_weights_of_so_many_steps_before(sta
     assert engine.asked == expected
     assert [watch.steps[k + 1]["staleness/mean"] for k in range(STEPS)] == [min(k, staleness) for k in range(STEPS)]
     assert watch.steps[1]["mismatch/mean"] < 1e-5 < 1e-3 < watch.steps[STEPS]["mismatch/mean"]
+
+
+def test_a_checkpoint_of_a_different_staleness_is_refused(tmp_path: Path) -> None:
+    _, _, killed = start(tmp_path, 0, kill_at=4)
+    with pytest.raises(CheckpointError, match="a different staleness"):
+        start(tmp_path, 1, earlier=killed)
 
 
 def test_no_result_depends_on_who_is_faster(tmp_path: Path) -> None:

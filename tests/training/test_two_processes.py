@@ -55,6 +55,7 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
     two, one = torch.load(tmp_path / "two.pt", weights_only=False), results(Accelerator())
     assert two["answers"] == one["answers"]
     assert two["tokens_sampled"] == one["tokens_sampled"]
+    assert two["ahead"] == one["ahead"]
     assert "router/load_max" in one["moe"][0]
     assert two["judged"][0] == two["judged"][1]
     assert two["texts"] == ["key 0", "key 1"]

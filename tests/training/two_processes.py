@@ -15,12 +15,15 @@ from posttrain.data.tokens import Tokens
 from posttrain.distributed import gather_texts
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
+from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.settings import OptimizerSettings
 from posttrain.training.onpolicy import Demonstration
+from posttrain.training.source import settled
 from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.models.moe import moe
 from tests.rewards.behaving import process_ids
+from tests.rollouts.test_ahead import Copies
 from tests.training.cases import Case, case, experiences, probe, with_record
 from tests.training.runs import sampler
 
@@ -40,12 +43,23 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     answers, _ = drawn.sample()
     found["answers"] = [(a.group, a.completion.tokens, a.reward) for a in answers]
     found["tokens_sampled"] = drawn.tokens_sampled
+    found["ahead"] = ahead(accelerator)
     found["resumed"] = resumed(accelerator)
     found["texts"] = gather_texts(accelerator, f"key {accelerator.process_index}")
     # every process has its own id, and all must learn from what one of them was told
     drawn.rewards = [FunctionReward("varied", process_ids)]
     found["judged"] = gather_object([[a.reward for a in drawn.sample()[0]]])
     return found
+
+
+def ahead(accelerator: Accelerator) -> list[Any]:
+    """Sample two steps before they are due; return their answers, and the state with those of a third one."""
+    lm = small.language_model()
+    early = Ahead(Background(Copies(lm)), 1, 5)
+    drawn = sampler(PRESETS["grpo"], lm, prompts=5, accelerator=accelerator, ahead=early)
+    answers = [[(a.group, a.completion.tokens, a.reward) for a in drawn.sample()[0]] for _ in range(2)]
+    (waiting,) = settled(drawn.state_dict())["rounds"]
+    return [answers, waiting["positions"], waiting["version"], waiting["answers"]["tokens"].tolist()]
 
 
 def resumed(accelerator: Accelerator) -> dict[str, torch.Tensor]:
