@@ -47,8 +47,14 @@ def read_paths(root: Path) -> dict[str, StagePaths]:
 
 
 def committed(root: Path, paths: Mapping[str, StagePaths]) -> str:
-    """Return the project's commit. Raises OrchestrationError if code differs from it: a worker would run something else."""
+    """Return the project's commit. Raises OrchestrationError if code differs from it, or if the project is a part of a repository."""
     commit = _git(root, "rev-parse", "HEAD").strip()
+    top = Path(_git(root, "rev-parse", "--show-toplevel").strip())
+    if top.resolve() != root.resolve():
+        raise OrchestrationError(
+            f"{root.absolute()} is not the top folder of a git repository ({top} is), so workers cannot check it out. Studies and tuning"
+            " run in such folders: unset POSTTRAIN_POOL for them."
+        )
     inputs, results = ({path for each in paths.values() for path in getattr(each, kind)} for kind in ("deps", "outs"))
     wrong = [
         path

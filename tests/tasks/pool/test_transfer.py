@@ -71,6 +71,9 @@ def test_a_clone_runs_one_stage_from_its_inputs_and_another_restores_it(project:
 def test_code_must_be_committed_and_known_to_the_workers_remote(project: Path, clone: Path) -> None:
     paths = read_paths(project)
     (project / "notes.md").write_text("no stage reads it")
+    (project / "below").mkdir()
+    with pytest.raises(OrchestrationError, match="is not the top folder of a git repository"):
+        committed(project / "below", {})
     with (project / ".gitignore").open("a") as file:
         file.write("!/join.txt\n")
     git(project, "commit", "-qam", "the output join.txt is not ignored")
