@@ -23,7 +23,7 @@ from tasks.dag import Dag
 from tasks.pool.send import Pool
 from tasks.pool.settings import CPU, GPU, VARIABLE, read_settings
 
-TEMPLATES = Path(__file__).parents[1] / "infra" / "work-pools"
+TEMPLATE = Path(__file__).parents[1] / "infra" / "work-pools" / "process.json"
 ENTRY = "flows/stage.py:stage"
 PRIORITIES = {GPU: 1, CPU: 2}
 """Work queues; a worker with a GPU takes first the stages that need it."""
@@ -45,7 +45,7 @@ def workers_of_pool(root: Path, whole: Dag) -> Iterator[Workers]:
     require_pool_server(name)
     settings = read_settings(root, {node.name: node for node in whole.values() if node.kind == "stage"})
     pool = Pool(root, name, whole, settings, str(flow_run.get_id() or ""))
-    with pool.open(prepare(name, "process")):
+    with pool.open(prepare(name)):
         yield pool
 
 
@@ -60,15 +60,15 @@ def require_pool_server(name: str) -> None:
         )
 
 
-def prepare(name: str, kind: str) -> UUID:
+def prepare(name: str) -> UUID:
     """Create or update the pool, its two queues, and the deployment of a stage; return the deployment's id.
 
     Safe to repeat, by workers and flows at once.
     """
     with get_client(sync_client=True) as client:
-        template = json.loads((TEMPLATES / f"{kind}.json").read_text(encoding="utf-8"))
+        template = json.loads(TEMPLATE.read_text(encoding="utf-8"))
         with contextlib.suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
+            client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
         for queue, priority in PRIORITIES.items():
             _queue(client, name, queue, priority)
         return client.create_deployment(

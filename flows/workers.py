@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL
 
@@ -34,7 +33,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--pool", default=os.environ.get(VARIABLE) or "stages", help="the pool (default: POSTTRAIN_POOL)"
     )
     parser.add_argument("--name", dest="worker", help="name of the new worker (default: host and folder)")
-    parser.add_argument("--type", default="process", choices=("process", "docker", "kubernetes"), help="of a new pool")
 
 
 @reports_errors
@@ -55,11 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         root = environment.root()
         environment.require_writable(root)
-        prepare(pool, args.type)
+        prepare(pool)
         serve(root, pool, args.worker or worker_name(root))
     return 0
 
 
 if __name__ == "__main__":
-    os.chdir(Path.cwd())
     sys.exit(main())
