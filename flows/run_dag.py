@@ -19,6 +19,7 @@ from flows.schedule import DagOutcome, Future, run_all
 from flows.signals import reason, stop_on_signal
 from flows.workspace import follower, fork_server, write_costs, write_record
 from pipelines.runtime.command_line import print_text
+from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.publish import SHARED_REPORT
 from pipelines.runtime.redaction import printable
 from posttrain.errors import Interrupted, OrchestrationError
@@ -154,7 +155,7 @@ def _report_end(name: str, outcome: DagOutcome, progress: str) -> None:
     """Log the result of one stage."""
     if name in outcome.failures:
         error = outcome.failures[name]
-        log_line(f"{name:<24} {'stopped' if isinstance(error, Interrupted) else 'FAILED'}: {error}")
+        log_line(f"{name:<24} {'stopped' if isinstance(error, Interrupted) else 'FAILED'}: {_words(error)}")
         return
     result = outcome.results[name]
     if result.ended > result.started:
@@ -162,11 +163,17 @@ def _report_end(name: str, outcome: DagOutcome, progress: str) -> None:
         log_line(f"{name:<24} {words[result.outcome]} in {result.seconds:.1f} s{progress}")
 
 
+def _words(error: BaseException) -> str:
+    """Return an error in words; a fault of the machine, such as a limit of open files, with its remedy."""
+    fault = machine_fault(error) if isinstance(error, OSError | RuntimeError) else None
+    return f"{fault}, then run again." if fault else str(error)
+
+
 def _raise_failures(outcome: DagOutcome) -> None:
     """Raise OrchestrationError with the errors of all failed stages."""
     if not outcome.failures:
         return
-    lines = [str(error) for _, error in sorted(outcome.failures.items())]
+    lines = [_words(error) for _, error in sorted(outcome.failures.items())]
     if outcome.not_started:
         lines.append(f"not started, because they depend on a failed stage: {', '.join(outcome.not_started)}")
     raise OrchestrationError("\n".join(lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -91,8 +92,18 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     if wait_until(lambda: answers(health), lambda: process.poll() is None, START_SECONDS):
         return
     if process.poll() is not None:
-        raise OrchestrationError(f"Prefect's server ended with status {process.returncode} while starting; see {log}")
+        raise OrchestrationError(
+            f"Prefect's server ended with status {process.returncode} while starting{_reason(log)}. If a full disk or a limit is the"
+            f" cause, free space or raise the limit (`ulimit -n`), then run again; its log is {log}"
+        )
     raise OrchestrationError(f"Prefect's server did not answer in {START_SECONDS:.0f} s; see {log}")
+
+
+def _reason(log: Path) -> str:
+    """Return the last line of a log that names an error, after a colon; nothing without one."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    named = [line.strip() for line in lines if re.search(r"\w(Error|Exception)\b", line)]
+    return f": {redact(named[-1])}" if named else ""
 
 
 @contextmanager

@@ -32,6 +32,20 @@ def read_json(path: Path, remedy: str) -> Any:
         raise DataError(f"{path} is damaged ({error}) and is not used. {remedy}") from None
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted; none if there is no such folder.
+
+    Raises OSError if a folder may not be listed. `Path.glob` passes over such a folder, as if it were empty.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    if not folder.is_dir():
+        return []
+    return sorted(Path(top) / name for top, _, names in os.walk(folder, onerror=stop) for name in names)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace the content of a file; its folder is made. Both are on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ import pyarrow as pa
 from pipelines.data.compact import compact
 from pipelines.data.parquet import parquet_records
 from posttrain.errors import DataError
+from posttrain.files import files_below
 from posttrain.text import nearest
 
 Record = dict[str, Any]
@@ -96,7 +97,7 @@ def unread_files(folder: Path, split: str) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.rglob("*")) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
+    return [p for p in files_below(folder) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
 
 
 def _is_hidden(path: Path) -> bool:

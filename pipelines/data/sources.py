@@ -22,6 +22,7 @@ from pipelines.data.parquet import table_records
 from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments.base import built_in, checked_rows, environment, is_environment
 from posttrain.errors import ConfigError, DataError
+from posttrain.files import files_below
 from posttrain.text import nearest
 
 HUB = "hub:"
@@ -43,7 +44,7 @@ def table_rows(kind: Sourced, data: DataParams, changes: Changes | None = None) 
 
 def accepted_files(kind: Sourced) -> list[Path]:
     """Return the accepted files of this table, sorted by the number at the start of their names."""
-    found = [path for path in (ACCEPTED / kind).glob("*") if is_readable(path)]
+    found = [path for path in files_below(ACCEPTED / kind) if path.parent.name == kind and is_readable(path)]
     return sorted(found, key=lambda path: (arrival_number(path), path.name))
 
 

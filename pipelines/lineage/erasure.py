@@ -21,6 +21,7 @@ from pipelines.lineage.records import Artifact, StageRecord
 from pipelines.runtime.identity import file_digest
 from pipelines.tracking.erasure import find_traces
 from posttrain.errors import DataError
+from posttrain.files import files_below
 
 STATE = ("runs", "logs", "costs", "report.html", "served", "intake", "intake.json", "studies", "tune")
 """Parts of .posttrain that record rows. Not among them: fetched models and databases, whose bytes may hold a short text by chance."""
@@ -201,7 +202,7 @@ def _contents(lineage: Lineage, record: StageRecord) -> Iterator[str]:
 
 def _copies(lineage: Lineage, digest: str) -> Iterator[str]:
     """Yield the MD5 of objects of the cache with the file's bytes."""
-    for path in sorted((lineage.cache.folder / "files" / "md5").glob("??/*")):
+    for path in files_below(lineage.cache.folder / "files" / "md5"):
         if path.is_file() and not path.name.endswith(_SUFFIX) and file_digest(path) == digest:
             yield path.parent.name + path.name
 
@@ -224,7 +225,7 @@ def _files(project: Path, folders: Sequence[str]) -> Iterator[Path]:
     """Yield the files of folders, without models, weights, secrets and links. The vocabulary of a tokenizer holds many short texts."""
     for folder in folders:
         root = project / folder
-        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        for path in [root] if root.is_file() else files_below(root):
             left_out = {"secrets", "models"}.intersection(path.relative_to(project).parts)
             if path.is_file() and not path.is_symlink() and path.suffix not in WEIGHTS and not left_out:
                 yield path

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.journal import representable
 from posttrain.errors import DataError
+from posttrain.files import files_below
 
 SOURCES = Path(__file__).parents[2]
 """Folder of the packages that are running."""
@@ -39,8 +40,8 @@ def content_digest(path: Path) -> str:
 
 def folder_digests(path: Path) -> dict[str, str]:
     """Return the sha256 of each file of a folder by its relative name, sorted by name."""
-    files = sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
-    return {p.relative_to(path).as_posix(): file_digest(p) for p in files if p.is_file()}
+    files = sorted((file.relative_to(path).as_posix(), file) for file in files_below(path))
+    return {name: file_digest(file) for name, file in files if file.is_file()}
 
 
 def joined_digest(digests: Mapping[str, str]) -> str:
@@ -85,5 +86,6 @@ def _sources(project: Path, entry: str) -> dict[str, str]:
     """Return the digest, by name, of a dependency's .py files; running packages are searched before the project."""
     root = next((base for base in (SOURCES, project) if (base / entry).exists()), project)
     path = root / entry
-    files = [path] if path.suffix == ".py" and path.is_file() else path.rglob("*.py")
+    single = path.suffix == ".py" and path.is_file()
+    files = [path] if single else [file for file in files_below(path) if file.suffix == ".py"]
     return {file.relative_to(root).as_posix(): file_digest(file) for file in files}

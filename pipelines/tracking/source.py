@@ -15,6 +15,7 @@ from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonic
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
 from posttrain.errors import TrackingError
+from posttrain.files import files_below
 
 Value = tuple[str, int]
 """Metric name and step."""
@@ -168,8 +169,9 @@ def load(folder: Path) -> RecordedRun | None:
 
 def folders(project: Path) -> Iterator[Path]:
     """Yield every folder that holds a journal: live folders first, then run directories."""
-    yield from sorted(path.parent for path in environment.states(project).glob(f"*/{JOURNAL}"))
-    yield from sorted(path.parent for path in (project / "runs").rglob(JOURNAL))
+    live = environment.states(project)
+    yield from (path.parent for path in files_below(live) if path.name == JOURNAL and path.parent.parent == live)
+    yield from (path.parent for path in files_below(project / "runs") if path.name == JOURNAL)
 
 
 def discover(project: Path, problems: list[str]) -> list[RecordedRun]:

@@ -108,8 +108,9 @@ def open_client(project: Path) -> MlflowClient:
         ) from error
     except SQLAlchemyError as error:
         raise TrackingError(
-            f"MLflow's database {redact(uri)} cannot be opened: {redact(_first_line(error))}. Give this user the right to read and write it"
-            " and its folder, or correct MLFLOW_TRACKING_URI. Nothing is lost: the journals hold every value."
+            f"MLflow's database {redact(uri)} cannot be opened: {redact(_first_line(error))}. Free space if its disk is full, give this"
+            " user the right to read and write it and its folder, or correct MLFLOW_TRACKING_URI. Nothing is lost: the journals"
+            " hold every value."
         ) from error
 
 
