@@ -73,7 +73,7 @@ def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def test_a_journal_that_is_cut_between_its_first_two_records_is_begun_again(copy: Workspace) -> None:
-    """The second record holds the parameters: a run that continued without it would never show them."""
+    # the second record holds the parameters: a run that continued without it would never show them
     ingest = Limited(copy, "ingest")
     ingest.forget()
     ingest.refuses(
