@@ -22,6 +22,7 @@ from flows.names import dated
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
 from pipelines.commands.seeds import raise_seeds
+from pipelines.runtime.command_line import whole
 from tasks.challenger import register_best
 from tasks.console import print_line
 
@@ -45,7 +46,10 @@ def compare(targets: list[str] | None = None, tracking: bool = True) -> State[No
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stages(parser)
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="first add seeds to params.yaml until there are N; finished runs stay"
+        "--seeds",
+        type=whole(1, 10_000),
+        metavar="N",
+        help="first add seeds to params.yaml until there are N; finished runs stay",
     )
 
 

@@ -30,6 +30,7 @@ from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
 from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, MEASURE, PATH, REASON, Registry, Version
+from pipelines.runtime.command_line import whole
 from posttrain.errors import OrchestrationError
 from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line
@@ -186,7 +187,7 @@ def _named(number: str) -> str:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flow's arguments."""
-    parser.add_argument("version", nargs="?", type=int, help="number of the version (default: the challenger)")
+    parser.add_argument("version", nargs="?", type=whole(1), help="number of the version (default: the challenger)")
     parser.add_argument("--roll-back", action="store_true", help="make the previous champion the champion again")
     parser.add_argument("--reason", default="", help="stored with the version and sent to the webhook")
     parser.add_argument("--adopt", action="store_true", help="register the weights of models/champion as champion")

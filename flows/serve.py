@@ -50,7 +50,7 @@ from pipelines.commands.ui import free_port
 from pipelines.data.inbox import location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, reports_errors
+from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.process import stopping_signals
 from pipelines.runtime.redaction import redact
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("python -m flows.serve", __doc__)
     parser.add_argument(
-        "--port", type=int, default=4200, help="port of the Prefect server; 0 chooses a free one (default: 4200)"
+        "--port", type=PORT, default=4200, help="port of the Prefect server; 0 chooses a free one (default: 4200)"
     )
     args = parser.parse_args(argv)
     root = environment.root()

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from posttrain.api_arguments import check_shape, checked, require, require_list, require_path
 from posttrain.api_rows import check_prompt
-from posttrain.api_surroundings import SEED_LOCK, usual_torch
+from posttrain.api_surroundings import SEED_LOCK, is_adapted, usual_torch
 from posttrain.data.tokens import Text, TextEncoder
-from posttrain.errors import ModelError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -33,6 +33,14 @@ class Model:
 
     lm: PreTrainedModel
     encoder: TextEncoder
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless these are a model of transformers and an encoder."""
+        if not callable(getattr(self.lm, "get_output_embeddings", None)) or not hasattr(self.lm, "config"):
+            raise ConfigError(
+                f"Model: lm is a {type(self.lm).__name__}; give a model of transformers, without a wrapper such as DataParallel"
+            )
+        require("Model", "encoder", self.encoder, TextEncoder, "TextEncoder(tokenizer, max_length)")
 
     def generate(
         self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
@@ -64,6 +72,10 @@ class Model:
         require_path("save", "folder", folder, "the path of a folder")
         require("save", "card", card, str, "the text of README.md")
         path = Path(folder)
+        if is_adapted(self.lm):
+            raise ModelError(
+                "save: the model holds an adapter that is not merged; merge it first: peft's merge_and_unload()"
+            )
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists()):
             raise ModelError(
                 f"{path}: is there already and is no model folder, so it is not replaced; give a new folder"

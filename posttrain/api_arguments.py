@@ -18,7 +18,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
 from posttrain.text import shortened as shown
@@ -163,12 +163,32 @@ def check_reward(reward: Any) -> dict[str, Any]:
     if reward is not None and not functions:
         raise ConfigError(f"train: reward is {shown(reward)}, so nothing would be learnt; give {give}")
     for name, function in functions.items():
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"train: reward has the name {shown(name)}; give a text as its name")
+        if not isinstance(name, str) or not name or name == "total":
+            raise ConfigError(
+                f"train: reward has the name {shown(name)}; give a text as its name, and not `total`, which is the sum of all"
+            )
+        if function in ("reward_model", "judge"):
+            raise ConfigError(f"train: reward {name!r} is {function!r}, which only the pipeline has; {give}")
         if not isinstance(function, str) and not callable(function):
             own = " (an environment: give its .reward)" if hasattr(function, "reward") else ""
             raise ConfigError(f"train: reward {name!r} is {shown(function)}{own}; give {give}")
     return functions
+
+
+def check_golds(name: str, function: Any, golds: Sequence[Any]) -> None:
+    """Raise DataError if a gold answer of the built-in reward `answer` could not match even itself."""
+    from posttrain.rewards.extraction import equal, gold_answers
+    from posttrain.rewards.functions import BUILT_IN
+    from posttrain.rewards.golds import gold_texts
+
+    if function is not BUILT_IN["answer"]:
+        return
+    for row, gold in enumerate(gold_texts(name, golds)):
+        if not any(equal(one, gold) for one in gold_answers(gold)):
+            raise DataError(
+                f"rows, row {row}: the answer {shown(gold)} is no number that the reward `answer` could find. Give a number; for letters or"
+                " texts pass functools.partial(posttrain.rewards.functions.answer, kind='choice'), or 'text', as the reward"
+            )
 
 
 def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:

@@ -71,6 +71,11 @@ def in_training(model: nn.Module) -> Iterator[None]:
         _in_training.discard(id(model))
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Return True if layers of the model hold an adapter of peft, which `save` and `load` would not know."""
+    return any(".base_layer." in name for name, _ in model.named_parameters())
+
+
 def check_trainable(model: nn.Module) -> None:
     """Raise ModelError unless the weights exist, are of a type that takes small updates, and some of them may change.
 
@@ -82,6 +87,10 @@ def check_trainable(model: nn.Module) -> None:
         raise ModelError(
             "the model to train has weights on the device `meta`, which holds no values; load it again, outside of"
             " torch.device('meta')"
+        )
+    if is_adapted(model):
+        raise ModelError(
+            "the model to train holds an adapter, which no folder would keep; merge it: peft's merge_and_unload()"
         )
     if others := sorted({str(weight.dtype) for weight in weights if weight.dtype not in TRAINABLE}):
         raise ModelError(

@@ -25,7 +25,15 @@ from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Pre
 from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
-from posttrain.api_arguments import check_columns, check_reward, checked, require, require_list, require_methods
+from posttrain.api_arguments import (
+    check_columns,
+    check_golds,
+    check_reward,
+    checked,
+    require,
+    require_list,
+    require_methods,
+)
 from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
 from posttrain.data.batches import EpochOrder
@@ -51,6 +59,7 @@ from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
 from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.own_checkpoints import OwnCheckpoints, identity_of
 from posttrain.training.preference import (
     Answer,
     AnswerGroup,
@@ -83,6 +92,8 @@ class _Run:
     micro_batch_tokens: int
     history: History
     checkpoints: Checkpoints | None
+    identity: dict[str, Any]
+    """Arguments that a run shares with the one whose checkpoints it resumes from."""
 
     def trainer(self, policy: Policy, updates: int) -> Trainer[Any]:
         settings = OptimizerSettings(self.learning_rate)
@@ -90,7 +101,8 @@ class _Run:
 
     def fit(self, trainer: Trainer[Any], source: Any, objective: Any, shown: str) -> None:
         settings = LoopSettings("training", self.steps, (shown,))
-        fit(trainer, source, objective, settings, self.history, self.checkpoints)
+        kept = None if self.checkpoints is None else OwnCheckpoints(self.checkpoints, self.identity)
+        fit(trainer, source, objective, settings, self.history, kept)
 
     def epochs(self, rows: Sequence[Any]) -> EpochSource[Any]:
         return EpochSource(rows, EpochOrder(len(rows), self.batch_size, 1, self.seed))
@@ -188,7 +200,10 @@ def train(
     check_trainable(model.lm)
     if broken := broken_weights(model.lm):
         raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
-    run = _Run(model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, History(recorder), checkpoints)
+    numbers = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    identity = identity_of(spec, model.lm, numbers)
+    history = History(recorder)
+    run = _Run(model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, history, checkpoints, identity)
     with usual_torch(), in_training(model.lm):
         check_policy(model.lm, "the model to train")
         if isinstance(spec, OnPolicy):
@@ -228,6 +243,7 @@ def _spec(algorithm: Any) -> Algorithm | str:
 
 
 def _supervised(run: _Run, table: list[dict[str, Any]]) -> None:
+    run.identity["rows"] = table
     tokens = table_tokens(run.model.encoder, table, "completion")
     examples = [Example(t, float(row.get(WEIGHT, 1.0))) for t, row in zip(tokens, table, strict=True)]
     run.fit(run.trainer(Policy(run.model.lm), run.steps), run.epochs(examples), SupervisedObjective(), "loss")
@@ -263,10 +279,12 @@ def _on_policy(
             f"{spec.name}: pass demonstrations= if and only if the algorithm has an expert stream (mu_peak > 0)"
         )
     model = run.model
+    run.identity.update(rows=[*map(dict, table)], sampling=repr(sampling), demonstrations=[*map(dict, demonstrations)])
     functions = {n: find_function(f) if isinstance(f, str) else f for n, f in check_reward(reward).items()}
     columns = [*(name for name in table[0] if name != "prompt"), *([CONVERSATION] if turns is not None else [])]
     for name, function in functions.items():
         check_columns(name, function, columns)
+        check_golds(name, function, [row.get("answer") for row in table])
     sources = [FunctionReward(name, function) for name, function in functions.items()]
     most = sampling.sampling.max_new_tokens * sampling.turns
     problems = [_problem(model, row, i, teacher_prompt, most) for i, row in enumerate(table)]
@@ -327,6 +345,7 @@ def _problem(model: Model, row: Mapping[str, Any], number: int, template: str | 
 
 def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
     _check_epochs(spec)
+    run.identity["rows"] = [*map(dict, table)]
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
     tokens = table_tokens(run.model.encoder, [dict(row) for row in table], "completion")
@@ -347,7 +366,7 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     _check_epochs(spec)
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
-    rows = [dict(row) for row in table]
+    run.identity["rows"] = rows = [dict(row) for row in table]
     chosen, rejected = (_answers(run, spec, policy, rows, column) for column in ("chosen", "rejected"))
     for i, pair in enumerate(zip(chosen, rejected, strict=True)):
         if pair[0].tokens == pair[1].tokens:

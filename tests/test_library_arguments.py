@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import posttrain as pt
-from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError, PosttrainError, RewardError
+from posttrain.algorithms.dpo import DPO
+from posttrain.algorithms.grpo import GRPO
+from posttrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NotFiniteError,
+    PosttrainError,
+    RewardError,
+)
+from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.history import History
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
 NAN = float("nan")
+PAIRS = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}]
 
 
@@ -64,6 +78,9 @@ def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str
         ({"reward": lengths, "turns": 3}, "turns is 3"),
         ({"reward": lengths, "teacher": "x"}, "teacher is 'x'"),
         ({"reward": lengths, "demonstrations": 5}, "demonstrations is 5"),
+        ({"reward": {"total": lengths}}, "not `total`, which is the sum of all"),
+        ({"reward": "reward_model"}, "which only the pipeline has"),
+        ({"reward": "judge"}, "which only the pipeline has"),
         ({"reward": lengths, "demonstrations": np.array(ROWS)}, "pass demonstrations= if and only if"),
     ],
 )
@@ -166,6 +183,21 @@ def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> 
         (lambda: pt.choose("grpo", 5), "choose: options is 5"),  # type: ignore[arg-type]
         (lambda: pt.Turns(5, limit=2), "Turns: step is 5"),  # type: ignore[arg-type]
         (lambda: pt.Turns(lengths, limit="2"), "Turns: limit = '2'"),  # type: ignore[arg-type]
+        (
+            lambda: pt.Model(torch.nn.DataParallel(model.lm), model.encoder),
+            "lm is a DataParallel; give a model of transformers",
+        ),
+        (lambda: pt.Model(model.lm, model.encoder.tokenizer), "Model: encoder is"),  # type: ignore[arg-type]
+        (
+            lambda: train(model, replace(GRPO, epochs=1.5), ["a"], reward=lengths),
+            "epochs = 1.5: must be a whole number",
+        ),
+        (lambda: train(model, replace(GRPO, advantage="x"), ["a"], reward=lengths), "advantage = 'x': must be one of"),
+        (lambda: train(model, replace(DPO, beta="0.1"), PAIRS), "beta = '0.1': must be a number"),
+        (
+            lambda: train(model, "distill", ["a"], teacher=model, teacher_prompt="{prompt}"),
+            "teacher_prompt=: only the prompt",
+        ),
         (lambda: pt.Turns(lengths, limit=None), "Turns: limit = None"),  # type: ignore[arg-type]
         (lambda: pt.tiny(seed=0, hidden_size=10**7), "make more than 1,000,000,000 parameters"),
         (lambda: model.generate(["a"], max_new_tokens=1, temperature=1e-30), "temperature = 1e-30; it must be 0, or"),
@@ -243,3 +275,34 @@ def test_a_run_in_which_no_answer_got_a_reward_is_an_error(model: pt.Model, valu
         return [1.0, *[value] * (len(completions) - 1)]
 
     assert train(model, "grpo", ["a"], reward=seldom, max_new_tokens=2)[0]["reward/total/mean"] == 1.0
+
+
+@pytest.mark.parametrize("gold", ["foo", "12:30", "", "seven apples", None, True, ["7"]])
+def test_a_gold_answer_that_nothing_could_match_is_refused_before_training(model: pt.Model, gold: Any) -> None:
+    with pytest.raises(DataError, match="row 1"):
+        train(model, "grpo", [{"prompt": "a", "answer": "7"}, {"prompt": "b", "answer": gold}], reward="answer")
+
+
+def test_gold_answers_may_be_numbers_of_any_kind(model: pt.Model) -> None:
+    golds = [7, 7.5, np.int64(7), np.float32(7.5), "$7", "1e3", '["7", "seven"]', "-7"]
+    rows = [{"prompt": str(i), "answer": gold} for i, gold in enumerate(golds)]
+    assert train(model, "grpo", rows, reward="answer", batch_size=8, samples=2, max_new_tokens=1)
+
+
+def test_checkpoints_of_another_run_are_refused_by_the_argument_that_differs(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    whole = train(pt.tiny(seed=0, **SMALL), steps=51, batch_size=1, checkpoints=checkpoints)
+    resumed = train(pt.tiny(seed=0, **SMALL), steps=51, batch_size=1, checkpoints=checkpoints)
+    assert resumed == whole[50:]
+    other: list[tuple[dict[str, Any], str]] = [
+        ({"steps": 10}, "steps"),
+        ({"seed": 1}, "seed"),
+        ({"learning_rate": 0.02}, "learning_rate"),
+        ({"rows": ROWS[:1]}, "rows"),
+        ({"algorithm": "dpo", "rows": PAIRS}, "algorithm, rows"),
+    ]
+    for changes, name in other:
+        with pytest.raises(CheckpointError, match=f"is of a run with other {name};"):
+            train(pt.tiny(seed=0, **SMALL), **({"steps": 51, "batch_size": 1, "checkpoints": checkpoints} | changes))
+    with pytest.raises(CheckpointError, match="is of a run with other model;"):
+        train(pt.tiny(seed=0, **SMALL | {"hidden_size": 32}), steps=51, batch_size=1, checkpoints=checkpoints)

@@ -23,7 +23,7 @@ from pipelines.report.analysis import scored
 from pipelines.report.calibration import Rate, power_lines, rates, simulated
 from pipelines.report.load import load
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from posttrain.errors import DataError
 from posttrain.evaluation.crossed import Spread
 from posttrain.evaluation.statistics import Floats, Resampling
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = command_parser("posttrain calibrate", __doc__)
     parser.add_argument("--params", type=Path, help="parameters to use instead of the project's params.yaml")
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 3, 5, 10], help="seeds on each side")
+    parser.add_argument("--sides", type=whole(1, 10_000), nargs="+", default=[1, 3, 5, 10], help="seeds on each side")
     args = parser.parse_args(arguments)
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
     os.chdir(environment.root())

@@ -25,7 +25,15 @@ from pipelines.data.inbox import location
 from pipelines.data.tables import read_rows
 from pipelines.promotion.named import find_model
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
+from pipelines.runtime.command_line import (
+    SEED,
+    TEMPERATURE,
+    command_parser,
+    ends_with_ctrl_c,
+    print_text,
+    reports_errors,
+    whole,
+)
 from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
 
@@ -199,11 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--against", metavar="MODEL", help="a second model, to compare answers")
     parser.add_argument("--system", help="system message of every conversation; needs a chat template")
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default: 0.7)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer in tokens (default: 256)"
+        "--temperature", type=TEMPERATURE, default=Sampling.temperature, help="0 is greedy (default: 0.7)"
     )
-    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=whole(1),
+        default=Sampling.max_new_tokens,
+        help="longest answer in tokens (default: 256)",
+    )
+    parser.add_argument("--seed", type=SEED, default=Sampling.seed)
     args = parser.parse_args(argv)
     if args.temperature < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be 0 or more, and --max-new-tokens 1 or more")

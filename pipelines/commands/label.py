@@ -45,7 +45,16 @@ from pipelines.labelling.shadow import shadow_items
 from pipelines.labelling.summary import describe, summarise
 from pipelines.promotion.named import find_model
 from pipelines.runtime import credentials, environment, web
-from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, print_text, reports_errors
+from pipelines.runtime.command_line import (
+    PORT,
+    SEED,
+    TEMPERATURE,
+    command_parser,
+    ends_with_ctrl_c,
+    print_text,
+    reports_errors,
+    whole,
+)
 from pipelines.runtime.identity import content_digest, file_digest
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.served import read_served
@@ -273,9 +282,9 @@ def parser() -> argparse.ArgumentParser:
         "models", nargs="*", metavar="MODEL", help="alias, version number, model, or folder (default: champion)"
     )
     made.add_argument("--ask", choices=ASKS, default="pairs", help="which of two is better, scores 1-10, or a ranking")
-    made.add_argument("--count", type=int, default=50, help="items to judge (default: 50)")
+    made.add_argument("--count", type=whole(1), default=50, help="items to judge (default: 50)")
     made.add_argument(
-        "--answers", type=int, help="answers per model and prompt (default: 2 of one model, 1 of several)"
+        "--answers", type=whole(1), help="answers per model and prompt (default: 2 of one model, 1 of several)"
     )
     made.add_argument(
         "--by",
@@ -284,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
         help="unsure: answers whose reward-model scores are closest",
     )
     made.add_argument(
-        "--repeat", type=int, default=0, help="items shown a second time, to measure consistency (default: 0)"
+        "--repeat", type=whole(0), default=0, help="items shown a second time, to measure consistency (default: 0)"
     )
     made.add_argument(
         "--prompts",
@@ -301,10 +310,10 @@ def parser() -> argparse.ArgumentParser:
         help="with --prompts: people give scores, and an answer that two or more people all gave 10 makes a held-out problem",
     )
     made.add_argument("--name", help="name of the session in labels/ (default: from models, prompts and options)")
-    made.add_argument("--temperature", type=float, help="default: evaluation.temperature")
-    made.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--port", type=int, default=5050, help="port on 127.0.0.1; 0 takes a free one (default: 5050)")
+    made.add_argument("--temperature", type=TEMPERATURE, help="default: evaluation.temperature")
+    made.add_argument("--max-new-tokens", type=whole(1), help="default: evaluation.max_new_tokens")
+    made.add_argument("--seed", type=SEED, default=0)
+    made.add_argument("--port", type=PORT, default=5050, help="port on 127.0.0.1; 0 takes a free one (default: 5050)")
     made.add_argument("--summary", metavar="NAME", help="print agreement and biases of a session")
     made.add_argument(
         "--import", dest="imported", type=Path, metavar="FILE", help="take in an export of Label Studio or Argilla"

@@ -31,7 +31,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.tracking.lockfile import read_lock
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("posttrain plan", __doc__)
     parser.add_argument("--params", type=Path, help="parameter file to use instead of the project's params.yaml")
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="memory of one device in GiB (default: this machine's)"
+        "--memory", type=real(0.001, 1e6), metavar="GIB", help="memory of one device in GiB (default: this machine's)"
     )
     parser.add_argument(
         "--workers",

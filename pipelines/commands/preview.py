@@ -14,7 +14,7 @@ from typing import get_args
 
 from pipelines.data.tables import FOLDER, Table, read_rows
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from posttrain.errors import ConfigError
 
 _GREEN, _PLAIN = "\033[4;32m", "\033[0m"
@@ -46,7 +46,7 @@ def _marked(text: str, colour: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("posttrain preview", __doc__)
     parser.add_argument("table", choices=get_args(Table))
-    parser.add_argument("row", type=int, help="the row's id")
+    parser.add_argument("row", type=whole(0), help="the row's id")
     args = parser.parse_args(argv)
     environment.quiet()
     os.chdir(environment.root())

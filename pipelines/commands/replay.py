@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pipelines.config.params import Params, load_params
 from pipelines.config.schema import AlgorithmParams, AlignParams, OnPolicyBudget
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors, whole
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.journal import Record, number, read
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("posttrain replay", __doc__)
     parser.add_argument("run", metavar="RUN", help="name of a run, e.g. grpo-0, or its folder")
-    parser.add_argument("--step", type=int, help="last step to compute again, counted from 1; default: all")
+    parser.add_argument("--step", type=whole(1), help="last step to compute again, counted from 1; default: all")
     args = parser.parse_args(argv)
     environment.quiet()
     os.chdir(environment.root())

@@ -28,7 +28,7 @@ from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import CHAMPION, Registry
 from pipelines.runtime import credentials, environment, web
-from pipelines.runtime.command_line import command_parser, ends_with_ctrl_c, reports_errors
+from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, real, reports_errors, whole
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.served import FOLDER as LOGGED
 from pipelines.tracking.served import ServedTraces
@@ -139,13 +139,19 @@ def main(argv: list[str] | None = None) -> int:
         metavar="MODEL",
         help="alias, version number, model, or folder (default: champion)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=PORT, default=8000, help="port on 127.0.0.1; 0 takes a free one (default: 8000)")
     parser.add_argument(
-        "--max-tokens", type=int, default=256, help="longest answer to a request that names no limit (default: 256)"
+        "--max-tokens",
+        type=whole(1),
+        default=256,
+        help="longest answer to a request that names no limit (default: 256)",
     )
     parser.add_argument("--shadow", metavar="MODEL", help="a model whose answers are logged and never returned")
     parser.add_argument(
-        "--shadow-share", type=float, default=1.0, help="share of the requests that the shadow answers too (default: 1)"
+        "--shadow-share",
+        type=real(0, 1),
+        default=1.0,
+        help="share of the requests that the shadow answers too (default: 1)",
     )
     args = parser.parse_args(argv)
     if not 0 < args.shadow_share <= 1:

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from pipelines.config.params import load_params
 from pipelines.runtime import environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.served import ServedTraces
@@ -174,7 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser("posttrain sync", __doc__)
     parser.add_argument("--follow", action="store_true", help="keep the store up to date until SIGTERM or Ctrl-C")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="retry for this many seconds while the store is down"
+        "--wait",
+        type=real(0, 1e7),
+        default=0.0,
+        metavar="SECONDS",
+        help="retry for this many seconds while the store is down",
     )
     parser.add_argument("--run", metavar="NAME-KEY", help="with --follow: follow only this run")
     args = parser.parse_args(argv)

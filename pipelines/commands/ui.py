@@ -22,7 +22,7 @@ from urllib.parse import quote
 from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.command_line import command_parser, reports_errors
+from pipelines.runtime.command_line import PORT, command_parser, reports_errors
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
 from pipelines.tracking.views import FILTER, TRAINING_PAGES, runs_page
@@ -179,10 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("posttrain ui", __doc__)
     parser.add_argument(
-        "--port", type=int, default=5000, help="port of MLflow on 127.0.0.1; 0 chooses a free one (default: 5000)"
+        "--port", type=PORT, default=5000, help="port of MLflow on 127.0.0.1; 0 chooses a free one (default: 5000)"
     )
     parser.add_argument(
-        "--prefect-port", type=int, default=4200, help="port of Prefect; 0 chooses a free one (default: 4200)"
+        "--prefect-port", type=PORT, default=4200, help="port of Prefect; 0 chooses a free one (default: 4200)"
     )
     args = parser.parse_args(argv)
     environment.quiet()

@@ -11,12 +11,13 @@ Example:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.files import read_file
+from pipelines.data.tables import is_messages
 from pipelines.labelling.judgements import JUDGE
 from pipelines.labelling.session import Answer, Ask, Item
 from posttrain.errors import DataError
@@ -38,6 +39,9 @@ class Imported:
     time: str
 
 
+Reader = Callable[[Mapping[str, Any], int], tuple[Item, list[Imported]]]
+
+
 def read_export(path: Path) -> tuple[Ask, list[Item], list[Imported]]:
     """Return the kind of question, the items, and the judgements of an export.
 
@@ -48,9 +52,9 @@ def read_export(path: Path) -> tuple[Ask, list[Item], list[Imported]]:
     if not records:
         raise DataError(f"{path}: holds no record")
     if all(isinstance(record.get("data"), dict) and "annotations" in record for record in records):
-        found = [_label_studio(record, number) for number, record in enumerate(records)]
+        found = [_read(path, "Label Studio", _label_studio, record, number) for number, record in enumerate(records)]
     elif all(isinstance(record.get("fields"), dict) and "responses" in record for record in records):
-        found = [_argilla(record, number) for number, record in enumerate(records)]
+        found = [_read(path, "Argilla", _argilla, record, number) for number, record in enumerate(records)]
     else:
         raise DataError(
             f"{path}: neither Label Studio's JSON export (records with `data` and `annotations`) nor Argilla's (`fields` and `responses`)."
@@ -63,6 +67,18 @@ def read_export(path: Path) -> tuple[Ask, list[Item], list[Imported]]:
             f"{path}: holds {'both choices and rankings' if kinds else 'no judgement'}; export one question"
         )
     return ("ranking" if "ranking" in kinds else "pairs"), [item for item, _ in found], judgements
+
+
+def _read(path: Path, tool: str, reader: Reader, record: Mapping[str, Any], number: int) -> tuple[Item, list[Imported]]:
+    """Return a record's item and judgements. Raises DataError naming the record if it has not the tool's form."""
+    try:
+        return reader(record, number)
+    except DataError as error:
+        raise DataError(f"{path}, record {number}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}, record {number}: has not the form of an export of {tool} ({type(error).__name__}: {error}); export it again"
+        ) from None
 
 
 def answer_names(fields: Mapping[str, Any]) -> list[str]:
@@ -144,10 +160,19 @@ def _argilla_value(value: Any, names: Sequence[str]) -> Any:
     """Return a label or a ranking by answers."""
     if isinstance(value, list):
         if all(isinstance(each, dict) for each in value):
-            value = [each["value"] for each in sorted(value, key=lambda each: each["rank"])]
-        if sorted(value) != sorted(names):
+            ranks = [float(each["rank"]) for each in value]
+            if len(set(ranks)) < len(ranks):
+                raise DataError(
+                    "a ranking has two answers of the same rank, and a ranking here has no ties; leave such records out of the export"
+                )
+            value = [each["value"] for _, each in sorted(zip(ranks, value, strict=True), key=lambda pair: pair[0])]
+        if sorted(map(str, value)) != sorted(names):
             raise DataError(f"a ranking is of {value}, and the answers are {', '.join(names)}")
         return [names.index(name) for name in value]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(
+            f"a submitted response has the value {value!r}, which is no label; leave such records out of the export"
+        )
     text = str(value).strip()
     if text in names:
         return list(names).index(text)
@@ -160,8 +185,12 @@ def _argilla_value(value: Any, names: Sequence[str]) -> Any:
 
 def _item(fields: Mapping[str, Any], names: Sequence[str], number: int) -> Item:
     prompt = next((fields[name] for name in PROMPTS if fields.get(name)), None)
-    if prompt is None or any(not isinstance(fields.get(name), str) for name in names):
-        raise DataError(f"record {number}: has no prompt ({', '.join(PROMPTS)}), or an answer that is no text")
+    if not (isinstance(prompt, str) or is_messages(prompt)) or any(
+        not isinstance(fields.get(name), str) for name in names
+    ):
+        raise DataError(
+            f"its prompt (one of {', '.join(PROMPTS)}) is missing or neither text nor messages, or an answer is no text"
+        )
     return Item(str(number), prompt, tuple(Answer(fields[name], name, "") for name in names))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import ParamSpec
 from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.redaction import printable, redact
 from posttrain.errors import OrchestrationError, PosttrainError
+from posttrain.settings import TEMPERATURES
 
 P = ParamSpec("P")
 
@@ -19,6 +21,54 @@ P = ParamSpec("P")
 def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the text of the command's module, as it is written. `name` is the command as a user types it."""
     return argparse.ArgumentParser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def whole(least: int, greatest: int = 2**53) -> Callable[[str], int]:
+    """Return an argument's type: a whole number of this range.
+
+    Example:
+        >>> whole(1)("8")
+        8
+    """
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= greatest:
+            upper = f" to {greatest}" if greatest < 2**53 else " on"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {least}{upper}")
+        return value
+
+    return read
+
+
+def real(least: float, greatest: float, *, or_zero: bool = False) -> Callable[[str], float]:
+    """Return an argument's type: a number of this range, or 0 if `or_zero`.
+
+    Example:
+        >>> real(0.5, 2)("1.5"), real(0.5, 2, or_zero=True)("0")
+        (1.5, 0.0)
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= greatest or (or_zero and value == 0)):
+            zero = "0, or " if or_zero else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {zero}a number from {least:g} to {greatest:g}")
+        return value
+
+    return read
+
+
+SEED, PORT = whole(0, 2**32 - 1), whole(0, 65535)
+"""Types of a seed and of a port; port 0 takes a free one."""
+TEMPERATURE = real(*TEMPERATURES, or_zero=True)
+"""Type of a sampling temperature; 0 is greedy."""
 
 
 def reports_errors(main: Callable[P, int]) -> Callable[P, int]:

@@ -42,6 +42,11 @@ def checked_options(spec: Spec, options: Mapping[str, Any]) -> Spec:
 
 def check_spec(spec: Algorithm, given: set[str]) -> None:
     """Raise ConfigError for impossible points, and for options in `given` that have no effect at this point."""
+    hints = get_type_hints(type(spec))
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name not in ("name", "paper") and not _fits(value, hints[field.name]):
+            raise ConfigError(f"{spec.name}.options.{field.name} = {value!r}: must be {_describe(hints[field.name])}")
     for name, (least, greatest) in RANGES.items():
         value = getattr(spec, name, None)
         if value is not None and not least <= value <= greatest:

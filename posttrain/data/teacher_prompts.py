@@ -25,10 +25,11 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 def require_template(template: str | None, teacher: object, where: str) -> None:
     """Raise ConfigError if a model is its own teacher without a longer prompt, or a template leaves the prompt out."""
-    if template is None:
+    if template is None or template.strip() == f"{{{PROMPT}}}":
         if teacher == SELF:
+            lack = "missing" if template is None else "only the prompt"
             raise ConfigError(
-                f"{where}: missing. The model before training teaches only what its prompt adds, e.g."
+                f"{where}: {lack}. The model before training teaches only what its prompt adds, e.g."
                 ' "{prompt} The answer is {answer}."'
             )
     elif PROMPT not in _NAME.findall(template):

@@ -62,11 +62,15 @@ class ChatClient:
 
     def __post_init__(self) -> None:
         """Raise ConfigError if the URL is not one."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{self.url!r} is not the address of a server; write e.g. http://127.0.0.1:8000/v1")
-        if "@" in parts.netloc:
+        if "@" in self.url.partition("//")[2].partition("/")[0]:
             raise ConfigError("the judge's address holds a user name or password; give the secret as its key instead")
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:  # a port that is no number, or a bracket that stays open
+            usable = False
+        if not usable or not self.url.isprintable() or " " in self.url:
+            raise ConfigError(f"{self.url!r} is not the address of a server; write e.g. http://127.0.0.1:8000/v1")
 
     def body(self, messages: Sequence[Message]) -> dict[str, Any]:
         """Return the request. Two requests with the same body ask the same question."""
@@ -122,7 +126,7 @@ class ChatClient:
             connection.close()
         shown = data[:300].decode(errors="replace")
         if status >= 500 or status in BUSY:
-            raise _Again(f"status {status}: {shown}", float(after) if after.isdigit() else None)
+            raise _Again(f"status {status}: {shown}", float(after) if after.isascii() and after.isdigit() else None)
         if status != 200:
             raise JudgeError(f"{self.url} refused the request with status {status}: {shown}")
         return _reply(data, self.url, shown)
@@ -143,6 +147,6 @@ def _reply(data: bytes, url: str, shown: str) -> Reply:
         text = answer["choices"][0]["message"]["content"]
         usage = answer.get("usage") or {}
         counted = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise JudgeError(f"{url} sent no chat completion: {shown}") from error
     return Reply(text if isinstance(text, str) else "", *counted)

@@ -8,6 +8,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from posttrain.errors import DataError
@@ -25,8 +26,8 @@ def gold_texts(reward: str, golds: Sequence[Any]) -> list[str]:
 def _text(reward: str, row: int, gold: Any) -> str:
     if isinstance(gold, str):
         return gold
-    if isinstance(gold, int | float) and not isinstance(gold, bool):
-        return str(gold)
+    if isinstance(gold, Real) and gold is not True and gold is not False:
+        return str(int(gold)) if isinstance(gold, Integral) else str(float(gold))
     raise DataError(
         f"the reward `{reward}`: the gold answer of row {row} is {gold!r} ({type(gold).__name__}), which no completion could match. Give a"
         ' text or a number; several accepted answers are one text: ["7", "seven"]'

@@ -21,6 +21,7 @@ from posttrain.distributed import all_reduce_max, any_rank
 from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, snapshot
+from posttrain.training.own_checkpoints import OwnCheckpoints
 from posttrain.training.randomness import random_state, set_random_state
 from posttrain.training.source import BatchSource, StepData
 from posttrain.training.trainer import Objective, Row, Trainer
@@ -65,7 +66,7 @@ def fit(
     objective: Objective[Row],
     settings: LoopSettings,
     recorder: Recorder,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | OwnCheckpoints | None = None,
     hook: StepHook | None = None,
     faults: Faults | None = None,
 ) -> dict[str, float]:
@@ -204,7 +205,7 @@ def _resume(
     trainer: Trainer[Row],
     source: BatchSource[Row],
     recorder: Recorder,
-    checkpoints: Checkpoints | None,
+    checkpoints: Checkpoints | OwnCheckpoints | None,
     faults: Faults | None,
 ) -> tuple[int, dict[str, float]]:
     """Return the step to resume after, and the latest metrics until then."""

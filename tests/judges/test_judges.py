@@ -82,6 +82,10 @@ def test_no_more_requests_than_allowed_are_under_way() -> None:
         assert (server.most_at_once, len(server.bodies)) == (3, 9)
 
 
+COMPLETION = b'{"choices": [{"message": {"content": "[[7]]"}}], "usage": {"prompt_tokens": %s}}'
+"""A reply with its count of tokens."""
+
+
 def test_a_busy_server_is_asked_again_and_one_that_stays_broken_ends_in_words(tmp_path: Path) -> None:
     with serving(always_first) as server:
         server.faults = [503, 429]
@@ -93,6 +97,11 @@ def test_a_busy_server_is_asked_again_and_one_that_stays_broken_ends_in_words(tm
         server.faults = [401]
         with pytest.raises(JudgeError, match="refused the request with status 401"):
             grade(Judge(client(server.url, key="k")), RUBRIC, [("p", "a")])
+        server.raw = b"<html>"
+        for odd in (b"[" * 100_000, COMPLETION % b"1e999", b"[]", b"3", b'{"choices": [3]}'):
+            server.raw = odd
+            with pytest.raises(JudgeError, match="sent no chat completion: "):
+                grade(Judge(client(server.url)), RUBRIC, [("p", "a")])
         server.raw = b"<html>"
         with pytest.raises(JudgeError, match="sent no chat completion: <html>"):
             grade(Judge(client(server.url)), RUBRIC, [("p", "a")])
@@ -108,6 +117,14 @@ def test_a_server_that_never_answers_is_left() -> None:
         with pytest.raises(JudgeError, match="failed 3 times: timed out"):
             grade(Judge(client(server.url, timeout_seconds=0.2)), RUBRIC, [("p", "a")])
         released.set()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:port/v1", "http://[::1/v1", "http://h:0x1/v1", "http://h o/v1", "http:///v1", "http://h/\n"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not the address of a server"):
+        ChatClient(url, "judge")
 
 
 def test_an_address_with_a_password_is_refused_without_showing_it() -> None:

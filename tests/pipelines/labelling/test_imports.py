@@ -37,6 +37,9 @@ def stored(folder: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
+RANKED = [{"value": f"response-{i}", "rank": rank} for i, rank in ((1, 1), (2, 1), (3, 2))]
+
+
 @pytest.fixture
 def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "params.yaml").write_text((root / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -103,6 +106,17 @@ def test_argilla_rankings_imply_every_pair_and_labels_may_be_places_or_ties(tmp_
         ([{"fields": {"prompt": "p", "text": "x"}, "responses": {}}], "do not show which are the answers"),
         ([{"data": {}, "annotations": [{"result": [{"type": "choices"}]}]}], "results of the type choices"),
         ([task(0, (1, "middle"))], "selects 'middle'"),
+        ([task(0, (1, "left")) | {"annotations": 3}], "record 0: has not the form of an export of Label Studio"),
+        ([task(0, (1, "left")) | {"annotations": [None]}], "record 0: has not the form of an export of Label Studio"),
+        ([task(0, (1, "left")) | {"data": {"prompt": 3, "answer1": "a", "answer2": "b"}}], "neither text nor messages"),
+        ([record(0, {"q": [{"user_id": "u", "value": None}]})], "the value None, which is no label"),
+        ([record(0, {"q": [{"user_id": "u"}]})], "the value None, which is no label"),
+        ([record(0, {"q": [3]})], "record 0: has not the form of an export of Argilla"),
+        (
+            [record(0, {"q": [{"value": [{"value": "response-1"}]}]})],
+            "has not the form of an export of Argilla .KeyError: 'rank'",
+        ),
+        ([record(0, {"q": [{"value": RANKED}]})], "record 0: a ranking has two answers of the same rank"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_in_words(tmp_path: Path, records: list[dict[str, Any]], words: str) -> None:
