@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from inspect import signature
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
 from posttrain.text import shortened as shown
@@ -175,33 +176,21 @@ def check_reward(reward: Any) -> dict[str, Any]:
     return functions
 
 
-def check_golds(name: str, function: Any, golds: Sequence[Any]) -> None:
-    """Raise DataError if a gold answer of the built-in reward `answer` could not match even itself."""
-    from posttrain.rewards.extraction import equal, gold_answers
-    from posttrain.rewards.functions import BUILT_IN
-    from posttrain.rewards.golds import gold_texts
-
-    if function is not BUILT_IN["answer"]:
-        return
-    for row, gold in enumerate(gold_texts(name, golds)):
-        if not any(equal(one, gold) for one in gold_answers(gold)):
-            raise DataError(
-                f"rows, row {row}: the answer {shown(gold)} is no number that the reward `answer` could find. Give a number; for letters or"
-                " texts pass functools.partial(posttrain.rewards.functions.answer, kind='choice'), or 'text', as the reward"
-            )
-
-
 def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:
     """Raise ConfigError if a reward function asks for a column that the rows lack, or takes no columns though they have some."""
     try:
         expected = signature(function)
     except (TypeError, ValueError):  # a function of C has none
         return
+    if not {"prompts", "completions"} & {*columns}:
+        with suppress(TypeError):
+            expected.bind(**dict.fromkeys(["prompts", "completions", *columns], ()))
+            return
     try:
         expected.bind([], [], **dict.fromkeys(columns, ()))
     except TypeError as error:
         raise ConfigError(
-            f"train: reward {name!r} cannot be called with these rows: {error}. The rows have the columns"
-            f" {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with functools.partial, and end the"
+            f"train: reward {name!r} cannot be called with these rows as f(prompts, completions, **columns): {error}. The rows have the"
+            f" columns {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with functools.partial, and end the"
             " function's parameters with **columns"
         ) from None

@@ -22,6 +22,9 @@ from posttrain.api_arguments import require_list
 from posttrain.data.messages import parted
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
+from posttrain.rewards.extraction import equal, gold_answers
+from posttrain.rewards.functions import BUILT_IN
+from posttrain.rewards.golds import gold_texts
 from posttrain.text import shortened as shown
 
 Row = dict[str, Any]
@@ -115,6 +118,18 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
                 " exchange the answers, or correct the scores"
             )
     return found
+
+
+def check_golds(name: str, function: Any, golds: Sequence[Any]) -> None:
+    """Raise DataError if a gold answer of the built-in reward `answer` could not match even itself."""
+    if function is not BUILT_IN["answer"]:
+        return
+    for row, gold in enumerate(gold_texts(name, golds)):
+        if not any(equal(one, gold) for one in gold_answers(gold)):
+            raise DataError(
+                f"rows, row {row}: the answer {shown(gold)} is no number that the reward `answer` could find. Give a number; for letters or"
+                " texts pass functools.partial(posttrain.rewards.functions.answer, kind='choice'), or 'text', as the reward"
+            )
 
 
 def check_prompt(encoder: TextEncoder, prompt: Any, place: str) -> tuple[int, ...]:

@@ -27,14 +27,21 @@ from posttrain.algorithms.on_policy_checks import needs_correction, needs_severa
 from posttrain.api import Model
 from posttrain.api_arguments import (
     check_columns,
-    check_golds,
     check_reward,
     checked,
     require,
     require_list,
     require_methods,
 )
-from posttrain.api_rows import WEIGHT, check_prompt, labelled_rows, preference_rows, prompt_rows, supervised_rows
+from posttrain.api_rows import (
+    WEIGHT,
+    check_golds,
+    check_prompt,
+    labelled_rows,
+    preference_rows,
+    prompt_rows,
+    supervised_rows,
+)
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
 from posttrain.data.batches import EpochOrder
 from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
@@ -367,7 +374,9 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
     run.identity["rows"] = rows = [dict(row) for row in table]
-    chosen, rejected = (_answers(run, spec, policy, rows, column) for column in ("chosen", "rejected"))
+    chosen, rejected = (
+        _measured(run, spec, policy, table_tokens(run.model.encoder, rows, column)) for column in ("chosen", "rejected")
+    )
     for i, pair in enumerate(zip(chosen, rejected, strict=True)):
         if pair[0].tokens == pair[1].tokens:
             raise DataError(
@@ -381,12 +390,6 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     else:
         groups = [AnswerGroup((a, b), s) for a, b, s in zip(chosen, rejected, scores, strict=True)]
         run.fit(trainer, run.epochs(bounded_advantages(groups)), LoggedGroupsObjective(spec), "preference/accuracy")
-
-
-def _answers(
-    run: _Run, spec: Preference | LoggedGroups, policy: Policy, rows: Sequence[dict[str, Any]], column: str
-) -> list[Answer]:
-    return _measured(run, spec, policy, table_tokens(run.model.encoder, rows, column))
 
 
 def _measured(

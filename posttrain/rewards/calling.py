@@ -46,13 +46,19 @@ def call(
 ) -> CallResult:
     """Return the function's values for the batch. If it raises, try each row separately, then the batch without the rows that raise.
 
+    `prompts` and `completions` are passed by name if the function has these names.
+
     If no single row explains the failure, or the batch still fails without those rows, all rows count as failed.
     """
 
+    by_name = takes_names(function, [*columns, *arguments])
+
     def values_of(rows: Sequence[int]) -> list[Any]:
         chosen = {name: [_own(values[i]) for i in rows] for name, values in columns.items()}
-        asked = [_own(prompts[i]) for i in rows]
-        return _listed(function(asked, [completions[i] for i in rows], **chosen, **arguments))
+        asked, said = [_own(prompts[i]) for i in rows], [completions[i] for i in rows]
+        if by_name:
+            return _listed(function(prompts=asked, completions=said, **chosen, **arguments))
+        return _listed(function(asked, said, **chosen, **arguments))
 
     every = range(len(completions))
     try:
@@ -76,6 +82,15 @@ def call(
         return CallResult(again)  # the caller rejects a wrong count
     known = dict(zip(rest, again, strict=True))
     return CallResult([known.get(row) for row in every], failures, trace)
+
+
+def takes_names(function: RewardFunction, others: Sequence[str]) -> bool:
+    """Return True if the function can be called with `prompts` and `completions` by name, in whatever order it has them."""
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(["prompts", "completions", *others], ()))
+    except (TypeError, ValueError):  # it names them differently, or is a function of C
+        return False
+    return True
 
 
 def _own(value: Any) -> Any:

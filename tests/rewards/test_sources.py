@@ -95,6 +95,21 @@ def test_a_function_that_is_asynchronous_or_ends_the_program_is_refused() -> Non
         FunctionReward("mine", ending).score(reward_batch(["x", "y"]))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, completions, **_: [float(len(text)) for text in completions],
+        lambda completions, prompts, **_: [float(len(text)) for text in completions],
+        lambda completions, **_: [float(len(text)) for text in completions],
+        lambda completions, prompts, answer: [float(len(text)) for text in completions],
+        lambda asked, said, **_: [float(len(text)) for text in said],
+    ],
+)
+def test_prompts_and_completions_are_passed_by_name_in_any_order(function: Any) -> None:
+    answers = RewardBatch(["longer", "longest"], ["x", "yy"], [Tokens((1,), (2,))] * 2, {"answer": ["1", "2"]})
+    assert FunctionReward("mine", function).score(answers) == [1.0, 2.0]
+
+
 def test_a_function_changes_only_its_own_copy_of_the_rows() -> None:
     def changing(
         prompts: Sequence[Any], completions: Sequence[str], notes: Sequence[dict[str, int]], **_: Any

@@ -1,4 +1,4 @@
-"""Numbers on command lines: what is outside of a range is refused by the parser, with the range."""
+"""Numbers on command lines: the parser refuses those outside of a range, and names the range."""
 
 from __future__ import annotations
 
