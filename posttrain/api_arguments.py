@@ -190,7 +190,7 @@ def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:
         expected.bind([], [], **dict.fromkeys(columns, ()))
     except TypeError as error:
         raise ConfigError(
-            f"train: reward {name!r} cannot be called with these rows as f(prompts, completions, **columns): {error}. The rows have the"
-            f" columns {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with functools.partial, and end the"
-            " function's parameters with **columns"
+            f"train: reward {name!r} cannot be called with these rows as f(prompts, completions, **columns): {error}. The rows"
+            f" have the columns {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with"
+            " functools.partial, and end the function's parameters with **columns"
         ) from None

@@ -89,7 +89,7 @@ Reward = RewardFunction | str | Mapping[str, RewardFunction | str]
 
 @dataclass(frozen=True)
 class _Run:
-    """The arguments of `train` that do not depend on the algorithm."""
+    """The arguments of `train` that do not depend on the algorithm; `identity` is that of its checkpoints."""
 
     model: Model
     steps: int
@@ -100,7 +100,6 @@ class _Run:
     history: History
     checkpoints: Checkpoints | None
     identity: dict[str, Any]
-    """Arguments that a run shares with the one whose checkpoints it resumes from."""
 
     def trainer(self, policy: Policy, updates: int) -> Trainer[Any]:
         settings = OptimizerSettings(self.learning_rate)
