@@ -26,7 +26,12 @@ def read_served(project: Path) -> list[Record]:
 
 
 def append_served(project: Path, records: Sequence[Record]) -> None:
-    """Append records to the newest file, or begin a new one. Raises TrackingError if the disk is full."""
+    """Append records to the newest file, or begin a new one. Raises TrackingError if the disk is full.
+
+    Only the owner can read the folder: people's prompts are in it.
+    """
+    (project / FOLDER).parent.mkdir(exist_ok=True)
+    (project / FOLDER).mkdir(mode=0o700, exist_ok=True)
     files = _files(project)
     held = len(read(files[-1])) if files else 0
     for record in records:

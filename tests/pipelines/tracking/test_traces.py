@@ -132,6 +132,7 @@ def test_the_log_is_kept_in_small_files(project: Path) -> None:
     append_served(project, [served(number) for number in range(PER_FILE + 1)])
     append_served(project, [served(PER_FILE + 1)])
     assert [len(read(path)) for path in sorted((project / FOLDER).iterdir())] == [PER_FILE, 2]
+    assert (project / FOLDER).stat().st_mode & 0o777 == 0o700
     assert [record["request"] for record in read_served(project)] == [f"cmpl-{n}" for n in range(PER_FILE + 2)]
 
 
