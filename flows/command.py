@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import tags
+from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.lock import refuse_second_flow
 from flows.names import TAG
@@ -108,6 +109,14 @@ def _status(state: Any) -> int:
     error = state.result(raise_on_failure=False)
     if isinstance(error, PosttrainError):
         return report_error(error)
+    if isinstance(error, PrefectHTTPStatusError):
+        reason = redact(str(error).splitlines()[0])
+        return report_error(
+            OrchestrationError(
+                f"Prefect's server failed: {reason}. Finished stages are kept. Free space if its disk is full, or raise the limit of open"
+                " files (`ulimit -n 4096`), then run again."
+            )
+        )
     if isinstance(error, BaseException):
         raise error
     print(f"error: the flow ended in the state {state.name}: {state.message}", file=sys.stderr)
