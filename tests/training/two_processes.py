@@ -57,7 +57,8 @@ def ahead(accelerator: Accelerator) -> list[Any]:
     lm = small.language_model()
     early = Ahead(Background(Copies(lm)), 1, 5)
     drawn = sampler(PRESETS["grpo"], lm, prompts=5, accelerator=accelerator, ahead=early)
-    answers = [[(a.group, a.completion.tokens, a.reward) for a in drawn.sample()[0]] for _ in range(2)]
+    # as text: a missing reward is NaN, which equals nothing
+    answers = [[(a.group, a.completion.tokens, str(a.reward)) for a in drawn.sample()[0]] for _ in range(2)]
     (waiting,) = settled(drawn.state_dict())["rounds"]
     return [answers, waiting["positions"], waiting["version"], waiting["answers"]["tokens"].tolist()]
 
