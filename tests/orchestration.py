@@ -28,10 +28,12 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def warm(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """A fork server, so that the steps and flows of all tests import torch once."""
-    process = Warm(root, tmp_path_factory.mktemp("warm"))
-    yield process
-    process.stop()
+    """A fork server, so that the steps and flows of all tests import torch once; pytest's parallel workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    shared = Warm.shared(root, (base.parent if parallel else base) / "warm")
+    yield shared
+    shared.leave()
 
 
 @pytest.fixture(scope="session")

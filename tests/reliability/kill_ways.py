@@ -122,7 +122,7 @@ class Starter:
 
     def _in_warm(self, kind: Kind) -> Attempt:
         assert self.warm is not None
-        server = psutil.Process(self.warm.process.pid)
+        server = psutil.Process(self.warm.pid)
         before = {child.pid for child in server.children()}
         process = self.launch("-c", CLIENT, *kind.command, POSTTRAIN_WARM=str(self.warm.socket))
         return Attempt(process, lambda: [child for child in server.children() if child.pid not in before])

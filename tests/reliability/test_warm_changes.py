@@ -13,13 +13,21 @@ from tests.pipelines.conftest import wait_for
 from tests.reliability.workspace import Workspace
 
 
+def _is_stopped_in(fork: psutil.Process, folder: Path) -> bool:
+    """Other tests use the same server, and their forks may end at any time."""
+    try:
+        return fork.status() == psutil.STATUS_STOPPED and fork.cwd() == str(folder)
+    except psutil.Error:
+        return False
+
+
 def test_parameters_that_change_under_a_fork_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "project"
     shutil.copytree(workspace.folder, folder, ignore=shutil.ignore_patterns(".posttrain", "align"))
     copy = Workspace(folder, workspace.warm)
     process = copy.start("tests.reliability.dying", "metrics 3", "pipelines.reward", SIGNAL="SIGSTOP")
-    forks = psutil.Process(workspace.warm.process.pid).children
-    (stopped,) = wait_for(lambda: [fork for fork in forks() if fork.status() == psutil.STATUS_STOPPED])
+    server = psutil.Process(workspace.warm.pid)
+    (stopped,) = wait_for(lambda: [fork for fork in server.children() if _is_stopped_in(fork, folder)])
     params = folder / "params.yaml"
     params.write_text(params.read_text().replace("\nreward:\n", "\nreward:\n  # edited\n", 1))
     before, section, rest = params.read_text().partition("\nreward:\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.runtime.identity import file_digest
@@ -32,18 +35,57 @@ class Warm:
     """`python -m pipelines.runtime.fork_server`: torch is imported once, every step is a fork."""
 
     def __init__(self, root: Path, folder: Path) -> None:
+        """Start a server whose socket is in `folder`."""
         self.root, self.socket = root, folder / "warm"
         command = [sys.executable, "-m", "pipelines.runtime.fork_server", str(self.socket), *ONCE]
-        self.process = subprocess.Popen(command, env=environment(root), cwd=folder, start_new_session=True)
+        self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            command, env=environment(root), cwd=folder, start_new_session=True
+        )
+        self.pid = self.process.pid
         deadline = time.monotonic() + 60
         while not self.socket.exists():
             assert time.monotonic() < deadline, "the warm process does not start"
             assert self.process.poll() is None, "the warm process died"
             time.sleep(0.05)
 
+    @classmethod
+    def shared(cls, root: Path, folder: Path) -> Warm:
+        """Return the server of several processes; the first one starts it. `users` in the folder has a line for each."""
+        folder.mkdir(exist_ok=True)
+        with _alone(folder):
+            users = folder / "users"
+            if users.is_file():
+                warm = cls.__new__(cls)
+                warm.root, warm.socket, warm.process = root, folder / "warm", None
+                warm.pid = int((folder / "pid").read_text())
+            else:
+                warm = cls(root, folder)
+                (folder / "pid").write_text(f"{warm.pid}\n")
+            with users.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return warm
+
+    def leave(self) -> None:
+        """End the use of a shared server; the last user stops it."""
+        users = self.socket.with_name("users")
+        with _alone(users.parent):
+            left = [line for line in users.read_text().split() if line != f"{os.getpid()}"]
+            users.write_text("".join(f"{line}\n" for line in left))
+            if not left:
+                self.stop()
+
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        os.killpg(self.pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock."""
+    with (folder / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Workspace:
