@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Any
 
 from posttrain.api_arguments import require_list
-from posttrain.data.messages import parted
+from posttrain.data.messages import WEIGHTS, parted, weighted
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
 from posttrain.rewards.extraction import equal, gold_answers
@@ -32,6 +32,8 @@ WEIGHT = "weight"
 """Optional column of rows for imitation: the weight of each token of the row, a number that is not negative."""
 SCORES = ("chosen_score", "rejected_score")
 _WHOLE = "messages"
+_MARKS = ("weights", "mask", "labels")
+"""Columns besides the keys of messages that may say which tokens are trained."""
 _ALMOST = 0.8
 """Names of columns that are at least this similar to an optional one are taken for a misspelling of it."""
 
@@ -68,6 +70,7 @@ def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
             rest = {column: value for column, value in row.items() if column != _WHOLE}
             row = {"prompt": asked, "completion": answered, **rest}
         one = _row(name, row, i, ("prompt", "completion"), (WEIGHT,))
+        _check_training(one, f"{name}, row {i}")
         _check_said(one["completion"], f"{name}, row {i}: completion")
         if WEIGHT in one:
             _check_number(one[WEIGHT], f"{name}, row {i}: {WEIGHT}", least=0.0)
@@ -174,7 +177,24 @@ def _row(name: str, row: Any, number: int, needs: Sequence[str], optional: Seque
             raise DataError(
                 f"{place}: the column {column!r} would be ignored; did you mean {close[0]!r}? Rename or remove it"
             )
-    return dict(row)
+    return {column: _with_weights(value) if column in needs else value for column, value in row.items()}
+
+
+def _with_weights(value: Any) -> Any:
+    """Return messages with their weights under the key `weight`, anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [weighted(turn, "") if isinstance(turn, Mapping) else turn for turn in value]
+
+
+def _check_training(row: Row, place: str) -> None:
+    """Raise DataError for a column such as `loss_mask`, of which only `weight` is read."""
+    for column in row:
+        if column != WEIGHT and column.lower() in (*WEIGHTS, *_MARKS):
+            raise DataError(
+                f"{place}: the column {column!r} may say which tokens are trained, and would be ignored. Give the whole row a {WEIGHT!r},"
+                " each message of a conversation its own, or rename the column if it says something else"
+            )
 
 
 def _check_said(value: Any, place: str) -> None:
@@ -213,8 +233,7 @@ def _check_text(value: Any, place: str, chat: bool = False) -> None:
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise DataError(f"{place}, turn {i}: the content is {shown(content)}; give a text")
         _check_encodable(content or "", f"{place}, turn {i}")
-        if "weight" in turn:
-            _check_number(turn["weight"], f"{place}, turn {i}: weight", least=0.0)
+        weighted(turn, f"{place}, turn {i}")
 
 
 def _check_encodable(text: str, place: str) -> None:

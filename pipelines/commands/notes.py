@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import get_args
 
+from pipelines.config.numbers import repeated_prompts
 from pipelines.config.params import Params
+from pipelines.config.schema import OnPolicyBudget
 from pipelines.data.sources import is_generator, unread
 from posttrain.environments.parts import Kind
 from posttrain.errors import DataError
@@ -18,7 +20,26 @@ def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
     changes: lines of `configure`, such as "sft.epochs: 1 -> 2"; None for `plan`, which counts all steps and reports warm-ups itself.
     """
     changed = [] if changes is None else _without_effect(params, changes)
-    return [*changed, *_unread_files(params), *unused_rewards(params)]
+    return [*changed, *_unread_files(params), *unused_rewards(params), *_learned_accuracy(params), *_repeated(params)]
+
+
+def _learned_accuracy(params: Params) -> Iterator[str]:
+    """Yield that the models are ranked by a score which training may have raised without better answers."""
+    name = params.evaluation.accuracy
+    if params.rewards[name].function == "reward_model":
+        yield (
+            f"warning: evaluation.accuracy = {name} ranks the models by the mean score of the learned reward, which is no share of right"
+            " answers and may rise while answers become worse. Name a reward that checks answers, such as answer, if there is one."
+        )
+
+
+def _repeated(params: Params) -> Iterator[str]:
+    """Yield the algorithms whose steps draw more prompts than there are problems."""
+    rows = params.data.problems.rows
+    for name in params.project.algorithms:
+        budget = params.budget(name)
+        if rows is not None and isinstance(budget, OnPolicyBudget) and budget.prompts_per_step > rows:
+            yield f"warning: {repeated_prompts(name, budget.prompts_per_step, rows)}"
 
 
 def _without_effect(params: Params, changes: Sequence[str]) -> Iterator[str]:

@@ -49,6 +49,9 @@ def _explained(kind: type[Section], faults: Sequence[Any], location: tuple[str, 
 
 def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
     """Return one error of pydantic as a line."""
+    if fault["loc"][-1:] == ("[key]",):
+        path = ".".join([*location, *map(str, fault["loc"][:-2])])
+        return f"{path}: the key {fault['input']!r}: {_message(fault)}"
     path = ".".join([*location, *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
         owner = _model_at(kind, fault["loc"][:-1])
@@ -73,7 +76,15 @@ def _message(fault: Any) -> str:
     if fault["type"] in ("float_type", "int_type") and isinstance(fault["input"], str):
         example = "0.001" if fault["type"] == "float_type" else "3"
         return f"{message}, and this is a text; write a number without quotes, such as {example}"
+    if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
+        return (
+            f"{message}, and YAML reads this as a {_kind(fault['input'])}; write it in quotes: {str(fault['input'])!r}"
+        )
     return message
+
+
+def _kind(value: Any) -> str:
+    return "truth value" if isinstance(value, bool) else "number"
 
 
 def _model_at(kind: Any, loc: tuple[Any, ...]) -> type[Section] | None:

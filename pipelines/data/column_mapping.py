@@ -86,7 +86,12 @@ def _unmapped(source: TableSource, canonical: Iterable[str], records: Sequence[R
 def _count_unused(names: Sequence[str], changes: Changes) -> None:
     if names:
         more = ", …" if len(names) > MOST_SHOWN else ""
-        changes[f"columns that are not used: {', '.join(names[:MOST_SHOWN])}{more}"] += len(names)
+        changes[f"columns that are not used: {', '.join(map(_named, names[:MOST_SHOWN]))}{more}"] += len(names)
+
+
+def _named(name: str) -> str:
+    """Return a column's name to show; pandas writes its index into a column without a name."""
+    return name if name.strip() else f"{name!r} (a column without a name, such as an index of pandas)"
 
 
 def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:

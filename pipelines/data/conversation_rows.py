@@ -16,6 +16,8 @@ from posttrain.errors import ConfigError, DataError
 Sourced = Kind | Literal["labelled"]
 """Tables with a section under `data`."""
 _WHOLE = "messages"
+IGNORED_WEIGHTS = "turns with a weight above 0 that are not trained: only answers of the assistant are"
+"""How the validation page counts marks such as `train: true` at a user's turn or in a prompt."""
 
 
 def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
@@ -39,6 +41,12 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         row = _as_conversation(kind, row, source)
         changes["conversations that end with a turn of the user or a tool, which is not trained"] += any(
             is_messages(row[name]) and row[name][-1]["role"] != "assistant" for name in TEXT[kind] if name != "prompt"
+        )
+        changes[IGNORED_WEIGHTS] += sum(
+            bool(turn.get("weight")) and (turn["role"] != "assistant" or name == "prompt")
+            for name in TEXT[kind]
+            if is_messages(row[name])
+            for turn in row[name]
         )
         if (
             kind != "preferences"

@@ -59,4 +59,4 @@ def _require_one_format(kind: Sourced, parts: Sequence[Part]) -> None:
 
 
 def _columns(records: Sequence[Record]) -> str:
-    return ", ".join(sorted({str(name) for record in records for name in record}))
+    return ", ".join(name or repr(name) for name in sorted({str(name) for record in records for name in record}))

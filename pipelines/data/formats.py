@@ -25,6 +25,8 @@ class Format:
     convert: Convert
     reads: frozenset[str] = frozenset()
     """Other columns that become part of the prompt."""
+    fits: Callable[[Record], bool] = lambda record: True
+    """False for a record that has the columns and a different shape."""
 
 
 def recognised(kind: Sourced, records: Sequence[Record], where: str) -> Format | None:
@@ -34,7 +36,7 @@ def recognised(kind: Sourced, records: Sequence[Record], where: str) -> Format |
         DataError: the columns are those of two formats, or the format would leave out a part of the question.
     """
     present = {str(name) for record in records for name in record}
-    complete = [f for f in FORMATS if kind in f.kinds and f.needs <= present]
+    complete = [f for f in FORMATS if kind in f.kinds and f.needs <= present and all(map(f.fits, records))]
     if not complete:
         return None
     found, *others = complete
@@ -77,8 +79,8 @@ def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
         )
     known = "; ".join(f"{f.name}: {', '.join(sorted(f.needs))}" for f in FORMATS if kind in f.kinds)
     raise DataError(
-        f"{where}: no known format has its columns ({', '.join(there)}). Known by their columns are {known}. For other names, map"
-        f" each column in data.{kind}.columns; a prompt must not contain its answer.{graded}"
+        f"{where}: no known format has its columns ({', '.join(name or repr(name) for name in there)}). Known by their columns"
+        f" are {known}. For other names, map each column in data.{kind}.columns; a prompt must not contain its answer.{graded}"
     )
 
 
@@ -170,7 +172,20 @@ def _pair(record: Record) -> Record:
     """Take UltraFeedback's names of the scores, too."""
     names = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
     named = {new: record[old] for old, new in names.items() if old in record and new not in record}
-    return record | named if named else record
+    # a single message is a conversation of one turn
+    turns = {name: [record[name]] for name in ("chosen", "rejected") if isinstance(record.get(name), dict)}
+    return record | named | turns if named or turns else record
+
+
+def _asked_in_conversations(record: Record) -> Record:
+    """Return a pair of LLaMA-Factory, whose earlier turns are in `conversations` and whose answers are one message each."""
+    converted = _messages("conversations")(record)
+    prompt = converted.pop("messages")
+    return _pair(converted | {"prompt": prompt})
+
+
+def _one_answer_each(record: Record) -> bool:
+    return "prompt" not in record and not any(isinstance(record.get(name), list) for name in ("chosen", "rejected"))
 
 
 def _asked(name: str) -> Convert:
@@ -223,6 +238,14 @@ FORMATS = (
         frozenset({"context", "system"}),
     ),
     Format("preferences", ("preferences",), frozenset({"prompt", "chosen", "rejected"}), _pair),
+    Format(
+        "ShareGPT pairs",
+        ("preferences",),
+        frozenset({"conversations", "chosen", "rejected"}),
+        _asked_in_conversations,
+        _SYSTEM,
+        _one_answer_each,
+    ),
     Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),
     Format("problems", _PROBLEMS, frozenset({"prompt", "answer"}), _same),
     Format("verl", _PROBLEMS, frozenset({"prompt", "reward_model"}), _verl),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.data.messages import weighted
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
@@ -76,6 +76,7 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
     name = turn[role].strip()
     # a column's file format may fill up absent fields with null
     others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
+    others = weighted(others, where)
     message = {"role": _ROLES.get(name.lower(), name), "content": _text(turn.get(content), where), **others}
     if name == "function_call":
         message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
@@ -83,8 +84,6 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
         message["tool_calls"] = [message.pop("function_call")]
     if "tool_calls" in message:
         message["tool_calls"] = [_call(call, where) for call in _calls(message["tool_calls"], where)]
-    if "weight" in message:
-        message["weight"] = _weight(message["weight"], where)
     return message
 
 
@@ -146,9 +145,3 @@ def _parsed(value: Any) -> Any:
     except ValueError:
         return value
     return found if isinstance(found, dict) else value
-
-
-def _weight(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{where}: the weight is {value!r}; it must be a number that is not negative")
-    return float(value)

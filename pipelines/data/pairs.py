@@ -16,6 +16,12 @@ from posttrain.text import nearest
 
 Changes = Counter[str]
 """How many records a change of the data is about, by its description."""
+KNOWN_PAIRS = (
+    ". Known are: prompt, chosen and rejected; chosen and rejected as whole conversations that begin with the same turns; conversations"
+    " (the earlier turns), chosen and rejected. A prompt in another column, such as a list of earlier turns, is named by data.preferences.columns: {prompt: COLUMN, chosen: chosen,"
+    " rejected: rejected}"
+)
+"""The end of an error about a pair without a prompt."""
 At = Callable[[Any, str], Any]
 """The value at a dotted path of a record, or `absent`."""
 
@@ -157,27 +163,28 @@ def with_prompt(row: Row, where: str) -> Row:
         if chosen is None or rejected is None:
             raise DataError(
                 f"{where}: the pair has no prompt, and its texts are no conversations that begin with 'Human:'; give the prompt"
-                " its own column"
+                f" its own column{KNOWN_PAIRS}"
             )
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         if row.get("prompt") is None:
             raise DataError(
                 f"{where}: the pair has no prompt, and chosen or rejected is no conversation that could hold one; give the row a"
-                " prompt, or remove it"
+                f" prompt, or remove it{KNOWN_PAIRS}"
             )
         return row
     given = [answer for answer in (chosen, rejected, row.get("prompt")) if not isinstance(answer, str | None)]
     if not all(is_messages(answer) for answer in given):
         if row.get("prompt") is None:
             raise DataError(
-                f"{where}: chosen or rejected holds a turn without role and content; correct or remove the row"
+                f"{where}: chosen or rejected holds a turn without role and content; correct or remove the row{KNOWN_PAIRS}"
             )
         return row  # validation counts values of a wrong type
     if row.get("prompt") is None:
         shared = _shared(chosen, rejected)
         if not shared:
             raise DataError(
-                f"{where}: chosen and rejected have no first turn in common, so the pair has no prompt; correct or remove the row"
+                f"{where}: chosen and rejected have no first turn in common, so the pair has no prompt; correct or remove"
+                f" the row{KNOWN_PAIRS}"
             )
         return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     prompts, answers = zip(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.numbers import repeated_prompts
 from pipelines.config.schema import AlignParams, OnPolicyBudget
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
@@ -90,6 +91,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         Ahead(engine, budget.rollouts.staleness, budget.steps) if isinstance(engine, Background) else None,
     )
     updates = budget.steps * spec.epochs * spec.minibatches
+    if budget.prompts_per_step > len(training_problems):
+        announce(context, repeated_prompts(name, budget.prompts_per_step, len(training_problems)))
     objective = make_objective(spec, budget)
     experts = _demonstrations(spec, encoder, budget, seed)
     source = ExperienceSource(

@@ -10,8 +10,10 @@ import pytest
 
 from pipelines.commands.configure import configure, main
 from pipelines.commands.lookahead import problems
+from pipelines.commands.notes import notes
 from pipelines.config.dvc_yaml import survives
-from pipelines.config.params import load_params
+from pipelines.config.params import load_params, parse_params
+from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import PRESETS, OnPolicy
 from posttrain.errors import ConfigError
 
@@ -248,6 +250,20 @@ def test_a_reward_that_nothing_computes_is_named(params: Path, capsys: pytest.Ca
         == 0
     )
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_learned_accuracy_and_prompts_that_a_step_repeats_are_named(root: Path) -> None:
+    tree = read_yaml(root / "params.yaml")
+    assert not notes(parse_params(tree))
+    tree["evaluation"]["accuracy"] = "rm"
+    tree["align"]["on_policy"]["prompts_per_step"] = 100
+    tree["data"]["problems"]["rows"] = 64
+    said = "\n".join(notes(parse_params(tree)))
+    assert "warning: evaluation.accuracy = rm ranks the models by the mean score of the learned reward" in said
+    assert (
+        "grpo: each step draws 100 prompts and there are 64 problems, so a step holds some of them more than once"
+        in said
+    )
 
 
 def test_a_judge_without_a_server_and_benchmarks_without_their_package_are_named_at_once(

@@ -64,6 +64,16 @@ PPO_DROPPING_ALONE = {
     [
         ("sft.epoch", 2, "sft.epoch: unknown parameter; did you mean 'epochs'?"),
         ("sft.epochs", "2", "sft.epochs = '2': should be a valid integer"),
+        (
+            "data.preferences.preferred",
+            {"columns": ["labels"], "answers": {1: "a", 0: "b"}},
+            "preferred.answers: the key 1: should be a valid string, and YAML reads this as a number; write it in quotes: '1'",
+        ),
+        (
+            "data.preferences.preferred",
+            {"columns": ["labels"], "answers": {"a": "a", "b": "b"}, "ties": [False]},
+            "preferred.ties.0 = False: should be a valid string, and YAML reads this as a truth value; write it in quotes: 'False'",
+        ),
         ("sft.optimizer.learning_rate", float("nan"), "must be a finite number"),
         ("sft.optimizer.beta1", 1.0, "should be less than 1"),
         ("project.algorithms", ["grp"], "no section algorithms.grp; did you mean 'grpo'?"),
