@@ -14,6 +14,7 @@ import torch
 import posttrain as pt
 from posttrain.algorithms.dpo import DPO
 from posttrain.algorithms.grpo import GRPO
+from posttrain.api_rows import supervised_rows
 from posttrain.errors import (
     CheckpointError,
     ConfigError,
@@ -102,6 +103,17 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0] | {"weigth": 2}], "did you mean 'weight'"),
         ("sft", [ROWS[0] | {"Weight": 2}], "did you mean 'weight'"),
         ("sft", [ROWS[0] | {"weight": -1}], "weight is -1"),
+        (
+            "sft",
+            [ROWS[0] | {"loss_mask": 0}],
+            "the column 'loss_mask' may say which tokens are trained, and would be ignored",
+        ),
+        ("sft", [ROWS[0] | {"Train": False}], "the column 'Train' may say which tokens are trained"),
+        (
+            "sft",
+            [{"prompt": "a", "completion": [{"role": "assistant", "content": "b", "mask": True}]}],
+            "completion, turn 0: the key 'mask' (True) may say which tokens are trained",
+        ),
         ("sft", [ROWS[0] | {"weight": NAN}], "weight is nan"),
         ("sft", [ROWS[0] | {"weight": 10**400}], "weight is 1000"),
         ("sft", [ROWS[0] | {"weight": "2"}], "weight is '2'"),
@@ -240,6 +252,21 @@ def test_whole_conversations_train_as_their_parts() -> None:
     whole = train(pt.tiny(seed=0, **SMALL), rows=[{"messages": turns}])
     parts = train(pt.tiny(seed=0, **SMALL), rows=[{"prompt": turns[:1], "completion": turns[1:]}])
     assert whole == parts
+
+
+def test_the_keys_of_a_message_that_say_what_is_trained_are_its_weight() -> None:
+    question = {"role": "user", "content": "a"}
+    chat = [
+        question,
+        {"role": "assistant", "content": "b", "train": False},
+        question,
+        {"role": "assistant", "content": "c"},
+    ]
+    assert supervised_rows([{"messages": chat}])[0]["completion"][0] == {
+        "role": "assistant",
+        "content": "b",
+        "weight": 0.0,
+    }
 
 
 def test_weights_that_are_not_finite_are_reported_and_not_saved(tmp_path: Path) -> None:

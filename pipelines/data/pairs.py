@@ -17,9 +17,9 @@ from posttrain.text import nearest
 Changes = Counter[str]
 """How many records a change of the data is about, by its description."""
 KNOWN_PAIRS = (
-    ". Known are: prompt, chosen and rejected; chosen and rejected as whole conversations that begin with the same turns; conversations"
-    " (the earlier turns), chosen and rejected. A prompt in another column, such as a list of earlier turns, is named by data.preferences.columns: {prompt: COLUMN, chosen: chosen,"
-    " rejected: rejected}"
+    ". Known are: prompt, chosen and rejected; chosen and rejected as whole conversations that begin with the same turns;"
+    " conversations (the earlier turns), chosen and rejected. A prompt in another column is named by data.preferences.columns:"
+    " {prompt: COLUMN, chosen: chosen, rejected: rejected}"
 )
 """The end of an error about a pair without a prompt."""
 At = Callable[[Any, str], Any]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.data.tables import TEXT, Row, Table
 from posttrain.errors import DataError
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 Part = tuple[str, int, bool]
 """Text, its number of tokens, and whether they are trained."""
+_READ = frozenset(
+    ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+)
+"""Fields of a turn that are read, or counted in their own way."""
+OTHER_PROMPT = (
+    "answers that training shows after another text than the prompt of sampling, because the chat template opens them differently, such"
+    " as with <think>, or shows other parts of earlier turns"
+)
+NO_END = "answers that train no end, because the chat template closes them, before a further turn, with no token that stops sampling"
 
 
 def trained_parts(encoder: TextEncoder, table: Table, row: Row) -> dict[str, list[Part]]:
@@ -42,16 +52,15 @@ def _parts(encoder: TextEncoder, tokens: Tokens) -> list[Part]:
     return parts
 
 
-def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> dict[str, int]:
-    """Return how many turns of a table lose a part that the chat template does not show: earlier reasoning, or a speaker's name."""
+def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> Counter[str]:
+    """Return how often the chat template trains or shows something else than one may expect of a table's conversations.
+
+    It may leave out earlier reasoning or other fields of a turn, ask sampling by another prompt, or close answers without an end.
+    """
     from posttrain.data.conversations import as_messages, hidden_reasoning
     from posttrain.data.tokens import row_tools
 
-    counts = {
-        "earlier turns whose reasoning the chat template leaves out": 0,
-        "turns whose `name` the chat template leaves out": 0,
-    }
-    reasoning, names = counts
+    counts: Counter[str] = Counter()
     for row in rows:
         for column in [column for column in TEXT[table] if column != "prompt"] or [""]:
             prompt, answer = row["prompt"] or "", (row[column] or "") if column else ""
@@ -62,11 +71,51 @@ def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> dict[st
                 text = encoder.template.render(messages, row_tools(row), generate=not column, row=str(row["id"]))
             except DataError:  # the rule chat_template has reported the row
                 continue
-            counts[reasoning] += len(hidden_reasoning(text, messages))
-            counts[names] += sum(
+            counts["earlier turns whose reasoning the chat template leaves out"] += len(
+                hidden_reasoning(text, messages)
+            )
+            counts["turns whose `name` the chat template leaves out"] += sum(
                 str(turn["name"]) not in text for turn in messages if turn.get("name") and turn["role"] != "tool"
             )
-    return {what: count for what, count in counts.items() if count}
+            counts += _fields(encoder, messages, text, row, generate=not column)
+            counts += _answers(encoder, row, column) if column else Counter()
+    return +counts
+
+
+def _fields(encoder: TextEncoder, messages: Sequence[Any], text: str, row: Row, generate: bool) -> Counter[str]:
+    """Return how many turns have a field without which the text is the same, by the field's name."""
+    from posttrain.data.tokens import row_tools
+
+    found: Counter[str] = Counter()
+    for name in sorted({key for turn in messages for key in turn if key not in _READ}):
+        without = [{key: value for key, value in turn.items() if key != name} for turn in messages]
+        try:
+            unread = encoder.template.render(without, row_tools(row), generate, str(row["id"])) == text
+        except DataError:  # the template needs the field
+            continue
+        found[f"turns whose `{name}` the chat template leaves out"] += unread * sum(name in turn for turn in messages)
+    return found
+
+
+def _answers(encoder: TextEncoder, row: Row, column: str) -> Counter[str]:
+    """Return how many trained answers of a row follow another prompt than in sampling, or train no end."""
+    from posttrain.data.conversations import as_messages
+    from posttrain.data.tokens import row_tools
+
+    prompt, answer, tools = row["prompt"] or "", row[column] or "", row_tools(row)
+    asked, answered = as_messages(prompt, "user"), as_messages(answer, "assistant")
+    messages = [*asked, *answered]
+    try:
+        text, spans = encoder.template.spans(asked, answered, tools, row=str(row["id"]))
+        several = any(span.turn < len(messages) - 1 for span in spans)
+        tokens = encoder.tokens(prompt, answer, str(row["id"]), tools) if several else None
+    except DataError:  # the rule chat_template has reported the row
+        return Counter()
+    elsewhere = sum(not encoder.template.is_asked(messages, span, text, tools) for span in spans)
+    ids = () if tokens is None else tokens.response
+    weights = (*((tokens.weights if tokens else None) or (1.0,) * len(ids)), 0.0)
+    last = [ids[i] for i in range(len(ids)) if weights[i] and not weights[i + 1]]
+    return Counter({OTHER_PROMPT: elsewhere, NO_END: sum(token not in encoder.ends for token in last)})
 
 
 def samples(encoder: TextEncoder, tables: Mapping[Table, Sequence[Row]], count: int) -> list[tuple[str, list[Part]]]:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from posttrain.data.conversations import Span
+from posttrain.data.conversations import Span, row_name
+from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,44 +36,68 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def weighted_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], eos_id: int
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], ends: Sequence[int], row: str = ""
 ) -> tuple[list[int], list[float]]:
     """Return the ids of the whole text and the weight of each, 0 outside the spans.
 
-    White space after a turn's closing token is not trained: nothing is sampled there. A last turn without a closing token gets `eos_id`.
+    Sampling stops at the first of `ends`, so nothing after a turn's first end is trained. An end that the template writes right after
+    a span closes it. A last turn without an end gets `ends[0]`. Raises DataError if an end stands before a turn's own text.
     """
-    ids, starts = _located(tokenizer, text, sorted({edge for span in spans for edge in (span.start, span.stop)}))
+    ids, starts = _located(tokenizer, text, spans)
     weights = [0.0] * len(ids)
-    special = special_ids(tokenizer) | {eos_id}
     for span in spans:
         inside = [i for i, start in enumerate(starts) if span.start <= start < span.stop]
         for i in inside:
             weights[i] = span.weight
-        closing = next((i for i in reversed(inside) if ids[i] in special), None)
-        if closing is not None and not str(tokenizer.decode(ids[closing + 1 : inside[-1] + 1])).strip():
-            weights[closing + 1 : inside[-1] + 1] = [0.0] * (inside[-1] - closing)
+        if span.said is not None and any(ids[i] in ends for i in inside if starts[i] < span.said[0]):
+            raise DataError(
+                f"{row_name(row)}: the model's chat template closes the turn before turn {span.turn} (assistant) only as that one begins,"
+                " so sampling would stop before the answer. Correct chat_template.jinja, or take a model with another template."
+            )
+        end = _end(tokenizer, ids, starts, inside, span, ends)
+        if end is not None:
+            for i in inside:
+                weights[i] = span.weight if i <= end else 0.0
+            weights[end] = span.weight
         elif not text[span.stop :].strip():
             ids, weights = ids[: inside[-1] + 1] if inside else ids, weights[: inside[-1] + 1] if inside else weights
-            return [*ids, eos_id], [*weights, span.weight]
+            return [*ids, ends[0]], [*weights, span.weight]
     return ids, weights
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that are no text."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+def _end(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    starts: Sequence[int],
+    inside: Sequence[int],
+    span: Span,
+    ends: Sequence[int],
+) -> int | None:
+    """Return the position of the end that closes a turn: the first after its text, the last within it, or the token after it."""
+    if span.said is not None:
+        after = next((i for i in inside if starts[i] >= span.said[1] and ids[i] in ends), None)
+        if after is not None:
+            return after
+    within = next((i for i in reversed(inside) if ids[i] in ends), None)
+    if within is not None and not str(tokenizer.decode(list(ids[within + 1 : inside[-1] + 1]))).strip():
+        return within
+    following = inside[-1] + 1 if inside else len(ids)
+    return following if following < len(ids) and ids[following] in ends else None
 
 
-def _located(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return ids and the character at which each begins. A text is cut at the edges only if a token would lie across one."""
+def _located(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """Return ids and the character at which each begins. A text is cut at the spans' edges only if a token would lie across one."""
+    edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         if not any(start < edge < stop for start, stop in offsets for edge in edges):
             return list(encoded["input_ids"]), [start for start, _ in offsets]
+    # a closing is a piece of its own, so that its end is found
+    closings = {span.said[1] for span in spans if span.said and text[span.said[1] : span.stop].strip()}
     ids: list[int] = []
     starts: list[int] = []
-    for start, stop in pairwise([0, *edges, len(text)]):
+    for start, stop in pairwise([0, *sorted({*edges, *closings}), len(text)]):
         piece = text[start:stop]
         added = continuation_ids(tokenizer, piece) if start else _ids(tokenizer, piece)
         ids += added

@@ -36,6 +36,10 @@ DATE = datetime(2024, 7, 26)
 _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
 """The end of reasoning, which templates may cut off."""
 _TAGS = re.compile(r"</?\w+>|\[/?\w+\]|<\|\w+\|>")
+_ASKED, _ANSWERED = "posttrain-question", "posttrain-answer"
+"""Texts of the conversation by which a template's closings are found."""
+PROBE = "?"
+"""The name of that conversation where messages name a row."""
 _OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
@@ -46,6 +50,10 @@ class Span:
     start: int
     stop: int
     weight: float = 1.0
+    turn: int = 0
+    """The turn's position in the conversation."""
+    said: tuple[int, int] | None = None
+    """Characters [start, stop) of the turn's own text; the template closes the turn after it. None: not found, as for a tool call."""
 
 
 def _require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
@@ -61,9 +69,26 @@ def _require_tools(text: str, messages: Sequence[Message], tools: list[Any] | No
         )
         if isinstance(name, str) and name not in text:
             raise DataError(
-                f"{_row(row)}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
+                f"{row_name(row)}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
                 " whose template shows tools, or write tools and calls as text."
             )
+
+
+@dataclass(frozen=True)
+class Closings:
+    """What a chat template writes after an answer."""
+
+    last: str
+    """At the end of a conversation."""
+    inner: str | None = None
+    """Before and including a user's next turn; None if the template refuses such a conversation."""
+    opening: str = ""
+    """How it opens a user's turn."""
+
+    @property
+    def is_footer(self) -> bool:
+        """Return True if the end of a conversation has a text that other answers are not closed with."""
+        return self.inner is not None and not self.inner.strip().startswith(self.last.strip())
 
 
 class ChatTemplate:
@@ -71,6 +96,25 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._probed: tuple[str, str] | None = None
+
+    def closings(self) -> Closings | None:
+        """Return what the template writes after an answer, None if it refuses a question and its answer.
+
+        Raises ModelError for a template that is no program.
+        """
+        turns = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
+        try:
+            last = self.render(turns, row=PROBE).rpartition(_ANSWERED)[2]
+        except DataError:  # rows of such turns are refused by name when they are read
+            return None
+        longer = self._try([*turns, turns[0]], None)
+        if longer is None or longer.count(_ASKED) != 2 or longer.count(_ANSWERED) != 1:
+            return Closings(last)
+        head, (_, _, after) = longer.partition(_ASKED)[0], longer.partition(_ANSWERED)
+        between = after.rpartition(_ASKED)[0]
+        shared = len(path.commonprefix([head[::-1], between[::-1]]))  # noqa: RUF071
+        return Closings(last, after, between[len(between) - shared :])
 
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
@@ -81,7 +125,7 @@ class ChatTemplate:
         """
         if not self.tokenizer.chat_template:
             raise ModelError(
-                f"{_row(row)}: its text is chat messages, and the tokenizer has no chat template. Use a chat model as model.source,"
+                f"{row_name(row)}: its text is chat messages, and the tokenizer has no chat template. Use a chat model as model.source,"
                 " or map the column to plain text in data.*.columns."
             )
         try:
@@ -96,17 +140,17 @@ class ChatTemplate:
         except (TimeoutError, MemoryError) as error:
             reason = str(error) or "it asked for more than 1 GiB of memory"
             raise ModelError(
-                f"{_row(row)}: the model's chat template was stopped: {reason}. Take a model whose template you trust."
+                f"{row_name(row)}: the model's chat template was stopped: {reason}. Take a model whose template you trust."
             ) from None
         except Exception as error:  # a template is a program of the model's author, which may raise anything
             if type(error).__name__ == "TemplateSyntaxError":
                 raise ModelError(
-                    f"{_row(row)}: the model's chat template is no valid Jinja ({' '.join(str(error).split())}, line"
+                    f"{row_name(row)}: the model's chat template is no valid Jinja ({' '.join(str(error).split())}, line"
                     f" {getattr(error, 'lineno', '?')}), so no conversation can be shown. Correct chat_template.jinja, or the entry"
                     " chat_template of tokenizer_config.json, or fetch the model again."
                 ) from None
             raise DataError(
-                f"{_row(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
+                f"{row_name(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
                 f" {', '.join(str(message.get('role')) for message in messages)}. Change the row, e.g. put a system message into the"
                 " user's, or take a model whose template allows it."
             ) from error
@@ -130,21 +174,23 @@ class ChatTemplate:
             spellings = (end, json.dumps(end)[1:-1], json.dumps(end, ensure_ascii=False)[1:-1])
             if not any(_plain(one) in shown for one in spellings):
                 raise DataError(
-                    f"{_row(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model would"
-                    " never see it. Put it into a turn that the template shows, such as the user's, or take a model with another template."
+                    f"{row_name(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model"
+                    " would never see it. Put it into a turn that the template shows, such as the user's, or take a model with another"
+                    " template."
                 )
             if not any(" ".join(one.split()) in as_written for one in spellings):
                 raise DataError(
-                    f"{_row(row)}: the model's chat template changes the letters of turn {i} ({message.get('role')}), as its filters upper"
-                    f" and lower do: {_shorter(end)} is not in what it shows. The model would learn another text than the row's; take"
+                    f"{row_name(row)}: the model's chat template changes the letters of turn {i} ({message.get('role')}), as its filters"
+                    f" upper and lower do: {_shorter(end)} is not in what it shows. The model would learn another text than the row's; take"
                     " a model with another template, or correct the template."
                 )
         asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
         hidden = [turn for turn in hidden_reasoning(text, messages) if turn > asked]
         if hidden:
             raise DataError(
-                f"{_row(row)}: the model's chat template leaves out the reasoning of turn {hidden[0]} (assistant), so the model would never"
-                " learn it. Take a model whose template shows reasoning, write it into the text of the turn, or remove it from the row."
+                f"{row_name(row)}: the model's chat template leaves out the reasoning of turn {hidden[0]} (assistant), so the model would"
+                " never learn it. Take a model whose template shows reasoning, write it into the text of the turn, or remove it from"
+                " the row."
             )
         return text
 
@@ -176,11 +222,16 @@ class ChatTemplate:
                     return full, self._marked(messages, turns, tools, row)
                 if span is None:
                     raise DataError(
-                        f"{_row(row)}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so"
+                        f"{row_name(row)}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so"
                         " training could learn other turns' text. Use a template with {% generation %} marks, or remove the row."
                     )
-                found.append(Span(*span, weight))
+                found.append(Span(*span, weight, turn, self._said(messages[turn], full, *span)))
         return full, found
+
+    def is_asked(self, messages: Sequence[Message], span: Span, text: str, tools: list[Any] | None) -> bool:
+        """Return True if the text before a trained span is the prompt by which sampling asks for the turn."""
+        asked = self._try(messages[: span.turn], tools, generate=True)
+        return asked is None or asked == text[: span.start]
 
     def _by_prefix(
         self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
@@ -222,7 +273,29 @@ class ChatTemplate:
         history, asked = self._try(before, tools), self._try(before, tools, generate=True)
         if history is None or asked is None or not full.startswith(history):
             return content if asked is None or history is None else None
-        return max(len(history), min(_shared(asked, full), content))
+        opening = asked[len(history) :] if asked.startswith(history) else ""
+        # a template that closes the question only before the answer: the opening is there, but not where sampling puts it
+        place = (
+            full.rfind(opening, len(history), content) if opening and not full.startswith(opening, len(history)) else -1
+        )
+        return place + len(opening) if place >= 0 else max(len(history), min(_shared(asked, full), content))
+
+    def _said(self, message: Message, full: str, start: int, stop: int) -> tuple[int, int] | None:
+        """Return the characters of a turn's own text within its span, None if it is not there as it is written."""
+        content = message.get("content")
+        text = _after_reasoning(content).strip() if isinstance(content, str) and not message.get("tool_calls") else ""
+        closing = self._closing()
+        last = stop - len(closing) if closing and full.endswith(closing, start, stop) else stop
+        place = full.rfind(text, start, last) if text else -1
+        return (place, place + len(text)) if place >= 0 else None
+
+    def _closing(self) -> str:
+        """Return what the template writes after a last answer; its probe is rendered once."""
+        template = str(self.tokenizer.chat_template)
+        if self._probed is None or self._probed[0] != template:
+            found = self.closings()
+            self._probed = (template, found.last if found else "")
+        return self._probed[1]
 
     def _stand_ins(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, str] | None:
         """Return the text before and after the turn's content."""
@@ -250,7 +323,7 @@ class ChatTemplate:
         template = str(self.tokenizer.chat_template)
         if not _MARK.search(template):
             raise DataError(
-                f"{_row(row)}: sft.train_on is `marked`, and the model's chat template has no {{% generation %}} marks;"
+                f"{row_name(row)}: sft.train_on is `marked`, and the model's chat template has no {{% generation %}} marks;"
                 " set train_on: completion, or give a template that has them"
             )
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -262,11 +335,11 @@ class ChatTemplate:
         every = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         if len(marks) != len(every):
             raise DataError(
-                f"{_row(row)}: the chat template marks {len(marks)} spans, and the conversation has {len(every)} assistant turns, so"
+                f"{row_name(row)}: the chat template marks {len(marks)} spans, and the conversation has {len(every)} assistant turns, so"
                 " it is not certain which span is which turn; correct the template, or remove the row"
             )
         weights = {i: float(messages[i].get("weight", 1.0)) for i in turns}
-        return [Span(mark[0], mark[1], weights[i]) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
+        return [Span(mark[0], mark[1], weights[i], i) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
 
 
 def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
@@ -320,5 +393,6 @@ def _shared(a: str, b: str) -> int:
     return len(path.commonprefix([a, b]))  # noqa: RUF071
 
 
-def _row(row: str) -> str:
-    return f"row {row}" if row else "a row"
+def row_name(row: str) -> str:
+    """Return how a message names a row, which may have no name."""
+    return "check of the chat template" if row == PROBE else f"row {row}" if row else "a row"

@@ -13,12 +13,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from posttrain.data.conversations import ChatTemplate
-from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MARK = "posttrain-answer"
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = ()) -> dict[int, str]:
@@ -43,16 +40,17 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token by which the chat template closes an assistant's turn, None if there is none."""
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    try:
-        text = ChatTemplate(tokenizer).render(turns, row="of the probe for its end")
-    except (
-        DataError
-    ):  # it refuses a plain question and answer: rows of such turns are refused by name when they are read
+    found = ChatTemplate(tokenizer).closings()
+    if found is None:
         return None
-    after = tokenizer(text.rpartition(MARK)[2].strip(), add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return int(after[0]) if after and after[0] in special else None
+    last, inner, opening = (
+        tokenizer(text.strip(), add_special_tokens=False)["input_ids"] if text else []
+        for text in (found.last, found.inner, found.opening)
+    )
+    # some templates close an answer only before a further turn; how that turn opens is no closing
+    closing = last[:1] or [token for token in inner[:1] if token not in opening]
+    return int(closing[0]) if closing and closing[0] in special else None
 
 
 def described(tokenizer: PreTrainedTokenizerBase, ends: dict[int, str]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.alignment import continuation_ids, weighted_ids
-from posttrain.data.conversations import ChatTemplate, TrainOn, as_messages
+from posttrain.data.conversations import ChatTemplate, Span, TrainOn, as_messages, row_name
 from posttrain.data.ends import end_tokens
 from posttrain.errors import ConfigError, DataError
 
@@ -66,6 +66,7 @@ class TextEncoder:
         self.end_origins = end_tokens(tokenizer, configured_ends)
         self.ends = tuple(self.end_origins)
         self.template = ChatTemplate(tokenizer)
+        self._footer: str | None = None
 
     def prompt(self, prompt: Text, tools: list[Any] | None = None, row: str = "") -> list[int]:
         """Return the ids of a prompt, ready for a response to follow."""
@@ -125,7 +126,8 @@ class TextEncoder:
         text, spans = self.template.spans(
             as_messages(prompt, "user"), as_messages(completion, "assistant"), tools, train_on, row
         )
-        ids, weights = weighted_ids(self.tokenizer, text, spans, self.eos_id)
+        ids, weights = weighted_ids(self.tokenizer, text, spans, self.ends, row)
+        self._require_no_footer(text, spans, row)
         trained = [i for i, weight in enumerate(weights) if weight]
         if not trained:
             raise DataError(
@@ -134,6 +136,21 @@ class TextEncoder:
         first, stop = trained[0], trained[-1] + 1
         own = tuple(weights[first:stop])
         return Tokens(tuple(ids[:first]), tuple(ids[first:stop]), row, None if set(own) == {1.0} else own)
+
+    def _require_no_footer(self, text: str, spans: Sequence[Span], row: str) -> None:
+        """Raise DataError if a trained turn ends the text with what the template writes after last answers only, and no end is in it."""
+        if not spans or text[spans[-1].stop :].strip():
+            return
+        if self._footer is None:
+            found = self.template.closings()
+            ids = self.tokenizer(found.last, add_special_tokens=False)["input_ids"] if found else []
+            self._footer = found.last.strip() if found and found.is_footer and not {*ids} & {*self.ends} else ""
+        if self._footer:
+            raise DataError(
+                f"{row_name(row)}: the model's chat template writes {self._footer!r} after a last answer and not after others, so the model"
+                " would learn it as a part of the answer. Let chat_template.jinja write it only if add_generation_prompt is true, or take a"
+                " model with another template."
+            )
 
     def unknown_share(self, texts: Sequence[Text]) -> float:
         """Return the share of the texts' tokens that are the tokenizer's unknown token; 0 if it has none."""
