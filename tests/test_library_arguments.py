@@ -112,7 +112,7 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         (
             "sft",
             [{"prompt": "a", "completion": [{"role": "assistant", "content": "b", "mask": True}]}],
-            "completion, turn 0: the key 'mask' (True) may say which tokens are trained",
+            r"completion, turn 0: the key 'mask' \(True\) may say which tokens are trained",
         ),
         ("sft", [ROWS[0] | {"weight": NAN}], "weight is nan"),
         ("sft", [ROWS[0] | {"weight": 10**400}], "weight is 1000"),

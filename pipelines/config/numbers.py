@@ -20,7 +20,7 @@ def refuse_huge(tree: Any, place: str = "") -> None:
 
 
 def repeated_prompts(name: str, prompts: int, problems: int) -> str:
-    """Return what happens if a step of algorithm `name` draws more prompts than there are problems."""
+    """Return a warning: a step of algorithm `name` draws more prompts than there are problems."""
     return (
         f"algorithms.{name}: each step draws {prompts} prompts and there are {problems} problems, so a step holds some of them more than"
         f" once. Lower prompts_per_step to {problems} at most, or give more problems."

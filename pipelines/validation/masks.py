@@ -20,7 +20,7 @@ _READ = frozenset(
 )
 """Fields of a turn that are read, or counted in their own way."""
 OTHER_PROMPT = (
-    "answers that training shows after another text than the prompt of sampling, because the chat template opens them differently, such"
+    "answers that training shows after a different text than the prompt of sampling, because the chat template opens them differently, such"
     " as with <think>, or shows other parts of earlier turns"
 )
 NO_END = "answers that train no end, because the chat template closes them, before a further turn, with no token that stops sampling"
@@ -55,7 +55,7 @@ def _parts(encoder: TextEncoder, tokens: Tokens) -> list[Part]:
 def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> Counter[str]:
     """Return how often the chat template trains or shows something else than one may expect of a table's conversations.
 
-    It may leave out earlier reasoning or other fields of a turn, ask sampling by another prompt, or close answers without an end.
+    It may leave out earlier reasoning or other fields of a turn, begin sampling with a different prompt, or close answers without an end.
     """
     from posttrain.data.conversations import as_messages, hidden_reasoning
     from posttrain.data.tokens import row_tools
@@ -98,7 +98,7 @@ def _fields(encoder: TextEncoder, messages: Sequence[Any], text: str, row: Row, 
 
 
 def _answers(encoder: TextEncoder, row: Row, column: str) -> Counter[str]:
-    """Return how many trained answers of a row follow another prompt than in sampling, or train no end."""
+    """Return how many trained answers of a row follow a different prompt than in sampling, or train no end."""
     from posttrain.data.conversations import as_messages
     from posttrain.data.tokens import row_tools
 

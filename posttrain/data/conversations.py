@@ -76,7 +76,7 @@ def _require_tools(text: str, messages: Sequence[Message], tools: list[Any] | No
 
 @dataclass(frozen=True)
 class Closings:
-    """What a chat template writes after an answer."""
+    """The texts that a chat template writes after an answer."""
 
     last: str
     """At the end of a conversation."""
@@ -99,7 +99,7 @@ class ChatTemplate:
         self._probed: tuple[str, str] | None = None
 
     def closings(self) -> Closings | None:
-        """Return what the template writes after an answer, None if it refuses a question and its answer.
+        """Return the texts that the template writes after an answer, None if it refuses a question and its answer.
 
         Raises ModelError for a template that is no program.
         """
@@ -290,7 +290,7 @@ class ChatTemplate:
         return (place, place + len(text)) if place >= 0 else None
 
     def _closing(self) -> str:
-        """Return what the template writes after a last answer; its probe is rendered once."""
+        """Return the text that the template writes after a last answer; its probe is rendered once."""
         template = str(self.tokenizer.chat_template)
         if self._probed is None or self._probed[0] != template:
             found = self.closings()

@@ -35,8 +35,8 @@ def says_training(name: str) -> bool:
 def weighted(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the message with its weight under the key `weight`, whatever key of `WEIGHTS` it has; without one if it has none.
 
-    Raises DataError for a value that is no weight, for keys that contradict each other, and for other keys that may say what is
-    trained.
+    Raises DataError for a value that is no weight, for keys that contradict each other, and for other keys that may say which tokens
+    are trained.
     """
     others = {key: value for key, value in turn.items() if key not in WEIGHTS}
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}

@@ -138,7 +138,7 @@ class TextEncoder:
         return Tokens(tuple(ids[:first]), tuple(ids[first:stop]), row, None if set(own) == {1.0} else own)
 
     def _require_no_footer(self, text: str, spans: Sequence[Span], row: str) -> None:
-        """Raise DataError if a trained turn ends the text with what the template writes after last answers only, and no end is in it."""
+        """Raise DataError if the text ends with a footer, which the template writes only after a last answer, and which has no end."""
         if not spans or text[spans[-1].stop :].strip():
             return
         if self._footer is None:

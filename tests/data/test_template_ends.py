@@ -1,4 +1,4 @@
-"""What is trained as the end of an answer is what stops a sample, and what precedes it is what sampling is given."""
+"""Training teaches the ends that stop a sample, after the prompt that sampling is given."""
 
 from __future__ import annotations
 
@@ -44,7 +44,18 @@ def test_nothing_after_the_end_of_an_answer_is_trained(end: str) -> None:
     assert parts(enc, "hello", "world") == ["world<|im_end|>"]
     # a text may end as the template does
     assert parts(enc, "hello", "the assistant") == ["the assistant<|im_end|>"]
-    assert parts(encoder(CHATML + "<|im_start|>footer\n", end), "hello", "world") == ["world<|im_end|>"]
+    with pytest.raises(DataError, match="row 7: it is not certain which tokens of turn 1"):
+        parts(encoder(CHATML + "<|im_start|>footer", end), "hello", "world")
+
+
+def test_an_end_of_the_whole_conversation_after_that_of_the_answer_is_not_trained() -> None:
+    """Phi-3 ends conversations so; sampling has stopped before."""
+    enc = encoder(
+        CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+        "<|endoftext|>",
+    )
+    assert parts(enc, "hello", "world") == ["world<|im_end|>"]
+    assert enc.ends == (enc.eos_id, 2)
 
 
 def test_a_footer_without_an_end_is_refused() -> None:
