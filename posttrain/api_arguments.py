@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, fields
-from inspect import signature
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -174,23 +172,3 @@ def check_reward(reward: Any) -> dict[str, Any]:
             own = " (an environment: give its .reward)" if hasattr(function, "reward") else ""
             raise ConfigError(f"train: reward {name!r} is {shown(function)}{own}; give {give}")
     return functions
-
-
-def check_columns(name: str, function: Any, columns: Sequence[str]) -> None:
-    """Raise ConfigError if a reward function asks for a column that the rows lack, or takes no columns though they have some."""
-    try:
-        expected = signature(function)
-    except (TypeError, ValueError):  # a function of C has none
-        return
-    if not {"prompts", "completions"} & {*columns}:
-        with suppress(TypeError):
-            expected.bind(**dict.fromkeys(["prompts", "completions", *columns], ()))
-            return
-    try:
-        expected.bind([], [], **dict.fromkeys(columns, ()))
-    except TypeError as error:
-        raise ConfigError(
-            f"train: reward {name!r} cannot be called with these rows as f(prompts, completions, **columns): {error}. The rows"
-            f" have the columns {', '.join(columns) or 'prompt only'}. Add the column to every row, give other arguments with"
-            " functools.partial, and end the function's parameters with **columns"
-        ) from None

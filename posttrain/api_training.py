@@ -26,7 +26,6 @@ from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
 from posttrain.api_arguments import (
-    check_columns,
     check_reward,
     checked,
     require,
@@ -53,6 +52,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.weights import broken_weights
 from posttrain.rewards.calling import RewardFunction
 from posttrain.rewards.functions import find_function
+from posttrain.rewards.signatures import call_signature, misfit
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import Engine, SamplingSettings
@@ -289,7 +289,8 @@ def _on_policy(
     functions = {n: find_function(f) if isinstance(f, str) else f for n, f in check_reward(reward).items()}
     columns = [*(name for name in table[0] if name != "prompt"), *([CONVERSATION] if turns is not None else [])]
     for name, function in functions.items():
-        check_columns(name, function, columns)
+        if reason := misfit(call_signature(function), columns):
+            raise ConfigError(f"train: reward {name!r} cannot be called with these rows: {reason}")
         check_golds(name, function, [row.get("answer") for row in table])
     sources = [FunctionReward(name, function) for name, function in functions.items()]
     most = sampling.sampling.max_new_tokens * sampling.turns

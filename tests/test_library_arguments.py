@@ -74,7 +74,14 @@ def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str
         ({"reward": 5}, "reward 'reward' is 5"),
         ({"reward": pt.environment("stories")}, "give its .reward"),
         ({"reward": "length"}, "missing a required argument: 'target'"),
-        ({"reward": "answer"}, "missing a required argument: 'answer'. The rows have the columns prompt only"),
+        (
+            {"reward": "answer"},
+            "missing a required argument: 'answer'. It is called as .*, and the rows have the columns prompt only",
+        ),
+        (
+            {"reward": lambda completions: [0.0]},
+            r"its parameters are \(completions\), and it is called as f\(prompts, compl",
+        ),
         ({"reward": lengths, "samples": 1}, "compares several answers to one prompt; samples = 1"),
         ({"reward": lengths, "turns": 3}, "turns is 3"),
         ({"reward": lengths, "teacher": "x"}, "teacher is 'x'"),

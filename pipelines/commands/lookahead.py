@@ -7,19 +7,22 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from inspect import Signature
 from pathlib import Path
 from typing import get_args
 
 from pipelines.commands.layers import adapters, weight_names
+from pipelines.commands.source_signatures import signature_in
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
-from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect
+from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, table_rows
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.evaluation.harness import require_package
 from posttrain.rewards.judge_server import server_of_environment
+from posttrain.rewards.signatures import misfit
 from posttrain.text import nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,12 +58,44 @@ def _services(params: Params) -> Iterator[str]:
 
 
 def _functions(params: Params) -> Iterator[str]:
-    """Yield the reward functions that cannot be imported; no code of their module runs."""
+    """Yield the reward functions that cannot be imported, or cannot be called with the problems; no code of their module runs."""
+    trained = {name for section in params.algorithms.values() for name in section.rewards or {}}
     for name, reward in params.rewards.items():
         if ":" in reward.function:
             why = _missing_function(reward.function)
+            if why is None and not is_wrapped(reward.function):
+                columns = _reward_columns(params) if name in trained else None
+                why = misfit(_written(reward.function), columns, reward.arguments, f"in rewards.{name}.arguments")
             if why:
                 yield f"rewards.{name}.function = {reward.function!r}: {why}"
+
+
+def _written(path: str) -> Signature | None:
+    """Return the signature of the function at an import path that exists, as far as its module's text says it."""
+    module, _, function = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    source = Path(spec.origin) if spec and spec.origin else None
+    return signature_in(ast.parse(source.read_bytes()), function) if source and source.suffix == ".py" else None
+
+
+def _reward_columns(params: Params) -> list[str] | None:
+    """Return the columns of the problems that reward functions get, None if they are not known before a run."""
+    source = params.data.problems
+    if params.evaluation.turns is not None or any(name.startswith(HUB) for name in source.names):
+        return None
+    try:
+        if is_generator(source.source):
+            if source.source not in built_in():
+                return None
+            few = source.model_copy(update={"rows": 1})
+            rows = table_rows("problems", params.data.model_copy(update={"problems": few}))
+        else:
+            rows = canonical_rows(
+                "problems", source.model_copy(update={"rows": None}), read_file(local_files(source)[0])[:ROWS]
+            )
+    except PosttrainError:  # reported with the data
+        return None
+    return [name for name in rows[0] if name not in ("prompt", "id")] if rows else None
 
 
 def _second_task(params: Params) -> Iterator[str]:

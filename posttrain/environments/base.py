@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 from typing import Any
 
@@ -71,6 +72,10 @@ class Environment:
         require("Environment", "name", self.name, str, "a text")
         for field in ("rows", "judge"):
             require_function("Environment", field, getattr(self, field), "a function; see docs/environments.md")
+        if _is_swapped(self.judge):
+            raise ConfigError(
+                "Environment: judge is called as judge(completion, answer); give its parameters this order"
+            )
         if self.step is not None:
             require_function("Environment", "step", self.step, "a function f(conversation), or None for a single turn")
         if not isinstance(self.rows, CheckedRows):
@@ -81,6 +86,15 @@ class Environment:
     ) -> list[float | None]:
         """Score completions with `judge`; this is a reward function for `posttrain.train`."""
         return [self.judge(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
+
+
+def _is_swapped(judge: Callable[..., Any]) -> bool:
+    """Return True if a judge names its parameters in the other order than it is called with, so that it would compare the wrong texts."""
+    try:
+        placed = signature(judge).bind_partial("completion", "answer").arguments
+    except (TypeError, ValueError):  # a function of C has no signature; another misfit is reported when it is called
+        return False
+    return any(placed.get(name, name) != name for name in ("completion", "answer"))
 
 
 PACKAGE = "posttrain.environments"

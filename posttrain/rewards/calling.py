@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.rewards.signatures import call_signature, names_needed
 from posttrain.text import shortened
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -46,19 +47,20 @@ def call(
 ) -> CallResult:
     """Return the function's values for the batch. If it raises, try each row separately, then the batch without the rows that raise.
 
-    `prompts` and `completions` are passed by name if the function has these names.
+    `prompts` and `completions` are passed by name if the function has these names in another order, or only one of them and `**columns`.
 
     If no single row explains the failure, or the batch still fails without those rows, all rows count as failed.
     """
 
-    by_name = takes_names(function, [*columns, *arguments])
+    by_name = names_needed(call_signature(function), [*columns, *arguments])
 
     def values_of(rows: Sequence[int]) -> list[Any]:
         chosen = {name: [_own(values[i]) for i in rows] for name, values in columns.items()}
-        asked, said = [_own(prompts[i]) for i in rows], [completions[i] for i in rows]
+        asked = [_own(prompts[i]) for i in rows]
+        texts = [completions[i] for i in rows]
         if by_name:
-            return _listed(function(prompts=asked, completions=said, **chosen, **arguments))
-        return _listed(function(asked, said, **chosen, **arguments))
+            return _listed(function(prompts=asked, completions=texts, **chosen, **arguments))
+        return _listed(function(asked, texts, **chosen, **arguments))
 
     every = range(len(completions))
     try:
@@ -82,15 +84,6 @@ def call(
         return CallResult(again)  # the caller rejects a wrong count
     known = dict(zip(rest, again, strict=True))
     return CallResult([known.get(row) for row in every], failures, trace)
-
-
-def takes_names(function: RewardFunction, others: Sequence[str]) -> bool:
-    """Return True if the function can be called with `prompts` and `completions` by name, in whatever order it has them."""
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(["prompts", "completions", *others], ()))
-    except (TypeError, ValueError):  # it names them differently, or is a function of C
-        return False
-    return True
 
 
 def _own(value: Any) -> Any:

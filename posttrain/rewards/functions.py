@@ -24,6 +24,7 @@ from posttrain.rewards.extraction import EXTRACTS, AnswerKind, Extract, equal, e
 from posttrain.rewards.extraction import KINDS as ANSWER_KINDS
 from posttrain.rewards.golds import gold_texts
 from posttrain.rewards.mathematics import math
+from posttrain.rewards.signatures import CALL, call_signature, misfit
 from posttrain.text import nearest
 
 
@@ -88,7 +89,7 @@ def find_function(name: str) -> RewardFunction:
     """Return a built-in function by name, or import `package.module:function`; of an environment, its reward.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: there is no such function, or it cannot be called as f(prompts, completions, **columns).
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -105,7 +106,7 @@ def find_function(name: str) -> RewardFunction:
         raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
     function: RewardFunction = found.reward if isinstance(found, Environment) else found
     if not callable(function):
-        raise ConfigError(
-            f"the reward function {name!r} is a {type(function).__name__}; give a function f(prompts, completions, **columns)"
-        )
+        raise ConfigError(f"the reward function {name!r} is a {type(function).__name__}; give a function {CALL}")
+    if reason := misfit(call_signature(function)):
+        raise ConfigError(f"the reward function {name!r} cannot be called: {reason}")
     return function

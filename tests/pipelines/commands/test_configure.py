@@ -168,12 +168,29 @@ def test_a_file_that_dvc_cannot_read_is_found_and_mended(params: Path, capsys: p
     assert survives(params.read_text())
 
 
+JUDGES = """
+def brevity(prompts, completions):
+    return [0.0 for _ in prompts]
+def swapped(completions, prompts, answer, *, target=3, **columns):
+    return [0.0 for _ in prompts]
+def needs(prompts, completions, gold, **columns):
+    return [0.0 for _ in prompts]
+def named(completions, **columns):
+    return [0.0 for _ in completions]
+def alone(completions):
+    return [0.0 for _ in completions]
+backwards = lambda completions, prompts, /, **columns: []
+made = make()
+raise SystemExit("configure ran the module")
+"""
+
+
 @pytest.fixture
 def absent(params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with a package of rewards and a file of pairs with almost the right columns."""
     folder = params.parent
     monkeypatch.chdir(folder)
-    (folder / "judges.py").write_text("def brevity(prompts, completions):\n    return [0.0 for _ in prompts]\n")
+    (folder / "judges.py").write_text(JUDGES)
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_scores": 1.0, "rejected_scores": 0.0}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     return params
@@ -215,6 +232,38 @@ def test_what_is_there_is_written(absent: Path) -> None:
     ]
     assert main(["--params", str(absent), *changes]) == 0
     assert load_params(absent).rewards["mine"].function == "judges:brevity"
+
+
+def test_rewards_are_bound_as_they_are_called_without_running_their_module(absent: Path) -> None:
+    mine = {
+        "brevity": "{function: 'judges:brevity'}",
+        "needs": "{function: 'judges:needs'}",
+        "given": "{function: 'judges:needs', arguments: {gold: 1}}",
+        "swapped": "{function: 'judges:swapped', arguments: {target: 4}}",
+        "named": "{function: 'judges:named'}",
+        "alone": "{function: 'judges:alone'}",
+        "backwards": "{function: 'judges:backwards'}",
+        "made": "{function: 'judges:made'}",
+        "measured": "{function: 'judges:brevity'}",
+    }
+    configure(absent, [f"rewards.{name}={section}" for name, section in mine.items()])
+    weights = {name: 1.0 for name in mine if name != "measured"}
+    configure(absent, [f"algorithms.grpo.rewards.{name}={weight}" for name, weight in weights.items()])
+    found = problems(load_params(absent))
+    assert [line.partition(".function")[0] for line in found] == [
+        "rewards.brevity",
+        "rewards.needs",
+        "rewards.alone",
+        "rewards.backwards",
+    ]
+    assert (
+        "got an unexpected keyword argument 'answer'. It is called as f(prompts, completions, **columns), and the rows"
+        in found[0]
+    )
+    assert "missing a required argument: 'gold'" in found[1]
+    assert "in rewards.needs.arguments" in found[1]
+    assert "its parameters are (completions), and it is called as f(prompts, completions, **columns)" in found[2]
+    assert "its parameters are (completions, prompts, /, **columns), and" in found[3]
 
 
 def test_a_parameter_without_its_value_says_what_to_write(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
