@@ -18,11 +18,18 @@ _NAMED = re.compile(
     r"|\b(?:pick|picked|choose|chose|select|go with)\s+([a-j])(?=[).,:!]|\s*$)",
     re.MULTILINE,
 )
-_LEADING = re.compile(r"^\W*(?:([A-HJ]),(?!\s?\(?[A-J]\b)|([A-Ja-j])(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE)
-_ANY = re.compile(
-    r"(?<![A-Za-z])([A-J])(?![A-Za-z0-9'\u2019=])(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
+_NAME = r"[+#&]|-[a-z\d]"
+"""After a letter: it belongs to a name, as in C++, A&W, B-52."""
+_LEADING = re.compile(
+    rf"^\W*(?:([A-HJ]),(?!\s?\(?[A-J]\b)|([A-Ja-j])(?!{_NAME})(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE
 )
-"""A letter by itself, unless it is the word `A` or `I`."""
+_ANY = re.compile(
+    rf"(?<![A-Za-z])([A-J])(?![A-Za-z0-9'\u2019=]|{_NAME})(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
+    r"(?!(?<=[AI])[ \t]+(?!(?:The|This|That|There|It|Because|Since|Explanation|Reason|Reasoning"
+    r"|We|You|As|In|If|So|Therefore|Thus|Hence|Let|To|Here|For|According"
+    r"|When|By|Both|Given|Using)\b)[A-Z][a-z])"
+)
+"""A letter by itself, unless it is the word `A` or `I`, also at the start of a title (`A Christmas Carol`)."""
 _PATTERNS = (_NAMED, _LEADING, _ANY)
 _ONE = r"\W{0,3}\b(?:(?i:option|choice)\s\W{0,3})?[A-J]\b\W{0,3}"
 _SEVERAL = re.compile(
@@ -36,6 +43,7 @@ _OTHER = re.compile(
     rf"|{_LETTER}\s(?:is|was|seems|looks)\s(?:worse|weaker|poorer|less\s[a-z]{{1,20}})\sthan\b"
     rf"|\b(?i:than|over|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
     rf"|(?<=[A-J)\]*])\s?(?:>{{1,3}}|\u227b)\s?{_LETTER}|{_LETTER}\s?(?:<{{1,3}}|\u227a)(?=\s?[(\[*]{{0,3}}[A-J]\b)"
+    rf"|\b[A-J][\s-](?i:major|minor|flat|sharp)\b|\b[A-J]\.\s?(?:[A-Z]\.\s?){{1,3}}(?=[A-Z][a-z])"
     rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
 )
 """Letters that name a thing, or an option that is worse (the A of `C > A`) or left out."""
@@ -52,6 +60,11 @@ _DENIED = re.compile(
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}[:.]?\s(?i:no|false|wrong|incorrect|not)\b[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
 )
+_FINAL = re.compile(
+    r"\b(?:(?i:final(?:\s(?:choice|pick|decision|option|letter|verdict))?|my\s(?:choice|pick))\s?(?::|is\b)"
+    r"|I(?:\swill|['\u2019]ll|\swould)?\s(?:choose|chose|pick|select|go\swith))[\s*]{0,6}(?=(?:(?i:option|choice)\s)?[(\[*]{0,3}[A-J]\b)"
+)
+"""Before the letter that is chosen in the end, among others that are named."""
 LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
@@ -62,8 +75,10 @@ def chosen_letter(text: str, marked: str | None, loosely: bool = True) -> str | 
 
     Args:
         marked: the text after the last marker, None without a marker.
-        loosely: also take the last separate letter.
+        loosely: also take the letter after `Final:` or `I choose`, or the last separate letter.
     """
+    if marked is None and loosely and (final := list(_FINAL.finditer(text))):
+        marked = text[final[-1].end() :].split("\n", maxsplit=1)[0]
     if marked is not None and (rest := rejection(text[text.rfind(marked) :])) is not None:
         return _last(rest)
     if marked is not None:

@@ -73,6 +73,14 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)\splus\s(?=[$\u20ac\u00a3]?\d)"), " + "),
     (re.compile(r"(?<=\d)\s(?:times|multiplied\sby)\s(?=[$\u20ac\u00a3]?\d)"), " \u00d7 "),
     (re.compile(r"(?<=\d)\sdivided\sby\s(?=[$\u20ac\u00a3]?\d)"), " \u00f7 "),
+    (
+        re.compile(
+            r"(?<=\d)(\s?(?:[-+*\u00d7\u00f7\u00b7]|\s/\s|\\(?:times|cdot|div)\b)\s?[$\u20ac\u00a3]?\d(?:[\d.,]{0,20}\d)?)[,;]?\s"
+            r"(?:(?:(?:which|that|this)\s)?(?:is|equals|makes|gives)\s|i\.e\.,?\s)(?=[*$\u20ac\u00a3(]{0,3}-?\d(?:[\d.,]{0,20}\d)?%?"
+            r"(?:\s(?!(?:more|less|fewer|times|over|plus|minus|of|to|or|and)\b)[A-Za-z]{1,12})?[*$)]{0,3}[ \t]*(?:[.!\n]|\Z))"
+        ),
+        r"\1 = ",
+    ),
     (re.compile(r"(?<=\d)\sover\s(?=\d+(?!\s?[A-Za-z\d%]))"), " \u00f7 "),
 )  # fmt: skip
 

@@ -33,8 +33,11 @@ _PARTS = _PART | {f"{name}s": value for name, value in _PART.items()} | {"halves
 _PART_WORD = "|".join(sorted(_PARTS, key=len, reverse=True))
 _WORD = rf"(?:{'|'.join([*_SMALL, 'hundred', 'dozen', *_LARGE])})"
 _ONE = "|".join(_ONES.split(" ")[:10])
-_NO_NOUN = "of|and|or|to|is|that|who|times|plus|minus|less|more|over|point|squared|cubed|factorial|pi|choose|divided|multiplied|out|than"
-"""Words after a number that make it a part of an expression."""
+_NO_NOUN = (
+    "of|and|or|to|is|that|who|times|plus|minus|less|more|over|point"
+    "|squared|cubed|factorial|pi|choose|divided|multiplied|out|than|am|pm"
+)
+"""Words after a number that make it a part of an expression or a time."""
 _SCALE = "|".join(("hundred", "dozen", *_LARGE))
 _ENGLISH = re.compile(
     rf"(?P<sign>(?:minus|negative)\s+)?(?P<number>(?:an?\s+(?=hundred|dozen|thousand|million|{_PART_WORD}))?"

@@ -14,13 +14,28 @@ from posttrain.text import normalised
 
 _PAIRS = ("**", "*", "``", "`", "$$", "$", '"', "'", "\u201c\u201d", "\u300c\u300d")
 _UNDERLINED = re.compile(r"_([^_].*[^_]|[^_])_", re.DOTALL)
-_REASON = re.compile(r"[\s,(]+(?:because|since)\b", re.IGNORECASE)
+_REASON = re.compile(r"[\s,(]+because\b|[,(]\s?since\b|\ssince\s(?:it|he|she|they|this|that|there|we)\b")
+"""In small letters, since a title may hold the word: `Death Because of Love`."""
+_COMMENT = re.compile(r"[.!]\s+(?=(?:It|He|She|They|Its|His|Her|Their)\s[a-z])")
+_DOUBT = re.compile(
+    r"\b(?:not|no|never|wrong|incorrect|false|mistake|wait|actually|but|however|rather|instead|answer|should|could|may|might)\b"
+    r"|n['\u2019]t\b|[?]",
+    re.IGNORECASE,
+)
+"""After an answer: it may take the answer back."""
 
 
 def same_text(answer: str, gold: str) -> bool:
-    """Return True if the answer, or what comes before its reason (`Paris, because ...`), is the gold answer; an empty one is none."""
+    """Return True if the answer is the gold answer, also before a reason (`Paris, because ...`) or comment (`Paris. It is ...`).
+
+    An empty gold answer equals none.
+    """
     expected = _bare(gold)
-    return bool(expected) and expected in (_bare(answer), _bare(_REASON.split(answer, maxsplit=1)[0]))
+    forms = [answer, _REASON.split(answer, maxsplit=1)[0]]
+    said, *rest = _COMMENT.split(answer, maxsplit=1)
+    if rest and not _DOUBT.search(rest[0]):
+        forms.append(said)
+    return bool(expected) and expected in map(_bare, forms)
 
 
 def _bare(text: str) -> str:

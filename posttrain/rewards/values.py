@@ -39,13 +39,23 @@ _SCIENTIFIC = re.compile(rf"(?P<digits>[-+]?[$\u20ac\u00a3]?[-+]?(?:{_DIGITS})){
 _RAISED = re.compile(
     r"(?P<sign>[-+]?)(?P<base>\d{1,12}(?:\.\d{1,12})?|\.\d{1,12})\s?\^\s?\{?(?P<power>[-+]?\d{1,3})\}?"
 )
+_LARGER_UNIT = (
+    r"years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|['\u2019\u2032]|pounds?|lbs?|dollars?|met(?:er|re)s?|m|km|kg"
+    r"|kilomet(?:er|re)s?|kilograms?"
+)
+_SMALLER_UNIT = (
+    r"\s?(?:months?|weeks?|days?|hours?|minutes?|mins?|seconds?|secs?|s|inch(?:es)?|in|[\"\u201d\u2033]|ounces?|oz|cents?|met(?:er|re)s?|m|cm"
+    r"|centimet(?:er|re)s?|grams?|g)(?![A-Za-z])"
+)
 _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
     r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d)|i(?!\s\w))\b|(?<=\})[A-Za-z](?![A-Za-z])"
     r"|\s?(?:[-+*\u00d7\u00b7]|\\(?:times|cdot)\b)\s?(?:[b-hj-zB-HJ-Z]|[aAiI](?!\s[a-z]))(?![A-Za-z'\u2019.)])|,\s?\\[lc]?dots|:\d\d\b|\s?mil\b"
     r"|\s(?:less|fewer|more|greater)\sthan\s(?:[$\u20ac\u00a3]?\d|[xyz]\b)"
+    r"|\s?(?i:[ap]\.?m\b)(?!\sI\b)|\s?o\s?['\u2019]\s?clock\b"
+    rf"|\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?\d{{1,4}}(?:\.\d{{1,4}})?{_SMALLER_UNIT}"
 )
-"""After a number: it is a part of an expression, a date or a time, or in units of `mil`, which has several meanings."""
+"""After a number: it is a part of an expression, a date, a time, in two units, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|hardly|scarcely|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
     r"|rather than|instead of|other than)\b"
@@ -71,14 +81,10 @@ _BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre)|\u4ecb\u4e8e|\u5728)[*_(
 _LISTED = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c]|,?\s?\band\b)\s?{_OPEN}")
 _END = re.compile(r"[^\w\n]*(?:\n|$)")
 _LARGER = re.compile(
-    r"\s?(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|['\u2019\u2032]|pounds?|lbs?|dollars?|met(?:er|re)s?|m|km|kg"
-    r"|kilomet(?:er|re)s?|kilograms?)[.,]?\s?(?:and\s)?"
+    rf"\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?"
     r"|,?\s?(?:with\s)?(?:an?\s)?(?:remainder|rest|[rR])\.?\s?(?:of\s|is\s)?"
 )
-_SMALLER = re.compile(
-    r"\s?(?:months?|weeks?|days?|hours?|minutes?|mins?|seconds?|secs?|s|inch(?:es)?|in|[\"\u201d\u2033]|ounces?|oz|cents?|met(?:er|re)s?|m|cm"
-    r"|centimet(?:er|re)s?|grams?|g)(?![A-Za-z])"
-)
+_SMALLER = re.compile(_SMALLER_UNIT)
 """`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
 _DOLLARS = re.compile(r"\$?\s?(?:dollars?|euros?)?,?\s?(?:and\s)?\$?")
 _CENTS = re.compile(r"\$?\s?cents?\b")

@@ -41,6 +41,12 @@ RIGHT = [
     ("The answer is 7 hundredths", "0.07"),
     ("The answer is 7. It is wrong to say 8.", "7"), ("two point five million", "2500000"), ("one and a half million", "1500000"),
 
+    *((f"The answer is {text}", "42") for text in (
+        "6*7, which is 42.", "6 * 7, that is 42", "40 + 2, i.e. 42", "40+2 which equals 42", "6 \u00d7 7 is **42**.", "$6 \\times 7$ = 42",
+        "$40 + $2, which makes $42.",
+    )),
+    ("The answer is 1/2, which is 50%.", "1/2"), ("The answer is 42, which is 6 more than 36.", "42"), ("7 am I right", "7"),
+    ("The answer is 7 m", "7"), ("7 feet in 6 in of snow: 7", "7"), ("7ft 6in = 90in; so 90", "90"),
     ("at most 7, so 6", "6"), ("The answer is at most 7, so 6", "6"), ("at least 7, hence 8", "8"), ("7 less", "7"), ("barely 7", "7"),
     ("|-7| = 7", "7"), ("7 halves", "3.5"), ("The answer is 7 - a prime", "7"),
     ("**-\\boxed{7}**", "-7"), ("$\\boxed{7}^\\circ$", "7"), ("7 y 8", "8"), ("$7/h", "7"),
@@ -48,6 +54,11 @@ RIGHT = [
     ("[THINK]6[/THINK]5", "5"), ("The answer is 5\n\nQuestion: What is 3+3?\nAnswer: 6", "5"), ("Question: 2+3?\nAnswer: 5", "5"),
 ]  # fmt: skip
 WRONG = [
+    *((text, "7") for text in ("7ft 6in", "7h 30m", "7kg 300 g", "7min 3s", "7 m and 30 cm", "The answer is 7ft 6in")),
+    *((lead + text, "7") for lead in ("", "The answer is ") for text in (
+        "7 PM", "7pm", "7 p.m.", "7 am", "7 a.m.", "7 o'clock", "seven pm", "7th", "the 7th", "6*7, which is 42.", "7 - 2, which is 5",
+    )),
+    ("The answer is 7 + 2, which is 5 more than 4.", "5"),
     ("hardly 7", "7"), ("The answer is hardly 7", "7"), ("scarcely 7", "7"), ("The answer is at most 7, so 6", "7"),
     ("7 is not the answer", "7"), ("7 is wrong", "7"), ("7 times 8", "8"), ("7 out of 8", "8"), ("7 divided by 8", "8"), ("7 + 8 =", "8"),
     ("$5$ dollars and $30$ cents", "5"), ("$5 and 30 cents", "30"), ("\\boxed{7\\text{ or }8}", "7"), ("1. first\n2. second", "2"),
@@ -99,9 +110,20 @@ LETTERS = [
     ("(A) 3 (B) 4\nSo (B)", "B"),
     ("(A) because (B) fails", "A"),
     ("The answer is (A) because (B) is too small", "A"), ("A. No.\nB. Yes.", "B"), ("A. cat\nB. dog\n\nA", "A"),
+    ("Option (C) looks right, though (D) is tempting. Final: C", "C"), ("(A) is close, (B) too. I choose C", "C"),
+    ("(A) or (B)... My choice is **(B)**, not (A)", "B"), ("Option A, option B. Final choice: option A", "A"),
+    ("I'll go with (B) over (A)", "B"),
+    ("A The capital is Paris.", "A"), ("Answer: A Because it fits.", "A"), ("A. Paris", "A"), ("Option A Paris", "A"),
+    ("A\nParis is it", "A"),
     ("\uff22", "B"), ("B, not A", "B"), ("Both A and B are wrong, so C", "C"), ("A. cats\nB. dogs\nAnswer: B", "B"),
 ]  # fmt: skip
 NO_LETTER = [
+    *(lead + name for lead in ("", "The answer is ", "Final: ") for name in (
+        "A Christmas Carol", "C++", "C#", "A&W", "B-52", "C-3PO", "A+", "B. B. King", "A. A. Milne", "C Major",
+        "B-flat", "A Tale of Two Cities",
+    )),
+    "I choose A or B",
+    "Final: not C",
     "It is not B",
     "A = C",
     "It isn't (B)",
@@ -124,7 +146,7 @@ NO_LETTER = [
     "The answer is A, B",
     "<think>B",
     "\\boxed{A} or \\boxed{B}",
-]
+]  # fmt: skip
 
 
 def _verdict(text: str, gold: str, **options: object) -> float | None:
@@ -163,9 +185,19 @@ TEXTS = [
     ("$\\text{Paris}$", "Paris"), ("**Answer:** Paris", "Paris"),
     ("**Answer: Paris.**", "Paris"),
     ("The answer is *args", "*args"),
+    ("The answer is St. Paul. He was an apostle.", "St. Paul"), ("The answer is Dr. Smith. She has a clinic.", "Dr. Smith"),
+    ("Paris. It is the capital.", "Paris"), ("The answer is Paris, since the king lived there", "Paris"),
+    ("The answer is Death Because of Love", "Death Because of Love"), ("Paris because it is", "Paris"),
     ("?", "?"), ("**\"Paris\"**.", "Paris"),
 ]  # fmt: skip
 NOT_TEXTS = [
+    ("The answer is Death Because of Love", "Death"),
+    ("The answer is Nothing since Monday", "Nothing"),
+    ("The answer is St. Paul. He was an apostle.", "St"),
+    ("The answer is St. Paul. He was an apostle.", "He was an apostle"),
+    ("The answer is Paris. It is not the capital.", "Paris"),
+    ("The answer is Paris. They say it isn't.", "Paris"),
+    ("The answer is Paris. It was London, actually.", "Paris"),
     ("?", "!"),
     ("...", "?"),
     ("!!!", ""),
@@ -201,6 +233,11 @@ def test_a_gold_answer_in_words_or_as_a_number_matches(gold: Any) -> None:
 def test_a_gold_answer_that_is_neither_text_nor_number_is_refused(gold: Any) -> None:
     with pytest.raises(DataError, match=r"`answer`: the gold answer of row 1 is .* Give a text or a number"):
         answer([""] * 2, ["7"] * 2, answer=["7", gold])
+
+
+def test_a_letter_after_final_is_no_strict_answer() -> None:
+    assert _verdict("(A) or (B)? Final: B", "B", kind="choice") == 1.0
+    assert _verdict("(A) or (B)? Final: B", "B", kind="choice", extract="strict") == 0.0
 
 
 def test_what_was_taken_back_is_no_strict_answer() -> None:
