@@ -92,7 +92,7 @@ def _is_swapped(judge: Callable[..., Any]) -> bool:
     """Return True if a judge names its parameters in the other order than it is called with, so that it would compare the wrong texts."""
     try:
         placed = signature(judge).bind_partial("completion", "answer").arguments
-    except (TypeError, ValueError):  # a function of C has no signature; another misfit is reported when it is called
+    except (TypeError, ValueError):  # a function of C has no signature; other misfits are reported when it is called
         return False
     return any(placed.get(name, name) != name for name in ("completion", "answer"))
 
