@@ -47,7 +47,7 @@ def call(
 ) -> CallResult:
     """Return the function's values for the batch. If it raises, try each row separately, then the batch without the rows that raise.
 
-    `prompts` and `completions` are passed by name if the function has these names in a different order, or only one of them and `**columns`.
+    `prompts` and `completions` are passed by name if the function has them in a different order, or one of them and `**columns`.
 
     If no single row explains the failure, or the batch still fails without those rows, all rows count as failed.
     """
