@@ -25,13 +25,7 @@ from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Pre
 from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
-from posttrain.api_arguments import (
-    check_reward,
-    checked,
-    require,
-    require_list,
-    require_methods,
-)
+from posttrain.api_arguments import check_reward, checked, require, require_list, require_methods
 from posttrain.api_rows import (
     WEIGHT,
     check_golds,

@@ -94,7 +94,11 @@ def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]
     ("algorithm", "arguments", "message"),
     [
         ("grpo", {}, "grpo learns from rewards: pass reward="),
-        ("dpo", {"reward": lengths}, "reward, demonstrations, teacher and turns have no effect here"),
+        (
+            "dpo",
+            {"reward": lengths},
+            "reward, demonstrations, teacher, teacher_prompt, turns and staleness have no effect here",
+        ),
         ("ppo", {"reward": lengths}, "use choose\\('ppo', {'critic': 'shared'}\\)"),
         ("chord", {"reward": lengths}, "pass demonstrations= if and only if"),
         ("grop", {}, "did you mean 'grpo'"),

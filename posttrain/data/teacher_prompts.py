@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posttrain.data.tokens import Text, TextEncoder, row_tools
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
+
+if TYPE_CHECKING:  # every step checks params.yaml with this module, and few need tokens
+    from posttrain.data.tokens import Text, TextEncoder
 
 SELF = "self"
 """Names the model before training as its own teacher."""
@@ -75,6 +77,8 @@ def teacher_ids(
     Raises:
         DataError: prompt and answer do not fit into the context.
     """
+    from posttrain.data.tokens import row_tools
+
     if template is None:
         return None
     columns = {name: value for name, value in row.items() if name != PROMPT}

@@ -2,6 +2,18 @@
 
 With staleness s the answers of step k (counted from 0) are sampled with the weights from before step max(0, k - s). The schedule is a
 function of the step number and never of timing, so a run has the same bits at any speed, and after a kill.
+
+Example:
+    >>> class Counting:
+    ...     version = 0
+    ...     def snapshot(self, settings): return self.version
+    ...     def sample_with(self, taken, requests, settings): return f"sampled with version {taken}"
+    >>> engine = Counting()
+    >>> background = Background(engine)
+    >>> future = background.submit([], SamplingSettings(max_new_tokens=1, temperature=1.0))
+    >>> engine.version = 1  # a step of training meanwhile
+    >>> future.result()
+    'sampled with version 0'
 """
 
 from __future__ import annotations

@@ -86,7 +86,15 @@ class _Sampler:
 
 @torch.no_grad()
 def probe_logprobs(lm: PreTrainedModel, ids: Sequence[int], bf16: bool) -> list[float]:
-    """Return the log-probability of every id but the first, from a plain forward pass."""
+    """Return the log-probability of every id but the first, from a plain forward pass.
+
+    Example:
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> lm, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> found = probe_logprobs(lm, [5, 6, 7], bf16=False)
+        >>> len(found), all(value < 0 for value in found)
+        (2, True)
+    """
     training = lm.training
     lm.eval()
     row = torch.tensor([list(ids)], device=lm.device)

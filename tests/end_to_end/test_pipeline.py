@@ -109,6 +109,8 @@ PLUMBING = (
     "pipelines/runtime",
     "posttrain/__init__.py",
     "posttrain/api_arguments.py",
+    "posttrain/data/__init__.py",
+    "posttrain/data/teacher_prompts.py",  # params.yaml is checked for templates without a prompt
     "posttrain/environments/base.py",  # params.yaml is checked for unknown environments
     "posttrain/environments/checked.py",
     "posttrain/environments/parts.py",

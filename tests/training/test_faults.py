@@ -77,9 +77,9 @@ def test_every_fault_is_told_with_its_step_place_and_rows(tmp_path: Path, capsys
     ]
     said = capsys.readouterr().err
     assert (
-        "step 2, update 1 of 1: the loss of update 2 is nan; weights are unchanged (rows #0, #1); skipped, 1 of at most 3"
-        in said
+        "step 2, update 1 of 1: the loss of update 2 is nan; weights are unchanged by it. If the updates before" in said
     )
+    assert "lower learning_rate = 0.1 (rows #0, #1); skipped, 1 of at most 3" in said
     assert f"`command --replay {tmp_path / 'faults' / 'fault-00000003'}` replays it" in said
 
 

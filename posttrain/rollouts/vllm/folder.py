@@ -24,6 +24,17 @@ def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
 
     Raises:
         RolloutError: the disk is full or read-only.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from posttrain.models.plain import plain_state
+        >>> from posttrain.models.tiny import TinyShape, tiny_model
+        >>> lm, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+        >>> with TemporaryDirectory() as root:
+        ...     folder = Path(root, "weights-1")
+        ...     write_weights(lm, plain_state(lm, lm.dtype), folder)
+        ...     sorted(path.name for path in folder.iterdir())
+        ['config.json', 'generation_config.json', 'model.safetensors']
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

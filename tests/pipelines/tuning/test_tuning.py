@@ -91,7 +91,7 @@ def test_suggesting_without_optuna_says_what_to_install(root: Path, monkeypatch:
     ("change", "message"),
     [
         ({"space": {"grop": {}}}, "tune.space.grop: not an algorithm of project.algorithms; did you mean 'grpo'?"),
-        ({"space": {"dpo": {RATE: {"low": 1.0, "high": 2.0}}}}, "no parameter of grpo to tune; give tune.space.grpo"),
+        ({"space": {"dpo": {RATE: {"low": 0.5, "high": 1.0}}}}, "no parameter of grpo to tune; give tune.space.grpo"),
         ({"training_seed": 0}, "tune.training_seed = 0 is one of project.seeds"),
         ({"space": {"dpo": {RATE: {"low": 2.0, "high": 1.0}}}}, "high 1.0 must be greater than low 2.0"),
         ({"space": {"dpo": {RATE: {"low": 0.0, "high": 1.0, "log": True}}}}, "low 0.0 must be positive"),
