@@ -44,7 +44,7 @@ def patiently(act: Callable[[], T], what: str, seconds: float, stop: threading.E
             return act()
         except OrchestrationError:
             raise
-        except Exception as error:  # each kind of remote raises errors of its own
+        except Exception as error:  # each kind of remote raises its own errors
             words = redact(" ".join(str(error).split())[:300])
             if not _away(error):
                 raise OrchestrationError(f"{what} failed: {words or type(error).__name__}") from error
