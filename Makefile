@@ -49,7 +49,7 @@ status: setup  ## show which of them run, and their addresses
 	@$(QUIET) $(PYTHON_IN) -m infra.servers status
 
 test: setup  ## run all tests but the slow ones
-	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py
 
