@@ -132,6 +132,7 @@ def write_costs(root: Path) -> Path | None:
     if not (root / ".posttrain" / "runs").is_dir():
         return None
     path = root / ".posttrain" / "logs" / "costs.log"
+    path.parent.mkdir(parents=True, exist_ok=True)  # if all stages ran on workers, none has logged here
     with path.open("wb") as log:
         status = end(start([sys.executable, "-m", "pipelines.report.costs"], root, output=log), CATCH_UP_SECONDS)
     if status:

@@ -30,7 +30,7 @@ from tasks.lockfile import lock_entries, write_entries
 from tasks.pool.order import StageOrder
 from tasks.pool.record import Record, insist
 from tasks.pool.settings import WorkerSettings
-from tasks.pool.snapshot import StagePaths, committed, order, read_paths
+from tasks.pool.snapshot import StagePaths, committed, order, read_paths, recorded_stages
 from tasks.pool.watch import Sight, Watch
 from tasks.remote import has_remote, run_dvc
 from tasks.stage import StageFailed, StageResult, grace_seconds
@@ -124,7 +124,7 @@ class Pool:
     def _order(self, node: Node) -> StageOrder:
         """Return the order for a stage, after the remote holds those inputs that this machine made."""
         with self._lock:
-            own = sorted(set(node.after) - self._sent)
+            own = sorted({*node.after, *recorded_stages(node, self.paths)} - self._sent)
             error = run_dvc(self.root, "push", *own) if own else None
             if error is not None:
                 raise OrchestrationError(f"inputs of {node.name} could not be copied to DVC's remote: {error}")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.training.reward_record import MODEL
 from posttrain.errors import OrchestrationError
 from tasks.dag import Node, open_workspace
 from tasks.lockfile import HEAD
 from tasks.pool.order import PARAMS, StageOrder, may_differ
-from tasks.pool.transfer import made_paths
+from tasks.pool.transfer import is_record, made_paths
 
 IGNORED = ("dvc.lock",)
 """Differs from the commit during every flow; a worker gets the hashes that it needs."""
@@ -94,8 +95,16 @@ def order(
     root: Path, commit: str, node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]
 ) -> StageOrder:
     """Return the order for a stage whose inputs are in `locked`, the stages of dvc.lock."""
-    above = {name: locked[name] for name in node.after if name in locked}
-    return StageOrder(node.name, commit, differing(root, node), input_lock(above, paths[node.name].deps))
+    above = {name: locked[name] for name in (*node.after, *recorded_stages(node, paths)) if name in locked}
+    deps = (*paths[node.name].deps, *([MODEL] if recorded_stages(node, paths) else []))
+    return StageOrder(node.name, commit, differing(root, node), input_lock(above, deps))
+
+
+def recorded_stages(node: Node, paths: Mapping[str, StagePaths]) -> list[str]:
+    """Return the stage that makes the reward model if this one has a record of it: dvc.yaml does not name it as an input."""
+    if not any(is_record(dep) for dep in paths[node.name].deps):
+        return []
+    return [name for name, each in sorted(paths.items()) if MODEL in each.outs]
 
 
 def input_lock(locked: Mapping[str, Any], deps: Collection[str]) -> str:

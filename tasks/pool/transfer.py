@@ -5,6 +5,7 @@ DVC's command copies its whole cache of runs; here only the entries of one stage
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.runtime.redaction import redact
+from pipelines.training.reward_record import FOLDER
 from posttrain.errors import Interrupted, OrchestrationError
 from posttrain.files import replace
 from tasks.dag import open_workspace
@@ -68,14 +70,30 @@ def _away(error: BaseException) -> bool:
 
 
 def pull_inputs(tree: Path, name: str) -> None:
-    """Fetch the stage's inputs and its entries in the cache of runs, with their outputs."""
+    """Fetch the stage's inputs, also those that its record of the reward model names, and its entries in the cache of runs."""
     with opened(tree) as repo:
         stage = find_stage(repo, name)
         outs = [out.fs_path for out in repo.index.outs]
-        wanted = [path for dep in stage.deps for path in made_paths(dep.fs_path, outs)]
-        if wanted:
-            repo.pull(targets=wanted, force=True)
+        deps = [dep.fs_path for dep in stage.deps]
+        _pull(repo, [path for dep in deps for path in made_paths(dep, outs)])
+        recorded = [str(tree.absolute() / path) for dep in deps if is_record(dep) for path in _named(Path(dep))]
+        _pull(repo, [path for each in recorded for path in made_paths(each, outs)])
         _fetch_runs(repo, stage)
+
+
+def _pull(repo: Any, paths: list[str]) -> None:
+    if paths:
+        repo.pull(targets=paths, force=True)
+
+
+def is_record(dependency: str) -> bool:
+    """Return True for a record of `reward_readers`, which names the reward model if the stage reads it."""
+    return f"/{FOLDER.as_posix()}/" in f"/{dependency}"
+
+
+def _named(record: Path) -> list[str]:
+    """Return the paths that a record names."""
+    return sorted(json.loads(record.read_text(encoding="utf-8")))
 
 
 def find_stage(repo: Any, name: str) -> Any:

@@ -101,24 +101,25 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
     def alive() -> None:
         assert flow.poll() is None, parent.log()
 
-    def first(stage: str) -> str:
-        found: list[str] = []
+    def first(*stages: str) -> tuple[str, str]:
+        found: list[tuple[str, str]] = []
 
         def look() -> bool:
             alive()
-            found[:] = [each for each in [at_work(stage, checkpoint=True)] if each]
+            found[:] = [(stage, each) for stage in stages if (each := at_work(stage, checkpoint=True))]
             return bool(found)
 
-        until(look, f"{stage} writes no checkpoint\n{parent.log()}", 700)
+        until(look, f"{stages} write no checkpoint\n{parent.log()}", 700)
         return found[0]
 
-    killed = first("align@grpo-0")
+    begun_first, killed = first("align@grpo-0", "align@grpo-1")
     made.kill(killed)
     made.add("three")
-    late = first("align@grpo-1")
+    (second,) = {"align@grpo-0", "align@grpo-1"} - {begun_first}
+    _, late = first(second)
     assert late != killed
     os.kill(made.workers[late].pid, signal.SIGSTOP)
-    until(lambda: len(attempts("align@grpo-1")) > 1, f"the silent worker keeps its stage\n{parent.log()}")
+    until(lambda: len(attempts(second)) > 1, f"the silent worker keeps its stage\n{parent.log()}")
     os.kill(made.workers[late].pid, signal.SIGCONT)
     assert flow.wait(700) == 0, parent.log()
     assert reference.wait(700) == 0
@@ -138,4 +139,4 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
         assert not begun.state.is_completed()
         assert last is not None
         assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
-    until(lambda: (attempts("align@grpo-1")[0][1] or Record("")).phase == "lost", "the late worker does not give up")
+    until(lambda: (attempts(second)[0][1] or Record("")).phase == "lost", "the late worker does not give up")

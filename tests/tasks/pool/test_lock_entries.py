@@ -6,9 +6,10 @@ import pytest
 
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError
+from tasks.dag import read_dag
 from tasks.lockfile import lock_entries, write_entries
 from tasks.pool.send import checked_entry
-from tasks.pool.snapshot import StagePaths, input_lock, read_paths
+from tasks.pool.snapshot import StagePaths, input_lock, read_paths, recorded_stages
 from tests.workspace import dvc
 
 JOIN = StagePaths(("side-left.txt", "side-right.txt"), ("join.txt",))
@@ -73,3 +74,11 @@ def test_a_worker_gets_the_hashes_of_its_inputs_and_no_others() -> None:
 @pytest.mark.parametrize("text", ["schema: '2.0'\n", "schema: '2.0'\nstages: {}\n", ""])
 def test_a_lock_without_entries_has_none(text: str) -> None:
     assert lock_entries(text) == {}
+
+
+def test_a_stage_with_a_record_of_the_reward_model_is_ordered_with_the_model(root: Path) -> None:
+    """dvc.yaml names the record as the input, not the model; a worker needs both."""
+    dag, paths = read_dag(root), read_paths(root)
+    aligned = next(node for name, node in dag.items() if name.startswith("align@"))
+    assert recorded_stages(aligned, paths) == ["reward"]
+    assert recorded_stages(dag["reward"], paths) == recorded_stages(dag["sft"], paths) == []
