@@ -129,14 +129,18 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
     assert "up to date" in parent.run("dvc", "status", *STAGES).stdout
 
     done = {stage: [record for _, record in attempts(stage) if record and record.phase == "done"] for stage in STAGES}
-    assert {stage: [record.outcome for record in records] for stage, records in done.items()} == {
-        stage: ["ran"] for stage in STAGES
-    }
+    outcomes = {stage: [record.outcome for record in records] for stage, records in done.items()}
+    # the late worker may have ended its training before it saw that the stage is no longer its own; then the next attempt restores the
+    # run from DVC's cache of runs
+    late_outcome = outcomes[second]
+    assert late_outcome in (["ran"], ["restored"])
+    assert outcomes == {stage: ["ran"] for stage in STAGES} | {second: late_outcome}
     assert len({record.worker for records in done.values() for record in records}) > 1
     for stage in ("align@grpo-0", "align@grpo-1"):
         (begun, _), *_, (_, last) = attempts(stage)
         assert begun.state is not None
         assert not begun.state.is_completed()
         assert last is not None
-        assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
+        if last.outcome == "ran":
+            assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
     until(lambda: (attempts(second)[0][1] or Record("")).phase == "lost", "the late worker does not give up")
