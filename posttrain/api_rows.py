@@ -204,7 +204,7 @@ def _check_said(value: Any, place: str) -> None:
 
 
 def _check_tools(tools: Any, place: str) -> None:
-    """Raise DataError unless the tools are a list of mappings, or that as JSON; None and an empty text stand for none."""
+    """Raise DataError unless the tools are a list of mappings, or that as JSON; None and an empty text mean none."""
     try:
         found = json.loads(tools) if isinstance(tools, str) and tools else tools or []
     except ValueError:

@@ -24,7 +24,7 @@ def describe(drift: Drift) -> str:
     """Return the numbers and the result as text."""
     measured = drift.measured
     return (
-        f"{drift.words}\n  stability index of the lengths {measured.length_psi:.3f} (chance alone: up to {measured.chance:.3f});"
+        f"{drift.words}\n  stability index of the lengths {measured.length_psi:.3f} (by chance up to {measured.chance:.3f});"
         f" new words {100 * measured.new_words:.1f} %; prompts that training has too {100 * measured.known:.1f} %"
     )
 

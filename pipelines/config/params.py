@@ -174,7 +174,7 @@ class Params(Section):
         if budget.rollouts.staleness and budget.turns is not None:
             raise ConfigError(
                 f"algorithms.{name}: rollouts.staleness = {budget.rollouts.staleness} and turns: an environment's step has a time limit,"
-                " which holds only where the trainer waits for its answers; set staleness: 0"
+                " which holds only if the trainer waits for its answers; set staleness: 0"
             )
         if budget.turns != self.evaluation.turns:
             raise ConfigError(

@@ -81,7 +81,7 @@ def _drift(drifts: Sequence[Drift]) -> str:
         for drift in drifts
     )
     head = "<tr><th>prompts<th>number<th>stability index of lengths<th>by chance up to<th>new words<th>in words</tr>"
-    words = "They change no verdict. If prompts drift, the held-out prompts may no longer stand for what is asked."
+    words = "They change no verdict. If prompts drift, the held-out prompts may no longer represent what users ask."
     return f"<h2>Prompts that arrive, against the training prompts</h2><p>{words}</p><table>{head}{rows}</table>"
 
 

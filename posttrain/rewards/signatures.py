@@ -23,7 +23,7 @@ _NAMES = ("prompts", "completions")
 _SINGULAR = ("prompt", "completion")
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _RECEIVES = {"prompt": "prompts", "completion": "completions"}
-"""What a parameter of this name receives."""
+"""Content of a parameter of this name."""
 _SHOWN: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
 
 
