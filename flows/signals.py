@@ -17,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from pipelines.runtime.process import stopping_signals
+from tasks.background import in_background
 
 POLL_SECONDS = 2.0
 
@@ -70,14 +71,9 @@ def _on_cancellation(stop: Event) -> Iterator[None]:
     if identity is None:
         yield
         return
-    over = Event()
-    thread = threading.Thread(target=_ask, args=(_own_client(), UUID(identity), stop, over), daemon=True)
-    thread.start()
-    try:
+    client = _own_client()
+    with in_background(lambda over: _ask(client, UUID(identity), stop, over)):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _ask(client: SyncPrefectClient, identity: UUID, stop: Event, over: Event) -> None:

@@ -21,6 +21,7 @@ from prefect.exceptions import ObjectNotFound
 
 from pipelines.runtime.redaction import redact
 from posttrain.errors import Interrupted, OrchestrationError
+from tasks.background import in_background
 from tasks.log import StageOutcome
 
 T = TypeVar("T")
@@ -84,19 +85,14 @@ class Lease:
 
     def __init__(self, run: UUID, record: Record, beat_seconds: float, server_seconds: float) -> None:
         self.run, self.record, self.beat_seconds, self.server_seconds = run, record, beat_seconds, server_seconds
-        self.stop, self._over, self._write = threading.Event(), threading.Event(), threading.Lock()
+        self.stop, self._write = threading.Event(), threading.Lock()
         self._artifact = insist(self._create, server_seconds)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Report from a thread while inside."""
-        thread = threading.Thread(target=self._report, daemon=True)
-        thread.start()
-        try:
+        with in_background(self._report):
             yield
-        finally:
-            self._over.set()
-            thread.join()
 
     def report(self) -> None:
         """Write the record now."""
@@ -122,9 +118,9 @@ class Lease:
         with self._client() as client:
             return client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=self.run, data=vars(self.record))).id
 
-    def _report(self) -> None:
+    def _report(self, over: threading.Event) -> None:
         with self._client() as client:
-            while not self._over.wait(self.beat_seconds):
+            while not over.wait(self.beat_seconds):
                 try:
                     self._send(client)
                     if not self._is_ours(client):

@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import State
 
+from tasks.background import in_background
 from tasks.pool.record import TYPE, Record, parse
 
 POLL_SECONDS = 1.0
@@ -56,18 +57,12 @@ class Watch:
 
     def __init__(self) -> None:
         self._sights: dict[UUID, Sight] = {}
-        self._over = threading.Event()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Look every second while inside."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        try:
+        with in_background(self._run):
             yield
-        finally:
-            self._over.set()
-            thread.join()
 
     def add(self, run: UUID) -> Sight:
         """Begin to follow a flow run."""
@@ -77,10 +72,10 @@ class Watch:
         """Follow a flow run no longer."""
         self._sights.pop(run, None)
 
-    def _run(self) -> None:
+    def _run(self, over: threading.Event) -> None:
         before = time.monotonic()
         with get_client(httpx_settings={"timeout": 10.0}, sync_client=True) as client:
-            while not self._over.wait(POLL_SECONDS):
+            while not over.wait(POLL_SECONDS):
                 try:
                     self._look(client, min(time.monotonic() - before, 2 * POLL_SECONDS))
                 except httpx.HTTPError:  # the server is away, which is no worker's silence

@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 
 from pipelines.runtime.environment import machine_fault
 from posttrain.errors import PosttrainError
+from tasks.background import in_background
 from tasks.console import log_line
 from tasks.lockfile import lock_entries
 from tasks.pool import checkpoints
@@ -171,18 +172,12 @@ class _Work:
 @contextmanager
 def _stopped_with(worker: Worker, held: Lease) -> Iterator[None]:
     """Stop the stage when the worker is asked to end."""
-    over = threading.Event()
 
-    def follow() -> None:
+    def follow(over: threading.Event) -> None:
         while not over.wait(POLL_SECONDS):
             if worker.stop.is_set():
                 held.stop.set()
                 return
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with in_background(follow):
         yield
-    finally:
-        over.set()
-        thread.join()
