@@ -64,10 +64,18 @@ def running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def command_line(pid: int) -> str:
+    """Return the command of a process, "" for one that has ended."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
 def step_and_family(flow: subprocess.Popen[str], root: Path) -> list[int]:
-    """Every process below the flow, once the step is at work."""
+    """Every process at work below the flow, once the step is at work."""
     until(lambda: (root / "pids").exists())
-    pids = [process.pid for process in psutil.Process(flow.pid).children(recursive=True)]
+    pids = [process.pid for process in psutil.Process(flow.pid).children(recursive=True) if running(process.pid)]
     assert {int(word) for word in (root / "pids").read_text().split()} <= set(pids)
     return pids
 
@@ -109,9 +117,8 @@ def test_a_run_that_is_cancelled_in_prefect_stops_its_stage_and_says_so(long: Pa
 def test_a_killed_flow_leaves_no_stage_and_no_server_behind(long: Path) -> None:
     flow = start(long, None)
     pids = step_and_family(flow, long)
-    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
-    assert any("server start" in command for command in commands)
-    assert addresses(map(psutil.Process, pids)) == {"127.0.0.1"}
+    assert any("server start" in command_line(pid) for pid in pids)
+    assert addresses(psutil.Process(pid) for pid in pids if running(pid)) == {"127.0.0.1"}
     refused = start(long, None)
     output = refused.communicate(timeout=300)[0]
     assert refused.returncode == 2, output
