@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
+from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
 from posttrain.text import reason_of
@@ -47,7 +49,10 @@ class Decoder:
         self.head = lm.get_output_embeddings()
         self.takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
         self.casts: dict[nn.Module, dict[str, Tensor]] = {}
+        self.prefilled_tokens = 0
+        """Tokens of prompts that have been computed."""
         self._token_bytes = 0
+        self._continues: bool | None = None
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -78,11 +83,22 @@ class Decoder:
             self._token_bytes = sum(states.nbytes for layer in slots.layers for states in layer.answers)
         return self._token_bytes
 
-    def enter(self, slots: Slots, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """Compute each prompt once and give its `counts` answers slots. Return their last hidden states [answers, hidden]."""
+    def enter(
+        self, slots: Slots, prompts: Sequence[tuple[int, ...]], counts: Sequence[int], kept: KeptStates | None = None
+    ) -> Tensor:
+        """Compute each prompt once and give its `counts` answers slots. Return their last hidden states [answers, hidden].
+
+        Args:
+            kept: states of the beginnings of some prompts, which are not computed again.
+        """
         lengths = [len(prompt) for prompt in prompts]
         at_once = max(1, PREFILL_TOKENS // max(lengths))
-        computed = [self._prefill(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
+        computed = []
+        for continued, same in groupby(prompts, lambda prompt: kept is not None and kept.holds(prompt)):
+            run = list(same)
+            for part in (run[i : i + at_once] for i in range(0, len(run), at_once)):
+                known = [kept.take(prompt) for prompt in part] if kept is not None and continued else None
+                computed.append(self._prefill(part) if known is None else self._continue(part, known))
         slots.enter(list(zip(*(pairs for _, pairs in computed), strict=True)), lengths, counts)
         hidden = torch.cat([last for last, _ in computed])
         # indices that the host makes: repeating by lengths would make a GPU wait for their sum
@@ -91,15 +107,65 @@ class Decoder:
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pair]]:
         """Compute prompts. Padding follows every real token, so causal attention never sees it and no mask is needed."""
-        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+        ids, ends = _padded(prompts)
+        self.prefilled_tokens += sum(map(len, prompts))
         cache: Any = DynamicCache()
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
         ids, rows, last = together([ids, torch.arange(len(prompts)), ends], self.lm.device)
         hidden = self._trunk(input_ids=ids, past_key_values=cache)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         return hidden[rows, last], pairs
+
+    def _continue(self, prompts: Sequence[Sequence[int]], kept: Sequence[Pair]) -> tuple[Tensor, list[Pair]]:
+        """Compute prompts from the end of their kept states, which are padded on the right; a mask hides that padding."""
+        lengths = [keys.shape[2] for keys, _ in kept]
+        new = [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)]
+        ids, ends = _padded(new)
+        self.prefilled_tokens += sum(map(len, new))
+        longest, width = max(lengths), ids.shape[1]
+        mask = torch.cat([torch.arange(longest) < torch.tensor(lengths)[:, None], torch.ones_like(ids).bool()], 1)
+        given = [ids, torch.arange(len(prompts)), ends, torch.tensor(lengths), mask.long()]
+        ids, rows, last, known, mask = together(given, self.lm.device)
+        cache: Any = DynamicCache()
+        for layer, (keys, values) in enumerate(side_by_side(kept)):
+            cache.update(keys, values, layer)
+        positions = known[:, None] + torch.arange(width, device=known.device)
+        hidden = self._trunk(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=mask)
+        pairs = [closed_up((layer.keys, layer.values), known, longest, width) for layer in cache.layers]
+        return hidden[rows, last], pairs
+
+    def continues(self) -> bool:
+        """Return True if prompts that continue kept states of different lengths give the logits of a plain forward pass."""
+        if self._continues is None:
+            probe = Decoder(self.lm, self.shared)
+            try:
+                with probe.decoding():
+                    probe.check_continued()
+                self._continues = self.reach is None  # in a window the padding between old and new columns would count
+            except torch.OutOfMemoryError:
+                raise
+            # an unusual model may raise anything: its prompts are then computed whole
+            except Exception:
+                self._continues = False
+        return self._continues
+
+    def check_continued(self) -> None:
+        """Raise ValueError unless the model gives the logits of a plain forward pass; raise TypeError if it takes no positions."""
+        if not self.takes_positions:
+            raise TypeError("it takes no positions")
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        of_prompts = [tuple(i % vocabulary for i in (3, 4, 5, 6, 7, 8)), tuple(i % vocabulary for i in (9, 7, 2, 1))]
+        kept, slots = KeptStates(2**10), self.slots(1)
+        self.enter(slots, [prompt[:n] for prompt, n in zip(of_prompts, (5, 2), strict=True)], (1, 1))
+        for row, (prompt, known) in enumerate(zip(of_prompts, (5, 2), strict=True)):
+            kept.add_answer(slots, row, prompt[:known])
+        kept.expect((prompt, known + 1) for prompt, known in zip(of_prompts, (5, 2), strict=True))
+        found = self.slots(1)
+        hidden = [self.enter(found, of_prompts, (1, 1), kept)]
+        forced = torch.tensor([[6], [8]], device=self.lm.device) % vocabulary
+        hidden.append(self.step(found, forced))
+        for row, prompt in enumerate(of_prompts):
+            ids = torch.tensor([[*prompt, int(forced[row])]], device=self.lm.device)
+            self._compare(torch.stack([self.logits(h[row]) for h in hidden]), ids, len(prompt) - 1)
 
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
         """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]."""
@@ -152,14 +218,18 @@ class Decoder:
         found = torch.stack([self.logits(h) for h in hidden], 1)
         for prompt, answer, logits in zip((prompts[0], *prompts), forced, found, strict=True):
             row = torch.cat([torch.tensor(prompt, device=answer.device), answer[:-1]])[None]
-            plain = self.lm(input_ids=row).logits[0, len(prompt) - 1 :]
-            tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps) * float(plain.abs().max())
-            if torch.allclose(logits, plain, atol=tolerance, rtol=0, equal_nan=True):
-                continue
-            beyond = (logits - plain).abs().amax(-1) - (tolerance + self._rounding(row)[len(prompt) - 1 :])
-            if not bool((beyond <= 0).all()):
-                worst = float((logits - plain).abs().max())
-                raise ValueError(f"logits by slots differ from those of a plain forward pass by {worst:.2g}")
+            self._compare(logits, row, len(prompt) - 1)
+
+    def _compare(self, logits: Tensor, row: Tensor, start: int) -> None:
+        """Raise ValueError if `logits` are not those of a plain pass over `row` from index `start` on, but for rounding."""
+        plain = self.lm(input_ids=row).logits[0, start:]
+        tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps) * float(plain.abs().max())
+        if torch.allclose(logits, plain, atol=tolerance, rtol=0, equal_nan=True):
+            return
+        beyond = (logits - plain).abs().amax(-1) - (tolerance + self._rounding(row)[start:])
+        if not bool((beyond <= 0).all()):
+            worst = float((logits - plain).abs().max())
+            raise ValueError(f"logits by slots differ from those of a plain forward pass by {worst:.2g}")
 
     def _rounding(self, row: Tensor) -> Tensor:
         """Return how much rounding may change each token's logits, [tokens]: ten times the effect of the smallest change of the embeddings.
@@ -209,6 +279,14 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
                 continue
             return Decoder(lm, shared, bf16, reach)
     return reason
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return ids [rows, longest] with zeros on the right, and the index of each row's last id."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return ids, torch.tensor([len(own) - 1 for own in rows])
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:

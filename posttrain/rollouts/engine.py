@@ -42,12 +42,14 @@ class Request:
     Attributes:
         asked: the text or the messages behind `prompt`; only conversations of several turns read it,
         columns: and the other columns of the prompt's row.
+        known: first tokens of `prompt` that are an earlier prompt and its whole answer, whose states an engine may have kept.
     """
 
     prompt: tuple[int, ...]
     seeds: tuple[tuple[int, ...], ...]
     asked: Any = field(default=None, compare=False)
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    known: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,11 +40,14 @@ from posttrain.rollouts.engine import (
     end_ids,
 )
 from posttrain.rollouts.generate import GenerateEngine, confirm_generate
+from posttrain.rollouts.kept import KeptStates
 from posttrain.settings import context_limit
 
 OnToken = Callable[[int, int], None]
 COMPACT_BELOW = 0.75
 """Slots are released if fewer than this share of the active answers are unfinished; prompts enter if no more than this share is used."""
+KEPT_SHARE = 0.25
+"""Share of the stored tokens that finished answers have while a conversation goes on."""
 READ_EVERY = 8
 """Tokens between two looks at which answers are finished, on a GPU: each look waits for the device. Answers are the same."""
 
@@ -71,6 +75,17 @@ class NativeEngine:
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.decoder: Decoder | str | None = None
         self.confirmed = False
+        self._keeping = False
+        self._kept: KeptStates | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the states of finished answers for requests that continue them. The weights must not change meanwhile."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping, self._kept = False, None
 
     def sample(
         self, requests: Sequence[Request], settings: SamplingSettings, on_token: OnToken | None = None
@@ -106,13 +121,17 @@ class NativeEngine:
                 self.confirmed = True
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
+        keeping = self._keeping and decoder.continues()
         with decoder.decoding():
             limit = self.max_tokens
             if limit is None:
                 limit = (
                     MAX_TOKENS if self.lm.device.type == "cpu" else max_tokens(self.lm.device, decoder.token_bytes())
                 )
-            return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token).run(requests)
+            if keeping:
+                self._kept = self._kept or KeptStates(int(KEPT_SHARE * limit))
+                limit -= self._kept.max_tokens
+            return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept).run(requests)
 
 
 @cache
@@ -127,11 +146,13 @@ class _Piece:
 
     Attributes:
         first: index of the first one among all answers of the call.
+        known: first tokens of the prompt that are an earlier conversation.
     """
 
     prompt: tuple[int, ...]
     seeds: tuple[tuple[int, ...], ...]
     first: int
+    known: int
 
 
 @dataclass
@@ -170,8 +191,9 @@ class _Sampling:
         max_rows: int,
         max_tokens: int,
         on_token: OnToken | None = None,
+        kept: KeptStates | None = None,
     ) -> None:
-        self.decoder, self.ends, self.settings = decoder, ends, settings
+        self.decoder, self.ends, self.settings, self.kept = decoder, ends, settings, kept
         self.max_rows, self.max_tokens, self.on_token = max_rows, max_tokens, on_token
         self.device = decoder.lm.device
         self.end_row = torch.tensor([ends], device=self.device)
@@ -184,6 +206,9 @@ class _Sampling:
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
         waiting = self._pieces(requests)
+        self.prompts = {piece.first + i: piece.prompt for piece in waiting for i in range(len(piece.seeds))}
+        if self.kept is not None:
+            self.kept.expect((piece.prompt, piece.known) for piece in waiting)
         while waiting or self.slots.counts:
             self._enter(waiting)
             self._draw()
@@ -201,7 +226,7 @@ class _Sampling:
             fitting = (self.max_tokens - len(request.prompt)) // self.settings.max_new_tokens
             size = max(1, min(self.max_rows, fitting))
             for start in range(0, len(request.seeds), size):
-                pieces.append(_Piece(request.prompt, request.seeds[start : start + size], first + start))
+                pieces.append(_Piece(request.prompt, request.seeds[start : start + size], first + start, request.known))
             first += len(request.seeds)
         return deque(sorted(pieces, key=lambda piece: -len(piece.prompt)))
 
@@ -213,7 +238,7 @@ class _Sampling:
             entering.append(waiting.popleft())
         if entering:
             prompts, counts = [piece.prompt for piece in entering], [len(piece.seeds) for piece in entering]
-            hidden = self.decoder.enter(self.slots, prompts, counts)
+            hidden = self.decoder.enter(self.slots, prompts, counts, self.kept)
             self.hidden = torch.cat([self.hidden, hidden]) if rows else hidden
             self.answers = self.answers.joined(self._answers(entering))
 
@@ -264,10 +289,13 @@ class _Sampling:
         running: list[bool] = self.answers.running.tolist()
         if not at_limit and sum(running) >= max(1.0, COMPACT_BELOW * len(running)):
             return
-        ended = self.answers.take([i for i, runs in enumerate(running) if not runs])
+        rows = [i for i, runs in enumerate(running) if not runs]
+        ended = self.answers.take(rows)
         tokens, logprobs = to_host([ended.tokens, ended.logprobs])
-        for number, ids, values in zip(ended.number, tokens.tolist(), logprobs.tolist(), strict=True):
-            self.completions[number] = completion(ids, values, self.ends)
+        for row, number, ids, values in zip(rows, ended.number, tokens.tolist(), logprobs.tolist(), strict=True):
+            answer = self.completions[number] = completion(ids, values, self.ends)
+            if self.kept is not None and answer.finished:
+                self.kept.add_answer(self.slots, row, (*self.prompts[number], *answer.tokens[:-1]))
         kept = [i for i, runs in enumerate(running) if runs]
         self.answers = self.answers.take(kept)
         self.slots.keep(kept)

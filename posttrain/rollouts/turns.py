@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -79,6 +80,12 @@ class TurnEngine:
             RolloutError: `step` failed, and the policy is to stop.
             DataError: the chat template does not show what follows the model's turn.
         """
+        # an engine in this process keeps keys and values, so that a turn computes only what is new; servers cache prefixes themselves
+        keeping = getattr(self.engine, "keeping", nullcontext)
+        with keeping():
+            return self._conversations(requests, settings)
+
+    def _conversations(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         first = self.engine.sample(requests, settings)
         groups = [[_Unfinished(request, seed) for seed in request.seeds] for request in requests]
         running = [one for group in groups for one in group]
@@ -88,7 +95,7 @@ class TurnEngine:
             running = [one for one, answer in pairs if self._goes_on(one, answer, turn, settings)]
             if not running:
                 break
-            asked = [Request(one.ids, ((*one.seed, turn),)) for one in running]
+            asked = [Request(one.ids, ((*one.seed, turn),), known=one.known) for one in running]
             answers = [completion for (completion,) in self.engine.sample(asked, settings)]
         return [[one.completion() for one in group] for group in groups]
 
@@ -96,7 +103,7 @@ class TurnEngine:
         """Add the model's turn and the environment's reply. Return False at the end of the conversation."""
         one.add(answer.tokens, answer.logprobs, 1.0)
         one.messages.append({"role": "assistant", "content": self.encoder.text(answer.tokens)})
-        one.finished = answer.finished
+        one.finished, one.known = answer.finished, len(one.ids)
         if not answer.finished or turn == self.turns.limit:
             return False
         reply = self._reply(one, turn)
@@ -131,7 +138,7 @@ class TurnEngine:
 
 @dataclass
 class _Unfinished:
-    """One conversation while it is sampled; `ids` are prompt and response."""
+    """One conversation while it is sampled; `ids` are prompt and response, of which `known` end with the model's newest turn."""
 
     request: Request
     seed: tuple[int, ...]
@@ -140,6 +147,7 @@ class _Unfinished:
     weights: list[float] = field(default_factory=list)
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     finished: bool = False
+    known: int = 0
 
     @property
     def ids(self) -> tuple[int, ...]:
