@@ -35,6 +35,8 @@ TABLE, PICTURE = HERE / "training.md", HERE / "training.png"
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 SMALL = TinyShape(max_length=1024)
 STORIES = HERE.resolve().parents[1] / "shared" / "data" / "stories260k"
+SMOLLM2 = HERE.resolve().parent / ".posttrain" / "models" / "smollm2"
+"""SmolLM2-135M-Instruct, made by infra/models/smollm2.sh; without it these cases are left out."""
 MIDDLE = TinyShape(hidden_size=512, intermediate_size=1536, layers=9, heads=8, kv_heads=4, max_length=1024)
 
 
@@ -79,6 +81,8 @@ CASES = (
     Case("grpo-30m-bf16", "grpo", 8, 1, 64, (32, 32), 64, 1.5, MIDDLE, samples=8, bf16=True),
     Case("sft-stories", "sft", 32, 6, 32, (64, 128), 32, 1.0, STORIES),
     Case("dpo-stories", "dpo", 16, 4, 64, (32, 64), 16, 1.0, STORIES),
+    Case("sft-135m-bf16", "sft", 8, 2, 8, (16, 44), 8, 1.0, SMOLLM2, bf16=True),
+    Case("grpo-135m-bf16", "grpo", 4, 1, 64, (24, 24), 32, 1.0, SMOLLM2, samples=8, bf16=True),
     Case("sft-vocabulary", "sft", 8, 2, 8, (16, 44), 8, 1.0, vocabulary=151_936),
     Case("dpo-vocabulary", "dpo", 4, 2, 64, (16, 44), 4, 1.0, vocabulary=151_936),
 )

@@ -14,8 +14,10 @@ Example:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,7 +72,9 @@ class KeptStates:
         """Keep the states of an active answer. `ids` are its prompt and its tokens but for the newest one."""
         if ids in self.states or self.tokens + len(ids) > self.max_tokens:
             return
-        group, prompt = int(slots.row_groups[row]), int(slots.row_lengths[row])
+        # from the counts that the host knows: reading a tensor would make a GPU wait
+        group = bisect_right(list(accumulate(slots.counts)), row)
+        prompt = slots.lengths[group]
         keys, values = (
             torch.stack(
                 [
