@@ -32,7 +32,7 @@ NAMES = {"__ENV_NAME__": "echo_env", "__ENV_CLASS_NAME__": "Echo", "__ENV_TITLE_
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Write the package's template for new environments, which echoes, and serve it as its README says."""
+    """Write the package's template for new environments, which echoes, and serve it."""
     log = tmp_path / "server.log"
     found = subprocess.run([PYTHON, "-c", "import openenv; print(openenv.__file__)"], capture_output=True, text=True)
     template = Path(found.stdout.strip()).parent / "cli" / "templates" / "openenv_env"
