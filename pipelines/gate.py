@@ -40,6 +40,7 @@ from pipelines.runtime.journal import representable
 from pipelines.runtime.publish import ARTIFACTS
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
+from pipelines.training.answer_scores import REWARD, Score, has_reward_model, reward_scores
 from pipelines.training.benchmark_table import write_scores
 from pipelines.training.evaluator import TASKS, Evaluator, write_predictions
 from posttrain.errors import DataError
@@ -62,7 +63,7 @@ def run(run: Run) -> None:
         with_people(decision, people[decision.challenger], params.gate.people)
         for decision in _judged(params, names, reference, resampling, args.earlier)
     ]
-    drifts = arriving(Path(), params)
+    drifts = arriving(Path(), params, _scorer if has_reward_model() else None)
     rates = [rate for rate in people.values() if rate is not None]
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
     record = _record(chosen, decisions) | {"drift": [drift.record() for drift in drifts]}
@@ -85,6 +86,10 @@ def run(run: Run) -> None:
         print(f"gate: {drift.words}", flush=True)
     for check in chosen.checks:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
+
+
+def _scorer() -> Score:
+    return reward_scores(skip_long=True)
 
 
 def _judged(
@@ -222,9 +227,10 @@ def inputs(args: Namespace) -> list[str]:
     if params.gate.benchmarks:
         # a candidate without them is refused by name later
         answers += [path for path in (answer.with_name(BENCHMARKS) for answer in answers) if path.is_file()]
-    champion = [args.champion, "models/sft", "models/reward", "data/valid/evaluation.parquet"] if args.champion else []
+    champion = [args.champion, "models/sft", "data/valid/evaluation.parquet"] if args.champion else []
+    reward = [REWARD.as_posix()] if args.champion or has_reward_model() else []
     tasks = [str(TASKS)] if args.champion and params.gate.benchmarks else []
-    return [*map(str, answers), *champion, *tasks]
+    return [*map(str, answers), *champion, *reward, *tasks]
 
 
 if __name__ == "__main__":

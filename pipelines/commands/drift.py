@@ -3,6 +3,7 @@
     posttrain drift               # prompts of answers that `posttrain serve` logged, and of the files that the inbox took in
     posttrain drift FILE …        # prompts of files, for example before they go to the inbox
 
+Without FILE, the reward model also scores the answers that were served and those in the files, against training answers.
 The limits are gate.drift in params.yaml. The page of the gate's decision shows the same; drift refuses no model.
 """
 
@@ -13,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from pipelines.config.params import load_params
-from pipelines.promotion.drift import Drift, arriving, of_file
+from pipelines.config.params import Params, load_params
+from pipelines.promotion.drift import Drift, ScoreDrift, arriving, of_file
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.redaction import printable
@@ -25,8 +26,23 @@ def describe(drift: Drift) -> str:
     measured = drift.measured
     return (
         f"{drift.words}\n  stability index of the lengths {measured.length_psi:.3f} (by chance up to {measured.chance:.3f});"
-        f" new words {100 * measured.new_words:.1f} %; prompts that training has too {100 * measured.known:.1f} %"
+        f" new words {100 * measured.new_words:.1f} %; prompts that training has too {100 * measured.known:.1f} %{_scores(drift.scores)}"
     )
+
+
+def _scores(scores: ScoreDrift | None) -> str:
+    """Return the drift of the reward model's scores as text; empty if none were compared."""
+    if scores is None:
+        return ""
+    of = f"the reward model's scores of {scores.answers} answers"
+    return f"\n  stability index of {of} {scores.psi:.3f} (by chance up to {scores.chance:.3f})"
+
+
+def _arriving(project: Path, params: Params) -> list[Drift]:
+    """Compare what was served and taken in; the model library is loaded only if there is a reward model to score with."""
+    from pipelines.training.answer_scores import has_reward_model, reward_scores
+
+    return arriving(project, params, (lambda: reward_scores(skip_long=True)) if has_reward_model() else None)
 
 
 @reports_errors
@@ -41,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     params = load_params(project / "params.yaml")
-    found = [of_file(project, params, path) for path in files] if files else arriving(project, params)
+    found = [of_file(project, params, path) for path in files] if files else _arriving(project, params)
     if args.json:
         print_text(json.dumps([drift.record() for drift in found], indent=1))
     elif found:

@@ -39,7 +39,7 @@ from pipelines.labelling.held_out import gold_answer
 from pipelines.labelling.imports import read_export
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.preferences import hand_over, write_results
-from pipelines.labelling.sampling import CANDIDATES, Sampling, Score, closest, sample_items
+from pipelines.labelling.sampling import CANDIDATES, Sampling, closest, sample_items
 from pipelines.labelling.session import ASKS, FOLDER, Session, open_session
 from pipelines.labelling.shadow import shadow_items
 from pipelines.labelling.summary import describe, summarise
@@ -58,13 +58,13 @@ from pipelines.runtime.command_line import (
 from pipelines.runtime.identity import content_digest, file_digest
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.served import read_served
+from pipelines.training.answer_scores import reward_scores
 from pipelines.validation.leakage import prompt_keys
 from posttrain import network
 from posttrain.errors import DataError
 
 PROMPTS = Path("data/valid/preferences.parquet")
 """Training pairs. Their prompts are not held out, and a new pair of such a prompt stays on its side of the split."""
-REWARD = Path("models/reward")
 
 
 def prompts(path: Path) -> list[Any]:
@@ -117,24 +117,6 @@ def usable(found: Sequence[Any], tables: Path, *, held_out_session: bool = False
     return kept
 
 
-def reward_scores(folder: Path) -> Score:
-    """Return the function that scores answers with a reward model. Raises DataError if there is none."""
-    from posttrain.models.folders import load_encoder
-    from posttrain.models.inference import scores
-    from posttrain.models.policy import Scorer
-    from posttrain.models.scorers import load_scorer
-
-    if not folder.is_dir():
-        raise DataError(f"--by unsure needs the reward model {folder}, which does not exist; type `dvc repro reward`")
-    scorer, encoder = Scorer(load_scorer(folder)), load_encoder(folder)
-
-    def score(answers: Sequence[tuple[Any, str]]) -> list[float]:
-        texts = [(p, a if isinstance(p, str) else [{"role": "assistant", "content": a}]) for p, a in answers]
-        return scores(scorer, [encoder.pair(prompt, answer) for prompt, answer in texts], 8192)
-
-    return score
-
-
 def identity(args: argparse.Namespace, weights: Sequence[str], table: Path) -> str:
     """Return the name of a session: equal weights, prompts and options have equal ones."""
     names = ("ask", "answers", "count", "by", "repeat", "seed", "temperature", "max_new_tokens")
@@ -177,7 +159,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     wanted = args.count * (CANDIDATES if args.by == "unsure" else 1)
     items = sample_items(models, found, wanted, args.ask, sampling)
     if args.by == "unsure":
-        items = closest(items, reward_scores(REWARD), args.count)
+        items = closest(items, reward_scores(), args.count)
     session = Session(folder, args.ask, args.seed, args.repeat, tuple(items), args.held_out)
     session.save()
     return session

@@ -34,8 +34,10 @@ class DriftParams(Section):
     """Limit of the population stability index of the prompts' lengths; an index within chance never counts."""
     new_words: Share = 0.1
     """Limit of the share of words that no training prompt has."""
+    score_psi: Positive = 0.25
+    """Limit of the population stability index of the reward model's scores of answers; an index within chance never counts."""
     min_prompts: Annotated[int, Field(ge=2)] = 30
-    """Fewer prompts are not compared."""
+    """Fewer prompts, and fewer answers, are not compared."""
 
 
 class PeopleParams(Section):

@@ -13,6 +13,7 @@ class TrackingParams(Section):
     """Choose which answers MLflow shows besides parameters and metrics. No stage reads it, so that a change makes nothing stale."""
 
     traces: Annotated[int, Field(ge=0)] = 4
-    """Greedy answers of each evaluated model that become MLflow traces, at most evaluation.samples_shown; 0: none."""
+    """Greedy answers of each evaluated model that become MLflow traces, at most evaluation.samples_shown, and answers of each kind from the
+    rollouts that a run kept; 0: none."""
     served: Share = 0.0
     """Share of the answers of `posttrain serve` that are logged, with their prompts, in .posttrain/served and as MLflow traces."""

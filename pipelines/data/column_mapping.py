@@ -72,9 +72,9 @@ def canonical_rows(
 
 
 def _unmapped(source: TableSource, canonical: Iterable[str], records: Sequence[Record]) -> list[str]:
-    """Return the names of the columns that no part of the mapping reads; without one, columns have their canonical names."""
+    """Return the names of the columns that no part of the mapping reads; columns that it does not name have their canonical names."""
     graded, preferred = source.graded, source.preferred
-    paths = [path for spec in (source.columns or {n: n for n in canonical}).values() for path in paths_of(spec)]
+    paths = [path for spec in ({n: n for n in canonical} | (source.columns or {})).values() for path in paths_of(spec)]
     if graded is not None:
         paths += [*(graded.columns or ()), *([graded.answers] if graded.answers else []), graded.score]
     if preferred is not None:
@@ -172,8 +172,11 @@ def _columns(
         names = [*needed, *(n for n in optional if n in present and is_number(kind, n))]
         _ask_about_near_names(kind, present, {*names}, optional, where)
         wanted = {name: name for name in [*names, *([TOOLS] if TOOLS in present else [])]}
+    read = {path for spec in wanted.values() for path in paths_of(spec)}
     for name in needed:
-        if name not in wanted:
+        if name not in wanted and name in present - read:
+            wanted[name] = name
+        elif name not in wanted:
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
     _refuse_leak(kind, source, wanted)
     numbers = (name for name in wanted if is_number(kind, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,35 @@ from pipelines.data.tables import plain, read_rows
 from pipelines.tracking.served import SHADOW, read_served
 from posttrain.environments.parts import KINDS
 from posttrain.errors import DataError
-from posttrain.evaluation.drift import TextDrift, compare_texts
+from posttrain.evaluation.drift import TextDrift, chance_limit, compare_texts, stability_index
 
 TRAINING = ("sft", "preferences", "problems")
+ANSWERS = {"sft": "completion", "preferences": "chosen"}
+"""Tables with good answers, and the column that holds them."""
 SERVED, ACCEPTED = "served prompts", "prompts of accepted files"
 FOLDER = Path("data/valid")
+
+
+SCORED = 256
+"""Most answers of each side that the reward model scores, evenly spaced."""
+Answer = tuple[Any, str]
+"""A prompt and an answer to it."""
+Score = Callable[[Sequence[Answer]], list[float]]
+
+
+@dataclass(frozen=True)
+class ScoreDrift:
+    """The reward model's scores of arriving answers, compared with those of training answers.
+
+    Attributes:
+        answers: how many were compared.
+        psi: population stability index of the scores.
+        chance: 95 % quantile of the index for so many answers without any drift.
+    """
+
+    answers: int
+    psi: float
+    chance: float
 
 
 @dataclass(frozen=True)
@@ -30,6 +54,8 @@ class Drift:
     name: str
     measured: TextDrift
     reasons: tuple[str, ...]
+    scores: ScoreDrift | None = None
+    """None: no reward model, or too few answers."""
 
     @property
     def words(self) -> str:
@@ -40,20 +66,64 @@ class Drift:
 
     def record(self) -> dict[str, Any]:
         """Return the result as JSON."""
-        return {"prompts": self.name, "drifted": bool(self.reasons), "words": self.words} | asdict(self.measured)
+        scores = None if self.scores is None else asdict(self.scores)
+        found = {"prompts": self.name, "drifted": bool(self.reasons), "words": self.words}
+        return found | asdict(self.measured) | {"scores": scores}
 
 
-def arriving(project: Path, params: Params) -> list[Drift]:
-    """Return the drift of served prompts and of accepted files; a group with too few prompts is left out."""
-    limits = params.gate.drift
-    training, served, accepted = training_prompts(project), served_prompts(project), accepted_prompts(params)
-    earlier = sorted(set(training) - set(accepted))
-    groups = ((SERVED, training, served), (ACCEPTED, earlier, accepted))
-    return [
-        judged(name, reference, texts, limits)
-        for name, reference, texts in groups
-        if reference and len(texts) >= limits.min_prompts
-    ]
+@dataclass(frozen=True)
+class Group:
+    """Prompts and answers that arrive, with those of training to compare them with."""
+
+    name: str
+    training: Sequence[str]
+    prompts: Sequence[str]
+    training_answers: Sequence[Answer]
+    answers: Sequence[Answer]
+
+
+def arriving(project: Path, params: Params, reward: Callable[[], Score] | None = None) -> list[Drift]:
+    """Return the drift of served prompts and of accepted files; a group with too few prompts is left out.
+
+    `reward` loads the reward model; it is called only if there are answers to score.
+    """
+    limits, score = params.gate.drift, None
+    found = []
+    for group in (_served(project), _accepted(project, params)):
+        if not group.training or len(group.prompts) < limits.min_prompts:
+            continue
+        enough = min(len(group.answers), len(group.training_answers)) >= limits.min_prompts
+        if enough and reward is not None:
+            score = score or reward()
+        compared = score_drift(score, group.training_answers, group.answers) if score and enough else None
+        found.append(judged(group.name, group.training, group.prompts, limits, compared))
+    return found
+
+
+def _served(project: Path) -> Group:
+    records = [record for record in read_served(project) if not record[SHADOW]]
+    answers = [(record["prompt"], record["completion"]) for record in records if record.get("completion")]
+    return Group(SERVED, training_prompts(project), served_prompts(project), training_answers(project), answers)
+
+
+def _accepted(project: Path, params: Params) -> Group:
+    prompts, answers = accepted_prompts(params), accepted_answers(params)
+    earlier, known = sorted(set(training_prompts(project)) - set(prompts)), set(map(json.dumps, answers))
+    before = [answer for answer in training_answers(project) if json.dumps(answer) not in known]
+    return Group(ACCEPTED, earlier, prompts, before, answers)
+
+
+def score_drift(score: Score, training: Sequence[Answer], answers: Sequence[Answer]) -> ScoreDrift:
+    """Compare the scores of answers with those of training answers; of many, some that are evenly spaced."""
+    expected, actual = (score(_spread(side)) for side in (training, answers))
+    psi, bins = stability_index(expected, actual)
+    return ScoreDrift(len(actual), psi, chance_limit(bins, len(expected), len(actual)))
+
+
+def _spread(answers: Sequence[Answer]) -> list[Answer]:
+    """Return up to SCORED answers, evenly spaced."""
+    count = min(SCORED, len(answers))
+    return [answers[i * len(answers) // count] for i in range(count)]
 
 
 def of_file(project: Path, params: Params, path: Path) -> Drift:
@@ -66,7 +136,9 @@ def of_file(project: Path, params: Params, path: Path) -> Drift:
     return judged(f"prompts of {path.name}", training, texts, params.gate.drift)
 
 
-def judged(name: str, training: Sequence[str], texts: Sequence[str], limits: DriftParams) -> Drift:
+def judged(
+    name: str, training: Sequence[str], texts: Sequence[str], limits: DriftParams, scores: ScoreDrift | None = None
+) -> Drift:
     """Compare one group, and say which limits it exceeds. A stability index within chance is no drift."""
     found, reasons = compare_texts(training, texts), []
     if found.length_psi > max(limits.length_psi, found.chance):
@@ -77,7 +149,12 @@ def judged(name: str, training: Sequence[str], texts: Sequence[str], limits: Dri
         reasons.append(
             f"{100 * found.new_words:.1f} % of their words are in no training prompt, above {100 * limits.new_words:.1f} %"
         )
-    return Drift(name, found, tuple(reasons))
+    if scores is not None and scores.psi > max(limits.score_psi, scores.chance):
+        reasons.append(
+            f"the reward model's scores of their answers have a stability index of {scores.psi:.2f}, above"
+            f" {max(limits.score_psi, scores.chance):.2f}"
+        )
+    return Drift(name, found, tuple(reasons), scores)
 
 
 def training_prompts(project: Path) -> list[str]:
@@ -96,6 +173,25 @@ def accepted_prompts(params: Params) -> list[str]:
     """Return the prompts of the inbox's accepted training files, in the order of their arrival."""
     kinds = [kind for kind in KINDS if kind in TRAINING]
     return [p for kind in kinds for path in accepted_files(kind) for p in _prompts(file_rows(kind, params.data, path))]
+
+
+def training_answers(project: Path) -> list[Answer]:
+    """Return the demonstrations and chosen answers of the training tables, in their order."""
+    tables = [(project / FOLDER / f"{table}.parquet", column) for table, column in ANSWERS.items()]
+    return [pair for path, column in tables if path.is_file() for pair in _answers(read_rows(path), column)]
+
+
+def accepted_answers(params: Params) -> list[Answer]:
+    """Return the demonstrations and chosen answers of the inbox's accepted files, in the order of their arrival."""
+    kinds = [kind for kind in KINDS if kind in ANSWERS]
+    paths = [(kind, path) for kind in kinds for path in accepted_files(kind)]
+    return [pair for kind, path in paths for pair in _answers(file_rows(kind, params.data, path), ANSWERS[kind])]
+
+
+def _answers(rows: Iterable[Any], column: str) -> list[Answer]:
+    """Return prompt and answer of rows that have both; an answer of messages as the text of its last one."""
+    pairs = [(row.get("prompt"), row.get(column)) for row in rows if isinstance(row, dict)]
+    return [(p, str(a[-1]["content"]) if isinstance(a, list) else str(a)) for p, a in pairs if p and a]
 
 
 def _prompts(rows: Iterable[Any]) -> list[str]:

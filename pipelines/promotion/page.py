@@ -8,7 +8,7 @@ from html import escape
 
 from pipelines.labelling.win_rates import WinRate
 from pipelines.promotion.decision import Decision
-from pipelines.promotion.drift import Drift
+from pipelines.promotion.drift import Drift, ScoreDrift
 from pipelines.runtime.markup import markdown_text
 
 _STYLE = """
@@ -77,12 +77,20 @@ def _drift(drifts: Sequence[Drift]) -> str:
         return ""
     rows = "".join(
         f'<tr><td>{escape(drift.name)}<td class="n">{drift.measured.texts}<td class="n">{drift.measured.length_psi:.3f}'
-        f'<td class="n">{drift.measured.chance:.3f}<td class="n">{100 * drift.measured.new_words:.1f} %<td>{escape(drift.words)}</tr>'
+        f'<td class="n">{drift.measured.chance:.3f}<td class="n">{100 * drift.measured.new_words:.1f} %{_scores(drift.scores)}'
+        f"<td>{escape(drift.words)}</tr>"
         for drift in drifts
     )
-    head = "<tr><th>prompts<th>number<th>stability index of lengths<th>by chance up to<th>new words<th>in words</tr>"
+    head = "<tr><th>prompts<th>number<th>stability index of lengths<th>by chance up to<th>new words<th>stability index of scores<th>by"
+    head += " chance up to<th>in words</tr>"
     words = "They change no verdict. If prompts drift, the held-out prompts may no longer represent what users ask."
     return f"<h2>Prompts that arrive, against the training prompts</h2><p>{words}</p><table>{head}{rows}</table>"
+
+
+def _scores(scores: ScoreDrift | None) -> str:
+    """Return two cells: the index of the reward model's scores, and its size by chance."""
+    values = ("–", "–") if scores is None else (f"{scores.psi:.3f}", f"{scores.chance:.3f}")
+    return "".join(f'<td class="n">{value}' for value in values)
 
 
 def markdown(decision: dict[str, object], note: str) -> str:

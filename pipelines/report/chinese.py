@@ -19,6 +19,7 @@ from pipelines.report.words import (
     significantly_worse,
     solved,
 )
+from pipelines.runtime.kept_answers import BEST, CHANGED, FOOLED, WORST
 from posttrain.evaluation.statistics import Interval
 
 MEASURES = {"sampled": "采样准确率", "greedy": "贪心准确率"}
@@ -33,6 +34,7 @@ WHY = dict(
         samples.WHY, ("抽取理由：各对齐模型意见不一", "抽取理由：所有对齐模型都答错", "抽取自得分相同的题"), strict=True
     )
 )
+KINDS = {BEST: "奖励最高", WORST: "奖励最低", CHANGED: "变化最大", FOOLED: "分数高而真实奖励低"}
 MARKS = {"right": "对", "wrong": "错", "partly": "部分正确", "unjudged": "未判"}
 CURVES = {
     KL: "相对参考模型的 KL（每个回答，nat）",

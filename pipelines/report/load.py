@@ -51,6 +51,8 @@ class Training:
     params: dict[str, Any]
     inputs: dict[str, str]
     """sha256 of each table and model that the run read, by path."""
+    folder: Path = Path()
+    """The run directory."""
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric, or None."""
@@ -205,7 +207,7 @@ def training(folder: Path, name: str) -> Training:
     for metric, pairs in sorted(points.items()):
         steps, values = np.asarray(sorted(pairs), dtype=np.float64).T
         curves[metric] = (steps, values)
-    return Training(name, curves, summary, params, inputs)
+    return Training(name, curves, summary, params, inputs, folder)
 
 
 def optimiser_steps(run: Training, algorithm: str) -> int:

@@ -13,6 +13,7 @@ from pipelines.report.analysis import Comparison, Question
 from pipelines.report.benchmarks import benchmark_rows
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.protocol import CURRENCIES
+from pipelines.report.rollouts import training_answers
 from pipelines.report.samples import examples
 from pipelines.report.setup import setup_of
 from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
@@ -132,4 +133,5 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
         benchmarks=benchmark_rows(results, question.resampling),
         examples=examples(results, question, samples_shown, seed),
+        training_answers=training_answers(results, question), kinds_zh=chinese.KINDS,
     )  # fmt: skip

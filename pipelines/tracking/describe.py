@@ -14,6 +14,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.runtime.palette import colour
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
+from pipelines.tracking.rollouts import has_rollouts
 from pipelines.tracking.source import RecordedRun
 from pipelines.tracking.store import workspace
 
@@ -21,7 +22,7 @@ RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "p
 TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
 REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
 TRACES_TAG = "posttrain.traces"
-"""Number of answers of the evaluation that are sent as traces of the run."""
+"""Number of answers of the evaluation, and of each kind of the training steps, that are sent as traces of the run."""
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
 START = "models/sft"
@@ -90,7 +91,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),
         **_model(source, project),
         EVALUATION_TAG: None if source.evaluation is None else source.evaluation.digest,
-        TRACES_TAG: None if source.evaluation is None else present_params(project).tracking.traces,
+        TRACES_TAG: present_params(project).tracking.traces if source.evaluation or has_rollouts(source) else None,
         DVC_TAG: json.dumps(locked) if locked else None,
     }
     return {entity_name(k): redact(str(v))[:_TAG_LENGTH] for k, v in found.items() if v not in (None, "")}

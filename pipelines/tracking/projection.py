@@ -23,9 +23,10 @@ from pipelines.runtime.process import Lock
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
 from pipelines.tracking.lineage import log_datasets, logged_model
+from pipelines.tracking.rollouts import has_rollouts, rollout_answers
 from pipelines.tracking.source import RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
-from pipelines.tracking.traces import evaluated_answers, replace_evaluated
+from pipelines.tracking.traces import EVALUATED, ROLLOUT, evaluated_answers, replace_traces
 from pipelines.tracking.views import experiment_tags
 from posttrain.errors import TrackingError
 
@@ -199,7 +200,8 @@ class Projector:
         self.client.set_tag(link.run_id, describe.REPLACED_TAG, "true")
         for model in self.client.search_logged_models([self.experiment(source)], f"source_run_id = '{link.run_id}'"):
             self.client.delete_logged_model(model.model_id)
-        replace_evaluated(self.client, self.experiment(source), link.run_id, [])
+        for kind in (EVALUATED, ROLLOUT):
+            replace_traces(self.client, self.experiment(source), link.run_id, kind, [])
         self.client.delete_run(link.run_id)
         return self._create(source)
 
@@ -234,12 +236,14 @@ class Projector:
             link.values |= {(metric.key, metric.step): metric.value for metric in batch}
 
     def _add_traces(self, link: Link, source: RecordedRun, model_id: str | None) -> None:
-        """Make the first answers of the run's evaluation its traces."""
-        if source.evaluation is None:
-            return
-        count = describe.present_params(self.project_root).tracking.traces
-        answers = evaluated_answers(source, link.run_id, model_id, count)
-        replace_evaluated(self.client, self.experiment(source), link.run_id, answers)
+        """Make the first answers of the run's evaluation, and chosen answers of its training steps, its traces."""
+        params, experiment = describe.present_params(self.project_root), self.experiment(source)
+        if source.evaluation is not None:
+            evaluated = evaluated_answers(source, link.run_id, model_id, params.tracking.traces)
+            replace_traces(self.client, experiment, link.run_id, EVALUATED, evaluated)
+        if has_rollouts(source):
+            kept = rollout_answers(source, link.run_id, model_id, params)
+            replace_traces(self.client, experiment, link.run_id, ROLLOUT, kept)
 
     def _add_tags(self, run_id: str, present: dict[str, str], wanted: dict[str, str]) -> None:
         """Add missing or changed tags."""

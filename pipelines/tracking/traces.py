@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Span, Trace, TraceInfo
 
 KIND_TAG = "posttrain.trace"
-EVALUATED, SERVED = "evaluation", "served"
-"""Values of KIND_TAG: answers of an evaluation, and answers of `posttrain serve`."""
+EVALUATED, ROLLOUT, SERVED = "evaluation", "rollout", "served"
+"""Values of KIND_TAG: answers of an evaluation, of training steps, and of `posttrain serve`."""
 SAMPLES = "samples"
 """Table of an evaluation with its first greedy answers."""
 _PAGE, _PREVIEW, _TAG = 500, 1000, 8000
@@ -93,11 +93,13 @@ def add_traces(client: MlflowClient, experiment: str, answers: Sequence[TracedAn
         store.start_trace(_info(answer, experiment))
 
 
-def replace_evaluated(client: MlflowClient, experiment: str, run_id: str, answers: Sequence[TracedAnswer]) -> None:
-    """Make `answers` the traces of a run's evaluation: add missing ones, and delete those of an earlier evaluation."""
+def replace_traces(
+    client: MlflowClient, experiment: str, run_id: str, kind: str, answers: Sequence[TracedAnswer]
+) -> None:
+    """Make `answers` a run's traces of one kind: add missing ones, and delete earlier ones."""
     write_traces(client, experiment, answers)
     wanted = {answer.trace_id for answer in answers}
-    query = f"metadata.`mlflow.sourceRun` = '{run_id}' and tags.`{KIND_TAG}` = '{EVALUATED}'"
+    query = f"metadata.`mlflow.sourceRun` = '{run_id}' and tags.`{KIND_TAG}` = '{kind}'"
     stored = (trace.info.trace_id for trace in search(client, [experiment], query, spans=False))
     delete_traces(client, experiment, [name for name in stored if name not in wanted])
 
@@ -123,7 +125,7 @@ def search(client: MlflowClient, experiments: Sequence[str], query: str | None, 
 
 def _present(client: MlflowClient, experiment: str, answers: Sequence[TracedAnswer]) -> Iterator[str]:
     """Yield the ids of the stored traces of the same kinds as the answers, and of their runs if they belong to one."""
-    for kind, run_id in sorted({(a.kind, a.run_id if a.kind == EVALUATED else "") for a in answers}):
+    for kind, run_id in sorted({(a.kind, "" if a.kind == SERVED else a.run_id) for a in answers}):
         query = f"tags.`{KIND_TAG}` = '{kind}'" + (f" and metadata.`mlflow.sourceRun` = '{run_id}'" if run_id else "")
         yield from (trace.info.trace_id for trace in search(client, [experiment], query, spans=False))
 

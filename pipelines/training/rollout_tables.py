@@ -125,6 +125,7 @@ def _about(row: OnPolicyRow, answer: ScoredAnswer | None, encoder: TextEncoder) 
     return about | rewards | {
         "kind": "answer",
         "group": answer.group,
+        "version": answer.version,
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
         "conversation": transcript(answer.completion.messages) or None,
         "finished": answer.completion.finished,
@@ -182,7 +183,19 @@ def _columns(answers: Sequence[ScoredAnswer]) -> list[str]:
     """Return the names of the columns, in order."""
     sources = sorted(answers[0].sources) if answers else []
     return [
-        *("kind", "id", "group", "seed", "prompt", "completion", "conversation", "finished", "reward", "task_reward"),
+        *(
+            "kind",
+            "id",
+            "group",
+            "version",
+            "seed",
+            "prompt",
+            "completion",
+            "conversation",
+            "finished",
+            "reward",
+            "task_reward",
+        ),
         *(f"reward/{name}" for name in sources),
         *("trained", "prompt_ids", "response_ids", "loss_weights", *PER_TOKEN, "routing", "routing_shape"),
     ]
@@ -198,7 +211,7 @@ def _type(name: str) -> pa.DataType:
         return pa.float64()
     return {
         "loss_weights": pa.list_(pa.float64()), "routing": pa.list_(pa.int16()), "seed": pa.list_(pa.int64()),
-        "group": pa.int64(), "finished": pa.bool_(), "trained": pa.bool_(),
+        "group": pa.int64(), "version": pa.int64(), "finished": pa.bool_(), "trained": pa.bool_(),
     }.get(name, pa.string())  # fmt: skip
 
 

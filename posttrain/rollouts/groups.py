@@ -91,6 +91,8 @@ class ScoredAnswer:
     sources: dict[str, float | None]
     task_reward: float | None = None
     """The total before shaping by length; None if it is `reward`."""
+    version: int = 0
+    """Steps that the weights had taken that sampled it."""
 
     @property
     def task(self) -> float:
@@ -248,16 +250,18 @@ class GroupSampler:
         """Wait for a round, and score its answers."""
         completions = taken.answers()
         self.tokens_sampled += sum(c.sampled for group in completions for c in group)
-        return self._scored([self._problem(p) for p in taken.positions], taken.positions, completions)
+        problems = [self._problem(position) for position in taken.positions]
+        return self._scored(problems, taken, completions)
 
     def _problem(self, position: int) -> Problem:
         epoch, within = divmod(position, len(self.problems))
         return self.problems[shuffled(len(self.problems), self.seed, epoch)[within]]
 
     def _scored(
-        self, problems: Sequence[Problem], groups: Sequence[int], completions: Sequence[Sequence[Completion]]
+        self, problems: Sequence[Problem], taken: Round, completions: Sequence[Sequence[Completion]]
     ) -> list[list[ScoredAnswer]]:
-        flat = [(p, g, c) for p, g, answers in zip(problems, groups, completions, strict=True) for c in answers]
+        drawn = zip(problems, taken.positions, completions, strict=True)
+        flat = [(problem, group, c) for problem, group, answers in drawn for c in answers]
         tokens = [Tokens(problem.ids, c.tokens, _id(problem), c.weights) for problem, _, c in flat]
         texts = [judged_text(self.encoder, completion) for _, _, completion in flat]
         completed = [completion for _, _, completion in flat]
@@ -273,6 +277,7 @@ class GroupSampler:
                 totals[i] + self._shaping(c),
                 {name: known(values[i]) for name, values in sources.items()},
                 totals[i],
+                taken.version,
             )
             for i, (p, g, c) in enumerate(flat)
         ]

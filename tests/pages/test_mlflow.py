@@ -40,6 +40,29 @@ def test_the_charts_begin_with_the_result(page: Page, site: Site) -> None:
         name for name in ("Result on held-out problems", "Reward", "KL", "Loss") if page.get_by_text(name).count()
     ]
     assert sections[0] == "Result on held-out problems"
+    # two seeds of each algorithm are one group; MLflow draws no group over a parameter that is text
+    page.get_by_text("Parallel Coordinates", exact=True).first.wait_for()
+    assert page.get_by_text("does not support aggregated string values").count() == 0
+
+
+@pytest.mark.slow
+def test_the_traces_of_a_run_are_its_first_answers_with_their_rewards(page: Page, site: Site) -> None:
+    client = open_client(site.project)
+    experiment = re.search(r"experiments/(\d+)", site.links[RESULTS])
+    assert experiment is not None
+    found = client.search_runs([experiment[1]], "tags.stage = 'align' and tags.algorithm = 'grpo' and tags.seed = '0'")
+    page.goto(f"{site.base}/#/experiments/{experiment[1]}/runs/{found[0].info.run_id}/traces")
+    page.get_by_text("0 + 0 =", exact=True).first.wait_for()
+    shown = re.sub(r"\s+", " ", page.inner_text("body"))
+    assert [f"{n} + {n} =" in shown for n in range(5)] == [True] * 4 + [False], "tracking.traces is 4"
+    assert re.search(r"0 \+ 0 = 0 \+ 0 = [01] answer: [01]", shown)
+    for column in ("Input", "Output", "answer", "rm"):
+        assert column in shown, column
+    # answers of training steps, by what they are shown for
+    for text in ("6 + 7 = 13", "6 + 7 = 12", "6 + 7 = 767", "6 + 7 = 0013"):
+        assert text in shown, text
+    page.get_by_text("6 + 7 = 767", exact=True).first.click()
+    page.get_by_text("high score, low true reward, step 6").first.wait_for()
 
 
 @pytest.mark.slow

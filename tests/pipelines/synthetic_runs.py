@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 ATTACK = "<script>alert('sampled')</script> & \"quoted\""
 PRESETS = {"dpo": "dpo", "grpo": "grpo", "ppo": "ppo"}
 ON_POLICY = ("grpo", "ppo")
+LEARNING_RATES = {"dpo": 1e-5, "grpo": 2e-4, "ppo": 1e-3}
 RATES = {"base": 0.0, "sft": 0.45, "dpo": 0.5, "grpo": 0.75, "ppo": 0.3}
 SCORES = {"base": -2.0, "sft": 0.1, "dpo": 0.5, "grpo": 1.0, "ppo": 3.0}
 
@@ -58,10 +59,14 @@ def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, par
     options = {"kl_coefficient": 0.2, "epochs": 2} if algorithm == "ppo" else {}
     values = {f"algorithms.{algorithm}.preset": PRESETS[algorithm]}
     values |= {f"algorithms.{algorithm}.options.{key}": value for key, value in options.items()}
+    kind = "on_policy" if algorithm in ON_POLICY else "preference"
+    values[f"align.{kind}.optimizer.learning_rate"] = LEARNING_RATES[algorithm]
     run = finished(folder, Path("runs/align", name), f"align-{name}", values, params, algorithm=algorithm, seed=seed)
     noise = np.random.Generator(np.random.PCG64([len(algorithm), ord(algorithm[0]), seed]))
     for step in range(1, steps + 1):
         run.recorder.metrics(step, _training_metrics(algorithm, step, step / steps, noise))
+    if algorithm == "grpo":
+        rollouts(run, steps)
     model = f"models/align/{name}"
     digests = {"sha256": content(model), "content": content(model), "files": {}}
     run.recorder.journal.append({"kind": "model", "path": model} | digests)
@@ -78,6 +83,24 @@ def _training_metrics(algorithm: str, step: int, done: float, noise: np.random.G
         "reward/answer/mean": true, "reward/rm/mean": model, "length/mean": 20 + 4 * done, "length/truncated": 0.02,
         "kl/ref_k1": (4 if algorithm == "ppo" else 1.5) * done + noise.normal(0, 0.05), "tokens/sampled": 5120.0 * step,
     }  # fmt: skip
+
+
+def rollouts(run: Run, step: int) -> None:
+    """Keep four answers of a step: right, wrong, wrong with a high score, and one that the reference hardly gives."""
+    chosen = [
+        ("6 + 7 = 13", 1.0, 0.5, -0.5),
+        ("6 + 7 = 12", 0.0, -1.0, -0.5),
+        ("6 + 7 = 767", 0.0, 4.0, -0.5),
+        ("6 + 7 = 0013", 1.0, 0.25, -9.0),
+    ]
+    rows = [
+        {"kind": "answer", "prompt": "6 + 7 =", "completion": text, "reward": true, "reward/answer": true, "reward/rm": score,
+         "rollout_logprobs": [-0.25, -0.25], "ref_logprobs": [reference, -0.25]}
+        for text, true, score, reference in chosen
+    ]  # fmt: skip
+    run.recorder.file(
+        f"rollouts-{step:06d}.parquet", step, lambda path: pq.write_table(pa.Table.from_pylist(rows), path)
+    )
 
 
 def predictions(folder: Path, name: str, group: str, prompts: int, samples: int, attack: bool, params: Params) -> None:

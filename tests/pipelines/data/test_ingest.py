@@ -147,8 +147,21 @@ def test_a_missing_column_names_those_there_are() -> None:
         canonical_rows(
             "problems", source(columns={"prompt": "questoin", "answer": "answer"}), [{"question": "q", "answer": "1"}]
         )
-    with pytest.raises(ConfigError, match=r"data\.problems\.columns: has no 'answer'"):
-        canonical_rows("problems", source(columns={"prompt": "question"}), [{"question": "q", "answer": "1"}])
+    for columns, record in (
+        ({"prompt": "question"}, {"question": "q", "solution": "1"}),
+        ({"prompt": "answer"}, {"answer": "q", "solution": "1"}),
+    ):
+        with pytest.raises(ConfigError, match=r"data\.problems\.columns: has no 'answer'"):
+            canonical_rows("problems", source(columns=columns), [record])
+
+
+def test_a_mapping_need_not_name_columns_that_have_their_own_name() -> None:
+    changes = Counter[str]()
+    asked = source(columns={"prompt": "question"})
+    record = {"question": "q", "answer": "1", "level": "easy"}
+    (row,) = canonical_rows("problems", asked, [record], changes)
+    assert {name: row[name] for name in row} == {"id": 0, "prompt": "q", "answer": "1"}
+    assert changes["columns that are not used: level"] == 1
 
 
 def test_extract_keeps_the_first_group_and_names_a_row_without_one() -> None:

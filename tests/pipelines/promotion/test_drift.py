@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,9 +35,16 @@ def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def serve(project: Path, prompts: list[str], shadow: bool = False) -> None:
+def serve(project: Path, prompts: list[str], shadow: bool = False, completion: str = "") -> None:
     records = [
-        {"kind": "served", "id": f"{i}-{shadow}", "request": str(i), "prompt": prompt, "shadow": shadow}
+        {
+            "kind": "served",
+            "id": f"{i}-{shadow}",
+            "request": str(i),
+            "prompt": prompt,
+            "shadow": shadow,
+            "completion": completion,
+        }
         for i, prompt in enumerate(prompts)
     ]
     append_served(project, records)
@@ -94,3 +104,27 @@ def test_accepted_files_are_compared_with_the_training_prompts_before_them(proje
     assert found.name == "prompts of accepted files"
     assert found.measured.new_words == pytest.approx(9 / 11)
     assert found.measured.known == 0.0
+
+
+def test_the_reward_models_scores_of_answers_are_compared_with_those_of_training_answers(project: Path) -> None:
+    answers = [str(i % 10) for i in range(100)]
+    pq.write_table(pa.table({"prompt": LIKE[:100], "completion": answers}), project / "data/valid/sft.parquet")
+    serve(project, LIKE[::5], completion="9")
+    serve(project, OTHER, shadow=True, completion="0")
+    params = load_params("params.yaml")
+
+    def scores(given: Sequence[tuple[Any, str]]) -> list[float]:
+        return [float(answer) for _, answer in given]
+
+    (found,) = arriving(project, params, lambda: scores)
+    # a tenth of the training answers in each bin, all served ones in the last; an empty bin counts as 1e-4
+    by_hand = 9 * (1e-4 - 0.1) * math.log(1e-4 / 0.1) + 0.9 * math.log(10)
+    assert found.scores is not None
+    assert (found.scores.answers, found.scores.psi) == (60, pytest.approx(by_hand))
+    assert found.words == (
+        "The 60 served prompts differ from the training prompts: the reward model's scores of their answers have a"
+        f" stability index of {by_hand:.2f}, above 0.45."
+    )
+    decision = not_judged("grpo-0", "the champion", "no answers")
+    assert f'<td class="n">{by_hand:.3f}<td class="n">0.451' in page(decision, [decision], [found])
+    assert "a stability index of 8.28" in command.describe(found)

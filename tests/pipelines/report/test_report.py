@@ -290,3 +290,17 @@ def test_chinese_texts_of_the_page_have_full_width_punctuation(page: str) -> Non
     ]
     assert len(texts) > 60
     assert [place for text in texts for place in half_width(text)] == []
+
+
+def test_answers_of_training_steps_are_on_the_page_if_a_run_kept_them(page: str) -> None:
+    section = page.split('<section id="rollouts">')[1].split("</section>")[0]
+    assert re.findall(r"<summary>.*?</span>(\w+)</summary>", section) == ["grpo"]
+    cards = re.findall(r'<h4><span><span lang="en">(.*?)</span>.*?</h4>\n<pre>6 \+ 7 =</pre><pre>(.*?)</pre>', section)
+    assert cards == [
+        ("highest reward", "6 + 7 = 13"), ("highest reward", "6 + 7 = 0013"),
+        ("lowest reward", "6 + 7 = 12"), ("lowest reward", "6 + 7 = 767"),
+        ("most changed", "6 + 7 = 0013"), ("most changed", "6 + 7 = 13"),
+        ("high score, low true reward", "6 + 7 = 767"), ("high score, low true reward", "6 + 7 = 12"),
+    ]  # fmt: skip
+    # log p - log p of the reference of the two tokens: -0.25 + 9
+    assert "log p − log p<sub>ref</sub> 8.75" in section

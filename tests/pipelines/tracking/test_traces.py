@@ -8,6 +8,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
@@ -89,6 +91,40 @@ def test_an_evaluation_has_its_first_answers_as_traces_once_each(project: Path) 
     synchronise(project, 0)
     (again,) = client.search_traces(locations=[experiment])
     assert again.info.trace_id != left.info.trace_id, "a new evaluation replaces the traces of the one before"
+    change(project, "tracking", "traces", 0)
+    synchronise(project, 0)
+    assert not client.search_traces(locations=[experiment])
+
+
+def test_a_run_that_kept_rollouts_has_its_ends_as_traces_once_each(project: Path) -> None:
+    shutil.rmtree(project / "runs")
+    folder = project / "runs/align/grpo-0"
+    kept = {"kind": "artifact", "step": 3, "path": "artifacts/rollouts-000003.parquet"}
+    write(folder, start("align", "grpo-0", {"algorithm": "grpo", "seed": 0}, STARTS), kept, END)
+    rollouts = [
+        {"kind": "answer", "prompt": "1+1=", "completion": text, "reward": true, "reward/answer": true, "reward/rm": score,
+         "rollout_logprobs": [-0.5], "ref_logprobs": [reference]}
+        for text, true, score, reference in (("2", 1.0, 0.5, -0.5), ("3", 0.0, -1.0, -0.5), ("11", 0.0, 2.0, -3.0))
+    ]  # fmt: skip
+    (folder / "artifacts").mkdir()
+    pq.write_table(pa.Table.from_pylist(rollouts), folder / "artifacts/rollouts-000003.parquet")
+    change(project, "tracking", "traces", 1)
+    client = open_client(project)
+    synchronise(project, 0)
+    synchronise(project, 0)
+    (experiment,) = (str(each.experiment_id) for each in client.search_experiments(filter_string="name = 'posttrain'"))
+    (run,) = client.search_runs([experiment], "tags.stage = 'align'")
+    found = {
+        each.info.tags["chosen"]: each for each in client.search_traces(locations=[experiment], run_id=run.info.run_id)
+    }
+    assert {kind: each.info.response_preview for kind, each in found.items()} == {
+        "highest reward": "2", "lowest reward": "3", "most changed": "11", "high score, low true reward": "11",
+    }  # fmt: skip
+    fooled = found["high score, low true reward"]
+    assert fooled.info.tags["mlflow.traceName"] == "high score, low true reward, step 3"
+    scores = {note.name: note.feedback.value for note in fooled.info.assessments}
+    assert scores == {"answer": 0.0, "rm": 2.0, "total": 0.0, "log_ratio": 2.5}
+    assert len(client.search_traces(locations=[experiment])) == 4
     change(project, "tracking", "traces", 0)
     synchronise(project, 0)
     assert not client.search_traces(locations=[experiment])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.lineage.erasure import Texts
+from pipelines.runtime.kept_answers import BEST, CHANGED, FOOLED, WORST, kept_answers
 from pipelines.training.rollout_tables import read_table, selected, write_table
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.errors import DataError
@@ -28,7 +29,8 @@ def answer(prompt: Any, text: str, group: int, reward: float, model: float | Non
     completion = Completion(response, (-0.1,) * len(response), True)
     problem = Problem(prompt, ids, {}, group)
     tokens = Tokens(ids, response, f"problem {group}", None)
-    return ScoredAnswer(tokens, completion, text, group, problem, reward, {"true": reward, "model": model})
+    sources = {"true": reward, "model": model}
+    return ScoredAnswer(tokens, completion, text, group, problem, reward, sources, version=2)
 
 
 def experience(of: ScoredAnswer, reference: float, **more: Any) -> Experience:
@@ -85,6 +87,7 @@ def test_a_table_gives_the_batches_back_to_the_last_bit(tmp_path: Path) -> None:
     assert [row.weight for row in batches_of(again)[1]] == [0.9, 0.9, 0.1]
     shown = pq.read_table(path).to_pylist()
     assert [row["seed"] for row in shown] == [[11, 4, 0], [11, 4, 1], None, [11, 9, 0], [11, 9, 1]]
+    assert [row["version"] for row in shown] == [2, 2, None, 2, 2]
     assert [row["kind"] for row in shown] == ["answer", "answer", "demonstration", "answer", "answer"]
     assert (shown[0]["completion"], shown[0]["reward/true"], shown[0]["reward/model"]) == ("two of them", 0.0, 0.9)
     first = path.read_bytes()
@@ -128,6 +131,17 @@ def test_texts_inside_prompts_and_demonstrations_are_found_by_forget(tmp_path: P
     assert Texts([{"prompt": [{"role": "user", "content": "say 'ü'"}]}]).in_file(path)
     assert Texts([{"prompt": "two of"}]).in_file(path)
     assert not Texts([{"prompt": "three of them"}]).in_file(path)
+
+
+def test_the_answers_worth_reading_come_from_such_a_table(tmp_path: Path) -> None:
+    write_table(tmp_path / "artifacts/rollouts-000003.parquet", step(), range(5), ANSWERS, ENCODER, seed=0)
+    found = {each.kind: each for each in kept_answers(tmp_path, "true", ("model",), 1)}
+    assert {kind: each.completion for kind, each in found.items()} == {
+        BEST: "2", WORST: "two of them", CHANGED: "2", FOOLED: "two of them",
+    }  # fmt: skip
+    # log p of "2" and its end, against -5 for each: (-0.1 + 5) + (-1 + 5)
+    assert found[CHANGED].log_ratio == pytest.approx(8.9)
+    assert found[BEST].rewards == {"true": 1.0, "model": 0.1}
 
 
 def _written(folder: Path) -> Path:
