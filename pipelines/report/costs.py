@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from pipelines.report.forest import against_cost
 from pipelines.report.load import BASE, SFT
 from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time, newest
 from pipelines.report.page import draw
-from pipelines.report.prices import Prices, read_prices
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
 from pipelines.runtime.machine import available_cores
+from pipelines.runtime.prices import Prices, read_prices
 from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.statistics import Interval
@@ -37,6 +37,7 @@ FIRST_SCREEN, COST_SECTION = "<!-- this machine: first screen -->", "<!-- this m
 """Places in report/index.html; that file itself never depends on the clock."""
 TARGET = 0.25
 """Orchestration should take less than this share of the time."""
+SPENT = ("seconds", "money", "joules", "co2_grams")
 PARTS = {"seconds/rollout": "sampling", "seconds/prepare": "judging", "seconds/train": "updating"}
 
 
@@ -81,13 +82,35 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     best = found["best"]
     tile = _tile(best, seconds[best]) if best in seconds else ""
     values = values | {"against_seconds": _curves_against_seconds(project, found)}
+    points = per_point(rows, found["models"])
     body = _place() + _against_seconds(found, seconds) + templates().get_template("costs_body.html.j2").render(**values)
+    body += templates().get_template("points.html.j2").render(points=points, **values) if points else ""
     rates = win_rates(project)
     body += templates().get_template("people.html.j2").render(rates=rates) if rates else ""
     text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
     for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
         text = text.replace(f'href="{name}"', f'href="../report/{name}"')
     write_atomic(project / SHARED_REPORT, text.encode())
+
+
+def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a percentage point of the headline measure, gained over SFT, costs with each algorithm that was measured here.
+
+    The cost is that of one run, the mean over seeds. Without a gain there is no cost of a point, and every value is None.
+    """
+    found = []
+    for name, model in models.items():
+        runs = [row for row in rows if re.fullmatch(rf"align-{re.escape(name)}-\d+", row["name"])]
+        if name not in (BASE, SFT) and runs:
+            gain = 100 * (model["headline"]["mean"] - models[SFT]["headline"]["mean"])
+            found.append({"name": name, "gain": gain} | {cost: _each(runs, cost, gain) for cost in SPENT})
+    return found
+
+
+def _each(runs: Sequence[dict[str, Any]], cost: str, gain: float) -> float | None:
+    """Return the mean cost of a run for each point of the gain; None without a gain, or if the cost of a run is unknown."""
+    values = [run[cost] for run in runs if run[cost] is not None]
+    return sum(values) / len(values) / gain if gain > 0 and len(values) == len(runs) else None
 
 
 def _curves_against_seconds(project: Path, tree: dict[str, Any]) -> Any:

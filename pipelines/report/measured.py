@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.runtime.context import MEASUREMENTS
-from pipelines.runtime.energy import used
+from pipelines.runtime.energy import joules
 from pipelines.runtime.environment import states
 from pipelines.runtime.journal import Record, read
 from posttrain.errors import TrackingError
@@ -34,7 +34,7 @@ class RunMeasures:
     device: str = "cpu"
     """As the step recorded it; a step without a model runs on the CPU."""
     joules: float | None = None
-    """Energy of the processor packages during the run, with everything else that ran; None if an attempt has no reading at its end."""
+    """Energy of processor packages and GPUs during the run, with everything else that ran on them; None if it is not known."""
 
     @property
     def seconds(self) -> float:
@@ -123,7 +123,7 @@ def training_seconds(runs: Iterable[RunMeasures], algorithms: Sequence[str], see
 def _run(name: str, records: Sequence[Record]) -> RunMeasures:
     """Read the measurements of one run."""
     run = RunMeasures(name, None)
-    run.joules = _joules(records)
+    run.joules = joules(records)
     for record in records:
         time = float(record["time"])
         if record["kind"] == "start":
@@ -137,22 +137,6 @@ def _run(name: str, records: Sequence[Record]) -> RunMeasures:
         for metric, value in record.get("values", {}).items():
             run.values.setdefault(metric, []).append(float(value))
     return run
-
-
-def _joules(records: Sequence[Record]) -> float | None:
-    """Return the energy of all attempts; None if the machine shows no counters, or an attempt was cut off."""
-    total, before = 0.0, None
-    for record in records:
-        if record["kind"] == "start" and before is not None:
-            return None  # the attempt before has no end
-        if record["kind"] in ("start", "ready"):
-            before = record.get("energy")
-        if record["kind"] == "end":
-            spent = used(before or {}, record.get("energy") or {})
-            if spent is None:
-                return None
-            total, before = total + spent, None
-    return total if total and before is None else None
 
 
 def flow_time(project: Path, runs: Sequence[RunMeasures]) -> FlowTime | None:

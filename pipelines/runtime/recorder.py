@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.runtime.context import CHECKPOINTS, FAULTS, MEASUREMENTS, RunContext
-from pipelines.runtime.energy import read_counters
+from pipelines.runtime.energy import gpu_counters, read_counters
 from pipelines.runtime.journal import Journal, Record, ended, representable
 from pipelines.runtime.outputs import artifact_path
 from pipelines.runtime.publish import ARTIFACTS, JOURNAL
@@ -162,7 +162,7 @@ class RunRecorder:
 
 def _energy() -> Record:
     """Return the machine's energy counters as part of a measurement; nothing if it shows none."""
-    counters = read_counters()
+    counters = read_counters() | gpu_counters()
     return {"energy": counters} if counters else {}
 
 

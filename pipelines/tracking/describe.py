@@ -12,10 +12,11 @@ from typing import Any
 from pipelines.config.effective import effective_parameters
 from pipelines.config.params import Params, load_params
 from pipelines.runtime.palette import colour
+from pipelines.runtime.prices import read_prices
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.rollouts import has_rollouts
-from pipelines.tracking.source import RecordedRun
+from pipelines.tracking.source import COST, RecordedRun
 from pipelines.tracking.store import workspace
 
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
@@ -85,6 +86,7 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "posttrain.dvc_stage": surroundings.get("dvc_stage"),
         "posttrain.flow_run": surroundings.get("flow_run"),
         "device": source.device(),
+        **_price(source, project),
         "attention": source.attention(),
         TIMINGS_TAG: ",".join(sorted({entity_name(name) for name, _ in source.timings})) or None,
         "mlflow.loggedArtifacts": _tables(source),
@@ -95,6 +97,17 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         DVC_TAG: json.dumps(locked) if locked else None,
     }
     return {entity_name(k): redact(str(v))[:_TAG_LENGTH] for k, v in found.items() if v not in (None, "")}
+
+
+def _price(source: RecordedRun, project: Path) -> dict[str, str]:
+    """Return money and CO2 of a finished run as tags, which follow a changed prices.yaml; what is not known is left out."""
+    prices, seconds = read_prices(project), source.seconds
+    if prices is None or seconds is None:
+        return {}
+    device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
+    found = {"cost.money": prices.of(device, seconds), "cost.co2_grams": prices.grams(device, seconds, spent)}
+    units = {"cost.money": f" {prices.currency}", "cost.co2_grams": " g"}
+    return {name: f"{value:.4g}{units[name]}" for name, value in found.items() if value is not None}
 
 
 def grouping(source: RecordedRun, project: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.runtime import environment
 from pipelines.runtime.context import LOCK, MEASUREMENTS
+from pipelines.runtime.energy import joules
 from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
@@ -99,7 +100,14 @@ class RecordedRun:
             for name, value in record["values"].items()
         }
         seconds = self._seconds()
-        return values | ({(f"{COST}seconds", 0): round(seconds, 1)} if seconds and self.status == FINISHED else {})
+        spent = {"seconds": round(seconds, 1) if seconds else None, "joules": joules(self.measurements)}
+        known = {(f"{COST}{name}", 0): value for name, value in spent.items() if value is not None}
+        return values | (known if self.status == FINISHED else {})
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the seconds of a finished run on this machine, or None."""
+        return self.timings.get((f"{COST}seconds", 0))
 
     def _seconds(self) -> float:
         """Return the seconds from the start to the last record of each process of the run."""

@@ -204,11 +204,17 @@ def _check_emptied(outcome: ValidationOutcome, limits: TableLimits) -> None:
 
 
 def _limit(reason: str, limits: TableLimits) -> str:
-    """Return the limit in params.yaml that a row exceeded, for the rules of length."""
+    """Return what in params.yaml a row did not meet, for the rules of length and of gold answers."""
     if reason.startswith("prompt_length"):
         return f" (validation.max_prompt_tokens is {limits.max_prompt_tokens})"
     if reason.startswith("completion_length"):
         return f" (validation.max_completion_tokens is {limits.max_completion_tokens})"
+    if reason.startswith("unparseable_answer") and limits.answers != "text":
+        other = "choice} for letters" if limits.answers == "number" else "number} for numbers"
+        return (
+            f" (the reward `answer` compares a {limits.answers}; give it arguments: {{kind: text}} for words, or {{kind: {other}, for"
+            " example `posttrain configure 'rewards.answer.arguments={kind: text}'`)"
+        )
     return ""
 
 

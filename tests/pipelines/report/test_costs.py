@@ -1,5 +1,6 @@
 """Machine costs from measurements and a flow's record, with times written by hand."""
 
+import ctypes.util
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.report.costs import COST_SECTION, write_costs
+from pipelines.report.costs import COST_SECTION, per_point, write_costs
 from pipelines.report.load import training
 from pipelines.report.measured import all_runs, flow_time, newest, overlap, union
 from pipelines.report.wall_time import curves, picture
+from pipelines.runtime.energy import gpu_counters, nvml_counters
 from posttrain.errors import ConfigError, TrackingError
 from tests.pipelines.labelling.test_win_rates import NEW, OLD, judgement, session
 from tests.pipelines.synthetic_runs import build
@@ -140,6 +142,49 @@ def test_co2_is_energy_times_the_grids_factor(project: Path) -> None:
     assert numbers["co2_grams"] == pytest.approx(2.8)
     assert "Together 2.8 g of CO₂" in page
     assert "Unknown energy: cpu." in page
+
+
+def test_a_point_costs_the_mean_run_divided_by_the_gain_over_sft() -> None:
+    rows = [
+        {"name": name, "seconds": seconds, "money": money, "joules": None, "co2_grams": 0.5}
+        for name, seconds, money in (
+            ("align-grpo-0", 10.0, 0.2),
+            ("align-grpo-1", 30.0, None),
+            ("align-ppo-0", 5.0, 0.1),
+        )
+    ]
+    models = {
+        name: {"headline": {"mean": mean}}
+        for name, mean in (("base", 0.0), ("sft", 0.4), ("grpo", 0.45), ("ppo", 0.4), ("dpo", 0.9))
+    }
+    grpo, ppo = per_point(rows, models)
+    # 20 s a run for 5 points; a seed without a price leaves the money unknown; ppo gained nothing; dpo was not measured here
+    assert grpo == {
+        "name": "grpo", "gain": pytest.approx(5.0), "seconds": pytest.approx(4.0), "money": None, "joules": None,
+        "co2_grams": pytest.approx(0.1),
+    }  # fmt: skip
+    assert ppo == {"name": "ppo", "gain": 0.0, "seconds": None, "money": None, "joules": None, "co2_grams": None}
+
+
+def test_the_energy_of_a_gpu_counts_and_a_gpu_without_a_counter_leaves_it_unknown(project: Path) -> None:
+    cpu, gpu = ("package-0", 1_000_000), ("gpu GPU-1", 5_000_000)
+
+    def energy(after: float, *counters: tuple[str, int]) -> dict[str, Any]:
+        return {"energy": {name: [round(start + after), 2**60] for name, start in counters}}
+
+    for name, ready in (("reward", (cpu, gpu)), ("base", (cpu,))):
+        measured(project, name, name[0], name, {"kind": "start", "time": 10.0} | energy(0, cpu),
+                 {"kind": "ready", "time": 20.0, "device": "cuda: Big"} | energy(0, *ready),
+                 {"kind": "end", "time": 56.0} | energy(2e6, *ready))  # fmt: skip
+    joules = {run.name: run.joules for run in newest(all_runs(project))}
+    assert (joules["reward"], joules["base"]) == (4.0, None)
+
+
+def test_without_nvidias_driver_a_gpu_has_no_counter() -> None:
+    if ctypes.util.find_library("nvidia-ml"):
+        pytest.skip("this machine has NVIDIA's driver")
+    assert nvml_counters(["GPU-00000000-0000-0000-0000-000000000000"]) == {}
+    assert gpu_counters() == {}
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,17 @@ def test_a_table_that_quarantine_emptied_stops(checked: Checked) -> None:
     )
 
 
+def test_a_table_whose_answers_are_no_numbers_says_how_to_compare_words(checked: Checked) -> None:
+    outcome = checked({"problems": [{"id": 0, "prompt": "which colour?", "answer": "green"}]})
+    with pytest.raises(DataError) as caught:
+        refuse(outcome, 5, Path("report.html"))
+    assert (
+        "all 1 rows were quarantined by unparseable_answer (answer): 1 (the reward `answer` compares a number;"
+        in str(caught.value)
+    )
+    assert "`posttrain configure 'rewards.answer.arguments={kind: text}'`" in str(caught.value)
+
+
 def test_a_table_that_a_limit_emptied_names_the_limit(checked: Checked) -> None:
     outcome = checked(sft(("a" * 300, "b")))
     with pytest.raises(DataError) as caught:

@@ -47,7 +47,7 @@ class Prices:
     def grams(self, device: str, seconds: float, joules: float | None) -> float | None:
         """Return the grams of CO2 of a run, or None if its energy or the grid's factor is unknown.
 
-        The stated power of a device counts before the measured `joules`, which do not include GPUs.
+        The stated power of a device counts before the measured `joules`.
         """
         energy = self.watts[device] * seconds if device in self.watts else joules
         return None if energy is None or self.grams_per_kwh is None else energy / _JOULES_PER_KWH * self.grams_per_kwh
