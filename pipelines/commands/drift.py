@@ -39,7 +39,7 @@ def _scores(scores: ScoreDrift | None) -> str:
 
 
 def _arriving(project: Path, params: Params) -> list[Drift]:
-    """Compare what was served and taken in; the model library is loaded only if there is a reward model to score with."""
+    """Compare served prompts and accepted files; the model library is loaded only if there is a reward model to score with."""
     from pipelines.training.answer_scores import has_reward_model, reward_scores
 
     return arriving(project, params, (lambda: reward_scores(skip_long=True)) if has_reward_model() else None)

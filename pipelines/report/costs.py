@@ -94,7 +94,7 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
 
 
 def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a percentage point of the headline measure, gained over SFT, costs with each algorithm that was measured here.
+    """Return the cost of a percentage point of the headline measure, gained over SFT, for each algorithm that was measured here.
 
     The cost is that of one run, the mean over seeds. Without a gain there is no cost of a point, and every value is None.
     """

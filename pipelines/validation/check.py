@@ -204,7 +204,7 @@ def _check_emptied(outcome: ValidationOutcome, limits: TableLimits) -> None:
 
 
 def _limit(reason: str, limits: TableLimits) -> str:
-    """Return what in params.yaml a row did not meet, for the rules of length and of gold answers."""
+    """Return the limit or form in params.yaml that a row did not meet, for the rules of length and of gold answers."""
     if reason.startswith("prompt_length"):
         return f" (validation.max_prompt_tokens is {limits.max_prompt_tokens})"
     if reason.startswith("completion_length"):
