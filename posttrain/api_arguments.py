@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -21,6 +20,21 @@ from posttrain.errors import ConfigError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
 from posttrain.text import shortened as shown
+
+
+def is_finite(value: Any) -> bool:
+    """Return True for a number that is finite as a float: not for booleans, and not for an infinity of numpy's narrow types.
+
+    Example:
+        >>> is_finite(3), is_finite(True), is_finite(float("inf")), is_finite(10**400)
+        (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -34,15 +48,12 @@ class _Number:
     or_zero: bool = False
 
     def allows(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+        if not is_finite(value) or (self.whole and not isinstance(value, Integral)):
             return False
-        number: Any = value
+        number = int(value) if self.whole else float(value)
         if self.or_zero and number == 0:
             return True
-        # NaN compares as false; a whole number may be larger than any float
-        return bool(self.least <= number <= min(self.greatest, sys.float_info.max)) and not (
-            self.above and number == self.least
-        )
+        return self.least <= number <= self.greatest and not (self.above and number == self.least)
 
     def in_words(self) -> str:
         noun = "a whole number" if self.whole else "a finite number"

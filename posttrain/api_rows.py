@@ -13,13 +13,21 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
-from posttrain.api_arguments import require_list
-from posttrain.data.messages import WEIGHTS, parted, weighted
+from posttrain.api_arguments import is_finite, require_list
+from posttrain.data.messages import (
+    MARKS,
+    ROLES,
+    WEIGHTS,
+    once_each,
+    parted,
+    refuse_repeated_texts,
+    require_whole_weights,
+    thumb,
+    weighted,
+)
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
 from posttrain.rewards.extraction import equal, gold_answers
@@ -32,8 +40,6 @@ WEIGHT = "weight"
 """Optional column of rows for imitation: the weight of each token of the row, a number that is not negative."""
 SCORES = ("chosen_score", "rejected_score")
 _WHOLE = "messages"
-_MARKS = ("weights", "mask", "labels")
-"""Columns besides the keys of messages that may say which tokens are trained."""
 _ALMOST = 0.8
 """Names of columns that are at least this similar to an optional one are taken for a misspelling of it."""
 
@@ -51,8 +57,11 @@ def prompt_rows(rows: Any) -> list[Row]:
     return found
 
 
-def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
-    """Return rows with `prompt` and `completion`. A row with `messages` is parted at its first answer."""
+def supervised_rows(rows: Any, name: str = "rows", weighs: bool = True) -> list[Row]:
+    """Return rows with `prompt` and `completion`. A row with `messages` is parted at its first answer.
+
+    `weighs`: the loss reads weights of rows and fractions as weights of turns.
+    """
     found = []
     for i, row in enumerate(_entries(name, rows)):
         if isinstance(row, Mapping) and _WHOLE in row:
@@ -63,18 +72,20 @@ def supervised_rows(rows: Any, name: str = "rows") -> list[Row]:
             _check_text(row[_WHOLE], f"{name}, row {i}: {_WHOLE}", chat=True)
             asked, answered, _ = parted(row[_WHOLE])
             if not asked or not answered:
+                roles = ", ".join(turn["role"] for turn in row[_WHOLE])
                 raise DataError(
-                    f"{name}, row {i}: its messages have no {'answer' if asked else 'question before the answer'}; give a user's turn and"
-                    " then an assistant's"
+                    f"{name}, row {i}: its messages have no {'answer' if asked else 'question before the answer'} (their roles are"
+                    f" {roles}); give a turn of 'user' and then one of 'assistant'"
                 )
             rest = {column: value for column, value in row.items() if column != _WHOLE}
             row = {"prompt": asked, "completion": answered, **rest}
         one = _row(name, row, i, ("prompt", "completion"), (WEIGHT,))
-        _check_training(one, f"{name}, row {i}")
-        _check_said(one["completion"], f"{name}, row {i}: completion")
+        _check_training(one, f"{name}, row {i}", (WEIGHT,) if weighs else ())
+        one = _said_once(one, ("completion",), f"{name}, row {i}", weighs)
         if WEIGHT in one:
             _check_number(one[WEIGHT], f"{name}, row {i}: {WEIGHT}", least=0.0)
         found.append(one)
+    refuse_repeated_texts(found, ("completion",), name)
     if found and not any(row.get(WEIGHT, 1.0) for row in found):
         raise DataError(
             f"{name}: the weight of every row is 0, so nothing would be learnt; give at least one weight above 0"
@@ -86,12 +97,10 @@ def labelled_rows(rows: Any) -> list[Row]:
     """Return rows with `prompt`, `completion` and `label`, which is True or False."""
     found = [_row("rows", row, i, ("prompt", "completion", "label")) for i, row in enumerate(_entries("rows", rows))]
     for i, row in enumerate(found):
-        _check_said(row["completion"], f"rows, row {i}: completion")
-        label = row["label"].item() if getattr(row["label"], "shape", None) == () else row["label"]
-        # the text "False" would count as true
-        if not isinstance(label, bool | int | float) or label not in (0, 1):
-            raise DataError(f"row {i}: label is {shown(label)}; it must be True (thumbs up) or False (thumbs down)")
-        row["label"] = bool(label)
+        _check_training(row, f"rows, row {i}")
+        row |= _said_once(row, ("completion",), f"rows, row {i}")
+        row["label"] = thumb(row["label"], f"rows, row {i}: label")
+    refuse_repeated_texts(found, ("completion",), "rows")
     return found
 
 
@@ -102,8 +111,8 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
     found = [_row("rows", row, i, needs, SCORES) for i, row in enumerate(entries)]
     scored = needs_scores or any(name in row for row in found for name in SCORES)
     for i, row in enumerate(found):
-        for name in ("chosen", "rejected"):
-            _check_said(row[name], f"rows, row {i}: {name}")
+        _check_training(row, f"rows, row {i}")
+        row |= _said_once(row, ("chosen", "rejected"), f"rows, row {i}")
         if row["chosen"] == row["rejected"]:
             raise DataError(
                 f"rows, row {i}: chosen and rejected are the same, so there is nothing to learn from it; remove the row"
@@ -120,6 +129,7 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
                 f"rows, row {i}: the chosen answer's score {shown(row[SCORES[0]])} is below the rejected one's {shown(row[SCORES[1]])};"
                 " exchange the answers, or correct the scores"
             )
+    refuse_repeated_texts(found, ("chosen", "rejected"), "rows")
     return found
 
 
@@ -187,20 +197,30 @@ def _with_weights(value: Any) -> Any:
     return [weighted(turn, "") if isinstance(turn, Mapping) else turn for turn in value]
 
 
-def _check_training(row: Row, place: str) -> None:
-    """Raise DataError for a column such as `loss_mask`, of which only `weight` is read."""
+def _check_training(row: Row, place: str, read: Sequence[str] = ()) -> None:
+    """Raise DataError for a column such as `loss_mask` that may say which tokens are trained, if it is not one of `read`."""
     for column in row:
-        if column != WEIGHT and column.lower() in (*WEIGHTS, *_MARKS):
+        if column not in read and column.lower() in (*WEIGHTS, *MARKS):
+            whole = f"Give the whole row a {WEIGHT!r}, each message of a conversation its own" if WEIGHT in read else ""
             raise DataError(
-                f"{place}: the column {column!r} may say which tokens are trained, and would be ignored. Give the whole row a {WEIGHT!r},"
-                " each message of a conversation its own, or rename the column if it says something else"
+                f"{place}: the column {column!r} may say which tokens are trained, and would be ignored."
+                f" {whole or 'Leave out rows that must not count'}, or rename the column if it says something else"
             )
 
 
-def _check_said(value: Any, place: str) -> None:
-    """Raise DataError for an answer of white space only: it would teach the model to say nothing."""
-    if isinstance(value, str) and not value.strip():
-        raise DataError(f"{place} is {shown(value)}, so the model would learn to say nothing; remove the row")
+def _said_once(row: Row, answers: Sequence[str], place: str, weighs: bool = False) -> Row:
+    """Return the row with answers that do not repeat its prompt.
+
+    Raises DataError if one says nothing, which would be learnt, or has a weight that the loss does not read.
+    """
+    row, _ = once_each(row, answers, place)
+    for name in answers:
+        if not weighs:
+            require_whole_weights(row[name], f"{place}: {name}")
+        if row[name] is None or (isinstance(row[name], str) and not row[name].strip()):
+            said = "only the prompt again" if row[name] is None else shown(row[name])
+            raise DataError(f"{place}: {name} is {said}, so the model would learn to say nothing; remove the row")
+    return row
 
 
 def _check_tools(tools: Any, place: str) -> None:
@@ -229,6 +249,11 @@ def _check_text(value: Any, place: str, chat: bool = False) -> None:
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise DataError(f"{place}, turn {i} is {shown(turn)}; give a mapping with role and content")
+        spelt = ROLES.get(turn["role"].strip().lower(), turn["role"])
+        if spelt != turn["role"] and spelt != "tool":  # some templates have a role of their own for a tool's answer
+            raise DataError(
+                f"{place}, turn {i}: the role is {shown(turn['role'])}; write {spelt!r}, as chat templates do"
+            )
         content = turn.get("content")
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise DataError(f"{place}, turn {i}: the content is {shown(content)}; give a text")
@@ -247,8 +272,6 @@ def _check_encodable(text: str, place: str) -> None:
 
 
 def _check_number(value: Any, place: str, least: float) -> None:
-    number: Any = value
-    plain = not isinstance(value, bool) and isinstance(value, Real)
-    if not plain or not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
+    if not is_finite(value) or value < least:
         limit = "" if least == -math.inf else " that is not negative"
         raise DataError(f"{place} is {shown(value)}; give a finite number{limit}")

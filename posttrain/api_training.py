@@ -265,7 +265,7 @@ def _on_policy(
         raise ConfigError(f"{spec.name}: pass teacher= if and only if its advantage is 'teacher'")
     if teacher is None and teacher_prompt is not None:
         raise ConfigError(f"{spec.name}: teacher_prompt= has no effect without a teacher. Remove it.")
-    require_template(teacher_prompt, SELF if teacher is run.model else None, "teacher_prompt=")
+    require_template(teacher_prompt, SELF if teacher is run.model else None, "teacher_prompt")
     if reward is None and teacher is None:
         raise ConfigError(
             f"{spec.name} learns from rewards: pass reward=, a function or a built-in's name such as 'answer'"
@@ -299,7 +299,7 @@ def _on_policy(
     policy = Policy(model.lm, shared_value_head=spec.has_critic)
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
-    shown = supervised_rows(demonstrations, "demonstrations") if spec.has_expert else []
+    shown = supervised_rows(demonstrations, "demonstrations", weighs=False) if spec.has_expert else []
     experts = table_tokens(model.encoder, shown, "completion")
     objective = OnPolicyObjective(spec, most, sampling.sampling.temperature, staleness=staleness)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)

@@ -19,6 +19,8 @@ from typing import Any
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `; did you mean 'x'? Valid: ...`, for the end of an error message."""
     names = sorted(valid)
+    if not names:
+        return "; there is none to choose from"
     same = [one for one in names if one.casefold() == name.strip().casefold()]
     close = same or difflib.get_close_matches(name.casefold(), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"

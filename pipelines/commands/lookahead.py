@@ -15,8 +15,10 @@ from pipelines.commands.layers import adapters, weight_names
 from pipelines.commands.source_signatures import signature_in
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.file_columns import require_alike
 from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, table_rows
+from pipelines.data.tables import group_labels
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
 from posttrain.errors import ModelError, PosttrainError
@@ -28,6 +30,8 @@ from posttrain.text import nearest
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 ROWS = 20
 """Rows of a local file whose columns are checked."""
+FILES = 8
+"""Files of a table that are looked into."""
 
 
 def problems(params: Params) -> list[str]:
@@ -38,6 +42,7 @@ def problems(params: Params) -> list[str]:
         *_model(params),
         *_adapters(params),
         *_data(params),
+        *_groups(params),
         *_second_task(params),
     ]
 
@@ -207,9 +212,26 @@ def _adapters(params: Params) -> Iterator[str]:
                 yield f"{key}.target_modules: the model has no layer {target!r}{nearest(target, ends)}"
 
 
+def _groups(params: Params) -> Iterator[str]:
+    """Yield why the evaluation's prompts have no groups. All rows of local files are read; a user's module and the hub are not."""
+    name, source = params.evaluation.groups, params.data.evaluation
+    if name is None or any(one.startswith(HUB) for one in source.names):
+        return
+    if is_generator(source.source) and source.source not in built_in():
+        return
+    try:
+        rows = table_rows("evaluation", params.data)
+    except PosttrainError:  # reported with the data
+        return
+    try:
+        group_labels(name, [{n: v for n, v in row.items() if n != "id"} for row in rows])
+    except PosttrainError as error:
+        yield str(error)
+
+
 def _data(params: Params) -> Iterator[str]:
-    """Yield what is wrong with a table's source, or with the columns of its first rows."""
-    for kind in get_args(Kind):
+    """Yield what is wrong with a table's source, or with the columns of the first rows of its files."""
+    for kind in (*get_args(Kind), *(["labelled"] if params.data.labelled else [])):
         source = getattr(params.data, kind)
         for name in source.names:
             if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
@@ -225,6 +247,9 @@ def _data(params: Params) -> Iterator[str]:
             if not files:
                 yield f"data.{kind}.source = {source.source!r}: {no_source(source.names[0])}"
                 continue
-            canonical_rows(kind, source.model_copy(update={"rows": None}), read_file(files[0])[:ROWS])
+            parts = [(str(path), read_file(path)[:ROWS]) for path in files[:FILES]]
+            require_alike(kind, source, parts)
+            for _, records in parts:
+                canonical_rows(kind, source.model_copy(update={"rows": None}), records)
         except PosttrainError as error:
             yield str(error)

@@ -16,8 +16,9 @@ from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import Format, recognised, require_known, unused
-from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumb, thumbs_pairs
+from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumbs_pairs
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
+from posttrain.data.messages import thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -136,7 +137,7 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
     if found is None:
         require_known(kind, records, where)
         return records
-    _count_unused(unused(found, records), changes)
+    _count_unused(unused(kind, found, records, where), changes)
     if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pipelines.config.data_schema import TableSource
 from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
-from pipelines.data.pairs import Changes, with_prompt
+from pipelines.data.pairs import Changes, prompt_once, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
-from posttrain.data.messages import parted
+from posttrain.data.messages import parted, refuse_repeated_texts, require_whole_weights
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
@@ -19,12 +19,17 @@ _WHOLE = "messages"
 IGNORED_WEIGHTS = "turns with a weight above 0 that are not trained: only answers of the assistant are"
 """How the validation page counts marks such as `train: true` at a user's turn or in a prompt."""
 
+REPEATED_TEXTS = "answers whose text begins with the whole prompt, which is kept"
+
 
 def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
     """Return the rows with chat messages in the canonical form; the list is changed, so that old and new rows are not held together.
 
     Raises DataError naming the row if it has no such form.
     """
+    answers = [name for name in TEXT[kind] if name != "prompt"]
+    if answers and all(name in row for row in rows for name in TEXT[kind]):
+        changes[REPEATED_TEXTS] += refuse_repeated_texts(rows, answers, where)
     for i, row in enumerate(rows):
         place = f"{where}, row {row['id']}"
         read = {name: from_json(row[name]) for name in (*TEXT[kind], _WHOLE) if name in row}
@@ -37,7 +42,11 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         if kind == "sft" and _WHOLE in row:
             row = _parted(row, place, changes)
         if kind == "preferences":
-            row = with_prompt(row, place)
+            row = with_prompt(row, place, changes)
+        elif "completion" in TEXT[kind]:
+            row = prompt_once(row, ("completion",), place, changes)
+        for name in answers if kind != "sft" else ():
+            require_whole_weights(row[name], f"{place}: {name}")
         row = _as_conversation(kind, row, source)
         changes["conversations that end with a turn of the user or a tool, which is not trained"] += any(
             is_messages(row[name]) and row[name][-1]["role"] != "assistant" for name in TEXT[kind] if name != "prompt"

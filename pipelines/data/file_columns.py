@@ -9,7 +9,7 @@ from pipelines.data.column_mapping import is_there, paths_of
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised
-from pipelines.data.tables import required
+from pipelines.data.tables import SCORES, WEIGHT, is_number, required
 from posttrain.errors import DataError
 
 Part = tuple[str, Sequence[Record]]
@@ -26,6 +26,7 @@ def require_alike(kind: Sourced, source: TableSource, parts: Sequence[Part]) -> 
         _require_mapped(kind, source.columns, parts)
     elif not (source.graded or source.preferred):
         _require_one_format(kind, parts)
+        _require_numbers(kind, parts)
 
 
 def _require_mapped(kind: Sourced, columns: dict[str, str], parts: Sequence[Part]) -> None:
@@ -34,12 +35,24 @@ def _require_mapped(kind: Sourced, columns: dict[str, str], parts: Sequence[Part
     for name, records in parts:
         for column, spec in columns.items():
             absent = [path for path in paths_of(spec) if not any(is_there(record, path) for record in records)]
-            if column in needed and len(absent) == len(paths_of(spec)):
+            if (column in needed or is_number(kind, column)) and len(absent) == len(paths_of(spec)):
                 raise DataError(
                     f"data.{kind}: {name} has no {absent[0]!r}, from which data.{kind}.columns reads {column}; its columns are"
-                    f" {_columns(records)}. Other files of this table have it, so all rows of this one would be empty. Rename the columns"
+                    f" {_columns(records)}. Other files of this table have it, so all rows of this one would have none. Rename the columns"
                     " in the file, or leave it out of the source."
                 )
+
+
+def _require_numbers(kind: Sourced, parts: Sequence[Part]) -> None:
+    """Raise DataError if only some files have an optional column of numbers: a weight or a score of all rows or of none."""
+    for column in (WEIGHT, *SCORES):
+        having = [name for name, records in parts if any(column in record for record in records)]
+        if is_number(kind, column) and 0 < len(having) < len(parts):
+            lacking = next(name for name, _ in parts if name not in having)
+            raise DataError(
+                f"data.{kind}: {lacking} has no column {column!r}, which {having[0]} has. Give {column} to all rows of all files, or set"
+                f" data.{kind}.columns without it."
+            )
 
 
 def _require_one_format(kind: Sourced, parts: Sequence[Part]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.messages import from_json
+from posttrain.data.messages import MARKS, WEIGHTS
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]
@@ -163,9 +164,26 @@ def _part(value: Any, column: str) -> str:
     return str(value)
 
 
-def unused(found: Format, records: Sequence[Record]) -> list[str]:
-    """Return the names of the columns that the format does not read."""
-    return sorted({str(name) for record in records for name in record} - found.needs - found.reads - _OPTIONAL)
+def unused(kind: Sourced, found: Format, records: Sequence[Record], where: str) -> list[str]:
+    """Return the names of the columns that the format does not read; `id` is replaced by the row's position.
+
+    Raises:
+        DataError: one of them may say which rows or tokens are trained, such as `loss_mask`.
+    """
+    read = {*found.needs, *found.reads, *_OPTIONAL.get(kind, ()), "id"}
+    names = sorted({str(name) for record in records for name in record} - read)
+    for name in names if kind in TRAINED else ():
+        if name.lower() in (*WEIGHTS, *MARKS) and any(record.get(name) is not None for record in records):
+            remedy = (
+                "A row's weight is the column `weight`, a message's its key `weight`; rename"
+                if kind == "sft"
+                else "Rename"
+            )
+            raise DataError(
+                f"{where}: the column {name!r} may say which tokens are trained, and would be ignored. {remedy} or remove the column, or"
+                f" map the other columns in data.{kind}.columns."
+            )
+    return names
 
 
 def _pair(record: Record) -> Record:
@@ -198,8 +216,13 @@ def _verl(record: Record) -> Record:
 
 
 _SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
-_OPTIONAL = frozenset(("system", "system_prompt", "tools", "functions", "history", "weight", "id", *_SCORES))
-"""Columns that some formats read if they are there; `id` is replaced by the row's position."""
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "sft": ("weight", "tools"), "preferences": ("tools", *_SCORES), "labelled": ("tools",), "problems": ("tools",),
+    "evaluation": ("tools",),
+}  # fmt: skip
+"""Columns that the formats of a table read if they are there."""
+TRAINED: tuple[Sourced, ...] = ("sft", "preferences", "labelled")
+"""Tables whose answers are trained."""
 _ASKED = frozenset(
     (
         "choices",
@@ -212,30 +235,32 @@ _ASKED = frozenset(
         "input",
         "system",
         "system_prompt",
+        "history",
     )
 )
 """Names of columns without which a question cannot be answered."""
-_SYSTEM = frozenset({"system", "system_prompt"})
+_CHAT = frozenset({"system", "system_prompt", "functions"})
+"""Columns that formats of whole conversations read if they are there."""
 _PROBLEMS: tuple[Sourced, ...] = ("problems", "evaluation")
 FORMATS = (
     Format("KTO", ("sft", "preferences", "labelled"), frozenset({"prompt", "completion", "label"}), _same),
     Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
-    Format("messages", ("sft",), frozenset({"messages"}), _messages("messages"), _SYSTEM),
-    Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations"), _SYSTEM),
-    Format("conversation", ("sft",), frozenset({"conversation"}), _messages("conversation"), _SYSTEM),
+    Format("messages", ("sft",), frozenset({"messages"}), _messages("messages"), _CHAT),
+    Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations"), _CHAT),
+    Format("conversation", ("sft",), frozenset({"conversation"}), _messages("conversation"), _CHAT),
     Format(
         "Alpaca",
         ("sft",),
         frozenset({"instruction", "output"}),
         _instruction("input", "output"),
-        frozenset({"input", "system"}),
+        frozenset({"input", "system", "history"}),
     ),
     Format(
         "Dolly",
         ("sft",),
         frozenset({"instruction", "response"}),
         _instruction("context", "response"),
-        frozenset({"context", "system"}),
+        frozenset({"context", "system", "history"}),
     ),
     Format("preferences", ("preferences",), frozenset({"prompt", "chosen", "rejected"}), _pair),
     Format(
@@ -243,7 +268,7 @@ FORMATS = (
         ("preferences",),
         frozenset({"conversations", "chosen", "rejected"}),
         _asked_in_conversations,
-        _SYSTEM,
+        _CHAT,
         _one_answer_each,
     ),
     Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),

@@ -7,15 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.messages import weighted
+from posttrain.data.messages import ROLES, weighted
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
-_ROLES = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function": "tool",
-}  # fmt: skip
 _SPELLINGS = (("role", "content"), ("from", "value"), ("role", "value"))
 _HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -77,7 +72,7 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
     # a column's file format may fill up absent fields with null
     others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     others = weighted(others, where)
-    message = {"role": _ROLES.get(name.lower(), name), "content": _text(turn.get(content), where), **others}
+    message = {"role": ROLES.get(name.lower(), name), "content": _text(turn.get(content), where), **others}
     if name == "function_call":
         message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
     if isinstance(message.get("function_call"), Mapping):

@@ -11,6 +11,7 @@ from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
 from pipelines.data.files import Record
 from pipelines.data.messages import human_assistant
 from pipelines.data.tables import Row, is_messages
+from posttrain.data.messages import once_each, thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -22,6 +23,8 @@ KNOWN_PAIRS = (
     " {prompt: COLUMN, chosen: chosen, rejected: rejected}"
 )
 """The end of an error about a pair without a prompt."""
+REPEATED = "conversations whose answers repeat the prompt, of which one copy is kept"
+"""How the validation page counts rows whose prompt stands in its own column and in the answers."""
 At = Callable[[Any, str], Any]
 """The value at a dotted path of a record, or `absent`."""
 
@@ -143,19 +146,7 @@ def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
     return pairs
 
 
-def thumb(value: Any, where: str) -> bool:
-    """Return a label as a boolean. Raises DataError unless it is true or false, 1 or 0."""
-    named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-    found = named.get(str(value).strip().lower())
-    if found is None:
-        raise DataError(
-            f"{where} is {value!r}; it must be true (thumbs up) or false (thumbs down), or 1 or 0. Write these into the column in place of"
-            " other labels, such as 'good' or -1"
-        )
-    return found
-
-
-def with_prompt(row: Row, where: str) -> Row:
+def with_prompt(row: Row, where: str, changes: Changes) -> Row:
     """Return the pair with its shared conversation in `prompt`, and the different turns in chosen and rejected."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
@@ -187,12 +178,18 @@ def with_prompt(row: Row, where: str) -> Row:
                 f" the row{KNOWN_PAIRS}"
             )
         return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-    prompts, answers = zip(
-        *(_without_prompt(row["prompt"], answer, where) for answer in (chosen, rejected)), strict=True
-    )
-    if prompts[0] != prompts[1]:
-        raise DataError(f"{where}: chosen and rejected begin with different prompts; correct or remove the row")
-    return row | {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
+    return prompt_once(row, ("chosen", "rejected"), where, changes)
+
+
+def prompt_once(row: Row, answers: Sequence[str], where: str, changes: Changes) -> Row:
+    """Return the row with answers that do not repeat the prompt, and count it if one did."""
+    asked = row["prompt"]
+    # validation counts values of a wrong type
+    if not (isinstance(asked, str) or is_messages(asked)) or not all(is_messages(row[name]) for name in answers):
+        return row
+    row, repeated = once_each(row, answers, where)
+    changes[REPEATED] += repeated
+    return row
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:
@@ -207,25 +204,6 @@ def _shared(chosen: list[Any], rejected: list[Any]) -> int:
 
 def _speaks(turns: list[Any]) -> bool:
     return any(turn["role"] == "assistant" for turn in turns)
-
-
-def _without_prompt(prompt: Any, answer: list[Any], where: str) -> tuple[list[Any], list[Any]]:
-    """Return the prompt as messages, and the answer without it: data sets repeat the prompt or do not."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if answer[: len(asked)] == asked:
-        return asked, answer[len(asked) :]
-    first = next((i for i, turn in enumerate(answer) if turn["role"] == "assistant"), len(answer))
-    lead = answer[:first]
-    if not lead:
-        return asked, answer
-    if isinstance(prompt, str) and any(
-        turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in lead
-    ):
-        return lead, answer[first:]
-    raise DataError(
-        f"{where}: the answer begins with a turn of {lead[0]['role']} that is not the prompt; leave the prompt column out of"
-        " data.preferences.columns, so that the turns that both answers share are the prompt"
-    )
 
 
 def number(value: Any, where: str) -> float:

@@ -97,6 +97,40 @@ def _shown(message: Mapping[str, Any]) -> str:
     return f"{message['role']}: {message['content']}{fields}"
 
 
+def group_labels(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the group of each evaluation prompt as text, from the column that `evaluation.groups` names.
+
+    Raises:
+        DataError: a row has no value there, or two spellings of one number would be two groups.
+    """
+    values = [row.get(name) for row in rows]
+    lacking = [i for i, value in enumerate(values) if value is None or not str(value).strip()]
+    if lacking:
+        columns = sorted({column for row in rows for column in row} - {"prompt", "id"})
+        raise DataError(
+            f"evaluation.groups = {name!r}: {len(lacking)} evaluation prompts have no value in this column (first: prompt"
+            f" {lacking[0]}). Without its group a prompt would count as independent. The columns are {', '.join(columns)}."
+            " A mapping in data.evaluation.columns must name the column, too."
+        )
+    labels = [str(value).strip() for value in values]
+    spelt: dict[float, str] = {}
+    for label in sorted({*labels}):
+        number = _as_number(label)
+        if number is not None and spelt.setdefault(number, label) != label:
+            raise DataError(
+                f"evaluation.groups = {name!r}: the values {spelt[number]!r} and {label!r} are the same number, and would be two groups;"
+                " write them alike in the file"
+            )
+    return labels
+
+
+def _as_number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
 def write_rows(table: Table, rows: Sequence[Row], path: Path, extra: Sequence[str] = ()) -> None:
     """Write rows as Parquet: `id`, the canonical columns, then other columns by name.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.config.evaluation_schema import BenchmarkParams
-from pipelines.data.tables import plain
+from pipelines.data.tables import group_labels, plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.training.setup import accelerator, announce, device_name, problems, read_table, with_turns
@@ -59,6 +59,8 @@ class Evaluator:
             compute.bf16,
         )
         asked = problems(self.encoder, read_table("evaluation"))
+        if params.groups is not None:  # before an answer is sampled
+            group_labels(params.groups, [problem.columns for problem in asked])
         announce(self.context, f"{len(asked)} problems, 1 greedy and {settings.samples} sampled answers each")
         engine = with_turns(
             NativeEngine(self.policy.lm, self.encoder.ends, bf16=compute.bf16), self.encoder, params.turns
@@ -148,7 +150,7 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer], groups: st
     """Write one row for each answer; `groups` names the column of the evaluation table with the group of a prompt.
 
     Raises:
-        DataError: a prompt has no value there.
+        DataError: a prompt has no value there, or a number is written in two ways.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -168,14 +170,9 @@ def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer], groups: st
         "kl": pa.array([a.kl for a in answers], pa.float64()),
     }
     if groups is not None:
-        lacking = [a.prompt_id for a in answers if a.problem.columns.get(groups) is None]
-        if lacking:
-            raise DataError(
-                f"evaluation.groups = {groups!r}: {len(set(lacking))} evaluation prompts have no value in this column (first: prompt"
-                f" {lacking[0]}). Without its group a prompt would count as independent. The columns are"
-                f" {', '.join(sorted(answers[0].problem.columns))}."
-            )
-        columns["group"] = [str(a.problem.columns[groups]) for a in answers]
+        asked = {a.prompt_id: a.problem.columns for a in answers}
+        labels = dict(zip(asked, group_labels(groups, [*asked.values()]), strict=True))
+        columns["group"] = [labels[a.prompt_id] for a in answers]
     for source in sorted(answers[0].rewards):
         columns[f"reward_{source}"] = pa.array([a.rewards[source] for a in answers], pa.float64())
     pq.write_table(pa.table(columns), path)

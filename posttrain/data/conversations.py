@@ -22,6 +22,7 @@ from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.data.limits import bounded
+from posttrain.data.template_errors import refusal, require_tools
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -54,24 +55,6 @@ class Span:
     """The turn's position in the conversation."""
     said: tuple[int, int] | None = None
     """Characters [start, stop) of the turn's own text; the template closes the turn after it. None: not found, as for a tool call."""
-
-
-def _require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
-    """Raise DataError if the rendered text lacks the name of a tool or of a call: a template may ignore both without an error."""
-    calls = [
-        (f"the call in turn {i}", call) for i, turn in enumerate(messages) for call in turn.get("tool_calls") or ()
-    ]
-    for where, tool in [*(("the conversation's tools", tool) for tool in tools or ()), *calls]:
-        name = (
-            tool.get("function", tool).get("name")
-            if isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
-            else None
-        )
-        if isinstance(name, str) and name not in text:
-            raise DataError(
-                f"{row_name(row)}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
-                " whose template shows tools, or write tools and calls as text."
-            )
 
 
 @dataclass(frozen=True)
@@ -125,8 +108,8 @@ class ChatTemplate:
         """
         if not self.tokenizer.chat_template:
             raise ModelError(
-                f"{row_name(row)}: its text is chat messages, and the tokenizer has no chat template. Use a chat model as model.source,"
-                " or map the column to plain text in data.*.columns."
+                f"{row_name(row)}: its text is chat messages, and the tokenizer has no chat template. Take a chat model, or give plain"
+                " text (in the pipeline: model.source, data.*.columns)."
             )
         try:
             with bounded():
@@ -143,18 +126,12 @@ class ChatTemplate:
                 f"{row_name(row)}: the model's chat template was stopped: {reason}. Take a model whose template you trust."
             ) from None
         except Exception as error:  # a template is a program of the model's author, which may raise anything
-            if type(error).__name__ == "TemplateSyntaxError":
-                raise ModelError(
-                    f"{row_name(row)}: the model's chat template is no valid Jinja ({' '.join(str(error).split())}, line"
-                    f" {getattr(error, 'lineno', '?')}), so no conversation can be shown. Correct chat_template.jinja, or the entry"
-                    " chat_template of tokenizer_config.json, or fetch the model again."
-                ) from None
-            raise DataError(
-                f"{row_name(row)}: the model's chat template refuses the conversation ({' '.join(str(error).split())}). Its turns are"
-                f" {', '.join(str(message.get('role')) for message in messages)}. Change the row, e.g. put a system message into the"
-                " user's, or take a model whose template allows it."
-            ) from error
+            raise refusal(error, messages, row_name(row), self._fails_always) from error
         return str(text)
+
+    def _fails_always(self) -> bool:
+        """Return True if the template refuses even a question and its answer."""
+        return self.closings() is None
 
     def conversation(
         self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
@@ -164,7 +141,7 @@ class ChatTemplate:
         Raises DataError if the template leaves out or refuses a turn, a tool or a call.
         """
         text = self.render(messages, tools, generate, row)
-        _require_tools(text, messages, tools, row)
+        require_tools(text, messages, tools, row_name(row))
         shown, as_written = _plain(text), " ".join(text.split())
         for i, message in enumerate(messages):
             content = message.get("content")

@@ -16,14 +16,24 @@ from typing import Any
 from posttrain.errors import DataError
 from posttrain.text import shortened
 
+ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "observation": "tool", "function_response": "tool", "function": "tool",
+}  # fmt: skip
+"""How data sets spell the roles of messages, in small letters, and the roles that chat templates know."""
 WEIGHTS = ("weight", "train", "trainable", "training", "loss", "loss_weight", "loss_mask")
 """Keys of a message that say how much its tokens count in the loss: true, false, or a number that is not negative."""
+MARKS = ("weights", "mask", "labels")
+"""Names of columns, besides `WEIGHTS`, that may say which tokens of a row are trained."""
 _TRAINING = frozenset((
     "train", "trained", "trainable", "training", "untrained", "finetune", "loss", "losses", "mask", "masks", "masked", "masking",
     "weight", "weights", "weighted", "weighting", "supervise", "supervised", "supervision", "ignore", "ignored", "learn", "learned",
     "learnable", "skip", "skipped", "exclude", "excluded", "labels", "backprop", "grad",
 ))  # fmt: skip
 """Words in the names of keys that may say which tokens are trained."""
+_REPEATED = 16
+"""Characters from which a prompt at the beginning of an answer is no accident."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
@@ -61,6 +71,16 @@ def weighted(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     return others | ({"weight": next(iter(given.values()))} if given else {})
 
 
+def require_whole_weights(turns: Any, where: str) -> None:
+    """Raise DataError for an answer's turn whose weight is neither 0 nor 1: only imitation (sft) weighs tokens."""
+    for i, turn in enumerate(turns if isinstance(turns, list) else ()):
+        if isinstance(turn, Mapping) and turn.get("weight", 1.0) not in (0, 1):
+            raise DataError(
+                f"{where}, turn {i}: its weight is {turn['weight']:g}, and here a turn counts or not: only imitation (sft) weighs tokens."
+                " Give 1 or 0, or remove the weight"
+            )
+
+
 def parted(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any], bool]:
     """Return the turns before the first answer, those from it on, and True if the conversation begins with the assistant.
 
@@ -71,3 +91,98 @@ def parted(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any], bo
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1 if greets else 0 :]
     first = answers[0] if answers else len(turns)
     return list(turns[:first]), list(turns[first:]), greets
+
+
+def once_each(row: Mapping[str, Any], answers: Sequence[str], where: str) -> tuple[dict[str, Any], bool]:
+    """Return the row with answers that do not repeat its prompt, and True if one did; an answer of nothing else becomes None.
+
+    Raises:
+        DataError: an answer begins with turns that are not the prompt, or the answers repeat different prompts.
+    """
+    read = {name: without_prompt(row["prompt"], row[name], where) for name in answers}
+    if not any(repeated for _, _, repeated in read.values()):
+        return dict(row), False
+    prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else [*one] for one, _, _ in read.values()]
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise DataError(f"{where}: {' and '.join(answers)} begin with different prompts; correct or remove the row")
+    return {**row, "prompt": prompts[0]} | {name: answer or None for name, (_, answer, _) in read.items()}, True
+
+
+def refuse_repeated_texts(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], where: str) -> int:
+    """Return in how many rows each answer is a text that begins with the whole prompt; a prompt below 16 characters does not count.
+
+    Raises:
+        DataError: it is so in all of several rows, so that the prompt stands in two columns.
+    """
+    found = [i for i, row in enumerate(rows) if all(_begins(row["prompt"], row[name]) for name in answers)]
+    if len(found) == len(rows) > 1:
+        first = rows[0]
+        raise DataError(
+            f"{where}: in every row {' and '.join(answers)} begin{'s' * (len(answers) == 1)} with the whole text of the prompt (row 0:"
+            f" {shortened(first['prompt'], 40)}), so the model would read the question twice and learn to repeat it. Remove the prompt"
+            " from the answers' texts. If answers shall repeat the question, write both as chat messages."
+        )
+    return len(found)
+
+
+def _begins(prompt: Any, answer: Any) -> bool:
+    texts = isinstance(prompt, str) and isinstance(answer, str)
+    return texts and len(prompt.strip()) >= _REPEATED and answer.strip().startswith(prompt.strip())
+
+
+def without_prompt(prompt: Any, answer: Any, where: str) -> tuple[Any, Any, bool]:
+    """Return prompt and answer with each turn once, and True if the answer repeated turns of the prompt, as many data sets do.
+
+    Only an answer of messages is read. A prompt that is text is then the user's turn. Weights and white space at the ends do not count.
+
+    Raises:
+        DataError: the answer begins with a turn of the user or the system that is not the prompt's last one.
+
+    Example:
+        >>> user, assistant = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+        >>> without_prompt("1+1=", [user, assistant], "row 0")
+        ([{'role': 'user', 'content': '1+1='}], [{'role': 'assistant', 'content': '2'}], True)
+    """
+    if isinstance(answer, str) or not answer:
+        return prompt, answer, False
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    old, new = [*map(_said, asked)], [*map(_said, answer)]
+    for count in range(min(len(old), len(new)), 0, -1):
+        if old[-count:] == new[:count]:
+            return asked, list(answer[count:]), True
+    first = next((i for i, turn in enumerate(answer) if turn["role"] == "assistant"), len(answer))
+    if old and old[-1] in new[:first] and len(old) == 1:
+        return list(answer[:first]), list(answer[first:]), True
+    if new[0][0] in ("user", "system") and old and old[-1][0] == "user":
+        raise DataError(
+            f"{where}: the answer begins with a turn of {answer[0]['role']} that is not the prompt: {shortened(answer[0]['content'])}, and"
+            f" the prompt ends with {shortened(asked[-1]['content'])}. Write all turns before the answer into the prompt, or leave the"
+            " prompt out and give whole conversations"
+        )
+    return prompt, answer, False
+
+
+def _said(turn: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a turn says, to compare it: role, text and other fields, without its weight."""
+    others = {
+        key: value for key, value in turn.items() if key not in ("role", "content", *WEIGHTS) and value is not None
+    }
+    return turn["role"], (turn.get("content") or "").strip(), others
+
+
+def thumb(value: Any, where: str) -> bool:
+    """Return a label as a boolean. Raises DataError unless it is true or false, 1 or 0, also as text in any case.
+
+    Example:
+        >>> thumb(True, "row 0: label"), thumb("False", "row 1: label"), thumb(1.0, "row 2: label")
+        (True, False, True)
+    """
+    given = value.item() if getattr(value, "shape", None) == () else value
+    named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    found = named.get(str(given).strip().lower())
+    if found is None:
+        raise DataError(
+            f"{where} is {shortened(value)}; it must be true (thumbs up) or false (thumbs down), or 1 or 0. Write these into the"
+            " column in place of other labels, such as 'good' or -1"
+        )
+    return found

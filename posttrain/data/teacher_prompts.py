@@ -23,6 +23,8 @@ SELF = "self"
 """Names the model before training as its own teacher."""
 PROMPT = "prompt"
 _NAME = re.compile(r"\{(\w+)\}")
+_FORMATTED = re.compile(r"(?!\{prompt\})\{\s*(prompt)\b[^{}\n]*\}|\{([A-Za-z_]\w*)[\[!][^{}\n]*\}")
+"""A name in braces with an index or a conversion, as str.format reads it."""
 
 
 def require_template(template: str | None, teacher: object, where: str) -> None:
@@ -34,7 +36,13 @@ def require_template(template: str | None, teacher: object, where: str) -> None:
                 f"{where}: {lack}. The model before training teaches only what its prompt adds, e.g."
                 ' "{prompt} The answer is {answer}."'
             )
-    elif PROMPT not in _NAME.findall(template):
+        return
+    if strange := _FORMATTED.search(template):
+        raise ConfigError(
+            f"{where} = {template!r}: {strange[0]} is not read. Only the name of a column in braces is replaced, such as"
+            f" {{{strange[1] or strange[2]}}}, without an index, an attribute or a format"
+        )
+    if PROMPT not in _NAME.findall(template):
         raise ConfigError(
             f"{where} = {template!r}: has no {{prompt}}, so every question would have the same teacher's prompt"
         )
@@ -60,7 +68,8 @@ def teacher_prompt(template: str, prompt: Text, columns: Mapping[str, Any]) -> T
         if name == PROMPT:
             return prompt
         if columns.get(name) is None:
-            raise DataError(f"teacher_prompt: a row of the problems has no {name!r}{nearest(name, columns)}")
+            there = nearest(name, columns) if columns else "; it has only the prompt"
+            raise DataError(f"teacher_prompt: a row of the problems has no column {name!r}{there}")
         return str(columns[name])
 
     return _NAME.sub(value, template)

@@ -102,8 +102,8 @@ class TextEncoder:
             )
         if len(tokens) > self.max_length:
             raise DataError(
-                f"{where}: {len(tokens)} tokens exceed the model's context of {self.max_length};"
-                " lower validation.max_prompt_tokens or max_completion_tokens so that validation quarantines such rows"
+                f"{where}: {len(tokens)} tokens exceed the model's context of {self.max_length}; shorten or remove the row. In the"
+                " pipeline, lower validation.max_prompt_tokens or max_completion_tokens, so that validation quarantines such rows"
             )
         return tokens
 

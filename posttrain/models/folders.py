@@ -66,6 +66,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"{source}: there is no tokenizer (no tokenizer.json or vocabulary file), and transformers would make one up that knows no"
             " words; copy the tokenizer's files of the original model into the folder"
         )
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else () if template is None else (template,)
+    if not all(isinstance(text, str) for text in texts):
+        raise ModelError(
+            f"{source}: its chat template is {template!r:.60}, which is no text; correct chat_template.jinja, or the entry chat_template of"
+            " tokenizer_config.json"
+        )
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{source}: model_max_length of tokenizer_config.json is {tokenizer.model_max_length!r}, which is no number; correct it"

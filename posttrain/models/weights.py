@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import without_dropout
+from posttrain.models.config_faults import config_faults
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -91,7 +92,8 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
         if not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         if Path(source).is_dir():
-            raise ModelError(f"{source}: transformers cannot load this folder ({reason})") from error
+            faults = config_faults(Path(source))
+            raise ModelError(f"{source}: transformers cannot load this folder ({reason}){faults}") from error
         raise ModelError(
             f"{source}: there is no such folder here, and it could not be loaded as a hub id ({reason}). Check the path,"
             " or allow the download with HF_HUB_OFFLINE=0"
@@ -130,6 +132,11 @@ def check_folder(source: str | Path) -> None:
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ModelError(
             f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
+        )
+    if not (folder / "model.safetensors").exists() and not any(folder.glob("*.index.json")) and len(files) > 1:
+        raise ModelError(
+            f"{source}: holds {len(files)} files of weights ({files[0].name}, …) without model.safetensors.index.json, which says what is"
+            " in which; fetch that file, too"
         )
     for path in files:
         _check_file(path)

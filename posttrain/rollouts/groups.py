@@ -100,6 +100,10 @@ class ScoredAnswer:
         return self.reward if self.task_reward is None else self.task_reward
 
 
+PATIENCE = 10
+"""Steps after which a run ends in which no answer has got a reward."""
+
+
 @dataclass(frozen=True)
 class GroupSettings:
     """Prompts per step, samples per prompt, sampling settings of a turn, and the most turns of an answer."""
@@ -175,6 +179,8 @@ class GroupSampler:
                 break
         if self.ahead is not None:
             self._begin_until(step + self.ahead.staleness + 1)
+        if not self.rewarded:
+            self._unrewarded()
         if not kept:
             raise RolloutError("no group of this step carries a signal: all answers to each prompt have equal rewards")
         metrics = {
@@ -311,8 +317,19 @@ class GroupSampler:
             shaped += float(overlong_penalty(length, limit, self.spec.overlong_share * limit))
         return shaped
 
+    def _unrewarded(self) -> None:
+        """Report a first step without any reward, and end the run after `PATIENCE` of them."""
+        if self.steps >= PATIENCE:
+            self.require_rewarded()
+        elif self.steps == 1 and any(self.weights.values()):
+            tqdm.write(
+                f"no answer of the first step got a reward from {', '.join(sorted(self.weights))}; the run stops if {PATIENCE} steps"
+                " pass without one",
+                file=sys.stderr,
+            )
+
     def require_rewarded(self) -> None:
-        """Raise RewardError after a run in which no answer got a reward: nothing was learnt from any of them."""
+        """Raise RewardError if no answer has got a reward: nothing was learnt from any of them."""
         if any(self.weights.values()) and self.tokens_sampled and not self.rewarded:
             raise RewardError(
                 f"no answer of this run got a reward: {', '.join(sorted(self.weights))} returned None or NaN for each, or failed on it, so"

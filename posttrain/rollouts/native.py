@@ -108,7 +108,7 @@ class NativeEngine:
         if limit is not None and longest + settings.max_new_tokens > limit:
             raise RolloutError(
                 f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit};"
-                " lower max_new_tokens or validation.max_prompt_tokens"
+                " lower max_new_tokens, or shorten the prompts (in the pipeline: validation.max_prompt_tokens)"
             )
         if self.decoder is None:
             self.decoder = decoder_of(self.lm, self.bf16)

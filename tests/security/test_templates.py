@@ -50,6 +50,39 @@ def test_a_template_that_raises_is_told_with_its_row() -> None:
         template("{{ raise_exception('no') }}").render([{"role": "user", "content": "x"}], row="3")
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+ASKED, SAID = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+
+
+@pytest.mark.parametrize(
+    ("text", "turns", "advice"),
+    [
+        (
+            "{{ messages[9].content + 'x' }}",
+            [{"role": "system", "content": "s"}, ASKED],
+            "Put the system message into the user's",
+        ),
+        (
+            "{% for m in messages %}{{ m.content + '.' }}{% endfor %}",
+            [ASKED, CALL],
+            "Turn 1 is a tool call which has no text",
+        ),
+        (
+            "{% for m in messages %}{{ m.content if loop.index0 < 2 else raise_exception('long') }}{% endfor %}",
+            [ASKED, SAID, ASKED],
+            "It allows a question and its answer",
+        ),
+        ("{{ messages[9].content + 'x' }}", [ASKED, SAID, ASKED], "It refuses a plain question and its answer, too"),
+        ("{{ messages[9].content + 'x' }}", [ASKED], "The template may be broken"),
+    ],
+)
+def test_the_advice_fits_the_row(text: str, turns: list[dict[str, object]], advice: str) -> None:
+    with pytest.raises(DataError) as refused:
+        template(text).render(turns, row="3")
+    assert advice in str(refused.value)
+    assert ("system" in str(refused.value)) == any(turn["role"] == "system" for turn in turns)
+
+
 def test_an_alarm_that_is_set_already_keeps_its_time() -> None:
     before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     signal.setitimer(signal.ITIMER_REAL, 60)

@@ -1,0 +1,73 @@
+"""Say why a chat template cannot show a conversation, and what would help.
+
+Example:
+    >>> error = refusal(ValueError("no system"), [{"role": "system", "content": "Be brief."}], "row 3", lambda: False)
+    >>> str(error).partition("Its turns")[0]
+    "row 3: the model's chat template refuses the conversation (no system). "
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.errors import DataError, ModelError, PosttrainError
+
+Message = Mapping[str, Any]
+
+
+def refusal(
+    error: Exception, messages: Sequence[Message], row: str, fails_always: Callable[[], bool]
+) -> PosttrainError:
+    """Return the error of a template that raised: ModelError for one that is no program, else DataError with advice for the row.
+
+    Args:
+        row: how the message names the row.
+        fails_always: True if the template refuses every conversation.
+    """
+    reason = " ".join(str(error).split())
+    if type(error).__name__ == "TemplateSyntaxError":
+        return ModelError(
+            f"{row}: the model's chat template is no valid Jinja ({reason}, line {getattr(error, 'lineno', '?')}), so no conversation can"
+            " be shown. Correct chat_template.jinja, or the entry chat_template of tokenizer_config.json, or fetch the model again."
+        )
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    return DataError(
+        f"{row}: the model's chat template refuses the conversation ({reason}). Its turns are {roles}."
+        f" {_advice(messages, fails_always)}"
+    )
+
+
+def _advice(messages: Sequence[Message], fails_always: Callable[[], bool]) -> str:
+    calls = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    if any(message.get("role") == "system" for message in messages):
+        return "Put the system message into the user's turn, or take a model whose template allows it."
+    if calls:
+        empty = "" if messages[calls[0]].get("content") else " which has no text"
+        return (
+            f"Turn {calls[0]} is a tool call{empty}, and the template may not know tool calls: take a model whose template does, or write"
+            " the call as the turn's text."
+        )
+    if len(messages) > 2 and not fails_always():
+        return "It allows a question and its answer: change the order of the turns, or take a model whose template allows it."
+    if len(messages) <= 2:
+        return "The template may be broken: correct chat_template.jinja, or take a model with a different template."
+    return "It refuses a plain question and its answer, too, so it may be broken: correct chat_template.jinja, or take a different model."
+
+
+def require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
+    """Raise DataError if the rendered text lacks the name of a tool or of a call: a template may ignore both without an error."""
+    calls = [
+        (f"the call in turn {i}", call) for i, turn in enumerate(messages) for call in turn.get("tool_calls") or ()
+    ]
+    for where, tool in [*(("the conversation's tools", tool) for tool in tools or ()), *calls]:
+        name = (
+            tool.get("function", tool).get("name")
+            if isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
+            else None
+        )
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"{row}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
+                " whose template shows tools, or write tools and calls as text."
+            )
