@@ -28,6 +28,8 @@ def preview(table: Table, row_id: int, colour: bool) -> str:
     rows = read_rows(FOLDER / f"{table}.parquet")
     row = next((row for row in rows if row["id"] == row_id), None)
     if row is None:
+        if not rows:
+            raise ConfigError(f"table {table} has no rows; data.{table} in params.yaml names its source")
         ids = sorted(row["id"] for row in rows)
         raise ConfigError(f"table {table} has no row {row_id}; its ids go from {ids[0]} to {ids[-1]}")
     encoder, lines = base_encoder(), []

@@ -6,17 +6,12 @@
   orders, because judges prefer a position; the reward is the mean of 1 for better, 1/2 for equal, and 0 for worse.
 
 Example:
-    >>> grade("7/10", 10), grade("<think>9?</think>Grade: 4", 10), grade("good", 10)
-    (7, 4, None)
-    >>> verdict("B is better."), verdict("A tie"), verdict("A is better"), verdict("no idea")
-    (0.0, 0.5, 1.0, None)
     >>> opponents([0, 0, 0, 1], count=1)
     [[1], [2], [0], []]
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
@@ -24,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 from posttrain.data.conversations import as_messages
 from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
 from posttrain.rewards.calling import CallResult
+from posttrain.rewards.judge_replies import agreed, grade, verdict
 from posttrain.rewards.judge_server import FOLDER, TOKENS, JudgeServer, body, server_of_environment
 
 Mode = Literal["grade", "rubric", "pairs"]
@@ -187,25 +183,6 @@ class Judge:
         return CallResult(values, failures)
 
 
-def grade(text: str, scale: int) -> int | None:
-    """Return the first whole number of a judge's answer that is a grade from 1 to `scale`; None if there is none."""
-    numbers = (int(found) for found in re.findall(r"(?<![\d.,-])\d{1,6}(?![\d,]|\.\d)", _spoken(text)))
-    return next((number for number in numbers if 1 <= number <= scale), None)
-
-
-def agreed(text: str) -> float | None:
-    """Return 1 for yes and 0 for no, the first of the two words that a judge's answer holds."""
-    found = re.search(r"\b(yes|no)\b", _spoken(text), re.IGNORECASE)
-    return None if found is None else float(found[1].lower() == "yes")
-
-
-def verdict(text: str) -> float | None:
-    """Return 1 if a judge's answer names A first, 0 for B, and 1/2 for a tie."""
-    # the article of `A tie` and `A good question` is no verdict
-    found = re.search(r"\b(?:B|A(?! (?!is\b|was\b|wins\b)[a-z])|(?i:tie))\b", _spoken(text))
-    return None if found is None else {"A": 1.0, "B": 0.0}.get(found[0], 0.5)
-
-
 def opponents(prompts: Sequence[Any], count: int) -> list[list[int]]:
     """Return the places of the answers that each answer is compared with: the next ones to the same prompt, in a ring."""
     groups: dict[Any, list[int]] = {}
@@ -217,11 +194,6 @@ def opponents(prompts: Sequence[Any], count: int) -> list[list[int]]:
             steps = range(1, min(count, len(members) - 1) + 1)
             found[place] = [members[(at + step) % len(members)] for step in steps]
     return found
-
-
-def _spoken(text: str) -> str:
-    """Return a judge's answer without the reasoning before it."""
-    return text.rpartition("</think>")[2]
 
 
 def _text_of(prompt: Any) -> str:

@@ -89,7 +89,7 @@ def test_a_teachers_prompt_has_the_rows_columns_and_leaves_earlier_messages() ->
     asked = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
     told = teacher_prompt(template, asked, {"answer": "2"})
     assert told == [asked[0], {"role": "user", "content": "1+1 It is 2; not {2}."}]
-    with pytest.raises(DataError, match="a row of the problems has no 'answr'; did you mean 'answer'"):
+    with pytest.raises(DataError, match="a row of the problems has no column 'answr'; did you mean 'answer'"):
         teacher_prompt("{prompt} {answr}", "1", {"answer": "2"})
     encoder = TextEncoder(byte_tokenizer(64), 64)
     row = {"prompt": "1+1=", "answer": "2"}
@@ -103,9 +103,7 @@ def test_self_distillation_needs_a_prompt_and_learns_from_the_model_that_was_tol
     model = tiny(seed=0, hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1)
     budget = {"steps": 2, "learning_rate": 1e-2, "batch_size": 2, "samples": 2, "max_new_tokens": 4}
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+3=", "answer": "5"}]
-    with pytest.raises(
-        ConfigError, match=r"teacher_prompt=: missing\. The model before training teaches only what its"
-    ):
+    with pytest.raises(ConfigError, match=r"teacher_prompt: missing\. The model before training teaches only what its"):
         train(model, "distill", rows, teacher=model, **budget)
     with pytest.raises(ConfigError, match="teacher_prompt= has no effect without a teacher"):
         train(model, "grpo", rows, reward="answer", teacher_prompt="{prompt}", **budget)
