@@ -211,7 +211,7 @@ def _check_training(row: Row, place: str, read: Sequence[str] = ()) -> None:
 def _said_once(row: Row, answers: Sequence[str], place: str, weighs: bool = False) -> Row:
     """Return the row with answers that do not repeat its prompt.
 
-    Raises DataError if one says nothing, which would be learnt, or has a weight that the loss does not read.
+    Raises DataError if one is empty, which would be learnt, or has a weight that the loss does not read.
     """
     row, _ = once_each(row, answers, place)
     for name in answers:

@@ -15,6 +15,12 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+_NAMES = "think|thinking|thought|thoughts|reasoning|reason|scratchpad"
+_CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]|\u25c1/think\u25b7", re.IGNORECASE)
+_OPENED = re.compile(rf"<(?:{_NAMES})>|\[(?:{_NAMES})\]|\u25c1think\u25b7", re.IGNORECASE)
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,40}<\|message\|>")
+"""How gpt-oss separates its reasoning (`analysis`) from its answer (`final`)."""
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `; did you mean 'x'? Valid: ...`, for the end of an error message."""
@@ -62,3 +68,19 @@ def letters_and_digits(text: str) -> str:
     """Return only the words of a text: the part that stays similar if punctuation or signs change."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[\W_]+", " ", folded).strip()
+
+
+def after_reasoning(text: str) -> str:
+    """Return a model's text after its reasoning; empty if the reasoning has not ended.
+
+    Example:
+        >>> after_reasoning("<think>6? no</think>It is 5."), after_reasoning("<think>the answer is 6")
+        ('It is 5.', '')
+    """
+    channels = list(_CHANNEL.finditer(text))
+    if channels:
+        text = text[channels[-1].end() :] if channels[-1][1] == "final" else ""
+    closed = list(_CLOSED.finditer(text))
+    after = text[closed[-1].end() :] if closed else text
+    opened = _OPENED.search(after)
+    return after[: opened.start()] if opened else after

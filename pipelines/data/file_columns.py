@@ -32,8 +32,9 @@ def require_alike(kind: Sourced, source: TableSource, parts: Sequence[Part]) -> 
 def _require_mapped(kind: Sourced, columns: dict[str, str], parts: Sequence[Part]) -> None:
     """Raise DataError if no record of a file has a column from which a necessary column of the table is read."""
     needed = {*required(kind), "messages"}
+    own = {name: name for name in required(kind) if any(name in record for _, records in parts for record in records)}
     for name, records in parts:
-        for column, spec in columns.items():
+        for column, spec in (({} if "messages" in columns else own) | columns).items():
             absent = [path for path in paths_of(spec) if not any(is_there(record, path) for record in records)]
             if (column in needed or is_number(kind, column)) and len(absent) == len(paths_of(spec)):
                 raise DataError(

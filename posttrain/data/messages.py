@@ -163,7 +163,7 @@ def without_prompt(prompt: Any, answer: Any, where: str) -> tuple[Any, Any, bool
 
 
 def _said(turn: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a turn says, to compare it: role, text and other fields, without its weight."""
+    """Return role, text and other fields of a turn without its weight, to compare it."""
     others = {
         key: value for key, value in turn.items() if key not in ("role", "content", *WEIGHTS) and value is not None
     }

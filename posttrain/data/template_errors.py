@@ -1,4 +1,4 @@
-"""Say why a chat template cannot show a conversation, and what would help.
+"""Explain why a chat template cannot show a conversation, with advice for the row.
 
 Example:
     >>> error = refusal(ValueError("no system"), [{"role": "system", "content": "Be brief."}], "row 3", lambda: False)

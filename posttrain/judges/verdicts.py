@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from posttrain.judges.judge import Judge
-from posttrain.rewards.final_part import final_part
+from posttrain.text import after_reasoning
 
 Verdict = Literal["first", "second", "tie"]
 CRITERIA = (
@@ -83,7 +83,7 @@ def verdict_of(reply: str) -> str | None:
 
 def _last(pattern: re.Pattern[str], reply: str) -> str | None:
     """Return the last match, None if the line that holds it has a different one, as in `[[7]] out of [[10]]`."""
-    lines = [found for line in final_part(reply).splitlines() if (found := pattern.findall(line))]
+    lines = [found for line in after_reasoning(reply).splitlines() if (found := pattern.findall(line))]
     together = lines[-1] if lines else []
     return str(together[-1]) if together and (len({*together}) == 1 or _CORRECTED.search(reply)) else None
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import re
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|reason|scratchpad"
-_CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]|\u25c1/think\u25b7", re.IGNORECASE)
-_OPENED = re.compile(rf"<(?:{_NAMES})>|\[(?:{_NAMES})\]|\u25c1think\u25b7", re.IGNORECASE)
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,40}<\|message\|>")
-"""How gpt-oss separates its reasoning (`analysis`) from its answer (`final`)."""
+from posttrain.text import after_reasoning
+
 _NEXT_QUESTION = re.compile(
     r"\n\s*[#*]*(?:question|q|problem|user|human|\u95ee\u9898|\u95ee)\s*\d{0,4}\s*[:\uff1a]", re.IGNORECASE
 )
@@ -53,13 +50,7 @@ _STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
 
 def final_part(completion: str) -> str:
     """Return the text after the reasoning, without what is struck out or only supposed; empty if the reasoning has not ended."""
-    channels = list(_CHANNEL.finditer(completion))
-    if channels:
-        completion = completion[channels[-1].end() :] if channels[-1][1] == "final" else ""
-    closed = list(_CLOSED.finditer(completion))
-    after = completion[closed[-1].end() :] if closed else completion
-    opened = _OPENED.search(after)
-    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after[: opened.start()] if opened else after))
+    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(completion)))
 
 
 def question_starts(text: str) -> list[int]:

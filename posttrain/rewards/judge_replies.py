@@ -1,4 +1,4 @@
-"""Read the grade, the yes or no, or the verdict on a pair in a judge's short reply; a reply that says two things has none.
+"""Read the grade, the yes or no, or the verdict on a pair in a judge's short reply; a reply with two of them has none.
 
 Example:
     >>> grade("7/10", 10), grade("<think>9?</think>Grade: 4", 10), grade("good", 10), grade("Not a 10, but an 8", 10)
@@ -72,7 +72,7 @@ def agreed(text: str) -> float | None:
 
 
 def verdict(text: str) -> float | None:
-    """Return 1 if a reply prefers answer A, 0 for B, and 1/2 for a tie; None if it names both, or takes back what it says."""
+    """Return 1 if a reply prefers answer A, 0 for B, and 1/2 for a tie; None if it names both, or takes one back."""
     said = _MARKUP.sub(" ", _spoken(text)).strip()
     won = _WINS.match(said)
     if won and correction(said[won.end() :]) is None:

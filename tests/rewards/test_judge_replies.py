@@ -1,4 +1,4 @@
-"""What a judge's short reply says: the grade, yes or no, or verdict that it gives, and nothing if it says two things."""
+"""A judge's short reply gives one grade, yes or no, or verdict; one with two of them gives none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file says twice or nowhere: prompts that answers repeat, columns of weights, labels, groups of prompts."""
+"""Twice or nowhere in a file: prompts that answers repeat, columns of weights, labels, groups of prompts."""
 
 from __future__ import annotations
 
