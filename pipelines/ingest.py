@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 
 import numpy as np
@@ -67,7 +67,13 @@ def split_tables(rows: Mapping[Sourced, list[Row]], data: DataParams) -> dict[Ta
 
 
 def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return the rows of about `1 - share` of the prompts, and the rows of the remaining prompts.
+    """Return the rows of about `1 - share` of the prompts, and the rows of the remaining prompts."""
+    heldout = held_out(rows, share, seed)
+    return [row for row, held in zip(rows, heldout, strict=True) if not held], [*compress(rows, heldout)]
+
+
+def held_out(rows: Sequence[Row], share: float, seed: int) -> list[bool]:
+    """Return which rows are held out: those of about `share` of the prompts.
 
     The split depends only on prompts and seed. Prompts that differ only in case or spacing count as one. Prompts that differ only in
     punctuation are neighbours in the order, so they are rarely separated.
@@ -90,10 +96,11 @@ def split_by_prompt(rows: list[Row], share: float, seed: int) -> tuple[list[Row]
         )
     limit = places_in_order[first][count - 1]
     before = int((places_in_order[first] < limit).sum())
-    neighbours = {_key(rows[i]) for i in np.flatnonzero(places == limit)}
+    neighbours = {_key(rows[int(i)]) for i in np.flatnonzero(places == limit)}
     last = set(sorted(neighbours)[: count - before])
-    heldout = [place < limit or (place == limit and _key(row) in last) for place, row in zip(places, rows, strict=True)]
-    return [row for row, held in zip(rows, heldout, strict=True) if not held], [*compress(rows, heldout)]
+    return [
+        bool(place < limit or (place == limit and _key(row) in last)) for place, row in zip(places, rows, strict=True)
+    ]
 
 
 def _place(key: str, seed: int) -> int:

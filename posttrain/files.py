@@ -47,13 +47,17 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the content of a file; its folder is made. Both are on disk when this returns."""
+    """Replace the content of a file; its folder is made. Both are on disk when this returns. An error leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    with named_in_errors(path), partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with named_in_errors(path), partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk it would keep the space that the next try needs
+        raise
     replace(partial, path)
 
 

@@ -16,6 +16,7 @@ from pipelines.tracking.lockfile import lock_problem
 from posttrain.errors import OrchestrationError
 from posttrain.text import nearest
 from tasks.console import print_line
+from tasks.lock_copy import mend_lock
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(@[A-Za-z0-9_-]+)?")
 _NAME_RULE = (
@@ -145,6 +146,7 @@ def open_workspace(root: Path) -> Iterator[Any]:
             f"{root.absolute()} is not a DVC workspace. Run the command in the project's root, or run `dvc init` there."
         )
     mend_rwlock(root)
+    mend_lock(root)
     damaged = lock_problem(root)
     if damaged is not None:
         raise OrchestrationError(damaged)

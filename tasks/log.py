@@ -25,6 +25,7 @@ _ADVICE = re.compile(
 )
 _EXITED = re.compile(r"exited with (-?\d+)$")
 _DVC_ERROR = re.compile(r"^ERROR: ")
+_OWN_ERROR = re.compile(r"\[Errno \d+\]|unexpected error")
 _TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire .*lock")
 
 
@@ -77,7 +78,7 @@ class StageLog:
         self._rest = b""
 
     def last_error(self) -> str:
-        """Return the step's last `error:` line, else the signal that ended it, else its last line, else dvc's last error."""
+        """Return the step's last `error:` line, else the signal that ended it, else dvc's own last error, else the step's last line."""
         for line in reversed(self._step_lines):
             if line.casefold().startswith("error:"):
                 return line
@@ -85,6 +86,8 @@ class StageLog:
         words = killed_by(int(found[1])) if found else None
         if words:
             return f"its process was ended by {words}"
+        if self._dvc_errors and _OWN_ERROR.search(self._dvc_errors[-1]):  # dvc has failed, e.g. when it wrote dvc.lock
+            return self._dvc_errors[-1]
         lines = self._step_lines[-1:] or self._dvc_errors[-1:]
         return lines[0] if lines else "it wrote nothing"
 

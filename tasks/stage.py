@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pipelines.runtime.process import killed_by
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks.console import print_line
 from tasks.dag import Kind, mend_rwlock
+from tasks.lock_copy import keep_lock, mend_lock
 from tasks.log import StageLog, StageOutcome
 from tasks.process import chunks, end, start
 from tasks.remote import restore_missing
@@ -28,6 +30,7 @@ from tasks.slots import Lease, lease, machine_slots, trains
 RETRY_SECONDS = [1, 2, 4, 8]
 CATCH_UP_SECONDS = 60.0
 """Maximum time that a flow waits for MLflow to receive all records."""
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 stop = Event()
 """Set by the flow to stop every stage of this process; one flow runs per process."""
 
@@ -132,8 +135,16 @@ def log_path(root: Path, name: str) -> Path:
 def _run(root: Path, name: str, command: list[str], held: Lease, flow_run: str) -> StageResult:
     """Run the command and measure its time."""
     mend_rwlock(root)
+    keep_lock(root)
     began, clock = time.time(), time.monotonic()
-    log = run_logged(root, name, command, held=held, flow_run=flow_run)
+    try:
+        log = run_logged(root, name, command, held=held, flow_run=flow_run)
+    except StageFailed:
+        try:
+            mend_lock(root)
+        except OSError as error:
+            print_line(f"dvc.lock cannot be restored now ({error.strerror}); the next flow does it")
+        raise
     return StageResult(name, log.outcome, round(time.monotonic() - clock, 3), began, time.time())
 
 
@@ -207,4 +218,6 @@ def _failure(name: str, log: StageLog, path: Path, status: int) -> Orchestration
         )
     killed = killed_by(status)
     reason = f"it was ended by {killed}" if killed else log.last_error()
+    if any(words in reason for words in _FULL) and "ree space" not in reason:
+        reason += ". Free space, then run again: finished stages are kept, and results in DVC's cache are restored"
     return StageFailed(f"stage {name} failed: {reason}\n  complete output: {path}", killed)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from pipelines.config.data_schema import DataParams
 from pipelines.config.params import Params
-from pipelines.data.conversation_rows import Sourced
+from pipelines.data.packed import Chained, PackedRows
 from pipelines.data.sources import accepted_files
-from pipelines.data.tables import HELD_OUT, TRAINING, Row, Table
-from pipelines.ingest import split_tables
+from pipelines.data.tables import Row, Table
+from pipelines.ingest import held_out
 from pipelines.runtime.identity import file_digest
 from pipelines.validate import MODEL, TokenLengths, answer_kind, base_encoder
 from pipelines.validation.check import check
 from pipelines.validation.leakage import prompt_keys, shown_prompt
 from pipelines.validation.messages import paragraphs
 from pipelines.validation.suites import TableLimits, Validator
-from pipelines.validation.view import row_digest
+from pipelines.validation.view import DIGEST, DIGEST_BYTES, row_digests
 from posttrain.environments.parts import Kind
 from posttrain.errors import DataError, LeakageError
 
@@ -24,9 +27,9 @@ from posttrain.errors import DataError, LeakageError
 class Admission:
     """Check new files against the current rows. `rows` holds the rows of the four sources and grows with each admitted file."""
 
-    def __init__(self, params: Params, rows: Mapping[Kind, list[Row]]) -> None:
-        self.rows: dict[Sourced, list[Row]] = {kind: list(each) for kind, each in rows.items()}
-        self._digests: dict[Sourced, list[bytes]] = {}
+    def __init__(self, params: Params, rows: Mapping[Kind, PackedRows]) -> None:
+        self.rows = {kind: Chained(each) for kind, each in rows.items()}
+        self._digests: dict[Kind, bytearray] = {}
         self._accepted: dict[Path, str] = {}
         self._held_out: dict[str, Table] | None = None
         self._params = params
@@ -43,83 +46,102 @@ class Admission:
                 self._accepted[path] = file_digest(path)
         return {digest for path, digest in self._accepted.items() if path.parent.name == kind}
 
-    def holds(self, kind: Kind, rows: list[Row]) -> bool:
+    def holds(self, kind: Kind, rows: Sequence[Row]) -> bool:
         """Return True if the table has these rows, in this order: the same file with other line ends, spacing or compression."""
-        mine, theirs = self._row_digests(kind), [row_digest(row) for row in rows]
-        starts = (i for i, digest in enumerate(mine) if digest == theirs[0])
-        return any(mine[i : i + len(theirs)] == theirs for i in starts)
+        mine, theirs = self._row_digests(kind), row_digests(rows)
+        place = mine.find(theirs)
+        while place > 0 and place % DIGEST_BYTES:  # between two digests
+            place = mine.find(theirs, place + 1)
+        return place >= 0
 
-    def check(self, kind: Kind, rows: list[Row]) -> int:
+    def check(self, kind: Kind, rows: PackedRows) -> int:
         """Return the number of rows that `validate` will quarantine. Raises DataError if it would stop the pipeline."""
         outcome = check({kind: rows}, self._params.validation.rules, self._limits, self._lengths, Validator())
         if outcome.stops:
             raise DataError("\n".join(paragraphs(outcome, self._params.validation.max_shown_rows)))
-        kept: list[Row] = outcome.kept[kind]
+        kept = outcome.kept[kind]
         if self._params.validation.rules.leakage == "stop":
             self._refuse_leakage(kind, kept)
-        return len(outcome.quarantined[kind]) + self._repeated(kind, rows, kept)
+        return len(outcome.quarantined[kind]) + self._repeated(kind, rows.chosen(row["id"] for row in kept))
 
-    def admit(self, kind: Kind, rows: list[Row]) -> None:
-        """Add the rows to a table; they are numbered on from its last row."""
-        self._row_digests(kind).extend(row_digest(row) for row in rows)
-        for i, row in enumerate(rows, start=len(self.rows[kind])):
-            row["id"] = i
-        self.rows[kind] += rows
+    def admit(self, kind: Kind, rows: PackedRows) -> None:
+        """Add the rows to a table; they keep their numbers within their file."""
+        self._row_digests(kind).extend(row_digests(rows))
+        self.rows[kind].append(rows)
         if kind in ("evaluation", "preferences"):
             self._held_out = None
 
-    def _row_digests(self, kind: Kind) -> list[bytes]:
+    def _row_digests(self, kind: Kind) -> bytearray:
         if kind not in self._digests:
-            self._digests[kind] = [row_digest(row) for row in self.rows[kind]]
+            self._digests[kind] = row_digests(self.rows[kind])
         return self._digests[kind]
 
-    def _repeated(self, kind: Kind, rows: list[Row], kept: list[Row]) -> int:
+    def _repeated(self, kind: Kind, kept: Sequence[Row]) -> int:
         """Return how many of the kept rows `validate` quarantines because the table has them. Raises DataError if it would stop."""
         rule = self._params.validation.rules.duplicate_rows
         if rule == "warn":
             return 0
-        mine = set(self._row_digests(kind))
-        stays = bytearray(len(rows))  # by id, which is a row's position in its file
-        for row in kept:
-            stays[row["id"]] = True
-        again = [row for row in rows if stays[row["id"]] and row_digest(row) in mine]
-        if again and rule == "stop":
+        mine, theirs = (np.frombuffer(each, DIGEST) for each in (self._row_digests(kind), row_digests(kept)))
+        again = np.flatnonzero(np.isin(theirs, mine))
+        if len(again) and rule == "stop":
             raise DataError(
-                f"{len(again)} rows are in the table {kind} already (first: {shown_prompt(again[0])!r}). Remove them, or set"
+                f"{len(again)} rows are in the table {kind} already (first: {shown_prompt(kept[int(again[0])])!r}). Remove them, or set"
                 " validation.rules.duplicate_rows to quarantine or warn."
             )
         return len(again)
 
-    def _refuse_leakage(self, kind: Kind, rows: list[Row]) -> None:
+    def _refuse_leakage(self, kind: Kind, rows: Sequence[Row]) -> None:
         """Raise LeakageError if a prompt would be in training and in held-out data.
 
         Pairs are split by prompt, so their split is computed as it will be with the new rows.
         """
-        training: dict[Table, list[Row]] = {kind: rows}  # only new rows can be found, since no held-out row is new
         if kind in ("evaluation", "preferences"):
-            tables = split_tables({**self.rows, kind: [*self.rows[kind], *rows]}, self._params.data)
-            training, held_out = {table: tables[table] for table in TRAINING}, _keys(tables, HELD_OUT)
+            tables = _Split({**self.rows, kind: Chained(self.rows[kind], rows)}, self._params.data)
+            training, keys = tables.training(), tables.held_out_keys()
         else:
             if self._held_out is None:
-                self._held_out = _keys(split_tables(self.rows, self._params.data), HELD_OUT)
-            held_out = self._held_out
-        shared = [
-            (row, table, held_out[key])
-            for table, mine in training.items()
-            for row in mine
-            for key in sorted(prompt_keys(row, held_out=False) & held_out.keys())[:1]
-        ]
-        if shared:
-            row, table, place = shared[0]
-            prompts = len({shown_prompt(leaking) for leaking, _, _ in shared})
+                self._held_out = _Split(self.rows, self._params.data).held_out_keys()
+            # only new rows can be found, since no held-out row is new
+            training, keys = ((kind, row) for row in rows), self._held_out
+        leaks = (
+            (row, table, keys[key])
+            for table, row in training
+            for key in sorted(prompt_keys(row, held_out=False) & keys.keys())[:1]
+        )
+        first = next(leaks, None)
+        if first is not None:
+            row, table, place = first
+            prompts = len({shown_prompt(row), *(shown_prompt(leaking) for leaking, _, _ in leaks)})
             raise LeakageError(
                 f"{prompts} prompts would be in training and in held-out data, e.g. {shown_prompt(row)!r} in {table} and"
                 f" {place}. A score on prompts that were trained on says nothing about others: remove them."
             )
 
 
-def _keys(tables: Mapping[Table, list[Row]], names: tuple[Table, ...]) -> dict[str, Table]:
-    return {key: name for name in names for row in tables[name] for key in prompt_keys(row, held_out=True)}
+class _Split:
+    """The tables that `ingest` will make of the rows, one row at a time. Noise changes no prompt, so it is left out."""
+
+    def __init__(self, rows: Mapping[Kind, Sequence[Row]], data: DataParams) -> None:
+        self._rows = rows
+        self._is_held = held_out(rows["preferences"], data.preferences.heldout, data.seed)
+
+    def training(self) -> Iterator[tuple[Table, Row]]:
+        """Yield every row that is trained on, with its table."""
+        yield from (("sft", row) for row in self._rows["sft"])
+        yield from (("preferences", row) for row in self._pairs(held=False))
+        yield from (("problems", row) for row in self._rows["problems"])
+
+    def held_out_keys(self) -> dict[str, Table]:
+        """Return the table of each key of a held-out prompt."""
+        keys: dict[str, Table] = {}
+        for row in self._rows["evaluation"]:
+            keys |= dict.fromkeys(prompt_keys(row, held_out=True), "evaluation")
+        for row in self._pairs(held=True):
+            keys |= dict.fromkeys(prompt_keys(row, held_out=True), "preferences_heldout")
+        return keys
+
+    def _pairs(self, held: bool) -> Iterator[Row]:
+        return (row for row, is_held in zip(self._rows["preferences"], self._is_held, strict=True) if is_held == held)
 
 
 class _Unknown:

@@ -28,6 +28,7 @@ from pipelines.config.params import Params, load_params
 from pipelines.data.bounds import refuse_too_large
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
+from pipelines.data.packed import PackedRows, packed
 from pipelines.data.size_limit import limit_megabytes
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
@@ -40,7 +41,6 @@ from posttrain.files import write_atomic
 
 if TYPE_CHECKING:
     from pipelines.commands.admission import Admission
-    from pipelines.data.tables import Row
 
 RECORD = Path(".posttrain/intake.json")
 _WORK = Path(".posttrain/intake")
@@ -80,7 +80,7 @@ def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
     from pipelines.commands.admission import Admission
 
-    admission = Admission(params, {kind: table_rows(kind, params.data) for kind in KINDS})
+    admission = Admission(params, {kind: packed(table_rows(kind, params.data)) for kind in KINDS})
     return [_claimed(arrival, params, inbox, admission) for arrival in arrivals]
 
 
@@ -164,9 +164,9 @@ def _kind(arrival: Arrival) -> Kind:
     )
 
 
-def _rows(kind: Kind, params: Params, path: Path, admission: Admission) -> list[Row]:
+def _rows(kind: Kind, params: Params, path: Path, admission: Admission) -> PackedRows:
     """Return the file's rows. Raises DataError if they do not fit the table."""
-    return numbered(alike(kind, admission.rows[kind], file_rows(kind, params.data, path), path))
+    return packed(numbered(alike(kind, admission.rows[kind], file_rows(kind, params.data, path), path)))
 
 
 def _keep(local: Path, kind: Kind, name: str) -> None:

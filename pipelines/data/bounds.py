@@ -37,8 +37,8 @@ def refuse_too_large(path: Path) -> None:
 def _words(path: Path, limit: int) -> str:
     return (
         f"{path}: holds more than {limit // 1_000_000} MB or {MOST_ROWS:,} rows after decompression, and reading it could fill the"
-        " memory. Split it and put the parts into the inbox, or set POSTTRAIN_INBOX_MB if the machine has the memory (a row needs"
-        " about forty times its size)."
+        " memory. Split it and put the parts into the inbox, or set POSTTRAIN_INBOX_MB if the machine has the memory (a file needs"
+        " about four times its size)."
     )
 
 

@@ -33,12 +33,19 @@ _MESSAGES = "messages"
 
 
 def canonical_rows(
-    kind: Sourced, source: TableSource, records: Sequence[Record], changes: Changes | None = None
+    kind: Sourced,
+    source: TableSource,
+    records: Sequence[Record],
+    changes: Changes | None = None,
+    *,
+    consume: bool = False,
 ) -> list[Row]:
     """Return rows with the table's canonical columns and `id`.
 
-    `changes` counts omitted and added values. Raises DataError naming column and row if a record cannot be mapped.
+    `changes` counts omitted and added values. `consume` empties the list `records`: a table's records and rows need not be in memory
+    together. Raises DataError naming column and row if a record cannot be mapped.
     """
+    given = records
     where = f"data.{kind} ({', '.join(source.names)})"
     changes = Counter() if changes is None else changes
     pairing = source.graded or source.preferred
@@ -56,6 +63,8 @@ def canonical_rows(
         rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     else:
         records = list(records[: source.rows])
+        if consume and isinstance(given, list):
+            given.clear()
         rows = [compact({"id": i, **_row(columns, record)}) for i, record in enumerate(_consumed(records))]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
@@ -125,7 +134,7 @@ def _row(columns: dict[str, Callable[[Record], Any]], record: Record) -> Row:
 
 
 def _consumed(records: list[Record]) -> Iterator[Record]:
-    """Yield the records in order and forget each: a table's records and rows need not be in memory together."""
+    """Yield the records in order and forget each."""
     records.reverse()
     while records:
         yield records.pop()

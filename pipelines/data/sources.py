@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,10 @@ def file_rows(kind: Sourced, data: DataParams, path: Path, changes: Changes | No
     update: dict[str, Any] = {"source": path.as_posix(), "rows": None}
     if is_generator(source.source) or all(record.get(FORM) == CANONICAL for record in records):
         update |= {"columns": None, "extract": None, "graded": None, "preferred": None}
-    return canonical_rows(kind, source.model_copy(update=update), records, changes)
+    return canonical_rows(kind, source.model_copy(update=update), records, changes, consume=True)
 
 
-def alike(kind: Sourced, rows: list[Row], more: list[Row], path: Path) -> list[Row]:
+def alike(kind: Sourced, rows: Sequence[Row], more: list[Row], path: Path) -> list[Row]:
     """Return `more` if its rows have the form of the table: text or messages, and with or without scores.
 
     Raises DataError if they do not fit into one table.
@@ -107,7 +108,7 @@ def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -
         raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
     if changes is not None and (left := unread(source)):
         changes[f"files of other splits than {source.split!r}, not read: {', '.join(left)}"] += len(left)
-    return canonical_rows(kind, source, _records(kind, source), changes)
+    return canonical_rows(kind, source, _records(kind, source), changes, consume=True)
 
 
 def unread(source: TableSource) -> list[str]:

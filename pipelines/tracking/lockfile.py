@@ -39,7 +39,7 @@ def _parsed(text: str, path: Path) -> Any:
 
 def _damaged(path: Path, problem: str) -> TrackingError:
     """Return the error for a dvc.lock that cannot be used."""
-    if _CONFLICT in path.read_bytes().decode("utf-8", "replace"):
+    if has_conflict(path):
         return TrackingError(
             f"{path} holds a merge conflict, so it does not say which results are current. Take one side with `git checkout"
             " --ours dvc.lock` (or --theirs), then type `dvc repro`: results in DVC's cache are restored, not trained again."
@@ -48,6 +48,11 @@ def _damaged(path: Path, problem: str) -> TrackingError:
         f"{problem} It is damaged, or being written at this moment, and is not used. If it stays so, type `git checkout"
         " dvc.lock`, or remove the file, then `dvc repro`: results in DVC's cache are restored, not trained again."
     )
+
+
+def has_conflict(path: Path) -> bool:
+    """Return True if git has left both sides of a merge in the file."""
+    return _CONFLICT.encode() in path.read_bytes()
 
 
 def lock_problem(project: Path) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from pipelines.config.schema import RuleParams
+from pipelines.data.packed import PackedRows, chosen, empty_like, replaced
 from pipelines.data.tables import ANSWERED, HELD_OUT, OPTIONAL, TEXT, TRAINING, Row, Table, plain, required
 from pipelines.validation import suites
 from pipelines.validation.leakage import prompt_keys
@@ -33,7 +34,7 @@ class Verdict:
 
     finding: Finding
     policy: str
-    rows: list[Row]
+    rows: Sequence[Row]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -47,8 +48,8 @@ class Verdict:
 class ValidationOutcome:
     """The result for all tables. `kept` and `quarantined` together are the input rows; quarantined rows have a `reason`."""
 
-    kept: dict[Table, list[Row]] = field(default_factory=dict)
-    quarantined: dict[Table, list[Row]] = field(default_factory=dict)
+    kept: dict[Table, Sequence[Row]] = field(default_factory=dict)
+    quarantined: dict[Table, Sequence[Row]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
 
     def rows_in(self, table: str) -> int:
@@ -62,9 +63,16 @@ class ValidationOutcome:
 
 
 def check(
-    tables: Mapping[Table, list[Row]], rules: RuleParams, limits: TableLimits, lengths: Lengths, validator: Validator
+    tables: Mapping[Table, Sequence[Row]],
+    rules: RuleParams,
+    limits: TableLimits,
+    lengths: Lengths,
+    validator: Validator,
 ) -> ValidationOutcome:
-    """Check every rule of every table, then leakage across all tables. Does not raise: see `ValidationOutcome.stops`."""
+    """Check every rule of every table, then leakage across all tables. Does not raise: see `ValidationOutcome.stops`.
+
+    Packed rows stay packed in the outcome.
+    """
     outcome = ValidationOutcome()
     for table, rows in tables.items():
         if table in OPTIONAL and not rows:
@@ -84,9 +92,9 @@ class _Checker:
     def __init__(self, table: Table, rules: RuleParams, outcome: ValidationOutcome, validator: Validator) -> None:
         self.table, self.rules, self.outcome, self.validator = table, rules, outcome, validator
 
-    def check(self, rows: list[Row], limits: TableLimits, lengths: Lengths) -> None:
+    def check(self, rows: Sequence[Row], limits: TableLimits, lengths: Lengths) -> None:
         """Run all stages of rules on the rows."""
-        self.outcome.kept[self.table], self.outcome.quarantined[self.table] = rows, []
+        self.outcome.kept[self.table], self.outcome.quarantined[self.table] = rows, empty_like(rows)
         scores = present_scores(rows)
         columns = ["id", *required(self.table)]
         findings = self.validator.run(self.table, "structure", structure_view(rows), suites.structure(columns))
@@ -97,7 +105,9 @@ class _Checker:
         )
         if self._settle(rows, findings):
             return
-        rows = self.outcome.kept[self.table] = [_texts(self.table, row) for row in self.outcome.kept[self.table]]
+        rows = self.outcome.kept[self.table]
+        texts = {i: text for i, row in enumerate(rows) if (text := _texts(self.table, row)) is not row}
+        rows = self.outcome.kept[self.table] = replaced(rows, texts)
         if rows:
             view = content_view(self.table, rows, lengths)
             suite = suites.content(self.table, limits, list(view.columns))
@@ -113,14 +123,14 @@ class _Checker:
             self._settle(rows, findings, notes)
 
     def _settle(
-        self, rows: list[Row], findings: Sequence[Finding], notes: Mapping[str, Note] = MappingProxyType({})
+        self, rows: Sequence[Row], findings: Sequence[Finding], notes: Mapping[str, Note] = MappingProxyType({})
     ) -> bool:
         """Record the findings and set rows aside. Return True if one of them stops the run. `notes`: by column, of a row."""
         verdicts = [
             Verdict(
                 f,
                 _policy(self.rules, f.rule),
-                [rows[i] for i in f.rows],
+                chosen(rows, f.rows),
                 [notes[f.column](i) for i in f.rows] if f.column in notes else [],
             )
             for f in findings
@@ -135,11 +145,13 @@ class _Checker:
 
 
 def _quarantine(
-    outcome: ValidationOutcome, table: Table, rows: list[Row], reasons: Mapping[int, Sequence[str]]
+    outcome: ValidationOutcome, table: Table, rows: Sequence[Row], reasons: Mapping[int, Sequence[str]]
 ) -> None:
     """Move rows to the quarantine with their reasons."""
-    outcome.quarantined[table] += [rows[i] | {"reason": "; ".join(reasons[i])} for i in sorted(reasons)]
-    outcome.kept[table] = [row for i, row in enumerate(rows) if i not in reasons]
+    aside = outcome.quarantined[table]
+    assert isinstance(aside, list | PackedRows)
+    aside.extend(rows[i] | {"reason": "; ".join(reasons[i])} for i in sorted(reasons))
+    outcome.kept[table] = chosen(rows, (i for i in range(len(rows)) if i not in reasons)) if reasons else rows
 
 
 def _policy(rules: RuleParams, rule: str) -> str:
@@ -181,7 +193,7 @@ def _check_leakage(outcome: ValidationOutcome, rules: RuleParams, validator: Val
             _quarantine(outcome, table, rows, {i: [f"leakage (prompt of {note})"] for i, note in notes.items()})
 
 
-def _place(tables: Sequence[tuple[Table, list[Row]]], position: int) -> tuple[Table, int]:
+def _place(tables: Sequence[tuple[Table, Sequence[Row]]], position: int) -> tuple[Table, int]:
     """Return table and place of a row from its position in all tables below each other."""
     for table, rows in tables:
         if position < len(rows):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,9 @@ from posttrain.errors import DataError
 
 POSITION = "position"
 """Index of a row in its table: how results point at rows."""
+DIGEST_BYTES = 16
+DIGEST = f"V{DIGEST_BYTES}"
+"""NumPy's type of a row's digest."""
 BLANK = 0
 """Key of a text without a character other than white space."""
 TEMPLATE = "template"
@@ -62,17 +66,16 @@ def structure_view(rows: Sequence[Row]) -> pd.DataFrame:
 
 def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
     """Return `{column}_type` of every text column, and the scores."""
-    columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
+    columns = _positions(rows)
     for name in typed_columns(table):
         columns[f"{name}_type"] = pd.Series([kind(row[name]) for row in rows], dtype=object)
-    for name in present_scores(rows):
-        columns[name] = pd.Series([row[name] for row in rows], dtype="float64")
-    return pd.DataFrame(columns)
+    columns |= {name: _floats(row[name] for row in rows) for name in present_scores(rows)}
+    return pd.DataFrame(columns, copy=False)
 
 
 def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.DataFrame:
     """Return text keys, token counts, scores, weight, answer, and in `row` the position of the first row that equals this one."""
-    columns: dict[str, Any] = {POSITION: range(len(rows)), "id": [row["id"] for row in rows]}
+    columns = _positions(rows)
     columns |= {name: _text_keys(rows, name) for name in TEXT[table]}
     counted = {name: np.zeros(len(rows), dtype=np.int64) for name in TEXT[table]}
     refused = []
@@ -82,19 +85,28 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
         for name in TEXT[table]:
             counted[name][i] = tokens[name]
     columns |= {f"{name}_tokens": counts for name, counts in counted.items()}
-    columns[UNKNOWN] = pd.Series([lengths.unknown(row) for row in rows], dtype="float64")
+    columns[UNKNOWN] = _floats(lengths.unknown(row) for row in rows)
     if any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
         columns[TEMPLATE] = pd.Series(refused, dtype=object)
-    for name in present_scores(rows):
-        columns[name] = pd.Series([row[name] for row in rows], dtype="float64")
+    columns |= {name: _floats(row[name] for row in rows) for name in present_scores(rows)}
     if is_number(table, WEIGHT) and WEIGHT in rows[0]:
-        columns[WEIGHT] = pd.Series([row[WEIGHT] for row in rows], dtype="float64")
+        columns[WEIGHT] = _floats(row[WEIGHT] for row in rows)
     if table in ANSWERED:
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
         if EQUATION in rows[0]:
             columns[EQUATION] = pd.Series([plain(row[EQUATION]) for row in rows], dtype=object)
     columns["row"] = _first_equal(rows)
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns, copy=False)
+
+
+def _positions(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the columns that name a row. Numbers of NumPy have 8 bytes, those of Python 40."""
+    return {POSITION: np.arange(len(rows)), "id": np.fromiter((row["id"] for row in rows), np.int64)}
+
+
+def _floats(values: Iterable[float | None]) -> NDArray[np.float64]:
+    """Return numbers as a column, NaN for a missing one."""
+    return np.fromiter((math.nan if value is None else value for value in values), np.float64)
 
 
 def _text_keys(rows: Sequence[Row], name: str) -> NDArray[np.int64]:
@@ -113,7 +125,7 @@ def _number(digest: bytes) -> int:
 
 def _first_equal(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Return for each row the position of the first row with the same content, [rows]."""
-    digests = np.frombuffer(b"".join(row_digest(row) for row in rows), dtype="V16")
+    digests = np.frombuffer(row_digests(rows), dtype=DIGEST)
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
     return first[which].astype(np.int64)
 
@@ -181,6 +193,14 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def row_digests(rows: Iterable[Row]) -> bytearray:
+    """Return the digests of all rows in one piece, as DIGEST reads them."""
+    digests = bytearray()
+    for row in rows:
+        digests += row_digest(row)
+    return digests
+
+
 def row_digest(row: Row) -> bytes:
     """Return a digest of the row without its origin: equal rows have equal ones, and a table of digests stays small."""
     text = json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)
@@ -188,4 +208,4 @@ def row_digest(row: Row) -> bytes:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

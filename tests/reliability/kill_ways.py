@@ -183,7 +183,7 @@ class Starter:
             )
             self.prefect = base | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
             if "worker" in ways:
-                assert self.launch("-m", "flows.deploy", **self.prefect).wait(300) == 0
+                assert self.launch("-m", "flows.deploy", **self.prefect).wait(START_SECONDS) == 0
                 worker = {**self.prefect, "PREFECT_WORKER_QUERY_SECONDS": "2"}
                 started.append(self.launch("-m", "flows.worker", log="worker.log", **worker))
                 self.prefect["KILL_SERIES_WORKER"] = str(started[-1].pid)

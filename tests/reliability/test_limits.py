@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,42 @@ def nobodys(copy: Workspace) -> Iterator[tuple[Workspace, str]]:
         os.chown(path, NOBODY, NOBODY)
     yield Workspace(folder, copy.warm), "NOBODY=1"
     shutil.rmtree(folder)
+
+
+def limited_processes(nobodys: tuple[Workspace, str], name: str, limits: Sequence[int]) -> list[int]:
+    """Run a step under limits of processes and threads, which bind nobody and not root. Return the limits that were enough.
+
+    Under the others it fails in one paragraph. After each, the step without a limit arrives at the bytes of an undisturbed run.
+    """
+    copy, user = nobodys
+    command, outputs = STEPS[name]
+    expected, enough = None, []
+    for limit in (None, *limits):
+        for folder in [*copy.folder.glob(f".posttrain/runs/{name}-*"), *(copy.folder / output for output in outputs)]:
+            shutil.rmtree(folder, ignore_errors=True)
+        if limit is not None:
+            done = copy.run("tests.reliability.limited", f"{user},NPROC={limit}", *command)
+            if done.returncode == 0:
+                enough.append(limit)
+            else:
+                assert (done.returncode, "Traceback" in done.stderr) == (2, False), f"NPROC={limit}: {done.stderr}"
+                assert "`ulimit -u`" in done.stderr.splitlines()[-1], f"NPROC={limit}: {done.stderr}"
+        copy.succeed("tests.reliability.limited", user, *command)
+        found = copy.results(*outputs)
+        assert found == (expected or found), f"NPROC={limit}"
+        expected = found
+    return enough
+
+
+def test_a_limit_of_processes_is_named_by_a_step(nobodys: tuple[Workspace, str]) -> None:
+    assert limited_processes(nobodys, "ingest", [1]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", STEPS)
+def test_any_limit_of_processes_is_named_or_enough(name: str, nobodys: tuple[Workspace, str]) -> None:
+    assert 64 in limited_processes(nobodys, name, [1, 2, 3, 4, 6, 8, 12, 64]), "64 processes are enough for any step"
 
 
 UNREADABLE = [

@@ -294,7 +294,7 @@ def test_rows_that_the_table_has_are_counted_or_refused_as_validate_would(
 
 
 def test_many_small_files_do_not_read_the_whole_data_for_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split, digest, calls = admission.split_tables, admission.file_digest, {"split": 0, "digest": 0}
+    split, digest, calls = admission.held_out, admission.file_digest, {"split": 0, "digest": 0}
 
     def count(name: str, call: Any) -> Any:
         def counted(*arguments: Any) -> Any:
@@ -303,7 +303,7 @@ def test_many_small_files_do_not_read_the_whole_data_for_each(folder: Path, monk
 
         return counted
 
-    monkeypatch.setattr(admission, "split_tables", count("split", split))
+    monkeypatch.setattr(admission, "held_out", count("split", split))
     monkeypatch.setattr(admission, "file_digest", count("digest", digest))
     for i in range(6):
         put(folder, f"problems/{i}.jsonl", problem(f"number {i}"))
