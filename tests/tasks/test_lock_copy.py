@@ -76,7 +76,7 @@ LAST = """
 
 @pytest.fixture
 def disk(workspace: Path, tmp_path: Path) -> Iterator[Path]:
-    """The workspace on a disk of its own of 1 MB; folders with a dot lie elsewhere."""
+    """Put the workspace on a disk of 1 MB; folders with a dot lie elsewhere."""
     folder, mounted = tmp_path / "disk", list[Path]()
     folder.mkdir()
 
