@@ -7,7 +7,7 @@ PORT ?= 5000
 PREFECT_PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workspace demo demo-real retrain serve label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies worker docs clean
+.PHONY: help setup workspace demo demo-real retrain serve chat label serve-model up down status test test-fast test-slow lint ui bench calibrate tune study studies worker docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ retrain: workspace  ## take in new files, train, promote a proven gain; seconds 
 
 serve: workspace  ## retrain nightly, compare weekly, with Prefect's UI (PREFECT_PORT=4200)
 	@$(QUIET) $(PYTHON_IN) -m flows.serve --port $(PREFECT_PORT)
+
+chat: workspace  ## talk to a model in the terminal (MODEL=champion ARGS="--against challenger")
+	@$(QUIET) $(PYTHON_IN) -m pipelines.commands chat $(MODEL) $(ARGS)
 
 label: workspace  ## let people compare answers on a page, to train on (ARGS="champion challenger")
 	@$(QUIET) $(PYTHON_IN) -m pipelines.commands label $(ARGS)

@@ -39,7 +39,7 @@ from pipelines.labelling.held_out import gold_answer
 from pipelines.labelling.imports import read_export
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.preferences import hand_over, write_results
-from pipelines.labelling.sampling import CANDIDATES, Sampling, closest, sample_items
+from pipelines.labelling.sampling import CANDIDATES, Sampling, closest, most_disputed, sample_items
 from pipelines.labelling.session import ASKS, FOLDER, Session, open_session
 from pipelines.labelling.shadow import shadow_items
 from pipelines.labelling.summary import describe, summarise
@@ -58,7 +58,7 @@ from pipelines.runtime.command_line import (
 from pipelines.runtime.identity import content_digest, file_digest
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.served import read_served
-from pipelines.training.answer_scores import reward_scores
+from pipelines.training.answer_scores import reward_scores, reward_spreads
 from pipelines.validation.leakage import prompt_keys
 from posttrain import network
 from posttrain.errors import DataError
@@ -156,10 +156,12 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     opened = zip(weights, open_models(project, names), strict=True)
     models = [(Path(name).name if _is_folder(name) else name, md5, model) for md5, (name, model) in opened]
     sampling = Sampling(args.answers, args.max_new_tokens, args.temperature, args.seed)
-    wanted = args.count * (CANDIDATES if args.by == "unsure" else 1)
+    wanted = args.count * (1 if args.by == "random" else CANDIDATES)
     items = sample_items(models, found, wanted, args.ask, sampling)
     if args.by == "unsure":
         items = closest(items, reward_scores(), args.count)
+    if args.by == "disagreement":
+        items = most_disputed(items, reward_spreads(), args.count)
     session = Session(folder, args.ask, args.seed, args.repeat, tuple(items), args.held_out)
     session.save()
     return session
@@ -270,9 +272,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--by",
-        choices=("random", "unsure"),
+        choices=("random", "unsure", "disagreement"),
         default="random",
-        help="unsure: answers whose reward-model scores are closest",
+        help="unsure: answers whose reward-model scores are closest; disagreement: answers on which the heads of an ensemble differ most",
     )
     made.add_argument(
         "--repeat", type=whole(0), default=0, help="items shown a second time, to measure consistency (default: 0)"
@@ -315,8 +317,8 @@ def main(argv: list[str] | None = None) -> int:
         command.error(
             "--shadow asks about logged answers in pairs; give no MODEL, --prompts, --held-out, --ask or --by"
         )
-    if args.held_out and (args.prompts is None or args.by == "unsure"):
-        command.error("--held-out needs --prompts FILE, since training prompts cannot be held out, and no --by unsure")
+    if args.held_out and (args.prompts is None or args.by != "random"):
+        command.error("--held-out needs --prompts FILE, since training prompts cannot be held out, and no --by")
     if args.held_out:
         args.ask = "scores"
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):

@@ -61,6 +61,14 @@ def closest(items: Sequence[Item], score: Score, count: int) -> list[Item]:
     return [items[i] for i in order[:count]]
 
 
+def most_disputed(items: Sequence[Item], spread: Score, count: int) -> list[Item]:
+    """Return the items on whose answers the heads of the reward model differ most on average, the most disputed first."""
+    flat = iter(spread([(item.prompt, answer.text) for item in items for answer in item.answers]))
+    spreads = [sum(next(flat) for _ in item.answers) / len(item.answers) for item in items]
+    order = sorted(range(len(items)), key=lambda i: (-spreads[i], i))
+    return [items[i] for i in order[:count]]
+
+
 def _items(
     models: Sequence[tuple[str, str, Model]], prompts: Sequence[Any], ask: Ask, sampling: Sampling
 ) -> Iterator[Item]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +48,19 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
     if name in ALIASES or name.isdigit():
         version = _registered(project, name, experiment)
         if version is None:
+            trained = ", ".join(_names(_locked(project)))
             raise DataError(
-                f"no version is {name} yet: `make demo` registers its best model as challenger, and `make retrain` asks the gate for a"
-                " champion. `posttrain models` lists the versions; models of dvc.lock have names such as dpo-0."
+                f"no version is {name} yet: `make demo` registers its best model as challenger, unless no model solves the task, and"
+                f" `make retrain` asks the gate for a champion. `posttrain models` lists the versions. Trained models: {trained or 'none'}."
             )
         return NamedModel(version.tags[PATH], version.md5, version)
-    models = _locked(project)
-    for path in (name.rstrip("/"), f"models/{name}", f"models/align/{name}"):
+    models, given = _locked(project), re.sub("^runs/", "models/", name.rstrip("/"))
+    for path in (given, f"models/{given}", f"models/align/{given}"):
         if path in models:
             return NamedModel(path, models[path])
-    known = [path.removeprefix("models/").removeprefix("align/") for path in models]
-    raise DataError(f"neither dvc.lock nor the registry knows a model {name!r}{nearest(name, (*known, *ALIASES))}")
+    raise DataError(
+        f"neither dvc.lock nor the registry knows a model {name!r}{nearest(name, (*_names(models), *ALIASES))}"
+    )
 
 
 def _registered(project: Path, name: str, experiment: str) -> Version | None:
@@ -67,6 +71,11 @@ def _registered(project: Path, name: str, experiment: str) -> Version | None:
         return found
     registry = Registry(project, experiment)
     return registry.version(int(name)) if name.isdigit() else registry.holding(name)
+
+
+def _names(paths: Iterable[str]) -> list[str]:
+    """Return the short names of models, such as `sft` and `dpo-0`."""
+    return [path.removeprefix("models/").removeprefix("align/") for path in paths]
 
 
 def _locked(project: Path) -> dict[str, str]:

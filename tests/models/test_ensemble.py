@@ -13,10 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardParams
+from pipelines.training.answer_scores import reward_scores, reward_spreads
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
-from posttrain.errors import ModelError
-from posttrain.models.folders import save_model
+from posttrain.errors import DataError, ModelError
+from posttrain.models.folders import load_encoder, save_model
 from posttrain.models.inference import scores, scores_and_spreads
 from posttrain.models.policy import Scorer, token_values
 from posttrain.models.scorers import HEADS, PENALTY, load_scorer, mean_head, start_scorer
@@ -53,6 +54,20 @@ def test_the_score_is_the_mean_of_the_heads_minus_their_deviation(folder: Path) 
         assert (score, spread) == pytest.approx((mean - 2 * deviation, deviation), abs=1e-6)
         assert spread > 1e-3
     assert scores(scorer, ROWS, 6) == pytest.approx(scores(scorer, ROWS, 99), abs=1e-6)
+
+
+def test_texts_are_scored_and_the_heads_differences_are_given_for_ensembles_only(folder: Path) -> None:
+    answers = [("1+1=", "2"), ("1+1=", "3" * 300)]
+    scorer, encoder = Scorer(load_scorer(folder)), load_encoder(folder)
+    ((score, spread),) = scores_and_spreads(scorer, [encoder.pair("1+1=", "2")], 99)
+    assert reward_scores(folder, skip_long=True)(answers) == pytest.approx([score])
+    assert reward_spreads(folder)(answers[:1]) == pytest.approx([spread])
+    with pytest.raises(DataError, match=r"tokens exceed the model's context"):
+        reward_scores(folder)(answers)
+    language_model = folder.parent / "lm"
+    save_model(start_scorer(language_model, heads=1), encoder.tokenizer, folder.parent / "one", "")
+    with pytest.raises(DataError, match=r"one head, which cannot disagree; type `posttrain configure reward\.heads=4`"):
+        reward_spreads(folder.parent / "one")
 
 
 def test_an_ensemble_reports_its_disagreement_on_the_answers_that_it_scored(folder: Path) -> None:

@@ -12,7 +12,7 @@ from pipelines.commands.label import finish, main, parser, prepare, prompts, usa
 from pipelines.config.params import load_params
 from pipelines.data.tables import Table, write_rows
 from pipelines.labelling.judgements import Desk
-from pipelines.labelling.sampling import Sampling, closest, sample_items
+from pipelines.labelling.sampling import Sampling, closest, most_disputed, sample_items
 from pipelines.labelling.session import Answer, Item
 from posttrain.errors import DataError
 from tests.pipelines.labelling.sessions import session
@@ -83,6 +83,15 @@ def test_the_closest_scores_come_first() -> None:
     items = [item("far", "1", "9"), item("near", "4", "5"), item("middle", "2", "5")]
     found = closest(items, lambda pairs: [float(answer) for _, answer in pairs], 2)
     assert [each.id for each in found] == ["near", "middle"]
+
+
+def test_the_answers_on_which_the_heads_differ_most_come_first() -> None:
+    def item(name: str, *texts: str) -> Item:
+        return Item(name, "p", tuple(Answer(text, "m", "h") for text in texts))
+
+    items = [item("agreed", "1", "1"), item("one of two", "0", "9"), item("both", "5", "6")]
+    found = most_disputed(items, lambda pairs: [float(answer) for _, answer in pairs], 2)
+    assert [each.id for each in found] == ["both", "one of two"]
 
 
 def test_mistakes_are_words(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
