@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def run(run: Run) -> None:
         with_people(decision, people[decision.challenger], params.gate.people)
         for decision in _judged(params, names, reference, resampling, args.earlier)
     ]
-    drifts = arriving(Path(), params, _scorer if has_reward_model() else None)
+    drifts = arriving(Path(), params, _exceeded, _scorer if has_reward_model() else None)
     rates = [rate for rate in people.values() if rate is not None]
     chosen = next((decision for decision in decisions if decision.promote), decisions[0])
     record = _record(chosen, decisions) | {"drift": [drift.record() for drift in drifts]}
@@ -86,6 +86,12 @@ def run(run: Run) -> None:
         print(f"gate: {drift.words}", flush=True)
     for check in chosen.checks:
         print(f"gate: {'passed' if check.passed else 'FAILED'}  {check.name}: {check.words}", flush=True)
+
+
+def _exceeded(measures: Mapping[str, tuple[float, float]]) -> list[str]:
+    from pipelines.validation.drift import exceeded  # Great Expectations takes seconds to import
+
+    return exceeded(measures)
 
 
 def _scorer() -> Score:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.config.params import Params, load_params
@@ -42,7 +43,13 @@ def _arriving(project: Path, params: Params) -> list[Drift]:
     """Compare served prompts and accepted files; the model library is loaded only if there is a reward model to score with."""
     from pipelines.training.answer_scores import has_reward_model, reward_scores
 
-    return arriving(project, params, (lambda: reward_scores(skip_long=True)) if has_reward_model() else None)
+    return arriving(project, params, _exceeded, (lambda: reward_scores(skip_long=True)) if has_reward_model() else None)
+
+
+def _exceeded(measures: Mapping[str, tuple[float, float]]) -> list[str]:
+    from pipelines.validation.drift import exceeded  # Great Expectations takes seconds to import
+
+    return exceeded(measures)
 
 
 @reports_errors
@@ -57,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     params = load_params(project / "params.yaml")
-    found = [of_file(project, params, path) for path in files] if files else _arriving(project, params)
+    found = [of_file(project, params, path, _exceeded) for path in files] if files else _arriving(project, params)
     if args.json:
         print_text(json.dumps([drift.record() for drift in found], indent=1))
     elif found:

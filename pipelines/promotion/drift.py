@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ SCORED = 256
 Answer = tuple[Any, str]
 """A prompt and an answer to it."""
 Score = Callable[[Sequence[Answer]], list[float]]
+Rules = Callable[[Mapping[str, tuple[float, float]]], list[str]]
+"""Return the names of the measures that exceed their limits; given value and limit by name."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Group:
     answers: Sequence[Answer]
 
 
-def arriving(project: Path, params: Params, reward: Callable[[], Score] | None = None) -> list[Drift]:
+def arriving(project: Path, params: Params, rules: Rules, reward: Callable[[], Score] | None = None) -> list[Drift]:
     """Return the drift of served prompts and of accepted files; a group with too few prompts is left out.
 
     `reward` loads the reward model; it is called only if there are answers to score.
@@ -96,7 +98,7 @@ def arriving(project: Path, params: Params, reward: Callable[[], Score] | None =
         if enough and reward is not None:
             score = score or reward()
         compared = score_drift(score, group.training_answers, group.answers) if score and enough else None
-        found.append(judged(group.name, group.training, group.prompts, limits, compared))
+        found.append(judged(group.name, group.training, group.prompts, limits, rules, compared))
     return found
 
 
@@ -113,9 +115,14 @@ def _accepted(project: Path, params: Params) -> Group:
     return Group(ACCEPTED, earlier, prompts, before, answers)
 
 
-def score_drift(score: Score, training: Sequence[Answer], answers: Sequence[Answer]) -> ScoreDrift:
-    """Compare the scores of answers with those of training answers; of many, some that are evenly spaced."""
+def score_drift(score: Score, training: Sequence[Answer], answers: Sequence[Answer]) -> ScoreDrift | None:
+    """Compare the scores of answers with those of training answers; of many, some that are evenly spaced.
+
+    None if the reward model could score none of one side.
+    """
     expected, actual = (score(_spread(side)) for side in (training, answers))
+    if not expected or not actual:
+        return None
     psi, bins = stability_index(expected, actual)
     return ScoreDrift(len(actual), psi, chance_limit(bins, len(expected), len(actual)))
 
@@ -126,35 +133,41 @@ def _spread(answers: Sequence[Answer]) -> list[Answer]:
     return [answers[i * len(answers) // count] for i in range(count)]
 
 
-def of_file(project: Path, params: Params, path: Path) -> Drift:
+def of_file(project: Path, params: Params, path: Path, rules: Rules) -> Drift:
     """Return the drift of a file's prompts. Raises DataError if it has none, or if there are no training prompts."""
     training, texts = training_prompts(project), _prompts(read_file(path))
     if not training:
         raise DataError(f"{FOLDER} has no training prompts yet; type `dvc repro validate`")
     if not texts:
         raise DataError(f"{path}: no record has a `prompt`")
-    return judged(f"prompts of {path.name}", training, texts, params.gate.drift)
+    return judged(f"prompts of {path.name}", training, texts, params.gate.drift, rules)
 
 
 def judged(
-    name: str, training: Sequence[str], texts: Sequence[str], limits: DriftParams, scores: ScoreDrift | None = None
+    name: str,
+    training: Sequence[str],
+    texts: Sequence[str],
+    limits: DriftParams,
+    rules: Rules,
+    scores: ScoreDrift | None = None,
 ) -> Drift:
     """Compare one group, and say which limits it exceeds. A stability index within chance is no drift."""
-    found, reasons = compare_texts(training, texts), []
-    if found.length_psi > max(limits.length_psi, found.chance):
-        reasons.append(
-            f"their lengths have a stability index of {found.length_psi:.2f}, above {max(limits.length_psi, found.chance):.2f}"
-        )
-    if found.new_words > limits.new_words:
-        reasons.append(
-            f"{100 * found.new_words:.1f} % of their words are in no training prompt, above {100 * limits.new_words:.1f} %"
-        )
-    if scores is not None and scores.psi > max(limits.score_psi, scores.chance):
-        reasons.append(
-            f"the reward model's scores of their answers have a stability index of {scores.psi:.2f}, above"
-            f" {max(limits.score_psi, scores.chance):.2f}"
-        )
-    return Drift(name, found, tuple(reasons), scores)
+    found = compare_texts(training, texts)
+    measures = {
+        "length_psi": (found.length_psi, max(limits.length_psi, found.chance)),
+        "new_words": (found.new_words, limits.new_words),
+    }
+    if scores is not None:
+        measures["score_psi"] = (scores.psi, max(limits.score_psi, scores.chance))
+    return Drift(name, found, tuple(_reason(measure, *measures[measure]) for measure in rules(measures)), scores)
+
+
+def _reason(measure: str, value: float, limit: float) -> str:
+    """Return the words about an exceeded limit."""
+    if measure == "new_words":
+        return f"{100 * value:.1f} % of their words are in no training prompt, above {100 * limit:.1f} %"
+    subject = {"length_psi": "their lengths have", "score_psi": "the reward model's scores of their answers have"}
+    return f"{subject[measure]} a stability index of {value:.2f}, above {limit:.2f}"
 
 
 def training_prompts(project: Path) -> list[str]:

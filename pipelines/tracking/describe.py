@@ -16,7 +16,7 @@ from pipelines.runtime.prices import read_prices
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.rollouts import has_rollouts
-from pipelines.tracking.source import COST, RecordedRun
+from pipelines.tracking.source import COST, RESULT, START, RecordedRun, results
 from pipelines.tracking.store import workspace
 
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
@@ -26,7 +26,6 @@ TRACES_TAG = "posttrain.traces"
 """Number of answers of the evaluation, and of each kind of the training steps, that are sent as traces of the run."""
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
-START = "models/sft"
 SYSTEM = "system/"
 """MLflow shows metrics with this prefix under *System metrics*, apart from the model's."""
 MACHINE = ("memory/",)
@@ -100,14 +99,38 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
 
 
 def _price(source: RecordedRun, project: Path) -> dict[str, str]:
-    """Return money and CO2 of a finished run as tags, which follow a changed prices.yaml; what is not known is left out."""
+    """Return money and CO2 of a finished run, and its costs per percentage point of the headline measure that it gained over SFT.
+
+    They are tags, because they follow a changed prices.yaml and report.headline. Unknown values are left out.
+    """
     prices, seconds = read_prices(project), source.seconds
-    if prices is None or seconds is None:
+    if seconds is None:
         return {}
-    device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
-    found = {"cost.money": prices.of(device, seconds), "cost.co2_grams": prices.grams(device, seconds, spent)}
-    units = {"cost.money": f" {prices.currency}", "cost.co2_grams": " g"}
-    return {name: f"{value:.4g}{units[name]}" for name, value in found.items() if value is not None}
+    costs = {"seconds": (seconds, "s")}
+    if prices is not None:
+        device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
+        money, grams = prices.of(device, seconds), prices.grams(device, seconds, spent)
+        costs |= {"money": (money, prices.currency)} if money is not None else {}
+        costs |= {"co2_grams": (grams, "g")} if grams is not None else {}
+    found = {f"cost.{name}": f"{value:.4g} {unit}" for name, (value, unit) in costs.items() if name != "seconds"}
+    gain = _gain(source, project)
+    if gain > 0:
+        found |= {f"cost.{name}_per_point": f"{value / gain:.4g} {unit}" for name, (value, unit) in costs.items()}
+    return found
+
+
+def headline_metric(params: Params) -> str:
+    """Return the name of the metric by which the report ranks models."""
+    return RESULT + ("accuracy" if params.report.headline == "greedy" else f"reward_{params.evaluation.accuracy}")
+
+
+def _gain(source: RecordedRun, project: Path) -> float:
+    """Return the percentage points of the headline measure that an aligned model gained over its supervised model; 0 if unknown."""
+    if source.evaluation is None or source.supervised is None:
+        return 0.0
+    name = (headline_metric(present_params(project)), 0)
+    after, before = results(source.evaluation).get(name), results(source.supervised).get(name)
+    return 0.0 if after is None or before is None else 100 * (after - before)
 
 
 def grouping(source: RecordedRun, project: Path) -> dict[str, str]:

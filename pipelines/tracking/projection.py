@@ -108,9 +108,7 @@ class Projector:
         experiment = self._experiment(self._default_experiment())
         present = dict(self.client.get_experiment(experiment).tags)
         params = load_params(self.project_root / "params.yaml")
-        greedy = params.report.headline == "greedy"
-        headline = RESULT + ("accuracy" if greedy else f"reward_{params.evaluation.accuracy}")
-        for name, value in experiment_tags(experiment, sources, headline).items():
+        for name, value in experiment_tags(experiment, sources, describe.headline_metric(params)).items():
             if present.get(name) != value:
                 self.client.set_experiment_tag(experiment, name, value)
 

@@ -20,6 +20,7 @@ from posttrain.files import files_below
 
 Value = tuple[str, int]
 """Metric name and step."""
+START = "models/sft"
 RESULT, COST = "evaluation/", "cost/"
 """Prefixes of the values that a training run has next to its curves."""
 
@@ -34,6 +35,8 @@ class RecordedRun:
     status: str
     evaluation: RecordedRun | None = None
     """The finished evaluation of exactly the model that this run wrote."""
+    supervised: RecordedRun | None = None
+    """The finished evaluation of the supervised model that an align run read."""
 
     @cached_property
     def start(self) -> Record:
@@ -146,6 +149,10 @@ class RecordedRun:
         return _milliseconds(self.measurements[-1]["time"]) if self.measurements else None
 
 
+def _aligns(source: RecordedRun) -> bool:
+    return bool(source.start["stage"] == "align")
+
+
 def results(evaluation: RecordedRun) -> dict[Value, float]:
     """Return an evaluation's results by the names that they have on the run of the evaluated model, at step 0."""
     summary = evaluation.values_of("summary")
@@ -218,5 +225,6 @@ def _with_evaluations(sources: list[RecordedRun], current: set[str]) -> list[Rec
     for source in sources:
         model = next(iter(source.of("model")), {})
         evaluation = evaluations.get((str(model["path"]), str(model["content"]))) if "content" in model else None
-        found.append(source if evaluation is None else replace(source, evaluation=evaluation))
+        supervised = evaluations.get((START, source.start.get("inputs", {}).get(START))) if _aligns(source) else None
+        found.append(replace(source, evaluation=evaluation, supervised=supervised))
     return found

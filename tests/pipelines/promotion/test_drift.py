@@ -19,6 +19,8 @@ from pipelines.promotion.decision import not_judged
 from pipelines.promotion.drift import arriving
 from pipelines.promotion.page import page
 from pipelines.tracking.served import append_served
+from pipelines.validation.drift import exceeded
+from posttrain.errors import DataError
 
 LIKE = [f"{a}+{b}=" for a in range(10, 40) for b in range(50, 60)]
 OTHER = [f"please tell me what {a} times {b} makes, step by step" for a in range(10, 16) for b in range(10, 18)]
@@ -70,7 +72,7 @@ def test_other_prompts_are_named_with_what_differs(project: Path, capsys: pytest
     assert record["new_words"] == pytest.approx(9 / 11)
     assert record["known"] == 0.0
     assert "above 0.25; 81.8 % of their words are in no training prompt, above 10.0 %." in record["words"]
-    (found,) = arriving(project, load_params("params.yaml"))
+    (found,) = arriving(project, load_params("params.yaml"), exceeded)
     decision = not_judged("grpo-0", "the champion", "no answers")
     html = page(decision, [decision], [found])
     assert "Prompts that arrive, against the training prompts" in html
@@ -100,7 +102,7 @@ def test_accepted_files_are_compared_with_the_training_prompts_before_them(proje
     folder.mkdir(parents=True)
     rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in OTHER]
     (folder / "0001-new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (found,) = arriving(project, load_params("params.yaml"))
+    (found,) = arriving(project, load_params("params.yaml"), exceeded)
     assert found.name == "prompts of accepted files"
     assert found.measured.new_words == pytest.approx(9 / 11)
     assert found.measured.known == 0.0
@@ -116,7 +118,7 @@ def test_the_reward_models_scores_of_answers_are_compared_with_those_of_training
     def scores(given: Sequence[tuple[Any, str]]) -> list[float]:
         return [float(answer) for _, answer in given]
 
-    (found,) = arriving(project, params, lambda: scores)
+    (found,) = arriving(project, params, exceeded, lambda: scores)
     # a tenth of the training answers in each bin, all served ones in the last; an empty bin counts as 1e-4
     by_hand = 9 * (1e-4 - 0.1) * math.log(1e-4 / 0.1) + 0.9 * math.log(10)
     assert found.scores is not None
@@ -128,3 +130,9 @@ def test_the_reward_models_scores_of_answers_are_compared_with_those_of_training
     decision = not_judged("grpo-0", "the champion", "no answers")
     assert f'<td class="n">{by_hand:.3f}<td class="n">0.451' in page(decision, [decision], [found])
     assert "a stability index of 8.28" in command.describe(found)
+
+
+def test_a_limit_is_kept_by_an_equal_value_and_a_missing_value_is_no_pass() -> None:
+    assert exceeded({"a": (0.25, 0.25), "b": (0.2500001, 0.25), "c": (0.0, 0.1)}) == ["b"]
+    with pytest.raises(DataError, match="could not be measured"):
+        exceeded({"a": (math.nan, 0.25)})

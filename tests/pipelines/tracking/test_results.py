@@ -94,6 +94,27 @@ def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> No
     ) in aligned["mlflow.note.content"]
 
 
+def test_the_cost_of_a_run_and_of_a_point_over_sft_are_tags(project: Path) -> None:
+    done = {"kind": "summary", "values": RESULT | {"reward/answer/mean": 0.375}}
+    write(
+        project / "runs/evaluate/sft", start("evaluate", "sft", {"model": "sft"}, {"models/sft": SFT_DIGEST}), done, END
+    )
+    times = [{"kind": "start", "time": 100.0}, {"kind": "end", "time": 150.0}]
+    (project / "runs/align/grpo-0/measurements.jsonl").write_text("".join(json.dumps(each) + "\n" for each in times))
+
+    def costs() -> dict[str, str]:
+        found = describe.tags(next(s for s in discover(project, []) if s.start["stage"] == "align"), project)
+        return {name.removeprefix("cost."): value for name, value in found.items() if name.startswith("cost.")}
+
+    # 50 s for 0.625 - 0.375 = 25 points
+    assert costs() == {"seconds_per_point": "2 s"}
+    (project / "prices.yaml").write_text("currency: EUR\nhour: {cpu: 7.2}\n")
+    assert costs() == {"seconds_per_point": "2 s", "money": "0.1 EUR", "money_per_point": "0.004 EUR"}
+    shipped = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(shipped.replace("headline: sampled ", "headline: greedy "))
+    assert costs() == {"money": "0.1 EUR"}, "both are right on 75 % of the greedy answers"
+
+
 def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(project: Path) -> None:
     alone = load(project / "runs/align/grpo-0")
     assert alone is not None
