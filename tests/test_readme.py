@@ -123,6 +123,11 @@ COMMANDS = {
     "export POSTTRAIN_JUDGE_URL=http://127.0.0.1:8000/v1": ("needs: server", ""),
     "pip install -c constraints.txt '.[openenv]'": ("needs: hub", ""),
     "export POSTTRAIN_OPENENV_GAME=http://127.0.0.1:8000": ("needs: server", ""),
+    "python -m venv .venv-openenv && .venv-openenv/bin/pip install openenv": ("needs: hub", ""),
+    "POSTTRAIN_OPENENV_PYTHON=$PWD/.venv-openenv/bin/python make test-slow ARGS=tests/environments/test_openenv_real.py": (
+        "needs: server",
+        "",
+    ),
     "posttrain configure judge.model=champion": (f"{HERE}::{VALID}", ""),
     "export POSTTRAIN_JUDGE_URL=https://\u2026/v1 POSTTRAIN_JUDGE_API_KEY=\u2026": ("needs: server", ""),
     "posttrain judge SESSION --dry-run": (
