@@ -29,8 +29,9 @@ from flows.gatekeeping import links
 from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
-from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MD5, MEASURE, PATH, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MEASURE, REASON, Registry, Version
 from pipelines.runtime.command_line import whole
+from pipelines.runtime.markup import markdown_text
 from posttrain.errors import OrchestrationError
 from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line
@@ -85,7 +86,7 @@ def promote(
         notify("waiting", f"{chosen.name} waits for approval: {chosen.tags.get(REASON)}", links(project, chosen))
         answer = pause_flow_run(
             wait_for_input=Approval.with_initial_data(
-                description=f"**{chosen.name}** may become champion: {chosen.tags.get(REASON)}. Approve?"
+                description=markdown_text(f"{chosen.name} may become champion: {chosen.tags.get(REASON)}. Approve?")
             ),
             timeout=APPROVAL_HOURS * 3600,
         )
@@ -96,7 +97,7 @@ def promote(
     def choose() -> Version:
         if judged:
             _refuse_stale(registry, chosen, judged_against)
-        copy_weights(project, chosen.tags.get(PATH, chosen.name), chosen.md5, NOTHING)
+        copy_weights(project, chosen.path, chosen.md5, NOTHING)
         return registry.version(chosen.number)
 
     champion = switch(project, choose, lambda found: registry.promote(found.number))
@@ -122,7 +123,7 @@ def _adopt(project: Path, registry: Registry) -> None:
             raise OrchestrationError(
                 f"there is no {POINTER}, so no weights are in production here; run `make retrain`."
             )
-        known = next((each for each in registry.versions() if each.tags.get(MD5) == entry["md5"]), None)
+        known = next((each for each in registry.versions() if each.holds(str(entry["md5"]))), None)
         if known is not None:
             raise OrchestrationError(
                 f"the weights of models/champion are {known.name} already. `python -m flows.promote {known.number}` makes it champion."

@@ -61,10 +61,10 @@ def register(root: str, model: str, words: str) -> str:
     project, folder = Path(root), f"models/align/{model}"
     registry = Registry(project, load_params(project / "params.yaml").project.experiment)
     champion, entry = registry.holding(CHAMPION), locked_output(project, folder)
-    if champion is not None and entry is not None and champion.md5 == entry["md5"]:
+    if champion is not None and entry is not None and champion.holds(entry["md5"]):
         return f"registry: {champion.name}, the champion, is the best model of this comparison"
     judged = [version for version in registry.versions() if DECISION in version.tags]
-    same = next((version for version in judged if entry is not None and version.md5 == entry["md5"]), None)
+    same = next((version for version in judged if entry is not None and version.holds(entry["md5"])), None)
     if same is not None:
         return f"registry: {same.name} is the best model of this comparison; the gate has decided on it: {same.tags[DECISION]}"
     trained = load(project / "runs" / "align" / model)

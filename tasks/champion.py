@@ -17,7 +17,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.yaml_files import read_yaml
-from pipelines.promotion.registry import FILES, PATH, SIZE, Version
+from pipelines.promotion.registry import PATH, Version
 from posttrain.errors import ConfigError, OrchestrationError
 from posttrain.files import read_json, write_atomic
 from tasks.process import child_environment
@@ -54,6 +54,8 @@ def put_into_production(root: Path, version: Version, move: Callable[[], T], *, 
     If `busy` is true, a flow is using models/champion: the weights only have to be in DVC's cache, and that flow restores them when it
     ends. Raises OrchestrationError, with folder and aliases unchanged, if the weights cannot be restored. Call it inside `switching`.
     """
+    if version.fault:
+        raise OrchestrationError(version.fault)
     if busy and not cached(root, version):
         raise OrchestrationError(
             f"the weights of {version.name} ({version.md5}) are not in DVC's cache, and they cannot be fetched while a flow is running"
@@ -114,8 +116,6 @@ def cached(root: Path, version: Version) -> bool:
     listing = files / version.md5[:2] / version.md5[2:]
     if not listing.is_file():
         return False
-    if not version.md5.endswith(".dir"):
-        return True
     members = [str(entry["md5"]) for entry in read_json(listing, f"Remove it, then type `dvc pull {POINTER}`.")]
     return all((files / md5[:2] / md5[2:]).is_file() for md5 in members)
 
@@ -127,8 +127,8 @@ def holds(root: Path, version: Version) -> bool:
 
 def restore(root: Path, version: Version) -> None:
     """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
-    path, before = root / POINTER, _pointer_text(root)
-    write_atomic(path, pointer(version).encode())
+    path, before, after = root / POINTER, _pointer_text(root), pointer(version)
+    write_atomic(path, after.encode())
     if run_dvc(root, "checkout", "--force", str(POINTER)) is None:
         return
     error = run_dvc(root, "pull", "--force", str(POINTER))
@@ -157,8 +157,6 @@ def _pointer_text(root: Path) -> str | None:
 
 
 def pointer(version: Version) -> str:
-    """Return the content of champion.dvc, as `dvc add` would write it."""
-    return (
-        f"outs:\n- md5: {version.md5}\n  size: {version.tags[SIZE]}\n  nfiles: {version.tags[FILES]}\n"
-        f"  hash: md5\n  path: {FOLDER.as_posix()}\n"
-    )
+    """Return the content of champion.dvc, as `dvc add` would write it. Raises DataError if the version's tags are wrong."""
+    lines = "".join(f"  {key}: {value}\n" for key, value in version.entry.items())
+    return f"outs:\n- {lines.lstrip()}  hash: md5\n  path: {FOLDER.as_posix()}\n"

@@ -76,9 +76,11 @@ def look_up(root: str) -> Situation:
     params = load_params(project / "params.yaml")
     registry = Registry(project, params.project.experiment)
     champion, barred = registry.holding(CHAMPION), registry.barred()
+    if champion is not None and champion.fault:
+        raise OrchestrationError(champion.fault)
     hashes = {name: _md5(project, name) for name in aligned(params.project.algorithms, params.project.seeds)}
     hashes = {name: md5 for name, md5 in hashes.items() if md5}
-    free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or md5 != champion.md5)]
+    free = [name for name, md5 in hashes.items() if md5 not in barred and (champion is None or not champion.holds(md5))]
     excluded = {name: barred[md5] for name, md5 in hashes.items() if md5 in barred}
     known = frozenset(version.tags.get(MD5, "") for version in registry.versions())
     return Situation(champion, tuple(free), excluded, registry.state(), known)
@@ -109,7 +111,7 @@ def ask(
     command = [sys.executable, "-m", "pipelines.gate", "--candidates", *candidates]
     if champion is not None:
         command += ["--champion", FOLDER.as_posix(), "--champion-name", f"the champion, {champion.name}"]
-        command += ["--earlier", champion.tags[EVALUATION]] if EVALUATION in champion.tags else []
+        command += ["--earlier", champion.evaluation] if champion.evaluation is not None else []
     with lease(machine_slots(several=False), stop, on_wait=lambda: print_line("gate waits for a free slot")) as held:
         run_logged(Path(root), "gate", command, held=held, flow_run=flow_run, followed=not tracking)
     decision: dict[str, Any] = json.loads((Path(root) / DECISION).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import os
+import threading
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -37,11 +38,11 @@ def _signature(body: bytes) -> dict[str, str]:
     secret = os.environ.get("POSTTRAIN_WEBHOOK_SECRET")
     if not secret:
         return {}
-    return {"X-Posttrain-Signature": "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}
+    return {"X-Posttrain-Signature": "sha256=" + hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()}
 
 
 def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
-    """Send the message; return True if the webhook accepted it."""
+    """Send the message; return True if the webhook accepted it within TIMEOUT_SECONDS."""
     url = os.environ.get("POSTTRAIN_WEBHOOK")
     if not url:
         return False
@@ -50,15 +51,26 @@ def notify(event: str, text: str, links: Mapping[str, str | None]) -> bool:
     body = {"event": event, "text": "\n".join(lines), "links": there}
     data = json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "posttrain", **_signature(data)}
+    answers: list[str] = []
+    # urllib's own limit is one for each read: a server that sends a byte every few seconds would hold the flow for hours
+    sender = threading.Thread(target=lambda: answers.append(_send(url, data, headers)), name="webhook", daemon=True)
+    sender.start()
+    sender.join(TIMEOUT_SECONDS)
+    problem = answers[0] if answers else f"no answer within {TIMEOUT_SECONDS:g} seconds"
+    if problem:
+        print_line(f"the webhook did not receive `{event}`: {problem}")
+    return not problem
+
+
+def _send(url: str, data: bytes, headers: Mapping[str, str]) -> str:
+    """Post the data; return why it was not accepted, or nothing."""
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("not an address of the web")
-        _OPENER.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS).close()
+        _OPENER.open(urllib.request.Request(url, data, dict(headers)), timeout=TIMEOUT_SECONDS).close()
     except ValueError:
         # urllib's message contains the whole address, which is a secret.
-        print_line(f"the webhook did not receive `{event}`: POSTTRAIN_WEBHOOK must be an http:// or https:// address")
-        return False
+        return "POSTTRAIN_WEBHOOK must be an http:// or https:// address"
     except (OSError, HTTPException) as error:
-        print_line(f"the webhook did not receive `{event}`: {redact(str(error)) or type(error).__name__}")
-        return False
-    return True
+        return redact(str(error)) or type(error).__name__
+    return ""

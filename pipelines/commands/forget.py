@@ -81,7 +81,7 @@ def mark(project: Path, experiment: str, found: Erasure) -> list[str]:
     seen = {each.md5 for each in found.models}
     local = read_versions(project, experiment)
     versions = Registry(project, experiment).versions() if local is None else local
-    marked = [each for each in versions if each.md5 in seen]
+    marked = [each for each in versions if any(map(each.holds, seen))]
     for version in marked:
         Registry(project, experiment).tag(
             version.number, {RETRAIN: f"trained on a forgotten file, sha256 {found.sha256}"}

@@ -93,8 +93,7 @@ def _claimed(arrival: Arrival, params: Params, inbox: Inbox, admission: Admissio
             f"{claimed.file}: {claimed.attempts} processes were killed while they read this file; most likely it needs more memory"
             " than there is. Split it, and move the parts back."
         )
-        inbox.quarantine(claimed, reason)
-        return IntakeResult(claimed.name, "quarantined", reason=reason)
+        return _quarantined(claimed, inbox, reason)
     try:
         return _take(claimed, params, inbox, admission)
     except BaseException:
@@ -134,9 +133,18 @@ def _set_aside(arrival: Arrival, inbox: Inbox, local: Path, why: str) -> IntakeR
     reason = redact(why.replace(str(local), arrival.file))
     if not inbox.unchanged(arrival):
         return _postponed(arrival, inbox)
-    inbox.quarantine(arrival, reason)
     local.unlink(missing_ok=True)
-    return IntakeResult(arrival.name, "quarantined", reason=reason)
+    return _quarantined(arrival, inbox, reason)
+
+
+def _quarantined(arrival: Arrival, inbox: Inbox, reason: str) -> IntakeResult:
+    """Set a file aside. If its folder does not allow it, the file waits, and the others are taken."""
+    failed = inbox.quarantine(arrival, reason)
+    if not failed:
+        return IntakeResult(arrival.name, "quarantined", reason=reason)
+    if arrival.attempts < MOST_ATTEMPTS:
+        inbox.give_back(arrival)
+    return IntakeResult(arrival.name, "left", reason=f"it is refused, and {failed}. The reason: {reason}")
 
 
 def _finished(arrival: Arrival, inbox: Inbox, local: Path, taken: IntakeResult) -> IntakeResult:

@@ -25,11 +25,12 @@ def line(version: Version, *, full: bool = False) -> str:
     tags = version.tags
     why = f"rolled back: {tags[ROLLED_BACK]}" if ROLLED_BACK in tags else tags.get(REASON, "")
     why = f"train again: {tags[RETRAIN]}; {why}" if RETRAIN in tags else why
-    why = printable(" ".join(why.split()))
+    why = printable(" ".join((version.fault or why).split()))
     if not full and len(why) > WIDTH:
         why = why[: WIDTH - 1] + "…"
     aliases = ", ".join(version.aliases) or "-"
-    return f"{version.number:>4}  {aliases:<20} {tags.get(MODEL, '?'):<16} {tags.get(DECISION, '-'):<9} {why}"
+    model, decision = (printable(tags.get(tag, blank))[:WIDTH] for tag, blank in ((MODEL, "?"), (DECISION, "-")))
+    return f"{version.number:>4}  {aliases:<20} {model:<16} {decision:<9} {why}"
 
 
 @reports_errors

@@ -50,7 +50,7 @@ def registered(project: Path, experiment: str) -> Callable[[str], str]:
         except TrackingError as error:
             print(f"serve: answers name only the hash of the weights: {printable(str(error))}", file=sys.stderr)
             return ""
-        return next((str(each.number) for each in versions if each.md5 == md5), "")
+        return next((str(each.number) for each in versions if each.holds(md5)), "")
 
     return version
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.files import OPENERS, kind_and_compression
+from pipelines.data.parquet import refuse_wide
 from pipelines.data.size_limit import limit_megabytes
 from posttrain.errors import DataError
 
@@ -64,6 +65,7 @@ def _decompressed(path: Path, compression: str) -> Iterator[int]:
 def _parquet(path: Path, limit: int) -> Iterator[tuple[int, int]]:
     """Yield first the sizes that the file declares, then those of its values, a few rows at a time."""
     with pq.ParquetFile(path) as file:
+        refuse_wide(file.metadata.num_columns, str(path))
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         declared = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
         yield (declared if declared > limit else 0), file.metadata.num_rows

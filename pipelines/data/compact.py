@@ -6,7 +6,7 @@ objects of one class).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 
@@ -28,7 +28,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any]:
     return shared
 
 
-@cache
+@lru_cache(maxsize=256)  # a file may have other names in every row
 def _holder(names: tuple[str, ...]) -> type | None:
     """Return the class for these names; None if one of them could not be an attribute."""
     if not all(name.isidentifier() and not name.startswith("_") for name in names):

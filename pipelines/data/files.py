@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data.compact import compact
-from pipelines.data.parquet import parquet_records
+from pipelines.data.parquet import first_twice, parquet_records, refuse_wide
 from posttrain.errors import DataError
 from posttrain.files import files_below
 from posttrain.text import nearest
@@ -58,7 +58,7 @@ def read_file(path: Path) -> list[Record]:
         )
     records = reader(path)
     if not records:
-        raise DataError(f"{path}: has no records; give a source with at least one")
+        raise DataError(f"{path}: has no records; it must hold at least one")
     return records
 
 
@@ -129,12 +129,15 @@ def kind_and_compression(path: Path) -> tuple[str, str]:
 def _jsonl(path: Path) -> list[Record]:
     """Read one object per line. The file is never held as a whole: its records need several times its size."""
     records: list[Record] = []
+    columns: set[str] = set()
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             value = _parsed(line, path, number)
             if number == 1 and isinstance(value, list):
                 raise DataError(f"{path}, line 1: is an array of objects, which is .json; rename the file")
             record = _object(value, f"{path}, line {number}")
+            columns.update(record)
+            refuse_wide(len(columns), f"{path}, lines 1 to {number}")
             records.append(compact({sys.intern(name): value for name, value in record.items()}))
     return records
 
@@ -228,9 +231,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> Record:
     """Return a JSON object. Raises ValueError if a key occurs twice: one of the values would be lost."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
+        raise ValueError(f"the key {first_twice(name for name, _ in pairs)!r} occurs twice in one object")
     return record
 
 
@@ -246,7 +247,9 @@ def _json(path: Path) -> list[Record]:
             f"{path}: must hold an array of objects, and holds {_kind(tree)}. Write records that are below a key as the array itself; a"
             " file with one object a line is .jsonl"
         )
-    return [_object(value, f"{path}, element {number}") for number, value in enumerate(tree)]
+    records = [_object(value, f"{path}, element {number}") for number, value in enumerate(tree)]
+    refuse_wide(len({name for record in records for name in record}), str(path))
+    return records
 
 
 def _csv(path: Path) -> list[Record]:
@@ -265,17 +268,16 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
     records: list[Record] = []
     try:
         names = reader.fieldnames or ()
-        twice = sorted({name for name in names if names.count(name) > 1})
+        refuse_wide(len(names), f"{path}, line 1")
+        twice = first_twice(names)
         other = next((mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]), None)
         if other is not None:
             raise DataError(
                 f"{path}, line 1: the header is one column, {names[0][:60]!r}; the file seems to be separated by {other!r} instead of"
                 f" {delimiter!r}. Save it separated by {delimiter!r}{', or name it .tsv' if other == chr(9) else ''}."
             )
-        if twice:
-            raise DataError(
-                f"{path}, line 1: the header names column {twice[0]!r} twice, so one would be lost; rename it"
-            )
+        if twice is not None:
+            raise DataError(f"{path}, line 1: the header names column {twice!r} twice, so one would be lost; rename it")
         for record in reader:
             if None in record or None in record.values():
                 raise DataError(f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(names)}")

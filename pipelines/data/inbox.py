@@ -83,7 +83,7 @@ class Inbox(Protocol):
         ...
 
     def quarantine(self, arrival: Arrival, reason: str) -> str:
-        """Set the file aside with its reason in a text file; return its new path inside the inbox."""
+        """Set the file aside with its reason in a text file. Return why it could not be moved, or nothing."""
         ...
 
 
@@ -163,7 +163,7 @@ class StoreInbox:
             self._files.pipe_file(f"{target}.reason.txt", (reason + "\n").encode())
             self._files.cp_file(arrival.place, target)  # `copy` would take [ and * in a name for a pattern
             self._files.rm_file(arrival.place)
-        return name
+        return ""
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

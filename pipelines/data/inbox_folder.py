@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipelines.data import size_limit
 from pipelines.data.folders import exists, opened
@@ -27,6 +27,8 @@ from posttrain.errors import ConfigError, DataError
 
 CLAIMED = ".claimed"
 _ATTEMPTS = ("1", "2")
+_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors that are no fault of one entry."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _NAME_BYTES = 200
 """Longest name in quarantine; with `-2` and `.reason.txt` it stays below the 255 bytes of a file system."""
@@ -81,7 +83,7 @@ class FolderInbox:
         except FileNotFoundError:
             return replace(arrival, left="it has vanished")
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno in _BROKEN:
                 raise unusable(self.where, error.strerror) from error
             return replace(
                 arrival, left=f"it cannot be moved: {error.strerror}; give this user the right to write in its folder"
@@ -110,7 +112,11 @@ class FolderInbox:
                 with self._opened(arrival.place) as (folder, name):
                     now = os.stat(name, dir_fd=folder, follow_symlinks=False)
                     return _state(now) == arrival.state and not being_written(name, folder)
-            except (FileNotFoundError, NotADirectoryError):  # somebody has moved it away
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+                PermissionError,
+            ):  # somebody has moved it away, or closed its folder
                 return False
 
     def remove(self, arrival: Arrival) -> None:
@@ -119,26 +125,26 @@ class FolderInbox:
 
     def give_back(self, arrival: Arrival) -> None:
         """Rename the file to its old place, or next to it if a new file has come there. One that has vanished stays away."""
-        with self._reached(), suppress(FileNotFoundError, NotADirectoryError):
+        with self._reached(), suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             self._move(arrival, arrival.name)
 
     def quarantine(self, arrival: Arrival, reason: str) -> str:
+        folder, file = os.path.split(f"{QUARANTINED}/{arrival.name}")
         with self._reached():
-            folder, file = os.path.split(f"{QUARANTINED}/{arrival.name}")
-            return self._move(arrival, f"{folder}/{_shortened(file)}", reason)
+            try:
+                self._move(arrival, f"{folder}/{_shortened(file)}", reason)
+            except OSError as error:
+                if error.errno in _BROKEN:
+                    raise
+                return f"it cannot be moved to {folder}: {error.strerror}; give this user the right to write there"
+        return ""
 
-    def _move(self, arrival: Arrival, wanted: str, reason: str = "") -> str:
-        """Rename a claimed file to a free name, with its reason next to it, and return the name."""
+    def _move(self, arrival: Arrival, wanted: str, reason: str = "") -> None:
+        """Rename a claimed file to a free name, with its reason next to it."""
         with self._opened(arrival.place) as (source, name), opened(self.base, wanted, make=True) as (folder, file):
-            free = next(each for each in free_names(file) if not exists(each, folder))
-            if reason:
-                note = os.open(
-                    f"{free}.reason.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, dir_fd=folder
-                )
-                with open(note, "w", encoding="utf-8") as text:
-                    text.write(reason + "\n")
+            unused = (each for each in free_names(file) if not exists(each, folder))
+            free = next(each for each in unused if not reason or _explained(each, folder, reason))
             os.rename(name, free, src_dir_fd=source, dst_dir_fd=folder)
-        return str(PurePosixPath(wanted).with_name(free))
 
     def _opened(self, place: str) -> AbstractContextManager[tuple[int, str]]:
         """Open the folder of an entry of this inbox."""
@@ -169,7 +175,7 @@ class FolderInbox:
                 name = f"{inside}/{entry.name}" if inside else entry.name
                 if not waits(name):
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if _is_folder(entry):
                     pending.append(name)
                 elif (arrival := _arrival(name, entry.path)) is not None:
                     yield arrival
@@ -203,17 +209,45 @@ def being_written(path: str, folder: int | None = None) -> bool:
     return False
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
 def _arrival(name: str, place: str) -> Arrival | None:
     try:
         status = os.lstat(place)
     except FileNotFoundError:
         return None
+    except OSError as error:  # a folder that this user may list but not enter, or a path that is too long
+        return Arrival(_printable(name), place, left=f"it cannot be looked at: {error.strerror}")
     kind = _not_a_file(status.st_mode)
     if kind:
         return Arrival(_printable(name), place, left=f"it is {kind}; put the file itself here")
     if _printable(name) != name:
         return Arrival(_printable(name), place, left="its name is not printable UTF-8; rename it")
     return Arrival(name, place, _state(status))
+
+
+def _explained(name: str, folder: int, reason: str) -> bool:
+    """Write the reason next to a file of this name. Return False if there is another entry, such as a pipe or a link."""
+    note, text = f"{name}.reason.txt", (reason + "\n").encode("utf-8", "backslashreplace")
+    try:
+        with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=folder), "wb") as file:
+            file.write(text)
+    except FileExistsError:
+        return _holds(note, folder, text)  # a process was killed before it moved the file
+    return True
+
+
+def _holds(name: str, folder: int, content: bytes) -> bool:
+    try:
+        with open(os.open(name, _READ, dir_fd=folder), "rb") as file:
+            return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(content) + 1) == content
+    except OSError:
+        return False
 
 
 def _not_a_file(mode: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,42 @@ import pyarrow.parquet as pq
 from posttrain.errors import DataError
 
 Convert = Callable[[Any], Any]
+MOST_COLUMNS = 1_000
+"""All names of a file's records together. Thousands of columns would take minutes for a file of few rows."""
 
 
 def parquet_records(path: Path, data: bytes | None = None) -> list[dict[str, Any]]:
     """Return the rows of a Parquet file, or of its bytes `data`. Raises DataError if it cannot be read."""
     try:
         # one file is one table: names such as `year=2024` in its path are no columns
-        table = pq.read_table(pa.BufferReader(data)) if data is not None else pq.ParquetFile(path).read()
+        with pq.ParquetFile(path if data is None else pa.BufferReader(data)) as file:
+            refuse_wide(file.metadata.num_columns, str(path))
+            table = file.read()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
     return table_records(table, str(path))
 
 
+def refuse_wide(columns: int, where: str) -> None:
+    """Raise DataError if there are more than MOST_COLUMNS columns."""
+    if columns > MOST_COLUMNS:
+        raise DataError(
+            f"{where}: has {columns:,} columns, and at most {MOST_COLUMNS:,} are read. Leave out those that are not needed; if the names"
+            " are data, such as one column a user, write them as values."
+        )
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs a second time, or None."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
 def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     """Return the rows of an Arrow table. Raises DataError if bytes are no UTF-8 text."""
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if twice:
-        raise DataError(f"{where}: has the column {twice[0]!r} twice, so one would be lost; rename it")
+    twice = first_twice(table.column_names)
+    if twice is not None:
+        raise DataError(f"{where}: has the column {twice!r} twice, so one would be lost; rename it")
     try:
         records: list[dict[str, Any]] = table.to_pylist()
         list(table.schema.names)  # names may be undecodable, too

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.promotion.local_store import read_versions
-from pipelines.promotion.registry import ALIASES, CHAMPION, PATH, Registry, Version
+from pipelines.promotion.registry import ALIASES, CHAMPION, Registry, Version
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
 from posttrain.text import nearest
@@ -53,7 +53,7 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
                 f"no version is {name} yet: `make demo` registers its best model as challenger, unless no model solves the task, and"
                 f" `make retrain` asks the gate for a champion. `posttrain models` lists the versions. Trained models: {trained or 'none'}."
             )
-        return NamedModel(version.tags[PATH], version.md5, version)
+        return NamedModel(md5=version.md5, path=version.path, version=version)
     models, given = _locked(project), re.sub("^runs/", "models/", name.rstrip("/"))
     for path in (given, f"models/{given}", f"models/align/{given}"):
         if path in models:

@@ -7,17 +7,18 @@ the current one. A version's source is dvc://PATH?md5=HASH; its tags hold the ha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.runtime.redaction import redact
+from pipelines.runtime.redaction import printable, redact
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import default_remote, locked_output
 from pipelines.tracking.store import ask, open_client
-from posttrain.errors import TrackingError
+from posttrain.errors import DataError, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,13 +35,20 @@ MEASURE = "judged_by"
 EVALUATION = "evaluation"
 """Mark of the evaluation by which the gate judged: its number of rows and a digest."""
 _TAG_LENGTH = 4000
+_NAME_LENGTH = 100
+_FOLDER_HASH, _COUNT = re.compile(r"[0-9a-f]{32}\.dir"), re.compile(r"[0-9]{1,18}")
+_MODEL_PATH = re.compile(r"models(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}){1,3}")
+_EVALUATION_MARK = re.compile(r"[0-9]{1,9}:[0-9a-f]{12}")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Version:
-    """One registered model, as a pointer to weights that DVC keeps."""
+    """One registered model, as a pointer to weights that DVC keeps.
+
+    Its tags are untrusted: whoever has MLflow's password can write them. Only checked values reach a file, a path or a command.
+    """
 
     number: int
     tags: Mapping[str, str]
@@ -49,12 +57,55 @@ class Version:
     @property
     def name(self) -> str:
         """Return the version's number and the model's name, for messages."""
-        return f"version {self.number} ({self.tags.get(MODEL, 'unknown')})"
+        model = printable(self.tags.get(MODEL, "unknown"))
+        return f"version {self.number} ({model[:_NAME_LENGTH]})"
 
     @property
     def md5(self) -> str:
-        """Return the hash of the weights."""
-        return self.tags[MD5]
+        """Return the hash of the weights. Raises DataError if the tag is missing or no hash of a folder."""
+        return self._checked(MD5, _FOLDER_HASH, "the hash of a folder: 32 hexadecimal digits and .dir")
+
+    @property
+    def entry(self) -> dict[str, str | int]:
+        """Return the weights as an entry of DVC: md5, size in bytes, number of files. Raises DataError if a tag is missing or wrong."""
+        md5 = self.md5
+        size, files = (int(self._checked(tag, _COUNT, "a whole number")) for tag in (SIZE, FILES))
+        return {"md5": md5, "size": size, "nfiles": files}
+
+    @property
+    def path(self) -> str:
+        """Return the path in the project under which the weights were made. Raises DataError if the tag is missing or wrong."""
+        return self._checked(PATH, _MODEL_PATH, "a path below models/")
+
+    @property
+    def evaluation(self) -> str | None:
+        """Return the mark of the evaluation by which the gate judged, or None if there is none that can be read."""
+        mark = self.tags.get(EVALUATION, "")
+        return mark if _EVALUATION_MARK.fullmatch(mark) else None
+
+    @property
+    def fault(self) -> str:
+        """Return why the version cannot be used, or nothing if it can."""
+        try:
+            self.entry  # noqa: B018
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def holds(self, md5: str) -> bool:
+        """Return True if the version names the weights with this hash."""
+        return self.tags.get(MD5) == md5
+
+    def _checked(self, tag: str, form: re.Pattern[str], rule: str) -> str:
+        value = self.tags.get(tag)
+        if value is not None and form.fullmatch(value):
+            return value
+        found = "is missing" if value is None else f"= {printable(value)[:_NAME_LENGTH]!r}"
+        raise DataError(
+            f"{self.name} cannot be used: its tag {tag} {found}, and must be {rule}. This project did not register it so. Nothing was"
+            " changed. Promote a different version (`posttrain models` lists them: `python -m flows.promote N`), or delete this one or"
+            " its aliases in MLflow's page."
+        )
 
 
 class Registry:
@@ -104,11 +155,11 @@ class Registry:
     ) -> Version:
         """Create a version for the weights of a DVC entry, or update the one that has them."""
         md5 = str(entry["md5"])
-        known = next((version for version in self.versions() if version.tags.get(MD5) == md5), None)
+        known = next((version for version in self.versions() if version.holds(md5)), None)
         pointer = {MODEL: model, MD5: md5, PATH: folder, SIZE: str(entry["size"]), FILES: str(entry.get("nfiles", 1))}
         remote = default_remote(self.project)
         every = pointer | ({REMOTE: remote} if remote else {}) | dict(tags)
-        every = {key: redact(value)[:_TAG_LENGTH] for key, value in every.items()}
+        every = {key: _fitting(value) for key, value in every.items()}
         if known is not None:
             self.tag(known.number, every)
             return self.version(known.number)
@@ -123,9 +174,9 @@ class Registry:
         return self.version(int(created.version))
 
     def promote(self, number: int) -> Version:
-        """Make a version champion; the champion until now becomes previous. A roll-back mark on the new champion is removed."""
+        """Make a version champion; the champion until now becomes previous, if it can be used. Removes the version's roll-back mark."""
         before = self.holding(CHAMPION)
-        if before is not None and before.number != number:
+        if before is not None and before.number != number and not before.fault:
             self._set_alias(PREVIOUS, before.number)
         self._set_alias(CHAMPION, number)
         after = self.version(number)
@@ -167,20 +218,19 @@ class Registry:
 
     def barred(self) -> dict[str, Version]:
         """Return the versions that were rolled back by hand, by the hash of their weights; the gate refuses these weights."""
-        return {version.md5: version for version in self.versions() if ROLLED_BACK in version.tags}
+        return {v.md5: v for v in self.versions() if ROLLED_BACK in v.tags and not v.fault}
 
     def state(self) -> dict[str, str]:
         """Return the weights under each alias, and those that were rolled back. A decision holds only for this state."""
         versions = self.versions()
-        held = {alias: f"{version.number} {version.md5}" for version in versions for alias in version.aliases}
-        return held | {
-            f"rolled back {version.number}": version.md5 for version in versions if ROLLED_BACK in version.tags
-        }
+        weights = {version.number: version.tags.get(MD5, "") for version in versions}
+        held = {alias: f"{v.number} {weights[v.number]}" for v in versions for alias in v.aliases}
+        return held | {f"rolled back {v.number}": weights[v.number] for v in versions if ROLLED_BACK in v.tags}
 
     def tag(self, number: int, tags: Mapping[str, str]) -> None:
-        """Set tags on a version."""
+        """Set tags on a version, without credentials and cut to the length that MLflow takes."""
         for key, value in tags.items():
-            self._ask(partial(self._client.set_model_version_tag, self.name, str(number), key, value))
+            self._ask(partial(self._client.set_model_version_tag, self.name, str(number), key, _fitting(value)))
 
     def link(self, number: int) -> str | None:
         """Return the URL of the version's page, or None if MLflow is not a server."""
@@ -232,3 +282,7 @@ def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:
     mine = tuple(alias for alias in ALIASES if aliases.get(alias) == number)
     tags: dict[str, Any] = dict(found.tags)
     return Version(number, tags, mine)
+
+
+def _fitting(value: str) -> str:
+    return redact(value)[:_TAG_LENGTH]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ FOLDER = Path(".posttrain/served")
 """Small files, since `posttrain forget` deletes a whole file that quotes a forgotten row."""
 PER_FILE = 256
 SHADOW = "shadow"
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _ADVICE = "They are safe in .posttrain/served; `posttrain sync` copies them when it responds again."
 
 
@@ -93,6 +95,7 @@ class ServedTraces:
         if version and version not in self._owners:
             try:
                 run_id = str(client.get_model_version(self._name, version).run_id or "")
+                run_id = run_id if _RUN_ID.fullmatch(run_id) else ""  # written by hand, it could end the query below
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise

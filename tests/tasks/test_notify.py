@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tasks import notify as notify_module
 from tasks.notify import notify
 from tests.webhook import listening
 
@@ -57,3 +61,48 @@ def test_a_webhook_that_fails_or_is_away_fails_nothing(
     assert "not-for-logs" not in printed
     monkeypatch.delenv("POSTTRAIN_WEBHOOK")
     assert not notify("promoted", "x", {})
+
+
+@contextmanager
+def trickling() -> Iterator[tuple[str, threading.Event]]:
+    """A server that never finishes the headers of its answer, and an event that is set once it was asked."""
+    asked, stop = threading.Event(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                asked.set()
+                while not stop.wait(0.05):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/hook", asked
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_webhook_that_trickles_its_answer_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notify_module, "TIMEOUT_SECONDS", 1.0)
+    with trickling() as (url, asked):
+        monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
+        assert not notify("promoted", "x", {})  # returns while the server goes on
+        assert asked.wait(60)
+    assert "the webhook did not receive `promoted`: no answer within 1 seconds" in capsys.readouterr().out
+
+
+def test_a_secret_that_is_no_utf8_signs_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_WEBHOOK_SECRET", os.fsdecode(b"\xff\xfe\xfd\xfc"))
+    digest = hmac.new(b"\xff\xfe\xfd\xfc", b"body", hashlib.sha256).hexdigest()
+    assert notify_module._signature(b"body") == {"X-Posttrain-Signature": f"sha256={digest}"}
+    with listening() as (url, told):
+        monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
+        assert notify("promoted", "x", {})
+    assert told[0]["event"] == "promoted"

@@ -144,3 +144,99 @@ def test_a_file_without_read_permission_and_folders_that_may_not_be_used_stop_no
             "left", "it cannot be moved: Permission denied; give this user the right to write in its folder"
         ),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "file", "link to a file"])
+def test_an_entry_in_the_place_of_a_reason_takes_nothing_and_stops_nothing(folder: Path, kind: str) -> None:
+    put(folder, "problems/bad.jsonl", {"bad": 1})
+    put(folder, "problems/good.jsonl", problem("good"))
+    mine = put(folder, "../mine.txt", "mine")
+    aside = folder / "inbox/quarantined/problems"
+    note = aside / "bad.jsonl.reason.txt"
+    aside.mkdir(parents=True)
+    {
+        "pipe": lambda: os.mkfifo(note),
+        "folder": note.mkdir,
+        "link": lambda: note.symlink_to("/nowhere"),
+        "file": lambda: note.write_text("an earlier reason"),
+        "link to a file": lambda: note.symlink_to(mine),
+    }[kind]()
+    before = note.lstat()
+    assert {entry.file: entry.outcome for entry in taken(folder)} == {
+        "problems/bad.jsonl": "quarantined", "problems/good.jsonl": "accepted"
+    }  # fmt: skip
+    assert (note.lstat().st_ino, mine.read_text()) == (before.st_ino, "mine\n")
+    assert (aside / "bad-2.jsonl").read_text() == '{"bad": 1}\n'
+    assert "bad.jsonl" in (aside / "bad-2.jsonl.reason.txt").read_text()
+    assert not (aside / "bad.jsonl").exists()
+
+
+def test_a_reason_that_a_killed_process_has_written_is_used(folder: Path) -> None:
+    put(folder, "problems/bad.jsonl", {"bad": 1})
+    (first,) = taken(folder)
+    aside = folder / "inbox/quarantined/problems"
+    (aside / "bad.jsonl").rename(folder / "inbox/problems/bad.jsonl")  # killed between reason and rename
+    (second,) = taken(folder)
+    assert first == second
+    assert sorted(path.name for path in aside.iterdir()) == ["bad.jsonl", "bad.jsonl.reason.txt"]
+
+
+def test_a_path_that_is_too_long_is_left_and_the_others_are_taken(folder: Path) -> None:
+    put(folder, "problems/good.jsonl", problem("good"))
+    here = os.getcwd()
+    os.chdir(folder / "inbox")
+    try:
+        while (room := 4036 - len(os.getcwd())) > 1:
+            name = "d" * min(200, room - 1)
+            os.mkdir(name)
+            os.chdir(name)
+        Path("x" * 245).write_text("{}")
+    finally:
+        os.chdir(here)
+    found = {entry.file[:10]: (entry.outcome, entry.reason) for entry in taken(folder)}
+    assert found == {
+        "d" * 10: ("left", "it cannot be looked at: File name too long"),
+        "problems/g": ("accepted", ""),
+    }
+
+
+def test_folders_that_may_not_be_entered_or_written_to_stop_nothing(nobodys: Path) -> None:
+    put(nobodys, "problems/bad.jsonl", {"bad": 1})
+    put(nobodys, "problems/good.jsonl", problem("good"))
+    shut = put(nobodys, "sft/x.jsonl", {"prompt": "a", "completion": "b"}).parent
+    aside = nobodys / "inbox/quarantined"
+    aside.mkdir()
+    shut.chmod(0o400)
+    aside.chmod(0o500)
+    try:
+        found = {entry.file: (entry.outcome, entry.reason) for entry in taken(nobodys)}
+    finally:
+        shut.chmod(0o700)
+        aside.chmod(0o700)
+    assert found["problems/good.jsonl"] == ("accepted", "")
+    assert found["sft/x.jsonl"] == ("left", "it cannot be looked at: Permission denied")
+    outcome, reason = found["problems/bad.jsonl"]
+    assert outcome == "left"
+    assert reason.startswith("it is refused, and it cannot be moved to quarantined/problems: Permission denied; give")
+    assert "The reason: " in reason
+    assert left(nobodys) == ["problems/bad.jsonl", "sft/x.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["wide.csv", "wide.jsonl", "wide.json", "twice.jsonl", "each-row-its-own.jsonl"])
+def test_thousands_of_columns_are_refused_without_comparing_every_name_with_every_other(
+    folder: Path, name: str
+) -> None:
+    names = [f"c{i}" for i in range(200_000)]
+    row = ",".join(f'"{each}": 1' for each in names)
+    texts = {
+        "wide.csv": ",".join(names) + "\n" + ",".join("1" for _ in names),
+        "wide.jsonl": f"{{{row}}}",
+        "wide.json": f"[{{{row}}}]",
+        # with quadratic time this line takes minutes
+        "twice.jsonl": f'{{{row}, "c199999": 2}}',
+        "each-row-its-own.jsonl": "\n".join(f'{{"{each}": 1}}' for each in names),
+    }
+    put(folder, f"problems/{name}", texts[name])
+    (entry,) = taken(folder)
+    assert entry.outcome == "quarantined"
+    assert ("key 'c199999' occurs twice" if name.startswith("twice") else "at most 1,000 are read") in entry.reason
