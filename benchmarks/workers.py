@@ -4,7 +4,8 @@
     python benchmarks/workers.py many [--stages 500] [--write]       the flow's process and Prefect's server only
 
 `overhead` runs a chain of stages that copy one byte on a worker, and the same chain by `dvc repro --single-item` on this machine; the
-difference of the times from one stage's end to the next one's is the overhead. `many` has workers that answer at once with a finished
+difference of the times from one stage's end to the next one's is the overhead. Other work on the machine lengthens these times, but hardly
+the processor seconds of the worker and of the flow, which are measured too. `many` has workers that answer at once with a finished
 record, so only the flow's own work is left: its seconds for a stage, and its peak memory.
 --write puts the table into benchmarks/workers.md.
 """
@@ -15,13 +16,14 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -98,8 +100,8 @@ def background(folder: Path, command: list[str], **extra: str) -> Iterator[subpr
         process.wait(60)
 
 
-def overhead(stages: int) -> dict[str, list[float]]:
-    """Return the seconds of a stage on a worker, and by dvc without Prefect."""
+def overhead(stages: int) -> dict[str, list[float] | float]:
+    """Return the seconds of a stage on a worker, and by dvc without Prefect, and the processor seconds that each takes."""
     chain = ["  s1: {cmd: cp in out-1, deps: [in], outs: [out-1]}"]
     for i in range(2, stages + 1):
         chain.append(f"  s{i}: {{cmd: cp out-{i - 1} out-{i}, deps: [out-{i - 1}], outs: [out-{i}]}}")
@@ -125,15 +127,31 @@ def overhead(stages: int) -> dict[str, list[float]]:
             git(folder / "worker", "remote", "set-url", "origin", f"git://127.0.0.1:{port}/project.git")
             worker = [sys.executable, "-m", "flows.workers", "add", POOL, "--name", "one"]
             settings = {"PREFECT_API_URL": url, "POSTTRAIN_SLOTS": "1", "POSTTRAIN_WARM": "none"}
-            with background(folder / "worker", worker, **settings):
+            with background(folder / "worker", worker, **settings) as process:
+                log = folder / f"worker-{Path(sys.executable).name}.log"
+                wait_until(lambda: b"stages at once" in log.read_bytes(), lambda: process.poll() is None, 300)
+                before, flows_before = _processor(process.pid), _children()
                 run(root, "flows.compare", "--no-tracking", POSTTRAIN_POOL=POOL, PREFECT_API_URL=url)
-        remote = _gaps(root)
+                on_worker, in_flow = _processor(process.pid) - before, _children() - flows_before
+        remote, spent = _gaps(root), _children()
         alone = []
         for number in range(1, stages + 1):
             began = time.monotonic()
             run(root, "dvc", "repro", "--single-item", "--force", f"s{number}")
             alone.append(time.monotonic() - began)
-    return {"a stage on a worker": remote[1:], "a stage by dvc without Prefect": alone[1:]}
+    return {
+        "a stage on a worker": remote[1:],
+        "a stage by dvc without Prefect": alone[1:],
+        "processor seconds of the worker for a stage": on_worker / stages,
+        "processor seconds of the flow for a stage, with its start and end": in_flow / stages,
+        "processor seconds of a stage by dvc without Prefect": (_children() - spent) / stages,
+    }
+
+
+def _children() -> float:
+    """Return the processor time of the processes that this one has started and that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _gaps(root: Path) -> list[float]:
@@ -192,10 +210,10 @@ def _memory(pid: int) -> float:
 
 
 def _processor(pid: int) -> float:
-    """Return the processor time that a process has used, in seconds; other work on the machine hardly changes it."""
+    """Return the processor seconds of a process and of its ended children; other work on the machine hardly changes them."""
     path = Path(f"/proc/{pid}/stat")
     fields = path.read_text(encoding="utf-8").rpartition(")")[2].split() if path.exists() else []
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def _answer(url: str, over: threading.Event) -> None:
@@ -225,7 +243,7 @@ def _answer(url: str, over: threading.Event) -> None:
                 client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=each.flow_run.id, data=vars(record)))
 
 
-def table(mode: str, stages: int, found: dict[str, list[float]] | dict[str, float]) -> str:
+def table(mode: str, stages: int, found: Mapping[str, list[float] | float]) -> str:
     """Return the measurements as a section of benchmarks/workers.md."""
     rows = [f"| {name} | {_number(value)} |" for name, value in found.items()]
     command = f"`python benchmarks/workers.py {mode} --stages {stages}`"
@@ -256,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/workers.md")
     args = parser.parse_args(argv)
     stages = args.stages or {"overhead": 6, "many": 500}[args.mode]
-    found = overhead(stages) if args.mode == "overhead" else many(stages)
+    found: Mapping[str, list[float] | float] = overhead(stages) if args.mode == "overhead" else many(stages)
     section = table(args.mode, stages, found)
     print(section)
     if args.write:

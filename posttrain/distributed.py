@@ -9,6 +9,8 @@ Example:
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ from accelerate import Accelerator
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+PIECE_BYTES = 64 << 20
 
 
 def gather_all(
@@ -70,6 +73,38 @@ def gather_texts(accelerator: Accelerator, text: str) -> list[str]:
     from accelerate.utils import gather_object
 
     found: list[str] = gather_object([text])
+    return found
+
+
+def on_one_host(accelerator: Accelerator) -> bool:
+    """Return True if all processes run on one host, as the launcher says, and so share its disk."""
+    world: int = accelerator.num_processes
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= world
+
+
+def broadcast_state(accelerator: Accelerator, state: Result) -> Result:
+    """Return rank 0's tree of tensors and plain values on every process; the values that other ranks pass are ignored.
+
+    It travels in pieces, of which a GPU holds one at a time, and is read as weights only, so it cannot run code.
+    """
+    if accelerator.num_processes == 1:
+        return state
+    file = io.BytesIO()
+    if accelerator.is_main_process:
+        torch.save(state, file)
+    size = all_reduce_max(accelerator, file.getbuffer().nbytes)
+    received = (
+        torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        if accelerator.is_main_process
+        else torch.empty(size, dtype=torch.uint8)
+    )
+    for piece in received.split(PIECE_BYTES):
+        moved = piece.to(accelerator.device)
+        torch.distributed.broadcast(moved, src=0)
+        piece.copy_(moved)
+    if accelerator.is_main_process:
+        return state
+    found: Result = torch.load(io.BytesIO(received.numpy().tobytes()), map_location="cpu", weights_only=True)
     return found
 
 

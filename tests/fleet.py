@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,6 +67,7 @@ class Machine:
     home: Path
     prefect: str
     settings: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def root(self) -> Path:
@@ -84,10 +86,12 @@ class Machine:
         """Start a module here; its output goes to log.txt of the machine."""
         (self.home / "tmp").mkdir(parents=True, exist_ok=True)
         with (self.home / "log.txt").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", *command], cwd=self.root, env=self.environment(**extra), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def run(self, *command: str, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
         (self.home / "tmp").mkdir(parents=True, exist_ok=True)
@@ -115,13 +119,15 @@ class Fleet:
     s3: str
     prefect: str
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """All processes of all machines; those that a failed test leaves are stopped."""
 
     @property
     def parent(self) -> Machine:
         return self.machine("parent", POSTTRAIN_POOL=POOL)
 
     def machine(self, name: str, **settings: str) -> Machine:
-        return Machine(self.folder / name, self.prefect, settings)
+        return Machine(self.folder / name, self.prefect, settings, self.started)
 
     def publish(self, bucket: str) -> None:
         """Commit the parent's clone with a DVC remote, and push it to the git server."""
@@ -138,11 +144,15 @@ class Fleet:
     def add(self, name: str, **settings: str) -> Machine:
         """Start a worker in its own clone."""
         machine = self.machine(name, **settings)
+        self.clone(machine)
+        self.workers[name] = machine.start("flows.workers", "add", POOL, "--name", name)
+        return machine
+
+    def clone(self, machine: Machine) -> None:
+        """Clone the project on the machine, unless it is there."""
         machine.home.mkdir(parents=True, exist_ok=True)
         if not machine.root.exists():
             git(machine.home, "clone", "-q", f"{self.git}/project.git", "--branch", "main", str(machine.root))
-        self.workers[name] = machine.start("flows.workers", "add", POOL, "--name", name)
-        return machine
 
     def kill(self, name: str) -> None:
         """Kill a worker as a machine that loses its power does."""
@@ -150,10 +160,10 @@ class Fleet:
         self.workers.pop(name).wait()
 
     def stop(self) -> None:
-        for process in self.workers.values():
+        for process in self.started:
             process.send_signal(signal.SIGCONT)
             process.terminate()
-        for process in self.workers.values():
+        for process in self.started:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -171,3 +181,40 @@ def fleet(folder: Path, s3: str, prefect: str) -> Iterator[Fleet]:
             yield made
         finally:
             made.stop()
+
+
+PACKAGES = ("infra", "flows", "tasks", "pipelines", "posttrain")
+
+
+@contextmanager
+def small_fleet(folder: Path, s3: str, prefect: str, template: Path, root: Path, **changes: str) -> Iterator[Fleet]:
+    """Return a fleet whose flow has the small workspace, committed and pushed.
+
+    Args:
+        template: the small workspace, of which nothing has run.
+        root: of the project, whose packages are copied.
+        changes: `work` is put into work.py before a stage's inputs are read; others are values in infra/workers.yaml.
+    """
+    with fleet(folder, s3, prefect) as made:
+        parent = made.parent
+        parent.home.mkdir(parents=True)
+        shutil.copytree(template, parent.root, symlinks=True)
+        for name in PACKAGES:
+            shutil.copytree(root / name, parent.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        work = parent.root / "work.py"
+        work.write_text(work.read_text().replace("total = ", f"{changes.pop('work', '')}\ntotal = ", 1))
+        _set_values(parent.root / "infra" / "workers.yaml", {"lease_seconds": "20"} | changes)
+        (parent.root / "params.yaml").write_text("{}\n")
+        with (parent.root / ".gitignore").open("a") as file:
+            file.write(".posttrain/\n__pycache__/\ntimes.jsonl\n")
+        (parent.root / ".dvcignore").write_text("__pycache__\n")
+        made.publish("store")
+        yield made
+
+
+def _set_values(path: Path, values: dict[str, str]) -> None:
+    lines = path.read_text().splitlines()
+    for name, value in values.items():
+        (line,) = (line for line in lines if line.startswith(f"{name}:"))
+        lines[lines.index(line)] = f"{name}: {value}"
+    path.write_text("\n".join(lines) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from pipelines.runtime.journal import read
 from posttrain.errors import NumericalError
 from posttrain.evaluation.divergence import divergence
 from posttrain.rollouts.groups import ScoredAnswer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class DivergenceMonitor:
@@ -21,10 +25,11 @@ class DivergenceMonitor:
     Args:
         journal: of the run.
         truth, model: names of the true reward and of the reward model.
+        accelerator: of a run with several processes, of which only rank 0 has the journal.
     """
 
-    def __init__(self, journal: Path, truth: str, model: str) -> None:
-        self.journal, self.truth, self.model = journal, truth, model
+    def __init__(self, journal: Path, truth: str, model: str, accelerator: Accelerator | None = None) -> None:
+        self.journal, self.truth, self.model, self.accelerator = journal, truth, model, accelerator
         self._curves: dict[int, tuple[float, float]] | None = None
 
     def check(self, step: int, answers: Sequence[ScoredAnswer]) -> None:
@@ -52,7 +57,11 @@ class DivergenceMonitor:
             values: Mapping[str, float] = record.get("values", {}) if record["kind"] == "metrics" else {}
             if record.get("step", step) < step and all(isinstance(values.get(name), float) for name in names):
                 found[record["step"]] = (values[names[0]], values[names[1]])
-        return found
+        if self.accelerator is None:
+            return found
+        from posttrain.distributed import broadcast_state
+
+        return broadcast_state(self.accelerator, found)
 
 
 def _mean(answers: Sequence[ScoredAnswer], source: str) -> float:

@@ -114,7 +114,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     )
     shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
     watched = context.params.watched_rewards(name) if budget.on_divergence == "stop" else None
-    monitor = DivergenceMonitor(context.state / JOURNAL, *watched) if watched else None
+    monitor = DivergenceMonitor(context.state / JOURNAL, *watched, device) if watched else None
     hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep)
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)

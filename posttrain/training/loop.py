@@ -9,15 +9,17 @@ Example:
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from posttrain.distributed import all_reduce_max, any_rank
+from posttrain.distributed import all_reduce_max, any_rank, broadcast_state, on_one_host
 from posttrain.errors import CheckpointError, Interrupted, NotFiniteError
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.faults import Faults, snapshot
@@ -212,13 +214,7 @@ def _resume(
     if checkpoints is None:
         recorder.truncate_after(0)
         return 0, {}
-    found = checkpoints.latest()
-    newest = 0 if found is None else found[0]
-    if any_rank(trainer.accelerator, newest != all_reduce_max(trainer.accelerator, newest)):
-        raise CheckpointError(
-            f"the processes of this run do not see the same checkpoints ({newest} is the newest step in {checkpoints.folder} for process"
-            f" {trainer.accelerator.process_index}); keep the project on a disk that all processes share"
-        )
+    found = _newest(trainer.accelerator, checkpoints)
     if found is None:
         recorder.truncate_after(0)
         return 0, {}
@@ -232,6 +228,31 @@ def _resume(
     if trainer.accelerator.is_main_process:
         tqdm.write(f"resuming from the checkpoint after step {step}")
     return step, state["last"]
+
+
+def _newest(accelerator: Accelerator, checkpoints: Checkpoints | OwnCheckpoints) -> tuple[int, dict[str, Any]] | None:
+    """Return the newest checkpoint, the same on every process: processes of several hosts receive rank 0's, so they need no shared disk.
+
+    Raises:
+        CheckpointError: processes of one host see different folders.
+    """
+    found = checkpoints.latest()
+    step = 0 if found is None else found[0]
+    newest = all_reduce_max(accelerator, step)
+    if not on_one_host(accelerator):
+        if accelerator.is_main_process and step < newest:
+            tqdm.write(
+                f"a different host has a checkpoint after step {newest}, rank 0 has {f'one after step {step}' if step else 'none'}: the run"
+                " continues from rank 0's. To use the other one, stop, and start that host as rank 0.",
+                file=sys.stderr,
+            )
+        return broadcast_state(accelerator, found)
+    if any_rank(accelerator, step != newest):
+        raise CheckpointError(
+            f"the processes of this run do not see the same checkpoints ({step} is the newest step in {checkpoints.folder} for process"
+            f" {accelerator.process_index}); start all processes of a host in the same folder"
+        )
+    return found
 
 
 def _state(

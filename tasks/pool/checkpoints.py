@@ -70,10 +70,10 @@ def _pack(path: Path, checkpoint: Checkpoint) -> None:
                 archive.add(file, Path(checkpoint.run.name) / file.name)
 
 
-def download(tree: Path, key: str, stage: str) -> str | None:
+def download(repo: Any, tree: Path, key: str, stage: str) -> str | None:
     """Unpack the newest checkpoint whose content has its name's hash, and return its name; None if the remote has none."""
-    with opened(tree) as repo, tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
-        fs, place = _place(repo, key)
+    fs, place = _place(repo, key)
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         for name in _listed(fs, place):
             path = Path(folder) / "checkpoint.tar"
             try:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.exceptions import ObjectNotFound
 
@@ -85,58 +85,46 @@ class Lease:
 
     def __init__(self, run: UUID, record: Record, beat_seconds: float, server_seconds: float) -> None:
         self.run, self.record, self.beat_seconds, self.server_seconds = run, record, beat_seconds, server_seconds
-        self.stop, self._write = threading.Event(), threading.Lock()
-        self._artifact = insist(self._create, server_seconds)
+        self.stop, self._connection = threading.Event(), threading.Lock()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Report from a thread while inside."""
-        with in_background(self._report):
-            yield
+        """Create the record, and report from a thread while inside; all requests use one connection."""
+        with get_client(httpx_settings={"timeout": 10.0}, sync_client=True) as self._client:
+            self._artifact = insist(self._create, self.server_seconds)
+            with in_background(self._report):
+                yield
 
     def report(self) -> None:
         """Write the record now."""
-
-        def send() -> None:
-            with self._client() as client:
-                self._send(client)
-
-        insist(send, self.server_seconds)
+        insist(self._send, self.server_seconds)
 
     def require(self) -> None:
         """Raise Interrupted if the flow run was taken away: the stage may be at work elsewhere, and its results count."""
-
-        def ours() -> bool:
-            with self._client() as client:
-                return self._is_ours(client)
-
-        if self.stop.is_set() or not insist(ours, self.server_seconds):
+        if self.stop.is_set() or not insist(self._is_ours, self.server_seconds):
             self.stop.set()
             raise Interrupted("the stage was given to another worker, or cancelled; its result here is not used")
 
     def _create(self) -> UUID:
-        with self._client() as client:
-            return client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=self.run, data=vars(self.record))).id
+        with self._connection:
+            artifact = ArtifactCreate(type=TYPE, flow_run_id=self.run, data=vars(self.record))
+            return self._client.create_artifact(artifact).id
 
     def _report(self, over: threading.Event) -> None:
-        with self._client() as client:
-            while not over.wait(self.beat_seconds):
-                try:
-                    self._send(client)
-                    if not self._is_ours(client):
-                        self.stop.set()
-                except (httpx.HTTPError, ObjectNotFound):
-                    continue  # the server is away: go on; if it took the stage away meanwhile, the next report finds out
+        while not over.wait(self.beat_seconds):
+            try:
+                self._send()
+                if not self._is_ours():
+                    self.stop.set()
+            except (httpx.HTTPError, ObjectNotFound):
+                continue  # the server is away: go on; if it took the stage away meanwhile, the next report finds out
 
-    def _send(self, client: SyncPrefectClient) -> None:
-        with self._write:
+    def _send(self) -> None:
+        with self._connection:
             self.record.beat += 1
-            client.update_artifact(self._artifact, ArtifactUpdate(data=vars(self.record)))
+            self._client.update_artifact(self._artifact, ArtifactUpdate(data=vars(self.record)))
 
-    def _is_ours(self, client: SyncPrefectClient) -> bool:
-        state = client.read_flow_run(self.run).state
+    def _is_ours(self) -> bool:
+        with self._connection:
+            state = self._client.read_flow_run(self.run).state
         return state is not None and state.is_running()
-
-    def _client(self) -> SyncPrefectClient:
-        """Return a client of the calling thread."""
-        return get_client(httpx_settings={"timeout": 10.0}, sync_client=True)

@@ -69,16 +69,15 @@ def _away(error: BaseException) -> bool:
     return False
 
 
-def pull_inputs(tree: Path, name: str) -> None:
+def pull_inputs(repo: Any, name: str) -> None:
     """Fetch the stage's inputs, also those that its record of the reward model names, and its entries in the cache of runs."""
-    with opened(tree) as repo:
-        stage = find_stage(repo, name)
-        outs = [out.fs_path for out in repo.index.outs]
-        deps = [dep.fs_path for dep in stage.deps]
-        _pull(repo, [path for dep in deps for path in made_paths(dep, outs)])
-        recorded = [str(tree.absolute() / path) for dep in deps if is_record(dep) for path in _named(Path(dep))]
-        _pull(repo, [path for each in recorded for path in made_paths(each, outs)])
-        _fetch_runs(repo, stage)
+    stage = find_stage(repo, name)
+    outs = [out.fs_path for out in repo.index.outs]
+    deps = [dep.fs_path for dep in stage.deps]
+    _pull(repo, [path for dep in deps for path in made_paths(dep, outs)])
+    recorded = [str(Path(repo.root_dir) / path) for dep in deps if is_record(dep) for path in _named(Path(dep))]
+    _pull(repo, [path for each in recorded for path in made_paths(each, outs)])
+    _fetch_runs(repo, stage)
 
 
 def _pull(repo: Any, paths: list[str]) -> None:

@@ -31,11 +31,27 @@ from tests.s3 import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SETTINGS = (
-    "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=40", "align.on_policy.measure_kl_every=0",
-    "align.checkpoint.every_steps=2",
+    "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=10", "align.on_policy.measure_kl_every=0",
+    "align.checkpoint.every_steps=2", "rewards.held={function: held:held}", "limits.reward_seconds.held=100000", "algorithms.grpo.rewards.held=0.0",
 )  # fmt: skip
-STAGES = ("align@dpo-0", "align@dpo-1", "align@grpo-0", "align@grpo-1")
-QUICK = {"lease_seconds: 30": "lease_seconds: 10", "checkpoint_seconds: 30": "checkpoint_seconds: 1"}
+HELD = """
+import os, time
+from pathlib import Path
+
+calls = 0
+
+
+def held(prompts, completions, **columns):
+    \"\"\"Wait from the fifth step on until the machine's file exists: a stage cannot end before the test has seen it at work.\"\"\"
+    global calls
+    calls += 1
+    while calls > 4 and "HELD_UNTIL" in os.environ and not Path(os.environ["HELD_UNTIL"]).exists():
+        time.sleep(0.05)
+    return [0.0] * len(completions)
+"""
+GRPO = ("align@grpo-0", "align@grpo-1")
+STAGES = ("align@dpo-0", "align@dpo-1", *GRPO)
+QUICK = {"checkpoint_seconds: 30": "checkpoint_seconds: 1"}
 
 
 def attempts(stage: str) -> list[tuple[FlowRun, Record | None]]:
@@ -66,6 +82,12 @@ def at_work(stage: str, checkpoint: bool = False) -> str | None:
     return None
 
 
+def done_by(worker: str) -> set[str]:
+    """Return the stages that a worker has finished."""
+    records = {stage: [record for _, record in attempts(stage) if record] for stage in STAGES}
+    return {stage for stage, found in records.items() if any((r.worker, r.phase) == (worker, "done") for r in found)}
+
+
 @pytest.fixture
 def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path) -> Iterator[tuple[Fleet, Clone]]:
     """Return a fleet and a copy of its flow's clone for one machine. Both have run the stages before the alignments on one machine."""
@@ -80,6 +102,7 @@ def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path) -
             assert before in text
             text = text.replace(before, after)
         path.write_text(text)
+        (parent.root / "held.py").write_text(HELD)
         made.publish("store")
         parent.configure(str(TINY), *SETTINGS)  # is not committed: it travels with each stage
         parent.repro("reward_readers", POSTTRAIN_FOLLOWER="1")
@@ -94,33 +117,34 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
     made, alone = machines
     parent = made.parent
     reference = alone.start("dvc", "repro", "-q", *STAGES, POSTTRAIN_FOLLOWER="1")
+
+    def gate(name: str) -> Path:
+        return made.machine(name).home / "go"
+
     for name in ("one", "two"):
-        made.add(name)
+        made.add(name, HELD_UNTIL=str(gate(name)))
     flow = parent.start("flows.compare", "--no-tracking", *STAGES)
 
-    def alive() -> None:
-        assert flow.poll() is None, parent.log()
+    def wait_for(condition: Callable[[], object], words: str) -> None:
+        def look() -> object:
+            assert flow.poll() is None, parent.log()
+            return condition()
 
-    def first(*stages: str) -> tuple[str, str]:
-        found: list[tuple[str, str]] = []
+        until(look, f"{words}\n{parent.log()}", 700)
 
-        def look() -> bool:
-            alive()
-            found[:] = [(stage, each) for stage in stages if (each := at_work(stage, checkpoint=True))]
-            return bool(found)
-
-        until(look, f"{stages} write no checkpoint\n{parent.log()}", 700)
-        return found[0]
-
-    begun_first, killed = first("align@grpo-0", "align@grpo-1")
+    wait_for(lambda: all(at_work(stage, checkpoint=True) for stage in GRPO), "the workers write no checkpoints")
+    taken_by_killed, taken_by_late = GRPO
+    killed, late = (str(at_work(stage)) for stage in GRPO)
+    assert killed != late
     made.kill(killed)
-    made.add("three")
-    (second,) = {"align@grpo-0", "align@grpo-1"} - {begun_first}
-    _, late = first(second)
-    assert late != killed
     os.kill(made.workers[late].pid, signal.SIGSTOP)
-    until(lambda: len(attempts(second)) > 1, f"the silent worker keeps its stage\n{parent.log()}")
+    made.add("three", HELD_UNTIL=str(gate("three")))
+    wait_for(lambda: all(len(attempts(stage)) > 1 for stage in GRPO), "a silent worker keeps its stage")
+    wait_for(lambda: any(at_work(stage) == "three" for stage in GRPO), "the third worker takes no stage")
+    gate(late).touch()
     os.kill(made.workers[late].pid, signal.SIGCONT)
+    wait_for(lambda: done_by(late) & set(GRPO), "the late worker does not go on with a stage of its own")
+    gate("three").touch()
     assert flow.wait(700) == 0, parent.log()
     assert reference.wait(700) == 0
 
@@ -130,17 +154,15 @@ def test_workers_write_the_lock_of_one_machine_although_one_is_killed_and_one_is
 
     done = {stage: [record for _, record in attempts(stage) if record and record.phase == "done"] for stage in STAGES}
     outcomes = {stage: [record.outcome for record in records] for stage, records in done.items()}
-    # the late worker may have ended its training before it saw that the stage is no longer its own; then the next attempt restores the
-    # run from DVC's cache of runs
-    late_outcome = outcomes[second]
-    assert late_outcome in (["ran"], ["restored"])
-    assert outcomes == {stage: ["ran"] for stage in STAGES} | {second: late_outcome}
-    assert len({record.worker for records in done.values() for record in records}) > 1
-    for stage in ("align@grpo-0", "align@grpo-1"):
+    assert outcomes == {stage: ["ran"] for stage in STAGES}
+    assert {record.worker for stage in GRPO for record in done[stage]} == {late, "three"}
+    for stage in GRPO:
         (begun, _), *_, (_, last) = attempts(stage)
         assert begun.state is not None
         assert not begun.state.is_completed()
         assert last is not None
-        if last.outcome == "ran":
-            assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
-    until(lambda: (attempts(second)[0][1] or Record("")).phase == "lost", "the late worker does not give up")
+        assert f"{stage} continues from checkpoint" in made.machine(last.worker).log()
+    first = {stage: attempts(stage)[0][1] for stage in GRPO}
+    assert [record.worker for record in first.values() if record] == [killed, late]
+    until(lambda: (attempts(taken_by_late)[0][1] or Record("")).phase == "lost", "the late worker does not give up")
+    assert (attempts(taken_by_killed)[0][1] or Record("")).phase == "running"  # its last report

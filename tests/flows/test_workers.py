@@ -10,29 +10,15 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 
-from tests.fleet import Fleet, fleet, until
+from tests.fleet import Fleet, small_fleet, until
 from tests.s3 import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-PACKAGES = ("infra", "flows", "tasks", "pipelines", "posttrain")
 
 
 @pytest.fixture
 def small(prefect_url: str, template: Path, root: Path, tmp_path: Path) -> Iterator[Fleet]:
-    """Return a fleet whose flow has the small workspace, committed and pushed."""
-    with serving("store") as s3, fleet(tmp_path / "fleet", s3, prefect_url) as made:
-        parent = made.parent
-        parent.home.mkdir(parents=True)
-        shutil.copytree(template, parent.root, symlinks=True)
-        for name in PACKAGES:
-            shutil.copytree(root / name, parent.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        workers = parent.root / "infra" / "workers.yaml"
-        workers.write_text(workers.read_text().replace("lease_seconds: 30", "lease_seconds: 20"))
-        (parent.root / "params.yaml").write_text("{}\n")
-        with (parent.root / ".gitignore").open("a") as file:
-            file.write(".posttrain/\n__pycache__/\ntimes.jsonl\n")
-        (parent.root / ".dvcignore").write_text("__pycache__\n")
-        made.publish("store")
+    with serving("store") as s3, small_fleet(tmp_path / "fleet", s3, prefect_url, template, root) as made:
         yield made
 
 

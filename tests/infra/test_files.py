@@ -15,8 +15,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.deploy import APPROVALS, POOL, TRAINING
+from flows.node import accelerate_settings
 from infra.postgres import DATABASES
 from pipelines.runtime.credentials import prefect_client, prefect_server
+from tasks.slots import trains
 
 PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 BIN = Path(sys.executable).parent
@@ -36,8 +38,15 @@ def test_linters_and_schemas_find_nothing(root: Path, tmp_path: Path) -> None:
     check(root, "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "infra/compose.yaml")
     check(root, "hadolint", "infra/Dockerfile")
     check(root, "kubernetes-validate", "--strict", "infra/kubernetes/worker.yaml")
-    check(root, "shellcheck", "infra/setup.sh", "infra/vllm/setup.sh", ".ci/run")
-    yamls = ["infra/compose.yaml", "infra/kubernetes/worker.yaml", "prefect.yaml", "dvc.yaml", "params.yaml"]
+    check(root, "shellcheck", "infra/setup.sh", "infra/vllm/setup.sh", "infra/slurm/stage.sh", ".ci/run")
+    yamls = [
+        "infra/compose.yaml",
+        "infra/kubernetes/worker.yaml",
+        "infra/kubernetes/hosts.yaml",
+        "prefect.yaml",
+        "dvc.yaml",
+        "params.yaml",
+    ]
     check(root, "yamllint", "--strict", "--config-file", "infra/yamllint.yaml", *yamls)
 
 
@@ -80,6 +89,61 @@ def test_the_kubernetes_job_is_valid_asks_for_gpus_and_runs_without_rights(root:
     assert container["resources"]["requests"]["nvidia.com/gpu"] == 1
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_the_jobset_starts_one_stage_on_each_host_with_gpus_and_shared_memory(root: Path, tmp_path: Path) -> None:
+    jobset = read(root / "infra" / "kubernetes" / "hosts.yaml")
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(jobset["spec"]) == {"failurePolicy", "network", "replicatedJobs"}
+    jobs = jobset["spec"]["replicatedJobs"]
+    for rank, job in enumerate(jobs):
+        assert set(job) == {"name", "replicas", "template"}
+        # the schema of a JobSet is not built in, that of the jobs in it is
+        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, **job["template"]}
+        (tmp_path / "job.json").write_text(json.dumps(whole), encoding="utf-8")
+        check(root, "kubernetes-validate", "--strict", str(tmp_path / "job.json"))
+        pod = job["template"]["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        *command, stage = container["command"]
+        options = dict(zip(*[iter(container["args"])] * 2, strict=True))
+        assert "python -m flows.node" in " ".join(command)
+        assert (options["--rank"], options["--hosts"]) == (str(rank), str(len(jobs)))
+        # a pod's name is JOBSET-JOB-REPLICA-INDEX.JOBSET
+        assert (
+            options["--address"] == f"{jobset['metadata']['name']}-{jobs[0]['name']}-0-0.{jobset['metadata']['name']}"
+        )
+        settings = accelerate_settings(
+            root / "infra/accelerate/fsdp2_gpu.yaml", rank, len(jobs), options["--address"], 29500
+        )
+        assert settings["num_processes"] == len(jobs) * container["resources"]["limits"]["nvidia.com/gpu"]
+        assert trains(stage)
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_slurm_script_starts_a_stage_on_each_host_with_its_rank(root: Path, tmp_path: Path) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "scontrol").write_text('#!/bin/sh\nprintf "node7\\nnode9\\n"\n')
+    # stands in for srun: it starts the command once on each host
+    (tmp_path / "srun").write_text(
+        '#!/bin/sh\nshift 2\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; (cd "$WORKSPACE" && "$@"); done\n'
+    )
+    for path in (python, tmp_path / "scontrol", tmp_path / "srun"):
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "WORKSPACE": str(tmp_path), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7,9]",
+        "SLURM_SUBMIT_DIR": "/nowhere",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(root / "infra/slurm/stage.sh"), "align@grpo-0"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"-m flows.node align@grpo-0 --rank {rank} --hosts 2 --address node7 --config infra/accelerate/fsdp2_gpu.yaml"
+        for rank in (0, 1)
+    ]
 
 
 def test_compose_publishes_on_loopback_checks_health_and_gives_no_password_a_default(root: Path) -> None:

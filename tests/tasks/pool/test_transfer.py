@@ -13,7 +13,7 @@ from posttrain.errors import OrchestrationError
 from tasks.dag import read_dag
 from tasks.pool import checkpoints
 from tasks.pool.snapshot import committed, differing, order, read_paths
-from tasks.pool.transfer import RemoteAway, patiently, pull_inputs, push_results
+from tasks.pool.transfer import RemoteAway, opened, patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree
 from tests.fleet import git
 from tests.workspace import dvc, times
@@ -52,14 +52,16 @@ def test_a_clone_runs_one_stage_from_its_inputs_and_another_restores_it(project:
         with pytest.raises(OrchestrationError, match="all 2 worktrees"), free_tree(clone, 2):
             pass
         check_out(clone, tree, commit, wanted.files, wanted.lock)
-        pull_inputs(tree, "side@left")
+        with opened(tree) as repo:
+            pull_inputs(repo, "side@left")
         assert sorted(path.name for path in tree.glob("*.txt")) == ["start.txt"]
         assert (tree / "params.yaml").read_text() == "seed: 1\n"
         assert not (tree / "inbox").exists()
         dvc(tree, "repro", "--single-item", "side@left")
         push_results(tree, "side@left")
         check_out(clone, other, commit, {}, wanted.lock)
-        pull_inputs(other, "side@left")
+        with opened(other) as repo:
+            pull_inputs(repo, "side@left")
         assert "checking out outputs" in dvc(other, "repro", "--single-item", "side@left")
         assert times(other) == {}
         assert (other / "params.yaml").read_text() == "seed: 0\n"
@@ -109,8 +111,9 @@ def test_a_checkpoint_goes_to_another_clone_whole_or_not_at_all(project: Path, c
     name = checkpoints.upload(project, "k" * 64, found)
     assert name is not None
     assert name.startswith("20-")
-    assert checkpoints.download(clone, "k" * 64, "side@right") is None  # it is another stage's
-    assert checkpoints.download(clone, "k" * 64, "side@left") == name
+    with opened(clone) as repo:
+        assert checkpoints.download(repo, clone, "k" * 64, "side@right") is None  # it is another stage's
+        assert checkpoints.download(repo, clone, "k" * 64, "side@left") == name
     held = clone / ".posttrain" / "runs" / "side-left-0123"
     assert sorted(path.relative_to(held).as_posix() for path in held.rglob("*") if path.is_file()) == [
         "checkpoints/code/step-00000020/state.pt",
@@ -118,7 +121,8 @@ def test_a_checkpoint_goes_to_another_clone_whole_or_not_at_all(project: Path, c
     ]
     (stored,) = (project.parent / "store").rglob("20-*.tar")
     stored.write_bytes(stored.read_bytes().replace(b"state 20", b"state 21"))
-    assert checkpoints.download(clone, "k" * 64, "side@left") is None
+    with opened(clone) as repo:
+        assert checkpoints.download(repo, clone, "k" * 64, "side@left") is None
     checkpoints.remove(project, "k" * 64)
     assert not stored.exists()
 
