@@ -58,6 +58,7 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
     assert two["ahead"] == one["ahead"]
     assert "router/load_max" in one["moe"][0]
     assert two["judged"][0] == two["judged"][1]
+    assert [(state["rank"], state["x"].tolist()) for state in two["state"]] == [(0, [0, 1, 2])] * 2
     assert two["texts"] == ["key 0", "key 1"]
     assert one["texts"] == ["key 0"]
     assert two["resumed"].keys() == one["resumed"].keys()

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from posttrain.algorithms import PRESETS
 from posttrain.data.tokens import Tokens
-from posttrain.distributed import gather_texts
+from posttrain.distributed import broadcast_state, gather_texts
 from posttrain.errors import NumericalError
 from posttrain.rewards.sources import FunctionReward
 from posttrain.rollouts.ahead import Ahead, Background
@@ -45,6 +45,9 @@ def results(accelerator: Accelerator) -> dict[str, object]:
     found["tokens_sampled"] = drawn.tokens_sampled
     found["ahead"] = ahead(accelerator)
     found["resumed"] = resumed(accelerator)
+    found["state"] = gather_object(
+        [broadcast_state(accelerator, {"rank": accelerator.process_index, "x": torch.arange(3)})]
+    )
     found["texts"] = gather_texts(accelerator, f"key {accelerator.process_index}")
     # every process has its own id, and all must learn from what one of them was told
     drawn.rewards = [FunctionReward("varied", process_ids)]
