@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,17 @@ from tests.end_to_end.conftest import TINY, Clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGE = "align@grpo-0"
+
+
+def log(host: Clone) -> Path:
+    return host.root.parent / "log.txt"
+
+
+def start(host: Clone, *command: str) -> subprocess.Popen[bytes]:
+    with log(host).open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=host.root, env=host.environment(POSTTRAIN_FOLLOWER="1"), stdout=file, stderr=file,
+        )  # fmt: skip
 
 
 def test_a_stage_over_two_hosts_is_recorded_and_pushed_by_rank_0(
@@ -37,8 +50,8 @@ def test_a_stage_over_two_hosts_is_recorded_and_pushed_by_rank_0(
             shutil.rmtree(host.root / made)
     port = str(free_port())
     command = ("flows.node", STAGE, "--hosts", "2", "--address", "127.0.0.1", "--port", port, "--config", str(config))
-    running = [host.start(*command, "--rank", str(rank), POSTTRAIN_FOLLOWER="1") for rank, host in enumerate(hosts)]
-    assert [process.wait(600) for process in running] == [0, 0]
+    running = [start(host, *command, "--rank", str(rank)) for rank, host in enumerate(hosts)]
+    assert [process.wait(600) for process in running] == [0, 0], [log(host).read_text()[-3000:] for host in hosts]
 
     first, second = hosts
     assert "up to date" in first.run("dvc", "status", STAGE).stdout
