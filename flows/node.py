@@ -11,16 +11,14 @@ infra/slurm and infra/kubernetes have a job script and a JobSet that start it. T
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime import environment
@@ -55,9 +53,8 @@ def run(root: Path, stage: str, rank: int, settings: dict[str, Any]) -> int:
         pull_inputs(repo, stage)
     with TemporaryDirectory(prefix="posttrain-") as folder:
         path = Path(folder) / "accelerate.yaml"
-        text = StringIO()
-        YAML().dump(settings, text)
-        path.write_text(text.getvalue(), encoding="utf-8")
+        # JSON is YAML too, and quotes `no`, which accelerate would read as a boolean
+        path.write_text(json.dumps(settings), encoding="utf-8")
         slots = machine_slots({**os.environ, VARIABLE: str(path)})
         recorded = [
             *dvc_command(stage, "stage", refresh=False),
