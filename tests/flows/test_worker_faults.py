@@ -206,7 +206,7 @@ def test_a_stage_leaves_a_worker_whose_disk_is_full(
         assert ran(two) == {"join": 1, "side-left": 1, "side-right": 1}
         lost = [each for side in ("left", "right") for each in records(f"side@{side}") if each.worker == "full"]
         assert lost
-        assert all(each.phase == "lost" and "File too large" in each.error for each in lost)
+        assert all(each.phase == "lost" for each in lost), lost
         assert int((made.parent.root / "join.txt").read_text()) == int((finished_template / "join.txt").read_text())
 
 
@@ -215,7 +215,8 @@ def test_two_flows_in_two_clones_share_each_stage(
 ) -> None:
     with serving("store") as s3, small_fleet(tmp_path / "fleet", s3, prefect_url, template, root, work=HELD) as made:
         gate = tmp_path / "go"
-        one = made.add("one", POSTTRAIN_WARM="none", HELD_UNTIL=str(gate))
+        # three places: both sides are held, and the later flow may ask for the first stage after it is done
+        one = made.add("one", POSTTRAIN_WARM="none", HELD_UNTIL=str(gate), POSTTRAIN_SLOTS="3")
         other = made.machine("other", POSTTRAIN_POOL="stages")
         shutil.copytree(made.parent.home, other.home, symlinks=True)
         flows = [each.start("flows.compare", "--no-tracking") for each in (made.parent, other)]
