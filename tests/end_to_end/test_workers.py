@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterType,
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
@@ -23,7 +24,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from tasks.dag import read_dag
 from tasks.lockfile import sorted_lock
-from tasks.pool.record import Record, parse
+from tasks.pool.record import TYPE, Record, parse
 from tasks.pool.settings import FLOW
 from tests.end_to_end.conftest import TINY, Clone
 from tests.fleet import Fleet, fleet, until
@@ -32,7 +33,8 @@ from tests.s3 import serving
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SETTINGS = (
     "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=10", "align.on_policy.measure_kl_every=0",
-    "align.checkpoint.every_steps=2", "rewards.held={function: held:held}", "limits.reward_seconds.held=100000", "algorithms.grpo.rewards.held=0.0",
+    "align.checkpoint.every_steps=2", "rewards.held={function: held:held}", "limits.reward_seconds.held=100000",
+    "algorithms.grpo.rewards.held=0.0",
 )  # fmt: skip
 HELD = """
 import os, time
@@ -62,7 +64,9 @@ def attempts(stage: str) -> list[tuple[FlowRun, Record | None]]:
             flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_=stage)),
         )
         found = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id for run in runs]))
+            artifact_filter=ArtifactFilter(  # a state that holds an error has an artifact too
+                flow_run_id=ArtifactFilterFlowRunId(any_=[run.id for run in runs]), type=ArtifactFilterType(any_=[TYPE])
+            )
         )
     records = {each.flow_run_id: parse(each.data) for each in found}
     return [(run, records.get(run.id)) for run in sorted(runs, key=lambda run: run.name)]

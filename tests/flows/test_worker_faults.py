@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.topology import responds
 from posttrain.network import free_port
-from tasks.pool.record import Record, parse
+from tasks.pool.record import TYPE, Record, parse
 from tasks.process import child_environment, end, start
 from tests.fleet import Machine, small_fleet, until
 from tests.s3 import CREDENTIALS, serving
@@ -94,14 +94,13 @@ def store(root: Path, tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-def records(stage: str) -> list[Record]:
-    """Return the workers' records of a stage, in the order of attempts."""
+def records(stage: str, *workers: str) -> list[Record]:
+    """Return the records of a stage by these workers, in the order of attempts. Other tests may use the same Prefect server."""
     with get_client(sync_client=True) as client:
         names = {run.id: run.name for run in client.read_flow_runs() if run.name.split()[0] == stage}
-        found = [
-            (names[each.flow_run_id], parse(each.data)) for each in client.read_artifacts() if each.flow_run_id in names
-        ]
-    return [record for _, record in sorted(found, key=lambda pair: pair[0]) if record is not None]
+        kept = [each for each in client.read_artifacts() if each.type == TYPE and each.flow_run_id in names]
+    found = [(names[each.flow_run_id], parse(each.data)) for each in kept if each.flow_run_id]
+    return [each for _, each in sorted(found, key=lambda pair: pair[0]) if each is not None and each.worker in workers]
 
 
 def ran(*machines: Machine) -> dict[str, int]:
@@ -130,7 +129,7 @@ def test_a_store_that_is_away_while_a_stage_ends_costs_only_time(
         gate.touch()
 
         def sending() -> list[Record]:
-            found = [record for side in ("left", "right") for record in records(f"side@{side}")]
+            found = [record for side in ("left", "right") for record in records(f"side@{side}", "one")]
             return [record for record in found if record.phase == "sending"]
 
         until(sending, f"no stage waits for the store\n{one.log()}", 600)
@@ -139,7 +138,7 @@ def test_a_store_that_is_away_while_a_stage_ends_costs_only_time(
         store.start()
         assert flow.wait(900) == 0, made.parent.log()
         assert ran(one) == dict.fromkeys(STAGES, 1)
-        assert [len(records(f"side@{side}")) for side in ("left", "right")] == [1, 1]
+        assert [len(records(f"side@{side}", "one")) for side in ("left", "right")] == [1, 1]
         same_results(made.parent, finished_template)
 
 
@@ -179,7 +178,7 @@ def test_prefects_server_restarts_while_a_stage_runs(
             assert flow.wait(900) == 0, made.parent.log()
             assert ran(one) == dict.fromkeys(STAGES, 1)
             with temporary_settings({PREFECT_API_URL: url}):
-                assert [len(records(f"side@{side}")) for side in ("left", "right")] == [1, 1]
+                assert [len(records(f"side@{side}", "one")) for side in ("left", "right")] == [1, 1]
             same_results(made.parent, finished_template)
 
 
@@ -204,7 +203,7 @@ def test_a_stage_leaves_a_worker_whose_disk_is_full(
         assert flow.wait(900) == 0, made.parent.log()
         assert ran(limited) == {}
         assert ran(two) == {"join": 1, "side-left": 1, "side-right": 1}
-        lost = [each for side in ("left", "right") for each in records(f"side@{side}") if each.worker == "full"]
+        lost = [each for side in ("left", "right") for each in records(f"side@{side}", "full")]
         assert lost
         assert all(each.phase == "lost" for each in lost), lost
         assert int((made.parent.root / "join.txt").read_text()) == int((finished_template / "join.txt").read_text())
@@ -259,7 +258,9 @@ def test_clocks_that_are_an_hour_wrong_change_nothing(
         assert ran(*machines) == dict.fromkeys(STAGES, 1)
         same_results(made.parent, finished_template)
         assert all(
-            each.phase == "done" for name in ("start", "side@left", "side@right", "join") for each in records(name)
+            each.phase == "done"
+            for name in ("start", "side@left", "side@right", "join")
+            for each in records(name, "late", "early")
         )
 
 
