@@ -185,7 +185,7 @@ def test_prefects_server_restarts_while_a_stage_runs(
 def test_a_stage_leaves_a_worker_whose_disk_is_full(
     prefect_url: str, template: Path, root: Path, tmp_path: Path, finished_template: Path
 ) -> None:
-    """The worker may write files of 2 MB at most, and the stage's input has 4 MB."""
+    """Let the worker write files of at most 2 MB; the stage's input has 4 MB."""
     large = 'str = (lambda value: f"{value:>4000000}") if name == "start" else str'
     with (
         serving("store") as s3,
