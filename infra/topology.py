@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -236,8 +237,10 @@ class Topology:
 def _first_port() -> int:
     """Return the first of the four ports. Raises OrchestrationError if POSTTRAIN_PORTS is not valid."""
     text = os.environ.get("POSTTRAIN_PORTS", "15430")
-    if not text.isdigit() or not 1024 <= int(text) <= 65532:
-        raise OrchestrationError(f"POSTTRAIN_PORTS = {text!r}: must be the first of four ports, from 1024 to 65532")
+    if not re.fullmatch("[0-9]{4,5}", text) or not 1024 <= int(text) <= 65532:
+        raise OrchestrationError(
+            f"POSTTRAIN_PORTS = {text[:40]!r}: must be the first of four ports, from 1024 to 65532"
+        )
     return int(text)
 
 

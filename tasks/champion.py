@@ -17,7 +17,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.yaml_files import read_yaml
-from pipelines.promotion.registry import PATH, Version
+from pipelines.promotion.registry import FOLDER_HASH, PATH, Version
 from posttrain.errors import ConfigError, OrchestrationError
 from posttrain.files import read_json, write_atomic
 from tasks.process import child_environment
@@ -61,7 +61,7 @@ def put_into_production(root: Path, version: Version, move: Callable[[], T], *, 
             f"the weights of {version.name} ({version.md5}) are not in DVC's cache, and they cannot be fetched while a flow is running"
             " here. Nothing was changed. Wait for that flow or stop it, then run again."
         )
-    before = _pointer_text(root)
+    before = _pointer_content(root)
     if not busy:
         restore(root, version)
     write_atomic(root / PENDING, f"{version.md5}\n".encode())
@@ -97,6 +97,8 @@ def pointer_entry(root: Path) -> dict[str, Any] | None:
         return None
     try:
         (entry,) = read_yaml(root / POINTER)["outs"]
+        if not FOLDER_HASH.fullmatch(entry["md5"]):
+            raise ValueError(entry["md5"])
         return {"nfiles": 1, "md5": entry["md5"], "size": entry["size"], **entry}
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise OrchestrationError(
@@ -122,12 +124,12 @@ def cached(root: Path, version: Version) -> bool:
 
 def holds(root: Path, version: Version) -> bool:
     """Return True if champion.dvc names the version's weights and the folder exists."""
-    return _pointer_text(root) == pointer(version) and (root / FOLDER).is_dir()
+    return _pointer_content(root) == pointer(version).encode() and (root / FOLDER).is_dir()
 
 
 def restore(root: Path, version: Version) -> None:
     """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
-    path, before, after = root / POINTER, _pointer_text(root), pointer(version)
+    path, before, after = root / POINTER, _pointer_content(root), pointer(version)
     write_atomic(path, after.encode())
     if run_dvc(root, "checkout", "--force", str(POINTER)) is None:
         return
@@ -145,15 +147,16 @@ def restore(root: Path, version: Version) -> None:
     )
 
 
-def _put_back(root: Path, before: str) -> None:
+def _put_back(root: Path, before: bytes) -> None:
     """Restore champion.dvc and its folder as they were."""
-    write_atomic(root / POINTER, before.encode())
+    write_atomic(root / POINTER, before)
     run_dvc(root, "checkout", "--force", str(POINTER))
 
 
-def _pointer_text(root: Path) -> str | None:
+def _pointer_content(root: Path) -> bytes | None:
+    """Return the bytes of champion.dvc, which may be damaged, or None if there is no such file."""
     path = root / POINTER
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_bytes() if path.is_file() else None
 
 
 def pointer(version: Version) -> str:

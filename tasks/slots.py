@@ -192,9 +192,9 @@ def _requested_slots(environ: Mapping[str, str]) -> int | None:
     text = environ.get("POSTTRAIN_SLOTS", "").strip()
     if not text:
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch("[0-9]{1,4}", text) or int(text) < 1:
         raise OrchestrationError(
-            f"POSTTRAIN_SLOTS = {text!r}: must be a whole number of at least 1; unset it to use the machine's default."
+            f"POSTTRAIN_SLOTS = {text[:40]!r}: must be a whole number of at least 1; unset it to use the machine's default."
         )
     return int(text)
 

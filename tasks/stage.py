@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -187,13 +188,21 @@ def run_logged(
     return log
 
 
+MOST_SECONDS = 86_400
+
+
 def grace_seconds() -> float:
     """Return the time for a step to write its checkpoint before it is killed (POSTTRAIN_GRACE_SECONDS)."""
     text = os.environ.get("POSTTRAIN_GRACE_SECONDS", "8")
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise OrchestrationError(f"POSTTRAIN_GRACE_SECONDS = {text!r}: must be a number of seconds.") from None
+        seconds = math.nan
+    if not 0 <= seconds <= MOST_SECONDS:  # NaN would never end a step that does not stop
+        raise OrchestrationError(
+            f"POSTTRAIN_GRACE_SECONDS = {text[:40]!r}: must be a number of seconds, from 0 to {MOST_SECONDS}."
+        )
+    return seconds
 
 
 def _watch(process: subprocess.Popen[bytes], log: StageLog, stopped: Event) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -136,6 +136,16 @@ class StoreInbox:
         return [Arrival(name, place, _version(found[place])) for name, place in named.items() if waits(name)]
 
     def claim(self, arrival: Arrival) -> Arrival:
+        with self._reached():
+            try:
+                self._files.invalidate_cache()
+                self._files.info(arrival.place)
+            except PermissionError:
+                return replace(
+                    arrival, left="the key of this user may not read it; give it the right, or remove the object"
+                )
+            except FileNotFoundError:
+                return replace(arrival, left="it has vanished")
         return arrival
 
     def fetch(self, arrival: Arrival, target: Path) -> None:
@@ -160,8 +170,11 @@ class StoreInbox:
             names = free_names(f"{QUARANTINED}/{arrival.name}")
             name = next(each for each in names if not self._files.exists(f"{self._base}/{each}"))
             target = f"{self._base}/{name}"
-            self._files.pipe_file(f"{target}.reason.txt", (reason + "\n").encode())
-            self._files.cp_file(arrival.place, target)  # `copy` would take [ and * in a name for a pattern
+            try:
+                self._files.cp_file(arrival.place, target)  # `copy` would take [ and * in a name for a pattern
+            except PermissionError:
+                return f"the key of this user may not copy it to {QUARANTINED}; give it the right, or remove the object"
+            self._files.pipe_file(f"{target}.reason.txt", (reason + "\n").encode("utf-8", "backslashreplace"))
             self._files.rm_file(arrival.place)
         return ""
 

@@ -42,7 +42,7 @@ def settle_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 3600:
-        raise ConfigError(f"POSTTRAIN_SETTLE_SECONDS = {text!r}: must be a number of seconds from 0 to 3600.")
+        raise ConfigError(f"POSTTRAIN_SETTLE_SECONDS = {text[:40]!r}: must be a number of seconds from 0 to 3600.")
     return seconds
 
 

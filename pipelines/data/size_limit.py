@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import BinaryIO
 
 from posttrain.errors import ConfigError, DataError
@@ -13,8 +14,8 @@ _CHUNK = 1 << 20
 def limit_megabytes() -> int:
     """Return POSTTRAIN_INBOX_MB, the largest file of the inbox after decompression. Raises ConfigError if it is no number."""
     text = os.environ.get("POSTTRAIN_INBOX_MB", "1024")
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"POSTTRAIN_INBOX_MB = {text!r}: must be a whole number of megabytes, at least 1.")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise ConfigError(f"POSTTRAIN_INBOX_MB = {text[:40]!r}: must be a whole number of megabytes, at least 1.")
     return int(text)
 
 

@@ -36,7 +36,8 @@ EVALUATION = "evaluation"
 """Mark of the evaluation by which the gate judged: its number of rows and a digest."""
 _TAG_LENGTH = 4000
 _NAME_LENGTH = 100
-_FOLDER_HASH, _COUNT = re.compile(r"[0-9a-f]{32}\.dir"), re.compile(r"[0-9]{1,18}")
+FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
+_COUNT = re.compile(r"[0-9]{1,18}")
 _MODEL_PATH = re.compile(r"models(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}){1,3}")
 _EVALUATION_MARK = re.compile(r"[0-9]{1,9}:[0-9a-f]{12}")
 
@@ -63,7 +64,7 @@ class Version:
     @property
     def md5(self) -> str:
         """Return the hash of the weights. Raises DataError if the tag is missing or no hash of a folder."""
-        return self._checked(MD5, _FOLDER_HASH, "the hash of a folder: 32 hexadecimal digits and .dir")
+        return self._checked(MD5, FOLDER_HASH, "the hash of a folder: 32 hexadecimal digits and .dir")
 
     @property
     def entry(self) -> dict[str, str | int]:
@@ -285,4 +286,4 @@ def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:
 
 
 def _fitting(value: str) -> str:
-    return redact(value)[:_TAG_LENGTH]
+    return redact(value).encode("utf-8", "backslashreplace").decode()[:_TAG_LENGTH]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,13 +13,21 @@ WAIT_SECONDS = 15.0
 """Default time that a step waits, at its end, for the last records to reach MLflow."""
 
 
+MOST_SECONDS = 86_400
+
+
 def _wait_seconds() -> float:
-    """Return POSTTRAIN_FOLLOWER_SECONDS, or the default. Raises ConfigError if it is not a number."""
+    """Return POSTTRAIN_FOLLOWER_SECONDS, or the default. Raises ConfigError if it is no number from 0 to MOST_SECONDS."""
     text = os.environ.get("POSTTRAIN_FOLLOWER_SECONDS", "").strip()
     try:
-        return float(text or WAIT_SECONDS)
+        seconds = float(text or WAIT_SECONDS)
     except ValueError:
-        raise ConfigError(f"POSTTRAIN_FOLLOWER_SECONDS = {text!r}: must be a number of seconds, e.g. 15") from None
+        seconds = math.nan
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise ConfigError(
+            f"POSTTRAIN_FOLLOWER_SECONDS = {text[:40]!r}: must be a number of seconds, e.g. 15, up to {MOST_SECONDS}"
+        )
+    return seconds
 
 
 class Follower:

@@ -67,8 +67,8 @@ def _limit_seconds() -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not seconds > 0:
-        raise ConfigError(f"POSTTRAIN_REWARD_SECONDS = {text!r}: must be a number of seconds above 0")
+    if not 0 < seconds <= 86_400:
+        raise ConfigError(f"POSTTRAIN_REWARD_SECONDS = {text[:40]!r}: must be a number of seconds above 0, up to 86400")
     return seconds
 
 

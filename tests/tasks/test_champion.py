@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from pipelines.promotion.registry import Version
 from posttrain.errors import OrchestrationError
-from tasks.champion import FOLDER, POINTER, holds, put_into_production, restore, switching
+from tasks.champion import FOLDER, POINTER, holds, production, put_into_production, restore, switching
 from tasks.dag import changed, read_dag
 from tasks.remote import push
 from tests.workspace import dvc
@@ -39,6 +39,7 @@ def test_weights_are_restored_by_hash_from_the_cache_then_from_the_remote(worksp
     champion = workspace / FOLDER / "weights"
     restore(workspace, first)
     assert champion.read_text() == "one"
+    (workspace / POINTER).write_bytes(b"\xff\xfe\0")  # damaged; the advice is to promote
     restore(workspace, second)
     assert champion.read_text() == "two"
 
@@ -57,6 +58,16 @@ def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) 
         OrchestrationError, match=r"weights of version 3 \(unknown\) \(0{32}\.dir, models/x\) are neither in"
     ):
         restore(workspace, lost)
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe\x00", b"\0" * 40, b"outs:\n- md5: [1]\n  size: 1\n", b"outs: 3\n"])
+def test_a_damaged_pointer_is_named_and_holds_no_version(tmp_path: Path, damaged: bytes) -> None:
+    known = Version(1, {"dvc.md5": "0" * 32 + ".dir", "dvc.size": "1", "dvc.nfiles": "1"}, ())
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / POINTER).write_bytes(damaged)
+    with pytest.raises(OrchestrationError, match=r"champion\.dvc is damaged.*promoting a version"):
+        production(tmp_path)
+    assert not holds(tmp_path, known)
 
 
 def test_production_is_not_moved_to_weights_that_are_nowhere(workspace: Path) -> None:

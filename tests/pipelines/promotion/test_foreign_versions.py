@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,5 @@ def test_a_reason_is_stored_without_credentials_and_cut_to_what_mlflow_takes(pro
     kept = registry.version(1).tags["reason"]
     assert kept.startswith("http://***@host xxx")
     assert len(kept) == 4000
+    registry.tag(1, {"reason": os.fsdecode(b"Latin-1: \xe4")})
+    assert registry.version(1).tags["reason"] == r"Latin-1: \udce4"
