@@ -57,6 +57,7 @@ def run(run: Run) -> None:
     from posttrain.models.inference import scores
     from posttrain.models.policy import Scorer
     from posttrain.models.scorers import PENALTY, scoring_pad, start_scorer
+    from posttrain.training.sharding import shards
     from posttrain.training.supervised import EpochSource, RewardObjective, heads_bootstrapped, prompts_balanced
     from posttrain.training.trainer import Trainer
 
@@ -71,12 +72,12 @@ def run(run: Run) -> None:
     heldout, _ = reward_pairs(encoder, heldout_rows)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
-    def make() -> TrainableModel[Scorer]:
-        scorer = Scorer(start_scorer(START, params.heads))
+    def make(deferred: bool = False) -> TrainableModel[Scorer]:
+        scorer = Scorer(start_scorer(START, params.heads, deferred))
         scorer.penalty = params.disagreement
         return TrainableModel(scorer, apply_training_options(scorer.model, params.lora, params.compute))
 
-    made = make()
+    made = make(deferred=shards(device))
     trainer: Trainer[RewardPair] = Trainer(
         made.model,
         params.optimizer.settings(),
@@ -98,8 +99,9 @@ def run(run: Run) -> None:
         ("loss", "preference/accuracy", "preference/margin"),
         params,
     )
-    made = merged_model(trainer, made, make)
-    scorer = made.model.eval()
+    trained, made = made, merged_model(trainer, made, make)
+    # split weights score with all processes, before only one of them saves
+    scorer = (trained if trainer.sharded else made).model.eval()
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained_scores = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained_scores) / len(trained_scores)
@@ -107,11 +109,11 @@ def run(run: Run) -> None:
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
     card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
-    scorer.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
+    made.model.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}
     if params.heads > 1:
         extra[PENALTY] = params.disagreement
-    write_model(run.outputs, scorer.model, encoder, FOLDER, card, made.adapter, extra)
+    write_model(run.outputs, made.model.model, encoder, FOLDER, card, made.adapter, extra)
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
     counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
     run.recorder.summary(results | {"reward_mean": mean} | counts)

@@ -46,6 +46,7 @@ def run(run: Run) -> None:
     from posttrain.data.tokens import table_tokens
     from posttrain.models.folders import load_encoder, load_policy
     from posttrain.models.policy import Policy
+    from posttrain.training.sharding import shards
     from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
@@ -57,11 +58,11 @@ def run(run: Run) -> None:
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
 
-    def make() -> TrainableModel[Policy]:
-        policy = Policy(load_policy(START))
+    def make(deferred: bool = False) -> TrainableModel[Policy]:
+        policy = Policy(load_policy(START, deferred))
         return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
-    made = make()
+    made = make(deferred=shards(device))
     trainer: Trainer[Example] = Trainer(
         made.model,
         params.optimizer.settings(),

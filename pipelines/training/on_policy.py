@@ -37,12 +37,14 @@ from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
 from posttrain.models.scorers import load_new_scorer, load_scorer, mean_head
+from posttrain.models.shards import gathered
 from posttrain.rollouts.ahead import Ahead, Background
 from posttrain.rollouts.engine import SamplingSettings
 from posttrain.rollouts.groups import GroupSampler, GroupSettings, ScoredAnswer
 from posttrain.rollouts.turns import transcript
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.onpolicy import OnPolicyObjective
+from posttrain.training.sharding import place, shards
 from posttrain.training.trainer import ParameterGroup, Trainer, trainable
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     assert isinstance(budget, OnPolicyBudget)
     start = start_folder(context.params, name)
     encoder = load_encoder(start)
-    made = make_policy(spec, params, start)
-    policy = made.model.to(device.device)
+    made = make_policy(spec, params, start, deferred=shards(device))
+    policy = place(made.model, device)
     section = context.params.algorithms[name]
     compute, turns = params.compute, 1 if budget.turns is None else budget.turns.limit
     weights = dict(section.rewards or {})
@@ -128,24 +130,24 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     return budget.steps, last
 
 
-def _policy(spec: OnPolicy, start: str) -> Policy:
+def _policy(spec: OnPolicy, start: str, deferred: bool) -> Policy:
     """Load the policy, with the critic that the algorithm needs."""
-    lm = load_policy(start)
+    lm = load_policy(start, deferred)
     if not spec.has_critic:
         return Policy(lm)
     if spec.critic == "shared":
         return Policy(lm, shared_value_head=True)
     if spec.critic_start == "sft":
-        return Policy(lm, critic=load_new_scorer(start))
+        return Policy(lm, critic=load_new_scorer(start, deferred))
     require_same_vocabulary(
         load_encoder(REWARD), load_encoder(start), "critic_start: reward, the reward model's tokenizer"
     )
-    return Policy(lm, critic=mean_head(load_scorer(REWARD)))
+    return Policy(lm, critic=mean_head(load_scorer(REWARD, deferred)))
 
 
-def make_policy(spec: OnPolicy, params: AlignParams, start: str) -> TrainableModel[Policy]:
-    """Build the policy with its training options."""
-    policy = _policy(spec, start)
+def make_policy(spec: OnPolicy, params: AlignParams, start: str, deferred: bool = False) -> TrainableModel[Policy]:
+    """Build the policy with its training options; `deferred` weights stay in their files until the model is split over processes."""
+    policy = _policy(spec, start, deferred)
     adapter = apply_training_options(policy.lm, params.lora, params.compute)
     if policy.critic is not None:
         apply_training_options(policy.critic, params.lora, params.compute)
@@ -155,8 +157,14 @@ def make_policy(spec: OnPolicy, params: AlignParams, start: str) -> TrainableMod
 def _reference(made: TrainableModel[Policy], start: str, device: Accelerator) -> Policy:
     """Return the model before training: loaded a second time, or the policy without its adapter."""
     if made.adapter is not None:
-        return BasePolicy(made.model.lm, made.adapter)
-    return Policy(load_policy(start)).to(device.device).eval().requires_grad_(False)
+        with gathered(made.model):
+            return BasePolicy(made.model.lm, made.adapter)
+    return _frozen(start, device)
+
+
+def _frozen(source: str, device: Accelerator) -> Policy:
+    """Return a policy that is not trained; under FSDP2 each process holds its part."""
+    return place(Policy(load_policy(source, shards(device))).requires_grad_(False), device).eval()
 
 
 def _teacher(source: str | None, encoder: TextEncoder, longest: int, device: Accelerator) -> Policy | None:
@@ -170,7 +178,7 @@ def _teacher(source: str | None, encoder: TextEncoder, longest: int, device: Acc
     own = load_encoder(source)
     require_same_vocabulary(own, encoder, source)
     require_context(own, encoder, longest, source)
-    return Policy(load_policy(source)).to(device.device).eval().requires_grad_(False)
+    return _frozen(source, device)
 
 
 def make_objective(spec: OnPolicy, budget: OnPolicyBudget) -> OnPolicyObjective:

@@ -45,6 +45,7 @@ from posttrain.training.preference import (
     PreferencePair,
     bounded_advantages,
 )
+from posttrain.training.sharding import place, shards
 from posttrain.training.supervised import EpochSource
 from posttrain.training.trainer import Trainer
 from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, UnpairedSource, mismatched
@@ -60,8 +61,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     assert isinstance(spec, Preference | LoggedGroups | Unpaired)
     assert isinstance(budget, PreferenceBudget)
     start = start_folder(context.params, name)
-    encoder, made = load_encoder(start), _make(context.params.align, start)
-    policy = made.model.to(device.device)
+    encoder, made = load_encoder(start), _make(context.params.align, start, shards(device))
+    policy = place(made.model, device)
     cache = reference_cache(context, start, device) if spec.needs_reference else None
     reference = Reference(policy, compute.micro_batch_tokens, compute.bf16, cache)
     data = _data(spec, encoder, reference)
@@ -94,9 +95,9 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     return order.steps, last
 
 
-def _make(params: AlignParams, start: str) -> TrainableModel[Policy]:
+def _make(params: AlignParams, start: str, deferred: bool = False) -> TrainableModel[Policy]:
     """Build the model to start from, with its training options. A new adapter changes nothing yet, so the model is its own reference."""
-    policy = Policy(load_policy(start))
+    policy = Policy(load_policy(start, deferred))
     return TrainableModel(policy, apply_training_options(policy.lm, params.lora, params.compute))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pipelines.runtime.recorder import RunRecorder
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.models.policy import Policy
+from posttrain.models.shards import gathered
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
-from posttrain.training.sharding import whole
 
 
 class GreedySamples:
@@ -32,7 +32,7 @@ class GreedySamples:
 
     def __call__(self, step: int) -> Mapping[str, float]:
         if step == 1 or step % self.every == 0:
-            with whole(self.policy):
+            with gathered(self.policy):
                 answers = self.engine.sample([Request(row.prompt, ((0,),)) for row in self.rows], self.settings)
             text = self.encoder.text
             self.recorder.table(

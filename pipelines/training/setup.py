@@ -270,12 +270,19 @@ def train(
 def merged_model(
     trainer: Trainer[Any], made: TrainableModel[Model], make: Callable[[], TrainableModel[Model]]
 ) -> TrainableModel[Model]:
-    """Return the trained model with its adapter merged. Weights that are sharded over processes are gathered into a new model."""
+    """Return the trained model with its adapter merged. Split weights are gathered once, by the process that saves the model.
+
+    The other processes get their part of the model back.
+
+    Args:
+        make: builds the whole model with its training options on the CPU.
+    """
     if trainer.sharded:
         weights = trainer.weights()
+        if not trainer.accelerator.is_main_process:
+            return made
         made = make()
         made.model.load_state_dict(weights, strict=False)
-        made.model.to(trainer.accelerator.device)
     if made.adapter is not None:
         made.adapter.merge()
     return made

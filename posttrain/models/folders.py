@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from posttrain.errors import ModelError
 from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
+from posttrain.models.deferred import after_fill, deferred_model
 from posttrain.models.weights import (
     broken_weights,
     check_folder,
@@ -90,15 +91,23 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(source: str | Path) -> PreTrainedModel:
+def load_policy(source: str | Path, deferred: bool = False) -> PreTrainedModel:
     """Load a causal language model in float32 with dropout off.
+
+    Args:
+        deferred: leave the weights in their files for `shard` to read, if the files name them as the model does.
 
     Raises:
         ModelError: the folder cannot be used, or the logits are not the plain output of the head.
     """
-    refuse_other_heads(load_config(source), source)
-    model = load_whole(AutoModelForCausalLM, source)
-    check_policy(model, source)
+    config = load_config(source)
+    refuse_other_heads(config, source)
+    model = deferred_model(AutoModelForCausalLM, config, source) if deferred else None
+    if model is not None:
+        after_fill(model, partial(check_policy, model, source))
+    else:
+        model = load_whole(AutoModelForCausalLM, source)
+        check_policy(model, source)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         _report_once(
             f"{source}: config.json asks for output_router_logits, but no objective here adds the routers' auxiliary loss; the metrics"

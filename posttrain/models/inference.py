@@ -12,7 +12,9 @@ from posttrain.data.batches import collate, micro_batches
 from posttrain.data.layout import ending
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import to_host
+from posttrain.models.packed import PROBE
 from posttrain.models.policy import Policy, Scorer
+from posttrain.models.shards import equal_passes
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ def token_logprobs(
     """
     device = next(policy.parameters()).device
     numbers: list[TokenLogprobs | None] = [None] * len(tokens)
-    for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
+    groups = micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []
+    for group in equal_passes(policy, groups):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = policy(collate([tokens[i] for i in group]).to(device), temperature)
+            output = policy(collate([tokens[i] for i in group] or PROBE).to(device), temperature)
+        if not group:
+            continue  # another process has more rows
         given = {
             "logprobs": output.logprobs,
             "entropy": output.entropy,
@@ -87,9 +92,12 @@ def scores_and_spreads(
     """Return the scorer's score of every row, and the standard deviation of its heads."""
     device = next(scorer.parameters()).device
     result = [(0.0, 0.0)] * len(tokens)
-    for group in micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []:
+    groups = micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []
+    for group in equal_passes(scorer, groups):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            values = scorer(collate([tokens[i] for i in group]).to(device, ending))
+            values = scorer(collate([tokens[i] for i in group] or PROBE).to(device, ending))
+        if not group:
+            continue  # another process has more rows
         combined, spread = (column.tolist() for column in to_host(scorer.combined(values)))
         for i, score, width in zip(group, combined, spread, strict=True):
             result[i] = (score, width)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
+from posttrain.models.deferred import is_deferred
 from posttrain.models.policy import Policy, PolicyOutput
 from posttrain.models.reach import probe_ids
 from posttrain.settings import LoraSettings
@@ -58,9 +59,9 @@ class Adapter:
             modules_to_save=[HEAD] if scalar else None,
         )
         names = _linear_names(model)
-        before = None if model.device.type == "meta" else self._probe()
+        before = None if is_deferred(model) else self._probe()
         try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            with warnings.catch_warnings(action="ignore", category=FutureWarning), _adapter_stays(before is None):
                 self._peft: Any = peft.get_peft_model(model, config)
         except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(
@@ -168,6 +169,20 @@ class Adapter:
                     "lora.target_modules: the embedding and the head over the vocabulary cannot have an adapter, because"
                     " log-probabilities are fused with the head's own weight; name other layers, or use all-linear"
                 )
+
+
+@contextmanager
+def _adapter_stays(deferred: bool) -> Iterator[None]:
+    """Keep a new adapter's first values inside the block if its base has none yet; peft would move it to the base's device, meta."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    move: Any = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    if deferred:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = move  # type: ignore[method-assign]
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

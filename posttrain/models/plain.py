@@ -28,12 +28,17 @@ def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
         if ".lora_" in name:
             continue
         path, base, leaf = name.rpartition("base_layer.")
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = _whole(tensor)
         if base and leaf == "weight":
             layer: Any = modules[path[:-1]]
-            whole = whole + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            whole = whole + sum(_whole(layer.get_delta_weight(adapter)) for adapter in layer.active_adapters)
         state[path + leaf] = whole.to(dtype)
     return state
+
+
+def _whole(tensor: Any) -> Tensor:
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
 
 
 def _tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

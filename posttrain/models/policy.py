@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
+from posttrain.models.deferred import is_deferred
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.routing import Replay, Routing, reading, routers_of
@@ -54,12 +55,18 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.critic = critic
-        self.packs = prepare(lm) and (critic is None or prepare(critic))
+        self.packs = False
+        if not is_deferred(self):
+            self.prepare()
         self.routers = routers_of(lm)
         self.value_head: nn.Linear | None = None
         if shared_value_head:
             self.value_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
+
+    def prepare(self) -> None:
+        """Try if flat batches give the model's own numbers; padded rows are computed otherwise."""
+        self.packs = prepare(self.lm) and (self.critic is None or prepare(self.critic))
 
     def forward(
         self, batch: TokenBatch, temperature: float | Tensor = 1.0, replayed: Tensor | None = None
@@ -104,8 +111,14 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.packs = prepare(model)
+        self.packs = False
+        if not is_deferred(self):
+            self.prepare()
         self.penalty = float(getattr(model.config, "reward_disagreement", 0.0))
+
+    def prepare(self) -> None:
+        """Try if flat batches give the model's own numbers; padded rows are computed otherwise."""
+        self.packs = prepare(self.model)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the scores [batch], or [batch, heads] of an ensemble."""

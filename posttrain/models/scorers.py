@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from posttrain.errors import ModelError
+from posttrain.models.deferred import after_fill, deferred_model, fill
 from posttrain.models.folders import load_config, load_policy
 from posttrain.models.weights import load_whole
 
@@ -37,10 +39,13 @@ PENALTY = "reward_disagreement"
 PROBE = (3, 4, 5, 3)
 
 
-def load_scorer(source: str | Path) -> PreTrainedModel:
+def load_scorer(source: str | Path, deferred: bool = False) -> PreTrainedModel:
     """Load a finished reward model: every weight, its head included, comes from the folder.
 
     Several heads are loaded only if the folder is marked as an ensemble (`reward_heads` in its config.json).
+
+    Args:
+        deferred: leave the weights of its trunk in their files for `shard` to read, if the files name them as the model does.
 
     Raises:
         ModelError: the folder lacks weights, has more than one label, or its score is not the plain output of a linear head.
@@ -51,14 +56,19 @@ def load_scorer(source: str | Path) -> PreTrainedModel:
             f"{source}: a reward model gives one number, and this one has {config.num_labels} labels; give a model with num_labels = 1"
         )
     # the class of a composite model would read the configuration of its language model as its own
+    model = deferred_model(_scorer_kind(config), config, source) if deferred else None
+    if model is not None:
+        fill(cast(nn.Module, model.score))
+        after_fill(model, partial(_check_score, model, source))
+        return model
     model = load_whole(_scorer_kind(config), source, config=config)
     _check_score(model, source)
     return model
 
 
-def start_scorer(source: str | Path, heads: int = 1) -> PreTrainedModel:
+def start_scorer(source: str | Path, heads: int = 1, deferred: bool = False) -> PreTrainedModel:
     """Load the trunk of a language model and put new scalar heads on it, random as the architecture's own initialisation."""
-    lm = load_policy(source)
+    lm = load_policy(source, deferred)
     config, head = lm.config, cast(nn.Module, lm.get_output_embeddings())
     wide = cast(Tensor, head.weight).shape[-1]
     if wide != _width(config):
@@ -79,9 +89,9 @@ def start_scorer(source: str | Path, heads: int = 1) -> PreTrainedModel:
     return started
 
 
-def load_new_scorer(source: str | Path) -> PreTrainedModel:
+def load_new_scorer(source: str | Path, deferred: bool = False) -> PreTrainedModel:
     """Load the trunk of a language model with a scalar head of zeros: a critic that starts from it gives every state the value 0."""
-    model = start_scorer(source)
+    model = start_scorer(source, deferred=deferred)
     nn.init.zeros_(cast(nn.Linear, model.score).weight)
     return model
 

@@ -13,8 +13,8 @@ Example:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
+from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
@@ -53,6 +54,18 @@ class Decoder:
         """Tokens of prompts that have been computed."""
         self._token_bytes = 0
         self._continues: bool | None = None
+        self._before_pass: Callable[[], None] = _nothing
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Compute as many passes inside the block as every other process, if each pass gathers split weights."""
+        idle = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
+        with in_step(self.lm, lambda: self._call(self.lm.base_model, input_ids=idle, use_cache=False)) as before_pass:
+            self._before_pass = before_pass
+            try:
+                yield
+            finally:
+                self._before_pass = _nothing
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -61,10 +74,12 @@ class Decoder:
         self.lm.eval()
         if self.shared:
             self.lm.config._attn_implementation = NAME
-        if self.bf16:
+        if self.bf16 and not is_sharded(self.lm):
             self.casts = {module: _matrices(module) for module in (self.lm.base_model, self.head)}
+        # autocast's cache would keep each gathered layer
+        cache = not is_sharded(self.lm)
         try:
-            with torch.no_grad(), torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad(), torch.autocast(self.lm.device.type, torch.bfloat16, self.bf16, cache):
                 yield
         finally:
             self.casts = {}
@@ -138,7 +153,7 @@ class Decoder:
         if self._continues is None:
             probe = Decoder(self.lm, self.shared)
             try:
-                with probe.decoding():
+                with probe.decoding(), InFloat32() if gathers_bf16(self.lm) else nullcontext():
                     probe.check_continued()
                 self._continues = self.reach is None  # in a window the padding between old and new columns would count
             except torch.OutOfMemoryError:
@@ -188,6 +203,7 @@ class Decoder:
         return logits
 
     def _trunk(self, **inputs: Any) -> Tensor:
+        self._before_pass()
         hidden: Tensor = self._call(self.lm.base_model, use_cache=True, **inputs).last_hidden_state
         return hidden
 
@@ -265,7 +281,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             continue
         probe = Decoder(lm, shared)
         try:
-            with probe.decoding():
+            with probe.decoding(), InFloat32() if gathers_bf16(lm) else nullcontext():
                 probe.check()
                 reach = find_reach(lm.config, probe.agrees)
         except torch.OutOfMemoryError:
@@ -277,7 +293,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             if reach == 0:
                 reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"
                 continue
-            return Decoder(lm, shared, bf16, reach)
+            return Decoder(lm, shared, bf16 or gathers_bf16(lm), reach)
     return reason
 
 
@@ -287,6 +303,10 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for row, own in zip(ids, rows, strict=True):
         row[: len(own)] = torch.tensor(own)
     return ids, torch.tensor([len(own) - 1 for own in rows])
+
+
+def _nothing() -> None:
+    """Do nothing before a pass: no other process waits for it."""
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:

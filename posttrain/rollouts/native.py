@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
+from posttrain.models.shards import InFloat32, gathers_bf16, gathers_layers, most, whole
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import completion, draw, noise
@@ -99,11 +100,11 @@ class NativeEngine:
         Raises:
             RolloutError: the model's cache does not agree with its own forward pass, or prompt and answer exceed the model's context.
         """
-        if not requests:
+        if not requests and not gathers_layers(self.lm):
             return []
         if any(not request.prompt for request in requests):
             raise RolloutError("a prompt has no tokens, so the first response token has no context; remove such rows")
-        longest = max(len(r.prompt) for r in requests)
+        longest = most(self.lm, max((len(r.prompt) for r in requests), default=0))
         limit = context_limit(self.lm.config.get_text_config().to_dict())
         if limit is not None and longest + settings.max_new_tokens > limit:
             raise RolloutError(
@@ -116,11 +117,8 @@ class NativeEngine:
         if isinstance(decoder, Decoder) and decoder.reach is not None and tokens > decoder.reach:
             decoder = f"it attends over a window of {decoder.reach} tokens, and prompt and answer may have {tokens}"
         if isinstance(decoder, str):
-            if not self.confirmed:
-                confirm_generate(self.lm)
-                self.confirmed = True
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
-            return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16).sample(requests, settings)
+            return self._generated(requests, settings)
         keeping = self._keeping and decoder.continues()
         with decoder.decoding():
             limit = self.max_tokens
@@ -131,7 +129,22 @@ class NativeEngine:
             if keeping:
                 self._kept = self._kept or KeptStates(int(KEPT_SHARE * limit))
                 limit -= self._kept.max_tokens
-            return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept).run(requests)
+            with decoder.in_step():
+                return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept).run(requests)
+
+    def any_running(self, count: int) -> bool:
+        """Return True if this process, or one that must compute together with it, has answers left to sample."""
+        return most(self.lm, count) > 0
+
+    def _generated(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        """Return the completions by transformers' generate, which keeps no step with other processes."""
+        bf16 = gathers_bf16(self.lm)
+        with whole(self.lm):
+            if not self.confirmed:
+                with InFloat32() if bf16 else nullcontext():
+                    confirm_generate(self.lm)
+                self.confirmed = True
+            return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16 or bf16).sample(requests, settings)
 
 
 @cache

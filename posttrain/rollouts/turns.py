@@ -86,6 +86,8 @@ class TurnEngine:
             return self._conversations(requests, settings)
 
     def _conversations(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+        # processes that share the model's weights sample together until none has a conversation left
+        goes_on: Callable[[int], bool] = getattr(self.engine, "any_running", bool)
         first = self.engine.sample(requests, settings)
         groups = [[_Unfinished(request, seed) for seed in request.seeds] for request in requests]
         running = [one for group in groups for one in group]
@@ -93,7 +95,7 @@ class TurnEngine:
         for turn in range(1, self.turns.limit + 1):
             pairs = zip(running, answers, strict=True)
             running = [one for one, answer in pairs if self._goes_on(one, answer, turn, settings)]
-            if not running:
+            if not goes_on(len(running)):
                 break
             asked = [Request(one.ids, ((*one.seed, turn),), known=one.known) for one in running]
             answers = [completion for (completion,) in self.engine.sample(asked, settings)]

@@ -15,7 +15,9 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 
 from posttrain.errors import CheckpointError
 from posttrain.files import replace, sync
+from posttrain.training.sharded_checkpoint import FOLDER, background_group, file_digest, marked, outcomes, split, write
 
 
 class Checkpoints:
@@ -36,39 +39,88 @@ class Checkpoints:
             writes: False for all but one of the processes that train together; all of them read.
         """
         self.folder, self.keep, self.name, self.writes = folder, keep, name, writes
+        self._writing: tuple[int, Future[dict[str, str]]] | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps; it is complete on disk before it gets its final name.
 
+        Tensors that processes share are copied at once and written in the background: call `poll` after each step, and `wait` at the end.
+
         Raises:
             CheckpointError: the disk is full or read-only.
         """
-        final = self.folder / f"{self.name}-{step:08d}"
-        if not self.writes:
-            return final
-        partial = self.folder / f"partial-{step:08d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            torch.save(dict(state), partial / "state.pt")
-            manifest = _manifest(step, _sha256(partial / "state.pt"))
+        self.wait()
+        plain, shared = split(dict(state))
+        partial, final = self.folder / f"partial-{step:08d}", self._final(step)
+        if self.writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with self._reported(step):
+                torch.save(plain, partial / "state.pt")
+                sync(partial / "state.pt")
+        if shared:
+            torch.distributed.barrier()  # the folder exists for all
+            self._writing = (step, write(shared, partial))
+        elif self.writes:
+            self._complete(step, {})
+        return final
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written if all processes are ready. All processes must call it after each step."""
+        if self._writing is not None:
+            waits = torch.tensor([int(not self._writing[1].done())])
+            torch.distributed.all_reduce(waits, torch.distributed.ReduceOp.MAX, group=background_group())
+            if not int(waits):
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, and complete it. All processes must call it.
+
+        Raises:
+            CheckpointError: the disk of one process is full or read-only.
+        """
+        if self._writing is None:
+            return
+        (step, digests), self._writing = self._writing, None
+        files, errors = outcomes(digests)
+        with self._reported(step):
+            if errors:
+                raise OSError(errors[0])
+            if self.writes:
+                self._complete(step, files)
+        torch.distributed.barrier()
+
+    def _complete(self, step: int, shards: Mapping[str, str]) -> None:
+        """Give a written checkpoint its final name, and remove those that are older than the ones to keep."""
+        partial, final = self.folder / f"partial-{step:08d}", self._final(step)
+        with self._reported(step):
+            manifest = _manifest(step, file_digest(partial / "state.pt"), shards)
             (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-            for path in (partial / "state.pt", partial / "manifest.json", partial):
+            for path in (partial / "manifest.json", partial):
                 sync(path)
             replace(partial, final)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0.0
-            raise CheckpointError(
-                f"cannot write checkpoint {final}, where {free:.1f} MiB are free: {error}. Free space or set another workspace, then run"
-                " again."
-            ) from error
         names = self._names()
         # a later step exists only if it was damaged and skipped
         torn = [path for path in names if path.name > final.name]
         for path in [*names[: -self.keep - len(torn)], *torn]:
             shutil.rmtree(path)
-        return final
+
+    @contextmanager
+    def _reported(self, step: int) -> Iterator[None]:
+        """Remove what was written and raise CheckpointError if the block cannot write."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+            if self.writes:
+                shutil.rmtree(self.folder / f"partial-{step:08d}", ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0.0
+            raise CheckpointError(
+                f"cannot write checkpoint {self._final(step)}, where {free:.1f} MiB are free: {error}. Free space or set another"
+                " workspace, then run again."
+            ) from error
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"{self.name}-{step:08d}"
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Return (step, state) of the newest complete checkpoint, or None. Every damaged one is reported on stderr."""
@@ -102,21 +154,16 @@ class Checkpoints:
 def _read(path: Path) -> tuple[int, dict[str, Any]]:
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     step = int(path.name.rpartition("-")[2])
-    if manifest != _manifest(step, _sha256(path / "state.pt")):
+    shards = {name: file_digest(path / FOLDER / name) for name in sorted(manifest.get(FOLDER, {}))}
+    if manifest != _manifest(step, file_digest(path / "state.pt"), shards):
         raise CheckpointError("a checksum does not match")
     # onto the CPU: the device that wrote it may not exist here, and the other processes of this machine have devices of their own
-    return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return step, marked(state, path) if shards else state
 
 
-def _manifest(step: int, digest: str) -> dict[str, Any]:
-    """Return the content of manifest.json: the step, the state's checksum, and a checksum of these two."""
-    check = hashlib.sha256(f"{step} {digest}".encode()).hexdigest()
-    return {"step": step, "sha256": digest, "check": check}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _manifest(step: int, digest: str, shards: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of manifest.json: the step, the checksums of the state and of the shards' files, and a checksum of all."""
+    written = dict(sorted(shards.items()))
+    check = hashlib.sha256(f"{step} {digest}{' ' + json.dumps(written) if written else ''}".encode()).hexdigest()
+    return {"step": step, "sha256": digest, "check": check} | ({FOLDER: written} if written else {})

@@ -28,6 +28,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.distributed import gather_all
 from posttrain.models.inference import TokenLogprobs, token_logprobs
 from posttrain.models.policy import Policy
+from posttrain.models.shards import gathered
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.gae import gae, whiten
 from posttrain.objectives.kl import adapted_coefficient
@@ -35,7 +36,6 @@ from posttrain.objectives.shaping import expert_weight
 from posttrain.rollouts.groups import GroupSampler, ScoredAnswer
 from posttrain.training.onpolicy import Demonstration, Experience, OnPolicyObjective, OnPolicyRow
 from posttrain.training.routing import require_replay
-from posttrain.training.sharding import whole
 from posttrain.training.source import StepData
 
 
@@ -99,11 +99,11 @@ class ExperienceSource:
         """Return the batches of step `step`, counted from 0, with their metrics."""
         started = time.perf_counter()
         self.last_answers, self.last_batches = [], []
-        with whole(self.policy):
+        with gathered(self.policy):
             answers, metrics = self.sampler.sample()
         self.last_answers = answers
         sampled = time.perf_counter()
-        with whole(self.policy):
+        with gathered(self.policy):
             rows, measured = self._rows(answers, step)
         metrics |= reward_metrics(answers) | measured
         self.last_batches = batches = self._batches(rows, metrics)

@@ -55,6 +55,7 @@ class Faults:
         path = self.kept.save(
             self.skipped + 1, {**state, "about": about, "batch": None if rows is None else pack(rows)}
         )
+        self.kept.wait()
         self.pending.append(about)
         self.skipped += 1
         text = f"step {step}, {where}: {error} (rows {', '.join(ids) or 'unknown'})"

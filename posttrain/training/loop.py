@@ -108,10 +108,16 @@ def fit(
             if checkpoints is not None and ((due and step < settings.steps) or stop):
                 checkpoints.save(step, _state(trainer, source, last, faults))
                 saved_at = time.monotonic()
+            elif checkpoints is not None:
+                checkpoints.poll()
             if stop:
+                if checkpoints is not None:
+                    checkpoints.wait()
                 raise Interrupted(
                     f"{settings.title} was stopped by a signal after step {step}; run it again to resume from there"
                 )
+    if checkpoints is not None:
+        checkpoints.wait()
     return last
 
 

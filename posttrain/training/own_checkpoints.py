@@ -36,6 +36,14 @@ class OwnCheckpoints:
         """Write the state with the identity."""
         return self.inner.save(step, {**state, _RUN: self.identity})
 
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written if all processes are ready."""
+        self.inner.poll()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, and complete it."""
+        self.inner.wait()
+
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Return (step, state) of the newest complete checkpoint, or None.
 

@@ -14,24 +14,28 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import collate
 from posttrain.errors import ConfigError
+from posttrain.models.deferred import fill, is_deferred, run_checks
 from posttrain.models.packed import PROBE
 from posttrain.models.policy import PolicyOutput
 from posttrain.models.routing import Routing
+from posttrain.models.shards import GATHERS_BF16, KEEPS_LAYERS, InFloat32, gathered
+from posttrain.training.sharded_checkpoint import read_like
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # fully_shard searches a module's output for tensors whose gradient triggers the next gather
 register_dataclass(PolicyOutput)
@@ -53,68 +57,87 @@ def shards(accelerator: Accelerator) -> bool:
     return True
 
 
+def place(model: Module, accelerator: Accelerator) -> Module:
+    """Move the model to the process's device; under FSDP2 only this process's share of it."""
+    if not shards(accelerator):
+        return model.to(accelerator.device)
+    shard(model, accelerator)
+    return model
+
+
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """Split every decoder layer, and the rest of the model, over all processes; the module stays the same object."""
+    """Split every decoder layer, and the rest of the model, over all processes; the module stays the same object.
+
+    The weights of a deferred model are read layer by layer, so that a process holds its share and one layer. Under bfloat16 layers are
+    gathered in bfloat16, and their gradients are added in float32.
+    """
     # no code here changes an output in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    model.to(accelerator.device)
+    keeps = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    bf16, deferred = accelerator.mixed_precision == "bf16", is_deferred(model)
+    # inputs stay in float32 as under autocast, which casts them for products
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     trunks = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     layers = {name for trunk in trunks for name in trunk._no_split_modules or ()}
     for module in list(model.modules()):
         if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+            fill(module)
+            module.to(accelerator.device)
+            options: dict[str, Any] = {"mp_policy": precision} if bf16 else {}
+            fully_shard(module, mesh=mesh, reshard_after_forward=not keeps, **options)
+            setattr(module, KEEPS_LAYERS, keeps)
+            setattr(module, GATHERS_BF16, bf16)
+    fill(model)
+    model.to(accelerator.device)
     outermost = fully_shard(model, mesh=mesh)
     # FSDP initialises at the first forward of the outermost module; sampling would call the layers first
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         model(collate(PROBE).to(accelerator.device))
     outermost.reshard()
+    if deferred:
+        with gathered(model), InFloat32():
+            cast(Any, model).prepare()
+            run_checks(model)
 
 
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Hold all weights of `model` on every process inside the block, so that it computes without waiting. Costs their memory."""
-    units: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(cast(object, unit) is not model, recurse=False)
-            unit.reshard()
+def full(tree: Any, keep: bool = True) -> Any:
+    """Gather every split tensor of the tree on the CPU, one after another. All processes must call it.
 
-
-def full(tree: Any) -> Any:
-    """Gather every split tensor of the tree on the CPU. All processes must call it."""
+    Args:
+        keep: False returns nothing of a mapping's tensors, on the processes that only take part.
+    """
     if isinstance(tree, DTensor):
         return tree.full_tensor().cpu()
     if isinstance(tree, Mapping):
-        return {key: full(value) for key, value in tree.items()}
+        gathered_values = ((key, full(value)) for key, value in tree.items())
+        return {key: value for key, value in gathered_values if keep}
     return [full(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def split_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights as `model` holds them: this process's part of each split weight."""
-    held = model.state_dict()
-    return {name: split_like(value, held[name]) for name, value in weights.items()}
+def placed_state(
+    weights: Mapping[str, Any], state: Mapping[str, Any], held: Mapping[str, Tensor], parameters: Sequence[Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint's weights and optimiser state as this process holds them.
+
+    Args:
+        weights: each whole, this process's part, or still in the checkpoint's files.
+        state: the optimiser's state; its entries follow `parameters`.
+        held: the model's state dict.
+    """
+    names = list(weights)
+    moments = [(i, name) for i, entry in state["state"].items() for name in entry]
+    stored = [*weights.values(), *(state["state"][i][name] for i, name in moments)]
+    like = [*(held[name] for name in names), *(parameters[i] for i, _ in moments)]
+    placed = [split_like(value, tensor) for value, tensor in zip(read_like(stored, like), like, strict=True)]
+    entries: dict[int, dict[str, Any]] = {i: {} for i in state["state"]}
+    for (i, name), value in zip(moments, placed[len(names) :], strict=True):
+        entries[i][name] = value
+    return dict(zip(names, placed, strict=False)), {**state, "state": entries}
 
 
-def split_moments(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """Return an optimiser's state with each moment split like its parameter."""
-    moments = {
-        index: {
-            name: split_like(value, parameters[index]) if value.shape == parameters[index].shape else value
-            for name, value in entry.items()
-        }
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": moments}
-
-
-def split_like(value: Tensor, held: Tensor) -> Tensor:
-    """Return `value` split like `held`, or unchanged if `held` is not split."""
-    if not isinstance(held, DTensor):
+def split_like(value: Any, held: Tensor) -> Any:
+    """Return a whole `value` split like `held`; unchanged if it is split already, or of another shape, or `held` is whole."""
+    if not isinstance(held, DTensor) or isinstance(value, DTensor) or getattr(value, "shape", None) != held.shape:
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)

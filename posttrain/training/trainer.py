@@ -21,8 +21,9 @@ from posttrain.data.tokens import Tokens
 from posttrain.distributed import all_reduce_max
 from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
+from posttrain.models.shards import is_sharded
 from posttrain.settings import OptimizerSettings
-from posttrain.training.sharding import full, shard, shards, split_moments, split_weights
+from posttrain.training.sharding import full, placed_state, shard, shards
 from posttrain.training.sums import Sums, Terms
 
 Row = TypeVar("Row")
@@ -87,7 +88,7 @@ class Trainer(Generic[Row]):
         self.sharded = shards(self.accelerator)
         self.recomputed = recomputed_layers(model)
         self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
-        if self.sharded:
+        if self.sharded and not is_sharded(model):
             self.groups = _shard(model, self.groups, self.accelerator)
         optimizer = torch.optim.AdamW(
             [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups],
@@ -185,17 +186,22 @@ class Trainer(Generic[Row]):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all trained weights, gathered on every process; the others are unchanged since the start of training."""
+        """Return all trained weights, gathered on the main process only; the others are unchanged since the start of training.
+
+        All processes must call it; without sharding each one has all weights.
+        """
+        return full(self._held(), self.accelerator.is_main_process) if self.sharded else self._held()
+
+    def _held(self) -> dict[str, Tensor]:
+        """Return the trained weights as this process holds them, which may be its part."""
         frozen = _frozen(self.unwrapped)
-        weights = {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
-        return full(weights) if self.sharded else weights
+        return {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an update changes. A different number of processes can resume from it."""
-        moments = self.optimizer.state_dict()
+        """Return everything that an update changes, shared tensors as this process's part. Any number of processes can resume from it."""
         return {
-            "model": self.weights(),
-            "optimizer": full(moments) if self.sharded else moments,
+            "model": self._held(),
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "updates": self.updates,
             "tokens_trained": self.tokens_trained,
@@ -207,16 +213,17 @@ class Trainer(Generic[Row]):
         Raises:
             CheckpointError: the checkpoint has other trained weights than the model.
         """
-        weights, moments = state["model"], state["optimizer"]
-        if self.sharded:
-            weights = split_weights(weights, self.unwrapped)
-            moments = split_moments(moments, [p for group in self.groups for p in group.parameters])
-        missing, unexpected = self.unwrapped.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) != _frozen(self.unwrapped):
+        held = self.unwrapped.state_dict()
+        frozen = _frozen(self.unwrapped)
+        if state["model"].keys() != held.keys() - frozen:
             raise CheckpointError(
                 "the checkpoint has other trained weights than this model; was `lora` changed?"
                 " Remove the run's checkpoints to start again"
             )
+        weights, moments = placed_state(
+            state["model"], state["optimizer"], held, [p for group in self.groups for p in group.parameters]
+        )
+        self.unwrapped.load_state_dict(weights, strict=False)
         self.optimizer.load_state_dict(moments)
         self.schedule.load_state_dict(state["schedule"])
         self.updates, self.tokens_trained = state["updates"], state["tokens_trained"]

@@ -29,7 +29,6 @@ from posttrain.objectives.preference import unpaired_loss
 from posttrain.objectives.reduce import masked_sum, row_sums
 from posttrain.training.preference import Answer, with_reference
 from posttrain.training.routing import add_routing
-from posttrain.training.sharding import whole
 from posttrain.training.source import StepData
 from posttrain.training.sums import Terms
 from posttrain.training.supervised import EpochSource
@@ -100,13 +99,12 @@ class UnpairedSource(EpochSource[LabelledAnswer]):
         """Return z0 of a batch."""
         self.policy.eval()
         tokens = [partner.tokens for partner in partners]
-        with whole(self.policy):
-            measured = gather_all(
-                self.accelerator,
-                tokens,
-                lambda own: token_logprobs(self.policy, own, self.micro_batch_tokens, bf16=self.bf16),
-                partial(share_of, [[t] for t in tokens]),
-            )
+        measured = gather_all(
+            self.accelerator,
+            tokens,
+            lambda own: token_logprobs(self.policy, own, self.micro_batch_tokens, bf16=self.bf16),
+            partial(share_of, [[t] for t in tokens]),
+        )
         sums = [
             float((m.logprobs.astype("float64") - p.ref_logprobs).sum())
             for m, p in zip(measured, partners, strict=True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from posttrain.errors import CheckpointError
-from posttrain.training.checkpoint import Checkpoints, _manifest, _sha256
+from posttrain.training.checkpoint import Checkpoints, _manifest
 from posttrain.training.randomness import random_state, set_random_state
+from posttrain.training.sharded_checkpoint import file_digest
 
 
 def names(folder: Path) -> list[str]:
@@ -93,7 +94,7 @@ def test_a_checkpoint_of_a_gpu_is_read_on_a_machine_without_one(tmp_path: Path) 
             # the storage's device in the pickle, as a length and a text
             written.writestr(name, given.read(name).replace(b"\x03\0\0\0cpu", b"\x06\0\0\0cuda:0"))
     (folder / "state.pt").write_bytes(moved.getvalue())
-    (folder / "manifest.json").write_text(json.dumps(_manifest(1, _sha256(folder / "state.pt"))))
+    (folder / "manifest.json").write_text(json.dumps(_manifest(1, file_digest(folder / "state.pt"))))
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(folder / "state.pt", weights_only=True)
     step, state = Checkpoints(tmp_path).latest() or (0, {})
