@@ -61,7 +61,7 @@ class Adapter:
         names = _linear_names(model)
         before = None if is_deferred(model) else self._probe()
         try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning), _adapter_stays(before is None):
+            with warnings.catch_warnings(action="ignore", category=FutureWarning), _keeps_first_values(before is None):
                 self._peft: Any = peft.get_peft_model(model, config)
         except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(
@@ -172,17 +172,27 @@ class Adapter:
 
 
 @contextmanager
-def _adapter_stays(deferred: bool) -> Iterator[None]:
-    """Keep a new adapter's first values inside the block if its base has none yet; peft would move it to the base's device, meta."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _keeps_first_values(deferred: bool) -> Iterator[None]:
+    """Give a new adapter its own first values at the end of the block; peft moves them to the device of a deferred base, which has none."""
+    from peft.tuners.lora.layer import LoraLayer
 
-    move: Any = BaseTunerLayer._move_adapter_to_device_of_base_layer
-    if deferred:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None  # type: ignore[method-assign]
+    if not deferred:
+        yield
+        return
+    move, drawn = cast(Any, LoraLayer)._move_adapter_to_device_of_base_layer, list[tuple[torch.nn.Module, Tensor]]()
+
+    def remember(layer: Any, name: str, device: torch.device | None = None) -> None:
+        for half in (layer.lora_A, layer.lora_B):
+            if name in half:
+                drawn.append((half[name], half[name].weight.detach()))
+
     try:
+        cast(Any, LoraLayer)._move_adapter_to_device_of_base_layer = remember
         yield
     finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = move  # type: ignore[method-assign]
+        cast(Any, LoraLayer)._move_adapter_to_device_of_base_layer = move
+    for part, value in drawn:
+        part.weight = torch.nn.Parameter(value, requires_grad=cast(Tensor, part.weight).requires_grad)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ def _read(path: Path) -> tuple[int, dict[str, Any]]:
     return step, marked(state, path) if shards else state
 
 
-def _manifest(step: int, digest: str, shards: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(step: int, digest: str, shards: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """Return the content of manifest.json: the step, the checksums of the state and of the shards' files, and a checksum of all."""
     written = dict(sorted(shards.items()))
     check = hashlib.sha256(f"{step} {digest}{' ' + json.dumps(written) if written else ''}".encode()).hexdigest()

@@ -92,7 +92,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     model.to(accelerator.device)
     outermost = fully_shard(model, mesh=mesh)
     # FSDP initialises at the first forward of the outermost module; sampling would call the layers first
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
         model(collate(PROBE).to(accelerator.device))
     outermost.reshard()
     if deferred:

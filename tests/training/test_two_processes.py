@@ -17,26 +17,21 @@ from tests.training.two_processes import NAMES, results
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_path: Path) -> None:
-    together = (
-        os.environ
-        | sharding
-        | {
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": str(root),
-        }
-    )
-    command = [sys.executable, "-m", "tests.training.two_processes", str(tmp_path / "two.pt")]
+def together(root: Path, extra: dict[str, str], *command: str) -> list[str]:
+    """Run a module in two processes that train together on the CPU; return what each has printed."""
+    environment = os.environ | extra
+    environment |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
     processes = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", *command],
             cwd=root,
-            env=together | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,11 +39,18 @@ def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_
         for r in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [p.returncode for p in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_path: Path) -> None:
+    outputs = together(root, sharding, "tests.training.two_processes", str(tmp_path / "two.pt"))
     # both refuse a broken batch; neither waits for the other for ever
     assert all("refused" in output for output in outputs)
 

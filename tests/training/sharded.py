@@ -1,0 +1,154 @@
+"""Run by two processes under FSDP2: load, train, checkpoint and sample a model that neither of them ever holds whole."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from posttrain.models import deferred
+from posttrain.models.folders import load_policy
+from posttrain.models.inference import token_logprobs
+from posttrain.models.lora import Adapter
+from posttrain.models.policy import Policy
+from posttrain.models.shards import gathered
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.native import NativeEngine
+from posttrain.settings import LoraSettings, OptimizerSettings
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.sharding import full, place, shards
+from posttrain.training.supervised import Example, SupervisedObjective
+from posttrain.training.trainer import Trainer
+from tests.models import small
+
+ROWS = [Example(tokens) for tokens in small.rows(6)]
+SETTINGS = SamplingSettings(6, 1.0)
+REQUESTS = [Request((5, 6, 7), ((1,), (2,), (3,))), Request((9, 8), ((4,),))]
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that this process holds, each storage once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and not isinstance(thing, DTensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Peak:
+    """The most bytes since its start, looked at whenever a weight is read or a layer computes."""
+
+    def __init__(self) -> None:
+        gc.freeze()  # of what is there already nothing is looked at again
+        self.before, self.most, self.pauses = live_bytes(), 0, False
+
+    def look(self, *_: Any) -> None:
+        if self.pauses:
+            return
+        self.most = max(self.most, live_bytes() - self.before)
+
+    def watch_reads(self) -> None:
+        read: Callable[[nn.Parameter], nn.Parameter] = deferred._read
+
+        def watched(parameter: nn.Parameter) -> nn.Parameter:
+            value = read(parameter)
+            self.look()
+            return value
+
+        deferred._read = watched
+
+    def watch_layers(self, policy: Policy) -> None:
+        for layer in policy.lm.model.layers:  # type: ignore[union-attr, operator]
+            layer.register_forward_hook(self.look)
+
+
+def loaded(folder: Path, accelerator: Accelerator) -> Policy:
+    return place(Policy(load_policy(folder, shards(accelerator))), accelerator)
+
+
+def trainer_of(policy: Policy, accelerator: Accelerator) -> Trainer[Any]:
+    return Trainer(policy, OptimizerSettings(1e-2), total_steps=3, micro_batch_tokens=40, accelerator=accelerator)
+
+
+def updated(trainer: Trainer[Any], updates: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for _ in range(updates):
+        metrics = trainer.update(ROWS, SupervisedObjective())
+    return metrics
+
+
+def results(folder: Path, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what one process finds, too, with all weights and nothing to share."""
+    found: dict[str, Any] = {}
+    peak = Peak()
+    peak.watch_reads()
+    policy = loaded(folder, accelerator)
+    found["packs"], found["loaded"] = policy.packs, peak.most
+    peak.watch_layers(policy)
+    reference = loaded(folder, accelerator).requires_grad_(False).eval()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with gathered(policy):
+        own = REQUESTS if world == 1 else REQUESTS * (rank == 0)  # the second process has nothing to do
+        answers = NativeEngine(policy.lm, small.EOS).sample(own, SETTINGS)
+    found["answers"] = [[(a.tokens, a.logprobs) for a in group] for group in answers]
+    shared = [row.tokens for row in ROWS][: 4 if rank == 0 else 1]
+    found["reference"] = [t.logprobs.tolist() for t in token_logprobs(reference, shared, 1)]
+    found["sampled"] = peak.most
+    trainer = trainer_of(policy, accelerator)
+    updated(trainer, 2)
+    peak.pauses = True  # the collector's list of objects must not be read while another thread makes some
+    checkpoints.save(2, {"trainer": trainer.state_dict(), "last": {"loss": 1.0}})
+    found["metrics"] = updated(trainer, 1)  # while the checkpoint is written
+    checkpoints.wait()
+    found["trained"], found["weights"] = peak.most, trainer.weights()
+    again = trainer_of(loaded(folder, accelerator), accelerator)
+    _, state = checkpoints.latest() or (0, {})
+    again.load_state_dict(state["trainer"])
+    updated(again, 1)
+    found["resumed"], found["last"] = again.weights(), state["last"]
+    return found
+
+
+def adapted(folder: Path, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return an adapter's weights after one update from its first, random ones."""
+    torch.manual_seed(3)
+    policy = Policy(load_policy(folder, shards(accelerator)))
+    Adapter(policy.lm, LoraSettings(rank=2, alpha=4, target_modules=("q_proj", "down_proj")))
+    trainer = trainer_of(place(policy, accelerator), accelerator)
+    updated(trainer, 1)
+    return trainer.weights()
+
+
+def in_bf16(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the loss under bfloat16, the precision in which layers and gradients are held, and whether trials stayed exact."""
+    policy = loaded(folder, accelerator)
+    seen = set()
+    layer: Any = policy.lm.model.layers[0]  # type: ignore[union-attr, index]
+    layer.mlp.down_proj.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
+    with gathered(policy):
+        answers = NativeEngine(policy.lm, small.EOS).sample(REQUESTS, SETTINGS)
+    metrics = updated(trainer_of(policy, accelerator), 1)
+    held = {parameter.dtype for parameter in policy.parameters()}
+    return {"loss": metrics["loss"], "seen": seen, "held": held, "packs": policy.packs, "answers": len(answers[0])}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    source, out = Path(sys.argv[1]), Path(sys.argv[2])
+    accelerator = Accelerator(cpu=True)
+    found = results(source, Checkpoints(out / "checkpoints", writes=accelerator.is_main_process), accelerator)
+    found["adapter"] = adapted(source, accelerator)
+    accelerator.state._mixed_precision, accelerator.native_amp = "bf16", True
+    found["bf16"] = in_bf16(source, accelerator)
+    found = {name: full(value) for name, value in found.items()}
+    torch.save(found, out / f"{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
