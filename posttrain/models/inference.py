@@ -59,7 +59,7 @@ def token_logprobs(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group] or PROBE).to(device), temperature)
         if not group:
-            continue  # another process has more rows
+            continue  # other processes have more rows
         given = {
             "logprobs": output.logprobs,
             "entropy": output.entropy,
@@ -97,7 +97,7 @@ def scores_and_spreads(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group] or PROBE).to(device, ending))
         if not group:
-            continue  # another process has more rows
+            continue  # other processes have more rows
         combined, spread = (column.tolist() for column in to_host(scorer.combined(values)))
         for i, score, width in zip(group, combined, spread, strict=True):
             result[i] = (score, width)

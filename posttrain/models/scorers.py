@@ -181,12 +181,17 @@ def _width(config: PreTrainedConfig) -> int:
     return width
 
 
+def _without_adapter(head: Any) -> Any:
+    """Return the head inside the wrapper that an adapter puts around it; it has not been trained yet."""
+    return getattr(head, "original_module", head)
+
+
 @torch.no_grad()
 def _check_score(model: PreTrainedModel, source: str | Path) -> None:
     """Raise ModelError unless the score is the head's output for the last hidden state of the trunk."""
     ids = torch.tensor([PROBE])
     head, hidden = (
-        getattr(model, HEAD, None),
+        _without_adapter(getattr(model, HEAD, None)),
         getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None),
     )
     if isinstance(head, nn.Linear) and hidden is not None:

@@ -44,7 +44,7 @@ class SnapshotEngine(Protocol):
 
 
 class Background:
-    """Runs the requests to an engine one after another in a thread, each with the weights of the moment when it was submitted."""
+    """Runs the requests to an engine one at a time in a thread, each with the weights of the moment when it was submitted."""
 
     def __init__(self, engine: SnapshotEngine) -> None:
         self.engine = engine

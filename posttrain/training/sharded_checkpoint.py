@@ -131,7 +131,7 @@ def file_digest(path: Path) -> str:
 
 @cache
 def background_group() -> Any:
-    """Return a group for the processes' CPUs of its own: a thread must not take part in the collective operations of training."""
+    """Return a separate group for the processes' CPUs: a thread must not take part in the collective operations of training."""
     return dist.new_group(backend="gloo")
 
 

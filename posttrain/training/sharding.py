@@ -102,7 +102,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def full(tree: Any, keep: bool = True) -> Any:
-    """Gather every split tensor of the tree on the CPU, one after another. All processes must call it.
+    """Gather every split tensor of the tree on the CPU, one at a time. All processes must call it.
 
     Args:
         keep: False returns nothing of a mapping's tensors, on the processes that only take part.
@@ -137,7 +137,7 @@ def placed_state(
 
 
 def split_like(value: Any, held: Tensor) -> Any:
-    """Return a whole `value` split like `held`; unchanged if it is split already, or of another shape, or `held` is whole."""
+    """Return a whole `value` split like `held`; unchanged if it is split already, or has a different shape, or `held` is whole."""
     if not isinstance(held, DTensor) or isinstance(value, DTensor) or getattr(value, "shape", None) != held.shape:
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)

@@ -86,7 +86,7 @@ def updated(trainer: Trainer[Any], updates: int) -> dict[str, float]:
 
 
 def results(folder: Path, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what one process finds, too, with all weights and nothing to share."""
+    """Return results that one process with all weights can find as well."""
     found: dict[str, Any] = {}
     peak = Peak()
     peak.watch_reads()

@@ -18,7 +18,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def together(root: Path, extra: dict[str, str], *command: str) -> list[str]:
-    """Run a module in two processes that train together on the CPU; return what each has printed."""
+    """Run a module in two processes that train together on the CPU; return the output of each."""
     environment = os.environ | extra
     environment |= {
         "WORLD_SIZE": "2",
