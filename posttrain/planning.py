@@ -19,11 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.errors import ModelError
+from posttrain.errors import ConfigError, ModelError
 
 FLOAT32_BYTES = 4
 AUTOCAST_SHARE = 0.75
 """Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
+
+RUNTIME_PERCENT, SMALLEST_PERCENT = 5, 10
+"""Parts of a device's memory: for the runtimes of two processes, and the least with which a vLLM server is started."""
 
 
 HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model")
@@ -36,7 +39,12 @@ INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_siz
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that determine memory. `intermediate` counts the experts that one token passes through."""
+    """The sizes of a model that determine memory.
+
+    Attributes:
+        intermediate: width of the experts that one token passes through, together.
+        outside: parameters outside the layers: embeddings and head.
+    """
 
     parameters: int
     hidden: int
@@ -45,6 +53,13 @@ class Sizes:
     key_width: int
     intermediate: int
     vocabulary: int
+    outside: int = 0
+
+    def gathered(self, processes: int, bf16: bool = False) -> int:
+        """Return the bytes that a process of several holds for the others' parts: embeddings, head, and two layers of one model."""
+        layer = (self.parameters - self.outside) / self.layers
+        held = FLOAT32_BYTES * self.outside + 2 * layer * (FLOAT32_BYTES / 2 if bf16 else FLOAT32_BYTES)
+        return math.ceil(held) if processes > 1 else 0
 
     @property
     def activations_per_token(self) -> int:
@@ -94,7 +109,13 @@ def sizes(config: Any) -> Sizes:
         key_width=key_heads * head_size,
         intermediate=(width or _number(text, INTERMEDIATE_NAMES) or 4 * hidden) * (experts or 1),
         vocabulary=model.get_input_embeddings().num_embeddings,
+        outside=sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *_head(model)}),
     )
+
+
+def _head(model: Any) -> list[Any]:
+    head = model.get_output_embeddings()
+    return [] if head is None else list(head.parameters())
 
 
 def _number(config: Any, names: Sequence[str]) -> int | None:
@@ -145,12 +166,14 @@ def training(
     bf16: bool = False,
     recomputes: bool = False,
     device: str = "cpu",
+    processes: int = 1,
 ) -> Memory:
     """Return the memory of `trained` copies of the model with gradient and moments, `frozen` copies, and one micro-batch.
 
     Args:
         adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
         device: kind of the device, which determines the tiles of logits.
+        processes: number of processes that share weights, gradients and moments (FSDP2).
     """
     from posttrain.models.logprobs import tile_limits
 
@@ -158,8 +181,9 @@ def training(
     share = AUTOCAST_SHARE if bf16 else 1.0
     tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
     return Memory(
-        weights=held * (trained + frozen) + _added(adapter, trained),
-        optimiser=3 * (held * trained if adapter is None else _added(adapter, trained)),
+        weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
+        + model.gathered(processes, bf16),
+        optimiser=math.ceil(3 * (held * trained if adapter is None else _added(adapter, trained)) / processes),
         activations=math.ceil(
             share
             * micro_batch_tokens
@@ -180,20 +204,45 @@ def sampling(
     trained: int = 0,
     frozen: int = 1,
     adapter: int | None = None,
+    processes: int = 1,
 ) -> Memory:
-    """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments."""
+    """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments.
+
+    Args:
+        processes: number of processes that share weights and moments (FSDP2), and the answers.
+    """
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
 
-    rows = min(answers, MAX_ROWS)
+    rows = min(math.ceil(answers / processes), MAX_ROWS)
     tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
     held = FLOAT32_BYTES * model.parameters
     return Memory(
-        weights=held * (trained + frozen) + _added(adapter, trained),
-        optimiser=2 * (held * trained if adapter is None else _added(adapter, trained)),
+        weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
+        + model.gathered(processes),
+        optimiser=math.ceil(2 * (held * trained if adapter is None else _added(adapter, trained)) / processes),
         cache=tokens * model.cache_per_token,
         # logits, probabilities, and cumulative probabilities in float64
         logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
     )
+
+
+def server_share(device_bytes: int, trainer: Memory) -> float:
+    """Return the share of a device's memory for a vLLM server next to a trainer, in whole hundredths.
+
+    Raises:
+        ConfigError: less than SMALLEST_PERCENT is left.
+
+    Example:
+        >>> server_share(80 * 2**30, Memory(weights=10 * 2**30, optimiser=30 * 2**30))
+        0.45
+    """
+    percent = (device_bytes * (100 - RUNTIME_PERCENT) - 100 * trainer.total) // device_bytes
+    if percent < SMALLEST_PERCENT:
+        raise ConfigError(
+            f"training needs {trainer.total / 2**30:.1f} of the device's {device_bytes / 2**30:.1f} GiB, which leaves too little for a vLLM"
+            " server on the same device; name another one in POSTTRAIN_VLLM_DEVICES, lower compute.micro_batch_tokens, or set lora"
+        )
+    return percent / 100
 
 
 def _added(adapter: int | None, trained: int) -> int:

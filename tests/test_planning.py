@@ -20,9 +20,10 @@ from pipelines.runtime.journal import Journal
 from pipelines.runtime.param_tracking import declared_values
 from posttrain.data.batches import collate
 from posttrain.data.tokens import Tokens
+from posttrain.errors import ConfigError
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_config, tiny_model
-from posttrain.planning import Sizes, sampling, sizes, training
+from posttrain.planning import Memory, Sizes, sampling, server_share, sizes, training
 from tests.reliability.workspace import OVERLAY
 
 SIZES = Sizes(parameters=1000, hidden=8, layers=2, query_width=8, key_width=4, intermediate=16, vocabulary=50)
@@ -229,3 +230,30 @@ def test_what_will_not_fit_is_named_with_what_to_change(root: Path, capsys: pyte
     assert main(["--params", str(root / "params.yaml"), "--memory", "0.1"]) == 1
     assert main(["--params", str(root / "missing.yaml")]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_server_next_to_a_trainer_gets_the_rest_or_is_refused() -> None:
+    # 1 - 5 % - (10 + 30) / 80
+    assert server_share(80 * 2**30, Memory(weights=10 * 2**30, optimiser=30 * 2**30)) == 0.45
+    with pytest.raises(ConfigError, match=r"training needs 70.0 of the device's 80.0 GiB"):
+        server_share(80 * 2**30, Memory(weights=70 * 2**30))
+
+
+def test_processes_that_share_weights_hold_their_part_and_what_they_gather(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(SIZES, outside=400)
+    one, four = (training(model, 10, frozen=1, processes=n) for n in (1, 4))
+    # two models of 4000 bytes over four processes; gathered: 400 weights outside the layers, and two layers of 300
+    assert (one.weights, four.weights) == (8000, 2000 + 4 * (400 + 600))
+    assert (one.optimiser, four.optimiser) == (12000, 3000)
+    assert one.activations == four.activations
+    # layers are gathered in bfloat16, two bytes a weight
+    assert training(model, 10, bf16=True, processes=4).weights == 1000 + 4 * 400 + 2 * 600
+    assert sampling(model, 8, 3, 2, processes=4).cache * 4 == sampling(model, 8, 3, 2).cache
+    assert sizes(tiny_config(TinyShape())).outside == 2 * 259 * 128
+    params = load_params(root / "params.yaml")
+    monkeypatch.setenv("POSTTRAIN_ACCELERATE", str(root / "infra/accelerate/ddp_cpu.yaml"))
+    whole = next(phases(params, model)).memory.optimiser
+    monkeypatch.setenv("POSTTRAIN_ACCELERATE", str(root / "infra/accelerate/fsdp2_cpu.yaml"))
+    assert (whole, next(phases(params, model)).memory.optimiser) == (12000, 6000)

@@ -5,8 +5,8 @@
     posttrain plan --params other.yaml
     posttrain plan --workers 8        # how long with up to 8 stages side by side
 
-Memory is computed from the model's configuration; no weights are loaded. It is the memory of a process that holds all weights, which
-every process does while it samples. Under FSDP2, n processes share the weights, gradients and moments of trained models during updates.
+Memory is computed from the model's configuration; no weights are loaded. It is the memory of one process. If POSTTRAIN_ACCELERATE names
+an FSDP2 configuration, its processes share weights, gradients and moments; each also gathers embeddings, head and two layers.
 Tokens are the most that the limits of `validation` let through. Rows are those of the validated tables if `data` has not changed since,
 else those of the local files, or the number that `data` asks for. Times are those of this machine's last steps.
 The last lines say which difference of two algorithms the present seeds and prompts can show, from finished runs.
@@ -32,6 +32,7 @@ from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, real, reports_errors
+from pipelines.runtime.launch import configuration, sharing_processes
 from pipelines.tracking.lockfile import read_lock
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
@@ -148,6 +149,7 @@ def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | 
         "adapter": _adapter(params, lora),
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,
+        "processes": sharing_processes(configuration()),
     }
 
 
@@ -198,7 +200,8 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
         held["frozen"] += 1 + staleness
     # A vLLM server has its cache on its own device.
     here = answers if native else 0
-    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, **held)
+    shared = sharing_processes(configuration())
+    sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
     updates = budget.steps * spec.epochs * spec.minibatches

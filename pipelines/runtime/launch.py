@@ -56,12 +56,44 @@ def processes(path: Path | None) -> int:
     return max(1, found // int(tree.get("num_machines") or 1))
 
 
+def sharing_processes(path: Path | None) -> int:
+    """Return the number of processes, on all hosts, among which the configuration splits weights; 1 if each holds all of them."""
+    tree: Any = {} if path is None else read_yaml(path)
+    return int(tree["num_processes"]) if isinstance(tree, dict) and tree.get("distributed_type") == "FSDP" else 1
+
+
+def check_hosts(path: Path) -> None:
+    """Raise ConfigError if a configuration for several hosts could not bring them together, or put rank 0 on any of them.
+
+    Rank 0 records and writes the model, so it must run where the flow or DVC expects them: on the host with machine_rank 0.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree, dict) or int(tree.get("num_machines") or 1) == 1:
+        return
+    if not tree.get("main_process_port"):
+        raise ConfigError(
+            f"{path}: main_process_port = {tree.get('main_process_port')!r} with num_machines = {tree['num_machines']}: each host would"
+            " take a free port of its own and wait for the others there. Write one number, such as 29500, in the files of all hosts"
+        )
+    if not tree.get("main_process_ip"):
+        raise ConfigError(
+            f"{path}: num_machines = {tree['num_machines']}, but no main_process_ip, so the hosts cannot find each other; write the address"
+            " of the host with machine_rank 0"
+        )
+    if (method := tree.get("rdzv_backend") or "static") != "static":
+        raise ConfigError(
+            f"{path}: rdzv_backend = {method!r} gives ranks in the order of arrival, so the model might be written on any host; write"
+            " rdzv_backend: static and a machine_rank in the file of each host"
+        )
+
+
 def launch(path: Path, module: str, arguments: list[str]) -> int:
     """Run `python -m module` in the configured processes; return the exit status of the first one that failed."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    check_hosts(path)
     # The processes have already printed their errors; torch would repeat them with a traceback.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

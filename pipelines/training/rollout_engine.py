@@ -15,6 +15,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -90,7 +91,7 @@ def sampling_engine(
     made = VllmEngine(
         lm,
         encoder.ends,
-        _servers(context.state.resolve() / LOG, tokenizer, length, bf16),
+        _servers(context.state.resolve() / LOG, tokenizer, length, bf16, partial(_memory_share, lm, context)),
         version=version,
         folder=folder,
         probes=sequences(prompts, text.vocab_size, length),
@@ -111,7 +112,33 @@ def closing(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmServer]:
+def _memory_share(lm: PreTrainedModel, context: RunContext) -> float | None:
+    """Return the share of the trainer's GPU that a server on the same one may use; None on a CPU."""
+    if lm.device.type == "cpu":
+        return None
+    import torch
+
+    from posttrain.planning import server_share, sizes, training
+
+    compute, parameters = context.params.align.compute, list(lm.parameters())
+    adapter = None
+    if not all(parameter.requires_grad for parameter in parameters):
+        adapter = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    memory = training(
+        sizes(lm.config),
+        compute.micro_batch_tokens,
+        frozen=int(adapter is None),
+        adapter=adapter,
+        bf16=compute.bf16,
+        recomputes=compute.gradient_checkpointing,
+        device=lm.device.type,
+    )
+    return server_share(torch.get_device_module(lm.device).mem_get_info(lm.device)[1], memory)
+
+
+def _servers(
+    log: Path, tokenizer: str, length: int, bf16: bool, share: Callable[[], float | None] = lambda: None
+) -> list[VllmServer]:
     """Return the running servers, or one to start."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
     from posttrain.rollouts.vllm.server import VllmServer
@@ -133,6 +160,7 @@ def _servers(log: Path, tokenizer: str, length: int, bf16: bool) -> list[VllmSer
         context=length,
         arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
         environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
+        memory_share=None if devices else share(),
     )
     return [LocalServer(launch, log)]
 

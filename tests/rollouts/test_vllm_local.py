@@ -119,3 +119,12 @@ def test_the_whole_group_ends_with_the_process_that_asked_for_it(root: Path, tmp
     parent.send_signal(number)
     parent.wait()
     wait_for(lambda: gone(group))
+
+
+def test_next_to_a_trainer_the_server_gets_a_share_of_the_memory() -> None:
+    alone, beside = (
+        Launch("python", "tokenizer", "bfloat16", context=64, memory_share=share).command(Path("w"), Path("s"))
+        for share in (None, 0.37)
+    )
+    assert "--gpu-memory-utilization" not in alone
+    assert beside[beside.index("--gpu-memory-utilization") + 1] == "0.37"

@@ -47,6 +47,7 @@ class Launch:
     Attributes:
         python: interpreter of an environment with vLLM.
         context: tokens of prompt and answer together.
+        memory_share: most of the device's memory that the server may use, next to a trainer on the same device; None: vLLM's default.
 
     Example:
         >>> launch = Launch("python", tokenizer="models/sft", dtype="float32", context=64)
@@ -62,13 +63,15 @@ class Launch:
     arguments: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = START_SECONDS
+    memory_share: float | None = None
 
     def command(self, folder: Path, socket: Path) -> list[str]:
+        share = [] if self.memory_share is None else ["--gpu-memory-utilization", f"{self.memory_share:.2f}"]
         return [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "policy",
             "--tokenizer", self.tokenizer, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
             "--dtype", self.dtype, "--max-model-len", str(self.context), "--uds", str(socket),
-            *self.arguments,
+            *share, *self.arguments,
         ]  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""A configuration of several processes is checked before any of them starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.runtime.launch import check_hosts
+from posttrain.errors import ConfigError
+
+TWO_HOSTS = (
+    "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\nrdzv_backend: static\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("main_process_port: 29500", "main_process_port: 0", "main_process_port = 0 with num_machines = 2"),
+        ("main_process_port: 29500\n", "", "main_process_port = None with num_machines = 2"),
+        ("main_process_ip: 10.0.0.1\n", "", "no main_process_ip"),
+        ("rdzv_backend: static", "rdzv_backend: c10d", "rdzv_backend = 'c10d' gives ranks in the order of arrival"),
+    ],
+)
+def test_hosts_that_could_not_meet_are_refused(written: str, instead: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts.yaml"
+    path.write_text(TWO_HOSTS)
+    check_hosts(path)
+    path.write_text(TWO_HOSTS.replace(written, instead))
+    with pytest.raises(ConfigError, match=message):
+        check_hosts(path)
+
+
+def test_one_host_takes_a_free_port(root: Path) -> None:
+    for path in sorted((root / "infra" / "accelerate").glob("*.yaml")):
+        check_hosts(path)
