@@ -27,6 +27,8 @@ AUTOCAST_SHARE = 0.75
 
 RUNTIME_PERCENT, SMALLEST_PERCENT = 5, 10
 """Parts of a device's memory: for the runtimes of two processes, and the least with which a vLLM server is started."""
+RUNTIME_BYTES = 440 * 2**20
+"""Main memory of a step before it loads a model: torch and transformers (measured: 420 MiB), and what their first operation allocates."""
 
 
 HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model")
@@ -44,6 +46,7 @@ class Sizes:
     Attributes:
         intermediate: width of the experts that one token passes through, together.
         outside: parameters outside the layers: embeddings and head.
+        tied: the head's matrix is that of the embeddings.
     """
 
     parameters: int
@@ -54,6 +57,7 @@ class Sizes:
     intermediate: int
     vocabulary: int
     outside: int = 0
+    tied: bool = False
 
     def gathered(self, processes: int, bf16: bool = False) -> int:
         """Return the bytes that a process of several holds for the others' parts: embeddings, head, and two layers of one model."""
@@ -110,6 +114,7 @@ def sizes(config: Any) -> Sizes:
         intermediate=(width or _number(text, INTERMEDIATE_NAMES) or 4 * hidden) * (experts or 1),
         vocabulary=model.get_input_embeddings().num_embeddings,
         outside=sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *_head(model)}),
+        tied=any(p is other for p in _head(model) for other in model.get_input_embeddings().parameters()),
     )
 
 
@@ -142,18 +147,26 @@ def _read(config: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one phase by use."""
+    """Bytes of one phase by use.
+
+    Attributes:
+        temporary: gradients of embedding and head before they are added to those of earlier micro-batches.
+        runtime: the libraries themselves, in main memory.
+    """
 
     weights: int = 0
     optimiser: int = 0
     activations: int = 0
     cache: int = 0
     logits: int = 0
+    temporary: int = 0
+    runtime: int = 0
 
     @property
     def total(self) -> int:
         """Return the sum over all uses."""
-        return self.weights + self.optimiser + self.activations + self.cache + self.logits
+        held = self.weights + self.optimiser + self.activations + self.cache
+        return held + self.logits + self.temporary + self.runtime
 
 
 def training(
@@ -180,18 +193,29 @@ def training(
     held = FLOAT32_BYTES * model.parameters
     share = AUTOCAST_SHARE if bf16 else 1.0
     tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
+    per_token = model.recomputed_per_token if recomputes else model.activations_per_token
+    activations, logits = math.ceil(share * micro_batch_tokens * per_token * trained), 2 * FLOAT32_BYTES * tile
     return Memory(
         weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
         + model.gathered(processes, bf16),
         optimiser=math.ceil(3 * (held * trained if adapter is None else _added(adapter, trained)) / processes),
-        activations=math.ceil(
-            share
-            * micro_batch_tokens
-            * (model.recomputed_per_token if recomputes else model.activations_per_token)
-            * trained
-        ),
-        logits=2 * FLOAT32_BYTES * tile,
+        activations=activations,
+        logits=logits,
+        temporary=0 if adapter is not None else _temporary(model, activations, logits, device),
     )
+
+
+def _temporary(model: Sizes, activations: int, logits: int, device: str) -> int:
+    """Return the bytes that the gradients of embedding and head need until they are added.
+
+    A tied matrix has two such gradients at the end of the backward pass. By then most activations are freed: a GPU's allocator uses their
+    memory again, glibc keeps it for other small blocks.
+    """
+    matrix = FLOAT32_BYTES * model.vocabulary * model.hidden
+    at_end = (1 + model.tied) * matrix
+    if device == "cpu":
+        return at_end
+    return max(matrix, at_end + activations // model.layers - activations - logits)
 
 
 def sampling(

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from posttrain.planning import Memory, Sizes
 
 GIB, MIB = 2**30, 2**20
-COLUMNS = ("weights", "optimiser", "activations", "cache", "logits", "total")
+COLUMNS = ("weights", "optimiser", "activations", "cache", "logits", "temporary", "runtime", "total")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found:
         raise ConfigError("\n".join(found))
     model = model_sizes(params)
-    planned = list(phases(params, model))
+    planned = [with_runtime(phase) for phase in phases(params, model)]
     shown = power(params)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
@@ -231,6 +231,16 @@ def _times(count: int | None, factor: int) -> int | None:
     return None if count is None else count * factor
 
 
+def with_runtime(phase: Phase) -> Phase:
+    """Return the phase with the memory of the libraries, which share a machine's memory with the model if there is no GPU."""
+    import torch
+
+    from posttrain.planning import RUNTIME_BYTES
+
+    runtime = 0 if torch.cuda.is_available() else RUNTIME_BYTES
+    return replace(phase, memory=replace(phase.memory, runtime=runtime))
+
+
 def device_bytes() -> int:
     """Return the memory of the first GPU, or this machine's memory if there is no GPU."""
     import torch
@@ -263,22 +273,23 @@ def rows_line(counted: Mapping[str, int | None]) -> str:
 
 def _too_large(phase: Phase, limit: int) -> str:
     """Return a message with the largest part of a phase that does not fit, and advice."""
-    largest = max(COLUMNS[:-1], key=lambda column: getattr(phase.memory, column))
     advice = {
         "weights": "use a smaller model or shard it over devices", "optimiser": "use a smaller model or shard it over devices",
         "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
         "logits": "lower compute.micro_batch_tokens",
         "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",
-    }[largest]  # fmt: skip
+        "temporary": "use a smaller model, or set lora",
+    }  # fmt: skip
+    largest = max(advice, key=lambda column: int(getattr(phase.memory, column)))
     return (
         f"\n{phase.stage} ({phase.name}) does not fit: it needs {_bytes(phase.memory.total)} of {_bytes(limit)}, most of it for {largest};"
-        f" {advice}."
+        f" {advice[largest]}."
     )
 
 
 def _cells(cells: Sequence[str]) -> str:
     """Return one aligned row."""
-    widths = (22, 8, 16, 16, *[12] * len(COLUMNS))
+    widths = (22, 8, 16, 13, *[12] * len(COLUMNS))
     return "".join(
         cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
     )

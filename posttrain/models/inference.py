@@ -14,7 +14,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import to_host
 from posttrain.models.packed import PROBE
 from posttrain.models.policy import Policy, Scorer
-from posttrain.models.shards import equal_passes
+from posttrain.models.shards import equal_passes, gathered
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def token_logprobs(
     numbers: list[TokenLogprobs | None] = [None] * len(tokens)
     groups = micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []
     for group in equal_passes(policy, groups):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # without a backward pass nothing else would give the gathered weights back
+        with gathered(policy), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = policy(collate([tokens[i] for i in group] or PROBE).to(device), temperature)
         if not group:
             continue  # other processes have more rows
@@ -94,7 +95,7 @@ def scores_and_spreads(
     result = [(0.0, 0.0)] * len(tokens)
     groups = micro_batches([[t] for t in tokens], micro_batch_tokens) if tokens else []
     for group in equal_passes(scorer, groups):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with gathered(scorer), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             values = scorer(collate([tokens[i] for i in group] or PROBE).to(device, ending))
         if not group:
             continue  # other processes have more rows

@@ -26,6 +26,8 @@ KEEPS_LAYERS = "_posttrain_keeps_layers"
 """Attribute of a split layer: True if it stays whole inside `gathered` (fsdp_reshard_after_forward: false)."""
 GATHERS_BF16 = "_posttrain_gathers_bf16"
 """Attribute of a split layer: True if its weights are gathered in bfloat16, so that it computes under autocast only."""
+_HELD = "_posttrain_held"
+"""Attribute of a split module inside `gathered` or `whole`; an inner block leaves it to the outer one."""
 _PRODUCTS = {
     functional.linear, functional.layer_norm, functional.rms_norm, functional.conv1d, functional.scaled_dot_product_attention,
     torch.addmm, torch.baddbmm, torch.bmm, torch.matmul, torch.einsum, Tensor.matmul, Tensor.__matmul__,
@@ -67,14 +69,16 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _held(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    units = [module for module in modules if isinstance(module, FSDPModule)]
+    units = [module for module in modules if isinstance(module, FSDPModule) and not getattr(module, _HELD, False)]
     for unit in units:
+        setattr(unit, _HELD, True)
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
         for unit in units:
+            setattr(unit, _HELD, False)
             unit.set_reshard_after_forward(not getattr(unit, KEEPS_LAYERS, True), recurse=False)
             unit.reshard()
 

@@ -85,6 +85,11 @@ def updated(trainer: Trainer[Any], updates: int) -> dict[str, float]:
     return metrics
 
 
+def sums(policy: Policy) -> dict[str, float]:
+    """Return the sum of each weight, whose change shows that it is trained."""
+    return {name: float(full(value.double().sum())) for name, value in policy.state_dict().items()}
+
+
 def results(folder: Path, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any]:
     """Return results that one process with all weights can find as well."""
     found: dict[str, Any] = {}
@@ -102,8 +107,11 @@ def results(folder: Path, checkpoints: Checkpoints, accelerator: Accelerator) ->
     shared = [row.tokens for row in ROWS][: 4 if rank == 0 else 1]
     found["reference"] = [t.logprobs.tolist() for t in token_logprobs(reference, shared, 1)]
     found["sampled"] = peak.most
+    token_logprobs(policy, shared, 40)  # as a reference before it is trained
     trainer = trainer_of(policy, accelerator)
+    before = sums(policy)
     updated(trainer, 2)
+    found["unmoved"] = [name for name, value in sums(policy).items() if value == before[name]]
     peak.pauses = True  # the collector's list of objects must not be read while another thread makes some
     checkpoints.save(2, {"trainer": trainer.state_dict(), "last": {"loss": 1.0}})
     found["metrics"] = updated(trainer, 1)  # while the checkpoint is written

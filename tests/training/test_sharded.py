@@ -69,6 +69,7 @@ def test_the_numbers_are_those_of_one_process(found: dict[str, Any]) -> None:
     for one, other in zip(first["reference"], alone["reference"], strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     assert second["reference"][0] == pytest.approx(alone["reference"][0], abs=1e-5)
+    assert first["unmoved"] == second["unmoved"] == []
     assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
     close(first["weights"], alone["weights"], 1e-4)
     assert second["weights"] == {}  # gathered once, for the process that saves
