@@ -271,13 +271,16 @@ def test_gradients_of_embedding_and_head_wait_to_be_added() -> None:
     assert training(tied, 100, adapter=30).temporary == 0
 
 
-def test_a_process_with_a_large_vocabulary_needs_what_is_planned() -> None:
-    """Measured: second update of two micro-batches of 512 tokens, four layers of SmolLM2-135M's shape, one thread, torch 2.13 on Linux."""
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "tie_word_embeddings": True}
+@pytest.mark.parametrize(
+    ("layers", "tokens", "peaks"), [(30, 1024, [3941]), (4, 512, [1073, 1042])], ids=["135M", "4 layers"]
+)
+def test_a_process_with_a_large_vocabulary_needs_the_planned_memory(layers: int, tokens: int, peaks: list[int]) -> None:
+    """Measured: second update of two micro-batches, SmolLM2-135M's shape, one thread, torch 2.13 on Linux; the last one in huge pages."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "tie_word_embeddings": True}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
-    planned = training(sizes(LlamaConfig(**shape, **heads)), 512)
-    libraries, peak, peak_in_huge_pages = 420, 1073, 1042
-    total = (planned.total + RUNTIME_BYTES) / 2**20
-    assert total == pytest.approx(libraries + peak, rel=0.1)
-    assert total == pytest.approx(libraries + peak_in_huge_pages, rel=0.1)
-    assert (planned.total - planned.temporary) / 2**20 < 0.75 * peak  # as it was planned before
+    planned = training(sizes(LlamaConfig(**shape, **heads)), tokens)
+    libraries = 420
+    for peak in peaks:
+        assert (planned.total + RUNTIME_BYTES) / 2**20 == pytest.approx(libraries + peak, rel=0.1)
+        # without the two it was planned before
+        assert (planned.total - planned.temporary) / 2**20 < 0.86 * (libraries + peak)

@@ -105,14 +105,14 @@ def full(tree: Any, keep: bool = True) -> Any:
     """Gather every split tensor of the tree on the CPU, one at a time. All processes must call it.
 
     Args:
-        keep: False returns nothing of a mapping's tensors, on the processes that only take part.
+        keep: False puts None in place of each split tensor, on the processes that only take part.
     """
     if isinstance(tree, DTensor):
-        return tree.full_tensor().cpu()
+        whole = tree.full_tensor()
+        return whole.cpu() if keep else None
     if isinstance(tree, Mapping):
-        gathered_values = ((key, full(value)) for key, value in tree.items())
-        return {key: value for key, value in gathered_values if keep}
-    return [full(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: full(value, keep) for key, value in tree.items()}
+    return [full(value, keep) for value in tree] if isinstance(tree, list) else tree
 
 
 def placed_state(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
-from posttrain.distributed import all_reduce_max
+from posttrain.distributed import all_reduce_max, on_one_host
 from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
 from posttrain.models.shards import is_sharded
@@ -190,7 +190,10 @@ class Trainer(Generic[Row]):
 
         All processes must call it; without sharding each one has all weights.
         """
-        return full(self._held(), self.accelerator.is_main_process) if self.sharded else self._held()
+        if not self.sharded:
+            return self._held()
+        gathered = full(self._held(), self.accelerator.is_main_process)
+        return gathered if self.accelerator.is_main_process else {}
 
     def _held(self) -> dict[str, Tensor]:
         """Return the trained weights as this process holds them, which may be its part."""
@@ -198,10 +201,15 @@ class Trainer(Generic[Row]):
         return {name: value for name, value in self.unwrapped.state_dict().items() if name not in frozen}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an update changes, shared tensors as this process's part. Any number of processes can resume from it."""
+        """Return everything that an update changes. Any number of processes can resume from it.
+
+        Split tensors are this process's part, or gathered by the main process if the others may have no disk in common with it.
+        """
+        tensors = {"model": self._held(), "optimizer": self.optimizer.state_dict()}
+        if self.sharded and not on_one_host(self.accelerator):
+            tensors = full(tensors, self.accelerator.is_main_process)
         return {
-            "model": self._held(),
-            "optimizer": self.optimizer.state_dict(),
+            **tensors,
             "schedule": self.schedule.state_dict(),
             "updates": self.updates,
             "tokens_trained": self.tokens_trained,

@@ -29,7 +29,7 @@ def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], toleran
 
 @pytest.fixture(scope="module")
 def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of both processes, and of one alone that resumes from their checkpoint."""
+    """Results of both processes, and of a single one that resumes from their checkpoint."""
     folder = tmp_path_factory.mktemp("sharded")
     model, tokenizer = tiny_model(SHAPE, seed=0)
     save_model(small.sharpened(model, by=4.0), tokenizer, folder / "model", "")
