@@ -51,12 +51,15 @@ def reward_spreads(folder: Path = REWARD) -> Score:
 
 
 def _loaded(folder: Path) -> tuple[Scorer, TextEncoder]:
+    from transformers.utils import logging
+
     from posttrain.models.folders import load_encoder
     from posttrain.models.policy import Scorer
     from posttrain.models.scorers import load_scorer
 
     if not folder.is_dir():
         raise DataError(f"the reward model {folder} does not exist; type `dvc repro reward`")
+    logging.disable_progress_bar()
     return Scorer(load_scorer(folder)), load_encoder(folder)
 
 
