@@ -6,6 +6,7 @@ python -m tests.pages.screenshots [FOLDER]     (default: docs/images)
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,9 @@ from playwright.sync_api import expect, sync_playwright
 
 from pipelines.runtime import environment
 from pipelines.runtime.publish import SHARED_REPORT
-from tests.pages.browsing import DESKTOP, PHONE, browser_path, serving
+from pipelines.tracking.store import open_client
+from pipelines.tracking.views import FILTER
+from tests.pages.browsing import DESKTOP, PATIENCE_MS, PHONE, Site, browser_path, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -51,17 +54,28 @@ def report(browser: Browser, page_file: Path, target: Path) -> None:
 
 
 def mlflow(browser: Browser, project: Path, target: Path) -> None:
-    """Take MLflow's charts and its table of the compared algorithms."""
+    """Take MLflow's charts and table of the algorithms, one run with its traces, and model versions."""
     with serving(project) as site, site.signed_in(browser) as context:
-        for name, link, shown in (
-            ("mlflow-charts", "curves of the algorithms", "Result on held-out problems"),
-            ("mlflow-runs", "results of the algorithms side by side", "evaluation/reward_answer"),
-        ):
+        for name, address, shown in _pages(site):
             page = context.new_page()
-            page.goto(site.links[link])
-            expect(page.get_by_text(shown).first).to_be_visible()
+            page.goto(address)
+            expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE_MS)
             page.wait_for_timeout(5000)  # the charts are drawn one after another
-            save(target / f"{name}.png", page.screenshot())
+            save(target / f"mlflow-{name}.png", page.screenshot())
+            page.close()
+
+
+def _pages(site: Site) -> Iterator[tuple[str, str, str]]:
+    """Yield name, address and a text of each page of MLflow."""
+    client, links = open_client(site.project), site.links
+    experiment = next(part for part in links["every run"].split("/") if part.isdigit())
+    found = client.search_runs([experiment], FILTER, order_by=["start_time"])
+    run = f"{site.base}/#/experiments/{experiment}/runs/{found[-1].info.run_id}"
+    yield "charts", links["curves of the algorithms"], "Result on held-out problems"
+    yield "runs", links["results of the algorithms side by side"], "evaluation/reward_answer"
+    yield "run", run, "of the sampled answers are right"
+    yield "traces", f"{run}/traces", "Response"
+    yield "registry", next(links[name] for name in links if name.startswith("versions of")), "challenger"
 
 
 def main() -> None:
