@@ -226,5 +226,6 @@ def _with_evaluations(sources: list[RecordedRun], current: set[str]) -> list[Rec
         model = next(iter(source.of("model")), {})
         evaluation = evaluations.get((str(model["path"]), str(model["content"]))) if "content" in model else None
         supervised = evaluations.get((START, source.start.get("inputs", {}).get(START))) if _aligns(source) else None
-        found.append(replace(source, evaluation=evaluation, supervised=supervised))
+        known = evaluation is not None or supervised is not None
+        found.append(replace(source, evaluation=evaluation, supervised=supervised) if known else source)
     return found
