@@ -43,7 +43,7 @@ def run(run: Run) -> None:
 
     from pipelines.validation.check import check
     from pipelines.validation.masks import left_out, samples
-    from pipelines.validation.messages import refuse, summary
+    from pipelines.validation.messages import other_form, refuse, summary
     from pipelines.validation.report import page
     from pipelines.validation.suites import TableLimits, Validator
 
@@ -57,7 +57,9 @@ def run(run: Run) -> None:
     shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES)
     changes = read_changes(FOLDER)
     for table in () if outcome.stops else TABLES:
-        for what, count in left_out(lengths.encoder, table, outcome.kept[table]).items():
+        counted = left_out(lengths.encoder, table, outcome.kept[table])
+        counted |= other_form(table, outcome.kept[table], outcome.kept["sft"])
+        for what, count in counted.items():
             changes.setdefault(table, {})[what] = count
             print(f"validate: {table}: {count} {what}", flush=True)
     report.write_text(page(outcome, params.max_shown_rows, changes, shown), encoding="utf-8")

@@ -102,6 +102,22 @@ def _next(rule: str, table: str) -> str:
     return f"Correct the source, or set validation.rules.{rule} to quarantine (remove these rows) or warn (keep them)."
 
 
+def other_form(table: str, rows: Sequence[Row], demonstrations: Sequence[Row]) -> dict[str, int]:
+    """Count the prompts of a table that are text while all demonstrations are chat, or the other way round, under words for the page."""
+    forms = {isinstance(row["prompt"], list) for row in demonstrations}
+    if table == "sft" or len(forms) != 1:
+        return {}
+    chat = forms.pop()
+    count = sum(isinstance(row["prompt"], list) != chat for row in rows)
+    if not count:
+        return {}
+    ours, theirs = ("plain text", "chat") if chat else ("chat", "plain text")
+    return {
+        f"prompts are {ours}, but all of data.sft is {theirs}: the model is asked in a form that it was not trained on. Give both"
+        ' the same form; a prompt of chat is [{"role": "user", "content": "…"}]': count
+    }
+
+
 def summary(outcome: ValidationOutcome) -> dict[str, float]:
     """Return the rows in, valid and quarantined per table, and the rows that each rule found."""
     numbers: dict[str, float] = {}

@@ -12,7 +12,7 @@ from pipelines import validate
 from pipelines.config.params import load_params
 from pipelines.data.tables import Row, Table
 from pipelines.validation import suites
-from pipelines.validation.messages import refuse, summary
+from pipelines.validation.messages import other_form, refuse, summary
 from pipelines.validation.report import page
 from pipelines.validation.suites import TableLimits
 from posttrain.errors import ConfigError, DataError, LeakageError
@@ -162,6 +162,17 @@ def test_a_table_whose_answers_are_no_numbers_says_how_to_compare_words(checked:
         in str(caught.value)
     )
     assert "`posttrain configure 'rewards.answer.arguments={kind: text}'`" in str(caught.value)
+
+
+def test_prompts_of_another_form_than_the_demonstrations_are_counted() -> None:
+    chat, text = {"id": 0, "prompt": [{"role": "user", "content": "a"}]}, {"id": 1, "prompt": "a"}
+    ((words, count),) = other_form("problems", [text, text, chat], [chat]).items()
+    assert (words.partition(":")[0], count) == ("prompts are plain text, but all of data.sft is chat", 2)
+    ((words, count),) = other_form("evaluation", [text, chat], [text, text]).items()
+    assert (words.partition(":")[0], count) == ("prompts are chat, but all of data.sft is plain text", 1)
+    assert other_form("problems", [text], [chat, text]) == {}
+    assert other_form("problems", [chat], [chat]) == {}
+    assert other_form("sft", [chat], [chat]) == {}
 
 
 def test_a_table_that_a_limit_emptied_names_the_limit(checked: Checked) -> None:
