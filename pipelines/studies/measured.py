@@ -4,7 +4,8 @@
     measured/memory_mib          largest resident memory of its process
     measured/seconds_to_level    seconds until the true reward reached the study's `level`, a reward model's training included
 
-These numbers depend on the machine and on what else it does. A claim on them compares runs of one series, which take turns on one machine.
+These numbers depend on the machine and on what else it does. A claim on them compares runs of one series on one machine. The arms run one
+after the other, so a change of the machine's other work counts as a difference of the arms.
 """
 
 from __future__ import annotations
