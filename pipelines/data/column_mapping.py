@@ -190,7 +190,8 @@ def _columns(
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
     _refuse_leak(kind, source, wanted)
     numbers = (name for name in wanted if is_number(kind, name))
-    as_it_is = {*TEXT["sft"], *TEXT["preferences"], _MESSAGES, "answer", LABEL, *numbers}
+    paired = (*TEXT["sft"], *TEXT["preferences"]) if source.graded or source.preferred else ()
+    as_it_is = {*TEXT[kind], *paired, _MESSAGES, "answer", LABEL, *numbers}
     return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
 
 

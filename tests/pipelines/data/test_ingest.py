@@ -349,3 +349,12 @@ def test_further_columns_of_an_environment_become_text_as_those_of_files_do() ->
             )
     with pytest.raises(DataError, match="prompt is never text; row 0 holds 3"):
         generated_rows("problems", [{"prompt": 3, "answer": "7"}], source, "data.problems", Counter())
+
+
+@pytest.mark.parametrize("value", [[], [{}], [None], 5, [{"role": "user", "content": "q"}]])
+def test_a_further_column_named_like_one_of_other_tables_becomes_text(tmp_path: Path, value: Any) -> None:
+    records = [{"q": "1+1=", "a": "2", "x": value}, {"q": "1+2=", "a": "3", "x": value}]
+    columns = {"prompt": "q", "completion": "a", "chosen": "x"}
+    rows = canonical_rows("sft", source(columns=columns), records)
+    write_rows("sft", rows, tmp_path / "sft.parquet")
+    assert [row["chosen"] for row in read_rows(tmp_path / "sft.parquet")] == [json.dumps(value, sort_keys=True)] * 2
