@@ -29,12 +29,13 @@ from pipelines.data.bounds import refuse_too_large
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.packed import PackedRows, packed
-from pipelines.data.size_limit import limit_megabytes
+from pipelines.data.size_limit import limit_megabytes, limit_seconds
 from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_number, file_rows, numbered, table_rows
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.redaction import printable, redact
+from posttrain.data.limits import bounded
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
 from posttrain.files import write_atomic
@@ -46,6 +47,8 @@ RECORD = Path(".posttrain/intake.json")
 _WORK = Path(".posttrain/intake")
 _NAME_LENGTH = 80
 MOST_ATTEMPTS = 2
+_ANY_SIZE = 2**62
+"""Bytes: no bound of memory."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class IntakeResult:
 
 def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     """Deal with every file that waits, in the order of their names. An entry that cannot be taken never stops the others."""
-    limit_megabytes()  # a wrong setting stops here, and is no fault of a file
+    limit_megabytes(), limit_seconds()  # a wrong setting stops here, and is no fault of a file
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
@@ -110,13 +113,20 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
         inbox.fetch(arrival, local)
         if file_digest(local) in admission.accepted_bytes(kind):
             return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
-        refuse_too_large(local)
-        rows = _rows(kind, params, local, admission)
-        if admission.holds(kind, rows):
+        with bounded(limit_seconds(), _ANY_SIZE):
+            refuse_too_large(local)
+            rows = _rows(kind, params, local, admission)
+            known = admission.holds(kind, rows)
+            aside = 0 if known else admission.check(kind, rows)
+        if known:
             return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
-        aside = admission.check(kind, rows)
     except PosttrainError as error:
         return _set_aside(arrival, inbox, local, str(error))
+    except TimeoutError as error:
+        reason = (
+            f"{arrival.file}: reading and checking it was stopped: {error}. Split it, or raise POSTTRAIN_INBOX_SECONDS."
+        )
+        return _set_aside(arrival, inbox, local, reason)
     except OSError:
         raise
     except Exception as error:  # whatever one file's content does to a reader, the others are taken

@@ -1,4 +1,4 @@
-"""The largest file that the inbox takes."""
+"""The largest file that the inbox takes, and the longest time for one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ _CHUNK = 1 << 20
 
 def limit_megabytes() -> int:
     """Return POSTTRAIN_INBOX_MB, the largest file of the inbox after decompression. Raises ConfigError if it is no number."""
-    text = os.environ.get("POSTTRAIN_INBOX_MB", "1024")
+    return _whole_number("POSTTRAIN_INBOX_MB", 1024, "megabytes")
+
+
+def limit_seconds() -> int:
+    """Return POSTTRAIN_INBOX_SECONDS, the longest time for reading and checking one file. Raises ConfigError if it is no number."""
+    return _whole_number("POSTTRAIN_INBOX_SECONDS", 7200, "seconds")
+
+
+def _whole_number(name: str, default: int, unit: str) -> int:
+    text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise ConfigError(f"POSTTRAIN_INBOX_MB = {text[:40]!r}: must be a whole number of megabytes, at least 1.")
+        raise ConfigError(f"{name} = {text[:40]!r}: must be a whole number of {unit}, at least 1.")
     return int(text)
 
 
