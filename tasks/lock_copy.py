@@ -7,6 +7,7 @@ copy lacks come back from DVC's cache of runs.
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 
 from pipelines.tracking.lockfile import has_conflict, lock_problem
 from posttrain.files import write_atomic
@@ -14,13 +15,16 @@ from tasks.console import print_line
 from tasks.lockfile import HEAD
 
 COPY = Path(".posttrain") / "dvc.lock"
+_alone = Lock()
+"""Stages run in threads of one flow, and `write_atomic` writes under a name for the process."""
 
 
 def keep_lock(root: Path) -> None:
     """Copy dvc.lock if it looks whole and has changed. Parsing the lock of a hundred stages would take a second."""
-    text = _text(root / "dvc.lock")
-    if text.startswith(HEAD.encode()) and text.endswith(b"\n") and text != _text(root / COPY):
-        write_atomic(root / COPY, text)
+    with _alone:
+        text = _text(root / "dvc.lock")
+        if text.startswith(HEAD.encode()) and text.endswith(b"\n") and text != _text(root / COPY):
+            write_atomic(root / COPY, text)
 
 
 def mend_lock(root: Path) -> bool:
@@ -34,7 +38,7 @@ def mend_lock(root: Path) -> bool:
     if not _can_be_mended(root) or not folder.is_dir():
         return False
     try:
-        with make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
+        with _alone, make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
             if not _can_be_mended(root):  # a dvc was at work, and has finished it
                 return False
             write_atomic(root / "dvc.lock", _text(root / COPY))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_a_merge_conflict_and_a_lock_without_a_copy_stay(tmp_path: Path) -> None
     lock.write_bytes(conflict)
     assert not mend_lock(tmp_path)
     assert lock.read_bytes() == conflict
+
+
+def test_stages_in_threads_keep_it_at_once(tmp_path: Path) -> None:
+    locks = [WHOLE + f"  stage-{i}:\n    cmd: x\n".encode() for i in range(8)]
+    (tmp_path / "dvc.lock").write_bytes(WHOLE)
+
+    def keep(i: int) -> None:
+        for _ in range(40):
+            next_one = tmp_path / f"next-{i}"
+            next_one.write_bytes(locks[i])
+            next_one.replace(tmp_path / "dvc.lock")
+            keep_lock(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, range(8)))
+    assert (tmp_path / COPY).read_bytes() in locks
 
 
 GREEDY = """
