@@ -12,10 +12,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pipelines.config.params import load_params
+from pipelines.runtime.command_line import SEED
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.reward_record import align_record, check_record, reward_inputs
 from posttrain.algorithms import OnPolicy, Unpaired
+from posttrain.errors import ConfigError
+from posttrain.text import nearest
 
 
 def run(run: Run) -> None:
@@ -45,11 +48,16 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm", required=True, help="name of a section under `algorithms` in params.yaml, e.g. grpo"
     )
-    parser.add_argument("--seed", type=int, required=True, help="seed of the data order and of sampling, e.g. 0")
+    parser.add_argument("--seed", type=SEED, required=True, help="seed of the data order and of sampling, e.g. 0")
 
 
 def variant(args: Namespace) -> str:
-    """Return the name of this instance of the matrix."""
+    """Return the name of this instance of the matrix. Raises ConfigError if params.yaml has no such algorithm."""
+    algorithms = load_params(args.params).algorithms
+    if args.algorithm not in algorithms:
+        raise ConfigError(
+            f"--algorithm {args.algorithm!r}: params.yaml has no such section{nearest(args.algorithm, algorithms)}"
+        )
     return f"{args.algorithm}-{args.seed}"
 
 

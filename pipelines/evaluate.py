@@ -135,6 +135,12 @@ def variant(args: Namespace) -> str:
         raise ConfigError(
             f"--model {args.model!r}: not a model of this project; give base, sft, or an aligned model, e.g. grpo-0"
         )
+    algorithms = load_params(args.params).algorithms
+    if args.model not in ("base", "sft") and args.model.rpartition("-")[0] not in algorithms:
+        raise ConfigError(
+            f"--model {args.model!r}: not a model of this project; give base, sft, or an algorithm of params.yaml with a seed, e.g."
+            f" {next(iter(algorithms), 'grpo')}-0"
+        )
     return str(args.model)
 
 

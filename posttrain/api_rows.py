@@ -19,12 +19,12 @@ from typing import Any
 from posttrain.api_arguments import is_finite, require_list
 from posttrain.data.messages import (
     MARKS,
-    ROLES,
     WEIGHTS,
     once_each,
     parted,
     refuse_repeated_texts,
     require_whole_weights,
+    role_of,
     thumb,
     weighted,
 )
@@ -49,6 +49,7 @@ def prompt_rows(rows: Any) -> list[Row]:
     table = [{"prompt": row} if isinstance(row, str | list | tuple) else row for row in _entries("rows", rows)]
     found = [_row("rows", row, i, ("prompt",)) for i, row in enumerate(table)]
     for i, row in enumerate(found):
+        _refuse_answered(row["prompt"], f"rows, row {i}")
         if different := sorted(set(row) ^ set(found[0])):
             raise DataError(
                 f"rows, row {i}: has the columns {', '.join(row)}, and row 0 has {', '.join(found[0])}. A reward function reads columns of"
@@ -214,13 +215,30 @@ def _said_once(row: Row, answers: Sequence[str], place: str, weighs: bool = Fals
     Raises DataError if one is empty, which would be learnt, or has a weight that the loss does not read.
     """
     row, _ = once_each(row, answers, place)
+    _refuse_answered(row["prompt"], place)
     for name in answers:
         if not weighs:
             require_whole_weights(row[name], f"{place}: {name}")
-        if row[name] is None or (isinstance(row[name], str) and not row[name].strip()):
+        if row[name] is None or not _speaks(row[name]):
             said = "only the prompt again" if row[name] is None else shown(row[name])
             raise DataError(f"{place}: {name} is {said}, so the model would learn to say nothing; remove the row")
     return row
+
+
+def _speaks(answer: Any) -> bool:
+    """Return True if an answer has text, or a turn of the assistant with text or a tool call."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    spoken = [turn for turn in answer if turn["role"] == "assistant"]
+    return any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in spoken)
+
+
+def _refuse_answered(prompt: Any, place: str) -> None:
+    """Raise DataError for a prompt of messages that ends with an answer: the answer to learn or to sample would be a second one."""
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{place}: the prompt ends with a turn of the assistant, so the answer would be in the prompt; end it with the user's question"
+        )
 
 
 def _check_tools(tools: Any, place: str) -> None:
@@ -249,7 +267,7 @@ def _check_text(value: Any, place: str, chat: bool = False) -> None:
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise DataError(f"{place}, turn {i} is {shown(turn)}; give a mapping with role and content")
-        spelt = ROLES.get(turn["role"].strip().lower(), turn["role"])
+        spelt = role_of(turn["role"], f"{place}, turn {i}")
         if spelt != turn["role"] and spelt != "tool":  # some templates have a role of their own for a tool's answer
             raise DataError(
                 f"{place}, turn {i}: the role is {shown(turn['role'])}; write {spelt!r}, as chat templates do"

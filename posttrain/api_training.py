@@ -36,9 +36,10 @@ from posttrain.api_rows import (
     supervised_rows,
 )
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
+from posttrain.api_tokens import answer_tokens
 from posttrain.data.batches import EpochOrder
 from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
-from posttrain.data.tokens import Tokens, require_context, require_same_vocabulary, table_tokens
+from posttrain.data.tokens import Tokens, require_context, require_same_vocabulary
 from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
 from posttrain.models.inference import token_logprobs
@@ -244,7 +245,7 @@ def _spec(algorithm: Any) -> Algorithm | str:
 
 def _supervised(run: _Run, table: list[dict[str, Any]]) -> None:
     run.identity["rows"] = table
-    tokens = table_tokens(run.model.encoder, table, "completion")
+    tokens = answer_tokens(run.model.encoder, table, "completion")
     examples = [Example(t, float(row.get(WEIGHT, 1.0))) for t, row in zip(tokens, table, strict=True)]
     run.fit(run.trainer(Policy(run.model.lm), run.steps), run.epochs(examples), SupervisedObjective(), "loss")
 
@@ -300,7 +301,7 @@ def _on_policy(
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
     shown = supervised_rows(demonstrations, "demonstrations", weighs=False) if spec.has_expert else []
-    experts = table_tokens(model.encoder, shown, "completion")
+    experts = answer_tokens(model.encoder, shown, "completion")
     objective = OnPolicyObjective(spec, most, sampling.sampling.temperature, staleness=staleness)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)
     ahead = None
@@ -349,7 +350,7 @@ def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
     run.identity["rows"] = [*map(dict, table)]
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
-    tokens = table_tokens(run.model.encoder, [dict(row) for row in table], "completion")
+    tokens = answer_tokens(run.model.encoder, [dict(row) for row in table], "completion")
     answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
     labels = [bool(row["label"]) for row in table]
     rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
@@ -369,7 +370,8 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     trainer = run.trainer(policy, run.steps)
     run.identity["rows"] = rows = [dict(row) for row in table]
     chosen, rejected = (
-        _measured(run, spec, policy, table_tokens(run.model.encoder, rows, column)) for column in ("chosen", "rejected")
+        _measured(run, spec, policy, answer_tokens(run.model.encoder, rows, column))
+        for column in ("chosen", "rejected")
     )
     for i, pair in enumerate(zip(chosen, rejected, strict=True)):
         if pair[0].tokens == pair[1].tokens:

@@ -409,6 +409,10 @@ def test_a_prompt_that_answers_repeat_is_read_once(algorithm: str, rows: list[di
         ("sft", {"messages": [says("a", "user"), says("b", "model")]}, "the role is 'model'; write 'assistant'"),
         ("sft", {"messages": [says("a", "user"), says("b", "critic")]}, r"no answer \(their roles are user, critic\)"),
         ("sft", {"prompt": "a", "completion": "b" * 300}, "shorten or remove the row"),
+        ("sft", {"messages": [*ASKED, says(" ")]}, "the model would learn to say nothing"),
+        ("dpo", {"prompt": "a", "chosen": [says("")], "rejected": [says("c")]}, "the model would learn to say nothing"),
+        ("dpo", {"prompt": "a", "chosen": ASKED, "rejected": [says("c")]}, "chosen is only the prompt again"),
+        ("sft", {"prompt": [*ASKED, says("b")], "completion": [says("c")]}, "ends with a turn of the assistant"),
     ],
 )
 def test_rows_that_would_be_read_otherwise_than_meant_are_refused(
@@ -416,6 +420,11 @@ def test_rows_that_would_be_read_otherwise_than_meant_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         train(model, algorithm, [row])
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused_before_sampling(model: pt.Model) -> None:
+    with pytest.raises(DataError, match="rows, row 0: the prompt ends with a turn of the assistant"):
+        train(model, "grpo", [[*ASKED, says("b")]], reward=lengths)
 
 
 def test_texts_that_all_begin_with_their_prompt_are_refused(model: pt.Model) -> None:
@@ -460,3 +469,13 @@ def test_a_run_without_any_reward_ends_early(model: pt.Model, capsys: pytest.Cap
         train(pt.tiny(seed=0, **SMALL), "grpo", ["a"], reward=silent, steps=1000, samples=2, max_new_tokens=1)
     assert len(called) == PATIENCE
     assert "no answer of the first step got a reward from reward" in capsys.readouterr().err
+
+
+def test_answers_that_follow_another_prompt_than_in_sampling_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    model = pt.tiny(seed=0, **SMALL)
+    opened = model.encoder.tokenizer.chat_template + "{% if add_generation_prompt %}<think>{% endif %}"
+    model.encoder.tokenizer.chat_template = opened
+    train(model, "sft", [{"prompt": ASKED, "completion": [says("<think></think>b")]}, ROWS[0]])
+    assert "another text" not in capsys.readouterr().err
+    train(model, "sft", [ROWS[0], {"prompt": ASKED, "completion": [says("b")]}])
+    assert "1 of the first 2 rows (completion; first: row 1) are trained after another text" in capsys.readouterr().err

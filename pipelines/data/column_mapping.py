@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 from pipelines.config.data_schema import TableSource
@@ -178,10 +178,14 @@ def _columns(
     whole = _MESSAGES in (wanted if source.columns is not None else present - {"prompt"})
     needed = _needed(kind, source, whole, present)
     if source.columns is None:
-        optional = (*SCORES, WEIGHT) if kind in ("sft", "preferences") else ()
+        optional = _optional(kind)
         names = [*needed, *(n for n in optional if n in present and is_number(kind, n))]
         _ask_about_near_names(kind, present, {*names}, optional, where)
         wanted = {name: name for name in [*names, *([TOOLS] if TOOLS in present else [])]}
+    for name in wanted:
+        known = get_close_matches(name.lower(), [*required(kind), *_optional(kind), TOOLS], n=1, cutoff=0.8)
+        if known and name != known[0] and known[0] not in wanted:
+            raise ConfigError(f"data.{kind}.columns.{name}: would not be used; did you mean {known[0]!r}?")
     read = {path for spec in wanted.values() for path in paths_of(spec)}
     for name in needed:
         if name not in wanted and name in present - read:
@@ -193,6 +197,11 @@ def _columns(
     paired = (*TEXT["sft"], *TEXT["preferences"]) if source.graded or source.preferred else ()
     as_it_is = {*TEXT[kind], *paired, _MESSAGES, "answer", LABEL, *numbers}
     return {name: _reader(name, spec, records, where, name in as_it_is) for name, spec in wanted.items()}
+
+
+def _optional(kind: Sourced) -> tuple[str, ...]:
+    """Return the optional columns of numbers that a table may have."""
+    return (*SCORES, WEIGHT) if kind in ("sft", "preferences") else ()
 
 
 def _ask_about_near_names(
@@ -210,8 +219,8 @@ def _ask_about_near_names(
 
 
 def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) -> list[str]:
-    if whole and kind == "sft":
-        return [_MESSAGES]
+    if whole and kind in ("sft", "labelled"):
+        return [_MESSAGES, *([LABEL] if kind == "labelled" else [])]
     made = ("chosen", "rejected") if source.graded or source.preferred else ()
     needed = [name for name in required(kind) if name not in made]
     # pairs of whole conversations share their prompt

@@ -9,7 +9,7 @@ from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, prompt_once, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
-from posttrain.data.messages import parted, refuse_repeated_texts, require_whole_weights
+from posttrain.data.messages import ROLES, parted, refuse_repeated_texts, require_whole_weights
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
@@ -39,7 +39,7 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         row |= {name: canonical_messages(value, place) for name, value in read.items()}
         if TOOLS in row:
             row[TOOLS] = canonical_tools(row[TOOLS], place)
-        if kind == "sft" and _WHOLE in row:
+        if kind in ("sft", "labelled") and _WHOLE in row:
             row = _parted(row, place, changes)
         if kind == "preferences":
             row = with_prompt(row, place, changes)
@@ -85,6 +85,13 @@ def _parted(row: Row, where: str, changes: Changes) -> Row:
             f"{where}: its conversation is {_shown(turns)}; it must be a list of messages with role and content"
         )
     asked, answered, greets = parted(turns)
+    if strange := sorted({turn["role"] for turn in turns} - {*ROLES.values()}):
+        if not answered:
+            raise DataError(
+                f"{where}: its conversation has no answer of the assistant, and turns of {', '.join(strange)}; write `assistant` as the"
+                " role of answers"
+            )
+        changes[f"conversations with turns of unknown roles, which are not trained: {', '.join(strange)}"] += 1
     changes["conversations that begin with the assistant, whose first turn is not trained"] += greets
     return {"id": row["id"], "prompt": asked or None, "completion": answered or None, **rest}
 

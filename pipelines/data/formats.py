@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,8 @@ def _part(value: Any, column: str) -> str:
     """Return a part of a question as text. Raises DataError if it is neither text nor a number."""
     if value is None or isinstance(value, str):
         return value or ""
+    if isinstance(value, float) and math.isnan(value):  # how tables write a missing value
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{column} {str(value)[:60]!r}: must be text; correct the record, or leave the column out")
     return str(value)
@@ -172,6 +175,15 @@ def unused(kind: Sourced, found: Format, records: Sequence[Record], where: str) 
     """
     read = {*found.needs, *found.reads, *_OPTIONAL.get(kind, ()), "id"}
     names = sorted({str(name) for record in records for name in record} - read)
+    if (
+        kind == "sft"
+        and "label" in names
+        and all(str(record.get("label")).lower() in ("true", "false") for record in records)
+    ):
+        raise DataError(
+            f"{where}: the column 'label' is true or false, and answers with false would be imitated, too. Keep only the good answers and"
+            " remove the column, or name the file in data.labelled."
+        )
     for name in names if kind in TRAINED else ():
         if name.lower() in (*WEIGHTS, *MARKS) and any(record.get(name) is not None for record in records):
             remedy = (
@@ -244,6 +256,7 @@ _CHAT = frozenset({"system", "system_prompt", "functions"})
 _PROBLEMS: tuple[Sourced, ...] = ("problems", "evaluation")
 FORMATS = (
     Format("KTO", ("sft", "preferences", "labelled"), frozenset({"prompt", "completion", "label"}), _same),
+    Format("messages with a label", ("labelled",), frozenset({"messages", "label"}), _messages("messages"), _CHAT),
     Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
     Format("messages", ("sft",), frozenset({"messages"}), _messages("messages"), _CHAT),
     Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations"), _CHAT),

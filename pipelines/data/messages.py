@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.messages import ROLES, weighted
+from posttrain.data.messages import role_of, weighted
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
@@ -72,7 +72,7 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
     # a column's file format may fill up absent fields with null
     others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     others = weighted(others, where)
-    message = {"role": ROLES.get(name.lower(), name), "content": _text(turn.get(content), where), **others}
+    message = {"role": role_of(name, where), "content": _text(turn.get(content), where), **others}
     if name == "function_call":
         message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
     if isinstance(message.get("function_call"), Mapping):

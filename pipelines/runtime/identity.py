@@ -56,7 +56,7 @@ def input_digests(stage: str, inputs: Iterable[str | Path]) -> dict[str, str]:
         path = Path(entry)
         if not path.exists():
             raise DataError(
-                f"{stage}: the input {path} does not exist. Run `dvc repro {stage}`: it makes the inputs of a stage first."
+                f"{stage}: the input {path} does not exist. Run `dvc repro`, which makes the inputs of a stage first."
             )
         digests[path.as_posix()] = content_digest(path)
     return digests

@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from posttrain.text import shortened
 
 ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "developer",
     "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
 """How data sets spell the roles of messages, in small letters, and the roles that chat templates know."""
@@ -32,9 +33,28 @@ _TRAINING = frozenset((
     "learnable", "skip", "skipped", "exclude", "excluded", "labels", "backprop", "grad",
 ))  # fmt: skip
 """Words in the names of keys that may say which tokens are trained."""
+_ALMOST = 0.75
+"""Similarity from which the name of a role is a misspelling."""
 _REPEATED = 16
 """Characters from which a prompt at the beginning of an answer is no accident."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+def role_of(name: str, where: str) -> str:
+    """Return a role as chat templates name it; an unknown one, such as `critic`, stays.
+
+    Raises:
+        DataError: it is a misspelling of a known one.
+
+    Example:
+        >>> role_of("GPT", "row 0"), role_of("critic", "row 0")
+        ('assistant', 'critic')
+    """
+    spelt = name.strip().lower()
+    close = difflib.get_close_matches(spelt, ("user", "assistant", "system"), n=1, cutoff=_ALMOST)
+    if spelt not in ROLES and close:
+        raise DataError(f"{where}: the role is {shortened(name)}; did you mean {close[0]!r}? Correct the row")
+    return ROLES.get(spelt, name.strip())
 
 
 def says_training(name: str) -> bool:

@@ -44,9 +44,11 @@ _OTHER = re.compile(
     rf"|\b(?i:than|over|beats|outperforms|surpasses|unlike|except(?:\sfor)?|excluding|excludes|ruled?\sout|rejects?|eliminates?)\s{_LETTER}"
     rf"|(?<=[A-J)\]*])\s?(?:>{{1,3}}|\u227b)\s?{_LETTER}|{_LETTER}\s?(?:<{{1,3}}|\u227a)(?=\s?[(\[*]{{0,3}}[A-J]\b)"
     rf"|\b[A-J][\s-](?i:major|minor|flat|sharp)\b|\b[A-J]\.\s?(?:[A-Z]\.\s?){{1,3}}(?=[A-Z][a-z])"
+    r"|\b(?:E\.\s?coli|C\.\s?(?:elegans|difficile|diff|albicans|botulinum|tetani)|H\.\s?(?:pylori|influenzae|sapiens|erectus)|D\.\s?melanogaster"
+    r"|A\.\s?(?:thaliana|fumigatus|mellifera|niger)|B\.\s?(?:subtilis|anthracis|cereus|burgdorferi|taurus)|G\.\s?gallus|F\.\s?nucleatum)\b"
     rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
 )
-"""Letters that name a thing, or an option that is worse (the A of `C > A`) or left out."""
+"""Letters that name a thing (`E. coli`), or an option that is worse (the A of `C > A`) or left out."""
 _LABEL = re.compile(
     r"(?:^|(?<=\s))\(?([A-J])[).:]\)?[ \t]+(?=[^\s()])(?!(?i:because|since|is|as|and|or|was|isn|not|fails)\b)",
     re.MULTILINE,

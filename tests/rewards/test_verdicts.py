@@ -168,6 +168,12 @@ def test_the_chosen_letter(text: str, gold: str) -> None:
     assert _verdict(text, gold, kind="choice") == 1.0
 
 
+def test_the_letter_of_a_species_is_no_choice() -> None:
+    assert _verdict("E. coli is a bacterium, so B", "B", kind="choice") == 1.0
+    assert _verdict("E. coli", "E", kind="choice") == 0.0
+    assert _verdict("E. cold water", "E", kind="choice") == 1.0
+
+
 @pytest.mark.parametrize("text", NO_LETTER)
 def test_a_denied_letter_or_several_are_no_choice(text: str) -> None:
     assert [_verdict(text, gold, kind="choice") for gold in "ABC"] == [0.0, 0.0, 0.0]

@@ -14,7 +14,7 @@ from pipelines.config.data_schema import TableSource
 from pipelines.config.params import Params, load_params
 from pipelines.data.pairs import REPEATED, Changes
 from pipelines.data.tables import group_labels
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from tests.pipelines.data.records import rows, says, user
 
 TURN = {"prompt": [user("q0")], "completion": [user("q0"), says("b")]}
@@ -88,6 +88,32 @@ def test_a_turn_of_a_pair_counts_or_not() -> None:
     with pytest.raises(DataError, match=r"chosen, turn 0: its weight is 0\.5, and here a turn counts or not"):
         rows("preferences", pair)
     rows("sft", {"prompt": [user("a")], "completion": [says("b") | {"weight": 0.5}]})
+
+
+def test_roles_that_no_template_knows_are_refused_or_counted() -> None:
+    with pytest.raises(DataError, match="turn 1: the role is 'Asistant'; did you mean 'assistant'"):
+        rows("sft", {"messages": [user("a"), {"role": "Asistant", "content": "b"}]})
+    with pytest.raises(DataError, match="no answer of the assistant, and turns of bing"):
+        rows("sft", {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]})
+    changes: Changes = Counter()
+    rows("sft", {"messages": [user("a"), says("b"), {"role": "critic", "content": "c"}]}, changes=changes)
+    assert changes["conversations with turns of unknown roles, which are not trained: critic"] == 1
+
+
+def test_conversations_with_a_label_are_labelled_and_never_imitated() -> None:
+    record = {"messages": [user("a"), says("b")], "label": False}
+    assert rows("labelled", record) == [{"prompt": [user("a")], "completion": [says("b")], "label": False}]
+    with pytest.raises(DataError, match="answers with false would be imitated"):
+        rows("sft", record)
+    assert rows("sft", record | {"label": "sport"}) == [{"prompt": [user("a")], "completion": [says("b")]}]
+
+
+def test_a_missing_part_of_a_question_is_empty_and_a_misspelt_column_is_refused() -> None:
+    (row,) = rows("sft", {"instruction": "a", "input": float("nan"), "output": "b"})
+    assert row["prompt"] == "a"
+    columns = {"prompt": "prompt", "completion": "completion", "weigth": "w"}
+    with pytest.raises(ConfigError, match=r"columns\.weigth: would not be used; did you mean 'weight'"):
+        rows("sft", {"prompt": "a", "completion": "b", "w": 1}, columns=columns)
 
 
 def write(folder: Path, name: str, *records: dict[str, Any]) -> str:

@@ -1,0 +1,42 @@
+"""Tokens of the rows that `train` is given, with a line on stderr if training and sampling would ask in different words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from posttrain.data.conversations import as_messages
+from posttrain.data.tokens import TextEncoder, Tokens, row_tools, table_tokens
+
+CHECKED = 100
+"""Rows whose prompts are compared with those of sampling."""
+
+
+def answer_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], column: str) -> list[Tokens]:
+    """Return the tokens of the prompts and of the answers in a column, and report answers that follow another text than in sampling.
+
+    A generation prompt that opens `<think>` and answers without reasoning differ so.
+    """
+    tokens = table_tokens(encoder, rows, column)
+    found = [i for i, row in enumerate(rows[:CHECKED]) if not _is_asked(encoder, row, column)]
+    if found:
+        tqdm.write(
+            f"{len(found)} of the first {min(CHECKED, len(rows))} rows ({column}; first: row {found[0]}) are trained after another text"
+            " than the prompt of sampling, as with a generation prompt that opens <think>: put the reasoning, also an empty one, into the"
+            " answers",
+            file=sys.stderr,
+        )
+    return tokens
+
+
+def _is_asked(encoder: TextEncoder, row: dict[str, Any], column: str) -> bool:
+    """Return True if each trained answer of a row follows the prompt by which sampling asks for it."""
+    prompt, answer, tools = row["prompt"], row[column], row_tools(row)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return True
+    asked, answered = as_messages(prompt, "user"), as_messages(answer, "assistant")
+    text, spans = encoder.template.spans(asked, answered, tools)
+    return all(encoder.template.is_asked([*asked, *answered], span, text, tools) for span in spans)
