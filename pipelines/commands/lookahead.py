@@ -13,11 +13,12 @@ from typing import get_args
 
 from pipelines.commands.layers import adapters, weight_names
 from pipelines.commands.source_signatures import signature_in
+from pipelines.config.data_schema import TableSource
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.file_columns import require_alike
 from pipelines.data.files import read_file
-from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, table_rows
+from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, require_files, table_rows
 from pipelines.data.tables import group_labels
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
@@ -59,7 +60,7 @@ def _services(params: Params) -> Iterator[str]:
         try:
             check()
         except PosttrainError as error:
-            yield f"{key}: {error}"
+            yield str(error) if str(error).startswith(key) else f"{key}: {error}"
 
 
 def _functions(params: Params) -> Iterator[str]:
@@ -229,6 +230,14 @@ def _groups(params: Params) -> Iterator[str]:
         yield str(error)
 
 
+def _held_out(kind: str, source: TableSource) -> Iterator[str]:
+    """Yield a share of held-out rows that is missing, or that would have no effect."""
+    if kind == "preferences" and not source.heldout:
+        yield "data.preferences.heldout: must be greater than 0, e.g. 0.1, because held-out pairs measure the reward model"
+    elif kind != "preferences" and source.heldout:
+        yield f"data.{kind}.heldout = {source.heldout}: has no effect, because only pairs are held out. Remove it."
+
+
 def _data(params: Params) -> Iterator[str]:
     """Yield what is wrong with a table's source, or with the columns of the first rows of its files."""
     for kind in (*get_args(Kind), *(["labelled"] if params.data.labelled else [])):
@@ -238,9 +247,12 @@ def _data(params: Params) -> Iterator[str]:
                 yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
             elif is_wrapped(name) and (why := _missing_task(name)):
                 yield f"data.{kind}.source = {name!r}: {why}"
+        yield from _held_out(kind, source)
         try:
-            if is_generator(source.source):
+            if is_generator(source.source) and kind != "labelled":
                 require_effect(kind, source)
+            elif kind == "labelled" or len(source.names) > 1:
+                require_files(kind, source)
             if any(is_generator(name) or name.startswith(HUB) for name in source.names):
                 continue
             files = local_files(source)

@@ -46,10 +46,14 @@ class EvaluationParams(Section):
     compute: ComputeParams
 
     @model_validator(mode="after")
-    def _every_k_once(self) -> EvaluationParams:
-        """Refuse the same k twice."""
+    def _each_once(self) -> EvaluationParams:
+        """Refuse the same k, reward or benchmark twice."""
         if len(set(self.pass_k)) < len(self.pass_k):
             raise ValueError(f"pass_k {self.pass_k}: names the same k twice; name each once")
+        tasks = self.benchmarks.tasks if self.benchmarks else []
+        for field, names in (("rewards", self.rewards), ("benchmarks.tasks", tasks)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{field} {names}: names the same one twice; name each once")
         return self
 
 

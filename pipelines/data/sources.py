@@ -171,11 +171,8 @@ def _files_of(name: str, split: str) -> list[Path]:
 
 def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row]:
     """Return the rows of a built-in generator. Raises ConfigError for options that have no effect on it."""
-    if kind == "labelled":
-        raise ConfigError(
-            f"data.labelled.source = {source.source!r}: generators make no labelled answers. Leave data.labelled out: the answers of the"
-            " generated pairs are used, chosen ones with thumbs up and rejected ones with thumbs down"
-        )
+    require_files(kind, source)
+    assert kind != "labelled"
     require_effect(kind, source)
     if source.rows is None:
         raise ConfigError(
@@ -183,6 +180,24 @@ def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row
         )
     assert isinstance(source.source, str)
     return checked_rows(environment(source.source), kind, source.rows, data.seed, _options(source.source, data))
+
+
+def require_files(kind: Sourced, source: TableSource) -> None:
+    """Raise ConfigError for a generator of labelled answers, or as one of several sources."""
+    if kind == "labelled" and is_generator(source.source):
+        raise ConfigError(
+            f"data.labelled.source = {source.source!r}: generators make no labelled answers. Leave data.labelled out: the answers of the"
+            " generated pairs are used, chosen ones with thumbs up and rejected ones with thumbs down"
+        )
+    made = [name for name in source.names if is_generator(name)]
+    if made and len(source.names) > 1:
+        raise _several(kind, made[0])
+
+
+def _several(kind: Sourced, name: str) -> ConfigError:
+    return ConfigError(
+        f"data.{kind}.source: the generator {name!r} cannot be one of several sources; give it as the only one"
+    )
 
 
 def require_effect(kind: Sourced, source: TableSource) -> None:
@@ -225,9 +240,7 @@ def _records(kind: Sourced, source: TableSource) -> list[Record]:
             parts.append((name, _hub(kind, name, source.split)))
             continue
         if is_generator(name):
-            raise ConfigError(
-                f"data.{kind}.source: the generator {name!r} cannot be one of several sources; give it as the only one"
-            )
+            raise _several(kind, name)
         files = _files_of(name, source.split)
         if not files:
             raise ConfigError(f"data.{kind}.source = {name!r}: {no_source(name)}")

@@ -117,7 +117,7 @@ def server_of_environment(folder: Path | None) -> JudgeServer:
     if not url:
         raise ConfigError(
             f"the reward function 'judge' needs the address of a server: set {URL}, such as {URL}=http://127.0.0.1:8000/v1"
-            " (any server with OpenAI's interface; `posttrain serve-model` is one)"
+            " (any server with OpenAI's interface; `posttrain serve` is one)"
         )
     given = os.environ.get(CONCURRENCY) or "8"
     if not given.isdecimal() or int(given) < 1:

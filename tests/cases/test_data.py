@@ -110,7 +110,9 @@ COUNTED = {
     ("prompt_completion_chat.jsonl", "sft"): {
         "conversations that end with a turn of the user or a tool, which is not trained": 1
     },
-    ("ultrafeedback.jsonl", "preferences"): {"conversations whose answers repeat the prompt, of which one copy is kept": 1},
+    ("ultrafeedback.jsonl", "preferences"): {
+        "conversations whose answers repeat the prompt, of which one copy is kept": 1
+    },
     ("kto.jsonl", "sft"): {"answers with label false, left out of imitation": 1},
     ("verl.jsonl", "problems"): {"columns that are not used: ability, data_source, extra_info": 3},
     ("graded_list.jsonl", "preferences"): {"records without a better and a worse answer, left out": 2},

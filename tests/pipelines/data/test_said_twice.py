@@ -174,3 +174,23 @@ def test_groups_have_one_spelling_and_no_gap(values: tuple[Any, ...], words: str
     with pytest.raises(DataError, match=words):
         group_labels("doc", [{"doc": value} for value in values])
     assert group_labels("doc", [{"doc": 1}, {"doc": "b"}, {"doc": 1}]) == ["1", "b", "1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        ("labelled", TableSource(source="arithmetic", rows=4), "generators make no labelled answers"),
+        ("sft", TableSource(source=["arithmetic", "stories"], rows=4), "cannot be one of several sources"),
+        ("sft", TableSource(source="arithmetic", rows=4, heldout=0.5), "data.sft.heldout = 0.5: has no effect"),
+        ("preferences", TableSource(source="arithmetic", rows=4), "data.preferences.heldout: must be greater than 0"),
+    ],
+)
+def test_configure_refuses_what_ingest_would(shipped: Params, kind: str, source: TableSource, words: str) -> None:
+    (found,) = problems(with_table(shipped, kind, source))
+    assert words in found
+
+
+@pytest.mark.parametrize("change", [{"rewards": ["answer", "answer"]}, {"benchmarks": {"tasks": ["a", "a"]}}])
+def test_a_reward_or_benchmark_of_the_evaluation_is_named_once(shipped: Params, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="names the same one twice"):
+        type(shipped.evaluation).model_validate(shipped.evaluation.model_dump() | change)
