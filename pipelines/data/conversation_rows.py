@@ -51,6 +51,12 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         changes["conversations that end with a turn of the user or a tool, which is not trained"] += any(
             is_messages(row[name]) and row[name][-1]["role"] != "assistant" for name in TEXT[kind] if name != "prompt"
         )
+        changes["turns of the assistant without text, of which only the end is trained"] += sum(
+            turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls")
+            for name in answers
+            if is_messages(row[name])
+            for turn in row[name]
+        )
         changes[IGNORED_WEIGHTS] += sum(
             bool(turn.get("weight")) and (turn["role"] != "assistant" or name == "prompt")
             for name in TEXT[kind]

@@ -96,7 +96,8 @@ def test_roles_that_no_template_knows_are_refused_or_counted() -> None:
     with pytest.raises(DataError, match="no answer of the assistant, and turns of bing"):
         rows("sft", {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]})
     changes: Changes = Counter()
-    rows("sft", {"messages": [user("a"), says("b"), {"role": "critic", "content": "c"}]}, changes=changes)
+    rows("sft", {"messages": [user("a"), says("b"), {"role": "critic", "content": "c"}, says(" ")]}, changes=changes)
+    assert changes["turns of the assistant without text, of which only the end is trained"] == 1
     assert changes["conversations with turns of unknown roles, which are not trained: critic"] == 1
 
 
