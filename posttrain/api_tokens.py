@@ -16,7 +16,7 @@ CHECKED = 100
 
 
 def answer_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], column: str) -> list[Tokens]:
-    """Return the tokens of the prompts and of the answers in a column, and report answers that follow another text than in sampling.
+    """Return the tokens of the prompts and of the answers in a column, and report answers that follow a different text than in sampling.
 
     A generation prompt that opens `<think>` and answers without reasoning differ so.
     """
