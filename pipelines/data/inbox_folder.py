@@ -235,7 +235,7 @@ def _explained(name: str, folder: int, reason: str) -> bool:
     """Write the reason next to a file of this name. Return False if there is another entry, such as a pipe or a link."""
     note, text = f"{name}.reason.txt", (reason + "\n").encode("utf-8", "backslashreplace")
     try:
-        with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=folder), "wb") as file:
+        with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), "wb") as file:
             file.write(text)
     except FileExistsError:
         return _holds(note, folder, text)  # a process was killed before it moved the file
