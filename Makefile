@@ -65,7 +65,7 @@ test-slow: setup  ## the tests marked slow
 lint: setup  ## check formatting, lint, types, and the dependencies for known vulnerabilities
 	@$(PYTHON_IN) -m ruff format --check .
 	@$(PYTHON_IN) -m ruff check .
-	@$(PYTHON_IN) -m mypy
+	@$(PYTHON_IN) -m pyrefly check --output-format min-text
 	@infra/audit.sh
 
 ui: setup  ## open MLflow for the runs and Prefect for the flows (PORT=5000 PREFECT_PORT=4200)
@@ -96,5 +96,5 @@ docs: setup  ## build the documentation into .posttrain/site, offline
 	@NO_MKDOCS_2_WARNING=true $(PYTHON_IN) -m mkdocs build --strict --quiet
 
 clean:  ## remove caches and logs; keeps data, models, runs, report and MLflow's database
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .posttrain/logs
+	@rm -rf .pytest_cache .ruff_cache .hypothesis .posttrain/logs
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

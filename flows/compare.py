@@ -27,6 +27,7 @@ from tasks.challenger import register_best
 from tasks.console import print_line
 
 
+# pyrefly: ignore[no-matching-overload]
 @flow(
     name="compare",
     flow_run_name=dated("compare"),

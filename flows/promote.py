@@ -202,6 +202,7 @@ def _call(options: argparse.Namespace) -> Any:
             "--approval waits for an answer in Prefect's UI, and without PREFECT_API_URL there is no page to answer on. Set it to a"
             " running server (docs/operations.md), or promote without --approval."
         )
+    # pyrefly: ignore[no-matching-overload]
     return promote(
         options.version, options.roll_back, options.reason, options.approval, options.adopt, return_state=True
     )

@@ -25,6 +25,7 @@ from tasks.console import log_line
 from tasks.intake import take_in
 
 
+# pyrefly: ignore[no-matching-overload]
 @flow(
     name="retrain",
     flow_run_name=dated("retrain"),

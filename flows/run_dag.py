@@ -107,9 +107,11 @@ def _submitter(
 
     def submit(node: Node, above: list[Future], done: Callable[[str], None]) -> Future:
         if workers is not None and node.kind == "stage" and node.name in todo:
+            # pyrefly: ignore[no-matching-overload]
             sent = bring_up_to_date_on_worker.submit(workers, node.name, return_state=False, wait_for=above)
             sent.add_done_callback(lambda _: done(node.name))
             return sent
+        # pyrefly: ignore[no-matching-overload]
         future = stages.bring_up_to_date.submit(
             str(root),
             node.name,

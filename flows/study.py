@@ -36,6 +36,7 @@ from posttrain.files import write_atomic
 from tasks.console import print_line
 
 
+# pyrefly: ignore[no-matching-overload]
 @flow(
     name="study",
     flow_run_name=dated("study"),

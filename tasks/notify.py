@@ -26,6 +26,7 @@ TIMEOUT_SECONDS = 10.0
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would let the webhook's host send our request into the private network."""
 
+    # pyrefly: ignore[bad-override]
     def redirect_request(self, *_: Any) -> None:
         return None
 

@@ -63,7 +63,7 @@ COMMANDS = {
     """ -d '{"model": "champion", "prompt": "482+155=", "temperature": 0}'""": ("needs: server", ""),
     "dvc repro": (f"{PIPELINE}::test_a_second_repro_runs_no_stage", ""),
     "make test": ("runs: .ci/run", "pytest"),
-    "make lint": ("runs: .ci/run", "mypy"),
+    "make lint": ("runs: .ci/run", "pyrefly"),
     "make setup": ("runs: .ci/run", ""),
     "make test ARGS=tests/objectives/test_kl.py": ("runs: .ci/run", "pytest"),
     'make test ARGS="tests/objectives/test_kl.py -k by_hand"': ("runs: .ci/run", "pytest"),

@@ -135,8 +135,10 @@ class _Split:
         """Return the table of each key of a held-out prompt."""
         keys: dict[str, Table] = {}
         for row in self._rows["evaluation"]:
+            # pyrefly: ignore[bad-assignment]
             keys |= dict.fromkeys(prompt_keys(row, held_out=True), "evaluation")
         for row in self._pairs(held=True):
+            # pyrefly: ignore[bad-assignment]
             keys |= dict.fromkeys(prompt_keys(row, held_out=True), "preferences_heldout")
         return keys
 

@@ -250,8 +250,10 @@ def _data(params: Params) -> Iterator[str]:
         yield from _held_out(kind, source)
         try:
             if is_generator(source.source) and kind != "labelled":
+                # pyrefly: ignore[bad-argument-type]
                 require_effect(kind, source)
             elif kind == "labelled" or len(source.names) > 1:
+                # pyrefly: ignore[bad-argument-type]
                 require_files(kind, source)
             if any(is_generator(name) or name.startswith(HUB) for name in source.names):
                 continue
@@ -260,8 +262,10 @@ def _data(params: Params) -> Iterator[str]:
                 yield f"data.{kind}.source = {source.source!r}: {no_source(source.names[0])}"
                 continue
             parts = [(str(path), read_file(path)[:ROWS]) for path in files[:FILES]]
+            # pyrefly: ignore[bad-argument-type]
             require_alike(kind, source, parts)
             for _, records in parts:
+                # pyrefly: ignore[bad-argument-type]
                 canonical_rows(kind, source.model_copy(update={"rows": None}), records)
         except PosttrainError as error:
             yield str(error)

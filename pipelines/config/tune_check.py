@@ -15,9 +15,14 @@ from posttrain.errors import ConfigError
 class Tunable(Protocol):
     """The parameters that this check reads: those of `Params`, which imports this module."""
 
-    project: Any
-    algorithms: Any
-    tune: Any
+    @property
+    def project(self) -> Any: ...
+
+    @property
+    def algorithms(self) -> Any: ...
+
+    @property
+    def tune(self) -> Any: ...
 
     def algorithm(self, name: str) -> Any: ...
 

@@ -273,6 +273,7 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
         other = next((mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]), None)
         if other is not None:
             raise DataError(
+                # pyrefly: ignore[bad-index]
                 f"{path}, line 1: the header is one column, {names[0][:60]!r}; the file seems to be separated by {other!r} instead of"
                 f" {delimiter!r}. Save it separated by {delimiter!r}{', or name it .tsv' if other == chr(9) else ''}."
             )

@@ -30,6 +30,7 @@ TABLES = ("data/tables", "data/valid", "data/quarantine", "runs/reward_readers/a
 class _RecordLoader(yaml.CSafeLoader):
     """Read YAML 1.2 as DVC wrote it, several times as fast as the loader of params.yaml: there is one record for every stage run."""
 
+    # pyrefly: ignore[bad-override]
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 

@@ -185,6 +185,7 @@ def served_prompts(project: Path) -> list[str]:
 def accepted_prompts(params: Params) -> list[str]:
     """Return the prompts of the inbox's accepted training files, in the order of their arrival."""
     kinds = [kind for kind in KINDS if kind in TRAINING]
+    # pyrefly: ignore[bad-argument-type]
     return [p for kind in kinds for path in accepted_files(kind) for p in _prompts(file_rows(kind, params.data, path))]
 
 
@@ -197,7 +198,9 @@ def training_answers(project: Path) -> list[Answer]:
 def accepted_answers(params: Params) -> list[Answer]:
     """Return the demonstrations and chosen answers of the inbox's accepted files, in the order of their arrival."""
     kinds = [kind for kind in KINDS if kind in ANSWERS]
+    # pyrefly: ignore[bad-argument-type]
     paths = [(kind, path) for kind in kinds for path in accepted_files(kind)]
+    # pyrefly: ignore[bad-argument-type]
     return [pair for kind, path in paths for pair in _answers(file_rows(kind, params.data, path), ANSWERS[kind])]
 
 

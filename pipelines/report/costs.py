@@ -98,7 +98,7 @@ def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any]) -> list
 
     The cost is that of one run, the mean over seeds. Without a gain there is no cost of a point, and every value is None.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for name, model in models.items():
         runs = [row for row in rows if re.fullmatch(rf"align-{re.escape(name)}-\d+", row["name"])]
         if name not in (BASE, SFT) and runs:

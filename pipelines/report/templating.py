@@ -21,6 +21,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # pyrefly: ignore[bad-assignment]
     templates.filters |= {
         "percent": percent,
         "p": p_value,

@@ -204,6 +204,7 @@ def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) ->
                 scores.setdefault(response, []).append(table[i][column])
         if len(distinct) < 2:
             raise DataError(
+                # pyrefly: ignore[unbound-name]
                 f"preference row {answer.tokens.id}: all answers to its prompt are the same, and a group of one has no baseline;"
                 " remove the row, or set validation.rules.identical_pair: quarantine"
             )

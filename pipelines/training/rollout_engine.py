@@ -74,6 +74,7 @@ def sampling_engine(
         visible = os.environ.get("POSTTRAIN_SAMPLER_DEVICES")
         environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
         return Background(ProcessEngine(lm, encoder.ends, staleness, bf16, environment))
+    # pyrefly: ignore[redundant-condition]
     if staleness and accelerator.num_processes > 1:
         raise ConfigError(
             f"rollouts.staleness = {staleness} with engine: vllm needs one training process, and {accelerator.num_processes} were"

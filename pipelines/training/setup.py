@@ -264,6 +264,7 @@ def train(
     kept = Checkpoints(context.state / FAULTS, at_most + 1, "fault", context.records)
     faults = Faults(kept, at_most, f"{context.command} --replay")
     checkpoints = Checkpoints(context.checkpoints, checkpoint.keep, writes=context.records)
+    # pyrefly: ignore[bad-argument-type]
     return fit(trainer, source, objective, settings, run.recorder, checkpoints, hook, faults)
 
 

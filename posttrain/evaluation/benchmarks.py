@@ -115,6 +115,7 @@ def benchmark(
             bootstrap_iters=0 if settings.limit == 1 else 1000,
             log_samples=True,
         )
+    # pyrefly: ignore[unreachable-except-clause]
     except (OSError, ConnectionError, ValueError) as error:
         offline = " HF_HUB_OFFLINE=0 allows downloads." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ConfigError(

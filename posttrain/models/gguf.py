@@ -59,7 +59,7 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer = pretrained(AutoTokenizer, file.parent, **options)
     # transformers marks what it has loaded as quantised, and does not save such a model: the weights move into an unmarked one
     config = loaded.config
-    del config.quantization_config
+    delattr(config, "quantization_config")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     card = f"# {file.stem}\n\nConverted from `{file.name}`; its weights are those of the file, in float32.\n"

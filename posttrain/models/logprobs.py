@@ -57,6 +57,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     """Autograd function: d log p(y) / d logits = onehot(y) - p and dH / d logits = -p (log p + H), tile by tile."""
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -98,6 +99,7 @@ class _SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head = _Head(hidden, weight, bias, ctx.temperature, ctx.product)

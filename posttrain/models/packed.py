@@ -153,9 +153,11 @@ def prepare(model: PreTrainedModel) -> bool:
     except torch.OutOfMemoryError:
         raise
     # attention that is not plain raises TypeError, other mixers one of the rest; padded rows are the model's own way of computing
+    # pyrefly: ignore[unreachable-except-clause]
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
         packs = False
     if not packs:
+        # pyrefly: ignore[bad-argument-type]
         model.set_attn_implementation(before)
         return False
     with narrow_last_layer(model) as narrowed, suppress(TypeError):  # unsupported layers are left unchanged

@@ -13,7 +13,7 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,8 @@ class Policy(nn.Module):
         replay = None if replayed is None else Replay(batch, replayed)
         with reading(self.routers, replay) as routers:
             hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
-        head, trained = self.lm.get_output_embeddings(), batch.trained
+        head: Any = self.lm.get_output_embeddings()
+        trained = batch.trained
         source, targets = (numbers.flatten().index_select(0, trained) for numbers in (batch.source, batch.targets))
         if isinstance(temperature, Tensor):
             temperature = temperature.index_select(0, trained // batch.mask.shape[1])

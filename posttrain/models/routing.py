@@ -49,6 +49,7 @@ class Routing:
 def routers_of(lm: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Return the routers whose outputs transformers records for this architecture, in order of layers; empty for a dense model."""
     recorded = getattr(lm.base_model, "_can_record_outputs", None) or {}
+    # pyrefly: ignore[missing-attribute]
     kind = recorded.get("router_logits")
     kind = getattr(kind, "target_class", kind)
     return tuple(module for module in lm.base_model.modules() if isinstance(kind, type) and isinstance(module, kind))

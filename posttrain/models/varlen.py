@@ -73,6 +73,7 @@ class _Merged(torch.autograd.Function):
     """Attention over own keys, merged with attention over a shared prompt."""
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ByOffsets, scaling: float | None, *__: Tensor
     ) -> Tensor:
@@ -89,6 +90,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, normaliser, state = ctx.saved_tensors
         own, shared, in_order = ctx.layout.own, ctx.layout.shared, ctx.layout.in_order

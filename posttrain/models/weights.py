@@ -272,6 +272,7 @@ def _stored(source: str | Path) -> dict[str, str]:
 
 def _without_renaming(model: PreTrainedModel, pattern: str) -> PreTrainedModel:
     """Return the model, which will be saved with its own names: transformers would put the prefix back."""
+    # pyrefly: ignore[missing-attribute, not-iterable]
     kept = [one for one in getattr(model, "_weight_conversions", []) if pattern not in one.source_patterns]
     model._weight_conversions = kept  # type: ignore[assignment]
     return model

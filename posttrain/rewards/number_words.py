@@ -14,7 +14,7 @@ import re
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 _TEENS_AND_TENS = "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
 _VALUES = [*range(16), 16, 17, 18, 19, 20, 30, 40, 50, 60, 70, 80, 90]
-_SMALL = dict(zip(f"{_ONES} {_TEENS_AND_TENS}".split(" "), _VALUES, strict=True))
+_SMALL: dict[str, int] = dict(zip(f"{_ONES} {_TEENS_AND_TENS}".split(" "), _VALUES, strict=True))
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PART = {
     "half": 2,
@@ -111,6 +111,7 @@ def _english(words: list[str]) -> int | None:
 def _chinese(text: str) -> str | None:
     """Return the digits of a Chinese number below a hundred million; None if its signs are in no order of one."""
     if not any(sign in _CHINESE_TENS or sign == "\u4e07" for sign in text):
+        # pyrefly: ignore[bad-index]
         return "".join(str(_CHINESE_DIGITS[sign]) for sign in text)
     total, below, digit = 0, 0, 0
     for sign in text:

@@ -75,6 +75,7 @@ class Decoder:
         if self.shared:
             self.lm.config._attn_implementation = NAME
         if self.bf16 and not is_sharded(self.lm):
+            # pyrefly: ignore[bad-argument-type, bad-assignment]
             self.casts = {module: _matrices(module) for module in (self.lm.base_model, self.head)}
         # autocast's cache would keep each gathered layer
         cache = not is_sharded(self.lm)
@@ -199,6 +200,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [answers, vocabulary]."""
+        # pyrefly: ignore[bad-argument-type]
         logits: Tensor = self._call(self.head, hidden)
         return logits
 

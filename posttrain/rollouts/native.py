@@ -277,6 +277,7 @@ class _Sampling:
         """Draw the next token of every answer, also of finished ones that still have a slot: their tokens are never read."""
         answers, temperature, column = self.answers, self.settings.temperature, self.slots.row_ages[:, None]
         unfinished: list[bool] = answers.running.tolist() if self.on_token is not None else []
+        # pyrefly: ignore[missing-attribute]
         at_once = max(1, DRAWN_ELEMENTS // self.decoder.head.weight.shape[0])
         for start in range(0, len(column), at_once):
             part = slice(start, start + at_once)

@@ -82,6 +82,7 @@ def fit(
     """
     first, last = _resume(trainer, source, recorder, checkpoints, faults)
     saved_at = time.monotonic()
+    # pyrefly: ignore[no-matching-overload]
     bar = tqdm(
         total=settings.steps,
         initial=first,
