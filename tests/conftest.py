@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of later garbage collections."""
+    """Leave modules and tests, which stay, out of later garbage collections."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Limits of the machine in a flow: the words name what to do, and the next flow arrives."""
+"""Limits of the machine in a flow: the words name the remedy, and the next flow arrives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checking a table needs no multiple of its text: views hold what the rules read, and no run keeps its frame."""
+"""Checking a table needs no multiple of its text: views hold the columns that the rules read, and no run keeps its frame."""
 
 from __future__ import annotations
 
