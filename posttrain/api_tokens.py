@@ -1,4 +1,12 @@
-"""Tokens of the rows that `train` is given, with a line on stderr if training and sampling would ask in different words."""
+"""Tokens of the rows that `train` is given, with a line on stderr if training and sampling would ask in different words.
+
+Example:
+    >>> from posttrain.models.tiny import byte_tokenizer
+    >>> encoder = TextEncoder(byte_tokenizer(64), 64)
+    >>> (row,) = answer_tokens(encoder, [{"id": 0, "prompt": "1+1=", "completion": "2"}], "completion")
+    >>> encoder.text(row.prompt), encoder.text(row.response)
+    ('1+1=', '2')
+"""
 
 from __future__ import annotations
 
