@@ -65,8 +65,11 @@ def parse(data: Any) -> Record | None:
     return Record(beat=data["beat"], phase=data["phase"], outcome=outcome, seconds=spent, **texts)
 
 
-def insist(act: Callable[[], T], seconds: float) -> T:
-    """Repeat a request to Prefect's server while it does not respond, as during its restart. Raises OrchestrationError after `seconds`."""
+def insist(act: Callable[[], T], seconds: float, stop: threading.Event | None = None) -> T:
+    """Repeat a request to Prefect's server while it does not respond, as during its restart.
+
+    Raises OrchestrationError after `seconds`, or Interrupted once `stop` is set.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -77,7 +80,10 @@ def insist(act: Callable[[], T], seconds: float) -> T:
                     f"Prefect's server did not respond for {seconds:.0f} s: {redact(str(error))}. Start it, then run again: finished stages"
                     " are kept."
                 ) from None
-        time.sleep(RETRY_SECONDS)
+        if stop is None:
+            time.sleep(RETRY_SECONDS)
+        elif stop.wait(RETRY_SECONDS):
+            raise Interrupted("stopped while Prefect's server did not respond")
 
 
 class Lease:

@@ -93,7 +93,7 @@ class Pool:
         wanted = self._order(node)
         made = 0
         for attempt in itertools.count(1):
-            run = self._submit(wanted, attempt)
+            run = self._submit(wanted, attempt, stop)
             if run.state is not None and run.state.is_final():
                 continue  # an attempt of an earlier flow
             made += 1
@@ -131,7 +131,7 @@ class Pool:
             self._sent.update(own)
             return order(self.root, self.commit, node, self.paths, self._locked)
 
-    def _submit(self, wanted: StageOrder, attempt: int) -> FlowRun:
+    def _submit(self, wanted: StageOrder, attempt: int, stop: Event) -> FlowRun:
         """Create the flow run of an attempt. A run of the same order and attempt, of any flow, is joined instead."""
         title = f"{wanted.name}" if attempt == 1 else f"{wanted.name} attempt {attempt}"
 
@@ -149,16 +149,16 @@ class Pool:
                 work_queue_name=self.settings.queue(wanted.name),
             )
 
-        return self._request(create)
+        return self._request(create, stop)
 
-    def _request(self, act: Callable[[SyncPrefectClient], T]) -> T:
+    def _request(self, act: Callable[[SyncPrefectClient], T], stop: Event | None = None) -> T:
         """Send a request by the one connection that all stages share: a client for each would cost seconds."""
 
         def once() -> T:
             with self._connection:
                 return act(self._client)
 
-        return insist(once, self.settings.remote_seconds)
+        return insist(once, self.settings.remote_seconds, stop)
 
     def _wait(self, name: str, run: FlowRun, stop: Event) -> Record:
         """Wait until the attempt is done. Raises StageFailed, WorkerLost or Interrupted; the run is then closed for its worker."""

@@ -1,13 +1,15 @@
 """When a worker loses its stage: by its silence, measured with the flow's own clock, and never while the server is away."""
 
+import threading
 from typing import Any
 
+import httpx
 import pytest
 from prefect.states import Pending, Running, Scheduled
 
-from posttrain.errors import ConfigError, OrchestrationError
+from posttrain.errors import ConfigError, Interrupted, OrchestrationError
 from tasks.pool.order import checked
-from tasks.pool.record import Record, parse
+from tasks.pool.record import Record, insist, parse
 from tasks.pool.settings import read_settings
 from tasks.pool.watch import Sight
 from tasks.pool.work import blame
@@ -104,3 +106,16 @@ def test_the_file_of_workers_is_checked(root: Any, tmp_path: Any, change: tuple[
     with pytest.raises(ConfigError) as error:
         read_settings(tmp_path, {"align@dpo-0": 0, "sft": 0})
     assert words in str(error.value)
+
+
+def test_a_stopped_flow_does_not_wait_for_a_server_that_is_gone() -> None:
+    stop, requests = threading.Event(), []
+
+    def refused() -> None:
+        requests.append(None)
+        stop.set()
+        raise httpx.ConnectError("connection refused")
+
+    with pytest.raises(Interrupted, match="did not respond"):
+        insist(refused, seconds=3600, stop=stop)
+    assert len(requests) == 1
