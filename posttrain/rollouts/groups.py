@@ -342,9 +342,10 @@ class GroupSampler:
             "position": self.position,
             "tokens_sampled": self.tokens_sampled,
             "rewarded": self.rewarded,
+            "steps": self.steps,
         }
         if self.ahead is not None:
-            state |= {"steps": self.steps, "begun": self.begun, "rounds": list(self.rounds)}
+            state |= {"begun": self.begun, "rounds": list(self.rounds)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -354,9 +355,9 @@ class GroupSampler:
                 " run's checkpoints to start again"
             )
         self.position, self.tokens_sampled = state["position"], state["tokens_sampled"]
-        self.rewarded = state["rewarded"]
+        self.rewarded, self.steps = state["rewarded"], state["steps"]
         if self.ahead is not None:
-            self.steps, self.begun = state["steps"], state["begun"]
+            self.begun = state["begun"]
             self.rounds = deque(restored(each) for each in state["rounds"])
 
 

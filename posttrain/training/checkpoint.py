@@ -26,7 +26,7 @@ import torch
 
 from posttrain.errors import CheckpointError
 from posttrain.files import replace, sync
-from posttrain.training.sharded_checkpoint import FOLDER, background_group, file_digest, marked, outcomes, split, write
+from posttrain.training.sharded_checkpoint import FOLDER, file_digest, main_group, marked, outcomes, split, write
 
 
 class Checkpoints:
@@ -70,7 +70,7 @@ class Checkpoints:
         """Complete the checkpoint that is being written if all processes are ready. All processes must call it after each step."""
         if self._writing is not None:
             waits = torch.tensor([int(not self._writing[1].done())])
-            torch.distributed.all_reduce(waits, torch.distributed.ReduceOp.MAX, group=background_group())
+            torch.distributed.all_reduce(waits, torch.distributed.ReduceOp.MAX, group=main_group())
             if not int(waits):
                 self.wait()
 
@@ -154,6 +154,8 @@ class Checkpoints:
 
 def _read(path: Path) -> tuple[int, dict[str, Any]]:
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise CheckpointError("its manifest.json is damaged")
     step = int(path.name.rpartition("-")[2])
     shards = {name: file_digest(path / FOLDER / name) for name in sorted(manifest.get(FOLDER, {}))}
     if manifest != _manifest(step, file_digest(path / "state.pt"), shards):

@@ -94,7 +94,7 @@ def write(tensors: Mapping[str, Tensor], checkpoint: Path) -> Future[dict[str, s
 
     All processes must call it. An error of one process is raised by the result of each.
     """
-    group, rank = background_group(), dist.get_rank()
+    group, _, rank = background_group(), main_group(), dist.get_rank()
     writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), save_distributed=True)
     written: Any = async_save(dict(tensors), storage_writer=writer, process_group=group)
     return _threads().submit(_finish, written, checkpoint / FOLDER, f"shard-{rank + 1:05d}-")
@@ -118,7 +118,7 @@ def outcomes(digests: Future[dict[str, str]]) -> tuple[dict[str, str], list[str]
     except (CheckpointError, OSError) as error:
         own = str(error)
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own, group=background_group())
+    dist.all_gather_object(every, own, group=main_group())
     files = {name: digest for found in every if isinstance(found, dict) for name, digest in found.items()}
     return files, [found for found in every if isinstance(found, str)]
 
@@ -131,7 +131,14 @@ def file_digest(path: Path) -> str:
 
 @cache
 def background_group() -> Any:
-    """Return a separate group for the processes' CPUs: a thread must not take part in the collective operations of training."""
+    """Return the group of the writing thread alone: if two threads of a process share one, processes may take their operations in
+    different orders, and then wait for each other without end."""
+    return dist.new_group(backend="gloo")
+
+
+@cache
+def main_group() -> Any:
+    """Return a group of the processes' CPUs for the main thread, whatever device the training's own group is for."""
     return dist.new_group(backend="gloo")
 
 

@@ -7,10 +7,11 @@ attempt of a stage finds it. A checkpoint of equal inputs is right whoever wrote
 from __future__ import annotations
 
 import re
+import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.runtime.context import CHECKPOINTS, LOCK
@@ -86,14 +87,27 @@ def download(repo: Any, tree: Path, key: str, stage: str) -> str | None:
 
 
 def _unpack(path: Path, tree: Path, stage: str) -> bool:
-    """Unpack into the folder of live runs; return False if the archive would write elsewhere."""
+    """Unpack files and folders into the folder of live runs; return False if the archive holds anything else or would write elsewhere."""
     prefix = f"{stage.replace('@', '-')}-"
     with tarfile.open(path) as archive:
-        if any(not Path(member.name).parts[0].startswith(prefix) for member in archive.getmembers()):
+        members = archive.getmembers()
+        if not all(_is_of_run(member, prefix) for member in members):
             return False
-        (tree / RUNS).mkdir(parents=True, exist_ok=True)
-        archive.extractall(tree / RUNS, filter="data")
+        for member in members:
+            place = tree / RUNS / member.name
+            (place if member.isdir() else place.parent).mkdir(parents=True, exist_ok=True)
+            content = archive.extractfile(member)
+            if content is not None:
+                with content, place.open("wb") as file:
+                    shutil.copyfileobj(content, file)
     return True
+
+
+def _is_of_run(member: tarfile.TarInfo, prefix: str) -> bool:
+    """Return True for a file or folder below a run whose name begins so."""
+    path = PurePosixPath(member.name)
+    inside = not path.is_absolute() and ".." not in path.parts and path.parts[:1] != ()
+    return inside and path.parts[0].startswith(prefix) and (member.isfile() or member.isdir())
 
 
 def remove(tree: Path, key: str) -> None:

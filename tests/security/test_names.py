@@ -64,7 +64,7 @@ def test_a_seed_is_one_argument_too(clone: Clone) -> None:
     edit(clone, "dpo", "0; touch pwned")
     (clone.root / "runs/reward_readers/artifacts/algorithms/dpo.json").touch()
     done = clone.run("dvc", "repro", "--single-item", "align@dpo-0; touch pwned", check=False)
-    assert "invalid int value: '0; touch pwned'" in done.stderr
+    assert "argument --seed: '0; touch pwned' is no whole number" in done.stderr
     assert not list(clone.root.glob("pwned*"))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from posttrain.models import deferred
 from posttrain.models.folders import load_policy
@@ -125,6 +126,20 @@ def results(folder: Path, checkpoints: Checkpoints, accelerator: Accelerator) ->
     return found
 
 
+def polled_often(folder: Path, accelerator: Accelerator) -> int:
+    """Return the last step of 20 checkpoints whose files a thread writes while the main thread polls: neither waits for the other."""
+    checkpoints = Checkpoints(folder, writes=accelerator.is_main_process)
+    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    weights = {f"{i}": distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]) for i in range(4)}
+    for step in range(1, 21):
+        checkpoints.save(step, {"weights": weights})
+        for _ in range(12):
+            checkpoints.poll()
+    checkpoints.wait()
+    step, _ = checkpoints.latest() or (0, {})
+    return step
+
+
 def adapted(folder: Path, accelerator: Accelerator) -> dict[str, Tensor]:
     """Return an adapter's weights after one update from its first, random ones."""
     torch.manual_seed(3)
@@ -153,6 +168,7 @@ if __name__ == "__main__":
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     accelerator = Accelerator(cpu=True)
     found = results(source, Checkpoints(out / "checkpoints", writes=accelerator.is_main_process), accelerator)
+    found["polled"] = polled_often(out / "polled", accelerator)
     found["adapter"] = adapted(source, accelerator)
     accelerator.state._mixed_precision, accelerator.native_amp = "bf16", True
     found["bf16"] = in_bf16(source, accelerator)

@@ -49,6 +49,10 @@ def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     }  # fmt: skip
 
 
+def test_a_thread_writes_checkpoints_while_the_main_thread_polls(found: dict[str, Any]) -> None:
+    assert [two["polled"] for two in found["two"]] == [20, 20]
+
+
 def test_no_process_ever_holds_the_whole_model(found: dict[str, Any]) -> None:
     """Half of the weights and at most a layer, or the embeddings, of the rest; training adds as much again for gradient and moments."""
     whole = found["bytes"]

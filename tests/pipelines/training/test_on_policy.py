@@ -31,7 +31,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_critic_starts_from_the_reward_model_or_from_the_supervised_one_with_a_head_of_zeros(
     models: dict[str, Any],
 ) -> None:
-    from_reward, from_sft = (_policy(replace(PPO, critic_start=start), "models/sft") for start in ("reward", "sft"))
+    from_reward, from_sft = (
+        _policy(replace(PPO, critic_start=start), "models/sft", deferred=False) for start in ("reward", "sft")
+    )
     assert from_reward.critic is not None
     assert from_sft.critic is not None
     assert torch.equal(from_reward.critic.score.weight, models["reward"].score.weight)
