@@ -48,6 +48,8 @@ LIMITS = {
 _NO_THREAD = "can't start new thread"
 _REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|CUDA out of memory")
 """How torch reports a lack of memory on the CPU, which has no separate type."""
+_PANIC_CODE = re.compile(r"Os { code: (\d+)")
+"""How a Rust library such as tokenizers names the error of the system for which it gives up."""
 FULL_BYTES = 1 << 22
 
 
@@ -108,6 +110,18 @@ def machine_fault(error: OSError | RuntimeError) -> str | None:
         return None
     place = error.filename or _full_disk() or Path.cwd()
     return f"{error.strerror or error}: {place}. Free space, or give this user the right to read and write there"
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return True if a library in Rust has given up, which pyo3 raises as no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def panic_fault(error: BaseException) -> str | None:
+    """Return a limit of the system for which a library in Rust has given up, and what to do about it; None for a bug."""
+    found = _PANIC_CODE.search(str(error)) if is_panic(error) else None
+    number = int(found[1]) if found else 0
+    return f"{os.strerror(number)}. {LIMITS[number]}" if number in LIMITS else None
 
 
 def memory_fault(error: BaseException) -> str | None:

@@ -99,16 +99,19 @@ def main(
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not environment.is_panic(error):
+            raise
         _stop(step, error)
     finally:
         _leave_group()
 
 
-def _stop(step: Step, error: Exception) -> NoReturn:
+def _stop(step: Step, error: BaseException) -> NoReturn:
     """Report a fault of the machine in words and exit with status 2; any other error is a bug, with its traceback."""
     memory = environment.memory_fault(error)
     fault = environment.machine_fault(error) if isinstance(error, OSError | RuntimeError) else None
+    fault = fault or environment.panic_fault(error)
     if memory is not None:
         words = (
             f"{step.stage} ran out of memory ({memory}). Lower compute.micro_batch_tokens of this stage, or set"
