@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from posttrain.errors import OrchestrationError
@@ -51,6 +52,8 @@ _REFUSED = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough
 _PANIC_CODE = re.compile(r"Os { code: (\d+)")
 """How a Rust library such as tokenizers names the error of the system for which it gives up."""
 FULL_BYTES = 1 << 22
+THREADS = 16
+"""Threads of a step besides those that its libraries start for each processor."""
 
 
 def started_by_console() -> bool:
@@ -97,6 +100,20 @@ def require_writable(project: Path) -> None:
             f"{folder} cannot be written: {error.strerror}. The command keeps its logs and its state there. Make the project writable"
             " for this user, free disk space, or copy the project to a writable folder."
         ) from None
+
+
+def require_threads() -> None:
+    """Raise RuntimeError if the system refuses as many threads as a step may need: torch and tokenizers abort or hang for lack of one."""
+    over, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(THREADS + 2 * (os.cpu_count() or 1)):
+            thread = threading.Thread(target=over.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        over.set()
+        for thread in started:
+            thread.join()
 
 
 def machine_fault(error: OSError | RuntimeError) -> str | None:

@@ -95,6 +95,7 @@ def main(
     step.signals.install()
     args = _parse(step)
     try:
+        environment.require_threads()
         _prepare_and_execute(step, args)
     except PosttrainError as error:
         print(f"{_speaker()}error: {printable(redact(str(error)))}", file=sys.stderr)
