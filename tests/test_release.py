@@ -40,6 +40,22 @@ def test_the_workflow_of_the_public_host_calls_the_project_s_own_gate(root: Path
     assert (root / ".ci" / "run").stat().st_mode & 0o100
 
 
+def test_the_weekly_job_runs_the_twenty_kills_and_not_the_gate(root: Path) -> None:
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    schedule = workflow[True]["schedule"]  # YAML reads the key `on` as true
+    assert [entry["cron"].split()[2:] for entry in schedule] == [["*", "*", "0"]]
+    gate, kills = workflow["jobs"]["gate"], workflow["jobs"]["kills"]
+    assert (gate["if"], kills["if"].split(" || ")[0]) == (
+        "github.event_name != 'schedule'",
+        "github.event_name == 'schedule'",
+    )
+    *_, test = [step["run"] for step in kills["steps"] if "run" in step]
+    target, argument = test.removeprefix("make ").split()
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    assert f"\n{target}: setup  ##" in makefile
+    assert "def test_twenty_kills_change_nothing" in (root / argument.removeprefix("ARGS=")).read_text(encoding="utf-8")
+
+
 def test_issue_templates_and_hooks_are_well_formed(root: Path) -> None:
     for path in sorted((root / ".github" / "ISSUE_TEMPLATE").glob("*.yml")):
         form = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import URLError
@@ -69,6 +70,39 @@ def test_a_limit_of_processes_is_named(error: OSError | RuntimeError) -> None:
     assert words is not None
     assert words.startswith(f"{error.args[-1]}. End other processes of this user, or raise the limit of processes")
     assert environment.machine_fault(RuntimeError("a bug")) is None
+
+
+def test_too_few_threads_are_refused_and_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = environment.THREADS + 2 * (os.cpu_count() or 1)
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def start_all_but_the_last(thread: threading.Thread) -> None:
+        if len(started) == limit:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_all_but_the_last)
+    limit = wanted - 1
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        environment.require_threads()
+    assert (len(started), threading.active_count()) == (wanted - 1, before)
+    started.clear()
+    limit = wanted
+    environment.require_threads()
+    assert (len(started), threading.active_count()) == (wanted, before)
+
+
+def test_a_panic_of_a_rust_library_is_named() -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it."""
+
+    panic = PanicException('ThreadPoolBuildError { kind: IOError(Os { code: 11, kind: WouldBlock, message: "..." }) }')
+    words = environment.panic_fault(panic)
+    assert words is not None
+    assert words.startswith("Resource temporarily unavailable. End other processes of this user, or raise the limit")
+    assert environment.panic_fault(PanicException("index out of bounds")) is None
+    assert environment.panic_fault(RuntimeError("Os { code: 11 }")) is None
 
 
 def test_a_process_that_nohup_started_outlives_its_terminal() -> None:
