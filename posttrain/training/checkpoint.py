@@ -157,7 +157,10 @@ def _read(path: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(manifest, dict):
         raise CheckpointError("its manifest.json is damaged")
     step = int(path.name.rpartition("-")[2])
-    shards = {name: file_digest(path / FOLDER / name) for name in sorted(manifest.get(FOLDER, {}))}
+    written = manifest.get(FOLDER, {}) if isinstance(manifest, dict) else None
+    if not isinstance(written, dict):
+        raise CheckpointError("manifest.json does not have the form of a manifest")
+    shards = {name: file_digest(path / FOLDER / name) for name in sorted(written)}
     if manifest != _manifest(step, file_digest(path / "state.pt"), shards):
         raise CheckpointError("a checksum does not match")
     # onto the CPU: the device that wrote it may not exist here, and the other processes of this machine have devices of their own

@@ -144,8 +144,8 @@ ENOUGH = 56 + 4 * (os.cpu_count() or 1)
 def limited_processes(nobodys: tuple[Workspace, str], name: str, limits: Sequence[int]) -> list[int | None]:
     """Run a step under limits of processes and threads, which bind nobody and not root. Return the limits that were enough.
 
-    None is no limit. Under a limit that is not enough it fails in one paragraph, and then the step without a limit succeeds. Either way the bytes are those of an
-    undisturbed run.
+    None is no limit. Under a limit that is not enough it fails in one paragraph, and then the step without a limit succeeds.
+    Either way the bytes are those of an undisturbed run.
     """
     copy, user = nobodys
     user = user.replace("NOBODY=1", "NOBODY=files")  # `align` starts an interpreter, which may be in root's home

@@ -124,7 +124,17 @@ def test_checkpoints(name: str, damage: str, tmp_path: Path, capsys: pytest.Capt
         Checkpoints.read(tmp_path / "step-00000002")
 
 
-@pytest.mark.parametrize("text", ['{"step": 3, "sha256": "%s", "check": "%s"}', "[]", "2", '{"step": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"step": 3, "sha256": "%s", "check": "%s"}',
+        "[]",
+        "2",
+        '{"step": 2}',
+        '{"shards": 2}',
+        '{"shards": ["state.pt"]}',
+    ],
+)
 def test_a_manifest_with_other_values(text: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, {"value": 2})
