@@ -12,8 +12,10 @@ much. Stop the session's page first.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
+import time
 from pathlib import Path
 
 from pipelines.commands.chat import open_models
@@ -28,9 +30,12 @@ from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.session import AGAIN, FOLDER, open_session
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from pipelines.runtime.context import MEASUREMENTS
+from pipelines.runtime.journal import Journal
+from pipelines.runtime.prices import read_prices
 from pipelines.runtime.redaction import printable
 from posttrain.errors import ConfigError
-from posttrain.judges import API_KEY, URL, ChatClient, Judge, Prices, Rubric
+from posttrain.judges import API_KEY, URL, ChatClient, Judge, Prices, Rubric, Usage
 
 CACHE = Path(".posttrain/judges")
 
@@ -88,16 +93,19 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> li
             left = [task for task in session.tasks(annotator) if task not in done and not task.endswith(AGAIN)]
             each = 2 if session.ask == "pairs" else len(session.items[0].answers) if session.items else 0
             return [f"{len(left)} items of {session.folder} are left: {each * len(left)} questions, if none is cached"]
-        judge = open_judge(project, params)
-        count = label(desk, judge, rubric, annotator)
+        read_prices(project)  # a damaged list is reported before a question is paid
+        judge, began = open_judge(project, params), time.time()
+        try:
+            count = label(desk, judge, rubric, annotator)
+        finally:
+            record_usage(project, name, params.judge.model or "", judge.usage, began)
         found = agreement(FOLDER, annotator, session.ask)
         kinds = ", ".join(f"{number} {kind}" for kind, number in judged_by(desk.judgements(), annotator).items())
         usage = judge.usage
-        cost = usage.cost(Prices(params.judge.prices.input, params.judge.prices.output))
         lines = [
             f"{annotator}: {count} items judged now; all of the session: {kinds}",
             f"{usage.asked} questions asked, {usage.cached} answered by the cache;"
-            f" {usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {cost:.4f}",
+            f" {usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {price(project, params.judge, usage)}",
             *describe(found, session.ask, params.judge),
         ]
         if may_label_alone(found, params.judge) and not session.held_out:
@@ -108,6 +116,28 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> li
         return lines
     finally:
         desk.close()
+
+
+def price(project: Path, params: JudgeParams, usage: Usage) -> str:
+    """Return the money for the sent requests: by prices.yaml if it lists the judge, else by `judge.prices`."""
+    prices, name = read_prices(project), params.model or ""
+    if prices is not None and name in prices.judge_tokens:
+        return f"{prices.of_judges({name: (usage.prompt_tokens, usage.completion_tokens)}):.4f} {prices.currency}"
+    return f"{usage.cost(Prices(params.prices.input, params.prices.output)):.4f}"
+
+
+def record_usage(project: Path, session: str, model: str, usage: Usage, began: float) -> None:
+    """Add a call's seconds and paid tokens to the measurements of this session, which the page of costs shows as a run."""
+    if not usage.asked:
+        return
+    key = hashlib.sha256(f"{session} {model}".encode()).hexdigest()[:16]
+    folder = environment.states(project) / f"judge-{session}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    now, tokens = time.time(), {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    measurements = Journal(folder / MEASUREMENTS, durable=False)
+    measurements.append({"kind": "start", "time": began})
+    measurements.append({"kind": "judge", "time": now, "model": model} | tokens)
+    measurements.append({"kind": "end", "time": now})
 
 
 @reports_errors

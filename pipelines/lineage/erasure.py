@@ -99,7 +99,7 @@ class Texts:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path)
+            table = pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError):
             return True  # it cannot be shown to be free of the texts
         if set(table.column_names) >= ROLLOUTS:
@@ -214,7 +214,7 @@ def _other_rows(project: Path, mine: Sequence[dict[str, Any]]) -> list[dict[str,
     own = [set(_strings(record)) for record in mine]
     found = []
     for path in sorted((project / "data/tables").glob("*.parquet")):
-        for row in pq.read_table(path).to_pylist():
+        for row in pq.ParquetFile(path).read().to_pylist():
             texts = set(_strings(row))
             if not any(texts <= each for each in own):
                 found.append(row)

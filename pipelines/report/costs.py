@@ -63,7 +63,8 @@ def write_costs(project: Path) -> Path:
         "energy": any(row["joules"] is not None for row in rows),
         "carbon": prices is not None and prices.grams_per_kwh is not None,
         "unknown_energy": sorted({row["device"] for row in rows if row["co2_grams"] is None}),
-        "unpriced": sorted({row["device"] for row in rows if row["money"] is None}) if prices else [],
+        "judged": any(row["judges"] for row in rows),
+        "unpriced": [] if prices is None else _unpriced(rows, prices),
     }
     page = templates().get_template("costs.html.j2").render(**values)
     write_atomic(folder / "costs.json", (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
@@ -175,7 +176,9 @@ def _row(run: RunMeasures, prices: Prices | None) -> dict[str, Any]:
         "name": run.name,
         "device": run.device,
         "joules": run.joules,
-        "money": None if prices is None else prices.of(run.device, run.seconds),
+        "judges": {name: {"input": tokens[0], "output": tokens[1]} for name, tokens in run.judge_tokens.items()},
+        "judge_money": None if prices is None else prices.of_judges(run.judge_tokens),
+        "money": None if prices is None else prices.total(run.device, run.seconds, run.judge_tokens),
         "co2_grams": None if prices is None else prices.grams(run.device, run.seconds, run.joules),
         "seconds": run.seconds,
         "attempts": len(run.spans),
@@ -185,6 +188,12 @@ def _row(run: RunMeasures, prices: Prices | None) -> dict[str, Any]:
         "tokens_per_second": run.median("throughput/tokens_per_second"),
         "peak_memory_mib": run.greatest("memory/peak_mib"),
     }
+
+
+def _unpriced(rows: Sequence[dict[str, Any]], prices: Prices) -> list[str]:
+    """Return the devices and judges of the runs that have no price."""
+    devices = {row["device"] for row in rows} - prices.hour.keys()
+    return sorted(devices) + sorted({name for row in rows for name in row["judges"]} - prices.judge_tokens.keys())
 
 
 def _flow(flow: FlowTime) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pipelines.runtime.context import MEASUREMENTS
 from pipelines.runtime.energy import joules
 from pipelines.runtime.environment import states
 from pipelines.runtime.journal import Record, read
+from pipelines.runtime.prices import judge_tokens
 from posttrain.errors import TrackingError
 
 FLOW = Path(".posttrain") / "flow.json"
@@ -35,6 +36,8 @@ class RunMeasures:
     """As the step recorded it; a step without a model runs on the CPU."""
     joules: float | None = None
     """Energy of processor packages and GPUs during the run, with everything else that ran on them; None if it is not known."""
+    judge_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tokens of questions and of replies that were paid for, by the judge's model."""
 
     @property
     def seconds(self) -> float:
@@ -123,7 +126,7 @@ def training_seconds(runs: Iterable[RunMeasures], algorithms: Sequence[str], see
 def _run(name: str, records: Sequence[Record]) -> RunMeasures:
     """Read the measurements of one run."""
     run = RunMeasures(name, None)
-    run.joules = joules(records)
+    run.joules, run.judge_tokens = joules(records), judge_tokens(records)
     for record in records:
         time = float(record["time"])
         if record["kind"] == "start":

@@ -66,6 +66,11 @@ class RunRecorder:
         """Note which attention the run computes with; it depends on the device, so it is no part of the result."""
         self._measurements.append({"kind": "kernels", "time": time.time(), "attention": attention})
 
+    def judged(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Note tokens that a judge's server counted for this run since the last call. They are paid, so a resumed run keeps them."""
+        tokens = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        self._measurements.append({"kind": "judge", "time": time.time(), "model": model} | tokens)
+
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Write rows to artifacts/{name}-{step}.json and return the path."""
         path = artifact_path(self.folder, f"{name}-{step:06d}.json")

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.config.effective import effective_parameters
 from pipelines.config.params import Params, load_params
 from pipelines.runtime.palette import colour
-from pipelines.runtime.prices import read_prices
+from pipelines.runtime.prices import judge_tokens, read_prices
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.rollouts import has_rollouts
@@ -109,8 +109,11 @@ def _price(source: RecordedRun, project: Path) -> dict[str, str]:
     costs = {"seconds": (seconds, "s")}
     if prices is not None:
         device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
-        money, grams = prices.of(device, seconds), prices.grams(device, seconds, spent)
+        tokens = judge_tokens(source.measurements)
+        money, grams = prices.total(device, seconds, tokens), prices.grams(device, seconds, spent)
+        judges = prices.of_judges(tokens) if tokens else None
         costs |= {"money": (money, prices.currency)} if money is not None else {}
+        costs |= {"judge_money": (judges, prices.currency)} if judges is not None else {}
         costs |= {"co2_grams": (grams, "g")} if grams is not None else {}
     found = {f"cost.{name}": f"{value:.4g} {unit}" for name, (value, unit) in costs.items() if name != "seconds"}
     gain = _gain(source, project)

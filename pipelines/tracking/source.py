@@ -13,6 +13,7 @@ from pipelines.runtime import environment
 from pipelines.runtime.context import LOCK, MEASUREMENTS
 from pipelines.runtime.energy import joules
 from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
+from pipelines.runtime.prices import judge_tokens
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
 from posttrain.errors import TrackingError
@@ -104,6 +105,9 @@ class RecordedRun:
         }
         seconds = self._seconds()
         spent = {"seconds": round(seconds, 1) if seconds else None, "joules": joules(self.measurements)}
+        asked = judge_tokens(self.measurements).values()
+        if asked:
+            spent |= {"judge_tokens_input": sum(i for i, _ in asked), "judge_tokens_output": sum(o for _, o in asked)}
         known = {(f"{COST}{name}", 0): value for name, value in spent.items() if value is not None}
         return values | (known if self.status == FINISHED else {})
 

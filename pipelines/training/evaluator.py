@@ -35,12 +35,12 @@ class Evaluator:
         from posttrain.models.policy import Policy
 
         recorder.ready(device_name(self.device))
-        self.context, self.folder, self.params = context, folder, params
+        self.context, self.recorder, self.folder, self.params = context, recorder, folder, params
         self.encoder = load_encoder(folder)
         self.policy = Policy(load_policy(folder)).to(self.device).eval().requires_grad_(False)
 
     def answers(self) -> list[EvaluatedAnswer]:
-        from pipelines.training.reward_sources import judges_used, reward_sources
+        from pipelines.training.reward_sources import JudgeTokens, judges_used, reward_sources
         from posttrain.evaluation.answers import EvaluationSettings, evaluate
         from posttrain.models.folders import load_policy
         from posttrain.models.policy import Policy
@@ -67,7 +67,11 @@ class Evaluator:
         )
         limits = self.context.params.limits.reward_seconds
         sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute, limits)
-        answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+        judged = JudgeTokens(self.recorder, sources)
+        try:
+            answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+        finally:
+            judged.record()  # a failed evaluation has paid, too
         for line in judges_used(sources):
             announce(self.context, line)
         return answers

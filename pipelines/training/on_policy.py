@@ -13,7 +13,7 @@ from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
 from pipelines.training.monitor import DivergenceMonitor
-from pipelines.training.reward_sources import judges_used, reward_sources
+from pipelines.training.reward_sources import JudgeTokens, judges_used, reward_sources
 from pipelines.training.rollout_engine import closing, sampling_engine
 from pipelines.training.rollout_tables import keep_rollouts
 from pipelines.training.setup import (
@@ -117,9 +117,13 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     shown = ("kl/ref_k1", "length/mean") if spec.needs_teacher else ("reward/total/mean", "kl/ref_k1", "length/mean")
     watched = context.params.watched_rewards(name) if budget.on_divergence == "stop" else None
     monitor = DivergenceMonitor(context.state / JOURNAL, *watched, device) if watched else None
-    hook = _AfterStep(run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep)
+    judged = JudgeTokens(run.recorder, sources)
+    hook = _AfterStep(
+        run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep, judged
+    )
     with closing(engine):
         last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+    judged.record()
     sampler.require_rewarded()
     for line in judges_used(sources):
         announce(context, line)
@@ -226,7 +230,7 @@ def _shown(answer: ScoredAnswer) -> str:
 
 
 class _AfterStep:
-    """Write a table of the policy's answers every few steps and the step's rollouts, and ask the monitor if the run may continue."""
+    """Write the answers of every few steps, the step's rollouts and its judges' tokens, and ask the monitor if the run may continue."""
 
     def __init__(
         self,
@@ -236,11 +240,13 @@ class _AfterStep:
         shown: int,
         monitor: DivergenceMonitor | None,
         keep: str | float,
+        judged: JudgeTokens,
     ) -> None:
         self.recorder, self.source, self.every, self.shown = recorder, source, every, shown
-        self.monitor, self.keep = monitor, keep
+        self.monitor, self.keep, self.judged = monitor, keep, judged
 
     def __call__(self, step: int) -> Mapping[str, float]:
+        self.judged.record()
         if step == 1 or step % self.every == 0:
             answers = self.source.last_answers[:: self.source.sampler.settings.samples][: self.shown]
             self.recorder.table(

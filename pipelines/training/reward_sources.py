@@ -25,6 +25,8 @@ from posttrain.rewards.worker import Worker
 if TYPE_CHECKING:
     import torch
 
+    from pipelines.runtime.recorder import RunRecorder
+
 REWARD = Path("models/reward")
 JUDGE_SECONDS = 600.0
 """Time for a judge's answers about one batch."""
@@ -54,8 +56,29 @@ def reward_sources(
 
 def judges_used(sources: Sequence[RewardSource]) -> list[str]:
     """Return a line for each judge among the sources: the questions of this process, and their cost."""
-    judges = {s.name: s.function for s in sources if isinstance(s, FunctionReward) and isinstance(s.function, Judge)}
-    return [f"judge {name}: {judge.server.summary()}" for name, judge in judges.items()]
+    return [f"judge {name}: {judge.server.summary()}" for name, judge in _judges(sources).items()]
+
+
+class JudgeTokens:
+    """Record the tokens that this process pays judges for, among the measurements: they depend on what is cached."""
+
+    def __init__(self, recorder: RunRecorder, sources: Sequence[RewardSource]) -> None:
+        self._recorder, self._judges = recorder, _judges(sources)
+        self._recorded = dict.fromkeys(self._judges, (0, 0))
+
+    def record(self) -> None:
+        """Record the tokens since the last call, for each judge that was asked."""
+        for name, judge in self._judges.items():
+            paid = judge.server.paid
+            total, before = (paid["prompt_tokens"], paid["completion_tokens"]), self._recorded[name]
+            if total != before:
+                self._recorder.judged(judge.settings.model, total[0] - before[0], total[1] - before[1])
+                self._recorded[name] = total
+
+
+def _judges(sources: Sequence[RewardSource]) -> dict[str, Judge]:
+    """Return the judges among the sources by the name of their reward."""
+    return {s.name: s.function for s in sources if isinstance(s, FunctionReward) and isinstance(s.function, Judge)}
 
 
 def _limit_seconds() -> float | None:

@@ -1,12 +1,15 @@
 """Take the pictures of the documentation from the finished run of the working directory, as `make demo` leaves it.
 
 python -m tests.pages.screenshots [FOLDER]     (default: docs/images)
+
+If the algorithms ran with several seeds, MLflow's table is saved as mlflow-groups.png, else as mlflow-runs.png.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +24,7 @@ from pipelines.tracking.views import FILTER
 from tests.pages.browsing import DESKTOP, PATIENCE_MS, PHONE, Site, browser_path, serving
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from playwright.sync_api import Browser
 
 COLOURS = 128
@@ -54,12 +58,17 @@ def report(browser: Browser, page_file: Path, target: Path) -> None:
 
 
 def mlflow(browser: Browser, project: Path, target: Path) -> None:
-    """Take MLflow's charts and table of the algorithms, one run with its traces, and model versions."""
+    """Take MLflow's experiment, charts and table of the algorithms, two runs side by side, one run with its traces, and model versions."""
     with serving(project) as site, site.signed_in(browser) as context:
         for name, address, shown in _pages(site):
             page = context.new_page()
             page.goto(address)
             expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE_MS)
+            hint = page.get_by_role("button", name="Got it")
+            if name == "experiment":  # MLflow's own hint, on a browser's first visit
+                hint.click()
+            if name == "compare":  # its plots fill the first screen; the settings that differ are below
+                page.get_by_role("button", name="Visualizations").click()
             page.wait_for_timeout(5000)  # the charts are drawn one after another
             save(target / f"mlflow-{name}.png", page.screenshot())
             page.close()
@@ -71,11 +80,26 @@ def _pages(site: Site) -> Iterator[tuple[str, str, str]]:
     experiment = next(part for part in links["every run"].split("/") if part.isdigit())
     found = client.search_runs([experiment], FILTER, order_by=["start_time"])
     run = f"{site.base}/#/experiments/{experiment}/runs/{found[-1].info.run_id}"
+    several_seeds = len({each.data.tags.get("seed") for each in found}) > 1
+    yield "experiment", f"{site.base}/#/experiments/{experiment}", "Compare the algorithms"
     yield "charts", links["curves of the algorithms"], "Result on held-out problems"
-    yield "runs", links["results of the algorithms side by side"], "evaluation/reward_answer"
+    table = "groups" if several_seeds else "runs"
+    yield table, links["results of the algorithms side by side"], "evaluation/reward_answer"
+    two = json.dumps([each.info.run_id for each in _two_algorithms(found)])
+    yield "compare", f"{site.base}/#/compare-runs?runs={two}&experiments={json.dumps([experiment])}", "Run details"
     yield "run", run, "of the sampled answers are right"
     yield "traces", f"{run}/traces", "Response"
-    yield "registry", next(links[name] for name in links if name.startswith("versions of")), "challenger"
+    for name in links:
+        if name.startswith("versions of"):
+            yield "registry", links[name], "challenger"
+
+
+def _two_algorithms(runs: Sequence[Run]) -> list[Run]:
+    """Return a run of each of two algorithms: of GRPO and PPO if they ran."""
+    by_algorithm = {each.data.tags["algorithm"]: each for each in runs}
+    return [
+        by_algorithm[name] for name in sorted(by_algorithm, key=lambda name: (name not in ("grpo", "ppo"), name))[:2]
+    ]
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ def run(run: Run) -> None:
             raise Interrupted("stopped at a safe point")
         run.recorder.metrics(step, {"loss": rate / (step + 1), "odd": float("nan") if step % 2 else float("inf")})
         run.recorder.timings(step, {"seconds/step": 0.25})
+        run.recorder.judged("referee", 10, 1)
         if step % 5 == 4:
             run.recorder.table("samples", step, [{"prompt": "1+1", "completion": str(step), "score": float("nan")}])
             run.context.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from pipelines.config.reward_arguments import check_arguments, judge_settings
 from pipelines.config.schema import ComputeParams, RewardFunctionParams
 from pipelines.training import reward_sources as sources
-from pipelines.training.reward_sources import judges_used
+from pipelines.training.reward_sources import JudgeTokens, judges_used
 from posttrain.api import tiny
 from posttrain.api_training import train
 from posttrain.data.tokens import Tokens
@@ -194,9 +195,19 @@ def test_params_build_the_judge_that_the_environment_names(
         (source,) = build()
         assert source.score(RewardBatch(["p"], ["ab"], [Tokens((1,), (2,))], {})) == [0.5]
         (line,) = judges_used([source])
+        noted: list[tuple[str, int, int]] = []
+        tokens = JudgeTokens(SimpleNamespace(judged=lambda *each: noted.append(each)), [source])  # type: ignore[arg-type]
+        tokens.record()
+        tokens.record()
+        assert source.score(RewardBatch(["p"] * 2, ["ab", "abc"], [Tokens((1,), (2,))] * 2, {})) == [0.5, 1.0]
+        tokens.record()
     sent = len(server.asked[0]["messages"][0]["content"])
     assert line == f"judge j: 1 questions, 1 of them sent to {server.url}: {sent + 8} tokens, at a cost of {sent}"
-    assert len(list(Path(".posttrain/judges").rglob("*.json"))) == 1
+    assert [model for model, _, _ in noted] == ["m", "m"]
+    assert [asked for _, asked, _ in noted] == [sent, len(server.asked[1]["messages"][0]["content"])], (
+        "a kept answer costs nothing"
+    )
+    assert len(list(Path(".posttrain/judges").rglob("*.json"))) == 2
 
 
 @pytest.mark.parametrize(

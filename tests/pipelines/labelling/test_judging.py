@@ -13,6 +13,7 @@ from pipelines.data.files import read_file
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.judging import agreement
 from pipelines.labelling.preferences import hand_over
+from pipelines.report.measured import all_runs
 from posttrain.errors import DataError
 from tests.judges.servers import Server, serving
 from tests.pipelines.labelling.sessions import session
@@ -86,6 +87,18 @@ def test_a_judge_labels_alone_only_after_it_agreed_with_people(
         asked = len(server.bodies)
         assert ask(server, monkeypatch) == 0
         assert len(server.bodies) == asked, "what was judged is not asked again"
+    (run,) = all_runs(project)
+    assert (run.name, run.judge_tokens) == ("judge-test", {"referee": (words, 72)})
+
+
+def test_the_list_of_prices_counts_before_the_judges_own_prices(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session(project / "labels/test")
+    (project / "prices.yaml").write_text("currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
+    with serving(shorter) as server:
+        assert ask(server, monkeypatch) == 0
+    assert "+ 72 tokens, cost 0.7200 EUR" in capsys.readouterr().out
 
 
 def test_its_judgements_reach_the_inbox_and_those_of_people_do_not_wait_for_them(

@@ -130,6 +130,33 @@ def test_money_is_seconds_times_the_price_of_the_devices_hour(project: Path) -> 
     assert "No price is listed for cuda: Odd." in page
 
 
+def test_tokens_of_judges_have_their_price(project: Path) -> None:
+    asked = {"kind": "judge", "time": 20.0, "model": "referee", "prompt_tokens": 200_000, "completion_tokens": 10_000}
+    measured(project, "align-ppo-0", "d", "align@ppo-0", {"kind": "start", "time": 10.0}, asked, asked,
+             {"kind": "start", "time": 30.0}, asked | {"time": 40.0}, {"kind": "end", "time": 40.0})  # fmt: skip
+    (project / "prices.yaml").write_text("currency: EUR\nhour: {cpu: 0.36}\n")
+
+    def written() -> tuple[str, dict[str, Any], float]:
+        page = write_costs(project).read_text(encoding="utf-8")
+        numbers = json.loads((project / ".posttrain" / "costs" / "costs.json").read_text())
+        return page, next(row for row in numbers["runs"] if row["name"] == "align-ppo-0"), numbers["money"]
+
+    page, row, total = written()
+    assert (row["money"], row["judge_money"]) == (None, None)
+    assert total == pytest.approx(0.0018), "sft and grpo asked no judge"
+    assert "No price is listed for referee." in page
+    with (project / "prices.yaml").open("a") as listed:
+        listed.write("judge_tokens: {referee: {input: 0.5, output: 2}}\n")
+    page, row, total = written()
+    # 600,000 tokens of questions at 0.5 a million, 30,000 of replies at 2; 20 s at 0.36 an hour
+    assert row["judges"] == {"referee": {"input": 600_000, "output": 30_000}}
+    assert row["judge_money"] == pytest.approx(0.36)
+    assert row["money"] == pytest.approx(0.362)
+    assert total == pytest.approx(0.3638)
+    assert "referee: 600,000 + 30,000" in page
+    assert "No price is listed" not in page
+
+
 def test_co2_is_energy_times_the_grids_factor(project: Path) -> None:
     measured(project, "reward", "d", "reward", {"kind": "start", "time": 10.0},
              {"kind": "ready", "time": 20.0, "device": "cuda: Big"}, {"kind": "end", "time": 56.0})  # fmt: skip
@@ -191,6 +218,7 @@ def test_without_nvidias_driver_a_gpu_has_no_counter() -> None:
     "text",
     ["hour: {cpu: 1}", "currency: EUR\nhour: {cpu: much}", "currency: EUR\nhour: {cpu: -1}", "[]",
      "currency: EUR\nhour: {}\ngrams_per_kwh: -1",
+     "currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 1}}", "currency: EUR\nhour: {}\njudge_tokens: [referee]",
      "currency: EUR\nhour: {}\nwatts: 5", "currency: EUR\nhour: {}\nkwh: 5"],
 )  # fmt: skip
 def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -> None:

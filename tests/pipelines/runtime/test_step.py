@@ -19,6 +19,7 @@ from pipelines.runtime.environment import memory_fault
 from pipelines.runtime.identity import code_digest, content_digest, input_digests, run_key
 from pipelines.runtime.journal import ended, read
 from pipelines.runtime.param_tracking import Reads, declared_values, watched
+from pipelines.runtime.prices import judge_tokens
 from posttrain.errors import ConfigError, DataError
 from tests.pipelines.conftest import Project, wait_for
 
@@ -56,6 +57,9 @@ def test_a_killed_and_resumed_run_leaves_the_bytes_of_an_undisturbed_one(project
     assert f"continuing run {project.state.name}" in resumed.stderr
     rough = {p.name: content_digest(p) for p in project.directory.iterdir()}
     assert any(record["kind"] == "resume" for record in read(project.state / "journal.jsonl"))
+    dropped = (int(step) + 1) % 5  # steps after the last checkpoint ran twice, so their judge was paid twice
+    paid = 12 + dropped
+    assert judge_tokens(read(project.state / "measurements.jsonl")) == {"referee": (10 * paid, paid)}
     assert not (project.state / "checkpoints").exists()
     assert project.run().returncode == 0
     assert {p.name: content_digest(p) for p in project.directory.iterdir()} == rough

@@ -110,6 +110,19 @@ def test_the_cost_of_a_run_and_of_a_point_over_sft_are_tags(project: Path) -> No
     assert costs() == {"seconds_per_point": "2 s"}
     (project / "prices.yaml").write_text("currency: EUR\nhour: {cpu: 7.2}\n")
     assert costs() == {"seconds_per_point": "2 s", "money": "0.1 EUR", "money_per_point": "0.004 EUR"}
+    asked = {"kind": "judge", "time": 120.0, "model": "referee", "prompt_tokens": 100_000, "completion_tokens": 50_000}
+    lines = [json.dumps(each) + "\n" for each in (times[0], asked, times[1])]
+    (project / "runs/align/grpo-0/measurements.jsonl").write_text("".join(lines))
+    assert costs() == {"seconds_per_point": "2 s"}, "the price of a judge is not listed"
+    (project / "prices.yaml").write_text(
+        "currency: EUR\nhour: {cpu: 7.2}\njudge_tokens: {referee: {input: 1, output: 4}}\n"
+    )
+    judged = {"money": "0.4 EUR", "money_per_point": "0.016 EUR", "judge_money": "0.3 EUR"}
+    assert costs() == {"seconds_per_point": "2 s", "judge_money_per_point": "0.012 EUR"} | judged
+    timings = next(s for s in discover(project, []) if s.start["stage"] == "align").timings
+    assert (timings[("cost/judge_tokens_input", 0)], timings[("cost/judge_tokens_output", 0)]) == (100_000, 50_000)
+    (project / "prices.yaml").write_text("currency: EUR\nhour: {cpu: 7.2}\n")
+    (project / "runs/align/grpo-0/measurements.jsonl").write_text("".join(json.dumps(each) + "\n" for each in times))
     shipped = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(shipped.replace("headline: sampled ", "headline: greedy "))
     assert costs() == {"money": "0.1 EUR"}, "both are right on 75 % of the greedy answers"
