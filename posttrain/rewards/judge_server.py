@@ -92,7 +92,7 @@ class JudgeServer:
         """Return the requests of this process and their cost, in words."""
         tokens = self.paid["prompt_tokens"] + self.paid["completion_tokens"]
         price = f", at a cost of {cost(self.paid, self.prices):.4g}" if self.prices else ""
-        return f"{self.usage['questions']} questions, {self.paid['requests']} of them sent to {self.url}: {tokens} tokens{price}"
+        return f"{self.paid['questions']} questions, {self.paid['requests']} of them sent to {self.url}: {tokens} tokens{price}"
 
     def _ask(self, request: dict[str, Any], deadline: float) -> Reply | RewardError:
         try:

@@ -194,6 +194,7 @@ def test_params_build_the_judge_that_the_environment_names(
         monkeypatch.setenv("POSTTRAIN_JUDGE_PRICES", "1000000,0")
         (source,) = build()
         assert source.score(RewardBatch(["p"], ["ab"], [Tokens((1,), (2,))], {})) == [0.5]
+        source.used()  # each step's counts start at 0 again; the line counts the whole process
         (line,) = judges_used([source])
         noted: list[tuple[str, int, int]] = []
         tokens = JudgeTokens(SimpleNamespace(judged=lambda *each: noted.append(each)), [source])  # type: ignore[arg-type]
