@@ -39,6 +39,10 @@ class GradedAnswers(Section):
     def _one_place(self) -> GradedAnswers:
         if (self.columns is None) == (self.answers is None):
             raise ValueError("give either columns (one answer each) or answers (one list)")
+        if len({*(self.columns or ())}) < len(self.columns or ()):
+            raise ValueError(
+                f"columns {self.columns}: names a column twice, so its answer would be compared with itself"
+            )
         return self
 
 
@@ -51,6 +55,16 @@ class PreferredAnswer(Section):
     """Label to the column of the better answer, e.g. {a: response_a, b: response_b}."""
     ties: list[str] = Field(default_factory=list)
     """Labels that say neither is better. Such records are left out and counted."""
+
+    @model_validator(mode="after")
+    def _without_contradiction(self) -> PreferredAnswer:
+        if len({*self.answers.values()}) < len(self.answers):
+            raise ValueError(f"answers {self.answers}: both labels name the same column, so no answer is better")
+        if both := sorted({*self.ties} & {*self.answers}):
+            raise ValueError(f"ties: {both[0]!r} is also a label of answers; it says either a winner or a tie")
+        if len({*self.columns}) < len(self.columns):
+            raise ValueError(f"columns {self.columns}: names a column twice, so its label would count twice")
+        return self
 
 
 class TableSource(Section):

@@ -16,7 +16,7 @@ from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import Format, recognised, require_known, unused
-from pipelines.data.pairs import Changes, graded_pairs, number, preferred_pairs, thumbs_pairs
+from pipelines.data.pairs import Changes, answer_paths, graded_pairs, number, preferred_pairs, thumbs_pairs
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.data.messages import thumb
 from posttrain.errors import ConfigError, DataError
@@ -59,7 +59,7 @@ def canonical_rows(
         if source.graded:
             rows = graded_pairs(rows, records, source.graded, where, _at, _ABSENT, changes)
         elif source.preferred:
-            rows = preferred_pairs(rows, records, source.preferred, where, _at, changes)
+            rows = preferred_pairs(rows, records, source.preferred, where, _at, _ABSENT, changes)
         rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     else:
         records = list(records[: source.rows])
@@ -68,6 +68,9 @@ def canonical_rows(
         rows = [compact({"id": i, **_row(columns, record)}) for i, record in enumerate(_consumed(records))]
     for name, pattern in (source.extract or {}).items():
         _extract(kind, rows, name, pattern, where)
+    for row in rows:
+        if "answer" in row:
+            row["answer"] = _answer(row["answer"])
     rows = chat_rows(kind, rows, source, where, changes)
     _check_texts(kind, rows, where)
     _check_scores(rows, where)
@@ -126,8 +129,6 @@ def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, wher
 def _row(columns: dict[str, Callable[[Record], Any]], record: Record) -> Row:
     """Return the canonical columns of one record."""
     row = {name: read(record) for name, read in columns.items()}
-    if "answer" in row:
-        row["answer"] = _answer(row["answer"])
     if not row.get(TOOLS):
         row.pop(TOOLS, None)
     return row
@@ -192,7 +193,7 @@ def _columns(
             wanted[name] = name
         elif name not in wanted:
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
-    _refuse_leak(kind, source, wanted)
+    _refuse_leak(kind, source, wanted, present)
     numbers = (name for name in wanted if is_number(kind, name))
     paired = (*TEXT["sft"], *TEXT["preferences"]) if source.graded or source.preferred else ()
     as_it_is = {*TEXT[kind], *paired, _MESSAGES, "answer", LABEL, *numbers}
@@ -228,14 +229,23 @@ def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) 
     return [name for name in needed if name != "prompt" or prompt or kind != "preferences" or made]
 
 
-def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str]) -> None:
-    """Raise ConfigError if a prompt is read from the place of its answer, without an expression that parts them."""
-    asked = set(paths_of(wanted.get("prompt", "")))
-    for name in ("completion", "chosen", "rejected", "answer", _MESSAGES):
-        if wanted.get(name) in asked and "prompt" not in (source.extract or {}):
+def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str], present: set[str]) -> None:
+    """Raise ConfigError if a prompt reads a place that holds its answer or a part of it, without an expression that parts them."""
+    if "prompt" not in wanted or "prompt" in (source.extract or {}):
+        return
+    asked = set(paths_of(wanted["prompt"]))
+    names = ("completion", "chosen", "rejected", "answer", _MESSAGES)
+    answers = [(name, path) for name in names if name in wanted for path in paths_of(wanted[name])]
+    answers += [("a graded answer", path) for path in answer_paths(source.graded)] if source.graded else []
+    answers += [("a preferred answer", path) for path in source.preferred.answers.values()] if source.preferred else []
+    for name, path in answers:
+        parts = path.split(".")
+        # a column's own name may contain dots; then only this name reads it
+        around = {path} if path in present else {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        for place in sorted(asked & around):
             raise ConfigError(
-                f"data.{kind}.columns: prompt and {name} are both read from {wanted[name]!r}, so the answer would be in the"
-                " prompt. Map different columns; for a whole conversation, map `messages` (sft) or leave `prompt` out (preferences)."
+                f"data.{kind}.columns: prompt and {name} are both read from {place!r}, so the answer would be in the prompt,"
+                " whole or in part. Map other columns; for a whole conversation, map `messages` (sft) or leave `prompt` out (preferences)."
             )
 
 
@@ -252,7 +262,10 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
 
     def read(record: Record) -> Any:
         if template:
-            return _FIELD.sub(lambda field: _written(_at(record, field[1])), spec).strip()
+            parts = {path: _at(record, path) for path in paths_of(spec)}
+            # without a part, the row has no such value: validation counts it
+            missing = any(map(is_missing, parts.values()))
+            return None if missing else _FIELD.sub(lambda field: _written(parts[field[1]]), spec)
         value = _at(record, spec)
         return None if value is _ABSENT else value if as_it_is else _written(value)
 
@@ -267,6 +280,11 @@ def paths_of(spec: str) -> list[str]:
 def is_there(record: Record, path: str) -> bool:
     """Return True if the record has a value at the path."""
     return _at(record, path) is not _ABSENT
+
+
+def is_missing(value: Any) -> bool:
+    """Return True for null, for no value at all, and for NaN: how tables write a missing value."""
+    return value is None or value is _ABSENT or (isinstance(value, float) and math.isnan(value))
 
 
 def _at(record: Any, path: str) -> Any:
@@ -319,15 +337,23 @@ def _extract(kind: Sourced, rows: list[Row], name: str, pattern: str, where: str
         raise ConfigError(f"data.{kind}.extract.{name} = {pattern!r}: not a regular expression: {error}") from None
     if not compiled.groups:
         raise ConfigError(f"data.{kind}.extract.{name} = {pattern!r}: has no group; put ( ) around what to keep")
-    if rows and name not in rows[0]:
-        raise ConfigError(f"data.{kind}.extract: the table has no column {name!r}{nearest(name, rows[0])}")
+    there = {column for row in rows for column in row}
+    if rows and name not in there:
+        raise ConfigError(f"data.{kind}.extract: the table has no column {name!r}{nearest(name, there)}")
     for row in rows:
-        found = compiled.search(row[name]) if isinstance(row[name], str) else None
-        if found is None or found[1] is None:
-            raise DataError(
-                f"{where}, row {row['id']}: {name} {str(row[name])[-60:]!r} does not match extract {pattern!r}"
-            )
-        row[name] = found[1].strip()
+        if name not in row:  # an optional column, such as tools
+            continue
+        several = name == "answer" and isinstance(row[name], list)
+        kept = []
+        for value in row[name] if several else [row[name]]:
+            text = _answer(value) if name == "answer" else value
+            found = compiled.search(text) if isinstance(text, str) else None
+            if found is None or found[1] is None:
+                raise DataError(
+                    f"{where}, row {row['id']}: {name} {str(text)[-60:]!r} does not match extract {pattern!r}"
+                )
+            kept.append(found[1].strip() if name == "answer" else found[1])
+        row[name] = kept if several else kept[0]
 
 
 def _check_texts(kind: Sourced, rows: list[Row], where: str) -> None:

@@ -13,7 +13,7 @@ from pipelines.data.messages import human_assistant
 from pipelines.data.tables import Row, is_messages
 from posttrain.data.messages import once_each, thumb
 from posttrain.errors import ConfigError, DataError
-from posttrain.text import nearest
+from posttrain.text import nearest, shortened
 
 Changes = Counter[str]
 """How many records a change of the data is about, by its description."""
@@ -40,6 +40,7 @@ def graded_pairs(
 ) -> list[Row]:
     """Return every better answer of each record against every worse one."""
     pairs: list[Row] = []
+    _require_graded(records, graded, where, at, absent)
     for i, (row, record) in enumerate(zip(rows, records, strict=True)):
         answers = _graded(record, graded, f"{where}, row {i}", at, absent)
         if graded.better is None and not all(isinstance(score, bool) for _, score in answers):
@@ -65,23 +66,61 @@ def graded_pairs(
     return pairs
 
 
+def answer_paths(graded: GradedAnswers) -> list[str]:
+    """Return the paths of the answers' texts; for one list of answers, the list's."""
+    if graded.answers is not None:
+        return [graded.answers]
+    return [f"{column}.{graded.text}".rstrip(".") for column in graded.columns or ()]
+
+
+def _require_graded(records: Sequence[Record], graded: GradedAnswers, where: str, at: At, absent: Any) -> None:
+    """Raise DataError if no record has a place that `graded` names."""
+    place = f"{where}: data.preferences.graded"
+    if graded.answers is None:
+        for column in graded.columns or ():
+            _require_place(records, column, f"{place}.columns", at, absent)
+            found = [inner for record in records if isinstance(inner := at(record, column), Mapping)]
+            _require_keys(found, graded, place, at, absent)
+            if not found and graded.text:
+                _require_place(records, f"{column}.{graded.text}", f"{place}.text", at, absent)
+        return
+    _require_place(records, graded.answers, f"{place}.answers", at, absent)
+    listed = [inner for record in records if isinstance(inner := at(record, graded.answers), list)]
+    _require_keys([a for answers in listed for a in answers if isinstance(a, Mapping)], graded, place, at, absent)
+    if any(isinstance(a, str) for answers in listed for a in answers):
+        _require_place(records, graded.score, f"{place}.score", at, absent)
+
+
+def _require_keys(answers: Sequence[Any], graded: GradedAnswers, place: str, at: At, absent: Any) -> None:
+    if answers and not graded.text:
+        names = sorted({str(name) for answer in answers for name in answer})
+        raise DataError(f"{place}.text: missing. Name the key of the answer's text, one of {', '.join(names)}")
+    for name, path in (("text", graded.text), ("score", graded.score)) if answers else ():
+        _require_place(answers, path, f"{place}.{name}", at, absent)
+
+
+def _require_place(records: Sequence[Any], path: str, setting: str, at: At, absent: Any) -> None:
+    """Raise DataError if no record has a value other than null at the path."""
+    if all(at(record, path) in (None, absent) for record in records):
+        names = {str(name) for record in records for name in record}
+        raise DataError(f"{setting}: no record has a value in {path!r}{nearest(path, names)}")
+
+
 def _graded(record: Record, graded: GradedAnswers, where: str, at: At, absent: Any) -> list[tuple[Any, Any]]:
     """Return (answer, score) of every answer of the record."""
     if graded.answers is None:
         columns = graded.columns or []
         found = [(at(record, f"{column}.{graded.text}"), at(record, f"{column}.{graded.score}")) for column in columns]
         there = [pair for pair in found if pair[0] is not absent]
-        if not there:
-            names = sorted(map(str, record))
-            raise DataError(
-                f"{where}: has none of the graded answers {columns[0]}.{graded.text}{nearest(columns[0], names)}"
-            )
         return [(text, "missing" if score is absent else score) for text, score in there]
     listed = at(record, graded.answers)
+    if listed is None or listed is absent:
+        return []
     if not isinstance(listed, list):
-        raise DataError(f"{where}: {graded.answers} is no list of answers{nearest(graded.answers, map(str, record))}")
+        raise DataError(f"{where}: {graded.answers} is {shortened(listed)}; it must be a list of answers")
     if all(isinstance(answer, Mapping) for answer in listed):
-        return [(answer.get(graded.text), answer.get(graded.score, "missing")) for answer in listed]
+        read = [(at(answer, graded.text), at(answer, graded.score)) for answer in listed]
+        return [(None if text is absent else text, "missing" if score is absent else score) for text, score in read]
     scores = at(record, graded.score)
     if not isinstance(scores, list) or len(scores) != len(listed):
         raise DataError(f"{where}: {graded.score} must be a list with one score for each of the {len(listed)} answers")
@@ -89,32 +128,49 @@ def _graded(record: Record, graded: GradedAnswers, where: str, at: At, absent: A
 
 
 def preferred_pairs(
-    rows: Sequence[Row], records: Sequence[Record], preferred: PreferredAnswer, where: str, at: At, changes: Changes
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    preferred: PreferredAnswer,
+    where: str,
+    at: At,
+    absent: Any,
+    changes: Changes,
 ) -> list[Row]:
-    """Return a pair for each record whose label, or most of whose annotators, name one of its two answers."""
+    """Return a pair for each record whose label, or most of whose annotators, name one of its two answers.
+
+    An answer that a record lacks is None, so that validation counts it.
+    """
     pairs: list[Row] = []
     (first, one), (second, two) = preferred.answers.items()
+    for path, setting in [
+        *((column, "columns") for column in preferred.columns),
+        *((answer, f"answers.{label}") for label, answer in preferred.answers.items()),
+    ]:
+        _require_place(records, path, f"{where}: data.preferences.preferred.{setting}", at, absent)
     for i, (row, record) in enumerate(zip(rows, records, strict=True)):
-        votes = Counter(
-            _vote(at(record, column), preferred, f"{where}, row {i}: {column}") for column in preferred.columns
-        )
+        found = {name: at(record, name) for name in (*preferred.columns, one, two)}
+        found = {name: None if value is absent else value for name, value in found.items()}
+        votes = Counter(_vote(found[column], preferred, f"{where}, row {i}: {column}") for column in preferred.columns)
+        changes["labels of the better answer that are missing, which count for neither"] += votes[None]
         if votes[first] == votes[second] or max(votes[first], votes[second]) < votes[""]:
             changes["pairs without a winner, left out"] += 1
             continue
         better, worse = (one, two) if votes[first] > votes[second] else (two, one)
-        pairs.append(row | {"chosen": at(record, better), "rejected": at(record, worse), "record": i})
+        pairs.append(row | {"chosen": found[better], "rejected": found[worse], "record": i})
     if not pairs:
         raise DataError(f"{where}: no record has a winner by {', '.join(preferred.columns)}")
     return pairs
 
 
-def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str:
-    """Return the label of the winner, or "" for a tie."""
+def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str | None:
+    """Return the label of the winner, "" for a tie, or None if there is no label."""
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if label in preferred.answers:
         return label
     if label in preferred.ties:
         return ""
+    if value is None or value != value:  # NaN: how tables write a missing value
+        return None
     raise DataError(
         f"{where} is {label!r}, which is none of data.preferences.preferred.answers ({', '.join(preferred.answers)}); if it is a"
         f" tie, add it: ties: [{label!r}]"
