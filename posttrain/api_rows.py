@@ -14,12 +14,14 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.api_arguments import is_finite, require_list
 from posttrain.data.messages import (
     MARKS,
     WEIGHTS,
+    is_thumb,
+    is_tool,
     once_each,
     parted,
     refuse_repeated_texts,
@@ -33,7 +35,11 @@ from posttrain.errors import DataError
 from posttrain.rewards.extraction import equal, gold_answers
 from posttrain.rewards.functions import BUILT_IN
 from posttrain.rewards.golds import gold_texts
+from posttrain.settings import context_limit
 from posttrain.text import shortened as shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Row = dict[str, Any]
 WEIGHT = "weight"
@@ -86,12 +92,27 @@ def supervised_rows(rows: Any, name: str = "rows", weighs: bool = True) -> list[
         if WEIGHT in one:
             _check_number(one[WEIGHT], f"{name}, row {i}: {WEIGHT}", least=0.0)
         found.append(one)
+    _refuse_bad_answers(found, name)
     refuse_repeated_texts(found, ("completion",), name)
     if found and not any(row.get(WEIGHT, 1.0) for row in found):
         raise DataError(
             f"{name}: the weight of every row is 0, so nothing would be learnt; give at least one weight above 0"
         )
     return found
+
+
+def _refuse_bad_answers(rows: Sequence[Row], name: str) -> None:
+    """Raise DataError if the rows have labels, true or false, and one is false: imitation would learn the bad answer."""
+    labels = {i: row["label"] for i, row in enumerate(rows) if row.get("label") is not None}
+    if not all(is_thumb(label) for label in labels.values()):
+        return
+    bad = [i for i, label in labels.items() if not thumb(label, "")]
+    if bad:
+        raise DataError(
+            f"{name}, row {bad[0]}: its label is {shown(labels[bad[0]])}, so its answer is a bad one, and imitation would learn it"
+            f" ({len(bad)} of {len(rows)} rows). Leave such rows out, train with 'kto', which learns from both, or rename the column if"
+            " it says something else"
+        )
 
 
 def labelled_rows(rows: Any) -> list[Row]:
@@ -159,6 +180,17 @@ def check_prompt(encoder: TextEncoder, prompt: Any, place: str) -> tuple[int, ..
             f"{place} has {len(ids)} tokens, and the model's context of {encoder.max_length} leaves no room for an answer; shorten it"
         )
     return ids
+
+
+def check_room(config: PreTrainedConfig, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise DataError for a prompt that does not fit into the model's context together with `new` tokens of the answer."""
+    limit = context_limit(config.get_text_config().to_dict())
+    for i, ids in enumerate(prompts):
+        if limit is not None and len(ids) + new > limit:
+            raise DataError(
+                f"rows, row {i}: the prompt has {len(ids)} tokens, and {new} new ones exceed the model's context of {limit}; shorten it, or"
+                " lower max_new_tokens"
+            )
 
 
 def _entries(name: str, rows: Any) -> list[Any]:
@@ -247,7 +279,7 @@ def _check_tools(tools: Any, place: str) -> None:
         found = json.loads(tools) if isinstance(tools, str) and tools else tools or []
     except ValueError:
         found = None
-    if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
+    if not isinstance(found, list | tuple) or not all(map(is_tool, found)):
         raise DataError(
             f"{place} is {shown(tools)}; give a list of tools, each with a function's name, or that list as JSON"
         )

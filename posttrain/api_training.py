@@ -30,6 +30,7 @@ from posttrain.api_rows import (
     WEIGHT,
     check_golds,
     check_prompt,
+    check_room,
     labelled_rows,
     preference_rows,
     prompt_rows,
@@ -290,6 +291,7 @@ def _on_policy(
     sources = [FunctionReward(name, function) for name, function in functions.items()]
     most = sampling.sampling.max_new_tokens * sampling.turns
     problems = [_problem(model, row, i, teacher_prompt, most) for i, row in enumerate(table)]
+    check_room(model.lm.config, [problem.ids for problem in problems], sampling.sampling.max_new_tokens)
     if teacher is not None:
         longest = max(len(problem.teacher_ids or problem.ids) for problem in problems)
         require_same_vocabulary(teacher.encoder, model.encoder, "teacher=")

@@ -129,6 +129,10 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0] | {"weight": 0}], "the weight of every row is 0"),
         ("sft", [ROWS[0] | {"tools": "{"}], "tools is '{'; give a list of tools"),
         ("sft", [ROWS[0] | {"tools": 5}], "tools is 5; give a list of tools"),
+        ("sft", [ROWS[0] | {"tools": {"f": {}}}], "tools is .*; give a list of tools"),
+        ("sft", [ROWS[0] | {"tools": [{"f": {}}]}], "tools is .*; give a list of tools"),
+        ("sft", [ROWS[0], ROWS[1] | {"label": False}], "row 1: its label is False, so its answer is a bad one"),
+        ("sft", [ROWS[0] | {"label": "0"}], "row 0: its label is '0', so its answer is a bad one"),
         ("sft", [ROWS[0] | {"completion": " "}], "row 0: completion is ' ', so the model would learn to say nothing"),
         ("sft", [ROWS[0] | {"messages": []}], "row 0: has messages and completion and prompt, of which only one"),
         ("sft", [ROWS[0] | {3: 4}], "row 0: the column 3 is no text"),
@@ -163,6 +167,11 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("grpo", [5], "row 0: is 5"),
         ("grpo", [""], "prompt has no tokens"),
         ("grpo", ["a" * 300], "has 300 tokens, and the model's context of 256"),
+        (
+            "grpo",
+            ["a", "a" * 230],
+            "row 1: the prompt has 230 tokens, and 32 new ones exceed the model's context of 256",
+        ),
         ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "a"}], "row 1: has the columns prompt, and row 0"),
         ("grop", ["a"], "did you mean 'grpo'"),
         ("SFT", ["a"], "unknown algorithm 'SFT'; did you mean 'sft'"),
@@ -174,6 +183,14 @@ def test_a_row_that_cannot_be_trained_is_refused(model: pt.Model, algorithm: Any
     reward = {"reward": lengths} if algorithm == "grpo" else {}
     with pytest.raises(PosttrainError, match=message):
         train(model, algorithm, rows, **reward)
+
+
+def test_labels_that_are_classes_or_true_are_imitated() -> None:
+    for labels in ((0, 2), ("spam", "ham"), (True, None), (1, 1)):
+        table = [row | {"label": label} for row, label in zip(ROWS, labels, strict=True)]
+        assert supervised_rows(table) == table
+    with pytest.raises(DataError, match=r"demonstrations, row 0: its label is False.*\(1 of 2 rows\)"):
+        supervised_rows([ROWS[0] | {"label": False}, ROWS[1]], "demonstrations", weighs=False)
 
 
 def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from pipelines.config.params import Params
 from pipelines.config.schema import LoraParams
 
-_TINY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+HEADS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
+"""Last names of heads and embeddings, which cannot have an adapter: log-probabilities are fused with the head's own weight."""
+_TINY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers of the tiny model; its experts are no linear layers."""
 LARGEST_HEADER = 100 * 2**20
 
@@ -28,8 +30,14 @@ def weight_names(params: Params) -> list[str]:
         return [*_TINY] if not params.model.tiny.experts else []
     names: set[str] = set()
     for path in sorted(Path(params.model.source).glob("*.safetensors")):
-        names |= {name.removesuffix(".weight") for name in _header(path) if name.endswith(".weight")}
+        names |= {name.removesuffix(".weight") for name, one in _header(path).items() if _is_matrix(name, one)}
     return sorted(names)
+
+
+def _is_matrix(name: str, entry: object) -> bool:
+    """Return True for the weight of a linear layer; those of norms are vectors, those of experts often have three dimensions."""
+    shape = entry.get("shape") if isinstance(entry, Mapping) else None
+    return name.endswith(".weight") and isinstance(shape, list) and len(shape) == 2
 
 
 def _header(path: Path) -> Mapping[str, object]:

@@ -11,7 +11,7 @@ from inspect import Signature
 from pathlib import Path
 from typing import get_args
 
-from pipelines.commands.layers import adapters, weight_names
+from pipelines.commands.layers import HEADS, adapters, weight_names
 from pipelines.commands.source_signatures import signature_in
 from pipelines.config.data_schema import TableSource
 from pipelines.config.params import Params
@@ -207,9 +207,14 @@ def _adapters(params: Params) -> Iterator[str]:
     """Yield layers that an adapter names and the model does not have; only a folder here, and the tiny model, are looked into."""
     names = weight_names(params)
     for key, lora in adapters(params).items():
-        for target in lora.target_modules if names and not isinstance(lora.target_modules, str) else ():
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                ends = {name.rpartition(".")[2] for name in names}
+        for target in lora.target_modules if not isinstance(lora.target_modules, str) else ():
+            if target.rpartition(".")[2] in HEADS:
+                yield (
+                    f"{key}.target_modules: {target!r} is the head or an embedding, which cannot have an adapter, because"
+                    " log-probabilities are fused with the head's own weight; name other layers, or use all-linear"
+                )
+            elif names and not any(name == target or name.endswith(f".{target}") for name in names):
+                ends = {name.rpartition(".")[2] for name in names} - {*HEADS}
                 yield f"{key}.target_modules: the model has no layer {target!r}{nearest(target, ends)}"
 
 

@@ -18,7 +18,7 @@ from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import Format, recognised, require_known, unused
 from pipelines.data.pairs import Changes, answer_paths, graded_pairs, number, preferred_pairs, thumbs_pairs
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
-from posttrain.data.messages import thumb
+from posttrain.data.messages import is_thumb, thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
@@ -51,6 +51,8 @@ def canonical_rows(
     pairing = source.graded or source.preferred
     if source.columns is None and not pairing:
         records = _in_known_format(kind, records, where, changes)
+    if kind == "sft" and source.columns is not None:
+        records = _without_bad(source, records, where, changes)
     columns = _columns(kind, source, records, where)
     if source.columns is not None or pairing:
         _count_unused(_unmapped(source, columns, records), changes)
@@ -152,11 +154,29 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
         if kind == "preferences":
             return thumbs_pairs(records, changes)
         up = [thumb(record.get(LABEL), f"{where}, row {i}: {LABEL}") for i, record in enumerate(records)]
-        changes["answers with label false, left out of imitation"] += up.count(False)
-        records = [record for record, liked in zip(records, up, strict=True) if liked]
-        if not records:
-            raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
+        records = _liked(records, up, where, changes)
     return [_converted(found, record, f"{where}, row {i}") for i, record in enumerate(records)]
+
+
+def _liked(records: Sequence[Record], up: Sequence[bool], where: str, changes: Changes) -> list[Record]:
+    """Return the records of good answers and count the others. Raises DataError if there are none."""
+    changes["answers with label false, left out of imitation"] += up.count(False)
+    liked = [record for record, good in zip(records, up, strict=True) if good]
+    if not liked:
+        raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
+    return liked
+
+
+def _without_bad(source: TableSource, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
+    """Return the records of good answers, if they have labels, true or false, that `columns` makes no part of the text."""
+    spec = (source.columns or {}).get(LABEL, LABEL)
+    if any(path == spec for name, one in (source.columns or {}).items() if name != LABEL for path in paths_of(one)):
+        return records
+    labels = [_at(record, spec) for record in records]
+    given = [label for label in labels if label is not _ABSENT and label is not None]
+    if not given or not all(map(is_thumb, given)):
+        return records
+    return _liked(records, [not is_thumb(label) or thumb(label, where) for label in labels], where, changes)
 
 
 def _converted(found: Format, record: Record, where: str) -> Record:

@@ -9,7 +9,7 @@ from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, prompt_once, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
-from posttrain.data.messages import ROLES, parted, refuse_repeated_texts, require_whole_weights
+from posttrain.data.messages import INSTRUCTING, ROLES, parted, refuse_repeated_texts, require_whole_weights
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
 
@@ -122,7 +122,7 @@ def _with_system(kind: Sourced, row: Row, source: TableSource, changes: Changes)
     prompt = row["prompt"]
     if source.system is None or not is_messages(prompt):
         return row
-    if any(turn["role"] == "system" for turn in prompt):
+    if any(turn["role"] in INSTRUCTING for turn in prompt):
         changes["conversations that keep their own system message instead of data.*.system"] += 1
         return row
     return row | {"prompt": [{"role": "system", "content": source.system}, *prompt]}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.messages import role_of, weighted
+from posttrain.data.messages import is_tool, role_of, weighted
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
@@ -47,8 +47,8 @@ def canonical_tools(value: Any, where: str) -> str | None:
             tools = json.loads(value) if value.strip() else []
         except ValueError:
             tools = None
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    tools = ([tools] if tools else []) if isinstance(tools, dict) else tools
+    if not isinstance(tools, list) or not all(map(is_tool, tools)):
         raise DataError(
             f"{where}: tools is {_short(value)}; it must be a list of objects such as"
             ' [{"type": "function", "function": {"name": "add"}}], or this list as JSON. Correct the row or leave tools out.'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ import pyarrow.parquet as pq
 from posttrain.errors import DataError
 
 Convert = Callable[[Any], Any]
+_NANOSECONDS = pa.time64("ns")
+_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_large_list_view,
+)  # fmt: skip
+_PLAIN = (
+    pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_float64, pa.types.is_string, pa.types.is_large_string,
+    pa.types.is_string_view,
+)  # fmt: skip
+"""Types whose values are JSON's own."""
 MOST_COLUMNS = 1_000
 """All names of a file's records together. Thousands of columns would take minutes for a file of few rows."""
 
@@ -52,7 +62,8 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     if twice is not None:
         raise DataError(f"{where}: has the column {twice!r} twice, so one would be lost; rename it")
     try:
-        records: list[dict[str, Any]] = table.to_pylist()
+        readable = pa.schema([field.with_type(_readable(field.type)) for field in table.schema])
+        records: list[dict[str, Any]] = (table if readable == table.schema else table.cast(readable)).to_pylist()
         list(table.schema.names)  # names may be undecodable, too
     except UnicodeDecodeError as error:
         raise DataError(
@@ -74,32 +85,63 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
                     f"{where}, row {number}: column {field.name!r} holds bytes that are not UTF-8 text ({error.reason});"
                     " save the column as text, or leave it out"
                 ) from None
+            except ValueError as error:
+                raise DataError(f"{where}, row {number}: column {field.name!r} holds {error}") from None
     return records
+
+
+def _readable(kind: pa.DataType) -> pa.DataType:
+    """Return a type whose values Python holds: times of nanoseconds are cut by Python, so they are texts."""
+    if kind == _NANOSECONDS:
+        return pa.string()
+    if pa.types.is_map(kind):
+        return pa.map_(_readable(kind.key_type), _readable(kind.item_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_readable(field.type)) for field in kind])
+    if any(is_list(kind) for is_list in _LISTS) and (inner := _readable(kind.value_type)) != kind.value_type:
+        return pa.list_(inner)
+    return kind
 
 
 def _conversion(kind: pa.DataType) -> Convert | None:
     """Return the function that makes a value of this type JSON-like, or None if it is already."""
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _conversion(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _written if isinstance(kind, pa.UuidType) else _conversion(kind.storage_type)
     if pa.types.is_map(kind):
-        return lambda value: None if value is None else dict(value)
+        return _of_map(_conversion(kind.key_type), _conversion(kind.item_type))
     if pa.types.is_struct(kind):
         inner = {field.name: convert for field in kind if (convert := _conversion(field.type))}
         return _of_struct(inner) if inner else None
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if any(is_list(kind) for is_list in _LISTS):
         element = _conversion(kind.value_type)
         return (lambda value: None if value is None else [element(v) for v in value]) if element else None
-    needed = (
-        pa.types.is_float16(kind) or pa.types.is_float32(kind) or pa.types.is_decimal(kind) or pa.types.is_temporal(kind)
-        or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    )  # fmt: skip
-    if not needed:
-        return None
     if pa.types.is_float16(kind) or pa.types.is_float32(kind):
         narrow = np.float16 if pa.types.is_float16(kind) else np.float32
         # 0.1 in single precision is 0.10000000149011612 in double precision, which no file says
         return lambda value: None if value is None else float(str(narrow(value)))
-    return _written
+    if kind == _NANOSECONDS:
+        return lambda value: None if value is None else f"{value[:15]}{value[15:] if value[15:].strip('0') else ''}"
+    return None if any(is_plain(kind) for is_plain in _PLAIN) else _written
+
+
+def _of_map(key: Convert | None, item: Convert | None) -> Convert:
+    """Return the conversion of a map's list of pairs to an object, whose names are texts as in JSON."""
+
+    def name(value: Any) -> str:
+        value = key(value) if key else value
+        return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+    def convert(value: Any) -> Any:
+        if value is None:
+            return None
+        pairs = [(name(one), item(other) if item else other) for one, other in value]
+        if (twice := first_twice(one for one, _ in pairs)) is not None:
+            raise ValueError(f"the key {twice!r} twice in one map, so one of its values would be lost; correct the row")
+        return dict(pairs)
+
+    return convert
 
 
 def _of_struct(inner: dict[str, Convert]) -> Convert:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipelines.data.tables import Row, plain
+from posttrain.data.messages import INSTRUCTING
 from posttrain.text import normalised
 
 _TURN, _PART = "\x1e", "\x1d"
@@ -14,8 +15,8 @@ _TURN, _PART = "\x1e", "\x1d"
 def prompt_keys(row: Row, held_out: bool) -> set[str]:
     """Return the keys of a row's prompts. A training row leaks if it shares one with a held-out row.
 
-    A training conversation has one prompt before each trained turn, and the question before that turn. A system message counts
-    if both sides have one.
+    A training conversation has one prompt before each trained turn, and the question before that turn. A message of the system or
+    the developer counts if both sides have one.
     """
     prompt = row["prompt"]
     if not isinstance(prompt, list):
@@ -46,8 +47,8 @@ def _before_trained(prompt: list[Any], completion: list[Any]) -> Iterator[list[A
 
 
 def _split(messages: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    system = _TURN.join(_one(m["content"]) for m in messages if m["role"] == "system")
-    turns = [m for m in messages if m["role"] != "system"]
+    system = _TURN.join(_one(m["content"]) for m in messages if m["role"] in INSTRUCTING)
+    turns = [m for m in messages if m["role"] not in INSTRUCTING]
     return system, _TURN.join(_one(m["content"] if m["role"] == "user" else plain([m])) for m in turns)
 
 

@@ -23,6 +23,8 @@ ROLES = {
     "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
 """How data sets spell the roles of messages, in small letters, and the roles that chat templates know."""
+INSTRUCTING = ("system", "developer")
+"""Roles of messages that instruct the assistant and ask nothing; `developer` is a newer name of `system`."""
 WEIGHTS = ("weight", "train", "trainable", "training", "loss", "loss_weight", "loss_mask")
 """Keys of a message that say how much its tokens count in the loss: true, false, or a number that is not negative."""
 MARKS = ("weights", "mask", "labels")
@@ -106,7 +108,7 @@ def parted(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any], bo
 
     Its greeting answers nothing, so it belongs to the first part and is not trained.
     """
-    asked = [i for i, turn in enumerate(turns) if turn["role"] != "system"]
+    asked = [i for i, turn in enumerate(turns) if turn["role"] not in INSTRUCTING]
     greets = bool(asked) and turns[asked[0]]["role"] == "assistant"
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1 if greets else 0 :]
     first = answers[0] if answers else len(turns)
@@ -173,7 +175,7 @@ def without_prompt(prompt: Any, answer: Any, where: str) -> tuple[Any, Any, bool
     first = next((i for i, turn in enumerate(answer) if turn["role"] == "assistant"), len(answer))
     if old and old[-1] in new[:first] and len(old) == 1:
         return list(answer[:first]), list(answer[first:]), True
-    if new[0][0] in ("user", "system") and old and old[-1][0] == "user":
+    if new[0][0] in ("user", *INSTRUCTING) and old and old[-1][0] == "user":
         raise DataError(
             f"{where}: the answer begins with a turn of {answer[0]['role']} that is not the prompt: {shortened(answer[0]['content'])}, and"
             f" the prompt ends with {shortened(asked[-1]['content'])}. Write all turns before the answer into the prompt, or leave the"
@@ -190,6 +192,20 @@ def _said(turn: Mapping[str, Any]) -> tuple[Any, ...]:
     return turn["role"], (turn.get("content") or "").strip(), others
 
 
+def is_tool(value: Any) -> bool:
+    """Return True if the value describes one tool: it has a function, a name or a type. A dictionary of tools by name is none.
+
+    Example:
+        >>> is_tool({"type": "function", "function": {"name": "add"}}), is_tool({"name": "add"}), is_tool({"add": {}})
+        (True, True, False)
+    """
+    if not isinstance(value, Mapping):
+        return False
+    return isinstance(value.get("function"), Mapping) or any(
+        isinstance(value.get(key), str) for key in ("name", "type")
+    )
+
+
 def thumb(value: Any, where: str) -> bool:
     """Return a label as a boolean. Raises DataError unless it is true or false, 1 or 0, also as text in any case.
 
@@ -197,12 +213,21 @@ def thumb(value: Any, where: str) -> bool:
         >>> thumb(True, "row 0: label"), thumb("False", "row 1: label"), thumb(1.0, "row 2: label")
         (True, False, True)
     """
-    given = value.item() if getattr(value, "shape", None) == () else value
-    named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-    found = named.get(str(given).strip().lower())
+    found = _read_thumb(value)
     if found is None:
         raise DataError(
             f"{where} is {shortened(value)}; it must be true (thumbs up) or false (thumbs down), or 1 or 0. Write these into the"
             " column in place of other labels, such as 'good' or -1"
         )
     return found
+
+
+def is_thumb(value: Any) -> bool:
+    """Return True if `thumb` reads the value."""
+    return _read_thumb(value) is not None
+
+
+def _read_thumb(value: Any) -> bool | None:
+    given = value.item() if getattr(value, "shape", None) == () else value
+    named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    return named.get(str(given).strip().lower())

@@ -37,7 +37,8 @@ def find_reach(config: PreTrainedConfig, agrees: Callable[[int], bool]) -> int |
         if window > TRIED:
             return window
         if not agrees(min(window + PAST, context)):
-            return window if agrees(window) else 0
+            near = [n for n in _candidates(text) if window <= n < min(window + PAST, context)]
+            return next((n for n in reversed(near) if agrees(n)), 0)
     return None if agrees(min(PLAIN_LENGTH, context)) else 0
 
 

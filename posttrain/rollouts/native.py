@@ -115,7 +115,7 @@ class NativeEngine:
             self.decoder = decoder_of(self.lm, self.bf16)
         decoder, tokens = self.decoder, longest + settings.max_new_tokens
         if isinstance(decoder, Decoder) and decoder.reach is not None and tokens > decoder.reach:
-            decoder = f"it attends over a window of {decoder.reach} tokens, and prompt and answer may have {tokens}"
+            decoder = f"its attention is limited beyond {decoder.reach} tokens, as by a window, and prompt and answer may have {tokens}"
         if isinstance(decoder, str):
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
             return self._generated(requests, settings)

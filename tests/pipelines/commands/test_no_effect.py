@@ -87,6 +87,7 @@ LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_prj"]}
         ({"rewards": {"mine": {"function": "os:nope"}}}, "Python's module os has no nope"),
         ({"sft": {"lora": LORA}}, "sft.lora.target_modules: the model has no layer 'q_prj'; did you mean 'q_proj'"),
         ({"align": {"lora": LORA}}, "align.lora.target_modules: the model has no layer 'q_prj'"),
+        ({"sft": {"lora": LORA | {"target_modules": ["lm_head"]}}}, "'lm_head' is the head or an embedding"),
         ({"data": {"sft": {"columns": {"prompt": "x"}}}}, "data.sft.columns: has no effect on the generator"),
         ({"data": {"sft": {"split": "test"}}}, "data.sft.split: has no effect on the generator"),
         ({"data": {"sft": {"source": "rows.zip"}}}, "files that end in '.zip' cannot be read; unpack it"),
@@ -112,12 +113,19 @@ def test_layers_of_a_model_folder_are_read_from_its_files(shipped: dict[str, Any
     import torch
     from safetensors.torch import save_file
 
-    save_file({"model.layers.0.attn.wq.weight": torch.zeros(1)}, here / "model.safetensors")
+    save_file(
+        {"model.layers.0.attn.wq.weight": torch.zeros(2, 2), "norm.weight": torch.zeros(2)}, here / "model.safetensors"
+    )
     (here / "config.json").write_text("{}")
-    over = {"model": {"source": str(here)}, "sft": {"lora": LORA | {"target_modules": ["wq", "attn.wq", "q_proj"]}}}
+    over = {
+        "model": {"source": str(here)},
+        "sft": {"lora": LORA | {"target_modules": ["wq", "attn.wq", "q_proj", "norm", "wte"]}},
+    }
     found = [line for line in problems(changed(shipped, over)) if "target_modules" in line]
-    assert len(found) == 1
+    assert len(found) == 3
     assert "no layer 'q_proj'" in found[0]
+    assert "no layer 'norm'" in found[1]
+    assert "'wte' is the head or an embedding, which cannot have an adapter" in found[2]
 
 
 def test_settings_without_effect_are_named(shipped: dict[str, Any], here: Path) -> None:

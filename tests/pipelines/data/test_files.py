@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+import uuid
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,39 @@ def test_parquet_numbers_and_texts_are_as_written(tmp_path: Path) -> None:
         },
         dict.fromkeys(columns),
     ]
+
+
+def test_values_inside_maps_views_and_extensions_are_as_written(tmp_path: Path) -> None:
+    nanoseconds, key = pa.time64("ns"), uuid.UUID(int=7)
+    times = pa.array([5, 1_500_000_000], pa.int64()).cast(nanoseconds)
+    single = pa.float32()
+    columns = {
+        "money": pa.array([[("k", Decimal("7.50"))]] * 2, pa.map_(pa.string(), pa.decimal128(10, 2))),
+        "bytes": pa.array([[("k", b"7")]] * 2, pa.map_(pa.string(), pa.binary())),
+        "floats": pa.array([[("k", 0.1)]] * 2, pa.map_(pa.string(), single)),
+        "numbered": pa.array([[(3, "x")]] * 2, pa.map_(pa.int32(), pa.string())),
+        "view": pa.array([b"7", None], pa.binary_view()),
+        "views": pa.array([[0.1], None], pa.list_view(single)),
+        "time": times,
+        "nested": pa.StructArray.from_arrays(
+            [pa.array([[5], []], pa.list_(pa.int64())).cast(pa.list_(nanoseconds))], ["at"]
+        ),
+        "key": pa.array([key.bytes, None], pa.uuid()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    first, second = read_file(tmp_path / "x.parquet")
+    maps = {"money": {"k": "7.50"}, "bytes": {"k": "7"}, "floats": {"k": 0.1}, "numbered": {"3": "x"}}
+    assert first == maps | {
+        "view": "7", "views": [0.1], "time": "00:00:00.000000005", "nested": {"at": ["00:00:00.000000005"]}, "key": str(key),
+    }  # fmt: skip
+    assert second == maps | {"view": None, "views": None, "time": "00:00:01.500000", "nested": {"at": []}, "key": None}
+
+
+def test_a_key_that_a_map_has_twice_is_refused(tmp_path: Path) -> None:
+    twice = pa.array([[("a", 1)], [("k", 1), ("k", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"m": twice}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="row 1: column 'm' holds the key 'k' twice in one map"):
+        read_file(tmp_path / "x.parquet")
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:

@@ -72,7 +72,10 @@ def test_tool_calls_of_openai_are_read_and_survive_the_table(tmp_path: Path) -> 
     assert read_rows(tmp_path / "sft.parquet") == [row]
 
 
-@pytest.mark.parametrize(("tools", "shown"), [("add", "'add'"), (3, "3"), (["add"], "add"), ('{"a": ', "a")])
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [("add", "'add'"), (3, "3"), (["add"], "add"), ('{"a": ', "a"), ({"f": {"parameters": {}}}, "f")],
+)
 def test_tools_that_are_no_list_of_objects_are_refused(tools: Any, shown: str) -> None:
     record = {"messages": [user("Weather?"), says("Rain")], "tools": tools}
     with pytest.raises(DataError, match=rf"row 0: tools is .*{shown}.*; it must be a list of objects such as"):

@@ -70,6 +70,25 @@ def test_an_answer_with_thumbs_down_is_never_imitated_however_its_label_is_spelt
     assert rows("preferences", good, bad) == [{"prompt": "a", "chosen": "good", "rejected": "bad"}]
 
 
+@pytest.mark.parametrize("columns", [{}, {"label": "good"}])
+def test_thumbs_down_are_left_out_if_columns_are_named(columns: dict[str, str]) -> None:
+    named = columns.get("label", "label")
+    changes = Changes()
+    records = [{"q": "a", "a": "good", named: True}, {"q": "a", "a": "bad", named: "false"}, {"q": "b", "a": "none"}]
+    made = rows("sft", *records, columns={"prompt": "q", "completion": "a"} | columns, changes=changes)
+    assert [row["completion"] for row in made] == ["good", "none"]
+    assert changes["answers with label false, left out of imitation"] == 1
+    with pytest.raises(DataError, match="every record has label false"):
+        rows("sft", records[1], columns={"prompt": "q", "completion": "a"} | columns)
+
+
+def test_labels_that_are_classes_or_answers_leave_nothing_out() -> None:
+    records = [{"q": "a", "a": "x", "label": 0}, {"q": "b", "a": "y", "label": 2}]
+    assert len(rows("sft", *records, columns={"prompt": "q", "completion": "a"})) == 2
+    asked = [{"q": "a", "label": "true"}, {"q": "b", "label": "false"}]
+    assert len(rows("sft", *asked, columns={"prompt": "q", "completion": "label"})) == 2
+
+
 @pytest.mark.parametrize("kind", ["sft", "preferences"])
 @pytest.mark.parametrize("label", [-1, "down", None, "-1"])
 def test_a_label_that_is_neither_true_nor_false_is_refused(kind: str, label: Any) -> None:

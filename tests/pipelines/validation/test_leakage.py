@@ -10,7 +10,9 @@ import pytest
 from pipelines.config.data_schema import TableSource
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import read_file
+from pipelines.data.pairs import Changes
 from pipelines.data.tables import write_rows
+from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.messages import refuse
 from pipelines.validation.suites import TableLimits
 from posttrain.errors import LeakageError
@@ -38,6 +40,19 @@ def test_leakage_is_found_across_all_tables_and_named_by_row(checked: Checked) -
     assert "  id 0 (as evaluation id 0): prompt 'What is 1 + 1?'" in str(caught.value)
     assert "table problems, column prompt, rule leakage (stop): 1 of 1 rows" in str(caught.value)
     assert "  id 0 (as preferences_heldout id 8): prompt 'problems 0'" in str(caught.value)
+
+
+def test_a_developer_message_hides_no_leak_and_is_a_system_message_of_its_own() -> None:
+    asked = [{"role": "user", "content": "dev q"}]
+    developer = [{"role": "developer", "content": "Be brief."}, *asked]
+    held_out = prompt_keys({"prompt": asked}, held_out=True)
+    assert prompt_keys({"prompt": developer}, held_out=False) & held_out
+    changes = Changes()
+    source = TableSource(source="memory.jsonl", system="S")
+    answer = [{"role": "assistant", "content": "a"}]
+    (row,) = canonical_rows("sft", source, [{"prompt": developer, "completion": answer}], changes)
+    assert row["prompt"] == developer
+    assert changes["conversations that keep their own system message instead of data.*.system"] == 1
 
 
 def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
