@@ -256,7 +256,7 @@ def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str], pre
     asked = set(paths_of(wanted["prompt"]))
     names = ("completion", "chosen", "rejected", "answer", _MESSAGES)
     answers = [(name, path) for name in names if name in wanted for path in paths_of(wanted[name])]
-    answers += [("a graded answer", path) for path in answer_paths(source.graded)] if source.graded else []
+    answers += [("a graded answer", path) for path in answer_paths(source.graded, asked)] if source.graded else []
     answers += [("a preferred answer", path) for path in source.preferred.answers.values()] if source.preferred else []
     for name, path in answers:
         parts = path.split(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
@@ -66,10 +66,11 @@ def graded_pairs(
     return pairs
 
 
-def answer_paths(graded: GradedAnswers) -> list[str]:
-    """Return the paths of the answers' texts; for one list of answers, the list's."""
+def answer_paths(graded: GradedAnswers, asked: Iterable[str]) -> list[str]:
+    """Return the paths of the answers' texts; for one list of answers, the list's and those in `asked` that read a text in it."""
     if graded.answers is not None:
-        return [graded.answers]
+        inside = [path for path in asked if path.startswith(f"{graded.answers}.") and path.endswith(graded.text)]
+        return [graded.answers, *inside]
     return [f"{column}.{graded.text}".rstrip(".") for column in graded.columns or ()]
 
 

@@ -25,6 +25,7 @@ LABELLED = {"columns": ["w"], "answers": {"A": "a", "B": "b"}}
         ("sft", {"prompt": "d", "completion": "{d.a} {q}"}, {}, "d"),
         ("preferences", {"prompt": "{q} {a}"}, {"preferred": LABELLED}, "a"),
         ("preferences", {"prompt": "{q} {r}"}, {"graded": {"answers": "r", "text": "t", "score": "s"}}, "r"),
+        ("preferences", {"prompt": "{r.0.t}"}, {"graded": {"answers": "r", "text": "t", "score": "s"}}, "r.0.t"),
         ("preferences", {"prompt": "{x}"}, {"graded": {"columns": ["x", "y"], "text": "t", "score": "s"}}, "x"),
     ],
 )
