@@ -16,7 +16,15 @@ from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import Format, recognised, require_known, unused
-from pipelines.data.pairs import Changes, answer_paths, graded_pairs, number, preferred_pairs, thumbs_pairs
+from pipelines.data.pairs import (
+    Changes,
+    answer_paths,
+    graded_pairs,
+    liked_records,
+    number,
+    preferred_pairs,
+    thumbs_pairs,
+)
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.data.messages import is_thumb, thumb
 from posttrain.errors import ConfigError, DataError
@@ -154,17 +162,8 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
         if kind == "preferences":
             return thumbs_pairs(records, changes)
         up = [thumb(record.get(LABEL), f"{where}, row {i}: {LABEL}") for i, record in enumerate(records)]
-        records = _liked(records, up, where, changes)
+        records = liked_records(records, up, where, changes)
     return [_converted(found, record, f"{where}, row {i}") for i, record in enumerate(records)]
-
-
-def _liked(records: Sequence[Record], up: Sequence[bool], where: str, changes: Changes) -> list[Record]:
-    """Return the records of good answers and count the others. Raises DataError if there are none."""
-    changes["answers with label false, left out of imitation"] += up.count(False)
-    liked = [record for record, good in zip(records, up, strict=True) if good]
-    if not liked:
-        raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
-    return liked
 
 
 def _without_bad(source: TableSource, records: Sequence[Record], where: str, changes: Changes) -> Sequence[Record]:
@@ -176,7 +175,7 @@ def _without_bad(source: TableSource, records: Sequence[Record], where: str, cha
     given = [label for label in labels if label is not _ABSENT and label is not None]
     if not given or not all(map(is_thumb, given)):
         return records
-    return _liked(records, [not is_thumb(label) or thumb(label, where) for label in labels], where, changes)
+    return liked_records(records, [not is_thumb(label) or thumb(label, where) for label in labels], where, changes)
 
 
 def _converted(found: Format, record: Record, where: str) -> Record:

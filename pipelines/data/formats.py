@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.messages import from_json
-from posttrain.data.messages import MARKS, WEIGHTS
+from posttrain.data.messages import MARKS, WEIGHTS, is_thumb, thumb
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]
@@ -175,11 +175,10 @@ def unused(kind: Sourced, found: Format, records: Sequence[Record], where: str) 
     """
     read = {*found.needs, *found.reads, *_OPTIONAL.get(kind, ()), "id"}
     names = sorted({str(name) for record in records for name in record} - read)
-    if (
-        kind == "sft"
-        and "label" in names
-        and all(str(record.get("label")).lower() in ("true", "false") for record in records)
-    ):
+    labels = [record["label"] for record in records if record.get("label") is not None]
+    words = bool(labels) and all(str(label).lower() in ("true", "false") for label in labels)
+    # 1 in every row may say anything; 0 next to 1 is a thumbs down
+    if kind == "sft" and "label" in names and (words or _has_bad(labels)):
         raise DataError(
             f"{where}: the column 'label' is true or false, and answers with false would be imitated, too. Keep only the good answers and"
             " remove the column, or name the file in data.labelled."
@@ -196,6 +195,10 @@ def unused(kind: Sourced, found: Format, records: Sequence[Record], where: str) 
                 f" map the other columns in data.{kind}.columns."
             )
     return names
+
+
+def _has_bad(labels: Sequence[Any]) -> bool:
+    return all(map(is_thumb, labels)) and not all(thumb(label, "") for label in labels)
 
 
 def _pair(record: Record) -> Record:

@@ -178,6 +178,15 @@ def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str | None:
     )
 
 
+def liked_records(records: Sequence[Record], up: Sequence[bool], where: str, changes: Changes) -> list[Record]:
+    """Return the records of good answers and count the others. Raises DataError if there are none."""
+    changes["answers with label false, left out of imitation"] += up.count(False)
+    liked = [record for record, good in zip(records, up, strict=True) if good]
+    if not liked:
+        raise DataError(f"{where}: every record has label false, so there is no answer to imitate")
+    return liked
+
+
 def thumbs_pairs(records: Sequence[Record], changes: Changes) -> list[Record]:
     """Return every answer with thumbs up against every one with thumbs down to the same prompt."""
     prompts: dict[str, dict[bool, list[Any]]] = {}

@@ -82,6 +82,15 @@ def test_thumbs_down_are_left_out_if_columns_are_named(columns: dict[str, str]) 
         rows("sft", records[1], columns={"prompt": "q", "completion": "a"} | columns)
 
 
+def test_thumbs_down_of_whole_conversations_are_refused() -> None:
+    good, bad = ({"messages": [user("a"), says("b")], "label": label} for label in (1, 0))
+    assert len(rows("sft", good, good)) == 2
+    with pytest.raises(
+        DataError, match="the column 'label' is true or false, and answers with false would be imitated"
+    ):
+        rows("sft", good, bad)
+
+
 def test_labels_that_are_classes_or_answers_leave_nothing_out() -> None:
     records = [{"q": "a", "a": "x", "label": 0}, {"q": "b", "a": "y", "label": 2}]
     assert len(rows("sft", *records, columns={"prompt": "q", "completion": "a"})) == 2
