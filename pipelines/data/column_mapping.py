@@ -19,6 +19,7 @@ from pipelines.data.formats import Format, recognised, require_known, unused
 from pipelines.data.pairs import (
     Changes,
     answer_paths,
+    count_unused,
     graded_pairs,
     liked_records,
     number,
@@ -30,14 +31,12 @@ from posttrain.data.messages import is_thumb, thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
 
-_FIELD = re.compile(r"\{([^{}]+)\}")
-_ABSENT: Any = object()
-MOST_SHOWN = 8
-"""Names of columns in one line of the counts."""
 NEAR = 0.85
 """Similarity from which the name of an unused column is asked about."""
 _MESSAGES = "messages"
 """A canonical column that holds a whole conversation: it becomes prompt and completion."""
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_ABSENT: Any = object()
 
 
 def canonical_rows(
@@ -63,7 +62,7 @@ def canonical_rows(
         records = _without_bad(source, records, where, changes)
     columns = _columns(kind, source, records, where)
     if source.columns is not None or pairing:
-        _count_unused(_unmapped(source, columns, records), changes)
+        count_unused(_unmapped(source, columns, records), changes)
     if pairing:
         rows = [_row(columns, record) for record in records]
         if source.graded:
@@ -106,17 +105,6 @@ def _unmapped(source: TableSource, canonical: Iterable[str], records: Sequence[R
     return sorted({str(name) for record in records for name in record} - read)
 
 
-def _count_unused(names: Sequence[str], changes: Changes) -> None:
-    if names:
-        more = ", …" if len(names) > MOST_SHOWN else ""
-        changes[f"columns that are not used: {', '.join(map(_named, names[:MOST_SHOWN]))}{more}"] += len(names)
-
-
-def _named(name: str) -> str:
-    """Return a column's name to show; pandas writes its index into a column without a name."""
-    return name if name.strip() else f"{name!r} (a column without a name, such as an index of pandas)"
-
-
 def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, where: str, changes: Changes) -> list[Row]:
     """Return an environment's rows with `id` and canonical values; further columns become text, as those of files do.
 
@@ -157,7 +145,7 @@ def _in_known_format(kind: Sourced, records: Sequence[Record], where: str, chang
     if found is None:
         require_known(kind, records, where)
         return records
-    _count_unused(unused(kind, found, records, where), changes)
+    count_unused(unused(kind, found, records, where), changes)
     if found.name == "KTO" and kind != "labelled":
         if kind == "preferences":
             return thumbs_pairs(records, changes)

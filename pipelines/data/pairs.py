@@ -16,6 +16,8 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest, shortened
 
 Changes = Counter[str]
+MOST_SHOWN = 8
+"""Names of columns in one line of the counts."""
 """How many records a change of the data is about, by its description."""
 KNOWN_PAIRS = (
     ". Known are: prompt, chosen and rejected; chosen and rejected as whole conversations that begin with the same turns;"
@@ -27,6 +29,18 @@ REPEATED = "conversations whose answers repeat the prompt, of which one copy is 
 """How the validation page counts rows whose prompt stands in its own column and in the answers."""
 At = Callable[[Any, str], Any]
 """The value at a dotted path of a record, or `absent`."""
+
+
+def count_unused(names: Sequence[str], changes: Changes) -> None:
+    """Count columns that no row reads, by name."""
+    if names:
+        more = ", …" if len(names) > MOST_SHOWN else ""
+        changes[f"columns that are not used: {', '.join(map(_named, names[:MOST_SHOWN]))}{more}"] += len(names)
+
+
+def _named(name: str) -> str:
+    """Return a column's name to show; pandas writes its index into a column without a name."""
+    return name if name.strip() else f"{name!r} (a column without a name, such as an index of pandas)"
 
 
 def graded_pairs(
