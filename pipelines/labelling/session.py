@@ -98,7 +98,7 @@ def open_session(folder: Path) -> Session:
         known = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/items.jsonl"))) or "none yet"
         raise DataError(f"there is no labelling session {folder.name}; sessions: {known}")
     try:
-        header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        header, *lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         items = tuple(
             Item(line["id"], line["prompt"], tuple(Answer(**answer) for answer in line["answers"])) for line in lines
         )

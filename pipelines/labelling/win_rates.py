@@ -81,7 +81,7 @@ def _judgements(project: Path) -> Iterator[dict[str, Any]]:
     """Yield the judgements of people that count, of all sessions."""
     for path in sorted((project / FOLDER).glob("*/judgements.jsonl")):
         try:
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            records = [json.loads(line) for line in path.read_bytes().splitlines()]
             yield from (
                 r
                 for r in records

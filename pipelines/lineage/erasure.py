@@ -23,7 +23,7 @@ from pipelines.tracking.erasure import find_traces
 from posttrain.errors import DataError
 from posttrain.files import files_below
 
-STATE = ("runs", "logs", "costs", "report.html", "served", "intake", "intake.json", "studies", "tune")
+STATE = ("runs", "logs", "costs", "report.html", "served", "judges", "intake", "intake.json", "studies", "tune")
 """Parts of .posttrain that record rows. Not among them: fetched models and databases, whose bytes may hold a short text by chance."""
 MADE = (
     *("data/tables", "data/valid", "data/quarantine", "runs", "report", "mlartifacts"),

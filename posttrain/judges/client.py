@@ -28,6 +28,8 @@ LONGEST_WAIT_SECONDS = 60.0
 BUSY = (408, 409, 429)
 """Statuses, next to 5xx, after which the same request may succeed."""
 LONGEST_REPLY_BYTES = 4 * 2**20
+MOST_TOKENS = 10**8
+"""A reply whose usage is above this, or negative, counts as one of unknown length."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _reply(data: bytes, url: str, shown: str) -> Reply:
         text = answer["choices"][0]["message"]["content"]
         usage = answer.get("usage") or {}
         counted = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        counted = [number if 0 <= number <= MOST_TOKENS else 0 for number in counted]
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise JudgeError(f"{url} sent no chat completion: {shown}") from error
     return Reply(text if isinstance(text, str) else "", *counted)

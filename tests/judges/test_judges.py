@@ -110,6 +110,15 @@ def test_a_busy_server_is_asked_again_and_one_that_stays_broken_ends_in_words(tm
         grade(Judge(client(url)), RUBRIC, [("p", "a")])
 
 
+@pytest.mark.parametrize(("reported", "counted"), [(b"7", 7), (b"-1000", 0), (b"1" + b"0" * 30, 0)])
+def test_an_impossible_usage_is_not_counted(reported: bytes, counted: int) -> None:
+    with serving(always_first) as server:
+        server.raw = COMPLETION % reported
+        judge = Judge(client(server.url))
+        assert grade(judge, RUBRIC, [("p", "a")]) == [7.0]
+        assert judge.usage.prompt_tokens == counted
+
+
 def test_a_server_that_never_answers_is_left() -> None:
     released = threading.Event()
     with serving(always_first) as server:

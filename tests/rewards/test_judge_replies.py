@@ -55,6 +55,12 @@ def test_verdicts_in_brackets_count_if_their_line_has_one_and_the_reasoning_has_
     ]  # fmt: skip
     scores = [
         _score_of(reply, Rubric())
-        for reply in ("[[7]] out of [[10]]", "[[3]], no, [[5]]", "<think>[[9]]</think>[[4]]", "[[99]]")
+        for reply in (
+            "[[7]] out of [[10]]",
+            "No errors: [[7]] out of [[10]]",
+            "[[3]], no, [[5]]",
+            "<think>[[9]]</think>[[4]]",
+            "[[99]]",
+        )
     ]
-    assert scores == [None, 5.0, 4.0, None]
+    assert scores == [None, None, 5.0, 4.0, None]

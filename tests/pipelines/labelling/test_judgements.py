@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_a_session_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert open_session(made.folder) == made
     with pytest.raises(DataError, match="no labelling session two; sessions: one"):
         open_session(tmp_path / "labels" / "two")
+
+
+def test_signs_that_end_a_line_for_unicode_only_stay_in_their_text(tmp_path: Path) -> None:
+    made = session(tmp_path / "labels" / "one")
+    text = "5\u2028+\u2029 5\x85=\ud800"
+    made = replace(made, items=(replace(made.items[0], prompt=text), *made.items[1:]))
+    made.save()
+    assert open_session(made.folder).items[0].prompt == text
 
 
 def test_orders_are_blind_and_a_second_time_reversed(tmp_path: Path) -> None:

@@ -29,14 +29,16 @@ def judgement(
 def session(project: Path, name: str, *records: dict[str, Any]) -> None:
     folder = project / "labels" / name
     folder.mkdir(parents=True)
-    (folder / "judgements.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "judgements.jsonl").write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     session(
         tmp_path, "monday",
-        judgement("a", 0, NEW, OLD), judgement("a", 1, NEW, OLD, who="Bob"),
+        judgement("a\u2028", 0, NEW, OLD), judgement("a\u2028", 1, NEW, OLD, who="Bob"),
         judgement("b", 1, OLD, NEW), judgement("c", "tie", OLD, NEW),
         judgement("d", "skip", OLD, NEW), judgement("e", 0, NEW, OLD, who="judge/big"),
         judgement("f", 0, NEW, OLD, task="9:again"), judgement("g", 0, NEW, NEW),

@@ -114,7 +114,10 @@ def test_traces_and_logged_answers_are_deleted_too(
     }
     append_served(project.root, [quoting])
     ServedTraces(project.root, "posttrain").add([quoting, other])
-    assert {"mlflow.db", ".posttrain/served/000002.jsonl"} < set(holders(project.root))
+    reply = Path(".posttrain/judges/ab/reply.json")
+    reply.parent.mkdir(parents=True)
+    reply.write_text(json.dumps({"text": f"The answer {TEXTS[1]} is wrong: [[2]]"}))
+    assert {"mlflow.db", ".posttrain/served/000002.jsonl", str(reply)} < set(holders(project.root))
     assert command.main([str(FILE)]) == 0
     assert "traces in MLflow, as experiment/trace: 1\n  1/tr-" in capsys.readouterr().out
     assert command.main([str(FILE), "--yes"]) == 0
