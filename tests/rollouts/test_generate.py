@@ -72,7 +72,11 @@ def assert_right(model: Any, asked: list[Request], answers: list[list[Completion
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(mamba, "has a recurrent state"), (windowed, "window of 8 tokens"), (capped, "logits by slots differ")],
+    [
+        (mamba, "has a recurrent state"),
+        (windowed, "limited beyond 8 tokens, as by a window"),
+        (capped, "logits by slots differ"),
+    ],
 )
 def test_it_falls_back_and_says_so_once(make: Any, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     _report_once.cache_clear()
