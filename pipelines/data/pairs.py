@@ -26,7 +26,7 @@ KNOWN_PAIRS = (
 )
 """The end of an error about a pair without a prompt."""
 REPEATED = "conversations whose answers repeat the prompt, of which one copy is kept"
-"""How the validation page counts rows whose prompt stands in its own column and in the answers."""
+"""How the validation page counts rows that repeat their prompt in the answers."""
 At = Callable[[Any, str], Any]
 """The value at a dotted path of a record, or `absent`."""
 

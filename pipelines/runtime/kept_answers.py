@@ -74,7 +74,7 @@ def kept_answers(folder: Path, truth: str, models: Sequence[str], count: int) ->
             highest = max(highest, answer.rewards.get(truth, -math.inf))
             for kind, rank in _ranks(answer, truth, models):
                 _add(found[kind], (rank, replace(answer, kind=kind)), count)
-    # an answer of the highest true reward fools nobody
+    # an answer of the highest true reward is no case of reward hacking
     found[FOOLED] = [(rank, answer) for rank, answer in found[FOOLED] if answer.rewards[truth] < highest]
     return [answer for kind in KINDS for _, answer in sorted(found[kind], key=_rank, reverse=True)]
 

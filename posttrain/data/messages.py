@@ -134,7 +134,7 @@ def refuse_repeated_texts(rows: Sequence[Mapping[str, Any]], answers: Sequence[s
     """Return in how many rows each answer is a text that begins with the whole prompt; a prompt below 16 characters does not count.
 
     Raises:
-        DataError: it is so in all of several rows, so that the prompt stands in two columns.
+        DataError: it is so in all of several rows, so that two columns hold the prompt.
     """
     found = [i for i, row in enumerate(rows) if all(_begins(row["prompt"], row[name]) for name in answers)]
     if len(found) == len(rows) > 1:

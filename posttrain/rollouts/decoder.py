@@ -159,8 +159,8 @@ class Decoder:
                 self._continues = self.reach is None  # in a window the padding between old and new columns would count
             except torch.OutOfMemoryError:
                 raise
-            # an unusual model may raise anything: its prompts are then computed whole
-            except Exception:
+            # as for packed batches: a model of an unusual kind refuses, and its prompts are then computed whole
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
                 self._continues = False
         return self._continues
 

@@ -131,7 +131,7 @@ def file_digest(path: Path) -> str:
 
 @cache
 def background_group() -> Any:
-    """Return the group of the writing thread alone: if two threads of a process share one, processes may take their operations in
+    """Return the group that only the writing thread uses: if two threads of a process share one, processes may take their operations in
     different orders, and then wait for each other without end."""
     return dist.new_group(backend="gloo")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from infra.topology import responds
 from posttrain.network import free_port
 from tasks.pool.record import TYPE, Record, parse
 from tasks.process import child_environment, end, start
+from tests.clock import NEEDED, shifted
 from tests.fleet import Machine, small_fleet, until
 from tests.s3 import CREDENTIALS, serving
 
@@ -32,32 +31,6 @@ if name.startswith("side-") and "HELD_UNTIL" in os.environ:
         time.sleep(0.05)
 """
 STAGES = ["join", "side-left", "side-right", "start"]
-SHIFTED = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <sys/time.h>
-#include <time.h>
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    int status = real(clock, now);
-    if (clock == CLOCK_REALTIME && getenv("SHIFT")) now->tv_sec += atol(getenv("SHIFT"));
-    return status;
-}
-int gettimeofday(struct timeval *restrict now, void *restrict zone) {
-    struct timespec exact;
-    clock_gettime(CLOCK_REALTIME, &exact);
-    now->tv_sec = exact.tv_sec, now->tv_usec = exact.tv_nsec / 1000;
-    return 0;
-}
-time_t time(time_t *out) {
-    struct timespec exact;
-    clock_gettime(CLOCK_REALTIME, &exact);
-    if (out) *out = exact.tv_sec;
-    return exact.tv_sec;
-}
-"""
 
 
 class Server:
@@ -234,27 +207,17 @@ def test_two_flows_in_two_clones_share_each_stage(
             same_results(each, finished_template)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for a library that shifts the clock")
+@NEEDED
 def test_clocks_that_are_an_hour_wrong_change_nothing(
     prefect_url: str, template: Path, root: Path, tmp_path: Path, finished_template: Path
 ) -> None:
-    library = tmp_path / "shifted.so"
-    command = ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-", "-ldl"]
-    subprocess.run(command, input=SHIFTED.encode(), check=True)
-    late = {"LD_PRELOAD": str(library), "SHIFT": "-3600"}
-    shown = subprocess.run(
-        [sys.executable, "-c", "import time; print(time.time())"],
-        env=os.environ | late,
-        capture_output=True,
-        check=True,
-    )
-    assert float(shown.stdout) < os.stat(library).st_mtime - 3000
+    late, early, parents = (shifted(tmp_path / str(seconds), seconds) for seconds in (-3600, 3600, 1800))
     with serving("store") as s3, small_fleet(tmp_path / "fleet", s3, prefect_url, template, root) as made:
         machines = [
             made.add("late", POSTTRAIN_WARM="none", **late),
-            made.add("early", POSTTRAIN_WARM="none", **late | {"SHIFT": "3600"}),
+            made.add("early", POSTTRAIN_WARM="none", **early),
         ]
-        made.parent.run("flows.compare", "--no-tracking", **late | {"SHIFT": "1800"})
+        made.parent.run("flows.compare", "--no-tracking", **parents)
         assert ran(*machines) == dict.fromkeys(STAGES, 1)
         same_results(made.parent, finished_template)
         assert all(

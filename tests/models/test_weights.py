@@ -19,7 +19,6 @@ from posttrain.errors import ModelError
 from posttrain.models.checkpointing import recompute_layers
 from posttrain.models.folders import (
     count_parameters,
-    load_config,
     load_encoder,
     load_policy,
     load_tokenizer,
@@ -30,7 +29,6 @@ from posttrain.models.policy import Policy, Scorer
 from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
 from posttrain.models.weights import check_folder
-from posttrain.planning import sizes
 from tests.models import small
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
@@ -297,30 +295,6 @@ def test_with_longrope_the_original_context_is_the_limit(tmp_path: Path) -> None
     assert together[1, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"hidden_act": "nosuch"}])
-def test_a_plan_of_no_language_model_is_refused(folder: Path, change: dict[str, Any]) -> None:
-    reconfigure(folder, **change)
-    with pytest.raises(ModelError, match="transformers makes no language model of this configuration"):
-        sizes(load_config(folder))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"text_config": {"hidden_size": 16}}, r"config.json has a part text_config, which Qwen3Config does not have"),
-        (
-            {"architectures": ["Qwen3ForSequenceClassification", 3]},
-            r"Qwen3ForSequenceClassification is no language model",
-        ),
-        ({"rms_norm_eps": -1.0}, r"the logits of Qwen3ForCausalLM are NaN or infinite although its weights are finite"),
-    ],
-)
-def test_an_odd_configuration_is_refused_in_words(folder: Path, change: dict[str, Any], words: str) -> None:
-    reconfigure(folder, **change)
-    with pytest.raises(ModelError, match=words):
-        load_policy(folder)
-
-
 @pytest.mark.parametrize(
     "change", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}]
 )
@@ -389,40 +363,3 @@ def test_a_tokenizer_that_changes_texts_is_reported(folder: Path, capsys: pytest
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     load_encoder(folder)
     assert r"changes texts: 'It is 5 ,\n\n  so B.' becomes 'it is 5 ,\n\n  so b.'" in capsys.readouterr().err
-
-
-def test_shards_without_their_index_are_named(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    for i, part in enumerate((names[:5], names[5:])):
-        file = folder / f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, file, metadata={"format": "pt"})
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"2 files of weights .* without model.safetensors.index.json"):
-        load_policy(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0 and must be a whole number above 0"),
-        ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_type is 'su', which transformers does not know"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4' and must be a number"),
-    ],
-)
-def test_an_entry_of_the_configuration_that_no_model_has_is_named(
-    folder: Path, change: dict[str, Any], words: str
-) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("rope_parameters", None)
-    (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ModelError, match=words):
-        load_policy(folder)
-
-
-def test_a_chat_template_that_is_no_text_is_refused(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 3}))
-    with pytest.raises(ModelError, match="its chat template is 3, which is no text"):
-        load_encoder(folder)

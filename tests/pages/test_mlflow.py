@@ -12,6 +12,7 @@ from pipelines.tracking.store import open_client
 from tests.pages.browsing import Site
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from playwright.sync_api import Page
 
 RESULTS = "results of the algorithms side by side"
@@ -51,13 +52,17 @@ def test_the_charts_begin_with_the_result(page: Page, site: Site) -> None:
     assert sections[0] == "Result on held-out problems"
 
 
-@pytest.mark.slow
-def test_the_traces_of_a_run_are_its_first_answers_with_their_rewards(page: Page, site: Site) -> None:
-    client = open_client(site.project)
+def recorded_runs(site: Site, wanted: str) -> tuple[str, list[Run]]:
+    """Return the experiment's number and its runs that match a filter."""
     experiment = re.search(r"experiments/(\d+)", site.links[RESULTS])
     assert experiment is not None
-    found = client.search_runs([experiment[1]], "tags.stage = 'align' and tags.algorithm = 'grpo' and tags.seed = '0'")
-    page.goto(f"{site.base}/#/experiments/{experiment[1]}/runs/{found[0].info.run_id}/traces")
+    return experiment[1], open_client(site.project).search_runs([experiment[1]], wanted)
+
+
+@pytest.mark.slow
+def test_the_traces_of_a_run_are_its_first_answers_with_their_rewards(page: Page, site: Site) -> None:
+    experiment, found = recorded_runs(site, "tags.stage = 'align' and tags.algorithm = 'grpo' and tags.seed = '0'")
+    page.goto(f"{site.base}/#/experiments/{experiment}/runs/{found[0].info.run_id}/traces")
     page.get_by_text("0 + 0 =", exact=True).first.wait_for()
     shown = re.sub(r"\s+", " ", page.inner_text("body"))
     assert [f"{n} + {n} =" in shown for n in range(5)] == [True] * 4 + [False], "tracking.traces is 4"
@@ -67,7 +72,7 @@ def test_the_traces_of_a_run_are_its_first_answers_with_their_rewards(page: Page
     # answers of training steps, by what they are shown for
     for text in ("6 + 7 = 13", "6 + 7 = 12", "6 + 7 = 767", "6 + 7 = 0013"):
         assert text in shown, text
-    stored = client.search_traces(locations=[experiment[1]], run_id=found[0].info.run_id)
+    stored = open_client(site.project).search_traces(locations=[experiment], run_id=found[0].info.run_id)
     assert f"{len(stored)} of {len(stored)}" in shown
 
 
@@ -96,10 +101,7 @@ def test_the_page_of_a_run_has_its_result_in_words_and_what_it_was_set_to(page: 
 
 @pytest.mark.slow
 def test_two_runs_side_by_side_show_what_differs(page: Page, site: Site) -> None:
-    client = open_client(site.project)
-    experiment = re.search(r"experiments/(\d+)", site.links[RESULTS])
-    assert experiment is not None
-    found = client.search_runs([experiment[1]], "tags.seed = '0' and tags.stage = 'align'")
+    experiment, found = recorded_runs(site, "tags.seed = '0' and tags.stage = 'align'")
     runs = [run.info.run_id for run in found if run.data.tags["algorithm"] in ("grpo", "ppo")]
     page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment[1]])}")
     page.get_by_text("kl_coefficient").first.wait_for()

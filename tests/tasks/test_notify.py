@@ -7,8 +7,8 @@ import hmac
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -18,18 +18,25 @@ from tests.webhook import listening
 
 
 @contextmanager
-def garbage() -> Iterator[str]:
-    """A server that does not speak HTTP."""
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Yield the address of a server that reads one request and answers with a function of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def answer() -> None:
+        def serve() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.recv(1 << 16)
-                connection.sendall(b"who is there?\r\n")
+                answer(connection)
 
-        threading.Thread(target=answer, daemon=True).start()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}/hook"
+        thread.join()
+
+
+def garbage() -> AbstractContextManager[str]:
+    """A server that does not speak HTTP."""
+    return answering(lambda connection: connection.sendall(b"who is there?\r\n"))
 
 
 def test_the_body_says_what_happened_and_where_to_look_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,24 +74,18 @@ def test_a_webhook_that_fails_or_is_away_fails_nothing(
 def trickling() -> Iterator[tuple[str, threading.Event]]:
     """A server that never finishes the headers of its answer, and an event that is set once it was asked."""
     asked, stop = threading.Event(), threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-                asked.set()
-                while not stop.wait(0.05):
-                    connection.sendall(b"x")
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        asked.set()
+        while not stop.wait(0.05):
+            connection.sendall(b"x")
 
-        thread = threading.Thread(target=answer)
-        thread.start()
+    with answering(answer) as url:
         try:
-            yield f"http://127.0.0.1:{server.getsockname()[1]}/hook", asked
+            yield url, asked
         finally:
             stop.set()
-            thread.join()
 
 
 def test_a_webhook_that_trickles_its_answer_holds_nothing(

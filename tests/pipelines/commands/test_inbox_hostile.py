@@ -122,18 +122,23 @@ def nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(made)
 
 
+def taken_with(project: Path, modes: dict[Path, int]) -> dict[str, tuple[str, str]]:
+    """Return outcome and reason of each entry of the inbox while folders have these modes."""
+    for place, mode in modes.items():
+        place.chmod(mode)
+    try:
+        return {entry.file: (entry.outcome, entry.reason) for entry in taken(project)}
+    finally:
+        for place in modes:
+            place.chmod(0o700)
+
+
 def test_a_file_without_read_permission_and_folders_that_may_not_be_used_stop_nothing(nobodys: Path) -> None:
     put(nobodys, "problems/secret.jsonl", problem("secret")).chmod(0)
     put(nobodys, "problems/good.jsonl", problem("good"))
     unlistable = put(nobodys, "sft/x.jsonl", {"prompt": "a", "completion": "b"}).parent
     fixed = put(nobodys, "evaluation/y.jsonl", problem("fixed")).parent
-    unlistable.chmod(0o300)
-    fixed.chmod(0o500)
-    try:
-        found = {entry.file: (entry.outcome, entry.reason) for entry in taken(nobodys)}
-    finally:
-        unlistable.chmod(0o700)
-        fixed.chmod(0o700)
+    found = taken_with(nobodys, {unlistable: 0o300, fixed: 0o500})
     assert found == {
         "problems/good.jsonl": ("accepted", ""),
         "problems/secret.jsonl": (
@@ -206,13 +211,7 @@ def test_folders_that_may_not_be_entered_or_written_to_stop_nothing(nobodys: Pat
     shut = put(nobodys, "sft/x.jsonl", {"prompt": "a", "completion": "b"}).parent
     aside = nobodys / "inbox/quarantined"
     aside.mkdir()
-    shut.chmod(0o400)
-    aside.chmod(0o500)
-    try:
-        found = {entry.file: (entry.outcome, entry.reason) for entry in taken(nobodys)}
-    finally:
-        shut.chmod(0o700)
-        aside.chmod(0o700)
+    found = taken_with(nobodys, {shut: 0o400, aside: 0o500})
     assert found["problems/good.jsonl"] == ("accepted", "")
     assert found["sft/x.jsonl"] == ("left", "it cannot be looked at: Permission denied")
     outcome, reason = found["problems/bad.jsonl"]

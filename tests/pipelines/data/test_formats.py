@@ -394,9 +394,3 @@ def test_pairs_whose_answers_are_single_messages_have_their_prompt_in_conversati
         DataError, match=r"no first turn in common.*Known are: .*conversations.*data.preferences.columns"
     ):
         rows("preferences", pair)
-
-
-def test_a_column_without_a_name_is_shown_as_such() -> None:
-    changes: Changes = Counter()
-    rows("sft", {"": "0", "prompt": "a", "completion": "b"}, changes=changes)
-    assert changes["columns that are not used: '' (a column without a name, such as an index of pandas)"] == 1

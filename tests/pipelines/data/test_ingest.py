@@ -358,3 +358,9 @@ def test_a_further_column_named_like_one_of_other_tables_becomes_text(tmp_path: 
     rows = canonical_rows("sft", source(columns=columns), records)
     write_rows("sft", rows, tmp_path / "sft.parquet")
     assert [row["chosen"] for row in read_rows(tmp_path / "sft.parquet")] == [json.dumps(value, sort_keys=True)] * 2
+
+
+def test_a_column_without_a_name_is_shown_as_such() -> None:
+    changes: Counter[str] = Counter()
+    canonical_rows("sft", source(), [{"": "0", "prompt": "a", "completion": "b"}], changes)
+    assert changes["columns that are not used: '' (a column without a name, such as an index of pandas)"] == 1

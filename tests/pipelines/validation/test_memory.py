@@ -61,7 +61,7 @@ def test_a_run_keeps_no_frame() -> None:
 def test_reading_and_checking_short_rows_needs_at_most_two_and_a_half_times_their_size(
     root: Path, tmp_path: Path
 ) -> None:
-    """Records are forgotten as rows are made of them, and rows are packed: dictionaries alone would need three times the file."""
+    """Records are forgotten as rows are made of them, and rows are packed: dictionaries would need three times the file."""
     params = load_params(root / "params.yaml")
     path, limits = tmp_path / "pairs.jsonl", TableLimits(10, 10, "number")
 
