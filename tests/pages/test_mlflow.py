@@ -103,7 +103,7 @@ def test_the_page_of_a_run_has_its_result_in_words_and_what_it_was_set_to(page: 
 def test_two_runs_side_by_side_show_what_differs(page: Page, site: Site) -> None:
     experiment, found = recorded_runs(site, "tags.seed = '0' and tags.stage = 'align'")
     runs = [run.info.run_id for run in found if run.data.tags["algorithm"] in ("grpo", "ppo")]
-    page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment[1]])}")
+    page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
     page.get_by_text("kl_coefficient").first.wait_for()
     shown = page.inner_text("body")
     assert "align grpo seed 0" in shown
