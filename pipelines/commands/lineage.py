@@ -4,8 +4,10 @@
     posttrain lineage --file FILE          # an accepted or configured source file: every model that was trained on it
     posttrain lineage --row preferences:17 # a row of data/valid/TABLE.parquet by its id, in all versions of the table
 
-An align stage counts with the tables and models that its algorithm learns from; a reward model of weight 0 only measures. Reads DVC's
-run cache, which remembers every stage run of this checkout; `dvc pull --run-cache` adds those of other machines.
+A model comes with the commit and the parameters of each stage behind it. The commit was checked out when the stage ran; it is read from
+the run's measurements, or from MLflow. An align stage counts with the tables and models that its algorithm learns from; a reward model of
+weight 0 only measures. Reads DVC's run cache, which remembers every stage run of this checkout; `dvc pull --run-cache` adds those of
+other machines.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.config.effective import effective_parameters
 from pipelines.config.params import load_params
 from pipelines.data.files import read_file
+from pipelines.lineage.commits import commit_of
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import REMOVE, Artifact, StageRecord
 from pipelines.promotion.named import find_model
@@ -46,7 +50,7 @@ def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
     files = lineage.files(ingest) if ingest is not None else {}
     return {
         "model": model._asdict(),
-        "stages": [{"stage": record.stage, "params": dict(record.params)} for record in chain],
+        "stages": [_stage(lineage, record) for record in chain],
         "models": [each._asdict() for each in dict.fromkeys(used) if each.path.startswith("models/")],
         "tables": [
             each._asdict() | {"rows": _rows(lineage, each)}
@@ -58,6 +62,14 @@ def describe_model(lineage: Lineage, model: Artifact) -> dict[str, Any]:
         "set_aside": {Path(each.path).stem: _rows(lineage, each) for each in _quarantined(lineage, chain)},
         "evaluation": _evaluation(lineage, model),
     }
+
+
+def _stage(lineage: Lineage, record: StageRecord) -> dict[str, Any]:
+    """Return a stage run: parameters as params.yaml has them, those that it read by their common names, and its commit."""
+    start = lineage.start(record)
+    used = effective_parameters(start.get("stage", ""), start.get("arguments", {}), lineage.parameters(record))
+    commit = commit_of(Path.cwd(), str(start.get("run", "")))
+    return {"stage": record.stage, "commit": commit, "used": used, "params": dict(record.params)}
 
 
 def annotators(files: Mapping[str, str]) -> dict[str, dict[str, int]]:
@@ -150,7 +162,7 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
             f"{version.name}, {aliases}: {version.tags.get(DECISION, '')} {version.tags.get(REASON, '')}".rstrip()
         )
     lines.append(f"{model['path']}  md5 {model['md5']}")
-    lines += _section("made by", (entry["stage"] for entry in found["stages"]))
+    lines += _section("made by", (f"{entry['stage']}  {_commit(entry['commit'])}" for entry in found["stages"]))
     lines += _section("from the models", (f"{each['path']}  md5 {each['md5']}" for each in found["models"]))
     lines += _section(
         "from the tables", (f"{each['path']}  {_count(each['rows'])}  md5 {each['md5']}" for each in found["tables"])
@@ -172,7 +184,18 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
             "evaluated",
             [f"accuracy of greedy answers {measured['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}"],
         )
+    for entry in found["stages"]:
+        values = (
+            f"{name} = {json.dumps(value, ensure_ascii=False)}"
+            for name, value in sorted(entry["used"].items())
+            if value is not None
+        )
+        lines += _section(f"parameters of {entry['stage']}", values)
     return "\n".join(lines)
+
+
+def _commit(commit: str | None) -> str:
+    return "commit not recorded here" if commit is None else f"commit {commit}"
 
 
 def affected_text(found: Mapping[str, Any], what: str) -> str:

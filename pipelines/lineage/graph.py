@@ -71,13 +71,19 @@ class Lineage:
 
     def start(self, record: StageRecord) -> dict[str, Any]:
         """Return the first record of the run's journal: stage, arguments, inputs. It is empty if the journal is not in the cache."""
+        return next(self._journal(record), {})
+
+    def parameters(self, record: StageRecord) -> dict[str, Any]:
+        """Return the parameters that the run read, by their dotted names; those of dvc.lock if its journal is not in the cache."""
+        found = next((each for each in self._journal(record) if each["kind"] == "params"), None)
+        return dict(record.params) if found is None else dict(found["values"])
+
+    def _journal(self, record: StageRecord) -> Iterator[dict[str, Any]]:
         journal = record.journal()
         path = None if journal is None else self.cache.file(journal.md5)
-        if path is None:
-            return {}
-        with path.open(encoding="utf-8") as file:
-            first: dict[str, Any] = json.loads(file.readline())
-        return first
+        if path is not None:
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def files(self, record: StageRecord) -> dict[str, str]:
         """Return the local files that an ingest run read, with their SHA-256."""

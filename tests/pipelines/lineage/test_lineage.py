@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from ruamel.yaml import YAML
 
 from pipelines.commands import lineage as command
 from pipelines.commands.lineage import affected, describe_model, versions_with_row
+from pipelines.lineage.commits import COMMIT_TAG
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import PARSED, Artifact, read_records
+from pipelines.runtime.journal import encode
+from pipelines.tracking.describe import RUN_TAG
+from pipelines.tracking.store import open_client
 from posttrain.errors import DataError, TrackingError
 
 FIRST = [{"id": 0, "prompt": "a", "chosen": "1", "rejected": "0"}]
@@ -125,6 +130,36 @@ def test_a_model_that_newer_runs_replaced_still_leads_to_its_own_tables(nights: 
     assert new["files"].keys() == {"raw/pairs/one.jsonl", "data/raw/accepted/preferences/0001-new.jsonl"}
     assert new["set_aside"] == {"preferences": 1}
     assert (old["evaluation"]["accuracy"], new["evaluation"]["accuracy"]) == (0.25, 0.5)
+
+
+def test_a_stage_comes_with_its_parameters_and_the_commit_of_the_run(nights: Nights, empty_store: Path) -> None:
+    start = {"kind": "start", "run": "sft-1", "stage": "sft", "arguments": {}}
+    values = {"sft.optimizer.learning_rate": 0.5, "sft.samples_every": 9, "sft.lora": None}
+    lines = [start, {"kind": "params", "values": values}]
+    journal = nights.store("\n".join(map(json.dumps, lines)).encode())
+    table = {"data/valid/sft.parquet": md5(parquet([{"id": 0}]))}
+    nights.record("sft", table, {"models/sft": md5(b"new sft"), "runs/sft/journal.jsonl": journal})
+    model = Artifact("models/sft", md5(b"new sft"))
+
+    def shown() -> str:
+        return command.model_text(describe_model(Lineage.read(nights.root), model), None)
+
+    assert "made by:\n  sft  commit not recorded here\n" in shown()
+    assert "parameters of sft:\n  optimizer.learning_rate = 0.5\n" in shown()
+    assert "samples_every" not in shown()
+    shutil.copy(empty_store, nights.root / "mlflow.db")
+    client = open_client(nights.root)
+    run = client.create_run("0", tags={RUN_TAG: "sft-1", COMMIT_TAG: "c" * 40}).info.run_id
+    assert f"made by:\n  sft  commit {'c' * 40}\n" in shown()
+    client.delete_run(run)
+    assert "sft  commit not recorded here" in shown()
+    measured = nights.root / ".posttrain/runs/sft-1/measurements.jsonl"
+    measured.parent.mkdir(parents=True)
+    starts = [{"kind": "start", "time": 1.0, "commit": commit} for commit in ("a" * 40, "b" * 40, None)]
+    measured.write_text("".join(map(encode, starts)))
+    assert f"made by:\n  sft  commit {'b' * 40}\n" in shown(), "the newest start that recorded one"
+    found = describe_model(Lineage.read(nights.root), model)["stages"][0]
+    assert (found["commit"], found["used"]["optimizer.learning_rate"]) == ("b" * 40, 0.5)
 
 
 def test_people_who_judged_are_named_while_their_file_is_there(nights: Nights) -> None:
