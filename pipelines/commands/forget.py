@@ -22,8 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.config.params import load_params
-from pipelines.lineage.erasure import Erasure, erase, erase_remotely, plan
+from pipelines.lineage.erasure import Erasure, erase, plan
 from pipelines.lineage.graph import Lineage
+from pipelines.lineage.objects import erase_remotely
 from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.registry import RETRAIN, Registry
 from pipelines.runtime import environment

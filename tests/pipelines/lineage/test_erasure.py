@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import html
 import json
@@ -32,12 +33,14 @@ def holders(folder: Path) -> list[str]:
         form.encode()
         for text in TEXTS
         for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], html.escape(text))
-    }
+    } | {json.dumps(json.dumps(TEXTS[1]))[3:-3].encode(), repr(TEXTS[1])[1:-1].encode()}
     found = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
         if data[:4] == b"PAR1":
             data = json.dumps(pq.read_table(path).to_pylist()).encode()
         if any(form in data for form in forms):
@@ -60,6 +63,12 @@ def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Nigh
     (nights.root / "data/tables/preferences.parquet").write_bytes(parquet([{**ROW, "id": 0}, OTHER]))
     (nights.root / "report").mkdir()
     (nights.root / "report/index.html").write_text(f"<p>{html.escape(TEXTS[1])}</p>")
+    (nights.root / "report/calls.jsonl").write_text(json.dumps({"arguments": json.dumps({"text": TEXTS[1]})}))
+    (nights.root / "report/repr.txt").write_text(repr({"text": TEXTS[1]}))
+    (nights.root / "report/old.json.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
+    pages = parquet([{"log": f"user: {text}"} for text in TEXTS])
+    (nights.root / "report/log.parquet").write_bytes(pages)
+    (nights.root / "report/other.json.gz").write_bytes(gzip.compress(json.dumps(OTHER).encode()))
     (nights.root / "inbox").mkdir()
     (nights.root / "inbox/again.jsonl").write_text(json.dumps(ROW))
     shutil.copy(root / "params.yaml", nights.root)
@@ -79,6 +88,8 @@ def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytes
         "the file, the table before and after validation (the same bytes), the journal, the quarantine"
     )
     assert {str(FILE), "data/valid/preferences.parquet", "report/index.html", "inbox/again.jsonl"} < set(before)
+    packed = {"report/calls.jsonl", "report/repr.txt", "report/old.json.gz", "report/log.parquet"}
+    assert packed < set(before)
     others = {path for path in remote.rglob("*") if path.is_file()} - {remote / name for name in remotely}
 
     assert command.main([str(FILE)]) == 0
@@ -92,6 +103,7 @@ def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytes
     assert "deleted; remotes: store; versions marked: none" in capsys.readouterr().out
     assert holders(remote) == []
     assert holders(project.root) == ["inbox/again.jsonl"], "a person's own file is named, not deleted"
+    assert [path.name for path in Path("report").iterdir()] == ["other.json.gz"]
     assert {path for path in remote.rglob("*") if path.is_file()} == others, "nothing else was deleted"
     (record,) = [json.loads(line) for line in Path(".posttrain/forgotten.jsonl").read_text().splitlines()]
     assert record["models"] == [weights(project, 2)._asdict()]
@@ -125,6 +137,26 @@ def test_traces_and_logged_answers_are_deleted_too(
     assert len(read_served(project.root)) == PER_FILE
     client = open_client(project.root)
     assert [trace.info.tags["request"] for trace in client.search_traces(locations=["1"])] == ["b"]
+
+
+def test_what_the_cache_lost_is_read_from_the_remote_and_deleted_there(
+    project: Nights, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote = project.root.parent / "remote"
+    shutil.rmtree(project.root / ".dvc/cache/files/md5")
+    for path in (remote / "files/md5").rglob("*"):  # the journals of ingest lead from a file to its tables
+        if path.is_file() and path.read_bytes().startswith(b'{"kind": "start"'):
+            kept = project.root / ".dvc/cache/files" / path.relative_to(remote / "files")
+            kept.parent.mkdir(parents=True)
+            shutil.copy(path, kept)
+    for path in (remote / "files/md5").rglob("*.dir"):
+        kept = project.root / ".dvc/cache/files" / path.relative_to(remote / "files")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
+    assert len(holders(remote)) == 4
+    assert command.main([str(FILE), "--yes"]) == 0
+    assert holders(remote) == []
+    assert f"  models/align/dpo-0  md5 {weights(project, 2).md5}\n" in capsys.readouterr().out
 
 
 def test_a_file_that_nobody_read_or_whose_texts_are_everywhere_is_refused(project: Nights, tmp_path: Path) -> None:
