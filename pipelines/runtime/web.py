@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -23,14 +24,29 @@ HEADERS = {
 }
 
 
+REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
+
+
+def _refused(_: int) -> bytes:
+    return json.dumps({"error": REFUSED}).encode()
+
+
 class Guard:
     """ASGI middleware. Refuses a wrong Host (DNS rebinding) or Origin with 403, and a wrong token with 401.
 
     The token is sent as `Authorization: Bearer TOKEN`, which no page of a different origin can add. Paths in `public` need none.
+    `refused` makes the body, which is JSON, from the status.
     """
 
-    def __init__(self, app: ASGIApp, port: int, token: str, public: Sequence[str] = ()) -> None:
-        self.app, self.token, self.public = app, token, frozenset(public)
+    def __init__(
+        self,
+        app: ASGIApp,
+        port: int,
+        token: str,
+        public: Sequence[str] = (),
+        refused: Callable[[int], bytes] = _refused,
+    ) -> None:
+        self.app, self.token, self.public, self.refused = app, token, frozenset(public), refused
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +67,7 @@ class Guard:
         if status is None:
             await self.app(scope, receive, with_headers)
             return
-        body = b'{"error": "refused: open the address that the command printed, or send its secret as Authorization: Bearer"}'
+        body = self.refused(status)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await with_headers({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

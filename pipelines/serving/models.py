@@ -50,12 +50,21 @@ class Models:
         with self._lock:
             return list(self._served.values())
 
+    def has(self, name: str) -> bool:
+        """Return True if a model of that name is served. Models are replaced, and never removed."""
+        with self._lock:
+            return name in self._served
+
+    def missing(self, name: str) -> str:
+        """Return a sentence about a model that is not served, with the nearest name."""
+        return f"the model {name[:200]!r} is not served here{nearest(name[:200], self._served)}"
+
     def get(self, name: str) -> Served:
         """Return the model of that name. Raises DataError if it is not served here."""
         with self._lock:
             found = self._served.get(name)
         if found is None:
-            raise DataError(f"the model {name!r} is not served here{nearest(name, self._served)}")
+            raise DataError(self.missing(name))
         return found
 
     def submit(self, name: str, make: Callable[[Served], Job]) -> tuple[Served, Job]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from pipelines.runtime.redaction import printable, redact
-from pipelines.runtime.web import Guard
+from pipelines.runtime.web import REFUSED, Guard
 from pipelines.serving.batching import Job
 from pipelines.serving.models import Models, Served
 from pipelines.serving.observation import Observer
@@ -31,11 +31,14 @@ from pipelines.serving.protocol import (
     settled,
     usage,
 )
-from posttrain.errors import ConfigError, DataError, PosttrainError
+from pipelines.serving.refusals import Refusal, read
+from posttrain.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain.rollouts.engine import Completion, SamplingSettings
 from posttrain.rollouts.engine import Request as Prompt
 
 VERSION_HEADER = "X-Model-Version"
+MOST_ANSWERS = 1024
+"""Answers of one request. They wait in memory together."""
 
 
 @dataclass
@@ -72,9 +75,17 @@ def application(
 
     @app.exception_handler(PosttrainError)
     def refuse(_: Request, error: PosttrainError) -> JSONResponse:
-        status = 404 if isinstance(error, DataError) else 400 if isinstance(error, ConfigError) else 500
-        message = printable(redact(str(error)))
-        return JSONResponse({"error": {"message": message, "type": type(error).__name__, "code": status}}, status)
+        # the models are loaded: what a configuration, row or template cannot do is the request's fault
+        status = 400 if isinstance(error, ConfigError | DataError | ModelError) else 500
+        return Refusal(str(error), status=status).response()
+
+    @app.exception_handler(HTTPException)
+    def refuse_path(_: Request, error: HTTPException) -> JSONResponse:
+        return Refusal(str(error.detail), status=error.status_code).response()
+
+    @app.exception_handler(Exception)
+    def fail(_: Request, error: Exception) -> JSONResponse:
+        return Refusal(f"the server failed with {type(error).__name__}; its terminal shows more", status=500).response()
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -89,29 +100,52 @@ def application(
         return {"object": "list", "data": data}
 
     @app.post("/v1/chat/completions")
-    async def chat(wanted: ChatWanted) -> Any:
+    async def chat(request: Request) -> Any:
+        wanted = read(ChatWanted, await request.body())
+        if isinstance(wanted, Refusal):
+            return wanted.response()
         limit = wanted.max_completion_tokens or wanted.max_tokens or default_tokens
         messages = [{"role": message.role, "content": message.content} for message in wanted.messages]
         return await _answer(models, observer, wanted, CHAT, [messages], limit)
 
     @app.post("/v1/completions")
-    async def complete(wanted: TextWanted) -> Any:
-        prompt: Any = wanted.prompt
-        prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-        return await _answer(models, observer, wanted, TEXT, prompts, wanted.max_tokens or default_tokens)
+    async def complete(request: Request) -> Any:
+        wanted = read(TextWanted, await request.body())
+        if isinstance(wanted, Refusal):
+            return wanted.response()
+        return await _answer(models, observer, wanted, TEXT, wanted.prompts, wanted.max_tokens or default_tokens)
 
-    return Guard(app, port, token, ("/health",))
+    def refused(status: int) -> bytes:
+        return Refusal(REFUSED, code="invalid_api_key" if status == 401 else None, status=status).encoded()
+
+    return Guard(app, port, token, ("/health",), refused)
+
+
+def _refusal(models: Models, wanted: Wanted, prompts: Sequence[Any]) -> Refusal | None:
+    """Return the refusal of a request that cannot be answered, whatever its prompts say."""
+    if found := wanted.refusal():
+        return found
+    if not models.has(wanted.model):
+        return Refusal(models.missing(wanted.model), "model", "model_not_found", 404)
+    if not prompts:
+        return Refusal("prompt is an empty list; give at least one prompt", "prompt")
+    if len(prompts) * wanted.n > MOST_ANSWERS:
+        message = (
+            f"{len(prompts)} prompts with n = {wanted.n}: a request has at most {MOST_ANSWERS} answers; send several"
+        )
+        return Refusal(message, "prompt")
+    if wanted.stream and len(prompts) > 1:
+        message = "stream = True with several prompts is not implemented here; send one request per prompt"
+        return Refusal(message, "stream")
+    return None
 
 
 async def _answer(
     models: Models, observer: Observer | None, wanted: Wanted, kind: str, prompts: Sequence[Any], limit: int
 ) -> Any:
     """Answer all prompts of one request, as a whole or streamed."""
-    wanted.check()
-    if not prompts:
-        raise ConfigError("prompt is an empty list; give at least one prompt")
-    if wanted.stream and len(prompts) > 1:
-        raise ConfigError("stream = True with several prompts is not implemented here; send one request per prompt")
+    if found := _refusal(models, wanted, prompts):
+        return found.response()
     seed = secrets.randbits(31) if wanted.seed is None else wanted.seed
     calls = [
         _submit(models, wanted, kind, prompt, tuple((seed, place * wanted.n + i) for i in range(wanted.n)), limit)
@@ -123,8 +157,8 @@ async def _answer(
     headers = {VERSION_HEADER: calls[0].served.fingerprint}
     if wanted.stream:
         return StreamingResponse(_pieces(calls[0]), media_type="text/event-stream", headers=headers)
-    found = [await asyncio.wrap_future(call.job.done) for call in calls]
-    answers = [(call, completion) for call, completions in zip(calls, found, strict=True) for completion in completions]
+    drawn = [await asyncio.wrap_future(call.job.done) for call in calls]
+    answers = [(call, completion) for call, completions in zip(calls, drawn, strict=True) for completion in completions]
     choices = [choice(kind, i, *call.finished(completion)) for i, (call, completion) in enumerate(answers)]
     counted = usage(sum(len(call.job.request.prompt) for call in calls), sum(len(each.tokens) for _, each in answers))
     return JSONResponse(calls[0].head(kind) | {"choices": choices, "usage": counted}, headers=headers)
@@ -203,7 +237,7 @@ async def _pieces(call: Call) -> AsyncIterator[str]:
             yield event(answer, ready, None)
     error = call.job.done.exception()
     if error is not None:
-        yield _event({"error": {"message": printable(redact(str(error))), "type": type(error).__name__}})
+        yield _event(Refusal(str(error), status=500).body())
         return
     completions = call.job.done.result()
     for answer, completion in enumerate(completions):
