@@ -225,8 +225,29 @@ def _asked(name: str) -> Convert:
     return lambda record: record | {"prompt": record.get(name)}
 
 
+def _openai_pair(record: Record) -> Record:
+    """Return a pair of OpenAI's preference fine-tuning, whose earlier turns and tools are in `input`."""
+    asked = record.get("input")
+    if not isinstance(asked, dict):
+        raise DataError(f"input {str(asked)[:60]!r}: must be an object with messages; correct the record")
+    names = {"chosen": record.get("preferred_output"), "rejected": record.get("non_preferred_output")}
+    return record | names | {"prompt": asked.get("messages"), "tools": asked.get("tools")}
+
+
+def _tagged(convert: Convert) -> Convert:
+    """Take LLaMA-Factory's name of a label, too."""
+    return lambda record: convert(record | {"label": record.get("label", record.get("kto_tag"))})
+
+
 def _verl(record: Record) -> Record:
     judge = record.get("reward_model")
+    if isinstance(judge, str):
+        try:
+            judge = json.loads(judge)
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"reward_model {judge[:60]!r}: must be an object with ground_truth, or one as JSON"
+            ) from None
     return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
 
 
@@ -260,6 +281,24 @@ _PROBLEMS: tuple[Sourced, ...] = ("problems", "evaluation")
 FORMATS = (
     Format("KTO", ("sft", "preferences", "labelled"), frozenset({"prompt", "completion", "label"}), _same),
     Format("messages with a label", ("labelled",), frozenset({"messages", "label"}), _messages("messages"), _CHAT),
+    *(
+        Format(f"{name} with a label", ("labelled",), frozenset({column, label}), _tagged(_messages(column)), _CHAT)
+        for name, column, label in (
+            ("ShareGPT", "conversations", "label"),
+            ("ShareGPT", "conversations", "kto_tag"),
+            ("messages", "messages", "kto_tag"),
+        )
+    ),
+    *(
+        Format(
+            "Alpaca with a label",
+            ("labelled",),
+            frozenset({"instruction", "output", label}),
+            _tagged(_instruction("input", "output")),
+            frozenset({"input", "system", "history"}),
+        )
+        for label in ("label", "kto_tag")
+    ),
     Format("prompt and completion", ("sft",), frozenset({"prompt", "completion"}), _same),
     Format("messages", ("sft",), frozenset({"messages"}), _messages("messages"), _CHAT),
     Format("ShareGPT", ("sft",), frozenset({"conversations"}), _messages("conversations"), _CHAT),
@@ -286,6 +325,12 @@ FORMATS = (
         _asked_in_conversations,
         _CHAT,
         _one_answer_each,
+    ),
+    Format(
+        "OpenAI preferences",
+        ("preferences",),
+        frozenset({"input", "preferred_output", "non_preferred_output"}),
+        _openai_pair,
     ),
     Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),
     Format("problems", _PROBLEMS, frozenset({"prompt", "answer"}), _same),

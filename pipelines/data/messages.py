@@ -72,7 +72,10 @@ def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Me
     # a column's file format may fill up absent fields with null
     others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     others = weighted(others, where)
-    message = {"role": role_of(name, where), "content": _text(turn.get(content), where), **others}
+    said = turn.get(content)
+    if said is None and isinstance(others.get("refusal"), str):  # how OpenAI writes an answer that declines
+        said = others.pop("refusal")
+    message = {"role": role_of(name, where), "content": _text(said, where), **others}
     if name == "function_call":
         message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
     if isinstance(message.get("function_call"), Mapping):
@@ -98,11 +101,12 @@ def _text(content: Any, where: str) -> str:
 def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    text = part.get(kind) if isinstance(part, Mapping) and kind in ("text", "refusal") else None
     if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        shown = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise DataError(
-            f"{where}: holds a content part of type {kind!r}; only text can be trained. Remove the row or the part."
+            f"{where}: holds a content part of type {shown!r}; only text can be trained. Remove the row or the part."
         )
     return text
 

@@ -73,9 +73,9 @@ def _end(
     span: Span,
     ends: Sequence[int],
 ) -> int | None:
-    """Return the position of the end that closes a turn: the first after its text, the last within it, or the token after it."""
+    """Return the position of the end that closes a turn: the first of its text or after that, the last within it, or the token after it."""
     if span.said is not None:
-        after = next((i for i in inside if starts[i] >= span.said[1] and ids[i] in ends), None)
+        after = next((i for i in inside if starts[i] >= span.said[0] and ids[i] in ends), None)
         if after is not None:
             return after
     within = next((i for i in reversed(inside) if ids[i] in ends), None)

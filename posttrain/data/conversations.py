@@ -22,7 +22,8 @@ from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.data.limits import bounded
-from posttrain.data.template_errors import refusal, require_tools
+from posttrain.data.stand_ins import LeftOut, form, last_change, left_out, shared, turn_part
+from posttrain.data.template_errors import not_shown, refusal, require_tools
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 TrainOn = Literal["completion", "last", "marked", "all"]
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_STAND_INS = ("\ue000\ue000", "\ue001\ue001")
 DATE = datetime(2024, 7, 26)
 """The date for a template that prints today's date: the same rows must give the same tokens on any day."""
 _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
@@ -39,6 +39,7 @@ _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
 _TAGS = re.compile(r"</?\w+>|\[/?\w+\]|<\|\w+\|>")
 _ASKED, _ANSWERED = "posttrain-question", "posttrain-answer"
 """Texts of the conversation by which a template's closings are found."""
+_MOST_FORMS = 4096
 PROBE = "?"
 """The name of that conversation where messages name a row."""
 _OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -80,6 +81,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._probed: tuple[str, str] | None = None
+        self._forms: set[tuple[Any, ...]] = set()
+        """Forms of conversations that the template shows whole."""
 
     def closings(self) -> Closings | None:
         """Return the texts that the template writes after an answer, None if it refuses a question and its answer.
@@ -142,6 +145,7 @@ class ChatTemplate:
         """
         text = self.render(messages, tools, generate, row)
         require_tools(text, messages, tools, row_name(row))
+        self._require_shown(messages, tools, row)
         shown, as_written = _plain(text), " ".join(text.split())
         for i, message in enumerate(messages):
             content = message.get("content")
@@ -150,11 +154,7 @@ class ChatTemplate:
             end = _after_reasoning(content)
             spellings = (end, json.dumps(end)[1:-1], json.dumps(end, ensure_ascii=False)[1:-1])
             if not any(_plain(one) in shown for one in spellings):
-                raise DataError(
-                    f"{row_name(row)}: the model's chat template leaves out the text of turn {i} ({message.get('role')}), so the model"
-                    " would never see it. Put it into a turn that the template shows, such as the user's, or take a model with another"
-                    " template."
-                )
+                raise not_shown(messages, LeftOut(i), row_name(row))
             if not any(" ".join(one.split()) in as_written for one in spellings):
                 raise DataError(
                     f"{row_name(row)}: the model's chat template changes the letters of turn {i} ({message.get('role')}), as its filters"
@@ -170,6 +170,16 @@ class ChatTemplate:
                 " the row."
             )
         return text
+
+    def _require_shown(self, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
+        """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are."""
+        shape = (str(self.tokenizer.chat_template), tools is None, form(messages))
+        if shape in self._forms:
+            return
+        for part in left_out(messages, lambda some: self._try(some, tools)):
+            raise not_shown(messages, part, row_name(row))
+        if len(self._forms) < _MOST_FORMS:
+            self._forms.add(shape)
 
     def spans(
         self,
@@ -224,38 +234,33 @@ class ChatTemplate:
     def _by_stand_ins(
         self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
     ) -> tuple[int, int] | None:
-        """Find the content by its changes, the turn's opening by the generation prompt, its closing by the last turn's."""
-        content = messages[turn].get("content")
-        if not isinstance(content, str) or not content.strip() or any(messages[turn].get(f) for f in _OTHER_FIELDS):
+        """Find the turn by its changes, and its opening by the generation prompt."""
+        found = turn_part(messages, turn, full, lambda some: self._try(some, tools))
+        if found is None:
             return None
-        bodies = self._stand_ins(messages, turn, tools)
-        if bodies is None:
-            return None
-        head, tail = bodies
-        if not full.startswith(head) or not full.endswith(tail) or len(head) + len(tail) > len(full):
-            return None
-        start, stop = len(head), len(full) - len(tail)
-        if not content.strip().endswith(full[start:stop].strip()) or not full[start:stop].strip():
-            return None
-        alone = self._stand_ins(messages[: turn + 1], turn, tools)
-        if alone is None or not full.startswith(alone[1], stop):
-            return None
-        opened = self._opening(messages[:turn], full, start, tools)
-        return None if opened is None else (opened, stop + len(alone[1]))
+        opened = self._opening(messages, turn, full, found[0], tools)
+        return None if opened is None else (opened, found[1])
 
-    def _opening(self, before: Sequence[Message], full: str, content: int, tools: list[Any] | None) -> int | None:
+    def _opening(
+        self, messages: Sequence[Message], turn: int, full: str, content: int, tools: list[Any] | None
+    ) -> int | None:
         """Return where the answer begins: after the common start of generation prompt and conversation, at its content at the latest."""
-        if not before:
+        if not turn:
             return content
+        before = messages[:turn]
         history, asked = self._try(before, tools), self._try(before, tools, generate=True)
-        if history is None or asked is None or not full.startswith(history):
-            return content if asked is None or history is None else None
+        if history is None or asked is None:
+            return content
         opening = asked[len(history) :] if asked.startswith(history) else ""
+        if not full.startswith(history):  # earlier turns are shown differently
+            last = last_change(messages, turn - 1, full, lambda some: self._try(some, tools))
+            once = last is not None and opening.strip() and full.count(opening, last, content) == 1
+            return full.index(opening, last, content) + len(opening) if once else None
         # a template that closes the question only before the answer: the opening is there, but not where sampling puts it
         place = (
             full.rfind(opening, len(history), content) if opening and not full.startswith(opening, len(history)) else -1
         )
-        return place + len(opening) if place >= 0 else max(len(history), min(_shared(asked, full), content))
+        return place + len(opening) if place >= 0 else max(len(history), min(shared(asked, full), content))
 
     def _said(self, message: Message, full: str, start: int, stop: int) -> tuple[int, int] | None:
         """Return the characters of a turn's own text within its span, None if it is not there as it is written."""
@@ -273,21 +278,6 @@ class ChatTemplate:
             found = self.closings()
             self._probed = (template, found.last if found else "")
         return self._probed[1]
-
-    def _stand_ins(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, str] | None:
-        """Return the text before and after the turn's content."""
-        texts = []
-        for stand_in in _STAND_INS:
-            changed = [*messages]
-            changed[turn] = {**messages[turn], "content": stand_in}
-            texts.append(self._try(changed, tools))
-        if None in texts:
-            return None
-        one, two = str(texts[0]), str(texts[1])
-        start = one.find(_STAND_INS[0])
-        stop = start + len(_STAND_INS[0])
-        once = one.count(_STAND_INS[0]) == 1 and two == one[:start] + _STAND_INS[1] + one[stop:]
-        return (one[:start], one[stop:]) if once else None
 
     def _try(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False) -> str | None:
         """Render a part of a conversation, which templates may refuse though they take the whole."""
@@ -364,10 +354,6 @@ def _shorter(text: str) -> str:
     """Return a text as one short line."""
     line = repr(" ".join(text.split()))
     return line if len(line) <= 60 else line[:57] + "…" + line[0]
-
-
-def _shared(a: str, b: str) -> int:
-    return len(path.commonprefix([a, b]))  # noqa: RUF071
 
 
 def row_name(row: str) -> str:

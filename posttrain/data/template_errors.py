@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from posttrain.data.stand_ins import LeftOut
 from posttrain.errors import DataError, ModelError, PosttrainError
 
 Message = Mapping[str, Any]
@@ -53,6 +54,22 @@ def _advice(messages: Sequence[Message], fails_always: Callable[[], bool]) -> st
     if len(messages) <= 2:
         return "The template may be broken: correct chat_template.jinja, or take a model with a different template."
     return "It refuses a plain question and its answer, too, so it may be broken: correct chat_template.jinja, or take a different model."
+
+
+def not_shown(messages: Sequence[Message], part: LeftOut, row: str) -> DataError:
+    """Return the error of a template that leaves out a part of a turn."""
+    turn = messages[part.turn]
+    if part.argument is not None:
+        name = f"the argument {part.argument!r} of the call in turn {part.turn}"
+        advice = "Take a model whose template shows the arguments of calls, or write the call as the turn's text."
+    else:
+        name = f"the text of turn {part.turn} ({turn.get('role')})"
+        advice = (
+            "Put it into a turn that the template shows, such as the user's, or take a model with another template."
+        )
+        if turn.get("tool_calls"):
+            advice = "Remove the text that comes with the call, or take a model whose template shows both."
+    return DataError(f"{row}: the model's chat template leaves out {name}, so the model would never see it. {advice}")
 
 
 def require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:

@@ -1,0 +1,56 @@
+"""Forms of OpenAI, LLaMA-Factory and verl that differ from the usual ones in a column or a field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from posttrain.errors import DataError
+from tests.pipelines.data.records import rows, says, user
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+def test_pairs_of_openai_have_their_prompt_and_tools_in_input() -> None:
+    record = {
+        "input": {"messages": [user("Hello?")], "tools": [TOOL], "parallel_tool_calls": True},
+        "preferred_output": [says("Hi")],
+        "non_preferred_output": [says("No")],
+    }
+    assert rows("preferences", record) == [
+        {"prompt": [user("Hello?")], "chosen": [says("Hi")], "rejected": [says("No")],
+         "tools": json.dumps([TOOL], sort_keys=True)}
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"row 0: input 'Hello\?': must be an object with messages"):
+        rows("preferences", record | {"input": "Hello?"})
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "refusal": "I cannot"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot"}]},
+    ],
+)
+def test_an_answer_that_declines_is_its_text(turn: dict[str, Any]) -> None:
+    assert rows("sft", {"messages": [user("a"), turn]}) == [{"prompt": [user("a")], "completion": [says("I cannot")]}]
+
+
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+def test_labels_come_with_conversations_and_instructions(label: str) -> None:
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    whole = [{"prompt": [user("a")], "completion": [says("b")], "label": False}]
+    assert rows("labelled", {"conversations": sharegpt, label: False}) == whole
+    assert rows("labelled", {"messages": [user("a"), says("b")], label: 0}) == whole
+    assert rows("labelled", {"instruction": "a", "input": "c", "output": "b", label: True}) == [
+        {"prompt": "a\nc", "completion": "b", "label": True}
+    ]
+
+
+def test_a_ground_truth_of_verl_may_be_written_as_json() -> None:
+    record = {"prompt": [user("3+4?")], "reward_model": '{"style": "rule", "ground_truth": "7"}'}
+    assert rows("problems", record) == [{"prompt": [user("3+4?")], "answer": "7"}]
+    with pytest.raises(DataError, match="row 0: reward_model 'rule': must be an object with ground_truth"):
+        rows("problems", record | {"reward_model": "rule"})
