@@ -210,8 +210,11 @@ def serve(session: Session, project: Path, port: int) -> None:
             flush=True,
         )
 
+    def give(annotator: str | None) -> int:
+        return hand_over(desk, inbox, scores=scores, gold=gold, only=annotator)
+
     try:
-        web.run(application(desk, lambda: hand_over(desk, inbox, scores=scores, gold=gold), port, token), port, ready)
+        web.run(application(desk, give, port, token), port, ready)
         finish(desk)
     finally:
         desk.close()
@@ -239,9 +242,11 @@ def import_export(project: Path, file: Path, name: str | None) -> None:
     session.save()
     desk = Desk(session)
     try:
-        for each in judgements:
-            if each.item in kept:
-                desk.judge_item(each.annotator, each.item, f"{each.annotator}/{each.item}", each.value, each.time)
+        given = {(each.annotator, each.item): each for each in judgements if each.item in kept}
+        for each in given.values():
+            desk.judge_item(each.annotator, each.item, f"{each.annotator}/{each.item}", each.value, each.time)
+        if left := sum(each.item in kept for each in judgements) - len(given):
+            print_text(f"{left} judgements are left out: the same annotator judged the item again later in the file")
         count = hand_over(desk, location(project), scores=needs_scores(project))
         print_text(f"{session.folder}: {len(kept)} items, {count} judgements handed to the inbox")
         print_text("\n".join(map(printable, describe(summarise(session, desk.judgements())).split("\n"))))

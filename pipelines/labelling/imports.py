@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from pipelines.data.files import read_file
 from pipelines.data.tables import is_messages
-from pipelines.labelling.judgements import JUDGE
+from pipelines.labelling.judgements import JUDGE, is_judge
 from pipelines.labelling.session import Answer, Ask, Item
 from posttrain.errors import DataError
 
@@ -195,11 +196,19 @@ def _item(fields: Mapping[str, Any], names: Sequence[str], number: int) -> Item:
 
 
 def _annotator(tool: str, who: Any) -> str:
-    """Return an annotator's name: an address if the export has one, else the tool and a number."""
+    """Return an annotator's name: an address if the export has one, else the tool and the name or number there.
+
+    Different annotators have different names: a name that is too long, unprintable or a judge's is shortened and gets a digest.
+    """
     if isinstance(who, dict):
         who = who.get("email") or who.get("id")
-    text = str(who) if isinstance(who, str) and "@" in who else f"{tool} {str(who)[:8]}"
-    return text.removeprefix(JUDGE)[:LONGEST_NAME]
+    given = "unknown" if who is None else str(who)
+    text = given if "@" in given else f"{tool} {given}"
+    if len(text) <= LONGEST_NAME and text.isprintable() and not is_judge(text):
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    shown = "".join(each for each in text.removeprefix(JUDGE) if each.isprintable())
+    return f"{shown[: LONGEST_NAME - 9]} {digest}"
 
 
 def _time(annotation: Mapping[str, Any]) -> str:

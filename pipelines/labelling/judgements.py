@@ -154,10 +154,16 @@ class Desk:
         with self._lock:
             return [judgement for _, done in sorted(self._done.items()) for judgement in done.values()]
 
-    def hand_over(self, write: Callable[[int, list[Judgement]], None], trusted: str | None = None) -> int:
+    def hand_over(
+        self,
+        write: Callable[[int, list[Judgement]], None],
+        trusted: str | None = None,
+        only: str | None = None,
+    ) -> int:
         """Give judgements that were not handed over to `write`, as a numbered batch, and return how many.
 
-        Judgements of models stay, except those of the model named `trusted`.
+        Judgements of models stay, except those of the model named `trusted`. With `only`, other annotators' judgements stay too, so that
+        they can still be undone.
         The batch is recorded first. If the process dies before `write` has finished, the next call writes exactly the same batch again.
         """
         with self._lock:
@@ -167,6 +173,7 @@ class Desk:
                 if each.counts
                 and each.key not in self._handed
                 and (each.annotator == trusted or not is_judge(each.annotator))
+                and only in (None, each.annotator)
             ]
             if fresh:
                 self._append({"kind": "batch", "number": len(self._batches) + 1, "keys": fresh})

@@ -50,11 +50,19 @@ def ordered(ask: str, value: Any) -> Iterator[tuple[int, int, float, float]]:
                 yield better, worse, high, low
 
 
-def hand_over(desk: Desk, inbox: str, *, scores: bool, trusted: str | None = None, gold: Gold | None = None) -> int:
+def hand_over(
+    desk: Desk,
+    inbox: str,
+    *,
+    scores: bool,
+    trusted: str | None = None,
+    gold: Gold | None = None,
+    only: str | None = None,
+) -> int:
     """Put fresh judgements into the inbox, rewrite the session's results, and return the number of fresh judgements.
 
-    Of models that judge, only the one named `trusted` takes part. A held-out session needs `gold`, which reads the gold answer from an
-    answer; its rows go to the table `evaluation`, and none to the preferences.
+    Of models that judge, only the one named `trusted` takes part; with `only`, no annotator but that one. A held-out session needs `gold`,
+    which reads the gold answer from an answer; its rows go to the table `evaluation`, and none to the preferences.
     """
     session = desk.session
 
@@ -67,7 +75,7 @@ def hand_over(desk: Desk, inbox: str, *, scores: bool, trusted: str | None = Non
         if found:
             handover.put(inbox, f"label-{session.name}-{number:04d}.jsonl", found, scores=scores, table=table)
 
-    count = desk.hand_over(write, None if session.held_out else trusted)
+    count = desk.hand_over(write, None if session.held_out else trusted, only)
     write_results(desk)
     return count
 

@@ -41,13 +41,16 @@ class Who(BaseModel):
     annotator: str
 
 
-def application(desk: Desk, hand_over: Callable[[], int], port: int, token: str) -> ASGIApp:
-    """Return the application. `hand_over` puts fresh judgements into the inbox and returns how many."""
+def application(desk: Desk, hand_over: Callable[[str | None], int], port: int, token: str) -> ASGIApp:
+    """Return the application. `hand_over` puts fresh judgements of one annotator into the inbox, or of all for None, and returns how many.
+
+    An annotator who ends hands over only his own: the others can still undo theirs. The end of the server hands over everyone's.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        hand_over()
+        hand_over(None)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     for path, (file, kind) in FILES.items():
@@ -69,7 +72,7 @@ def application(desk: Desk, hand_over: Callable[[], int], port: int, token: str)
     def judge(given: Given) -> dict[str, Any]:
         desk.judge(given.annotator, given.task, given.key, given.value)
         if desk.is_finished(given.annotator):
-            hand_over()
+            hand_over(given.annotator)
         return desk.state(given.annotator)
 
     @app.post("/undo")
@@ -79,7 +82,7 @@ def application(desk: Desk, hand_over: Callable[[], int], port: int, token: str)
 
     @app.post("/finish")
     def finish(who: Who) -> dict[str, Any]:
-        return {"handed": hand_over()} | desk.state(who.annotator)
+        return {"handed": hand_over(who.annotator)} | desk.state(who.annotator)
 
     return Guard(app, port, token, tuple(FILES))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from pipelines.labelling.judgements import SKIP, Judgement
+from pipelines.labelling.judgements import SKIP, Judgement, is_judge
 from pipelines.labelling.session import AGAIN, Session
-from posttrain.evaluation.agreement import cohen_kappa, interval, krippendorff_alpha
+from posttrain.evaluation.agreement import cohen_kappa, interval, krippendorff_alpha, nominal
 from posttrain.evaluation.statistics import wilson
 
 Labels = dict[str, Any]
@@ -16,35 +16,57 @@ Labels = dict[str, Any]
 
 
 def summarise(session: Session, judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Return counts, agreement, and each annotator's consistency and biases; None for a number that cannot be computed."""
+    """Return counts, agreement, and each annotator's consistency and biases; None for a number that cannot be computed.
+
+    Agreement and wins are of people. Models that judge are under `judges`, each by itself, with its agreement with people.
+    """
     by_annotator: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_annotator.setdefault(judgement.annotator, []).append(judgement)
     labels = {name: _labels(session, (j for j in mine if j.counts)) for name, mine in by_annotator.items()}
+    people = {name: mine for name, mine in labels.items() if not is_judge(name)}
     units: dict[str, list[Any]] = {}
-    for mine in labels.values():
+    for mine in people.values():
         for item, label in mine.items():
             units.setdefault(item, []).append(label)
     scored = session.ask == "scores"
-    alpha = krippendorff_alpha(units.values(), interval) if scored else krippendorff_alpha(units.values())
+    by_people = [judgement for judgement in judgements if not is_judge(judgement.annotator)]
     return {
         "session": session.name,
         "ask": session.ask,
         "items": len(session.items),
-        "judgements": sum(judgement.counts for judgement in judgements),
-        "krippendorff_alpha": alpha,
-        "cohen_kappa": {} if scored else {f"{a} and {b}": _kappa(labels[a], labels[b]) for a, b in combinations(labels, 2)},
-        "wins": _wins(session, judgements),
+        "judgements": sum(judgement.counts for judgement in by_people),
+        "krippendorff_alpha": krippendorff_alpha(units.values(), interval if scored else nominal),
+        "cohen_kappa": {} if scored else {f"{a} and {b}": _kappa(people[a], people[b]) for a, b in combinations(people, 2)},
+        "wins": _wins(session, by_people),
+        "judges": {
+            name: _with_people(labels[name], people, scored) | {"wins": _wins(session, mine)}
+            for name, mine in by_annotator.items()
+            if is_judge(name)
+        },
         "annotators": {name: _about(session, mine) for name, mine in by_annotator.items()},
     }  # fmt: skip
 
 
+def _with_people(judge: Labels, people: Mapping[str, Labels], scored: bool) -> dict[str, Any]:
+    """Return a judge's agreement with all people: Cohen's kappa, or Krippendorff's alpha for scores, over pairs of labels."""
+    pairs = [(label, judge[item]) for mine in people.values() for item, label in mine.items() if item in judge]
+    agreement = krippendorff_alpha([list(pair) for pair in pairs], interval) if scored else cohen_kappa(pairs)
+    return {"compared": len(pairs), "agreement": agreement}
+
+
 def describe(found: dict[str, Any]) -> str:
     """Return a summary as text."""
-    lines = [f"{found['session']}: {found['judgements']} judgements of {found['items']} items"]
-    lines.append(f"agreement: Krippendorff's alpha {_number(found['krippendorff_alpha'])}")
+    lines = [f"{found['session']}: {found['judgements']} judgements by people of {found['items']} items"]
+    lines.append(f"agreement between people: Krippendorff's alpha {_number(found['krippendorff_alpha'])}")
     lines += [f"  {names}: Cohen's kappa {_number(kappa)}" for names, kappa in found["cohen_kappa"].items()]
-    lines += [f"{model} won {won} of {of} comparisons with a different model" for model, (won, of) in found["wins"].items()]  # fmt: skip
+    lines += _won(found["wins"])
+    measure = "Krippendorff's alpha" if found["ask"] == "scores" else "Cohen's kappa"
+    for name, about in found["judges"].items():
+        lines.append(
+            f"{name} with people: {measure} {_number(about['agreement'])} on {about['compared']} labels of both"
+        )
+        lines += [f"  for {name}, {line}" for line in _won(about["wins"])]
     for name, about in found["annotators"].items():
         lines.append(f"{name}: {about['judgements']} judgements, {about['skipped']} skipped")
         lines += [
@@ -57,6 +79,10 @@ def describe(found: dict[str, Any]) -> str:
             if about[key]["of"]
         ]
     return "\n".join(lines)
+
+
+def _won(wins: Mapping[str, tuple[float, int]]) -> list[str]:
+    return [f"{model} won {won} of {of} comparisons with a different model" for model, (won, of) in wins.items()]
 
 
 def _labels(session: Session, judgements: Iterable[Judgement]) -> Labels:

@@ -133,7 +133,7 @@ def test_two_people_judge_and_nothing_is_lost(browser: Browser, project: Path, s
     summary = json.loads((project / "labels" / "test" / "summary.json").read_text())
     # 12 of 24 ordered pairs disagree; by chance 2 x 18 x 6 of 24 x 23
     assert summary["krippendorff_alpha"] == pytest.approx(1 - (12 / 24) / (216 / 552))
-    assert "Krippendorff's alpha -0.28" in again.log.read_text()
+    assert "between people: Krippendorff's alpha -0.28" in again.log.read_text()
 
 
 def test_scores_and_rankings_by_keyboard(browser: Browser, project: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pipelines.commands.label import main
 from pipelines.data.files import read_file
 from pipelines.labelling.imports import read_export
+from pipelines.labelling.judgements import check_name
 from posttrain.errors import DataError
 
 
@@ -88,12 +89,42 @@ def test_argilla_rankings_imply_every_pair_and_labels_may_be_places_or_ties(tmp_
     ask, items, judgements = read_export(path)
     assert (ask, [item.prompt for item in items]) == ("ranking", ["p0", "p1", "p2"])
     assert [(each.annotator, each.item, each.value) for each in judgements] == [
-        ("argilla 01234567", "0", [1, 0, 2]),
+        ("argilla 0123456789", "0", [1, 0, 2]),
         ("argilla u", "1", [1, 0, 2]),
     ]
     labels = {"response-2": 1, "A": 0, "tie": "tie", "neither": "bad"}
     path = stored(tmp_path, [record(i, {"q": [{"user_id": "u", "value": value}]}) for i, value in enumerate(labels)])
     assert [each.value for each in read_export(path)[2]] == list(labels.values())
+
+
+def test_different_annotators_have_different_names(tmp_path: Path) -> None:
+    ids = [
+        *(
+            "0f3b5c1e-7a1d-4c55-9d0e-1f6a2b3c4d5e",
+            "0f3b5c1e-7a1d-4c55-9d0e-1f6a2b3c4d5f",
+            "0f3b5c1e",
+            "judge/x@y",
+            "x@y",
+        ),
+        *(f"{'a' * 60}@example.org", f"{'a' * 61}@example.org", "a\nb@c", "ab@c", None, 7),
+    ]
+    path = stored(tmp_path, [record(0, {"q": [{"user_id": who, "value": "response-1"} for who in ids]})])
+    names = [each.annotator for each in read_export(path)[2]]
+    assert len(set(names)) == len(ids)
+    for name in names:
+        check_name(name)
+    assert {"x@y", "ab@c", "argilla 0f3b5c1e", "argilla unknown", "argilla 7"} < set(names)
+
+
+def test_a_second_judgement_of_one_annotator_replaces_the_first(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stored(project, [task(0, (1, "left"), (1, "right"))])
+    assert main(["--import", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "1 judgements are left out: the same annotator judged the item again later in the file" in said
+    (file,) = (project / "inbox/preferences").iterdir()
+    assert [row["chosen"] for row in read_file(file)] == ["two 0"]
 
 
 @pytest.mark.parametrize(

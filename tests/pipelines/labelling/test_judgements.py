@@ -195,6 +195,8 @@ def test_agreement_and_biases_by_hand(tmp_path: Path) -> None:
     desk = opened(session(tmp_path / "s", count=4, repeated=2))
     judge_by(desk, "ann", {})
     judge_by(desk, "bob", {"0": 1, "1": "tie"})
+    for task, value in (("0", 0), ("1", 0), ("2", 0), ("3", 1)):
+        desk.judge_item("judge/m", task, f"m{task}", value)
     found = summarise(desk.session, desk.judgements())
     # ann: 0 0 0 0, bob: 1 tie 0 0. Observed disagreement 4/8. Six 0, one 1, one tie: 2 x (6 + 6 + 1) of 56 ordered pairs by chance
     assert found["krippendorff_alpha"] == pytest.approx(1 - (4 / 8) / (26 / 56))
@@ -207,7 +209,14 @@ def test_agreement_and_biases_by_hand(tmp_path: Path) -> None:
     first = sum(desk.session.places("ann", str(i))[0] == 0 for i in range(4))
     assert (ann["chose_first"]["count"], ann["chose_first"]["of"]) == (first, 4)
     assert found["wins"] == {"model-0": (6.5, 8), "model-1": (1.5, 8)}
-    assert "ann and bob: Cohen's kappa 0.00" in describe(found)
+    assert found["judgements"] == 8
+    # the judge's 0 0 0 1 with both people: 4 of 8 agree; by chance 6/8 x 6/8 + 1/8 x 2/8 = 38/64
+    assert found["judges"]["judge/m"]["agreement"] == pytest.approx((1 / 2 - 38 / 64) / (1 - 38 / 64))
+    assert found["judges"]["judge/m"]["wins"] == {"model-0": (3.0, 4), "model-1": (1.0, 4)}
+    shown = describe(found)
+    assert "s: 8 judgements by people of 4 items\nagreement between people: Krippendorff's alpha -0.08\n" in shown
+    assert "ann and bob: Cohen's kappa 0.00" in shown
+    assert "judge/m with people: Cohen's kappa -0.23 on 8 labels of both\n  for judge/m, model-0 won 3.0 of 4" in shown
     desk.close()
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from pipelines.data.files import read_file
 from pipelines.labelling.judgements import Desk
+from pipelines.labelling.preferences import hand_over
 from pipelines.labelling.server import FILES, application
 from tests import coroutines
 from tests.pipelines.labelling.sessions import session
@@ -28,10 +30,10 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 Sent = tuple[str, str, dict[str, Any], dict[str, str]]
 
 
-def send(desk: Desk, *requests: Sent, handed: list[int] | None = None) -> list[httpx.Response]:
+def send(desk: Desk, *requests: Sent, handed: list[str | None] | None = None) -> list[httpx.Response]:
     """Send (method, path, body, headers) one after the other."""
     batches = [] if handed is None else handed
-    hand_over = lambda: batches.append(1) or len(batches)  # noqa: E731
+    hand_over = lambda annotator: batches.append(annotator) or len(batches)  # noqa: E731
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(application(desk, hand_over, PORT, TOKEN))
@@ -66,13 +68,41 @@ def test_the_page_needs_only_its_own_files(desk: Desk) -> None:
 
 
 def test_the_last_judgement_hands_over(desk: Desk) -> None:
-    handed: list[int] = []
+    handed: list[str | None] = []
     for i, task in enumerate(desk.session.tasks("ann")):
         body = {"annotator": "ann", "task": task, "key": f"k{i}", "value": "tie"}
         (answer,) = send(desk, ("POST", "/judge", body, GOOD), handed=handed)
         assert answer.json()["done"] == i + 1
-        assert len(handed) == i
+    assert handed == ["ann"]
     bad = {"annotator": "bob", "task": "0", "key": "k9", "value": "best"}
     (refused,) = send(desk, ("POST", "/judge", bad, GOOD))
     assert refused.status_code == 422
     assert "no judgement here; valid: first, second, tie, bad, or skip" in refused.json()["error"]
+
+
+def test_an_annotator_who_ends_hands_over_only_his_own(tmp_path: Path) -> None:
+    inbox = tmp_path / "inbox"
+    made = Desk(session(tmp_path / "s", count=2))
+    app = application(made, lambda who: hand_over(made, str(inbox), scores=False, only=who), PORT, TOKEN)
+
+    async def post(client: httpx.AsyncClient, path: str, name: str, **more: Any) -> Any:
+        return (await client.post(path, json={"annotator": name} | more, headers=GOOD)).json()
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{PORT}") as client:
+            assert (await post(client, "/judge", "bob", task="0", key="b0", value="first"))["can_undo"]
+            for task in ("0", "1"):
+                await post(client, "/judge", "ann", task=task, key=f"a{task}", value="first")
+            assert annotators() == ["ann", "ann"]
+            assert (await post(client, "/state", "bob"))["can_undo"], "bob is in the middle of his session"
+            await post(client, "/undo", "bob")
+            await post(client, "/judge", "bob", task="0", key="b1", value="second")
+            assert (await post(client, "/finish", "bob"))["handed"] == 1
+            assert annotators() == ["ann", "ann", "bob"]
+
+    def annotators() -> list[str]:
+        return sorted(str(row["annotator"]) for path in inbox.rglob("*.jsonl") for row in read_file(path))
+
+    coroutines.run(run())
+    made.close()
