@@ -1,10 +1,11 @@
-"""Run one training stage over several hosts that share only the network; start it on each of them.
+"""Run one stage over several hosts that share only the network; start it on each of them.
 
     python -m flows.node align@grpo-0 --rank 0 --hosts 2 --address HOST0 [--port 29500] [--config infra/accelerate/fsdp2_gpu.yaml]
 
 Each host has a clone of the same commit with the same params.yaml and dvc.lock, and a DVC remote. It pulls the stage's inputs, waits for
-free devices, and starts `num_processes` of the configuration. Rank 0 records the stage in its dvc.lock and pushes the result; the other
-hosts write nothing. If a host is lost, all end: start them again, and the run continues from rank 0's checkpoint, which the others receive.
+free devices, and starts `num_processes` of its configuration, which may differ between hosts. Rank 0 records the stage in its dvc.lock,
+and copies the result and, every `checkpoint_seconds` of infra/workers.yaml, a checkpoint to the remote; the other hosts write nothing. If a
+host is lost, all end: start them again, rank 0 on any host, and the run continues from the checkpoint, which the others receive.
 infra/slurm and infra/kubernetes have a job script and a JobSet that start it. The stage runs even if it is up to date.
 """
 
@@ -24,10 +25,18 @@ from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from pipelines.runtime.launch import VARIABLE, processes
+from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError
+from tasks.console import print_line
+from tasks.dag import read_dag
+from tasks.pool import checkpoints
+from tasks.pool.copies import Copies
+from tasks.pool.order import PARAMS, StageOrder
+from tasks.pool.settings import read_settings
+from tasks.pool.snapshot import inputs_of, read_paths
 from tasks.pool.transfer import find_stage, opened, pull_inputs, push_results
 from tasks.process import start
-from tasks.slots import TRAINING_STAGES, lease, machine_slots, trains
+from tasks.slots import SEVERAL_PROCESSES, has_several_processes, lease, machine_slots
 from tasks.stage import dvc_command, grace_seconds
 
 
@@ -51,18 +60,49 @@ def run(root: Path, stage: str, rank: int, settings: dict[str, Any]) -> int:
     with opened(root) as repo:
         command: Any = find_stage(repo, stage).cmd
         pull_inputs(repo, stage)
+    if rank == 0:
+        return _run_first(root, stage, settings)
+    return _start(root, ["/bin/sh", "-c", command], settings)
+
+
+def _run_first(root: Path, stage: str, settings: dict[str, Any]) -> int:
+    """Run the processes of the host that records the stage; its checkpoints and its result go to DVC's remote."""
+    key = order_of(root, stage).key
+    with opened(root) as repo:
+        held = checkpoints.download(repo, root, key, stage)
+    if held:
+        print_line(f"{stage} continues from checkpoint {held} of the remote")
+    seconds = read_settings(root, read_yaml(root / "dvc.yaml")["stages"]).checkpoint_seconds
+    copies = Copies(root, stage, key, seconds, print_line, newest=held or "")
+    # restored from a cache, it would not meet the other hosts
+    command = [*dvc_command(stage, "stage", refresh=False), "--force"]
+    with copies.made():
+        status = _start(root, command, settings)
+    if status == 0:
+        push_results(root, stage)
+        checkpoints.remove(root, key)
+    else:
+        copies.copy()
+    return status
+
+
+def order_of(root: Path, stage: str) -> StageOrder:
+    """Return the stage with its inputs as an order, whose key is that of its checkpoints. An image has no git, so it names no commit."""
+    node, paths = read_dag(root)[stage], read_paths(root)
+    files = {PARAMS: (root / PARAMS).read_text(encoding="utf-8")}
+    return StageOrder(stage, "", files, inputs_of(node, paths, read_lock(root)))
+
+
+def _start(root: Path, command: list[str], settings: dict[str, Any]) -> int:
+    """Run a command that starts this host's processes, on leased devices."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         path = Path(folder) / "accelerate.yaml"
         # JSON is YAML too, and quotes `no`, which accelerate would read as a boolean
         path.write_text(json.dumps(settings), encoding="utf-8")
         slots = machine_slots({**os.environ, VARIABLE: str(path)})
-        recorded = [
-            *dvc_command(stage, "stage", refresh=False),
-            "--force",
-        ]  # restored from a cache, it would not meet the others
         with lease(slots, Event()) as held:
             process = start(
-                recorded if rank == 0 else ["/bin/sh", "-c", command],
+                command,
                 root,
                 extra=held.environment() | {VARIABLE: str(path)},
                 output=sys.stdout.fileno(),
@@ -71,14 +111,11 @@ def run(root: Path, stage: str, rank: int, settings: dict[str, Any]) -> int:
             )
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: process.terminate())
-            status = process.wait()
-    if status == 0 and rank == 0:
-        push_results(root, stage)
-    return status
+            return process.wait()
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", help=f"one of {', '.join(TRAINING_STAGES)}, or an instance such as align@grpo-0")
+    parser.add_argument("stage", help=f"one of {', '.join(SEVERAL_PROCESSES)}, or an instance such as align@grpo-0")
     parser.add_argument("--rank", type=whole(0), required=True, help="number of this host, from 0")
     parser.add_argument("--hosts", type=whole(2), required=True, help="number of hosts")
     parser.add_argument("--address", required=True, help="name or address of the host with rank 0")
@@ -96,9 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     root = environment.root()
     environment.require_writable(root)
-    if not trains(args.stage):
+    if not has_several_processes(args.stage):
         raise ConfigError(
-            f"{args.stage} runs as one process: only {', '.join(TRAINING_STAGES)} train over several hosts"
+            f"{args.stage} runs as one process: only {', '.join(SEVERAL_PROCESSES)} run over several hosts"
         )
     if not args.config.is_file():
         raise ConfigError(f"--config {args.config}: no such file; choose one in infra/accelerate")

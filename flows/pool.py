@@ -19,6 +19,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.stage import stage
 from posttrain.errors import OrchestrationError
+from tasks import stage as stages
 from tasks.dag import Dag
 from tasks.pool.send import Pool
 from tasks.pool.settings import CPU, GPU, VARIABLE, read_settings
@@ -45,7 +46,7 @@ def workers_of_pool(root: Path, whole: Dag) -> Iterator[Workers]:
     require_pool_server(name)
     settings = read_settings(root, {node.name: node for node in whole.values() if node.kind == "stage"})
     pool = Pool(root, name, whole, settings, str(flow_run.get_id() or ""))
-    with pool.open(prepare(name)):
+    with pool.open(prepare(name), stages.stop):
         yield pool
 
 
@@ -63,12 +64,18 @@ def require_pool_server(name: str) -> None:
 def prepare(name: str) -> UUID:
     """Create or update the pool, its two queues, and the deployment of a stage; return the deployment's id.
 
-    Safe to repeat, by workers and flows at once.
+    Safe to repeat, by workers and flows at once. Raises OrchestrationError if a pool of a different type has this name.
     """
     with get_client(sync_client=True) as client:
         template = json.loads(TEMPLATE.read_text(encoding="utf-8"))
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+        kind = client.read_work_pool(name).type
+        if kind != "process":
+            raise OrchestrationError(
+                f"the work pool {name} has the type {kind}. Workers of stages are processes, also those in a container, in a pod or in a"
+                " SLURM job, so their pool must have the type process: choose a different name."
+            )
         for queue, priority in PRIORITIES.items():
             _queue(client, name, queue, priority)
         return client.create_deployment(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.schemas import State
+from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
@@ -27,7 +28,6 @@ from tasks import stage as stages
 from tasks.console import log_line, print_line
 from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, stale
 from tasks.lockfile import sort_lock
-from tasks.pool.send import bring_up_to_date_on_worker
 from tasks.publish import publish_report
 from tasks.slots import machine_slots
 
@@ -107,8 +107,7 @@ def _submitter(
 
     def submit(node: Node, above: list[Future], done: Callable[[str], None]) -> Future:
         if workers is not None and node.kind == "stage" and node.name in todo:
-            # pyrefly: ignore[no-matching-overload]
-            sent = bring_up_to_date_on_worker.submit(workers, node.name, return_state=False, wait_for=above)
+            sent = workers.submit(node)
             sent.add_done_callback(lambda _: done(node.name))
             return sent
         # pyrefly: ignore[no-matching-overload]
@@ -120,7 +119,7 @@ def _submitter(
             flow_run=identity,
             refresh=refresh,
             return_state=False,
-            wait_for=above,
+            wait_for=[each for each in above if isinstance(each, PrefectFuture)],
         )
         future.add_done_callback(lambda _: done(node.name))
         return future

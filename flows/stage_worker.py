@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import signal
@@ -15,13 +16,18 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import ClassVar
+from uuid import UUID
 
 import anyio
 import anyio.abc
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, temporary_settings
 from prefect.types._datetime import now
 from prefect.variables import Variable
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
@@ -36,7 +42,10 @@ from tasks.pool.work import Worker, blame
 from tasks.remote import has_remote
 from tasks.slots import cuda_devices, machine_slots
 
-QUERY_SECONDS = 1.0
+QUERY_SECONDS = 0.5
+"""How often a worker with a free place asks for a stage; a full one sends no request."""
+DRAIN_SECONDS = 2.0
+"""How often a worker looks whether it was drained."""
 REST_SECONDS = 20.0
 """After a fault of this machine, such as a full disk, other workers have time to take its stages."""
 # Prefect looks classes of workers up by type and warns of a second one; this process makes its worker itself.
@@ -91,8 +100,7 @@ def serve(root: Path, pool: str, name: str) -> None:
     if name in _listed(pool):
         Variable.set(variable(pool), sorted(_listed(pool) - {name}), overwrite=True)
     print_line(f"worker {name}: {places} stages at once, from {' and '.join(sorted(queues))} of the pool {pool}")
-    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(QUERY_SECONDS))
-    with fork_server(root):
+    with temporary_settings(set_defaults={PREFECT_WORKER_QUERY_SECONDS: QUERY_SECONDS}), fork_server(root):
         worker = StageWorker(work_pool_name=pool, name=name, limit=places, work_queues=sorted(queues))
         worker.stop, worker.pool = stop, pool
         try:
@@ -107,10 +115,13 @@ class StageWorker(ProcessWorker):
     stop: threading.Event
     pool: str
     _resting_until = 0.0
+    _drained, _looked = False, -math.inf
+    _deployments: ClassVar[set[UUID]] = set()
+    """Deployments that were found to be the pool's own."""
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Take stages from the queues, unless the worker ends, is drained, or has just failed to run one."""
-        ending = self.stop.is_set() or self.name in (await self._drained())
+        ending = self.stop.is_set() or await self._is_drained()
         if ending and self.limiter.borrowed_tokens == 0:
             raise Drained
         if ending or time.monotonic() < self._resting_until:
@@ -118,9 +129,29 @@ class StageWorker(ProcessWorker):
             return []
         return await super().get_and_submit_flow_runs()
 
-    async def _drained(self) -> list[object]:
-        found: object = await Variable.aget(variable(self.pool), default="")
-        return found if isinstance(found, list) else []
+    async def _is_drained(self) -> bool:
+        """Return True if the worker's name is in the variable of drained workers, as of the last look."""
+        if time.monotonic() > self._looked + DRAIN_SECONDS:
+            found: object = await Variable.aget(variable(self.pool), default="")
+            self._drained, self._looked = isinstance(found, list) and self.name in found, time.monotonic()
+        return self._drained
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        """Return as many waiting stages as there are free places. Prefect's own method returns 200, each with its parameters."""
+        free = int(self.limiter.available_tokens)
+        if free == 0:
+            return []
+        body = {"work_queue_names": sorted(self._work_queues), "scheduled_before": str(now("UTC")), "limit": free}
+        path = {"name": self._work_pool_name}
+        try:
+            found = await self.client.request(
+                "POST", "/work_pools/{name}/get_scheduled_flow_runs", path_params=path, json=body
+            )
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == 404:  # the pool was deleted; the worker's next heartbeat makes it again
+                return []
+            raise
+        return WorkerFlowRunResponse.model_validate_list(found.json())
 
     async def run(
         self,
@@ -129,10 +160,7 @@ class StageWorker(ProcessWorker):
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> ProcessWorkerResult:
         """Run one stage. Raises OrchestrationError, which ends the flow run as Crashed, if it is not one of this pool."""
-        assert flow_run.deployment_id is not None
-        deployment = await self.client.read_deployment(flow_run.deployment_id)
-        if deployment.name != self.pool or (await self.client.read_flow(deployment.flow_id)).name != FLOW:
-            raise OrchestrationError(f"flow run {flow_run.name}: this worker runs only {FLOW}/{self.pool}")
+        await self._require_own(flow_run)
         if task_status is not None:
             task_status.started(os.getpid())
         print_line(f"{flow_run.name:<24} taken")
@@ -143,6 +171,16 @@ class StageWorker(ProcessWorker):
         if error is not None and not isinstance(error, Interrupted) and blame(error) == "lost":
             self._resting_until = time.monotonic() + REST_SECONDS
         return ProcessWorkerResult(status_code=0, identifier=str(flow_run.id))
+
+    async def _require_own(self, flow_run: FlowRun) -> None:
+        """Raise OrchestrationError if the flow run is of a different deployment than the pool's."""
+        assert flow_run.deployment_id is not None
+        if flow_run.deployment_id in self._deployments:
+            return
+        deployment = await self.client.read_deployment(flow_run.deployment_id)
+        if deployment.name != self.pool or (await self.client.read_flow(deployment.flow_id)).name != FLOW:
+            raise OrchestrationError(f"flow run {flow_run.name}: this worker runs only {FLOW}/{self.pool}")
+        self._deployments.add(flow_run.deployment_id)
 
     async def kill_infrastructure(
         self, infrastructure_pid: str, configuration: ProcessJobConfiguration, grace_seconds: int = 30

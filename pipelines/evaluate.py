@@ -161,4 +161,5 @@ if __name__ == "__main__":
         inputs=inputs,
         arguments=arguments,
         variant=variant,
+        several=True,
     )

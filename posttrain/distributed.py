@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
+from posttrain.errors import PosttrainError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PIECE_BYTES = 64 << 20
@@ -50,6 +52,25 @@ def gather_all(
 def round_robin(count: int) -> Callable[[int, int], Sequence[int]]:
     """Return a share for `gather_all`: every n-th item."""
     return lambda process, processes: range(process, count, processes)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Return the result of `work` on every process, although only rank 0 calls it; all raise the PosttrainError that it raises there."""
+    if accelerator.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    made: list[Result | PosttrainError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            made = [work()]
+        except PosttrainError as error:
+            made = [error]
+    broadcast_object_list(made)
+    if isinstance(made[0], PosttrainError):
+        raise made[0]
+    result: Result = made[0]  # type: ignore[assignment]
+    return result
 
 
 def all_reduce_max(accelerator: Accelerator, value: int) -> int:

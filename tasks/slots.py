@@ -2,7 +2,8 @@
 
 A slot is a lock file in a directory that all flows of the machine share (POSTTRAIN_LEASES, default <tmp>/posttrain-slots).
 POSTTRAIN_SLOTS sets the number of slots; the default is one per CUDA device, else one per CPU core with 2 GiB of memory. If
-POSTTRAIN_ACCELERATE starts n processes per stage that trains, the slot of such a stage is n devices or cores and holds the lock of each.
+POSTTRAIN_ACCELERATE starts n processes per stage that trains or evaluates, the slot of such a stage is n devices or cores and holds the
+lock of each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipelines.runtime.launch import configuration, processes
 from pipelines.runtime.machine import available_cores
 from posttrain.errors import Interrupted, OrchestrationError
 
-TRAINING_STAGES = ("sft", "reward", "align")
+SEVERAL_PROCESSES = ("sft", "reward", "align", "evaluate", "evaluate_aligned")
 """Stages whose steps POSTTRAIN_ACCELERATE starts as several processes; every other stage is one process on one device."""
 MEMORY_PER_SLOT_BYTES = 2 << 30
 POLL_SECONDS = 0.2
@@ -52,9 +53,9 @@ class Lease:
         return {} if self.slot.device is None else {"CUDA_VISIBLE_DEVICES": self.slot.device}
 
 
-def trains(stage: str) -> bool:
-    """Return True if a node of the DAG trains a model, which only these stages do in several processes."""
-    return stage.partition("@")[0] in TRAINING_STAGES
+def has_several_processes(stage: str) -> bool:
+    """Return True if POSTTRAIN_ACCELERATE may start several processes for a node of the DAG."""
+    return stage.partition("@")[0] in SEVERAL_PROCESSES
 
 
 def machine_slots(environ: Mapping[str, str] = os.environ, several: bool = True) -> list[Slot]:

@@ -202,7 +202,9 @@ def small_fleet(folder: Path, s3: str, prefect: str, template: Path, root: Path,
         for name in PACKAGES:
             shutil.copytree(root / name, parent.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         work = parent.root / "work.py"
-        work.write_text(work.read_text().replace("total = ", f"{changes.pop('work', '')}\ntotal = ", 1))
+        added = changes.pop("work", None)
+        if added is not None:
+            work.write_text(work.read_text().replace("total = ", f"{added}\ntotal = ", 1))
         _set_values(parent.root / "infra" / "workers.yaml", {"lease_seconds": "20"} | changes)
         (parent.root / "params.yaml").write_text("{}\n")
         with (parent.root / ".gitignore").open("a") as file:

@@ -70,6 +70,7 @@ def main(
     variant: Callable[[argparse.Namespace], str] | None = None,
     doc: str | None = None,
     trains: bool = False,
+    several: bool = False,
 ) -> None:
     """Run a step and exit with its status: 0, the error's exit_code after one paragraph, or 1 after a traceback.
 
@@ -82,13 +83,14 @@ def main(
         variant: Names an instance of a matrix, e.g. "grpo-0".
         doc: Help text; by default the module's docstring.
         trains: True if the step trains a model. It can then replay an update that met a numerical fault (--replay).
+        several: True if POSTTRAIN_ACCELERATE may run the step as several processes, as every step that trains.
     """
     environment.quiet()
     if launch.launched():
         end_with([os.getppid()], GRACE_SECONDS)
     elif STAGE in os.environ:
         end_with(up_to_dvc(), GRACE_SECONDS)
-    if trains:
+    if trains or several:
         _become_launcher()
     _run_in_fork_server()
     step = Step(body, stage, params, inputs, arguments, variant, doc or sys.modules[body.__module__].__doc__, trains)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
     from posttrain.evaluation.answers import EvaluatedAnswer
     from posttrain.evaluation.benchmarks import BenchmarkScore
+    from posttrain.evaluation.processes import Processes
     from posttrain.models.policy import Policy
 
 REFERENCE = Path("models/sft")
@@ -30,10 +31,13 @@ class Evaluator:
 
     def __init__(self, context: RunContext, recorder: RunRecorder, folder: Path) -> None:
         params = context.params.evaluation
-        self.device = accelerator(context, params.compute, params.seed, folder).device
+        connected = accelerator(context, params.compute, params.seed, folder)
+        self.device = connected.device
+        from posttrain.evaluation.processes import Processes
         from posttrain.models.folders import load_encoder, load_policy
         from posttrain.models.policy import Policy
 
+        self.processes = Processes(connected)
         recorder.ready(device_name(self.device))
         self.context, self.recorder, self.folder, self.params = context, recorder, folder, params
         self.encoder = load_encoder(folder)
@@ -69,7 +73,7 @@ class Evaluator:
         sources = reward_sources(self.context.params.rewards, params.rewards, self.device, compute, limits)
         judged = JudgeTokens(self.recorder, sources)
         try:
-            answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings)
+            answers = evaluate(self.policy, reference, engine, self.encoder, asked, sources, settings, self.processes)
         finally:
             judged.record()  # a failed evaluation has paid, too
         for line in judges_used(sources):
@@ -103,7 +107,7 @@ class Evaluator:
         rows, compute = read_table("preferences_heldout"), self.params.compute
         chosen, rejected = (table_tokens(self.encoder, rows, name) for name in ("chosen", "rejected"))
         pairs = list(zip(chosen, rejected, strict=True))
-        return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16)
+        return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16, self.processes)
 
     def second_task_accuracy(self) -> float | None:
         """Return the accuracy on `evaluation.second_task`, or None if there is none."""
@@ -111,7 +115,7 @@ class Evaluator:
         if task is None:
             return None
         settings = SecondTaskSettings(params.seed, params.max_new_tokens, params.compute.bf16)
-        return second_task_accuracy(self.policy, self.encoder, task, settings)
+        return second_task_accuracy(self.policy, self.encoder, task, settings, self.processes)
 
 
 class SecondTaskSettings(NamedTuple):
@@ -122,7 +126,13 @@ class SecondTaskSettings(NamedTuple):
     bf16: bool = False
 
 
-def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask, settings: SecondTaskSettings) -> float:
+def second_task_accuracy(
+    policy: Policy,
+    encoder: TextEncoder,
+    task: SecondTask,
+    settings: SecondTaskSettings,
+    processes: Processes | None = None,
+) -> float:
     """Return the mean reward of the greedy answers to a second task.
 
     An answer that the judge cannot score is left out.
@@ -132,6 +142,7 @@ def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask,
         DataError: the judge scored no answer.
     """
     from posttrain.environments.base import environment, single_turn_rows
+    from posttrain.evaluation.processes import ONE_PROCESS
     from posttrain.rewards.sources import FunctionReward, RewardBatch
     from posttrain.rollouts.engine import Request, SamplingSettings
     from posttrain.rollouts.native import NativeEngine
@@ -140,10 +151,12 @@ def second_task_accuracy(policy: Policy, encoder: TextEncoder, task: SecondTask,
     judge = FunctionReward("evaluation.second_task", environment(task.source).reward)
     requests = [Request(tuple(encoder.prompt(row["prompt"])), ((0,),)) for row in rows]
     engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
-    answers = engine.sample(requests, SamplingSettings(settings.max_new_tokens, 0.0))
+    sharing = processes or ONE_PROCESS
+    answers = sharing.sample(engine, requests, SamplingSettings(settings.max_new_tokens, 0.0))
     texts = [encoder.text(completion.tokens) for (completion,) in answers]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    judged = judge.score(RewardBatch([row["prompt"] for row in rows], texts, [], columns))
+    batch = RewardBatch([row["prompt"] for row in rows], texts, [], columns)
+    judged = sharing.on_rank_0(lambda: judge.score(batch))
     known = [reward for reward in judged if reward is not None]
     if not known:
         raise DataError(f"evaluation.second_task: the judge of {task.source} scored none of {len(judged)} answers")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.models.inference import token_logprobs
+from posttrain.evaluation.processes import ONE_PROCESS, Processes
 from posttrain.models.policy import Policy
 from posttrain.rewards.combination import known
 from posttrain.rewards.sources import RewardSource
@@ -71,25 +71,30 @@ def evaluate(
     problems: Sequence[Problem],
     rewards: Sequence[RewardSource],
     settings: EvaluationSettings,
+    processes: Processes = ONE_PROCESS,
 ) -> list[EvaluatedAnswer]:
-    """Return answers ordered by problem and sample. Seeds depend only on problem and sample, so that all models get the same ones."""
-    greedy = engine.sample([request(p, ((0,),)) for p in problems], SamplingSettings(settings.max_new_tokens, 0.0))
+    """Return answers ordered by problem and sample. Seeds depend only on problem and sample, so that all models get the same ones.
+
+    Args:
+        processes: share sampling and forward passes; rank 0 scores the answers, and all return the same.
+    """
+    first = [request(p, ((0,),)) for p in problems]
+    greedy = processes.sample(engine, first, SamplingSettings(settings.max_new_tokens, 0.0))
     seeds = [tuple((settings.seed, i, j) for j in range(settings.samples)) for i in range(len(problems))]
     requests = [request(p, s) for p, s in zip(problems, seeds, strict=True)]
-    sampled = engine.sample(requests, SamplingSettings(settings.max_new_tokens, settings.temperature))
+    sampled = processes.sample(engine, requests, SamplingSettings(settings.max_new_tokens, settings.temperature))
     flat: list[tuple[int, int, Completion]] = [
         (i, j, completion)
         for i, (first, others) in enumerate(zip(greedy, sampled, strict=True))
         for j, completion in enumerate([*first, *others])
     ]
     tokens = [Tokens(problems[i].ids, completion.tokens, weights=completion.weights) for i, _, completion in flat]
-    own = token_logprobs(policy, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
-    other = (
-        own if reference is None else token_logprobs(reference, tokens, settings.micro_batch_tokens, bf16=settings.bf16)
-    )
+    passes = settings.micro_batch_tokens, settings.bf16
+    own = processes.token_logprobs(policy, tokens, *passes)
+    other = own if reference is None else processes.token_logprobs(reference, tokens, *passes)
     texts = [judged_text(encoder, completion) for _, _, completion in flat]
     answers = reward_batch([problems[i] for i, _, _ in flat], texts, tokens, [completion for _, _, completion in flat])
-    scored = {reward.name: reward.score(answers) for reward in rewards}
+    scored = processes.on_rank_0(lambda: {reward.name: reward.score(answers) for reward in rewards})
     return [
         EvaluatedAnswer(
             i,
@@ -114,10 +119,14 @@ def _mean_entropy(entropy: np.ndarray, completion: Completion) -> float:
 
 
 def preferred_share(
-    policy: Policy, pairs: Sequence[tuple[Tokens, Tokens]], micro_batch_tokens: int, bf16: bool = False
+    policy: Policy,
+    pairs: Sequence[tuple[Tokens, Tokens]],
+    micro_batch_tokens: int,
+    bf16: bool = False,
+    processes: Processes = ONE_PROCESS,
 ) -> float:
     """Return the share of (chosen, rejected) pairs whose chosen response is more probable; ties count half."""
-    numbers = token_logprobs(policy, [t for pair in pairs for t in pair], micro_batch_tokens, bf16=bf16)
+    numbers = processes.token_logprobs(policy, [t for pair in pairs for t in pair], micro_batch_tokens, bf16)
     sums = [float(n.logprobs.sum()) for n in numbers]
     gaps = [sums[i] - sums[i + 1] for i in range(0, len(sums), 2)]
     return sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.distributed import gather_all, round_robin
-from posttrain.errors import CheckpointError, PosttrainError, RewardError, RolloutError
+from posttrain.distributed import gather_all, on_main_process, round_robin
+from posttrain.errors import CheckpointError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
@@ -293,21 +293,9 @@ class GroupSampler:
 
     def _scores(self, answers: RewardBatch) -> dict[str, list[float | None]]:
         """Score on one process for all: rewards with time-outs are not deterministic, so rank 0 scores and broadcasts."""
-        if self.accelerator.num_processes == 1:
-            return {reward.name: reward.score(answers) for reward in self.rewards}
-        from accelerate.utils import broadcast_object_list
-
-        scored: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                scored = [{reward.name: reward.score(answers) for reward in self.rewards}]
-            except PosttrainError as error:
-                scored = [error]
-        broadcast_object_list(scored)
-        if isinstance(scored[0], PosttrainError):
-            raise scored[0]
-        scores: dict[str, list[float | None]] = scored[0]
-        return scores
+        return on_main_process(
+            self.accelerator, lambda: {reward.name: reward.score(answers) for reward in self.rewards}
+        )
 
     def _shaping(self, completion: Completion) -> float:
         shaped = 0.0 if completion.finished else -self.spec.missing_eos_penalty

@@ -72,7 +72,10 @@ def _pack(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def download(repo: Any, tree: Path, key: str, stage: str) -> str | None:
-    """Unpack the newest checkpoint whose content has its name's hash, and return its name; None if the remote has none."""
+    """Unpack the newest checkpoint whose content has its name's hash, and return its name; None if the remote has none.
+
+    One that is older than this machine's own is not unpacked: its journal would be behind the own checkpoint.
+    """
     fs, place = _place(repo, key)
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         for name in _listed(fs, place):
@@ -81,18 +84,29 @@ def download(repo: Any, tree: Path, key: str, stage: str) -> str | None:
                 fs.get_file(fs.join(place, name), str(path))
             except FileNotFoundError:  # a different worker has just removed it
                 continue
-            if file_digest(path) == _parts(name)[1] and _unpack(path, tree, stage):
+            if file_digest(path) == _parts(name)[1] and _unpack(path, tree, stage, _parts(name)[0]):
                 return name
     return None
 
 
-def _unpack(path: Path, tree: Path, stage: str) -> bool:
-    """Unpack files and folders into the folder of live runs; return False if the archive holds anything else or would write elsewhere."""
+def _own_step(tree: Path, run: str) -> int:
+    """Return the step of the newest complete checkpoint of a run in the worktree, or -1."""
+    steps = [_STEP.fullmatch(folder.name) for folder in (tree / RUNS / run / CHECKPOINTS).glob("*/*")]
+    return max((int(step[1]) for step in steps if step and not step[0].startswith("partial")), default=-1)
+
+
+def _unpack(path: Path, tree: Path, stage: str, step: int) -> bool:
+    """Unpack files and folders into the folder of live runs, unless these are ahead of `step`.
+
+    Return False if the archive holds anything else or would write elsewhere.
+    """
     prefix = f"{stage.replace('@', '-')}-"
     with tarfile.open(path) as archive:
         members = archive.getmembers()
         if not all(_is_of_run(member, prefix) for member in members):
             return False
+        if max(_own_step(tree, PurePosixPath(member.name).parts[0]) for member in members) > step:
+            return True
         for member in members:
             place = tree / RUNS / member.name
             (place if member.isdir() else place.parent).mkdir(parents=True, exist_ok=True)

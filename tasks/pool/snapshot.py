@@ -95,9 +95,14 @@ def order(
     root: Path, commit: str, node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]
 ) -> StageOrder:
     """Return the order for a stage whose inputs are in `locked`, the stages of dvc.lock."""
+    return StageOrder(node.name, commit, differing(root, node), inputs_of(node, paths, locked))
+
+
+def inputs_of(node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]) -> str:
+    """Return a dvc.lock with only the hashes of the stage's inputs, of those in `locked`."""
     above = {name: locked[name] for name in (*node.after, *recorded_stages(node, paths)) if name in locked}
     deps = (*paths[node.name].deps, *([MODEL] if recorded_stages(node, paths) else []))
-    return StageOrder(node.name, commit, differing(root, node), input_lock(above, deps))
+    return input_lock(above, deps)
 
 
 def recorded_stages(node: Node, paths: Mapping[str, StagePaths]) -> list[str]:

@@ -19,12 +19,13 @@ from tasks.background import in_background
 from tasks.console import log_line
 from tasks.lockfile import lock_entries
 from tasks.pool import checkpoints
+from tasks.pool.copies import Copies
 from tasks.pool.order import StageOrder
-from tasks.pool.record import Lease, Phase, Record
+from tasks.pool.record import Lease, Phase, Record, own_retries
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.transfer import opened, patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree
-from tasks.slots import lease, machine_slots, trains
+from tasks.slots import has_several_processes, lease, machine_slots
 from tasks.stage import StageFailed, dvc_command, run_logged
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def run_order(worker: Worker, order: StageOrder, run: UUID, settings: WorkerSett
     """
     held = Lease(run, Record(worker.name), settings.beat_seconds, settings.remote_seconds)
     work = _Work(worker, order, held, settings, parent)
-    with held.held(), _stopped_with(worker, held):
+    with own_retries(), held.held(), _stopped_with(worker, held):
         try:
             work.run()
         except (PosttrainError, OSError) as error:
@@ -89,9 +90,12 @@ class _Work:
         with free_tree(self.worker.workspace, self.worker.places) as tree:
             with self._phase("fetching"):
                 self._fetch(tree)
-            with self._phase("waiting"), lease(machine_slots(several=trains(order.name)), self.lease.stop) as slot:
+            with (
+                self._phase("waiting"),
+                lease(machine_slots(several=has_several_processes(order.name)), self.lease.stop) as slot,
+            ):
                 record.seconds["waiting"] = round(time.monotonic() - self._began, 3)
-                with self._phase("running"), self._checkpoints(tree):
+                with self._phase("running"), self._copies(tree).made():
                     command = dvc_command(order.name, "stage", refresh=False)
                     log = run_logged(
                         tree, order.name, command, held=slot, flow_run=self.parent, stopped=self.lease.stop
@@ -133,43 +137,15 @@ class _Work:
     def _remote(self, act: Callable[[], T], what: str) -> T:
         return patiently(act, what, self.settings.remote_seconds, self.lease.stop)
 
-    @contextmanager
-    def _checkpoints(self, tree: Path) -> Iterator[None]:
-        """Copy new checkpoints to the remote while the stage runs, and the last one if it does not finish."""
-        over = threading.Event()
-        thread = threading.Thread(target=self._copy_checkpoints, args=(tree, over), daemon=True)
-        thread.start()
-        try:
-            yield
-        except PosttrainError:
-            over.set()
-            thread.join()
-            self._copy(tree)
-            raise
-        finally:
-            over.set()
-            thread.join()
+    def _copies(self, tree: Path) -> Copies:
+        """Return the stage's checkpoints in the remote; each new one is named in the record."""
+        return Copies(
+            tree, self.order.name, self.order.key, self.settings.checkpoint_seconds, get_run_logger().warning,
+            newest=self.lease.record.checkpoint, on_copy=self._name_checkpoint,
+        )  # fmt: skip
 
-    def _copy_checkpoints(self, tree: Path, over: threading.Event) -> None:
-        copied = time.monotonic()
-        while not over.wait(POLL_SECONDS):
-            if time.monotonic() - copied >= self.settings.checkpoint_seconds and self._copy(tree):
-                copied = time.monotonic()
-
-    def _copy(self, tree: Path) -> bool:
-        """Copy the newest checkpoint unless the remote has it; return True if it was copied."""
-        found = checkpoints.newest(tree, self.order.name)
-        if found is None or f"{found.step}" == self.lease.record.checkpoint.partition("-")[0]:
-            return False
-        try:
-            name = checkpoints.upload(tree, self.order.key, found)
-        except (
-            Exception
-        ) as error:  # each kind of remote raises its own; training goes on, and the next copy tries again
-            get_run_logger().warning(f"{self.order.name}: checkpoint {found.step} is not in the remote: {error}")
-            return False
-        self.lease.record.checkpoint = name or self.lease.record.checkpoint
-        return name is not None
+    def _name_checkpoint(self, name: str) -> None:
+        self.lease.record.checkpoint = name
 
 
 @contextmanager

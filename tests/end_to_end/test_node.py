@@ -1,59 +1,101 @@
-"""One training stage over two clones that share only a DVC remote and the network: recorded once, where rank 0 runs."""
+"""One stage over two clones that share only a DVC remote and the network: recorded once, where rank 0 runs."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from pipelines.tracking.lockfile import read_lock
 from posttrain.network import free_port
 from tests.end_to_end.conftest import TINY, Clone
+from tests.end_to_end.held import HELD, QUICK, SETTINGS
+from tests.fleet import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STAGE = "align@grpo-0"
+MADE = (".dvc/cache", "models", "runs", "data/valid", ".posttrain")
+
+
+@dataclass
+class Hosts:
+    """A clone that has run the stages before the tested one, its DVC remote, and copies of it without any result."""
+
+    clone: Clone
+    store: Path
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def add(self, name: str) -> Clone:
+        """Return a host that has the clone's code, parameters and dvc.lock, but none of its files."""
+        host = replace(self.clone, root=self.store.parent / name / "project", warm=None)
+        shutil.copytree(self.clone.root, host.root, symlinks=True)
+        for made in MADE:
+            shutil.rmtree(host.root / made, ignore_errors=True)
+        return host
+
+    def start(
+        self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1), **extra: str
+    ) -> list[subprocess.Popen[bytes]]:
+        """Start the stage on the hosts, the first of which has rank 0, with so many processes each."""
+        port, running = str(free_port()), []
+        text = (self.clone.root / "infra" / "accelerate" / "ddp_cpu.yaml").read_text()
+        for rank, (host, count) in enumerate(zip(hosts, processes, strict=True)):
+            config = host.root.parent / "accelerate.yaml"
+            config.write_text(text.replace("num_processes: 2", f"num_processes: {count}"))
+            command = ("flows.node", stage, "--hosts", str(len(hosts)), "--rank", str(rank), "--address", "127.0.0.1")
+            environment = host.environment(POSTTRAIN_FOLLOWER="1", POSTTRAIN_SLOTS="1", **extra)
+            with log(host).open("wb") as file:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", *command, "--port", port, "--config", str(config)],
+                        cwd=host.root, env=environment, stdout=file, stderr=file, start_new_session=True,
+                    )
+                )  # fmt: skip
+        self.started += running
+        return running
+
+    def run(self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1)) -> None:
+        running = self.start(stage, hosts, processes)
+        assert [process.wait(900) for process in running] == [0, 0], "\n".join(
+            log(host).read_text()[-3000:] for host in hosts
+        )
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints in the remote."""
+        return sorted((self.store / "posttrain" / "checkpoints").rglob("*.tar"))
 
 
 def log(host: Clone) -> Path:
     return host.root.parent / "log.txt"
 
 
-def start(host: Clone, *command: str) -> subprocess.Popen[bytes]:
-    with log(host).open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=host.root, env=host.environment(POSTTRAIN_FOLLOWER="1"), stdout=file, stderr=file,
-        )  # fmt: skip
-
-
-def test_a_stage_over_two_hosts_is_recorded_and_pushed_by_rank_0(
-    new_clone: Callable[[], Clone], tmp_path: Path
-) -> None:
-    clone = new_clone()
-    store = tmp_path / "store"
+@pytest.fixture
+def hosts(new_clone: Callable[[], Clone], tmp_path: Path) -> Hosts:
+    clone, store = new_clone(), tmp_path / "store"
     clone.run("dvc", "remote", "add", "-q", "--force", "--default", "store", str(store))
-    clone.configure(str(TINY), "project.algorithms=[dpo, grpo]")
+    (clone.root / "held.py").write_text(HELD)
+    path = clone.root / "infra" / "workers.yaml"
+    path.write_text(path.read_text().replace(*QUICK))
+    clone.configure(str(TINY), "project.algorithms=[dpo, grpo]", *SETTINGS)
+    return Hosts(clone, store)
+
+
+def test_a_stage_is_recorded_by_rank_0_and_goes_on_elsewhere_if_its_host_is_lost(hosts: Hosts) -> None:
+    clone = hosts.clone
     clone.repro("reward_readers", POSTTRAIN_FOLLOWER="1")
     clone.run("dvc", "push", "-q")
-    config = tmp_path / "one_process.yaml"
-    text = (clone.root / "infra" / "accelerate" / "ddp_cpu.yaml").read_text()
-    config.write_text(text.replace("num_processes: 2", "num_processes: 1"))
+    first, second = hosts.add("one"), hosts.add("two")
+    hosts.run(STAGE, [first, second])
 
-    hosts = [replace(clone, root=tmp_path / name / "project", warm=None) for name in ("one", "two")]
-    for host in hosts:
-        shutil.copytree(clone.root, host.root, symlinks=True)
-        for made in (".dvc/cache", "models", "runs", "data/valid", ".posttrain"):
-            shutil.rmtree(host.root / made)
-    port = str(free_port())
-    command = ("flows.node", STAGE, "--hosts", "2", "--address", "127.0.0.1", "--port", port, "--config", str(config))
-    running = [start(host, *command, "--rank", str(rank)) for rank, host in enumerate(hosts)]
-    assert [process.wait(600) for process in running] == [0, 0], [log(host).read_text()[-3000:] for host in hosts]
-
-    first, second = hosts
     assert "up to date" in first.run("dvc", "status", STAGE).stdout
     assert (second.root / "dvc.lock").read_text() == (clone.root / "dvc.lock").read_text()
     assert not (second.root / "models" / "align").exists()
@@ -62,3 +104,41 @@ def test_a_stage_over_two_hosts_is_recorded_and_pushed_by_rank_0(
     second.run("dvc", "pull", "-q", STAGE)
     for out in read_lock(first.root)[STAGE]["outs"]:
         assert (second.root / out["path"]).exists()
+    assert hosts.checkpoints() == []
+
+    third, fourth = hosts.add("three"), hosts.add("four")
+    running = hosts.start(STAGE, [third, fourth], HELD_UNTIL=str(hosts.store.parent / "never"))
+
+    def copied() -> object:
+        assert running[0].poll() is None, log(third).read_text()[-3000:]
+        return hosts.checkpoints()
+
+    until(copied, f"no checkpoint in the remote\n{log(third).read_text()[-3000:]}", 900)
+    for process in running:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    shutil.rmtree(third.root.parent)
+    fifth = hosts.add("five")
+    hosts.run(STAGE, [fifth, fourth])
+    assert f"{STAGE} continues from checkpoint" in log(fifth).read_text()
+    assert "continuing run" in log(fifth).read_text()
+    assert read_lock(fifth.root)[STAGE] == read_lock(first.root)[STAGE]
+    assert hosts.checkpoints() == []
+
+
+def test_reward_model_and_evaluation_over_uneven_hosts_are_those_of_one_process(hosts: Hosts) -> None:
+    clone = hosts.clone
+    clone.repro("reward", "evaluate@sft", POSTTRAIN_FOLLOWER="1")
+    clone.run("dvc", "push", "-q")
+    first, second = hosts.add("one"), hosts.add("two")
+    hosts.run("reward", [first, second], (1, 2))
+    name = "models/reward/model.safetensors"
+    expected, found = load_file(clone.root / name), load_file(first.root / name)
+    assert expected.keys() == found.keys()
+    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) < 1e-5
+
+    hosts.run("evaluate@sft", [first, second], (2, 1))
+    kept = Path("runs/evaluate/sft/metrics.json")
+    one, several = (json.loads((each.root / kept).read_text()) for each in (clone, first))
+    assert several == pytest.approx(one, abs=1e-4, nan_ok=True)
+    assert not (second.root / kept).exists()

@@ -27,33 +27,13 @@ from tasks.lockfile import sorted_lock
 from tasks.pool.record import TYPE, Record, parse
 from tasks.pool.settings import FLOW
 from tests.end_to_end.conftest import TINY, Clone
+from tests.end_to_end.held import HELD, QUICK, SETTINGS
 from tests.fleet import Fleet, fleet, until
 from tests.s3 import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-SETTINGS = (
-    "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", "align.on_policy.steps=10", "align.on_policy.measure_kl_every=0",
-    "align.checkpoint.every_steps=2", "rewards.held={function: held:held}", "limits.reward_seconds.held=100000",
-    "algorithms.grpo.rewards.held=0.0",
-)  # fmt: skip
-HELD = """
-import os, time
-from pathlib import Path
-
-calls = 0
-
-
-def held(prompts, completions, **columns):
-    \"\"\"Wait from the fifth step on until the machine's file exists: a stage cannot end before the test has seen it at work.\"\"\"
-    global calls
-    calls += 1
-    while calls > 4 and "HELD_UNTIL" in os.environ and not Path(os.environ["HELD_UNTIL"]).exists():
-        time.sleep(0.05)
-    return [0.0] * len(completions)
-"""
 GRPO = ("align@grpo-0", "align@grpo-1")
 STAGES = ("align@dpo-0", "align@dpo-1", *GRPO)
-QUICK = {"checkpoint_seconds: 30": "checkpoint_seconds: 1"}
 
 
 def attempts(stage: str) -> list[tuple[FlowRun, Record | None]]:
@@ -101,14 +81,13 @@ def machines(new_clone: Callable[[], Clone], prefect_url: str, tmp_path: Path) -
         shutil.move(clone.root, made.parent.root)
         parent = replace(clone, root=made.parent.root)
         path = parent.root / "infra" / "workers.yaml"
-        text = path.read_text()
-        for before, after in QUICK.items():
-            assert before in text
-            text = text.replace(before, after)
-        path.write_text(text)
+        assert QUICK[0] in path.read_text()
+        path.write_text(path.read_text().replace(*QUICK))
         (parent.root / "held.py").write_text(HELD)
         made.publish("store")
-        parent.configure(str(TINY), *SETTINGS)  # is not committed: it travels with each stage
+        parent.configure(
+            str(TINY), "project.algorithms=[dpo, grpo]", "project.seeds=[0, 1]", *SETTINGS
+        )  # is not committed: it travels with each stage
         parent.repro("reward_readers", POSTTRAIN_FOLLOWER="1")
         alone = replace(clone, root=tmp_path / "alone" / "project")
         shutil.copytree(parent.root, alone.root, symlinks=True)

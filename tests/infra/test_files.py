@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.utilities.schema_tools.validation import ValidationError, is_valid_schema, validate
 from ruamel.yaml import YAML
 
 from flows.deploy import APPROVALS, POOL, TRAINING
 from flows.node import accelerate_settings
 from infra.postgres import DATABASES
 from pipelines.runtime.credentials import prefect_client, prefect_server
-from tasks.slots import trains
+from tasks.slots import has_several_processes
 
 PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 BIN = Path(sys.executable).parent
@@ -38,11 +40,14 @@ def test_linters_and_schemas_find_nothing(root: Path, tmp_path: Path) -> None:
     check(root, "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "infra/compose.yaml")
     check(root, "hadolint", "infra/Dockerfile")
     check(root, "kubernetes-validate", "--strict", "infra/kubernetes/worker.yaml")
-    check(root, "shellcheck", "infra/setup.sh", "infra/vllm/setup.sh", "infra/slurm/stage.sh", ".ci/run")
+    check(root, "kubernetes-validate", "--strict", "infra/kubernetes/stage-workers.yaml")
+    scripts = ("infra/setup.sh", "infra/vllm/setup.sh", "infra/slurm/stage.sh", "infra/slurm/worker.sh", ".ci/run")
+    check(root, "shellcheck", *scripts)
     yamls = [
         "infra/compose.yaml",
         "infra/kubernetes/worker.yaml",
         "infra/kubernetes/hosts.yaml",
+        "infra/kubernetes/stage-workers.yaml",
         "prefect.yaml",
         "dvc.yaml",
         "params.yaml",
@@ -71,6 +76,50 @@ def test_a_work_pool_uses_exactly_the_variables_that_it_declares(root: Path, kin
     template = pool(root, kind)
     used = set(PLACEHOLDER.findall(json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
+
+
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_prefect_accepts_the_template_of_a_work_pool_and_its_defaults(root: Path, kind: str) -> None:
+    template = pool(root, kind)
+    WorkPoolCreate(name="posttrain", type=kind, base_job_template=template)
+    is_valid_schema(template["variables"])  # raises if it is not
+    defaults = {
+        name: field["default"] for name, field in template["variables"]["properties"].items() if "default" in field
+    }
+    validate(defaults, template["variables"], raise_on_error=True)
+    for name in defaults.keys() & {"stream_output", "gpus", "env"}:
+        with pytest.raises(ValidationError):
+            validate({**defaults, name: "wrong"}, template["variables"], raise_on_error=True)
+
+
+def test_a_stage_worker_is_a_slurm_job_in_its_own_clone(root: Path, tmp_path: Path) -> None:
+    origin, submit = tmp_path / "origin", tmp_path / "submit"
+    (origin / ".dvc").mkdir(parents=True)
+    (origin / ".dvc" / "config").write_text("")
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=origin, check=True)
+    subprocess.run(["git", "clone", "-q", str(origin), str(submit)], check=True)
+    (submit / ".dvc" / "config.local").write_text("[core]\n")
+    setup = "install -D /dev/stdin .venv/bin/python"
+    environment = {
+        "PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(submit), "SLURM_JOB_ID": "42", "SCRATCH": str(tmp_path),
+        "SETUP": setup, "PREFECT_API_URL": "http://host:4200/api",
+    }  # fmt: skip
+    script = ["bash", str(root / "infra" / "slurm" / "worker.sh")]
+    python = '#!/bin/sh\necho "$PWD" "$@"\n'
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, input=python, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    clone = tmp_path / "posttrain-slurm-42"
+    assert done.stdout == f"{clone} -m flows.workers add stages --name slurm-42\n"
+    assert (clone / ".dvc" / "config.local").read_text() == "[core]\n"
+    del environment["PREFECT_API_URL"]
+    refused = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "the address of the Prefect server" in refused.stderr
 
 
 def test_the_kubernetes_job_is_valid_asks_for_gpus_and_runs_without_rights(root: Path, tmp_path: Path) -> None:
@@ -116,7 +165,7 @@ def test_the_jobset_starts_one_stage_on_each_host_with_gpus_and_shared_memory(ro
             root / "infra/accelerate/fsdp2_gpu.yaml", rank, len(jobs), options["--address"], 29500
         )
         assert settings["num_processes"] == len(jobs) * container["resources"]["limits"]["nvidia.com/gpu"]
-        assert trains(stage)
+        assert has_several_processes(stage)
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
         assert pod["securityContext"]["runAsNonRoot"] is True
 

@@ -9,7 +9,15 @@ import pytest
 
 from posttrain.errors import Interrupted, OrchestrationError
 from tasks import slots
-from tasks.slots import TRAINING_STAGES, Slot, lease, lease_directory, machine_slots, parse_devices, trains
+from tasks.slots import (
+    SEVERAL_PROCESSES,
+    Slot,
+    has_several_processes,
+    lease,
+    lease_directory,
+    machine_slots,
+    parse_devices,
+)
 
 LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa)
 GPU 1: NVIDIA H200 (UUID: GPU-bbbb)
@@ -151,8 +159,10 @@ def test_a_stage_that_does_not_train_leases_one_device(
         assert second.slot == single[2]
 
 
-def test_the_stages_that_train_are_those_whose_steps_say_so(root: Path) -> None:
-    found = {path.stem for path in (root / "pipelines").glob("*.py") if "trains=True" in path.read_text("utf-8")}
-    assert found == set(TRAINING_STAGES)
-    for stage, expected in (("align@grpo-0", True), ("evaluate@base", False), ("evaluate_aligned@grpo-0", False)):
-        assert trains(stage) == expected, stage
+def test_the_stages_with_several_processes_are_those_whose_steps_say_so(root: Path) -> None:
+    marks = ("trains=True", "several=True")
+    texts = {path.stem: path.read_text("utf-8") for path in (root / "pipelines").glob("*.py")}
+    found = {name for name, text in texts.items() if any(mark in text for mark in marks)}
+    assert found | {"evaluate_aligned"} == set(SEVERAL_PROCESSES)  # the same module as evaluate
+    for stage, expected in (("align@grpo-0", True), ("evaluate_aligned@grpo-0", True), ("compare", False)):
+        assert has_several_processes(stage) == expected, stage

@@ -8,7 +8,7 @@ from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError
 from tasks.dag import read_dag
 from tasks.lockfile import lock_entries, write_entries
-from tasks.pool.send import checked_entry
+from tasks.pool.merged_lock import checked_entry
 from tasks.pool.snapshot import StagePaths, input_lock, read_paths, recorded_stages
 from tests.workspace import dvc
 

@@ -119,6 +119,11 @@ def test_a_checkpoint_goes_to_another_clone_whole_or_not_at_all(project: Path, c
         "checkpoints/code/step-00000020/state.pt",
         "journal.jsonl",
     ]
+    (held / "checkpoints" / "code" / "step-00000030").mkdir()  # the clone's own is newer
+    (held / "journal.jsonl").write_text("more lines\n")
+    with opened(clone) as repo:
+        assert checkpoints.download(repo, clone, "k" * 64, "side@left") == name
+    assert (held / "journal.jsonl").read_text() == "more lines\n"
     (stored,) = (project.parent / "store").rglob("20-*.tar")
     stored.write_bytes(stored.read_bytes().replace(b"state 20", b"state 21"))
     with opened(clone) as repo:
@@ -136,7 +141,7 @@ def test_an_archive_that_would_write_elsewhere_is_not_unpacked(name: str, tmp_pa
         member = archive.gettarinfo(tmp_path / ("link" if name.endswith("link") else "file"))
         member.name = name
         archive.addfile(member, None if member.issym() else (tmp_path / "file").open("rb"))
-    assert not checkpoints._unpack(tmp_path / "bad.tar", tmp_path / "tree", "side@left")
+    assert not checkpoints._unpack(tmp_path / "bad.tar", tmp_path / "tree", "side@left", 10)
     assert not (tmp_path / "tree").exists()
 
 
