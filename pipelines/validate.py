@@ -43,9 +43,10 @@ def run(run: Run) -> None:
 
     from pipelines.validation.check import check
     from pipelines.validation.masks import left_out, samples
-    from pipelines.validation.messages import other_form, refuse, summary
+    from pipelines.validation.messages import other_form, refuse, summary, without_template
     from pipelines.validation.report import page
     from pipelines.validation.suites import TableLimits, Validator
+    from posttrain.models.tiny import CHAT_TEMPLATE
 
     run.recorder.ready()
     limits = TableLimits(
@@ -59,6 +60,7 @@ def run(run: Run) -> None:
     for table in () if outcome.stops else TABLES:
         counted = left_out(lengths.encoder, table, outcome.kept[table])
         counted |= other_form(table, outcome.kept[table], outcome.kept["sft"])
+        counted |= without_template(lengths.encoder.tokenizer.chat_template, CHAT_TEMPLATE, table, outcome.kept[table])
         for what, count in counted.items():
             changes.setdefault(table, {})[what] = count
             print(f"validate: {table}: {count} {what}", flush=True)

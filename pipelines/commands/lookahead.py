@@ -74,6 +74,18 @@ def _functions(params: Params) -> Iterator[str]:
                 why = misfit(_written(reward.function), columns, reward.arguments, f"in rewards.{name}.arguments")
             if why:
                 yield f"rewards.{name}.function = {reward.function!r}: {why}"
+        elif reward.function in ("answer", "math") and name in _weighted(params):
+            columns = _reward_columns(params)
+            if columns is not None and "answer" not in columns:
+                yield (
+                    f"rewards.{name}: the function {reward.function!r} reads gold answers, and data.problems has none. Map the column that"
+                    f" holds them, as in data.problems.columns.answer=COLUMN, or train without it: algorithms.NAME.rewards.{name}=null"
+                )
+
+
+def _weighted(params: Params) -> set[str]:
+    """Return the rewards of the aligned algorithms."""
+    return {name for one in params.project.algorithms for name in params.algorithms[one].rewards or {}}
 
 
 def _written(path: str) -> Signature | None:

@@ -233,7 +233,10 @@ def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) 
     needed = [name for name in required(kind) if name not in made]
     # pairs of whole conversations share their prompt
     prompt = "prompt" in source.columns if source.columns is not None else "prompt" in present
-    return [name for name in needed if name != "prompt" or prompt or kind != "preferences" or made]
+    needed = [name for name in needed if name != "prompt" or prompt or kind != "preferences" or made]
+    # rewards may read no answer; a file without a mapping is of a known format here
+    unanswered = kind == "problems" and "answer" not in {*present, *(source.columns or ())}
+    return [name for name in needed if not (unanswered and name == "answer")]
 
 
 def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str], present: set[str]) -> None:

@@ -65,7 +65,9 @@ def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
     if there == ["text"]:
         raise DataError(
             f"{where}: its only column is `text`, one whole text per record; this table needs to know what is prompt and what is"
-            " answer. Make two columns, prompt and completion, in the file; only completions are trained."
+            " answer. Make two columns, prompt and completion, in the file; only completions are trained. To train whole texts from"
+            f" their second word on, set data.{kind}.columns: {{prompt: text, completion: text}} and data.{kind}.extract:"
+            r" {prompt: '^(\s*\S+)', completion: '^\s*\S+(.*)'}"
         )
     graded = (
         " Several graded or ranked answers per record: data.preferences.graded; a label that says which of two answers won:"
@@ -334,6 +336,13 @@ FORMATS = (
     ),
     Format("pairs with an implicit prompt", ("preferences",), frozenset({"chosen", "rejected"}), _pair),
     Format("problems", _PROBLEMS, frozenset({"prompt", "answer"}), _same),
+    Format(
+        "prompts without answers",
+        ("problems",),
+        frozenset({"prompt"}),
+        _same,
+        fits=lambda record: {*record} <= {"prompt", "tools", "id"},
+    ),
     Format("verl", _PROBLEMS, frozenset({"prompt", "reward_model"}), _verl),
     Format("questions", _PROBLEMS, frozenset({"question", "answer"}), _asked("question")),
     Format("mathematics", _PROBLEMS, frozenset({"problem", "answer"}), _asked("problem")),

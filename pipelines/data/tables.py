@@ -60,6 +60,12 @@ def required(table: Table) -> tuple[str, ...]:
     return (*TEXT[table], *more)
 
 
+def present(table: Table, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the canonical columns of these rows: problems may have no answers, for rewards that read none."""
+    unanswered = table == "problems" and bool(rows) and not any("answer" in row for row in rows)
+    return tuple(name for name in required(table) if not (unanswered and name == "answer"))
+
+
 def is_messages(value: Any) -> bool:
     """Return True if the value is chat messages: a non-empty list of {role, content} with string values."""
     return isinstance(value, list) and bool(value) and all(_is_message(message) for message in value)
@@ -199,9 +205,9 @@ def _set_apart(table: Table, row: Row) -> Row:
 
 def _order(table: Table, rows: Sequence[Row], extra: Sequence[str]) -> list[str]:
     """Return the order of the columns."""
-    present = {name for row in rows for name in row} | set(extra)
-    first = ["id", *required(table), *(name for name in SCORES if name in present)]
-    return [*first, *sorted(present - set(first))]
+    names = {name for row in rows for name in row} | set(extra)
+    first = ["id", *present(table, rows), *(name for name in SCORES if name in names)]
+    return [*first, *sorted(names - set(first))]
 
 
 def is_number(table: Table, name: str) -> bool:

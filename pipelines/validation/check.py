@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from pipelines.config.schema import RuleParams
 from pipelines.data.packed import PackedRows, chosen, empty_like, replaced
-from pipelines.data.tables import ANSWERED, HELD_OUT, OPTIONAL, TEXT, TRAINING, Row, Table, plain, required
+from pipelines.data.tables import ANSWERED, HELD_OUT, OPTIONAL, TEXT, TRAINING, Row, Table, plain, present
 from pipelines.validation import suites
 from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.suites import Finding, TableLimits, Validator
@@ -96,7 +96,7 @@ class _Checker:
         """Run all stages of rules on the rows."""
         self.outcome.kept[self.table], self.outcome.quarantined[self.table] = rows, empty_like(rows)
         scores = present_scores(rows)
-        columns = ["id", *required(self.table)]
+        columns = ["id", *present(self.table, rows)]
         findings = self.validator.run(self.table, "structure", structure_view(rows), suites.structure(columns))
         if self._settle(rows, findings):
             return
@@ -161,7 +161,7 @@ def _policy(rules: RuleParams, rule: str) -> str:
 
 def _texts(table: Table, row: Row) -> Row:
     """Return a row that can be written as text: a missing value becomes empty, a value of a wrong type becomes JSON."""
-    names = (*TEXT[table], *(("answer",) if table in ANSWERED else ()))
+    names = (*TEXT[table], *(("answer",) if table in ANSWERED and "answer" in row else ()))
     wrong = [name for name in names if not (isinstance(row[name], str | list) and row[name])]
     return row | {name: plain(row[name]) for name in wrong} if wrong else row
 

@@ -118,6 +118,24 @@ def other_form(table: str, rows: Sequence[Row], demonstrations: Sequence[Row]) -
     }
 
 
+def without_template(template: Any, built_in: str, table: str, rows: Sequence[Row]) -> dict[str, int]:
+    """Count the rows of plain text for a model with its own chat template, under words for the page.
+
+    Args:
+        template: the tokenizer's chat template, None if it has none.
+        built_in: that of the built-in model, which reads plain text as well.
+    """
+    if not template or template == built_in or table == "preferences_heldout":
+        return {}
+    count = sum(isinstance(row["prompt"], str) for row in rows)
+    if not count:
+        return {}
+    return {
+        "rows are plain text, and go without the model's chat template. To write them as turns of a conversation:"
+        f" posttrain configure 'data.{table}.template=\"{{prompt}}\"'": count
+    }
+
+
 def summary(outcome: ValidationOutcome) -> dict[str, float]:
     """Return the rows in, valid and quarantined per table, and the rows that each rule found."""
     numbers: dict[str, float] = {}

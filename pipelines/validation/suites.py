@@ -112,10 +112,10 @@ def content(table: Table, limits: TableLimits, columns: Collection[str]) -> list
         suite.append(
             ExpectColumnValuesToBeInSet(column=TEMPLATE, value_set=[""], meta=_meta("chat_template", TEMPLATE))
         )
-    if table in ANSWERED:
+    if table in ANSWERED and "answer" in columns:
         answer = ANSWERS[limits.answers]
         suite.append(answer(column="answer", meta=_meta("unparseable_answer", "answer")))
-    if table in ANSWERED and EQUATION in columns:
+    if table in ANSWERED and {"answer", EQUATION} <= {*columns}:
         meta = _meta("contradicted_answer", "answer")
         suite.append(own.ExpectColumnPairAnswerToSolveEquation(column_A="answer", column_B=EQUATION, meta=meta))
     return suite

@@ -68,7 +68,7 @@ def types_view(table: Table, rows: Sequence[Row]) -> pd.DataFrame:
     """Return `{column}_type` of every text column, and the scores."""
     columns = _positions(rows)
     for name in typed_columns(table):
-        columns[f"{name}_type"] = pd.Series([kind(row[name]) for row in rows], dtype=object)
+        columns[f"{name}_type"] = pd.Series([kind(row.get(name)) for row in rows], dtype=object)
     columns |= {name: _floats(row[name] for row in rows) for name in present_scores(rows)}
     return pd.DataFrame(columns, copy=False)
 
@@ -91,7 +91,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
     columns |= {name: _floats(row[name] for row in rows) for name in present_scores(rows)}
     if is_number(table, WEIGHT) and WEIGHT in rows[0]:
         columns[WEIGHT] = _floats(row[WEIGHT] for row in rows)
-    if table in ANSWERED:
+    if table in ANSWERED and "answer" in rows[0]:
         columns["answer"] = pd.Series([plain(row["answer"]) for row in rows], dtype=object)
         if EQUATION in rows[0]:
             columns[EQUATION] = pd.Series([plain(row[EQUATION]) for row in rows], dtype=object)

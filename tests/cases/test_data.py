@@ -87,6 +87,11 @@ GIVEN: dict[tuple[str, str], tuple[dict[str, Any], Rows]] = {
     ("packed.jsonl.gz", "sft"): ({}, [("a", "b")]),
     ("rows.ndjson", "sft"): ({}, [("a", "b")]),
     ("tsv.tsv", "sft"): ({}, [("a", "b")]),
+    ("text.jsonl", "sft"): (
+        {"columns": {"prompt": "text", "completion": "text"},
+         "extract": {"prompt": r"^(\s*\S+)", "completion": r"^\s*\S+(.*)"}},
+        [("A", " plum is a fruit."), ("An", " elm is a tree.")],
+    ),
     ("shards", "sft"): ({}, [("a", "b"), ("c", "d")]),
     ("binary.parquet", "sft"): ({}, [(FRUIT, "Plum"), ("Name a tree", "Elm")]),
     ("dictionary.parquet", "sft"): ({}, [(FRUIT, "Plum"), (FRUIT, "Pear")]),

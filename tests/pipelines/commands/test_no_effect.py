@@ -95,6 +95,10 @@ LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_prj"]}
             {"data": {"sft": {"source": "rows.csv"}}},
             "' completion': remove the space (completion); 'Prompt': write it in",
         ),
+        (
+            {"data": {"problems": {"source": "asked.jsonl", "rows": None}}},
+            "rewards.answer: the function 'answer' reads gold answers, and data.problems has none",
+        ),
         ({"model": {"source": "trained"}}, "models are in its subfolders: write trained/checkpoint-100"),
     ],
 )
@@ -105,6 +109,7 @@ def test_what_a_run_would_stop_at_is_found(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (here / "rows.zip").write_bytes(b"PK")
+    (here / "asked.jsonl").write_text('{"prompt": "a"}\n')
     (here / "rows.csv").write_text("Prompt, completion\na,b\n")
     assert any(message in line for line in problems(changed(shipped, over)))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain.errors import DataError
+from pipelines.data.tables import read_rows, write_rows
+from posttrain.errors import ConfigError, DataError
 from tests.pipelines.data.records import rows, says, user
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
@@ -54,3 +56,21 @@ def test_a_ground_truth_of_verl_may_be_written_as_json() -> None:
     assert rows("problems", record) == [{"prompt": [user("3+4?")], "answer": "7"}]
     with pytest.raises(DataError, match="row 0: reward_model 'rule': must be an object with ground_truth"):
         rows("problems", record | {"reward_model": "rule"})
+
+
+def test_problems_may_have_no_answers(tmp_path: Path) -> None:
+    made = rows("problems", {"prompt": "a"}, {"prompt": "b", "id": 7})
+    assert made == [{"prompt": "a"}, {"prompt": "b"}]
+    assert rows("problems", {"q": "a", "more": "x"}, columns={"prompt": "q"}) == [{"prompt": "a"}]
+    assert rows("problems", {"q": "a", "answer": "x"}, columns={"prompt": "q"}) == [{"prompt": "a", "answer": "x"}]
+    write_rows("problems", [{"id": 0, "prompt": "a"}], tmp_path / "problems.parquet")
+    assert read_rows(tmp_path / "problems.parquet") == [{"id": 0, "prompt": "a"}]
+
+
+def test_an_answer_in_an_unknown_column_is_not_left_out() -> None:
+    with pytest.raises(DataError, match="no known format has its columns"):
+        rows("problems", {"prompt": "a", "solution": "x"})
+    with pytest.raises(DataError, match="no known format has its columns"):
+        rows("evaluation", {"prompt": "a"})
+    with pytest.raises(ConfigError, match="has no 'answer'"):
+        rows("evaluation", {"q": "a"}, columns={"prompt": "q"})

@@ -12,7 +12,7 @@ from pipelines import validate
 from pipelines.config.params import load_params
 from pipelines.data.tables import Row, Table
 from pipelines.validation import suites
-from pipelines.validation.messages import other_form, refuse, summary
+from pipelines.validation.messages import other_form, refuse, summary, without_template
 from pipelines.validation.report import page
 from pipelines.validation.suites import TableLimits
 from posttrain.errors import ConfigError, DataError, LeakageError
@@ -162,6 +162,25 @@ def test_a_table_whose_answers_are_no_numbers_says_how_to_compare_words(checked:
         in str(caught.value)
     )
     assert "`posttrain configure 'rewards.answer.arguments={kind: text}'`" in str(caught.value)
+
+
+def test_plain_rows_of_a_chat_model_are_counted_with_the_command_that_changes_it() -> None:
+    text, chat = {"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}
+    ((words, count),) = without_template("{{ own }}", "{{ tiny }}", "sft", [text, chat, text]).items()
+    assert count == 2
+    assert "without the model's chat template" in words
+    assert "posttrain configure 'data.sft.template=\"{prompt}\"'" in words
+    assert without_template("{{ own }}", "{{ tiny }}", "sft", [chat]) == {}
+    assert without_template("{{ tiny }}", "{{ tiny }}", "sft", [text]) == {}
+    assert without_template(None, "{{ tiny }}", "sft", [text]) == {}
+
+
+def test_problems_without_answers_have_no_rule_about_answers(checked: Checked) -> None:
+    outcome = checked({"problems": [{"id": 0, "prompt": "a"}, {"id": 1, "prompt": "b"}]})
+    assert len(outcome.kept["problems"]) == 2
+    assert not [v for v in outcome.verdicts if v.finding.rule == "unparseable_answer"]
+    assert checked({"problems": [{"id": 0, "prompt": "a", "answer": None}]}).stops
+    assert checked({"evaluation": [{"id": 0, "prompt": "a"}]}).stops
 
 
 def test_prompts_of_another_form_than_the_demonstrations_are_counted() -> None:
