@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -27,9 +26,9 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipelines.commands.lookahead import problems
 from pipelines.commands.notes import notes
-from pipelines.config.dvc_yaml import require_survival, to_block_style
-from pipelines.config.params import Params, flatten, load_params, parse_params
-from pipelines.config.yaml_files import read_yaml
+from pipelines.config.dvc_yaml import require_survival, survives, to_block_style
+from pipelines.config.params import Params, flatten, parse_params
+from pipelines.config.yaml_files import parse_yaml, read_text, read_yaml
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from posttrain.errors import ConfigError
@@ -50,23 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=Path, help="file to change instead of the project's params.yaml")
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
-    changes = configure(path, args.changes, write=False)
-    params = _changed(path, args.changes)
+    changes, text, params = _changed(path, args.changes)
     if not args.absent:
         _look(params)
-    if not args.check:
-        configure(path, args.changes)
+    if changes and not args.check:
+        write_atomic(path, text.encode())
     print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *notes(params, changes)]))
     return 0
-
-
-def _changed(path: Path, changes: Sequence[str]) -> Params:
-    """Return the parameters as they will be after the changes."""
-    with TemporaryDirectory(prefix="posttrain-") as folder:
-        changed = Path(folder, path.name)
-        changed.write_bytes(path.read_bytes())
-        configure(changed, changes)
-        return load_params(changed)
 
 
 def _look(params: Params) -> None:
@@ -77,29 +66,44 @@ def _look(params: Params) -> None:
         raise ConfigError("\n".join([*found, "Nothing was written. Type --absent if these will be there later."]))
 
 
-def configure(path: Path, changes: Sequence[str], write: bool = True) -> list[str]:
+def configure(path: Path, changes: Sequence[str]) -> list[str]:
     """Apply overlays and key=value changes to a params file, and return one line `key: old -> new` per change.
 
     Raises ConfigError and leaves the file unchanged if the result is not valid.
     """
-    before = read_yaml(path)
+    differences, text, _ = _changed(path, changes)
+    if differences:
+        write_atomic(path, text.encode())
+    return differences
+
+
+def _changed(path: Path, changes: Sequence[str]) -> tuple[list[str], str, Params]:
+    """Return one line per change, and the file's text and parameters as they will be after the changes."""
+    original = read_text(path)
+    before = parse_yaml(original, path)
     yaml = _round_trip()
-    tree = yaml.load(path.read_text(encoding="utf-8"))
+    tree = yaml.load(original)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections")
     for change in changes:
         _merge(tree, _overlay(change))
-    blocks = to_block_style(tree)
-    text = io.StringIO()
-    yaml.dump(tree, text)
-    require_survival(text.getvalue(), path.name)
-    after = YAML(typ="safe", pure=True).load(text.getvalue())
-    parse_params(after, path.name)
+    blocks: list[str] = []
+    text = _written(yaml, tree)
+    if not survives(text):
+        blocks = to_block_style(tree)
+        text = _written(yaml, tree)
+        require_survival(text, path.name)
+    after = parse_yaml(text, path.name)
+    params = parse_params(after, path.name)
     differences = _differences(flatten(before), flatten(after))
     differences += [f"{name}: rewritten without braces, in which DVC cannot read it" for name in blocks]
-    if write and differences:
-        write_atomic(path, text.getvalue().encode())
-    return differences
+    return differences, text, params
+
+
+def _written(yaml: YAML, tree: Any) -> str:
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
 def _round_trip() -> YAML:

@@ -75,7 +75,7 @@ def test_a_space_of_valid_values_is_taken(shipped: dict[str, Any]) -> None:
 
 def test_a_key_without_a_value_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no value after the equals sign; .* sft=null"):
-        configure(root / "params.yaml", ["sft="], write=False)
+        configure(root / "params.yaml", ["sft="])
 
 
 LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_prj"]}
