@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines.runtime import environment
+from tests.compiled import compile_project
 
 environment.quiet()
 torch.set_num_threads(1)
@@ -23,6 +24,12 @@ pytest_plugins = ["tests.orchestration", "tests.scheduling"]
 
 LONG = ("tests/servers/", "tests/end_to_end/", "tests/flows/", "tests/reliability/", "tests/security/", "tests/tasks/")
 """Folders of tests that wait for processes. They come first, so that the longest file is not the last one."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the project before pytest starts its workers."""
+    if not hasattr(config, "workerinput"):
+        compile_project(Path(__file__).parents[1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.process import child_environment
+from tests.compiled import copy_compiled
 from tests.reliability.workspace import Warm
 
 CLEARED = ("MLFLOW_TRACKING", "PREFECT_API", "POSTTRAIN_")
@@ -69,7 +70,8 @@ def new_clone(
         for name in listed.stdout.split("\0"):
             if name and (root / name).is_file():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, target / name)
+                shutil.copy2(root / name, target / name)  # with its time, so that its compiled form is valid
+        copy_compiled(root, target)
         for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
             identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
             subprocess.run(["git", *identity, *command], cwd=target, check=True)
