@@ -71,9 +71,10 @@ def question_of(params: Params) -> Question:
         rewards=sources,
         reward_models=tuple(name for name in sources if params.rewards[name].function == "reward_model"),
         pass_k=tuple(sorted(set(evaluation.pass_k))),
-        resampling=Resampling(settings.bootstrap, settings.level, settings.seed),
+        resampling=Resampling(settings.bootstrap, settings.level(len(params.project.seeds)), settings.seed),
         headline=settings.headline,
         currency=settings.currency,
+        looks=settings.looks,
     )
 
 

@@ -161,6 +161,7 @@ def _answers(params: Params, name: str, path: Path) -> SampledAnswers:
         if form is None
         else np.array([[bool(re.search(form.pattern, text)) for text in row[1:]] for row in found.completions], float),
         benchmarks=_benchmarks(params, path),
+        groups=found.groups,
     )
 
 

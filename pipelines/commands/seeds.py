@@ -39,12 +39,19 @@ def raise_seeds(root: Path, count: int) -> list[str]:
     lines = [f"seeds: {after[len(before) :]} are added to params.yaml; runs of {list(before)} stay as they are"]
     if not (root / COMPARISON).exists():
         return lines
-    looks, level = params.report.looks, params.report.level
+    looks, level = params.report.looks, params.report.level(count)
     if looks == 1:
         return [
             *lines,
             f"looks: this comparison was read before. With report.looks = 1 its {level:.0%} intervals hold for one look only: stopping at"
-            " the first difference finds differences that are not there. Set report.looks to the looks that you mean to take in all.",
+            " the first difference finds differences that are not there. Set report.looks to the looks that you mean to take in all, or to"
+            " always.",
+        ]
+    if looks == "always":
+        return [
+            *lines,
+            f"looks: report.looks = always, so {count} seeds have intervals of {level:.4%}, and those of all numbers of seeds together keep"
+            " the level",
         ]
     return [
         *lines,

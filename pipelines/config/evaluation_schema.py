@@ -68,12 +68,18 @@ class ReportParams(Section):
     seed: Seed
     bootstrap: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    looks: Count = 1
-    """Times that the comparison will be read while seeds are added. Each look gets an equal part of 1 - confidence, so that all looks
-    together keep the level."""
+    looks: Count | Literal["always"] = 1
+    """Times that the comparison will be read while seeds are added; each look gets an equal part of 1 - confidence. always: intervals that
+    are valid after any number of seeds, however often they are read. Both keep the level over all looks."""
     samples_shown: Count
 
-    @property
-    def level(self) -> float:
-        """Return the confidence of one look."""
-        return self.confidence if self.looks == 1 else 1 - (1 - self.confidence) / self.looks
+    def level(self, seeds: int) -> float:
+        """Return the confidence of one look at a comparison with this number of seeds.
+
+        With `always`, n seeds get 1 / (n (n - 1)) of 1 - confidence. The parts of n = 2, 3, … add up to 1, so the intervals of all
+        numbers of seeds hold at once (union bound), and the number of looks need not be fixed. One seed is no statement about training.
+        """
+        error = 1 - self.confidence
+        if self.looks == "always":
+            return self.confidence if seeds < 2 else 1 - error / (seeds * (seeds - 1))
+        return self.confidence if self.looks == 1 else 1 - error / self.looks

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
+from pipelines.config.checkpoint_schema import check_best_checkpoint
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.evaluation_schema import EvaluationParams, ReportParams
@@ -102,6 +103,7 @@ class Params(Section):
                 " samples become traces; lower the one or raise the other"
             )
         self._check_benchmarks()
+        check_best_checkpoint(self)
         check_space(self)
         return self
 

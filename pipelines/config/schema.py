@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipelines.config.checkpoint_schema import BestCheckpointParams
 from pipelines.config.types import (
     Count,
     Finite,
@@ -368,6 +369,8 @@ class AlignParams(Section):
     preference: PreferenceBudget
     samples_every: Count
     samples_shown: Count
+    best_checkpoint: BestCheckpointParams | None = None
+    """Evaluate the best of several steps; null: the last step."""
     lora: LoraParams | None = None
     compute: TrainingComputeParams
     checkpoint: CheckpointParams

@@ -6,7 +6,7 @@ counted as right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,8 @@ class SampledAnswers:
     """1 if the response has the required format, else 0; None if no format is required."""
     benchmarks: Mapping[tuple[str, str], Floats] = field(default_factory=dict)
     """Values over documents by task and metric of lm-eval; empty if the metric is no mean over documents."""
+    groups: tuple[str, ...] | None = None
+    """The value of `evaluation.groups` of each prompt; None if prompts are independent."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,11 @@ def decide(
     known = np.concatenate([challenger.reward.ravel(), reference.reward.ravel()])
     known = known[np.isfinite(known)]
     span = float(known.max() - known.min()) if len(known) else 0.0
-    found = gain(differences, limits.tolerated_loss, span, resampling)
+    groups = challenger.groups
+    found = gain(differences, limits.tolerated_loss, span, resampling, groups)
     checks = [
-        _loss(found, reference.name, limits.tolerated_loss),
-        _prompts(len(differences), limits.min_prompts),
+        _loss(found, reference.name, limits.tolerated_loss, groups),
+        _prompts(len(differences), groups, limits.min_prompts),
         _missing(challenger, reference, limits.max_missing),
         _judge(known, span),
         _at_most("kl", float(challenger.kl.mean()), limits.max_kl, "KL to the supervised model, nats per response"),
@@ -199,19 +202,23 @@ def standardised_gain(a: Floats, b: Floats) -> float:
     return 0.0 if spread == 0 else float(np.nanmean(a) - np.nanmean(b)) / spread
 
 
-def _loss(found: Gain, reference: str, tolerated: float) -> Check:
+def _loss(found: Gain, reference: str, tolerated: float, groups: Sequence[str] | None) -> Check:
     difference, confidence = found.interval, 100 * (1 - 2 * found.level)
     sign_flip = "" if tolerated > 0 else f", sign-flip test p {found.p:.4g} (at most {found.level:.4g})"
+    grouped = "" if groups is None else f" in {len({*groups})} groups"
     words = (
         f"true reward against {reference} {difference.value:+.4g}, {confidence:.4g} % interval {difference.low:+.4g} to"
-        f" {difference.high:+.4g} over {difference.n} prompts (must lie above {0.0 - tolerated:.4g}){sign_flip}"
+        f" {difference.high:+.4g} over {difference.n} prompts{grouped} (must lie above {0.0 - tolerated:.4g}){sign_flip}"
     )
     return Check("loss", difference.low, -tolerated, found.shown, words)
 
 
-def _prompts(count: int, limit: int) -> Check:
-    words = f"prompts that the interval rests on: {count} (at least {limit})"
-    return Check("prompts", count, limit, count >= limit, words)
+def _prompts(count: int, groups: Sequence[str] | None, limit: int) -> Check:
+    """Count the independent units: groups if the prompts come in groups."""
+    units = count if groups is None else len({*groups})
+    kind = "prompts" if groups is None else "groups of prompts"
+    words = f"{kind} that the interval rests on: {units} (at least {limit})"
+    return Check("prompts", units, limit, units >= limit, words)
 
 
 def _missing(challenger: SampledAnswers, reference: SampledAnswers, limit: float) -> Check:

@@ -11,12 +11,16 @@ With a tolerated loss the models need not be equal, so there is no sign to flip.
 bounded: the interval counts z^2 / 2 further prompts with the worst possible difference, as Wilson's interval does for a share.
 For 0 losses in n prompts this exceeds the exact limit ln(1 / level) / n.
 
+Prompts of one group, such as questions about one text, are not independent. Then the unit is the group: signs are flipped for whole
+groups, and the t interval is clustered (2411.00640, equation 4) with the groups' degrees of freedom.
+
 Level and power are simulated in tests/pipelines/promotion/test_level.py. All functions take [..., prompts], so that a simulation
 is one call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from posttrain.evaluation.statistics import Floats, Interval, Resampling
+from posttrain.evaluation.statistics import Floats, Interval, Resampling, floats
 
 POWER = 0.8
 _CHUNK = 4_000_000
@@ -52,20 +56,42 @@ class Gain:
     shown: bool
 
 
-def gain(d: Floats, tolerated: float, span: float, resampling: Resampling) -> Gain:
+def gain(d: Floats, tolerated: float, span: float, resampling: Resampling, groups: Sequence[str] | None = None) -> Gain:
     """Judge the differences `d` [prompts].
 
     Args:
         tolerated: mean loss that is accepted.
         span: largest reward minus smallest reward, the worst difference that a prompt could show.
         resampling: its confidence is two-sided; the level of the one-sided test is half of the rest.
+        groups: the group of each prompt; None if prompts are independent.
     """
     level = (1 - resampling.confidence) / 2
-    value, low, high = t_interval(d, level, span if tolerated > 0 else 0.0)
-    p = float(sign_flip_p(d, level, resampling)) if tolerated == 0 else float("nan")
-    interval = Interval(float(value), float(low), float(high), len(d), 0, "t over prompts")
+    flipped, spread = (d, d) if groups is None else units(d, groups)
+    value, low, high = t_interval(spread, level, span if tolerated > 0 else 0.0)
+    p = float(sign_flip_p(flipped, level, resampling)) if tolerated == 0 else float("nan")
+    method = "t over prompts" if groups is None else f"t over {len(spread)} groups of prompts"
+    interval = Interval(float(value), float(low), float(high), len(d), 0, method)
     reached = float(low) > -tolerated and (tolerated > 0 or p <= level)
-    return Gain(interval, p, level, detectable(d, level), reached)
+    return Gain(interval, p, level, detectable(spread, level), reached)
+
+
+def units(d: Floats, groups: Sequence[str]) -> tuple[Floats, Floats]:
+    """Return one value per group, [groups] twice; both have the mean of all prompts, also if groups differ in size.
+
+    The first are the groups' sums, scaled, whose signs can be flipped. The second have the clustered variance: the sums of the deviations
+    from the mean.
+
+    Example:
+        >>> units(np.array([1.0, 0.0, 0.0, 0.0]), ["a", "a", "b", "b"])
+        (array([0.5, 0. ]), array([0.5, 0. ]))
+        >>> [part.tolist() for part in units(np.array([1.0, 1.0, 1.0, -1.0]), ["a", "a", "a", "b"])]
+        [[1.5, -0.5], [1.25, -0.25]]
+    """
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    scale, mean = len(names) / len(d), float(d.mean())
+    sums = np.bincount(member, weights=d, minlength=len(names))
+    deviations = np.bincount(member, weights=d - mean, minlength=len(names))
+    return floats(sums * scale), floats(mean + deviations * scale)
 
 
 def shown(d: Floats, tolerated: float, span: float, resampling: Resampling) -> NDArray[np.bool_]:

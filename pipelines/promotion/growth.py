@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pipelines.promotion.decision import Prompt, SampledAnswers, paired_differences
-from posttrain.evaluation.statistics import Floats, Resampling, mean_interval
+from posttrain.evaluation.crossed import Crossed, crossed_mean
+from posttrain.evaluation.statistics import Floats, Interval, Resampling, mean_interval
 
 EARLIER, SINCE = (
     "On the {} prompts by which the champion was judged",
@@ -39,12 +41,19 @@ def by_age(
         return ()
     differences = paired_differences(challenger.reward, reference.reward)
     old = np.array([prompt[0] < rows for prompt in challenger.prompts])
-    return _sentence(EARLIER, differences[old], resampling), _sentence(SINCE, differences[~old], resampling)
-
-
-def _sentence(place: str, differences: Floats, resampling: Resampling) -> str:
-    found = mean_interval(differences, resampling)
-    interval = f" ({100 * resampling.confidence:.4g} % interval {found.low:+.4g} to {found.high:+.4g})"
-    return (
-        f"{place.format(len(differences))}: true reward {found.value:+.4g}{interval if len(differences) > 1 else ''}."
+    groups = None if challenger.groups is None else np.asarray(challenger.groups)
+    return tuple(
+        _sentence(place, differences[part], None if groups is None else groups[part], resampling)
+        for place, part in ((EARLIER, old), (SINCE, ~old))
     )
+
+
+def _sentence(place: str, differences: Floats, groups: Any, resampling: Resampling) -> str:
+    """Return the gain on some prompts, with an interval if there are several prompts or, if they come in groups, several groups."""
+    value, interval = float(differences.mean()), ""
+    if len(differences if groups is None else {*groups}) > 1:
+        found: Interval | Crossed = mean_interval(differences, resampling)
+        if groups is not None:
+            found = crossed_mean(differences[:, None], resampling.confidence, groups)
+        interval = f" ({100 * resampling.confidence:.4g} % interval {found.low:+.4g} to {found.high:+.4g})"
+    return f"{place.format(len(differences))}: true reward {value:+.4g}{interval}."

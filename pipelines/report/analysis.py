@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class Question:
     """`sampled` or `greedy`: the answers whose mean reward `accuracy` ranks the models."""
     currency: Currency = "tokens_sampled"
     """The budget that must be equal for algorithms to be ranked together."""
+    looks: int | Literal["always"] = 1
+    """Looks that share the level, which `resampling` has already divided."""
 
     @property
     def measure(self) -> str:

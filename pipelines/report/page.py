@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pipelines.report import chinese, currencies, curves, forest
 from pipelines.report.analysis import Comparison, Question
 from pipelines.report.benchmarks import benchmark_rows
+from pipelines.report.checkpoints import chosen_steps, rule
 from pipelines.report.load import BASE, SFT, Results
 from pipelines.report.protocol import CURRENCIES
 from pipelines.report.rollouts import training_answers
@@ -133,5 +134,6 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         costs={cost.name: cost for cost in comparison.costs}, greedy_measure=question.headline == "greedy",
         benchmarks=benchmark_rows(results, question.resampling),
         examples=examples(results, question, samples_shown, seed),
+        checkpoint_rule=rule(results), chosen_steps=chosen_steps(results, question.accuracy),
         training_answers=training_answers(results, question), kinds_zh=chinese.KINDS,
     )  # fmt: skip

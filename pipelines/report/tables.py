@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.report.analysis import Comparison, Cost, Pair, Summary
 from pipelines.report.benchmarks import HEADER, BenchmarkRow, csv_rows
+from pipelines.report.checkpoints import ChosenStep
 from pipelines.report.load import Results
 from pipelines.report.words import findings, ranked, solved, title
 from pipelines.runtime.journal import representable
@@ -148,6 +149,12 @@ def curves_csv(results: Results) -> str:
 def benchmarks_csv(rows: Sequence[BenchmarkRow]) -> str:
     """Return one row per task, metric and model."""
     return _csv(HEADER, csv_rows(rows))
+
+
+def checkpoints_csv(rows: Sequence[ChosenStep]) -> str:
+    """Return one row per run with the step that is evaluated."""
+    header = ["model", "seed", "step", "steps", "measured", "selection", "evaluation"]
+    return _csv(header, [list(asdict(row).values()) for row in rows])
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipelines.report import tables
 from pipelines.report.analysis import Comparison
 from pipelines.report.benchmarks import benchmark_rows
+from pipelines.report.checkpoints import chosen_steps
 from pipelines.report.load import Results
 from pipelines.report.markdown import comparison_md
 from pipelines.report.page import page, pictures
@@ -31,5 +32,7 @@ def write(folder: Path, results: Results, comparison: Comparison, samples_shown:
     }
     if benchmarks := benchmark_rows(results, comparison.question.resampling):
         texts["benchmarks.csv"] = tables.benchmarks_csv(benchmarks)
+    if chosen := chosen_steps(results, comparison.question.accuracy):
+        texts["checkpoints.csv"] = tables.checkpoints_csv(chosen)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.report.load import predictions, training
+from pipelines.report.load import Predictions, predictions, training
 from pipelines.runtime.publish import ARTIFACTS, METRICS
 from pipelines.studies.measured import measured
 from pipelines.studies.study import FIXED, Study
@@ -81,19 +81,22 @@ class Reader:
         return per_prompt(_named(found.numbers, column, folder)[:, 1:])
 
 
-def same_prompts(reader: Reader) -> int:
-    """Return the number of evaluation prompts. Raises DataError if two workspaces asked different ones."""
+def same_prompts(reader: Reader) -> Predictions:
+    """Return the supervised model's answers, with the prompts and their groups. Raises DataError if two workspaces asked different ones."""
     asked = []
     for space in reader.spaces:
         path = _existing(space.folder / "runs" / "evaluate" / "sft" / ARTIFACTS / "predictions.parquet")
-        found = predictions(path)
-        asked.append((found.prompts, found.answers))
-        if asked[-1] != asked[0]:
+        asked.append(predictions(path))
+        if (asked[-1].prompts, asked[-1].answers, asked[-1].groups) != (
+            asked[0].prompts,
+            asked[0].answers,
+            asked[0].groups,
+        ):
             raise DataError(
                 f"{path}: other evaluation prompts than {reader.spaces[0].folder}, so the arms cannot be compared; an arm of a"
                 " study must not change data.evaluation"
             )
-    return len(asked[0][0])
+    return asked[0]
 
 
 def _existing(path: Path) -> Path:

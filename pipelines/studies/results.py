@@ -71,20 +71,22 @@ def judge(name: str, study: Study, spaces: Sequence[Workspace]) -> Result:
     """Decide a study from its finished runs. Raises DataError if some have not finished."""
     params = spaces[0].params
     reader = Reader(study, spaces, params["evaluation"]["accuracy"])
-    prompts = same_prompts(reader)
+    asked = same_prompts(reader)
     confidence, looks = params["report"]["confidence"], params["report"]["looks"]
     level = 1 - (1 - confidence) / looks / len(study.claims)
-    claims = [_decide(claim, reader, level) for claim in study.claims]
+    claims = [_decide(claim, reader, level, asked.groups) for claim in study.claims]
     outcomes = sorted({claim.outcome for claim in study.claims} | {"answers/accuracy", *study.shown})
     arms = {arm: {o: _mean(reader, arm, o) for o in outcomes if _has(arm, o)} for arm in ("sft", *study.arms)}
     seconds = round(work_seconds(spaces), 1)
     decision = combined([decided.verdict for decided in claims])
-    return Result(name, study.digest, decision, len(study.seeds), prompts, confidence, seconds, claims, arms, looks)
+    return Result(
+        name, study.digest, decision, len(study.seeds), len(asked.prompts), confidence, seconds, claims, arms, looks
+    )
 
 
-def _decide(claim: Claim, reader: Reader, level: float) -> Decided:
+def _decide(claim: Claim, reader: Reader, level: float, groups: Sequence[str] | None) -> Decided:
     values = {arm: reader.values(arm, claim.outcome) for arm in claim.contrast}
-    found = estimate(values, claim.contrast, level)
+    found = estimate(values, claim.contrast, level, groups)
     decision = verdict(found, claim.at_least)
     takes = "" if decision != "undecided" else _takes(found, claim.at_least, level)
     value, low, high = (float(f"{number:.5g}") for number in (found.value, found.low, found.high))

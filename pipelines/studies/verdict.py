@@ -1,7 +1,7 @@
 """Decide a claim by a rule that is fixed before the runs.
 
-A claim states that a contrast is more than `at_least`. Its interval covers seeds and prompts, or seeds if the outcome is one number
-per run. The level is divided by the number of claims of the study (Bonferroni).
+A claim states that a contrast is more than `at_least`. Its interval covers seeds and prompts (or groups of prompts), or seeds if the
+outcome is one number per run. The level is divided by the number of claims of the study (Bonferroni).
 
     supported      the whole interval is above at_least
     contradicted   the whole interval is below at_least: the effect is smaller than claimed, or reversed
@@ -38,12 +38,17 @@ class Estimate:
     seeds: int
 
 
-def estimate(values: Mapping[str, Floats], contrast: Mapping[str, float], confidence: float) -> Estimate:
-    """Estimate a contrast of arms from [prompts, seeds] tables, or from [seeds] values of runs."""
+def estimate(
+    values: Mapping[str, Floats], contrast: Mapping[str, float], confidence: float, groups: Sequence[str] | None = None
+) -> Estimate:
+    """Estimate a contrast of arms from [prompts, seeds] tables, or from [seeds] values of runs.
+
+    `groups` holds the group of each prompt if prompts are not independent.
+    """
     names = list(contrast)
     sides, weights = [values[name] for name in names], [contrast[name] for name in names]
     if sides[0].ndim == 2:
-        found = crossed_contrast(sides, weights, confidence)
+        found = crossed_contrast(sides, weights, confidence, groups)
         return Estimate(
             found.value, found.low, found.high, found.df, found.from_runs, found.from_prompts, max(found.seeds)
         )

@@ -101,9 +101,14 @@ def _home(name: str, base: Path | None) -> Path:
 
 
 def _checked(tree: Any, name: str, part: str) -> None:
-    """Raise ConfigError if the parameters are not valid."""
+    """Raise ConfigError if the parameters are not valid, or the study's level depends on seeds that may be added."""
     try:
-        parse_params(tree, f"study {name}, {part}")
+        looks = parse_params(tree, f"study {name}, {part}").report.looks
+        if looks == "always":
+            raise ConfigError(
+                f"study {name}, {part}: report.looks = always is for comparisons whose seeds are added; a study's seeds are fixed before"
+                " its runs, so give the number of its series"
+            )
     except ConfigError as error:
         raise ConfigError(f"{error}. Correct examples/studies/{name}.yaml or its base.") from None
 

@@ -12,6 +12,7 @@ from pipelines.config.schema import AlignParams, OnPolicyBudget
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
+from pipelines.training.best_checkpoint import best_weights, hooks, restore, split_problems
 from pipelines.training.monitor import DivergenceMonitor
 from pipelines.training.reward_sources import JudgeTokens, judges_used, reward_sources
 from pipelines.training.rollout_engine import closing, sampling_engine
@@ -69,7 +70,8 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     limits = context.params.limits.reward_seconds
     sources = reward_sources(context.params.rewards, sorted(weights), device.device, compute, limits)
     most = budget.max_new_tokens * turns
-    training_problems = problems(encoder, read_table("problems"), section.teacher_prompt, most)
+    trained, _ = split_problems(read_table("problems"), params.best_checkpoint)
+    training_problems = problems(encoder, trained, section.teacher_prompt, most)
     longest = max(len(problem.teacher_ids or problem.ids) for problem in training_problems) + most
     reference = _teacher(section.teacher, encoder, longest, device) or _reference(made, start, device)
     engine = sampling_engine(
@@ -121,17 +123,19 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     hook = _AfterStep(
         run.recorder, source, params.samples_every, params.samples_shown, monitor, budget.rollouts.keep, judged
     )
+    best = best_weights(run, source, trainer, policy, encoder, budget.steps)
     with closing(engine):
-        last = train(run, trainer, source, objective, budget.steps, shown, params, hook)
+        last = train(run, trainer, best or source, objective, budget.steps, shown, params, hooks(hook, best))
+    chosen, facts = restore(context, best, trainer)
     judged.record()
     sampler.require_rewarded()
     for line in judges_used(sources):
         announce(context, line)
-    about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights}
+    about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights} | facts
     made = merged_model(trainer, made, lambda: make_policy(spec, params, start))
     card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora), last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
-    return budget.steps, last
+    return budget.steps, last | chosen
 
 
 def _policy(spec: OnPolicy, start: str, deferred: bool) -> Policy:

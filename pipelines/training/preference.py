@@ -16,6 +16,7 @@ from pipelines.data.tables import read_rows
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.identity import content_digest
 from pipelines.runtime.run import Run
+from pipelines.training.best_checkpoint import best_weights, hooks, restore
 from pipelines.training.sample_tables import GreedySamples
 from pipelines.training.setup import (
     VALID,
@@ -83,16 +84,24 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         context.params.align.samples_every,
         context.params.align.samples_shown,
     )
-    last = train(run, trainer, source, data.objective, order.steps, data.shown, context.params.align, hook)
-    about = {
-        "algorithm": f"{spec.name} (arXiv {spec.paper})",
-        "seed": seed,
-        "learning rate": settings.learning_rate,
-    } | adapter_facts(context.params.align.lora)
+    best = best_weights(run, source, trainer, policy, encoder, order.steps)
+    last = train(
+        run, trainer, best or source, data.objective, order.steps, data.shown, context.params.align, hooks(hook, best)
+    )
+    chosen, facts = restore(context, best, trainer)
+    about = (
+        {
+            "algorithm": f"{spec.name} (arXiv {spec.paper})",
+            "seed": seed,
+            "learning rate": settings.learning_rate,
+        }
+        | adapter_facts(context.params.align.lora)
+        | facts
+    )
     made = merged_model(trainer, made, lambda: _make(context.params.align, start))
     card = model_card(context, f"Aligned with {name}", start, about, last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
-    return order.steps, last
+    return order.steps, last | chosen
 
 
 def _make(params: AlignParams, start: str, deferred: bool = False) -> TrainableModel[Policy]:

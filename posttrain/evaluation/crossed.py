@@ -188,16 +188,19 @@ def _of(groups: Groups, complete: ArrayLike) -> NDArray[Any] | None:
     return None if groups is None else np.asarray(groups)[np.asarray(complete)]
 
 
-def crossed_contrast(tables: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95) -> Crossed:
+def crossed_contrast(
+    tables: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95, groups: Groups = None
+) -> Crossed:
     """Estimate a weighted sum of algorithms' means, such as the difference of two differences.
 
     Args:
         tables: scores [prompts, seeds] of each algorithm; one column is a fixed model.
         weights: one for each table; a difference has 1 and -1.
         confidence: of the interval.
+        groups: the group of each prompt; None if prompts are independent.
 
     Raises:
-        DataError: the tables have different prompts, or fewer than 2 prompts are complete.
+        DataError: the tables have different prompts, fewer than 2 prompts are complete, or all are in one group.
     """
     sides = [_table(table) for table in tables]
     if len({len(side) for side in sides}) > 1:
@@ -205,9 +208,8 @@ def crossed_contrast(tables: Sequence[ArrayLike], weights: Sequence[float], conf
         raise DataError(f"a comparison needs the same prompts on all sides; got {counts}")
     complete = np.all([np.isfinite(side).all(1) for side in sides], axis=0)
     seeds = tuple(side.shape[1] for side in sides)
-    return _crossed(
-        [side[complete] for side in sides], weights, confidence, seeds, int((~complete).sum()), max(seeds) > 1
-    )
+    found, missing = [side[complete] for side in sides], int((~complete).sum())
+    return _crossed(found, weights, confidence, seeds, missing, max(seeds) > 1, _of(groups, complete))
 
 
 def _crossed(

@@ -73,6 +73,13 @@ def reward_batch(
     return RewardBatch([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
 
 
+def score_on_one_process(
+    accelerator: Accelerator, rewards: Sequence[RewardSource], answers: RewardBatch
+) -> dict[str, list[float | None]]:
+    """Score on one process for all: rewards with time-outs are not deterministic, so rank 0 scores and broadcasts."""
+    return on_main_process(accelerator, lambda: {reward.name: reward.score(answers) for reward in rewards})
+
+
 @dataclass(frozen=True)
 class ScoredAnswer:
     """One sampled answer.
@@ -271,7 +278,8 @@ class GroupSampler:
         tokens = [Tokens(problem.ids, c.tokens, _id(problem), c.weights) for problem, _, c in flat]
         texts = [judged_text(self.encoder, completion) for _, _, completion in flat]
         completed = [completion for _, _, completion in flat]
-        sources = self._scores(reward_batch([problem for problem, _, _ in flat], texts, tokens, completed))
+        answers_read = reward_batch([problem for problem, _, _ in flat], texts, tokens, completed)
+        sources = score_on_one_process(self.accelerator, self.rewards, answers_read)
         totals = combined(sources, self.weights, [group for _, group, _ in flat], self.spec.reward_combination)
         answers = [
             ScoredAnswer(
@@ -290,12 +298,6 @@ class GroupSampler:
         size = self.settings.samples
         self.rewarded += sum(not math.isnan(total) for total in totals)
         return [answers[i : i + size] for i in range(0, len(answers), size)]
-
-    def _scores(self, answers: RewardBatch) -> dict[str, list[float | None]]:
-        """Score on one process for all: rewards with time-outs are not deterministic, so rank 0 scores and broadcasts."""
-        return on_main_process(
-            self.accelerator, lambda: {reward.name: reward.score(answers) for reward in self.rewards}
-        )
 
     def _shaping(self, completion: Completion) -> float:
         shaped = 0.0 if completion.finished else -self.spec.missing_eos_penalty

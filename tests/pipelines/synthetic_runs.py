@@ -55,12 +55,18 @@ def close(run: Run, summary: Mapping[str, float]) -> None:
     publish(run.context.state, run.context.directory, {"kind": "end", "status": "FINISHED"})
 
 
-def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, params: Params) -> None:
+def training(
+    folder: Path, name: str, algorithm: str, seed: int, steps: int, params: Params, selected: int | None = None
+) -> None:
+    """A finished training; with `selected`, `align.best_checkpoint` has chosen that step."""
     options = {"kl_coefficient": 0.2, "epochs": 2} if algorithm == "ppo" else {}
     values = {f"algorithms.{algorithm}.preset": PRESETS[algorithm]}
     values |= {f"algorithms.{algorithm}.options.{key}": value for key, value in options.items()}
     kind = "on_policy" if algorithm in ON_POLICY else "preference"
     values[f"align.{kind}.optimizer.learning_rate"] = LEARNING_RATES[algorithm]
+    if selected is not None:
+        rule = {"every_steps": 10, "problems": 100, "reward": "answer"}
+        values |= {f"align.best_checkpoint.{key}": value for key, value in rule.items()}
     run = finished(folder, Path("runs/align", name), f"align-{name}", values, params, algorithm=algorithm, seed=seed)
     noise = np.random.Generator(np.random.PCG64([len(algorithm), ord(algorithm[0]), seed]))
     for step in range(1, steps + 1):
@@ -70,7 +76,8 @@ def training(folder: Path, name: str, algorithm: str, seed: int, steps: int, par
     model = f"models/align/{name}"
     digests = {"sha256": content(model), "content": content(model), "files": {}}
     run.recorder.journal.append({"kind": "model", "path": model} | digests)
-    close(run, {"steps": steps})
+    chosen = {} if selected is None else {"selection/step": selected, "selection/score": 0.875, "selection/measured": 4}
+    close(run, {"steps": steps} | chosen)
 
 
 def _training_metrics(algorithm: str, step: int, done: float, noise: np.random.Generator) -> dict[str, float]:
@@ -149,6 +156,7 @@ def build(
     samples: int = 4,
     steps: int = 40,
     attack: bool = True,
+    selected: int | None = None,
 ) -> Path:
     """runs/ as `dvc repro` leaves it, plus a stale run of an algorithm that is no longer configured."""
     params = load_params(ROOT / "params.yaml")
@@ -162,7 +170,7 @@ def build(
         predictions(folder, model, model, prompts, samples, attack, params)
     for algorithm in algorithms:
         for seed in seeds:
-            training(folder, f"{algorithm}-{seed}", algorithm, seed, steps, params)
+            training(folder, f"{algorithm}-{seed}", algorithm, seed, steps, params, selected)
             predictions(folder, f"{algorithm}-{seed}", algorithm, prompts, samples, attack, params)
     stale = folder / "runs" / "evaluate" / "gspo-0"
     stale.mkdir(parents=True)

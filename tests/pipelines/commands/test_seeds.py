@@ -43,3 +43,6 @@ def test_a_second_look_is_named_with_its_level(project: Path) -> None:
     configure(project / "params.yaml", ["report.looks=5"])
     # 1 - .05 / 5
     assert "intervals of 99.00%" in raise_seeds(project, 3)[1]
+    configure(project / "params.yaml", ["report.looks=always"])
+    # 1 - .05 / 12
+    assert "report.looks = always, so 4 seeds have intervals of 99.5833%" in raise_seeds(project, 4)[1]

@@ -252,3 +252,18 @@ def test_a_source_names_something(tree: Any, path: str, value: str) -> None:
 def test_options_that_nothing_reads_are_refused(tree: Any, path: str, value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_params(changed(tree, path, value))
+
+
+@pytest.mark.parametrize(
+    ("rule", "refusal"),
+    [
+        ({"every_steps": 40, "problems": 100}, "every_steps = 40: ppo has 40 steps, so only its last step"),
+        ({"every_steps": 10, "problems": 100, "reward": "anwser"}, "no reward 'anwser'.*answer"),
+        ({"every_steps": 10, "problems": 100, "reward": "rm"}, "would choose the step that exploits its errors most"),
+        ({"every_steps": 10}, "best_checkpoint.problems"),
+    ],
+)
+def test_a_choice_of_the_checkpoint_without_effect_is_refused(tree: Any, rule: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        parse_params(changed(tree, "align.best_checkpoint", rule))
+    assert parse_params(changed(tree, "align.best_checkpoint", {"every_steps": 10, "problems": 100}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,3 +299,15 @@ def test_a_benchmark_that_cannot_be_compared_is_refused_in_words(
     champion = dataclasses.replace(CHAMPION, benchmarks={("arc", "acc"): np.ones(4)})
     with pytest.raises(DataError, match=words):
         decide(dataclasses.replace(BETTER, benchmarks=mine), champion, limits, RESAMPLING)
+
+
+def test_prompts_in_groups_count_as_groups() -> None:
+    grouped = replace(BETTER, groups=tuple("aabbccdd"))
+    decision = decide(grouped, CHAMPION, LIMITS, RESAMPLING)
+    enough = check(decision, "prompts")
+    assert (enough.value, enough.passed) == (4, False)
+    assert enough.words == "groups of prompts that the interval rests on: 4 (at least 8)"
+    assert "over 8 prompts in 4 groups (must lie above" in check(decision, "loss").words
+    # four signs cannot reach 2.5 %: the least p is near 1/16
+    assert not check(decision, "loss").passed
+    assert check(decide(BETTER, CHAMPION, LIMITS, RESAMPLING), "loss").passed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pipelines.promotion.decision import SampledAnswers
@@ -34,3 +36,14 @@ def test_nothing_is_said_about_an_evaluation_that_did_not_grow_or_is_another_one
     assert by_age(answers("grpo-0", [1, 1, 1, 1]), old, mark(old.prompts), RESAMPLING) == ()
     other = answers("champion", [1, 1, 0, 0, 0], "xbcde")
     assert by_age(answers("grpo-0", [1, 1, 1, 1, 1], "xbcde"), other, mark(old.prompts), RESAMPLING) == ()
+
+
+def test_an_interval_over_one_group_does_not_exist() -> None:
+    old, new = answers("champion", [1, 1, 0, 0, 1, 1]), answers("grpo-0", [1, 1, 1, 1, 0, 0])
+    grouped = replace(new, groups=("a", "a", "b", "b", "c", "c"))
+    first, since = by_age(grouped, old, mark(old.prompts[:4]), RESAMPLING)
+    # the groups' sums of deviations are -1 and 1: error sqrt(2 / 16 x 2) = .5, 1 degree of freedom
+    assert first == (
+        "On the 4 prompts by which the champion was judged: true reward +0.5 (95 % interval -5.853 to +6.853)."
+    )
+    assert since == "On the 2 prompts that joined the evaluation since: true reward -1."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.promotion.decision import paired_differences
-from pipelines.promotion.gain import POWER, detectable, shown
+from pipelines.promotion.gain import POWER, detectable, gain, shown, units
 from posttrain.evaluation.statistics import Floats, Resampling
 
 NOMINAL = 0.025
@@ -107,3 +107,32 @@ def test_power_is_what_the_page_says() -> None:
 def test_power_rises_with_the_prompts() -> None:
     shares = [promoted(n, gain=0.1, trials=500) for n in (8, 50, 200)]
     assert shares[0] < 0.1 < shares[1] < 0.9 < shares[2]
+
+
+def test_the_level_holds_over_groups_of_prompts_and_not_over_the_prompts_in_them() -> None:
+    # 40 groups of 5 prompts; the two models differ by group and not on average
+    rng, trials, groups = np.random.default_rng(3), 600, [str(i // 5) for i in range(200)]
+    d = np.repeat(rng.normal(0, 0.3, (trials, 40)), 5, axis=1) + rng.normal(0, 0.3, (trials, 200))
+    resampling = Resampling(1000, 0.95, 7)
+    grouped = np.array([units(row, groups)[0] for row in d])
+    assert shown(grouped, 0.0, 1.0, resampling).mean() <= upper(NOMINAL, trials)
+    assert shown(d, 0.0, 1.0, resampling).mean() > 0.1
+
+
+def test_groups_of_one_prompt_each_change_nothing() -> None:
+    d = np.array([0.5, 0.0, 0.25, 0.75, -0.25, 0.5, 0.5, 0.25])
+    resampling = Resampling(2000, 0.95, 0)
+    alone, each = gain(d, 0.0, 1.0, resampling), gain(d, 0.0, 1.0, resampling, [f"g{i}" for i in range(8)])
+    assert (each.interval.low, each.interval.high) == pytest.approx((alone.interval.low, alone.interval.high))
+    assert each.p == pytest.approx(alone.p, abs=0.02)
+    assert each.interval.method == "t over 8 groups of prompts"
+
+
+def test_the_interval_over_groups_of_different_sizes_by_hand() -> None:
+    # the mean is .5; the groups' sums of deviations are 1.5, -.5 and -1, so the squared error is 3.5 / 36 x 3 / 2
+    d, groups = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]), list("aaabcc")
+    found = gain(d, 0.0, 1.0, Resampling(2000, 0.95, 0), groups)
+    error = math.sqrt((1.5**2 + 0.5**2 + 1.0**2) / 36 * 3 / 2)
+    assert found.interval.value == pytest.approx(0.5)
+    assert found.interval.high - 0.5 == pytest.approx(4.302652729911275 * error)
+    assert units(d, groups)[0].tolist() == pytest.approx([1.5, 0.0, 0.0])

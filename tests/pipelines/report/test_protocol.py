@@ -113,3 +113,27 @@ def test_several_looks_share_the_level(root: Path) -> None:
             hits |= p < alpha
     assert found[0.05].mean() > 0.1
     assert found[0.01].mean() <= 0.05
+
+
+def test_always_valid_intervals_keep_the_level_if_every_number_of_seeds_is_read(root: Path) -> None:
+    params = load_params(root / "params.yaml")
+    report = params.report.model_copy(update={"looks": "always"})
+    # 5 seeds have a twentieth of 5 %; the parts of 2 to n seeds add up to 1 - 1 / n
+    assert 1 - report.level(5) == pytest.approx(0.0025)
+    assert sum(1 - report.level(n) for n in range(2, 101)) == pytest.approx(0.05 * 0.99)
+    assert report.level(1) == 0.95
+    project = params.project.model_copy(update={"seeds": [0, 1, 2, 3, 4]})
+    question = question_of(params.model_copy(update={"report": report, "project": project}))
+    assert (question.alpha, question.looks) == (pytest.approx(0.0025), "always")
+    # 4,000 experiments without a difference, read after every seed from 2 to 20
+    runs = np.random.Generator(np.random.PCG64(2)).normal(size=(4000, 2, 20))
+    once, always = np.zeros(4000, bool), np.zeros(4000, bool)
+    for seeds in range(2, 21):
+        p = stats.ttest_ind(runs[:, 0, :seeds], runs[:, 1, :seeds], axis=1).pvalue
+        once |= p < 0.05
+        always |= p < 1 - report.level(seeds)
+    assert once.mean() > 0.2
+    assert always.mean() <= 0.05
+    # ten runs a side that differ by 2.5 standard deviations are told apart all the same
+    shifted = stats.ttest_ind(runs[:, 0, :10] + 2.5, runs[:, 1, :10], axis=1).pvalue
+    assert (shifted < 1 - report.level(10)).mean() > 0.8

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from scipy import stats
@@ -123,6 +125,14 @@ def test_looks_share_the_level(finished: Workspace) -> None:
     tables = [reader.values(arm, "answers/accuracy") for arm in ("grpo", "ppo")]
     assert result.claims[0].low == pytest.approx(crossed_difference(*tables, 1 - 0.05 / 4, fixed_b=False).low, rel=1e-4)
     assert result.looks == 4
+
+
+def test_a_study_refuses_a_level_that_depends_on_added_seeds(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    base = tmp_path / "base.yaml"
+    base.write_text("report: {looks: always}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a study's seeds are fixed before its runs"):
+        workspaces(tmp_path, "group_size", load_study(root, "group_size"), base)
 
 
 def test_a_series_on_new_seeds_keeps_the_earlier_one_on_the_page(finished: Workspace, tmp_path: Path) -> None:
@@ -259,3 +269,18 @@ def test_the_settings_that_tell_algorithms_apart_have_the_numbers_of_the_committ
         assert (f"{min(levels.values()):.3f}", f"{max(levels.values()):.3f}") == (low, high)
         found = [claim for claim in result.claims if claim.outcome == "answers/accuracy" and claim.low * claim.high > 0]
         assert len(found) == int(shown)
+
+
+def test_a_claim_over_prompts_in_groups_is_clustered(finished: Workspace) -> None:
+    alone = judge("which", study(), [finished])
+    for path in sorted(finished.folder.glob("runs/evaluate/*/artifacts/predictions.parquet")):
+        table = pq.read_table(path)
+        group = pa.array([f"g{i // 10}" for i in table.column("prompt_id").to_pylist()])
+        pq.write_table(table.append_column("group", group), path)
+    grouped = judge("which", study(), [finished])
+    reader = Reader(study(), [finished], "answer")
+    sides = [reader.values(arm, "answers/accuracy") for arm in ("grpo", "ppo")]
+    by_hand = crossed_difference(*sides, 0.95, fixed_b=False, groups=[f"g{i // 10}" for i in range(60)])
+    assert (grouped.claims[0].low, grouped.claims[0].high) == pytest.approx((by_hand.low, by_hand.high), rel=1e-4)
+    assert grouped.claims[0].value == alone.claims[0].value
+    assert grouped.claims[0].high - grouped.claims[0].low > alone.claims[0].high - alone.claims[0].low
