@@ -19,8 +19,8 @@ workspace: setup
 	@test -d .dvc || { echo "error: no .dvc folder here; restore it with: git checkout .dvc .dvcignore" >&2; exit 2; }
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 
-demo: workspace  ## set up, train, align, compare on built-in data: 7 min on 2 cores (SEEDS=5)
-	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS))
+demo: workspace  ## train, align, compare on built-in data: 7 min (SEEDS=5 PANEL=reward_model)
+	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PANEL),--panel $(PANEL))
 
 demo-real: workspace  ## the same with a language model of 135 M parameters: docs/real-model.md
 	@infra/models/smollm2.sh

@@ -3,6 +3,7 @@
 Brings every stage of dvc.yaml up to date; stages that are up to date do not run again.
 
     python -m flows.compare --seeds 5    # five seeds of each algorithm; those that have run stay
+    python -m flows.compare --panel reward_model    # also PPO and GRPO on the reward model, with their over-optimisation
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flows.hooks import HOOKS
 from flows.names import dated
 from flows.run_dag import bring_all_up_to_date
 from flows.workspace import exclusive
+from pipelines.commands.panels import PANELS, add_panel
 from pipelines.commands.seeds import raise_seeds
 from pipelines.runtime.command_line import whole
 from tasks.challenger import register_best
@@ -52,12 +54,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="first add seeds to params.yaml until there are N; finished runs stay",
     )
+    parser.add_argument(
+        "--panel",
+        choices=PANELS,
+        help="first add PPO and GRPO that train on the reward model to params.yaml; finished runs stay",
+    )
 
 
 def _call(options: argparse.Namespace) -> Any:
-    if options.seeds is not None:
-        for line in raise_seeds(Path.cwd(), options.seeds):
-            print_line(line)
+    lines = raise_seeds(Path.cwd(), options.seeds) if options.seeds is not None else []
+    lines += add_panel(Path.cwd()) if options.panel is not None else []
+    for line in lines:
+        print_line(line)
     return compare(options.targets, not options.no_tracking, return_state=True)
 
 

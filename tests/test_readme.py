@@ -24,6 +24,10 @@ NEEDS = {"needs: GPU", "needs: hub", "needs: server"}
 VALID = "test_the_changes_that_the_pages_show_are_valid_and_can_be_planned"
 COMMANDS = {
     "make demo": (f"{PIPELINE}::test_the_flow_in_another_clone_gives_the_same_lock", "flows.compare"),
+    "make demo PANEL=reward_model": (
+        "tests/pipelines/commands/test_panels.py::test_ppo_and_grpo_get_a_twin_on_the_reward_model",
+        "flows.compare",
+    ),
     "make ui": (f"{ONE_MACHINE}::test_ui_is_heard_on_loopback_alone", "pipelines.commands.ui"),
     "make serve": (f"{ONE_MACHINE}::test_serve_retrains_and_is_heard_on_loopback_alone", "flows.serve"),
     "make retrain": (f"{RETRAIN}::test_new_data_runs_the_chain_and_no_new_data_stops_at_once", "flows.retrain"),

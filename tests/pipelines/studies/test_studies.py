@@ -132,7 +132,7 @@ def test_a_study_refuses_a_level_that_depends_on_added_seeds(tmp_path: Path, roo
     base = tmp_path / "base.yaml"
     base.write_text("report: {looks: always}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="a study's seeds are fixed before its runs"):
-        workspaces(tmp_path, "group_size", load_study(root, "group_size"), base)
+        workspaces(tmp_path, "chord", load_study(root, "chord"), base)
 
 
 def test_a_series_on_new_seeds_keeps_the_earlier_one_on_the_page(finished: Workspace, tmp_path: Path) -> None:
