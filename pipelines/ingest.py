@@ -18,10 +18,11 @@ import numpy as np
 from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
 from pipelines.data.conversation_rows import Sourced
+from pipelines.data.experts import with_experts
 from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, environment_files, local_files, table_rows
-from pipelines.data.tables import FOLDER, Row, Table, plain, write_changes, write_rows
+from pipelines.data.tables import EXPERT, FOLDER, Row, Table, plain, write_changes, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS
@@ -36,7 +37,9 @@ def run(run: Run) -> None:
     if data.labelled:
         kinds.append("labelled")
     changes: dict[str, Changes] = {kind: Counter() for kind in kinds}
-    tables = split_tables({kind: table_rows(kind, data, changes[kind]) for kind in kinds}, data)
+    rows_of = {kind: table_rows(kind, data, changes[kind]) for kind in kinds}
+    rows_of["sft"] = with_experts(rows_of["sft"], data, changes["sft"])
+    tables = split_tables(rows_of, data)
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_changes(changes, FOLDER)
     for kind, counted in changes.items():
@@ -48,7 +51,9 @@ def run(run: Run) -> None:
         if not rows:
             continue
         run.recorder.table(table, 0, [{name: plain(value) for name, value in row.items()} for row in rows[:5]])
-        print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts", flush=True)
+        experts = sum(bool(row.get(EXPERT)) for row in rows)
+        of = f", {experts} rows of data.experts" if experts else ""
+        print(f"ingest: {table}: {len(rows)} rows, {_prompts(rows)} prompts{of}", flush=True)
     counts = {f"rows/{table}": len(rows) for table, rows in tables.items() if rows}
     run.recorder.summary(counts | {f"prompts/{table}": _prompts(rows) for table, rows in tables.items() if rows})
 
@@ -127,7 +132,8 @@ def sources(args: argparse.Namespace) -> list[str]:
     """Return the local files that this step reads; they are part of its identity."""
     data = load_params(args.params).data
     files = [path for kind in KINDS for path in local_files(getattr(data, kind))]
-    files += local_files(data.labelled) if data.labelled else []
+    more = [source for source in (data.labelled, data.experts) if source is not None]
+    files += [path for source in more for path in (*local_files(source), *environment_files(source))]
     files += [path for kind in KINDS for path in accepted_files(kind)]
     files += [path for kind in KINDS for path in environment_files(getattr(data, kind))]
     return sorted({file.as_posix() for file in files})

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data.tables import WEIGHT, Row
+from pipelines.data.tables import WEIGHT, Row, supervised_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.setup import (
@@ -52,7 +52,7 @@ def run(run: Run) -> None:
 
     run.recorder.ready(device_name(device.device))
     encoder = load_encoder(START)
-    table = read_table("sft")
+    table = supervised_rows(read_table("sft"))
     train_on: TrainOn = "completion" if params.train_on == "all" else params.train_on
     tokens = table_tokens(encoder, table, "completion", train_on)
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]

@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.config.params import Params
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.sources import HUB, is_generator, table_rows
+from pipelines.data.tables import EXPERT, supervised_rows
 from pipelines.ingest import split_by_prompt
 from pipelines.report.measured import all_runs, newest
 from pipelines.runtime.journal import read
@@ -51,7 +52,11 @@ def _validated(kind: str) -> int | None:
     import pyarrow.parquet as pq
 
     path = VALID / f"{kind}.parquet"
-    return int(pq.read_metadata(path).num_rows) if path.is_file() else None
+    if not path.is_file():
+        return None
+    if kind == "sft" and EXPERT in pq.read_schema(path).names:
+        return len(supervised_rows(pq.read_table(path, columns=[EXPERT]).to_pylist()))
+    return int(pq.read_metadata(path).num_rows)
 
 
 def _expected(kind: Sourced, params: Params) -> int | None:

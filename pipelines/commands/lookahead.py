@@ -16,6 +16,7 @@ from pipelines.commands.source_signatures import signature_in
 from pipelines.config.data_schema import TableSource
 from pipelines.config.params import Params
 from pipelines.data.column_mapping import canonical_rows
+from pipelines.data.experts import expert_data, in_experts
 from pipelines.data.file_columns import require_alike
 from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, require_files, table_rows
@@ -258,31 +259,42 @@ def _held_out(kind: str, source: TableSource) -> Iterator[str]:
 def _data(params: Params) -> Iterator[str]:
     """Yield what is wrong with a table's source, or with the columns of the first rows of its files."""
     for kind in (*get_args(Kind), *(["labelled"] if params.data.labelled else [])):
-        source = getattr(params.data, kind)
-        for name in source.names:
-            if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
-                yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
-            elif is_wrapped(name) and (why := _missing_task(name)):
-                yield f"data.{kind}.source = {name!r}: {why}"
-        yield from _held_out(kind, source)
+        yield from _table(kind, getattr(params.data, kind))
+    if params.data.experts is not None:
         try:
-            if is_generator(source.source) and kind != "labelled":
-                # pyrefly: ignore[bad-argument-type]
-                require_effect(kind, source)
-            elif kind == "labelled" or len(source.names) > 1:
-                # pyrefly: ignore[bad-argument-type]
-                require_files(kind, source)
-            if any(is_generator(name) or name.startswith(HUB) for name in source.names):
-                continue
-            files = local_files(source)
-            if not files:
-                yield f"data.{kind}.source = {source.source!r}: {no_source(source.names[0])}"
-                continue
-            parts = [(str(path), read_file(path)[:ROWS]) for path in files[:FILES]]
-            # pyrefly: ignore[bad-argument-type]
-            require_alike(kind, source, parts)
-            for _, records in parts:
-                # pyrefly: ignore[bad-argument-type]
-                canonical_rows(kind, source.model_copy(update={"rows": None}), records)
+            source = expert_data(params.data, params.data.experts).sft
         except PosttrainError as error:
             yield str(error)
+            return
+        yield from (in_experts(line) for line in _table("sft", source))
+
+
+def _table(kind: str, source: TableSource) -> Iterator[str]:
+    """Yield what is wrong with one table's source."""
+    for name in source.names:
+        if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
+            yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
+        elif is_wrapped(name) and (why := _missing_task(name)):
+            yield f"data.{kind}.source = {name!r}: {why}"
+    yield from _held_out(kind, source)
+    try:
+        if is_generator(source.source) and kind != "labelled":
+            # pyrefly: ignore[bad-argument-type]
+            require_effect(kind, source)
+        elif kind == "labelled" or len(source.names) > 1:
+            # pyrefly: ignore[bad-argument-type]
+            require_files(kind, source)
+        if any(is_generator(name) or name.startswith(HUB) for name in source.names):
+            return
+        files = local_files(source)
+        if not files:
+            yield f"data.{kind}.source = {source.source!r}: {no_source(source.names[0])}"
+            return
+        parts = [(str(path), read_file(path)[:ROWS]) for path in files[:FILES]]
+        # pyrefly: ignore[bad-argument-type]
+        require_alike(kind, source, parts)
+        for _, records in parts:
+            # pyrefly: ignore[bad-argument-type]
+            canonical_rows(kind, source.model_copy(update={"rows": None}), records)
+    except PosttrainError as error:
+        yield str(error)

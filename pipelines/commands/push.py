@@ -127,7 +127,13 @@ def card(params: Params, model: str, repository: str, licence: str, written: str
 
 def metadata(params: Params, model: str, repository: str, licence: str, results: dict[str, float]) -> dict[str, Any]:
     """Return the metadata block in the hub's format; a base model and data sets are named if they are on the hub."""
-    sources = [params.data.sft, params.data.preferences, params.data.problems, params.data.labelled]
+    sources = [
+        params.data.sft,
+        params.data.preferences,
+        params.data.problems,
+        params.data.labelled,
+        params.data.experts,
+    ]
     names = [name for source in sources if source is not None for name in source.names]
     on_hub = list(dict.fromkeys(name.removeprefix(HUB) for name in names if name.startswith(HUB)))
     found: dict[str, Any] = {

@@ -103,6 +103,13 @@ class TableSource(Section):
         return [self.source] if isinstance(self.source, str) else self.source
 
 
+class ExpertSource(TableSource):
+    """The source of CHORD's demonstrations, in the form of `sft`."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Changes of the generator's options for these rows only, such as {careless: 0.0, notation: terse}."""
+
+
 class StoriesParams(Section):
     """Settings of the generator `stories`."""
 
@@ -136,11 +143,13 @@ class DataParams(Section):
     evaluation: TableSource
     labelled: TableSource | None = None
     """Single answers with thumbs up or down (columns prompt, completion, label) for KTO. null: the answers of the pairs are used."""
+    experts: ExpertSource | None = None
+    """Demonstrations that only CHORD trains on, such as an expert's answers in another style. null: CHORD trains on those of `sft`."""
 
     @model_validator(mode="after")
     def _every_environment_is_known(self) -> DataParams:
         """Refuse options of an environment that does not exist. The sources of the tables are checked where they are read."""
-        tables = (self.sft, self.preferences, self.problems, self.evaluation, self.labelled)
+        tables = (self.sft, self.preferences, self.problems, self.evaluation, self.labelled, self.experts)
         sources = {name for table in tables if table is not None for name in table.names}
         for name in self.environments:
             if name not in sources and not is_environment(name):

@@ -77,6 +77,7 @@ class Params(Section):
         self._check_reward_sources()
         self._check_reward_model()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
+        self._check_experts()
         for name in self.project.algorithms:
             if name not in self.algorithms:
                 raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
@@ -210,6 +211,15 @@ class Params(Section):
                 f"{field} = {new_tokens} with validation.max_prompt_tokens = {prompt} exceeds {name} = {context}"
             )
 
+    def _check_experts(self) -> None:
+        """Raise ConfigError if no algorithm of the comparison trains on demonstrations."""
+        specs = [self.algorithm(name) for name in self.project.algorithms if name in self.algorithms]
+        if self.data.experts is not None and not any(isinstance(s, OnPolicy) and s.has_expert for s in specs):
+            raise ConfigError(
+                "data.experts: has no effect, because no algorithm of project.algorithms trains on demonstrations; add one with the preset"
+                " chord or chord_phi, or remove it"
+            )
+
     def _check_reward_model(self) -> None:
         """Raise ConfigError if something uses the reward model although `reward.enabled` is false."""
         if self.reward.enabled:
@@ -230,7 +240,7 @@ class Params(Section):
             for name, section in self.rewards.items()
             if section.function in ("regex", "format")
         }
-        for kind in ("sft", "preferences", "problems", "evaluation", "labelled"):
+        for kind in ("sft", "preferences", "problems", "evaluation", "labelled", "experts"):
             source = getattr(self.data, kind)
             extract = (source and source.extract) or {}
             patterns |= {f"data.{kind}.extract.{name}": pattern for name, pattern in extract.items()}

@@ -37,7 +37,7 @@ def table_rows(kind: Sourced, data: DataParams, changes: Changes | None = None) 
 
     Raises ConfigError if the source is not valid, DataError if it cannot be read.
     """
-    rows = _configured_rows(kind, data, changes)
+    rows = configured_rows(kind, data, changes)
     for path in accepted_files(kind):
         rows += alike(kind, rows, file_rows(kind, data, path, changes), path)
     return numbered(rows)
@@ -96,7 +96,7 @@ def _form(value: Any) -> str:
     return "chat messages" if isinstance(value, list) else "plain text"
 
 
-def _configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -> list[Row]:
+def configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) -> list[Row]:
     """Return the rows of the source that params.yaml configures."""
     source: TableSource = getattr(data, kind)
     if is_generator(source.source):

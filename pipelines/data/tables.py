@@ -41,6 +41,8 @@ EQUATION = "equation"
 """Optional column in tables with an answer: an arithmetic expression whose value must be the answer."""
 WEIGHT = "weight"
 """Optional column in `sft`: the weight of each token of the row, a number that is not negative."""
+EXPERT = "expert"
+"""Column in `sft` if `data.experts` is configured: True for its rows, which supervised fine-tuning leaves out."""
 TOOLS = "tools"
 """Optional: the tools that a conversation offers, as JSON."""
 FOLDER = Path("data/tables")
@@ -189,6 +191,32 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def supervised_rows(table: Sequence[Row]) -> list[Row]:
+    """Return the rows of the sft table that supervised fine-tuning trains on. Raises DataError if validation left none of them."""
+    found = [row for row in table if not row.get(EXPERT)]
+    if not found:
+        raise DataError(
+            "data/valid/sft.parquet has only rows of data.experts, so there is nothing to train on; see the quarantine in data/quarantine"
+        )
+    return found
+
+
+def expert_rows(table: Sequence[Row]) -> list[Row]:
+    """Return the demonstrations of an sft table: those of `data.experts`, or all rows if it is not configured.
+
+    Raises DataError if validation left none of the experts' rows.
+    """
+    if EXPERT not in table[0]:
+        return list(table)
+    found = [row for row in table if row[EXPERT]]
+    if not found:
+        raise DataError(
+            "data/valid/sft.parquet has no row of data.experts left, so there is nothing to demonstrate; see the quarantine in"
+            " data/quarantine"
+        )
+    return found
+
+
 def _turns(messages: list[Any]) -> list[Any]:
     return [message | json.loads(message.pop("fields", None) or "{}") for message in messages]
 
@@ -221,7 +249,7 @@ def _type(table: Table, name: str, rows: Sequence[Row]) -> pa.DataType:
         return pa.int64()
     if is_number(table, name):
         return pa.float64()
-    if table == "labelled" and name == LABEL:
+    if (table, name) in (("labelled", LABEL), ("sft", EXPERT)):
         return pa.bool_()
     turns = [turn for row in rows if isinstance(row.get(name), list) for turn in row[name]]
     if not turns:

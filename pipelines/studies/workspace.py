@@ -138,8 +138,10 @@ def make_paths_absolute(root: Path, tree: dict[str, Any]) -> None:
             return [located(part) for part in source]
         return str((root / source).resolve()) if isinstance(source, str) and (root / source).exists() else source
 
-    for table in ("sft", "preferences", "problems", "evaluation"):
-        tree["data"][table]["source"] = located(tree["data"][table]["source"])
+    for table in ("sft", "preferences", "problems", "evaluation", "labelled", "experts"):
+        section = tree["data"].get(table)
+        if section is not None:
+            section["source"] = located(section["source"])
     tree["model"]["source"] = located(tree["model"]["source"])
 
 

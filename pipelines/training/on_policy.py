@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config.numbers import repeated_prompts
 from pipelines.config.schema import AlignParams, OnPolicyBudget
+from pipelines.data.tables import expert_rows
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.runtime.run import Run
@@ -224,7 +225,8 @@ def _demonstrations(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget
     """Return the demonstrations of CHORD, or None if the algorithm uses none."""
     if not spec.has_expert:
         return None
-    rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, read_table("sft"), "completion")]
+    shown = expert_rows(read_table("sft"))
+    rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, shown, "completion")]
     return Demonstrations(rows, budget.prompts_per_step, seed)
 
 
