@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from pipelines.config.checkpoint_schema import check_best_checkpoint
+from pipelines.config.checkpoint_check import check_best_checkpoint
 from pipelines.config.context import context_of
 from pipelines.config.data_schema import DataParams
 from pipelines.config.evaluation_schema import EvaluationParams, ReportParams
