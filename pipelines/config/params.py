@@ -104,7 +104,8 @@ class Params(Section):
                 " samples become traces; lower the one or raise the other"
             )
         self._check_benchmarks()
-        check_best_checkpoint(self)
+        budgets = {name: self.budget(name) for name in self.project.algorithms}
+        check_best_checkpoint(self.align.best_checkpoint, self.rewards, budgets)
         check_space(self)
         return self
 
