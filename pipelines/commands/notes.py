@@ -72,8 +72,10 @@ def _unread_files(params: Params) -> Iterator[str]:
 
 
 def unused_rewards(params: Params) -> list[str]:
-    """Return one line for each reward that no aligned algorithm and not the evaluation computes; a run with it is no error."""
+    """Return one line for each reward that neither training, choice of a checkpoint nor evaluation computes; a run with it is no error."""
     computed = {*params.evaluation.rewards}
+    if params.align.best_checkpoint is not None:
+        computed.add(params.align.best_checkpoint.reward)
     for name in params.project.algorithms:
         computed.update(params.algorithms[name].rewards or {})
     found = []

@@ -53,7 +53,8 @@ def expert_data(data: DataParams, source: ExpertSource) -> DataParams:
     section = getattr(data, name, None) if name in ("arithmetic", "stories") else None
     if section is not None:
         values = section.model_dump() | source.options
-        changed[name] = validated(type(section), values, ("data", "experts", "options"))
+        # a stage's section is a proxy that tracks reads, whose class attribute is that of the section
+        changed[name] = validated(section.__class__, values, ("data", "experts", "options"))
     else:
         changed["environments"] = data.environments | {name: data.environments.get(name, {}) | source.options}
     return data.model_copy(update=changed)

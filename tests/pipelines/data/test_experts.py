@@ -15,6 +15,7 @@ from pipelines.config.yaml_files import read_yaml
 from pipelines.data.experts import with_experts
 from pipelines.data.sources import table_rows
 from pipelines.data.tables import EXPERT, expert_rows, read_rows, supervised_rows, write_rows
+from pipelines.runtime.param_tracking import watched
 from pipelines.training.on_policy import _demonstrations
 from posttrain.algorithms import choose
 from posttrain.algorithms.specs import OnPolicy
@@ -42,6 +43,11 @@ def test_the_experts_follow_in_their_own_style_and_with_a_mark(data: DataParams)
     terse = data.model_copy(update={"arithmetic": data.arithmetic.model_copy(update=TERSE.options)})
     expected = table_rows("sft", terse.model_copy(update={"sft": TableSource(source="arithmetic", rows=3)}))
     assert [row["completion"] for row in rows[5:]] == [row["completion"] for row in expected]
+    # a stage reads parameters through a proxy that tracks them
+    tree = load_params(Path(__file__).parents[3] / "params.yaml").model_copy(update={"data": data})
+    leaves = set[str]()
+    assert with_experts(plain, watched(tree, leaves.add).data) == rows
+    assert "data.experts.options.notation" in leaves
     assert with_experts(plain, data.model_copy(update={"experts": None})) is plain
 
 
