@@ -19,11 +19,13 @@ from pipelines.data.formats import Format, recognised, require_known, unused
 from pipelines.data.pairs import (
     Changes,
     answer_paths,
+    check_scores,
     count_unused,
     graded_pairs,
     liked_records,
     number,
     preferred_pairs,
+    score_names,
     thumbs_pairs,
 )
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
@@ -52,7 +54,7 @@ def canonical_rows(
     `changes` counts omitted and added values. `consume` empties the list `records`: a table's records and rows need not be in memory
     together. Raises DataError naming column and row if a record cannot be mapped.
     """
-    given = records
+    given, scores = records, score_names(source.columns, records)
     where = f"data.{kind} ({', '.join(source.names)})"
     changes = Counter() if changes is None else changes
     pairing = source.graded or source.preferred
@@ -82,7 +84,7 @@ def canonical_rows(
             row["answer"] = _answer(row["answer"])
     rows = chat_rows(kind, rows, source, where, changes)
     _check_texts(kind, rows, where)
-    _check_scores(rows, where)
+    check_scores(rows, where, scores)
     if kind == "sft":
         for row in rows:
             if WEIGHT in row:
@@ -120,7 +122,7 @@ def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, wher
         rows.append({"id": i, **more, **({"answer": _answer(row["answer"])} if "answer" in row else {})})
     rows = chat_rows(kind, rows, source, where, changes)
     _check_texts(kind, rows, where)
-    _check_scores(rows, where)
+    check_scores(rows, where, {})
     return rows
 
 
@@ -384,16 +386,3 @@ def _check_texts(kind: Sourced, rows: list[Row], where: str) -> None:
                 f"{where}: {name} is plain text in row {kinds[True]} and chat messages in row {kinds[False]};"
                 " make all rows of a table one of the two"
             )
-
-
-def _check_scores(rows: list[Row], where: str) -> None:
-    """Convert both scores to numbers. Raises DataError if the records have only one of them."""
-    given = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
-    if len(given) == 1:
-        raise DataError(f"{where}: has only {given[0]}; pairs need both {' and '.join(SCORES)}, or neither")
-    for row in rows:
-        for name in SCORES:
-            if given:
-                row[name] = number(row.get(name, "missing"), f"{where}, row {row['id']}: {name}")
-            else:
-                row.pop(name, None)

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.messages import from_json
+from pipelines.data.tables import SCORES, ULTRAFEEDBACK
 from posttrain.data.messages import MARKS, WEIGHTS, is_thumb, thumb
 from posttrain.errors import DataError
 
@@ -205,8 +206,7 @@ def _has_bad(labels: Sequence[Any]) -> bool:
 
 def _pair(record: Record) -> Record:
     """Take UltraFeedback's names of the scores, too."""
-    names = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
-    named = {new: record[old] for old, new in names.items() if old in record and new not in record}
+    named = {new: record[old] for old, new in ULTRAFEEDBACK.items() if old in record and new not in record}
     # a single message is a conversation of one turn
     turns = {name: [record[name]] for name in ("chosen", "rejected") if isinstance(record.get(name), dict)}
     return record | named | turns if named or turns else record
@@ -253,9 +253,8 @@ def _verl(record: Record) -> Record:
     return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
 
 
-_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "sft": ("weight", "tools"), "preferences": ("tools", *_SCORES), "labelled": ("tools",), "problems": ("tools",),
+    "sft": ("weight", "tools"), "preferences": ("tools", *SCORES, *ULTRAFEEDBACK), "labelled": ("tools",), "problems": ("tools",),
     "evaluation": ("tools",),
 }  # fmt: skip
 """Columns that the formats of a table read if they are there."""

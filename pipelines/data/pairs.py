@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
 from pipelines.data.files import Record
 from pipelines.data.messages import human_assistant
-from pipelines.data.tables import Row, is_messages
+from pipelines.data.tables import SCORES, ULTRAFEEDBACK, Row, is_messages
 from posttrain.data.messages import once_each, thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest, shortened
@@ -296,3 +296,29 @@ def number(value: Any, where: str) -> float:
     if result != result or result in (float("inf"), float("-inf")):
         raise DataError(f"{where} is {result}; it must be finite. Correct or remove the record.")
     return result
+
+
+def score_names(columns: Mapping[str, str] | None, records: Sequence[Record]) -> dict[str, str]:
+    """Return the source's own name of each score that it does not call by the table's name."""
+    if columns is not None:
+        return {name: columns[name] for name in SCORES if name in columns}
+    return {new: old for old, new in ULTRAFEEDBACK.items() if any(old in record for record in records)}
+
+
+def check_scores(rows: list[Row], where: str, names: Mapping[str, str]) -> None:
+    """Convert both scores to numbers. Raises DataError, with the source's `names`, if the rows have only one of them."""
+    given = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
+    if len(given) == 1:
+        has, other = given[0], next(name for name in SCORES if name not in given)
+        spelling = dict(zip(SCORES, ULTRAFEEDBACK, strict=True)) if names.get(has) in ULTRAFEEDBACK else {}
+        missing = names.get(other, spelling.get(other, other))
+        raise DataError(
+            f"{where}: has {names.get(has, has)}, but no row has a value of {missing}; pairs need both scores, or neither. Add {missing},"
+            " or leave the scores out: data.preferences.columns: {prompt: prompt, chosen: chosen, rejected: rejected}"
+        )
+    for row in rows:
+        for name in SCORES:
+            if given:
+                row[name] = number(row.get(name, "missing"), f"{where}, row {row['id']}: {names.get(name, name)}")
+            else:
+                row.pop(name, None)

@@ -31,6 +31,8 @@ TEXT: Mapping[Table, tuple[str, ...]] = {
 ANSWERED: tuple[Table, ...] = ("problems", "evaluation")
 """Tables with a gold `answer`, a string."""
 SCORES = ("chosen_score", "rejected_score")
+ULTRAFEEDBACK = dict(zip(("score_chosen", "score_rejected"), SCORES, strict=True))
+"""UltraFeedback's names of the scores, and ours."""
 TRAINING: tuple[Table, ...] = ("sft", "preferences", "problems", "labelled")
 HELD_OUT: tuple[Table, ...] = ("evaluation", "preferences_heldout")
 OPTIONAL: tuple[Table, ...] = ("labelled",)

@@ -198,9 +198,39 @@ def test_a_score_that_is_no_finite_number_is_named(score: Any) -> None:
         canonical_rows("preferences", source(), [pair, pair | {"rejected_score": score}])
 
 
-def test_one_score_without_the_other_is_refused() -> None:
-    with pytest.raises(DataError, match="has only chosen_score"):
-        canonical_rows("preferences", source(), [{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1}])
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        (None, {"chosen_score": 1}, "has chosen_score, but no row has a value of rejected_score;"),
+        (None, {"score_chosen": 1}, "has score_chosen, but no row has a value of score_rejected;"),
+        (None, {"score_rejected": 1}, "has score_rejected, but no row has a value of score_chosen;"),
+        (
+            None,
+            {"score_chosen": 1, "score_rejected": None},
+            "has score_chosen, but no row has a value of score_rejected;",
+        ),
+        ({"chosen_score": "good"}, {"good": 1}, "has good, but no row has a value of rejected_score;"),
+        (
+            {"chosen_score": "good", "rejected_score": "bad"},
+            {"good": 1, "bad": None},
+            "no row has a value of bad; pairs",
+        ),
+        (None, {"score_chosen": "high", "score_rejected": 1}, "row 0: score_chosen is 'high'"),
+    ],
+)
+def test_one_score_without_the_other_is_refused_by_the_names_of_the_file(
+    columns: dict[str, str] | None, given: dict[str, Any], message: str
+) -> None:
+    texts = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    mapped = None if columns is None else {name: name for name in texts} | columns
+    with pytest.raises(DataError, match=message):
+        canonical_rows("preferences", source(columns=mapped), [texts | given])
+
+
+def test_the_advice_about_one_score_is_accepted() -> None:
+    texts = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    rows = canonical_rows("preferences", source(columns={name: name for name in texts}), [texts | {"score_chosen": 1}])
+    assert rows == [{"id": 0, **texts}]
 
 
 def test_weights_of_examples_are_numbers_and_a_weight_elsewhere_is_a_column_like_any_other(tmp_path: Path) -> None:
