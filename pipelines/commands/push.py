@@ -21,14 +21,17 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipelines.commands.forecast import is_present
+from pipelines.config.effective import spec_of
 from pipelines.config.params import Params, load_params
 from pipelines.data.sources import HUB
+from pipelines.data.tables import TRAINING
 from pipelines.evaluate import model_folder
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import input_digests
 from pipelines.runtime.journal import read
 from pipelines.runtime.publish import JOURNAL
+from posttrain.algorithms import OnPolicy, Unpaired
 from posttrain.errors import ConfigError
 from posttrain.files import read_json
 
@@ -108,7 +111,7 @@ def check_data(params: Params, model: str) -> None:
 
 def card(params: Params, model: str, repository: str, licence: str, written: str) -> str:
     """Return the card: metadata, results with intervals, intended use, and the table of the training step."""
-    results = _results(model)
+    results, sources = _results(model), trained_sources(params, model)
     body = re.sub(r"\A---\n.*?\n---\n", "", written, flags=re.DOTALL).strip()
     held_out = f"`data.evaluation`: {params.data.evaluation.source}"
     measured = [
@@ -120,6 +123,8 @@ def card(params: Params, model: str, repository: str, licence: str, written: str
     tested = "It was evaluated on the problems above only; test it" if results else "Test it"
     return "\n".join([
         "---", _yaml(metadata(params, model, repository, licence, results)), "---", "", body, "",
+        "## Base model and data", "", f"- base model: {_base(params)}",
+        *(f"- `data.{table}`: {', '.join(names)}" for table, names in sources.items()), "",
         "## Evaluation", "", *(measured if results else missing), "",
         "## Intended use", "", f"{use} {tested} before any other use.", "",
     ])  # fmt: skip
@@ -127,14 +132,7 @@ def card(params: Params, model: str, repository: str, licence: str, written: str
 
 def metadata(params: Params, model: str, repository: str, licence: str, results: dict[str, float]) -> dict[str, Any]:
     """Return the metadata block in the hub's format; a base model and data sets are named if they are on the hub."""
-    sources = [
-        params.data.sft,
-        params.data.preferences,
-        params.data.problems,
-        params.data.labelled,
-        params.data.experts,
-    ]
-    names = [name for source in sources if source is not None for name in source.names]
+    names = [name for sources in trained_sources(params, model).values() for name in sources]
     on_hub = list(dict.fromkeys(name.removeprefix(HUB) for name in names if name.startswith(HUB)))
     found: dict[str, Any] = {
         "license": licence,
@@ -142,7 +140,7 @@ def metadata(params: Params, model: str, repository: str, licence: str, results:
         "pipeline_tag": "text-generation",
         "tags": ["posttrain", *([model.rpartition("-")[0]] if "-" in model else [])],
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", params.model.source) and not Path(params.model.source).exists():
+    if _is_on_hub(params.model.source):
         found["base_model"] = params.model.source
     if on_hub:
         found["datasets"] = on_hub
@@ -157,6 +155,52 @@ def metadata(params: Params, model: str, repository: str, licence: str, results:
         entry = {"task": task, "dataset": evaluated, "metrics": metrics}
         found["model-index"] = [{"name": repository.partition("/")[2], "results": [entry]}]
     return found
+
+
+def trained_sources(params: Params, model: str) -> dict[str, list[str]]:
+    """Return the sources of each table that the model was trained on; of all tables if its journal is missing."""
+    read_by = _trained_tables(params, model)
+    tables = [
+        name
+        for name in (*TRAINING, "experts")
+        if getattr(params.data, name) is not None and (not read_by or name in read_by)
+    ]
+    return {name: getattr(params.data, name).names for name in tables}
+
+
+def _trained_tables(params: Params, model: str) -> set[str]:
+    """Return the tables from which the model and the one that it started from learnt; empty if that is not known."""
+    if model == "sft":
+        return {"sft"}
+    algorithm = model.rpartition("-")[0]
+    records = read(Path("runs/align", model) / JOURNAL)
+    values = {name: v for record in records if record["kind"] == "params" for name, v in record["values"].items()}
+    if f"algorithms.{algorithm}.preset" not in values:
+        return set()
+    spec, start = spec_of(algorithm, values), values.get(f"algorithms.{algorithm}.start") or values.get("align.start")
+    found = set() if start == "base" else {"sft"}
+    if not isinstance(spec, OnPolicy):
+        unpaired = isinstance(spec, Unpaired) and params.data.labelled is not None
+        return found | ({"labelled"} if unpaired else {"preferences"})
+    inputs = {path for record in records if record["kind"] == "start" for path in record.get("inputs", {})}
+    demonstrated = {"sft" if params.data.experts is None else "experts"} if spec.has_expert else set()
+    return found | {"problems"} | ({"preferences"} if "models/reward" in inputs else set()) | demonstrated
+
+
+def _base(params: Params) -> str:
+    """Return the base model in words."""
+    if params.model.source == "tiny":
+        return f"`tiny`, random weights of this project (seed {params.model.seed})"
+    return (
+        f"[{params.model.source}](https://huggingface.co/{params.model.source})"
+        if _is_on_hub(params.model.source)
+        else f"`{params.model.source}`"
+    )
+
+
+def _is_on_hub(name: str) -> bool:
+    """Return True for the name of a repository of the hub that is no local folder."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _results(model: str) -> dict[str, float]:

@@ -53,6 +53,43 @@ def test_a_built_in_model_names_no_base_and_no_data_of_the_hub(project: Path) ->
     assert main(["grpo-0", "me/mine", "--dry-run"]) == 0
     card = ModelCard.load(project / ".posttrain/push/mine/README.md")
     assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "- base model: `tiny`, random weights of this project (seed 0)\n- `data.sft`: arithmetic\n" in card.text
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "tables"),
+    [
+        ("sft", {}, ["sft"]),
+        ("dpo-0", {"preset": "dpo"}, ["sft", "preferences"]),
+        ("kto-0", {"preset": "kto"}, ["sft", "preferences"]),
+        ("grpo-0", {"preset": "grpo"}, ["sft", "problems"]),
+        ("zero-0", {"preset": "grpo", "start": "base"}, ["problems"]),
+        ("chord-0", {"preset": "chord", "start": "base"}, ["sft", "problems"]),
+    ],
+)
+def test_the_card_names_base_model_and_data_before_and_after_the_evaluation(
+    project: Path, model: str, options: dict[str, str], tables: list[str]
+) -> None:
+    settings = [f"data.{table}={{source: 'hub:org/{table}'}}" for table in ("sft", "preferences", "problems")]
+    configure(project / "params.yaml", ["model.source=org/base", *settings])
+    folder = project / ("models/sft" if model == "sft" else f"models/align/{model}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    journal = Journal(project / f"runs/align/{model}/journal.jsonl")
+    algorithm = model.removesuffix("-0")
+    journal.append({"kind": "params", "values": {f"algorithms.{algorithm}.{key}": v for key, v in options.items()}})
+    journal.close()
+    for evaluated in (False, True):
+        results = project / "runs/evaluate" / model / "metrics.json"
+        results.unlink(missing_ok=True)
+        if evaluated:
+            results.parent.mkdir(parents=True, exist_ok=True)
+            results.write_text('{"accuracy": 0.75}')
+        assert main([model, "me/mine", "--dry-run"]) == 0
+        card = ModelCard.load(project / ".posttrain/push/mine/README.md")
+        assert (card.data.base_model, card.data.datasets) == ("org/base", [f"org/{table}" for table in tables])
+        assert "- base model: [org/base](https://huggingface.co/org/base)" in card.text
+        assert [f"`data.{table}`" in card.text for table in tables] == [True] * len(tables)
 
 
 def test_the_card_of_a_model_without_an_evaluation_says_so(project: Path) -> None:
