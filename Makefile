@@ -3,6 +3,8 @@ PYTHON_IN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false DVC_NO_ANALYTICS=1 GX_ANALYTICS_ENABLED=false
+# A command that takes make's place in its shell gets the signals that make passes on.
+RUN = exec env $(QUIET) $(PYTHON_IN)
 PORT ?= 5000
 PREFECT_PORT ?= 4200
 
@@ -20,47 +22,47 @@ workspace: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || test -f .dvc/config.local || $(PYTHON_IN) -m dvc config --local core.no_scm true
 
 demo: workspace  ## train, align, compare on built-in data: 7 min (SEEDS=5 PANEL=reward_model)
-	@$(QUIET) $(PYTHON_IN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PANEL),--panel $(PANEL))
+	@$(RUN) -m flows.compare $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PANEL),--panel $(PANEL))
 
 demo-real: workspace  ## the same with a language model of 135 M parameters: docs/real-model.md
 	@infra/models/smollm2.sh
 	@$(PYTHON_IN) -m pipelines.commands.configure examples/smollm2.yaml
-	@$(QUIET) $(PYTHON_IN) -m flows.compare
+	@$(RUN) -m flows.compare
 
 retrain: workspace  ## take in new files, train, promote a proven gain; seconds if nothing is new
-	@$(QUIET) $(PYTHON_IN) -m flows.retrain
+	@$(RUN) -m flows.retrain
 
 serve: workspace  ## retrain nightly, compare weekly, with Prefect's UI (PREFECT_PORT=4200)
-	@$(QUIET) $(PYTHON_IN) -m flows.serve --port $(PREFECT_PORT)
+	@$(RUN) -m flows.serve --port $(PREFECT_PORT)
 
 chat: workspace  ## talk to a model in the terminal (MODEL=champion ARGS="--against challenger")
-	@$(QUIET) $(PYTHON_IN) -m pipelines.commands chat $(MODEL) $(ARGS)
+	@$(RUN) -m pipelines.commands chat $(MODEL) $(ARGS)
 
 label: workspace  ## let people compare answers on a page, to train on (ARGS="champion challenger")
-	@$(QUIET) $(PYTHON_IN) -m pipelines.commands label $(ARGS)
+	@$(RUN) -m pipelines.commands label $(ARGS)
 
 serve-model: workspace  ## serve the champion, OpenAI-compatible (ARGS="champion dpo-0 --port 8000")
-	@$(QUIET) $(PYTHON_IN) -m pipelines.commands serve $(ARGS)
+	@$(RUN) -m pipelines.commands serve $(ARGS)
 
 up: workspace  ## start PostgreSQL, S3, MLflow with accounts, Prefect and a worker as processes
-	@$(QUIET) $(PYTHON_IN) -m infra.servers up
+	@$(RUN) -m infra.servers up
 
 down: setup  ## stop them; databases and logs are kept
-	@$(QUIET) $(PYTHON_IN) -m infra.servers down
+	@$(RUN) -m infra.servers down
 
 status: setup  ## show which of them run, and their addresses
-	@$(QUIET) $(PYTHON_IN) -m infra.servers status
+	@$(RUN) -m infra.servers status
 
 test: setup  ## run all tests but the slow ones
-	@$(QUIET) $(PYTHON_IN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(RUN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 FAST := tests/algorithms tests/data tests/environments tests/objectives tests/pipelines/config tests/test_files.py
 
 test-fast: setup  ## the tests of the mathematics, data and parameters, for the inner loop
-	@$(QUIET) $(PYTHON_IN) -m pytest $(FAST) $(ARGS)
+	@$(RUN) -m pytest $(FAST) $(ARGS)
 
 test-slow: setup  ## the tests marked slow
-	@$(QUIET) $(PYTHON_IN) -m pytest -m slow $(ARGS)
+	@$(RUN) -m pytest -m slow $(ARGS)
 
 lint: setup  ## check formatting, lint, types, and the dependencies for known vulnerabilities
 	@$(PYTHON_IN) -m ruff format --check .
@@ -69,7 +71,7 @@ lint: setup  ## check formatting, lint, types, and the dependencies for known vu
 	@infra/audit.sh
 
 ui: setup  ## open MLflow for the runs and Prefect for the flows (PORT=5000 PREFECT_PORT=4200)
-	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
+	@$(RUN) -m pipelines.commands.ui --port $(PORT) --prefect-port $(PREFECT_PORT)
 
 bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hour on two idle cores
 	@test -x .venv-trl/bin/python || benchmarks/peers/setup.sh trl
@@ -78,19 +80,19 @@ bench: setup  ## repeat all measurements and write benchmarks/RESULTS.md: an hou
 	@$(PYTHON_IN) benchmarks/results.py
 
 calibrate: workspace  ## compare copies of one algorithm: how often are they called different?
-	@$(QUIET) $(PYTHON_IN) -m pipelines.commands.calibrate $(ARGS)
+	@$(RUN) -m pipelines.commands.calibrate $(ARGS)
 
 tune: workspace  ## tune all algorithms with equal trials; chosen on some prompts, reported on others
-	@$(QUIET) $(PYTHON_IN) -m flows.tune $(ARGS)
+	@$(RUN) -m flows.tune $(ARGS)
 
 study: workspace  ## run one study of examples/studies and decide its claims (NAME=group_size)
-	@$(QUIET) $(PYTHON_IN) -m flows.study $(NAME) $(ARGS)
+	@$(RUN) -m flows.study $(NAME) $(ARGS)
 
 studies: workspace  ## run all studies and write docs/claims.md
-	@$(QUIET) $(PYTHON_IN) -m flows.study --all $(ARGS)
+	@$(RUN) -m flows.study --all $(ARGS)
 
 worker: workspace  ## run stages for flows on other machines (POOL=stages; ARGS="list" or "drain NAME")
-	@$(QUIET) $(PYTHON_IN) -m flows.workers $(or $(ARGS),add) $(if $(POOL),--pool $(POOL))
+	@$(RUN) -m flows.workers $(or $(ARGS),add) $(if $(POOL),--pool $(POOL))
 
 docs: setup  ## build the documentation into .posttrain/site, offline
 	@NO_MKDOCS_2_WARNING=true $(PYTHON_IN) -m mkdocs build --strict --quiet

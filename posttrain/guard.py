@@ -22,6 +22,7 @@ from typing import NoReturn
 
 WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 TERM_SECONDS, POLL_SECONDS, GROUP_GRACE_SECONDS = 2.0, 0.2, 10.0
+MAKES = ("make", "gmake")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,6 +51,18 @@ def end_with(pids: Iterable[int], grace_seconds: float) -> None:
     except OSError:  # A sandbox without pidfd: behave as on other systems.
         return
     threading.Thread(target=_follow, args=(alive, grace_seconds), daemon=True).start()
+
+
+def end_with_make(grace_seconds: float) -> None:
+    """Get SIGTERM when the `make` that started this process ends, even if it was killed; without `make` nothing happens (Linux)."""
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/comm", encoding="utf-8") as file:
+            name = file.read().strip()
+    except OSError:  # not Linux, or the parent has ended
+        return
+    if name in MAKES:
+        end_with([parent], grace_seconds)
 
 
 def guarded(command: list[str], grace_seconds: float = 20.0) -> list[str]:

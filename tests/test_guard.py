@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from posttrain.guard import guarded
 
@@ -80,3 +81,33 @@ subprocess.Popen(guarded([sys.executable, "-c", {STUBBORN!r}, {str(ready)!r}], g
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert all(gone(pid) for pid in pids)
+
+
+def test_a_command_ends_with_the_make_that_started_it_even_if_that_is_killed(root: Path, tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, time
+from posttrain.guard import end_with_make
+end_with_make(60.0)
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(120)
+"""
+    (tmp_path / "wait.py").write_text(script, encoding="utf-8")
+    (tmp_path / "Makefile").write_text(f"all:\n\t@exec {sys.executable} wait.py ready\n", encoding="utf-8")
+    make = subprocess.Popen(["make"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)})
+    (pid,) = pids_in(tmp_path / "ready", 1)
+    make.kill()
+    make.wait()
+    assert gone(pid, 60)
+
+
+@pytest.mark.parametrize("target", ["ui", "serve", "serve-model", "label", "chat", "up", "demo", "retrain"])
+def test_a_command_of_the_makefile_gets_the_signal_that_make_gets(root: Path, tmp_path: Path, target: str) -> None:
+    waiting = tmp_path / "python"
+    waiting.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'ready'}\nexec sleep 120\n", encoding="utf-8")
+    waiting.chmod(0o755)
+    ready = ["--old-file=setup", "--old-file=workspace", f"PYTHON_IN={waiting}"]
+    make = subprocess.Popen(["make", *ready, target], cwd=root)
+    (pid,) = pids_in(tmp_path / "ready", 1)
+    make.terminate()
+    make.wait()
+    assert gone(pid, 60)

@@ -13,9 +13,12 @@ from typing import ParamSpec
 from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.redaction import printable, redact
 from posttrain.errors import OrchestrationError, PosttrainError
+from posttrain.guard import end_with_make
 from posttrain.settings import TEMPERATURES
 
 P = ParamSpec("P")
+GRACE_SECONDS = 60.0
+"""From SIGTERM to SIGKILL if the `make` that started a command has ended: its servers get up to 20 s each."""
 
 
 def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -87,10 +90,14 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def ends_with_ctrl_c(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate the `main` of a command that runs until Ctrl-C or SIGTERM: it ends with status 0, with the prompt on a new line."""
+    """Decorate the `main` of a command that runs until Ctrl-C, SIGTERM, or the end of the `make` that started it.
+
+    At Ctrl-C it ends with status 0, with the prompt on a new line.
+    """
 
     @wraps(main)
     def run(*args: P.args, **options: P.kwargs) -> int:
+        end_with_make(GRACE_SECONDS)
         try:
             return main(*args, **options)
         except KeyboardInterrupt:
