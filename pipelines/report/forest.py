@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import SFT
 from pipelines.report.style import Look, figure
-from pipelines.report.words import ranked
+from pipelines.report.words import ranked, unranked
 from posttrain.evaluation.crossed import performance_profile
 from posttrain.evaluation.statistics import Interval
 
@@ -22,10 +22,10 @@ LEVELS = 201
 
 
 def accuracy(comparison: Comparison, look: Look) -> Figure:
-    """Plot the accuracy of every model; small marks are single seeds, the line is SFT."""
-    summaries = comparison.summaries
+    """Plot the accuracy of every model; hollow marks are not ranked, small marks are single seeds, the line is SFT."""
+    summaries, left_out = comparison.summaries, unranked(comparison)
     drawn, (axes,) = figure(WIDTH, 1.1 + 0.42 * len(summaries))
-    _forest(axes, [(s.name, s.headline) for s in summaries], look)
+    _forest(axes, [(s.name, s.headline) for s in summaries], look, filled=[s.name not in left_out for s in summaries])
     for row, summary in enumerate(summaries):
         if len(summary.by_seed) > 1:
             seeds = [row + 0.24] * len(summary.by_seed)

@@ -73,6 +73,8 @@ class Model:
     training: Training | None
     benchmarks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     """By task and metric: value, low, high, and documents, one number each."""
+    evaluated: dict[str, str] = field(default_factory=dict)
+    """sha256 of each table and model that the evaluation read, by path."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _model(root: Path, name: str, group: str, seed: int | None) -> Model:
     folder = root / RUNS / "evaluate" / name
     trained = None if seed is None else training(root / RUNS / "align" / name, name)
     answered, metrics = predictions(folder / ARTIFACTS / PREDICTIONS), _metrics(folder / METRICS)
-    return Model(name, group, seed, answered, metrics, trained, benchmark_scores(folder / ARTIFACTS / BENCHMARKS))
+    benchmarks, inputs = benchmark_scores(folder / ARTIFACTS / BENCHMARKS), training(folder, name).inputs
+    return Model(name, group, seed, answered, metrics, trained, benchmarks, inputs)
 
 
 def benchmark_scores(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

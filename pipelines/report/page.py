@@ -19,7 +19,7 @@ from pipelines.report.samples import examples
 from pipelines.report.setup import setup_of
 from pipelines.report.style import DPI, SCHEMES, Look, Scheme, png
 from pipelines.report.templating import environment
-from pipelines.report.words import findings, ranked, solved, title
+from pipelines.report.words import findings, ranked, solved, title, unranked
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         comparison=comparison, question=question, results=results, pictures=drawn, learning=learning,
         running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, base=BASE, sft=SFT,
         colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
-        apart=comparison.apart(), currency=CURRENCIES[question.currency], setup=setup_of(results),
+        unranked=unranked(comparison), apart=comparison.apart(), currency=CURRENCIES[question.currency], setup=setup_of(results),
         chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),
         measure_zh=chinese.MEASURES[question.headline], currency_zh=chinese.CURRENCIES[question.currency],
         marks_zh=chinese.MARKS, why_zh=chinese.WHY, signals_zh=chinese.SIGNALS,

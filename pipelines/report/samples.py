@@ -91,7 +91,7 @@ def _card(model: Model, question: Question, row: int, before: str) -> Card:
         tokens=round(numbers["tokens"]),
         truncated=numbers["truncated"] > 0,
         mark=_mark(numbers[f"reward_{question.accuracy}"]),
-        rewards=[(name, "missing" if np.isnan(value) else f"{value:.2f}") for name, value in shown],
+        rewards=[(name, "missing" if np.isnan(value) else f"{value:.2f}".replace("-", "−")) for name, value in shown],
     )
 
 

@@ -18,6 +18,7 @@ class Setup:
     differing: dict[str, dict[str, Any]]
     """Hyper-parameter to its value for each algorithm that uses it."""
     inputs: dict[str, str]
+    """Tables and models of the runs, and the held-out problems."""
 
 
 def setup_of(results: Results) -> Setup:
@@ -33,8 +34,14 @@ def setup_of(results: Results) -> Setup:
     differing = {
         key: {name: found[key] for name, found in values.items() if key in found} for key in every if key not in shared
     }
-    inputs = {path: digest for run in runs.values() for path, digest in sorted(run.inputs.items())}
+    read = {**_evaluated(results), **{path: digest for run in runs.values() for path, digest in run.inputs.items()}}
+    inputs = {path: read[path] for path in sorted(read) if path.startswith(("data/", "models/"))}
     return Setup(shared, differing, inputs)
+
+
+def _evaluated(results: Results) -> dict[str, str]:
+    """Return the tables that the first evaluation read; all evaluations ask the same prompts."""
+    return {path: digest for path, digest in results.models[0].evaluated.items() if path.startswith("data/")}
 
 
 def _parameters(algorithm: str, run: Training) -> dict[str, Any]:

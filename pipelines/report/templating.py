@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipelines.report.words import p_value, percent
 from posttrain.evaluation.statistics import Interval
 
+_MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
 FOLDER = Path(__file__).parent / "templates"
 
 
@@ -51,7 +53,8 @@ def signed(value: float) -> str:
 
 
 def bound(text: str) -> str:
-    """Return the text with non-breaking spaces in `48 %` and `p < 0.001`."""
+    """Return the text with true minus signs before numbers, and non-breaking spaces in `48 %` and `p < 0.001`."""
+    text = _MINUS.sub("−", text)
     return text.replace(" %", "\u00a0%").replace("p = ", "p\u00a0=\u00a0").replace("p < ", "p\u00a0<\u00a0")
 
 

@@ -39,6 +39,11 @@ def ranked(comparison: Comparison) -> list[Summary]:
     return sorted(comparison.panel, key=lambda summary: -summary.headline.value)
 
 
+def unranked(comparison: Comparison) -> set[str]:
+    """Return the algorithms whose protocol differs, so that they are shown and not ranked."""
+    return {summary.name for summary in comparison.algorithms} - {summary.name for summary in comparison.panel}
+
+
 def solved(comparison: Comparison) -> bool:
     """Return True if any model's accuracy is distinguishable from failure."""
     levels = [summary.headline for summary in comparison.summaries]

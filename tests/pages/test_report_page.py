@@ -55,6 +55,7 @@ def test_the_first_screen_has_the_answer_and_nothing_is_cut(
         chart = page.locator(".lead img").bounding_box()
         assert chart is not None
         assert chart["y"] + chart["height"] <= viewport["height"]
+        assert page.get_by_text("Hollow: not ranked" if language == "English" else "空心：协议不同").first.is_visible()
         wide = "tables => tables.filter(t => t.scrollWidth > t.clientWidth).map(t => t.innerText.slice(0, 80))"
         assert page.locator(".scroll:visible").evaluate_all(wide) == [], "a table of the desktop that must be scrolled"
     page.close()

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from pipelines.report.analysis import Question, compare
+from pipelines.report.forest import accuracy
 from pipelines.report.load import load
 from pipelines.report.page import pictures
+from pipelines.report.style import Look
+from pipelines.report.words import unranked
 from posttrain.evaluation.statistics import Resampling
 from tests.pipelines.synthetic_runs import build
 
@@ -47,3 +51,20 @@ def test_no_title_label_or_legend_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     pictures(results, replace(comparison, pairs=[*comparison.pairs, named_longer]))
     assert len(written) > 10
     assert found == []
+
+
+def test_an_algorithm_that_is_not_ranked_has_a_hollow_mark(tmp_path: Path) -> None:
+    comparison = compare(load(("dpo", "grpo", "ppo"), (0,), build(tmp_path, seeds=(0,), steps=4)), QUESTION)
+    assert unranked(comparison) == {"dpo"}
+    look = Look("light", ("dpo", "grpo", "ppo"))
+    drawn = accuracy(comparison, look)
+    marks = [line for line in drawn.axes[0].lines if line.get_marker() not in ("None", "", "|")]
+    hollow = [to_hex(mark.get_markerfacecolor()) == to_hex(look.ground) for mark in marks]
+    names = [summary.name for summary in comparison.summaries]
+    assert dict(zip(names, hollow, strict=True)) == {
+        "base": False,
+        "sft": False,
+        "dpo": True,
+        "grpo": False,
+        "ppo": False,
+    }

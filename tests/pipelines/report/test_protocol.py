@@ -14,6 +14,8 @@ from pipelines.config.params import load_params
 from pipelines.report.load import Model, Predictions, Results, Training
 from pipelines.report.measured import all_runs, training_seconds
 from pipelines.report.protocol import Protocol, main_panel, panels, protocols
+from pipelines.report.setup import setup_of
+from pipelines.report.templating import bound
 
 ANSWER, MODEL = "reward answer", "reward rm"
 FOUND = {
@@ -96,6 +98,31 @@ def test_the_cells_of_a_protocol_come_from_the_runs(tmp_path: Path) -> None:
     found = protocols(results, {"grpo": 5.0})
     assert found["grpo"] == Protocol(ANSWER, "models/sft", "s", "best of 4", 5.0, "p")
     assert found["dpo"] == Protocol("logged pairs", "models/sft", "s", "as given", None, "q")
+
+
+def test_the_setup_lists_tables_and_models_of_training_and_evaluation_and_no_other_file() -> None:
+    inputs = {"models/sft": "s", "data/valid/problems.parquet": "p", "runs/reward_readers/artifacts/a.json": "x"}
+    run = Training("grpo-0", {}, {}, {"algorithms.grpo.preset": "grpo"}, inputs)
+    empty = Predictions((), [], [], [], {})
+    asked = {"models/base": "b", "data/valid/evaluation.parquet": "e"}
+    models = [Model("base", "base", None, empty, {}, None, evaluated=asked), Model("grpo-0", "grpo", 0, empty, {}, run)]
+    found = setup_of(Results(models, run, run, ["grpo"], [0])).inputs
+    assert list(found.items()) == [
+        ("data/valid/evaluation.parquet", "e"), ("data/valid/problems.parquet", "p"), ("models/sft", "s"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("the difference -1.3 to +1.8 %", "the difference −1.3 to +1.8\u00a0%"),
+        ("区间 -1.3 至 -0.2", "区间 −1.3 至 −0.2"),
+        ("rm_a-1 over-optimised 2-3", "rm_a-1 over-optimised 2-3"),
+        ("（-0.5）", "（−0.5）"),
+    ],
+)
+def test_negative_numbers_of_the_page_have_a_true_minus_sign(given: str, shown: str) -> None:
+    assert bound(given) == shown
 
 
 def test_several_looks_share_the_level(root: Path) -> None:
