@@ -113,7 +113,7 @@ def server(root: Path, port: int) -> Iterator[str]:
     if configured:
         yield PREFECT_UI_URL.value() or configured.removesuffix("/api")
         return
-    port = free_port(port, "--port (make serve PREFECT_PORT=)")
+    port = free_port(port, "python -m flows.serve --port 0", "make serve PREFECT_PORT=0")
     base, log = f"http://127.0.0.1:{port}", root / ".posttrain" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     auth = credentials.prefect_auth(root)

@@ -24,6 +24,8 @@ from alembic.script import ScriptDirectory
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
 from pipelines.runtime import credentials, environment
+from pipelines.tracking.server import SERVER
+from posttrain import network
 from posttrain.errors import OrchestrationError
 from posttrain.files import read_json
 from tasks.process import child_environment
@@ -75,7 +77,7 @@ class Topology:
                     user=self.postgres.user),
             Service("s3", [*python, "infra.s3", str(self.ports["s3"]), str(self.home / "s3")], here,
                     lambda: responds(self.url("s3"))),
-            Service("mlflow", [*python, "mlflow", "server", *credentials.mlflow_options(self.ports["mlflow"])],
+            Service("mlflow", [*python, SERVER, "server", *credentials.mlflow_options(self.ports["mlflow"])],
                     here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health")),
             Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
                                 str(self.ports["prefect"])],
@@ -89,6 +91,8 @@ class Topology:
         self.write_environment()
         self.postgres.create()
         began = time.monotonic()
+        for name in self.ports:
+            self._require_port(name)
         for names in (("postgres",), ("s3", "mlflow", "prefect"), ("worker",)):
             for name in names:
                 self._before(name)
@@ -100,9 +104,24 @@ class Topology:
 
     def start(self, name: str) -> None:
         """Start one service."""
+        if name in self.ports:
+            self._require_port(name)
         self.processes.start(self.service(name))
         self.processes.wait(self.service(name))
         self._after(name)
+
+    def _require_port(self, name: str) -> None:
+        """Raise OrchestrationError if a different program listens at the port of a service that is not running."""
+        if self.processes.pid(name) is not None:
+            return
+        try:
+            network.free_port(self.ports[name])
+        except OSError as error:
+            raise OrchestrationError(
+                f"port {self.ports[name]} on {network.HOST}, for {name}: {error.strerror}. Stop what listens there, or choose four other"
+                f" ports by the first of them: POSTTRAIN_PORTS={self.ports[ORDER[0]] + 10} make up (and the same for `make status`"
+                " and `make down`)"
+            ) from None
 
     def _before(self, name: str) -> None:
         """Prepare the start of a service."""

@@ -14,7 +14,12 @@ from pipelines.config.params import Params, flatten, load_params
 
 VARIABLE = re.compile(r"POSTTRAIN_[A-Z]+(?:_[A-Z]+)*")
 PROGRAM = 'if __name__ == "__main__":'
-INNER = {"pipelines.report.costs", "pipelines.runtime.fork_server", "pipelines.runtime.step"}
+INNER = {
+    "pipelines.report.costs",
+    "pipelines.runtime.fork_server",
+    "pipelines.runtime.step",
+    "pipelines.tracking.server",
+}
 """Modules that only other commands start."""
 
 

@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         print_summary(args.summary)
         return 0
     environment.require_writable(project)
-    port = free_port(args.port)
+    port = free_port(args.port, "posttrain label … --port 0", 'make label ARGS="… --port 0"')
     session = prepare(project, args, load_params(project / "params.yaml"))
     serve(session, project, port)
     return 0

@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     *names, shadow = [_absolute(name) for name in (*args.models, args.shadow or "")]
     os.chdir(project)
     environment.require_writable(project)
-    serve(project, names or [CHAMPION], free_port(args.port), args.max_tokens, shadow or None, args.shadow_share)
+    port = free_port(args.port, "posttrain serve … --port 0", 'make serve-model ARGS="… --port 0"')
+    serve(project, names or [CHAMPION], port, args.max_tokens, shadow or None, args.shadow_share)
     return 0
 
 

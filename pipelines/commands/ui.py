@@ -22,8 +22,9 @@ from urllib.parse import quote
 from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
-from pipelines.runtime.command_line import PORT, command_parser, reports_errors
+from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, reports_errors
 from pipelines.runtime.redaction import redact
+from pipelines.tracking.server import SERVER
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
 from pipelines.tracking.views import FILTER, TRAINING_PAGES, runs_page
 from posttrain import network
@@ -74,7 +75,7 @@ def mlflow_server(project: Path, port: int) -> UiServer:
         credentials.secret(project, "mlflow"),
         credentials.secret(project, "flask"),
     )
-    command = [sys.executable, "-m", "mlflow", "server", *store, *credentials.mlflow_options(port)]
+    command = [sys.executable, "-m", SERVER, "server", *store, *credentials.mlflow_options(port)]
     address = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(project)}
     return UiServer("MLflow", command, f"http://{_HOST}:{port}", "/health", extra | address)
 
@@ -87,15 +88,15 @@ def prefect_server(project: Path, port: int) -> UiServer:
     return UiServer("Prefect", command, base, "/api/health", extra)
 
 
-def free_port(wanted: int, option: str = "--port") -> int:
-    """Return the port if it is free, or any free port for 0. `option` is the command-line option for the error message."""
+def free_port(wanted: int, command: str, make: str) -> int:
+    """Return the port if it is free, or any free port for 0. `command` and `make` are the two ways to ask for a free one."""
     if not 0 <= wanted <= 65535:
-        raise TrackingError(f"{option} {wanted}: a port is a number up to 65535; 0 takes a free one")
+        raise TrackingError(f"port {wanted}: a port is a number up to 65535; 0 takes a free one")
     try:
         return network.free_port(wanted)
     except OSError as error:
         raise TrackingError(
-            f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: {option} 0"
+            f"port {wanted} on {_HOST}: {error.strerror}. Stop what listens there, or take a free one: `{command}`, with make `{make}`"
         ) from None
 
 
@@ -175,6 +176,7 @@ def _links(project: Path, base: str) -> str:
 
 
 @reports_errors
+@ends_with_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = command_parser("posttrain ui", __doc__)
@@ -203,10 +205,12 @@ def _show(project: Path, port: int, prefect_port: int) -> None:
     uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL") or credentials.running_prefect(project)
     base = redact(uri).rstrip("/")
     if not uri.startswith(("http://", "https://")):
-        servers.append(mlflow_server(project, free_port(port)))
+        servers.append(mlflow_server(project, free_port(port, "posttrain ui --port 0", "make ui PORT=0")))
         base = servers[-1].base
     if not api:
-        servers.append(prefect_server(project, free_port(prefect_port, "--prefect-port")))
+        servers.append(
+            prefect_server(project, free_port(prefect_port, "posttrain ui --prefect-port 0", "make ui PREFECT_PORT=0"))
+        )
     found = _links(project, base)
     if api:
         found += f"\nflow runs:\n  {redact(api).removesuffix('/api')}/runs"

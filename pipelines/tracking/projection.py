@@ -27,7 +27,7 @@ from pipelines.tracking.rollouts import has_rollouts, rollout_answers
 from pipelines.tracking.source import RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
 from pipelines.tracking.traces import EVALUATED, ROLLOUT, evaluated_answers, replace_traces
-from pipelines.tracking.views import experiment_tags
+from pipelines.tracking.views import chart_order, experiment_tags
 from posttrain.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -213,7 +213,10 @@ class Projector:
             link.params |= {param.key: param.value for param in batch}
 
     def _add_metrics(self, link: Link, source: RecordedRun, model_id: str | None) -> None:
-        """Add missing metric values; results of the evaluation are the model's as well."""
+        """Add missing metric values in the order of the charts; results of the evaluation are the model's as well.
+
+        MLflow's comparison of two runs opens on the metric that was added first.
+        """
         from mlflow.entities import Metric
 
         wanted = _stored_names(source.timings | source.metrics)
@@ -229,6 +232,8 @@ class Projector:
             for (name, step), value in wanted.items()
             if (name, step) not in link.values
         ]
+        headline = describe.headline_metric(describe.present_params(self.project_root))
+        missing.sort(key=lambda metric: (metric.step, chart_order(metric.key, headline)))
         for batch in _batches(missing, _METRICS_PER_CALL):
             self.client.log_batch(link.run_id, metrics=batch)
             link.values |= {(metric.key, metric.step): metric.value for metric in batch}

@@ -20,7 +20,7 @@ KEY = "algorithms"
 VIEW_TAG, NOTE_TAG = f"mlflow.sharedViewState.{KEY}", "mlflow.note.content"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 TRAINING_PAGES = "workflowType=machine_learning"
-"""MLflow opens an experiment on its pages for agents; only the address can ask for the pages of training runs."""
+"""MLflow's own server opens an experiment on its pages for agents, unless the address asks for the pages of training runs."""
 FILTER = "tags.stage = 'align'"
 SECTIONS = (
     ("Result on held-out problems", (RESULT,)),
@@ -34,6 +34,7 @@ SECTIONS = (
 )
 """Title of each section of charts, and the prefixes of its metrics, in the order of the page."""
 REST = "More"
+_TITLES = [*(title for title, _ in SECTIONS), REST]
 LEARNING_RATE = "optimizer.learning_rate"
 BOUNDS = ("_low", "_high")
 """Ends of the names of interval bounds, which are columns of the table but have no charts."""
@@ -147,9 +148,8 @@ def _is_number(text: str) -> bool:
 
 def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: str) -> dict[str, list[dict[str, Any]]]:
     """Return the charts and their sections, in the order of the page."""
-    titles = [title for title, _ in SECTIONS] + [REST]
-    ordered = sorted(metrics, key=lambda name: (titles.index(_section(name)), name != headline, *_rank(name)))
-    used = [title for title in titles if any(_section(name) == title for name in ordered)]
+    ordered = sorted(metrics, key=lambda name: chart_order(name, headline))
+    used = [title for title in _TITLES if any(_section(name) == title for name in ordered)]
     sections = [
         {
             "uuid": _uuid(title),
@@ -169,9 +169,9 @@ def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: s
     }
 
 
-def _rank(name: str) -> tuple[int, str]:
-    """Return the place of a metric within its section."""
-    return (FIRST.index(name) if name in FIRST else len(FIRST), name)
+def chart_order(name: str, headline: str) -> tuple[int, bool, int, str]:
+    """Return the sort key of a metric: its section, the headline first, then its place within the section."""
+    return (_TITLES.index(_section(name)), name != headline, FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
 def _section(metric: str) -> str:

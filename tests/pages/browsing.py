@@ -42,12 +42,10 @@ class Site:
     links: dict[str, str]
 
     def signed_in(self, browser: Browser) -> BrowserContext:
-        """Return a desktop browser's context that is signed in, as after the first visit: MLflow's assistant is closed."""
+        """Return the context of a desktop browser on its first visit, signed in."""
         account = {"username": credentials.ADMIN, "password": credentials.secret(self.project, "mlflow")}
         context = browser.new_context(viewport=DESKTOP, http_credentials=account)  # type: ignore[arg-type]
         context.set_default_timeout(PATIENCE_MS)
-        seen = "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"
-        context.add_init_script(f"localStorage.setItem({seen!r}, 'true')")
         return context
 
 
@@ -58,9 +56,10 @@ def serving(project: Path) -> Iterator[Site]:
     server = mlflow_server(project, network.free_port(0))
     messages = project / ".posttrain" / "logs" / "mlflow-pages.log"
     messages.parent.mkdir(parents=True, exist_ok=True)
+    here = {"PYTHONPATH": str(Path(__file__).parents[2])}
     with messages.open("wb") as log:
         process = subprocess.Popen(
-            server.command, cwd=project, env={**os.environ, **server.environment}, stdout=log, stderr=log,
+            server.command, cwd=project, env={**os.environ, **here, **server.environment}, stdout=log, stderr=log,
             start_new_session=True, preexec_fn=signal_at_parents_death,
         )  # fmt: skip
     try:

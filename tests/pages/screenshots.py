@@ -64,9 +64,6 @@ def mlflow(browser: Browser, project: Path, target: Path) -> None:
             page = context.new_page()
             page.goto(address)
             expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE_MS)
-            hint = page.get_by_role("button", name="Got it")
-            if name == "experiment":  # MLflow's own hint, on a browser's first visit
-                hint.click()
             if name == "compare":  # its plots fill the first screen; the settings that differ are below
                 page.get_by_role("button", name="Visualizations").click()
             page.wait_for_timeout(5000)  # the charts are drawn one after another

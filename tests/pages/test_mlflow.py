@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.tracking.store import open_client
-from tests.pages.browsing import Site
+from pipelines.tracking.views import TRAINING_PAGES
+from tests.pages.browsing import DESKTOP, Site
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,6 +27,9 @@ def test_the_table_groups_runs_by_algorithm_and_the_best_is_first(page: Page, si
     assert re.findall(r"Group: (\w+)", shown) == ["grpo", "dpo", "ppo"]
     for column in ("evaluation/accuracy", "evaluation/reward_answer", "evaluation/kl_ref_k1", "algorithm", "seed"):
         assert column in shown, column
+        box = page.locator("[role='columnheader']", has_text=column).last.bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= DESKTOP["width"], f"{column} is off the first screen"
     # the accuracy of grpo's runs, and of the group
     assert shown.count("0.75") >= 3
     assert "6 matching runs" in re.sub(r"\s+", " ", shown)
@@ -76,15 +80,25 @@ def test_the_traces_of_a_run_are_its_first_answers_with_their_rewards(page: Page
     assert f"{len(stored)} of {len(stored)}" in shown
 
 
-@pytest.mark.slow
-def test_a_click_on_the_experiment_is_one_click_from_the_comparison(page: Page, site: Site) -> None:
-    page.goto(f"{site.base}/#/experiments")
+def test_a_click_on_the_experiment_opens_its_runs_and_one_more_the_comparison(page: Page, site: Site) -> None:
+    page.goto(site.base)
     page.get_by_role("link", name="posttrain", exact=True).click()
-    page.get_by_role("button", name="Got it").click()  # MLflow's own hint, on a browser's first visit
+    page.get_by_role("link", name="align grpo seed 1").wait_for()
+    assert f"runs?{TRAINING_PAGES}" in page.url
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Compare the algorithms").click()
     opened.value.get_by_text("Group: grpo").wait_for()
     assert "viewStateShareKey=algorithms" in opened.value.url
+
+
+@pytest.mark.slow
+def test_a_user_who_prefers_the_pages_for_agents_keeps_them(page: Page, site: Site) -> None:
+    page.goto(site.base)
+    page.get_by_text("GenAI", exact=True).click()
+    page.locator("a[href='#/prompts']").wait_for()
+    page.reload()
+    page.locator("a[href='#/prompts']").wait_for()
+    assert page.evaluate("localStorage.getItem('mlflow.workflowType_v1')") == '"genai"'
 
 
 @pytest.mark.slow
@@ -105,6 +119,9 @@ def test_two_runs_side_by_side_show_what_differs(page: Page, site: Site) -> None
     runs = [run.info.run_id for run in found if run.data.tags["algorithm"] in ("grpo", "ppo")]
     page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
     page.get_by_text("kl_coefficient").first.wait_for()
+    axes = page.locator(".pcp-plot .axis-title").all_text_contents()
+    assert "evaluation/reward_answer" in axes, "the plot shows the headline measure"
+    assert not any(name.startswith("seconds/") for name in axes)
     shown = page.inner_text("body")
     assert "align grpo seed 0" in shown
     assert "align ppo seed 0" in shown

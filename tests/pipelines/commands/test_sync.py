@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from pipelines.commands.sync import catch_up, synchronise
-from pipelines.commands.ui import free_port, links
+from pipelines.commands.ui import links
+from pipelines.commands.ui import main as ui
 from pipelines.runtime.process import Lock
 from pipelines.tracking.projection import Projector
 from posttrain.errors import TrackingError
+from posttrain.network import free_port
 from tests.pipelines.conftest import Project, wait_for
 
 
@@ -102,7 +106,7 @@ def test_a_damaged_journal_is_told_and_does_not_stop_the_others(project: Project
 
 
 def test_a_step_neither_fails_nor_waits_for_a_server_that_is_down(project: Project, store: Any) -> None:
-    url = f"http://anna:hunter2@127.0.0.1:{free_port(0)}"
+    url = f"http://anna:hunter2@127.0.0.1:{free_port()}"
     done = project.run(MLFLOW_TRACKING_URI=url, POSTTRAIN_FOLLOWER="0", POSTTRAIN_FOLLOWER_SECONDS="86400")
     assert done.returncode == 0
     assert done.stderr.count("did not accept the values") == 1
@@ -130,9 +134,28 @@ def test_the_links_open_the_saved_view_of_the_algorithms(store: Any) -> None:
     }
 
 
-def test_a_port_in_use_is_refused_with_a_way_out() -> None:
+def test_a_port_in_use_is_refused_with_a_way_out_for_the_command_and_for_make(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(TrackingError, match="--port 0"):
-            free_port(taken.getsockname()[1])
+        port = str(taken.getsockname()[1])
+        for wanted, advice in (
+            (["--port", port], "`posttrain ui --port 0`, with make `make ui PORT=0`"),
+            (
+                ["--port", "0", "--prefect-port", port],
+                "`posttrain ui --prefect-port 0`, with make `make ui PREFECT_PORT=0`",
+            ),
+        ):
+            with monkeypatch.context() as unchanged:
+                unchanged.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
+                assert ui(wanted) == 2
+            assert f"port {port} on 127.0.0.1: Address already in use. Stop what listens" in (
+                said := capsys.readouterr().err
+            )
+            assert advice in said

@@ -20,10 +20,10 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from pipelines.commands.ui import free_port, mlflow_server
+from pipelines.commands.ui import mlflow_server
 from pipelines.runtime import credentials
 from pipelines.runtime.journal import read
-from posttrain.errors import TrackingError
+from posttrain.network import free_port
 from tests.pipelines.conftest import Project, wait_for
 from tests.sockets import addresses, family
 
@@ -36,7 +36,7 @@ class Server:
     """An `mlflow server` that can be paused, killed, and started again on the same port and store."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port(0)
+        self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = {
             "MLFLOW_TRACKING_URI": self.url,
@@ -50,7 +50,7 @@ class Server:
         self.process = subprocess.Popen(
             server.command,
             cwd=self.folder,
-            env=os.environ | server.environment,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])} | server.environment,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -76,7 +76,7 @@ class Server:
     def _port_is_free(self) -> bool:
         try:
             return free_port(self.port) == self.port
-        except TrackingError:
+        except OSError:
             return False
 
     def _answers(self) -> bool:
