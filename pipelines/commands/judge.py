@@ -12,7 +12,6 @@ much. Stop the session's page first.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -28,14 +27,13 @@ from pipelines.labelling.judgements import Desk
 from pipelines.labelling.judging import Agreement, LocalJudge, agreement, annotator_name, judged_by, label
 from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.session import AGAIN, FOLDER, open_session
+from pipelines.labelling.usage import copy_to_mlflow, record_usage
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
-from pipelines.runtime.context import MEASUREMENTS
-from pipelines.runtime.journal import Journal
-from pipelines.runtime.prices import read_prices
+from pipelines.runtime.prices import judge_money, read_prices
 from pipelines.runtime.redaction import printable
 from posttrain.errors import ConfigError
-from posttrain.judges import API_KEY, URL, ChatClient, Judge, Prices, Rubric, Usage
+from posttrain.judges import API_KEY, URL, ChatClient, Judge, Rubric, Usage
 
 CACHE = Path(".posttrain/judges")
 
@@ -81,8 +79,8 @@ def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.2f}"
 
 
-def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> list[str]:
-    """Let the judge label one session. Return the outcome as lines of text."""
+def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> tuple[list[str], Path | None]:
+    """Let the judge label one session. Return the outcome as lines of text, and the folder of the run that records what it paid."""
     session = open_session(FOLDER / name)
     rubric = Rubric(params.judge.criteria) if params.judge.criteria else Rubric()
     annotator = annotator_name(params.judge.model or "", rubric)
@@ -92,13 +90,14 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> li
             done = {each.task for each in desk.judgements() if each.annotator == annotator}
             left = [task for task in session.tasks(annotator) if task not in done and not task.endswith(AGAIN)]
             each = 2 if session.ask == "pairs" else len(session.items[0].answers) if session.items else 0
-            return [f"{len(left)} items of {session.folder} are left: {each * len(left)} questions, if none is cached"]
+            line = f"{len(left)} items of {session.folder} are left: {each * len(left)} questions, if none is cached"
+            return [line], None
         read_prices(project)  # a damaged list is reported before a question is paid
         judge, began = open_judge(project, params), time.time()
         try:
             count = label(desk, judge, rubric, annotator)
         finally:
-            record_usage(project, name, params.judge.model or "", judge.usage, began)
+            paid = record_usage(project, name, params, judge.usage, began)
         found = agreement(FOLDER, annotator, session.ask)
         kinds = ", ".join(f"{number} {kind}" for kind, number in judged_by(desk.judgements(), annotator).items())
         usage = judge.usage
@@ -113,31 +112,16 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> li
             lines.append(f"{handed} judgements handed to the inbox")
         else:
             write_results(desk)
-        return lines
+        return lines, paid
     finally:
         desk.close()
 
 
 def price(project: Path, params: JudgeParams, usage: Usage) -> str:
     """Return the money for the sent requests: by prices.yaml if it lists the judge, else by `judge.prices`."""
-    prices, name = read_prices(project), params.model or ""
-    if prices is not None and name in prices.judge_tokens:
-        return f"{prices.of_judges({name: (usage.prompt_tokens, usage.completion_tokens)}):.4f} {prices.currency}"
-    return f"{usage.cost(Prices(params.prices.input, params.prices.output)):.4f}"
-
-
-def record_usage(project: Path, session: str, model: str, usage: Usage, began: float) -> None:
-    """Add a call's seconds and paid tokens to the measurements of this session, which the page of costs shows as a run."""
-    if not usage.asked:
-        return
-    key = hashlib.sha256(f"{session} {model}".encode()).hexdigest()[:16]
-    folder = environment.states(project) / f"judge-{session}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    now, tokens = time.time(), {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-    measurements = Journal(folder / MEASUREMENTS, durable=False)
-    measurements.append({"kind": "start", "time": began})
-    measurements.append({"kind": "judge", "time": now, "model": model} | tokens)
-    measurements.append({"kind": "end", "time": now})
+    tokens = {params.model or "": (usage.prompt_tokens, usage.completion_tokens)}
+    money, currency = judge_money(read_prices(project), tokens, (params.prices.input, params.prices.output))
+    return f"{money:.4f} {currency}".rstrip()
 
 
 @reports_errors
@@ -147,8 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     environment.quiet()
     project = environment.root()
     os.chdir(project)
-    lines = judge_session(project, args.session, load_params(project / "params.yaml"), args.dry_run)
+    lines, paid = judge_session(project, args.session, load_params(project / "params.yaml"), args.dry_run)
     print_text("\n".join(map(printable, lines)))
+    if paid is not None:
+        copy_to_mlflow(project, paid)
     return 0
 
 

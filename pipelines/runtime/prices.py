@@ -76,6 +76,21 @@ class Prices:
         return None if energy is None or self.grams_per_kwh is None else energy / _JOULES_PER_KWH * self.grams_per_kwh
 
 
+def judge_money(prices: Prices | None, tokens: Tokens, own: tuple[float, float]) -> tuple[float, str]:
+    """Return the money for the tokens of one judge with its currency: by the list if it names the judge, else by `own` prices.
+
+    `own` are prices of a million tokens of questions and of replies, whose currency is not known: it is empty.
+
+    Example:
+        >>> judge_money(None, {"referee": (1_000_000, 500_000)}, (2.0, 4.0))
+        (4.0, '')
+    """
+    listed = None if prices is None else prices.of_judges(tokens)
+    if prices is not None and listed is not None:
+        return listed, prices.currency
+    return sum(asked * own[0] + replied * own[1] for asked, replied in tokens.values()) / 1e6, ""
+
+
 def judge_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     """Return the tokens that judges were paid for in a run, from its measurements."""
     found: dict[str, tuple[int, int]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.config.effective import effective_parameters
 from pipelines.config.params import Params, load_params
 from pipelines.runtime.palette import colour
-from pipelines.runtime.prices import judge_tokens, read_prices
+from pipelines.runtime.prices import judge_money, judge_tokens, read_prices
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.rollouts import has_rollouts
@@ -26,6 +26,8 @@ TRACES_TAG = "posttrain.traces"
 """Number of answers of the evaluation, and of each kind of the training steps, that are sent as traces of the run."""
 DVC_TAG = "dvc.md5"
 """The hash of each output in DVC's cache, as JSON in one tag."""
+JUDGE = "judge"
+"""Stage of the run that records one call of `posttrain judge`. It is no stage of dvc.yaml."""
 SYSTEM = "system/"
 """MLflow shows metrics with this prefix under *System metrics*, apart from the model's."""
 MACHINE = ("memory/",)
@@ -107,15 +109,21 @@ def _price(source: RecordedRun, project: Path) -> dict[str, str]:
     if seconds is None:
         return {}
     costs = {"seconds": (seconds, "s")}
+    tokens = judge_tokens(source.measurements)
+    if source.start["stage"] == JUDGE:
+        given = source.values_of("params")
+        own = float(given["judge.prices.input"]), float(given["judge.prices.output"])
+        costs |= {"judge_money": judge_money(prices, tokens, own)}
     if prices is not None:
         device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
-        tokens = judge_tokens(source.measurements)
         money, grams = prices.total(device, seconds, tokens), prices.grams(device, seconds, spent)
         judges = prices.of_judges(tokens) if tokens else None
         costs |= {"money": (money, prices.currency)} if money is not None else {}
         costs |= {"judge_money": (judges, prices.currency)} if judges is not None else {}
         costs |= {"co2_grams": (grams, "g")} if grams is not None else {}
-    found = {f"cost.{name}": f"{value:.4g} {unit}" for name, (value, unit) in costs.items() if name != "seconds"}
+    found = {
+        f"cost.{name}": f"{value:.4g} {unit}".rstrip() for name, (value, unit) in costs.items() if name != "seconds"
+    }
     gain = _gain(source, project)
     if gain > 0:
         found |= {f"cost.{name}_per_point": f"{value / gain:.4g} {unit}" for name, (value, unit) in costs.items()}
@@ -198,6 +206,8 @@ def _note(source: RecordedRun) -> str:
 
 def _command(source: RecordedRun) -> str:
     """Return the command that runs only this stage."""
+    if source.start["stage"] == JUDGE:
+        return f"posttrain judge {source.start['arguments']['session']}"
     options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in arguments(source).items())
     return f"python -m pipelines.{source.start['stage']}{options}"
 

@@ -1,4 +1,4 @@
-"""Models that judge answers, through an OpenAI-compatible URL: asked within bounds, cached by content, their cost counted.
+"""Models that judge answers, through an OpenAI-compatible URL: asked within bounds, cached by content, their tokens counted.
 
 client.py    one request: tries, time limits, errors in words
 store.py     replies on disk, by the hash of the question
@@ -7,7 +7,7 @@ verdicts.py  prompts and replies: two answers in both orders, or one score for e
 """
 
 from posttrain.judges.client import API_KEY, URL, ChatClient, Reply
-from posttrain.judges.judge import Judge, Prices, Usage
+from posttrain.judges.judge import Judge, Usage
 from posttrain.judges.verdicts import Rubric, Verdict, compare, grade
 
-__all__ = ["API_KEY", "URL", "ChatClient", "Judge", "Prices", "Reply", "Rubric", "Usage", "Verdict", "compare", "grade"]
+__all__ = ["API_KEY", "URL", "ChatClient", "Judge", "Reply", "Rubric", "Usage", "Verdict", "compare", "grade"]

@@ -1,4 +1,4 @@
-"""Ask a judge many questions at once: a bounded number in parallel, each content only once, with a cache on disk and its cost.
+"""Ask a judge many questions at once: a bounded number in parallel, each content only once, with a cache on disk and counted tokens.
 
 Example:
     >>> from tempfile import TemporaryDirectory
@@ -10,8 +10,6 @@ Example:
     ...     questions = [[{"role": "user", "content": text}] for text in ("a", "b", "a")]
     ...     judge.ask(questions), judge.usage.asked, judge.ask(questions[:1]), judge.usage.cached
     (['A', 'B', 'A'], 2, ['A'], 2)
-    >>> Usage(asked=2, prompt_tokens=6, completion_tokens=2).cost(Prices(input=1.0, output=4.0))
-    1.4e-05
 """
 
 from __future__ import annotations
@@ -39,14 +37,6 @@ class ChatModel(Protocol):
     def complete(self, messages: Sequence[Message]) -> Reply: ...
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Money per million tokens, in any currency."""
-
-    input: float = 0.0
-    output: float = 0.0
-
-
 @dataclass
 class Usage:
     """Requests that were sent, questions that the cache answered, and tokens that the server counted for the sent ones."""
@@ -55,10 +45,6 @@ class Usage:
     cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-    def cost(self, prices: Prices) -> float:
-        """Return the money for the sent requests."""
-        return (self.prompt_tokens * prices.input + self.completion_tokens * prices.output) / 1e6
 
 
 @dataclass

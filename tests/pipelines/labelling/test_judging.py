@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import posttrain as pt
 from pipelines.commands.judge import main
+from pipelines.commands.sync import synchronise
 from pipelines.data.files import read_file
 from pipelines.labelling.judgements import Desk
 from pipelines.labelling.judging import agreement
 from pipelines.labelling.preferences import hand_over
 from pipelines.report.measured import all_runs
+from pipelines.tracking.store import open_client
 from posttrain.errors import DataError
 from tests.judges.servers import Server, serving
 from tests.pipelines.labelling.sessions import session
@@ -88,7 +91,33 @@ def test_a_judge_labels_alone_only_after_it_agreed_with_people(
         assert ask(server, monkeypatch) == 0
         assert len(server.bodies) == asked, "what was judged is not asked again"
     (run,) = all_runs(project)
-    assert (run.name, run.judge_tokens) == ("judge-test", {"referee": (words, 72)})
+    assert (run.name, run.judge_tokens) == ("judge-test-1", {"referee": (words, 72)})
+
+
+def test_mlflow_shows_what_each_call_paid(project: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> None:
+    shutil.copy(empty_store, project / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    session(project / "labels/test", count=2)
+    with serving(shorter) as server:
+        assert ask(server, monkeypatch) == 0
+        words = sum(len(body["messages"][1]["content"].split()) for body in server.bodies)
+        session(project / "labels/test")
+        assert ask(server, monkeypatch) == 0
+        assert ask(server, monkeypatch) == 0
+    client = open_client(project)
+    second, first = client.search_runs([client.get_experiment_by_name("posttrain").experiment_id])
+    assert [run.info.status for run in (first, second)] == ["FINISHED"] * 2
+    assert [run.data.tags["posttrain.run"][:13] for run in (first, second)] == ["judge-test-1-", "judge-test-2-"]
+    assert [run.data.metrics["cost/judge_tokens_output"] for run in (first, second)] == [4 * 3, 20 * 3]
+    assert first.data.metrics["cost/judge_tokens_input"] == words
+    assert first.data.tags["cost.judge_money"] == f"{words * 2 / 1e6:.4g}", (
+        "by judge.prices.input, in a currency of its own"
+    )
+    assert first.data.params["judge.model"] == "referee"
+    (project / "prices.yaml").write_text("currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
+    synchronise(project, 0)
+    assert client.get_run(first.info.run_id).data.tags["cost.judge_money"] == "0.12 EUR"
+    assert [run.name for run in all_runs(project)] == ["judge-test-1", "judge-test-2"]
 
 
 def test_the_list_of_prices_counts_before_the_judges_own_prices(
