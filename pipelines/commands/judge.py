@@ -27,11 +27,11 @@ from pipelines.labelling.judgements import Desk
 from pipelines.labelling.judging import Agreement, LocalJudge, agreement, annotator_name, judged_by, label
 from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.session import AGAIN, FOLDER, open_session
-from pipelines.labelling.usage import copy_to_mlflow, record_usage
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.prices import judge_money, read_prices
 from pipelines.runtime.redaction import printable
+from pipelines.tracking.judge_runs import copy_to_mlflow, record_usage
 from posttrain.errors import ConfigError
 from posttrain.judges import API_KEY, URL, ChatClient, Judge, Rubric, Usage
 
