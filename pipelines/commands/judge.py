@@ -80,7 +80,7 @@ def _number(value: float | None) -> str:
 
 
 def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> tuple[list[str], Path | None]:
-    """Let the judge label one session. Return the outcome as lines of text, and the folder of the run that records what it paid."""
+    """Let the judge label one session. Return the outcome as lines of text, and the folder of the run with its cost."""
     session = open_session(FOLDER / name)
     rubric = Rubric(params.judge.criteria) if params.judge.criteria else Rubric()
     annotator = annotator_name(params.judge.model or "", rubric)

@@ -1,4 +1,4 @@
-"""Record what a call of `posttrain judge` paid for as a run, which the page of costs and MLflow show."""
+"""Record the tokens that a call of `posttrain judge` paid for as a run, which the page of costs and MLflow show."""
 
 from __future__ import annotations
 
