@@ -145,7 +145,7 @@ class ChatTemplate:
         """
         text = self.render(messages, tools, generate, row)
         require_tools(text, messages, tools, row_name(row))
-        self._require_shown(messages, tools, row)
+        self.require_shown(messages, tools, row)
         shown, as_written = _plain(text), " ".join(text.split())
         for i, message in enumerate(messages):
             content = message.get("content")
@@ -171,7 +171,7 @@ class ChatTemplate:
             )
         return text
 
-    def _require_shown(self, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
+    def require_shown(self, messages: Sequence[Message], tools: list[Any] | None, row: str = "") -> None:
         """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are."""
         shape = (str(self.tokenizer.chat_template), tools is None, form(messages))
         if shape in self._forms:

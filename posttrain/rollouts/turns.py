@@ -203,17 +203,22 @@ def reply_ids(encoder: TextEncoder, request: Request, said: Messages, reply: Mes
 
     Args:
         said: the turns after the prompt, of which the last one is the model's.
+
+    Raises:
+        DataError: the chat template leaves out a turn, such as a tool's result.
     """
     if isinstance(request.asked, str):
         text = "".join(str(message["content"]) for message in reply)
         return list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     history = [*request.asked, *said[:-1], {**said[-1], "content": _MARK}]
-    text = encoder.template.render([*history, *reply], row_tools(dict(request.columns)), generate=True)
+    messages, tools = [*history, *reply], row_tools(dict(request.columns))
+    text = encoder.template.render(messages, tools, generate=True)
     if text.count(_MARK) != 1:
         raise DataError(
             f"the model's chat template shows the assistant's newest turn {text.count(_MARK)} times before the environment's reply, so"
             " the tokens between them are not certain; take a model with another template"
         )
+    encoder.template.require_shown(messages, tools)
     ids = list(encoder.tokenizer(text.partition(_MARK)[2], add_special_tokens=False)["input_ids"])
     return ids[1:] if ids and ids[0] in encoder.ends else ids
 

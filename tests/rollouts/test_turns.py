@@ -328,6 +328,17 @@ def test_a_template_that_hides_the_newest_turn_is_refused() -> None:
         reply_ids(encoder, Request((1,), ((0,),), asked), [{"role": "assistant", "content": "x"}], [asked[0]])
 
 
+def test_a_template_that_leaves_out_the_tools_result_is_refused() -> None:
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = TEMPLATE.replace("in messages %}", "in messages if m['role'] != 'tool' %}", 1)
+    encoder, asked = TextEncoder(tokenizer, 512), [{"role": "user", "content": "23 * 48?"}]
+    said = [{"role": "assistant", "content": "calc(23 * 48)"}]
+    with pytest.raises(DataError, match=r"leaves out the text of turn 2 \(tool\)"):
+        reply_ids(encoder, Request((1,), ((0,),), asked), said, [{"role": "tool", "content": "1104"}])
+    user = reply_ids(encoder, Request((1,), ((0,),), asked), said, [{"role": "user", "content": "1104"}])
+    assert tokenizer.decode(user) == "</s>\n[user]1104</s>\n[assistant]"
+
+
 @pytest.mark.parametrize(
     "reply",
     [
