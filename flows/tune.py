@@ -58,8 +58,9 @@ def tune(tracking: bool = True) -> State[None] | None:
             stopped = bring_all_up_to_date(space.folder, space.targets([seed]), tracking=tracking)
             if stopped is not None:
                 return stopped
-            ids = answers(space.folder, f"{found[0].name}-{seed}").prompt_ids
-            mask = split(ids, params.tune.selection, params.tune.seed)
+            asked = answers(space.folder, f"{found[0].name}-{seed}")
+            ids = asked.prompt_ids
+            mask = split(ids, params.tune.selection, params.tune.seed, asked.groups)
             own = [[trial for trial in found if trial.algorithm == name] for name in params.project.algorithms]
             chosen = [choose(space.folder, of_one, seed, accuracy, mask) for of_one in own]
             if len(own[0]) == params.tune.trials:

@@ -25,7 +25,7 @@ from pipelines.report.load import load
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from posttrain.errors import DataError
-from posttrain.evaluation.crossed import Spread
+from posttrain.evaluation.crossed import Groups, Spread
 from posttrain.evaluation.statistics import Floats, Resampling
 
 
@@ -39,12 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = args.params.resolve() if args.params else environment.root() / "params.yaml"
     os.chdir(environment.root())
     params = load_params(path)
-    print(page(params, tables(params), args.sides))
+    scores, groups = measured(params)
+    print(page(params, scores, args.sides, groups))
     return 0
 
 
 def tables(params: Params) -> dict[str, Floats]:
     """Return each algorithm's headline scores, [prompts, seeds]. Raises DataError if there are fewer than 2 seeds."""
+    return measured(params)[0]
+
+
+def measured(params: Params) -> tuple[dict[str, Floats], Groups]:
+    """Return each algorithm's headline scores, [prompts, seeds], and the groups of the prompts, None if they are independent.
+
+    Prompts without a score from some run are left out. Raises DataError if there are fewer than 2 seeds.
+    """
     project = params.project
     if len(project.seeds) < 2:
         raise DataError(
@@ -54,25 +63,29 @@ def tables(params: Params) -> dict[str, Floats]:
     results = load(project.algorithms, project.seeds)
     question = question_of(params)
     found = {name: scored(results.of(name), question) for name in project.algorithms}
-    return {name: table[np.isfinite(table).all(1)] for name, table in found.items()}
+    complete = np.all([np.isfinite(table).all(1) for table in found.values()], axis=0)
+    groups = results.prompts.groups
+    return {name: table[complete] for name, table in found.items()}, None if groups is None else np.asarray(groups)[
+        complete
+    ]
 
 
 def power(params: Params) -> str:
     """Report the differences that the present seeds and prompts can show, from finished runs, or the command to measure them."""
     try:
-        scores = tables(params)
+        scores, groups = measured(params)
     except DataError:
         return (
             "What these seeds can show is not known yet: it follows from finished runs with 2 or more seeds. A pilot is"
             " `make demo SEEDS=2`; a larger number later trains only the seeds that are new."
         )
-    spreads = [_spread(scores, name) for name in scores]
+    spreads = [_spread(scores, name, groups) for name in scores]
     widest = max(spreads, key=lambda spread: spread.run)
     prompts = min(len(table) for table in scores.values())
     return "\n".join(power_lines(widest, len(params.project.seeds), prompts))
 
 
-def page(params: Params, scores: dict[str, Floats], sides: Sequence[int]) -> str:
+def page(params: Params, scores: dict[str, Floats], sides: Sequence[int], groups: Groups = None) -> str:
     """Write the table of rates, the simulated level and the power as Markdown."""
     draws = Resampling(params.report.bootstrap, params.report.confidence, params.report.seed)
     seeds = len(params.project.seeds)
@@ -83,9 +96,9 @@ def page(params: Params, scores: dict[str, Floats], sides: Sequence[int]) -> str
         "| method | seeds a side | called different | pairs | 95 % interval (independent pairs) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_row(rate) for rate in rates(list(scores.values()), sides, draws)]
+    lines += [_row(rate) for rate in rates(list(scores.values()), sides, draws, groups)]
     for name, table in scores.items():
-        spread = _spread(scores, name)
+        spread = _spread(scores, name, groups)
         level = {k: simulated(spread, k, len(table), draws.confidence) for k in sides if k > 1}
         shares = ", ".join(f"{100 * share:.1f} % at {k}" for k, share in level.items())
         apart = 100 * float(table.mean(0).std(ddof=1))
@@ -98,14 +111,14 @@ def page(params: Params, scores: dict[str, Floats], sides: Sequence[int]) -> str
     return "\n".join(lines)
 
 
-def _spread(scores: dict[str, Floats], name: str) -> Spread:
-    own = Spread.of(scores[name], scores[name])
-    return Spread(own.run, _between(scores, name), own.rest)
+def _spread(scores: dict[str, Floats], name: str, groups: Groups) -> Spread:
+    own = Spread.of(scores[name], scores[name], groups)
+    return Spread(own.run, _between(scores, name, groups), own.rest)
 
 
-def _between(scores: dict[str, Floats], name: str) -> float:
+def _between(scores: dict[str, Floats], name: str, groups: Groups) -> float:
     """Return the variance between prompts of the difference to the other algorithms, the mean over them."""
-    others = [Spread.of(scores[name], table).prompt for other, table in scores.items() if other != name]
+    others = [Spread.of(scores[name], table, groups).prompt for other, table in scores.items() if other != name]
     return float(np.mean(others)) if others else 0.0
 
 

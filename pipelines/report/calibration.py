@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from posttrain.evaluation.crossed import Spread, crossed_difference, moments
+from posttrain.evaluation.crossed import Groups, Spread, crossed_difference, moments
 from posttrain.evaluation.statistics import Floats, Resampling, paired, wilson
 
 SPLITS = 200
@@ -42,11 +42,11 @@ class Rate:
         return wilson(self.share * self.independent, self.independent)
 
 
-def rates(tables: Sequence[Floats], sides: Sequence[int], draws: Resampling) -> list[Rate]:
+def rates(tables: Sequence[Floats], sides: Sequence[int], draws: Resampling, groups: Groups = None) -> list[Rate]:
     """Compare every algorithm with itself: [prompts, runs] tables, split into two sides of `k` runs for each k of `sides`.
 
     Both methods judge the same pairs: the crossed one, whose unit is the run, and the older one over prompts only. One run a
-    side has no crossed test. Sides that no algorithm has runs for are left out.
+    side has no crossed test. Sides that no algorithm has runs for are left out. `groups` are those of the prompts, for the crossed method.
     """
     found = []
     for k in sides:
@@ -56,7 +56,7 @@ def rates(tables: Sequence[Floats], sides: Sequence[int], draws: Resampling) -> 
             continue
         alpha = 1 - draws.confidence
         if k > 1:
-            crossed = sum(crossed_difference(a, b, draws.confidence).p < alpha for a, b in pairs)
+            crossed = sum(crossed_difference(a, b, draws.confidence, groups=groups).p < alpha for a, b in pairs)
             found.append(Rate("seeds and prompts", k, crossed, len(pairs), independent))
         alone = sum(paired(a, b, draws).p < alpha for a, b in pairs)
         found.append(Rate("prompts only", k, alone, len(pairs), independent))

@@ -45,19 +45,23 @@ class Reported:
         return max(self.choice.scores) - self.fresh.value
 
 
-def split(prompt_ids: Sequence[int], share: float, seed: int) -> np.ndarray:
+def split(prompt_ids: Sequence[int], share: float, seed: int, groups: Sequence[str] | None = None) -> np.ndarray:
     """Return a mask [prompts], True for selection: `share` of the prompts, at least 2 on each side.
 
-    Raises DataError if there are fewer than 4 prompts.
+    Prompts of one group are on one side, so that no group both chooses and reports; `share` is then that of the groups.
+
+    Raises DataError if there are fewer than 4 prompts or groups.
     """
-    if len(prompt_ids) < 4:
+    units = [str(i) for i in range(len(prompt_ids))] if groups is None else list(groups)
+    distinct, kind = [*dict.fromkeys(units)], "prompts" if groups is None else "groups of prompts"
+    if len(distinct) < 4:
         raise DataError(
-            f"{len(prompt_ids)} evaluation prompts cannot be split for tuning; 4 are needed, some hundred make sense"
+            f"{len(distinct)} evaluation {kind} cannot be split for tuning; 4 are needed, some hundred make sense"
         )
-    count = min(max(2, round(share * len(prompt_ids))), len(prompt_ids) - 2)
-    mask = np.zeros(len(prompt_ids), dtype=bool)
-    mask[random.Random(f"selection/{seed}").sample(range(len(prompt_ids)), count)] = True
-    return mask
+    count = min(max(2, round(share * len(distinct))), len(distinct) - 2)
+    drawn = random.Random(f"selection/{seed}").sample(range(len(distinct)), count)
+    chosen = {distinct[i] for i in drawn}
+    return np.array([unit in chosen for unit in units])
 
 
 def choose(folder: Path, found: Sequence[Trial], seed: int, accuracy: str, mask: np.ndarray) -> Choice:
@@ -71,7 +75,9 @@ def choose(folder: Path, found: Sequence[Trial], seed: int, accuracy: str, mask:
 def report(folder: Path, choice: Choice, seeds: Sequence[int], accuracy: str, mask: np.ndarray) -> Reported:
     """Score the chosen trial with new seeds on the report's prompts."""
     columns = [scores(folder, f"{choice.best.name}-{seed}", accuracy) for seed in seeds]
-    return Reported(choice, crossed_mean(np.stack(columns, axis=-1)[~mask]))
+    groups = answers(folder, f"{choice.best.name}-{seeds[0]}").groups
+    rest = None if groups is None else np.asarray(groups)[~mask]
+    return Reported(choice, crossed_mean(np.stack(columns, axis=-1)[~mask], groups=rest))
 
 
 def scores(folder: Path, model: str, accuracy: str) -> Floats:

@@ -326,8 +326,11 @@ class Spread:
     rest: float
 
     @classmethod
-    def of(cls, a: ArrayLike, b: ArrayLike) -> Spread:
-        """Estimate from two algorithms' tables [prompts, seeds] with at least 2 seeds each (a pilot)."""
+    def of(cls, a: ArrayLike, b: ArrayLike, groups: Groups = None) -> Spread:
+        """Estimate from two algorithms' tables [prompts, seeds] with at least 2 seeds each (a pilot).
+
+        If prompts come in groups, `prompt` is the variance that as many independent prompts would need for the clustered error.
+        """
         tables = [_table(a), _table(b)]
         if min(table.shape[1] for table in tables) < 2:
             raise DataError("a pilot needs at least 2 seeds of each algorithm to see how much trainings differ")
@@ -337,7 +340,10 @@ class Spread:
         rest = float(np.mean(rests))
         seeds = [table.shape[1] for table in tables]
         by_prompt = tables[0].mean(1) - tables[1].mean(1)
-        prompt = max(0.0, float(by_prompt.var(ddof=1)) - rest * sum(1 / n for n in seeds))
+        between = float(by_prompt.var(ddof=1))
+        if groups is not None:
+            between = max(between, len(by_prompt) * float(_clustered(by_prompt, np.asarray(groups))))
+        prompt = max(0.0, between - rest * sum(1 / n for n in seeds))
         return cls(run, prompt, rest)
 
     def smallest_difference(self, seeds: int, prompts: int, power: float = 0.8, confidence: float = 0.95) -> float:

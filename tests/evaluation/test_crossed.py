@@ -180,3 +180,17 @@ def test_a_pilot_finds_the_variances_it_was_drawn_from() -> None:
     assert (spread.run, spread.prompt, spread.rest) == pytest.approx((0.04, 0.6, 0.6), rel=0.15)
     with pytest.raises(DataError, match="at least 2 seeds"):
         Spread.of(a[:, :1], b)
+
+
+def test_the_plan_for_prompts_in_groups_needs_the_clustered_error() -> None:
+    generator = np.random.Generator(np.random.PCG64(5))
+    # 60 groups of 4 prompts whose difference has variance .04 between groups and .01 within them
+    shared = np.repeat(generator.normal(0, 0.2, 60), 4)
+    a = (shared + generator.normal(0, 0.1, 240))[:, None] + generator.normal(0, 0.001, (240, 3))
+    b, groups = generator.normal(0, 0.001, (240, 3)), [f"g{i // 4}" for i in range(240)]
+    alone, clustered = Spread.of(a, b), Spread.of(a, b, groups)
+    # 240 / 60 x (.04 + .01 / 4) = .17 instead of .05
+    assert alone.prompt == pytest.approx(0.05, rel=0.25)
+    assert clustered.prompt == pytest.approx(0.17, rel=0.25)
+    assert (alone.run, alone.rest) == (clustered.run, clustered.rest)
+    assert clustered.smallest_difference(5, 240) > 1.5 * alone.smallest_difference(5, 240)

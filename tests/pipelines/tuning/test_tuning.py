@@ -123,6 +123,18 @@ def test_no_prompt_chooses_and_reports() -> None:
         split(range(3), 0.5, seed=0)
 
 
+def test_no_group_of_prompts_chooses_and_reports() -> None:
+    groups = [f"g{i // 5}" for i in range(100)]
+    mask = split(range(100), 0.3, 1, groups)
+    # six of twenty groups
+    assert mask.sum() == 30
+    assert {g for g, chosen in zip(groups, mask, strict=True) if chosen}.isdisjoint(
+        g for g, chosen in zip(groups, mask, strict=True) if not chosen
+    )
+    with pytest.raises(DataError, match="3 evaluation groups of prompts cannot be split"):
+        split(range(9), 0.5, 0, list("aaabbbccc"))
+
+
 def test_the_best_on_the_selection_is_reported_on_the_other_prompts_with_new_seeds(root: Path, tmp_path: Path) -> None:
     params = params_with(root)
     found = [trial for trial in trials(params) if trial.algorithm == "dpo"]
