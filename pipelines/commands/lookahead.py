@@ -46,6 +46,7 @@ def problems(params: Params) -> list[str]:
         *_data(params),
         *_groups(params),
         *_second_task(params),
+        *_best_checkpoint(params),
     ]
 
 
@@ -115,6 +116,16 @@ def _reward_columns(params: Params) -> list[str] | None:
     except PosttrainError:  # reported with the data
         return None
     return [name for name in rows[0] if name not in ("prompt", "id")] if rows else None
+
+
+def _best_checkpoint(params: Params) -> Iterator[str]:
+    """Yield a choice of the checkpoint that would leave no problem to train on; the rows of files and hub data sets may be fewer still."""
+    rule, rows = params.align.best_checkpoint, params.data.problems.rows
+    if rule is not None and rows is not None and rule.problems >= rows:
+        yield (
+            f"align.best_checkpoint.problems = {rule.problems}: data.problems.rows = {rows}, so no problem would be left to train on; lower"
+            " the one or raise the other"
+        )
 
 
 def _second_task(params: Params) -> Iterator[str]:

@@ -151,3 +151,20 @@ def test_settings_without_effect_are_named(shipped: dict[str, Any], here: Path) 
     assert len(shape) == 1
     long = changed(shipped, {"sft": {"optimizer": {"warmup_steps": 100_000}}})
     assert any("sft.optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, []))
+
+
+def test_a_choice_of_the_checkpoint_that_leaves_no_problem_is_named_and_its_reward_counts_as_used(
+    shipped: dict[str, Any], here: Path
+) -> None:
+    short = {"rewards": {"short": {"function": "length", "arguments": {"target": 3, "tolerance": 40}}}}
+    rule = {"every_steps": 10, "problems": 4000, "reward": "short"}
+    params = changed(shipped, short | {"align": {"best_checkpoint": rule}})
+    assert [line for line in problems(params) if "best_checkpoint" in line] == [
+        "align.best_checkpoint.problems = 4000: data.problems.rows = 4000, so no problem would be left to train on; lower the one or raise"
+        " the other"
+    ]
+    assert [line for line in notes(params, []) if "rewards.short" in line] == []
+    fewer = changed(shipped, short | {"align": {"best_checkpoint": rule | {"problems": 100}}})
+    assert [line for line in problems(fewer) if "best_checkpoint" in line] == []
+    unused = changed(shipped, short)
+    assert "rewards.short is computed by nothing" in "".join(notes(unused, []))
