@@ -1,4 +1,4 @@
-"""Define two tasks for a study of forgetting: additions and reversed words in one table, and the reversed words alone.
+"""Define two tasks for a study of forgetting: additions and reversed words in one table, and only the reversed words.
 
 evaluation:
   second_task: {source: "examples.two_tasks:REVERSE", rows: 200}
