@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 
 from flows.production import reconcile
 from pipelines.gate import PAGE
-from pipelines.promotion.registry import Registry, Version
+from pipelines.promotion.registry import ROLLED_BACK, Registry, Version
 from tasks import gate
 from tasks.champion import restore_champion
 from tasks.console import log_line
@@ -39,7 +39,7 @@ def _decide(root: Path, situation: gate.Situation, *, tracking: bool, approval: 
         restore_champion(str(root), situation.champion)
     decision = gate.ask(str(root), situation.champion, situation.candidates, str(flow_run.get_id() or ""), tracking)
     version = gate.register(str(root), decision, situation.champion)
-    words = _act(root, decision, version, approval)
+    words = _act(root, decision, version, situation.champion, approval)
     after = gate.look_up(str(root))
     expected = version if decision["promote"] and not approval else situation.champion
     if _number(after.champion) == _number(
@@ -55,11 +55,11 @@ def _number(version: Version | None) -> int | None:
 def _log_barred(situation: gate.Situation) -> None:
     for name, version in situation.barred.items():
         log_line(
-            f"{name} is not considered, because {version.name} was rolled back by hand: {version.tags.get('rolled_back')}"
+            f"{name} is not considered, because {version.name} was rolled back by hand: {version.words(ROLLED_BACK)}"
         )
 
 
-def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool) -> str:
+def _act(root: Path, decision: dict[str, Any], version: Version, champion: Version | None, approval: bool) -> str:
     """Carry the decision out and return the result in words."""
     if not decision["promote"]:
         words = f"{version.name} was refused, {decision['reference']} stays: " + "; ".join(decision["refusals"])
@@ -67,8 +67,13 @@ def _act(root: Path, decision: dict[str, Any], version: Version, approval: bool)
     elif approval:
         words = f"{version.name} passed the gate and waits for approval: {_ask_for_approval(version)}"
         event = "waiting"
+    elif gate.make_champion(str(root), version.number, _number(champion)) is None:
+        words = (
+            f"{version.name} passed the gate against {decision['reference']}, and production was changed by hand meanwhile, so it is not"
+            " promoted; the next run judges again"
+        )
+        event = "refused"
     else:
-        gate.make_champion(str(root), version.number)
         words, event = f"{version.name} is champion, in place of {decision['reference']}", "promoted"
     gate.publish(root, decision, words)
     log_line(words)

@@ -29,7 +29,7 @@ from flows.gatekeeping import links
 from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
-from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MEASURE, REASON, Registry, Version
+from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MEASURE, REASON, ROLLED_BACK, Registry, Version
 from pipelines.runtime.command_line import whole
 from pipelines.runtime.markup import markdown_text
 from posttrain.errors import OrchestrationError
@@ -83,10 +83,10 @@ def promote(
     if judged:
         _refuse_stale(registry, chosen, judged_against)
     if approval:
-        notify("waiting", f"{chosen.name} waits for approval: {chosen.tags.get(REASON)}", links(project, chosen))
+        notify("waiting", f"{chosen.name} waits for approval: {chosen.words(REASON)}", links(project, chosen))
         answer = pause_flow_run(
             wait_for_input=Approval.with_initial_data(
-                description=markdown_text(f"{chosen.name} may become champion: {chosen.tags.get(REASON)}. Approve?")
+                description=markdown_text(f"{chosen.name} may become champion: {chosen.words(REASON)}. Approve?")
             ),
             timeout=APPROVAL_HOURS * 3600,
         )
@@ -96,7 +96,7 @@ def promote(
 
     def choose() -> Version:
         if judged:
-            _refuse_stale(registry, chosen, judged_against)
+            _refuse_stale(registry, registry.version(chosen.number), judged_against)
         copy_weights(project, chosen.path, chosen.md5, NOTHING)
         return registry.version(chosen.number)
 
@@ -109,7 +109,13 @@ def promote(
 
 def _roll_back(project: Path, registry: Registry, reason: str) -> None:
     """Roll back to the previous champion and restore its weights."""
-    champion, before = switch(project, lambda: registry.roll_back_pair()[1], lambda _: registry.roll_back(reason))
+    pairs: list[tuple[Version, Version]] = []
+
+    def choose() -> Version:
+        pairs.append(registry.roll_back_pair())
+        return pairs[-1][1]
+
+    champion, before = switch(project, choose, lambda _: registry.roll_back(reason, pairs[-1]))
     _announce(
         "rolled back", project, champion, f"{champion.name} is champion again, in place of {before.name}: {reason}"
     )
@@ -165,7 +171,15 @@ def _champion_number(registry: Registry) -> str:
 
 
 def _refuse_stale(registry: Registry, version: Version, judged_against: str) -> None:
-    """Raise OrchestrationError if the gate compared the version with a different champion, or by a different measure, than today's."""
+    """Raise OrchestrationError if the gate's decision is out of date.
+
+    It is, if the version was rolled back since, or was compared with a different champion, or by a different measure, than today's.
+    """
+    if ROLLED_BACK in version.tags:
+        raise OrchestrationError(
+            f"{version.name} was rolled back by hand after it was judged, so the decision is out of date. `python -m flows.promote"
+            f" {version.number}` promotes it nevertheless."
+        )
     now = _champion_number(registry)
     if now not in (judged_against, str(version.number)):
         raise OrchestrationError(

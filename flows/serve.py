@@ -119,7 +119,7 @@ def server(root: Path, port: int) -> Iterator[str]:
     auth = credentials.prefect_auth(root)
     process = _start_server(root, port, log, auth)
     try:
-        wait_until_healthy(process, f"{base}/api", log)
+        wait_until_healthy(process, port, log)
         # For this process, and for those of the flow runs.
         address = {"PREFECT_API_URL": f"{base}/api", "PREFECT_UI_URL": base}
         os.environ.update({SERVING_PROCESS: str(os.getpid())} | address | credentials.prefect_client(auth))

@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_H
 
 from pipelines.runtime import credentials
 from pipelines.runtime.credentials import SERVING
+from pipelines.runtime.listening import listens
 from pipelines.runtime.redaction import redact
 from posttrain.errors import OrchestrationError
 from posttrain.network import answers, free_port, wait_until
@@ -49,7 +50,7 @@ def prefect_api(root: Path) -> Iterator[str | None]:
         process = start(command, root, output=log, extra=extra, grace_seconds=5)
     # Prefect sends its last log lines and events when the interpreter shuts its threads down, which comes before this.
     atexit.register(end, process, 0)
-    wait_until_healthy(process, f"http://127.0.0.1:{port}/api", path)
+    wait_until_healthy(process, port, path)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_API_AUTH_STRING: auth}):
         yield None
 
@@ -87,9 +88,14 @@ def require_server(url: str) -> None:
         time.sleep(0.5)
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    health = f"{url}/health"
-    if wait_until(lambda: answers(health), lambda: process.poll() is None, START_SECONDS):
+def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until this process, and no other one, answers on the port. Raises OrchestrationError if it does not."""
+    health = f"http://127.0.0.1:{port}/api/health"
+
+    def is_up() -> bool:
+        return answers(health) and listens(process.pid, port)
+
+    if wait_until(is_up, lambda: process.poll() is None, START_SECONDS):
         return
     if process.poll() is not None:
         raise OrchestrationError(

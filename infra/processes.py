@@ -13,12 +13,14 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.runtime.listening import listens
 from posttrain.errors import OrchestrationError
+from posttrain.network import free_port
 
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the topology. `healthy` returns True if it responds."""
+    """One process of the topology. `healthy` returns True if it responds; `port` is the one on which it listens, 0 without one."""
 
     name: str
     command: list[str]
@@ -26,6 +28,7 @@ class Service:
     healthy: Callable[[], bool]
     start_seconds: float = 300.0
     user: str | None = None
+    port: int = 0
 
 
 class Processes:
@@ -35,9 +38,10 @@ class Processes:
         self.home, self.cwd = home, cwd
 
     def start(self, service: Service) -> None:
-        """Start the service unless it is running."""
+        """Start the service unless it is running. Raises OrchestrationError if a different process has its port."""
         if self.pid(service.name) is not None:
             return
+        _require_free(service)
         self.home.mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)  # logs and pid files of this user's servers
         with self.log(service.name).open("ab") as log:
@@ -56,9 +60,9 @@ class Processes:
         self._pid_file(service.name).write_text(f"{process.pid} {birth(process.pid)}\n", encoding="utf-8")
 
     def wait(self, service: Service) -> None:
-        """Wait until the service responds. Raises OrchestrationError with the end of its log if it does not."""
+        """Wait until the service itself responds. Raises OrchestrationError with the end of its log if it does not."""
         deadline = time.monotonic() + service.start_seconds
-        while not service.healthy():
+        while not (service.healthy() and self._has_port(service)):
             if self.pid(service.name) is None or time.monotonic() > deadline:
                 raise OrchestrationError(
                     f"{service.name} did not start; the end of {self.log(service.name)}:\n{self.tail(service.name)}"
@@ -104,6 +108,11 @@ class Processes:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         return "\n".join(text.splitlines()[-lines:])
 
+    def _has_port(self, service: Service) -> bool:
+        """Return True if the service's own process listens on its port: a stranger who answers there must not get a password."""
+        pid = self.pid(service.name)
+        return pid is not None and (not service.port or listens(pid, service.port))
+
     def _pid_file(self, name: str) -> Path:
         """Return the path of the service's pid file."""
         return self.home / f"{name}.pid"
@@ -122,6 +131,17 @@ def birth(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
     return f"{boot.read_text(encoding='utf-8').strip()}/{ticks}"
+
+
+def _require_free(service: Service) -> None:
+    """Raise OrchestrationError if a process listens on the service's port."""
+    try:
+        free_port(service.port)
+    except OSError as error:
+        raise OrchestrationError(
+            f"{service.name} cannot start: port {service.port} on 127.0.0.1: {error.strerror}. `ss -ltnp` shows the process that has it."
+            " If it is a server of a second clone, give this one its own four ports, e.g. POSTTRAIN_PORTS=15440 for each of its commands."
+        ) from None
 
 
 def _reap(pid: int) -> None:

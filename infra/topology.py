@@ -74,14 +74,14 @@ class Topology:
         python = [sys.executable, "-m"]
         return [
             Service("postgres", self.postgres.command(), self.postgres.environment(), self.postgres.healthy,
-                    user=self.postgres.user),
+                    user=self.postgres.user, port=self.ports["postgres"]),
             Service("s3", [*python, "infra.s3", str(self.ports["s3"]), str(self.home / "s3")], here,
-                    lambda: responds(self.url("s3"))),
+                    lambda: responds(self.url("s3")), port=self.ports["s3"]),
             Service("mlflow", [*python, SERVER, "server", *credentials.mlflow_options(self.ports["mlflow"])],
-                    here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health")),
+                    here | self._mlflow(), lambda: responds(f"{self.url('mlflow')}/health"), port=self.ports["mlflow"]),
             Service("prefect", [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port",
                                 str(self.ports["prefect"])],
-                    here | self._prefect(), lambda: responds(f"{self.url('prefect')}/api/health")),
+                    here | self._prefect(), lambda: responds(f"{self.url('prefect')}/api/health"), port=self.ports["prefect"]),
             Service("worker", [*python, "flows.worker"], here | {"PREFECT_UI_URL": self.url("prefect")},
                     self._worker_polls),
         ]  # fmt: skip

@@ -66,7 +66,7 @@ def register(root: str, model: str, words: str) -> str:
     judged = [version for version in registry.versions() if DECISION in version.tags]
     same = next((version for version in judged if entry is not None and version.holds(entry["md5"])), None)
     if same is not None:
-        return f"registry: {same.name} is the best model of this comparison; the gate has decided on it: {same.tags[DECISION]}"
+        return f"registry: {same.name} is the best model of this comparison; the gate has decided on it: {same.words(DECISION)}"
     trained = load(project / "runs" / "align" / model)
     tags = {REASON: f"best of a comparison: {words}"} | ({} if trained is None else {RUN_TAG: trained.identity})
     version = registry.register(model, folder, tags, f"Best of a comparison: {words}")

@@ -159,7 +159,7 @@ def _pointer_content(root: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def pointer(version: Version) -> str:
+def pointer(version: Version, folder: Path = FOLDER) -> str:
     """Return the content of champion.dvc, as `dvc add` would write it. Raises DataError if the version's tags are wrong."""
     lines = "".join(f"  {key}: {value}\n" for key, value in version.entry.items())
-    return f"outs:\n- {lines.lstrip()}  hash: md5\n  path: {FOLDER.as_posix()}\n"
+    return f"outs:\n- {lines.lstrip()}  hash: md5\n  path: {folder.as_posix()}\n"

@@ -17,7 +17,17 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.config.params import Params, load_params
 from pipelines.gate import DECISION, PAGE, aligned
 from pipelines.promotion.page import markdown
-from pipelines.promotion.registry import AGAINST, CHAMPION, EVALUATION, MD5, MEASURE, REASON, Registry, Version
+from pipelines.promotion.registry import (
+    AGAINST,
+    CHAMPION,
+    EVALUATION,
+    MD5,
+    MEASURE,
+    REASON,
+    ROLLED_BACK,
+    Registry,
+    Version,
+)
 from pipelines.promotion.registry import DECISION as DECISION_TAG
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.describe import RUN_TAG
@@ -26,7 +36,7 @@ from pipelines.tracking.source import load
 from pipelines.tracking.store import tracking_uri
 from posttrain.errors import OrchestrationError, TrackingError
 from posttrain.files import write_atomic
-from tasks.champion import FOLDER, production, put_into_production, switching
+from tasks.champion import FOLDER, POINTER, production, put_into_production, switching
 from tasks.console import print_line
 from tasks.measure import measure
 from tasks.remote import push
@@ -87,13 +97,20 @@ def look_up(root: str) -> Situation:
 
 
 def require_known_weights(root: Path, situation: Situation) -> None:
-    """Raise OrchestrationError if the registry does not know the weights in production: a lost, older or different registry.
+    """Raise OrchestrationError if the registry does not know the weights in production, or names no champion for them.
 
-    Without this check the gate would promote a model without comparing it with the one in production.
+    The registry is lost, older or a different one, or its alias was deleted by hand. Without this check the gate would promote a model
+    without comparing it with the one in production.
     """
     md5 = production(root)
-    if md5 is None or md5 in situation.known:
+    if md5 is None or (md5 in situation.known and situation.champion is not None):
         return
+    if md5 in situation.known:
+        raise OrchestrationError(
+            f"models/champion holds weights ({md5}, named by {POINTER}) of this registry, and no version has the alias {CHAMPION}, as if it"
+            " was deleted by hand. Without a champion the gate would compare with the supervised model, so nothing is promoted."
+            " `posttrain models` lists the versions; `python -m flows.promote N` makes version N champion."
+        )
     held = "has no champion" if situation.champion is None else f"names {situation.champion.name} as champion"
     raise OrchestrationError(
         f"models/champion holds weights ({md5}, named by champion.dvc) that the registry at {redact(tracking_uri(root.absolute()))} does"
@@ -145,12 +162,20 @@ def register(root: str, decision: Mapping[str, Any], champion: Version | None = 
 
 
 @task(name="promote", task_run_name="promote version {number}", **_patient)
-def make_champion(root: str, number: int) -> Version:
-    """Restore the weights to models/champion, then move the registry's aliases, which production follows."""
+def make_champion(root: str, number: int, against: int | None) -> Version | None:
+    """Restore the weights to models/champion, then move the registry's aliases, which production follows.
+
+    Returns None, with nothing changed, if the decision is out of date: `against`, the champion that the gate compared with, is champion no
+    longer, or the version was rolled back by hand meanwhile.
+    """
     project = Path(root)
     registry = Registry(project, load_params(project / "params.yaml").project.experiment)
     with switching(project):
-        return put_into_production(project, registry.version(number), lambda: registry.promote(number))
+        champion, version = registry.holding(CHAMPION), registry.version(number)
+        now = None if champion is None else champion.number
+        if ROLLED_BACK in version.tags or now not in (against, number):
+            return None
+        return put_into_production(project, version, lambda: registry.promote(number))
 
 
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
-from pipelines.data.bounds import refuse_too_large
+from pipelines.data.bounds import memory_for, refuse_too_large, refuse_too_many
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.packed import PackedRows, packed
@@ -115,13 +115,21 @@ def _take(arrival: Arrival, params: Params, inbox: Inbox, admission: Admission) 
             return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
         with bounded(limit_seconds(), _ANY_SIZE):
             refuse_too_large(local)
-            rows = _rows(kind, params, local, admission)
+            with bounded(limit_seconds(), memory_for(local)):
+                rows = _rows(kind, params, local, admission)
+            refuse_too_many(len(rows), local)
             known = admission.holds(kind, rows)
             aside = 0 if known else admission.check(kind, rows)
         if known:
             return _finished(arrival, inbox, local, IntakeResult(arrival.name, "known", kind))
     except PosttrainError as error:
         return _set_aside(arrival, inbox, local, str(error))
+    except MemoryError:
+        reason = (
+            f"{arrival.file}: reading it needs more than {memory_for(local) // 1_000_000} MB of memory, and files of this size need much"
+            " less: it holds millions of tiny or empty values. Correct it, or split it."
+        )
+        return _set_aside(arrival, inbox, local, reason)
     except TimeoutError as error:
         reason = (
             f"{arrival.file}: reading and checking it was stopped: {error}. Split it, or raise POSTTRAIN_INBOX_SECONDS."

@@ -158,9 +158,7 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     lines = []
     if version is not None:
         aliases = ", ".join(version.aliases) or "no alias"
-        lines.append(
-            f"{version.name}, {aliases}: {version.tags.get(DECISION, '')} {version.tags.get(REASON, '')}".rstrip()
-        )
+        lines.append(f"{version.name}, {aliases}: {version.words(DECISION)} {version.words(REASON)}".rstrip())
     lines.append(f"{model['path']}  md5 {model['md5']}")
     lines += _section("made by", (f"{entry['stage']}  {_commit(entry['commit'])}" for entry in found["stages"]))
     lines += _section("from the models", (f"{each['path']}  md5 {each['md5']}" for each in found["models"]))

@@ -29,7 +29,7 @@ def line(version: Version, *, full: bool = False) -> str:
     if not full and len(why) > WIDTH:
         why = why[: WIDTH - 1] + "…"
     aliases = ", ".join(version.aliases) or "-"
-    model, decision = (printable(tags.get(tag, blank))[:WIDTH] for tag, blank in ((MODEL, "?"), (DECISION, "-")))
+    model, decision = (version.words(tag, blank)[:WIDTH] for tag, blank in ((MODEL, "?"), (DECISION, "-")))
     return f"{version.number:>4}  {aliases:<20} {model:<16} {decision:<9} {why}"
 
 

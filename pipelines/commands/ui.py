@@ -23,6 +23,7 @@ from pipelines.commands.sync import synchronise
 from pipelines.config.params import load_params
 from pipelines.runtime import credentials, environment
 from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, reports_errors
+from pipelines.runtime.listening import listens
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.server import SERVER
 from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
@@ -158,7 +159,12 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 def _wait_until_up(server: UiServer, process: subprocess.Popen[bytes]) -> None:
     url = f"{server.base}{server.health}"
-    if network.wait_until(lambda: network.answers(url), lambda: process.poll() is None, _START_SECONDS):
+    port = int(server.base.rpartition(":")[2])
+
+    def is_up() -> bool:
+        return network.answers(url) and listens(process.pid, port)
+
+    if network.wait_until(is_up, lambda: process.poll() is None, _START_SECONDS):
         return
     if process.poll() is not None:
         raise TrackingError(

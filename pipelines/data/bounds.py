@@ -18,6 +18,10 @@ from pipelines.data.size_limit import limit_megabytes
 from posttrain.errors import DataError
 
 MOST_ROWS = 5_000_000
+SPARE_BYTES = 4_000_000_000
+"""Address space that reading any file may add: buffers, and libraries that are loaded on first use."""
+BYTES_PER_BYTE = 8
+"""Memory per byte of the file; usual rows need about four."""
 _CHUNK = 1 << 20
 
 
@@ -33,6 +37,19 @@ def refuse_too_large(path: Path) -> None:
                 raise DataError(_words(path, limit))
     except (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException):
         return  # a damaged file: its reader names the fault
+
+
+def refuse_too_many(rows: int, path: Path) -> None:
+    """Raise DataError for more than MOST_ROWS rows. Only reading tells how many a text file has."""
+    if rows > MOST_ROWS:
+        raise DataError(f"{path}: has {rows:,} rows, and the inbox takes files of up to {MOST_ROWS:,}. Split it.")
+
+
+def memory_for(path: Path) -> int:
+    """Return the bytes of memory that reading a file may add: a list of empty lists needs twenty times its size."""
+    _, compression = kind_and_compression(path)
+    size = limit_megabytes() * 1_000_000 if compression or path.suffix == ".parquet" else path.stat().st_size
+    return SPARE_BYTES + BYTES_PER_BYTE * size
 
 
 def _words(path: Path, limit: int) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel
+from pydantic import Field
 from starlette.types import ASGIApp
 
 from pipelines.labelling.judgements import Desk
 from pipelines.runtime.redaction import printable
-from pipelines.runtime.web import Guard
+from pipelines.runtime.web import Body, Guard, describe_faults
 from posttrain.errors import DataError, PosttrainError
 
 PAGE = Path(__file__).parent / "page"
@@ -28,16 +29,16 @@ FILES = {
 """The page holds no data, so it needs no token; it sends the token of its address with every request."""
 
 
-class Given(BaseModel):
+class Given(Body):
     """A judgement as the page sends it; `value` is by places."""
 
     annotator: str
     task: str
-    key: str
+    key: str = Field(min_length=1, max_length=100)
     value: Any
 
 
-class Who(BaseModel):
+class Who(Body):
     annotator: str
 
 
@@ -59,6 +60,10 @@ def application(desk: Desk, hand_over: Callable[[str | None], int], port: int, t
     @app.exception_handler(PosttrainError)
     def refuse(_: Request, error: PosttrainError) -> JSONResponse:
         return JSONResponse({"error": printable(str(error))}, 422 if isinstance(error, DataError) else 507)
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"error": describe_faults(error)}, 422)
 
     @app.exception_handler(OSError)
     def not_stored(_: Request, error: OSError) -> JSONResponse:

@@ -58,8 +58,11 @@ class Version:
     @property
     def name(self) -> str:
         """Return the version's number and the model's name, for messages."""
-        model = printable(self.tags.get(MODEL, "unknown"))
-        return f"version {self.number} ({model[:_NAME_LENGTH]})"
+        return f"version {self.number} ({self.words(MODEL, 'unknown')[:_NAME_LENGTH]})"
+
+    def words(self, tag: str, missing: str = "") -> str:
+        """Return a tag as one line for terminals and logs: a line feed in it would forge a line of the program's own."""
+        return printable(" ".join(self.tags.get(tag, missing).split()))
 
     @property
     def md5(self) -> str:
@@ -191,12 +194,18 @@ class Registry:
         """Give a version the alias `challenger`."""
         self._set_alias(CHALLENGER, number)
 
-    def roll_back(self, reason: str) -> tuple[Version, Version]:
+    def roll_back(self, reason: str, pair: tuple[Version, Version] | None = None) -> tuple[Version, Version]:
         """Make `previous` champion again and bar the current champion; return (new champion, old champion).
 
-        Raises TrackingError on a second call: the same command, repeated after an error, must not restore the version it removed.
+        Raises TrackingError on a second call: the same command, repeated after an error, must not restore the version it removed. With
+        `pair`, an earlier result of `roll_back_pair`, also if a different project of this registry has changed production since.
         """
         champion, previous = self.roll_back_pair()
+        if pair is not None and (champion.number, previous.number) != tuple(version.number for version in pair):
+            raise TrackingError(
+                f"{champion.name} became champion of {self.name} while this roll-back of {pair[0].name} began, by a different project or"
+                " by hand. Nothing was rolled back. `posttrain models` lists the versions; type the roll-back again if it is still wanted."
+            )
         self.tag(champion.number, {ROLLED_BACK: reason})
         self._set_alias(CHAMPION, previous.number)
         self._set_alias(PREVIOUS, champion.number)

@@ -80,7 +80,7 @@ def mlflow_server(config: Path, database: str, password: str, flask_key: str) ->
     write_private(
         config,
         f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {database}\nadmin_username = {ADMIN}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\nauth_cache_ttl_seconds = 60\n",
+        "authorization_function = pipelines.tracking.mlflow_requests:authenticate\nauth_cache_ttl_seconds = 60\n",
     )
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(config),

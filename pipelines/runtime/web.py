@@ -1,18 +1,27 @@
-"""Protect this project's own web servers: loopback only, a secret for every request, no other host name and no other origin."""
+"""Protect this project's own web servers: loopback only, a secret for every request, no other host name and no other origin.
+
+Bodies have a limit, and hold only text and numbers that can be stored and sent again. A refusal names the field, never its content.
+"""
 
 from __future__ import annotations
 
 import hmac
 import json
+import math
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, model_validator
+from starlette.exceptions import HTTPException
+
+from pipelines.runtime.redaction import printable
 from posttrain.network import HOST
 
 if TYPE_CHECKING:
+    from fastapi.exceptions import RequestValidationError
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 HEADERS = {
@@ -24,15 +33,49 @@ HEADERS = {
 }
 
 
+MOST_BYTES = 16 << 20
+"""Largest body of a request."""
 REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
+TOO_LARGE = f"refused: a request has at most {MOST_BYTES} bytes"
 
 
-def _refused(_: int) -> bytes:
-    return json.dumps({"error": REFUSED}).encode()
+def refusal_words(status: int) -> str:
+    """Return the reason of a refusal by its status."""
+    return TOO_LARGE if status == 413 else REFUSED
+
+
+def _refused(status: int) -> bytes:
+    return json.dumps({"error": refusal_words(status)}).encode()
+
+
+class Body(BaseModel):
+    """The body of a request. Lone surrogates, which no UTF-8 file holds, NaN and infinity are refused in all its fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_plain(cls, body: Any) -> Any:
+        waiting = [body]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                waiting += value
+            elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError("a text has half of a surrogate pair, which is no character")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is NaN or infinite")
+        return body
+
+
+def describe_faults(error: RequestValidationError) -> str:
+    """Return the faults of a request by field, without the values that it sent."""
+    faults = [(".".join(map(str, each["loc"][1:])) or "body", each["msg"]) for each in error.errors()]
+    return printable("; ".join(f"{place}: {fault}" for place, fault in faults))
 
 
 class Guard:
-    """ASGI middleware. Refuses a wrong Host (DNS rebinding) or Origin with 403, and a wrong token with 401.
+    """ASGI middleware. Refuses a wrong Host (DNS rebinding) or Origin with 403, a wrong token with 401, a large body with 413.
 
     The token is sent as `Authorization: Bearer TOKEN`, which no page of a different origin can add. Paths in `public` need none.
     `refused` makes the body, which is JSON, from the status.
@@ -56,7 +99,7 @@ class Guard:
         if scope["type"] != "http":  # no application here has web sockets, and their requests are not checked
             await send({"type": "websocket.close", "code": 1008})
             return
-        status = self._refusal(scope["path"], {k.decode().lower(): v.decode("latin-1") for k, v in scope["headers"]})
+        status = self._refusal(scope["path"], [(k.decode().lower(), v.decode("latin-1")) for k, v in scope["headers"]])
         extra = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
         async def with_headers(message: Any) -> None:
@@ -65,22 +108,40 @@ class Guard:
             await send(message)
 
         if status is None:
-            await self.app(scope, receive, with_headers)
+            await self.app(scope, _bounded(receive), with_headers)
             return
         body = self.refused(status)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await with_headers({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _refusal(self, path: str, headers: dict[str, str]) -> int | None:
+    def _refusal(self, path: str, listed: Sequence[tuple[str, str]]) -> int | None:
         """Return the status of a request that is refused, or None."""
+        headers = dict(listed)
         host = headers.get("host")
-        if host not in self.hosts or headers.get("origin", f"http://{host}") != f"http://{host}":
+        origins = {value for name, value in listed if name == "origin"}
+        if host not in self.hosts or origins - {f"http://{host}"}:
             return 403
-        if path in self.public:
-            return None
         given = headers.get("authorization", "").removeprefix("Bearer ")
-        return None if hmac.compare_digest(given.encode(), self.token.encode()) else 401
+        if path not in self.public and not hmac.compare_digest(given.encode(), self.token.encode()):
+            return 401
+        length = headers.get("content-length", "0")
+        return 413 if not length.isdecimal() or int(length[:20]) > MOST_BYTES else None
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Return `receive`, which raises HTTPException once a body without a length has grown beyond the limit."""
+    size = 0
+
+    async def limited() -> Any:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MOST_BYTES:
+            raise HTTPException(413, TOO_LARGE)
+        return message
+
+    return limited
 
 
 def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from pipelines.runtime.web import REFUSED, Guard
+from pipelines.runtime.web import Guard, refusal_words
 from pipelines.serving.batching import Job
 from pipelines.serving.models import Models, Served
 from pipelines.serving.observation import Observer
@@ -116,7 +116,9 @@ def application(
         return await _answer(models, observer, wanted, TEXT, wanted.prompts, wanted.max_tokens or default_tokens)
 
     def refused(status: int) -> bytes:
-        return Refusal(REFUSED, code="invalid_api_key" if status == 401 else None, status=status).encoded()
+        return Refusal(
+            refusal_words(status), code="invalid_api_key" if status == 401 else None, status=status
+        ).encoded()
 
     return Guard(app, port, token, ("/health",), refused)
 

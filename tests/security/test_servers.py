@@ -156,6 +156,40 @@ def test_mlflow_asks_for_the_password_and_answers_to_its_own_address_only(server
     assert status(url, body, Origin=EVIL, **servers.admin) == 403
 
 
+def test_a_page_of_a_different_port_neither_reads_nor_changes_what_mlflow_keeps(servers: Servers) -> None:
+    """A signed-in browser sends the password along to every port of localhost."""
+    url, body = f"{servers.mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 5}
+    own = servers.mlflow
+    assert status(url, body, Origin=own, **servers.admin) == 200
+    for origin in (f"{own}1", "http://127.0.0.1:9999", "http://localhost:3000", "null", EVIL):
+        assert status(url, body, Origin=origin, **servers.admin) == 403, origin
+        assert (
+            status(f"{own}/ajax-api/2.0/mlflow/experiments/search?max_results=1", Origin=origin, **servers.admin) == 403
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/ajax-api/3.0/mlflow/assistant/config", {"providers": {"claude_code": {"selected": True}}}),
+        ("POST", "/ajax-api/3.0/mlflow/assistant/skills/install", {"type": "custom", "custom_path": "skills"}),
+        ("POST", "/ajax-api/3.0/mlflow/assistant/message", {"message": "hello"}),
+        ("POST", "/gateway/mlflow/v1/chat/completions", {"model": "x", "messages": []}),
+        ("POST", "/ajax-api/3.0/jobs/search", {}),
+        ("GET", "/api/3.0/mlflow/gateway/secrets/list", None),
+        ("POST", "/ajax-api/3.0/mlflow/scorer/invoke", {}),
+        ("GET", "/api/2.0/mlflow/webhooks", None),
+    ],
+)
+def test_the_password_of_mlflow_starts_no_assistant_gateway_or_job(
+    servers: Servers, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """MLflow's assistant would start coding agents and write files as the user who runs the server."""
+    url = servers.mlflow + path
+    assert status(url, body, method) == 401
+    assert status(url, body, method, **servers.admin) == 403
+
+
 def test_secrets_are_in_private_files_and_in_no_process_list(servers: Servers) -> None:
     folder = servers.project / credentials.FOLDER
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

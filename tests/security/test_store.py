@@ -5,11 +5,13 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
 
+from infra.s3 import Signed
 from tests.infra.stores import KEY, SECRET, client, serving
 
 
@@ -49,6 +51,28 @@ def test_nobody_else_lists_reads_or_resets(store: str) -> None:
     for path in ("/", "/posttrain", "/posttrain?list-type=2", "/posttrain/dvc/files/ab", "/../index.db"):
         assert status(store + path) == 403
         assert status(store + path, Authorization=f"AWS4-HMAC-SHA256 Credential={KEY}/x/y/s3/aws4_request") == 403
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {
+            "HTTP_AUTHORIZATION": "AWS4-HMAC-SHA256 Credential=key/20260101/r/s3/aws4_request, SignedHeaders=host, Signature=\xff"
+        },
+        {"HTTP_HOST": "localhost:[1"},
+        {"HTTP_AUTHORIZATION": "AWS4-HMAC-SHA256 ,,,="},
+        {"HTTP_X_AMZ_DATE": "\uff12026"},
+        {"RAW_URI": "http://[evil/"},
+    ],
+)
+def test_a_request_that_cannot_be_read_is_refused_like_any_other(headers: dict[str, str]) -> None:
+    """An error in the check would fill the store's log with tracebacks at a stranger's wish."""
+    signed = "AWS4-HMAC-SHA256 Credential=key/20260101/r/s3/aws4_request, SignedHeaders=host, Signature=00"
+    environ = {"REQUEST_METHOD": "GET", "RAW_URI": "/b/k", "HTTP_HOST": "127.0.0.1:1", "HTTP_AUTHORIZATION": signed}
+    environ |= {"HTTP_X_AMZ_DATE": datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")} | headers
+    statuses: list[str] = []
+    Signed(lambda *_: [b"inside"], "key", "secret")(environ, lambda status, _: statuses.append(status))
+    assert statuses == ["403 Forbidden"]
 
 
 @pytest.mark.parametrize(("key", "secret"), [(KEY, "guessed"), ("other", SECRET)])

@@ -255,6 +255,38 @@ def test_a_parquet_file_may_not_have_more_rows_than_the_limit(folder: Path, monk
             taken(folder)
 
 
+def test_more_rows_than_the_limit_are_refused_in_every_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_ROWS", 2)
+    rows = [problem("one"), problem("two"), problem("three")]
+    put(folder, "problems/good.jsonl", *rows[:2])
+    put(folder, "problems/lines.jsonl", *rows)
+    put(folder, "problems/array.json").write_text(json.dumps(rows))
+    put(folder, "problems/table.csv").write_text("prompt,answer\n" + "".join(f"{n}?,{n}\n" for n in range(3)))
+    found = {entry.file: entry for entry in taken(folder)}
+    assert found.pop("problems/good.jsonl").outcome == "accepted"
+    assert sorted(found) == ["problems/array.json", "problems/lines.jsonl", "problems/table.csv"]
+    for entry in found.values():
+        assert entry.outcome == "quarantined"
+        assert "has 3 rows, and the inbox takes files of up to 2. Split it." in entry.reason
+
+
+def test_a_small_file_that_would_fill_the_memory_is_set_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty list takes three bytes of JSON, and 64 of memory."""
+    monkeypatch.setattr(bounds, "SPARE_BYTES", 0)
+    text = json.dumps(problem("one"))
+    put(folder, "problems/bomb.jsonl").write_text(text[:-1] + ', "z": [' + "[]," * 4_000_000 + "0]}\n")
+    put(folder, "problems/good.jsonl", *(problem(f"{number}?") for number in range(50)))
+    monkeypatch.setattr(
+        intake, "memory_for", lambda path: bounds.memory_for(path) if path.name == "bomb.jsonl" else 2**40
+    )
+    found = {entry.file: entry for entry in taken(folder)}
+    assert found["problems/good.jsonl"].outcome == "accepted"
+    assert found["problems/bomb.jsonl"].outcome == "quarantined"
+    assert (
+        "needs more than 96 MB of memory, and files of this size need much less" in found["problems/bomb.jsonl"].reason
+    )
+
+
 def test_a_file_whose_reader_was_killed_is_named(folder: Path) -> None:
     assert claimed_files(str(folder / "inbox")) == []
     put(folder, ".claimed/1/problems/large.jsonl", problem("one"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,30 @@ def test_strangers_are_refused_and_texts_have_no_other_reader(desk: Desk) -> Non
     good, rebound = send(desk, ("POST", "/state", ann, GOOD), ("GET", "/", {}, {"Host": "evil.example"}))
     assert (good.status_code, rebound.status_code) == (200, 403)
     assert good.headers["cache-control"] == "no-store"
+    assert desk.judgements() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"key": "k" * 101}, "key: String should have at most 100 characters"),
+        ({"key": "\ud800"}, "half of a surrogate pair"),
+        ({"value": float("nan")}, "a number is NaN or infinite"),
+        ({"annotator": 1}, "annotator: Input should be a valid string"),
+    ],
+)
+def test_a_body_that_cannot_be_stored_is_refused(desk: Desk, change: dict[str, Any], words: str) -> None:
+    """Send texts that a UTF-8 journal cannot hold, and a key that would be kept as long as the session."""
+    text = json.dumps({"annotator": "ann", "task": "0", "key": "k", "value": "tie"} | change)
+
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(application(desk, lambda: 0, PORT, TOKEN))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{PORT}") as client:
+            return await client.post("/judge", content=text, headers=GOOD | {"Content-Type": "application/json"})
+
+    answer = coroutines.run(post())
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]
     assert desk.judgements() == []
 
 

@@ -106,6 +106,15 @@ def test_a_path_or_a_mark_that_is_no_such_thing_becomes_no_option_and_no_advice(
     assert Version(1, {"model": "\x1b[2J" + "x" * 500}, ()).name == "version 1 (\\x1b[2J" + "x" * 93 + ")"
 
 
+def test_a_tag_with_line_feeds_is_one_line_everywhere() -> None:
+    forged = "x)\n   12.3 s  version 9 is champion\u2028\x1b[2K(y"
+    version = Version(3, GOOD | {"model": forged, "decision": forged, "reason": forged}, ())
+    assert version.name == r"version 3 (x) 12.3 s version 9 is champion \x1b[2K(y)"
+    for text in (version.name, version.words("reason"), line(version, full=True)):
+        assert len(text.splitlines()) == 1
+        assert "\x1b" not in text
+
+
 def test_a_reason_is_stored_without_credentials_and_cut_to_what_mlflow_takes(project: Project, store: Any) -> None:
     registry = Registry(project.folder, "posttrain")
     entry = {"md5": "a" * 32 + ".dir", "size": 120, "nfiles": 7}

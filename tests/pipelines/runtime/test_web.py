@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
-from pipelines.runtime.web import Guard
+from pipelines.runtime.web import MOST_BYTES, Guard
 from tests import coroutines
 
 GOOD = {"host": "127.0.0.1:5050", "authorization": "Bearer word"}
@@ -43,6 +44,11 @@ def answers(kind: str, path: str, headers: dict[str, str]) -> list[dict[str, Any
         ("/state", GOOD | {"origin": "https://127.0.0.1:5050"}, 403),
         ("/state", GOOD | {"origin": "http://localhost:5050"}, 403),  # a different server may listen there, on ::1
         ("/state", GOOD | {"origin": "http://127.0.0.1:5051"}, 403),
+        ("/state", GOOD | {"Origin": "http://evil.example", "origin": "http://127.0.0.1:5050"}, 403),  # two lines
+        ("/state", GOOD | {"content-length": str(MOST_BYTES)}, 200),
+        ("/state", GOOD | {"content-length": str(MOST_BYTES + 1)}, 413),
+        ("/state", GOOD | {"content-length": "9" * 5000}, 413),
+        ("/state", {"host": "127.0.0.1:5050", "content-length": str(MOST_BYTES + 1)}, 401),
         ("/", {"host": "127.0.0.1:5051"}, 403),
         ("/", {"host": "evil.example:5050"}, 403),
         ("/", {}, 403),
@@ -55,6 +61,22 @@ def test_a_request_needs_the_servers_own_address_origin_and_token(
     assert first["status"] == status
     assert not [name for name, _ in first["headers"] if name.startswith(b"access-control")]
     assert (b"x-content-type-options", b"nosniff") in first["headers"]
+
+
+def test_a_body_that_grows_without_end_is_not_read() -> None:
+    pieces: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pieces.append(1)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"a" * (MOST_BYTES // 4), "more_body": True}
+
+    scope = {"type": "http", "path": "/", "headers": [(b"host", b"127.0.0.1:5050")]}
+    with pytest.raises(HTTPException, match="at most 16777216 bytes"):
+        coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, receive))
+    assert len(pieces) == 4
 
 
 def test_a_web_socket_is_closed_unseen() -> None:

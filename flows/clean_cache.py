@@ -1,0 +1,86 @@
+"""Free DVC's cache of everything that neither this folder nor the registry's aliases need.
+
+    python -m flows.clean_cache            shows how many files would be deleted
+    python -m flows.clean_cache --yes      deletes them
+
+`dvc gc --workspace` keeps the files that dvc.lock and .dvc files name, the champion included. This command also keeps the weights of `previous`, to
+which a roll-back goes, and of `challenger`. Remotes are left as they are. It refuses while a flow is running here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.lock import only_flow
+from flows.production import registry_of
+from pipelines.promotion.registry import Version
+from pipelines.runtime import environment
+from pipelines.runtime.command_line import command_parser, print_text, reports_errors
+from posttrain.errors import OrchestrationError
+from posttrain.files import write_atomic
+from tasks.champion import pointer, switching
+from tasks.dag import open_workspace
+from tasks.process import child_environment
+
+KEPT = "kept-by-alias"
+"""Beginning of the names of .dvc files that exist while DVC collects, and name the weights to keep."""
+
+
+def aliased(project: Path) -> list[Version]:
+    """Return the versions that hold an alias. Raises TrackingError if the registry does not respond: nothing may be deleted then."""
+    return [version for version in registry_of(project).versions() if version.aliases]
+
+
+@contextmanager
+def named_for_dvc(project: Path, versions: Sequence[Version]) -> Iterator[None]:
+    """Write a .dvc file for the weights of each version, and remove these files at the end."""
+    for left in project.glob(f"{KEPT}-*.dvc"):  # of a command that was killed
+        left.unlink()
+    files = {
+        project / f"{KEPT}-{each.number}.dvc": pointer(each, Path("models") / f".{KEPT}-{each.number}")
+        for each in versions
+    }
+    try:
+        for path, text in files.items():
+            write_atomic(path, text.encode())
+        yield
+    finally:
+        for path in files:
+            path.unlink(missing_ok=True)
+
+
+def collect(project: Path, *, delete: bool) -> int:
+    """Delete unneeded files of DVC's cache, or only count them. Returns their number."""
+    with open_workspace(project):  # a damaged dvc.yaml or dvc.lock is named before anything is deleted
+        pass
+    command = [sys.executable, "-m", "dvc", "gc", "--workspace", "--force", *(() if delete else ("--dry",))]
+    with only_flow(project), switching(project), named_for_dvc(project, aliased(project)):
+        done = subprocess.run(
+            command, cwd=project, env=child_environment(), capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise OrchestrationError(f"`dvc gc` failed: {(done.stderr or done.stdout).strip()[-1000:]}")
+    return sum(int(count) for count in re.findall(r"^Removed (\d+) objects", done.stdout + done.stderr, re.MULTILINE))
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = command_parser("python -m flows.clean_cache", __doc__)
+    parser.add_argument("--yes", action="store_true", help="delete; without it the files are only counted")
+    args = parser.parse_args(argv)
+    environment.quiet()
+    project = environment.root()
+    environment.require_writable(project)
+    count = collect(project, delete=args.yes)
+    print_text(f"{count} files of DVC's cache {'are deleted' if args.yes else 'would be deleted; --yes deletes them'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

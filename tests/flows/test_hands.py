@@ -1,0 +1,118 @@
+"""Hands and second projects that change production while a command is at work, and the weights that garbage collection keeps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+
+from flows import clean_cache
+from flows.gatekeeping import decide_promotion
+from flows.lock import only_flow
+from flows.production import registry_of, switch
+from flows.promote import _roll_back
+from pipelines.config.yaml_files import read_yaml
+from pipelines.promotion.registry import Registry, Version
+from posttrain.errors import OrchestrationError, TrackingError
+from tasks import gate
+from tasks.champion import cached
+from tests.flows.promoted import aliases, promote, situation, weights
+from tests.workspace import copy
+
+TRAINED_ALONE = (
+    "schema: '2.0'\nstages:\n  align@dpo-0:\n    cmd: x\n    outs:\n    - path: models/align/dpo-0\n"
+    "      md5: {md5}\n      size: {size}\n      nfiles: {nfiles}\n"
+)
+
+
+@pytest.mark.parametrize("change", ["promotion", "roll-back of the candidate"])
+def test_a_change_of_production_by_hand_while_the_gate_judges_is_kept(
+    project: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Compare with a champion that is champion no longer, or judge weights that a person condemns meanwhile."""
+    (entry,) = read_yaml(project / "models/model-2.dvc")["outs"]
+    (project / "dvc.lock").write_text(TRAINED_ALONE.format(**entry))
+    decision = {"promote": True, "challenger": "dpo-0", "reference": "version 1", "refusals": []}
+
+    def ask(*_: Any) -> dict[str, Any]:
+        if change == "promotion":
+            promote(project, 3)
+        else:
+            registry_of(project).tag(2, {"rolled_back": "bad"})
+        return decision
+
+    monkeypatch.setattr(gate, "ask", ask)
+    monkeypatch.setattr(gate, "publish", lambda *_: None)
+
+    @flow(persist_result=False)
+    def night() -> None:
+        decide_promotion(project, tracking=False, approval=False)
+
+    night()
+    assert "production was changed by hand meanwhile, so it is not promoted" in capsys.readouterr().out
+    champion, text = (3, "three") if change == "promotion" else (1, "one")
+    assert (aliases(project)["champion"], weights(project)) == (champion, text)
+    assert not (project / gate.SETTLED).exists(), "the next run judges again"
+    assert ("rolled_back" in registry_of(project).version(2).tags) == (change != "promotion")
+
+
+def test_an_alias_of_the_champion_that_was_deleted_by_hand_promotes_nothing(project: Path) -> None:
+    registry = registry_of(project)
+    registry._drop_alias("champion")
+    with pytest.raises(OrchestrationError, match=r"no version has the alias champion.*`python -m flows\.promote N`"):
+        gate.require_known_weights(project, situation(project))
+    promote(project, 1)
+    gate.require_known_weights(project, situation(project))
+
+
+def test_a_roll_back_while_a_second_project_promotes_rolls_nothing_else_back(
+    project: Path, tmp_path: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clones share a registry, and each has its own lock."""
+    promote(project, 2)
+    second = copy(project, tmp_path / "second")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
+    found = Registry.roll_back_pair
+
+    def slow(registry: Registry) -> tuple[Version, Version]:
+        pair = found(registry)
+        if not promoted:
+            promoted.append(promote(second, 3))
+        return pair
+
+    promoted: list[Version] = []
+    monkeypatch.setattr(Registry, "roll_back_pair", slow)
+
+    @flow(persist_result=False)
+    def roll_back() -> None:
+        _roll_back(project, registry_of(project), "it answers in French")
+
+    with pytest.raises(
+        TrackingError, match=r"version 3 \(three\) became champion .* while this roll-back of version 2"
+    ):
+        roll_back()
+    assert aliases(project) == {"champion": 3, "previous": 2}
+    assert weights(project) == "two", "the folder is as before, and the next flow follows the registry"
+    assert not registry_of(project).barred()
+
+
+def test_the_projects_own_gc_keeps_the_weights_of_every_alias(project: Path) -> None:
+    """Deletes only weights without an alias, and a roll-back to `previous` still works."""
+    promote(project, 2)
+    for number in (1, 2, 3):
+        (project / f"models/model-{number}.dvc").unlink()
+        shutil.rmtree(project / f"models/model-{number}")
+    (project / f"{clean_cache.KEPT}-9.dvc").write_text("left by a killed command")
+    with only_flow(project), pytest.raises(OrchestrationError, match="a flow is already running"):
+        clean_cache.collect(project, delete=True)
+    assert clean_cache.collect(project, delete=False) == 2, "the folder and the file of version 3"
+    assert clean_cache.collect(project, delete=True) == 2
+    assert not list(project.glob("*kept*"))
+    registry = registry_of(project)
+    assert [cached(project, registry.version(number)) for number in (1, 2, 3)] == [True, True, False]
+    assert clean_cache.collect(project, delete=True) == 0
+    switch(project, lambda: registry.roll_back_pair()[1], lambda _: registry.roll_back("bad"))
+    assert (aliases(project)["champion"], weights(project)) == (1, "one")
