@@ -3,8 +3,8 @@
     python -m flows.clean_cache            shows how many files would be deleted
     python -m flows.clean_cache --yes      deletes them
 
-`dvc gc --workspace` keeps the files that dvc.lock and .dvc files name, the champion included. This command also keeps the weights of `previous`, to
-which a roll-back goes, and of `challenger`. Remotes are left as they are. It refuses while a flow is running here.
+`dvc gc --workspace` keeps the files that dvc.lock and .dvc files name, the champion included. This command also keeps the weights of
+`previous`, to which a roll-back goes, and of `challenger`. Remotes are left as they are. It refuses while a flow is running here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,13 @@
 """The versioned steps, one module per stage of dvc.yaml. `aliases` keeps the old names of commands."""
 
+import os
+import sys
 from pathlib import Path
 
 __path__.append(str(Path(__file__).with_name("aliases")))
+
+if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
+    from pipelines.runtime.command_line import refuse_without_threads
+
+    # NumPy starts a thread for each processor while it is imported, and ends in KeyboardInterrupt if it may not
+    refuse_without_threads(os.cpu_count() or 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-from pipelines.runtime.environment import machine_fault
+from pipelines.runtime.environment import machine_fault, require_threads
 from pipelines.runtime.redaction import printable, redact
 from posttrain.errors import OrchestrationError, PosttrainError
 from posttrain.guard import end_with_make
@@ -120,6 +120,17 @@ def report_machine_fault(error: OSError) -> int:
     if fault is None:
         raise error
     return report_error(OrchestrationError(f"{fault}, then run again."))
+
+
+def refuse_without_threads(count: int) -> None:
+    """End the command with one paragraph and exit status 2 if the system refuses so many threads."""
+    try:
+        require_threads(count)
+    except RuntimeError as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        sys.exit(report_error(OrchestrationError(f"{fault}, then run again.")))
 
 
 def print_text(text: str) -> None:

@@ -102,11 +102,11 @@ def require_writable(project: Path) -> None:
         ) from None
 
 
-def require_threads() -> None:
+def require_threads(count: int = THREADS + 2 * (os.cpu_count() or 1)) -> None:
     """Raise RuntimeError if the system refuses as many threads as a step may need: torch and tokenizers abort or hang for lack of one."""
     over, started = threading.Event(), list[threading.Thread]()
     try:
-        for _ in range(THREADS + 2 * (os.cpu_count() or 1)):
+        for _ in range(count):
             thread = threading.Thread(target=over.wait)
             thread.start()
             started.append(thread)

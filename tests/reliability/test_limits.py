@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -172,6 +174,26 @@ def limited_processes(nobodys: tuple[Workspace, str], name: str, limits: Sequenc
 
 def test_a_limit_of_processes_is_named_by_a_step(nobodys: tuple[Workspace, str]) -> None:
     assert limited_processes(nobodys, "ingest", [1]) == [None]
+
+
+START = """
+import os, sys
+from tests.reliability.limited import limit
+limit(sys.argv[1])
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
+"""
+
+
+def test_a_limit_that_numpy_meets_while_a_step_is_imported_is_named(root: Path) -> None:
+    """Leave room for one thread: NumPy would start one for each processor, and end in a traceback with KeyboardInterrupt."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a step as a user without other processes")
+    command = [sys.executable, "-c", START, "NOBODY=files,NPROC=1", "pipelines.sft", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (words,) = done.stderr.splitlines()
+    assert words.startswith("error: can't start new thread.")
+    assert "`ulimit -u`" in words
 
 
 @pytest.mark.slow
