@@ -127,8 +127,11 @@ def only_serving(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if holder.endswith(f" in {root}"):
+                raise OrchestrationError(f"`make serve` is already running here ({holder}). Stop it first.") from None
             raise OrchestrationError(
-                f"`make serve` is already running ({file.read().strip() or 'unknown'}) with Prefect's database in {home}. Two"
+                f"`make serve` is already running ({holder}) with Prefect's database in {home}. Two"
                 " projects in one database would replace each other's schedules. Stop the other one, or give this project"
                 f" its own database: PREFECT_HOME={root / '.posttrain' / 'prefect'} make serve PREFECT_PORT=0"
             ) from None
@@ -140,9 +143,19 @@ def only_serving(root: Path) -> Iterator[None]:
 
 @contextmanager
 def announced(root: Path, url: str) -> Iterator[None]:
-    """Write the server's address to .posttrain/serve.lock and hold the lock, so that `make ui` finds the running server."""
+    """Write the server's address to .posttrain/serve.lock and hold the lock, so that `make ui` finds the running server.
+
+    Raises OrchestrationError if a second `make serve` holds it: both would start the same runs.
+    """
     with (root / SERVING).open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OrchestrationError(
+                f"`make serve` is already running in {root} with the Prefect server at {redact(file.read().strip())}. Use its pages"
+                " (`make ui` shows them), or stop it first."
+            ) from None
         file.truncate(0)
         file.write(url)
         file.flush()

@@ -7,7 +7,12 @@ from pathlib import Path
 __path__.append(str(Path(__file__).with_name("aliases")))
 
 if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
-    from pipelines.runtime.command_line import refuse_without_threads
+    from pipelines.runtime import threads
 
-    # NumPy starts a thread for each processor while it is imported, and ends in KeyboardInterrupt if it may not
-    refuse_without_threads(os.cpu_count() or 1)
+    try:
+        # NumPy starts a thread for each processor while it is imported, and ends in KeyboardInterrupt if it may not
+        threads.require_threads(os.cpu_count() or 1)
+    except RuntimeError as error:
+        from pipelines.runtime.command_line import end_without_threads
+
+        end_without_threads(error)

@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
-from pipelines.runtime.environment import machine_fault, require_threads
+from pipelines.runtime.environment import machine_fault
 from pipelines.runtime.redaction import printable, redact
 from posttrain.errors import OrchestrationError, PosttrainError
 from posttrain.guard import end_with_make
@@ -122,15 +122,12 @@ def report_machine_fault(error: OSError) -> int:
     return report_error(OrchestrationError(f"{fault}, then run again."))
 
 
-def refuse_without_threads(count: int) -> None:
-    """End the command with one paragraph and exit status 2 if the system refuses so many threads."""
-    try:
-        require_threads(count)
-    except RuntimeError as error:
-        fault = machine_fault(error)
-        if fault is None:
-            raise
-        sys.exit(report_error(OrchestrationError(f"{fault}, then run again.")))
+def end_without_threads(error: RuntimeError) -> NoReturn:
+    """End the command with one paragraph and exit status 2, for an error of threads that the system refuses. Raises any other error."""
+    fault = machine_fault(error)
+    if fault is None:
+        raise error
+    sys.exit(report_error(OrchestrationError(f"{fault}, then run again.")))
 
 
 def print_text(text: str) -> None:

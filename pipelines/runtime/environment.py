@@ -11,9 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+from pipelines.runtime import threads
 from posttrain.errors import OrchestrationError
 
 QUIET = {
@@ -102,18 +102,9 @@ def require_writable(project: Path) -> None:
         ) from None
 
 
-def require_threads(count: int = THREADS + 2 * (os.cpu_count() or 1)) -> None:
+def require_threads() -> None:
     """Raise RuntimeError if the system refuses as many threads as a step may need: torch and tokenizers abort or hang for lack of one."""
-    over, started = threading.Event(), list[threading.Thread]()
-    try:
-        for _ in range(count):
-            thread = threading.Thread(target=over.wait)
-            thread.start()
-            started.append(thread)
-    finally:
-        over.set()
-        for thread in started:
-            thread.join()
+    threads.require_threads(THREADS + 2 * (os.cpu_count() or 1))
 
 
 def machine_fault(error: OSError | RuntimeError) -> str | None:

@@ -188,8 +188,23 @@ def test_a_second_project_is_not_served_from_the_same_database(tmp_path: Path) -
         words = rf"already running \(process {os.getpid()} in {tmp_path}/a\)"
         with only_serving(tmp_path / "a"), pytest.raises(OrchestrationError, match=words):
             only_serving(tmp_path / "b").__enter__()
+        with (
+            only_serving(tmp_path / "a"),
+            pytest.raises(OrchestrationError, match=r"already running here .*Stop it first"),
+        ):
+            only_serving(tmp_path / "a").__enter__()
         with only_serving(tmp_path / "b"):
             assert (tmp_path / "posttrain-serve.lock").read_text() == f"process {os.getpid()} in {tmp_path}/b"
+
+
+def test_the_same_project_is_not_served_twice(tmp_path: Path) -> None:
+    """Refuse it in words, though it has a database of its own: before, it waited for ever without a word."""
+    (tmp_path / ".posttrain").mkdir()
+    with announced(tmp_path, "http://127.0.0.1:4200"):
+        second = announced(tmp_path, "http://127.0.0.1:4300")
+        with pytest.raises(OrchestrationError, match=r"already running in .* at http://127\.0\.0\.1:4200"):
+            second.__enter__()
+        assert running_prefect(tmp_path) == "http://127.0.0.1:4200"
 
 
 def test_a_second_project_is_not_served_from_the_same_server(
