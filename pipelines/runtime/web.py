@@ -33,7 +33,7 @@ HEADERS = {
 }
 
 
-MOST_BYTES = 16 << 20
+MOST_BYTES = 32 << 20
 """Largest body of a request."""
 REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
 TOO_LARGE = f"refused: a request has at most {MOST_BYTES} bytes"

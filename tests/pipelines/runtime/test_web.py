@@ -74,7 +74,7 @@ def test_a_body_that_grows_without_end_is_not_read() -> None:
         return {"type": "http.request", "body": b"a" * (MOST_BYTES // 4), "more_body": True}
 
     scope = {"type": "http", "path": "/", "headers": [(b"host", b"127.0.0.1:5050")]}
-    with pytest.raises(HTTPException, match="at most 16777216 bytes"):
+    with pytest.raises(HTTPException, match="at most 33554432 bytes"):
         coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, receive))
     assert len(pieces) == 4
 
