@@ -198,7 +198,7 @@ def test_a_second_project_is_not_served_from_the_same_database(tmp_path: Path) -
 
 
 def test_the_same_project_is_not_served_twice(tmp_path: Path) -> None:
-    """Refuse it in words, though it has a database of its own: before, it waited for ever without a word."""
+    """Refuse it in words, also with a second database: before, it waited for ever without a word."""
     (tmp_path / ".posttrain").mkdir()
     with announced(tmp_path, "http://127.0.0.1:4200"):
         second = announced(tmp_path, "http://127.0.0.1:4300")
