@@ -26,7 +26,7 @@ from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_
 from pipelines.runtime.listening import listens
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.server import SERVER
-from pipelines.tracking.store import artifact_root, experiment_id, open_client, tracking_uri
+from pipelines.tracking.store import artifact_root, create_database, experiment_id, open_client, tracking_uri
 from pipelines.tracking.views import FILTER, TRAINING_PAGES, runs_page
 from posttrain import network
 from posttrain.errors import Interrupted, TrackingError
@@ -211,6 +211,7 @@ def _show(project: Path, port: int, prefect_port: int) -> None:
     uri, api = tracking_uri(project), os.environ.get("PREFECT_API_URL") or credentials.running_prefect(project)
     base = redact(uri).rstrip("/")
     if not uri.startswith(("http://", "https://")):
+        create_database(project)
         servers.append(mlflow_server(project, free_port(port, "posttrain ui --port 0", "make ui PORT=0")))
         base = servers[-1].base
     if not api:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.runtime import environment
+from pipelines.runtime.process import Lock
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.relocation import ARTIFACTS, relocate_artifacts
 from posttrain.errors import TrackingError
@@ -99,6 +100,7 @@ def open_client(project: Path) -> MlflowClient:
             flush=True,
         )
     try:
+        create_database(project)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, ValueError) as error:
         raise TrackingError(
@@ -107,11 +109,35 @@ def open_client(project: Path) -> MlflowClient:
             " for a file in the project."
         ) from error
     except SQLAlchemyError as error:
+        if uri.startswith("sqlite:///") and "already exists" in str(
+            error
+        ):  # a part of the tables, from a creation that did not end
+            raise TrackingError(_damaged(Path(uri.removeprefix("sqlite:///")), _first_line(error))) from error
         raise TrackingError(
             f"MLflow's database {redact(uri)} cannot be opened: {redact(_first_line(error))}. Free space if its disk is full, give this"
             " user the right to read and write it and its folder, or correct MLFLOW_TRACKING_URI. Nothing is lost: the journals"
             " hold every value."
         ) from error
+
+
+def create_database(project: Path) -> None:
+    """Create the project's own MLflow database if it is missing, in a new file that gets its name once it has all tables.
+
+    Steps that end at the same time would otherwise create the tables at once, and a killed one would leave a part of them.
+    """
+    path = project / DATABASE
+    if path.exists() or tracking_uri(project) != f"sqlite:///{path}":
+        return
+    from mlflow import MlflowClient
+
+    with Lock(project / ".posttrain" / "mlflow.lock"):
+        if path.exists():
+            return
+        fresh = path.with_name(f"{DATABASE}.new")
+        fresh.unlink(missing_ok=True)
+        address = f"sqlite:///{fresh}"
+        MlflowClient(tracking_uri=address, registry_uri=address)
+        fresh.rename(path)
 
 
 def experiment_id(client: MlflowClient, name: str, project: Path) -> str:
