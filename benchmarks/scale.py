@@ -41,8 +41,9 @@ class Costs:
     """Bytes a second of one worker's own link."""
 
 
-IDLE_REQUESTS, BUSY_REQUESTS, STAGE_REQUESTS = 1.0, 1.0, 25.0
-"""Requests of a worker a second (one poll), of a stage at work (a report and a look every two seconds), and of a stage in all."""
+IDLE_REQUESTS, BUSY_REQUESTS, STAGE_REQUESTS = 2.5, 1.5, 25.0
+"""Requests a second of an idle worker (two polls, and whether it was drained every two seconds) and of a busy one (a report and a look
+every two seconds, and the drain), and requests of a stage in all."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Flow:
         self.parent, self.remote, self.server = Resource(), Resource(), Resource()
         self.free, self.waiting = case.workers, deque[Iterator[float | None]]()
         # reports and polls take their share of the server before any stage does
-        share = case.workers * (IDLE_REQUESTS + BUSY_REQUESTS) / costs.server
+        share = case.workers * max(IDLE_REQUESTS, BUSY_REQUESTS) / costs.server
         self.request = STAGE_REQUESTS / costs.server / max(0.01, 1.0 - share)
 
     def run(self, begun: float) -> None:

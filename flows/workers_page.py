@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,6 +25,8 @@ from posttrain.errors import OrchestrationError
 from tasks.pool.record import TYPE, Record, parse
 
 LATELY = 200
+"""Stages, the latest, whose times are added up."""
+PHASES = ("running", "fetching", "waiting", "sending")
 
 
 def overview(pool: str) -> str:
@@ -35,35 +38,50 @@ def overview(pool: str) -> str:
             raise OrchestrationError(
                 f"there is no pool {pool!r} on this server yet; `python -m flows.workers add {pool}` adds a worker."
             ) from None
-        waiting = _runs(client, pool, StateType.SCHEDULED)
+        waiting = client.count_flow_runs(
+            deployment_filter=_stages(pool), flow_run_filter=_in_states(StateType.SCHEDULED)
+        )
         lately = _runs(client, pool, StateType.COMPLETED, StateType.RUNNING, StateType.FAILED, StateType.CRASHED)
         records = _records(client, lately)
     lines = [
-        f"{'worker':<28} {'state':<9} {'seen':>7}  {'stages':>6} {'running':>9} {'fetching':>9} {'waiting':>9} {'sending':>9}"
+        f"{'worker':<28} {'state':<9} {'seen':>7}  {'stages':>6} "
+        + " ".join(f"{phase:>9}" for phase in (*PHASES, "idle"))
     ]
     for worker in sorted(workers, key=lambda each: each.name):
-        own = [record for record in records.values() if record.worker == worker.name]
-        spent = {
-            phase: sum(each.seconds.get(phase, 0.0) for each in own)
-            for phase in ("running", "fetching", "waiting", "sending")
-        }
+        own = {run: record for run, record in records.items() if record.worker == worker.name}
         state = worker.status.value.lower() if worker.status else "unknown"
-        times = " ".join(f"{seconds:>7.1f} s" for seconds in spent.values())
+        began = [run.start_time for run in lately if run.id in own and run.start_time is not None]
+        times = " ".join(f"{seconds:>7.1f} s" for seconds in _times(own.values(), min(began, default=None)))
         lines.append(f"{worker.name:<28} {state:<9} {_ago(worker.last_heartbeat_time):>7}  {len(own):>6} {times}")
     for run in lately:
         record = records.get(run.id)
         if run.state_type == StateType.RUNNING and record is not None:
             lines.append(f"  {run.name:<26} {record.phase} on {record.worker}")
-    return "\n".join([*lines, f"waiting stages: {len(waiting)}"])
+    return "\n".join([*lines, f"waiting stages: {waiting}"])
+
+
+def _times(records: Collection[Record], began: datetime | None) -> list[float]:
+    """Return the seconds of each phase, and those since the first stage's start in which no stage was at work."""
+    spent = [sum(record.seconds.get(phase, 0.0) for record in records) for phase in PHASES]
+    passed = 0.0 if began is None else (now("UTC") - began).total_seconds()
+    return [*spent, max(0.0, passed - sum(spent))]
 
 
 def _runs(client: SyncPrefectClient, pool: str, *states: StateType) -> list[FlowRun]:
     return client.read_flow_runs(
-        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[pool])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))),
+        deployment_filter=_stages(pool),
+        flow_run_filter=_in_states(*states),
         sort=FlowRunSort.START_TIME_DESC,
         limit=LATELY,
     )
+
+
+def _stages(pool: str) -> DeploymentFilter:
+    return DeploymentFilter(name=DeploymentFilterName(any_=[pool]))
+
+
+def _in_states(*states: StateType) -> FlowRunFilter:
+    return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
 
 
 def _records(client: SyncPrefectClient, runs: list[FlowRun]) -> dict[object, Record]:

@@ -212,17 +212,24 @@ class Pool:
         except httpx.HTTPError:  # the server is away, which is no worker's silence
             return
         for sent in list(self._sent.values()):
-            if self._over is not None:
-                self._end_if_stopped(sent)
-                continue
             try:
-                record = self._record(sent)
-                if record is not None:
-                    self._merge(sent, record)
-            except WorkerLost as lost:
-                self._try_again(sent, lost)
-            except StageFailed as failed:
-                self._end(sent, failed)
+                self._advance(sent)
+            except (ServerAway, Interrupted):
+                raise
+            except Exception as error:  # of this stage only
+                self._end(sent, error)
+
+    def _advance(self, sent: _Sent) -> None:
+        """Take in the result of a stage that is done, and give one that was lost to the next worker."""
+        if self._over is not None:
+            self._end_if_stopped(sent)
+            return
+        try:
+            record = self._record(sent)
+            if record is not None:
+                self._merge(sent, record)
+        except WorkerLost as lost:
+            self._try_again(sent, lost)
 
     def _record(self, sent: _Sent) -> Record | None:
         """Return the record of a stage that is done. Raises StageFailed or WorkerLost; the run is then closed for its worker."""

@@ -137,8 +137,9 @@ def test_reward_model_and_evaluation_over_uneven_hosts_are_those_of_one_process(
     assert expected.keys() == found.keys()
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) < 1e-5
 
-    hosts.run("evaluate@sft", [first, second], (2, 1))
+    third, fourth = hosts.add("three"), hosts.add("four")
+    hosts.run("evaluate@sft", [third, fourth], (2, 1))
     kept = Path("runs/evaluate/sft/metrics.json")
-    one, several = (json.loads((each.root / kept).read_text()) for each in (clone, first))
+    one, several = (json.loads((each.root / kept).read_text()) for each in (clone, third))
     assert several == pytest.approx(one, abs=1e-4, nan_ok=True)
-    assert not (second.root / kept).exists()
+    assert not (fourth.root / kept).exists()

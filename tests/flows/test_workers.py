@@ -51,6 +51,9 @@ def test_a_flow_on_a_worker_gives_the_lock_of_one_machine_and_the_worker_is_seen
     (line,) = (line for line in parent.run("flows.workers", "list").stdout.splitlines() if line.startswith("one "))
     assert line.split()[1] == "online"
     assert line.split()[4] == "8"
+    seconds = [float(word) for word in line.split()[5::2]]  # running, fetching, waiting, sending, idle
+    assert len(seconds) == 5
+    assert all(each > 0.0 for each in (seconds[0], seconds[1], seconds[3], seconds[4]))
     wrong = parent.run("flows.workers", "drain", "two", check=False)
     assert "has no worker 'two'. Its workers: one." in wrong.stderr
     assert "one takes no new stage" in parent.run("flows.workers", "drain", "one").stdout
