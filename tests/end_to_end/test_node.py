@@ -23,6 +23,14 @@ from tests.fleet import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STAGE = "align@grpo-0"
+NAMES_ITSELF = """
+import os
+from pathlib import Path
+
+if "RANKS" in os.environ and "RANK" in os.environ:
+    Path(os.environ["RANKS"], f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}").touch()
+"""
+"""A sitecustomize.py, which every Python process of a host reads at its start."""
 MADE = (".dvc/cache", "models", "runs", "data/valid", ".posttrain")
 
 
@@ -63,8 +71,8 @@ class Hosts:
         self.started += running
         return running
 
-    def run(self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1)) -> None:
-        running = self.start(stage, hosts, processes)
+    def run(self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1), **extra: str) -> None:
+        running = self.start(stage, hosts, processes, **extra)
         assert [process.wait(900) for process in running] == [0, 0], "\n".join(
             log(host).read_text()[-3000:] for host in hosts
         )
@@ -130,8 +138,12 @@ def test_reward_model_and_evaluation_over_uneven_hosts_are_those_of_one_process(
     clone = hosts.clone
     clone.repro("reward", "evaluate@sft", POSTTRAIN_FOLLOWER="1")
     clone.run("dvc", "push", "-q")
+    (clone.root / "sitecustomize.py").write_text(NAMES_ITSELF)
     first, second = hosts.add("one"), hosts.add("two")
-    hosts.run("reward", [first, second], (1, 2))
+    ranks = hosts.store.parent / "ranks"
+    ranks.mkdir()
+    hosts.run("reward", [first, second], (1, 2), RANKS=str(ranks))
+    assert sorted(path.name for path in ranks.iterdir()) == ["0 of 3", "1 of 3", "2 of 3"]
     name = "models/reward/model.safetensors"
     expected, found = load_file(clone.root / name), load_file(first.root / name)
     assert expected.keys() == found.keys()
