@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -31,13 +32,15 @@ from tasks.pool.merged_lock import MergedLock
 from tasks.pool.order import StageOrder
 from tasks.pool.record import Record, ServerAway, insist, own_retries
 from tasks.pool.settings import WorkerSettings
-from tasks.pool.snapshot import StagePaths, committed, order, read_paths, recorded_stages
+from tasks.pool.snapshot import StagePaths, changed_files, committed, order, read_paths, recorded_stages
 from tasks.pool.watch import Sight, look
 from tasks.remote import has_remote, run_dvc
 from tasks.stage import StageFailed, StageResult, grace_seconds
 
 T = TypeVar("T")
-POLL_SECONDS, WAIT_SECONDS = 1.0, 0.1
+POLL_SECONDS, WAIT_SECONDS = 0.5, 0.1
+STATUS_SECONDS = 1.0
+"""How long git's answer about changed files is used: many stages are often sent at once."""
 SKEW = timedelta(days=1)
 """A stage is scheduled so long ago: a worker, whose clock may be late, takes only those whose time has come by its own clock."""
 SENDING_SECONDS = 30.0
@@ -82,6 +85,7 @@ class Pool:
         self._in_remote, self._made, self._making = set[str](), set[str](), Lock()
         self._new = SimpleQueue[tuple[Node, Future[StageResult]]]()
         self._sent: dict[UUID, _Sent] = {}
+        self._changed, self._asked = set[str](), -math.inf
         self._over: BaseException | None = None
         """Why no stage is sent or followed any more."""
 
@@ -120,7 +124,7 @@ class Pool:
 
     @own_retries()
     def _serve(self, over: Event) -> None:
-        """Send each new stage, and look at all stages every second."""
+        """Send each new stage, and look at all stages twice a second."""
         before = time.monotonic()
         while not over.is_set():
             try:
@@ -175,7 +179,9 @@ class Pool:
         if error is not None:
             raise OrchestrationError(f"inputs of {node.name} could not be copied to DVC's remote: {error}")
         self._in_remote.update(own)
-        return order(self.root, self.commit, node, self.paths, self._merged.stages)
+        if time.monotonic() > self._asked + STATUS_SECONDS:
+            self._changed, self._asked = changed_files(self.root), time.monotonic()
+        return order(self.root, self.commit, node, self.paths, self._merged.stages, self._changed)
 
     def _submit(self, node: Node, wanted: StageOrder, number: int) -> tuple[FlowRun, int]:
         """Create the flow run of an attempt, and return it with its number.

@@ -83,19 +83,31 @@ def _status(root: Path) -> list[tuple[bool, str]]:
     return [(entry[:2] == "??", entry[3:]) for entry in listed.split("\0") if entry]
 
 
-def differing(root: Path, node: Node) -> dict[str, str]:
-    """Return the text, by path, of params.yaml and of the .dvc files that the stage reads, if they differ from the commit."""
-    changed = {path for _, path in _status(root) if may_differ(path) and (root / path).is_file()}
+def changed_files(root: Path) -> set[str]:
+    """Return the files that differ from the commit and travel with an order."""
+    return {path for _, path in _status(root) if may_differ(path) and (root / path).is_file()}
+
+
+def differing(root: Path, node: Node, changed: Collection[str]) -> dict[str, str]:
+    """Return the text, by path, of params.yaml and of the .dvc files that the stage reads, of those in `changed`."""
     data = {above for above in node.after if above.endswith(".dvc")}
     beside = {(Path(path).parent / ".gitignore").as_posix() for path in data}
-    return {path: (root / path).read_text(encoding="utf-8") for path in sorted(changed & ({PARAMS} | data | beside))}
+    return {
+        path: (root / path).read_text(encoding="utf-8")
+        for path in sorted(({PARAMS} | data | beside).intersection(changed))
+    }
 
 
 def order(
-    root: Path, commit: str, node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]
+    root: Path,
+    commit: str,
+    node: Node,
+    paths: Mapping[str, StagePaths],
+    locked: Mapping[str, Any],
+    changed: Collection[str],
 ) -> StageOrder:
-    """Return the order for a stage whose inputs are in `locked`, the stages of dvc.lock."""
-    return StageOrder(node.name, commit, differing(root, node), inputs_of(node, paths, locked))
+    """Return the order for a stage whose inputs are in `locked`, the stages of dvc.lock; `changed` is that of `changed_files`."""
+    return StageOrder(node.name, commit, differing(root, node, changed), inputs_of(node, paths, locked))
 
 
 def inputs_of(node: Node, paths: Mapping[str, StagePaths], locked: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import OrchestrationError
 from tasks.dag import read_dag
 from tasks.pool import checkpoints
-from tasks.pool.snapshot import committed, differing, order, read_paths
+from tasks.pool.snapshot import changed_files, committed, differing, order, read_paths
 from tasks.pool.transfer import RemoteAway, opened, patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree
 from tests.fleet import git
@@ -45,7 +45,7 @@ def test_a_clone_runs_one_stage_from_its_inputs_and_another_restores_it(project:
     dag, paths = read_dag(project), read_paths(project)
     (project / "params.yaml").write_text("seed: 1\n")
     commit = committed(project, paths)
-    wanted = order(project, commit, dag["side@left"], paths, read_lock(project))
+    wanted = order(project, commit, dag["side@left"], paths, read_lock(project), changed_files(project))
     assert wanted.files == {"params.yaml": "seed: 1\n"}
     with free_tree(clone, 2) as tree, free_tree(clone, 2) as other:
         assert [each.name for each in (tree, other)] == ["tree-0", "tree-1"]
@@ -92,8 +92,8 @@ def test_code_must_be_committed_and_known_to_the_workers_remote(project: Path, c
         assert (tree / "work.py").read_text() == "changed"
     (project / "inbox" / "number.txt").write_text("2")
     dvc(project, "add", "-q", "inbox")
-    assert list(differing(project, read_dag(project)["start"])) == ["inbox.dvc"]
-    assert list(differing(project, read_dag(project)["join"])) == []
+    assert list(differing(project, read_dag(project)["start"], changed_files(project))) == ["inbox.dvc"]
+    assert list(differing(project, read_dag(project)["join"], changed_files(project))) == []
 
 
 def test_a_checkpoint_goes_to_another_clone_whole_or_not_at_all(project: Path, clone: Path) -> None:
