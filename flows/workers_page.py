@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from datetime import datetime
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -48,10 +48,9 @@ def overview(pool: str) -> str:
         + " ".join(f"{phase:>9}" for phase in (*PHASES, "idle"))
     ]
     for worker in sorted(workers, key=lambda each: each.name):
-        own = {run: record for run, record in records.items() if record.worker == worker.name}
+        own = [(run, records[run.id]) for run in lately if run.id in records and records[run.id].worker == worker.name]
         state = worker.status.value.lower() if worker.status else "unknown"
-        began = [run.start_time for run in lately if run.id in own and run.start_time is not None]
-        times = " ".join(f"{seconds:>7.1f} s" for seconds in _times(own.values(), min(began, default=None)))
+        times = " ".join(f"{seconds:>7.1f} s" for seconds in _times(own, now("UTC")))
         lines.append(f"{worker.name:<28} {state:<9} {_ago(worker.last_heartbeat_time):>7}  {len(own):>6} {times}")
     for run in lately:
         record = records.get(run.id)
@@ -60,11 +59,18 @@ def overview(pool: str) -> str:
     return "\n".join([*lines, f"waiting stages: {waiting}"])
 
 
-def _times(records: Collection[Record], began: datetime | None) -> list[float]:
+def _times(stages: Sequence[tuple[FlowRun, Record]], moment: datetime) -> list[float]:
     """Return the seconds of each phase, and those since the first stage's start in which no stage was at work."""
-    spent = [sum(record.seconds.get(phase, 0.0) for record in records) for phase in PHASES]
-    passed = 0.0 if began is None else (now("UTC") - began).total_seconds()
-    return [*spent, max(0.0, passed - sum(spent))]
+    spent = dict.fromkeys(PHASES, 0.0)
+    for run, record in stages:
+        for phase in PHASES:
+            spent[phase] += record.seconds.get(phase, 0.0)
+        if run.state_type == StateType.RUNNING and record.phase in spent and run.start_time is not None:
+            present = (moment - run.start_time).total_seconds() - sum(record.seconds.values())
+            spent[record.phase] += max(0.0, present)
+    began = [run.start_time for run, _ in stages if run.start_time is not None]
+    passed = (moment - min(began)).total_seconds() if began else 0.0
+    return [*spent.values(), max(0.0, passed - sum(spent.values()))]
 
 
 def _runs(client: SyncPrefectClient, pool: str, *states: StateType) -> list[FlowRun]:

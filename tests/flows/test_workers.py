@@ -5,11 +5,19 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, StateType
 
+from flows.pool import prepare
+from flows.workers_page import _times
+from posttrain.errors import OrchestrationError
+from tasks.pool.record import Record
 from tests.fleet import Fleet, small_fleet, until
 from tests.s3 import serving
 
@@ -59,6 +67,26 @@ def test_a_flow_on_a_worker_gives_the_lock_of_one_machine_and_the_worker_is_seen
     assert "one takes no new stage" in parent.run("flows.workers", "drain", "one").stdout
     assert small.workers["one"].wait(120) == 0
     assert "worker one has ended" in small.machine("one").log()
+
+
+def test_a_pool_that_starts_containers_is_refused(prefect_url: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="boxes", type="docker"))
+    with pytest.raises(OrchestrationError, match="the work pool boxes has the type docker"):
+        prepare("boxes")
+
+
+def test_the_seconds_of_a_stage_at_work_are_not_idle() -> None:
+    moment = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
+
+    def run(began: float, state: StateType) -> FlowRun:
+        return FlowRun(flow_id=uuid4(), start_time=moment - timedelta(seconds=began), state_type=state)
+
+    done = Record("one", 1, "done", {"fetching": 2.0, "waiting": 1.0, "running": 20.0, "sending": 3.0})
+    at_work = Record("one", 1, "running", {"fetching": 2.0, "waiting": 0.0})
+    stages = [(run(100.0, StateType.COMPLETED), done), (run(30.0, StateType.RUNNING), at_work)]
+    assert _times(stages, moment) == [20.0 + 28.0, 4.0, 1.0, 3.0, 100.0 - 26.0 - 30.0]
+    assert _times([], moment) == [0.0] * 5
 
 
 def test_cancelling_the_flow_ends_its_stage_on_the_worker(small: Fleet) -> None:
