@@ -16,9 +16,9 @@ from pipelines.data.compact import compact
 from pipelines.data.conversation_rows import Sourced, chat_rows
 from pipelines.data.files import Record, WrittenNumber
 from pipelines.data.formats import Format, recognised, require_known, unused
+from pipelines.data.mapping_checks import refuse_exclusion, refuse_leak
 from pipelines.data.pairs import (
     Changes,
-    answer_paths,
     check_scores,
     count_unused,
     graded_pairs,
@@ -28,6 +28,7 @@ from pipelines.data.pairs import (
     score_names,
     thumbs_pairs,
 )
+from pipelines.data.paths import ABSENT, FIELD, is_missing, is_there, paths_of, value_at
 from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.data.messages import is_thumb, thumb
 from posttrain.errors import ConfigError, DataError
@@ -37,8 +38,6 @@ NEAR = 0.85
 """Similarity from which the name of an unused column is asked about."""
 _MESSAGES = "messages"
 """A canonical column that holds a whole conversation: it becomes prompt and completion."""
-_FIELD = re.compile(r"\{([^{}]+)\}")
-_ABSENT: Any = object()
 
 
 def canonical_rows(
@@ -60,17 +59,19 @@ def canonical_rows(
     pairing = source.graded or source.preferred
     if source.columns is None and not pairing:
         records = _in_known_format(kind, records, where, changes)
-    if kind == "sft" and source.columns is not None:
-        records = _without_bad(source, records, where, changes)
-    columns = _columns(kind, source, records, where)
+    good = _without_bad(source, records, where, changes) if kind == "sft" and source.columns is not None else records
+    columns = _columns(kind, source, good, where)
     if source.columns is not None or pairing:
-        count_unused(_unmapped(source, columns, records), changes)
+        unread = [name for name in _unmapped(source, columns, records) if name != LABEL or good is records]
+        refuse_exclusion(kind, f"data.{kind}.columns", unread, good, mapped=kind == "sft")
+        count_unused(unread, changes)
+    records = good
     if pairing:
         rows = [_row(columns, record) for record in records]
         if source.graded:
-            rows = graded_pairs(rows, records, source.graded, where, _at, _ABSENT, changes)
+            rows = graded_pairs(rows, records, source.graded, where, value_at, ABSENT, changes)
         elif source.preferred:
-            rows = preferred_pairs(rows, records, source.preferred, where, _at, _ABSENT, changes)
+            rows = preferred_pairs(rows, records, source.preferred, where, value_at, ABSENT, changes)
         rows = [{"id": i, **row} for i, row in enumerate(rows[: source.rows])]
     else:
         records = list(records[: source.rows])
@@ -114,6 +115,8 @@ def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, wher
     """
     known = {*TEXT[kind], *SCORES, _MESSAGES, "answer", WEIGHT, LABEL, TOOLS, "id"}
     rows = []
+    made = _without_bad(source, made, where, changes) if kind == "sft" else made
+    refuse_exclusion(kind, where, [name for name in {n: n for row in made for n in row} if name not in known], made)
     for i, row in enumerate(made):
         try:
             more = {name: value if name in known else _written(value, strict=True) for name, value in row.items()}
@@ -161,8 +164,8 @@ def _without_bad(source: TableSource, records: Sequence[Record], where: str, cha
     spec = (source.columns or {}).get(LABEL, LABEL)
     if any(path == spec for name, one in (source.columns or {}).items() if name != LABEL for path in paths_of(one)):
         return records
-    labels = [_at(record, spec) for record in records]
-    given = [label for label in labels if label is not _ABSENT and label is not None]
+    labels = [value_at(record, spec) for record in records]
+    given = [label for label in labels if label is not ABSENT and label is not None]
     if not given or not all(map(is_thumb, given)):
         return records
     return liked_records(records, [not is_thumb(label) or thumb(label, where) for label in labels], where, changes)
@@ -202,7 +205,7 @@ def _columns(
             wanted[name] = name
         elif name not in wanted:
             raise ConfigError(f"data.{kind}.columns: has no {name!r}; this table needs {', '.join(needed)}")
-    _refuse_leak(kind, source, wanted, present)
+    refuse_leak(kind, source, wanted, records)
     numbers = (name for name in wanted if is_number(kind, name))
     paired = (*TEXT["sft"], *TEXT["preferences"]) if source.graded or source.preferred else ()
     as_it_is = {*TEXT[kind], *paired, _MESSAGES, "answer", LABEL, *numbers}
@@ -241,29 +244,9 @@ def _needed(kind: Sourced, source: TableSource, whole: bool, present: set[str]) 
     return [name for name in needed if not (unanswered and name == "answer")]
 
 
-def _refuse_leak(kind: Sourced, source: TableSource, wanted: dict[str, str], present: set[str]) -> None:
-    """Raise ConfigError if a prompt reads a place that holds its answer or a part of it, without an expression that parts them."""
-    if "prompt" not in wanted or "prompt" in (source.extract or {}):
-        return
-    asked = set(paths_of(wanted["prompt"]))
-    names = ("completion", "chosen", "rejected", "answer", _MESSAGES)
-    answers = [(name, path) for name in names if name in wanted for path in paths_of(wanted[name])]
-    answers += [("a graded answer", path) for path in answer_paths(source.graded, asked)] if source.graded else []
-    answers += [("a preferred answer", path) for path in source.preferred.answers.values()] if source.preferred else []
-    for name, path in answers:
-        parts = path.split(".")
-        # a column's own name may contain dots; then only this name reads it
-        around = {path} if path in present else {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-        for place in sorted(asked & around):
-            raise ConfigError(
-                f"data.{kind}.columns: prompt and {name} are both read from {place!r}, so the answer would be in the prompt,"
-                " whole or in part. Map other columns; for a whole conversation, map `messages` (sft) or leave `prompt` out (preferences)."
-            )
-
-
 def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_is: bool) -> Callable[[Record], Any]:
     """Return the function that reads one column. Raises DataError if no record has the named path."""
-    template = bool(_FIELD.search(spec))
+    template = bool(FIELD.search(spec))
     for path in paths_of(spec):
         if not any(is_there(record, path) for record in records):
             there = sorted({str(key) for record in records for key in record})
@@ -274,48 +257,19 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
 
     def read(record: Record) -> Any:
         if template:
-            parts = {path: _at(record, path) for path in paths_of(spec)}
+            parts = {path: value_at(record, path) for path in paths_of(spec)}
             # without a part, the row has no such value: validation counts it
             missing = any(map(is_missing, parts.values()))
-            return None if missing else _FIELD.sub(lambda field: _written(parts[field[1]]), spec)
-        value = _at(record, spec)
-        return None if value is _ABSENT else value if as_it_is else _written(value)
+            return None if missing else FIELD.sub(lambda field: _written(parts[field[1]]), spec)
+        value = value_at(record, spec)
+        return None if value is ABSENT else value if as_it_is else _written(value)
 
     return read
 
 
-def paths_of(spec: str) -> list[str]:
-    """Return the paths that the specification of a column reads: those in the braces of a template, else itself."""
-    return _FIELD.findall(spec) or [spec]
-
-
-def is_there(record: Record, path: str) -> bool:
-    """Return True if the record has a value at the path."""
-    return _at(record, path) is not _ABSENT
-
-
-def is_missing(value: Any) -> bool:
-    """Return True for null, for no value at all, and for NaN: how tables write a missing value."""
-    return value is None or value is _ABSENT or (isinstance(value, float) and math.isnan(value))
-
-
-def _at(record: Any, path: str) -> Any:
-    """Return the value at a dotted path. A name that contains dots is tried first; a number indexes a list."""
-    if isinstance(record, dict) and path in record:
-        return record[path]
-    head, _, rest = path.partition(".")
-    if isinstance(record, dict) and head in record:
-        inner = record[head]
-    elif isinstance(record, list) and head.isdecimal() and int(head) < len(record):
-        inner = record[int(head)]
-    else:
-        return _ABSENT
-    return _at(inner, rest) if rest else inner
-
-
 def _written(value: Any, strict: bool = False) -> str:
     """Return a value as text, for a template or an extra column; `strict` raises TypeError for values that JSON does not have."""
-    if value is None or value is _ABSENT:
+    if value is None or value is ABSENT:
         return ""
     if isinstance(value, str):
         return value
@@ -342,7 +296,7 @@ def _answer(value: Any) -> Any:
 
 
 def _extract(kind: Sourced, rows: list[Row], name: str, pattern: str, where: str) -> None:
-    """Replace a column by the first group of a regular expression. Raises DataError if a row does not match."""
+    """Replace a column by the first group of a regular expression; a missing value stays. Raises DataError if a row does not match."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -353,7 +307,7 @@ def _extract(kind: Sourced, rows: list[Row], name: str, pattern: str, where: str
     if rows and name not in there:
         raise ConfigError(f"data.{kind}.extract: the table has no column {name!r}{nearest(name, there)}")
     for row in rows:
-        if name not in row:  # an optional column, such as tools
+        if is_missing(row.get(name)):  # validation counts it, unless the column is optional, such as tools
             continue
         several = name == "answer" and isinstance(row[name], list)
         kept = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.config.data_schema import TableSource
-from pipelines.data.column_mapping import is_there, paths_of
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.formats import recognised
+from pipelines.data.paths import is_there, paths_of
 from pipelines.data.tables import SCORES, WEIGHT, is_number, required
 from posttrain.errors import DataError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
@@ -78,14 +78,6 @@ def graded_pairs(
             f"{where}: no record holds a better and a worse answer among {graded.answers or ', '.join(graded.columns or ())}"
         )
     return pairs
-
-
-def answer_paths(graded: GradedAnswers, asked: Iterable[str]) -> list[str]:
-    """Return the paths of the answers' texts; for one list of answers, the list's and those in `asked` that read a text in it."""
-    if graded.answers is not None:
-        inside = [path for path in asked if path.startswith(f"{graded.answers}.") and path.endswith(graded.text)]
-        return [graded.answers, *inside]
-    return [f"{column}.{graded.text}".rstrip(".") for column in graded.columns or ()]
 
 
 def _require_graded(records: Sequence[Record], graded: GradedAnswers, where: str, at: At, absent: Any) -> None:

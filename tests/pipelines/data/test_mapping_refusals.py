@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipelines.config.data_schema import GradedAnswers, PreferredAnswer
+from pipelines.config.data_schema import GradedAnswers, PreferredAnswer, TableSource
+from pipelines.data.column_mapping import generated_rows
 from posttrain.errors import ConfigError, DataError
-from tests.pipelines.data.records import rows
+from tests.pipelines.data.records import rows, says, user
 
 LABELLED = {"columns": ["w"], "answers": {"A": "a", "B": "b"}}
 
@@ -25,6 +26,16 @@ LABELLED = {"columns": ["w"], "answers": {"A": "a", "B": "b"}}
         ("sft", {"prompt": "d", "completion": "{d.a} {q}"}, {}, "d"),
         ("preferences", {"prompt": "{q} {a}"}, {"preferred": LABELLED}, "a"),
         ("preferences", {"prompt": "{q} {r}"}, {"graded": {"answers": "r", "text": "t", "score": "s"}}, "r"),
+        ("problems", {"prompt": "l.0", "answer": "l"}, {}, "l.0"),
+        ("sft", {"prompt": "{d.a}", "completion": "{d} {q}"}, {}, "d.a"),
+        ("preferences", {"prompt": "c.1.content", "chosen": "c", "rejected": "c"}, {}, "c.1.content"),
+        (
+            "preferences",
+            {"prompt": "c.1.content"},
+            {"preferred": {"columns": ["w"], "answers": {"A": "c", "B": "b"}}},
+            "c.1.content",
+        ),
+        ("preferences", {"prompt": "{r.0}"}, {"graded": {"answers": "r", "text": "t", "score": "s"}}, "r.0"),
         ("preferences", {"prompt": "{r.0.t}"}, {"graded": {"answers": "r", "text": "t", "score": "s"}}, "r.0.t"),
         ("preferences", {"prompt": "{x}"}, {"graded": {"columns": ["x", "y"], "text": "t", "score": "s"}}, "x"),
     ],
@@ -34,6 +45,7 @@ def test_a_prompt_that_reads_a_part_of_its_answer_is_refused(
 ) -> None:
     scored = {"t": "good", "s": True}
     record = {"q": "1+1?", "a": "2", "b": "3", "w": "A", "d": {"a": "2"}, "r": [scored], "x": scored, "y": scored}
+    record |= {"c": [user("1+1?"), says("2")], "l": ["2", "two"]}
     with pytest.raises(ConfigError, match=rf"prompt and .* are both read from '{place}'"):
         rows(kind, record, columns=columns, **more)
 
@@ -44,6 +56,61 @@ def test_a_prompt_next_to_its_answer_in_one_record_is_no_leak() -> None:
     ]
     dotted = {"d": "1+1?", "d.a": "2"}
     assert rows("sft", dotted, columns={"prompt": "d", "completion": "d.a"}) == [{"prompt": "1+1?", "completion": "2"}]
+
+
+@pytest.mark.parametrize("place", ["m.01", "m.-1", "m[1]", "m.\u0661"])
+def test_a_place_in_a_list_has_one_spelling(place: str) -> None:
+    with pytest.raises(DataError, match="which no record has"):
+        rows("sft", {"m": ["1+1?", "2"]}, columns={"prompt": "m.1", "completion": place})
+
+
+def test_the_question_of_a_conversation_is_no_leak() -> None:
+    pair = {"c": [user("1+1?"), says("2")], "r": [user("1+1?"), says("3")]}
+    made = rows("preferences", pair, columns={"prompt": "c.0.content", "chosen": "c", "rejected": "r"})
+    assert made == [{"prompt": [user("1+1?")], "chosen": [says("2")], "rejected": [says("3")]}]
+    shared = {"q": {"role": "gpt", "content": "2"}, "a": "2"}
+    assert rows("sft", shared, columns={"prompt": "q.role", "completion": "a"})[0]["prompt"] == "gpt"
+
+
+@pytest.mark.parametrize("mask", [{"loss_mask": 0}, {"train": False}, {"Mask": "no"}, {"loss_mask": [1, 0]}])
+@pytest.mark.parametrize("kind", ["sft", "preferences"])
+def test_a_mask_that_no_part_of_the_mapping_reads_is_refused(kind: str, mask: dict[str, Any]) -> None:
+    records = [{"q": "a", "c": "b", "r": "d", "loss_mask": None}, {"q": "e", "c": "f", "r": "g"} | mask]
+    columns = {"prompt": "q", "completion": "c"} if kind == "sft" else {"prompt": "q", "chosen": "c", "rejected": "r"}
+    with pytest.raises(DataError, match=rf"{next(iter(mask))}' is not read, and excludes .*first: row 1"):
+        rows(kind, *records, columns=columns)
+
+
+def test_a_mask_may_be_the_weight_of_rows_or_exclude_nothing() -> None:
+    records = [{"q": "a", "c": "b", "loss_mask": 0}, {"q": "e", "c": "f", "loss_mask": 1}]
+    columns = {"prompt": "q", "completion": "c", "weight": "loss_mask"}
+    assert [row["weight"] for row in rows("sft", *records, columns=columns)] == [0.0, 1.0]
+    assert rows("sft", records[1], columns={"prompt": "q", "completion": "c"}) == [{"prompt": "e", "completion": "f"}]
+    topics = {"q": "a", "c": "b", "labels": ["algebra"]}
+    assert rows("sft", topics, columns={"prompt": "q", "completion": "c"}) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_bad_answers_of_an_environment_are_not_imitated() -> None:
+    changes: Counter[str] = Counter()
+    made = [{"prompt": "1+1?", "completion": "3", "label": False}, {"prompt": "1+1?", "completion": "2", "label": True}]
+    kept = generated_rows("sft", made, TableSource(source="memory"), "data.sft", changes)
+    assert [row["completion"] for row in kept] == ["2"]
+    assert +changes == {"answers with label false, left out of imitation": 1}
+    with pytest.raises(DataError, match="'loss_mask' is not read"):
+        generated_rows("sft", [made[1] | {"loss_mask": 0}], TableSource(source="memory"), "data.sft", changes)
+
+
+def test_a_label_that_selects_rows_is_not_counted_as_unused() -> None:
+    changes: Counter[str] = Counter()
+    records = [{"q": "a", "c": "b", "label": False}, {"q": "a", "c": "d", "label": True}]
+    assert len(rows("sft", *records, columns={"prompt": "q", "completion": "c"}, changes=changes)) == 1
+    assert +changes == {"answers with label false, left out of imitation": 1}
+
+
+def test_an_expression_leaves_a_missing_value_to_validation() -> None:
+    records = [{"prompt": "1+1?", "answer": None}, {"prompt": "2+2?", "answer": "#### 4"}, {"prompt": "3+3?"}]
+    made = rows("problems", *records, extract={"answer": r"#### (\S+)"})
+    assert [row["answer"] for row in made] == [None, "4", None]
 
 
 def test_a_template_without_one_of_its_parts_gives_no_value() -> None:
