@@ -42,7 +42,6 @@ def run(run: Run) -> None:
     device = accelerator(run.context, params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
-    from posttrain.data.conversations import TrainOn
     from posttrain.data.tokens import table_tokens
     from posttrain.models.folders import load_encoder, load_policy
     from posttrain.models.policy import Policy
@@ -53,8 +52,7 @@ def run(run: Run) -> None:
     run.recorder.ready(device_name(device.device))
     encoder = load_encoder(START)
     table = supervised_rows(read_table("sft"))
-    train_on: TrainOn = "completion" if params.train_on == "all" else params.train_on
-    tokens = table_tokens(encoder, table, "completion", train_on)
+    tokens = table_tokens(encoder, table, "completion", params.train_on)
     rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.config.evaluation_schema import EvaluationParams
 from pipelines.config.params import Params
-from pipelines.data.tables import FOLDER, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
+from pipelines.data.tables import FOLDER, LABEL, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import ConfigError
 from posttrain.rewards import require_available
 
 if TYPE_CHECKING:
+    from posttrain.data.conversations import TrainOn
     from posttrain.data.tokens import TextEncoder
     from posttrain.rewards.extraction import AnswerKind
 
@@ -38,7 +39,7 @@ def run(run: Run) -> None:
         # Check now: the first answer is scored only after hours of training.
         require_available(section.function)
     tables = {table: read_rows(FOLDER / f"{table}.parquet") for table in TABLES}
-    lengths = TokenLengths(base_encoder())
+    lengths = TokenLengths(base_encoder(), project.sft.train_on)
     _check_context(params.max_prompt_tokens, params.max_completion_tokens, lengths.encoder.max_length)
 
     from pipelines.validation.check import check
@@ -55,7 +56,7 @@ def run(run: Run) -> None:
     validator = Validator()
     outcome = check(tables, params.rules, limits, lengths, validator)
     report = run.outputs.artifact("validation.html")
-    shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES)
+    shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES, project.sft.train_on)
     changes = read_changes(FOLDER)
     for table in () if outcome.stops else TABLES:
         counted = left_out(lengths.encoder, table, outcome.kept[table])
@@ -87,16 +88,24 @@ def run(run: Run) -> None:
 
 
 class TokenLengths:
-    """Count tokens as training is going to see them: special tokens, chat template and end of sequence included."""
+    """Count tokens as training is going to see them: special tokens, chat template and end of sequence included.
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder = encoder
+    Args:
+        train_on: `sft.train_on`. A row for imitation that it cannot train is refused here, not hours later; the lengths of prompt and
+            completion are those of `completion` for every value.
+    """
+
+    def __init__(self, encoder: TextEncoder, train_on: TrainOn = "completion") -> None:
+        self.encoder, self.train_on = encoder, train_on
 
     def prompt(self, row: Row) -> int:
         return len(self.encoder.prompt(row["prompt"] or "", self._tools(row), str(row["id"])))
 
     def pair(self, row: Row, column: str) -> tuple[int, int]:
-        tokens = self.encoder.tokens(row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row))
+        text = row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row)
+        tokens = self.encoder.tokens(*text)
+        if column == "completion" and LABEL not in row and self.train_on != "completion":
+            self.encoder.tokens(*text, self.train_on)
         return len(tokens.prompt), len(tokens.response)
 
     def unknown(self, row: Row) -> float:
@@ -139,6 +148,6 @@ if __name__ == "__main__":
     main(
         run,
         "validate",
-        params=("validation", "evaluation.accuracy", "rewards"),
+        params=("validation", "evaluation.accuracy", "rewards", "sft.train_on"),
         inputs=[*(f"data/tables/{table}.parquet" for table in TABLES), "models/base"],
     )

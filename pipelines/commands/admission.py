@@ -37,7 +37,7 @@ class Admission:
         self._limits = TableLimits(
             rules.max_prompt_tokens, rules.max_completion_tokens, answer_kind(params), rules.max_unknown_share
         )
-        self._lengths = TokenLengths(base_encoder()) if MODEL.is_dir() else _Unknown()
+        self._lengths = TokenLengths(base_encoder(), params.sft.train_on) if MODEL.is_dir() else _Unknown()
 
     def accepted_bytes(self, kind: Kind) -> set[str]:
         """Return the digests of the accepted files. Each file is read once: with 1,000 new files, 1,000 times as many reads otherwise."""

@@ -11,7 +11,7 @@ from inspect import Signature
 from pathlib import Path
 from typing import get_args
 
-from pipelines.commands.layers import HEADS, adapters, weight_names
+from pipelines.commands.model_folders import HUB_ID, adapter_problems, model_problems
 from pipelines.commands.source_signatures import signature_in
 from pipelines.config.data_schema import TableSource
 from pipelines.config.params import Params
@@ -23,13 +23,12 @@ from pipelines.data.sources import HUB, is_generator, local_files, no_source, re
 from pipelines.data.tables import group_labels
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
-from posttrain.errors import ModelError, PosttrainError
+from posttrain.errors import PosttrainError
 from posttrain.evaluation.harness import require_package
 from posttrain.rewards.judge_server import server_of_environment
 from posttrain.rewards.signatures import misfit
 from posttrain.text import nearest
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 ROWS = 20
 """Rows of a local file whose columns are checked."""
 FILES = 8
@@ -41,8 +40,8 @@ def problems(params: Params) -> list[str]:
     return [
         *_functions(params),
         *_services(params),
-        *_model(params),
-        *_adapters(params),
+        *model_problems(params),
+        *adapter_problems(params),
         *_data(params),
         *_groups(params),
         *_second_task(params),
@@ -202,46 +201,6 @@ def _missing_task(path: str) -> str | None:
     return None
 
 
-def _model(params: Params) -> Iterator[str]:
-    """Yield a model source that is neither `tiny`, a folder with a config.json, a GGUF file, nor of the form of a hub id."""
-    named = {"model.source": params.model.source, "reward.source": params.reward.source}
-    for key, source in named.items():
-        if source in (None, "tiny") or (Path(source) / "config.json").is_file():
-            continue
-        if key == "model.source" and source.endswith(".gguf"):
-            yield from _gguf(Path(source))
-        elif Path(source).exists():
-            inside = sorted(path.parent for path in Path(source).glob("*/config.json"))
-            where = f"; models are in its subfolders: write {inside[-1].as_posix()}" if inside else ""
-            yield f"{key} = {source!r}: the folder has no config.json, so it is not a model that transformers can load{where}"
-        elif not HUB_ID.fullmatch(source) or source.startswith((".", "/")):
-            yield f"{key} = {source!r}: no such folder, and not a hub id (OWNER/NAME)"
-
-
-def _gguf(file: Path) -> Iterator[str]:
-    from posttrain.models.gguf import check_file
-
-    try:
-        check_file(file)
-    except ModelError as error:
-        yield f"model.source = {error}"
-
-
-def _adapters(params: Params) -> Iterator[str]:
-    """Yield layers that an adapter names and the model does not have; only a folder here, and the tiny model, are looked into."""
-    names = weight_names(params)
-    for key, lora in adapters(params).items():
-        for target in lora.target_modules if not isinstance(lora.target_modules, str) else ():
-            if target.rpartition(".")[2] in HEADS:
-                yield (
-                    f"{key}.target_modules: {target!r} is the head or an embedding, which cannot have an adapter, because"
-                    " log-probabilities are fused with the head's own weight; name other layers, or use all-linear"
-                )
-            elif names and not any(name == target or name.endswith(f".{target}") for name in names):
-                ends = {name.rpartition(".")[2] for name in names} - {*HEADS}
-                yield f"{key}.target_modules: the model has no layer {target!r}{nearest(target, ends)}"
-
-
 def _groups(params: Params) -> Iterator[str]:
     """Yield why the evaluation's prompts have no groups. All rows of local files are read; a user's module and the hub are not."""
     name, source = params.evaluation.groups, params.data.evaluation
@@ -270,7 +229,7 @@ def _held_out(kind: str, source: TableSource) -> Iterator[str]:
 def _data(params: Params) -> Iterator[str]:
     """Yield what is wrong with a table's source, or with the columns of the first rows of its files."""
     for kind in (*get_args(Kind), *(["labelled"] if params.data.labelled else [])):
-        yield from _table(kind, getattr(params.data, kind))
+        yield from _table(kind, getattr(params.data, kind), params.sft.train_on == "marked")
     if params.data.experts is not None:
         try:
             source = expert_data(params.data, params.data.experts).sft
@@ -280,8 +239,8 @@ def _data(params: Params) -> Iterator[str]:
         yield from (in_experts(line) for line in _table("sft", source))
 
 
-def _table(kind: str, source: TableSource) -> Iterator[str]:
-    """Yield what is wrong with one table's source."""
+def _table(kind: str, source: TableSource, marked: bool = False) -> Iterator[str]:
+    """Yield what is wrong with one table's source. `marked`: the table sft must hold conversations."""
     for name in source.names:
         if name.startswith(HUB) and not re.fullmatch(HUB_ID.pattern + r"(:[\w.-]+)?", name.removeprefix(HUB)):
             yield f"data.{kind}.source = {name!r}: a hub data set is written hub:OWNER/NAME"
@@ -306,6 +265,9 @@ def _table(kind: str, source: TableSource) -> Iterator[str]:
         require_alike(kind, source, parts)
         for _, records in parts:
             # pyrefly: ignore[bad-argument-type]
-            canonical_rows(kind, source.model_copy(update={"rows": None}), records)
+            rows = canonical_rows(kind, source.model_copy(update={"rows": None}), records)
+            if kind == "sft" and marked and isinstance(rows[0]["completion"], str):
+                yield "sft.train_on = 'marked': the rows of data.sft are plain text, which has no marks; set sft.train_on: completion"
+                return
     except PosttrainError as error:
         yield str(error)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import get_args
 
+from pipelines.commands.model_folders import unknown_layers
 from pipelines.config.numbers import repeated_prompts
 from pipelines.config.params import Params
 from pipelines.config.schema import OnPolicyBudget
@@ -20,7 +21,14 @@ def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
     changes: lines of `configure`, such as "sft.epochs: 1 -> 2"; None for `plan`, which counts all steps and reports warm-ups itself.
     """
     changed = [] if changes is None else _without_effect(params, changes)
-    return [*changed, *_unread_files(params), *unused_rewards(params), *_learned_accuracy(params), *_repeated(params)]
+    return [
+        *changed,
+        *_unread_files(params),
+        *unused_rewards(params),
+        *_learned_accuracy(params),
+        *_repeated(params),
+        *unknown_layers(params),
+    ]
 
 
 def _learned_accuracy(params: Params) -> Iterator[str]:

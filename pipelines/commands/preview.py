@@ -3,7 +3,7 @@
     posttrain preview TABLE ROW
 
 TABLE: sft, preferences, preferences_heldout, problems or evaluation. ROW: its id. Trained tokens are green and underlined in a
-terminal, and in [[brackets]] elsewhere.
+terminal, and in [[brackets]] elsewhere; those of sft follow `sft.train_on`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from typing import get_args
 
+from pipelines.config.params import load_params
 from pipelines.data.tables import FOLDER, Table, read_rows
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors, whole
@@ -32,10 +33,13 @@ def preview(table: Table, row_id: int, colour: bool) -> str:
             raise ConfigError(f"table {table} has no rows; data.{table} in params.yaml names its source")
         ids = sorted(row["id"] for row in rows)
         raise ConfigError(f"table {table} has no row {row_id}; its ids go from {ids[0]} to {ids[-1]}")
-    encoder, lines = base_encoder(), []
-    for name, parts in trained_parts(encoder, table, row).items():
+    encoder, lines, train_on = base_encoder(), [], load_params().sft.train_on
+    setting = f" (sft.train_on: {train_on})" if table == "sft" else ""
+    for name, parts in trained_parts(encoder, table, row, train_on).items():
         count = sum(tokens for _, tokens, trained in parts if trained)
-        lines.append(f"{table} {row_id}, {name}: {count} of {sum(tokens for _, tokens, _ in parts)} tokens are trained")
+        lines.append(
+            f"{table} {row_id}, {name}{setting}: {count} of {sum(tokens for _, tokens, _ in parts)} tokens are trained"
+        )
         lines.append("".join(_marked(text, colour) if trained else text for text, _, trained in parts))
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from pipelines.data.tables import TEXT, Row, Table
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
+    from posttrain.data.conversations import TrainOn
     from posttrain.data.tokens import TextEncoder, Tokens
 
 Part = tuple[str, int, bool]
@@ -26,17 +27,27 @@ OTHER_PROMPT = (
 NO_END = "answers that train no end, because the chat template closes them, before a further turn, with no token that stops sampling"
 
 
-def trained_parts(encoder: TextEncoder, table: Table, row: Row) -> dict[str, list[Part]]:
-    """Return the parts of each trained column; of a table without answers, the prompt as the model is going to see it."""
+def trained_parts(
+    encoder: TextEncoder, table: Table, row: Row, train_on: TrainOn = "completion"
+) -> dict[str, list[Part]]:
+    """Return the parts of each trained column; of a table without answers, the prompt as the model is going to see it.
+
+    `train_on` is `sft.train_on`, which holds for the table sft only.
+    """
     from posttrain.data.tokens import Tokens, row_tools
 
     name, tools = str(row["id"]), row_tools(row)
     columns = [column for column in TEXT[table] if column != "prompt"]
     if not columns:
         return {"prompt": _parts(encoder, Tokens(tuple(encoder.prompt(row["prompt"] or "", tools, name)), ()))}
+    if table != "sft":
+        train_on = "completion"
+    found = {
+        column: encoder.tokens(row["prompt"] or "", row[column] or "", name, tools, train_on) for column in columns
+    }
     return {
-        column: _parts(encoder, encoder.tokens(row["prompt"] or "", row[column] or "", name, tools))
-        for column in columns
+        column: _parts(encoder, tokens.with_prompt() if train_on == "all" else tokens)
+        for column, tokens in found.items()
     }
 
 
@@ -118,11 +129,13 @@ def _answers(encoder: TextEncoder, row: Row, column: str) -> Counter[str]:
     return Counter({OTHER_PROMPT: elsewhere, NO_END: sum(token not in encoder.ends for token in last)})
 
 
-def samples(encoder: TextEncoder, tables: Mapping[Table, Sequence[Row]], count: int) -> list[tuple[str, list[Part]]]:
-    """Return the first `count` rows of each table with their trained parts."""
+def samples(
+    encoder: TextEncoder, tables: Mapping[Table, Sequence[Row]], count: int, train_on: TrainOn = "completion"
+) -> list[tuple[str, list[Part]]]:
+    """Return the first `count` rows of each table with their trained parts; `train_on` is `sft.train_on`."""
     return [
         (f"{table} {row['id']}, {column}", parts)
         for table, rows in sorted(tables.items())
         for row in rows[:count]
-        for column, parts in trained_parts(encoder, table, row).items()
+        for column, parts in trained_parts(encoder, table, row, train_on).items()
     ]

@@ -86,7 +86,7 @@ def content_view(table: Table, rows: Sequence[Row], lengths: Lengths) -> pd.Data
             counted[name][i] = tokens[name]
     columns |= {f"{name}_tokens": counts for name, counts in counted.items()}
     columns[UNKNOWN] = _floats(lengths.unknown(row) for row in rows)
-    if any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
+    if any(refused) or any(isinstance(row[name], list) for row in rows for name in TEXT[table]):
         columns[TEMPLATE] = pd.Series(refused, dtype=object)
     columns |= {name: _floats(row[name] for row in rows) for name in present_scores(rows)}
     if is_number(table, WEIGHT) and WEIGHT in rows[0]:

@@ -191,9 +191,11 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """Return the rendered conversation and the trained spans: assistant turns of the completion whose weight is not 0.
 
-        Raises DataError if a span cannot be found exactly.
+        Raises DataError if a span cannot be found exactly, or if a turn has a weight that `all` would not heed.
         """
         messages, first = [*prompt, *completion], len(prompt)
+        if train_on == "all":
+            _require_even_weights(messages, row)
         full = self.conversation(messages, tools, row=row)
         turns = [i for i in range(first, len(messages)) if messages[i].get("role") == "assistant"]
         if train_on == "last":
@@ -205,7 +207,7 @@ class ChatTemplate:
             weight = float(messages[turn].get("weight", 1.0))
             if weight:
                 span = self._by_prefix(messages, turn, full, tools) or self._by_stand_ins(messages, turn, full, tools)
-                if span is None and _MARK.search(str(self.tokenizer.chat_template)):
+                if span is None and has_marks(str(self.tokenizer.chat_template)):
                     return full, self._marked(messages, turns, tools, row)
                 if span is None:
                     raise DataError(
@@ -288,7 +290,7 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Message], turns: Sequence[int], tools: Any, row: str) -> list[Span]:
         template = str(self.tokenizer.chat_template)
-        if not _MARK.search(template):
+        if not has_marks(template):
             raise DataError(
                 f"{row_name(row)}: sft.train_on is `marked`, and the model's chat template has no {{% generation %}} marks;"
                 " set train_on: completion, or give a template that has them"
@@ -309,6 +311,16 @@ class ChatTemplate:
         return [Span(mark[0], mark[1], weights[i], i) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
 
 
+def _require_even_weights(messages: Sequence[Message], row: str) -> None:
+    """Raise DataError if a turn has another weight than 1: a conversation of which all is trained has no such turns."""
+    for i, message in enumerate(messages):
+        if float(message.get("weight", 1.0)) != 1.0:
+            raise DataError(
+                f"{row_name(row)}: turn {i} ({message.get('role')}) has the weight {float(message['weight']):g}, and sft.train_on: all"
+                " trains every turn alike; set train_on: completion, or remove the weights of turns"
+            )
+
+
 def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
     """Return the assistant turns whose reasoning, in its own field or in tags, the rendered text lacks.
 
@@ -324,6 +336,11 @@ def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
         if message.get("role") == "assistant" and any(_plain(part) not in shown for part in parts):
             found.append(i)
     return found
+
+
+def has_marks(template: str) -> bool:
+    """Return True if a chat template marks the answers with {% generation %}."""
+    return _MARK.search(template) is not None
 
 
 def as_messages(text: str | Sequence[Message], role: str) -> list[Message]:

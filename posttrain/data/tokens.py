@@ -44,6 +44,10 @@ class Tokens:
         """Return the number of response tokens that carry loss."""
         return len(self.response) if self.weights is None else sum(weight != 0 for weight in self.weights)
 
+    def with_prompt(self) -> Tokens:
+        """Return the same tokens with loss on all of them but the first, which no token predicts."""
+        return Tokens(self.prompt[:1], self.prompt[1:] + self.response, self.id)
+
     @property
     def loss_weight(self) -> float:
         """Return the sum of the response tokens' weights."""
@@ -117,7 +121,8 @@ class TextEncoder:
     ) -> Tokens:
         """Return the ids of both, of any length. If one is chat messages, both go through the template, which is applied once.
 
-        The response begins with the first token that carries loss and ends with the last one.
+        The response begins with the first token that carries loss and ends with the last one. With `all` it is that of `completion`: see
+        `Tokens.with_prompt`.
         """
         if isinstance(prompt, str) and isinstance(completion, str):
             if train_on == "marked":

@@ -96,7 +96,7 @@ class SupervisedObjective:
     def _split(self, tokens: Tokens) -> Tokens:
         if self.train_on == "completion":
             return tokens
-        return Tokens(tokens.prompt[:1], tokens.prompt[1:] + tokens.response, tokens.id)
+        return tokens.with_prompt()
 
 
 @dataclass(frozen=True)
