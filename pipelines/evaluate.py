@@ -22,7 +22,7 @@ from pipelines.runtime.step import main
 from pipelines.training.evaluator import REFERENCE, TASKS, Evaluator, write_predictions
 from pipelines.training.reward_record import EVALUATION, check_record, reward_inputs
 from pipelines.training.setup import peak_memory_mib
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
@@ -60,13 +60,23 @@ def run(run: Run) -> None:
 def summary(
     answers: Sequence[EvaluatedAnswer], accuracy: str, pass_k: Sequence[int], resampling: Resampling
 ) -> dict[str, float]:
-    """Return the values of metrics.json; intervals are over prompts."""
+    """Return the values of metrics.json; intervals are over prompts.
+
+    Raises DataError naming a reward that has no value for any answer.
+    """
     import numpy as np
 
     from posttrain.evaluation.statistics import floats, mean_interval, pass_at_k_by_prompt
 
     greedy = [a for a in answers if a.sample == 0]
     sampled = [a for a in answers if a.sample > 0]
+    for source in sorted(answers[0].rewards):
+        for kind, some in (("greedy", greedy if source == accuracy else []), ("sampled", sampled)):
+            if some and all(a.rewards[source] is None for a in some):
+                raise DataError(
+                    f"rewards.{source}: has no value for any of the {len(some)} {kind} answers, so it has no mean: it gave None,"
+                    " or failed, for all of them. Correct its function, or remove it from evaluation.rewards"
+                )
     shape = (len(greedy), len(sampled) // len(greedy))
     interval = mean_interval(floats([a.rewards[accuracy] for a in greedy]), resampling)
     results = {"accuracy": interval.value, "accuracy_low": interval.low, "accuracy_high": interval.high}

@@ -195,10 +195,13 @@ def test_labels_that_are_classes_or_true_are_imitated() -> None:
 def test_the_other_functions_refuse_as_well(model: pt.Model, tmp_path: Path) -> None:
     model.save(tmp_path / "run" / "checkpoint-100")
     file = tmp_path / "run" / "checkpoint-100" / "config.json"
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF")
     calls: list[tuple[Any, str]] = [
         (lambda: pt.load(None), "load: source is None"),  # type: ignore[arg-type]
         (lambda: pt.load(""), "load: source is ''"),
         (lambda: pt.load(file), "is a file; give the folder"),
+        (lambda: pt.load(gguf), "is a GGUF file. The pipeline reads it"),
         (lambda: pt.load(tmp_path / "run"), "give .*checkpoint-100"),
         (lambda: pt.tiny(seed=-1), "tiny: seed = -1"),
         (lambda: pt.tiny(seed=0, layer=2), "did you mean 'layers'"),

@@ -62,8 +62,8 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     if twice is not None:
         raise DataError(f"{where}: has the column {twice!r} twice, so one would be lost; rename it")
     try:
-        readable = pa.schema([field.with_type(_readable(field.type)) for field in table.schema])
-        records: list[dict[str, Any]] = (table if readable == table.schema else table.cast(readable)).to_pylist()
+        fine = [field.name for field in table.schema if _holds_nanoseconds(field.type)]
+        records: list[dict[str, Any]] = table.to_pylist()
         list(table.schema.names)  # names may be undecodable, too
     except UnicodeDecodeError as error:
         raise DataError(
@@ -73,6 +73,9 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
         raise DataError(
             f"{where}: holds a date or time that Python cannot represent ({error}); save the column as text"
         ) from None
+    for name in fine:
+        for record, scalar in zip(records, table.column(name), strict=True):
+            record[name] = _value(scalar)
     for field in table.schema:
         convert = _conversion(field.type)
         if convert is None:
@@ -90,17 +93,37 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
     return records
 
 
-def _readable(kind: pa.DataType) -> pa.DataType:
-    """Return a type whose values Python holds: times of nanoseconds are cut by Python, so they are texts."""
+def _holds_nanoseconds(kind: pa.DataType) -> bool:
+    """Return True if the type holds times of day in nanoseconds, which Python's own times cut to microseconds."""
     if kind == _NANOSECONDS:
-        return pa.string()
-    if pa.types.is_map(kind):
-        return pa.map_(_readable(kind.key_type), _readable(kind.item_type))
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_nanoseconds(kind.storage_type)
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_readable(field.type)) for field in kind])
-    if any(is_list(kind) for is_list in _LISTS) and (inner := _readable(kind.value_type)) != kind.value_type:
-        return pa.list_(inner)
-    return kind
+        return any(_holds_nanoseconds(field.type) for field in kind)
+    if pa.types.is_map(kind):
+        return _holds_nanoseconds(kind.key_type) or _holds_nanoseconds(kind.item_type)
+    inner = any(is_of(kind) for is_of in (*_LISTS, pa.types.is_dictionary, pa.types.is_run_end_encoded))
+    return inner and _holds_nanoseconds(kind.value_type)
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """Return Python's value of a scalar, in which times of nanoseconds are text with all digits."""
+    kind = scalar.type
+    if not scalar.is_valid or not _holds_nanoseconds(kind):
+        return scalar.as_py()
+    if kind == _NANOSECONDS:
+        seconds, rest = divmod(scalar.value, 1_000_000_000)
+        micro, nano = divmod(rest, 1_000)
+        shown = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{micro:06}"
+        return f"{shown}{nano:03}" if nano else shown
+    if pa.types.is_struct(kind):
+        return {field.name: _value(scalar[i]) for i, field in enumerate(kind)}
+    if pa.types.is_map(kind):
+        return [(_value(pair[0]), _value(pair[1])) for pair in scalar.values]
+    if any(is_list(kind) for is_list in _LISTS):
+        return [_value(one) for one in scalar.values]
+    return _value(scalar.value)  # of a dictionary, a run or an extension
 
 
 def _conversion(kind: pa.DataType) -> Convert | None:
@@ -121,9 +144,7 @@ def _conversion(kind: pa.DataType) -> Convert | None:
         narrow = np.float16 if pa.types.is_float16(kind) else np.float32
         # 0.1 in single precision is 0.10000000149011612 in double precision, which no file says
         return lambda value: None if value is None else float(str(narrow(value)))
-    if kind == _NANOSECONDS:
-        return lambda value: None if value is None else f"{value[:15]}{value[15:] if value[15:].strip('0') else ''}"
-    return None if any(is_plain(kind) for is_plain in _PLAIN) else _written
+    return None if kind == _NANOSECONDS or any(is_plain(kind) for is_plain in _PLAIN) else _written
 
 
 def _of_map(key: Convert | None, item: Convert | None) -> Convert:

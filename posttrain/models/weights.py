@@ -114,6 +114,10 @@ def check_folder(source: str | Path) -> None:
     if not there and not folder.exists() and (folder.is_absolute() or str(source).startswith((".", "models/"))):
         raise ModelError(f"no model folder at {source}; check the path, or run the stage that writes it")
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            raise ModelError(
+                f"{source}: is a GGUF file. The pipeline reads it (model.source) and writes the folder models/base; give that one"
+            )
         raise ModelError(f"{source}: is a file; give the folder that holds it: {folder.parent}")
     if not folder.is_dir():
         return

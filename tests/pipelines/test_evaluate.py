@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
-from pipelines.evaluate import answers_not_found
+from pipelines.evaluate import answers_not_found, summary
 from pipelines.training.evaluator import SecondTaskSettings, second_task_accuracy
 from posttrain.data.tokens import TextEncoder
 from posttrain.environments.base import Environment, register
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluation.answers import EvaluatedAnswer
+from posttrain.evaluation.statistics import Resampling
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.rollouts.groups import Problem
@@ -87,6 +89,16 @@ def test_a_second_task_is_answered_greedily_and_scored_by_its_own_judge() -> Non
     nothing = SecondTask(source="echo_second", rows=5, options={"loud": True})
     with pytest.raises(ConfigError, match=r"evaluation.second_task.options: .* 'loud'"):
         second_task_accuracy(Policy(model), encoder, nothing, SecondTaskSettings(0, 6))
+
+
+@pytest.mark.parametrize(("samples", "kind"), [((0,), "greedy"), ((1, 2), "sampled")])
+def test_a_reward_without_a_value_is_named(samples: Sequence[int], kind: str) -> None:
+    given = answered(["4", "5", "4"])
+    some = [replace(a, rewards={"answer": None if a.sample in samples else 1.0, "odd": 1.0}) for a in given]
+    with pytest.raises(DataError, match=rf"rewards.answer: has no value for any of the {len(samples)} {kind} answers"):
+        summary(some, "answer", [1], Resampling(seed=0, resamples=10))
+    with pytest.raises(DataError, match=r"rewards.odd: .* 2 sampled answers, .* or remove it from evaluation.rewards"):
+        summary([replace(a, rewards={"answer": 1.0, "odd": None}) for a in given], "answer", [1], Resampling(seed=0))
 
 
 def test_a_second_task_that_is_never_scored_is_an_error() -> None:

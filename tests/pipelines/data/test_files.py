@@ -21,6 +21,7 @@ from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.config.params import load_params
 from pipelines.data.column_mapping import canonical_rows
 from pipelines.data.files import folder_files, read_file
+from pipelines.data.parquet import table_records
 from pipelines.data.sources import is_generator, local_files, table_rows
 from posttrain.errors import DataError
 from posttrain.text import normalised
@@ -126,6 +127,30 @@ def test_values_inside_maps_views_and_extensions_are_as_written(tmp_path: Path) 
         "view": "7", "views": [0.1], "time": "00:00:00.000000005", "nested": {"at": ["00:00:00.000000005"]}, "key": str(key),
     }  # fmt: skip
     assert second == maps | {"view": None, "views": None, "time": "00:00:01.500000", "nested": {"at": []}, "key": None}
+
+
+NANOSECONDS = pa.array([5, None], pa.time64("ns"))
+TIMES = pa.array([5], pa.time64("ns"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (NANOSECONDS.dictionary_encode(), "T"),
+        (pa.RunEndEncodedArray.from_arrays(pa.array([1, 2], pa.int32()), NANOSECONDS), "T"),
+        (pa.ListViewArray.from_arrays([0, 0], [1, 0], TIMES), ["T"]),
+        (pa.LargeListViewArray.from_arrays([0, 0], [1, 0], TIMES), ["T"]),
+        (pa.ListArray.from_arrays([0, 1, 1], TIMES.dictionary_encode()), ["T"]),
+        (pa.FixedSizeListArray.from_arrays(NANOSECONDS, 1), ["T"]),
+        (pa.StructArray.from_arrays([NANOSECONDS.dictionary_encode()], ["x"]), {"x": "T"}),
+        (pa.MapArray.from_arrays([0, 1, 1], TIMES, pa.array(["k"])), {"T": "k"}),
+        (pa.MapArray.from_arrays([0, 1, 1], pa.array(["k"]), TIMES.dictionary_encode()), {"k": "T"}),
+    ],
+)
+def test_times_of_nanoseconds_keep_their_digits_wherever_they_are(column: pa.Array, value: Any) -> None:
+    first, second = table_records(pa.table({"t": column, "f": pa.array([0.1, 2], pa.float32())}), "x.parquet")
+    assert first == {"t": json.loads(json.dumps(value).replace("T", "00:00:00.000000005")), "f": 0.1}
+    assert second["t"] in (None, [], {}, [None], {"x": None})
 
 
 def test_a_key_that_a_map_has_twice_is_refused(tmp_path: Path) -> None:
