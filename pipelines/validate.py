@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipelines.config.evaluation_schema import EvaluationParams
 from pipelines.config.params import Params
-from pipelines.data.tables import FOLDER, LABEL, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
+from pipelines.data.tables import EXPERT, FOLDER, LABEL, OPTIONAL, Row, Table, read_changes, read_rows, write_rows
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import ConfigError
@@ -104,7 +104,7 @@ class TokenLengths:
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         text = row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row)
         tokens = self.encoder.tokens(*text)
-        if column == "completion" and LABEL not in row and self.train_on != "completion":
+        if column == "completion" and LABEL not in row and not row.get(EXPERT) and self.train_on != "completion":
             self.encoder.tokens(*text, self.train_on)
         return len(tokens.prompt), len(tokens.response)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data.tables import TEXT, Row, Table
+from pipelines.data.tables import EXPERT, TEXT, Row, Table
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def trained_parts(
 ) -> dict[str, list[Part]]:
     """Return the parts of each trained column; of a table without answers, the prompt as the model is going to see it.
 
-    `train_on` is `sft.train_on`, which holds for the table sft only.
+    `train_on` is `sft.train_on`, which holds for the rows of the stage sft only.
     """
     from posttrain.data.tokens import Tokens, row_tools
 
@@ -40,7 +40,7 @@ def trained_parts(
     columns = [column for column in TEXT[table] if column != "prompt"]
     if not columns:
         return {"prompt": _parts(encoder, Tokens(tuple(encoder.prompt(row["prompt"] or "", tools, name)), ()))}
-    if table != "sft":
+    if table != "sft" or row.get(EXPERT):
         train_on = "completion"
     found = {
         column: encoder.tokens(row["prompt"] or "", row[column] or "", name, tools, train_on) for column in columns

@@ -51,6 +51,7 @@ def test_the_trained_tokens_are_those_of_the_setting(train_on: TrainOn, trained:
     shown = trained_parts(encoder, "sft", ROW, train_on)["completion"]
     assert [text for text, _, is_trained in shown if is_trained] == trained
     assert shown[0] == ("<|im_start|>", 1, False) if train_on == "all" else not shown[0][2]
+    assert trained_parts(encoder, "sft", ROW | {"expert": True}, train_on) == trained_parts(encoder, "sft", ROW)
     assert trained_parts(encoder, "labelled", ROW, train_on) == trained_parts(encoder, "labelled", ROW)
 
 
@@ -68,6 +69,7 @@ def test_validation_refuses_rows_that_the_setting_could_not_train() -> None:
         weighed, "all"
     )
     assert "no token carries loss" in _refused(weighed, "last")
+    assert _refused(plain | {"expert": True}, "marked") == ""
     assert [_refused(row, "completion") for row in (plain, ROW, weighed)] == ["", "", ""]
 
 
