@@ -1,4 +1,4 @@
-"""Check what can be read of model folders without loading a model: their files, labels, layers and chat template."""
+"""Check model folders without loading a model: their files, labels, layers and chat template."""
 
 from __future__ import annotations
 

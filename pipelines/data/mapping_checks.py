@@ -1,4 +1,4 @@
-"""Refuse a mapping of columns that would put an answer into its prompt, or train what the file marks as not to be trained."""
+"""Refuse a mapping of columns that would put an answer into its prompt, or train rows and tokens that the file excludes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _graded_paths(graded: GradedAnswers, asked: Iterable[str]) -> list[str]:
 
 
 def _reads_answer(records: Sequence[Record], path: str, inner: str) -> bool:
-    """Return True if a record's value at `path` holds an answer at `inner`: anything but a turn of another role in a conversation.
+    """Return True if a record's value at `path` holds an answer at `inner`: anything but a turn of a different role in a conversation.
 
     A list of mappings without roles is one of graded answers, whose texts have paths of their own.
     """

@@ -11,7 +11,7 @@ from pipelines.data.files import Record
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A path in a template."""
 ABSENT: Any = object()
-"""What `value_at` returns for a record without the path."""
+"""The value that `value_at` returns for a record without the path."""
 
 
 def paths_of(spec: str) -> list[str]:
