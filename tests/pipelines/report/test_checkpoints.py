@@ -22,9 +22,11 @@ from tests.pipelines.synthetic_runs import build
 LAST = "The last one of every run. This rule does not depend on any score."
 
 
-def shown(folder: Path, root: Path) -> str:
+def shown(folder: Path, root: Path, looks: int | str = 1) -> str:
     """Return the text of the page, without its pictures."""
-    question, results = question_of(load_params(root / "params.yaml")), load(["dpo", "grpo"], [0], folder)
+    params = load_params(root / "params.yaml")
+    params = params.model_copy(update={"report": params.report.model_copy(update={"looks": looks})})
+    question, results = question_of(params), load(["dpo", "grpo"], [0], folder)
     drawn = defaultdict(lambda: Picture("none", "", "", {"light": b"", "dark": b""}, (1, 1)))
     return Text(page(results, compare(results, question), drawn, 1, 0)).text
 
@@ -58,3 +60,6 @@ def test_without_the_rule_the_page_names_the_last_step(tmp_path: Path, root: Pat
     text = shown(folder, root)
     assert LAST in text
     assert "/ 40" not in text
+    assert "Repeated looks" not in text
+    assert "Always valid: n seeds have 1 / (n (n − 1)) of the error" in shown(folder, root, "always")
+    assert "3 looks share the level equally" in shown(folder, root, 3)
