@@ -73,6 +73,8 @@ def _message(fault: Any) -> str:
     message = message.replace(
         "List should have at least 1 item after validation, not 0", "a list needs at least one entry"
     )
+    if fault["type"] == "model_type":
+        return "should be a section with keys, e.g. {key: value}"
     if fault["type"] in ("float_type", "int_type") and isinstance(fault["input"], str):
         example = "0.001" if fault["type"] == "float_type" else "3"
         return f"{message}, and this is a text; write a number without quotes, such as {example}"

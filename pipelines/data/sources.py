@@ -174,11 +174,8 @@ def _generated(kind: Sourced, source: TableSource, data: DataParams) -> list[Row
     require_files(kind, source)
     assert kind != "labelled"
     require_effect(kind, source)
-    if source.rows is None:
-        raise ConfigError(
-            f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
-        )
     assert isinstance(source.source, str)
+    assert source.rows is not None
     return checked_rows(environment(source.source), kind, source.rows, data.seed, _options(source.source, data))
 
 
@@ -201,11 +198,15 @@ def _several(kind: Sourced, name: str) -> ConfigError:
 
 
 def require_effect(kind: Sourced, source: TableSource) -> None:
-    """Raise ConfigError for a setting of files that is given for a generator, on which it has no effect."""
+    """Raise ConfigError for a setting of files that a generator would ignore, and for a missing number of rows."""
     given = [field for field in ("columns", "extract", "graded", "preferred") if getattr(source, field) is not None]
     given += ["split"] if source.split != TableSource.model_fields["split"].default else []
     if given:
         raise ConfigError(f"data.{kind}.{given[0]}: has no effect on the generator {source.source!r}. Remove it.")
+    if source.rows is None:
+        raise ConfigError(
+            f"data.{kind}.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
+        )
 
 
 _INSTEAD = {".zip": "unpack it", ".xlsx": "save it as CSV", ".xls": "save it as CSV", ".txt": "write rows with columns"}

@@ -261,9 +261,10 @@ def test_options_that_nothing_reads_are_refused(tree: Any, path: str, value: Any
         ({"every_steps": 10, "problems": 100, "reward": "anwser"}, "no reward 'anwser'.*answer"),
         ({"every_steps": 10, "problems": 100, "reward": "rm"}, "would choose the step that exploits its errors most"),
         ({"every_steps": 10}, "best_checkpoint.problems"),
+        (10, r"best_checkpoint = 10: should be a section with keys, e\.g\. \{key: value\}"),
     ],
 )
-def test_a_choice_of_the_checkpoint_without_effect_is_refused(tree: Any, rule: dict[str, Any], refusal: str) -> None:
+def test_a_choice_of_the_checkpoint_without_effect_is_refused(tree: Any, rule: Any, refusal: str) -> None:
     with pytest.raises(ConfigError, match=refusal):
         parse_params(changed(tree, "align.best_checkpoint", rule))
     assert parse_params(changed(tree, "align.best_checkpoint", {"every_steps": 10, "problems": 100}))

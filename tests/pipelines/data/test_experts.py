@@ -96,6 +96,10 @@ def test_files_have_no_options_and_their_columns_are_checked_before_a_run(
     assert [line for line in problems(parse_params(tree)) if "experts" in line] == [
         "data.experts.options: has no effect, because 'experts.jsonl' is no generator. Remove it."
     ]
+    tree["data"]["experts"] = {"source": "arithmetic"}
+    assert [line for line in problems(parse_params(tree)) if "experts" in line] == [
+        "data.experts.rows: missing; a generator needs to know how many rows to make, e.g. rows: 1000"
+    ]
     tree["data"]["experts"] = {"source": "experts.jsonl"}
     (line,) = [line for line in problems(parse_params(tree)) if "experts" in line]
     assert "completion" in line
