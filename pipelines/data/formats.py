@@ -67,8 +67,8 @@ def require_known(kind: Sourced, records: Sequence[Record], where: str) -> None:
         raise DataError(
             f"{where}: its only column is `text`, one whole text per record; this table needs to know what is prompt and what is"
             " answer. Make two columns, prompt and completion, in the file; only completions are trained. To train whole texts from"
-            f" their second word on, set data.{kind}.columns: {{prompt: text, completion: text}} and data.{kind}.extract:"
-            r" {prompt: '^(\s*\S+)', completion: '^\s*\S+(.*)'}"
+            f" their second word on, set data.{kind}.columns: {{completion: text, prompt: text}} and data.{kind}.extract:"
+            r" {completion: '^\s*\S+(.*)', prompt: '^(\s*\S+)'}"
         )
     graded = (
         " Several graded or ranked answers per record: data.preferences.graded; a label that says which of two answers won:"
@@ -250,7 +250,8 @@ def _verl(record: Record) -> Record:
             raise DataError(
                 f"reward_model {judge[:60]!r}: must be an object with ground_truth, or one as JSON"
             ) from None
-    return record | {"answer": judge.get("ground_truth") if isinstance(judge, dict) else None}
+    gold = judge.get("ground_truth") if isinstance(judge, dict) else None
+    return record if gold is None else record | {"answer": gold}
 
 
 _OPTIONAL: dict[str, tuple[str, ...]] = {

@@ -54,6 +54,7 @@ def test_labels_come_with_conversations_and_instructions(label: str) -> None:
 def test_a_ground_truth_of_verl_may_be_written_as_json() -> None:
     record = {"prompt": [user("3+4?")], "reward_model": '{"style": "rule", "ground_truth": "7"}'}
     assert rows("problems", record) == [{"prompt": [user("3+4?")], "answer": "7"}]
+    assert rows("problems", record | {"reward_model": {"style": "model"}}) == [{"prompt": [user("3+4?")]}]
     with pytest.raises(DataError, match="row 0: reward_model 'rule': must be an object with ground_truth"):
         rows("problems", record | {"reward_model": "rule"})
 
