@@ -33,12 +33,14 @@ from tasks.pool.order import StageOrder
 from tasks.pool.record import Record, ServerAway, insist, own_retries
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.snapshot import StagePaths, changed_files, committed, order, read_paths, recorded_stages
-from tasks.pool.watch import Sight, look
+from tasks.pool.watch import Sight, deleted, look
 from tasks.remote import has_remote, run_dvc
 from tasks.stage import StageFailed, StageResult, grace_seconds
 
 T = TypeVar("T")
 POLL_SECONDS, WAIT_SECONDS = 0.5, 0.1
+COUNT_SECONDS = 20.0
+"""How often the flow looks whether a stage that waits was deleted in Prefect."""
 STATUS_SECONDS = 1.0
 """How long git's answer about changed files is used: many stages are often sent at once."""
 SKEW = timedelta(days=1)
@@ -86,6 +88,7 @@ class Pool:
         self._new = SimpleQueue[tuple[Node, Future[StageResult]]]()
         self._sent: dict[UUID, _Sent] = {}
         self._changed, self._asked = set[str](), -math.inf
+        self._counted = time.monotonic()
         self._over: BaseException | None = None
         """Why no stage is sent or followed any more."""
 
@@ -213,10 +216,15 @@ class Pool:
 
     def _look(self, passed: float) -> None:
         """Look at all stages, and act on what has changed."""
+        sights, gone = {run: sent.sight for run, sent in self._sent.items()}, list[UUID]()
         try:
-            look(self._client, {run: sent.sight for run, sent in self._sent.items()}, passed)
+            look(self._client, sights, passed)
+            if time.monotonic() > self._counted + COUNT_SECONDS:
+                gone, self._counted = deleted(self._client, sights), time.monotonic()
         except httpx.HTTPError:  # the server is away, which is no worker's silence
             return
+        for run in gone:
+            self._sent[run].sight.deleted = True
         for sent in list(self._sent.values()):
             try:
                 self._advance(sent)
@@ -254,6 +262,8 @@ class Pool:
             words = f"{record.worker if record else 'its worker'} was silent for {lease:.0f} s"
             self._close(sent, words)
             raise WorkerLost(words)
+        if sent.sight.deleted:
+            raise WorkerLost("its flow run was deleted in Prefect")
         if record is None and state is not None and state.is_final():
             raise WorkerLost(f"ended {state.name} before it began: {state.message or 'no message'}")
         return None

@@ -35,6 +35,8 @@ class Sight:
     record: Record | None = None
     silent_seconds: float = 0.0
     """Time, by this machine's monotonic clock, in which the run was taken by a worker and nothing of it changed."""
+    deleted: bool = False
+    """True if the server does not have the run any more."""
 
     def update(self, state: State[Any] | None, record: Record | None, passed: float) -> None:
         """Take in the server's present state, `passed` seconds after the look before."""
@@ -73,3 +75,16 @@ def _states(client: SyncPrefectClient, ids: list[UUID]) -> dict[UUID, State[Any]
     taken = FlowRunFilterState(type=FlowRunFilterStateType(any_=_TAKEN))
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=ids), state=taken), limit=PAGE)
     return {run.id: run.state for run in found}
+
+
+def deleted(client: SyncPrefectClient, sights: Mapping[UUID, Sight]) -> list[UUID]:
+    """Return those runs, of the ones that seem to wait for a worker, that the server does not have any more."""
+    waiting = [run for run, sight in sights.items() if sight.record is None and sight.state is None]
+    gone: list[UUID] = []
+    for start in range(0, len(waiting), PAGE):
+        ids = waiting[start : start + PAGE]
+        asked = FlowRunFilter(id=FlowRunFilterId(any_=ids))
+        if client.count_flow_runs(flow_run_filter=asked) < len(ids):
+            found = {run.id for run in client.read_flow_runs(flow_run_filter=asked, limit=PAGE)}
+            gone += [run for run in ids if run not in found]
+    return gone

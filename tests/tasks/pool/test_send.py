@@ -4,38 +4,79 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, WorkPoolFilter, WorkPoolFilterName
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from flows.pool import prepare
 from posttrain.errors import Interrupted, OrchestrationError
 from posttrain.network import free_port
 from tasks.dag import Node, read_dag
 from tasks.pool.record import ServerAway, insist
 from tasks.pool.send import Pool
 from tasks.pool.settings import WorkerSettings
-from tests.fleet import git
+from tests.fleet import git, until
 from tests.workspace import dvc
 
 
 @pytest.fixture
-def pool(finished: Path, tmp_path: Path) -> Iterator[Pool]:
-    """A pool of a committed project, whose requests are repeated for half a second; Prefect's server is gone."""
+def settings() -> WorkerSettings:
+    return WorkerSettings(
+        {}, lease_seconds=30, beat_seconds=2, checkpoint_seconds=30, remote_seconds=0.5, attempts=4, in_flight=256
+    )
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A committed project with a DVC remote."""
     (finished / "params.yaml").write_text("{}\n")
     with (finished / ".gitignore").open("a") as file:
         file.write("/.posttrain/\n/times.jsonl\n__pycache__/\n/*.txt\n")
     dvc(finished, "remote", "add", "-q", "--default", "store", str(tmp_path / "store"))
     git(finished, "add", "-A")
     git(finished, "commit", "-qm", "first")
-    settings = WorkerSettings(
-        {}, lease_seconds=30, beat_seconds=2, checkpoint_seconds=30, remote_seconds=0.5, attempts=4, in_flight=256
-    )
+    return finished
+
+
+@pytest.fixture
+def pool(project: Path, settings: WorkerSettings) -> Iterator[Pool]:
+    """A pool whose requests are repeated for half a second; Prefect's server is gone."""
     gone = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: gone, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        yield Pool(finished, "stages", read_dag(finished), settings)
+        yield Pool(project, "stages", read_dag(project), settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_waiting_stage_that_a_person_deletes_in_prefect_is_sent_again(
+    project: Path, settings: WorkerSettings, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.pool.send.COUNT_SECONDS", 0.0)
+    stop, dag = threading.Event(), read_dag(project)
+    pool = Pool(project, "deleting", dag, replace(settings, remote_seconds=240))
+
+    def sent(name: str) -> list[UUID]:
+        with get_client(sync_client=True) as client:
+            named = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
+            of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=["deleting"]))
+            return [run.id for run in client.read_flow_runs(flow_run_filter=named, work_pool_filter=of_pool)]
+
+    with pool.open(prepare("deleting"), stop):
+        left, right = (pool.submit(dag[f"side@{side}"]) for side in ("left", "right"))
+        until(lambda: sent("side@left") and sent("side@right"), "the stages are not sent")
+        with get_client(sync_client=True) as client:
+            client.delete_flow_run(sent("side@left")[0])
+        until(lambda: sent("side@left attempt 2"), "the deleted stage is not sent again")
+        stop.set()
+        assert isinstance(left.exception(timeout=240), Interrupted)
+        assert isinstance(right.exception(timeout=240), Interrupted)
+    assert sent("side@right attempt 2") == []
 
 
 def test_a_server_that_is_gone_ends_all_stages_after_one_patience(pool: Pool) -> None:
