@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pandas
 import pytest
 from safetensors.torch import load_file
 
@@ -151,7 +152,12 @@ def test_reward_model_and_evaluation_over_uneven_hosts_are_those_of_one_process(
 
     third, fourth = hosts.add("three"), hosts.add("four")
     hosts.run("evaluate@sft", [third, fourth], (2, 1))
-    kept = Path("runs/evaluate/sft/metrics.json")
-    one, several = (json.loads((each.root / kept).read_text()) for each in (clone, third))
-    assert several == pytest.approx(one, abs=1e-4, nan_ok=True)
+    kept = Path("runs/evaluate/sft/artifacts/predictions.parquet")
+    one, several = (pandas.read_parquet(each.root / kept) for each in (clone, third))
+    numbers = ["entropy", "kl", "reward_rm", "reward_answer"]
+    pandas.testing.assert_frame_equal(several.drop(columns=numbers), one.drop(columns=numbers))
+    pandas.testing.assert_frame_equal(several[numbers], one[numbers], atol=1e-4)
+    results = Path("runs/evaluate/sft/metrics.json")
+    one_share, several_share = (json.loads((each.root / results).read_text())["preference"] for each in (clone, third))
+    assert several_share == one_share
     assert not (fourth.root / kept).exists()
