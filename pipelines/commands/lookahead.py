@@ -21,6 +21,8 @@ from pipelines.data.file_columns import require_alike
 from pipelines.data.files import read_file
 from pipelines.data.sources import HUB, is_generator, local_files, no_source, require_effect, require_files, table_rows
 from pipelines.data.tables import group_labels
+from pipelines.validate import answer_kind
+from pipelines.validation.gold import advice, can_compare
 from posttrain.environments.base import built_in, environment, is_environment, is_wrapped, single_turn_rows
 from posttrain.environments.parts import Kind
 from posttrain.errors import PosttrainError
@@ -43,6 +45,7 @@ def problems(params: Params) -> list[str]:
         *model_problems(params),
         *adapter_problems(params),
         *_data(params),
+        *_gold_answers(params),
         *_groups(params),
         *_second_task(params),
         *_best_checkpoint(params),
@@ -199,6 +202,28 @@ def _missing_task(path: str) -> str | None:
     except PosttrainError as error:
         return str(error)
     return None
+
+
+def _gold_answers(params: Params) -> Iterator[str]:
+    """Yield tables of local files of whose first gold answers none has the form that the reward compares."""
+    kind = answer_kind(params)
+    if params.validation.rules.unparseable_answer == "warn":
+        return
+    for table in ("problems", "evaluation"):
+        source: TableSource = getattr(params.data, table)
+        if any(is_generator(name) or name.startswith(HUB) for name in source.names):
+            continue
+        try:
+            first = read_file(local_files(source)[0])[:ROWS]
+            rows = canonical_rows(table, source.model_copy(update={"rows": None}), first)
+        except (PosttrainError, IndexError):  # reported with the data
+            continue
+        answers = [row["answer"] for row in rows if isinstance(row["answer"], str)]
+        if answers and not any(can_compare(answer, kind) for answer in answers):
+            yield (
+                f"data.{table} ({', '.join(source.names)}): none of the first {len(answers)} answers can be compared, e.g."
+                f" {answers[0][:60]!r}, so validation would keep no row: {advice(kind)}"
+            )
 
 
 def _groups(params: Params) -> Iterator[str]:

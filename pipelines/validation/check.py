@@ -11,6 +11,7 @@ from pipelines.config.schema import RuleParams
 from pipelines.data.packed import PackedRows, chosen, empty_like, replaced
 from pipelines.data.tables import ANSWERED, HELD_OUT, OPTIONAL, TEXT, TRAINING, Row, Table, plain, present
 from pipelines.validation import suites
+from pipelines.validation.gold import advice
 from pipelines.validation.leakage import prompt_keys
 from pipelines.validation.suites import Finding, TableLimits, Validator
 from pipelines.validation.view import (
@@ -222,11 +223,7 @@ def _limit(reason: str, limits: TableLimits) -> str:
     if reason.startswith("completion_length"):
         return f" (validation.max_completion_tokens is {limits.max_completion_tokens})"
     if reason.startswith("unparseable_answer") and limits.answers != "text":
-        other = "choice} for letters" if limits.answers == "number" else "number} for numbers"
-        return (
-            f" (the reward `answer` compares a {limits.answers}; give it arguments: {{kind: text}} for words, or {{kind: {other}, for"
-            " example `posttrain configure 'rewards.answer.arguments={kind: text}'`)"
-        )
+        return f" ({advice(limits.answers)})"
     return ""
 
 

@@ -23,10 +23,9 @@ from great_expectations.expectations.metrics.map_metric_provider.column_pair_map
 from great_expectations.expectations.metrics.metric_provider import metric_value
 from great_expectations.expectations.metrics.table_metric_provider import TableMetricProvider
 
+from pipelines.validation.gold import is_choice, is_number
 from posttrain.environments.arithmetic import answer_value
 from posttrain.environments.expressions import expression_value
-from posttrain.rewards.choices import gold_letter
-from posttrain.rewards.extraction import gold_answers, gold_value
 
 
 class NotBlank(ColumnMapMetricProvider):
@@ -70,12 +69,7 @@ class IsNumber(ColumnMapMetricProvider):
 
     @column_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
-        return column.fillna("").map(_is_number).astype(bool)
-
-
-def _is_number(gold: str) -> bool:
-    """Return True if one of the accepted answers is a number."""
-    return any(gold_value(answer) is not None for answer in gold_answers(gold))
+        return column.fillna("").map(is_number).astype(bool)
 
 
 class ExpectColumnValuesToBeNumbers(ColumnMapExpectation):
@@ -92,12 +86,7 @@ class IsChoice(ColumnMapMetricProvider):
 
     @column_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column: pd.Series[Any], **_: Any) -> pd.Series[bool]:
-        return column.fillna("").map(_is_choice).astype(bool)
-
-
-def _is_choice(gold: str) -> bool:
-    """Return True if one of the accepted answers is a letter."""
-    return any(gold_letter(answer) is not None for answer in gold_answers(gold))
+        return column.fillna("").map(is_choice).astype(bool)
 
 
 class ExpectColumnValuesToBeChoices(ColumnMapExpectation):

@@ -333,3 +333,26 @@ def test_a_judge_without_a_server_and_benchmarks_without_their_package_are_named
     assert "'.[benchmarks]'" in found[0]
     assert found[1].startswith("rewards.graded: ")
     assert "set POSTTRAIN_JUDGE_URL" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "message"),
+    [
+        (["City 0", "City 7"], "number", "none of the first 2 answers can be compared, e.g. 'City 0', so validation"),
+        (["City 0", "12"], "number", None),
+        (["12", "7"], "choice", "the reward `answer` compares a choice; give it arguments: {kind: text} for words"),
+        (["B", "(c)"], "choice", None),
+        (["City 0", "City 7"], "text", None),
+    ],
+)
+def test_gold_answers_that_validation_would_set_aside_are_found_on_the_first_rows(
+    absent: Path, answers: list[str], kind: str, message: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"question": f"{i}?", "answer": answer}) for i, answer in enumerate(answers)]
+    (absent.parent / "asked.jsonl").write_text("\n".join(rows))
+    given = [f"rewards.answer.arguments={{kind: {kind}}}", "data.evaluation={source: asked.jsonl}"]
+    assert main([*given, "--params", str(absent)]) == (0 if message is None else 2)
+    said = capsys.readouterr().err
+    assert (message or "") in said
+    if message and kind == "number":
+        assert "`posttrain configure 'rewards.answer.arguments={kind: text}'`" in said

@@ -106,6 +106,17 @@ def test_a_growing_journal_is_continued(project: Project, store: Any, history: A
     assert store.get_run(run_id).info.status == "FINISHED"
 
 
+def test_metrics_are_added_in_the_order_of_the_charts(project: Project, store: Any) -> None:
+    folder = project.folder / "ordered"
+    folder.mkdir()
+    names = ["advantage/std", "entropy", "loss", "reward/answer/mean", "reward/total/mean", "throughput"]
+    write(folder, {"kind": "metrics", "step": 0, "values": dict.fromkeys(names, 1.0)})
+    stored = store.get_run(project_folder(folder, store, project.folder)).data.metrics
+    assert list(stored) == [
+        "reward/total/mean", "reward/answer/mean", "entropy", "loss", "advantage/std", "throughput",
+    ]  # fmt: skip
+
+
 def test_more_values_than_one_call_takes(project: Project, store: Any, history: Any) -> None:
     folder = project.folder / "long"
     folder.mkdir()
