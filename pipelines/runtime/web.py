@@ -36,12 +36,18 @@ HEADERS = {
 MOST_BYTES = 32 << 20
 """Largest body of a request."""
 REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
-TOO_LARGE = f"refused: a request has at most {MOST_BYTES} bytes"
+
+
+class TooLarge(HTTPException):
+    """The body of a request is larger than the limit."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(413, f"refused: a request has at most {most} bytes")
 
 
 def refusal_words(status: int) -> str:
     """Return the reason of a refusal by its status."""
-    return TOO_LARGE if status == 413 else REFUSED
+    return TooLarge(MOST_BYTES).detail if status == 413 else REFUSED
 
 
 def _refused(status: int) -> bytes:
@@ -108,7 +114,7 @@ class Guard:
             await send(message)
 
         if status is None:
-            await self.app(scope, _bounded(receive), with_headers)
+            await self.app(scope, _bounded(receive, MOST_BYTES), with_headers)
             return
         body = self.refused(status)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -125,20 +131,57 @@ class Guard:
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if path not in self.public and not hmac.compare_digest(given.encode(), self.token.encode()):
             return 401
-        length = headers.get("content-length", "0")
-        return 413 if not length.isdecimal() or int(length[:20]) > MOST_BYTES else None
+        return 413 if _is_too_long(headers.get("content-length", "0"), MOST_BYTES) else None
 
 
-def _bounded(receive: Receive) -> Receive:
-    """Return `receive`, which raises HTTPException once a body without a length has grown beyond the limit."""
+class BodyLimit:
+    """ASGI middleware. Refuses bodies of more than `most` bytes with 413, for applications that hold a body before they ask for a password.
+
+    Paths that begin with one of `streamed` have no limit.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, streamed: Sequence[str] = ()) -> None:
+        self.app, self.most, self.streamed = app, most, tuple(streamed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(self.streamed):
+            await self.app(scope, receive, send)
+            return
+        lengths = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-length"]
+        if any(_is_too_long(length, self.most) for length in lengths):
+            await self._refuse(send)
+            return
+        started = list[str]()
+
+        async def note(message: Any) -> None:
+            started.append(message["type"])
+            await send(message)
+
+        try:
+            await self.app(scope, _bounded(receive, self.most), note)
+        except* TooLarge:  # layers of the application may have put it into a group
+            if not started:
+                await self._refuse(send)
+
+    async def _refuse(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": f"{TooLarge(self.most).detail}\n".encode()})
+
+
+def _is_too_long(length: str, most: int) -> bool:
+    return not length.isdecimal() or int(length[:20]) > most
+
+
+def _bounded(receive: Receive, most: int) -> Receive:
+    """Return `receive`, which raises TooLarge once a body without a length has grown beyond the limit."""
     size = 0
 
     async def limited() -> Any:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
-        if size > MOST_BYTES:
-            raise HTTPException(413, TOO_LARGE)
+        if size > most:
+            raise TooLarge(most)
         return message
 
     return limited

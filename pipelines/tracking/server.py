@@ -6,6 +6,9 @@ MLflow's pages keep in the browser whether they show agents or training runs, an
 a page without runs. This server gives each browser the other beginning, and keeps MLflow's assistant closed until it is opened. A
 choice that the user has made in the browser is kept. The pages get the metrics of a run in the order of the charts: MLflow's
 comparison of two runs opens on the first one.
+
+MLflow holds the whole body of a request before it asks for a password, so that anybody on the machine could fill its memory: bodies have a
+limit here. Artifacts are streamed after the password, and have none.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipelines.runtime import environment
+from pipelines.runtime.web import BodyLimit
 from pipelines.tracking.describe import headline_metric, present_params
 from pipelines.tracking.views import chart_order
 from posttrain.errors import PosttrainError
@@ -29,6 +33,9 @@ BEGINNINGS = {
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
 }
 """Entries of the browser's local storage that MLflow's pages read, and their first values."""
+MOST_BYTES = 64 << 20
+"""Largest body of a request; MLflow's clients send at most a few megabytes at once."""
+STREAMED = ("/api/2.0/mlflow-artifacts/artifacts/", "/ajax-api/2.0/mlflow-artifacts/artifacts/")
 _PAGE, _RUNS = "/", "/ajax-api/2.0/mlflow/runs/search"
 _HEAD = b"<head>"
 
@@ -67,7 +74,16 @@ def create_app() -> Flask | FastAPI:
     def change(response: Response) -> Response:
         return _changed(request, response, headline)
 
-    return auth.create_app(app)
+    return with_limit(auth.create_app(app))
+
+
+def with_limit(made: Flask | FastAPI) -> Flask | FastAPI:
+    """Return MLflow's application with a limit of bodies; under a WSGI server (Windows) it is returned as it is."""
+    from fastapi import FastAPI
+
+    if isinstance(made, FastAPI):
+        made.add_middleware(BodyLimit, most=MOST_BYTES, streamed=STREAMED)
+    return made
 
 
 def _changed(request: Request, response: Response, headline: str) -> Response:

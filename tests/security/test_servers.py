@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 
 from flows.server import prefect_api
 from pipelines.runtime import credentials
+from pipelines.tracking.server import MOST_BYTES
 from tests.sockets import addresses, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
@@ -154,6 +155,13 @@ def test_mlflow_asks_for_the_password_and_answers_to_its_own_address_only(server
     assert status(url, body, Host="evil.example", **servers.admin) == 403
     assert status(url, body, Host="192.168.1.7:5000", **servers.admin) == 403
     assert status(url, body, Origin=EVIL, **servers.admin) == 403
+
+
+def test_mlflow_holds_no_large_body_before_it_asks_for_the_password(servers: Servers) -> None:
+    request = urllib.request.Request(f"{servers.mlflow}/signup", b"a" * 10, {"Content-Length": str(MOST_BYTES + 1)})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == 413
 
 
 def test_a_page_of_a_different_port_neither_reads_nor_changes_what_mlflow_keeps(servers: Servers) -> None:

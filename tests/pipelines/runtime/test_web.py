@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
-from pipelines.runtime.web import MOST_BYTES, Guard
+from pipelines.runtime.web import MOST_BYTES, BodyLimit, Guard
 from tests import coroutines
 
 GOOD = {"host": "127.0.0.1:5050", "authorization": "Bearer word"}
@@ -77,6 +78,43 @@ def test_a_body_that_grows_without_end_is_not_read() -> None:
     with pytest.raises(HTTPException, match="at most 33554432 bytes"):
         coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, receive))
     assert len(pieces) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "read"),
+    [
+        ("/api", [], 413, 5),
+        ("/api", [(b"Content-Length", b"41")], 413, 0),
+        ("/api", [(b"content-length", b"-1")], 413, 0),
+        ("/artifacts/x", [(b"content-length", b"41")], 200, 100),
+    ],
+)
+def test_a_server_that_reads_before_it_asks_has_a_limit(
+    path: str, headers: list[tuple[bytes, bytes]], status: int, read: int
+) -> None:
+    """Send pieces of 10 bytes to an application that collects the whole body, as MLflow's does, with a limit of 40 bytes."""
+    pieces: list[int] = []
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def collect() -> None:
+            while (await receive())["more_body"]:
+                pass
+
+        async with asyncio.TaskGroup() as group:  # puts errors into a group
+            group.create_task(collect())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        pieces.append(1)
+        return {"type": "http.request", "body": b"a" * 10, "more_body": len(pieces) < 100}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": headers}
+    coroutines.run(BodyLimit(app, 40, ("/artifacts/",))(scope, receive, send))
+    assert (sent[0]["status"], len(pieces)) == (status, read)
 
 
 def test_a_web_socket_is_closed_unseen() -> None:
