@@ -29,11 +29,23 @@ from flows.gatekeeping import links
 from flows.hooks import HOOKS
 from flows.names import dated
 from flows.production import registry_of, switch
-from pipelines.promotion.registry import AGAINST, CHALLENGER, CHAMPION, MEASURE, REASON, ROLLED_BACK, Registry, Version
+from pipelines.promotion.registry import (
+    AGAINST,
+    CHALLENGER,
+    CHAMPION,
+    FILES,
+    MD5,
+    MEASURE,
+    REASON,
+    ROLLED_BACK,
+    SIZE,
+    Registry,
+    Version,
+)
 from pipelines.runtime.command_line import whole
 from pipelines.runtime.markup import markdown_text
 from posttrain.errors import OrchestrationError
-from tasks.champion import FOLDER, POINTER, pointer_entry, switching
+from tasks.champion import FOLDER, POINTER, cached, pointer_entry, switching
 from tasks.console import log_line
 from tasks.measure import measure
 from tasks.notify import notify
@@ -134,7 +146,12 @@ def _adopt(project: Path, registry: Registry) -> None:
             raise OrchestrationError(
                 f"the weights of models/champion are {known.name} already. `python -m flows.promote {known.number}` makes it champion."
             )
-        copy_weights(project, FOLDER.as_posix(), str(entry["md5"]), NOTHING)
+        weights = Version(0, {MD5: str(entry["md5"]), SIZE: str(entry["size"]), FILES: str(entry["nfiles"])}, ())
+        if not copy_weights(project, FOLDER.as_posix(), weights.md5, NOTHING) and not cached(project, weights):
+            raise OrchestrationError(
+                f"the weights that {POINTER} names ({weights.md5}) are not in DVC's cache, so {NOTHING}: no roll-back could restore them."
+                f" If the file is damaged, type `git checkout {POINTER}`; then run again."
+            )
         champion = registry.adopt(FOLDER.as_posix(), entry)
     _announce("promoted", project, champion, f"{champion.name} is champion: its weights were in production before")
 

@@ -107,14 +107,20 @@ def pointer_entry(root: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def cached(root: Path, version: Version) -> bool:
-    """Return True if every file of the version is in DVC's cache."""
+def cache_folder(root: Path) -> Path | None:
+    """Return the folder of DVC's cache, which may be outside of the project; None if DVC cannot tell."""
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=child_environment(), capture_output=True, text=True
     )
-    if done.returncode:
+    return None if done.returncode else root / done.stdout.strip()
+
+
+def cached(root: Path, version: Version) -> bool:
+    """Return True if every file of the version is in DVC's cache."""
+    folder = cache_folder(root)
+    if folder is None:
         return False
-    files = root / done.stdout.strip() / "files" / "md5"
+    files = folder / "files" / "md5"
     listing = files / version.md5[:2] / version.md5[2:]
     if not listing.is_file():
         return False

@@ -18,7 +18,8 @@ _TOKEN = re.compile(
 )
 _HEADER = re.compile(r"(?i)\b(bearer|basic) +(?=[^ ]*[0-9=])[A-Za-z0-9._~+/=-]{12,}")
 _AZURE = re.compile(r"(?i)\b((?:Account|SharedAccess)(?:Key|Signature)=)[^;\s'\"]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that end a line or turn the direction of the text that follows."""
 _SECRET_NAME = re.compile(
     r"(?i)secret|passw(or)?d|credentials?($|_)|(^|_)(token|pass|pwd|sas)($|_)|(api|access|private|account|storage)_?key"
     r"|auth_string|connection_string|webhook"
@@ -45,7 +46,12 @@ def redact(text: str) -> str:
 
 def printable(text: str) -> str:
     """Return the text with control characters spelt out: a file's name could otherwise rewrite the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROL.sub(_spelt, text)
+
+
+def _spelt(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
 def redacted(tree: Any) -> Any:

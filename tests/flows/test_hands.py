@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from flows import clean_cache
 from flows.gatekeeping import decide_promotion
 from flows.lock import only_flow
 from flows.production import registry_of, switch
-from flows.promote import _roll_back
+from flows.promote import _adopt, _roll_back
 from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.registry import Registry, Version
 from posttrain.errors import OrchestrationError, TrackingError
 from tasks import gate
-from tasks.champion import cached
+from tasks.champion import POINTER, cached
 from tests.flows.promoted import aliases, promote, situation, weights
-from tests.workspace import copy
+from tests.workspace import copy, dvc
 
 TRAINED_ALONE = (
     "schema: '2.0'\nstages:\n  align@dpo-0:\n    cmd: x\n    outs:\n    - path: models/align/dpo-0\n"
@@ -66,6 +67,19 @@ def test_an_alias_of_the_champion_that_was_deleted_by_hand_promotes_nothing(proj
         gate.require_known_weights(project, situation(project))
     promote(project, 1)
     gate.require_known_weights(project, situation(project))
+
+
+def test_a_flipped_bit_in_the_pointer_of_the_champion_is_not_adopted(project: Path) -> None:
+    """Register no weights that no cache holds: the hash is a valid one, of nothing."""
+    path, md5 = project / POINTER, registry_of(project).version(1).md5
+    text = path.read_text()
+    path.write_text(text.replace(md5, ("0" if md5[0] != "0" else "1") + md5[1:]))
+    with pytest.raises(
+        OrchestrationError, match=r"not in DVC's cache, so nothing was changed.*`git checkout champion\.dvc`"
+    ):
+        _adopt(project, registry_of(project))
+    assert aliases(project) == {"champion": 1}
+    assert len(registry_of(project).versions()) == 3
 
 
 def test_a_roll_back_while_a_second_project_promotes_rolls_nothing_else_back(
@@ -114,5 +128,30 @@ def test_the_projects_own_gc_keeps_the_weights_of_every_alias(project: Path) -> 
     registry = registry_of(project)
     assert [cached(project, registry.version(number)) for number in (1, 2, 3)] == [True, True, False]
     assert clean_cache.collect(project, delete=True) == 0
+    registry._drop_alias("champion")
+    with pytest.raises(OrchestrationError, match=r"that a roll-back needs are unknown\. Nothing was"):
+        clean_cache.collect(project, delete=True)
+    registry._set_alias("champion", 2)
     switch(project, lambda: registry.roll_back_pair()[1], lambda _: registry.roll_back("bad"))
     assert (aliases(project)["champion"], weights(project)) == (1, "one")
+
+
+def test_the_files_of_worktrees_and_of_other_users_of_the_cache_are_kept(project: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for command in (["add", "-A"], [*who, "commit", "-qm", "all"], ["worktree", "add", "-q", str(second)]):
+        subprocess.run(["git", *command], cwd=project, check=True)
+    cache = project / ".dvc" / "cache"
+    (second / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    (second / "own.txt").write_text("only in the second")
+    dvc(second, "add", "-q", "own.txt")
+    assert clean_cache.worktrees(project) == [second]
+    assert clean_cache.collect(project, delete=True) == 0
+    (second / "own.txt").unlink()
+    dvc(second, "checkout", "own.txt.dvc")
+    assert clean_cache.worktrees(second) == [project]
+    (project / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    with pytest.raises(OrchestrationError, match=r"DVC's cache is .*shared, outside of this project.*--projects DIR"):
+        clean_cache.collect(project, delete=True)
+    (tmp_path / "shared").mkdir()
+    assert clean_cache.collect(project, [project], delete=True) == 0

@@ -63,6 +63,7 @@ def test_markdown_shows_what_is_there() -> None:
 
 def test_the_terminal_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert printable("a\x1b[2Jb\rc\x9bd\te\n") == "a\\x1b[2Jb\\x0dc\\x9bd\te\n"
+    assert printable("a\u202egnp.sh\u2066b\u2028c \u05d0") == "a\\u202egnp.sh\\u2066b\\u2028c \u05d0"
     report_error(DataError("no file \x1b]0;title\x07"))
     assert capsys.readouterr().err == "error: no file \\x1b]0;title\\x07\n"
 
