@@ -9,13 +9,22 @@ Example:
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.errors import ModelError
 from posttrain.models.folders import save_model
@@ -56,7 +65,8 @@ def convert(file: Path, folder: Path) -> None:
     check_file(file)
     options: dict[str, Any] = {"gguf_file": file.name}
     loaded: PreTrainedModel = pretrained(AutoModelForCausalLM, file.parent, dtype=torch.float32, **options)
-    tokenizer = pretrained(AutoTokenizer, file.parent, **options)
+    rows = cast(torch.nn.Embedding, loaded.get_input_embeddings()).weight.shape[0]
+    tokenizer = without_invented(pretrained(AutoTokenizer, file.parent, **options), rows)
     # transformers marks what it has loaded as quantised, and does not save such a model: the weights move into an unmarked one
     config = loaded.config
     delattr(config, "quantization_config")
@@ -64,6 +74,24 @@ def convert(file: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     card = f"# {file.stem}\n\nConverted from `{file.name}`; its weights are those of the file, in float32.\n"
     save_model(model, tokenizer, folder, card)
+
+
+def without_invented(tokenizer: Any, rows: int) -> Any:
+    """Return the tokenizer without the special tokens that transformers adds to those of a file, such as `<|endoftext|>`.
+
+    Args:
+        rows: rows of the embedding; a token of the file has an id below it.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = [token for token in state["added_tokens"] if token["id"] < rows]
+    if len(added) == len(state["added_tokens"]):
+        return tokenizer
+    names = {token["content"] for token in state["added_tokens"]} - {token["content"] for token in added}
+    special = {role: name for role, name in tokenizer.special_tokens_map.items() if name not in names}
+    backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": added}))
+    kept = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    kept.chat_template = tokenizer.chat_template
+    return kept
 
 
 def main(arguments: list[str]) -> int:

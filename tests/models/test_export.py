@@ -25,7 +25,8 @@ from pipelines.commands.export import main
 from posttrain.errors import ModelError
 from posttrain.models import export, gguf_writing
 from posttrain.models.export import export_adapter, export_gguf, export_merged, probe, trained_on
-from posttrain.models.folders import load_policy, save_model
+from posttrain.models.folders import load_encoder, load_policy, save_model
+from posttrain.models.gguf import convert
 from posttrain.models.gguf_writing import halved, paired
 from posttrain.models.lora import Adapter
 from posttrain.models.tiny import byte_tokenizer
@@ -90,6 +91,21 @@ def test_a_gguf_file_gives_the_trained_log_probabilities(folder: Path, tmp_path:
         < (tmp_path / "b.gguf").stat().st_size
         < (tmp_path / "a.gguf").stat().st_size
     )
+
+
+@pytest.mark.parametrize("unused", [0, 8])
+def test_a_file_that_this_project_wrote_is_read_back_as_the_same_model(unused: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(TOKENIZER) + unused}))
+    save_model(model, TOKENIZER, tmp_path / "model", card="# A model")
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
+    convert(tmp_path / "a.gguf", tmp_path / "back")
+    first, second = load_encoder(tmp_path / "model"), load_encoder(tmp_path / "back")
+    for text in ("Tom has 12 + 7 = 19 apples, \u4e2d \U0001f642\n", "a<|end|>b<|endoftext|>"):
+        assert first.completion(text) == second.completion(text)
+    assert (first.ends, first.tokenizer.chat_template) == (second.ends, second.tokenizer.chat_template)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(load_policy(tmp_path / "model")(ids).logits, load_policy(tmp_path / "back")(ids).logits)
 
 
 def test_transformers_reads_the_tokenizer_and_the_template_of_a_file(tmp_path: Path) -> None:
