@@ -21,6 +21,7 @@ from datetime import datetime
 from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.data.call_spellings import shows_calls, spellings
 from posttrain.data.limits import bounded
 from posttrain.data.stand_ins import LeftOut, form, last_change, left_out, shared, turn_part
 from posttrain.data.template_errors import not_shown, refusal, require_tools
@@ -143,6 +144,7 @@ class ChatTemplate:
 
         Raises DataError if the template leaves out or refuses a turn, a tool or a call.
         """
+        messages = self._suited(messages, tools, generate)
         text = self.render(messages, tools, generate, row)
         require_tools(text, messages, tools, row_name(row))
         self.require_shown(messages, tools, row)
@@ -171,6 +173,18 @@ class ChatTemplate:
             )
         return text
 
+    def _suited(
+        self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False
+    ) -> Sequence[Message]:
+        """Return the conversation with its tool calls spelt so that the template shows them, as it is if no spelling helps."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        for spelt in spellings(messages):
+            text = self._try(spelt, tools, generate)
+            if text is not None and shows_calls(text, messages):
+                return spelt
+        return messages
+
     def require_shown(self, messages: Sequence[Message], tools: list[Any] | None, row: str = "") -> None:
         """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are."""
         shape = (str(self.tokenizer.chat_template), tools is None, form(messages))
@@ -193,7 +207,7 @@ class ChatTemplate:
 
         Raises DataError if a span cannot be found exactly, or if a turn has a weight that `all` would not heed.
         """
-        messages, first = [*prompt, *completion], len(prompt)
+        messages, first = self._suited([*prompt, *completion], tools), len(prompt)
         if train_on == "all":
             _require_even_weights(messages, row)
         full = self.conversation(messages, tools, row=row)

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import DataError
-from tests.data.test_conversations import OPEN, encoder, trained, turns
+from tests.data.test_conversations import CHATML, OPEN, encoder, trained, turns
 
 CALLS = (
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
@@ -138,3 +138,21 @@ def test_a_form_that_was_shown_once_hides_no_other() -> None:
 
 def test_an_answer_that_spells_its_end_trains_one() -> None:
     assert parts(PLAIN, [said("Plum<|im_end|>")]) == ["Plum<|im_end|>"]
+
+
+JOINED = PLAIN.replace(
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}", "{{ c.function.name + ' ' + c.function.arguments }}"
+)
+"""As DeepSeek's: the arguments are joined as text."""
+
+
+def test_calls_are_written_as_the_template_expects_them() -> None:
+    completion = [call("Graz"), tool("rain"), call("Linz", content="And?"), tool("sun"), said("Rain")]
+    assert parts(JOINED, completion) == [
+        f"{CALLED}<|im_end|>", f"And?{CALLED.replace('Graz', 'Linz')}<|im_end|>", "Rain<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_a_template_without_calls_is_refused_in_every_spelling() -> None:
+    with pytest.raises(DataError, match="leaves out 'weather' of the call in turn 1"):
+        parts(CHATML + OPEN, [call("Graz"), tool("rain"), said("Rain")])

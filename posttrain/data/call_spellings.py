@@ -1,0 +1,44 @@
+"""Write the arguments of tool calls as a chat template expects them: as an object, or as JSON text.
+
+Example:
+    >>> call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    >>> turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    >>> [one["tool_calls"][0]["function"]["arguments"] for (one,) in spellings([turn])]
+    [{'a': 1}, '{"a": 1}']
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+def spellings(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """Yield the conversation as it is, and with its calls' arguments as JSON text."""
+    yield messages
+    yield [
+        {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def shows_calls(text: str, messages: Sequence[Message]) -> bool:
+    """Return True if the text has the names of all calls."""
+    return all(name in text for message in messages for name in _names(message))
+
+
+def _names(message: Message) -> list[str]:
+    functions = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    return [str(one["name"]) for one in functions if isinstance(one, Mapping) and "name" in one]
+
+
+def _as_text(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
