@@ -1,9 +1,10 @@
 """Find and delete every stored copy of a file's rows: in DVC's cache and remotes, in tables, journals, artifacts, and MLflow's
 files and traces.
 
-Models are never deleted: the caller names those that were trained on the rows. Which objects are looked at follows from the run cache:
-the file itself, the tables that were made from it, and journals and artifacts of every stage run that had such a table, or a model trained
-on it, as input. Of these, exactly the objects that contain a row's text are deleted.
+Models are never deleted: the caller names those that were trained on the rows. The searched objects follow from the run cache: the file
+itself, the tables that were made from it, journals and artifacts of every stage run that had such a table, or a model trained on it, as
+input, and objects that no stage wrote, such as earlier versions of the file. Of these, exactly the objects that contain a row's text are
+deleted.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
     tables = [each for each in read_from if (data := stored.read(each.md5)) is None or texts.in_bytes(data)]
     accepted = [each for each in _files(project, ("data/raw/accepted",)) if file_digest(each) == digest]
     candidates = {md5 for record in _touched(lineage, digest, tables) for md5 in _contents(stored, record)}
+    candidates |= set(_unrecorded(lineage)) - {_md5(each) for each in _files(project, KEPT) if each not in accepted}
     objects = {md5 for md5 in candidates if (data := stored.read(md5)) is not None and texts.in_bytes(data)}
-    copy = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     records = lineage.descendants(tables)
     models = {each for record in records for each in record.outputs if each.path.startswith("models/")}
     return Erasure(
         digest,
         tuple(accepted),
-        tuple(sorted(objects | {copy})),
+        tuple(sorted(objects | {_md5(path)})),
         tuple(each for each in _files(project, MADE) if texts.in_file(each)),
         tuple(each for each in _files(project, KEPT) if each not in accepted and texts.in_file(each)),
         tuple(find_traces(project, texts.in_text)),
@@ -128,6 +129,29 @@ def _contents(stored: Objects, record: StageRecord) -> Iterator[str]:
             yield output.md5
         else:
             yield from stored.listed(output.md5)
+
+
+def _unrecorded(lineage: Lineage) -> Iterator[str]:
+    """Yield the MD5 of objects that no stage wrote, such as earlier versions of accepted files, without weights."""
+    outputs = {output for record in lineage.records for output in record.outputs}
+    known = {output.md5 for output in outputs}
+    known |= {
+        each.md5 for output in outputs if output.md5.endswith(_SUFFIX) for each in lineage.cache.listing(output) or ()
+    }
+    root = lineage.cache.folder / "files" / "md5"
+    for path in files_below(root):
+        md5 = path.parent.name + path.name
+        if path.is_file() and not md5.endswith(_SUFFIX) and md5 not in known and not _is_safetensors(path):
+            yield md5
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(10)[8:] == b'{"'
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _other_rows(project: Path, mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ MOST_BYTES = 2**30
 """A file that is larger when unpacked counts as one with the texts."""
 DEEPEST = 5
 """Levels of compression inside each other; a deeper file counts as one with the texts."""
+MOST_LEVELS = 8
+"""Levels of HTML inside each other. Those of JSON are removed at once."""
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([nrtbf]))?")
 _BYTES = re.compile(r"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _CONTROL = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
@@ -59,8 +61,9 @@ class Texts:
             )
         self._plain = found
         self._raw = sorted(text.encode("utf-8", "surrogatepass") for text in found)
-        plain = {unescaped(text) for text in found}
-        self._unescaped = sorted(text for text in plain if len(text) >= SHORTEST)
+        # the part of a text that no escape changes: a file without it need not be unescaped, which takes most of the time
+        plain = {unescaped(text): _unchanged(text) for text in sorted(found)}
+        self._unescaped = {text: part for text, part in plain.items() if len(text) >= SHORTEST}
         inside = (rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(found) if len(text) >= LONG)
         self._inside = [re.compile(pattern) for pattern in inside]
 
@@ -87,8 +90,11 @@ class Texts:
             return True
         if b"\\" not in data and b"&" not in data:
             return False
+        possible = [text for text, part in self._unescaped.items() if part in data]
+        if not possible:
+            return False
         shown = unescaped(data.decode("utf-8", "replace"))
-        return any(text in shown for text in self._unescaped)
+        return any(text in shown for text in possible)
 
     def _in_table(self, data: bytes) -> bool:
         import pyarrow as pa
@@ -133,9 +139,17 @@ def strings(value: Any) -> Iterator[str]:
 def unescaped(text: str) -> str:
     """Return a text without the escapes of JSON, Python and HTML, and without any other backslash."""
     plain, before = text, ""
-    while plain != before:
+    for _ in range(MOST_LEVELS):
+        if plain == before:
+            break
         plain, before = _BYTES.sub(_decoded, _ESCAPE.sub(_character, html.unescape(plain))), plain
     return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _unchanged(text: str) -> bytes:
+    """Return the longest run of ASCII letters, digits and spaces that is no part of an escape; empty without one."""
+    runs: list[str] = re.split(r"\\+\w*|&\w*|[^A-Za-z0-9 ]", text)
+    return max(runs, key=len).encode()
 
 
 def _character(found: re.Match[str]) -> str:

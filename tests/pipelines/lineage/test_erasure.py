@@ -18,13 +18,15 @@ from pipelines.lineage.graph import Lineage
 from pipelines.tracking.served import PER_FILE, ServedTraces, append_served, read_served
 from pipelines.tracking.store import open_client
 from posttrain.errors import DataError
-from tests.pipelines.lineage.test_lineage import Nights, parquet, weights
+from tests.pipelines.lineage.test_lineage import Nights, md5, parquet, weights
 from tests.workspace import dvc
 
 OTHER = {"id": 1, "prompt": "what is the capital?", "chosen": "a city on a river", "rejected": "no idea at all"}
 TEXTS = ("who is Ann Example?", 'she asked to be "forgotten" & <left> é', "somebody else entirely")
 ROW = dict(zip(("prompt", "chosen", "rejected"), TEXTS, strict=True))
 FILE = Path("data/raw/accepted/preferences/0001-ann.jsonl")
+OWN = ["data/raw/own.jsonl", "inbox/again.jsonl"]
+"""People's own files with the texts, which stay."""
 
 
 def holders(folder: Path) -> list[str]:
@@ -74,6 +76,12 @@ def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Nigh
     shutil.copy(root / "params.yaml", nights.root)
     config = f"[core]\n    no_scm = True\n['remote \"store\"']\n    url = {tmp_path / 'remote'}\n"
     (nights.root / ".dvc/config").write_text(config)
+    nights.store(
+        json.dumps(ROW | {"chosen_score": 1.0}).encode()
+    )  # an earlier version of the file, which no stage read
+    kept = nights.root / "data/raw/own.jsonl"
+    kept.write_text(json.dumps(ROW | {"own": "file"}))
+    nights.store(kept.read_bytes())
     dvc(nights.root, "add", "-q", "data/raw/accepted")
     shutil.copytree(nights.root / ".dvc/cache/files", tmp_path / "remote/files")
     monkeypatch.chdir(nights.root)
@@ -84,13 +92,15 @@ def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Nigh
 def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytest.CaptureFixture[str]) -> None:
     remote = project.root.parent / "remote"
     before, remotely = holders(project.root), holders(remote)
-    assert len(remotely) == 4, (
-        "the file, the table before and after validation (the same bytes), the journal, the quarantine"
+    assert len(remotely) == 6, (
+        "the file and its earlier version, the table before and after validation (the same bytes), the journal, the quarantine, own.jsonl"
     )
     assert {str(FILE), "data/valid/preferences.parquet", "report/index.html", "inbox/again.jsonl"} < set(before)
     packed = {"report/calls.jsonl", "report/repr.txt", "report/old.json.gz", "report/log.parquet"}
     assert packed < set(before)
     others = {path for path in remote.rglob("*") if path.is_file()} - {remote / name for name in remotely}
+    own = md5((project.root / "data/raw/own.jsonl").read_bytes())
+    own = f"files/md5/{own[:2]}/{own[2:]}"
 
     assert command.main([str(FILE)]) == 0
     shown = capsys.readouterr().out
@@ -101,10 +111,10 @@ def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytes
 
     assert command.main([str(FILE), "--yes"]) == 0
     assert "deleted; remotes: store; versions marked: none" in capsys.readouterr().out
-    assert holders(remote) == []
-    assert holders(project.root) == ["inbox/again.jsonl"], "a person's own file is named, not deleted"
+    assert holders(remote) == [own]
+    assert holders(project.root) == [f".dvc/cache/{own}", *OWN], "a person's own file is named, not deleted"
     assert [path.name for path in Path("report").iterdir()] == ["other.json.gz"]
-    assert {path for path in remote.rglob("*") if path.is_file()} == others, "nothing else was deleted"
+    assert {path for path in remote.rglob("*") if path.is_file()} == others | {remote / own}, "nothing else was deleted"
     (record,) = [json.loads(line) for line in Path(".posttrain/forgotten.jsonl").read_text().splitlines()]
     assert record["models"] == [weights(project, 2)._asdict()]
     assert "nfiles: 0" in Path("data/raw/accepted.dvc").read_text()
@@ -133,7 +143,7 @@ def test_traces_and_logged_answers_are_deleted_too(
     assert command.main([str(FILE)]) == 0
     assert "traces in MLflow, as experiment/trace: 1\n  1/tr-" in capsys.readouterr().out
     assert command.main([str(FILE), "--yes"]) == 0
-    assert holders(project.root) == ["inbox/again.jsonl"]
+    assert holders(project.root)[1:] == OWN
     assert len(read_served(project.root)) == PER_FILE
     client = open_client(project.root)
     assert [trace.info.tags["request"] for trace in client.search_traces(locations=["1"])] == ["b"]
@@ -153,9 +163,9 @@ def test_what_the_cache_lost_is_read_from_the_remote_and_deleted_there(
         kept = project.root / ".dvc/cache/files" / path.relative_to(remote / "files")
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, kept)
-    assert len(holders(remote)) == 4
+    assert len(holders(remote)) == 6
     assert command.main([str(FILE), "--yes"]) == 0
-    assert holders(remote) == []
+    assert len(holders(remote)) == 2, "objects that no stage wrote are known only to the cache, and it has lost them"
     assert f"  models/align/dpo-0  md5 {weights(project, 2).md5}\n" in capsys.readouterr().out
 
 
