@@ -3,9 +3,9 @@
     python -m pipelines.tracking.server server --app-name basic-auth --port 5000 …      (the options of `mlflow`)
 
 MLflow's pages keep in the browser whether they show agents or training runs, and begin with agents: a click on an experiment then opens
-a page without runs. This server gives each browser the other beginning, and keeps MLflow's assistant closed until it is opened. A
-choice that the user has made in the browser is kept. The pages get the metrics of a run in the order of the charts: MLflow's
-comparison of two runs opens on the first one.
+a page without runs. This server gives each browser the other beginning, keeps MLflow's assistant closed until it is opened, and leaves
+out the hints of a first visit, which dim the page. A choice that the user has made in the browser is kept. The pages get the metrics of
+a run in the order of the charts: MLflow's comparison of two runs opens on the first one.
 
 MLflow holds the whole body of a request before it asks for a password, so that anybody on the machine could fill its memory: bodies have a
 limit here. Artifacts are streamed after the password, and have none.
@@ -31,6 +31,8 @@ SERVER = "pipelines.tracking.server"
 BEGINNINGS = {
     "mlflow.workflowType_v1": "machine_learning",
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
+    "mlflow.detectIssues.guidanceShown_v1": True,
+    "mlflow.flagForReview.guidanceShown_v1": True,
 }
 """Entries of the browser's local storage that MLflow's pages read, and their first values."""
 MOST_BYTES = 64 << 20

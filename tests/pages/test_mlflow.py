@@ -92,6 +92,17 @@ def test_a_click_on_the_experiment_opens_its_runs_and_one_more_the_comparison(pa
 
 
 @pytest.mark.slow
+def test_no_hint_of_a_first_visit_dims_the_traces(page: Page, site: Site) -> None:
+    page.goto(site.base)
+    page.get_by_role("link", name="posttrain", exact=True).click()
+    page.get_by_role("link", name="Traces").click()
+    page.get_by_text("Detect Issues").first.wait_for()
+    page.get_by_role("link", name="Runs", exact=True).click()  # a hint over the page would keep the click from it
+    page.get_by_role("link", name="align grpo seed 1").wait_for()
+    assert page.get_by_role("button", name="Got it").count() == 0
+
+
+@pytest.mark.slow
 def test_a_user_who_prefers_the_pages_for_agents_keeps_them(page: Page, site: Site) -> None:
     page.goto(site.base)
     page.get_by_text("GenAI", exact=True).click()
