@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from posttrain.environments.numbers import parse_number
 from posttrain.rewards.expressions import HIDDEN, without_expressions
+from posttrain.rewards.number_signs import usual_signs
 from posttrain.rewards.scales import SCALE, SCALED, scaled
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -158,7 +159,7 @@ def cleaned(text: str) -> str:
     for old, new in _CLEAN:
         text = text.replace(old, new)
     if not text.isascii():
-        text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), _THIN.sub("", text))
+        text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), _THIN.sub("", usual_signs(text)))
         text = _RAISED_DIGITS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]).replace("\u2212", "-"), text)
         text = _FRACTION_SIGN.sub(_spelt_fraction, text)
     for pattern, usual in _SPELLINGS:

@@ -1,0 +1,29 @@
+"""Signs and separators of numbers in other scripts, and characters that are not seen, as ASCII writes them.
+
+Example:
+    >>> usual_signs("\\u0663\\u066b\\u0665"), usual_signs("\\uff11\\uff0c\\uff10\\uff10\\uff10"), usual_signs("-\\u200f7")
+    ('٣.٥', '１,０００', '-7')
+"""
+
+from __future__ import annotations
+
+import re
+
+_SIGNS = (
+    (re.compile(r"(?<=\d)\ufe0f?\u20e3"), ""),  # a digit as a key
+    (re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe0e\ufe0f\ufeff]"), ""),
+    (re.compile("[\u2010-\u2012\ufe58\ufe63]"), "-"),
+    (re.compile(r"(?<=\d)[\u066b\uff0e](?=\d)"), "."),
+    (re.compile(r"(?<=\d)\u066c(?=\d{3}(?!\d))"), ","),
+    # between digits of usual width, a wide comma separates the entries of a list
+    (re.compile("(?<=[\uff10-\uff19])\uff0c(?=[\uff10-\uff19]{3}(?![\uff10-\uff19]))"), ","),
+    (re.compile(r"(?<=\d)[ \t]?[\u2044\u2215\uff0f][ \t]?(?=\d)"), "/"),
+)
+"""Patterns and their usual spelling. Without them, a number is read in two parts, and the last part may be a wrong answer's right one."""
+
+
+def usual_signs(text: str) -> str:
+    """Return the text with the usual signs around digits of any script, and without characters that are not seen."""
+    for pattern, usual in _SIGNS:
+        text = pattern.sub(usual, text)
+    return text
