@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.data.call_spellings import shows_calls, spellings
 from posttrain.data.limits import bounded
 from posttrain.data.stand_ins import LeftOut, form, last_change, left_out, shared, turn_part
-from posttrain.data.template_errors import not_shown, refusal, require_tools
+from posttrain.data.template_errors import not_shown, refusal, require_tools, uncertain
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -224,10 +224,7 @@ class ChatTemplate:
                 if span is None and has_marks(str(self.tokenizer.chat_template)):
                     return full, self._marked(messages, turns, tools, row)
                 if span is None:
-                    raise DataError(
-                        f"{row_name(row)}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so"
-                        " training could learn other turns' text. Use a template with {% generation %} marks, or remove the row."
-                    )
+                    raise uncertain(turn, turn < turns[-1], row_name(row))
                 found.append(Span(*span, weight, turn, self._said(messages[turn], full, *span)))
         return full, found
 

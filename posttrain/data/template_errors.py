@@ -72,6 +72,15 @@ def not_shown(messages: Sequence[Message], part: LeftOut, row: str) -> DataError
     return DataError(f"{row}: the model's chat template leaves out {name}, so the model would never see it. {advice}")
 
 
+def uncertain(turn: int, earlier: bool, row: str) -> DataError:
+    """Return the error of a turn whose tokens cannot be separated from those around it; `earlier`: a further turn is trained, too."""
+    last = "In sft, train only the last turn (sft.train_on: last), or use" if earlier else "Use"
+    return DataError(
+        f"{row}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so training could learn other turns'"
+        f" text. {last} a template with {{% generation %}} marks, or remove the row."
+    )
+
+
 def require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
     """Raise DataError if the rendered text lacks the name of a tool or of a call: a template may ignore both without an error."""
     calls = [

@@ -156,3 +156,13 @@ def test_calls_are_written_as_the_template_expects_them() -> None:
 def test_a_template_without_calls_is_refused_in_every_spelling() -> None:
     with pytest.raises(DataError, match="leaves out 'weather' of the call in turn 1"):
         parts(CHATML + OPEN, [call("Graz"), tool("rain"), said("Rain")])
+
+
+def test_turns_that_only_a_last_one_closes_otherwise_leave_the_last_one_to_train() -> None:
+    template = PLAIN.replace(CALLS, "{{ '<|im_end|>' if loop.last else '<|end|>' }}{% endfor %}")
+    enc, completion = encoder(template), [said("Wet"), *turns("Sure?"), said("Rain")]
+    with pytest.raises(
+        DataError, match=r"row 5: .*tokens of turn 1 .*train only the last turn \(sft\.train_on: last\)"
+    ):
+        enc.pair(turns("Weather?"), completion, "5")
+    assert trained(enc, enc.pair(turns("Weather?"), completion, "5", train_on="last")) == ["Rain<|im_end|>"]
