@@ -136,6 +136,51 @@ def test_two_people_judge_and_nothing_is_lost(browser: Browser, project: Path, s
     assert "between people: Krippendorff's alpha -0.28" in again.log.read_text()
 
 
+def test_a_kept_judgement_stays_its_annotators_and_two_tabs_count_once(browser: Browser, project: Path) -> None:
+    server = Server(project, network.free_port())
+    port = int(server.address.split(":")[2].split("/")[0])
+    context = browser.new_context()
+    tabs = [context.new_page() for _ in range(2)]
+    for tab in tabs:
+        tab.set_default_timeout(PATIENCE_MS)
+        tab.goto(server.address)
+        for refused in ("judge/ann", "a" * 41):
+            tab.get_by_label("Your name").evaluate(
+                "(field, name) => { field.removeAttribute('maxlength'); field.value = name }", refused
+            )
+            tab.get_by_label("Your name").press("Enter")
+            tab.locator("#problem").get_by_text("name").wait_for()
+        tab.get_by_label("Your name").fill("\u05d0nn \U0001f600 <b>")
+        tab.keyboard.press("Enter")
+        tab.get_by_role("heading", name="Item 1 of").wait_for()
+    tabs[0].keyboard.press("=")
+    tabs[0].get_by_role("heading", name="Item 2 of").wait_for()
+    tabs[1].keyboard.press("b")  # the same item, which is judged already: the first judgement stays
+    tabs[1].get_by_role("heading", name="Item 2 of").wait_for()
+    tabs[1].goto("about:blank")
+    tabs[1].go_back()
+    tabs[1].get_by_role("heading", name="Item 2 of").wait_for()
+
+    server.stop(signal.SIGKILL)
+    tabs[0].keyboard.press("b")
+    tabs[0].get_by_text("The server does not answer").wait_for()
+    again = Server(project, port)
+    tabs[0].get_by_role("heading", name="Item 3 of").wait_for()
+    again.stop(signal.SIGKILL)
+    tabs[0].keyboard.press("b")
+    tabs[0].get_by_text("The server does not answer").wait_for()
+    tabs[0].evaluate("document.getElementById('start').hidden = false")
+    tabs[0].get_by_label("Your name").fill("bob")
+    tabs[0].get_by_label("Your name").press("Enter")
+    last = Server(project, port)
+    tabs[0].get_by_text("bob").wait_for()
+    last.stop(signal.SIGTERM)
+    kept = read_file(project / "labels" / "test" / "judgements.jsonl")
+    assert [(each["annotator"], each["value"]) for each in kept] == [
+        ("\u05d0nn \U0001f600 <b>", v) for v in ("tie", "bad", "bad")
+    ]
+
+
 def test_scores_and_rankings_by_keyboard(browser: Browser, project: Path) -> None:
     for ask, keys, value in (("scores", "730", [7, 3, 10]), ("ranking", "31", [2, 0, 1])):
         made = session(project / "labels" / "test", count=1, ask=ask, answers=3)

@@ -46,6 +46,7 @@ async function act(path, body) {
   busy = true;
   if (path === "/judge") {
     body.key = crypto.randomUUID();
+    body.annotator = annotator; // also if it is sent again after a different person has begun here
     sessionStorage.setItem("pending", JSON.stringify(body)); // a reload of the page sends it again
   }
   const found = await send(path, body);
