@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from posttrain.rewards.number_signs import seen
 from posttrain.text import after_reasoning
 
 _NEXT_QUESTION = re.compile(
@@ -50,7 +51,7 @@ _STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
 
 def final_part(completion: str) -> str:
     """Return the text after the reasoning, without what is struck out or only supposed; empty if the reasoning has not ended."""
-    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(completion)))
+    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(seen(completion))))
 
 
 def question_starts(text: str) -> list[int]:

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import re
 
-_SIGNS = (
+_SEEN = (
     (re.compile(r"(?<=\d)\ufe0f?\u20e3"), ""),  # a digit as a key
     (re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe0e\ufe0f\ufeff]"), ""),
+    (
+        re.compile(r"(?<!\d)[\u00a0\u2007\u202f]|[\u00a0\u2007\u202f](?!\d)"),
+        " ",
+    ),  # between digits it separates thousands
+)
+_SIGNS = (
     (re.compile("[\u2010-\u2012\ufe58\ufe63]"), "-"),
     (re.compile(r"(?<=\d)[\u066b\uff0e](?=\d)"), "."),
     (re.compile(r"(?<=\d)\u066c(?=\d{3}(?!\d))"), ","),
@@ -22,8 +28,17 @@ _SIGNS = (
 """Patterns and their usual spelling. Without them, a number is read in two parts, and the last part may be a wrong answer's right one."""
 
 
+def seen(text: str) -> str:
+    """Return the text without characters that are not seen, such as marks of direction, and with usual spaces between words."""
+    if not text.isascii():
+        for pattern, usual in _SEEN:
+            text = pattern.sub(usual, text)
+    return text
+
+
 def usual_signs(text: str) -> str:
     """Return the text with the usual signs around digits of any script, and without characters that are not seen."""
+    text = seen(text)
     for pattern, usual in _SIGNS:
         text = pattern.sub(usual, text)
     return text

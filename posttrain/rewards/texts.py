@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from posttrain.rewards.choices import LATEX_TEXT
+from posttrain.rewards.number_signs import seen
 from posttrain.text import normalised
 
 _PAIRS = ("**", "*", "``", "`", "$$", "$", '"', "'", "\u201c\u201d", "\u300c\u300d")
@@ -40,7 +41,7 @@ def same_text(answer: str, gold: str) -> bool:
 
 def _bare(text: str) -> str:
     """Return the text as it is compared. One of signs only, such as `...`, stays as it is."""
-    text = LATEX_TEXT.sub(r"\1", text).replace("\u2019", "'")
+    text = LATEX_TEXT.sub(r"\1", seen(text)).replace("\u2019", "'")
     for _ in range(4):
         text = _unwrapped(normalised(text).rstrip(" !") or text.strip())
     return text

@@ -321,3 +321,16 @@ def test_an_answer_among_other_numbers_is_read_as_itself() -> None:
     for lead, marker, form, end, n in product(leads, markers, forms, ["", "\n"], [0, 7, 42, 1000, 123456]):
         text = lead + marker + form.format(n=n) + end
         assert number_value(flexible(text) or "") == n, text
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer\u200b is 42", "####\u00a042", "The\u00a0answer\u202fis 42", "\u7b54\u6848\u200b\u662f42"]
+)
+def test_a_marker_is_found_between_characters_that_are_not_seen(text: str) -> None:
+    assert answer([""], [text], answer=["42"], extract="strict") == [1.0]
+
+
+@pytest.mark.parametrize("text", ["Par\u200bis", "\ufeffParis\u200f", "#### Paris\u200b", "The answer\u00a0is Paris."])
+def test_words_are_compared_as_they_are_seen(text: str) -> None:
+    assert answer([""], [text], answer=["Paris"], kind="text") == [1.0]
+    assert answer([""], ["Paris"], answer=["\u2066Paris\u2069"], kind="text") == [1.0]
