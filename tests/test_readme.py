@@ -89,7 +89,7 @@ COMMANDS = {
     "posttrain configure model.source=path/to/model sft.epochs=2": (f"{HERE}::{VALID}", ""),
     "POSTTRAIN_ACCELERATE=infra/accelerate/fsdp2_gpu.yaml dvc repro": ("needs: GPU", ""),
     "python -m flows.node align@grpo-0 --rank 0 --hosts 2 --address HOST0 --config infra/accelerate/fsdp2_gpu.yaml": (
-        "tests/end_to_end/test_node.py::test_a_stage_over_two_hosts_is_recorded_and_pushed_by_rank_0",
+        "tests/end_to_end/test_node.py::test_a_stage_is_recorded_by_rank_0_and_goes_on_elsewhere_if_its_host_is_lost",
         "",
     ),
     "accelerate launch --config_file infra/accelerate/ddp_cpu.yaml -m pipelines.sft": (
