@@ -35,7 +35,7 @@ from pipelines.runtime.command_line import (
     whole,
 )
 from pipelines.runtime.redaction import printable
-from posttrain.errors import DataError
+from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from posttrain.api import Model
@@ -79,8 +79,19 @@ class Chat:
                 self._begin()
             elif line == "/help":
                 self.write(HELP + "\n")
+            elif any("\ud800" <= character <= "\udfff" for character in line):
+                self.write(
+                    "not sent: the line has bytes that are no UTF-8; set the terminal's encoding, or paste it again\n"
+                )
             elif line:
-                self.answer(line)
+                self._try(line)
+
+    def _try(self, line: str) -> None:
+        """Answer one message. One that does not fit the context, or its template refuses, is reported, and the chat goes on."""
+        try:
+            self.answer(line)
+        except (DataError, ModelError) as error:
+            self.write(f"{printable(str(error))}\n")
 
     def answer(self, line: str) -> None:
         """Let every model answer one message, and keep the choice between two answers."""

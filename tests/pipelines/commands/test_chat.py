@@ -53,6 +53,20 @@ def talk(models: list[tuple[str, pt.Model]], inbox: Path, *lines: str, **given: 
     return chat, "".join(shown)
 
 
+def test_a_line_that_is_no_text_is_not_sent(models: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    chat, shown = talk(models[:1], tmp_path, b"a\xff".decode("utf-8", "surrogateescape"))
+    assert chat.turns == 0
+    assert shown.startswith("not sent: the line has bytes that are no UTF-8")
+
+
+def test_a_message_beyond_the_context_says_what_to_type_and_ends_nothing(
+    models: list[tuple[str, pt.Model]], tmp_path: Path
+) -> None:
+    chat, shown = talk(models[:1], tmp_path, "x" * 201, "1+1=")
+    assert "the conversation has 201 tokens and the model's context 200; type /new" in shown
+    assert chat.turns == 1
+
+
 def test_a_plain_models_prompts_are_shown(models: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
     model = models[0][1]
     assert plain_text_hint(tmp_path, model) == ["the model continues plain text; begin as its training prompts do"]
@@ -112,13 +126,6 @@ def test_a_choice_has_the_form_of_the_projects_preferences(root: Path, monkeypat
     """Without scores, a file for a table that has them would be refused."""
     monkeypatch.chdir(root)
     assert needs_scores(root)
-
-
-def test_a_conversation_beyond_the_context_says_what_to_type(
-    models: list[tuple[str, pt.Model]], tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"has 201 tokens and the model's context 200; type /new"):
-        talk(models[:1], tmp_path, "x" * 201)
 
 
 def test_models_of_two_kinds_are_not_compared(models: list[tuple[str, pt.Model]], root: Path, tmp_path: Path) -> None:
