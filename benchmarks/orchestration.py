@@ -53,7 +53,7 @@ def prefect(folder: Path, database: str | None) -> Iterator[str]:
     with (folder / "prefect.log").open("wb") as log:
         server = start(command, folder, output=log, extra=extra, grace_seconds=5)
     try:
-        wait_until_healthy(server, f"http://127.0.0.1:{port}/api", folder / "prefect.log")
+        wait_until_healthy(server, port, folder / "prefect.log")
         yield f"http://127.0.0.1:{port}/api"
     finally:
         server.terminate()
