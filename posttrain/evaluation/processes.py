@@ -1,4 +1,9 @@
-"""Share an evaluation among processes, on one host or several: each samples and measures its part, and all get all results."""
+"""Share an evaluation among processes, on one host or several: each samples and measures its part, and all get all results.
+
+Example:
+    >>> ONE_PROCESS.on_rank_0(lambda: "judged once")
+    'judged once'
+"""
 
 from __future__ import annotations
 

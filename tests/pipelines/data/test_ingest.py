@@ -147,12 +147,16 @@ def test_a_missing_column_names_those_there_are() -> None:
         canonical_rows(
             "problems", source(columns={"prompt": "questoin", "answer": "answer"}), [{"question": "q", "answer": "1"}]
         )
-    for columns, record in (
-        ({"prompt": "question"}, {"question": "q", "solution": "1"}),
-        ({"prompt": "answer"}, {"answer": "q", "solution": "1"}),
-    ):
-        with pytest.raises(ConfigError, match=r"data\.problems\.columns: has no 'answer'"):
-            canonical_rows("problems", source(columns=columns), [record])
+
+
+def test_a_mapping_of_the_prompt_only_gives_problems_without_answers() -> None:
+    changes = Counter[str]()
+    record = {"question": "q", "solution": "1"}
+    (row,) = canonical_rows("problems", source(columns={"prompt": "question"}), [record], changes)
+    assert (row["prompt"], row.get("answer")) == ("q", None)
+    assert changes["columns that are not used: solution"] == 1
+    with pytest.raises(ConfigError, match=r"data\.problems\.columns: has no 'answer'"):
+        canonical_rows("problems", source(columns={"prompt": "answer"}), [{"answer": "q", "solution": "1"}])
 
 
 def test_a_mapping_need_not_name_columns_that_have_their_own_name() -> None:
