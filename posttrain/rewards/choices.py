@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from posttrain.rewards.final_part import correction, rejection
 
 _NAMED = re.compile(
-    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+\(?([A-J])\b|\b(?i:option|choice)\s+\(?([a-j])(?=[).,:]|\s*$)"
+    r"[(\[]([A-Ja-j])[)\]]|\*\*\(?([A-J])\b|\b(?i:option|choice)\s+[(\"'\u201c\u2018*]{0,3}([A-J])\b"
+    r"|\b(?i:option|choice)\s+[(\"'\u201c\u2018*]{0,3}([a-j])(?=[).,:\"'\u201d\u2019*]|\s*$|\s(?:is|was|because|since|fits|works)\b)"
     r"|\b(?:pick|picked|choose|chose|select|go with)\s+([a-j])(?=[).,:!]|\s*$)",
     re.MULTILINE,
 )
@@ -24,7 +25,7 @@ _LEADING = re.compile(
     rf"^\W*(?:([A-HJ]),(?!\s?\(?[A-J]\b)|([A-Ja-j])(?!{_NAME})(?:[).:*](?![A-Za-z])|\W*$))", re.MULTILINE
 )
 _ANY = re.compile(
-    rf"(?<![A-Za-z])([A-J])(?![A-Za-z0-9'\u2019=]|{_NAME})(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
+    rf"(?<![A-Za-z])([A-J])(?![A-Za-z0-9=]|['\u2019][A-Za-z]|\s=|{_NAME})(?!(?<=[AI])\s+(?!(?:is|are|was|because|since|as|and|or)\b)[a-z])"
     r"(?!(?<=[AI])[ \t]+(?!(?:The|This|That|There|It|Because|Since|Explanation|Reason|Reasoning"
     r"|We|You|As|In|If|So|Therefore|Thus|Hence|Let|To|Here|For|According"
     r"|When|By|Both|Given|Using)\b)[A-Z][a-z])"
@@ -46,6 +47,9 @@ _OTHER = re.compile(
     rf"|\b[A-J][\s-](?i:major|minor|flat|sharp)\b|\b[A-J]\.\s?(?:[A-Z]\.\s?){{1,3}}(?=[A-Z][a-z])"
     r"|\b(?:E\.\s?coli|C\.\s?(?:elegans|difficile|diff|albicans|botulinum|tetani)|H\.\s?(?:pylori|influenzae|sapiens|erectus)|D\.\s?melanogaster"
     r"|A\.\s?(?:thaliana|fumigatus|mellifera|niger)|B\.\s?(?:subtilis|anthracis|cereus|burgdorferi|taurus)|G\.\s?gallus|F\.\s?nucleatum)\b"
+    rf"|\d\s?\u00b0?\s?[A-J]\b(?!\))|[A-Za-z0-9]&[A-J]\b|[A-J]\s=\s?[^\sA-J]|\b(?i:is|was|could|would)\s(?i:it|the\sanswer)\s(?:be\s)?{_LETTER}\s?\?"
+    rf"|\b(?i:if|suppose|supposing|assuming|maybe|perhaps|possibly|(?:could|might|may)\sbe)\s(?:it\sis\s|it['\u2019]s\s)?{_LETTER}"
+    rf"(?:,?\s?(?:then\s)?{_LETTER})?"
     rf"|\b(?i:anything|everything|all|any)(?:\sof\sthem)?\s(?:but|other\sthan)\s{_LETTER}"
 )
 """Letters that name a thing (`E. coli`), or an option that is worse (the A of `C > A`) or left out."""
@@ -56,12 +60,26 @@ _LABEL = re.compile(
 """The label of an option that the text repeats: `(A) 3 (B) 4`."""
 _DENIED = re.compile(
     rf"\b(?:[Nn]ot|cannot|[Nn]either|rather than|instead of)\b(?:\s(?:be|option|choice))?{_ONE}(?:\s?n?or\s{_ONE})?"
-    rf"|n['\u2019]t(?:\sbe)?{_ONE}"
+    rf"|n['\u2019]t(?:\sbe)?{_ONE}|\b[Nn]either\sis{_ONE}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:is|are|was|must be|would be|will be|looks|seems)\s(?:also\s)?"
     r"(?:wrong|incorrect|false|not|untrue)\b[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}[:.]?\s(?i:no|false|wrong|incorrect|not)\b[^\n.;,]{0,40}"
+    r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:fails\b|cannot\b|won['\u2019]t\b|will\snot\b|do(?:es)?\s?n(?:ot|['\u2019]t)\b"
+    r"|(?:is|are|was|can\sbe|could\sbe|may\sbe|must\sbe|should\sbe)\s(?:ruled|crossed|eliminated|excluded|rejected|discarded|dismissed|out|impossible)\b)"
+    r"[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
 )
+_REASONED = re.compile(rf"({_LETTER}(?:\s[a-z]{{1,12}}){{0,4}},?)\s(?:since|because)\s[^.;\n]{{0,200}}")
+"""The reason for a letter, which may name others: `C is right since D would overflow`."""
+_WORD_BEFORE = re.compile(r"([A-Za-z]{2,20})[\s(\[*\"']{1,4}\Z")
+_WORDS = re.compile(
+    r"is|are|was|be|it|so|therefore|thus|hence|then|and|or|but|than|answer|answers|letter|option|choice|pick|choose"
+    r"|chose|chosen|select|selected|say|guess|think|believe|with|to|for|only|just|definitely|clearly|probably|likely"
+    r"|yes|no|final|mark|go|going|picked|both|either|neither|nor|between|of|prefer|rank|verdict|correct|right|best"
+    r"|true|ok|okay|well|here|not",
+    re.IGNORECASE,
+)
+"""Before a letter by itself: it may be the chosen one. After a different word, such as the noun of `group A`, it is none."""
 _FINAL = re.compile(
     r"\b(?:(?i:final(?:\s(?:choice|pick|decision|option|letter|verdict))?|my\s(?:choice|pick))\s?(?::|is\b)"
     r"|I(?:\swill|['\u2019]ll|\swould)?\s(?:choose|chose|pick|select|go\swith))[\s*]{0,6}(?=(?:(?i:option|choice)\s)?[(\[*]{0,3}[A-J]\b)"
@@ -81,6 +99,8 @@ def chosen_letter(text: str, marked: str | None, loosely: bool = True) -> str | 
     """
     if marked is None and loosely and (final := list(_FINAL.finditer(text))):
         marked = text[final[-1].end() :].split("\n", maxsplit=1)[0]
+    if not loosely and marked is not None and _later(marked, text) != marked:
+        return None
     if marked is not None and (rest := rejection(text[text.rfind(marked) :])) is not None:
         return _last(rest)
     if marked is not None:
@@ -110,15 +130,23 @@ def _found(text: str, patterns: Iterable[re.Pattern[str]], whole: bool = False) 
     """Return the letters that the first pattern with a match finds; empty if the last of them is one of several."""
     text = unicodedata.normalize("NFKC", LATEX_TEXT.sub(r"\1", text))
     if not whole:
-        text = _without_options(_OTHER.sub(" ", _DENIED.sub(" ", _ASKED.sub(" ", text))))
+        text = _without_options(_OTHER.sub(" ", _DENIED.sub(" ", _REASONED.sub(r"\1", _ASKED.sub(" ", text)))))
     several = [match.span() for match in _SEVERAL.finditer(text)] if not whole else []
     for pattern in patterns:
-        found = list(pattern.finditer(text))
+        found = [
+            match for match in pattern.finditer(text) if whole or pattern is not _ANY or _may_be_chosen(text, match)
+        ]
         if found and any(start <= found[-1].start(found[-1].lastindex or 0) < stop for start, stop in several):
             return []
         if found:
             return [str(match[match.lastindex or 0]).upper() for match in found]
     return []
+
+
+def _may_be_chosen(text: str, match: re.Match[str]) -> bool:
+    """Return False for the letter of a name: `group A`."""
+    before = _WORD_BEFORE.search(text[max(0, match.start() - 26) : match.start()])
+    return before is None or _WORDS.fullmatch(before[1]) is not None
 
 
 def _without_options(text: str) -> str:

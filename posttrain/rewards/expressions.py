@@ -11,6 +11,20 @@ import re
 
 HIDDEN = "\ue000"
 """Placeholder for an expression that is not read, such as a root."""
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?"
+    r"|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
+)
+DATE_AFTER = rf"(?:\s(?:of\s)?{_MONTH})"
+"""After a number: it is a day of a month."""
+DATE_BEFORE = rf"(?:\b{_MONTH}\.?,?\s(?:\d{{1,2}},?\s)?$)"
+COMMAND = (
+    r"\\(?!(?:text\w*|math(?:rm|bf|it|sf)|quad|qquad|displaystyle|textstyle|[dtc]?frac|circ|degree|approx|therefore|because|implies|iff|Rightarrow"
+    r"|Longrightarrow|boxed|fbox|left|right|big\w*|Big\w*|hspace|vspace|space|cdot|times|div|item|newline|begin|end|mid|hline|section\*?"
+    r"|leq?|geq?|neq?|lt|gt|pm|mp|leqslant|geqslant|pmod|bmod|euro|pounds|dollar|square|blacksquare|checkmark|underline|bf|rm|color|textcolor|tag"
+    r"|hfill|noindent|par|label|ldots|dots|equiv|cong|sim)(?![A-Za-z]))[A-Za-z]{2,20}"
+)
+"""A command of LaTeX next to a number that makes an expression of it, such as an angle's name; spaces, fonts and relations do not."""
 _NUMBER = r"[-+]?[$\u20ac\u00a3]?\d+(?:[.,]\d+)*%?"
 _BRACES = r"\{(?:[^{}]|\{[^{}]{0,40}\}){0,60}\}"
 _PARENTHESES = r"\([^()\n]{0,60}\)"
@@ -25,6 +39,10 @@ _ROOTS = re.compile(rf"\\sqrt\s?(?:\[[^\[\]]{{0,20}}\])?\s?(?:{_BRACES}|[0-9A-Za
 _LATEX = re.compile(
     rf"\\[dtc]?frac(?!\s?(?:\{{[-+]?\d{{1,30}}\}}\s?\{{\d{{1,30}}\}}|\d\d))\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
     rf"|\\[dt]?binom\s?(?:{_BRACES}|\w)\s?(?:{_BRACES}|\w)?"
+    r"|\\begin\s?\{(?!(?:align|aligned|equation|gather|gathered|split|center|itemize|enumerate)\*?\})(\w{1,12}\*?)\}"
+    r"(?:[\s\S]{0,400}?\\end\s?\{\1\}|[^\n]{0,400})"
+    r"|\\langle[^\n]{0,60}?\\rangle"
+    r"|(?<![\d.])\d{0,20}\.\d{0,20}\(\d{1,20}\)|(?<![\d.,])\d{1,20}(?:[.,]\d{1,20})?[\u0300-\u036f\u20d0-\u20dc]+"
     r"|\\l(?:floor|ceil)\b[^\n]{1,40}?\\r(?:floor|ceil)\b"
     rf"|[\d.]{{0,30}}\\(?:overline|bar|dot)\s?(?:{_BRACES}|\d)"
 )
@@ -40,7 +58,8 @@ _OF = re.compile(
 )
 _AFTER = re.compile(
     rf"(?<=\d)(?:\s?(?:\\?%|percent|per\scent)\sof\s(?:the\s)?{_NUMBER}"
-    rf"|[\s-](?:factorial\b|doubled\b|tripled\b|halved\b|multiplied\sby\sitself\b|choose-\d+|raised\sto\b|to\sthe\s(?:power|{_PARTS})\b|(?:choose|mod|modulo)\s{_NUMBER}))",
+    rf"|[\s-](?:factorial\b|doubled\b|tripled\b|halved\b|multiplied\sby\sitself\b|choose-\d+|raised\sto\b|to\sthe\s(?:power|{_PARTS})\b|(?:choose|mod|modulo|div)\s{_NUMBER}))"
+    r"|(?<=\d)\s?(?:\\?%|percent|per\scent)\s{0,3}of\s{1,3}\$?[A-Za-z]\b(?!\s[a-z])",
     re.IGNORECASE,
 )
 _BROKEN_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:[ \t][eE][ \t]?|[eE][ \t])[-+]?\d+(?!\w)")
@@ -57,6 +76,10 @@ _SHARES = {
     "tenth": "1/10",
 }
 _SPELLINGS = (
+    (re.compile(r"(?<![\w)\]}])\((-?\d{1,12})\)\s?/\s?\((\d{1,12})\)"), r"\1/\2"),
+    (re.compile(r"\{\s{0,3}(-?\d{1,12})\s{0,3}\\over\s{0,3}(\d{1,12})\s{0,3}\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?:(?<=[$(=])|(?<![^\n]))\s{0,3}(-?\d{1,12})\s{0,3}\\over\s{0,3}(\d{1,12})\s{0,3}(?=[$)]|\.?(?:\n|\Z))"),
+     r"\\frac{\1}{\2}"),
     (re.compile(r"(?<![\w)\]}] )(?<![\w)\]}])-\s?\(\s?(\d[\d.,]{0,30})\s?\)"), r"-\1"),
     (re.compile(r"\\cfrac"), r"\\frac"),
     (re.compile(r"\|-(\d[\d.,]{0,30})\|"), r"\1"),

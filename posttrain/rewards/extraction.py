@@ -2,6 +2,8 @@ r"""Read the answer out of a completion: strictly, after a marker, or flexibly, 
 
 Scale words multiply (1.5 million). A range, several alternatives (3 or 4) and a denied number (not 42) are no answer.
 
+Strictly, an answer counts only if the words around it are understood (`assertions.py`).
+
 Markers: "#### 42", "\boxed{42}", "<answer>42</answer>", "the answer is 42", "Answer: 42", and the same in other languages. The last
 marker counts. After a marker, an expression that would need to be computed (6 * 7) is no answer: none of its numbers is taken for it.
 
@@ -15,12 +17,13 @@ from __future__ import annotations
 import json
 import re
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from posttrain.rewards.assertions import asserts, box_ends, second_number
 from posttrain.rewards.boxes import BOXED, braced, signed_boxes
 from posttrain.rewards.choices import chosen_letter, gold_letter
 from posttrain.rewards.expressions import HIDDEN
-from posttrain.rewards.final_part import correction, final_part, question_starts, rejection
+from posttrain.rewards.final_part import correction, final_part, later_text, question_starts, rejection
 from posttrain.rewards.number_words import spelt_number
 from posttrain.rewards.texts import same_text
 from posttrain.rewards.values import (
@@ -65,34 +68,37 @@ def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind =
     """Return the answer that a completion gives, None if none is found."""
     if kind == "number":
         return strict(completion) if extract == "strict" else flexible(completion)
-    text = final_part(completion)
-    marked = _marked(text)
-    if marked == HIDDEN:
+    text, loosely = final_part(completion), extract == "flexible"
+    found = _last_marker(text)
+    marked = found.answer if found else None
+    if marked == HIDDEN or (found and not loosely and not found.is_asserted()):
         return None
-    if kind == "text":
-        if marked is None and (titled := _TITLED.search(text)):
-            return titled[1].strip()
-        found = _last_marker(text)
-        if found and found[0].re is _WORD and (markup := _OPENING.search(found[0][0])):
-            return markup[0] + found[1]
-        return marked or (text.strip() or None if extract == "flexible" else None)
-    return chosen_letter(text, marked, loosely=extract == "flexible")
+    if kind == "choice":
+        return chosen_letter(text, marked, loosely)
+    if found is None:
+        titled = _TITLED.search(text)
+        return titled[1].strip() if titled else (text.strip() or None if loosely else None)
+    if (later := later_text(found.said)) is not None:
+        return later if loosely else None
+    markup = _OPENING.search(found.match[0]) if found.match.re is _WORD else None
+    return (markup[0] if markup else "") + found.answer or None
 
 
 def strict(completion: str) -> str | None:
     """Return the number after the last marker; None if words such as `wait` take it back."""
     text = signed_boxes(final_part(completion))
-    marked = _marked(text)
-    if marked is None or _takes_back(text) is not None:
+    found = _last_marker(text)
+    if found is None or not found.is_asserted() or found.is_changed():
         return None
-    return result_of(marked) if mentions_numbers(marked) else spelt_number(marked)
+    return result_of(found.answer, whole=True) if mentions_numbers(found.answer) else spelt_number(found.answer)
 
 
 def flexible(completion: str) -> str | None:
     """Return the number after the last marker; if there is no marker, or only words after it, the last number."""
     text = signed_boxes(final_part(completion))
-    marked = _marked(text)
-    if marked is not None and (later := _takes_back(text)) is not None:
+    found = _last_marker(text)
+    marked = found.answer if found else None
+    if found is not None and (later := found.taken_back()) is not None:
         return last_of(later)
     if marked is not None and mentions_numbers(marked):
         return result_of(marked)
@@ -124,8 +130,8 @@ def gold_answers(gold: str) -> list[str]:
 
 
 def equal(answer: str, gold: str, kind: AnswerKind = "number") -> bool:
-    """Return True if the extracted answer is one of the accepted ones."""
-    return any(_equal(answer, one, kind) for one in gold_answers(gold))
+    """Return True if the extracted answer is one of the accepted ones; of texts, also if it is the JSON list itself."""
+    return any(_equal(answer, one, kind) for one in gold_answers(gold)) or (kind == "text" and same_text(answer, gold))
 
 
 def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
@@ -140,14 +146,43 @@ def _equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     return value == expected or (unscaled_value(gold) is None and unscaled_value(answer) == expected)
 
 
-def _marked(text: str) -> str | None:
-    """Return the text after the last marker: on its line, in its box or in its tag."""
-    found = _last_marker(text)
-    return None if found is None else found[1]
+class _Marked(NamedTuple):
+    """A marker, the answer on its line, in its box or in its tag, and the text from the answer on."""
+
+    match: re.Match[str]
+    answer: str
+    said: str
+    inside: int = 0
+    """Characters of `said` in the box."""
+
+    def is_asserted(self) -> bool:
+        """Return False if the text before the marker denies it, supposes it, or gives it to someone else."""
+        return asserts(self.match.string[: self.match.start()], word=self.match.re is _WORD)
+
+    def is_changed(self) -> bool:
+        """Return True if the text after the answer takes it back, goes on with an expression, or gives a second number."""
+        paragraph = self.said.split("\n\n", maxsplit=1)[0]
+        if self.taken_back() is not None or correction(paragraph) is not None:
+            return True
+        if self.match.re is BOXED and not box_ends(self.said[self.inside :]):
+            return True
+        second = None if self.match.re is _TAG else second_number(paragraph)
+        first = None if second is None else result_of(self.answer)
+        return second is not None and number_value(second) != number_value(first or "")
+
+    def taken_back(self) -> str | None:
+        """Return the text after words that take the answer back: `The answer is 5. Wait, it is 6.`, `The answer is 5. That is wrong.`"""
+        rest = rejection(self.said)
+        if rest is not None:
+            return rest
+        later = correction(self.said)
+        if later is None or not mentions_numbers(later):
+            return None
+        return later if mentions_numbers(self.said[: len(self.said) - len(later)]) else None
 
 
-def _last_marker(text: str) -> tuple[re.Match[str], str] | None:
-    """Return the last marker, and the answer after it. A further question, which follows an answer, is left out."""
+def _last_marker(text: str) -> _Marked | None:
+    """Return the last marker and the answer after it. A further question, which follows an answer, is left out."""
     found = [match for pattern in (_HASH, _WORD, BOXED, _TAG) for match in pattern.finditer(text)]
     first = min((match.start() for match in found if match[0].strip() != "#"), default=len(text))
     text = text[: next((start for start in question_starts(text) if start > first), len(text))]
@@ -155,28 +190,18 @@ def _last_marker(text: str) -> tuple[re.Match[str], str] | None:
         if match.end() > len(text):
             continue
         if match.re is BOXED:
-            return match, _boxed(text, match)
+            inside = braced(text, match.end())
+            return _Marked(
+                match, _boxed(text, match, inside), inside + text[match.end() + len(inside) + 1 :], len(inside)
+            )
         if match.re is _TAG:
-            return match, _TAG_END.split(text[match.end() :], maxsplit=1)[0].strip()
-        line = text[match.end() :].split("\n", maxsplit=1)[0].strip()
+            inside, *rest = _TAG_END.split(text[match.end() :], maxsplit=1)
+            return _Marked(match, inside.strip(), f"{inside.strip()}. {rest[0].lstrip('>]')}" if rest else inside)
+        said = text[match.end() :]
+        line = said.split("\n", maxsplit=1)[0].strip()
         if line and (match.re is _WORD or match[0].startswith("##") or _ends_with_a_number(line)):
-            return match, line if "\n" in match[0] else _DETACHED_MINUS.sub("-", line)
+            return _Marked(match, line if "\n" in match[0] else _DETACHED_MINUS.sub("-", line), said)
     return None
-
-
-def _takes_back(text: str) -> str | None:
-    """Return the text after words that take the answer back: `The answer is 5. Wait, it is 6.`, `The answer is 5. That is wrong.`"""
-    found = _last_marker(text)
-    if found is None or found[0].re is not _WORD:
-        return None
-    said = text[found[0].end() :]
-    rest = rejection(said)
-    if rest is not None:
-        return rest
-    later = correction(said)
-    if later is None or not mentions_numbers(later) or not mentions_numbers(said[: len(said) - len(later)]):
-        return None
-    return later
 
 
 def _ends_with_a_number(line: str) -> bool:
@@ -186,9 +211,8 @@ def _ends_with_a_number(line: str) -> bool:
     return bool(first) and not after.partition(first[0])[2].strip(" \t.!?)%]")
 
 
-def _boxed(text: str, match: re.Match[str]) -> str:
-    """Return what is in a box; the placeholder if it is one of several boxes, or a part of an expression."""
-    inside = braced(text, match.end())
+def _boxed(text: str, match: re.Match[str], inside: str) -> str:
+    """Return the inside of a box; the placeholder if it is one of several boxes, or a part of an expression."""
     several = _JOINED.search(text[max(0, match.start() - 60) : match.start()])
     if several or _GOES_ON.match(text, match.end() + len(inside) + 1):
         return HIDDEN

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from posttrain.rewards.assertions import NEGATIVE
 from posttrain.rewards.number_signs import seen
 from posttrain.text import after_reasoning
 
@@ -18,7 +19,11 @@ _NEXT_QUESTION = re.compile(
     r"\n\s*[#*]*(?:question|q|problem|user|human|\u95ee\u9898|\u95ee)\s*\d{0,4}\s*[:\uff1a]", re.IGNORECASE
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|oops|scratch that|correction|my mistake|sorry|actually)\b|(?<![\w'])no[,!.;:](?=\s)", re.IGNORECASE
+    r"\b(?:wait|hold on|hang on|oops|scratch that|correction|my mistake|sorry|actually|i (?:mean|meant)"
+    r"|(?:let me|i (?:must|should|need to|have to)) (?:correct|fix"
+    r"|revise|redo)(?: (?:that|this|it|myself|my answer))?|on second thoughts?|i (?:made|see) (?:a|an|my) (?:mistake|error)|apologies"
+    r"|i was (?:wrong|mistaken)|i take (?:that|it) back|rather(?=,)|make that|strike that)\b|(?<![\w'])no[,!.;:](?=\s)",
+    re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
     r"(?:\b(?:doubt|denies|deny|(?:false|wrong|untrue|not true)(?=\sthat)|not (?:think|believe|say))|n['\u2019]t (?:think|believe|say)"
@@ -29,6 +34,14 @@ _SUPPOSED = re.compile(
     re.IGNORECASE,
 )
 """An answer that is only supposed or asked for."""
+_NOT_THE_ANSWER = re.compile(
+    rf"(?:\b(?:{NEGATIVE})\s(?:[a-z]{{1,12}}\s)?(?:answers?|options?|choices?|results?|values?|ones?)"
+    rf"[*_\s]{{0,4}}(?:is|are|was|would be|:|=)"
+    rf"|(?:(?<![^\n])|(?<=[.;!?]\s))[\s*_]{{0,4}}(?:{NEGATIVE}|not (?:the|my|an?) (?:[a-z]{{1,12}} )?answer)[*_\s]{{0,4}}:)"
+    r"(?:[^,.;:?!\n]|:(?!\s)|[.,](?=\d)){1,60}",
+    re.IGNORECASE,
+)
+"""An answer that the text calls wrong: `the wrong answer is 5`."""
 _FIRST_SENTENCE = r"(?:[^.!?;\n]|\.(?=\d)){1,80}"
 _REJECTED = re.compile(
     rf"{_FIRST_SENTENCE}(?:[.!?;,]{{1,3}}[*\s]{{0,4}}|\n\s{{0,4}})(?:(?:but|no|hmm|however|oh|well|wait|actually|sorry)[,.!\s]{{1,3}}){{0,3}}"
@@ -42,6 +55,8 @@ _REFUSED = re.compile(
     r"(?=\s?(?:[.!,;)]|\Z))",
     re.IGNORECASE,
 )
+_SENTENCE_END = re.compile(r"[.!?;\n][\s$})>\]]*")
+_BEGINS_CORRECTION = re.compile(rf"(?:(?:oh|no|hmm|but|well)[,.]?\s)?(?:{_CORRECTION.pattern})", re.IGNORECASE)
 _DOUBT = re.compile(
     r"\b(?:incorrect|wrong|false|impossible|nonsense|mistake|error)\b|(?:\bnot|n['\u2019]t)(?:\s\w{1,12})?\s(?:right|correct)\b",
     re.IGNORECASE,
@@ -51,7 +66,7 @@ _STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
 
 def final_part(completion: str) -> str:
     """Return the text after the reasoning, without what is struck out or only supposed; empty if the reasoning has not ended."""
-    return _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(seen(completion))))
+    return _NOT_THE_ANSWER.sub(" ", _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(seen(completion)))))
 
 
 def question_starts(text: str) -> list[int]:
@@ -63,6 +78,14 @@ def correction(text: str) -> str | None:
     """Return the text after the last words that take something back, such as `wait` or `no,`; None without such."""
     found = list(_CORRECTION.finditer(text))
     return text[found[-1].end() :] if found else None
+
+
+def later_text(text: str) -> str | None:
+    """Return the words after a correction that begins a sentence: the Rome of `Paris. Sorry, I meant Rome.`; None without such."""
+    if len(said := _SENTENCE_END.split(text, maxsplit=1)) < 2 or not _BEGINS_CORRECTION.match(said[1]):
+        return None
+    later = correction(said[1])
+    return later.strip(" ,:") or None if later is not None else None
 
 
 def rejection(text: str) -> str | None:

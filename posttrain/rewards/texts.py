@@ -15,6 +15,7 @@ from posttrain.text import normalised
 
 _PAIRS = ("**", "*", "``", "`", "$$", "$", '"', "'", "\u201c\u201d", "\u300c\u300d")
 _UNDERLINED = re.compile(r"_([^_].*[^_]|[^_])_", re.DOTALL)
+_TAGS = re.compile(r"</?(?:b|i|u|em|strong|p|span|code|mark|center)>", re.IGNORECASE)
 _REASON = re.compile(r"[\s,(]+because\b|[,(]\s?since\b|\ssince\s(?:it|he|she|they|this|that|there|we)\b")
 """In small letters, since a title may hold the word: `Death Because of Love`."""
 _COMMENT = re.compile(r"[.!]\s+(?=(?:It|He|She|They|Its|His|Her|Their)\s[a-z])")
@@ -41,7 +42,7 @@ def same_text(answer: str, gold: str) -> bool:
 
 def _bare(text: str) -> str:
     """Return the text as it is compared. One of signs only, such as `...`, stays as it is."""
-    text = LATEX_TEXT.sub(r"\1", seen(text)).replace("\u2019", "'")
+    text = LATEX_TEXT.sub(r"\1", _TAGS.sub("", seen(text))).replace("\u2019", "'")
     for _ in range(4):
         text = _unwrapped(normalised(text).rstrip(" !") or text.strip())
     return text

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from posttrain.environments.numbers import parse_number
-from posttrain.rewards.expressions import HIDDEN, without_expressions
+from posttrain.rewards.assertions import ends, leads
+from posttrain.rewards.expressions import COMMAND, DATE_AFTER, DATE_BEFORE, HIDDEN, without_expressions
 from posttrain.rewards.number_signs import usual_signs
 from posttrain.rewards.scales import SCALE, SCALED, scaled
 
@@ -23,7 +24,7 @@ _TIMES_TEN = r"\s?(?:x|\u00d7|\\times|\\cdot|\u00b7|\*)\s?10\s?\^\s?\{?"
 _SIGN = r"(?:(?<![A-Za-z0-9_)\]])[-+](?=[$\u20ac\u00a3\d.\\]))?"
 _LATEX = r"\\[dt]?frac\s?(?:\{[-+]?\d{1,30}\}\s?\{\d{1,30}\}|\d\d)"
 _POWER = r"\s?\^\s?(?:\{[-+]?\d{1,3}\}|[-+]?\d{1,3})"
-_UNIT = r"(?:cm|mm|km|kg|mg|ml|mL|L|lbs?|oz|ft|mph|hrs?|h|min|[ap]m|kWh?|Hz|[kMGT]B|c?m[23])(?![A-Za-z0-9_])"
+_UNIT = r"(?:cm|c(?![.\w])|mm|km|kg|mg|ml|mL|L|lbs?|oz|ft|mph|hrs?|h|min|[ap]m|kWh?|Hz|[kMGT]B|c?m[23])(?![A-Za-z0-9_])"
 _UNCLEAR = "\ue002"
 """Placeholder for digits with more than one reading: 2,5 is a decimal in some languages and a list in others."""
 _NUMBER = (
@@ -52,6 +53,8 @@ _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
     r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d)|i(?!\s\w))\b|(?<=\})[A-Za-z](?![A-Za-z])"
     r"|\s?(?:[-+*\u00d7\u00b7]|\\(?:times|cdot)\b)\s?(?:[b-hj-zB-HJ-Z]|[aAiI](?!\s[a-z]))(?![A-Za-z'\u2019.)])|,\s?\\[lc]?dots|:\d\d\b|\s?mil\b"
+    r"|[\u2080-\u2089]|[\s)]*(?:\.{2,}|\u2026|\|)\s?\d|\u2014\d|\s?%\s?\d|:\d|\s:\s?\d|\s?[A-Za-z]\(|/[knxyz]\b|[ \t]?(?:st|nd|rd|th)\b"
+    rf"|{DATE_AFTER}|[\s{{}})%]*{COMMAND}"
     r"|\s(?:less|fewer|more|greater)\sthan\s(?:[$\u20ac\u00a3]?\d|[xyz]\b)"
     r"|\s?(?i:[ap]\.?m\b)(?!\sI\b)|\s?o\s?['\u2019]\s?clock\b"
     rf"|\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?\d{{1,4}}(?:\.\d{{1,4}})?{_SMALLER_UNIT}"
@@ -89,7 +92,7 @@ _SMALLER = re.compile(_SMALLER_UNIT)
 """`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
 _DOLLARS = re.compile(r"\$?\s?(?:dollars?|euros?)?,?\s?(?:and\s)?\$?")
 _CENTS = re.compile(r"\$?\s?cents?\b")
-_OF_ALL = re.compile(r"\s(?:out\s)?of\s(?:the\s)?")
+_OF_ALL = re.compile(r"\s(?:(?:out\s)?of|in|per)\s(?:the\s|every\s|each\s)?")
 """Between two numbers: the first one counts some of the second."""
 _OF_BOTH = re.compile(r"\s(?:times|plus|over|divided by|multiplied by)\s")
 """Between two numbers: the second one is a part of an expression in words."""
@@ -106,7 +109,8 @@ _BOUNDED = re.compile(
 """Before and after a number: it bounds the answer (x < 5), or means two (\u00b15)."""
 _OPERAND = re.compile(
     r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\bpi|\u03c0|\ue000)[ \t]?"
-    r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):)[ \t]?[$\\({]*$"
+    r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):|(?<=\d ):|(?<=\d)\u2014)[ \t]?[$\\({]*$"
+    rf"|{DATE_BEFORE}|{COMMAND}[\s{{]*$|_\{{\s?$"
 )
 """Before a number: it is the second part of an expression, a date or a time."""
 _SIGNED_PART = re.compile(r"[\d)][ \t]?$")
@@ -131,12 +135,15 @@ _SPELLINGS = (
     (re.compile(r"<="), "\u2264"),
     (re.compile(r"!="), "\u2260"),
     (re.compile(r"\+/-"), "\u00b1"),
+    (re.compile(r"\\math(?:rm|bf|it|sf|bb)\s?\{[eijkdxyzn]\}"), HIDDEN),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\\[hv]?phantom\s*\{[^{}]{0,40}\}"), ""),
     (re.compile(r"(?<=\d)\\ (?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<=\d)\*\*(?=-?\d)"), "^"),
     (re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ\b)|\\degree\b"), " "),
     (re.compile(r"(?<=\d)['\u2019_](?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<=\d)k(?![A-Za-z0-9])"), " thousand"),
+    (re.compile(r"([$\u20ac\u00a3]\s?\d[\d.,]{0,20})K(?![A-Za-z0-9])"), r"\1 thousand"),
     (re.compile(r"\b(?:minus|negative)[ \t]+(?=[$\u20ac\u00a3]?\d)", re.IGNORECASE), "-"),
 )
 _COMMAS = re.compile(r"(?<![\d,.])\d+(?:,\d+)+(?!\d)")
@@ -173,10 +180,13 @@ def values(text: str) -> list[str]:
     return [found[0] for found in _VALUE.finditer(cleaned(text))]
 
 
-def result_of(text: str) -> str | None:
+def result_of(text: str, whole: bool = False) -> str | None:
     """Return the number that a short text such as `6 * 7 = 42 apples` comes to.
 
     None if it holds none, only expressions that would need to be computed, such as `6 * 7`, or several: a range, or `3 or 4`.
+
+    Args:
+        whole: also None unless the words around the number are understood.
     """
     text = _prepared(text)
     sides = text.split("=")
@@ -186,6 +196,8 @@ def result_of(text: str) -> str | None:
         found = _VALUE.search(side)
         if found and not _is_partial(side, found) and HIDDEN not in side[: found.start()]:
             after = _VALUE.search(side, found.end())
+            if whole and not (leads(side[: found.start()]) and ends(side[found.end() :])):
+                return None
             return None if after and _are_several(side, found, after, (_OR, _TO)) else found[0]
     return None
 
@@ -230,7 +242,7 @@ def _prepared(text: str) -> str:
 
 def _is_partial(text: str, found: re.Match[str]) -> bool:
     """Return True if a number is not the whole answer: a part of an expression or date, a bound, or unclear."""
-    lead = text[max(0, found.start() - 20) : found.start()]
+    lead = text[max(0, found.start() - 24) : found.start()]
     signed = found[0][0] in "+-" and _SIGNED_PART.search(lead)
     inside = _OPERATOR.match(text, found.end()) or _OPERAND.search(lead) or signed
     return bool(inside or _BOUND.search(lead) or _BOUNDED.match(text, found.end()) or found[0] == _UNCLEAR)

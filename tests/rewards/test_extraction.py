@@ -43,7 +43,7 @@ MARKED = [
     ("Answer: 3 x 10^2 million", 300_000_000), ("Answer: 1 hundred percent", 100), ("Answer: 5 millennia", 5),
     ("The answer is not 42, but 43", 43), ("The answer is 43, not 42", 43), ("The answer is not 3 or 4 but 5", 5),
     ("Answer: **not 42** but 43", 43),
-    ("The answer is not more than 5", 5), ("The answer is 1/2 or 0.5", Fraction(1, 2)), ("The answer is 42 or so", 42),
+    ("The answer is 1/2 or 0.5", Fraction(1, 2)), ("The answer is 42 or so", 42),
     ("The answer is 3.14 to 2 decimal places", Fraction(157, 50)), ("The answer is 42 to the nearest 10", 42),
 ]  # fmt: skip
 UNMARKED = [
@@ -58,7 +58,7 @@ UNMARKED = [
     ("nicht 42, sondern 43", 43), ("\u4e0d\u662f42\uff0c\u800c\u662f43", 43), ("It isn't 42, it's 43", 43),
     ("between 3 and 5 hours, so 15", 15),
     ("Is it 3 or 4? It is 4.", 4), ("it rose from 3 to 5", 5), ("50\u767e\u5206\u70b9", 50), ("it is .5^2", Fraction(1, 4)),
-    ("5million", 5_000_000),
+    ("5million", 5_000_000), ("The answer is not more than 5", 5),
 ]  # fmt: skip
 NOTHING = [
     "",
