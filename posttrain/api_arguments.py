@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.errors import ConfigError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
@@ -83,6 +83,24 @@ NUMBERS: dict[str, _Number] = {
     "threads": _Number(whole=True, least=1, greatest=4096),
 }
 """The range of every number that a public function takes."""
+
+
+class _DefaultInt(int):
+    """A default value, which differs from the same number given by the caller."""
+
+
+class _DefaultFloat(float):
+    """A default value, which differs from the same number given by the caller."""
+
+
+class _Defaults(NamedTuple):
+    samples: int = _DefaultInt(8)
+    max_new_tokens: int = _DefaultInt(32)
+    temperature: float = _DefaultFloat(1.0)
+
+
+DEFAULTS = _Defaults()
+"""Defaults of `train`; only on-policy algorithms sample."""
 LARGEST_TINY = 10**9
 """Most parameters of a model that is built from a seed: 4 GB."""
 
@@ -93,6 +111,18 @@ def checked(function: str, **values: Any) -> None:
         rule = NUMBERS[name]
         if not rule.allows(value):
             raise ConfigError(f"{function}: {name.split()[-1]} = {shown(value)}; it must be {rule.in_words()}")
+
+
+def refuse_given(**values: Any) -> None:
+    """Raise ConfigError if `train` is given one of these arguments for an algorithm that does not sample."""
+    given = [
+        name.split()[-1] for name, value in values.items() if not isinstance(value, _DefaultInt | _DefaultFloat | None)
+    ]
+    if given:
+        raise ConfigError(
+            f"train: {', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect here: only on-policy algorithms, which sample"
+            " answers, use such arguments. Remove them."
+        )
 
 
 def require(function: str, name: str, value: Any, kinds: type | tuple[type, ...], give: str) -> None:

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.api_arguments import is_finite, require_list
+from posttrain.data.conversations import as_messages
 from posttrain.data.messages import (
     MARKS,
     WEIGHTS,
     is_thumb,
     is_tool,
     once_each,
+    one_reading,
     parted,
     refuse_repeated_texts,
     require_whole_weights,
@@ -130,7 +132,7 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
     """Return rows with `prompt`, `chosen`, `rejected`; scores are in every row or in none."""
     entries = _entries("rows", rows)
     needs = ("prompt", "chosen", "rejected")
-    found = [_row("rows", row, i, needs, SCORES) for i, row in enumerate(entries)]
+    found = [_alike(_row("rows", row, i, needs, SCORES)) for i, row in enumerate(entries)]
     scored = needs_scores or any(name in row for row in found for name in SCORES)
     for i, row in enumerate(found):
         _check_training(row, f"rows, row {i}")
@@ -153,6 +155,14 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
             )
     refuse_repeated_texts(found, ("chosen", "rejected"), "rows")
     return found
+
+
+def _alike(row: Row) -> Row:
+    """Return a pair whose answers are both texts or both messages: otherwise each would follow a different prompt."""
+    answers = ("chosen", "rejected")
+    if all(isinstance(row[name], str) for name in answers):
+        return row
+    return row | {name: as_messages(row[name], "assistant") for name in answers}
 
 
 def check_golds(name: str, function: Any, golds: Sequence[Any]) -> None:
@@ -307,6 +317,7 @@ def _check_text(value: Any, place: str, chat: bool = False) -> None:
         content = turn.get("content")
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise DataError(f"{place}, turn {i}: the content is {shown(content)}; give a text")
+        one_reading(turn, f"{place}, turn {i}")
         _check_encodable(content or "", f"{place}, turn {i}")
         weighted(turn, f"{place}, turn {i}")
 

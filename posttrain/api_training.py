@@ -25,7 +25,15 @@ from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Pre
 from posttrain.algorithms.checks import check_spec
 from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
 from posttrain.api import Model
-from posttrain.api_arguments import check_reward, checked, require, require_list, require_methods
+from posttrain.api_arguments import (
+    DEFAULTS,
+    check_reward,
+    checked,
+    refuse_given,
+    require,
+    require_list,
+    require_methods,
+)
 from posttrain.api_rows import (
     WEIGHT,
     check_golds,
@@ -119,9 +127,9 @@ def train(
     learning_rate: float,
     batch_size: int,
     reward: Reward | None = None,
-    samples: int = 8,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
+    samples: int = DEFAULTS.samples,
+    max_new_tokens: int = DEFAULTS.max_new_tokens,
+    temperature: float = DEFAULTS.temperature,
     seed: int = 0,
     micro_batch_tokens: int = 16_384,
     threads: int | None = None,
@@ -160,19 +168,9 @@ def train(
     """
     require("train", "model", model, Model, "a model of load(...) or tiny(...)")
     cpu = {} if threads is None else {"threads": threads}
-    checked(
-        "train",
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        micro_batch_tokens=micro_batch_tokens,
-        staleness=staleness,
-        **cpu,
-        **{"training temperature": temperature},
-    )
+    numbers = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    sampled = {"samples": samples, "max_new_tokens": max_new_tokens, "training temperature": temperature}
+    checked("train", **numbers, **sampled, micro_batch_tokens=micro_batch_tokens, staleness=staleness, **cpu)
     require_methods(
         "train", "recorder", recorder, ("metrics", "timings", "truncate_after"), "a recorder, such as History()"
     )
@@ -181,12 +179,9 @@ def train(
     experts = (
         [] if demonstrations is None else require_list("train", "demonstrations", demonstrations, "a list of rows")
     )
-    given = any(value is not None for value in (reward, teacher, teacher_prompt, turns))
-    if not isinstance(spec, OnPolicy) and (given or experts or staleness):
-        raise ConfigError(
-            "reward, demonstrations, teacher, teacher_prompt, turns and staleness have no effect here: only on-policy algorithms use"
-            " them. Remove them."
-        )
+    if not isinstance(spec, OnPolicy):
+        objects = {"reward": reward, "teacher": teacher, "teacher_prompt": teacher_prompt, "turns": turns}
+        refuse_given(demonstrations=experts or None, staleness=staleness or None, **objects, **sampled)
     if threads is not None:
         torch.set_num_threads(threads)
     if isinstance(spec, OnPolicy):
@@ -202,7 +197,6 @@ def train(
     check_trainable(model.lm)
     if broken := broken_weights(model.lm):
         raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
-    numbers = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     identity = identity_of(spec, model.lm, numbers)
     history = History(recorder)
     run = _Run(model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, history, checkpoints, identity)
@@ -210,7 +204,9 @@ def train(
         check_policy(model.lm, "the model to train")
         if isinstance(spec, OnPolicy):
             limit = 1 if turns is None else turns.limit
-            sampling = GroupSettings(batch_size, samples, SamplingSettings(max_new_tokens, float(temperature)), limit)
+            sampling = GroupSettings(
+                batch_size, int(samples), SamplingSettings(int(max_new_tokens), float(temperature)), limit
+            )
             _on_policy(
                 run, spec, prompt_rows(rows), reward, sampling, experts, teacher, teacher_prompt, turns, staleness
             )

@@ -97,7 +97,7 @@ def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]
         (
             "dpo",
             {"reward": lengths},
-            "reward, demonstrations, teacher, teacher_prompt, turns and staleness have no effect here",
+            "train: reward has no effect here: only on-policy algorithms",
         ),
         ("ppo", {"reward": lengths}, "use choose\\('ppo', {'critic': 'shared'}\\)"),
         ("chord", {"reward": lengths}, "pass demonstrations= if and only if"),

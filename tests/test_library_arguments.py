@@ -147,7 +147,7 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
                     "rejected": [{"role": "assistant", "content": "b"}],
                 }
             ],
-            "row 0: chosen and rejected have the same tokens",
+            "row 0: chosen and rejected are the same",
         ),
         (
             "grpo_pairs",

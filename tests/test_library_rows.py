@@ -9,7 +9,7 @@ import pytest
 
 import posttrain as pt
 from posttrain.api_arguments import checked
-from posttrain.api_rows import labelled_rows, supervised_rows
+from posttrain.api_rows import labelled_rows, preference_rows, supervised_rows
 from posttrain.errors import ConfigError, DataError
 from tests.test_library_arguments import PAIRS, ROWS, SMALL, lengths, model, train
 
@@ -124,3 +124,37 @@ def test_answers_that_follow_another_prompt_than_in_sampling_are_reported(capsys
     assert "another text" not in capsys.readouterr().err
     train(model, "sft", [ROWS[0], {"prompt": ASKED, "completion": [says("b")]}])
     assert "1 of the first 2 rows (completion; first: row 1) are trained after another text" in capsys.readouterr().err
+
+
+def test_answers_of_a_pair_follow_one_prompt_whatever_their_form() -> None:
+    (row,) = preference_rows([{"prompt": "a", "chosen": [says("b")], "rejected": "c"}], needs_scores=False)
+    assert row == {"prompt": "a", "chosen": [says("b")], "rejected": [says("c")]}
+    mixed, messages = (
+        train(pt.tiny(seed=0, **SMALL), "dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"} | form], steps=2)
+        for form in ({"rejected": [says("c")]}, {"chosen": [says("b")], "rejected": [says("c")]})
+    )
+    assert mixed == messages
+
+
+def test_a_turn_with_two_texts_or_roles_is_refused() -> None:
+    for other in ({"value": "ZZ"}, {"from": "human"}):
+        with pytest.raises(
+            DataError, match=r"completion, turn 0: its (content|role) is '(b|assistant)' and its (value|from)"
+        ):
+            supervised_rows([{"prompt": "a", "completion": [says("b", **other)]}])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "given"),
+    [
+        ("sft", ROWS, {"samples": 8}),
+        ("sft", ROWS, {"temperature": 0.3}),
+        ("dpo", PAIRS, {"max_new_tokens": 4}),
+        ("kto", [row | {"label": True} for row in ROWS], {"temperature": 1.0, "samples": 2}),
+    ],
+)
+def test_arguments_of_sampling_are_refused_where_nothing_is_sampled(
+    model: pt.Model, algorithm: str, rows: Any, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"train: .*{next(iter(given))}.* no effect here: only on-policy algorithms"):
+        train(model, algorithm, rows, **given)

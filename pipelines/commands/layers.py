@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.config.params import Params
-from pipelines.config.schema import LoraParams
+from pipelines.config.schema import LoraParams, TinyParams
 
 HEADS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 """Last names of heads and embeddings, which cannot have an adapter: log-probabilities are fused with the head's own weight."""
@@ -26,12 +26,33 @@ def adapters(params: Params) -> Mapping[str, LoraParams]:
 
 def weight_names(params: Params) -> list[str]:
     """Return the paths of the layers of `model.source`; empty if it is no folder of safetensors files here."""
+    return sorted(weight_shapes(params))
+
+
+def weight_shapes(params: Params) -> dict[str, tuple[int, int]]:
+    """Return the shape (outputs, inputs) of each layer of `model.source` by its path; empty as for `weight_names`."""
     if params.model.source == "tiny":
-        return [*_TINY] if not params.model.tiny.experts else []
-    names: set[str] = set()
-    for path in sorted(Path(params.model.source).glob("*.safetensors")):
-        names |= {name.removesuffix(".weight") for name, one in _header(path).items() if _is_matrix(name, one)}
-    return sorted(names)
+        return _tiny_shapes(params.model.tiny) if not params.model.tiny.experts else {}
+    return {
+        name.removesuffix(".weight"): (entry["shape"][0], entry["shape"][1])  # type: ignore[index]
+        for name, entry in folder_tensors(Path(params.model.source)).items()
+        if _is_matrix(name, entry)
+    }
+
+
+def folder_tensors(folder: Path) -> dict[str, object]:
+    """Return the entries of the headers of a folder's safetensors files by the tensors' names."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= _header(path)
+    return found
+
+
+def _tiny_shapes(shape: TinyParams) -> dict[str, tuple[int, int]]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    keys = hidden // shape.heads * shape.kv_heads
+    outputs = dict(zip(_TINY, (hidden, keys, keys, hidden, inner, inner, hidden), strict=True))
+    return {name: (size, inner if name == "down_proj" else hidden) for name, size in outputs.items()}
 
 
 def _is_matrix(name: str, entry: object) -> bool:

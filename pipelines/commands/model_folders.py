@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.commands.layers import HEADS, adapters, weight_names
+from pipelines.commands.layers import HEADS, adapters, folder_tensors, weight_names, weight_shapes
 from pipelines.config.params import Params
+from pipelines.config.schema import LoraParams
 from pipelines.data.sources import is_generator
 from posttrain.data.conversations import has_marks
 from posttrain.environments.base import built_in
 from posttrain.errors import ModelError
+from posttrain.models.architectures import language_model, no_score
 from posttrain.text import nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -54,10 +56,14 @@ def _gguf(file: Path) -> Iterator[str]:
 
 
 def _labels(folder: Path) -> Iterator[str]:
-    """Yield that a reward model has several labels, of which none is the reward."""
+    """Yield that a reward model has several labels, of which none is the reward, or that it is a language model without a score."""
     config = _json(folder / "config.json")
     labels = config.get("id2label")
-    if isinstance(labels, dict) and len(labels) > 1 and "reward_heads" not in config:
+    tensors = folder_tensors(folder)
+    model = language_model(config.get("architectures"))
+    if model and "reward_heads" not in config and tensors and not any(name.startswith("score.") for name in tensors):
+        yield f"reward.source = {folder.as_posix()!r}: {no_score(model)}"
+    elif isinstance(labels, dict) and len(labels) > 1 and "reward_heads" not in config:
         yield (
             f"reward.source = {folder.as_posix()!r}: a reward model gives one number, and this one has {len(labels)} labels; give a model"
             " with num_labels = 1"
@@ -103,8 +109,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def adapter_problems(params: Params) -> Iterator[str]:
     """Yield layers that an adapter names and the model does not have; only a folder here, and the tiny model, are looked into."""
-    names = weight_names(params)
+    shapes = weight_shapes(params)
+    names = sorted(shapes)
     for key, lora in adapters(params).items():
+        yield from _ranks(key, lora, shapes)
         for target in lora.target_modules if not isinstance(lora.target_modules, str) else ():
             if target.rpartition(".")[2] in HEADS:
                 yield (
@@ -114,6 +122,21 @@ def adapter_problems(params: Params) -> Iterator[str]:
             elif names and not any(name == target or name.endswith(f".{target}") for name in names):
                 ends = {name.rpartition(".")[2] for name in names} - {*HEADS}
                 yield f"{key}.target_modules: the model has no layer {target!r}{nearest(target, ends)}"
+
+
+def _ranks(key: str, lora: LoraParams, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Yield a rank that exceeds the smaller side of every layer of a name, so that the adapter is larger than the layer's own rank."""
+    every = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in HEADS}
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    for target in targets:
+        fitting = {n: s for n, s in every.items() if target == "all-linear" or n == target or n.endswith(f".{target}")}
+        most, name = max(((min(shape), name) for name, shape in fitting.items()), default=(lora.rank, ""))
+        if lora.rank > most:
+            rows, columns = fitting[name]
+            yield (
+                f"{key}.rank = {lora.rank}: the layers {target!r} have at most {rows} x {columns} weights ({name}), so no more than"
+                f" {most} ranks; set a rank far below {most}"
+            )
 
 
 def unknown_layers(params: Params) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.files import OPENERS, kind_and_compression
+from pipelines.data.compression import OPENERS, kind_and_compression
 from pipelines.data.parquet import refuse_wide
 from pipelines.data.size_limit import limit_megabytes
 from posttrain.errors import DataError

@@ -5,28 +5,24 @@ Formats: .jsonl and .ndjson, .json (an array of objects), .csv, .tsv and .parque
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
 import lzma
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.data.compact import compact
+from pipelines.data.compression import kind_and_compression, opened
 from pipelines.data.parquet import first_twice, parquet_records, refuse_wide
 from posttrain.errors import DataError
-from posttrain.files import files_below
 from posttrain.text import nearest
 
 Record = dict[str, Any]
@@ -41,8 +37,6 @@ _BEGINNINGS = {
 """How files of other kinds begin."""
 EXACT_DIGITS = 15
 """Characters; a float holds every shorter number as it is written."""
-_SHARD = re.compile(r"(?P<series>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.")
-_SPLIT = re.compile(r"(?:train|training|test|testing|valid|validation|val|dev|eval)(?=[-_.])")
 
 
 def read_file(path: Path) -> list[Record]:
@@ -67,65 +61,6 @@ def is_readable(path: Path) -> bool:
     return kind_and_compression(path)[0] in READERS
 
 
-def folder_files(folder: Path, split: str) -> list[Path]:
-    """Return the data files of a folder in the order of their names, those of `split` if the names say one.
-
-    Raises DataError if there are none, if they are of several formats, or if a numbered shard is missing.
-    """
-    files = _data_files(folder)
-    named = {path: found[0] for path in files if (found := _SPLIT.match(path.name))}
-    if named:
-        files = [path for path in files if named.get(path) == split]
-        if not files:
-            there = sorted(set(named.values()))
-            raise DataError(f"{folder}: no file of the split {split!r}; set data.*.split to one of: {', '.join(there)}")
-    if not files:
-        raise DataError(f"{folder}: no file that can be read; files must end in one of: {', '.join(READERS)}")
-    kinds = sorted({kind_and_compression(path)[0] for path in files})
-    if len(kinds) > 1:
-        raise DataError(
-            f"{folder}: holds files of several formats ({', '.join(kinds)}); name the wanted ones by a pattern,"
-            f" e.g. {folder}/*{kinds[-1]}"
-        )
-    _check_shards(folder, files)
-    return files
-
-
-def unread_files(folder: Path, split: str) -> list[Path]:
-    """Return the data files of a folder that belong to other splits, or to none."""
-    return sorted({*_data_files(folder)} - {*folder_files(folder, split)})
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return [p for p in files_below(folder) if is_readable(p) and not _is_hidden(p.relative_to(folder))]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
-
-
-def _check_shards(folder: Path, files: Sequence[Path]) -> None:
-    shards: dict[tuple[str, int], set[int]] = {}
-    for path in files:
-        if found := _SHARD.match(path.name):
-            shards.setdefault((found["series"], int(found["count"])), set()).add(int(found["number"]))
-    for (series, count), numbers in sorted(shards.items()):
-        missing = sorted(set(range(count)) - numbers)
-        if missing:
-            raise DataError(
-                f"{folder}: {series} has {len(numbers)} of {count} shards, without number {missing[0]}; a part of the data would"
-                " be missing. Fetch the shard, or name the wanted files by a pattern."
-            )
-
-
-def kind_and_compression(path: Path) -> tuple[str, str]:
-    """Return the format's suffix and the compression's, e.g. (".jsonl", ".gz"); the second may be empty."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in OPENERS:
-        return suffixes[-2], suffixes[-1]
-    return (suffixes[-1] if suffixes else ""), ""
-
-
 def _jsonl(path: Path) -> list[Record]:
     """Read one object per line. The file is never held as a whole: its records need several times its size."""
     records: list[Record] = []
@@ -145,7 +80,7 @@ def _jsonl(path: Path) -> list[Record]:
 def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file. Raises DataError if it cannot be read."""
     position = 0
-    with _reading(path), _opened(path) as file:
+    with _reading(path), opened(path) as file:
         for line in file:
             begin = len(codecs.BOM_UTF8) if not position and line.startswith(codecs.BOM_UTF8) else 0
             try:
@@ -281,7 +216,9 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
             raise DataError(f"{path}, line 1: the header names column {twice!r} twice, so one would be lost; rename it")
         for record in reader:
             if None in record or None in record.values():
-                raise DataError(f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(names)}")
+                raise DataError(
+                    f"{path}, line {reader.line_num}: has {_fields(record)}, the header has {len(names)}{_cause(names, record)}"
+                )
             records.append(record)
     except csv.Error as error:
         unclosed = "; a field begins with a quote that nothing closes" if "unexpected end" in str(error) else ""
@@ -294,8 +231,28 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
 
 def _fields(record: Record) -> str:
     """Return the number of fields of a CSV row, in words."""
-    beyond = len(record.get(None, ()))  # type: ignore[call-overload]
-    return f"{sum(v is not None for k, v in record.items() if k is not None) + beyond} fields"
+    return f"{len(_values(record))} fields"
+
+
+def _values(record: Record) -> list[str]:
+    """Return the fields of a CSV row, which may have more or fewer than the header."""
+    named = [value for name, value in record.items() if name is not None and value is not None]
+    return [*named, *record.get(None, ())]  # type: ignore[call-overload]
+
+
+def _cause(names: Sequence[str], record: Record) -> str:
+    """Return the likely cause of a wrong number of fields, with its remedy."""
+    spaced = next((value for value in _values(record) if value[:1].isspace() and value.lstrip().startswith('"')), None)
+    if spaced is not None:
+        return (
+            f". A field begins with a space and a quote ({spaced[:20]!r}): a quote holds a field together only if it is the field's first"
+            " character. Remove the space before the quote."
+        )
+    if names[0].lstrip().startswith(("#", "//")) or len(names) == 1:
+        return (
+            f". Line 1 is taken for the header, and reads {names[0][:60]!r}. If it is a comment or a title, remove it."
+        )
+    return ""
 
 
 def _parquet(path: Path) -> list[Record]:
@@ -322,13 +279,8 @@ def _not_text(path: Path, position: int) -> DataError:
 
 def _content(path: Path) -> bytes:
     """Return the file's bytes, decompressed if its name says that they are compressed."""
-    with _reading(path), _opened(path) as file:
+    with _reading(path), opened(path) as file:
         return file.read()
-
-
-def _opened(path: Path) -> BufferedIOBase:
-    """Open a file to read its bytes, decompressed if its name says that they are compressed."""
-    return OPENERS.get(kind_and_compression(path)[1], _plain)(path)
 
 
 @contextmanager
@@ -343,14 +295,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path}: cannot be decompressed: {error}; it may be cut short, or compressed in a different way"
         ) from None
-
-
-def _plain(path: Path) -> BufferedIOBase:
-    return path.open("rb")
-
-
-def _zstandard(path: Path) -> BufferedIOBase:
-    return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
 
 
 def _object(value: Any, where: str) -> Record:
@@ -373,12 +317,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-OPENERS: dict[str, Callable[[Path], BufferedIOBase]] = {
-    ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _zstandard,
-}
 READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,

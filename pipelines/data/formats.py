@@ -12,7 +12,7 @@ from pipelines.data.conversation_rows import Sourced
 from pipelines.data.files import Record
 from pipelines.data.messages import from_json
 from pipelines.data.tables import SCORES, ULTRAFEEDBACK
-from posttrain.data.messages import MARKS, WEIGHTS, is_thumb, thumb
+from posttrain.data.messages import MARKS, WEIGHTS, is_thumb, one_reading, thumb
 from posttrain.errors import DataError
 
 Convert = Callable[[Record], Record]
@@ -107,7 +107,7 @@ def _messages(name: str) -> Convert:
         if system and not isinstance(system, str):
             raise DataError(f"system {str(system)[:60]!r}: must be text; correct the record, or leave the column out")
         own = (
-            turns[0].get("content", turns[0].get("value")) if isinstance(turns, list) and _has_system(turns) else system
+            one_reading(turns[0], "turn 0").get("content") if isinstance(turns, list) and _has_system(turns) else system
         )
         if system and own != system:
             raise DataError(
@@ -116,7 +116,6 @@ def _messages(name: str) -> Convert:
             )
         if isinstance(turns, list) and system and not _has_system(turns):
             turns = [{"role": "system", "content": system}, *turns]
-            turns[1:] = [_role_named(turn) for turn in turns[1:]]
         # text stays text, so that it is counted as such where it is read
         turns = json.dumps(turns, ensure_ascii=False) if isinstance(given, str) and isinstance(turns, list) else turns
         return record | {"messages": turns, "tools": record.get("tools") or record.get("functions")}
@@ -126,15 +125,6 @@ def _messages(name: str) -> Convert:
 
 def _has_system(turns: list[Any]) -> bool:
     return bool(turns) and isinstance(turns[0], dict) and "system" in (turns[0].get("role"), turns[0].get("from"))
-
-
-def _role_named(turn: Any) -> Any:
-    """Return a ShareGPT turn with the names that the system message has."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    return {"role": turn["from"], "content": turn.get("value")} | {
-        k: v for k, v in turn.items() if k not in ("from", "value")
-    }
 
 
 def _instruction(more: str, answer: str) -> Convert:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.data.messages import is_tool, role_of, weighted
+from posttrain.data.messages import is_tool, one_reading, role_of, weighted
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
-_SPELLINGS = (("role", "content"), ("from", "value"), ("role", "value"))
+_ROLES, _TEXTS = ("role", "from"), ("content", "value")
+"""How messages spell their role and their text; one conversation may mix the spellings."""
 _HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -19,12 +20,13 @@ def canonical_messages(value: Any, where: str) -> Any:
     """Return chat messages in the canonical form; anything else as it is. Raises DataError for content that is not text."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         return value
-    names = next(
-        ((r, c) for r, c in _SPELLINGS if all(r in turn for turn in value) and any(c in turn for turn in value)), None
-    )
-    if names is None:
+    if not all(_has(turn, _ROLES) for turn in value) or not any(_has(turn, _TEXTS) for turn in value):
         return value
-    return [_message(turn, *names, f"{where}, turn {i}") for i, turn in enumerate(value)]
+    return [_message(one_reading(turn, f"{where}, turn {i}"), f"{where}, turn {i}") for i, turn in enumerate(value)]
+
+
+def _has(turn: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return any(name in turn for name in names)
 
 
 def from_json(value: Any) -> Any:
@@ -36,7 +38,7 @@ def from_json(value: Any) -> Any:
     except (ValueError, RecursionError):
         return value
     spelt = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
-    return found if spelt and any(all(r in turn and c in turn for turn in found) for r, c in _SPELLINGS) else value
+    return found if spelt and all(_has(turn, _ROLES) and _has(turn, _TEXTS) for turn in found) else value
 
 
 def canonical_tools(value: Any, where: str) -> str | None:
@@ -65,19 +67,20 @@ def human_assistant(text: str) -> list[Message] | None:
     return [{"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(1, len(parts), 2)]
 
 
-def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Message:
-    if not isinstance(turn[role], str):
-        raise DataError(f"{where}: the role is {turn[role]!r}; it must be text, such as user or assistant")
-    name = turn[role].strip()
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    """Return a message in the canonical form. Raises DataError for a role or content that is not text."""
+    if not isinstance(turn["role"], str):
+        raise DataError(f"{where}: the role is {turn['role']!r}; it must be text, such as user or assistant")
+    name = turn["role"].strip()
     # a column's file format may fill up absent fields with null
-    others = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
+    others = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
     others = weighted(others, where)
-    said = turn.get(content)
+    said = turn.get("content")
     if said is None and isinstance(others.get("refusal"), str):  # how OpenAI writes an answer that declines
         said = others.pop("refusal")
     message = {"role": role_of(name, where), "content": _text(said, where), **others}
     if name == "function_call":
-        message |= {"role": "assistant", "content": "", "tool_calls": [_call(turn.get(content), where)]}
+        message |= {"role": "assistant", "content": "", "tool_calls": [_call(said, where)]}
     if isinstance(message.get("function_call"), Mapping):
         message["tool_calls"] = [message.pop("function_call")]
     if "tool_calls" in message:

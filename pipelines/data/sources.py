@@ -17,9 +17,10 @@ from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.data.column_mapping import canonical_rows, generated_rows
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.file_columns import require_alike
-from pipelines.data.files import READERS, Record, folder_files, is_readable, read_file, unread_files
+from pipelines.data.files import READERS, Record, is_readable, read_file
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
+from pipelines.data.splits import folder_files, refuse_twice, unread_files
 from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments.base import built_in, checked_rows, environment, is_environment
 from posttrain.errors import ConfigError, DataError
@@ -145,9 +146,11 @@ def environment_files(source: TableSource) -> list[Path]:
 def local_files(source: TableSource) -> list[Path]:
     """Return the files that a source names, in order; none for a generator or a hub id.
 
-    A name is a file, a folder of files, or a pattern with `*` or `?`. Raises DataError if one names no file.
+    A name is a file, a folder of files, or a pattern with `*` or `?`. Raises DataError if one names no file, or if a file is named twice.
     """
-    return [path for name in source.names for path in _files_of(name, source.split)]
+    files = [path for name in source.names for path in _files_of(name, source.split)]
+    refuse_twice(files)
+    return files
 
 
 def _files_of(name: str, split: str) -> list[Path]:
@@ -236,6 +239,7 @@ def _options(name: str, data: DataParams) -> dict[str, Any]:
 def _records(kind: Sourced, source: TableSource) -> list[Record]:
     """Return the records of a file or hub source."""
     parts: list[tuple[str, list[Record]]] = []
+    local_files(source)
     for name in source.names:
         if name.startswith(HUB):
             parts.append((name, _hub(kind, name, source.split)))

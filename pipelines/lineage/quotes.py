@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import html
 import io
@@ -21,6 +20,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,10 @@ def _parts(data: bytes, depth: int = 0) -> Iterator[bytes]:
 def _decompressed(data: bytes, kind: str) -> bytes:
     import pyarrow as pa
 
+    from pipelines.data.compression import buffered
+
     stream: Any = io.BytesIO(data)
-    openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, **{each: partial(buffered, kind=each) for each in ("bz2", "xz")}}
     with openers[kind](stream) if kind in openers else pa.CompressedInputStream(stream, kind) as opened:
         found: bytes = opened.read(MOST_BYTES + 1)
     if len(found) > MOST_BYTES:

@@ -38,8 +38,8 @@ DATE = datetime(2024, 7, 26)
 _CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
 """The end of reasoning, which templates may cut off."""
 _TAGS = re.compile(r"</?\w+>|\[/?\w+\]|<\|\w+\|>")
-_ASKED, _ANSWERED = "posttrain-question", "posttrain-answer"
-"""Texts of the conversation by which a template's closings are found."""
+_PROBES = (("posttrain-question", "posttrain-answer"), ("WXYZVKUJ", "HJKQLMGP"), ("172839", "584736"), ("何故雲", "其理風"))  # fmt: skip
+"""Questions and answers by which a template's closings are found: a template may alter some letters, and shows others."""
 _MOST_FORMS = 4096
 PROBE = "?"
 """The name of that conversation where messages name a row."""
@@ -86,20 +86,28 @@ class ChatTemplate:
         """Forms of conversations that the template shows whole."""
 
     def closings(self) -> Closings | None:
-        """Return the texts that the template writes after an answer, None if it refuses a question and its answer.
+        """Return the texts that the template writes after an answer, None if it refuses a question and its answer, or alters every text.
 
         Raises ModelError for a template that is no program.
         """
-        turns = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
-        try:
-            last = self.render(turns, row=PROBE).rpartition(_ANSWERED)[2]
-        except DataError:  # rows of such turns are refused by name when they are read
-            return None
+        for asked, answered in _PROBES:
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+            try:
+                _, found, last = self.render(turns, row=PROBE).rpartition(answered)
+            except DataError:  # rows of such turns are refused by name when they are read
+                return None
+            if found:
+                return self._closings(turns, last)
+        return None
+
+    def _closings(self, turns: Sequence[Message], last: str) -> Closings:
+        """Return the closings of a question and an answer that the template shows as they are."""
+        asked, answered = (str(turn["content"]) for turn in turns)
         longer = self._try([*turns, turns[0]], None)
-        if longer is None or longer.count(_ASKED) != 2 or longer.count(_ANSWERED) != 1:
+        if longer is None or longer.count(asked) != 2 or longer.count(answered) != 1:
             return Closings(last)
-        head, (_, _, after) = longer.partition(_ASKED)[0], longer.partition(_ANSWERED)
-        between = after.rpartition(_ASKED)[0]
+        head, (_, _, after) = longer.partition(asked)[0], longer.partition(answered)
+        between = after.rpartition(asked)[0]
         shared = len(path.commonprefix([head[::-1], between[::-1]]))  # noqa: RUF071
         return Closings(last, after, between[len(between) - shared :])
 

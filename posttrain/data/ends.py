@@ -9,8 +9,10 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.conversations import ChatTemplate
 
@@ -56,3 +58,50 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def described(tokenizer: PreTrainedTokenizerBase, ends: dict[int, str]) -> str:
     """Return the ends as text, such as `<|im_end|> (tokenizer), <|eot|> (generation settings)`."""
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({origin})" for token, origin in ends.items())
+
+
+def as_list(named: Any) -> list[Any]:
+    """Return the ids of a setting `eos_token_id`, which may be missing, one id or a list."""
+    return [] if named is None else named if isinstance(named, list) else [named]
+
+
+def written_ends(folder: Path) -> dict[str, list[Any]]:
+    """Return the ends of sequence that the files of a model folder spell out; a class default, which no file has, is none."""
+    found = {}
+    for name in ("generation_config.json", "config.json"):
+        try:
+            tree = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a hub id, or a damaged file, which loading the model reports
+            continue
+        parts = [tree, tree.get("text_config")] if isinstance(tree, dict) else []
+        ids = [token for part in parts if isinstance(part, dict) for token in as_list(part.get("eos_token_id"))]
+        if ids:
+            found[name] = list(dict.fromkeys(ids))
+    return found
+
+
+def differing_ends(
+    tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, str], written: Mapping[str, list[Any]]
+) -> str | None:
+    """Return how a folder's files disagree about the ends of an answer and which ends count, None if they agree.
+
+    They disagree if a file names a token that is no end here, or if no file names the tokenizer's own end.
+    """
+    known = {number: token for token, number in tokenizer.get_vocab().items()}
+    reasons = [
+        f"{name} names {token}, "
+        + (f"an ordinary token ({known[token]!r})" if token in known else "which is no token of the vocabulary")
+        for name, ids in written.items()
+        for token in ids
+        if token not in ends
+    ]
+    own = next(iter(ends))
+    if written and not any(own in ids for ids in written.values()):
+        others = "; ".join(f"{name} names {', '.join(map(str, ids))}" for name, ids in written.items())
+        reasons.append(f"the tokenizer's eos token is {known[own]!r} ({own}), and {others}")
+    if not reasons:
+        return None
+    return (
+        f"its files disagree about the end of an answer: {'; '.join(reasons)}. Answers end with {described(tokenizer, dict(ends))}; plain"
+        f" answers are trained to end with {known[own]!r}. Correct eos_token of tokenizer_config.json, or eos_token_id, if this is wrong"
+    )

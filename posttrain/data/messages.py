@@ -59,6 +59,42 @@ def role_of(name: str, where: str) -> str:
     return ROLES.get(spelt, name.strip())
 
 
+def one_reading(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a message with `role` and `content`, which may be spelt `from` and `value`, and its other fields.
+
+    A null, or an empty text next to a text, counts as absent. The result lacks a key if the message has neither spelling of it.
+
+    Raises:
+        DataError: two roles, or two texts, contradict each other: only one of them would be read.
+
+    Example:
+        >>> one_reading({"from": "human", "value": "a"}, "row 0"), one_reading({"role": "user", "value": "a", "content": None}, "row 1")
+        ({'role': 'human', 'content': 'a'}, {'role': 'user', 'content': 'a'})
+    """
+    found = dict(turn)
+    author, said = found.get("from"), found.get("value")
+    if found.get("role") is None and "from" in found:
+        found["role"] = found.pop("from")
+    elif isinstance(author, str) and isinstance(found.get("role"), str) and author.strip().lower() in ROLES:
+        if ROLES[author.strip().lower()] != role_of(found["role"], where):
+            raise DataError(
+                f"{where}: its role is {shortened(found['role'])} and its from {shortened(author)}; leave only the right one"
+            )
+        del found["from"]
+    text = found.get("content")
+    if text is None or (text == "" and isinstance(said, str)):
+        found |= {"content": found.pop("value")} if "value" in found else {}
+    elif isinstance(said, str):
+        if said not in ("", text):
+            raise DataError(
+                f"{where}: its content is {shortened(text)} and its value {shortened(said)}, and only one of them would be read; leave only"
+                " the right one"
+            )
+        del found["value"]
+    ordered = {key: found[key] for key in ("role", "content") if key in found}
+    return ordered | found
+
+
 def says_training(name: str) -> bool:
     """Return True if the name of a key or column may say which tokens are trained, such as `train_detail` or `lossMask`."""
     return any(word.lower() in _TRAINING for word in _WORD.findall(name))

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from posttrain.data.ends import as_list, differing_ends, written_ends
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ModelError
 from posttrain.files import replace
@@ -132,6 +133,10 @@ _DISTORTING = (
     "watermarking_config",
     "min_length",
     "min_new_tokens",
+    "exponential_decay_length_penalty",
+    "typical_p",
+    "num_beams",
+    "penalty_alpha",
 )
 """Generation settings that change the probabilities of tokens."""
 
@@ -177,7 +182,10 @@ def load_encoder(source: str | Path) -> TextEncoder:
             f" has {vocabulary} rows; they do not match"
         )
     length = context_length(config) or int(tokenizer.model_max_length)
-    encoder = TextEncoder(tokenizer, length, _configured_ends(source, config))
+    configured = _configured_ends(source, config)
+    encoder = TextEncoder(tokenizer, length, configured)
+    if differing := differing_ends(tokenizer, encoder.end_origins, written_ends(Path(source))):
+        _report_once(f"{source}: {differing}")
     read = encoder.text(encoder.completion(_PROBE))
     if read != _PROBE:
         _report_once(
@@ -193,6 +201,11 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
     try:
         settings = GenerationConfig.from_pretrained(str(source))
         generation = settings.eos_token_id
+        if stops := getattr(settings, "stop_strings", None):
+            _report_once(
+                f"{file}: asks for stop_strings {stops!r:.100}, which are ignored here: an answer ends only at the tokens that end an"
+                " answer. Training and evaluation do the same"
+            )
         if changed := {
             name: value for name in _DISTORTING if (value := getattr(settings, name, None)) not in (None, 1.0, 0)
         }:
@@ -210,7 +223,7 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
         generation = None
     ids: list[int] = []
     for named in (generation, config.get_text_config().eos_token_id):
-        listed = [] if named is None else named if isinstance(named, list) else [named]
+        listed = as_list(named)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
             raise ModelError(f"{source}: eos_token_id is {named!r}, and must be the id of a token, or a list of ids")
         ids += listed
@@ -248,6 +261,9 @@ def save_model(
     _remove(partial)
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
+    named = model.config.get_text_config()
+    if ends and named.eos_token_id is not None and ends[0] not in as_list(named.eos_token_id):
+        named.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     if ends and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     # HF_HUB_OFFLINE sets it; it describes how the tokenizer was loaded, and the same model must give the same bytes

@@ -141,7 +141,8 @@ class Adapter:
         """Raise ModelError if a name matches no layer, and report the experts' weights that no adapter reaches."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        adapted = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+        found: dict[str, Any] = {n: part for n, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+        adapted = [*found]
         if not isinstance(settings.target_modules, str):
             for wanted in settings.target_modules:
                 if not any(name == wanted or name.endswith(f".{wanted}") for name in adapted):
@@ -150,6 +151,12 @@ class Adapter:
                         f"lora.target_modules: {wanted!r} matches no linear layer of {type(model).__name__}, so it would have no effect;"
                         f" remove it or correct its name (matched: {', '.join(known)})"
                     )
+        most = max((min(part.in_features, part.out_features) for part in found.values()), default=settings.rank)
+        if settings.rank > most:
+            raise ModelError(
+                f"lora.rank = {settings.rank}: the adapted layers of {type(model).__name__} have at most {most} ranks; set a rank far below"
+                f" {most}"
+            )
         bare = sorted(
             {name.rpartition(".")[2] for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
         )

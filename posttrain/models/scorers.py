@@ -27,6 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from posttrain.errors import ModelError
+from posttrain.models.architectures import language_model, no_score
 from posttrain.models.deferred import after_fill, deferred_model, fill
 from posttrain.models.folders import load_config, load_policy
 from posttrain.models.weights import load_whole
@@ -52,6 +53,8 @@ def load_scorer(source: str | Path, deferred: bool = False) -> PreTrainedModel:
     """
     config = load_config(source)
     if config.num_labels != getattr(config, HEADS, 1):
+        if model := language_model(config.architectures):
+            raise ModelError(f"{source}: {no_score(model)}")
         raise ModelError(
             f"{source}: a reward model gives one number, and this one has {config.num_labels} labels; give a model with num_labels = 1"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,57 @@ def test_the_ends_of_a_folder_are_found_and_saved(case: str, ends: tuple[int, ..
     save_model(load_policy(CASES / case), encoder.tokenizer, tmp_path / "m", "", ends=encoder.ends)
     assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == list(ends)
     assert load_encoder(tmp_path / "m").ends == ends
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_files_that_disagree_about_the_ends_are_shown_and_saved_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small.language_model()
+    save_model(model, byte_tokenizer(64), tmp_path / "agree", "", ends=(2,))
+    load_encoder(tmp_path / "agree")
+    assert "disagree" not in capsys.readouterr().err
+    folder = tmp_path / "other"
+    save_model(model, byte_tokenizer(64), folder, "", ends=(2,))
+    edit(folder / "config.json", eos_token_id=2)
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    encoder = load_encoder(folder)
+    said = capsys.readouterr().err
+    assert "the tokenizer's eos token is '<|endoftext|>' (0), and " in said
+    assert "config.json names 2" in said
+    assert encoder.ends == (0, 2)
+    lm = load_policy(folder)
+    save_model(lm, encoder.tokenizer, tmp_path / "saved", "", ends=encoder.ends)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "saved" / name).read_text())["eos_token_id"] == [0, 2]
+    assert load_encoder(tmp_path / "saved").ends == (0, 2)
+    assert "disagree" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([2, 70], "config.json names 70, an ordinary token ('"),
+        ([2, 99999], "config.json names 99999, which is no token of the vocabulary"),
+        ([2, -1], "config.json names -1, which is no token of the vocabulary"),
+    ],
+)
+def test_an_end_that_is_no_special_token_is_said_to_be_left_out(
+    tmp_path: Path, ids: list[int], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(small.language_model(), byte_tokenizer(64), tmp_path / "m", "", ends=(2,))
+    edit(tmp_path / "m" / "config.json", eos_token_id=ids)
+    assert load_encoder(tmp_path / "m").ends == (2,)
+    assert words in capsys.readouterr().err
+
+
+def test_texts_that_stop_answers_elsewhere_are_said_to_be_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(small.language_model(), byte_tokenizer(64), tmp_path / "m", "", ends=(2,))
+    edit(tmp_path / "m" / "generation_config.json", stop_strings=["x"])
+    load_encoder(tmp_path / "m")
+    assert "asks for stop_strings ['x'], which are ignored here" in capsys.readouterr().err

@@ -73,6 +73,19 @@ def test_a_token_that_closes_answers_only_before_a_further_turn_is_an_end_and_tr
     assert left_out(enc, "sft", [row("hello", "world", "more", "last")]) == ({OTHER_PROMPT: 2} if differs else {})
 
 
+@pytest.mark.parametrize("change", ["replace('o','0')", "upper", "replace('e', '')|lower"])
+def test_a_template_that_alters_texts_has_its_own_closing_token(change: str) -> None:
+    altering = encoder(
+        CHATML.replace("m['content']", f"m['content']|{change}").replace("m.content", f"m.content|{change}")
+    )
+    assert f"|{change}" in str(altering.tokenizer.chat_template)
+    assert altering.ends == (2,)
+    altering.tokenizer.eos_token = "<|endoftext|>"
+    assert end_tokens(altering.tokenizer) == {0: "tokenizer", 2: "chat template"}
+    altering.tokenizer.chat_template = "{% for m in messages %}<|im_start|>...<|im_end|>{% endfor %}"
+    assert template_end(altering.tokenizer) is None
+
+
 def test_how_the_next_question_opens_is_no_end() -> None:
     tokenizer = byte_tokenizer(512)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})

@@ -115,6 +115,10 @@ def test_names_that_no_layer_has_are_refused() -> None:
         ModelError, match=r"\['query'\].*: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     ):
         Adapter(small.language_model(), LoraSettings(4, 8.0, ("query",)))
+    with pytest.raises(
+        ModelError, match=r"lora\.rank = 4000: the adapted layers of Qwen3ForCausalLM have at most \d+ ranks"
+    ):
+        Adapter(small.language_model(), LoraSettings(4000, 8.0, ("q_proj",)))
 
 
 @pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])

@@ -78,7 +78,7 @@ def test_a_critic_cannot_start_from_other_tokens(other: Workspace) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("models/sft", "this one has 2 labels"),
+        ("models/sft", "holds a language model (Qwen3ForCausalLM) without a score head"),
         ("models/none", "no model folder at models/none"),
         ("nobody/nothing", "HF_HUB_OFFLINE=0"),
     ],

@@ -18,6 +18,7 @@ from pipelines.data.tables import FOLDER, write_rows
 from posttrain.data.conversations import has_marks
 from posttrain.models.tiny import CHAT_TEMPLATE
 
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "layers": 1, "heads": 1, "kv_heads": 1}
 MARKED = "{% for m in messages %}{%- generation -%}{{ m.content }}{% endgeneration %}{% endfor %}"
 
 
@@ -60,6 +61,40 @@ def test_a_reward_model_of_several_labels_is_refused_and_an_ensemble_is_not(here
     assert "gives one number, and this one has 2 labels" in found
     assert problems(changed(reward={"source": folder(here, "one", config={"id2label": {"0": "a"}})})) == []
     assert problems(changed(reward={"source": folder(here, "heads", config=labels | {"reward_heads": 2})})) == []
+
+
+def test_a_language_model_is_no_reward_model(here: Path) -> None:
+    import posttrain as pt
+
+    pt.tiny(seed=0, **SIZES).save("models/base")
+    (found,) = problems(changed(reward={"source": "models/base"}))
+    assert found.startswith(
+        "reward.source = 'models/base': the folder holds a language model (Qwen3ForCausalLM) without a score"
+    )
+    named = {"architectures": ["Qwen3ForCausalLM"], "id2label": {"0": "a", "1": "b"}}
+    (found,) = problems(changed(reward={"source": folder(here, "no_weights", config=named)}))
+    assert "this one has 2 labels" in found
+
+
+def test_a_rank_beyond_the_layers_is_refused(here: Path) -> None:
+    import posttrain as pt
+
+    pt.tiny(seed=0, **SIZES).save("models/base")
+    for rank, target, message in (
+        (9, "all-linear", "the layers 'all-linear' have at most 8 x 8 weights (model.layers.0."),
+        (
+            9,
+            ["q_proj"],
+            "the layers 'q_proj' have at most 8 x 8 weights (model.layers.0.self_attn.q_proj), so no more than 8",
+        ),
+        (8, ["q_proj", "down_proj"], ""),
+    ):
+        lora = {"rank": rank, "alpha": 8, "target_modules": target}
+        found = problems(changed(model={"source": "models/base"}, sft={"lora": lora}))
+        assert [f"sft.lora.rank = {rank}: {message}" in line for line in found] == ([True] if message else [])
+    (found,) = problems(changed(sft={"lora": {"rank": 4000, "alpha": 8, "target_modules": ["q_proj"]}}))
+    size = load_params().model.tiny.hidden_size
+    assert f"sft.lora.rank = 4000: the layers 'q_proj' have at most {size} x {size}" in found
 
 
 def test_marks_are_looked_for_in_rows_and_template_before_a_run(here: Path) -> None:

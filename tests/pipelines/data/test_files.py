@@ -20,9 +20,10 @@ import pytest
 from pipelines.config.data_schema import DataParams, TableSource
 from pipelines.config.params import load_params
 from pipelines.data.column_mapping import canonical_rows
-from pipelines.data.files import folder_files, read_file
+from pipelines.data.files import read_file
 from pipelines.data.parquet import table_records
 from pipelines.data.sources import is_generator, local_files, table_rows
+from pipelines.data.splits import folder_files
 from posttrain.errors import DataError
 from posttrain.text import normalised
 

@@ -75,3 +75,39 @@ def test_an_answer_in_an_unknown_column_is_not_left_out() -> None:
         rows("evaluation", {"prompt": "a"})
     with pytest.raises(ConfigError, match="has no 'answer'"):
         rows("evaluation", {"q": "a"}, columns={"prompt": "q"})
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "value": "b"}],
+        [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}],
+        [{"from": "human", "role": None, "content": "a"}, {"from": "gpt", "value": "b", "content": None}],
+        [{"from": "human", "role": "user", "value": "a", "content": "a"}, {"from": "gpt", "value": "b", "content": ""}],
+    ],
+)
+def test_turns_of_one_conversation_may_mix_the_spellings(turns: list[dict[str, Any]]) -> None:
+    expected = [{"prompt": [user("a")], "completion": [says("b")]}]
+    assert rows("sft", {"messages": turns}) == expected
+    assert rows("sft", {"messages": json.dumps(turns)}) == expected
+    (asked,) = rows("sft", {"conversations": turns, "system": "S"})
+    assert asked == {"prompt": [{"role": "system", "content": "S"}, user("a")], "completion": [says("b")]}
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (
+            {"from": "gpt", "value": "w", "content": "W2"},
+            "turn [12]: its content is 'W2' and its value 'w', and only one",
+        ),
+        (
+            {"from": "human", "role": "assistant", "content": "w"},
+            "turn [12]: its role is 'assistant' and its from 'human'",
+        ),
+    ],
+)
+def test_a_turn_with_two_texts_or_roles_is_refused(turn: dict[str, Any], words: str) -> None:
+    for name, more in (("messages", {}), ("conversations", {"system": "S"})):
+        with pytest.raises(DataError, match=f"row 0, {words}"):
+            rows("sft", {name: [{"role": "user", "content": "q"}, turn], **more})
