@@ -218,7 +218,7 @@ def _gold_answers(params: Params) -> Iterator[str]:
             rows = canonical_rows(table, source.model_copy(update={"rows": None}), first)
         except (PosttrainError, IndexError):  # reported with the data
             continue
-        answers = [row["answer"] for row in rows if isinstance(row["answer"], str)]
+        answers = [answer for row in rows if isinstance(answer := row.get("answer"), str)]
         if answers and not any(can_compare(answer, kind) for answer in answers):
             yield (
                 f"data.{table} ({', '.join(source.names)}): none of the first {len(answers)} answers can be compared, e.g."
