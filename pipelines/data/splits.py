@@ -24,7 +24,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
 
     The words of a file's name and of the folders between it and `folder` count, in any case: `test/a.jsonl`, `gsm_test.jsonl`.
 
-    Raises DataError if there are none, if they are of several formats, if a name says two splits, if a numbered shard is missing, or if a
+    Raises DataError if there are none, if they are of several formats, if a name holds two splits, if a numbered shard is missing, or if a
     file is there twice.
     """
     files = _data_files(folder)
