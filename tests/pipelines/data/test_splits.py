@@ -25,14 +25,14 @@ from tests.pipelines.data.test_files import LINE, ROWS, shards, zstandard
         ("a-train-00000-of-00001.jsonl", "a-test-00000-of-00001.jsonl"),
         ("Train.jsonl", "Test.jsonl"),
         ("gsmTrain2.jsonl.gz", "gsmVal2.jsonl.gz"),
-        ("TRAIN/validation-of-proofs/../a.jsonl", "DEV/a.jsonl"),
+        ("TRAIN/a.jsonl", "DEV/a.jsonl"),
     ],
 )
 def test_a_split_is_read_in_folders_suffixes_and_middles_in_any_case(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).resolve().write_bytes(LINE)
-    assert folder_files(tmp_path, "train") == [(tmp_path / names[0]).resolve()]
+        (tmp_path / name).write_bytes(LINE)
+    assert folder_files(tmp_path, "train") == [tmp_path / names[0]]
     assert unread_files(tmp_path, "train") == [tmp_path / names[1]]
 
 
