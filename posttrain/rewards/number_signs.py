@@ -8,6 +8,7 @@ Example:
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _SEEN = (
     (re.compile(r"(?<=\d)\ufe0f?\u20e3"), ""),  # a digit as a key
@@ -17,6 +18,11 @@ _SEEN = (
         " ",
     ),  # between digits it separates thousands
 )
+_UPPER, _LOWER = "[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,9}", "[\u2080-\u2089]{1,9}"
+_SMALL_FRACTION = re.compile(
+    rf"({_UPPER}(?=[\u2044/]{_LOWER}|\u2044\d)|(?<!\d)\d{{1,9}}(?=\u2044{_LOWER}))[\u2044/]({_LOWER}|\d{{1,9}})"
+)
+"""A fraction of raised and lowered digits."""
 _SIGNS = (
     (re.compile("[\u2010-\u2012\ufe58\ufe63]"), "-"),
     (re.compile(r"(?<=\d)[\u066b\uff0e](?=\d)"), "."),
@@ -26,6 +32,11 @@ _SIGNS = (
     (re.compile(r"(?<=\d)[ \t]?[\u2044\u2215\uff0f][ \t]?(?=\d)"), "/"),
 )
 """Patterns and their usual spelling. Without them, a number is read in two parts, and the last part may be a wrong answer's right one."""
+
+
+def _spelt(found: re.Match[str]) -> str:
+    """Return a fraction of small digits as ` 1/2`."""
+    return f" {unicodedata.normalize('NFKC', found[1])}/{unicodedata.normalize('NFKC', found[2])}"
 
 
 def seen(text: str) -> str:
@@ -38,7 +49,7 @@ def seen(text: str) -> str:
 
 def usual_signs(text: str) -> str:
     """Return the text with the usual signs around digits of any script, and without characters that are not seen."""
-    text = seen(text)
+    text = _SMALL_FRACTION.sub(_spelt, seen(text))
     for pattern, usual in _SIGNS:
         text = pattern.sub(usual, text)
     return text

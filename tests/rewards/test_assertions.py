@@ -41,7 +41,7 @@ STRUCTURES = [
     ("\\boxed{\\begin{cases}1\\\\2\\end{cases}}", "1"),
     ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "2"), ("\\boxed{\\langle 1, 2\\rangle}", "1"),
     ("\\boxed{1 \\over 2}", "1"), ("\\boxed{{1 \\over 2}}", "1"), ("(1)/(2)", "1"), ("\\boxed{1:2}", "1"), ("1 : 2", "1"),
-    ("The answer is 1 : 2", "1"), ("The answer is 1\u20442", "1"),
+    ("The answer is 1 : 2", "1"), ("The answer is 1\u20442", "1"), ("The answer is 1\u2044\u2082", "1"), ("1\u2044x", "1"),
     ("0.(3)", "3"), ("The answer is 0.(3)", "0"), ("The answer is 0.3\u0305", "0.3"), ("The answer is 42\u2088", "42"),
     ("The answer is 42 % 5", "42"), ("The answer is 42 div 5", "42"), ("2 January 2024", "2024"), ("May 5", "5"),
     *((f"\\boxed{{{text}}}", "42") for text in (
@@ -80,6 +80,8 @@ RIGHT = [
         "\\boxed{42}\n\nWait for it!", "Answer: 42\nConfidence: 90", "The answer is 42\n\nStep 2", "It can be shown that the answer is 42",
     )),
     ("\\boxed{1 \\over 2}", "0.5", NUMBER), ("The answer is (1)/(2)", "1/2", NUMBER), ("Answer: $42K", "42000", NUMBER),
+    ("The answer is \u00b9\u2044\u2082", "1/2", NUMBER), ("The answer is 3\u00b9\u2044\u2082", "3.5", NUMBER),
+    ("The answer is 1\u2044\u2082", "0.5", NUMBER),
     ("The answer is option 'B'", "B", CHOICE), ("The answer is B because C would overflow", "B", CHOICE),
     ("The answer is <b>Paris</b>", "Paris", TEXT), ("The answer is Wait for Me", "Wait for Me", TEXT),
 ]  # fmt: skip
