@@ -5,6 +5,7 @@
 
 Deleted are the file, its rows in all versions of the tables, and every journal, artifact, log, page and MLflow trace that quotes them: in
 the project, in DVC's cache and in all its remotes. FILE may be any copy of the file; a copy outside data/raw/accepted is not deleted.
+An accepted file can be forgotten at any time, also before ingest has read it and where validate stops.
 Weights are kept, and the registry's versions that were trained on the rows get the tag `retrain`. Files of inbox/ and labels/ that hold
 the same texts are named, for you to decide. Afterwards `make retrain` makes tables and models anew.
 """
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.config.params import load_params
+from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.erasure import Erasure, erase, plan
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.objects import erase_remotely
@@ -34,7 +36,6 @@ from pipelines.runtime.redaction import printable
 from pipelines.tracking.erasure import erase_traces
 from posttrain.errors import DataError, OrchestrationError
 
-ACCEPTED = Path("data/raw/accepted")
 RECORD = Path(".posttrain/forgotten.jsonl")
 """What was forgotten, by hash, and which models had seen it: the run cache no longer knows after the deletion."""
 
@@ -48,6 +49,10 @@ def describe(found: Erasure, project: Path) -> str:
         ("objects of DVC's cache and remotes", list(found.objects)),
         ("traces in MLflow, as experiment/trace", list(found.traces)),
         ("models to train again, which are kept", [f"{each.path}  md5 {each.md5}" for each in found.models]),
+        (
+            "other accepted files with the same texts, which are kept",
+            [str(p.relative_to(project)) for p in found.others],
+        ),
         ("your own files with the same texts, which are kept", [str(p.relative_to(project)) for p in found.elsewhere]),
     ):
         lines += [f"{title}: {len(entries) or 'none'}", *(f"  {entry}" for entry in entries)]

@@ -26,7 +26,7 @@ from pipelines.config.effective import effective_parameters
 from pipelines.config.params import load_params
 from pipelines.data.files import read_file
 from pipelines.lineage.commits import commit_of
-from pipelines.lineage.graph import Lineage
+from pipelines.lineage.graph import Lineage, accepted_copies
 from pipelines.lineage.records import REMOVE, Artifact, StageRecord
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import DECISION, REASON, Version
@@ -94,6 +94,12 @@ def affected(lineage: Lineage, tables: list[Artifact]) -> dict[str, Any]:
     }
 
 
+def tables_with_file(project: Path, lineage: Lineage, file: Path) -> list[Artifact]:
+    """Return the versions of validated tables with rows of a file. Raises DataError if it is neither accepted nor was it read."""
+    digest = file_digest(file)
+    return lineage.tables_with_file(digest, bool(accepted_copies(project, digest)))
+
+
 def versions_with_row(lineage: Lineage, table: str, identity: int) -> list[Artifact]:
     """Return the versions of a table that hold the row with this id in the current version.
 
@@ -158,7 +164,8 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     lines = []
     if version is not None:
         aliases = ", ".join(version.aliases) or "no alias"
-        lines.append(f"{version.name}, {aliases}: {version.words(DECISION)} {version.words(REASON)}".rstrip())
+        said = " ".join(filter(None, (version.words(DECISION), version.words(REASON))))
+        lines.append(f"{version.name}, {aliases}{said and f': {said}'}")
     lines.append(f"{model['path']}  md5 {model['md5']}")
     lines += _section("made by", (f"{entry['stage']}  {_commit(entry['commit'])}" for entry in found["stages"]))
     lines += _section("from the models", (f"{each['path']}  md5 {each['md5']}" for each in found["models"]))
@@ -199,6 +206,10 @@ def _commit(commit: str | None) -> str:
 def affected_text(found: Mapping[str, Any], what: str) -> str:
     """Return the models that a file or row went into as text."""
     lines = [f"{what} is in {len(found['tables'])} version(s) of the validated tables"]
+    if not found["tables"]:
+        lines.append(
+            "no run of validate has finished on it yet; `dvc repro validate` takes it in, or says why it stops"
+        )
     lines += _section("tables", (f"{each['path']}  md5 {each['md5']}" for each in found["tables"]))
     if not found["models"]:
         return "\n".join([*lines, "no recorded model was trained on it"])
@@ -245,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         lineage = Lineage.read(project)
         if file is not None and not file.is_file():
             raise DataError(f"{args.file}: no such file")
-        tables = lineage.tables_with_file(file_digest(file)) if file else versions_with_row(lineage, *args.row)
+        tables = tables_with_file(project, lineage, file) if file else versions_with_row(lineage, *args.row)
         found = affected(lineage, tables)
         text = affected_text(found, str(args.file) if file else f"row {args.row[1]} of {args.row[0]}")
     print_text(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pipelines.commands.ui import free_port
 from pipelines.config.params import load_params
 from pipelines.promotion.local_store import read_versions
-from pipelines.promotion.named import find_model
+from pipelines.promotion.named import find_model, no_champion
 from pipelines.promotion.registry import CHAMPION, Registry
 from pipelines.runtime import credentials, environment, web
 from pipelines.runtime.command_line import PORT, command_parser, ends_with_ctrl_c, real, reports_errors, whole
@@ -57,10 +57,12 @@ def registered(project: Path, experiment: str) -> Callable[[str], str]:
 
 def open_served(project: Path, name: str, experiment: str) -> Served:
     """Load one model by alias, version number, name or folder. Raises DataError if there is no such model."""
-    from pipelines.serving.models import folder_md5, load_champion, serve_folder
+    from pipelines.serving.models import POINTER, folder_md5, load_champion, serve_folder
 
     version = registered(project, experiment)
     if name == CHAMPION:
+        if not (project / POINTER).is_file():
+            raise no_champion(project, experiment)
         served = load_champion(project, version)
         if served is None:
             raise DataError(

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.files import read_file
-from pipelines.lineage.graph import Lineage
+from pipelines.data.sources import ACCEPTED
+from pipelines.lineage.graph import Lineage, accepted_copies
 from pipelines.lineage.objects import Objects
 from pipelines.lineage.quotes import Texts, strings
 from pipelines.lineage.records import Artifact, StageRecord
@@ -46,6 +47,7 @@ class Erasure:
         objects: MD5 of each object of DVC's cache and remotes.
         files: files of the project that the pipeline made.
         elsewhere: people's own files with texts of the rows, which are kept.
+        others: other files of data/raw/accepted with texts of the rows, which are kept.
         traces: MLflow traces, as experiment/trace.
         tables: versions of validated tables with the rows.
         models: models that were trained on them.
@@ -56,6 +58,7 @@ class Erasure:
     objects: tuple[str, ...]
     files: tuple[Path, ...]
     elsewhere: tuple[Path, ...]
+    others: tuple[Path, ...]
     traces: tuple[str, ...]
     tables: tuple[Artifact, ...]
     models: tuple[Artifact, ...]
@@ -65,25 +68,28 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
     """Return what must be deleted so that no copy of the file's rows is left. Changes nothing.
 
     Raises:
-        DataError: the file cannot be read, or no recorded run read it.
+        DataError: the file cannot be read, or it is neither accepted nor was it read by a recorded run.
     """
     digest = file_digest(path)
-    read_from, mine = lineage.tables_with_file(digest), read_file(path)
+    accepted = accepted_copies(project, digest)
+    read_from, mine = lineage.tables_with_file(digest, bool(accepted)), read_file(path)
     texts, stored = Texts(mine, _other_rows(project, mine)), Objects(project, lineage.cache)
     # a version that cache and remotes have lost is counted as one with the rows
     tables = [each for each in read_from if (data := stored.read(each.md5)) is None or texts.in_bytes(data)]
-    accepted = [each for each in _files(project, ("data/raw/accepted",)) if file_digest(each) == digest]
     candidates = {md5 for record in _touched(lineage, digest, tables) for md5 in _contents(stored, record)}
     candidates |= set(_unrecorded(lineage)) - {_md5(each) for each in _files(project, KEPT) if each not in accepted}
     objects = {md5 for md5 in candidates if (data := stored.read(md5)) is not None and texts.in_bytes(data)}
     records = lineage.descendants(tables)
     models = {each for record in records for each in record.outputs if each.path.startswith("models/")}
+    kept = [each for each in _files(project, KEPT) if each not in accepted and texts.in_file(each)]
+    others = [each for each in kept if each.is_relative_to(project / ACCEPTED)]
     return Erasure(
         digest,
         tuple(accepted),
         tuple(sorted(objects | {_md5(path)})),
         tuple(each for each in _files(project, MADE) if texts.in_file(each)),
-        tuple(each for each in _files(project, KEPT) if each not in accepted and texts.in_file(each)),
+        tuple(each for each in kept if each not in others),
+        tuple(others),
         tuple(find_traces(project, texts.in_text)),
         tuple(tables),
         tuple(sorted(models)),
@@ -102,10 +108,7 @@ def erase(found: Erasure, lineage: Lineage) -> None:
 
 def _touched(lineage: Lineage, digest: str, tables: Iterable[Artifact]) -> Iterator[StageRecord]:
     """Yield the stage runs whose outputs may quote the rows: those that read the file, its tables, or models trained on them."""
-    reached, pending = set[str](), list[StageRecord]()
-    for record in lineage.records:
-        if record.stage == "ingest" and digest in lineage.files(record).values():
-            pending.append(record)
+    reached, pending = set[str](), lineage.reads(digest)
     wanted = {each.md5 for each in tables}
     found: dict[StageRecord, None] = {}
     while pending:

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.reads import trained_on
 from pipelines.lineage.records import TABLES, Artifact, Cache, StageRecord, open_cache, read_records
+from pipelines.runtime.identity import file_digest
 from posttrain.errors import DataError
+from posttrain.files import files_below
 
 INGEST_JOURNAL = "runs/ingest/journal.jsonl"
 LEADS_ON = ("models/", "runs/reward_readers/artifacts/")
@@ -89,15 +92,33 @@ class Lineage:
         """Return the local files that an ingest run read, with their SHA-256."""
         return dict(self.start(record).get("inputs", {}))
 
-    def tables_with_file(self, sha256: str) -> list[Artifact]:
-        """Return the versions of validated tables that hold rows of a file. Raises DataError if no ingest run read the file."""
-        found = list(dict.fromkeys(self._tables_with_file(sha256)))
-        if not found:
+    def reads(self, sha256: str) -> list[StageRecord]:
+        """Return the ingest runs that read a file."""
+        return [each for each in self.records if each.stage == "ingest" and sha256 in self.files(each).values()]
+
+    def tables_with_file(self, sha256: str, accepted: bool = False) -> list[Artifact]:
+        """Return the versions of validated tables that hold rows of a file; none before validate has finished.
+
+        Args:
+            sha256: hash of the file.
+            accepted: the file is in data/raw/accepted, so that it may be there before any ingest run has read it.
+
+        Raises DataError if no ingest run read the file and it is not accepted, or if the cache has lost the validated tables.
+        """
+        reads = self.reads(sha256)
+        if not reads and not accepted:
             raise DataError(
-                "no recorded run read a file with these bytes. Files that were accepted are in data/raw/accepted; type"
+                "no recorded run read a file with these bytes, and data/raw/accepted does not hold them; type"
                 " `dvc pull --run-cache` to fetch the records of other machines."
             )
-        return found
+        validated = [(ingest, validate) for ingest in reads for validate in self._validated(ingest)]
+        found = dict.fromkeys(table for pair in validated for table in self._tables_with_file(sha256, *pair))
+        if validated and not found:
+            raise DataError(
+                "validate has finished on this file, but DVC's cache does not know its tables any more; type"
+                " `dvc pull --run-cache` to fetch them."
+            )
+        return list(found)
 
     def versions(self, table: str) -> list[Artifact]:
         """Return all versions of one validated table."""
@@ -105,16 +126,20 @@ class Lineage:
         written = [each for record in self.records for each in self._written[record] if each.path == path]
         return list(dict.fromkeys(written))
 
-    def _tables_with_file(self, sha256: str) -> Iterator[Artifact]:
-        for ingest in self.records:
-            names = [name for name, digest in self.files(ingest).items() if digest == sha256]
-            if ingest.stage != "ingest" or not names:
-                continue
-            kinds = {kind for name in names for kind in _kinds(name, ingest)}
-            tables = ingest.output("data/tables")
-            for validate in self.records:
-                if validate.stage == "validate" and tables in validate.inputs:
-                    yield from (a for a in self._written[validate] if _table(a.path) in kinds)
+    def _validated(self, ingest: StageRecord) -> list[StageRecord]:
+        """Return the validate runs that finished on the tables of an ingest run."""
+        tables = ingest.output("data/tables")
+        return [each for each in self.records if each.stage == "validate" and tables in each.inputs]
+
+    def _tables_with_file(self, sha256: str, ingest: StageRecord, validate: StageRecord) -> Iterator[Artifact]:
+        names = [name for name, digest in self.files(ingest).items() if digest == sha256]
+        kinds = {kind for name in names for kind in _kinds(name, ingest)}
+        yield from (each for each in self._written[validate] if _table(each.path) in kinds)
+
+
+def accepted_copies(project: Path, sha256: str) -> list[Path]:
+    """Return the files of data/raw/accepted with these bytes."""
+    return [each for each in files_below(project / ACCEPTED) if not each.is_symlink() and file_digest(each) == sha256]
 
 
 def _written(record: StageRecord, cache: Cache) -> Iterator[Artifact]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.promotion.local_store import read_versions
-from pipelines.promotion.registry import ALIASES, CHAMPION, Registry, Version
+from pipelines.promotion.registry import ALIASES, CHALLENGER, CHAMPION, Registry, Version
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError
 from posttrain.text import nearest
@@ -48,6 +48,8 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
     if name in ALIASES or name.isdigit():
         version = _registered(project, name, experiment)
         if version is None:
+            if name == CHAMPION:
+                raise no_champion(project, experiment)
             trained = ", ".join(_names(_locked(project)))
             raise DataError(
                 f"no version is {name} yet: `make demo` registers its best model as challenger, unless no model solves the task, and"
@@ -61,6 +63,18 @@ def find_model(project: Path, name: str, experiment: str) -> NamedModel:
     raise DataError(
         f"neither dvc.lock nor the registry knows a model {name!r}{nearest(name, (*_names(models), *ALIASES))}"
     )
+
+
+def no_champion(project: Path, experiment: str) -> DataError:
+    """Return the error of a missing champion; it names the challenger if there is one. Raises TrackingError if MLflow does not respond."""
+    local = read_versions(project, experiment)
+    versions = Registry(project, experiment).versions() if local is None else local
+    challenger = next((each for each in versions if CHALLENGER in each.aliases), None)
+    trained = ", ".join(_names(_locked(project))) or "none: `make demo` trains some"
+    named = (
+        f"trained models: {trained}" if challenger is None else f"`challenger`, {challenger.name}, is there: name it"
+    )
+    return DataError(f"there is no champion yet; {named}, or let the gate choose a champion with `make retrain`")
 
 
 def _registered(project: Path, name: str, experiment: str) -> Version | None:

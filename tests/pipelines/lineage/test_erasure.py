@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.commands import forget as command
+from pipelines.commands import lineage as lineage_command
 from pipelines.lineage.erasure import plan
 from pipelines.lineage.graph import Lineage
 from pipelines.tracking.served import PER_FILE, ServedTraces, append_served, read_served
@@ -180,6 +181,40 @@ def test_a_file_that_nobody_read_or_whose_texts_are_everywhere_is_refused(projec
     )
     with pytest.raises(DataError, match="every text of the file is in other rows too"):
         plan(project.root, lineage, project.root / FILE)
+
+
+@pytest.mark.parametrize("ingested", [False, True])
+def test_an_accepted_file_is_forgotten_before_validate_has_finished(
+    project: Nights, ingested: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = Path("data/raw/accepted/preferences/0002-bea.jsonl")
+    row = {"prompt": "what is Bea's number?", "chosen": "she gave it as 5550199", "rejected": "no idea at all"}
+    new.write_text(json.dumps(row) + "\n")
+    also = new.with_name("0003-cy.jsonl")
+    also.write_text(json.dumps({**row, "chosen": "he does not know"}) + "\n")
+    Path("inbox/bea.jsonl").write_text(json.dumps(row))
+    digest = hashlib.sha256(new.read_bytes()).hexdigest()
+    if ingested:
+        journal = project.store(json.dumps({"kind": "start", "inputs": {str(new): digest}}).encode())
+        made = parquet([{**row, "id": 0}])
+        tables = project.folder({"preferences.parquet": made})
+        project.record("ingest", {}, {"data/tables": tables, "runs/ingest/journal.jsonl": journal})
+        Path("data/tables/preferences.parquet").write_bytes(made)
+    stored = [project.root / ".dvc/cache/files/md5" / md5(made)[:2] / md5(made)[2:]] if ingested else []
+    assert lineage_command.main(["--file", str(new)]) == 0
+    assert "no run of validate has finished on it yet" in capsys.readouterr().out
+    assert command.main([str(new)]) == 0
+    shown = capsys.readouterr().out
+    assert f"other accepted files with the same texts, which are kept: 1\n  {also}\n" in shown
+    assert "your own files with the same texts, which are kept: 1\n  inbox/bea.jsonl\n" in shown
+    assert "models to train again, which are kept: none" in shown
+    assert all(path.is_file() for path in stored)
+    assert command.main([str(new), "--yes"]) == 0
+    assert not new.exists()
+    assert also.exists()
+    assert FILE.exists()
+    assert not any(path.exists() for path in stored)
+    assert Path("data/tables/preferences.parquet").exists() is not ingested
 
 
 def test_a_remote_that_cannot_be_changed_stops_before_anything_local_is_deleted(

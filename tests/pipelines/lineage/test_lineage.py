@@ -15,9 +15,10 @@ from ruamel.yaml import YAML
 
 from pipelines.commands import lineage as command
 from pipelines.commands.lineage import affected, describe_model, versions_with_row
-from pipelines.lineage.commits import COMMIT_TAG
+from pipelines.lineage.commits import COMMIT_TAG, commit_of
 from pipelines.lineage.graph import Lineage
 from pipelines.lineage.records import PARSED, Artifact, read_records
+from pipelines.promotion.registry import Version
 from pipelines.runtime.journal import encode
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.store import open_client
@@ -160,6 +161,44 @@ def test_a_stage_comes_with_its_parameters_and_the_commit_of_the_run(nights: Nig
     assert f"made by:\n  sft  commit {'b' * 40}\n" in shown(), "the newest start that recorded one"
     found = describe_model(Lineage.read(nights.root), model)["stages"][0]
     assert (found["commit"], found["used"]["optimizer.learning_rate"]) == ("b" * 40, 0.5)
+
+
+def test_a_run_that_was_made_again_keeps_the_commit_of_the_first(nights: Nights, empty_store: Path) -> None:
+    measured = nights.root / ".posttrain/runs/sft-1/measurements.jsonl"
+    measured.parent.mkdir(parents=True)
+    measured.write_text(encode({"kind": "start", "time": 5.0, "commit": "b" * 40}))
+    shutil.copy(empty_store, nights.root / "mlflow.db")
+    client = open_client(nights.root)
+    assert commit_of(nights.root, "sft-1") == "b" * 40
+
+    def tracked(start: int, commit: str, status: str) -> str | None:
+        run = client.create_run("0", start_time=start, tags={RUN_TAG: "sft-1", COMMIT_TAG: commit * 40}).info.run_id
+        client.set_terminated(run, status)
+        return commit_of(nights.root, "sft-1")
+
+    assert tracked(5000, "b", "FINISHED") == "b" * 40
+    assert tracked(3000, "a", "FINISHED") == "a" * 40
+    assert tracked(1000, "c", "FAILED") == "a" * 40, "a run that failed made nothing"
+    measured.unlink()
+    assert commit_of(nights.root, "sft-1") == "a" * 40
+
+
+def test_the_first_line_of_a_version_has_no_gap_for_a_missing_decision(nights: Nights) -> None:
+    found = describe_model(Lineage.read(nights.root), weights(nights, 2))
+
+    def first(**tags: str) -> str:
+        return command.model_text(found, Version(3, {"model": "dpo-0", **tags}, ("challenger",))).split("\n")[0]
+
+    assert first() == "version 3 (dpo-0), challenger"
+    assert first(reason="best of 8") == "version 3 (dpo-0), challenger: best of 8"
+    assert first(decision="passed", reason="better") == "version 3 (dpo-0), challenger: passed better"
+
+
+def test_tables_that_the_cache_has_lost_are_not_taken_for_unread(nights: Nights) -> None:
+    for path in (nights.root / ".dvc/cache/files/md5").rglob("*.dir"):
+        path.unlink()
+    with pytest.raises(DataError, match="DVC's cache does not know its tables any more"):
+        Lineage.read(nights.root).tables_with_file(hashlib.sha256(NEW).hexdigest())
 
 
 def test_people_who_judged_are_named_while_their_file_is_there(nights: Nights) -> None:

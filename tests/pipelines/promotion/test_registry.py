@@ -13,9 +13,11 @@ import pytest
 
 from flows.promote import _refuse_stale
 from pipelines.commands.models import line
+from pipelines.commands.serve import open_served
 from pipelines.promotion.local_store import read_versions
+from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import RETRAIN, Registry
-from posttrain.errors import OrchestrationError, TrackingError
+from posttrain.errors import DataError, OrchestrationError, TrackingError
 from tasks.challenger import best_model
 from tasks.challenger import register as challenge
 from tests.pipelines.conftest import Project
@@ -248,3 +250,22 @@ def test_a_long_reason_is_cut_to_one_line_unless_it_is_asked_for(registry: Regis
     assert len(line(registry.version(number), full=True)) > 2000
     registry.tag(number, {RETRAIN: "trained on a forgotten file"})
     assert " train again: trained on a forgotten file; too" in line(registry.version(number))
+
+
+def test_without_a_champion_the_challenger_is_named(
+    project: Project, registry: Registry, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+
+    def refused() -> set[str]:
+        found = set()
+        for look in (find_model, open_served):
+            with pytest.raises(DataError, match="there is no champion yet") as error:
+                look(project.folder, "champion", "posttrain")
+            found.add(str(error.value))
+        return found
+
+    ending = "or let the gate choose a champion with `make retrain`"
+    assert refused() == {f"there is no champion yet; trained models: grpo-0, dpo-0, {ending}"}
+    registry.challenge(register(registry, "grpo-0", model="grpo-0"))
+    assert refused() == {f"there is no champion yet; `challenger`, version 1 (grpo-0), is there: name it, {ending}"}
