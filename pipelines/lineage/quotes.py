@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.sources import CANONICAL, FORM
 from posttrain.errors import DataError
 
 SHORTEST = 4
@@ -122,14 +123,14 @@ class Texts:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every string inside a JSON-like value, without the roles of messages."""
+    """Yield every string inside a JSON-like value, without roles of messages, and without the marks that labelling and intake add."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, bytes):
         yield value.decode("utf-8", "replace")
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key not in _NO_TEXTS:
+            if key not in _NO_TEXTS and (key, inner) != (FORM, CANONICAL):
                 yield from strings(inner)
     elif isinstance(value, list | tuple):
         for inner in value:

@@ -189,9 +189,13 @@ def test_an_accepted_file_is_forgotten_before_validate_has_finished(
 ) -> None:
     new = Path("data/raw/accepted/preferences/0002-bea.jsonl")
     row = {"prompt": "what is Bea's number?", "chosen": "she gave it as 5550199", "rejected": "no idea at all"}
+    row["form"] = "canonical"
     new.write_text(json.dumps(row) + "\n")
     also = new.with_name("0003-cy.jsonl")
     also.write_text(json.dumps({**row, "chosen": "he does not know"}) + "\n")
+    different = {"prompt": "and Dee?", "chosen": "not known here", "rejected": "a wrong number", "form": "canonical"}
+    new.with_name("0004-dee.jsonl").write_text(json.dumps(different) + "\n")
+    Path("report/words.txt").write_text("the canonical form")
     Path("inbox/bea.jsonl").write_text(json.dumps(row))
     digest = hashlib.sha256(new.read_bytes()).hexdigest()
     if ingested:
@@ -212,6 +216,7 @@ def test_an_accepted_file_is_forgotten_before_validate_has_finished(
     assert command.main([str(new), "--yes"]) == 0
     assert not new.exists()
     assert also.exists()
+    assert Path("report/words.txt").exists(), "the mark of a file's form is no text of its rows"
     assert FILE.exists()
     assert not any(path.exists() for path in stored)
     assert Path("data/tables/preferences.parquet").exists() is not ingested
