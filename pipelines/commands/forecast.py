@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
-from pipelines.config.params import Params
+from pipelines.config.params import Params, flatten
+from pipelines.config.schema import OnPolicyBudget, PreferenceBudget
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.sources import HUB, is_generator, table_rows
 from pipelines.data.tables import EXPERT, supervised_rows
@@ -26,25 +28,52 @@ VALID, INGESTED = Path("data/valid"), Path("runs/ingest")
 STEP = "seconds/step"
 
 
-def rows_by_table(params: Params) -> dict[str, int | None]:
+def rows_by_table(params: Params, kinds: Sequence[Kind] = get_args(Kind)) -> dict[str, int | None]:
     """Return the training rows of each table, pairs without the held-out ones; None if the number is not known before a run.
 
     Validated tables count if they were made from the present `data`. Otherwise local files are read, and generators and hub data sets
     have the number of rows that `data` asks for. Raises DataError if a file cannot be read.
     """
-    if is_present(params):
-        return {kind: _validated(kind) for kind in get_args(Kind)}
-    return {kind: _expected(kind, params) for kind in get_args(Kind)}
+    present = is_present(params)
+    return {kind: _validated(kind) if present else _expected(kind, params) for kind in kinds}
+
+
+def steps_by_stage(params: Params, counted: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return the optimiser steps of each training stage for the rows of `rows_by_table`; None if the rows are not known."""
+    sft, reward, pairs = params.sft, params.reward, counted["preferences"]
+    steps = {"sft": _steps(counted["sft"], sft.batch_size, sft.epochs)}
+    if reward.enabled and reward.source is None:
+        steps["reward"] = _steps(pairs, reward.batch_size, reward.epochs)
+    for name in params.project.algorithms:
+        spec, budget = params.algorithm(name), params.budget(name)
+        if isinstance(spec, OnPolicy):
+            assert isinstance(budget, OnPolicyBudget)
+            steps[f"align@{name}"] = budget.steps * spec.epochs * spec.minibatches
+        else:
+            assert isinstance(budget, PreferenceBudget)
+            steps[f"align@{name}"] = _steps(pairs, budget.batch_size, spec.epochs)
+    return steps
+
+
+def _steps(count: int | None, batch: int, epochs: int) -> int | None:
+    """Return the number of optimiser steps, or None if the number of rows is unknown."""
+    return None if count is None else math.ceil(count / batch) * epochs
 
 
 def is_present(params: Params) -> bool:
-    """Return True if there are validated tables, and `data` has not changed since ingest wrote them."""
+    """Return True if there are validated tables, and `data` has not changed since ingest wrote them.
+
+    A parameter that an earlier version of the project did not record counts as its default.
+    """
     if not (VALID / "sft.parquet").is_file():
         return False
     recorded = [record["values"] for record in read(INGESTED / JOURNAL) if record["kind"] == "params"]
     used = {name: value for values in recorded for name, value in values.items()}
-    present = json.loads(json.dumps(declared_values(params, ("data",)), default=str))
-    return not used or used == present
+    if not used:
+        return True
+    not_default = flatten(params.data.model_dump(exclude_defaults=True), "data")
+    wanted = {name: v for name, v in declared_values(params, ("data",)).items() if name in used or name in not_default}
+    return used == json.loads(json.dumps(wanted, default=str))
 
 
 def _validated(kind: str) -> int | None:

@@ -153,6 +153,7 @@ def prepare(project: Path, args: argparse.Namespace, params: Params) -> Session:
     folder = FOLDER / (args.name or identity(args, weights, table))
     if (folder / "items.jsonl").is_file():
         return open_session(folder)
+    print(f"label: loading {printable(', '.join(names))}", file=sys.stderr, flush=True)
     opened = zip(weights, open_models(project, names), strict=True)
     models = [(Path(name).name if _is_folder(name) else name, md5, model) for md5, (name, model) in opened]
     sampling = Sampling(args.answers, args.max_new_tokens, args.temperature, args.seed)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil
 from typing import get_args
 
+from pipelines.commands.forecast import rows_by_table, steps_by_stage, too_long_warmups
 from pipelines.commands.model_folders import unknown_layers
 from pipelines.config.numbers import repeated_prompts
 from pipelines.config.params import Params
 from pipelines.config.schema import OnPolicyBudget
-from pipelines.data.sources import is_generator, unread
+from pipelines.data.sources import accepted_files, local_files, unread
 from posttrain.environments.parts import Kind
-from posttrain.errors import DataError
+from posttrain.errors import DataError, PosttrainError
+
+COUNTED = 32 * 2**20
+"""Bytes of files whose rows `configure` counts: it should answer at once, and a warm-up longer than such a file is rare."""
 
 
 def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
@@ -20,7 +23,7 @@ def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
 
     changes: lines of `configure`, such as "sft.epochs: 1 -> 2"; None for `plan`, which counts all steps and reports warm-ups itself.
     """
-    changed = [] if changes is None else _without_effect(params, changes)
+    changed = [] if changes is None else [*_without_effect(params, changes), *_too_long(params)]
     return [
         *changed,
         *_unread_files(params),
@@ -51,18 +54,28 @@ def _repeated(params: Params) -> Iterator[str]:
 
 
 def _without_effect(params: Params, changes: Sequence[str]) -> Iterator[str]:
-    """Yield changes of the tiny model's shape if a different model is used, and a warm-up that does not fit into the run."""
+    """Yield changes of the tiny model's shape if a different model is used."""
     shape = [line.partition(":")[0] for line in changes if line.startswith("model.tiny.")]
     if shape and params.model.source != "tiny":
         yield f"warning: {', '.join(shape)}: no effect, because model.source is {params.model.source!r} and not tiny."
-    source, warmup = params.data.sft, params.sft.optimizer.warmup_steps
-    if source.rows is not None and is_generator(source.source):
-        steps = params.sft.epochs * ceil(source.rows / params.sft.batch_size)
-        if warmup > steps:
-            yield (
-                f"warning: sft would stop: sft.optimizer.warmup_steps = {warmup} is longer than its {steps} optimiser steps; set it to"
-                f" {steps // 10}, a tenth of them, or train for longer."
-            )
+
+
+def _too_long(params: Params) -> Iterator[str]:
+    """Yield the stages that would stop because their warm-up is longer than their run, as `plan` does."""
+    counted = {kind: _rows(params, kind) for kind in ("sft", "preferences")}
+    for line in too_long_warmups(params, steps_by_stage(params, counted)):
+        yield f"warning: {line}"
+
+
+def _rows(params: Params, kind: Kind) -> int | None:
+    """Return a table's rows; None if they are not known, or would be read from files of more than `COUNTED` bytes."""
+    try:
+        files = [*local_files(getattr(params.data, kind)), *accepted_files(kind)]
+        if sum(path.stat().st_size for path in files) > COUNTED:
+            return None
+        return rows_by_table(params, (kind,))[kind]
+    except (PosttrainError, OSError):  # `problems` reports a source that is absent or cannot be read
+        return None
 
 
 def _unread_files(params: Params) -> Iterator[str]:

@@ -15,7 +15,6 @@ Exit status 1: something will not fit, or a warm-up is longer than its run.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.calibrate import power
-from pipelines.commands.forecast import rows_by_table, seconds_by_stage, time_line, too_long_warmups
+from pipelines.commands.forecast import rows_by_table, seconds_by_stage, steps_by_stage, time_line, too_long_warmups
 from pipelines.commands.lookahead import problems
 from pipelines.commands.notes import notes
 from pipelines.config.params import Params, load_params
-from pipelines.config.schema import LoraParams, OnPolicyBudget, PreferenceBudget, TrainingComputeParams
+from pipelines.config.schema import LoraParams, OnPolicyBudget, TrainingComputeParams
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, real, reports_errors
@@ -84,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = power(params)
     limit = int(args.memory * GIB) if args.memory else device_bytes()
     print(page(params, model, planned, limit))
-    steps = {phase.stage: phase.steps for phase in planned if phase.name == "train"}
-    print(f"\n{rows_line(rows_by_table(params))}\n{time_line(params, steps, seconds_by_stage(Path()))}")
+    counted = rows_by_table(params)
+    steps = steps_by_stage(params, counted)
+    print(f"\n{rows_line(counted)}\n{time_line(params, steps, seconds_by_stage(Path()))}")
     stopping = too_long_warmups(params, steps)
     print("\n".join(["", *stopping, *notes(params), shown]))
     if args.workers:
@@ -160,27 +160,27 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     longest = params.validation.max_prompt_tokens + params.validation.max_completion_tokens
     sft, reward = params.sft, params.reward
     counted = rows_by_table(params)
-    steps = _steps(counted["sft"], sft.batch_size, sft.epochs)
-    yield Phase("sft", "train", steps, _times(counted["sft"], sft.epochs * longest),
+    steps = steps_by_stage(params, counted)
+    yield Phase("sft", "train", steps["sft"], _times(counted["sft"], sft.epochs * longest),
                 training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
     pairs = counted["preferences"]
     if reward.enabled and reward.source is None:
-        yield Phase("reward", "train", _steps(pairs, reward.batch_size, reward.epochs), _times(pairs, 2 * reward.epochs * longest),
+        yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest),
                 training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
     for name in params.project.algorithms:
-        yield from _alignment(params, name, model, pairs, longest)
+        yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest)
     yield from _evaluation(params, model, counted["evaluation"])
 
 
-def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longest: int) -> Iterator[Phase]:
+def _alignment(
+    params: Params, name: str, model: Sizes, steps: int | None, pairs: int | None, longest: int
+) -> Iterator[Phase]:
     """Yield the phases of one algorithm."""
     from posttrain.planning import sampling, training
 
     spec, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
     stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
     if not isinstance(spec, OnPolicy):
-        assert isinstance(budget, PreferenceBudget)
-        steps = _steps(pairs, budget.batch_size, spec.epochs)
         memory = training(model, compute.micro_batch_tokens, **_options(params, compute, params.align.lora))
         yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory)
         return
@@ -204,9 +204,8 @@ def _alignment(params: Params, name: str, model: Sizes, pairs: int | None, longe
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
-    updates = budget.steps * spec.epochs * spec.minibatches
     memory = training(model, compute.micro_batch_tokens, **held | _options(params, compute, params.align.lora))
-    yield Phase(stage, "train", updates, budget.steps * spec.epochs * answers * length, memory)
+    yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
 
 
 def _evaluation(params: Params, model: Sizes, count: int | None) -> Iterator[Phase]:
@@ -219,11 +218,6 @@ def _evaluation(params: Params, model: Sizes, count: int | None) -> Iterator[Pha
     at_once = MAX_ROWS if answers is None else answers
     memory = sampling(model, at_once, params.validation.max_prompt_tokens, new_tokens, frozen=3)
     yield Phase("evaluate", "sample", 0, _times(answers, new_tokens), memory)
-
-
-def _steps(count: int | None, batch: int, epochs: int) -> int | None:
-    """Return the number of optimiser steps, or None if the number of rows is unknown."""
-    return None if count is None else math.ceil(count / batch) * epochs
 
 
 def _times(count: int | None, factor: int) -> int | None:

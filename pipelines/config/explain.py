@@ -18,6 +18,9 @@ S = TypeVar("S", bound=Section)
 _MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|(list|function-\w+|dict|union)\[.*\])", re.DOTALL)
 """Names that pydantic adds to a location for each member of a union, such as `literal['auto']`."""
 
+MOST_PLACES = 3
+"""Most places that a message names; a name that is valid in more is not specific enough."""
+
 
 def validated(kind: type[S], tree: Any, location: tuple[str, ...]) -> S:
     """Validate a tree. Raises ConfigError with one line per parameter that is wrong."""
@@ -54,8 +57,7 @@ def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
         return f"{path}: the key {fault['input']!r}: {_message(fault)}"
     path = ".".join([*location, *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
-        owner = _model_at(kind, fault["loc"][:-1])
-        return f"{path}: unknown parameter{nearest(str(fault['loc'][-1]), owner.model_fields if owner else ())}"
+        return f"{path}: unknown parameter{_suggestion(kind, fault['loc'], location)}"
     if fault["type"] == "missing":
         section, *rest = (*location, *map(str, fault["loc"]))
         if section == "algorithms" and rest[1:] == ["preset"]:
@@ -65,6 +67,46 @@ def _explain(kind: type[Section], fault: Any, location: tuple[str, ...]) -> str:
         return _message(fault)
     shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
     return f"{path}{shown}: {_message(fault)}"
+
+
+def _suggestion(kind: type[Section], loc: tuple[Any, ...], location: tuple[str, ...]) -> str:
+    """Return the end of the message on an unknown parameter: dotted places in which its name is valid, else the nearest name here."""
+    name, owner = str(loc[-1]), _model_at(kind, loc[:-1])
+    known = owner.model_fields if owner else {}
+    misspelt = name.strip().casefold() in {each.casefold() for each in known}
+    places = [] if misspelt or owner is None else _places_below(owner, name)
+    places = [(*loc[:-1], *place) for place in places]
+    for depth in range(len(loc) - 2, 0, -1):
+        above = _model_at(kind, loc[:depth])
+        if not places and not misspelt and above is not None and name in above.model_fields:
+            places = [(*loc[:depth], name)]
+    if not 0 < len(places) <= MOST_PLACES:
+        return nearest(name, known)
+    dotted = [repr(".".join([*location, *map(str, place)])) for place in places]
+    return f"; did you mean {' or '.join(dotted)}? Valid here: {', '.join(sorted(known))}"
+
+
+def _places_below(owner: type[Section], name: str) -> list[tuple[str, ...]]:
+    """Return the paths from a section to the parameters of this name in the sections below it, of the least depth only."""
+    level: list[tuple[tuple[str, ...], type[Section]]] = [((), owner)]
+    while level:
+        level = [
+            ((*path, field), section)
+            for path, parent in level
+            for field, info in parent.model_fields.items()
+            for section in _sections(info.annotation)
+        ]
+        found = [(*path, name) for path, section in level if name in section.model_fields]
+        if found:
+            return list(dict.fromkeys(found))
+    return []
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a field may hold; those in dictionaries and lists have names of their own."""
+    options = [annotation] if isinstance(annotation, type) else getattr(annotation, "__args__", ())
+    found = [each for each in options if isinstance(each, type) and issubclass(each, Section)]
+    return [] if str(annotation).startswith(("dict", "list")) else found
 
 
 def _message(fault: Any) -> str:

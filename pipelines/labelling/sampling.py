@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipelines.labelling.session import Answer, Ask, Item, pair_up
+from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,29 +71,31 @@ def most_disputed(items: Sequence[Item], spread: Score, count: int) -> list[Item
     return [items[i] for i in order[:count]]
 
 
+def _report(progress: str) -> None:
+    """Print the progress on stderr, since sampling takes minutes on a slow machine."""
+    print(f"label: {printable(progress)}", file=sys.stderr, flush=True)
+
+
 def _items(
     models: Sequence[tuple[str, str, Model]], prompts: Sequence[Any], ask: Ask, sampling: Sampling
 ) -> Iterator[Item]:
     number = 0
     for start in range(0, len(prompts), AT_ONCE):
         batch = prompts[start : start + AT_ONCE]
-        texts = [
-            (
-                name,
-                md5,
-                model.generate(
-                    batch,
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    # every draw has its own random numbers
-                    seed=((sampling.seed * 1009 + start) * 101 + place) * 101 + draw,
-                ),
-            )
-            for place, (name, md5, model) in enumerate(models)
-            for draw in range(sampling.answers)
-        ]
+        texts = []
+        for place, (name, md5, model) in enumerate(models):
+            for draw in range(sampling.answers):
+                _report(
+                    f"{name} answers {len(batch)} prompts, {draw + 1} of {sampling.answers} times; {number} items so far"
+                )
+                # every draw has its own random numbers
+                seed = ((sampling.seed * 1009 + start) * 101 + place) * 101 + draw
+                answered = model.generate(
+                    batch, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=seed
+                )
+                texts.append((name, md5, answered))
         for i, prompt in enumerate(batch):
-            answers = [Answer(answered[i], name, md5) for name, md5, answered in texts]
+            answers = [Answer(written[i], name, md5) for name, md5, written in texts]
             if ask == "pairs":
                 made = pair_up(prompt, answers, number)
             else:

@@ -9,7 +9,7 @@ from pipelines.report.analysis import Question
 from pipelines.report.curves import Curve, on_policy, running_mean, seed_mean
 from pipelines.report.load import Results, Training, optimiser_steps
 from pipelines.report.protocol import CURRENCIES, Currency
-from pipelines.report.style import Look, figure
+from pipelines.report.style import Look, figure, legend_below
 
 METRICS = {"tokens_sampled": "tokens/sampled", "tokens_trained": "tokens/trained"}
 LOGGED: tuple[Currency, ...] = ("tokens_sampled", "tokens_trained", "optimiser_steps")
@@ -49,5 +49,5 @@ def against_budgets(results: Results, question: Question, look: Look) -> Figure:
                 axes.plot(*found, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         axes.set_xlabel(CURRENCIES[currency])
         axes.set_ylabel(question.accuracy)
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    legend_below(drawn, *panels[0].get_legend_handles_labels())
     return drawn

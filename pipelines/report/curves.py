@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 from pipelines.config.effective import effective_parameters
 from pipelines.report.analysis import Question
 from pipelines.report.load import Results
-from pipelines.report.style import Look, figure
+from pipelines.report.style import Look, figure, legend_below
 from posttrain.evaluation.statistics import Floats
 
 KL = "kl/ref_k1"
@@ -70,7 +70,7 @@ def learning(results: Results, metric: str, look: Look) -> Figure:
         axes.plot(steps, values, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         _mark_end(axes, steps, values, name, look)
     axes.set_xlabel("training step")
-    drawn.legend(loc="outside lower center", ncols=5)
+    legend_below(drawn)
     return drawn
 
 
@@ -130,7 +130,7 @@ def over_optimisation(results: Results, question: Question, look: Look) -> Figur
         axes.set_title(f"True reward ({source})" if source == question.accuracy else f"Reward-model score ({source})")
         axes.sharex(panels[0])
     panels[-1].set_xlabel("KL to the reference policy, nats per response (k1)")
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    legend_below(drawn, *panels[0].get_legend_handles_labels())
     return drawn
 
 

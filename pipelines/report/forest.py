@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from pipelines.report.analysis import Comparison
 from pipelines.report.load import SFT
-from pipelines.report.style import Look, figure
+from pipelines.report.style import Look, figure, legend_below
 from pipelines.report.words import ranked, unranked
 from posttrain.evaluation.crossed import performance_profile
 from posttrain.evaluation.statistics import Interval
@@ -68,7 +68,7 @@ def against_cost(points: Sequence[tuple[str, float, Interval]], cost: str, measu
     axes.set_xlabel(cost)
     axes.set_ylabel(measure)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    drawn.legend(loc="outside lower center", ncols=5)
+    legend_below(drawn)
     return drawn
 
 
@@ -102,7 +102,7 @@ def pass_at_k(comparison: Comparison, look: Look) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("k (sampled answers per prompt)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    drawn.legend(loc="outside lower center", ncols=5)
+    legend_below(drawn)
     return drawn
 
 
@@ -127,7 +127,7 @@ def profiles(comparison: Comparison, look: Look) -> Figure:
     axes.set_ylabel("share of runs above")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    drawn.legend(loc="outside lower center", ncols=5)
+    legend_below(drawn)
     return drawn
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from pipelines.report.load import BASE, SFT
 from pipelines.runtime import palette
@@ -29,6 +30,8 @@ _INK: dict[Scheme, tuple[str, str, str]] = {
     "dark": ("#171A1E", "#DDE2E7", "#31363C"),
 }
 DPI = 144
+COLUMNS = 5
+"""Most columns of a legend."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,21 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     """Return a figure that matplotlib's global state does not hold."""
     drawn = Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+
+
+def legend_below(drawn: Figure, *handles_and_labels: Any) -> None:
+    """Draw the legend under the axes, in as many columns as fit into the figure's width, five at most."""
+    for columns in range(COLUMNS, 0, -1):
+        legend = drawn.legend(*handles_and_labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or _width_without_margin(legend) <= drawn.bbox.width:
+            return
+        legend.remove()
+
+
+def _width_without_margin(legend: Legend) -> float:
+    """Return the width of a legend's entries in pixels; its margin may lie outside the figure."""
+    points = max((float(text.get_fontsize()) for text in legend.get_texts()), default=0.0)
+    return legend.get_window_extent().width - 2 * float(legend.borderpad) * points * legend.figure.dpi / 72
 
 
 def png(drawn: Figure) -> bytes:

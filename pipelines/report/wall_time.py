@@ -12,7 +12,7 @@ from pipelines.report.curves import Curve, running_mean, seed_mean
 from pipelines.report.load import training
 from pipelines.report.measured import RunMeasures
 from pipelines.report.page import Picture, draw
-from pipelines.report.style import Look, figure
+from pipelines.report.style import Look, figure, legend_below
 
 STEP = "seconds/step"
 
@@ -57,7 +57,7 @@ def picture(found: Mapping[str, Curve], algorithms: Sequence[str], accuracy: str
             axes.plot(seconds, level, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         axes.set_xlabel("seconds of training steps of one run, on this machine")
         axes.set_ylabel(accuracy)
-        drawn.legend(loc="outside lower center", ncols=5)
+        legend_below(drawn)
         return drawn
 
     return draw(

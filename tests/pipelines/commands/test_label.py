@@ -52,6 +52,17 @@ def test_prompts_whose_pairs_would_be_refused_are_left_out(project: Path, capsys
     ]
 
 
+def test_sampling_reports_its_progress_before_each_batch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [str(project / "model-0"), "--count", "1", "--max-new-tokens", "4"]
+    prepare(project, parser().parse_args(options), load_params(project / "params.yaml"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("label: ")]
+    assert lines == [
+        f"label: loading {project / 'model-0'}",
+        "label: model-0 answers 3 prompts, 1 of 2 times; 0 items so far",
+        "label: model-0 answers 3 prompts, 2 of 2 times; 0 items so far",
+    ]
+
+
 def test_a_session_has_answers_of_the_named_models_and_is_continued(project: Path) -> None:
     options = [str(project / "model-0"), "model-1", "--count", "2", "--max-new-tokens", "8", "--ask", "pairs"]
     params = load_params(project / "params.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,32 @@ def test_settings_without_effect_are_named(shipped: dict[str, Any], here: Path) 
     shape = [line for line in notes(params, ["model.tiny.layers: 2 -> 7"]) if "model.tiny.layers: no effect" in line]
     assert len(shape) == 1
     long = changed(shipped, {"sft": {"optimizer": {"warmup_steps": 100_000}}})
-    assert any("sft.optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, []))
+    assert any(
+        "sft would stop: its optimizer.warmup_steps = 100000 is longer than its" in line for line in notes(long, [])
+    )
+
+
+def test_configure_reports_each_warm_up_that_stops_its_stage(shipped: dict[str, Any], here: Path) -> None:
+    def stops(**own: Any) -> list[str]:
+        return [line for line in notes(changed(shipped, own), []) if "would stop" in line]
+
+    assert stops() == []
+    rows = [{"prompt": f"{i}+0=", "completion": str(i)} for i in range(96)]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 96 rows in batches of 64 over 6 epochs; 80 % of 100 pairs in batches of 32 over 2 epochs, or 1
+    few = {"sft": {"source": "mine.jsonl", "rows": None}, "preferences": {"rows": 100}}
+    assert stops(data=few, reward={"optimizer": {"warmup_steps": 10}}) == [
+        "warning: sft would stop: its optimizer.warmup_steps = 20 is longer than its 12 optimiser steps; set it to 1, a tenth of them, or"
+        " train for longer.",
+        "warning: reward would stop: its optimizer.warmup_steps = 10 is longer than its 6 optimiser steps; set it to 0, a tenth of them,"
+        " or train for longer.",
+        *(
+            f"warning: align@{name} would stop: its optimizer.warmup_steps = 5 is longer than its 3 optimiser steps; set it to 0, a tenth"
+            " of them, or train for longer."
+            for name in ("dpo", "dpo_soft", "grpo_pairs")
+        ),
+    ]
+    assert stops(data={"sft": {"source": "absent.jsonl", "rows": None}}) == []
 
 
 def test_a_choice_of_the_checkpoint_that_leaves_no_problem_is_named_and_its_reward_counts_as_used(

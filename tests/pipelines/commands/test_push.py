@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from pipelines.commands.configure import configure
+from pipelines.commands.forecast import is_present
 from pipelines.commands.push import main, upload_command
 from pipelines.config.params import load_params
 from pipelines.runtime.identity import input_digests
@@ -136,6 +137,27 @@ def test_a_model_of_other_data_is_refused_because_its_card_would_name_the_wrong_
     table.write_bytes(b"other rows")
     assert main(["grpo-0", "me/mine", "--dry-run"]) == 2
     assert "other data than the present: data/valid/evaluation.parquet changed since" in capsys.readouterr().err
+
+
+def test_a_parameter_that_an_earlier_version_did_not_record_counts_as_its_default(project: Path) -> None:
+    valid = project / "data/valid/sft.parquet"
+    valid.parent.mkdir(parents=True)
+    valid.write_bytes(b"rows")
+    path = project / "params.yaml"
+    recorded = declared_values(load_params(path), ("data",))
+    assert (recorded.pop("data.experts"), recorded.pop("data.sft.split")) == (None, "train")
+    journal = Journal(project / "runs/ingest/journal.jsonl")
+    journal.append({"kind": "params", "values": recorded})
+    journal.close()
+    assert is_present(load_params(path))
+    for change, back in (
+        ("data.preferences.heldout=0.1", "data.preferences.heldout=0.2"),
+        ("data.sft.split=test", "data.sft.split=train"),
+    ):
+        configure(path, [change])
+        assert not is_present(load_params(path))
+        configure(path, [back])
+        assert is_present(load_params(path))
 
 
 def test_a_repository_is_private_unless_asked_otherwise() -> None:

@@ -63,6 +63,12 @@ PPO_DROPPING_ALONE = {
     ("path", "value", "message"),
     [
         ("sft.epoch", 2, "sft.epoch: unknown parameter; did you mean 'epochs'?"),
+        ("sft.Epochs", 2, "sft.Epochs: unknown parameter; did you mean 'epochs'?"),
+        ("algorithms.grpo.budget.learning_rate", 1e-3, "did you mean 'algorithms.grpo.budget.optimizer.learning_rate'?"),
+        ("sft.optimizer.batch_size", 8, "sft.optimizer.batch_size: unknown parameter; did you mean 'sft.batch_size'?"),
+        ("evaluation_rows", 8, "evaluation_rows: unknown parameter; did you mean 'evaluation'?"),
+        ("epochs", 8, "epochs: unknown parameter; did you mean 'sft.epochs' or 'reward.epochs'?"),
+        ("data.evaluation.heldouts", 0.1, "data.evaluation.heldouts: unknown parameter; did you mean 'heldout'?"),
         ("sft.epochs", "2", "sft.epochs = '2': should be a valid integer"),
         (
             "data.preferences.preferred",

@@ -13,7 +13,7 @@ from pipelines.report.analysis import Question, compare
 from pipelines.report.forest import accuracy
 from pipelines.report.load import load
 from pipelines.report.page import pictures
-from pipelines.report.style import Look
+from pipelines.report.style import DPI, Look, figure, legend_below
 from pipelines.report.words import unranked
 from posttrain.evaluation.statistics import Resampling
 from tests.pipelines.synthetic_runs import build
@@ -51,6 +51,26 @@ def test_no_title_label_or_legend_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     pictures(results, replace(comparison, pairs=[*comparison.pairs, named_longer]))
     assert len(written) > 10
     assert found == []
+
+
+@pytest.mark.parametrize("dpi", [100, DPI])
+def test_a_legend_of_many_long_names_takes_fewer_columns(dpi: int) -> None:
+    def columns(names: list[str]) -> list[float]:
+        drawn, (axes,) = figure(5.6, 3.3)
+        drawn.set_dpi(dpi)
+        for name in names:
+            axes.plot([0, 1], [0, 1], label=name)
+        legend_below(drawn)
+        assert cut(drawn) == []
+        (legend,) = drawn.legends
+        return sorted({round(text.get_window_extent().x0) for text in legend.get_texts()})
+
+    with Look("light", ()).applied():
+        assert len(columns(["dpo", "grpo", "ppo", "gspo", "dapo", "chord"])) == 5
+        assert len(columns(["dpo", "dpo_soft", "grpo_pairs", "ppo", "grpo", "gspo", "dapo", "chord"])) == 4
+        assert (
+            len(columns(["an_algorithm_with_a_name_of_40_letters__", "the_second_one_has_as_many_letters______"])) == 1
+        )
 
 
 def test_an_algorithm_that_is_not_ranked_has_a_hollow_mark(tmp_path: Path) -> None:
