@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from pipelines.config.schema import AlgorithmParams, OnPolicyBudget, PreferenceBudget
 from pipelines.config.types import Section
 from posttrain.algorithms import PRESETS
 from posttrain.errors import ConfigError
@@ -87,7 +88,13 @@ def _suggestion(kind: type[Section], loc: tuple[Any, ...], location: tuple[str, 
 
 
 def _places_below(owner: type[Section], name: str) -> list[tuple[str, ...]]:
-    """Return the paths from a section to the parameters of this name in the sections below it, of the least depth only."""
+    """Return the paths from a section to the parameters of this name in the sections below it, of the least depth only.
+
+    An algorithm's budget has the fields of its kind; a place counts if both kinds have it.
+    """
+    if owner is AlgorithmParams:
+        preference, on_policy = (_places_in_budget(kind, name) for kind in (PreferenceBudget, OnPolicyBudget))
+        return [place for place in preference if place in on_policy]
     level: list[tuple[tuple[str, ...], type[Section]]] = [((), owner)]
     while level:
         level = [
@@ -100,6 +107,11 @@ def _places_below(owner: type[Section], name: str) -> list[tuple[str, ...]]:
         if found:
             return list(dict.fromkeys(found))
     return []
+
+
+def _places_in_budget(kind: type[Section], name: str) -> list[tuple[str, ...]]:
+    places = [(name,)] if name in kind.model_fields else _places_below(kind, name)
+    return [("budget", *place) for place in places]
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
