@@ -42,6 +42,8 @@ _BYTES = re.compile(r"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf
 _CONTROL = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 _PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_TOKENS = {"prompt_ids", "response_ids"}
+"""Columns of a table of rollouts, whose prompts are one text: a row's own text with its messages and template around it."""
 _NO_TEXTS = ("role", "labelled", "annotator", "time")
 
 
@@ -107,7 +109,8 @@ class Texts:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"cannot be unpacked: {error}") from error
         rows = table.to_pylist()
-        if {"id", "prompt"} <= set(table.column_names):
+        columns = set(table.column_names)
+        if {"id", "prompt"} <= columns and not columns & _TOKENS:
             return any(map(self._is_cell, strings(rows)))
         cells = [*strings(rows), *(each.decode("utf-8", "replace") for each in notes.values())]
         return self.in_text("\0".join(cells))
