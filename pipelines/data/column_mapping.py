@@ -59,13 +59,7 @@ def canonical_rows(
     pairing = source.graded or source.preferred
     if source.columns is None and not pairing:
         records = _in_known_format(kind, records, where, changes)
-    good = _without_bad(source, records, where, changes) if kind == "sft" and source.columns is not None else records
-    columns = _columns(kind, source, good, where)
-    if source.columns is not None or pairing:
-        unread = [name for name in _unmapped(source, columns, records) if name != LABEL or good is records]
-        refuse_exclusion(kind, f"data.{kind}.columns", unread, good, mapped=kind == "sft")
-        count_unused(unread, changes)
-    records = good
+    records, columns = _mapped(kind, source, records, where, changes)
     if pairing:
         rows = [_row(columns, record) for record in records]
         if source.graded:
@@ -94,6 +88,20 @@ def canonical_rows(
         for row in rows:
             row[LABEL] = thumb(row[LABEL], f"{where}, row {row['id']}: {LABEL}")
     return rows
+
+
+def _mapped(
+    kind: Sourced, source: TableSource, records: Sequence[Record], where: str, changes: Changes
+) -> tuple[Sequence[Record], dict[str, Callable[[Record], Any]]]:
+    """Return the records to be read and the functions that read their columns. Counts or refuses columns that are not read."""
+    mapped = source.columns is not None
+    good = _without_bad(source, records, where, changes) if kind == "sft" and mapped else records
+    columns = _columns(kind, source, good, where)
+    if mapped or source.graded or source.preferred:
+        unread = [name for name in _unmapped(source, columns, records) if name != LABEL or good is records]
+        refuse_exclusion(kind, f"data.{kind}.columns", unread, good, mapped=kind == "sft")
+        count_unused(unread, changes)
+    return good, columns
 
 
 def _unmapped(source: TableSource, canonical: Iterable[str], records: Sequence[Record]) -> list[str]:
