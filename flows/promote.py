@@ -92,8 +92,10 @@ def promote(
     comment = ""
     judged = version is None or approval
     judged_against = chosen.tags.get(AGAINST, _champion_number(registry))
+    # who names a version that was rolled back asks for it nevertheless
+    known = None if version is None else chosen.tags.get(ROLLED_BACK)
     if judged:
-        _refuse_stale(registry, chosen, judged_against)
+        _refuse_stale(registry, chosen, judged_against, known)
     if approval:
         notify("waiting", f"{chosen.name} waits for approval: {chosen.words(REASON)}", links(project, chosen))
         answer = pause_flow_run(
@@ -108,7 +110,7 @@ def promote(
 
     def choose() -> Version:
         if judged:
-            _refuse_stale(registry, registry.version(chosen.number), judged_against)
+            _refuse_stale(registry, registry.version(chosen.number), judged_against, known)
         copy_weights(project, chosen.path, chosen.md5, NOTHING)
         return registry.version(chosen.number)
 
@@ -187,12 +189,13 @@ def _champion_number(registry: Registry) -> str:
     return "none" if champion is None else str(champion.number)
 
 
-def _refuse_stale(registry: Registry, version: Version, judged_against: str) -> None:
+def _refuse_stale(registry: Registry, version: Version, judged_against: str, known: str | None = None) -> None:
     """Raise OrchestrationError if the gate's decision is out of date.
 
     It is, if the version was rolled back since, or was compared with a different champion, or by a different measure, than today's.
+    `known` is the reason of an earlier roll-back that the promotion overrules.
     """
-    if ROLLED_BACK in version.tags:
+    if version.tags.get(ROLLED_BACK, known) != known:
         raise OrchestrationError(
             f"{version.name} was rolled back by hand after it was judged, so the decision is out of date. `python -m flows.promote"
             f" {version.number}` promotes it nevertheless."

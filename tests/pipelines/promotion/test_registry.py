@@ -240,6 +240,21 @@ def test_a_decision_against_an_earlier_champion_is_refused(registry: Registry) -
         _refuse_stale(registry, wanted, "none")
 
 
+def test_a_version_that_was_rolled_back_since_is_refused_and_one_that_was_before_may_be_asked_for(
+    registry: Registry,
+) -> None:
+    first, second = register(registry, "grpo-0"), register(registry, "dpo-0")
+    registry.promote(first)
+    registry.promote(second)
+    registry.roll_back("it answers 0")
+    wanted = registry.version(second)
+    with pytest.raises(OrchestrationError, match=r"rolled back by hand after it was judged.*flows\.promote 2"):
+        _refuse_stale(registry, wanted, "1")
+    _refuse_stale(registry, wanted, "1", "it answers 0")
+    with pytest.raises(OrchestrationError, match="rolled back by hand after it was judged"):
+        _refuse_stale(registry, wanted, "1", "an earlier reason")
+
+
 def test_a_long_reason_is_cut_to_one_line_unless_it_is_asked_for(registry: Registry) -> None:
     number = register(registry, "grpo-0", reason="too\x1b[31m long\n" * 200)
     short = line(registry.version(number))
