@@ -1,4 +1,4 @@
-"""Choose the evaluated checkpoint of a run as `align.best_checkpoint` says: the best of several steps on problems kept out of training."""
+"""Choose the evaluated checkpoint by the rule of `align.best_checkpoint`: the best of several steps on problems kept out of training."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_an_algorithm_must_correct_for_older_weights() -> None:
         pt.train(model, "grpo", ["1+1="], staleness=1, **options)
     with pytest.raises(ConfigError, match="staleness = -1; it must be a whole number of at least 0"):
         pt.train(model, SPEC, ["1+1="], staleness=-1, **options)
-    with pytest.raises(ConfigError, match="turns and staleness have no effect"):
+    with pytest.raises(ConfigError, match="staleness has no effect here: only on-policy algorithms"):
         pt.train(
             model, "sft", [{"prompt": "a", "completion": "b"}], steps=1, learning_rate=1e-3, batch_size=1, staleness=1
         )
