@@ -177,16 +177,16 @@ def overhead(stages: int) -> dict[str, list[float] | float]:
             before, flows_before = _processor(process.pid), _children()
             remote = _gaps(here.flow())
             on_worker, in_flow = _processor(process.pid) - before, _children() - flows_before
-        spent, alone = _children(), []
+        spent, local = _children(), []
         for number in range(1, stages + 1):
             began = time.monotonic()
             run(here.root, "dvc", "repro", "--single-item", "--force", f"s{number}")
-            alone.append(time.monotonic() - began)
+            local.append(time.monotonic() - began)
         by_dvc = _children() - spent  # before the servers end, whose time would count too
     return {
         "a stage on a worker": remote[1:],
-        "a stage by dvc without Prefect": alone[1:],
-        "difference of the medians": statistics.median(remote[1:]) - statistics.median(alone[1:]),
+        "a stage by dvc without Prefect": local[1:],
+        "difference of the medians": statistics.median(remote[1:]) - statistics.median(local[1:]),
         "processor seconds of the worker for a stage": on_worker / stages,
         "processor seconds of the flow for a stage, with its start and end": in_flow / stages,
         "processor seconds of a stage by dvc without Prefect": by_dvc / stages,

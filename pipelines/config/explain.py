@@ -115,7 +115,7 @@ def _places_in_budget(kind: type[Section], name: str) -> list[tuple[str, ...]]:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a field may hold; those in dictionaries and lists have names of their own."""
+    """Return the sections that a field may hold; those in dictionaries and lists have their own names."""
     options = [annotation] if isinstance(annotation, type) else getattr(annotation, "__args__", ())
     found = [each for each in options if isinstance(each, type) and issubclass(each, Section)]
     return [] if str(annotation).startswith(("dict", "list")) else found

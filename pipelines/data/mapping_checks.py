@@ -55,7 +55,7 @@ def _graded_paths(graded: GradedAnswers, asked: Iterable[str]) -> list[str]:
 def _reads_answer(records: Sequence[Record], path: str, inner: str) -> bool:
     """Return True if a record's value at `path` holds an answer at `inner`: anything but a turn of a different role in a conversation.
 
-    A list of mappings without roles is one of graded answers, whose texts have paths of their own.
+    A list of mappings without roles is one of graded answers, whose texts have their own paths.
     """
     index = inner.partition(".")[0]
     for record in records:

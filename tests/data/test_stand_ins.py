@@ -1,4 +1,4 @@
-"""Conversations with tools and reasoning: which tokens train if a template shows earlier turns otherwise, and what it may not leave out."""
+"""Conversations with tools and reasoning: which tokens train if a template shows earlier turns otherwise, and the parts it must show."""
 
 from __future__ import annotations
 

@@ -188,9 +188,9 @@ def test_the_plan_for_prompts_in_groups_needs_the_clustered_error() -> None:
     shared = np.repeat(generator.normal(0, 0.2, 60), 4)
     a = (shared + generator.normal(0, 0.1, 240))[:, None] + generator.normal(0, 0.001, (240, 3))
     b, groups = generator.normal(0, 0.001, (240, 3)), [f"g{i // 4}" for i in range(240)]
-    alone, clustered = Spread.of(a, b), Spread.of(a, b, groups)
+    ungrouped, clustered = Spread.of(a, b), Spread.of(a, b, groups)
     # 240 / 60 x (.04 + .01 / 4) = .17 instead of .05
-    assert alone.prompt == pytest.approx(0.05, rel=0.25)
+    assert ungrouped.prompt == pytest.approx(0.05, rel=0.25)
     assert clustered.prompt == pytest.approx(0.17, rel=0.25)
-    assert (alone.run, alone.rest) == (clustered.run, clustered.rest)
-    assert clustered.smallest_difference(5, 240) > 1.5 * alone.smallest_difference(5, 240)
+    assert (ungrouped.run, ungrouped.rest) == (clustered.run, clustered.rest)
+    assert clustered.smallest_difference(5, 240) > 1.5 * ungrouped.smallest_difference(5, 240)

@@ -1,4 +1,4 @@
-"""Demonstrations of their own for CHORD: marked in the sft table, and read by it only."""
+"""Expert demonstrations for CHORD: marked in the sft table, and read by it only."""
 
 from __future__ import annotations
 

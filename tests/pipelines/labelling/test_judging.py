@@ -111,7 +111,7 @@ def test_mlflow_shows_what_each_call_paid(project: Path, monkeypatch: pytest.Mon
     assert [run.data.metrics["cost/judge_tokens_output"] for run in (first, second)] == [4 * 3, 20 * 3]
     assert first.data.metrics["cost/judge_tokens_input"] == words
     assert first.data.tags["cost.judge_money"] == f"{words * 2 / 1e6:.4g}", (
-        "by judge.prices.input, in a currency of its own"
+        "by judge.prices.input, in the currency of the list"
     )
     assert first.data.params["judge.model"] == "referee"
     (project / "prices.yaml").write_text("currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")

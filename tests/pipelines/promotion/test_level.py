@@ -122,9 +122,9 @@ def test_the_level_holds_over_groups_of_prompts_and_not_over_the_prompts_in_them
 def test_groups_of_one_prompt_each_change_nothing() -> None:
     d = np.array([0.5, 0.0, 0.25, 0.75, -0.25, 0.5, 0.5, 0.25])
     resampling = Resampling(2000, 0.95, 0)
-    alone, each = gain(d, 0.0, 1.0, resampling), gain(d, 0.0, 1.0, resampling, [f"g{i}" for i in range(8)])
-    assert (each.interval.low, each.interval.high) == pytest.approx((alone.interval.low, alone.interval.high))
-    assert each.p == pytest.approx(alone.p, abs=0.02)
+    ungrouped, each = gain(d, 0.0, 1.0, resampling), gain(d, 0.0, 1.0, resampling, [f"g{i}" for i in range(8)])
+    assert (each.interval.low, each.interval.high) == pytest.approx((ungrouped.interval.low, ungrouped.interval.high))
+    assert each.p == pytest.approx(ungrouped.p, abs=0.02)
     assert each.interval.method == "t over 8 groups of prompts"
 
 

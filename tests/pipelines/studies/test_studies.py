@@ -272,7 +272,7 @@ def test_the_settings_that_tell_algorithms_apart_have_the_numbers_of_the_committ
 
 
 def test_a_claim_over_prompts_in_groups_is_clustered(finished: Workspace) -> None:
-    alone = judge("which", study(), [finished])
+    ungrouped = judge("which", study(), [finished])
     for path in sorted(finished.folder.glob("runs/evaluate/*/artifacts/predictions.parquet")):
         table = pq.read_table(path)
         group = pa.array([f"g{i // 10}" for i in table.column("prompt_id").to_pylist()])
@@ -282,5 +282,5 @@ def test_a_claim_over_prompts_in_groups_is_clustered(finished: Workspace) -> Non
     sides = [reader.values(arm, "answers/accuracy") for arm in ("grpo", "ppo")]
     by_hand = crossed_difference(*sides, 0.95, fixed_b=False, groups=[f"g{i // 10}" for i in range(60)])
     assert (grouped.claims[0].low, grouped.claims[0].high) == pytest.approx((by_hand.low, by_hand.high), rel=1e-4)
-    assert grouped.claims[0].value == alone.claims[0].value
-    assert grouped.claims[0].high - grouped.claims[0].low > alone.claims[0].high - alone.claims[0].low
+    assert grouped.claims[0].value == ungrouped.claims[0].value
+    assert grouped.claims[0].high - grouped.claims[0].low > ungrouped.claims[0].high - ungrouped.claims[0].low
