@@ -113,7 +113,7 @@ def _refuse_bad_answers(rows: Sequence[Row], name: str) -> None:
         raise DataError(
             f"{name}, row {bad[0]}: its label is {shown(labels[bad[0]])}, so its answer is a bad one, and imitation would learn it"
             f" ({len(bad)} of {len(rows)} rows). Leave such rows out, train with 'kto', which learns from both, or rename the column if"
-            " it says something else"
+            " it means something else"
         )
 
 
@@ -247,7 +247,7 @@ def _check_training(row: Row, place: str, read: Sequence[str] = ()) -> None:
             whole = f"Give the whole row a {WEIGHT!r}, each message of a conversation its own" if WEIGHT in read else ""
             raise DataError(
                 f"{place}: the column {column!r} may say which tokens are trained, and would be ignored."
-                f" {whole or 'Leave out rows that must not count'}, or rename the column if it says something else"
+                f" {whole or 'Leave out rows that must not count'}, or rename the column if it means something else"
             )
 
 

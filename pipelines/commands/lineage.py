@@ -208,7 +208,7 @@ def affected_text(found: Mapping[str, Any], what: str) -> str:
     lines = [f"{what} is in {len(found['tables'])} version(s) of the validated tables"]
     if not found["tables"]:
         lines.append(
-            "no run of validate has finished on it yet; `dvc repro validate` takes it in, or says why it stops"
+            "no run of validate has finished on it yet; `dvc repro validate` takes it in, or names the reason why it stops"
         )
     lines += _section("tables", (f"{each['path']}  md5 {each['md5']}" for each in found["tables"]))
     if not found["models"]:

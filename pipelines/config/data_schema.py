@@ -61,7 +61,7 @@ class PreferredAnswer(Section):
         if len({*self.answers.values()}) < len(self.answers):
             raise ValueError(f"answers {self.answers}: both labels name the same column, so no answer is better")
         if both := sorted({*self.ties} & {*self.answers}):
-            raise ValueError(f"ties: {both[0]!r} is also a label of answers; it says either a winner or a tie")
+            raise ValueError(f"ties: {both[0]!r} is also a label of answers; a label means either a winner or a tie")
         if len({*self.columns}) < len(self.columns):
             raise ValueError(f"columns {self.columns}: names a column twice, so its label would count twice")
         return self

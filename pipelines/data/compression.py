@@ -85,7 +85,7 @@ def kind_and_compression(path: Path) -> tuple[str, str]:
 
 
 def opened(path: Path) -> BufferedIOBase:
-    """Open a file to read its bytes, decompressed if its name says that they are compressed."""
+    """Open a file to read its bytes, decompressed if its name ends like that of a compressed one."""
     return OPENERS.get(kind_and_compression(path)[1], _plain)(path)
 
 

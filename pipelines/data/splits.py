@@ -33,7 +33,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
         for path, words in named.items():
             if words & _TRAIN and words & _HELD_OUT:
                 raise DataError(
-                    f"{folder}: the name {path.relative_to(folder).as_posix()} says two splits ({', '.join(sorted(words))}), so it is not"
+                    f"{folder}: the name {path.relative_to(folder).as_posix()} names two splits ({', '.join(sorted(words))}), so it is not"
                     " certain whether it may be trained. Rename it, or name the wanted files by a pattern or a list."
                 )
         files = [path for path in files if split.lower() in named.get(path, ())]

@@ -112,7 +112,7 @@ def weighted(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value is not None and isinstance(key, str) and says_training(key):
             raise DataError(
                 f"{where}: the key {key!r} ({shortened(value)}) may say which tokens are trained, and is not read. Write `weight: 0` into"
-                " each message that must not be trained, or rename the key if it says something else."
+                " each message that must not be trained, or rename the key if it means something else."
             )
     for key, value in given.items():
         number = value.item() if getattr(value, "shape", None) == () else value

@@ -40,7 +40,7 @@ def test_a_name_of_two_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     shards(tmp_path / "test", "train_like.jsonl")
     for split in ("train", "test"):
-        with pytest.raises(DataError, match=r"the name test/train_like\.jsonl says two splits \(test, train\)"):
+        with pytest.raises(DataError, match=r"the name test/train_like\.jsonl names two splits \(test, train\)"):
             folder_files(tmp_path, split)
 
 
