@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import torch
@@ -36,6 +36,7 @@ class Attended:
         mask: [segments, 1, longest, keys] bool; None means causal, with keys equal to queries, so that right padding is never seen.
         real: [real queries] positions in queries.flatten() that are not padding. Indices, because a boolean mask would make a GPU wait.
         tokens: [real queries] token index of each.
+        masks: masks by window that have been made from it.
     """
 
     queries: Tensor
@@ -43,6 +44,7 @@ class Attended:
     mask: Tensor | None
     real: Tensor
     tokens: Tensor
+    masks: dict[int, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order that `with_tensors` takes."""
@@ -52,6 +54,22 @@ class Attended:
         """Return the part with these tensors."""
         queries, keys, real, tokens, *mask = tensors
         return Attended(queries, keys, mask[0] if mask else None, real, tokens)
+
+    def within(self, window: int | None) -> Tensor | None:
+        """Return the mask in which a query sees only the last `window` of its keys, itself included. It is made once a batch."""
+        if window is None or self.keys.shape[1] <= window:
+            return self.mask
+        if window not in self.masks:
+            self.masks[window] = _within(self.mask, window, self.keys.shape[1], self.keys.device)
+        return self.masks[window]
+
+
+def _within(mask: Tensor | None, window: int, keys: int, device: torch.device) -> Tensor:
+    if mask is None:
+        return torch.ones(1, 1, keys, keys, dtype=torch.bool, device=device).tril().triu(1 - window)
+    # the keys of a row follow each other, so those behind a key are as many as it is tokens away
+    behind = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+    return mask & (behind <= window)
 
 
 Parts = tuple[Attended | ByOffsets, ...]

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.data.transfer import together
+
 HALF = frozenset({torch.bfloat16, torch.float16})
 OFFSETS: dict[str, frozenset[torch.dtype]] = {"cuda": HALF}
 """Kinds of devices whose kernel takes offsets, and the dtypes that it computes in (posttrain/models/varlen.py)."""
@@ -97,14 +99,18 @@ class ByOffsets:
         shared: without a mask; None if no row shares its prompt.
         in_order: True if the queries and keys of `own` are all tokens in order, so that nothing need be gathered.
         segments: the same on the host, for kernels that need masks.
+        window: tokens that a query sees, itself included; None means all before it.
         masked: the parts with masks that have been made from it.
+        windows: the layouts by window that have been made from it.
     """
 
     own: Offsets
     shared: Offsets | None
     in_order: bool
     segments: tuple[Segment, ...] = field(repr=False)
+    window: int | None = None
     masked: list[Any] = field(default_factory=list, compare=False, repr=False)
+    windows: dict[int, ByOffsets] = field(default_factory=dict, compare=False, repr=False)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order that `with_tensors` takes."""
@@ -114,7 +120,20 @@ class ByOffsets:
         """Return the layout with these tensors."""
         moved = iter(tensors)
         own = self.own.take(moved)
-        return ByOffsets(own, None if self.shared is None else self.shared.take(moved), self.in_order, self.segments)
+        shared = None if self.shared is None else self.shared.take(moved)
+        return ByOffsets(own, shared, self.in_order, self.segments, self.window)
+
+    def within(self, window: int | None) -> ByOffsets:
+        """Return the layout in which a query sees only the last `window` tokens of its row, itself included. It is made once a batch."""
+        if window is None:
+            return self
+        if window not in self.windows:
+            if all(len(segment.seen) + len(segment.own) <= window for segment in self.segments):
+                self.windows[window] = self
+            else:
+                layout = _by_window(self.segments, window)
+                self.windows[window] = layout.with_tensors(together(layout.tensors(), self.own.queries.device))
+        return self.windows[window]
 
 
 def takes_offsets(device: torch.device) -> bool:
@@ -137,6 +156,23 @@ def by_offsets(segments: Sequence[Segment]) -> ByOffsets:
     # the responses of a prompt follow each other, so they are one segment of queries over its keys
     families = [(seen, [*chain(*(r for _, r in group))]) for seen, group in groupby(placed, key=lambda pair: pair[0])]
     shared = Offsets.of([queries for _, queries in families], [seen for seen, _ in families]) if families else None
-    everything = range(len(own.queries))
-    in_order = all(s.first == 0 for s in ordered) and [*chain(*(s.own for s in ordered))] == list(everything)
-    return ByOffsets(own, shared, in_order, tuple(ordered))
+    return ByOffsets(own, shared, _in_order(own), tuple(ordered))
+
+
+def _by_window(segments: Sequence[Segment], window: int) -> ByOffsets:
+    """Return one call in which every segment has the end of its prompt among its keys.
+
+    A kernel's window counts from the last query and key of a segment, and responses of different lengths have theirs at different
+    distances from a prompt. So the prompt is not shared here; less than a window of its keys is gathered for each response.
+    """
+    keys = []
+    for segment in segments:
+        row = [*segment.seen, *segment.own]
+        keys.append(row[max(0, len(segment.seen) + segment.first + 1 - window) :])
+    own = Offsets.of([segment.queries for segment in segments], keys)
+    return ByOffsets(own, None, _in_order(own), tuple(segments), window)
+
+
+def _in_order(own: Offsets) -> bool:
+    everything = torch.arange(len(own.queries))
+    return torch.equal(own.queries, everything) and torch.equal(own.keys, everything)

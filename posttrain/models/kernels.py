@@ -1,17 +1,17 @@
-"""Scaled dot-product attention with a fast backward pass on CPUs.
+"""Scaled dot-product attention with a fast backward pass on CPUs, and attention with soft caps and sinks.
 
 Example:
     Without a mask attention is causal, so the first position sees only its own value:
 
     >>> import torch
     >>> value = torch.arange(3.0).view(1, 1, 3, 1)
-    >>> attention(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), value, mask=None, scaling=None).flatten().tolist()
+    >>> attention(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), value, mask=None).flatten().tolist()
     [0.0, 0.5, 1.0]
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +19,43 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Return the outputs [batch, heads, queries, size]; attention is causal if there is no mask.
+class Scores(NamedTuple):
+    """How a layer makes probabilities of the products of queries and keys.
+
+    Attributes:
+        scaling: factor of the scores; None means 1 / sqrt(size).
+        window: tokens that a query sees, itself included; None means all before it.
+        softcap: c in c tanh(score / c), as in Gemma 2; None means no cap.
+        sinks: [heads] a score that takes part in the softmax and has no value, as in gpt-oss; None means none.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def are_plain(self) -> bool:
+        """Return True if scaled dot-product attention computes them, given a mask for the window."""
+        return self.softcap is None and self.sinks is None
+
+
+PLAIN = Scores()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores = PLAIN) -> Tensor:
+    """Return the outputs [batch, heads, queries, size]; without a mask attention is causal, and aligned at the last query and key.
 
     Keys and values may have fewer heads than queries (grouped queries), and values a different size (DeepSeek's latent attention).
 
     Args:
-        mask: [batch, 1, queries, keys] bool, True where a query may see a key.
-        scaling: factor of the scores; None means 1 / sqrt(size).
+        mask: [batch, 1, queries, keys] bool, True where a query may see a key. It contains the window.
     """
-    kind = query.device.type
+    scaling, kind = scores.scaling, query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
+    if not scores.are_plain:
+        return _written_out(query, key, value, mask, scores)
     if kind == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and query.shape[-1] == value.shape[-1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
@@ -45,6 +70,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Compute attention with all scores in memory: PyTorch's kernels know neither caps nor sinks."""
+    repeats, factor = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
+    # [batch, heads, queries, keys]
+    found = query @ key.mT * (factor if scores.scaling is None else scores.scaling)
+    if scores.softcap is not None:
+        found = torch.tanh(found / scores.softcap) * scores.softcap
+    if mask is None:
+        queries, keys = found.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=found.device).tril(keys - queries)
+    found = found.masked_fill(~mask, -torch.inf)
+    if scores.sinks is not None:
+        sinks = scores.sinks.to(found.dtype).view(1, -1, 1, 1).expand(*found.shape[:3], 1)
+        found = torch.cat([found, sinks], -1)
+    wide = torch.promote_types(found.dtype, torch.float32)
+    weights = found.softmax(-1, dtype=wide)[..., : key.shape[-2]].to(value.dtype)
+    return weights @ value
 
 
 class _HalfPrecision(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Hidden states of a flat batch: every token is computed once, by an attention function that transformers calls in each layer.
 
 Padded rows are used instead if a model does not accept attention functions, or mixes tokens in other ways (convolutions, state spaces,
-sliding windows shorter than a row). `prepare` finds out with a trial.
+position biases). `prepare` finds out with a trial.
 
 Example:
     >>> from posttrain.models.tiny import TinyShape, tiny_model
@@ -31,14 +31,16 @@ from posttrain.data.layout import Attended, Parts, Reads, masked_parts, take_par
 from posttrain.data.offsets import ByOffsets, takes_offsets
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
-from posttrain.models.kernels import attention
+from posttrain.models.kernels import Scores, attention
 from posttrain.models.last_layer import narrow_last_layer
-from posttrain.models.reach import find_reach, probe_ids
+from posttrain.models.reach import find_reach, probe_ids, shrunk
 from posttrain.models.varlen import takes_size, varlen_attention
 
 NAME = "posttrain_packed"
 WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
 """Arguments of attention functions that do not change plain causal attention within a window."""
+SMALL_WINDOW = 8
+"""Tokens of a window that replaces one that is too long for a trial."""
 REACH = "_posttrain_reach"
 """Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
@@ -61,50 +63,55 @@ def packed_attention(
     parts: Parts | Opaque | None = None,
     reads: Reads | Opaque | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention over a flat batch [1, heads, tokens, size] by its parts; tokens outside all parts get 0.
 
-    Without parts this is `sdpa`. `reads` is for the last layer, which has already replaced its parts.
+    Without parts this is attention over padded rows with transformers' mask. `reads` is for the last layer, which has already replaced
+    its parts.
 
     Raises:
-        TypeError: the attention is not plain (soft caps, sinks).
+        TypeError: the attention has more than windows, soft caps and sinks.
     """
     found: Parts | None = parts.value if isinstance(parts, Opaque) else parts
+    scores = Scores(scaling, sliding_window, softcap, s_aux)
     if found is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if scores.are_plain:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return attention(query, key, value, attention_mask, scores).transpose(1, 2), None
     refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     shape = (*queries.shape[:-1], values.shape[-1])
     if not found:
         return queries.new_zeros(shape)[None], None
-    attended, order = _attended(found, queries, keys, values, scaling)
+    attended, order = _attended(found, queries, keys, values, scores)
     if order is None:
         return attended[None], None
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(shape).index_copy(0, order, attended)[None], None
 
 
-def _attended(
-    found: Parts, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> tuple[Tensor, Tensor | None]:
+def _attended(found: Parts, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:
     """Return the outputs [queries, heads, size] and the token of each; None if these are all tokens in order."""
     first = found[0]
     if isinstance(first, ByOffsets):
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (states.to(dtype) for states in (query, key, value))
-        if takes_size(query.shape[-1], value.shape[-1]):
-            outputs = varlen_attention(query, key, value, first, scaling)
+        if scores.softcap is None and takes_size(query.shape[-1], value.shape[-1]):
+            outputs = varlen_attention(query, key, value, first, scores)
             return outputs, None if first.in_order else first.own.queries
         found = _masked(first, query.device)
     parts = [part for part in found if isinstance(part, Attended)]
-    attended = torch.cat([_attend(part, query, key, value, scaling) for part in parts])
+    attended = torch.cat([_attend(part, query, key, value, scores) for part in parts])
     return attended, torch.cat([part.tokens for part in parts])
 
 
 def _masked(layout: ByOffsets, device: torch.device) -> Parts:
-    """Return the layout as parts with masks, for heads of a shape that the kernel does not take. They are made once a batch."""
+    """Return the layout as parts with masks, for attention that the kernel does not compute. They are made once a batch."""
     if not layout.masked:
         parts: Parts = masked_parts(layout.segments)
         moved = together([tensor for part in parts for tensor in part.tensors()], device)
@@ -119,10 +126,10 @@ def refuse_more_than_plain(arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"attention with {', '.join(sorted(more))} is not plain attention")
 
 
-def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _attend(part: Attended, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Return the outputs of the part's real queries, [queries, heads, size]."""
     states = (_rows(query, part.queries), _rows(key, part.keys), _rows(value, part.keys))
-    gathered = attention(*states, part.mask, scaling)
+    gathered = attention(*states, part.within(scores.window), scores)
     return gathered.transpose(1, 2).flatten(0, 1).index_select(0, part.real)
 
 
@@ -148,7 +155,8 @@ def prepare(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)
-        setattr(model, REACH, find_reach(model.config, partial(_packs_long, model)) if packs else 0)
+        reach = find_reach(model.config, partial(_packs_long, model), partial(_packs_in, model)) if packs else 0
+        setattr(model, REACH, reach)
         packs = getattr(model, REACH) != 0
     except torch.OutOfMemoryError:
         raise
@@ -173,6 +181,17 @@ def _packs_long(model: PreTrainedModel, length: int) -> bool:
     ids = probe_ids(length, model.config.get_text_config().vocab_size)
     batch = collate([Tokens(ids[:1], ids[1:])]).to(model.device)
     return _agree(_probed(model, batch, _packed), _probed(model, batch, _padded))
+
+
+def _packs_in(model: PreTrainedModel, window: int) -> bool:
+    """Return True if rows longer than `window` have the same hidden states packed and padded, by a trial with a short one in its place."""
+    ids = probe_ids(4 * SMALL_WINDOW, model.config.get_text_config().vocab_size)
+    batch = collate([Tokens(ids[:4], ids[4:]), Tokens(ids[:4], ids[5:])]).to(model.device)
+    usual = _probed(model, batch, _padded)
+    with shrunk(model, window, SMALL_WINDOW):
+        padded, packed = _probed(model, batch, _padded), _probed(model, batch, _packed)
+    # padded rows that the short window does not change would prove nothing
+    return _agree(packed, padded) and not _agree(padded, usual)
 
 
 @torch.no_grad()
@@ -209,6 +228,7 @@ def attention_name(module: nn.Module, device: torch.device) -> str:
     config, reach = model.config.get_text_config(), getattr(model, REACH, None)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     by_offsets = takes_offsets(device) and takes_size(size, getattr(config, "v_head_dim", None) or size)
+    by_offsets = by_offsets and getattr(config, "attn_logit_softcapping", None) is None
     name = "FlashAttention by offsets" if by_offsets else "scaled dot-product attention with masks"
     return name if reach is None else f"{name}; over padded rows beyond {reach} tokens"
 

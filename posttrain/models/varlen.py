@@ -9,6 +9,9 @@ The backward kernel computes a half's gradient from the probabilities exp(score 
 *merged* l and o, both are those of the whole row, so each half's gradient is exact, and they add up. The kernel's own derivative would
 ignore that l_a and l_b depend on the scores.
 
+A sink is a further half: a score s without a value, so l = log(exp l_a + exp s), o = exp(l_a - l) o_a, and the derivative of s is
+-exp(s - l) (gradient x output), summed over the queries of its head. In a window there is one call, by keys that include a prompt's end.
+
 Example:
     >>> takes_size(128, 128), takes_size(128, 64), takes_size(12, 12)
     (True, False, False)
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.data.offsets import ByOffsets, Offsets
+from posttrain.models.kernels import PLAIN, Scores
 
 GREATEST_SIZE, SIZES = 256, 8
 """FlashAttention computes heads of at most so many numbers, a multiple of SIZES."""
@@ -54,37 +58,47 @@ def takes_size(size: int, value_size: int) -> bool:
     return size <= GREATEST_SIZE and size % SIZES == 0 and value_size == size
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: ByOffsets, scaling: float | None) -> Tensor:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: ByOffsets, scores: Scores = PLAIN) -> Tensor:
     """Return the outputs [queries, heads, size] of the layout's queries, in the order of `layout.own.queries`.
 
     Args:
         query: [tokens, heads, size].
         key: [tokens, key heads, size]; each key head serves heads / key heads query heads.
         value: the shape of `key`.
-        scaling: factor of the scores; None means 1 / sqrt(size).
+        scores: without a soft cap, which the kernel does not compute.
     """
+    layout = layout.within(scores.window)
     calls = [layout.own, *([] if layout.shared is None else [layout.shared])]
     tensors = [tensor for call in calls for tensor in call.tensors()]
-    outputs: Tensor = _Merged.apply(query, key, value, layout, scaling, *tensors)
+    outputs: Tensor = _Merged.apply(query, key, value, scores.sinks, layout, scores.scaling, *tensors)
     return outputs
 
 
 class _Merged(torch.autograd.Function):
-    """Attention over own keys, merged with attention over a shared prompt."""
+    """Attention over own keys, merged with attention over a shared prompt and with sinks."""
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ByOffsets, scaling: float | None, *__: Tensor
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        layout: ByOffsets,
+        scaling: float | None,
+        *__: Tensor,
     ) -> Tensor:
         own, shared = layout.own, layout.shared
         states = _taken(query, key, value, own, layout.in_order)
-        output, normaliser, state = _forward(states, own, True, scaling)
+        output, normaliser, state = _forward(states, own, _window(True, layout), scaling)
         if shared is not None:
             over_prompt = (states[0].index_select(0, shared.queries), *_keys(key, value, shared))
-            there, its_normaliser, _ = _forward(over_prompt, shared, False, scaling)
+            there, its_normaliser, _ = _forward(over_prompt, shared, _window(False), scaling)
             output, normaliser = _merge(output, normaliser, there, its_normaliser, shared.queries)
-        ctx.save_for_backward(query, key, value, output, normaliser, state)
+        if sinks is not None:
+            output, normaliser = _merge_sinks(output, normaliser, sinks)
+        ctx.save_for_backward(query, key, value, output, normaliser, state, sinks)
         ctx.layout, ctx.scaling = layout, scaling
         return output
 
@@ -92,11 +106,11 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, normaliser, state = ctx.saved_tensors
+        query, key, value, output, normaliser, state, sinks = ctx.saved_tensors
         own, shared, in_order = ctx.layout.own, ctx.layout.shared, ctx.layout.in_order
         gradient = gradient.contiguous()
         states = _taken(query, key, value, own, in_order)
-        found = _backward(gradient, states, (output, normaliser, state), own, True, ctx.scaling)
+        found = _backward(gradient, states, (output, normaliser, state), own, _window(True, ctx.layout), ctx.scaling)
         if not in_order:
             indices = (own.queries, own.keys, own.keys)
             found = [
@@ -107,11 +121,12 @@ class _Merged(torch.autograd.Function):
             at = shared.queries
             over_prompt = (states[0].index_select(0, at), *_keys(key, value, shared))
             merged = output.index_select(0, at), normaliser.index_select(1, at), state
-            more = _backward(gradient.index_select(0, at), over_prompt, merged, shared, False, ctx.scaling)
+            more = _backward(gradient.index_select(0, at), over_prompt, merged, shared, _window(False), ctx.scaling)
             tokens = at if in_order else own.queries.index_select(0, at)
             for part, added, index in zip(found, more, (tokens, shared.keys, shared.keys), strict=True):
                 part.index_add_(0, index, added)
-        return *found, None, None, *[None] * (4 if shared is None else 8)
+        of_sinks = None if sinks is None else _sinks_gradient(gradient, output, normaliser, sinks)
+        return *found, of_sinks, None, None, *[None] * (4 if shared is None else 8)
 
 
 def _taken(query: Tensor, key: Tensor, value: Tensor, call: Offsets, in_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,12 +140,12 @@ def _keys(key: Tensor, value: Tensor, call: Offsets) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    states: tuple[Tensor, Tensor, Tensor], call: Offsets, causal: bool, scaling: float | None
+    states: tuple[Tensor, Tensor, Tensor], call: Offsets, window: list[int], scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs [queries, heads, size], their log-sum-exp [heads, queries], and the kernel's state."""
     starts = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
     return KERNELS[states[0].device.type]().forward(
-        *states, *starts, causal, scaling, _window(causal), _grouped(states)
+        *states, *starts, _causal(window), scaling, window, _grouped(states)
     )
 
 
@@ -139,16 +154,15 @@ def _backward(
     states: tuple[Tensor, Tensor, Tensor],
     merged: tuple[Tensor, Tensor, Tensor],
     call: Offsets,
-    causal: bool,
+    window: list[int],
     scaling: float | None,
 ) -> list[Tensor]:
     """Return the gradients of queries, keys and values of one call, given the outputs and log-sum-exp of whole rows."""
     output, normaliser, state = merged
     starts = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
     backward = KERNELS[gradient.device.type]().backward
-    return [
-        *backward(gradient, *states, output, normaliser.contiguous(), *starts, causal, state, scaling, _window(causal))
-    ]
+    given = (gradient, *states, output, normaliser.contiguous(), *starts, _causal(window), state, scaling, window)
+    return [*backward(*given)]
 
 
 def _merge(
@@ -163,13 +177,34 @@ def _merge(
     return output.index_copy(0, at, mixed.to(output.dtype)), normaliser.index_copy(1, at, both)
 
 
+def _merge_sinks(output: Tensor, normaliser: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and log-sum-exp of rows in which each head's sink [heads] takes part."""
+    both = torch.logaddexp(normaliser, sinks.to(normaliser.dtype)[:, None])
+    share = (normaliser - both).exp().t()[:, :, None]
+    return (output.to(share.dtype) * share).to(output.dtype), both
+
+
+def _sinks_gradient(gradient: Tensor, output: Tensor, normaliser: Tensor, sinks: Tensor) -> Tensor:
+    wide = normaliser.dtype
+    # [heads, queries]
+    delta = (gradient.to(wide) * output.to(wide)).sum(-1).t()
+    return -((sinks.to(wide)[:, None] - normaliser).exp() * delta).sum(1).to(sinks.dtype)
+
+
 def _spread(part: Tensor, index: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=part.dtype).index_add_(0, index, part)
 
 
-def _window(causal: bool) -> list[int]:
-    """Return the kernel's own spelling: no token after the query if causal."""
-    return [-1, 0] if causal else [-1, -1]
+def _window(causal: bool, layout: ByOffsets | None = None) -> list[int]:
+    """Return how many tokens a query sees before and after it, in the kernel's spelling: -1 for all."""
+    if not causal:
+        return [-1, -1]
+    return [-1 if layout is None or layout.window is None else layout.window - 1, 0]
+
+
+def _causal(window: list[int]) -> bool:
+    """Return the argument that PyTorch's public function gives with a window."""
+    return window == [-1, 0]
 
 
 def _grouped(states: tuple[Tensor, Tensor, Tensor]) -> bool:

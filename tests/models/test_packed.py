@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from posttrain.data.batches import TokenBatch, collate
+from posttrain.data.offsets import OFFSETS
 from posttrain.data.tokens import Tokens
-from posttrain.models.packed import NAME
+from posttrain.models.packed import NAME, REACH
 from posttrain.models.policy import Policy
+from posttrain.models.varlen import KERNELS
 from tests.models import small
+from tests.models.varlen_reference import REFERENCE
 
 PROMPT = (5, 9, 11, 4, 7)
 ROWS = [
@@ -51,11 +54,19 @@ PACKING: dict[str, dict[str, Any]] = {
         "v_head_dim": 6,
         "first_k_dense_replace": 1,
     },
+    "gemma2": COMMON
+    | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": None, "query_pre_attn_scalar": 8, "sliding_window": 6},
+    "gpt_oss": COMMON
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt2": {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
 PADDED: dict[str, dict[str, Any]] = {
     "lfm2": COMMON | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "gemma2": COMMON | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": None, "query_pre_attn_scalar": 8},
     "bloom": {"vocab_size": 20, "hidden_size": 16, "n_layer": 2, "n_head": 2},
 }
 
@@ -97,15 +108,54 @@ def test_every_row_has_the_log_probabilities_that_it_has_alone(kind: str) -> Non
     assert [alone(lm, row) for row in ROWS] == [pytest.approx(values, abs=2e-5) for values in expected]
 
 
-def test_a_window_shorter_than_a_row_is_computed_on_padded_rows() -> None:
+def test_a_window_shorter_than_a_row_is_packed() -> None:
     lm = model("mistral", COMMON | {"sliding_window": 8})
     expected = [alone(lm, row) for row in ROWS]
     policy = Policy(lm)
     assert policy.packs
+    assert getattr(lm, REACH) is None
     agree(policy, expected)
     without = model("mistral", COMMON | {"sliding_window": None})
     longest = max(range(len(ROWS)), key=lambda i: len(ROWS[i]))
     assert expected[longest] != pytest.approx(alone(without, ROWS[longest]), abs=1e-3), "the window must matter here"
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_windows_soft_caps_and_sinks_have_the_gradient_of_transformers(
+    kind: str, offsets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if offsets:
+        monkeypatch.setitem(KERNELS, "cpu", lambda: REFERENCE)
+        monkeypatch.setitem(OFFSETS, "cpu", frozenset({torch.float32}))
+    settings = COMMON | {"sliding_window": 4} if kind == "mistral" else PACKING[kind]
+    gradients = []
+    for ours in (True, False):
+        lm = model(kind, settings)
+        # the trial that turns packing on is run first, as in training
+        policy = Policy(lm) if ours else None
+        torch.manual_seed(1)
+        for name, parameter in lm.named_parameters():
+            if name.endswith("sinks"):
+                torch.nn.init.normal_(parameter)
+        if policy is not None:
+            batch = collate(ROWS)
+            total = policy(batch).logprobs[batch.mask].sum()
+        else:
+            lm.set_attn_implementation("eager")
+            total = torch.stack([sum_of_response(lm, row) for row in ROWS]).sum()
+        total.backward()
+        gradients.append({name: p.grad for name, p in lm.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == len(gradients[1])
+    for name, expected in gradients[1].items():
+        assert torch.allclose(gradients[0][name], expected, atol=1e-5 * float(expected.abs().max()) + 1e-6, rtol=0), (
+            name
+        )
+
+
+def sum_of_response(lm: PreTrainedModel, row: Tokens) -> torch.Tensor:
+    table = lm(torch.tensor([row.prompt + row.response])).logits[0].log_softmax(-1)
+    return torch.stack([table[len(row.prompt) - 1 + i, token] for i, token in enumerate(row.response)]).sum()
 
 
 def test_a_model_that_ignores_the_parts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

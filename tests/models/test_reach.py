@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.data.batches import collate
+from posttrain.data.layout import Attended
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ModelError, RolloutError
 from posttrain.models.causal import check_policy
 from posttrain.models.folders import load_policy
 from posttrain.models.lora import Adapter
+from posttrain.models.packed import REACH, prepare
 from posttrain.models.policy import Policy
 from posttrain.models.reach import find_reach, probe_ids
 from posttrain.objectives.kl import kl_estimate
@@ -86,6 +88,23 @@ def test_the_reach_is_where_agreement_ends() -> None:
     assert find_reach(far, lambda length: True) == 1024
     full = AutoConfig.for_model("qwen2", **SIZES | {"sliding_window": 1024, "max_position_embeddings": 4096})
     assert find_reach(full, lambda length: True) is None
+
+
+LONG = {"sliding_window": 1024, "max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_oss"])
+def test_a_long_window_is_tried_with_a_short_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8} if kind == "gpt_oss" else {}
+    lm = model(kind, **LONG | more)
+    assert prepare(lm)
+    assert getattr(lm, REACH) is None
+    assert lm.config.sliding_window == 1024
+    # attention that ignores the window is found out, and computes padded rows beyond it
+    monkeypatch.setattr(Attended, "within", lambda part, _: part.mask)
+    faulty = model(kind, **LONG | more)
+    assert prepare(faulty)
+    assert getattr(faulty, REACH) == 1024
 
 
 def test_a_cache_that_disagrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from posttrain.data.layout import Family, attended_parts, ending, predicting
 from posttrain.data.offsets import OFFSETS, ByOffsets, Segment, by_offsets
 from posttrain.data.tokens import Tokens
 from posttrain.models.inference import token_logprobs
+from posttrain.models.kernels import PLAIN, Scores
 from posttrain.models.packed import _attended, attention_name
 from posttrain.models.varlen import KERNELS, varlen_attention
 from tests.data.test_layout import seen
@@ -44,11 +45,11 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def visible(layout: ByOffsets) -> dict[int, list[int]]:
     """Return the tokens that each query sees, read from the offsets; no token is seen twice."""
     found: dict[int, list[int]] = {}
-    own, shared = layout.own, layout.shared
+    own, shared, window = layout.own, layout.shared, layout.window
     for query, keys in _pairs(own.query_starts, own.key_starts):
         for i in range(query.start, query.stop):
             last = keys.stop - (query.stop - 1 - i)  # causal, aligned at the ends
-            found[int(own.queries[i])] = own.keys[keys.start : last].tolist()
+            found[int(own.queries[i])] = own.keys[keys.start : last].tolist()[0 if window is None else -window :]
     for query, keys in _pairs(shared.query_starts, shared.key_starts) if shared else ():
         for i in range(query.start, query.stop):
             token = int(own.queries[shared.queries[i]])
@@ -83,6 +84,77 @@ def states(tokens: int, dtype: torch.dtype = torch.float64, size: int = 8) -> li
     ]
 
 
+def written_out(rows: list[Tokens], query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Attention of each token of a flat batch by itself, over the keys of its row up to it, as the formula says."""
+    outputs = torch.zeros_like(query)
+    sinks = torch.full((4,), -torch.inf, dtype=query.dtype) if scores.sinks is None else scores.sinks
+    for token, keys in seen(attended_parts(collate(rows).families)).items():
+        keys = keys if scores.window is None else keys[-scores.window :]
+        for head in range(4):
+            products = key[keys, head // 2] @ query[token, head] * (scores.scaling or query.shape[-1] ** -0.5)
+            if scores.softcap is not None:
+                products = scores.softcap * torch.tanh(products / scores.softcap)
+            weights = torch.cat([products, sinks[head : head + 1]]).softmax(0)[:-1]
+            outputs[token, head] = weights @ value[keys, head // 2]
+    return outputs
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Scores(window=3),
+        Scores(0.7, window=2),
+        Scores(sinks=torch.tensor([0.3, -2.0, 5.0, 1.0])),
+        Scores(window=6, sinks=torch.tensor([0.3, -2.0, 5.0, 1.0])),
+        Scores(softcap=1.5),
+        Scores(0.7, 4, 2.0, torch.tensor([0.3, -2.0, 5.0, 1.0])),
+    ],
+)
+@pytest.mark.usefixtures("reference")
+def test_windows_soft_caps_and_sinks_are_those_of_the_formula(scores: Scores, offsets: bool) -> None:
+    batch = collate(ROWS)
+    found = {}
+    for name in ("formula", "every token", "predicting"):
+        given = states(len(batch.input_ids))
+        sinks = None if scores.sinks is None else scores.sinks.double().requires_grad_()
+        own = scores._replace(sinks=sinks)
+        parts = (
+            attended_parts(batch.families, offsets)
+            if name == "every token"
+            else predicting(batch.families, offsets).parts
+        )
+        tokens = torch.tensor(sorted(seen(predicting(batch.families).parts)))
+        if name == "formula":
+            whole = written_out(ROWS, *given, own)
+        else:
+            outputs, order = _attended(parts, *given, own)
+            whole = outputs if order is None else torch.zeros_like(given[0]).index_copy(0, order, outputs)
+        outer = torch.randn(len(tokens), 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (whole[tokens] * outer).sum().backward()
+        leaves = given if sinks is None else [*given, sinks]
+        found[name] = [whole[tokens].detach(), *(leaf.grad for leaf in leaves)]
+    for name in ("every token", "predicting"):
+        for ours, truth in zip(found[name], found["formula"], strict=True):
+            assert truth.abs().max() > 0.1
+            assert torch.allclose(ours, truth, atol=1e-12, rtol=0), name
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_a_window_shows_the_last_keys_of_a_row_and_shares_no_prompt(window: int) -> None:
+    families = collate(ROWS).families
+    whole = seen(attended_parts(families))
+    for find in (lambda *a: attended_parts(*a), lambda *a: predicting(*a).parts, lambda *a: ending(*a).parts):
+        (layout,) = find(families, True)
+        limited = layout.within(window)
+        assert layout.within(window) is limited, "made once a batch"
+        assert limited.shared is None
+        # no key further away than a window is gathered
+        assert limited.own.longest_key <= limited.own.longest_query + window - 1
+        assert visible(limited) == {token: whole[token][-window:] for token in visible(layout)}
+        assert layout.within(13) is layout.within(None) is layout, "the longest row has 11 tokens"
+
+
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("find", [None, predicting, ending])
 @pytest.mark.usefixtures("reference")
@@ -96,7 +168,7 @@ def test_the_merged_halves_and_their_gradient_are_those_of_whole_rows(find: Any,
     outputs, gradients = [], []
     for parts in (masked, offsets):
         given = states(tokens)
-        found, order = _attended(parts, *given, scaling)
+        found, order = _attended(parts, *given, Scores(scaling))
         whole = found if order is None else torch.zeros(tokens, 4, 8, dtype=torch.float64).index_copy(0, order, found)
         outer = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         (whole * outer).sum().backward()
@@ -112,7 +184,11 @@ def test_the_merged_halves_and_their_gradient_are_those_of_whole_rows(find: Any,
 def test_the_gradient_is_the_derivative() -> None:
     layout = by_offsets([Segment(range(0), range(3)), *(Segment(range(3), own) for own in (range(3, 5), range(5, 6)))])
     given = [part.detach()[..., :3].requires_grad_() for part in states(6)]
-    assert torch.autograd.gradcheck(lambda *s: varlen_attention(*s, layout, None), given)
+    assert torch.autograd.gradcheck(lambda *s: varlen_attention(*s, layout), given)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *s: varlen_attention(*s[:3], layout, Scores(None, 2, None, s[3])), [*given, sinks]
+    )
 
 
 @pytest.mark.usefixtures("reference")
@@ -139,8 +215,8 @@ def test_heads_that_the_kernel_does_not_take_are_computed_with_masks(monkeypatch
     monkeypatch.setitem(KERNELS, "cpu", refused)
     families = collate(ROWS).families
     given = [part.detach() for part in states(len(collate(ROWS).input_ids), torch.float32, size=12)]
-    by_mask, order = _attended(attended_parts(families), *given, None)
-    fallen_back, its_order = _attended(attended_parts(families, True), *given, None)
+    by_mask, order = _attended(attended_parts(families), *given, PLAIN)
+    fallen_back, its_order = _attended(attended_parts(families, True), *given, PLAIN)
     assert order is not None
     assert its_order is not None
     assert torch.equal(by_mask, fallen_back)
@@ -154,10 +230,12 @@ def test_pytorchs_operators_accept_what_they_are_given(monkeypatch: pytest.Monke
     assert isinstance(layout, ByOffsets)
     moved = layout.with_tensors([tensor.to("meta") for tensor in layout.tensors()])
     given = [torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2)]
-    outputs = varlen_attention(*given, moved, None)
-    assert (outputs.shape, outputs.dtype) == ((9, 4, 64), torch.bfloat16)
-    gradients = torch.autograd.grad(outputs.sum(), given)
-    assert [(g.shape, g.dtype) for g in gradients] == [(s.shape, s.dtype) for s in given]
+    given.append(torch.empty(4, dtype=torch.bfloat16, device="meta", requires_grad=True))
+    for scores in (Scores(sinks=given[3]), Scores(window=4, sinks=given[3])):
+        outputs = varlen_attention(*given[:3], moved, scores)
+        assert (outputs.shape, outputs.dtype) == ((9, 4, 64), torch.bfloat16)
+        gradients = torch.autograd.grad(outputs.sum(), given)
+        assert [(g.shape, g.dtype) for g in gradients] == [(s.shape, s.dtype) for s in given]
 
 
 @pytest.mark.parametrize(

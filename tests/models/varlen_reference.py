@@ -20,11 +20,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return outputs [queries, heads, size], log-sum-exp [heads, queries], and an empty state."""
     assert grouped == (query.shape[1] != key.shape[1])
-    assert window == ([-1, 0] if causal else [-1, -1])
+    assert causal == (window == [-1, 0])
     output = torch.zeros_like(query)
     normaliser = query.new_zeros(query.shape[1], query.shape[0])
     for q, k in segments(query_starts, key_starts, longest_query, longest_key):
-        scores = _scores(query[q], key[k], causal, scale)
+        scores = _scores(query[q], key[k], window, scale)
         normaliser[:, q] = scores.logsumexp(-1)
         output[q] = (scores.softmax(-1) @ _heads(value[k], query)).transpose(0, 1)
     return output, normaliser, torch.zeros(2, dtype=torch.uint64)
@@ -39,7 +39,7 @@ def backward(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     repeats = query.shape[1] // key.shape[1]
     for q, k in segments(query_starts, key_starts, longest_query, longest_key):
-        probabilities = (_scores(query[q], key[k], causal, scale) - normaliser[:, q, None]).exp()
+        probabilities = (_scores(query[q], key[k], window, scale) - normaliser[:, q, None]).exp()
         outer = gradient[q].transpose(0, 1)
         delta = (outer * output[q].transpose(0, 1)).sum(-1, keepdim=True)
         of_scores = probabilities * (outer @ _heads(value[k], query).transpose(1, 2) - delta) * factor
@@ -72,11 +72,13 @@ def _heads(states: Tensor, query: Tensor) -> Tensor:
     return states.repeat_interleave(query.shape[1] // states.shape[1], 1).transpose(0, 1)
 
 
-def _scores(query: Tensor, key: Tensor, causal: bool, scale: float | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, window: list[int], scale: float | None) -> Tensor:
+    """Return scores; a query sees window[0] keys before its place and window[1] behind it, all if negative. The last ones are aligned."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query.transpose(0, 1) @ _heads(key, query).transpose(1, 2) * factor
-    if causal:
-        queries, keys = scores.shape[1:]
-        place = torch.arange(queries)[:, None] + keys - queries
-        scores = scores.masked_fill(torch.arange(keys) > place, -torch.inf)
+    queries, keys = scores.shape[1:]
+    away = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+    for hidden, limit in ((away > window[0], window[0]), (-away > window[1], window[1])):
+        if limit >= 0:
+            scores = scores.masked_fill(hidden, -torch.inf)
     return scores
