@@ -2,20 +2,20 @@
 
     python benchmarks/workers.py overhead [--stages 6] [--write]     one worker with its own clone, an S3 store, a git server
     python benchmarks/workers.py two [--stages 4] [--write]          the same stages on one worker, then on two
-    python benchmarks/workers.py many [--stages 500] [--write]       the flow's process and Prefect's server only
+    python benchmarks/workers.py many [--stages 500] [--postgres] [--write]      the flow's process and Prefect's server only
 
 `overhead` runs a chain of stages that copy one byte on a worker, and the same chain by `dvc repro --single-item` on this machine; the
 difference of the times from one stage's end to the next one's is the overhead. Other work on the machine lengthens these times, but hardly
 the processor seconds of the worker and of the flow, which are measured too. `two` compares the time with two workers with that of one, and
 with the prediction of `posttrain plan --workers 2` (its schedule, with the stages' times of one worker). `many` has workers that answer at
-once with a finished record, so only the flow's own work and Prefect's server are left: seconds for a stage, and peak memory.
+once with a finished record, so only the flow's own work and Prefect's server are left: seconds for a stage, and peak memory. The server
+keeps its database in SQLite, as by `make serve`, or with --postgres in a private PostgreSQL cluster, as by `make up`.
 --write puts the table into benchmarks/workers.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -23,11 +23,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,74 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
 import flows  # noqa: F401  (Prefect's quiet environment)
 from benchmarks.orchestration import prefect
+from benchmarks.stage_project import POOL, background, git, processor, project, publish, run
+from benchmarks.workers_many import many
 from pipelines.report.makespan import Work, schedule
 from posttrain.network import free_port, wait_until
-from tasks.process import child_environment
 
-PROJECT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_suffix(".md")
-POOL = "stages"
-KEYS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def project(folder: Path, stages: list[str]) -> Path:
-    """Create a committed project of stages with this checkout's code and settings of workers."""
-    folder.mkdir(parents=True)
-    (folder / "in").write_text("x")
-    (folder / "params.yaml").write_text("turn: 0\n")
-    (folder / "burn.py").write_text(BURN)
-    (folder / "dvc.yaml").write_text("\n".join(["stages:", *stages]) + "\n")
-    for name in ("flows", "tasks", "pipelines", "posttrain", "infra"):
-        subprocess.run(["cp", "-r", str(PROJECT / name), str(folder / name)], check=True)
-    git(folder, "init", "-q")
-    run(folder, "dvc", "init", "-q")
-    (folder / ".gitignore").write_text(".posttrain/\n__pycache__/\nout-*\n")
-    (folder / ".dvcignore").write_text("__pycache__\n")
-    return folder
-
-
-def publish(root: Path, remote: str, endpoint: str | None, bare: Path, address: str) -> None:
-    """Commit the project with its DVC remote, and push it to a bare repository."""
-    run(root, "dvc", "remote", "add", "-q", "--default", "store", remote)
-    if endpoint:
-        run(root, "dvc", "remote", "modify", "store", "endpointurl", endpoint)
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "benchmark")
-    git(root, "init", "-q", "--bare", str(bare))
-    git(root, "remote", "add", "origin", address)
-    git(root, "push", "-q", str(bare), "HEAD:refs/heads/main")
-
-
-def git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def run(folder: Path, *command: str, **extra: str) -> str:
-    environment = child_environment({**KEYS, "CUDA_VISIBLE_DEVICES": "", **extra})
-    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
-@contextmanager
-def background(folder: Path, command: list[str], **extra: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process while inside; its output goes to a file next to its folder."""
-    with folder.with_name(f"{folder.name}-{Path(command[0]).name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=child_environment({**KEYS, **extra}),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @dataclass
@@ -174,9 +112,9 @@ def overhead(stages: int) -> dict[str, list[float] | float]:
         chain.append(f"  s{i}: {{cmd: cp out-{i - 1} out-{i}, deps: [out-{i - 1}], outs: [out-{i}]}}")
     with site(chain) as here:
         with here.worker("one") as process:
-            before, flows_before = _processor(process.pid), _children()
+            before, flows_before = processor(process.pid), _children()
             remote = _gaps(here.flow())
-            on_worker, in_flow = _processor(process.pid) - before, _children() - flows_before
+            on_worker, in_flow = processor(process.pid) - before, _children() - flows_before
         spent, local = _children(), []
         for number in range(1, stages + 1):
             began = time.monotonic()
@@ -191,9 +129,6 @@ def overhead(stages: int) -> dict[str, list[float] | float]:
         "processor seconds of the flow for a stage, with its start and end": in_flow / stages,
         "processor seconds of a stage by dvc without Prefect": by_dvc / stages,
     }
-
-
-BURN = "import sys, time\nwhile time.process_time() < float(sys.argv[1]): pass\nopen(sys.argv[2], 'w').write('x')\n"
 
 
 def two(stages: int) -> dict[str, float]:
@@ -242,106 +177,11 @@ def _gaps(record: Mapping[str, Any]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(ends)]
 
 
-def many(stages: int) -> dict[str, float]:
-    """Return the seconds of a flow for each stage, and its peak memory in megabytes, with workers that answer at once."""
-    wide = [f"  s{i}: {{cmd: cp in out-{i}, deps: [in], outs: [out-{i}]}}" for i in range(stages)]
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as name, prefect(Path(name), None) as url:
-        folder = Path(name)
-        root = project(folder / "parent", wide)
-        publish(root, str(folder / "store"), None, folder / "project.git", str(folder / "project.git"))
-        run(root, "dvc", "repro", "-q", "s0")  # one byte, which all outputs share
-        run(root, "dvc", "push", "-q")
-        (root / "dvc.lock").unlink()
-        over = threading.Event()
-        thread = threading.Thread(target=_answer, args=(url, over), daemon=True)
-        thread.start()
-        command = [sys.executable, "-m", "flows.compare", "--no-tracking"]
-        environment = child_environment(
-            {**KEYS, "POSTTRAIN_POOL": POOL, "PREFECT_API_URL": url, "CUDA_VISIBLE_DEVICES": ""}
-        )
-        with (folder / "flow.log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
-        peak, spent, server = 0.0, 0.0, _listening(url)
-        served = _processor(server)
-        while process.poll() is None:
-            peak, spent = max(peak, _memory(process.pid)), max(spent, _processor(process.pid))
-            time.sleep(0.5)
-        served = _processor(server) - served
-        over.set()
-        thread.join()
-        if process.returncode:
-            raise SystemExit((folder / "flow.log").read_text(encoding="utf-8")[-3000:])
-        record = json.loads((root / ".posttrain" / "flow.json").read_text(encoding="utf-8"))
-        ends = sorted(stage["ended"] for stage in record["stages"].values())
-        lines = (folder / "flow.log").read_text(encoding="utf-8").splitlines()
-        begun = record["started"]
-        return {
-            "seconds a stage, from the first sent to the last merged": (ends[-1] - begun) / stages,
-            "seconds from the last merged to the flow's end": record["ended"] - ends[-1],
-            "processor seconds of the flow's process for a stage, with its start and end": spent / stages,
-            "processor seconds of Prefect's server for a stage, with its answers to the stand-in of the workers": served
-            / stages,
-            "megabytes of the flow's process, at most": peak,
-            "lines in the terminal": float(len(lines)),
-        }
-
-
-def _memory(pid: int) -> float:
-    """Return the peak resident memory of a process in megabytes."""
-    path = Path(f"/proc/{pid}/status")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")]
-    return int(found[0]) / 1024 if found else 0.0
-
-
-def _listening(url: str) -> int:
-    """Return the process id of the Prefect server of this address."""
-    port = url.rpartition(":")[2].partition("/")[0]
-    done = subprocess.run(
-        ["pgrep", "-f", f"server start .*--port {port}( |$)"], capture_output=True, text=True, check=True
-    )
-    return max(map(int, done.stdout.split()))  # the guard, which started it, has a smaller one
-
-
-def _processor(pid: int) -> float:
-    """Return the processor seconds of a process and of its ended children; other work on the machine hardly changes them."""
-    path = Path(f"/proc/{pid}/stat")
-    fields = path.read_text(encoding="utf-8").rpartition(")")[2].split() if path.exists() else []
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
-
-
-def _answer(url: str, over: threading.Event) -> None:
-    """Finish every stage that is sent: stand in for workers that need no time."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import ArtifactCreate
-    from prefect.exceptions import ObjectNotFound
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-    from prefect.states import Completed
-
-    from flows.stage_worker import QUERY_SECONDS
-    from tasks.pool.record import TYPE, Record
-
-    md5 = hashlib.md5(b"x", usedforsecurity=False).hexdigest()
-    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-        while not over.wait(QUERY_SECONDS):
-            try:
-                found = client.get_scheduled_flow_runs_for_work_pool(POOL)
-            except ObjectNotFound:
-                continue
-            for each in found:
-                number = each.flow_run.parameters["name"][1:]
-                same = f"      hash: md5\n      md5: {md5}\n      size: 1\n"
-                entry = f"  s{number}:\n    cmd: cp in out-{number}\n    deps:\n    - path: in\n{same}"
-                entry += f"    outs:\n    - path: out-{number}\n{same}"
-                record = Record("stand-in", 1, "done", {"running": 0.01}, "", "ran", entry)
-                client.set_flow_run_state(each.flow_run.id, Completed(), force=True)
-                client.create_artifact(ArtifactCreate(type=TYPE, flow_run_id=each.flow_run.id, data=vars(record)))
-
-
 def table(mode: str, stages: int, found: Mapping[str, list[float] | float]) -> str:
     """Return the measurements as a section of benchmarks/workers.md."""
     rows = [f"| {name} | {_number(value)} |" for name, value in found.items()]
-    command = f"`python benchmarks/workers.py {mode} --stages {stages}`"
+    words, *options = mode.split(" ")
+    command = "`" + " ".join(["python benchmarks/workers.py", words, f"--stages {stages}", *options]) + "`"
     load = f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     return "\n".join([f"## {mode}", "", command, "", "| | |", "|---|---|", *rows, "", load, ""])
 
@@ -356,7 +196,7 @@ def write(mode: str, section: str) -> None:
     """Replace one section of the page."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Stages on workers\n\n"
     head, *sections = text.split("\n## ")
-    kept = [f"## {each}" for each in sections if not each.startswith(mode)]
+    kept = [f"## {each}" for each in sections if each.partition("\n")[0] != mode]
     PAGE.write_text(
         "\n".join([head.rstrip() + "\n", *(each.rstrip() + "\n" for each in [*kept, section])]), encoding="utf-8"
     )
@@ -366,20 +206,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("overhead", "two", "many"))
     parser.add_argument("--stages", type=int)
+    parser.add_argument("--postgres", action="store_true", help="many: Prefect's database in PostgreSQL, not SQLite")
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/workers.md")
     args = parser.parse_args(argv)
+    if args.postgres and args.mode != "many":
+        parser.error("--postgres belongs to many")
     measure: dict[str, tuple[Callable[[int], Mapping[str, list[float] | float]], int]] = {
         "overhead": (overhead, 6),
         "two": (two, 4),
-        "many": (many, 500),
+        "many": (partial(many, postgres=args.postgres), 500),
     }
     function, usual = measure[args.mode]
     stages = args.stages or usual
     found = function(stages)
-    section = table(args.mode, stages, found)
+    mode = f"{args.mode} --postgres" if args.postgres else args.mode
+    section = table(mode, stages, found)
     print(section)
     if args.write:
-        write(args.mode, section)
+        write(mode, section)
     return 0
 
 

@@ -7,27 +7,21 @@ reader's own clock measures that, so clocks of other machines do not matter.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.context import SettingsContext, get_settings_context
 from prefect.exceptions import ObjectNotFound
 
-from pipelines.runtime.redaction import redact
-from posttrain.errors import Interrupted, OrchestrationError
+from posttrain.errors import Interrupted
 from tasks.background import in_background
 from tasks.log import StageOutcome
+from tasks.pool.requests import insist, own_retries, prefect_client
 
-T = TypeVar("T")
-RETRY_SECONDS = (0.05, 2.0)
-"""Waiting times before a request is repeated: the first one, which doubles, and the longest one."""
 TYPE = "posttrain-stage"
 """Type of the artifact."""
 Phase = Literal["fetching", "waiting", "running", "sending", "done", "failed", "lost"]
@@ -67,55 +61,6 @@ def parse(data: Any) -> Record | None:
     return Record(beat=data["beat"], phase=data["phase"], outcome=outcome, seconds=spent, **texts)
 
 
-class ServerAway(OrchestrationError):
-    """Prefect's server did not respond for as long as a request is repeated."""
-
-
-@contextmanager
-def own_retries() -> Iterator[None]:
-    """Leave repeating requests to `insist`, in this thread.
-
-    Over SQLite, Prefect's server refuses one of two requests that write at once (503), and its client waits two seconds and more.
-    """
-    context = get_settings_context()
-    client = context.settings.client.model_copy(update={"max_retries": 0})
-    with SettingsContext(profile=context.profile, settings=context.settings.model_copy(update={"client": client})):
-        yield
-
-
-def insist(act: Callable[[], T], seconds: float, stop: threading.Event | None = None) -> T:
-    """Repeat a request to Prefect's server while it does not respond, as during its restart.
-
-    Raises ServerAway after `seconds`, Interrupted once `stop` is set, or OrchestrationError if the server refuses the request.
-    """
-    deadline, (pause, longest) = time.monotonic() + seconds, RETRY_SECONDS
-    while True:
-        try:
-            return act()
-        except httpx.HTTPError as error:
-            if _is_refusal(error):
-                raise OrchestrationError(f"Prefect's server refused a request: {redact(str(error))}") from None
-            if time.monotonic() > deadline:
-                raise ServerAway(
-                    f"Prefect's server did not respond for {seconds:.0f} s: {redact(str(error))}. Start it, then run again: finished stages"
-                    " are kept."
-                ) from None
-        if stop is None:
-            time.sleep(pause)
-        elif stop.wait(pause):
-            raise Interrupted("stopped while Prefect's server did not respond")
-        pause = min(2 * pause, longest)
-
-
-def _is_refusal(error: httpx.HTTPError) -> bool:
-    """Return True if the same request would be refused again."""
-    return (
-        isinstance(error, httpx.HTTPStatusError)
-        and error.response.status_code < 500
-        and error.response.status_code not in (408, 429)
-    )
-
-
 class Lease:
     """A worker's hold of a stage: reports every `beat_seconds`, and sets `stop` when the flow run is no longer this worker's."""
 
@@ -126,7 +71,7 @@ class Lease:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Create the record, and report from a thread while inside; all requests use one connection."""
-        with get_client(httpx_settings={"timeout": 10.0}, sync_client=True) as self._client:
+        with prefect_client(10.0) as self._client:
             self._artifact = insist(self._create, self.server_seconds)
             with in_background(self._report):
                 yield

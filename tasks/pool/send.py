@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Scheduled
@@ -30,7 +30,8 @@ from tasks.dag import Dag, Node
 from tasks.pool.graph import Graph
 from tasks.pool.merged_lock import MergedLock
 from tasks.pool.order import StageOrder
-from tasks.pool.record import Record, ServerAway, insist, own_retries
+from tasks.pool.record import Record
+from tasks.pool.requests import ServerAway, insist, own_retries, prefect_client
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.snapshot import StagePaths, changed_files, committed, order, read_paths, recorded_stages
 from tasks.pool.watch import Sight, deleted, look
@@ -97,7 +98,7 @@ class Pool:
         """Send stages as runs of this deployment while inside, follow them, and write dvc.lock. `stop` ends all stages."""
         self._deployment, self._stop = deployment, stop
         # not the flow's client, which belongs to the flow's thread
-        with get_client(httpx_settings={"timeout": 30.0}, sync_client=True) as self._client, self._merged.written():
+        with prefect_client(30.0) as self._client, self._merged.written():
             self._graph = Graph(self._client, self.flow_run)
             with in_background(self._serve):
                 yield

@@ -52,13 +52,16 @@ def _mark(state: State[Any] | None, record: Record | None) -> tuple[object, ...]
 
 
 def look(client: SyncPrefectClient, sights: Mapping[UUID, Sight], passed: float) -> None:
-    """Bring the knowledge of all flow runs up to date. A waiting run is not returned by the server, since its parameters are long."""
+    """Bring the knowledge of all flow runs up to date. A waiting run is not returned by the server, since its parameters are long.
+
+    States come first: a worker makes its record before its run ends, so a run that has ended by then has its record a moment later.
+    """
     present = list(sights)
     for start in range(0, len(present), PAGE):
         ids = present[start : start + PAGE]
-        records = _records(client, ids)
-        unreported = [run for run in ids if run not in records]
+        unreported = [run for run in ids if sights[run].record is None]
         states = _states(client, unreported) if unreported else {}
+        records = _records(client, ids)
         for run in ids:
             sights[run].update(states.get(run), records.get(run), passed)
 

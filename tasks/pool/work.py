@@ -21,7 +21,8 @@ from tasks.lockfile import lock_entries
 from tasks.pool import checkpoints
 from tasks.pool.copies import Copies
 from tasks.pool.order import StageOrder
-from tasks.pool.record import Lease, Phase, Record, own_retries
+from tasks.pool.record import Lease, Phase, Record
+from tasks.pool.requests import own_retries
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.transfer import opened, patiently, pull_inputs, push_results
 from tasks.pool.tree import NoCommit, check_out, free_tree

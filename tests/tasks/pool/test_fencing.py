@@ -1,17 +1,21 @@
 """When a worker loses its stage: by its silence, measured with the flow's own clock, and never while the server is away."""
 
 import threading
-from typing import Any
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from prefect.states import Pending, Running, Scheduled
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.states import Completed, Pending, Running, Scheduled
 
 from posttrain.errors import ConfigError, Interrupted, OrchestrationError
 from tasks.pool.order import checked
-from tasks.pool.record import Record, insist, parse
+from tasks.pool.record import TYPE, Record, parse
+from tasks.pool.requests import insist
 from tasks.pool.settings import read_settings
-from tasks.pool.watch import Sight
+from tasks.pool.watch import Sight, look
 from tasks.pool.work import blame
 from tasks.stage import StageFailed
 
@@ -119,3 +123,27 @@ def test_a_stopped_flow_does_not_wait_for_a_server_that_is_gone() -> None:
     with pytest.raises(Interrupted, match="did not respond"):
         insist(refused, seconds=3600, stop=stop)
     assert len(requests) == 1
+
+
+class Passing:
+    """A server on which a worker makes its record and ends the stage between two requests of the flow."""
+
+    def __init__(self, run: UUID) -> None:
+        self.run, self.requests = run, 0
+
+    def read_artifacts(self, **_: Any) -> list[Artifact]:
+        self.requests += 1
+        data = vars(Record("one", 1, "done"))
+        return [Artifact(type=TYPE, flow_run_id=self.run, data=data)] if self.requests > 1 else []
+
+    def read_flow_runs(self, **_: Any) -> list[FlowRun]:
+        self.requests += 1
+        return [FlowRun(id=self.run, flow_id=uuid4(), state=Completed())] if self.requests > 1 else []
+
+
+def test_a_stage_that_ends_between_two_requests_is_not_lost() -> None:
+    run = uuid4()
+    sights = {run: Sight()}
+    look(cast(SyncPrefectClient, Passing(run)), sights, 0.5)
+    sight = sights[run]
+    assert sight.record is not None or sight.state is None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import httpx
@@ -17,8 +19,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from flows.pool import prepare
 from posttrain.errors import Interrupted, OrchestrationError
 from posttrain.network import free_port
+from tasks.background import in_background
 from tasks.dag import Node, read_dag
-from tasks.pool.record import ServerAway, insist
+from tasks.pool.requests import ServerAway, insist, own_retries, prefect_client
 from tasks.pool.send import Pool
 from tasks.pool.settings import WorkerSettings
 from tests.fleet import git, until
@@ -110,3 +113,32 @@ def test_only_a_request_that_may_succeed_later_is_repeated(status: int, requests
     with pytest.raises((OrchestrationError, KeyError)):
         insist(act, seconds=3600, stop=stop)
     assert len(sent) == requests
+
+
+def test_a_refused_request_is_repeated_without_the_waits_of_prefects_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, asked = list[float](), list[str]()
+
+    class Busy(BaseHTTPRequestHandler):
+        """Refuse the first three requests."""
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) > 3 else 503)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    monkeypatch.setattr("prefect.client.base.time", SimpleNamespace(sleep=waits.append))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    with in_background(lambda _: server.serve_forever(poll_interval=0.05)):
+        address = f"http://127.0.0.1:{server.server_port}/api"
+        try:
+            with temporary_settings({PREFECT_API_URL: address}), own_retries(), prefect_client(30.0) as client:
+                assert insist(client.hello, seconds=3600).status_code == 200
+        finally:
+            server.shutdown()
+            server.server_close()
+    assert len(asked) == 4
+    assert waits == []
