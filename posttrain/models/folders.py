@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -264,13 +265,12 @@ def save_model(
     named = model.config.get_text_config()
     if ends and named.eos_token_id is not None and ends[0] not in as_list(named.eos_token_id):
         named.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
-    if ends and getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     # HF_HUB_OFFLINE sets it; it describes how the tokenizer was loaded, and the same model must give the same bytes
     tokenizer.init_kwargs.pop("local_files_only", None)
     try:
         with own_dropout_rates(model):
             model.save_pretrained(partial)
+        _write_ends(partial / "generation_config.json", ends)
         tokenizer.save_pretrained(partial)
         if adapter is not None:
             adapter.save(partial / ADAPTER)
@@ -280,8 +280,27 @@ def save_model(
         raise ModelError(
             f"cannot write the model {folder}: {error}. Free space or give the right to write, then run again."
         ) from error
+    except ValueError as error:
+        _remove(partial)
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"cannot write the model {folder}: transformers refuses its settings ({reason:.300}). Correct model.lm.generation_config or"
+            " model.lm.config, then save again."
+        ) from error
     _remove(folder)
     replace(partial, folder)
+
+
+def _write_ends(file: Path, ends: Sequence[int]) -> None:
+    """Write the ends of an answer into the saved generation settings.
+
+    transformers saves settings that were loaded and not changed as they are, but refuses changed ones that hold a temperature without
+    sampling, as those of many published models do. So only the file gets the ends.
+    """
+    if ends and file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

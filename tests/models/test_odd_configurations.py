@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from posttrain.api import load
 from posttrain.errors import ModelError
 from posttrain.models.folders import load_config, load_encoder, load_policy
 from posttrain.planning import sizes
@@ -76,3 +77,18 @@ def test_a_chat_template_that_is_no_text_is_refused(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 3}))
     with pytest.raises(ModelError, match="its chat template is 3, which is no text"):
         load_encoder(folder)
+
+
+@pytest.mark.parametrize("ends", [[2, 1], None])
+def test_generation_settings_without_effect_are_saved_as_they_are(folder: Path, tmp_path: Path, ends: Any) -> None:
+    settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": ends}
+    (folder / "generation_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    loaded = load(folder)
+    loaded.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in settings} == settings | {"eos_token_id": ends or 2}
+    assert load(tmp_path / "saved").encoder.ends == loaded.encoder.ends
+    loaded.lm.generation_config.temperature = 0.5
+    with pytest.raises(ModelError, match=r"transformers refuses its settings .*`temperature`"):
+        loaded.save(tmp_path / "other")
+    assert not [*tmp_path.glob("other*")]
