@@ -1,8 +1,8 @@
 """Render a conversation once and find which characters of it are trained.
 
-A turn's text is found by rendering the conversation up to it (prefix rendering). Templates that render history differently, e.g.
-without its reasoning, are asked with two stand-ins for the turn's content: only the content changes. `{% generation %}` marks
-are used if both fail, or if only they are asked for. A row for which nothing is exact is refused.
+A turn's text is found by rendering the conversation up to it (prefix rendering). Templates that render history differently, e.g. without
+its reasoning, are asked with two stand-ins for the turn's content: only the content changes. `{% generation %}` marks are used if both
+fail, or if only they are asked for. A row for which nothing is exact is refused.
 
 Example:
     >>> from posttrain.models.tiny import byte_tokenizer
@@ -256,7 +256,8 @@ class ChatTemplate:
         self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
     ) -> tuple[int, int] | None:
         """Find the turn by its changes, and its opening by the generation prompt."""
-        found = turn_part(messages, turn, full, lambda some: self._try(some, tools))
+        specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        found = turn_part(messages, turn, full, lambda some: self._try(some, tools), specials)
         if found is None:
             return None
         opened = self._opening(messages, turn, full, found[0], tools)
@@ -273,6 +274,8 @@ class ChatTemplate:
         if history is None or asked is None:
             return content
         opening = asked[len(history) :] if asked.startswith(history) else ""
+        if not full.startswith(history) and full.startswith(asked[:content]):
+            return min(len(asked), content)  # the template ends every conversation with a token
         if not full.startswith(history):  # earlier turns are shown differently
             last = last_change(messages, turn - 1, full, lambda some: self._try(some, tools))
             once = last is not None and opening.strip() and full.count(opening, last, content) == 1

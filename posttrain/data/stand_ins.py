@@ -37,11 +37,14 @@ def shared(a: str, b: str) -> int:
     return len(path.commonprefix([a, b]))  # noqa: RUF071
 
 
-def turn_part(messages: Sequence[Message], turn: int, full: str, render: Render) -> tuple[int, int] | None:
+def turn_part(
+    messages: Sequence[Message], turn: int, full: str, render: Render, specials: Sequence[str] = ()
+) -> tuple[int, int] | None:
     """Return where the text or the first call of an assistant's turn begins in `full`, and where its closing ends.
 
     Its beginning is where the rendering changes with the turn's text, or with the name of its first call if it has no text. Its end is
-    where the changes of its text, or of its last call's arguments, end; the closing is what follows these at the end of a conversation.
+    where the changes of its text, or of its last call's arguments, end; the closing is what follows these at the end of a conversation, or
+    the first of `specials` in it, if a template ends conversations with one more token, as Phi-3's does.
     Returns None if the rendering changes elsewhere, too, or the closing differs.
     """
     message = messages[turn]
@@ -50,7 +53,7 @@ def turn_part(messages: Sequence[Message], turn: int, full: str, render: Render)
     if text is None and not calls:
         return None
     begun = _begun(messages, turn, full, render, _with_text if text is not None else _with_name)
-    ended = _ended(messages, turn, full, render, _with_argument if calls else _with_text)
+    ended = _ended(messages, turn, full, render, _with_argument if calls else _with_text, specials)
     if begun is None or ended is None or begun >= ended[0]:
         return None
     part = full[begun : ended[0]].strip()
@@ -72,7 +75,9 @@ def _begun(messages: Sequence[Message], turn: int, full: str, render: Render, ch
     return begun if full.startswith(one[:begun]) else None
 
 
-def _ended(messages: Sequence[Message], turn: int, full: str, render: Render, change: Change) -> tuple[int, int] | None:
+def _ended(
+    messages: Sequence[Message], turn: int, full: str, render: Render, change: Change, specials: Sequence[str]
+) -> tuple[int, int] | None:
     """Return where the rendering stops changing, and where the closing after that ends."""
     changed = change(messages[turn], _ONE)
     until = messages[: turn + 1]
@@ -83,7 +88,11 @@ def _ended(messages: Sequence[Message], turn: int, full: str, render: Render, ch
         return None
     stop = len(full) - shared(full[::-1], one[::-1])
     closing = plain[len(plain) - shared(plain[::-1], last[::-1]) :]
-    return (stop, stop + len(closing)) if full.startswith(closing, stop) else None
+    first = min((sign for sign in specials if sign in closing), key=closing.index, default="")
+    for found in (closing, closing[: closing.index(first) + len(first)] if first else closing):
+        if full.startswith(found, stop):
+            return stop, stop + len(found)
+    return None
 
 
 def last_change(messages: Sequence[Message], turn: int, full: str, render: Render) -> int | None:

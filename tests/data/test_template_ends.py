@@ -56,6 +56,9 @@ def test_an_end_of_the_whole_conversation_after_that_of_the_answer_is_not_traine
     )
     assert parts(enc, "hello", "world") == ["world<|im_end|>"]
     assert enc.ends == (enc.eos_id, 2)
+    several = enc.pair(*(row("hello", "world", "more", "last")[name] for name in ("prompt", "completion")))
+    assert trained(enc, several) == ["world<|im_end|>", "last<|im_end|>"]
+    assert left_out(enc, "sft", [row("hello", "world", "more", "last")]) == {}
 
 
 def test_a_footer_without_an_end_is_refused() -> None:
