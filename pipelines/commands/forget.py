@@ -4,7 +4,8 @@
     posttrain forget data/raw/accepted/preferences/0003-monday.jsonl --yes    # deletes it
 
 Deleted are the file, its rows in all versions of the tables, and every journal, artifact, log, page and MLflow trace that quotes them: in
-the project, in DVC's cache and in all its remotes. FILE may be any copy of the file; a copy outside data/raw/accepted is not deleted.
+the project, in DVC's cache and in all its remotes, and in MLflow, also on a server. FILE may be any copy of the file; a copy outside
+data/raw/accepted is not deleted.
 An accepted file can be forgotten at any time, also before ingest has read it and where validate stops.
 Weights are kept, and the registry's versions that were trained on the rows get the tag `retrain`. Files of inbox/ and labels/ that hold
 the same texts are named, for you to decide. Afterwards `make retrain` makes tables and models anew.
@@ -25,7 +26,7 @@ from pathlib import Path
 from pipelines.config.params import load_params
 from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.erasure import Erasure, erase, plan
-from pipelines.lineage.graph import Lineage
+from pipelines.lineage.graph import ERASED, FORGOTTEN, Lineage
 from pipelines.lineage.objects import erase_remotely
 from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.registry import RETRAIN, Registry
@@ -33,11 +34,9 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.journal import Journal
 from pipelines.runtime.redaction import printable
+from pipelines.tracking.artifact_erasure import erase_artifacts
 from pipelines.tracking.erasure import erase_traces
 from posttrain.errors import DataError, OrchestrationError
-
-RECORD = Path(".posttrain/forgotten.jsonl")
-"""What was forgotten, by hash, and which models had seen it: the run cache no longer knows after the deletion."""
 
 
 def describe(found: Erasure, project: Path) -> str:
@@ -48,6 +47,7 @@ def describe(found: Erasure, project: Path) -> str:
         ("files that quote the rows", [str(path.relative_to(project)) for path in found.files]),
         ("objects of DVC's cache and remotes", list(found.objects)),
         ("traces in MLflow, as experiment/trace", list(found.traces)),
+        ("artifacts of MLflow outside the project, as run/path", list(found.artifacts)),
         ("models to train again, which are kept", [f"{each.path}  md5 {each.md5}" for each in found.models]),
         (
             "other accepted files with the same texts, which are kept",
@@ -56,21 +56,24 @@ def describe(found: Erasure, project: Path) -> str:
         ("your own files with the same texts, which are kept", [str(p.relative_to(project)) for p in found.elsewhere]),
     ):
         lines += [f"{title}: {len(entries) or 'none'}", *(f"  {entry}" for entry in entries)]
+    if found.unknown:
+        lines.append(
+            f"models may be missing above: the cache has lost the journals of {found.unknown} run(s) of ingest, so the files that they read"
+            " are not known. Type `dvc pull --run-cache`, then this again."
+        )
     return "\n".join(lines)
 
 
-def forget(project: Path, lineage: Lineage, found: Erasure) -> list[str]:
+def forget(project: Path, lineage: Lineage, found: Erasure, file: Path) -> list[str]:
     """Delete everything and return the names of the remotes that were changed.
 
     Remotes and MLflow come first: if one cannot be changed, the local copies are still there to find the rest by.
     """
     remotes = erase_remotely(project, found.objects)
     erase_traces(project, found.traces)
-    tables, models = [each._asdict() for each in found.tables], [each._asdict() for each in found.models]
-    journal = Journal(project / RECORD)
-    journal.append({"kind": "forgotten", "sha256": found.sha256, "tables": tables, "models": models})
-    journal.close()
-    erase(found, lineage)
+    erase_artifacts(project, found.artifacts)
+    record(project / FORGOTTEN, lineage, found)
+    erase(project, found, lineage, file)
     if found.accepted:
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)], cwd=project, capture_output=True, text=True
@@ -80,6 +83,18 @@ def forget(project: Path, lineage: Lineage, found: Erasure) -> list[str]:
                 f"the rows are deleted, but `dvc add {ACCEPTED}` failed: {done.stderr.strip()[-300:]}. Type it again, then `make retrain`."
             )
     return remotes
+
+
+def record(path: Path, lineage: Lineage, found: Erasure) -> None:
+    """Record the deletion by hash, and the files that ingest runs read whose journals are deleted."""
+    tables, models = [each._asdict() for each in found.tables], [each._asdict() for each in found.models]
+    journal = Journal(path)
+    for run in lineage.records:
+        kept = run.journal()
+        if run.stage == "ingest" and kept is not None and kept.md5 in found.objects:
+            journal.append({"kind": ERASED, "journal": kept.md5, "inputs": lineage.files(run)})
+    journal.append({"kind": "forgotten", "sha256": found.sha256, "tables": tables, "models": models})
+    journal.close()
 
 
 def mark(project: Path, experiment: str, found: Erasure) -> list[str]:
@@ -127,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.yes:
         with without_flow(project):
             found = plan(project, lineage, file)
-            remotes = forget(project, lineage, found)
+            remotes = forget(project, lineage, found, file)
             marked = mark(project, load_params(project / "params.yaml").project.experiment, found)
         outcome = [
             f"deleted; remotes: {', '.join(remotes) or 'none'}; versions marked: {', '.join(marked) or 'none'}",

@@ -1,5 +1,5 @@
 """Find and delete every stored copy of a file's rows: in DVC's cache and remotes, in tables, journals, artifacts, and MLflow's
-files and traces.
+files, artifacts and traces.
 
 Models are never deleted: the caller names those that were trained on the rows. The searched objects follow from the run cache: the file
 itself, the tables that were made from it, journals and artifacts of every stage run that had such a table, or a model trained on it, as
@@ -10,32 +10,40 @@ deleted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipelines.data.files import read_file
 from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.graph import Lineage, accepted_copies
 from pipelines.lineage.objects import Objects
-from pipelines.lineage.quotes import Texts, strings
+from pipelines.lineage.other_rows import REMAINING, keep_other_rows, other_rows, read_tables
+from pipelines.lineage.quotes import Texts
 from pipelines.lineage.records import Artifact, StageRecord
 from pipelines.runtime.identity import file_digest
+from pipelines.tracking.artifact_erasure import find_artifacts
 from pipelines.tracking.erasure import find_traces
 from posttrain.files import files_below
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 STATE = ("runs", "logs", "costs", "report.html", "served", "judges", "intake", "intake.json", "studies", "tune")
 """Parts of .posttrain that record rows. Not among them: fetched models and databases, whose bytes may hold a short text by chance."""
 MADE = (
     *("data/tables", "data/valid", "data/quarantine", "runs", "report", "mlartifacts"),
     *(f".posttrain/{name}" for name in STATE),
+    REMAINING.as_posix(),
 )
 """Files and folders of files that the pipeline made: those that hold a text are deleted."""
 KEPT = ("data/raw", "inbox", "labels")
 """Folders of people's own files: those that hold a text are only named."""
 WEIGHTS = (".safetensors", ".pt", ".bin")
 _SUFFIX = ".dir"
+_SAFETENSORS = b'{"'
+"""Bytes 8 and 9 of a file of weights."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,10 @@ class Erasure:
         elsewhere: people's own files with texts of the rows, which are kept.
         others: other files of data/raw/accepted with texts of the rows, which are kept.
         traces: MLflow traces, as experiment/trace.
+        artifacts: MLflow artifacts outside the project, such as a server's, as run/path.
         tables: versions of validated tables with the rows.
         models: models that were trained on them.
+        unknown: ingest runs whose journals are lost, so that models behind them are not among these.
     """
 
     sha256: str
@@ -60,8 +70,10 @@ class Erasure:
     elsewhere: tuple[Path, ...]
     others: tuple[Path, ...]
     traces: tuple[str, ...]
+    artifacts: tuple[str, ...]
     tables: tuple[Artifact, ...]
     models: tuple[Artifact, ...]
+    unknown: int
 
 
 def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
@@ -72,12 +84,14 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
     """
     digest = file_digest(path)
     accepted = accepted_copies(project, digest)
-    read_from, mine = lineage.tables_with_file(digest, bool(accepted)), read_file(path)
-    texts, stored = Texts(mine, _other_rows(project, mine)), Objects(project, lineage.cache)
+    read_from, stored = lineage.tables_with_file(digest, bool(accepted)), Objects(project, lineage.cache)
+    texts = _texts(path, read_tables(project, stored))
     # a version that cache and remotes have lost is counted as one with the rows
     tables = [each for each in read_from if (data := stored.read(each.md5)) is None or texts.in_bytes(data)]
     candidates = {md5 for record in _touched(lineage, digest, tables) for md5 in _contents(stored, record)}
-    candidates |= set(_unrecorded(lineage)) - {_md5(each) for each in _files(project, KEPT) if each not in accepted}
+    candidates |= set(_unrecorded(lineage, stored)) - {
+        _md5(each) for each in _files(project, KEPT) if each not in accepted
+    }
     objects = {md5 for md5 in candidates if (data := stored.read(md5)) is not None and texts.in_bytes(data)}
     records = lineage.descendants(tables)
     models = {each for record in records for each in record.outputs if each.path.startswith("models/")}
@@ -91,19 +105,32 @@ def plan(project: Path, lineage: Lineage, path: Path) -> Erasure:
         tuple(each for each in kept if each not in others),
         tuple(others),
         tuple(find_traces(project, texts.in_text)),
+        tuple(find_artifacts(project, texts.in_bytes)),
         tuple(tables),
         tuple(sorted(models)),
+        len(lineage.without_journal()),
     )
 
 
-def erase(found: Erasure, lineage: Lineage) -> None:
-    """Delete files of the project and objects of the local cache."""
-    for path in (*found.accepted, *found.files):
-        path.unlink(missing_ok=True)
+def erase(project: Path, found: Erasure, lineage: Lineage, path: Path) -> None:
+    """Delete files of the project and objects of the local cache. The other rows of deleted tables are kept for a later call."""
+    tables = read_tables(project, Objects(project, lineage.cache))
+    texts = _texts(path, tables)
+    for each in found.files:
+        each.unlink(missing_ok=True)
+    keep_other_rows(project, tables, texts)
     for md5 in found.objects:
         stored = lineage.cache.file(md5)
         if stored is not None:
             stored.unlink()
+    for each in found.accepted:
+        each.unlink(missing_ok=True)
+
+
+def _texts(path: Path, tables: Mapping[str, Table]) -> Texts:
+    """Return the texts that only rows of the file hold."""
+    mine = read_file(path)
+    return Texts(mine, other_rows(tables.values(), mine))
 
 
 def _touched(lineage: Lineage, digest: str, tables: Iterable[Artifact]) -> Iterator[StageRecord]:
@@ -134,41 +161,26 @@ def _contents(stored: Objects, record: StageRecord) -> Iterator[str]:
             yield from stored.listed(output.md5)
 
 
-def _unrecorded(lineage: Lineage) -> Iterator[str]:
-    """Yield the MD5 of objects that no stage wrote, such as earlier versions of accepted files, without weights."""
-    outputs = {output for record in lineage.records for output in record.outputs}
-    known = {output.md5 for output in outputs}
-    known |= {
-        each.md5 for output in outputs if output.md5.endswith(_SUFFIX) for each in lineage.cache.listing(output) or ()
-    }
-    root = lineage.cache.folder / "files" / "md5"
-    for path in files_below(root):
-        md5 = path.parent.name + path.name
-        if path.is_file() and not md5.endswith(_SUFFIX) and md5 not in known and not _is_safetensors(path):
+def _unrecorded(lineage: Lineage, stored: Objects) -> Iterator[str]:
+    """Yield the MD5 of objects that no stage here wrote: earlier versions of accepted files, and results of other machines.
+
+    Those that only a remote holds are among them. The files of models are left out: a vocabulary holds many short texts.
+    """
+    names = stored.names()
+    outputs = {output.md5 for record in lineage.records for output in record.outputs}
+    known = {*outputs, *(md5 for folder in outputs if folder.endswith(_SUFFIX) for md5 in stored.listed(folder))}
+    for folder in sorted(names - outputs):
+        if folder.endswith(_SUFFIX):
+            entries = stored.entries(folder)
+            if any(name.endswith(WEIGHTS) for name in entries):
+                known |= set(entries.values())
+    for md5 in sorted(names - known):
+        if not md5.endswith(_SUFFIX) and stored.begin(md5, 10)[8:] != _SAFETENSORS:
             yield md5
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(10)[8:] == b'{"'
 
 
 def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _other_rows(project: Path, mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the present tables that are not of the file."""
-    import pyarrow.parquet as pq
-
-    own = [set(strings(record)) for record in mine]
-    found = []
-    for path in sorted((project / "data/tables").glob("*.parquet")):
-        for row in pq.ParquetFile(path).read().to_pylist():
-            texts = set(strings(row))
-            if not any(texts <= each for each in own):
-                found.append(row)
-    return found
 
 
 def _files(project: Path, folders: Sequence[str]) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.reads import trained_on
 from pipelines.lineage.records import TABLES, Artifact, Cache, StageRecord, open_cache, read_records
 from pipelines.runtime.identity import file_digest
+from pipelines.runtime.journal import read
 from posttrain.errors import DataError
 from posttrain.files import files_below
 
 INGEST_JOURNAL = "runs/ingest/journal.jsonl"
 LEADS_ON = ("models/", "runs/reward_readers/artifacts/")
 """Starts of the paths of outputs that carry data on to the next stage: models, and records of the reward model."""
+FORGOTTEN = Path(".posttrain/forgotten.jsonl")
+"""What `posttrain forget` deleted, by hash, and which models had seen it: the run cache no longer knows after the deletion."""
+ERASED = "read"
+"""Kind of a record of FORGOTTEN: the files that a run of ingest read, whose journal was deleted."""
 HELDOUT = {"preferences": ("preferences", "preferences_heldout")}
 """Validated tables that rows of one source may be in."""
 
@@ -24,8 +29,16 @@ HELDOUT = {"preferences": ("preferences", "preferences_heldout")}
 class Lineage:
     """The records of one checkout as a graph."""
 
-    def __init__(self, records: list[StageRecord], cache: Cache) -> None:
+    def __init__(
+        self, records: list[StageRecord], cache: Cache, erased: Mapping[str, dict[str, str]] | None = None
+    ) -> None:
+        """Connect records.
+
+        Args:
+            erased: the files that an ingest run read, by the MD5 of its journal, for journals that `posttrain forget` deleted.
+        """
         self.records, self.cache = records, cache
+        self._erased = erased or {}
         self._written = {record: list(_written(record, cache)) for record in records}
         self._used = {record: trained_on(record) for record in records}
         self._producers: dict[Artifact, list[StageRecord]] = {}
@@ -36,7 +49,7 @@ class Lineage:
     @classmethod
     def read(cls, project: Path) -> Lineage:
         """Read the records of a checkout. Raises TrackingError if dvc.lock is damaged."""
-        return cls(read_records(project), open_cache(project))
+        return cls(read_records(project), open_cache(project), _erased(project / FORGOTTEN))
 
     def producers(self, artifact: Artifact) -> list[StageRecord]:
         """Return the records that wrote exactly these bytes at this path; a table that did not change has one for each night."""
@@ -89,8 +102,16 @@ class Lineage:
                 yield from map(json.loads, file)
 
     def files(self, record: StageRecord) -> dict[str, str]:
-        """Return the local files that an ingest run read, with their SHA-256."""
-        return dict(self.start(record).get("inputs", {}))
+        """Return the local files that an ingest run read, with their SHA-256; none if its journal is lost."""
+        journal = record.journal()
+        known = {} if journal is None else self._erased.get(journal.md5, {})
+        return dict(self.start(record).get("inputs", known))
+
+    def without_journal(self) -> list[StageRecord]:
+        """Return the ingest runs of which it is not known which files they read: the cache has lost their journals."""
+        return [
+            each for each in self.records if each.stage == "ingest" and not self.start(each) and not self.files(each)
+        ]
 
     def reads(self, sha256: str) -> list[StageRecord]:
         """Return the ingest runs that read a file."""
@@ -135,6 +156,15 @@ class Lineage:
         names = [name for name, digest in self.files(ingest).items() if digest == sha256]
         kinds = {kind for name in names for kind in _kinds(name, ingest)}
         yield from (each for each in self._written[validate] if _table(each.path) in kinds)
+
+
+def _erased(path: Path) -> dict[str, dict[str, str]]:
+    """Return the files that ingest runs read, by the MD5 of their journals, of which `posttrain forget` deleted those."""
+    return (
+        {each["journal"]: dict(each["inputs"]) for each in read(path) if each["kind"] == ERASED}
+        if path.is_file()
+        else {}
+    )
 
 
 def accepted_copies(project: Path, sha256: str) -> list[Path]:

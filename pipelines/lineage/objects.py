@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 from pipelines.lineage.records import REMOVE, Cache
 from pipelines.tracking.lockfile import read_dvc_config
 from posttrain.errors import DataError
+from posttrain.files import files_below
 
 if TYPE_CHECKING:
     from dvc_data.hashfile.db import HashFileDB
 
 _KEPT = "Nothing local was deleted; correct the remote and run again."
+_SMALL_BYTES = 1 << 20
+"""Objects of a remote up to this size are fetched once."""
 
 
 class Objects:
@@ -32,26 +35,53 @@ class Objects:
         if stored is not None:
             return stored.read_bytes()
         if md5 not in self._known:
-            self._known[md5] = self._read_remotely(md5)
+            data = self._read_remotely(md5)
+            if data is not None and len(data) > _SMALL_BYTES:
+                return data
+            self._known[md5] = data
         return self._known[md5]
 
-    def _read_remotely(self, md5: str) -> bytes | None:
+    def names(self) -> set[str]:
+        """Return the MD5 of every object of the cache and of the remotes. Raises DataError if a remote cannot be listed."""
+        root = self._cache.folder / "files" / "md5"
+        found = {path.parent.name + path.name for path in files_below(root)}
+        for name, store in self._stores():
+            with _reported(name):
+                found |= {str(oid) for oid in store.all()}
+        return found
+
+    def begin(self, md5: str, length: int) -> bytes:
+        """Return the first bytes of an object; none if neither cache nor remotes have it."""
+        stored = self._cache.file(md5)
+        if stored is not None:
+            with stored.open("rb") as file:
+                return file.read(length)
+        return self._read_remotely(md5, length) or b""
+
+    def _stores(self) -> list[tuple[str, HashFileDB]]:
         if self._remotes is None:
             self._remotes = list(_remotes(self._project))
-        for name, store in self._remotes:
+        return self._remotes
+
+    def _read_remotely(self, md5: str, length: int = -1) -> bytes | None:
+        for name, store in self._stores():
             with _reported(name):
                 if store.exists(md5):
                     with store.fs.open(store.oid_to_path(md5), "rb") as file:
-                        return bytes(file.read())
+                        return bytes(file.read(length))
         return None
 
     def listed(self, md5: str) -> list[str]:
         """Return the MD5 of the files of a folder; none if its listing is lost everywhere."""
+        return list(self.entries(md5).values())
+
+    def entries(self, md5: str) -> dict[str, str]:
+        """Return the files of a folder by name, with their MD5; none if its listing is lost everywhere."""
         data = self.read(md5)
         if data is None:
-            return []
+            return {}
         try:
-            return [str(entry["md5"]) for entry in json.loads(data)]
+            return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(data)}
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{md5} is damaged: {error}. {REMOVE}") from error
 

@@ -85,6 +85,10 @@ class Texts:
         """Return True if a text holds one of the texts."""
         return self._in_plain(text.encode("utf-8", "surrogatepass"))
 
+    def in_row(self, row: Any) -> bool:
+        """Return True if a cell of a canonical row is one of the texts, or holds it inside JSON or a template."""
+        return any(map(self._is_cell, strings(row)))
+
     def _in_part(self, data: bytes) -> bool:
         return self._in_table(data) if data.startswith(_PARQUET) else self._in_plain(data)
 

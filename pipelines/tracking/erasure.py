@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _LOCKED_SECONDS = 60
-_FAILS = ("cannot be searched for traces", "Nothing was deleted. Correct it and run again.")
+FAILS = ("cannot be searched for traces", "Nothing was deleted. Correct it and run again.")
 
 
 def find_traces(project: Path, quotes: Callable[[str], bool]) -> list[str]:
@@ -29,11 +29,11 @@ def find_traces(project: Path, quotes: Callable[[str], bool]) -> list[str]:
 
     All experiments of a database file are searched; on a server, which other projects may share, only this project's.
     """
-    database = _local(project)
+    database = local_database(project)
     if database is not None and not database.is_file():
         return []
     client = open_client(project)
-    return ask(client, partial(_find, client, project, quotes), *_FAILS)
+    return ask(client, partial(_find, client, project, quotes), *FAILS)
 
 
 def erase_traces(project: Path, traces: Sequence[str]) -> None:
@@ -43,28 +43,28 @@ def erase_traces(project: Path, traces: Sequence[str]) -> None:
         TrackingError: the store does not answer.
         DataError: a different program keeps the file locked.
     """
-    database = _local(project)
+    database = local_database(project)
     if database is not None and not database.is_file():
         return
     client = open_client(project)
     pairs = sorted(each.split("/", 1) for each in traces)
     for experiment, group in groupby(pairs, lambda pair: pair[0]):
-        ask(client, partial(delete_traces, client, experiment, [name for _, name in group]), *_FAILS)
+        ask(client, partial(delete_traces, client, experiment, [name for _, name in group]), *FAILS)
     if database is not None:
         _rewrite(database)
 
 
 def _find(client: MlflowClient, project: Path, quotes: Callable[[str], bool]) -> list[str]:
-    experiments = list(_experiments(client, project))
-    found = search(client, experiments, None, spans=True) if experiments else ()
+    searched = list(experiments(client, project))
+    found = search(client, searched, None, spans=True) if searched else ()
     return [f"{each.info.experiment_id}/{each.info.trace_id}" for each in found if any(map(quotes, texts_of(each)))]
 
 
-def _experiments(client: MlflowClient, project: Path) -> Iterator[str]:
+def experiments(client: MlflowClient, project: Path) -> Iterator[str]:
     """Yield the ids of the experiments to search."""
     from mlflow.entities import ViewType
 
-    if _local(project) is not None:
+    if local_database(project) is not None:
         yield from (str(each.experiment_id) for each in client.search_experiments(ViewType.ALL))
         return
     own = {str(source.surroundings().get("experiment") or "") for source in discover(project, [])}
@@ -73,7 +73,7 @@ def _experiments(client: MlflowClient, project: Path) -> Iterator[str]:
             yield str(found.experiment_id)
 
 
-def _local(project: Path) -> Path | None:
+def local_database(project: Path) -> Path | None:
     """Return the database file that this project's MLflow uses, or None for a server."""
     uri = tracking_uri(project)
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
