@@ -19,7 +19,7 @@ INGEST_JOURNAL = "runs/ingest/journal.jsonl"
 LEADS_ON = ("models/", "runs/reward_readers/artifacts/")
 """Starts of the paths of outputs that carry data on to the next stage: models, and records of the reward model."""
 FORGOTTEN = Path(".posttrain/forgotten.jsonl")
-"""What `posttrain forget` deleted, by hash, and which models had seen it: the run cache no longer knows after the deletion."""
+"""Deleted tables and files by hash, and the models that had seen them: the run cache no longer knows after the deletion."""
 ERASED = "read"
 """Kind of a record of FORGOTTEN: the files that a run of ingest read, whose journal was deleted."""
 HELDOUT = {"preferences": ("preferences", "preferences_heldout")}

@@ -24,9 +24,9 @@ REMAINING = Path(".posttrain/remaining")
 
 
 def read_tables(project: Path, stored: Objects) -> dict[str, pa.Table]:
-    """Return the tables of ingest by file name, which are missing in a fresh clone and after `posttrain forget`.
+    """Return the tables of ingest by file name, which a fresh clone lacks, and a project after `posttrain forget`.
 
-    Of each, it is the file in data/tables, else what an earlier `forget` left of it, else the version in dvc.lock. Lost ones are left out.
+    Of each, it is the file in data/tables, else its remaining rows after an earlier `forget`, else the version in dvc.lock. Lost ones are left out.
     """
     entry = locked_output(project, TABLES) or {}
     locked = stored.entries(str(entry["md5"])) if "md5" in entry else {}
@@ -49,7 +49,7 @@ def other_rows(tables: Iterable[pa.Table], mine: Sequence[dict[str, Any]]) -> li
 
 
 def keep_other_rows(project: Path, tables: dict[str, pa.Table], texts: Texts) -> None:
-    """Keep the rows without the texts of every table that data/tables no longer has, and drop what was kept of those that it has."""
+    """Keep the rows without the texts of every table that data/tables no longer has, and drop the kept rows of those that it has."""
     for path in (project / REMAINING).glob("*.parquet"):
         path.unlink()
     for name, table in tables.items():
