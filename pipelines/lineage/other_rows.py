@@ -26,7 +26,8 @@ REMAINING = Path(".posttrain/remaining")
 def read_tables(project: Path, stored: Objects) -> dict[str, pa.Table]:
     """Return the tables of ingest by file name, which a fresh clone lacks, and a project after `posttrain forget`.
 
-    Of each, it is the file in data/tables, else its remaining rows after an earlier `forget`, else the version in dvc.lock. Lost ones are left out.
+    Of each, it is the file in data/tables, else its remaining rows after an earlier `forget`, else the version in dvc.lock. Lost ones
+    are left out.
     """
     entry = locked_output(project, TABLES) or {}
     locked = stored.entries(str(entry["md5"])) if "md5" in entry else {}
