@@ -42,18 +42,19 @@ def run(run: Run) -> None:
     device = accelerator(run.context, params.compute, params.seed, START)
     from pipelines.training.sample_tables import GreedySamples
     from posttrain.data.batches import EpochOrder
-    from posttrain.data.tokens import table_tokens
+    from posttrain.data.tokens import table_answers
     from posttrain.models.folders import load_encoder, load_policy
     from posttrain.models.policy import Policy
     from posttrain.training.sharding import shards
-    from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
+    from posttrain.training.supervised import Example, RowSource, SupervisedObjective
     from posttrain.training.trainer import Trainer
 
     run.recorder.ready(device_name(device.device))
     encoder = load_encoder(START)
     table = supervised_rows(read_table("sft"))
-    tokens = table_tokens(encoder, table, "completion", params.train_on)
-    rows = [Example(t, row.get(WEIGHT, 1.0)) for t, row in zip(tokens, table, strict=True)]
+    answers = table_answers(encoder, table, "completion", params.train_on)
+    rows = [[Example(t, row.get(WEIGHT, 1.0)) for t in own] for own, row in zip(answers, table, strict=True)]
+    tokens = [t for own in answers for t in own]
     order = EpochOrder(len(rows), params.batch_size, params.epochs, params.seed)
 
     def make(deferred: bool = False) -> TrainableModel[Policy]:
@@ -69,11 +70,14 @@ def run(run: Run) -> None:
         accelerator=device,
     )
     weighted = f", weighted by the column {WEIGHT}" if WEIGHT in table[0] else ""
-    announce(run.context, f"{order.steps} optimiser steps over {len(rows)} rows{weighted}, {params.epochs} epochs")
+    parted = f", {len(tokens)} answers each after its own prompt" if params.train_on == "each" else ""
+    announce(
+        run.context, f"{order.steps} optimiser steps over {len(rows)} rows{parted}{weighted}, {params.epochs} epochs"
+    )
     last = train(
         run,
         trainer,
-        EpochSource(rows, order),
+        RowSource(rows, order),
         SupervisedObjective("all" if params.train_on == "all" else "completion"),
         order.steps,
         ("loss", "entropy", "grad_norm"),

@@ -59,7 +59,7 @@ def run(run: Run) -> None:
     shown = [] if outcome.stops else samples(lengths.encoder, outcome.kept, SAMPLES, project.sft.train_on)
     changes = read_changes(FOLDER)
     for table in () if outcome.stops else TABLES:
-        counted = left_out(lengths.encoder, table, outcome.kept[table])
+        counted = left_out(lengths.encoder, table, outcome.kept[table], project.sft.train_on)
         counted |= other_form(table, outcome.kept[table], outcome.kept["sft"])
         counted |= without_template(lengths.encoder.tokenizer.chat_template, CHAT_TEMPLATE, table, outcome.kept[table])
         for what, count in counted.items():
@@ -92,7 +92,7 @@ class TokenLengths:
 
     Args:
         train_on: `sft.train_on`. A row for imitation that it cannot train is refused here, not hours later; the lengths of prompt and
-            completion are those of `completion` for every value.
+            completion are those of `completion`, and with `each` those of its longest sequence.
     """
 
     def __init__(self, encoder: TextEncoder, train_on: TrainOn = "completion") -> None:
@@ -103,8 +103,12 @@ class TokenLengths:
 
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         text = row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row)
+        imitated = column == "completion" and LABEL not in row and not row.get(EXPERT)
+        if imitated and self.train_on == "each":
+            answers = self.encoder.answers(*text)
+            return len(answers[0].prompt), max(map(len, answers)) - len(answers[0].prompt)
         tokens = self.encoder.tokens(*text)
-        if column == "completion" and LABEL not in row and not row.get(EXPERT) and self.train_on != "completion":
+        if imitated and self.train_on != "completion":
             self.encoder.tokens(*text, self.train_on)
         return len(tokens.prompt), len(tokens.response)
 

@@ -193,7 +193,7 @@ class SftParams(Section):
     seed: Seed
     epochs: Count
     batch_size: Count
-    train_on: Literal["completion", "last", "marked", "all"]
+    train_on: Literal["completion", "last", "each", "marked", "all"]
     samples_every: Count
     samples_shown: Count
     optimizer: OptimizerParams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ OTHER_PROMPT = (
     "answers that training shows after a different text than the prompt of sampling, because the chat template opens them differently, such"
     " as with <think>, or shows other parts of earlier turns"
 )
+HIDDEN = "earlier turns whose reasoning the chat template leaves out"
+EACH = ", so that they train without it; sft.train_on: each trains every answer with its reasoning"
+CONTROL = "turns whose text spells a token of the chat template, such as <|im_end|>, which is read as that token"
 NO_END = "answers that train no end, because the chat template closes them, before a further turn, with no token that stops sampling"
 
 
@@ -42,6 +45,9 @@ def trained_parts(
         return {"prompt": _parts(encoder, Tokens(tuple(encoder.prompt(row["prompt"] or "", tools, name)), ()))}
     if table != "sft" or row.get(EXPERT):
         train_on = "completion"
+    if train_on == "each":
+        answers = encoder.answers(row["prompt"] or "", row["completion"] or "", name, tools)
+        return {f"completion, answer {i} of {len(answers)}": _parts(encoder, t) for i, t in enumerate(answers, 1)}
     found = {
         column: encoder.tokens(row["prompt"] or "", row[column] or "", name, tools, train_on) for column in columns
     }
@@ -63,34 +69,49 @@ def _parts(encoder: TextEncoder, tokens: Tokens) -> list[Part]:
     return parts
 
 
-def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row]) -> Counter[str]:
+def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row], train_on: TrainOn = "completion") -> Counter[str]:
     """Return how often the chat template trains or shows something else than one may expect of a table's conversations.
 
-    It may leave out earlier reasoning or other fields of a turn, begin sampling with a different prompt, or close answers without an end.
+    It may leave out earlier reasoning or other fields of a turn, begin sampling with a different prompt, close answers without an end, or
+    read a turn's text as its own tokens.
     """
-    from posttrain.data.conversations import as_messages, hidden_reasoning
+    from posttrain.data.conversations import as_messages
     from posttrain.data.tokens import row_tools
+    from posttrain.data.turn_texts import hidden_reasoning
 
     counts: Counter[str] = Counter()
+    marks = encoder.template.control_tokens()
     for row in rows:
+        each = train_on == "each" and table == "sft" and not row.get(EXPERT)
         for column in [column for column in TEXT[table] if column != "prompt"] or [""]:
             prompt, answer = row["prompt"] or "", (row[column] or "") if column else ""
             if isinstance(prompt, str) and isinstance(answer, str):
                 continue
             messages = [*as_messages(prompt, "user"), *(as_messages(answer, "assistant") if column else ())]
+            messages = encoder.template.suited(messages, row_tools(row), not column)
             try:
                 text = encoder.template.render(messages, row_tools(row), generate=not column, row=str(row["id"]))
             except DataError:  # the rule chat_template has reported the row
                 continue
-            counts["earlier turns whose reasoning the chat template leaves out"] += len(
-                hidden_reasoning(text, messages)
-            )
+            counts[HIDDEN + EACH * (table == "sft")] += 0 if each else len(hidden_reasoning(text, messages))
             counts["turns whose `name` the chat template leaves out"] += sum(
                 str(turn["name"]) not in text for turn in messages if turn.get("name") and turn["role"] != "tool"
             )
+            counts[CONTROL] += sum(any(mark in str(turn.get("content")) for mark in marks) for turn in messages)
             counts += _fields(encoder, messages, text, row, generate=not column)
-            counts += _answers(encoder, row, column) if column else Counter()
+            for part in _trained(prompt, answer, each) if column else ():
+                counts += _answers(encoder, *part, row, each)
     return +counts
+
+
+def _trained(prompt: Any, answer: Any, each: bool) -> Iterator[tuple[Any, Any]]:
+    """Yield prompt and answer, or with `each` those of every trained answer."""
+    from posttrain.data.tokens import asked_and_answered
+
+    if not each:
+        yield prompt, answer
+        return
+    yield from ((asked, [answered]) for asked, answered in asked_and_answered(prompt, answer))
 
 
 def _fields(encoder: TextEncoder, messages: Sequence[Any], text: str, row: Row, generate: bool) -> Counter[str]:
@@ -108,16 +129,16 @@ def _fields(encoder: TextEncoder, messages: Sequence[Any], text: str, row: Row, 
     return found
 
 
-def _answers(encoder: TextEncoder, row: Row, column: str) -> Counter[str]:
+def _answers(encoder: TextEncoder, prompt: Any, answer: Any, row: Row, each: bool) -> Counter[str]:
     """Return how many trained answers of a row follow a different prompt than in sampling, or train no end."""
     from posttrain.data.conversations import as_messages
     from posttrain.data.tokens import row_tools
 
-    prompt, answer, tools = row["prompt"] or "", row[column] or "", row_tools(row)
+    tools, train_on = row_tools(row), "each" if each else "completion"
     asked, answered = as_messages(prompt, "user"), as_messages(answer, "assistant")
     messages = [*asked, *answered]
     try:
-        text, spans = encoder.template.spans(asked, answered, tools, row=str(row["id"]))
+        text, spans = encoder.template.spans(asked, answered, tools, train_on, str(row["id"]))
         several = any(span.turn < len(messages) - 1 for span in spans)
         tokens = encoder.tokens(prompt, answer, str(row["id"]), tools) if several else None
     except DataError:  # the rule chat_template has reported the row

@@ -41,7 +41,7 @@ def weighted_ids(
     """Return the ids of the whole text and the weight of each, 0 outside the spans.
 
     Sampling stops at the first of `ends`, so nothing after a turn's first end is trained. An end that the template writes right after
-    a span closes it. A last turn without an end gets `ends[0]`. Raises DataError if an end stands before a turn's own text.
+    a span closes it. A last turn without an end gets `ends[0]`. Raises DataError if an end is before a turn's own text, or within it.
     """
     ids, starts = _located(tokenizer, text, spans)
     weights = [0.0] * len(ids)
@@ -56,6 +56,8 @@ def weighted_ids(
             )
         end = _end(tokenizer, ids, starts, inside, span, ends)
         if end is not None:
+            _require_whole(tokenizer, ids, starts, span, end, row)
+        if end is not None:
             for i in inside:
                 weights[i] = span.weight if i <= end else 0.0
             weights[end] = span.weight
@@ -63,6 +65,20 @@ def weighted_ids(
             ids, weights = ids[: inside[-1] + 1] if inside else ids, weights[: inside[-1] + 1] if inside else weights
             return [*ids, ends[0]], [*weights, span.weight]
     return ids, weights
+
+
+def _require_whole(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], starts: Sequence[int], span: Span, end: int, row: str
+) -> None:
+    """Raise DataError if a turn's own text goes on after an end that it spells: nothing after that would be trained."""
+    if span.said is None or starts[end] >= span.said[1]:
+        return
+    rest = [ids[i] for i in range(end + 1, len(ids)) if starts[i] < span.said[1]]
+    if str(tokenizer.decode(rest)).strip():
+        raise DataError(
+            f"{row_name(row)}: the text of turn {span.turn} (assistant) contains {tokenizer.decode([ids[end]])!r}, the model's own end of"
+            " an answer, so the model would stop there and never learn the rest. Write this token in another way, or remove the row."
+        )
 
 
 def _end(

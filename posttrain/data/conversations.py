@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,26 +23,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.data.call_spellings import shows_calls, spellings
 from posttrain.data.limits import bounded
 from posttrain.data.stand_ins import LeftOut, form, last_change, left_out, shared, turn_part
-from posttrain.data.template_errors import not_shown, refusal, require_tools, uncertain
+from posttrain.data.template_errors import changed_letters, not_shown, refusal, require_tools, uncertain
+from posttrain.data.turn_texts import Shown, after_reasoning, hidden_reasoning, place_of
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
-TrainOn = Literal["completion", "last", "marked", "all"]
+TrainOn = Literal["completion", "last", "each", "marked", "all"]
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE = datetime(2024, 7, 26)
 """The date for a template that prints today's date: the same rows must give the same tokens on any day."""
-_CLOSED = re.compile(r"</\w+>|\[/\w+\]|<\|\w+\|>")
-"""The end of reasoning, which templates may cut off."""
-_TAGS = re.compile(r"</?\w+>|\[/?\w+\]|<\|\w+\|>")
 _PROBES = (("posttrain-question", "posttrain-answer"), ("WXYZVKUJ", "HJKQLMGP"), ("172839", "584736"), ("何故雲", "其理風"))  # fmt: skip
 """Questions and answers by which a template's closings are found: a template may alter some letters, and shows others."""
 _MOST_FORMS = 4096
 PROBE = "?"
 """The name of that conversation where messages name a row."""
-_OTHER_FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,8 @@ class Closings:
     """Before and including a user's next turn; None if the template refuses such a conversation."""
     opening: str = ""
     """How it opens a user's turn."""
+    shown: str = ""
+    """The probe as the template shows it."""
 
     @property
     def is_footer(self) -> bool:
@@ -81,9 +79,16 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._probed: tuple[str, str] | None = None
+        self._probed: tuple[str, Closings] | None = None
         self._forms: set[tuple[Any, ...]] = set()
         """Forms of conversations that the template shows whole."""
+
+    def control_tokens(self) -> list[str]:
+        """Return the special tokens that the template writes around turns; none without a template that shows a question and its answer."""
+        if not self.tokenizer.chat_template or not (found := self._probe()).shown:
+            return []
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return sorted(token for token in special if token in found.shown)
 
     def closings(self) -> Closings | None:
         """Return the texts that the template writes after an answer, None if it refuses a question and its answer, or alters every text.
@@ -93,23 +98,24 @@ class ChatTemplate:
         for asked, answered in _PROBES:
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
             try:
-                _, found, last = self.render(turns, row=PROBE).rpartition(answered)
+                shown = self.render(turns, row=PROBE)
             except DataError:  # rows of such turns are refused by name when they are read
                 return None
-            if found:
-                return self._closings(turns, last)
+            if answered in shown:
+                return self._closings(turns, shown)
         return None
 
-    def _closings(self, turns: Sequence[Message], last: str) -> Closings:
+    def _closings(self, turns: Sequence[Message], shown: str) -> Closings:
         """Return the closings of a question and an answer that the template shows as they are."""
         asked, answered = (str(turn["content"]) for turn in turns)
+        last = shown.rpartition(answered)[2]
         longer = self._try([*turns, turns[0]], None)
         if longer is None or longer.count(asked) != 2 or longer.count(answered) != 1:
-            return Closings(last)
+            return Closings(last, shown=shown)
         head, (_, _, after) = longer.partition(asked)[0], longer.partition(answered)
         between = after.rpartition(asked)[0]
         shared = len(path.commonprefix([head[::-1], between[::-1]]))  # noqa: RUF071
-        return Closings(last, after, between[len(between) - shared :])
+        return Closings(last, after, between[len(between) - shared :], shown)
 
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
@@ -146,33 +152,40 @@ class ChatTemplate:
         return self.closings() is None
 
     def conversation(
-        self, messages: Sequence[Message], tools: list[Any] | None = None, generate: bool = False, row: str = ""
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        generate: bool = False,
+        row: str = "",
+        earlier: bool = True,
     ) -> str:
         """Return the text of a conversation, which contains every turn's own text, and the names of its tools and calls.
 
-        Raises DataError if the template leaves out or refuses a turn, a tool or a call.
+        Args:
+            earlier: False if parts of answers before the last turn may be missing, as templates show history.
+
+        Raises:
+            DataError: the template leaves out or refuses a turn, a tool or a call.
         """
-        messages = self._suited(messages, tools, generate)
+        messages = self.suited(messages, tools, generate)
         text = self.render(messages, tools, generate, row)
         require_tools(text, messages, tools, row_name(row))
-        self.require_shown(messages, tools, row)
-        shown, as_written = _plain(text), " ".join(text.split())
+        self.require_shown(messages, tools, row, earlier)
+        shown = Shown(text)
         for i, message in enumerate(messages):
             content = message.get("content")
+            if not earlier and _is_history(messages, i):
+                continue
             if not isinstance(content, str) or message.get("role") == "tool" or message.get("tool_calls"):
                 continue
-            end = _after_reasoning(content)
-            spellings = (end, json.dumps(end)[1:-1], json.dumps(end, ensure_ascii=False)[1:-1])
-            if not any(_plain(one) in shown for one in spellings):
+            end = after_reasoning(content)
+            if not shown.has(end):
                 raise not_shown(messages, LeftOut(i), row_name(row))
-            if not any(" ".join(one.split()) in as_written for one in spellings):
-                raise DataError(
-                    f"{row_name(row)}: the model's chat template changes the letters of turn {i} ({message.get('role')}), as its filters"
-                    f" upper and lower do: {_shorter(end)} is not in what it shows. The model would learn another text than the row's; take"
-                    " a model with another template, or correct the template."
-                )
+            if not shown.has_as_written(end):
+                raise changed_letters(i, message, end, row_name(row))
         asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
         hidden = [turn for turn in hidden_reasoning(text, messages) if turn > asked]
+        hidden = [turn for turn in hidden if earlier or not _is_history(messages, turn)]
         if hidden:
             raise DataError(
                 f"{row_name(row)}: the model's chat template leaves out the reasoning of turn {hidden[0]} (assistant), so the model would"
@@ -181,9 +194,7 @@ class ChatTemplate:
             )
         return text
 
-    def _suited(
-        self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False
-    ) -> Sequence[Message]:
+    def suited(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False) -> Sequence[Message]:
         """Return the conversation with its tool calls spelt so that the template shows them, as it is if no spelling helps."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -193,13 +204,16 @@ class ChatTemplate:
                 return spelt
         return messages
 
-    def require_shown(self, messages: Sequence[Message], tools: list[Any] | None, row: str = "") -> None:
-        """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are."""
-        shape = (str(self.tokenizer.chat_template), tools is None, form(messages))
+    def require_shown(
+        self, messages: Sequence[Message], tools: list[Any] | None, row: str = "", earlier: bool = True
+    ) -> None:
+        """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are; `earlier` as above."""
+        shape = (str(self.tokenizer.chat_template), tools is None, earlier, form(messages))
         if shape in self._forms:
             return
         for part in left_out(messages, lambda some: self._try(some, tools)):
-            raise not_shown(messages, part, row_name(row))
+            if earlier or not _is_history(messages, part.turn):
+                raise not_shown(messages, part, row_name(row))
         if len(self._forms) < _MOST_FORMS:
             self._forms.add(shape)
 
@@ -213,14 +227,16 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """Return the rendered conversation and the trained spans: assistant turns of the completion whose weight is not 0.
 
+        With `each` it is the last turn, and earlier answers may lack parts that the template leaves out of history.
+
         Raises DataError if a span cannot be found exactly, or if a turn has a weight that `all` would not heed.
         """
-        messages, first = self._suited([*prompt, *completion], tools), len(prompt)
+        messages, first = self.suited([*prompt, *completion], tools), len(prompt)
         if train_on == "all":
             _require_even_weights(messages, row)
-        full = self.conversation(messages, tools, row=row)
+        full = self.conversation(messages, tools, row=row, earlier=train_on != "each")
         turns = [i for i in range(first, len(messages)) if messages[i].get("role") == "assistant"]
-        if train_on == "last":
+        if train_on in ("last", "each"):
             turns = turns[-1:]
         if train_on == "marked":
             return full, self._marked(messages, turns, tools, row)
@@ -232,13 +248,13 @@ class ChatTemplate:
                 if span is None and has_marks(str(self.tokenizer.chat_template)):
                     return full, self._marked(messages, turns, tools, row)
                 if span is None:
-                    raise uncertain(turn, turn < turns[-1], row_name(row))
+                    raise uncertain(turn, turn < len(messages) - 1, row_name(row))
                 found.append(Span(*span, weight, turn, self._said(messages[turn], full, *span)))
         return full, found
 
     def is_asked(self, messages: Sequence[Message], span: Span, text: str, tools: list[Any] | None) -> bool:
         """Return True if the text before a trained span is the prompt by which sampling asks for the turn."""
-        asked = self._try(messages[: span.turn], tools, generate=True)
+        asked = self._try(self.suited(messages, tools)[: span.turn], tools, generate=True)
         return asked is None or asked == text[: span.start]
 
     def _by_prefix(
@@ -284,23 +300,32 @@ class ChatTemplate:
         place = (
             full.rfind(opening, len(history), content) if opening and not full.startswith(opening, len(history)) else -1
         )
-        return place + len(opening) if place >= 0 else max(len(history), min(shared(asked, full), content))
+        if place >= 0:
+            return place + len(opening)
+        same = shared(asked, full)
+        return max(len(history), self._token_start(full, same) if same < content else content)
+
+    def _token_start(self, text: str, place: int) -> int:
+        """Return the place, or the beginning of the token that lies across it, such as a special token whose first letter is shared."""
+        if not self.tokenizer.is_fast:
+            return place
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return next((start for start, stop in offsets if start < place < stop), place)
 
     def _said(self, message: Message, full: str, start: int, stop: int) -> tuple[int, int] | None:
         """Return the characters of a turn's own text within its span, None if it is not there as it is written."""
         content = message.get("content")
-        text = _after_reasoning(content).strip() if isinstance(content, str) and not message.get("tool_calls") else ""
-        closing = self._closing()
+        if not isinstance(content, str) or message.get("tool_calls"):
+            return None
+        closing = self._probe().last
         last = stop - len(closing) if closing and full.endswith(closing, start, stop) else stop
-        place = full.rfind(text, start, last) if text else -1
-        return (place, place + len(text)) if place >= 0 else None
+        return place_of(content, full, start, last)
 
-    def _closing(self) -> str:
-        """Return the text that the template writes after a last answer; its probe is rendered once."""
+    def _probe(self) -> Closings:
+        """Return the closings of a question and its answer, which are rendered once."""
         template = str(self.tokenizer.chat_template)
         if self._probed is None or self._probed[0] != template:
-            found = self.closings()
-            self._probed = (template, found.last if found else "")
+            self._probed = (template, self.closings() or Closings(""))
         return self._probed[1]
 
     def _try(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool = False) -> str | None:
@@ -333,6 +358,11 @@ class ChatTemplate:
         return [Span(mark[0], mark[1], weights[i], i) for i, mark in zip(every, marks, strict=True) if weights.get(i)]
 
 
+def _is_history(messages: Sequence[Message], turn: int) -> bool:
+    """Return True for an answer before the last turn."""
+    return messages[turn].get("role") == "assistant" and turn < len(messages) - 1
+
+
 def _require_even_weights(messages: Sequence[Message], row: str) -> None:
     """Raise DataError if a turn has another weight than 1: a conversation of which all is trained has no such turns."""
     for i, message in enumerate(messages):
@@ -341,23 +371,6 @@ def _require_even_weights(messages: Sequence[Message], row: str) -> None:
                 f"{row_name(row)}: turn {i} ({message.get('role')}) has the weight {float(message['weight']):g}, and sft.train_on: all"
                 " trains every turn alike; set train_on: completion, or remove the weights of turns"
             )
-
-
-def hidden_reasoning(text: str, messages: Sequence[Message]) -> list[int]:
-    """Return the assistant turns whose reasoning, in its own field or in tags, the rendered text lacks.
-
-    Many templates leave it out of earlier turns on purpose.
-    """
-    shown = _plain(text)
-    found = []
-    for i, message in enumerate(messages):
-        fields = [message.get(name) for name in _OTHER_FIELDS[1:]]
-        content = message.get("content")
-        inline = content[: len(content) - len(_after_reasoning(content))] if isinstance(content, str) else ""
-        parts = [*(part for part in fields if isinstance(part, str)), *_TAGS.split(inline)]
-        if message.get("role") == "assistant" and any(_plain(part) not in shown for part in parts):
-            found.append(i)
-    return found
 
 
 def has_marks(template: str) -> bool:
@@ -377,22 +390,6 @@ def _fix_date(template: Any) -> None:
     for text in template.values() if isinstance(template, dict) else (template,):
         if isinstance(text, str) and "strftime_now" in text:
             _compile_jinja_template(text).environment.globals["strftime_now"] = DATE.strftime
-
-
-def _after_reasoning(content: str) -> str:
-    """Return the part of a turn that every template shows."""
-    last = _CLOSED.split(content)[-1]
-    return last if last.strip() else content
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
-def _shorter(text: str) -> str:
-    """Return a text as one short line."""
-    line = repr(" ".join(text.split()))
-    return line if len(line) <= 60 else line[:57] + "…" + line[0]
 
 
 def row_name(row: str) -> str:

@@ -49,16 +49,16 @@ def turn_part(
     """
     message = messages[turn]
     calls, content = message.get("tool_calls"), message.get("content")
-    text = content if isinstance(content, str) and content.strip() else None
+    text = content if isinstance(content, str) and (content.strip() or not calls) else None
     if text is None and not calls:
         return None
     begun = _begun(messages, turn, full, render, _with_text if text is not None else _with_name)
     ended = _ended(messages, turn, full, render, _with_argument if calls else _with_text, specials)
-    if begun is None or ended is None or begun >= ended[0]:
+    if begun is None or ended is None or begun > ended[0] or (begun == ended[0] and (calls or (text or "").strip())):
         return None
     part = full[begun : ended[0]].strip()
     # without its reasoning, perhaps
-    if text is not None and not calls and not (part and text.strip().endswith(part)):
+    if text is not None and not calls and not (text.strip().endswith(part) and bool(part) == bool(text.strip())):
         return None
     return begun, ended[1]
 

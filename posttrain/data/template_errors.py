@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.stand_ins import LeftOut
+from posttrain.data.turn_texts import shorter
 from posttrain.errors import DataError, ModelError, PosttrainError
 
 Message = Mapping[str, Any]
@@ -69,15 +70,26 @@ def not_shown(messages: Sequence[Message], part: LeftOut, row: str) -> DataError
         )
         if turn.get("tool_calls"):
             advice = "Remove the text that comes with the call, or take a model whose template shows both."
+    if turn.get("role") == "assistant" and part.turn < len(messages) - 1:
+        advice += " If the template shows it in a last answer, sft.train_on: each trains it there."
     return DataError(f"{row}: the model's chat template leaves out {name}, so the model would never see it. {advice}")
 
 
+def changed_letters(turn: int, message: Message, text: str, row: str) -> DataError:
+    """Return the error of a template that shows a turn in other letters."""
+    return DataError(
+        f"{row}: the model's chat template changes the letters of turn {turn} ({message.get('role')}), as its filters upper and lower do:"
+        f" {shorter(text)} is not in what it shows. The model would learn another text than the row's; take a model with another"
+        " template, or correct the template."
+    )
+
+
 def uncertain(turn: int, earlier: bool, row: str) -> DataError:
-    """Return the error of a turn whose tokens cannot be separated from those around it; `earlier`: a further turn is trained, too."""
-    last = "In sft, train only the last turn (sft.train_on: last), or use" if earlier else "Use"
+    """Return the error of a turn whose tokens cannot be separated from those around it; `earlier`: further turns follow."""
+    apart = "In sft, train each answer after its own prompt (sft.train_on: each), or use" if earlier else "Use"
     return DataError(
         f"{row}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so training could learn other turns'"
-        f" text. {last} a template with {{% generation %}} marks, or remove the row."
+        f" text. {apart} a template with {{% generation %}} marks, or remove the row."
     )
 
 

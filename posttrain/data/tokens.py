@@ -98,7 +98,10 @@ class TextEncoder:
         train_on: TrainOn = "completion",
     ) -> Tokens:
         """Return the ids of both. Raises DataError if they do not fit the model's context; `row` is for messages."""
-        tokens = self.tokens(prompt, completion, row, tools, train_on)
+        return self.fitting(self.tokens(prompt, completion, row, tools, train_on), row)
+
+    def fitting(self, tokens: Tokens, row: str = "") -> Tokens:
+        """Return the tokens as they are. Raises DataError if they have no prompt or do not fit the model's context."""
         where = f"row {row}" if row else "a row"
         if not tokens.prompt:
             raise DataError(
@@ -157,6 +160,16 @@ class TextEncoder:
                 " model with another template."
             )
 
+    def answers(self, prompt: Text, completion: Text, row: str = "", tools: list[Any] | None = None) -> list[Tokens]:
+        """Return each trained answer of a conversation with its own prompt: the turns before it, as the template shows them there.
+
+        They have any length. So a template that shows reasoning only in a last answer shows that of every answer.
+        """
+        parts = asked_and_answered(prompt, completion)
+        if not parts:
+            return [self.tokens(prompt, completion, row, tools)]
+        return [self.tokens(asked, [answered], row, tools, "each") for asked, answered in parts]
+
     def unknown_share(self, texts: Sequence[Text]) -> float:
         """Return the share of the texts' tokens that are the tokenizer's unknown token; 0 if it has none."""
         unknown = self.tokenizer.unk_token_id
@@ -180,6 +193,39 @@ def table_tokens(
     return [
         encoder.pair(row["prompt"], row[completion], str(row.get("id", i)), row_tools(row), train_on)
         for i, row in enumerate(rows)
+    ]
+
+
+def table_answers(
+    encoder: TextEncoder, rows: Sequence[dict[str, Any]], completion: str, train_on: TrainOn = "completion"
+) -> list[list[Tokens]]:
+    """Return the sequences of every row: one, or with `each` one for every trained answer of a conversation."""
+    if train_on != "each":
+        return [[tokens] for tokens in table_tokens(encoder, rows, completion, train_on)]
+    found = []
+    for i, row in enumerate(rows):
+        name = str(row.get("id", i))
+        answers = encoder.answers(row["prompt"], row[completion], name, row_tools(row))
+        found.append([encoder.fitting(tokens, name) for tokens in answers])
+    return found
+
+
+def asked_and_answered(prompt: Text, completion: Text) -> list[tuple[list[Any], Any]]:
+    """Return each assistant turn of the completion that has a weight, with the turns before it; none for plain text.
+
+    Example:
+        >>> turns = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "+1"}, {"role": "assistant", "content": "3"}]
+        >>> [(len(asked), answered["content"]) for asked, answered in asked_and_answered("1+1", turns)]
+        [(1, '2'), (3, '3')]
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return []
+    asked = as_messages(prompt, "user")
+    messages = [*asked, *as_messages(completion, "assistant")]
+    return [
+        (messages[:i], messages[i])
+        for i in range(len(asked), len(messages))
+        if messages[i].get("role") == "assistant" and float(messages[i].get("weight", 1.0))
     ]
 
 

@@ -44,6 +44,13 @@ class EpochSource(Generic[Row]):
         """Do nothing: the order is a pure function of seed and step."""
 
 
+class RowSource(EpochSource[Sequence[Row]], Generic[Row]):
+    """As EpochSource, of rows that are several examples: a batch has all examples of its rows."""
+
+    def next(self, step: int) -> StepData[Any]:
+        return StepData([[example for i in self.order.indices(step) for example in self.rows[i]]])
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and the response to imitate.

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.alignment import continuation_ids
 from posttrain.data.batches import collate
-from posttrain.data.conversations import hidden_reasoning
 from posttrain.data.tokens import TextEncoder, Tokens, table_tokens
+from posttrain.data.turn_texts import hidden_reasoning
 from posttrain.errors import DataError, ModelError
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.training.supervised import Example, SupervisedObjective

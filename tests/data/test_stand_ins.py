@@ -162,7 +162,7 @@ def test_turns_that_only_a_last_one_closes_otherwise_leave_the_last_one_to_train
     template = PLAIN.replace(CALLS, "{{ '<|im_end|>' if loop.last else '<|end|>' }}{% endfor %}")
     enc, completion = encoder(template), [said("Wet"), *turns("Sure?"), said("Rain")]
     with pytest.raises(
-        DataError, match=r"row 5: .*tokens of turn 1 .*train only the last turn \(sft\.train_on: last\)"
+        DataError, match=r"row 5: .*tokens of turn 1 .*train each answer after its own prompt \(sft\.train_on: each\)"
     ):
         enc.pair(turns("Weather?"), completion, "5")
     assert trained(enc, enc.pair(turns("Weather?"), completion, "5", train_on="last")) == ["Rain<|im_end|>"]

@@ -7,7 +7,7 @@ import pytest
 from pipelines.data.tables import Row
 from pipelines.validate import TokenLengths
 from pipelines.validation.check import ValidationOutcome
-from pipelines.validation.masks import left_out, samples, trained_parts
+from pipelines.validation.masks import EACH, HIDDEN, left_out, samples, trained_parts
 from pipelines.validation.report import page
 from pipelines.validation.view import TEMPLATE, content_view
 from posttrain.data.conversations import TrainOn
@@ -92,7 +92,7 @@ def test_what_the_template_leaves_out_of_earlier_turns_is_counted() -> None:
     row = {"id": 0, "prompt": turns[:1], "completion": turns[1:]}
     found = left_out(encoder, "sft", [row, row, {"id": 1, "prompt": "a", "completion": "b"}])
     assert found == {
-        "earlier turns whose reasoning the chat template leaves out": 2,
+        HIDDEN + EACH: 2,
         "turns whose `name` the chat template leaves out": 2,
     }
     assert left_out(encoder, "problems", [{"id": 0, "prompt": turns[2:3], "answer": "1"}]) == {}
