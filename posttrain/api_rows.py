@@ -103,6 +103,16 @@ def supervised_rows(rows: Any, name: str = "rows", weighs: bool = True) -> list[
     return found
 
 
+def _refuse_mixed(rows: Sequence[Row]) -> None:
+    """Raise DataError if labelled rows are plain text and chat messages: KTO measures its KL on answers to other rows' prompts."""
+    kinds = {isinstance(row["prompt"], str) and isinstance(row["completion"], str): i for i, row in enumerate(rows)}
+    if len(kinds) == 2:
+        raise DataError(
+            f"rows: row {kinds[True]} is plain text and row {kinds[False]} has chat messages, and KTO measures its KL on answers to other"
+            " rows' prompts. Make all rows one of the two, such as [{'role': 'user', 'content': …}] for a plain prompt"
+        )
+
+
 def _refuse_bad_answers(rows: Sequence[Row], name: str) -> None:
     """Raise DataError if the rows have labels, true or false, and one is false: imitation would learn the bad answer."""
     labels = {i: row["label"] for i, row in enumerate(rows) if row.get("label") is not None}
@@ -124,6 +134,7 @@ def labelled_rows(rows: Any) -> list[Row]:
         _check_training(row, f"rows, row {i}")
         row |= _said_once(row, ("completion",), f"rows, row {i}")
         row["label"] = thumb(row["label"], f"rows, row {i}: label")
+    _refuse_mixed(found)
     refuse_repeated_texts(found, ("completion",), "rows")
     return found
 

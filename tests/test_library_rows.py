@@ -158,3 +158,10 @@ def test_arguments_of_sampling_are_refused_where_nothing_is_sampled(
 ) -> None:
     with pytest.raises(ConfigError, match=f"train: .*{next(iter(given))}.* no effect here: only on-policy algorithms"):
         train(model, algorithm, rows, **given)
+
+
+def test_plain_and_chat_rows_of_kto_are_not_mixed(model: pt.Model) -> None:
+    plain = {"prompt": "c", "completion": "b", "label": True}
+    chat = {"prompt": ASKED, "completion": [says("b")], "label": False}
+    with pytest.raises(DataError, match="rows: row 0 is plain text and row 1 has chat messages"):
+        train(model, "kto", [plain, chat])

@@ -124,3 +124,25 @@ def test_a_teacher_stays_trainable() -> None:
         model, "distill", ["a"], teacher=teacher, steps=1, learning_rate=0.01, batch_size=1, samples=2, max_new_tokens=2
     )
     assert all(weight.requires_grad for weight in teacher.lm.parameters())
+
+
+def test_a_reward_that_changes_torch_for_the_process_changes_no_number(
+    expected: tuple[float, float, list[str]],
+) -> None:
+    """Before, a function that leaves gradients off ended training in an exception of torch."""
+
+    def careless(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        return lengths(prompts, completions)
+
+    threads, model = torch.get_num_threads(), pt.tiny(seed=0, **SMALL)
+    settings = {"steps": 2, "learning_rate": 0.01, "batch_size": 2}
+    pt.train(model, "sft", ROWS, **settings)
+    history = pt.train(model, "grpo", ["a", "b"], reward=careless, samples=2, max_new_tokens=4, **settings)
+    assert history[-1]["loss"] == expected[1]
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, torch.float32)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_device() == torch.device("cpu")

@@ -88,7 +88,7 @@ def _unread_files(params: Params) -> Iterator[str]:
             continue
         if left:
             yield (
-                f"note: data.{kind} reads only files of the split {source.split!r} (data.{kind}.split); not read: {', '.join(left)}."
+                f"note: data.{kind} reads only files of the split {source.wanted_split!r} (data.{kind}.split); not read: {', '.join(left)}."
             )
 
 

@@ -86,7 +86,9 @@ class TableSource(Section):
     """The system message of every row that has none; plain prompts become a user's turn."""
     template: str | None = None
     """Text of a user's turn, with {prompt} for the prompt: plain rows become conversations, e.g. "{prompt}"."""
-    split: str = "train"
+    split: str | None = None
+    """Split of a hub data set, and of files whose names say their split, in a folder or of a pattern. Without it train; a pattern that
+    matches files of several splits needs it."""
     heldout: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -96,6 +98,11 @@ class TableSource(Section):
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError(f"template {self.template!r} must contain {{prompt}}, else every row would ask the same")
         return self
+
+    @property
+    def wanted_split(self) -> str:
+        """Return the split that is read."""
+        return "train" if self.split is None else self.split
 
     @property
     def names(self) -> list[str]:

@@ -172,16 +172,23 @@ def preferred_pairs(
 def _vote(value: Any, preferred: PreferredAnswer, where: str) -> str | None:
     """Return the label of the winner, "" for a tie, or None if there is no label."""
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bool) and label.lower() in {*preferred.answers, *preferred.ties}:
+        label = label.lower()  # as JSON and YAML write it
     if label in preferred.answers:
         return label
     if label in preferred.ties:
         return ""
     if value is None or value != value:  # NaN: how tables write a missing value
         return None
-    raise DataError(
-        f"{where} is {label!r}, which is none of data.preferences.preferred.answers ({', '.join(preferred.answers)}); if it is a"
-        f" tie, add it: ties: [{label!r}]"
+    place = (
+        f"{where} is {label!r}, which is none of data.preferences.preferred.answers ({', '.join(preferred.answers)})"
     )
+    alike = next((known for known in preferred.answers if known.strip().lower() == label.strip().lower()), None)
+    if alike is not None:
+        raise DataError(
+            f"{place}; if it means {alike!r}, spell all labels of the column in one way, and answers as the column does"
+        )
+    raise DataError(f"{place}; if it is a tie, add it: ties: [{label!r}]")
 
 
 def liked_records(records: Sequence[Record], up: Sequence[bool], where: str, changes: Changes) -> list[Record]:

@@ -20,7 +20,7 @@ from pipelines.data.file_columns import require_alike
 from pipelines.data.files import READERS, Record, is_readable, read_file
 from pipelines.data.pairs import Changes
 from pipelines.data.parquet import table_records
-from pipelines.data.splits import folder_files, refuse_twice, unread_files
+from pipelines.data.splits import folder_files, pattern_files, refuse_twice, unread_files
 from pipelines.data.tables import SCORES, TEXT, Row
 from posttrain.environments.base import built_in, checked_rows, environment, is_environment
 from posttrain.errors import ConfigError, DataError
@@ -108,16 +108,21 @@ def configured_rows(kind: Sourced, data: DataParams, changes: Changes | None) ->
     if source.graded and kind != "preferences":
         raise ConfigError(f"data.{kind}.graded: only data.preferences makes pairs out of graded answers; remove it")
     if changes is not None and (left := unread(source)):
-        changes[f"files of other splits than {source.split!r}, not read: {', '.join(left)}"] += len(left)
+        changes[f"files of other splits than {source.wanted_split!r}, not read: {', '.join(left)}"] += len(left)
     return canonical_rows(kind, source, _records(kind, source), changes, consume=True)
 
 
 def unread(source: TableSource) -> list[str]:
-    """Return the data files in the folders that a source names which are not of its split, and so are not read."""
-    folders = [
-        Path(name) for name in source.names if not name.startswith(HUB) and _exists(name) and Path(name).is_dir()
-    ]
-    return [path.as_posix() for folder in folders for path in unread_files(folder, source.split)]
+    """Return the data files of folders and patterns that a source names which are not of its split, and so are not read."""
+    left: list[Path] = []
+    for name in source.names:
+        if name.startswith(HUB) or is_generator(name):
+            continue
+        if _exists(name):
+            left += unread_files(Path(name), source.wanted_split) if Path(name).is_dir() else []
+        elif _is_pattern(name):
+            left += sorted({*_matches(name)} - {*_files_of(name, source)})
+    return [path.as_posix() for path in left]
 
 
 def is_generator(name: str | list[str]) -> bool:
@@ -148,27 +153,37 @@ def local_files(source: TableSource) -> list[Path]:
 
     A name is a file, a folder of files, or a pattern with `*` or `?`. Raises DataError if one names no file, or if a file is named twice.
     """
-    files = [path for name in source.names for path in _files_of(name, source.split)]
+    files = [path for name in source.names for path in _files_of(name, source)]
     refuse_twice(files)
     return files
 
 
-def _files_of(name: str, split: str) -> list[Path]:
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?")
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Return the files that a pattern matches, in order. Raises DataError if there are none."""
+    path = Path(pattern)
+    found = sorted(p for p in path.parent.glob(path.name) if p.is_file())
+    if not found:
+        raise DataError(f"{pattern}: no file matches this pattern. Patterns are paths from the project's root.")
+    return found
+
+
+def _files_of(name: str, source: TableSource) -> list[Path]:
     if name.startswith(HUB) or is_generator(name):
         return []
     path = Path(name)
     try:
         if path.is_dir():
-            return folder_files(path, split)
+            return folder_files(path, source.wanted_split)
     except OSError as error:
         raise DataError(
             f"{name}: cannot be read ({error.strerror}); name a folder of this project that can be read"
         ) from None
-    if any(sign in name for sign in "*?"):
-        found = sorted(p for p in path.parent.glob(path.name) if p.is_file())
-        if not found:
-            raise DataError(f"{name}: no file matches this pattern. Patterns are paths from the project's root.")
-        return found
+    if _is_pattern(name):
+        return pattern_files(name, _matches(name), source.split)
     return [path] if is_readable(path) else []
 
 
@@ -203,7 +218,7 @@ def _several(kind: Sourced, name: str) -> ConfigError:
 def require_effect(kind: Sourced, source: TableSource) -> None:
     """Raise ConfigError for a setting of files that a generator would ignore, and for a missing number of rows."""
     given = [field for field in ("columns", "extract", "graded", "preferred") if getattr(source, field) is not None]
-    given += ["split"] if source.split != TableSource.model_fields["split"].default else []
+    given += ["split"] if source.split not in (None, "train") else []
     if given:
         raise ConfigError(f"data.{kind}.{given[0]}: has no effect on the generator {source.source!r}. Remove it.")
     if source.rows is None:
@@ -242,11 +257,11 @@ def _records(kind: Sourced, source: TableSource) -> list[Record]:
     local_files(source)
     for name in source.names:
         if name.startswith(HUB):
-            parts.append((name, _hub(kind, name, source.split)))
+            parts.append((name, _hub(kind, name, source.wanted_split)))
             continue
         if is_generator(name):
             raise _several(kind, name)
-        files = _files_of(name, source.split)
+        files = _files_of(name, source)
         if not files:
             raise ConfigError(f"data.{kind}.source = {name!r}: {no_source(name)}")
         parts += [(str(path), read_file(path)) for path in files]

@@ -53,6 +53,29 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def pattern_files(pattern: str, files: Sequence[Path], split: str | None) -> list[Path]:
+    """Return the files of a pattern that are of `split`; without one, all of them if their names say no split, or the same.
+
+    Raises DataError if they are of several splits and `split` is None, or if none is of the split.
+    """
+    named = {path: _splits(path.relative_to(Path(pattern).parent)) for path in files}
+    there = sorted(set[str]().union(*named.values()))
+    if split is None and len({*named.values()}) > 1:
+        listed = "; ".join(f"{path.name}: {', '.join(sorted(words)) or 'none'}" for path, words in [*named.items()][:4])
+        raise DataError(
+            f"{pattern}: its files are of several splits by their names ({listed}), so held-out rows could be trained. Set data.*.split"
+            f" to one of: {', '.join(there)}; or write a narrower pattern."
+        )
+    if split is None or not there:
+        return list(files)
+    chosen = [path for path in files if split.lower() in named[path]]
+    if not chosen:
+        raise DataError(
+            f"{pattern}: no file of the split {split!r}; set data.*.split to one of: {', '.join(there)}, or remove it"
+        )
+    return chosen
+
+
 def unread_files(folder: Path, split: str) -> list[Path]:
     """Return the data files of a folder that belong to other splits, or to none."""
     return sorted({*_data_files(folder)} - {*folder_files(folder, split)})

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol
 
+import torch
 from tqdm import tqdm
 
 from posttrain.data.tokens import TextEncoder, Tokens
@@ -48,6 +50,22 @@ class RewardBatch:
     tokens: list[Tokens]
     columns: dict[str, list[Any]]
     ids: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def _usual_settings() -> Iterator[None]:
+    """Undo what a reward function changes in torch for the whole process, such as gradients that are off, or the number of threads."""
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 class RewardSource(Protocol):
@@ -90,7 +108,8 @@ class FunctionReward:
         count = len(answers.completions)
         kind = "failed"
         try:
-            result = self.call(answers.prompts, answers.completions, answers.columns, self.arguments)
+            with _usual_settings():
+                result = self.call(answers.prompts, answers.completions, answers.columns, self.arguments)
         except RewardError as error:
             kind = "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
             result = CallResult([None] * count, dict.fromkeys(range(count), str(error)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.config.data_schema import PreferredAnswer
 from pipelines.data.tables import read_rows, write_rows
 from posttrain.errors import ConfigError, DataError
 from tests.pipelines.data.records import rows, says, user
@@ -111,3 +112,20 @@ def test_a_turn_with_two_texts_or_roles_is_refused(turn: dict[str, Any], words: 
     for name, more in (("messages", {}), ("conversations", {"system": "S"})):
         with pytest.raises(DataError, match=f"row 0, {words}"):
             rows("sft", {name: [{"role": "user", "content": "q"}, turn], **more})
+
+
+@pytest.mark.parametrize("label", ["a", "A "])
+def test_a_label_in_a_different_spelling_is_proposed_as_no_tie(label: str) -> None:
+    preferred = PreferredAnswer(columns=["won"], answers={"A": "one", "B": "two"})
+    record = {"prompt": "p", "one": "x", "two": "y", "won": label}
+    with pytest.raises(DataError, match=rf"won is '{label}', .*; if it means 'A', spell") as error:
+        rows("preferences", record, preferred=preferred)
+    assert "ties" not in str(error.value)
+
+
+def test_a_boolean_label_is_spelt_as_in_json() -> None:
+    record = {"prompt": "p", "one": "x", "two": "y"}
+    for names in (("true", "false"), ("True", "False")):
+        preferred = PreferredAnswer(columns=["won"], answers=dict(zip(names, ("one", "two"), strict=True)))
+        made = rows("preferences", record | {"won": True}, record | {"won": False}, preferred=preferred)
+        assert [row["chosen"] for row in made] == ["x", "y"]

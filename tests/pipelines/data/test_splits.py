@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.config.data_schema import TableSource
 from pipelines.data.files import read_file
-from pipelines.data.sources import local_files
+from pipelines.data.sources import local_files, unread
 from pipelines.data.splits import folder_files, unread_files
 from posttrain.errors import DataError
 from tests.pipelines.data.test_files import LINE, ROWS, shards, zstandard
@@ -34,6 +34,30 @@ def test_a_split_is_read_in_folders_suffixes_and_middles_in_any_case(tmp_path: P
         (tmp_path / name).write_bytes(LINE)
     assert folder_files(tmp_path, "train") == [tmp_path / names[0]]
     assert unread_files(tmp_path, "train") == [tmp_path / names[1]]
+
+
+def test_a_pattern_of_several_splits_needs_to_know_which(tmp_path: Path) -> None:
+    """Before, `data/*.jsonl` read the test file, too."""
+    for name in ("a_train.jsonl", "a_test.jsonl"):
+        (tmp_path / name).write_bytes(LINE)
+    everything, one = f"{tmp_path}/*.jsonl", f"{tmp_path}/a_te*.jsonl"
+    with pytest.raises(
+        DataError, match=r"several splits .*\(a_test\.jsonl: test; a_train\.jsonl: train\).* one of: test, train"
+    ):
+        local_files(TableSource(source=everything))
+    for split in ("train", "test"):
+        named = TableSource(source=everything, split=split)
+        assert local_files(named) == [tmp_path / f"a_{split}.jsonl"]
+        assert unread(named) == [f"{tmp_path}/a_{'test' if split == 'train' else 'train'}.jsonl"]
+    assert local_files(TableSource(source=one)) == [tmp_path / "a_test.jsonl"]
+    assert unread(TableSource(source=one)) == []
+    with pytest.raises(
+        DataError, match=r"no file of the split 'train'; set data\.\*\.split to one of: test, or remove it"
+    ):
+        local_files(TableSource(source=one, split="train"))
+    (tmp_path / "a_train.jsonl").rename(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"several splits by their names \(a\.jsonl: none; a_test\.jsonl: test\)"):
+        local_files(TableSource(source=everything))
 
 
 def test_a_name_of_two_splits_is_refused(tmp_path: Path) -> None:
