@@ -54,7 +54,7 @@ class Warm:
         folder.mkdir(exist_ok=True)
         with _alone(folder):
             users = folder / "users"
-            if users.is_file():
+            if users.is_file() and users.read_text():  # empty: its last user has stopped it before this one came
                 warm = cls.__new__(cls)
                 warm.root, warm.socket, warm.process = root, folder / "warm", None
                 warm.pid = int((folder / "pid").read_text())
@@ -76,6 +76,7 @@ class Warm:
 
     def stop(self) -> None:
         os.killpg(self.pid, signal.SIGKILL)
+        self.socket.unlink(missing_ok=True)
         if self.process is not None:
             self.process.wait()
 

@@ -22,6 +22,7 @@ from pipelines.data.inbox_folder import claimed_files
 from pipelines.data.sources import accepted_files
 from posttrain.errors import ConfigError, DataError
 from tests.pipelines.commands.test_intake import folder, left, put, taken
+from tests.reliability.workspace import Warm, Workspace
 
 __all__ = ["folder"]
 
@@ -270,20 +271,18 @@ def test_more_rows_than_the_limit_are_refused_in_every_format(folder: Path, monk
         assert "has 3 rows, and the inbox takes files of up to 2. Split it." in entry.reason
 
 
-def test_a_small_file_that_would_fill_the_memory_is_set_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_file_that_would_fill_the_memory_is_set_aside(folder: Path, warm: Warm) -> None:
     """An empty list takes three bytes of JSON, and 64 of memory."""
-    monkeypatch.setattr(bounds, "SPARE_BYTES", 0)
     text = json.dumps(problem("one"))
     put(folder, "problems/bomb.jsonl").write_text(text[:-1] + ', "z": [' + "[]," * 4_000_000 + "0]}\n")
     put(folder, "problems/good.jsonl", *(problem(f"{number}?") for number in range(50)))
-    monkeypatch.setattr(
-        intake, "memory_for", lambda path: bounds.memory_for(path) if path.name == "bomb.jsonl" else 2**40
-    )
-    found = {entry.file: entry for entry in taken(folder)}
-    assert found["problems/good.jsonl"].outcome == "accepted"
-    assert found["problems/bomb.jsonl"].outcome == "quarantined"
+    Workspace(folder, warm).succeed("tests.pipelines.commands.tight_intake", POSTTRAIN_SETTLE_SECONDS="0")
+    found = {entry["file"]: entry for entry in json.loads((folder / intake.RECORD).read_text())}
+    assert found["problems/good.jsonl"]["outcome"] == "accepted"
+    assert found["problems/bomb.jsonl"]["outcome"] == "quarantined"
     assert (
-        "needs more than 96 MB of memory, and files of this size need much less" in found["problems/bomb.jsonl"].reason
+        "needs more than 96 MB of memory, and files of this size need much less"
+        in found["problems/bomb.jsonl"]["reason"]
     )
 
 
