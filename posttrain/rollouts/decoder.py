@@ -30,6 +30,7 @@ from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
+from posttrain.rollouts.steps import RECORDERS, StepRunner
 from posttrain.text import reason_of
 
 PREFILL_TOKENS = 2**14
@@ -55,6 +56,8 @@ class Decoder:
         self._token_bytes = 0
         self._continues: bool | None = None
         self._before_pass: Callable[[], None] = _nothing
+        recordable = shared and self.takes_positions and not is_sharded(lm)
+        self.runner = StepRunner(RECORDERS.get(lm.device.type) if recordable else None)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -89,7 +92,8 @@ class Decoder:
 
     def slots(self, capacity: int) -> Slots:
         """Return empty slots for answers of at most `capacity` tokens."""
-        return Slots(self.lm.config.get_text_config().num_hidden_layers, capacity, self.lm.device, self.shared)
+        layers, fixed = self.lm.config.get_text_config().num_hidden_layers, self.runner.record is not None
+        return Slots(layers, capacity, self.lm.device, self.shared, fixed)
 
     def token_bytes(self) -> int:
         """Return the bytes of one token's keys and values over all layers, found by computing a prompt of one token."""
@@ -184,7 +188,7 @@ class Decoder:
             self._compare(torch.stack([self.logits(h[row]) for h in hidden]), ids, len(prompt) - 1)
 
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
-        """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]."""
+        """Append `tokens` [answers, 1] to the answers; return hidden states [answers, hidden]. The host counts them by itself."""
         slots.prepare()
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": slots.cache}
         if self.takes_positions:
@@ -232,7 +236,9 @@ class Decoder:
         )
         prompts = [tuple(token % vocabulary for token in prompt) for prompt in of_prompts]
         hidden = [self.enter(slots, prompts, (2, 1))]
-        hidden += [self.step(slots, forced[:, i : i + 1]) for i in range(forced.shape[1] - 1)]
+        for i in range(forced.shape[1] - 1):
+            hidden.append(self.step(slots, forced[:, i : i + 1]))
+            slots.count_token()
         found = torch.stack([self.logits(h) for h in hidden], 1)
         for prompt, answer, logits in zip((prompts[0], *prompts), forced, found, strict=True):
             row = torch.cat([torch.tensor(prompt, device=answer.device), answer[:-1]])[None]

@@ -130,7 +130,13 @@ class NativeEngine:
                 self._kept = self._kept or KeptStates(int(KEPT_SHARE * limit))
                 limit -= self._kept.max_tokens
             with decoder.in_step():
-                return _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept).run(requests)
+                try:
+                    sampling = _Sampling(decoder, self.ends, settings, self.max_rows, limit, on_token, self._kept)
+                    return sampling.run(requests)
+                finally:
+                    decoder.runner.forget()
+                    if decoder.runner.refusal:
+                        _report_once(f"{type(self.lm).__name__} is sampled kernel by kernel: {decoder.runner.refusal}")
 
     def any_running(self, count: int) -> bool:
         """Return True if this process, or one that must compute together with it, has answers left to sample."""
@@ -226,9 +232,13 @@ class _Sampling:
             self._enter(waiting)
             self._draw()
             self._leave()
+            while self.slots.counts and not self._may_enter(waiting):
+                self._advance()
+                self._leave()
             if self.slots.counts:
-                newest = self.answers.tokens.gather(1, self.slots.row_ages[:, None])
-                self.hidden = self.decoder.step(self.slots, newest)
+                self.slots.settle()
+                self._step()
+                self.slots.count_token()
         numbers = iter(range(len(self.completions)))
         return [[self.completions[next(numbers)] for _ in request.seeds] for request in requests]
 
@@ -243,9 +253,38 @@ class _Sampling:
             first += len(request.seeds)
         return deque(sorted(pieces, key=lambda piece: -len(piece.prompt)))
 
+    def _step(self) -> None:
+        newest = self.answers.tokens.gather(1, self.slots.row_ages[:, None])
+        self.hidden = self.decoder.step(self.slots, newest)
+
+    def _advance(self) -> None:
+        """Compute the newest token of every answer and draw the next one. If the step is replayed, the program only counts tokens."""
+
+        def step() -> None:
+            self._step()
+            self._draw()
+
+        self.slots.settle()
+        if self.on_token is None:
+            self.decoder.runner.run(step, self._state, self.slots.arrangement)
+        else:
+            step()
+        self.slots.count_token()
+
+    def _state(self) -> list[Tensor]:
+        return [self.slots.row_ages, self.answers.running, self.answers.tokens, self.answers.logprobs]
+
+    def _may_enter(self, waiting: deque[_Piece]) -> bool:
+        if not waiting:
+            return False
+        rows, tokens = sum(self.slots.counts), self.slots.tokens()
+        if rows > COMPACT_BELOW * self.max_rows or tokens > COMPACT_BELOW * self.max_tokens:
+            return False
+        return rows == 0 or self._fits([waiting[0]])
+
     def _enter(self, waiting: deque[_Piece]) -> None:
         rows, entering = sum(self.slots.counts), list[_Piece]()
-        if rows > COMPACT_BELOW * self.max_rows or self.slots.tokens() > COMPACT_BELOW * self.max_tokens:
+        if not self._may_enter(waiting):
             return
         while waiting and (self._fits([*entering, waiting[0]]) or not (rows or entering)):
             entering.append(waiting.popleft())

@@ -13,6 +13,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from posttrain.rollouts.segments import Segment, segments
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
+ROOM = 64
+"""Tokens. In a fixed layout the longest answer's tokens are rounded up to a multiple, so that it holds for so many steps."""
+_ARRANGEMENTS = count()
 
 
 class Slots:
@@ -33,10 +38,16 @@ class Slots:
         lengths: prompt tokens of every group.
         ages: tokens so far of every answer in the group.
         counts: answers of every group.
+        arrangement: a number that changes with the tensors that hold keys and values, and with the shapes of a fixed layout.
     """
 
-    def __init__(self, layers: int, capacity: int, device: torch.device, shared: bool) -> None:
-        self.capacity, self.device, self.shared = capacity, device, shared
+    def __init__(self, layers: int, capacity: int, device: torch.device, shared: bool, fixed: bool = False) -> None:
+        """Create empty slots.
+
+        Args:
+            fixed: keep the shapes of the layout for up to ROOM steps, and take what changes from `row_ages` on the device.
+        """
+        self.capacity, self.device, self.shared, self.fixed = capacity, device, shared, fixed
         self.layers = [SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self.layout: list[Segment] = []
@@ -79,15 +90,30 @@ class Slots:
         prompts, answers = [*self.lengths, *lengths], sum(self.counts) + sum(counts)
         return len(prompts) * max(prompts, default=0) + answers * self.capacity
 
+    def settle(self) -> None:
+        """Make room for one more token of every answer in a fixed layout, which a recorded step does not change."""
+        if self.fixed and any(max(self.ages[part.groups]) >= part.own for part in self._shapes):
+            self._arrange()
+
     def prepare(self) -> None:
         """Compute the layout of the next step."""
-        if self.shared:
+        if self.fixed:
+            self.layout = [replace(part, own_mask=self._own_mask(part)) for part in self._shapes]
+        elif self.shared:
             self.layout = segments(self.lengths, self.ages, self.counts, self.device)
 
+    def _own_mask(self, part: Segment) -> Tensor:
+        """Return [answers, 1, 1, own]: 0 for an answer's tokens and the newest one, else minus infinity; computed on the device."""
+        beyond = torch.arange(part.own, device=self.device) > self.row_ages[part.rows, None]
+        return torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+
     def grow(self) -> None:
-        """Add one token to the length of every answer."""
-        self.ages = [age + 1 for age in self.ages]
+        """Add one token to the length of every answer on the device; `count_token` adds it on the host."""
         self.row_ages += 1
+
+    def count_token(self) -> None:
+        """Add one token to the length of every answer on the host, which a replayed step does not do."""
+        self.ages = [age + 1 for age in self.ages]
 
     def _arrange(self) -> None:
         counts, ages, lengths = (torch.tensor(n, dtype=torch.long) for n in (self.counts, self.ages, self.lengths))
@@ -95,7 +121,14 @@ class Slots:
         self.row_ages: Tensor
         self.row_ages, self.row_lengths, self.row_groups = together(rows, self.device)
         self.rows = torch.arange(len(self.row_ages), device=self.device)
-        self.level = len(set(self.ages)) == 1
+        self.level = len(set(self.ages)) == 1 and not self.fixed
+        self.arrangement = next(_ARRANGEMENTS)
+        self._shapes = self._fixed_shapes() if self.fixed and self.counts else []
+
+    def _fixed_shapes(self) -> list[Segment]:
+        """Return segments with room for more tokens of the answers. They still fit when all answers have grown by as many tokens."""
+        parts = segments(self.lengths, self.ages, self.counts, self.device)
+        return [replace(part, own=min(self.capacity, -(-part.own // ROOM) * ROOM)) for part in parts]
 
     @property
     def width(self) -> int:

@@ -12,8 +12,10 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,16 @@ from posttrain.models.varlen import KERNELS, Kernel
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import running_sums
+from posttrain.rollouts.engine import Request, SamplingSettings
+from posttrain.rollouts.native import NativeEngine
+from posttrain.rollouts.steps import RECORDERS
 from posttrain.training.sums import Sums
 from posttrain.training.trainer import Trainer
 from tests.device.planted import FAULTS, caught
 from tests.device.pretend import DEVICE, Counts, OnDevice, pretending
 from tests.models import small
 from tests.models.varlen_reference import REFERENCE
+from tests.rollouts.replayed import replayed
 from tests.training import runs
 from tests.training.runs import Memory, start
 
@@ -172,11 +178,54 @@ def stored() -> int:
             return max_tokens(lm.device, decoder.token_bytes())
 
 
+def per_token(recorded: bool) -> dict[str, float]:
+    """Return how often the program waits, copies and starts kernels for each further token of four answers."""
+    totals = []
+    for tokens in (24, 56):
+        replays = Counts()
+
+        def record(step: Callable[[], object], counts: Counts, replays: Counts = replays) -> Callable[[], None]:
+            replay = replayed(step)
+
+            def apart() -> None:
+                """Count the operators of a replay separately: the program starts it with one call."""
+                before = copy.deepcopy(counts)
+                replay()
+                for total, part in zip(of_kinds(replays), of_kinds(counts.since(before)), strict=True):
+                    total += part
+
+            return apart
+
+        with pretending() as counts:
+            RECORDERS.pop(DEVICE.type, None)
+            if recorded:
+                RECORDERS[DEVICE.type] = partial(record, counts=counts)
+            engine = NativeEngine(small.language_model().to(DEVICE), ())
+            requests = [Request((5, 6, 7), ((0,), (1,))), Request((9, 8, 7, 6, 5), ((2,), (3,)))]
+            answers = [answer for group in engine.sample(requests, SamplingSettings(tokens, 1.0)) for answer in group]
+            assert [len(answer.tokens) for answer in answers] == [tokens] * 4
+        RECORDERS.pop(DEVICE.type, None)
+        totals.append([kind.total() for kind in of_kinds(counts.since(replays))])
+    return {name: (b - a) / 32 for name, a, b in zip(("syncs", "copies", "launches"), *totals, strict=True)}
+
+
+def of_kinds(counts: Counts) -> list[Counter[str]]:
+    return [counts.syncs, counts.copies, counts.launches]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runs.STEPS = STEPS
     found = {name: measured(name) for name in sys.argv[1:]}
     planted = {name: caught(fault) for name, fault in FAULTS.items()}
     json.dump(
-        {"kinds": found, "planted": planted, "head": head(), "stored": stored(), "refusals": refusals()}, sys.stdout
+        {
+            "kinds": found,
+            "planted": planted,
+            "head": head(),
+            "stored": stored(),
+            "refusals": refusals(),
+            "token": {name: per_token(name == "recorded") for name in ("run", "recorded")},
+        },
+        sys.stdout,
     )

@@ -63,6 +63,13 @@ def test_the_sampler_stores_what_free_memory_holds(measured: Any) -> None:
     assert measured["stored"] == 0b101 << 10
 
 
+def test_a_recorded_step_starts_no_kernel_by_itself(measured: Any) -> None:
+    """Each further token: every eighth one waits and copies, to read which answers have ended; else one mask is copied per token."""
+    assert measured["token"]["recorded"] == {"syncs": 1 / 8, "copies": 1 / 8, "launches": 0}
+    assert measured["token"]["run"]["copies"] == 1 + 1 / 8
+    assert measured["token"]["run"]["launches"] > 100
+
+
 def test_deterministic_mode_refuses_kernels_without_a_fixed_order_and_the_sampler_needs_none(measured: Any) -> None:
     assert measured["refusals"] == {
         "running sum": "refused: not deterministic",
