@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-_BREAK = re.compile(r"[\n:;,!?\u3001\u3002\uff0c\uff1a]|\.(?!\d)|\u2014|\s-\s|\u2192")
+_BREAK = re.compile(r"[\n:;,!?\u3001\u3002\uff0c\uff1a]|\.(?!\d)|\u2014|\s-\s|\u2192|[<\[]/?answer[>\]]")
 _SENTENCE = re.compile(r"[\n;!?\u3002]|\.(?!\d)")
 _CONNECTIVE = (
     r"so|thus|hence|therefore|then|and|but|or|finally|now|ok|okay|yes|well|since|because|as|that|which|this|it|means?|implies|gives?|shows?|follows"

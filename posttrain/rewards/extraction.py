@@ -45,8 +45,8 @@ _WORD = re.compile(
     r"(?:\b(?:answers?|respuesta|r\u00e9ponse|risposta|resposta|antwort|antwoord|ergebnis|svar|cevap|odpowied\u017a|odpov\u011b\u010f"
     r"|\u043e\u0442\u0432\u0435\u0442|\u0111\u00e1p \u00e1n)\b|\u7b54\u6848|\u7b54\u3048|\uc815\ub2f5|\ub2f5|\u0909\u0924\u094d\u0924\u0930"
     r"|\u0627\u0644\u062c\u0648\u0627\u0628|\u0627\u0644\u0625\u062c\u0627\u0628\u0629)[*_\"')\] \t]*"
-    r"(?:(?:is|es|est|ist|\u00e8|\u00e9|are|equals|\u0939\u0948|\u0647\u0648|\u0647\u064a)\b|[\u662f\u4e3a\u306f\uc740=:\uff1a\n])"
-    r"(?:[*_: \t\n]|(?:\\[\[(]|\${1,2})[ \t]*\n)*",
+    r"(?:(?:is|es|est|ist|lautet|\u00e8|\u00e9|are|equals|\u0939\u0948|\u0647\u0648|\u0647\u064a)\b|[\u662f\u4e3a\u306f\uc740=:\uff1a\n])"
+    r"(?:[*_:\uff1a \t\n]|(?:\\[\[(]|\${1,2})[ \t]*\n)*",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"[<\[]answer[>\]](?=\s*[^\s<\[])", re.IGNORECASE)

@@ -61,11 +61,15 @@ _DOUBT = re.compile(
     r"\b(?:incorrect|wrong|false|impossible|nonsense|mistake|error)\b|(?:\bnot|n['\u2019]t)(?:\s\w{1,12})?\s(?:right|correct)\b",
     re.IGNORECASE,
 )
-_STRUCK = re.compile(r"~~[^~\n]{1,400}~~")
+_STRUCK = re.compile(r"~~[^~\n]{1,400}~~|<\|[A-Za-z_]{2,30}\|>")
+"""Text that is struck out, and special tokens such as `<|im_end|>`."""
 
 
 def final_part(completion: str) -> str:
-    """Return the text after the reasoning, without what is struck out or only supposed; empty if the reasoning has not ended."""
+    """Return the text after the reasoning, without special tokens and what is struck out or only supposed.
+
+    It is empty if the reasoning has not ended.
+    """
     return _NOT_THE_ANSWER.sub(" ", _SUPPOSED.sub(" ", _STRUCK.sub(" ", after_reasoning(seen(completion)))))
 
 

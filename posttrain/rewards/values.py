@@ -83,6 +83,8 @@ _OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)
 _TO = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:to|through|bis)\b|\u5230|\u81f3){_OPEN}")
 _AND = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:and|to|und|et|y)\b|-|\u548c|\u5230|\u81f3){_OPEN}")
 _BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre)|\u4ecb\u4e8e|\u5728)[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
+_MORE = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001]|,?\s?\band\b)\s?{_OPEN}\d")
+"""After a number of a list: one more."""
 _LISTED = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c]|,?\s?\band\b)\s?{_OPEN}")
 _END = re.compile(r"[^\w\n]*(?:\n|$)")
 _LARGER = re.compile(
@@ -104,7 +106,8 @@ _BOUND = re.compile(
     r"|(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
 )
 _BOUNDED = re.compile(
-    r"[ \t$)}]*(?:[<>\u2260\u2264\u2265\u00b1]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))"
+    r"[ \t]?\+(?=[ \t]*(?:[.,;)*$\n]|\Z|[A-Za-z]{2}))"
+    r"|[ \t$)}]*(?:[<>\u2260\u2264\u2265\u00b1]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))"
     r"|(?:\s[A-Za-z]{1,12})?\s{1,3}(?:or\s(?:more|less|fewer|greater|higher|lower|above|below|over|under|up|larger|smaller)|and\s(?:above|up|over))\b"
 )
 """Before and after a number: it bounds the answer (x < 5), or means two (\u00b15)."""
@@ -131,6 +134,13 @@ _CLEAN = (
 )
 _SPELLINGS = (
     (re.compile(r"</?[A-Za-z][^<>\n]{0,40}>"), " "),
+    (
+        re.compile(
+            r"(?:(?<![A-Za-z])(?:(?:US|CA|AU|NZ|HK|[ACR])\$|(?:Rs|INR|USD|EUR|GBP|CHF|CNY|JPY|RMB)\b\.?)"
+            r"|[\u00a5\u20a9-\u20ab\u20ad-\u20c0\uffe5])[ \t]?(?=\d)"
+        ),
+        "$",
+    ),
     (re.compile(r"(?<![-=])[-=]{1,10}>"), "\u2192"),
     (re.compile(r">="), "\u2265"),
     (re.compile(r"<="), "\u2264"),
@@ -258,7 +268,7 @@ def _are_several(text: str, one: re.Match[str], other: re.Match[str], between: I
     """Return True if two neighbouring numbers are alternatives or a range, and differ."""
     gap, lead = text[one.end() : other.start()], text[max(0, one.start() - 20) : one.start()]
     joined = any(pattern.fullmatch(gap) for pattern in between) or bool(_BETWEEN.search(lead) and _AND.fullmatch(gap))
-    joined |= bool(_LISTED.fullmatch(gap) and _END.match(text, other.end()))
+    joined |= bool(_LISTED.fullmatch(gap) and (_END.match(text, other.end()) or _MORE.match(text, other.end())))
     joined |= bool(_DOLLARS.fullmatch(gap) and _CENTS.match(text, other.end()))
     joined |= bool(_LARGER.fullmatch(gap) and (_SMALLER.match(text, other.end()) or _REMAINDER.search(gap)))
     if not joined or _PRECISION.match(text, other.end()):

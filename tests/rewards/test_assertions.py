@@ -43,10 +43,11 @@ STRUCTURES = [
     ("\\boxed{1 \\over 2}", "1"), ("\\boxed{{1 \\over 2}}", "1"), ("(1)/(2)", "1"), ("\\boxed{1:2}", "1"), ("1 : 2", "1"),
     ("The answer is 1 : 2", "1"), ("The answer is 1\u20442", "1"), ("The answer is 1\u2044\u2082", "1"), ("1\u2044x", "1"),
     ("0.(3)", "3"), ("The answer is 0.(3)", "0"), ("The answer is 0.3\u0305", "0.3"), ("The answer is 42\u2088", "42"),
+    ("The answer is 42, 43, 44", "42"), ("The answer is 42+", "42"), ("42+ apples", "42"),
     ("The answer is 42 % 5", "42"), ("The answer is 42 div 5", "42"), ("2 January 2024", "2024"), ("May 5", "5"),
     *((f"\\boxed{{{text}}}", "42") for text in (
         "42\\alpha", "42\\hat{i}", "42\\, \\hat{\\imath}+3\\hat{\\jmath}", "42\\sin x", "42\\mathrm{e}", "42\\%\\text{ of }x",
-        "42 \\to 43", "42\\theta", "42 f(x)", "\\alpha 42", "x_{42}", "42\\text{th}",
+        "42, 43, 44", "42, 43, 44, 45", "42+", "42 \\to 43", "42\\theta", "42 f(x)", "\\alpha 42", "x_{42}", "42\\text{th}",
     )),
 ]  # fmt: skip
 UNCLEAR = [
@@ -79,6 +80,12 @@ RIGHT = [
         "The answer is approximately 42", "Each could take 7, so the answer is 42", "#### 42\n\nActually neat!",
         "\\boxed{42}\n\nWait for it!", "Answer: 42\nConfidence: 90", "The answer is 42\n\nStep 2", "It can be shown that the answer is 42",
     )),
+    *((f"The answer is {text}", "42", NUMBER) for text in (
+        "\u20b942", "\u00a542", "\u20a9 42", "US$42", "Rs. 42", "Rs 42", "USD 42", "42<|im_end|>",
+    )),
+    ("\u7b54\u6848\u662f\uff1a**42**", "42", NUMBER), ("Die Antwort lautet 42.", "42", NUMBER),
+    ("<answer>The answer is 42</answer>", "42", NUMBER), ("The answer is Paris<|im_end|>", "Paris", TEXT),
+    ("The answer is B<|eot_id|>", "B", CHOICE),
     ("\\boxed{1 \\over 2}", "0.5", NUMBER), ("The answer is (1)/(2)", "1/2", NUMBER), ("Answer: $42K", "42000", NUMBER),
     ("The answer is \u00b9\u2044\u2082", "1/2", NUMBER), ("The answer is 3\u00b9\u2044\u2082", "3.5", NUMBER),
     ("The answer is 1\u2044\u2082", "0.5", NUMBER),
