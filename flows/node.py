@@ -1,12 +1,14 @@
 """Run one stage over several hosts that share only the network; start it on each of them.
 
     python -m flows.node align@grpo-0 --rank 0 --hosts 2 --address HOST0 [--port 29500] [--config infra/accelerate/fsdp2_gpu.yaml]
+                         [--restarts 3]
 
 Each host has a clone of the same commit with the same params.yaml and dvc.lock, and a DVC remote. It pulls the stage's inputs, waits for
 free devices, and starts `num_processes` of its configuration, which may differ between hosts. Rank 0 records the stage in its dvc.lock,
 and copies the result and, every `checkpoint_seconds` of infra/workers.yaml, a checkpoint to the remote; the other hosts write nothing. If a
-host is lost, all end: start them again, rank 0 on any host, and the run continues from the checkpoint, which the others receive.
-infra/slurm and infra/kubernetes have a job script and a JobSet that start it. The stage runs even if it is up to date.
+host is lost, all end: start them again, rank 0 on any host, and the run continues from the checkpoint, which the others receive. With
+--restarts N the hosts that are left start their processes again by themselves, up to N times, and wait for the one that takes the lost
+host's rank. infra/slurm and infra/kubernetes have a job script and a JobSet that start it. The stage runs even if it is up to date.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pipelines.runtime.command_line import command_parser, reports_errors, whole
 from pipelines.runtime.launch import VARIABLE, processes
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError
+from posttrain.network import is_listening, wait_until
 from tasks.console import print_line
 from tasks.dag import read_dag
 from tasks.pool import checkpoints
@@ -38,6 +41,9 @@ from tasks.pool.transfer import find_stage, opened, pull_inputs, push_results
 from tasks.process import start
 from tasks.slots import SEVERAL_PROCESSES, has_several_processes, lease, machine_slots
 from tasks.stage import dvc_command, grace_seconds
+
+END_SECONDS = 60.0
+"""How long a host waits for the end of a failed run on rank 0."""
 
 
 def accelerate_settings(base: Path, rank: int, hosts: int, address: str, port: int) -> dict[str, Any]:
@@ -55,17 +61,39 @@ def accelerate_settings(base: Path, rank: int, hosts: int, address: str, port: i
     }
 
 
-def run(root: Path, stage: str, rank: int, settings: dict[str, Any]) -> int:
+def run(root: Path, stage: str, rank: int, settings: dict[str, Any], restarts: int = 0) -> int:
+    """Run this host's processes of the stage, again after a failure up to `restarts` times, and return the last exit status."""
+    stopped = Event()
+    while True:
+        status = _run_once(root, stage, rank, settings, stopped)
+        if status == 0 or stopped.is_set() or restarts == 0:
+            return status
+        print_line(
+            f"{stage} ended with status {status} on this host, as after the loss of a host: starting it again from its checkpoint"
+            f" ({restarts} restarts are left)"
+        )
+        restarts -= 1
+        if rank:
+            _wait_for_end(settings, stopped)
+
+
+def _wait_for_end(settings: dict[str, Any], stopped: Event) -> None:
+    """Wait until the failed run has ended on rank 0, so that this host does not join it again."""
+    address = str(settings["main_process_ip"]), int(settings["main_process_port"])
+    wait_until(lambda: not is_listening(*address), lambda: not stopped.is_set(), END_SECONDS)
+
+
+def _run_once(root: Path, stage: str, rank: int, settings: dict[str, Any], stopped: Event) -> int:
     """Run this host's processes of the stage and return the exit status."""
     with opened(root) as repo:
         command: Any = find_stage(repo, stage).cmd
         pull_inputs(repo, stage)
     if rank == 0:
-        return _run_first(root, stage, settings)
-    return _start(root, ["/bin/sh", "-c", command], settings)
+        return _run_first(root, stage, settings, stopped)
+    return _start(root, ["/bin/sh", "-c", command], settings, stopped)
 
 
-def _run_first(root: Path, stage: str, settings: dict[str, Any]) -> int:
+def _run_first(root: Path, stage: str, settings: dict[str, Any], stopped: Event) -> int:
     """Run the processes of the host that records the stage; its checkpoints and its result go to DVC's remote."""
     key = order_of(root, stage).key
     with opened(root) as repo:
@@ -77,7 +105,7 @@ def _run_first(root: Path, stage: str, settings: dict[str, Any]) -> int:
     # restored from a cache, it would not meet the other hosts
     command = [*dvc_command(stage, "stage", refresh=False), "--force"]
     with copies.made():
-        status = _start(root, command, settings)
+        status = _start(root, command, settings, stopped)
     if status == 0:
         push_results(root, stage)
         checkpoints.remove(root, key)
@@ -93,14 +121,14 @@ def order_of(root: Path, stage: str) -> StageOrder:
     return StageOrder(stage, "", files, inputs_of(node, paths, read_lock(root)))
 
 
-def _start(root: Path, command: list[str], settings: dict[str, Any]) -> int:
-    """Run a command that starts this host's processes, on leased devices."""
+def _start(root: Path, command: list[str], settings: dict[str, Any], stopped: Event) -> int:
+    """Run a command that starts this host's processes, on leased devices. A signal ends them and sets `stopped`."""
     with TemporaryDirectory(prefix="posttrain-") as folder:
         path = Path(folder) / "accelerate.yaml"
         # JSON is YAML too, and quotes `no`, which accelerate would read as a boolean
         path.write_text(json.dumps(settings), encoding="utf-8")
         slots = machine_slots({**os.environ, VARIABLE: str(path)})
-        with lease(slots, Event()) as held:
+        with lease(slots, stopped) as held:
             process = start(
                 command,
                 root,
@@ -109,8 +137,13 @@ def _start(root: Path, command: list[str], settings: dict[str, Any]) -> int:
                 pass_fds=held.descriptors,
                 grace_seconds=grace_seconds(),
             )
+
+            def stop(*_: object) -> None:
+                stopped.set()
+                process.terminate()
+
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: process.terminate())
+                signal.signal(number, stop)
             return process.wait()
 
 
@@ -120,6 +153,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", type=whole(2), required=True, help="number of hosts")
     parser.add_argument("--address", required=True, help="name or address of the host with rank 0")
     parser.add_argument("--port", type=whole(1, 65535), default=29500, help="a free port of that host")
+    parser.add_argument(
+        "--restarts", type=whole(0), default=0, help="how often the processes start again after a failure (default: 0)"
+    )
     parser.add_argument(
         "--config", type=Path, default=Path("infra/accelerate/fsdp2_gpu.yaml"), help="accelerate file of a single host"
     )
@@ -140,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.config.is_file():
         raise ConfigError(f"--config {args.config}: no such file; choose one in infra/accelerate")
     settings = accelerate_settings(args.config, args.rank, args.hosts, args.address, args.port)
-    return run(root, args.stage, args.rank, settings)
+    return run(root, args.stage, args.rank, settings, args.restarts)
 
 
 if __name__ == "__main__":

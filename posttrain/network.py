@@ -25,6 +25,15 @@ def free_port(port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
+def is_listening(host: str, port: int) -> bool:
+    """Return True if a process accepts connections at the address within two seconds."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def answers(url: str) -> bool:
     """Return True if a server answers the URL with success within two seconds."""
     try:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from pipelines.config.schema import OnPolicyBudget
 from pipelines.runtime.context import RunContext
+from posttrain.distributed import on_one_host
 from posttrain.errors import ConfigError
 from posttrain.rollouts.ahead import Background
 from posttrain.rollouts.engine import Engine
@@ -92,7 +93,8 @@ def sampling_engine(
     made = VllmEngine(
         lm,
         encoder.ends,
-        _servers(context.state.resolve() / LOG, tokenizer, length, bf16, partial(_memory_share, lm, context)),
+        _named_servers(on_one_host(accelerator))
+        or [_own_server(context.state.resolve() / LOG, tokenizer, length, bf16, partial(_memory_share, lm, context))],
         version=version,
         folder=folder,
         probes=sequences(prompts, text.vocab_size, length),
@@ -137,11 +139,11 @@ def _memory_share(lm: PreTrainedModel, context: RunContext) -> float | None:
     return server_share(torch.get_device_module(lm.device).mem_get_info(lm.device)[1], memory)
 
 
-def _servers(
-    log: Path, tokenizer: str, length: int, bf16: bool, share: Callable[[], float | None] = lambda: None
-) -> list[VllmServer]:
-    """Return the running servers, or one to start."""
-    from posttrain.rollouts.vllm.local import Launch, LocalServer
+def _named_servers(one_host: bool) -> list[VllmServer]:
+    """Return the running servers that the environment names; every process of the stage asks them.
+
+    Raises ConfigError if one has no address, or cannot be reached from all hosts.
+    """
     from posttrain.rollouts.vllm.server import VllmServer
 
     urls = [url for url in os.environ.get("POSTTRAIN_VLLM_URLS", "").replace(",", " ").split() if url]
@@ -151,8 +153,22 @@ def _servers(
             raise ConfigError(
                 f"POSTTRAIN_VLLM_URLS: {url!r} is not the address of a server; write e.g. http://127.0.0.1:8000 or unix:/folder/vllm.sock"
             )
-    if urls:
-        return [VllmServer(url) for url in urls]
+    local = [url for url in urls if urlsplit(url).scheme == "unix"]
+    if not one_host and (local or not urls):
+        named = f"POSTTRAIN_VLLM_URLS names {local[0]}" if local else "POSTTRAIN_VLLM_URLS names no server"
+        raise ConfigError(
+            f"{named}, and this stage runs on several hosts: only one of them could reach a socket, or a server that the stage starts."
+            " Start servers that listen on an address, and set POSTTRAIN_VLLM_URLS=http://HOST:8000 on each host (docs/rollouts.md)."
+        )
+    return [VllmServer(url) for url in urls]
+
+
+def _own_server(
+    log: Path, tokenizer: str, length: int, bf16: bool, share: Callable[[], float | None] = lambda: None
+) -> VllmServer:
+    """Return a server that starts with its first weights."""
+    from posttrain.rollouts.vllm.local import Launch, LocalServer
+
     devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
     launch = Launch(
         python=_interpreter(),
@@ -163,7 +179,7 @@ def _servers(
         environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
         memory_share=None if devices else share(),
     )
-    return [LocalServer(launch, log)]
+    return LocalServer(launch, log)
 
 
 def _interpreter() -> str:

@@ -42,6 +42,7 @@ class Hosts:
     clone: Clone
     store: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    port: int = 0
 
     def add(self, name: str) -> Clone:
         """Return a host that has the clone's code, parameters and dvc.lock, but none of its files."""
@@ -55,22 +56,28 @@ class Hosts:
         self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1), **extra: str
     ) -> list[subprocess.Popen[bytes]]:
         """Start the stage on the hosts, the first of which has rank 0, with so many processes each."""
-        port, running = str(free_port()), []
+        self.port = free_port()
+        return [
+            self.start_one(stage, host, rank, len(hosts), count, **extra)
+            for rank, (host, count) in enumerate(zip(hosts, processes, strict=True))
+        ]
+
+    def start_one(
+        self, stage: str, host: Clone, rank: int, hosts: int, processes: int = 1, **extra: str
+    ) -> subprocess.Popen[bytes]:
+        """Start one host's part of the stage."""
         text = (self.clone.root / "infra" / "accelerate" / "ddp_cpu.yaml").read_text()
-        for rank, (host, count) in enumerate(zip(hosts, processes, strict=True)):
-            config = host.root.parent / "accelerate.yaml"
-            config.write_text(text.replace("num_processes: 2", f"num_processes: {count}"))
-            command = ("flows.node", stage, "--hosts", str(len(hosts)), "--rank", str(rank), "--address", "127.0.0.1")
-            environment = host.environment(POSTTRAIN_FOLLOWER="1", POSTTRAIN_SLOTS="1", **extra)
-            with log(host).open("wb") as file:
-                running.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", *command, "--port", port, "--config", str(config)],
-                        cwd=host.root, env=environment, stdout=file, stderr=file, start_new_session=True,
-                    )
-                )  # fmt: skip
-        self.started += running
-        return running
+        config = host.root.parent / "accelerate.yaml"
+        config.write_text(text.replace("num_processes: 2", f"num_processes: {processes}"))
+        command = ("flows.node", stage, "--hosts", str(hosts), "--rank", str(rank), "--address", "127.0.0.1",
+                   "--port", str(self.port), "--config", str(config), "--restarts", "1")  # fmt: skip
+        with log(host).open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=host.root, stdout=file, stderr=file, start_new_session=True,
+                env=host.environment(POSTTRAIN_FOLLOWER="1", POSTTRAIN_SLOTS="1", **extra),
+            )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def run(self, stage: str, hosts: Sequence[Clone], processes: Sequence[int] = (1, 1), **extra: str) -> None:
         running = self.start(stage, hosts, processes, **extra)
@@ -85,6 +92,13 @@ class Hosts:
 
 def log(host: Clone) -> Path:
     return host.root.parent / "log.txt"
+
+
+def kill(*hosts: subprocess.Popen[bytes]) -> None:
+    """Kill the processes of hosts as a loss of power does."""
+    for process in hosts:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture
@@ -123,9 +137,13 @@ def test_a_stage_is_recorded_by_rank_0_and_goes_on_elsewhere_if_its_host_is_lost
         return hosts.checkpoints()
 
     until(copied, f"no checkpoint in the remote\n{log(third).read_text()[-3000:]}", 900)
-    for process in running:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    before = hosts.checkpoints()
+    kill(running[1])
+    until(lambda: "starting it again" in log(third).read_text(), "rank 0 does not start again", 900)
+    running[1] = hosts.start_one(STAGE, hosts.add("six"), 1, 2, HELD_UNTIL=str(hosts.store.parent / "never"))
+    # it goes on with the host that took the lost one's rank: four more steps, until it is held again
+    until(lambda: copied() and not set(hosts.checkpoints()) & set(before), "the run does not go on", 900)
+    kill(*running)
     shutil.rmtree(third.root.parent)
     fifth = hosts.add("five")
     hosts.run(STAGE, [fifth, fourth])

@@ -243,6 +243,18 @@ def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
         engine(run, params)
 
 
+@pytest.mark.parametrize("urls", ["", "http://one:8000 unix:/run/vllm.sock"])
+def test_a_stage_on_several_hosts_needs_servers_that_all_can_reach(
+    new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch, urls: str
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", urls)
+    monkeypatch.setattr("pipelines.training.rollout_engine.on_one_host", lambda _: False)
+    with pytest.raises(ConfigError, match=r"several hosts: .*POSTTRAIN_VLLM_URLS=http://HOST:8000"):
+        engine(new_run(), params)
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", "http://one:8000,https://two")
+    assert [server.url for server in engine(new_run(), params).fleet.servers] == ["http://one:8000", "https://two"]
+
+
 def test_a_server_is_started_as_the_environment_says(
     new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
