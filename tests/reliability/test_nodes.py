@@ -97,23 +97,34 @@ def test_two_hosts_train_to_the_result_of_one_process_and_write_it_once(alone: W
                 shutil.copytree(alone.folder / "models" / name, space.folder / "models" / name, dirs_exist_ok=True)
 
 
-def test_a_run_continues_after_one_host_is_lost_and_replaced_by_an_empty_one(alone: Workspace, hosts: Hosts) -> None:
+@pytest.mark.parametrize(
+    ("name", "longer", "shared"),
+    [
+        ("align-grpo-0", "align.on_policy.steps=60", FSDP2),
+        ("sft", "sft.epochs=60", {}),
+        ("align-dpo-0", "algorithms.dpo.options.epochs=60", FSDP2),
+    ],
+)
+def test_a_run_continues_after_one_host_is_lost_and_replaced_by_an_empty_one(
+    alone: Workspace, hosts: Hosts, name: str, longer: str, shared: dict[str, str]
+) -> None:
     first, second = hosts.spaces
+    step = STEPS[name]
     for space in (alone, first, second):
-        space.succeed("pipelines.commands.configure", "align.on_policy.steps=60")
-        anew(space, "align-grpo-0")
-    running = hosts.start(GRPO, **FSDP2)
+        space.succeed("pipelines.commands.configure", longer)
+        anew(space, name)
+    running = hosts.start(step, **shared)
     try:
-        after_checkpoint(first, running[0], hosts)
+        after_checkpoint(first, name, running[0], hosts)
         kill(running[1])
         assert running[0].wait(300) != 0, hosts.logs()
     finally:
         kill(*running)
     shutil.rmtree(second.folder / ".posttrain")
-    hosts.succeed(GRPO, **FSDP2)
+    hosts.succeed(step, **shared)
     assert "resuming from the checkpoint after step" in (hosts.folders[0] / "log.txt").read_text()
-    alone.succeed(*GRPO)
-    agree(alone, first, "align/grpo-0")
+    alone.succeed(*step)
+    agree(alone, first, name.replace("align-", "align/"))
 
 
 def test_hosts_with_other_parameters_are_refused(hosts: Hosts) -> None:
@@ -126,10 +137,10 @@ def test_hosts_with_other_parameters_are_refused(hosts: Hosts) -> None:
     assert "rank 1 has other parameters, inputs or arguments than rank 0" in hosts.logs()
 
 
-def after_checkpoint(space: Workspace, process: subprocess.Popen[str], hosts: Hosts) -> None:
+def after_checkpoint(space: Workspace, name: str, process: subprocess.Popen[str], hosts: Hosts) -> None:
     """Wait until the run has a checkpoint."""
     deadline = time.monotonic() + 300
-    while not any((space.folder / ".posttrain" / "runs").glob("align-grpo-0-*/checkpoints/*/step-*")):
+    while not any((space.folder / ".posttrain" / "runs").glob(f"{name}-*/checkpoints/*/step-*")):
         assert process.poll() is None, hosts.logs()
         assert time.monotonic() < deadline, hosts.logs()
         time.sleep(0.01)
