@@ -135,7 +135,7 @@ def _answer(url: str, over: threading.Event) -> None:
     from tasks.pool.requests import insist, own_retries, prefect_client
 
     def repeat(request: Callable[[], Any]) -> Any:
-        return insist(request, 60.0)
+        return insist(request, 600.0)
 
     with temporary_settings({PREFECT_API_URL: url}), own_retries(), prefect_client(30.0) as client:
         while not over.wait(QUERY_SECONDS):

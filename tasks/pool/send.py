@@ -34,8 +34,9 @@ from tasks.pool.record import Record
 from tasks.pool.requests import ServerAway, insist, own_retries, prefect_client
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.snapshot import StagePaths, changed_files, committed, order, read_paths, recorded_stages
+from tasks.pool.transfer import patiently, pull_stages, push_stages
 from tasks.pool.watch import Sight, deleted, look
-from tasks.remote import has_remote, run_dvc
+from tasks.remote import has_remote
 from tasks.stage import StageFailed, StageResult, grace_seconds
 
 T = TypeVar("T")
@@ -120,11 +121,12 @@ class Pool:
         self._merged.write()
         if not names:
             return
-        error = run_dvc(self.root, "pull", "--force", *names)
-        if error is not None:
+        try:
+            self._transfer(lambda: pull_stages(self.root, names), "pulling results from DVC's remote")
+        except OrchestrationError as error:
             raise OrchestrationError(
                 f"the results of {len(names)} stages are in DVC's remote and dvc.lock, but could not be pulled: {error}. Type `dvc pull`."
-            )
+            ) from error
 
     @own_retries()
     def _serve(self, over: Event) -> None:
@@ -179,9 +181,8 @@ class Pool:
     def _order(self, node: Node) -> StageOrder:
         """Return the order for a stage, after the remote holds those inputs that this machine made."""
         own = sorted({*node.after, *recorded_stages(node, self.paths)} - self._in_remote)
-        error = run_dvc(self.root, "push", *own) if own else None
-        if error is not None:
-            raise OrchestrationError(f"inputs of {node.name} could not be copied to DVC's remote: {error}")
+        if own:
+            self._transfer(lambda: push_stages(self.root, own), f"copying inputs of {node.name} to DVC's remote")
         self._in_remote.update(own)
         if time.monotonic() > self._asked + STATUS_SECONDS:
             self._changed, self._asked = changed_files(self.root), time.monotonic()
@@ -211,6 +212,9 @@ class Pool:
             if run.state is None or not run.state.is_final():
                 return run, number
             number += 1
+
+    def _transfer(self, act: Callable[[], None], what: str) -> None:
+        patiently(act, what, self.settings.remote_seconds, self._stop)
 
     def _request(self, act: Callable[[SyncPrefectClient], T]) -> T:
         return insist(lambda: act(self._client), self.settings.remote_seconds, self._stop)

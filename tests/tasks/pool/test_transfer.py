@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from posttrain.errors import OrchestrationError
 from tasks.dag import read_dag
 from tasks.pool import checkpoints
 from tasks.pool.snapshot import changed_files, committed, differing, order, read_paths
-from tasks.pool.transfer import RemoteAway, opened, patiently, pull_inputs, push_results
+from tasks.pool.transfer import RemoteAway, opened, patiently, pull_inputs, pull_stages, push_results, push_stages
 from tasks.pool.tree import NoCommit, check_out, free_tree
 from tests.fleet import git
 from tests.workspace import dvc, times
@@ -39,6 +40,20 @@ def project(finished: Path, tmp_path: Path) -> Path:
 def clone(project: Path, tmp_path: Path) -> Path:
     git(tmp_path, "clone", "-q", "--branch", "main", "bare.git", "clone")
     return tmp_path / "clone"
+
+
+def test_results_of_stages_travel_by_name_and_a_lost_one_is_named(project: Path, clone: Path, tmp_path: Path) -> None:
+    pull_stages(clone, ["start", "side@left"])
+    assert sorted(path.name for path in clone.glob("*.txt")) == ["side-left.txt", "start.txt"]
+    shutil.rmtree(tmp_path / "store")
+    (project / "side-left.txt").unlink()
+    pull_stages(project, ["side@left"])  # the cache still has it
+    push_stages(project, ["side@left", "join"])
+    pull_stages(clone, ["join"])
+    assert (clone / "join.txt").read_text() == (project / "join.txt").read_text()
+    shutil.rmtree(clone / ".dvc" / "cache")
+    with pytest.raises(OrchestrationError, match="1 files are neither in DVC's cache nor in its remote"):
+        pull_stages(clone, ["join", "start"])
 
 
 def test_a_clone_runs_one_stage_from_its_inputs_and_another_restores_it(project: Path, clone: Path) -> None:
