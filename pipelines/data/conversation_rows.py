@@ -9,6 +9,7 @@ from pipelines.data.compact import compact
 from pipelines.data.messages import canonical_messages, canonical_tools, from_json
 from pipelines.data.pairs import Changes, prompt_once, with_prompt
 from pipelines.data.tables import TEXT, TOOLS, Row, is_messages
+from pipelines.data.tool_results import MOVED, NULLS, UNASKED, in_order_of_calls, null_arguments, unasked
 from posttrain.data.messages import INSTRUCTING, ROLES, parted, refuse_repeated_texts, require_whole_weights
 from posttrain.environments.parts import Kind
 from posttrain.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         changes["conversations read from text that is JSON"] += any(
             isinstance(row[n], str) and isinstance(read[n], list) for n in read
         )
-        row |= {name: canonical_messages(value, place) for name, value in read.items()}
+        row |= {name: _read(value, place, changes) for name, value in read.items()}
         if TOOLS in row:
             row[TOOLS] = canonical_tools(row[TOOLS], place)
         if kind in ("sft", "labelled") and _WHOLE in row:
@@ -48,6 +49,11 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
         for name in answers if kind != "sft" else ():
             require_whole_weights(row[name], f"{place}: {name}")
         row = _as_conversation(kind, row, source)
+        for name in answers or ("prompt",):
+            if is_messages(row["prompt"]) and is_messages(row[name]):
+                turns = row["prompt"] if name == "prompt" else [*row["prompt"], *row[name]]
+                changes[UNASKED] += unasked(turns)
+                changes[NULLS] += null_arguments(turns)
         changes["conversations that end with a turn of the user or a tool, which is not trained"] += any(
             is_messages(row[name]) and row[name][-1]["role"] != "assistant" for name in TEXT[kind] if name != "prompt"
         )
@@ -75,6 +81,16 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
             )
         rows[i] = _compact(_with_system(kind, row, source, changes))
     return rows
+
+
+def _read(value: Any, where: str, changes: Changes) -> Any:
+    """Return chat messages in the canonical form, with tools' results in the order of their calls; anything else as it is."""
+    turns = canonical_messages(value, where)
+    if not is_messages(turns):
+        return turns
+    ordered, moved = in_order_of_calls(turns)
+    changes[MOVED] += moved
+    return ordered
 
 
 def _compact(row: Row) -> Row:

@@ -55,7 +55,14 @@ def canonical_tools(value: Any, where: str) -> str | None:
             f"{where}: tools is {_short(value)}; it must be a list of objects such as"
             ' [{"type": "function", "function": {"name": "add"}}], or this list as JSON. Correct the row or leave tools out.'
         )
-    return json.dumps(tools, sort_keys=True, ensure_ascii=False) if tools else None
+    return json.dumps(_without_nulls(tools), sort_keys=True, ensure_ascii=False) if tools else None
+
+
+def _without_nulls(schema: Any) -> Any:
+    """Return a tool's schema without keys whose value is null, except the ones for which null is a value."""
+    if isinstance(schema, dict):
+        return {k: _without_nulls(v) for k, v in schema.items() if v is not None or k in ("default", "const")}
+    return [_without_nulls(one) for one in schema] if isinstance(schema, list) else schema
 
 
 def human_assistant(text: str) -> list[Message] | None:

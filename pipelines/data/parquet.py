@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.data.filled_structs import unfilled
 from posttrain.errors import DataError
 
 Convert = Callable[[Any], Any]
@@ -90,6 +91,10 @@ def table_records(table: pa.Table, where: str) -> list[dict[str, Any]]:
                 ) from None
             except ValueError as error:
                 raise DataError(f"{where}, row {number}: column {field.name!r} holds {error}") from None
+    for field in table.schema:
+        if own := unfilled(field.name, field.type):
+            for record in records:
+                record[field.name] = own(record[field.name])
     return records
 
 
