@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 from pipelines.config.params import Params, load_params
 from pipelines.report.load import load, wanted
 from pipelines.report.measured import all_runs, training_seconds
+from pipelines.runtime.measures import headline_name
+from pipelines.runtime.ranking import RECORD, encode, places
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
-    from pipelines.report.analysis import Question
+    from pipelines.report.analysis import Comparison, Question
+    from pipelines.report.load import Results
 
 FOLDER = Path("report")
 READ = ("project", "report", "evaluation.accuracy", "evaluation.rewards", "evaluation.pass_k", "rewards")
@@ -53,10 +56,20 @@ def run(run: Run) -> None:
     significant = sum(pair.significant for pair in comparison.pairs)
     run.recorder.summary(levels | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.recorder.tag("solved", solved(comparison))
+    run.recorder.tag(RECORD, ranking(results, comparison))
     for picture in sorted(FOLDER.glob("*.png")):
         run.outputs.artifact(picture.name).write_bytes(picture.read_bytes())
     run.outputs.artifact("report.html").write_bytes((FOLDER / "index.html").read_bytes())
     write_costs(Path())
+
+
+def ranking(results: Results, comparison: Comparison) -> str:
+    """Return the place of each run's algorithm, as the journal carries it to MLflow."""
+    from pipelines.report.words import ranked
+
+    place = places((summary.name for summary in ranked(comparison)), comparison.apart())
+    by_run = {m.training.identity: place[m.group] for m in results.models if m.training is not None}
+    return encode(headline_name(comparison.question.headline), by_run)
 
 
 def question_of(params: Params) -> Question:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.data.tables import plain
+from pipelines.runtime.measures import GREEDY, SAMPLED
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from pipelines.training.evaluator import REFERENCE, TASKS, Evaluator, write_predictions
@@ -26,7 +27,7 @@ from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain.evaluation.answers import EvaluatedAnswer
-    from posttrain.evaluation.statistics import Resampling
+    from posttrain.evaluation.statistics import Interval, Resampling
 
 
 def run(run: Run) -> None:
@@ -79,13 +80,14 @@ def summary(
                 )
     shape = (len(greedy), len(sampled) // len(greedy))
     interval = mean_interval(floats([a.rewards[accuracy] for a in greedy]), resampling)
-    results = {"accuracy": interval.value, "accuracy_low": interval.low, "accuracy_high": interval.high}
+    results = _measure(GREEDY, interval)
     grid = floats([a.rewards[accuracy] for a in sampled]).reshape(shape)
     for k in pass_k if np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all() else ():
         results[f"pass@{k}"] = float(np.nanmean(pass_at_k_by_prompt(grid, k)))
     for source in sorted(answers[0].rewards):
         values = floats([a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)
+        results |= _measure(SAMPLED, reward) if source == accuracy else {}
         results |= {
             f"reward/{source}/mean": reward.value,
             f"reward/{source}/low": reward.low,
@@ -98,6 +100,11 @@ def summary(
         "entropy": float(np.mean([a.entropy for a in sampled])),
         "tokens/sampled": float(sum(a.tokens for a in answers)),
     }
+
+
+def _measure(name: str, level: Interval) -> dict[str, float]:
+    """Return a measure of accuracy and the bounds of its interval by name."""
+    return {name: level.value, f"{name}_low": level.low, f"{name}_high": level.high}
 
 
 def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardFunctionParams) -> dict[str, float]:

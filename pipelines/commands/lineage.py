@@ -33,6 +33,7 @@ from pipelines.promotion.registry import DECISION, REASON, Version
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.identity import file_digest
+from pipelines.runtime.measures import GREEDY, SAMPLED, in_words, with_measures
 from pipelines.runtime.redaction import printable
 from posttrain.errors import DataError
 from posttrain.files import read_json
@@ -139,6 +140,14 @@ def _rows(lineage: Lineage, table: Artifact) -> int | None:
     return None if path is None else int(pq.read_metadata(path).num_rows)
 
 
+def _levels(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each measure of accuracy with its interval."""
+    for name in (SAMPLED, GREEDY):
+        if name in results:
+            value, low, high = (results[each] for each in (name, f"{name}_low", f"{name}_high"))
+            yield f"{in_words(name)} {value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+
+
 def _evaluation(lineage: Lineage, model: Artifact) -> dict[str, Any]:
     """Return the metrics of the model's newest evaluation that the cache holds."""
     for record in lineage.records:
@@ -182,13 +191,7 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     lines += _section("judged by", people)
     aside = {table: count for table, count in found["set_aside"].items() if count}
     lines += _section("set aside by validate", (f"{table}: {_count(count)}" for table, count in sorted(aside.items())))
-    measured = found["evaluation"]
-    if "accuracy" in measured:
-        low, high = measured.get("accuracy_low"), measured.get("accuracy_high")
-        lines += _section(
-            "evaluated",
-            [f"accuracy of greedy answers {measured['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}"],
-        )
+    lines += _section("evaluated", _levels(with_measures(found["evaluation"], None)))
     for entry in found["stages"]:
         values = (
             f"{name} = {json.dumps(value, ensure_ascii=False)}"

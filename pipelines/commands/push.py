@@ -30,6 +30,7 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import input_digests
 from pipelines.runtime.journal import read
+from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name, with_measures
 from pipelines.runtime.publish import JOURNAL
 from posttrain.algorithms import OnPolicy, Unpaired
 from posttrain.errors import ConfigError
@@ -38,6 +39,10 @@ from posttrain.files import read_json
 FOLDER = Path(".posttrain") / "push"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 KEPT_OUT = "*.partial"
+_MEANINGS = {
+    SAMPLED: "the share of sampled answers that are right",
+    GREEDY: "the share of problems whose greedy answer is right",
+}
 
 
 @reports_errors
@@ -111,12 +116,16 @@ def check_data(params: Params, model: str) -> None:
 
 def card(params: Params, model: str, repository: str, licence: str, written: str) -> str:
     """Return the card: metadata, results with intervals, intended use, and the table of the training step."""
-    results, sources = _results(model), trained_sources(params, model)
+    results, sources = _results(params, model), trained_sources(params, model)
+    first = [name for name in measures(params) if name in results]
+    headline = headline_name(params.report.headline)
     body = re.sub(r"\A---\n.*?\n---\n", "", written, flags=re.DOTALL).strip()
     held_out = f"`data.evaluation`: {params.data.evaluation.source}"
     measured = [
-        f"On held-out problems ({held_out}); `low` and `high` bound 95 % intervals over problems.", "",
-        "| measure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in sorted(results.items())),
+        f"On held-out problems ({held_out}); `low` and `high` bound 95 % intervals over problems."
+        f" Models are ranked by `{headline}`: {_MEANINGS[headline]}.", "",
+        "| measure | value |", "|---|---|",
+        *(f"| {name} | {results[name]:.4g} |" for name in (*first, *sorted(results.keys() - set(first)))),
     ]  # fmt: skip
     missing = [f"This model has not been evaluated yet; `dvc repro` does it on held-out problems ({held_out})."]
     use = "A result of an experiment that compares post-training algorithms."
@@ -146,7 +155,7 @@ def metadata(params: Params, model: str, repository: str, licence: str, results:
         found["datasets"] = on_hub
     metrics = [
         {"type": "accuracy", "name": name, "value": round(results[name], 6)}
-        for name in ("accuracy", "accuracy_low", "accuracy_high")
+        for name in measures(params)
         if name in results
     ]
     evaluated = {"type": "evaluation", "name": f"data.evaluation: {params.data.evaluation.source}"}
@@ -155,6 +164,12 @@ def metadata(params: Params, model: str, repository: str, licence: str, results:
         entry = {"task": task, "dataset": evaluated, "metrics": metrics}
         found["model-index"] = [{"name": repository.partition("/")[2], "results": [entry]}]
     return found
+
+
+def measures(params: Params) -> list[str]:
+    """Return the names of both measures of accuracy and their bounds, the one that ranks the models first."""
+    names = sorted((SAMPLED, GREEDY), key=lambda name: name != headline_name(params.report.headline))
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
 
 
 def trained_sources(params: Params, model: str) -> dict[str, list[str]]:
@@ -203,7 +218,7 @@ def _is_on_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def _results(model: str) -> dict[str, float]:
+def _results(params: Params, model: str) -> dict[str, float]:
     """Return the numbers of the model's evaluation by name; empty if it has not been evaluated."""
     path = Path("runs/evaluate", model, "metrics.json")
     if not path.is_file():
@@ -217,7 +232,7 @@ def _results(model: str) -> dict[str, float]:
                 stack.append((f"{prefix}{name}/", value))
             elif isinstance(value, int | float):
                 flat[f"{prefix}{name}"] = float(value)
-    return flat
+    return with_measures(flat, params.evaluation.accuracy)
 
 
 def _yaml(tree: dict[str, Any]) -> str:

@@ -53,6 +53,8 @@ class Training:
     """sha256 of each table and model that the run read, by path."""
     folder: Path = Path()
     """The run directory."""
+    identity: str = ""
+    """The run's identity; empty if its journal has none."""
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric, or None."""
@@ -196,6 +198,7 @@ def training(folder: Path, name: str) -> Training:
     summary: dict[str, float] = {}
     params: dict[str, Any] = {}
     inputs: dict[str, str] = {}
+    identity = ""
     for record in read(folder / JOURNAL):
         if record["kind"] == "metrics":
             for metric, value in record["values"].items():
@@ -205,12 +208,12 @@ def training(folder: Path, name: str) -> Training:
         elif record["kind"] == "params":
             params |= record["values"]
         elif record["kind"] == "start":
-            inputs = dict(record.get("inputs", {}))
+            inputs, identity = dict(record.get("inputs", {})), str(record.get("run", ""))
     curves = {}
     for metric, pairs in sorted(points.items()):
         steps, values = np.asarray(sorted(pairs), dtype=np.float64).T
         curves[metric] = (steps, values)
-    return Training(name, curves, summary, params, inputs, folder)
+    return Training(name, curves, summary, params, inputs, folder, identity)
 
 
 def optimiser_steps(run: Training, algorithm: str) -> int:

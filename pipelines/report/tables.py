@@ -51,7 +51,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
     return {
         "seeds": list(summary.seeds),
         "headline": _interval(summary.headline),
-        "accuracy": _interval(summary.accuracy),
+        "greedy_accuracy": _interval(summary.accuracy),
         "headline_by_seed": list(summary.by_seed),
         "interquartile_mean": summary.iqm,
         "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},

@@ -11,17 +11,23 @@ from typing import Any
 
 from pipelines.config.effective import effective_parameters
 from pipelines.config.params import Params, load_params
+from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name, in_words
 from pipelines.runtime.palette import colour
 from pipelines.runtime.prices import judge_money, judge_tokens, read_prices
+from pipelines.runtime.ranking import RANKED, RECORD
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
 from pipelines.tracking.rollouts import has_rollouts
-from pipelines.tracking.source import COST, RESULT, START, RecordedRun, results
+from pipelines.tracking.source import COST, RESULT, START, RecordedRun, measured, results
 from pipelines.tracking.store import workspace
 
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
 TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
 REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
+RANKED_TAG = "ranked"
+"""The place of an align run in the last comparison, or why it has none."""
+_NAMES = "named 2"
+"""Version of the names of an evaluation's results; a stored run of an earlier one gets the new names as well."""
 TRACES_TAG = "posttrain.traces"
 """Number of answers of the evaluation, and of each kind of the training steps, that are sent as traces of the run."""
 DVC_TAG = "dvc.md5"
@@ -79,8 +85,8 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "stage": source.start["stage"],
         **{key: _text(value) for key, value in arguments(source).items()},
         **grouping(source, project),
-        **source.values_of("tags"),
-        "mlflow.note.content": _note(source),
+        **{name: value for name, value in source.values_of("tags").items() if name != RECORD},
+        "mlflow.note.content": _note(source, headline_name(present_params(project).report.headline)),
         "mlflow.source.name": _command(source),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": surroundings.get("commit"),
@@ -93,7 +99,8 @@ def tags(source: RecordedRun, project: Path) -> dict[str, str]:
         "mlflow.loggedArtifacts": _tables(source),
         REASON_TAG: next((record.get("reason") for record in source.of("end")), None),
         **_model(source, project),
-        EVALUATION_TAG: None if source.evaluation is None else source.evaluation.digest,
+        EVALUATION_TAG: None if source.evaluation is None else f"{source.evaluation.digest} {_NAMES}",
+        RANKED_TAG: None if source.place is None else source.place.words,
         TRACES_TAG: present_params(project).tracking.traces if source.evaluation or has_rollouts(source) else None,
         DVC_TAG: json.dumps(locked) if locked else None,
     }
@@ -132,7 +139,15 @@ def _price(source: RecordedRun, project: Path) -> dict[str, str]:
 
 def headline_metric(params: Params) -> str:
     """Return the name of the metric by which the report ranks models."""
-    return RESULT + ("accuracy" if params.report.headline == "greedy" else f"reward_{params.evaluation.accuracy}")
+    return RESULT + headline_name(params.report.headline)
+
+
+def ranked_values(source: RecordedRun) -> dict[str, float]:
+    """Return the headline measure of a run that the last comparison ranked, by its name in MLflow; empty for any other run."""
+    if source.place is None or not source.place.ranked or source.evaluation is None:
+        return {}
+    value = results(source.evaluation).get((RESULT + source.place.measure, 0))
+    return {} if value is None else {RANKED + source.place.measure: value}
 
 
 def _gain(source: RecordedRun, project: Path) -> float:
@@ -193,11 +208,11 @@ def _tables(source: RecordedRun) -> str | None:
     return json.dumps(shown[-_SHOWN_TABLES:]) if shown else None
 
 
-def _note(source: RecordedRun) -> str:
+def _note(source: RecordedRun, headline: str) -> str:
     """Return the run's description: its result in words, its files, and the command that repeats it."""
     stage, given = source.start["stage"], run_name(source)
     return (
-        f"Stage **{stage}**{', ' + given.removeprefix(stage).strip() if given != stage else ''}.{_result(source)}\n\n"
+        f"Stage **{stage}**{', ' + given.removeprefix(stage).strip() if given != stage else ''}.{_result(source, headline)}\n\n"
         f"* files: `{source.start['directory']}`\n"
         f"* comparison of all runs: `report/`\n"
         f"* run only this stage: `{_command(source)}`\n"
@@ -212,24 +227,24 @@ def _command(source: RecordedRun) -> str:
     return f"python -m pipelines.{source.start['stage']}{options}"
 
 
-def _result(source: RecordedRun) -> str:
-    """Return sentences with both measures of the evaluated model, sampled and greedy; empty if it has not been evaluated."""
+def _result(source: RecordedRun, headline: str) -> str:
+    """Return sentences with both measures of the evaluated model, the headline first, and its place; empty if it has none."""
     evaluation = source if source.start["stage"] == "evaluate" else source.evaluation
-    measured = {} if evaluation is None else evaluation.values_of("summary")
-    if evaluation is None or "accuracy" not in measured:
-        return ""
-    judge = "reward/" + str(evaluation.values_of("params").get("evaluation.accuracy"))
-    sampled = _share(measured, f"{judge}/mean", f"{judge}/low", f"{judge}/high", "of the sampled answers are right")
-    greedy = _share(measured, "accuracy", "accuracy_low", "accuracy_high", "of the held-out problems are solved")
-    return f"{sampled}.{greedy} by the greedy answers." if sampled else f"{greedy} by the greedy answers."
+    found = {} if evaluation is None else measured(evaluation)
+    shares = [_share(found, name) for name in (SAMPLED, GREEDY)]
+    if headline == GREEDY:
+        shares.reverse()
+    place = "" if source.place is None else source.place.sentence()
+    return "".join(shares) + place
 
 
-def _share(measured: dict[str, Any], value: str, low: str, high: str, words: str) -> str:
-    """Return one measure with its interval in words, empty unless all three numbers were recorded."""
-    if not {value, low, high} <= measured.keys():
+def _share(found: dict[str, Any], name: str) -> str:
+    """Return one measure with its interval in a sentence, empty unless all three numbers were recorded."""
+    names = (name, f"{name}_low", f"{name}_high")
+    if not found.keys() >= set(names):
         return ""
-    share, bottom, top = (f"{100 * float(measured[name]):.1f}" for name in (value, low, high))
-    return f" **{share} %** {words} (95 % interval {bottom} to {top} %)"
+    share, low, high = (f"{100 * float(found[each]):.1f}" for each in names)
+    return f" {in_words(name).capitalize()}: **{share} %** (95 % interval {low} to {high} %)."
 
 
 def _text(value: Any) -> str:

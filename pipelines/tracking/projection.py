@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pipelines.config.params import load_params
 from pipelines.runtime.journal import FINISHED, RUNNING
 from pipelines.runtime.process import Lock
+from pipelines.runtime.ranking import RANKED
 from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
 from pipelines.tracking.lineage import log_datasets, logged_model
@@ -147,6 +148,7 @@ class Projector:
         self._add_params(link, describe.parameters(source))
         model_id = logged_model(self.client, self.experiment(source), link.run_id, source)
         self._add_metrics(link, source, model_id)
+        self._add_ranked(link, source)
         self._add_traces(link, source, model_id)
         self._add_tags(link.run_id, link.tags, wanted_tags)
         send_artifacts(self.client, link.run_id, source, link.sent)
@@ -155,7 +157,8 @@ class Projector:
 
     def _has_results(self, run: MlflowRun, wanted: dict[str, str]) -> bool:
         """Return True if the run holds the results of the evaluation, or belongs to a different checkout, which adds its own."""
-        names = (describe.EVALUATION_TAG, describe.TRACES_TAG)
+        names = [describe.EVALUATION_TAG, describe.TRACES_TAG]
+        names += [describe.RANKED_TAG] if describe.RANKED_TAG in wanted else []
         return not self._is_ours(run) or all(run.data.tags.get(name) == wanted.get(name) for name in names)
 
     def _candidates(self, source: RecordedRun) -> list[MlflowRun]:
@@ -238,6 +241,23 @@ class Projector:
             self.client.log_batch(link.run_id, metrics=batch)
             link.values |= {(metric.key, metric.step): metric.value for metric in batch}
 
+    def _add_ranked(self, link: Link, source: RecordedRun) -> None:
+        """Give a ranked run its headline measure. MLflow keeps every value, so a run that is ranked no longer gets a NaN after it."""
+        from mlflow.entities import Metric
+
+        if source.place is None:  # not compared yet, or read without its comparison
+            return
+        wanted = describe.ranked_values(source)
+        steps = {name: step for name, step in sorted(link.values) if name.startswith(RANKED)}
+        changes = []
+        for name in sorted(steps.keys() | wanted.keys()):
+            value, last = wanted.get(name, math.nan), steps.get(name, -1)
+            if last < 0 or not _equal(value, link.values[name, last]):
+                changes.append(Metric(name, value, source.stopped() or 0, last + 1, run_id=link.run_id))
+        if changes:
+            self.client.log_batch(link.run_id, metrics=changes)
+            link.values |= {(metric.key, metric.step): metric.value for metric in changes}
+
     def _add_traces(self, link: Link, source: RecordedRun, model_id: str | None) -> None:
         """Make the first answers of the run's evaluation, and chosen answers of its training steps, its traces."""
         params, experiment = describe.present_params(self.project_root), self.experiment(source)
@@ -310,7 +330,9 @@ def _contradicts(link: Link, source: RecordedRun) -> bool:
         return False
     timings = {name for name in link.tags.get(describe.TIMINGS_TAG, "").split(",") if name}
     timings |= {describe.entity_name(name) for name, _ in source.timings}
-    return any(key not in wanted and key[0] not in timings and not key[0].startswith(RESULT) for key in link.values)
+    return any(
+        key not in wanted and key[0] not in timings and not key[0].startswith((RESULT, RANKED)) for key in link.values
+    )
 
 
 def _stored_names(values: dict[Value, float]) -> dict[Value, float]:

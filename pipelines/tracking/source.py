@@ -13,9 +13,12 @@ from pipelines.runtime import environment
 from pipelines.runtime.context import LOCK, MEASUREMENTS
 from pipelines.runtime.energy import joules
 from pipelines.runtime.journal import FINISHED, KILLED, RUNNING, Record, canonical, encode, ended, number, read
+from pipelines.runtime.measures import with_measures
 from pipelines.runtime.prices import judge_tokens
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
+from pipelines.runtime.ranking import RECORD, Place, decode
+from pipelines.runtime.ranking import encode as _ranking
 from posttrain.errors import TrackingError
 from posttrain.files import files_below
 
@@ -24,6 +27,7 @@ Value = tuple[str, int]
 START = "models/sft"
 RESULT, COST = "evaluation/", "cost/"
 """Prefixes of the values that a training run has next to its curves."""
+_NO_RANKING = _ranking("", {})
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class RecordedRun:
     """The finished evaluation of exactly the model that this run wrote."""
     supervised: RecordedRun | None = None
     """The finished evaluation of the supervised model that an align run read."""
+    place: Place | None = None
+    """The place of an align run in the last comparison that read it."""
 
     @cached_property
     def start(self) -> Record:
@@ -81,9 +87,8 @@ class RecordedRun:
         }
         names = {name for name, _ in series}
         last = max((step for _, step in series), default=0)
-        summary = {
-            (name, last): number(value) for name, value in self.values_of("summary").items() if name not in names
-        }
+        found = measured(self) if self.start["stage"] == "evaluate" else self.values_of("summary")
+        summary = {(name, last): number(value) for name, value in found.items() if name not in names}
         cost = {(f"{COST}{name}", 0): value for name, value in self._work(series, last).items()}
         return series | summary | cost | ({} if self.evaluation is None else results(self.evaluation))
 
@@ -159,8 +164,15 @@ def _aligns(source: RecordedRun) -> bool:
 
 def results(evaluation: RecordedRun) -> dict[Value, float]:
     """Return an evaluation's results by the names that they have on the run of the evaluated model, at step 0."""
-    summary = evaluation.values_of("summary")
-    return {(RESULT + name.replace("/mean", "").replace("/", "_"), 0): number(value) for name, value in summary.items()}
+    return {
+        (RESULT + name.replace("/mean", "").replace("/", "_"), 0): number(value)
+        for name, value in measured(evaluation).items()
+    }
+
+
+def measured(evaluation: RecordedRun) -> dict[str, Any]:
+    """Return the results of an evaluation by their names in its journal, with both measures of accuracy under their names."""
+    return with_measures(evaluation.values_of("summary"), evaluation.values_of("params").get("evaluation.accuracy"))
 
 
 def evaluated_folder(evaluation: RecordedRun) -> str:
@@ -225,11 +237,16 @@ def _with_evaluations(sources: list[RecordedRun], current: set[str]) -> list[Rec
         if source.start["stage"] == "evaluate" and source.status == FINISHED
         for folder in [evaluated_folder(source)]
     }
+    ranking: dict[str, Place] = {}
+    for source in order:
+        if source.start["stage"] == "compare" and source.status == FINISHED:
+            ranking |= decode(source.values_of("tags").get(RECORD, _NO_RANKING))
     found = []
     for source in sources:
         model = next(iter(source.of("model")), {})
         evaluation = evaluations.get((str(model["path"]), str(model["content"]))) if "content" in model else None
         supervised = evaluations.get((START, source.start.get("inputs", {}).get(START))) if _aligns(source) else None
-        known = evaluation is not None or supervised is not None
-        found.append(replace(source, evaluation=evaluation, supervised=supervised) if known else source)
+        place = ranking.get(source.identity)
+        known = evaluation is not None or supervised is not None or place is not None
+        found.append(replace(source, evaluation=evaluation, supervised=supervised, place=place) if known else source)
     return found

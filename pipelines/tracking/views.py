@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipelines.runtime.measures import in_words
+from pipelines.runtime.ranking import RANKED
 from pipelines.tracking import describe
 from pipelines.tracking.source import COST, RESULT, RecordedRun
 
@@ -23,7 +25,7 @@ TRAINING_PAGES = "workflowType=machine_learning"
 """MLflow's own server opens an experiment on its pages for agents, unless the address asks for the pages of training runs."""
 FILTER = "tags.stage = 'align'"
 SECTIONS = (
-    ("Result on held-out problems", (RESULT,)),
+    ("Result on held-out problems", (RANKED, RESULT)),
     ("Reward", ("reward/",)),
     ("Accuracy on pairs", ("preference/accuracy", "heldout/")),
     ("KL", ("kl/",)),
@@ -39,7 +41,8 @@ LEARNING_RATE = "optimizer.learning_rate"
 BOUNDS = ("_low", "_high")
 """Ends of the names of interval bounds, which are columns of the table but have no charts."""
 FIRST = (
-    "evaluation/accuracy",
+    "evaluation/sampled_accuracy",
+    "evaluation/greedy_accuracy",
     "evaluation/kl_ref_k1",
     "evaluation/length",
     "reward/total/mean",
@@ -50,7 +53,8 @@ FIRST = (
 COLUMNS = (
     "tags.`algorithm`",
     "tags.`seed`",
-    "metrics.`evaluation/accuracy`",
+    "tags.`ranked`",
+    "metrics.`evaluation/greedy_accuracy`",
     "metrics.`evaluation/kl_ref_k1`",
     "metrics.`cost/seconds`",
     f"params.`{LEARNING_RATE}`",
@@ -66,16 +70,17 @@ def runs_page(experiment: str) -> str:
 def experiment_tags(experiment: str, sources: Sequence[RecordedRun], headline: str) -> dict[str, str]:
     """Return the tags of an experiment for the runs of this checkout; empty before an algorithm has run.
 
-    `headline` is the metric that sorts the runs.
+    `headline` is the measure of all runs; the runs are sorted by that of the ranked ones, as soon as a comparison has ranked some.
     """
     aligned = [source for source in sources if source.start["stage"] == "align"]
     if not aligned:
         return {}
     metrics = sorted({describe.entity_name(name) for source in aligned for name, _ in source.metrics | source.timings})
-    metrics = [name for name in metrics if not name.startswith(describe.SYSTEM)]  # on the pages of runs
+    ranked = sorted({name for source in aligned for name in describe.ranked_values(source)})
+    metrics = ranked + [name for name in metrics if not name.startswith(describe.SYSTEM)]  # on the pages of runs
     state = {
         "searchFilter": FILTER,
-        "orderByKey": f"metrics.`{headline}`",
+        "orderByKey": f"metrics.`{next((n for n in ranked if n.endswith(headline.removeprefix(RESULT))), headline)}`",
         "orderByAsc": False,
         "selectedColumns": list(dict.fromkeys([*COLUMNS[:2], f"metrics.`{headline}`", *COLUMNS[2:]])),
         "runsHiddenMode": "SHOW_ALL",
@@ -148,7 +153,7 @@ def _is_number(text: str) -> bool:
 
 def _charts(metrics: Sequence[str], hyper_parameters: Sequence[str], headline: str) -> dict[str, list[dict[str, Any]]]:
     """Return the charts and their sections, in the order of the page."""
-    ordered = sorted(metrics, key=lambda name: chart_order(name, headline))
+    ordered = sorted(metrics, key=lambda name: (not name.startswith(RANKED), chart_order(name, headline)))
     used = [title for title in _TITLES if any(_section(name) == title for name in ordered)]
     sections = [
         {
@@ -184,7 +189,7 @@ def _section(metric: str) -> str:
 
 def _chart(metric: str) -> dict[str, Any]:
     """Return the chart of one metric: bars for single values, else a line over steps."""
-    single = metric.startswith((RESULT, COST))
+    single = metric.startswith((RANKED, RESULT, COST))
     common = {
         "uuid": _uuid(f"chart {metric}"),
         "type": "BAR" if single else "LINE",
@@ -192,10 +197,17 @@ def _chart(metric: str) -> dict[str, Any]:
         "metricSectionId": _uuid(_section(metric)),
         "deleted": metric.endswith(BOUNDS),
         "isGenerated": True,
-        "displayName": metric.removeprefix(RESULT).removeprefix(COST),
+        "displayName": _title(metric),
         "metricKey": metric,
     }
     return common if single else common | _LINE
+
+
+def _title(metric: str) -> str:
+    """Return the title of a metric's chart."""
+    if metric.startswith(RANKED):
+        return f"{in_words(metric.removeprefix(RANKED)).capitalize()} of the ranked runs"
+    return metric.removeprefix(RESULT).removeprefix(COST)
 
 
 _LINE: dict[str, Any] = {

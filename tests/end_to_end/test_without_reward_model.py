@@ -31,7 +31,7 @@ def test_without_a_reward_model_everything_else_runs_and_does_not_depend_on_it(
     for model in ("base", "sft", "dpo-0", "grpo-0"):
         metrics = json.loads((clone.root / "runs" / "evaluate" / model / "metrics.json").read_text())
         assert "reward/rm/mean" not in metrics
-        assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
+        assert metrics["greedy_accuracy_low"] <= metrics["greedy_accuracy"] <= metrics["greedy_accuracy_high"]
     comparison = json.loads((clone.root / "report" / "comparison.json").read_text())
     assert {"dpo", "grpo"} <= set(json.dumps(comparison).replace('"', " ").split())
     clone.configure("reward.epochs=7")

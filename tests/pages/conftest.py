@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.commands.sync import synchronise
-from pipelines.compare import question_of
+from pipelines.compare import question_of, ranking
 from pipelines.config.params import load_params
 from pipelines.report.analysis import compare
 from pipelines.report.costs import write_costs
 from pipelines.report.load import load
 from pipelines.report.words import title
 from pipelines.report.write import write
+from pipelines.runtime.ranking import RECORD
 from tasks.challenger import register
 from tests.pages.browsing import Site, browser_path, serving
-from tests.pipelines.synthetic_runs import build, content
+from tests.pipelines.synthetic_runs import build, close, content, finished
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -55,7 +56,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     (project / "params.yaml").write_text(chosen.replace("  seeds: [0]\n", "  seeds: [0, 1]\n"), encoding="utf-8")
     params = load_params(project / "params.yaml")
     results = load(ALGORITHMS, SEEDS, project)
-    write(project / "report", results, compare(results, question_of(params)), params.report.samples_shown, 0)
+    comparison = compare(results, question_of(params))
+    write(project / "report", results, comparison, params.report.samples_shown, 0)
+    recorded = finished(project, Path("runs/compare"), "compare", {}, params)
+    recorded.recorder.tag(RECORD, ranking(results, comparison))
+    close(recorded, {"pairs/tested": len(comparison.pairs)})
     for name in ALGORITHMS:
         _measured(project, f"align-{name}-0", seconds=12.0)
     write_costs(project)

@@ -81,10 +81,10 @@ def _pages(site: Site) -> Iterator[tuple[str, str, str]]:
     yield "experiment", f"{site.base}/#/experiments/{experiment}", "Compare the algorithms"
     yield "charts", links["curves of the algorithms"], "Result on held-out problems"
     table = "groups" if several_seeds else "runs"
-    yield table, links["results of the algorithms side by side"], "evaluation/reward_answer"
+    yield table, links["results of the algorithms side by side"], "evaluation/sampled_accuracy"
     two = json.dumps([each.info.run_id for each in _two_algorithms(found)])
     yield "compare", f"{site.base}/#/compare-runs?runs={two}&experiments={json.dumps([experiment])}", "Run details"
-    yield "run", run, "of the sampled answers are right"
+    yield "run", run, "Sampled accuracy"
     yield "traces", f"{run}/traces", "Response"
     for name in links:
         if name.startswith("versions of"):

@@ -139,7 +139,9 @@ def predictions(folder: Path, name: str, group: str, prompts: int, samples: int,
     run.recorder.table("samples", 0, [{name: row[column] for name, column in shown.items()} for row in greedy_rows])
     level = RATES[group]
     sampled = {f"reward/answer/{end}": level + shift for end, shift in (("mean", 0.0), ("low", -0.05), ("high", 0.05))}
-    greedy = {"accuracy": level, "accuracy_low": level - 0.1, "accuracy_high": level + 0.1}
+    bounds = (("", 0.0), ("_low", -0.1), ("_high", 0.1))
+    greedy = {f"greedy_accuracy{end}": level + shift for end, shift in bounds}
+    greedy |= {f"sampled_accuracy{end}": level + shift / 2 for end, shift in bounds}
     close(
         run,
         greedy

@@ -27,7 +27,13 @@ def project(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (model / "README.md").write_text("---\ntags: [posttrain]\n---\n\n# Aligned with grpo\n")
     evaluated = tmp_path / "runs/evaluate/grpo-0"
     evaluated.mkdir(parents=True)
-    numbers = {"accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "reward": {"answer": {"mean": 0.5}}}
+    numbers = {
+        "accuracy": 0.75,
+        "accuracy_low": 0.7,
+        "accuracy_high": 0.8,
+        "entropy": 0.25,
+    }  # names of older evaluations
+    numbers |= {"reward": {"answer": {"mean": 0.5}, "rm": {"mean": 2.0}}}
     (evaluated / "metrics.json").write_text(json.dumps(numbers))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -43,9 +49,14 @@ def test_a_dry_run_shows_the_folder_the_card_and_the_command(project: Path, caps
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("apache-2.0", "org/base", ["org/chats"])
     assert card.data.library_name == "transformers"
     assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
-        "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8,
+        "sampled_accuracy": 0.5, "greedy_accuracy": 0.75, "greedy_accuracy_low": 0.7, "greedy_accuracy_high": 0.8,
     }  # fmt: skip
-    for text in ("# Aligned with grpo", "| reward/answer/mean | 0.5 |", "## Intended use"):
+    for text in (
+        "# Aligned with grpo",
+        "|---|---|\n| sampled_accuracy | 0.5 |\n",
+        "| reward/rm/mean | 2 |",
+        "## Intended use",
+    ):
         assert text in card.text
     assert (project / "models/align/grpo-0/README.md").read_text().startswith("---\ntags: [posttrain]")
 

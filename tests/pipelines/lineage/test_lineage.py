@@ -270,7 +270,7 @@ def test_the_command_prints_it_and_refuses_what_does_not_exist(
     assert command.main(["dpo-0"]) == 0
     shown = capsys.readouterr().out
     assert "data/raw/accepted/preferences/0001-new.jsonl  sha256" in shown
-    assert "accuracy of greedy answers 0.500, 95 % interval 0.100 to 0.900" in shown
+    assert "greedy accuracy 0.500, 95 % interval 0.100 to 0.900" in shown
     assert command.main(["--row", "preferences:0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models"] == [weights(nights, 2)._asdict()]
     assert command.main(["grpo-0"]) == 2

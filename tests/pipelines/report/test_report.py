@@ -60,7 +60,7 @@ def test_accuracies_are_shares_of_right_greedy_answers_with_wilson_intervals(pro
     assert list(numbers["models"]) == ["base", "sft", "dpo", "grpo", "ppo"]
     for name, run in (("base", "base"), ("sft", "sft"), ("grpo", "grpo-0")):
         right = greedy_by_hand(project, run)
-        accuracy = numbers["models"][name]["accuracy"]
+        accuracy = numbers["models"][name]["greedy_accuracy"]
         assert accuracy["mean"] == pytest.approx(sum(right) / 120)
         assert (accuracy["low"], accuracy["high"]) == pytest.approx(wilson(sum(right), 120))
         assert abs(accuracy["mean"] - RATES[name]) < 0.1
@@ -240,7 +240,7 @@ def test_the_markdown_table_says_what_the_json_says(project: Path, numbers: Any)
     assert lines[0] == f"# {numbers['title']}"
     rows = {cells[0]: cells for line in lines if line.startswith("| ") for cells in [line.strip("| ").split(" | ")]}
     assert set(numbers["models"]) <= set(rows)
-    accuracy, steps = numbers["models"]["grpo"]["accuracy"], numbers["cost"]["grpo"]["optimiser_steps"]
+    accuracy, steps = numbers["models"]["grpo"]["greedy_accuracy"], numbers["cost"]["grpo"]["optimiser_steps"]
     assert rows["grpo"][2] == f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
     pair = next(p for p in numbers["pairs"] if {p["a"], p["b"]} == {"grpo", "sft"})
     difference = pair["difference"]["mean"] * (1 if pair["a"] == "grpo" else -1)

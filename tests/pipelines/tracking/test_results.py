@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shutil
 import zlib
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipelines.config.effective import effective_parameters
 from pipelines.config.params import load_params
 from pipelines.runtime.journal import Journal, encode, read
 from pipelines.runtime.param_tracking import declared_values
+from pipelines.runtime.ranking import RECORD
+from pipelines.runtime.ranking import encode as ranking
 from pipelines.tracking import describe
 from pipelines.tracking.projection import Projector
 from pipelines.tracking.source import RecordedRun, discover, load
@@ -23,7 +26,8 @@ from pipelines.tracking.views import VIEW_TAG, experiment_tags
 
 SFT_DIGEST, RM_DIGEST = "5" * 64, "6" * 64
 STARTS = {"models/sft": SFT_DIGEST, "models/reward": RM_DIGEST}
-RESULT = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "reward/answer/mean": 0.625,
+RESULT = {"greedy_accuracy": 0.75, "greedy_accuracy_low": 0.5, "greedy_accuracy_high": 0.875, "sampled_accuracy": 0.625,
+          "sampled_accuracy_low": 0.6, "sampled_accuracy_high": 0.65, "reward/answer/mean": 0.625,
           "reward/answer/low": 0.6, "reward/answer/high": 0.65, "kl/ref_k1": 2.5}  # fmt: skip
 END = {"kind": "end", "status": "FINISHED"}
 
@@ -72,15 +76,15 @@ def found(project: Path, stage: str) -> RecordedRun:
 
 def test_the_align_run_has_the_results_of_exactly_its_model(project: Path) -> None:
     values = found(project, "align").metrics
-    assert values["evaluation/accuracy", 0] == 0.75
-    assert values["evaluation/reward_answer", 0] == 0.625
+    assert values["evaluation/greedy_accuracy", 0] == 0.75
+    assert values["evaluation/sampled_accuracy", 0] == 0.625
     assert values["evaluation/kl_ref_k1", 0] == 2.5
     assert values["cost/tokens_trained", 0] == 200.0
     assert values["steps", 2] == 2
     assert not [name for name, _ in values if name.startswith("final/")]
     journal = project / "runs/evaluate/grpo-0/journal.jsonl"
     journal.write_text("".join(map(encode, read(journal))).replace("b" * 64, "c" * 64))
-    assert ("evaluation/accuracy", 0) not in found(project, "align").metrics
+    assert ("evaluation/greedy_accuracy", 0) not in found(project, "align").metrics
 
 
 def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> None:
@@ -89,13 +93,13 @@ def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> No
         assert aligned[name] == evaluated[name], name
     assert (aligned["algorithm"], aligned["seed"], aligned["study"]) == ("grpo", "0", "posttrain")
     assert (
-        "**62.5 %** of the sampled answers are right (95 % interval 60.0 to 65.0 %)."
-        " **75.0 %** of the held-out problems are solved (95 % interval 50.0 to 87.5 %) by the greedy answers."
+        " Sampled accuracy: **62.5 %** (95 % interval 60.0 to 65.0 %)."
+        " Greedy accuracy: **75.0 %** (95 % interval 50.0 to 87.5 %)."
     ) in aligned["mlflow.note.content"]
 
 
 def test_the_cost_of_a_run_and_of_a_point_over_sft_are_tags(project: Path) -> None:
-    done = {"kind": "summary", "values": RESULT | {"reward/answer/mean": 0.375}}
+    done = {"kind": "summary", "values": RESULT | {"sampled_accuracy": 0.375, "reward/answer/mean": 0.375}}
     write(
         project / "runs/evaluate/sft", start("evaluate", "sft", {"model": "sft"}, {"models/sft": SFT_DIGEST}), done, END
     )
@@ -128,6 +132,67 @@ def test_the_cost_of_a_run_and_of_a_point_over_sft_are_tags(project: Path) -> No
     assert costs() == {"money": "0.1 EUR"}, "both are right on 75 % of the greedy answers"
 
 
+def test_stored_evaluations_with_the_old_names_get_the_present_ones(project: Path) -> None:
+    old = {
+        "accuracy": 0.5,
+        "accuracy_low": 0.25,
+        "accuracy_high": 0.75,
+        "reward/answer/mean": 0.375,
+        "reward/rm/mean": 2.0,
+    }
+    journal = project / "runs/evaluate/grpo-0/journal.jsonl"
+    kept = [record for record in read(journal) if record["kind"] != "summary"]
+    journal.write_text("".join(map(encode, [*kept[:-1], {"kind": "summary", "values": old}, kept[-1]])))
+    evaluated, aligned = (found(project, stage).metrics for stage in ("evaluate", "align"))
+    assert evaluated == {
+        ("greedy_accuracy", 0): 0.5, ("greedy_accuracy_low", 0): 0.25, ("greedy_accuracy_high", 0): 0.75,
+        ("sampled_accuracy", 0): 0.375, ("reward/rm/mean", 0): 2.0,
+    }  # fmt: skip
+    assert aligned["evaluation/sampled_accuracy", 0] == 0.375
+    assert aligned["evaluation/reward_rm", 0] == 2.0
+    assert not {"evaluation/accuracy", "evaluation/reward_answer"} & {name for name, _ in aligned}
+
+
+def compared(project: Path, words: str, name: str = "one", measure: str = "sampled_accuracy") -> None:
+    """Write a finished comparison that gave the align run this place."""
+    tags = {"kind": "tags", "values": {RECORD: ranking(measure, {found(project, "align").identity: words})}}
+    begin = start("compare", name, {}, {})
+    shutil.rmtree(project / "runs/compare", ignore_errors=True)
+    write(project / "runs/compare", begin, tags, END)
+
+
+def test_only_a_ranked_run_has_the_metric_that_sorts_the_table(project: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, project / "mlflow.db")
+    store, projector = open_client(project), Projector(open_client(project), project)
+
+    def shown() -> tuple[str | None, float | None, str]:
+        run = store.get_run(projector.project(found(project, "align")))
+        place = run.data.tags.get("ranked")
+        return place, run.data.metrics.get("ranked/sampled_accuracy"), run.data.tags["mlflow.note.content"]
+
+    assert shown()[:2] == (None, None), "no comparison has read the run yet"
+    assert saved_state(project)["orderByKey"] == "metrics.`evaluation/sampled_accuracy`"
+    compared(project, "2 of 3")
+    place, value, words = shown()
+    assert (place, value) == ("2 of 3", 0.625)
+    assert "Its algorithm ranks **2 of 3** by sampled accuracy in the last comparison." in words
+    assert saved_state(project)["orderByKey"] == "metrics.`ranked/sampled_accuracy`"
+    charts = [chart["metricKey"] for chart in saved_state(project)["compareRunCharts"][1:]]
+    assert charts[:2] == ["ranked/sampled_accuracy", "evaluation/sampled_accuracy"]
+    compared(project, "not ranked: trained on reward rm", "two")
+    place, value, words = shown()
+    assert place == "not ranked: trained on reward rm"
+    assert value is not None
+    assert math.isnan(value), "MLflow keeps every value, and sorts NaN last"
+    assert "**Not ranked: trained on reward rm**" in words
+    compared(project, "1 of 2", "three")
+    first = store.get_run(projector.project(found(project, "align"))).info.run_id
+    assert shown()[:2] == ("1 of 2", 0.625)
+    other = Projector(open_client(project), project)
+    assert other.project(found(project, "align")) == first
+    assert len(store.get_metric_history(first, "ranked/sampled_accuracy")) == 3, "a copy of the same journals adds none"
+
+
 def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(project: Path) -> None:
     alone = load(project / "runs/align/grpo-0")
     assert alone is not None
@@ -135,8 +200,15 @@ def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(p
     assert describe.EVALUATION_TAG not in describe.tags(alone, project)
 
 
+def saved_state(project: Path) -> dict[str, Any]:
+    """Return the state of the saved view."""
+    saved = json.loads(experiment_tags("7", discover(project, []), "evaluation/sampled_accuracy")[VIEW_TAG])["state"]
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
+    return state
+
+
 def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
-    tags = experiment_tags("7", discover(project, []), "evaluation/reward_answer")
+    tags = experiment_tags("7", discover(project, []), "evaluation/sampled_accuracy")
     view = json.loads(tags[VIEW_TAG])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     assert len(tags[VIEW_TAG]) < 20_000
@@ -146,11 +218,11 @@ def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
         (chart["metricKey"], chart["type"], sections[chart["metricSectionId"]])
         for chart in state["compareRunCharts"][1:]
     ]
-    assert charts[0] == ("evaluation/reward_answer", "BAR", "Result on held-out problems")
+    assert charts[0] == ("evaluation/sampled_accuracy", "BAR", "Result on held-out problems")
     assert ("loss", "LINE", "Loss") in charts
-    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/reward_answer"]
-    assert "metrics.`evaluation/accuracy`" in state["selectedColumns"]
-    assert state["orderByKey"] == "metrics.`evaluation/reward_answer`"
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/sampled_accuracy"]
+    assert "metrics.`evaluation/greedy_accuracy`" in state["selectedColumns"]
+    assert state["orderByKey"] == "metrics.`evaluation/sampled_accuracy`"
     # one run of one algorithm: nothing to average
     assert state["groupBy"] is None
     assert (
@@ -175,8 +247,8 @@ def test_models_and_tables_are_linked_to_the_run(project: Path, empty_store: Pat
     assert (table.dataset.name, table.dataset.digest) == ("sft", "d" * 32)
     (model,) = store.search_logged_models([run.info.experiment_id])
     assert (model.name, model.source_run_id, str(model.status)) == ("align-grpo-0", run.info.run_id, "READY")
-    assert {metric.key: metric.value for metric in model.metrics}["evaluation/accuracy"] == 0.75
-    assert run.data.metrics["evaluation/accuracy"] == 0.75
+    assert {metric.key: metric.value for metric in model.metrics}["evaluation/greedy_accuracy"] == 0.75
+    assert run.data.metrics["evaluation/greedy_accuracy"] == 0.75
     assert projector.project(source) == run.info.run_id
     assert len(store.search_logged_models([run.info.experiment_id])) == 1
 
@@ -239,7 +311,7 @@ def sweep(root: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[RecordedRu
 
 def view(sources: list[RecordedRun]) -> tuple[Any, list[str]]:
     """Return the grouping and the axes of the parallel coordinates of the saved view."""
-    saved = json.loads(experiment_tags("7", sources, "evaluation/accuracy")[VIEW_TAG])["state"]
+    saved = json.loads(experiment_tags("7", sources, "evaluation/greedy_accuracy")[VIEW_TAG])["state"]
     state = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
     grouped = state["groupBy"] and [(key["mode"], key["groupByData"]) for key in state["groupBy"]["groupByKeys"]]
     return grouped, state["compareRunCharts"][0]["selectedParams"]

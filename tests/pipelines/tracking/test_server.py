@@ -41,15 +41,15 @@ def test_metrics_of_a_run_are_in_the_order_of_the_charts() -> None:
         "seconds/data",
         "loss",
         "cost/seconds",
-        "evaluation/accuracy",
+        "evaluation/greedy_accuracy",
         "reward/total/mean",
-        "evaluation/reward_answer",
+        "evaluation/sampled_accuracy",
     ]
     answer = {
         "runs": [{"info": {}, "data": {"metrics": [{"key": name, "value": 1.0} for name in names]}}, {"data": {}}]
     }
-    found = in_chart_order(answer, "evaluation/reward_answer")["runs"][0]["data"]["metrics"]
+    found = in_chart_order(answer, "evaluation/sampled_accuracy")["runs"][0]["data"]["metrics"]
     assert [metric["key"] for metric in found] == [
-        "evaluation/reward_answer", "evaluation/accuracy", "reward/total/mean", "loss", "cost/seconds", "seconds/data",
+        "evaluation/sampled_accuracy", "evaluation/greedy_accuracy", "reward/total/mean", "loss", "cost/seconds", "seconds/data",
     ]  # fmt: skip
     assert in_chart_order({}, "") == {}
