@@ -25,7 +25,7 @@ from pipelines.tracking import describe
 from pipelines.tracking.artifacts import send_artifacts
 from pipelines.tracking.lineage import log_datasets, logged_model
 from pipelines.tracking.rollouts import has_rollouts, rollout_answers
-from pipelines.tracking.source import RESULT, RecordedRun, Value, load
+from pipelines.tracking.source import OLD_RESULT, RESULT, RecordedRun, Value, load
 from pipelines.tracking.store import experiment_id, workspace
 from pipelines.tracking.traces import EVALUATED, ROLLOUT, evaluated_answers, replace_traces
 from pipelines.tracking.views import chart_order, experiment_tags
@@ -331,7 +331,8 @@ def _contradicts(link: Link, source: RecordedRun) -> bool:
     timings = {name for name in link.tags.get(describe.TIMINGS_TAG, "").split(",") if name}
     timings |= {describe.entity_name(name) for name, _ in source.timings}
     return any(
-        key not in wanted and key[0] not in timings and not key[0].startswith((RESULT, RANKED)) for key in link.values
+        key not in wanted and key[0] not in timings and not key[0].startswith((RESULT, OLD_RESULT, RANKED))
+        for key in link.values
     )
 
 

@@ -25,8 +25,10 @@ from posttrain.files import files_below
 Value = tuple[str, int]
 """Metric name and step."""
 START = "models/sft"
-RESULT, COST = "evaluation/", "cost/"
-"""Prefixes of the values that a training run has next to its curves."""
+RESULT, COST = "eval/", "cost/"
+"""Prefixes of the values that a training run has next to its curves. They are short, because MLflow's table cuts names after about 13 letters."""
+OLD_RESULT = "evaluation/"
+"""The prefix of results in MLflow runs that were stored by earlier versions."""
 _NO_RANKING = _ranking("", {})
 
 

@@ -41,10 +41,10 @@ LEARNING_RATE = "optimizer.learning_rate"
 BOUNDS = ("_low", "_high")
 """Ends of the names of interval bounds, which are columns of the table but have no charts."""
 FIRST = (
-    "evaluation/sampled_accuracy",
-    "evaluation/greedy_accuracy",
-    "evaluation/kl_ref_k1",
-    "evaluation/length",
+    "eval/sampled_accuracy",
+    "eval/greedy_accuracy",
+    "eval/kl_ref_k1",
+    "eval/length",
     "reward/total/mean",
     "kl/ref_k1",
     "preference/accuracy",
@@ -54,12 +54,12 @@ COLUMNS = (
     "tags.`algorithm`",
     "tags.`seed`",
     "tags.`ranked`",
-    "metrics.`evaluation/greedy_accuracy`",
-    "metrics.`evaluation/kl_ref_k1`",
+    "metrics.`eval/greedy_accuracy`",
+    "metrics.`eval/kl_ref_k1`",
     "metrics.`cost/seconds`",
     f"params.`{LEARNING_RATE}`",
 )
-"""Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows about six."""
+"""Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows about eight."""
 
 
 def runs_page(experiment: str) -> str:

@@ -81,7 +81,7 @@ def _pages(site: Site) -> Iterator[tuple[str, str, str]]:
     yield "experiment", f"{site.base}/#/experiments/{experiment}", "Compare the algorithms"
     yield "charts", links["curves of the algorithms"], "Result on held-out problems"
     table = "groups" if several_seeds else "runs"
-    yield table, links["results of the algorithms side by side"], "evaluation/sampled_accuracy"
+    yield table, links["results of the algorithms side by side"], "eval/sampled_accuracy"
     two = json.dumps([each.info.run_id for each in _two_algorithms(found)])
     yield "compare", f"{site.base}/#/compare-runs?runs={two}&experiments={json.dumps([experiment])}", "Run details"
     yield "run", run, "Sampled accuracy"

@@ -24,13 +24,13 @@ def test_the_table_groups_runs_by_algorithm_and_the_best_is_first(page: Page, si
     page.get_by_text("Group: ppo").wait_for()
     page.get_by_text("0.75 (average)").first.wait_for()
     shown = page.inner_text("body")
-    assert re.findall(r"Group: (\w+)", shown) == ["grpo", "dpo", "ppo"]
+    assert re.findall(r"Group: (\w+)", shown) == ["grpo", "ppo", "dpo"], "dpo has a different protocol"
     for text in ("1 of 2", "2 of 2", "not ranked"):
         assert text in shown, text
     for column in (
-        "evaluation/greedy_accuracy",
-        "evaluation/sampled_accuracy",
-        "evaluation/kl_ref_k1",
+        "eval/greedy_accuracy",
+        "eval/sampled_accuracy",
+        "eval/kl_ref_k1",
         "algorithm",
         "seed",
         "ranked",
@@ -51,12 +51,17 @@ def test_the_charts_begin_with_the_result(page: Page, site: Site) -> None:
     parallel = cards.first
     parallel.get_by_text("Parallel Coordinates", exact=True).wait_for()
     parallel.get_by_text("optimizer.learning_rate", exact=True).wait_for()
-    parallel.get_by_text("evaluation/sampled_accuracy", exact=True).wait_for()
+    parallel.get_by_text("eval/sampled_accuracy", exact=True).wait_for()
     axes = parallel.inner_text().split()
     assert {"0.0002", "0.0010", "0.3", "0.7"} <= set(axes)
     assert page.get_by_text("does not support aggregated string values").count() == 0
-    bars = cards.nth(1)
-    bars.get_by_text("evaluation/sampled_accuracy", exact=True).wait_for()
+    ranked = cards.nth(1)
+    ranked.get_by_text("ranked/sampled_accuracy", exact=True).wait_for()
+    ranked.get_by_text("0.75", exact=True).wait_for()
+    assert {"0.75", "0.30"} <= set(ranked.inner_text().split())
+    assert "0.50" not in ranked.inner_text(), "dpo is not ranked"
+    bars = cards.nth(2)
+    bars.get_by_text("eval/sampled_accuracy", exact=True).wait_for()
     bars.get_by_text("0.75", exact=True).wait_for()
     assert {"0.75", "0.50", "0.30"} <= set(bars.inner_text().split())
     sections = [
@@ -140,7 +145,7 @@ def test_two_runs_side_by_side_show_what_differs(page: Page, site: Site) -> None
     page.goto(f"{site.base}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
     page.get_by_text("kl_coefficient").first.wait_for()
     axes = page.locator(".pcp-plot .axis-title").all_text_contents()
-    assert "evaluation/sampled_accuracy" in axes, "the plot shows the headline measure"
+    assert "eval/sampled_accuracy" in axes, "the plot shows the headline measure"
     assert not any(name.startswith("seconds/") for name in axes)
     shown = page.inner_text("body")
     assert "align grpo seed 0" in shown

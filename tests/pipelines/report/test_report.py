@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.runtime.journal import read
+from pipelines.runtime.ranking import RECORD, decode
 from posttrain.evaluation.statistics import mcnemar, wilson
 from tests.pipelines.read_html import Text
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
@@ -49,6 +51,17 @@ def page(project: Path) -> str:
 @pytest.fixture(scope="module")
 def numbers(project: Path) -> Any:
     return json.loads((project / "report" / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_the_journal_carries_the_place_of_each_run(project: Path, numbers: Any) -> None:
+    entry = next(r["values"][RECORD] for r in read(project / "runs/compare/journal.jsonl") if r["kind"] == "tags")
+    places = decode(entry)
+    expected = {f"align-{name}-0-{'k' * 16}": f"{place} of 2" for place, name in enumerate(numbers["ranked"], 1)}
+    ((left, cells),) = numbers["not_ranked"].items()
+    expected[f"align-{left}-0-{'k' * 16}"] = f"not ranked: {', '.join(cells)}"
+    assert {run: place.words for run, place in places.items()} == expected
+    assert {place.measure for place in places.values()} == {"greedy_accuracy"}
+    assert [run for run, place in places.items() if not place.ranked] == [f"align-{left}-0-{'k' * 16}"]
 
 
 def greedy_by_hand(project: Path, model: str) -> list[float]:

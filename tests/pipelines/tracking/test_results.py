@@ -76,15 +76,15 @@ def found(project: Path, stage: str) -> RecordedRun:
 
 def test_the_align_run_has_the_results_of_exactly_its_model(project: Path) -> None:
     values = found(project, "align").metrics
-    assert values["evaluation/greedy_accuracy", 0] == 0.75
-    assert values["evaluation/sampled_accuracy", 0] == 0.625
-    assert values["evaluation/kl_ref_k1", 0] == 2.5
+    assert values["eval/greedy_accuracy", 0] == 0.75
+    assert values["eval/sampled_accuracy", 0] == 0.625
+    assert values["eval/kl_ref_k1", 0] == 2.5
     assert values["cost/tokens_trained", 0] == 200.0
     assert values["steps", 2] == 2
     assert not [name for name, _ in values if name.startswith("final/")]
     journal = project / "runs/evaluate/grpo-0/journal.jsonl"
     journal.write_text("".join(map(encode, read(journal))).replace("b" * 64, "c" * 64))
-    assert ("evaluation/greedy_accuracy", 0) not in found(project, "align").metrics
+    assert ("eval/greedy_accuracy", 0) not in found(project, "align").metrics
 
 
 def test_align_and_evaluate_runs_share_the_tags_to_group_by(project: Path) -> None:
@@ -148,9 +148,9 @@ def test_stored_evaluations_with_the_old_names_get_the_present_ones(project: Pat
         ("greedy_accuracy", 0): 0.5, ("greedy_accuracy_low", 0): 0.25, ("greedy_accuracy_high", 0): 0.75,
         ("sampled_accuracy", 0): 0.375, ("reward/rm/mean", 0): 2.0,
     }  # fmt: skip
-    assert aligned["evaluation/sampled_accuracy", 0] == 0.375
-    assert aligned["evaluation/reward_rm", 0] == 2.0
-    assert not {"evaluation/accuracy", "evaluation/reward_answer"} & {name for name, _ in aligned}
+    assert aligned["eval/sampled_accuracy", 0] == 0.375
+    assert aligned["eval/reward_rm", 0] == 2.0
+    assert not {"eval/accuracy", "eval/reward_answer"} & {name for name, _ in aligned}
 
 
 def compared(project: Path, words: str, name: str = "one", measure: str = "sampled_accuracy") -> None:
@@ -171,14 +171,14 @@ def test_only_a_ranked_run_has_the_metric_that_sorts_the_table(project: Path, em
         return place, run.data.metrics.get("ranked/sampled_accuracy"), run.data.tags["mlflow.note.content"]
 
     assert shown()[:2] == (None, None), "no comparison has read the run yet"
-    assert saved_state(project)["orderByKey"] == "metrics.`evaluation/sampled_accuracy`"
+    assert saved_state(project)["orderByKey"] == "metrics.`eval/sampled_accuracy`"
     compared(project, "2 of 3")
     place, value, words = shown()
     assert (place, value) == ("2 of 3", 0.625)
     assert "Its algorithm ranks **2 of 3** by sampled accuracy in the last comparison." in words
     assert saved_state(project)["orderByKey"] == "metrics.`ranked/sampled_accuracy`"
     charts = [chart["metricKey"] for chart in saved_state(project)["compareRunCharts"][1:]]
-    assert charts[:2] == ["ranked/sampled_accuracy", "evaluation/sampled_accuracy"]
+    assert charts[:2] == ["ranked/sampled_accuracy", "eval/sampled_accuracy"]
     compared(project, "not ranked: trained on reward rm", "two")
     place, value, words = shown()
     assert place == "not ranked: trained on reward rm"
@@ -202,13 +202,13 @@ def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(p
 
 def saved_state(project: Path) -> dict[str, Any]:
     """Return the state of the saved view."""
-    saved = json.loads(experiment_tags("7", discover(project, []), "evaluation/sampled_accuracy")[VIEW_TAG])["state"]
+    saved = json.loads(experiment_tags("7", discover(project, []), "eval/sampled_accuracy")[VIEW_TAG])["state"]
     state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
     return state
 
 
 def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
-    tags = experiment_tags("7", discover(project, []), "evaluation/sampled_accuracy")
+    tags = experiment_tags("7", discover(project, []), "eval/sampled_accuracy")
     view = json.loads(tags[VIEW_TAG])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     assert len(tags[VIEW_TAG]) < 20_000
@@ -218,11 +218,11 @@ def test_the_saved_view_puts_results_and_rewards_first(project: Path) -> None:
         (chart["metricKey"], chart["type"], sections[chart["metricSectionId"]])
         for chart in state["compareRunCharts"][1:]
     ]
-    assert charts[0] == ("evaluation/sampled_accuracy", "BAR", "Result on held-out problems")
+    assert charts[0] == ("eval/sampled_accuracy", "BAR", "Result on held-out problems")
     assert ("loss", "LINE", "Loss") in charts
-    assert state["compareRunCharts"][0]["selectedMetrics"] == ["evaluation/sampled_accuracy"]
-    assert "metrics.`evaluation/greedy_accuracy`" in state["selectedColumns"]
-    assert state["orderByKey"] == "metrics.`evaluation/sampled_accuracy`"
+    assert state["compareRunCharts"][0]["selectedMetrics"] == ["eval/sampled_accuracy"]
+    assert "metrics.`eval/greedy_accuracy`" in state["selectedColumns"]
+    assert state["orderByKey"] == "metrics.`eval/sampled_accuracy`"
     # one run of one algorithm: nothing to average
     assert state["groupBy"] is None
     assert (
@@ -247,8 +247,8 @@ def test_models_and_tables_are_linked_to_the_run(project: Path, empty_store: Pat
     assert (table.dataset.name, table.dataset.digest) == ("sft", "d" * 32)
     (model,) = store.search_logged_models([run.info.experiment_id])
     assert (model.name, model.source_run_id, str(model.status)) == ("align-grpo-0", run.info.run_id, "READY")
-    assert {metric.key: metric.value for metric in model.metrics}["evaluation/greedy_accuracy"] == 0.75
-    assert run.data.metrics["evaluation/greedy_accuracy"] == 0.75
+    assert {metric.key: metric.value for metric in model.metrics}["eval/greedy_accuracy"] == 0.75
+    assert run.data.metrics["eval/greedy_accuracy"] == 0.75
     assert projector.project(source) == run.info.run_id
     assert len(store.search_logged_models([run.info.experiment_id])) == 1
 
@@ -311,7 +311,7 @@ def sweep(root: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[RecordedRu
 
 def view(sources: list[RecordedRun]) -> tuple[Any, list[str]]:
     """Return the grouping and the axes of the parallel coordinates of the saved view."""
-    saved = json.loads(experiment_tags("7", sources, "evaluation/greedy_accuracy")[VIEW_TAG])["state"]
+    saved = json.loads(experiment_tags("7", sources, "eval/greedy_accuracy")[VIEW_TAG])["state"]
     state = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
     grouped = state["groupBy"] and [(key["mode"], key["groupByData"]) for key in state["groupBy"]["groupByKeys"]]
     return grouped, state["compareRunCharts"][0]["selectedParams"]

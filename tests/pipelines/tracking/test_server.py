@@ -41,15 +41,15 @@ def test_metrics_of_a_run_are_in_the_order_of_the_charts() -> None:
         "seconds/data",
         "loss",
         "cost/seconds",
-        "evaluation/greedy_accuracy",
+        "eval/greedy_accuracy",
         "reward/total/mean",
-        "evaluation/sampled_accuracy",
+        "eval/sampled_accuracy",
     ]
     answer = {
         "runs": [{"info": {}, "data": {"metrics": [{"key": name, "value": 1.0} for name in names]}}, {"data": {}}]
     }
-    found = in_chart_order(answer, "evaluation/sampled_accuracy")["runs"][0]["data"]["metrics"]
+    found = in_chart_order(answer, "eval/sampled_accuracy")["runs"][0]["data"]["metrics"]
     assert [metric["key"] for metric in found] == [
-        "evaluation/sampled_accuracy", "evaluation/greedy_accuracy", "reward/total/mean", "loss", "cost/seconds", "seconds/data",
+        "eval/sampled_accuracy", "eval/greedy_accuracy", "reward/total/mean", "loss", "cost/seconds", "seconds/data",
     ]  # fmt: skip
     assert in_chart_order({}, "") == {}
