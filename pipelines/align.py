@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from pipelines.config.own_code import algorithm_code
 from pipelines.config.params import load_params
 from pipelines.runtime.command_line import SEED
 from pipelines.runtime.run import Run
@@ -76,7 +77,8 @@ def inputs(args: Namespace) -> list[str]:
     if name in params.algorithms and params.start(name) == "base":
         own.append("models/base")
     reads = name in params.algorithms and bool(params.reward_model_in(name))
-    return [*TABLES, "models/sft", *reward_inputs(args, align_record(name), reads=reads), *own]
+    code = algorithm_code(params, name) if name in params.algorithms else []
+    return [*TABLES, "models/sft", *reward_inputs(args, align_record(name), reads=reads, code=code), *own]
 
 
 TABLES = tuple(f"data/valid/{table}.parquet" for table in ("sft", "preferences", "problems"))

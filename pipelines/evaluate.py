@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.own_code import evaluation_code
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.data.tables import plain
@@ -164,9 +165,11 @@ def variant(args: Namespace) -> str:
 def inputs(args: Namespace) -> list[str]:
     """Return the files and folders that the evaluation reads."""
     folders = {str(model_folder(args.model)), str(REFERENCE)}
-    reward = reward_inputs(args, EVALUATION, reads=bool(load_params(args.params).reward_model_in_evaluation()))
+    params = load_params(args.params)
+    reads, code = bool(params.reward_model_in_evaluation()), evaluation_code(params)
+    reward = reward_inputs(args, EVALUATION, reads=reads, code=code)
     tables = ["data/valid/evaluation.parquet", "data/valid/preferences_heldout.parquet"]
-    tasks = [str(TASKS)] if load_params(args.params).evaluation.benchmarks else []
+    tasks = [str(TASKS)] if params.evaluation.benchmarks else []
     return [*tables, *tasks, *sorted(folders), *reward]
 
 

@@ -8,7 +8,8 @@
 An overlay is a YAML file that holds only the keys to change. A mapping is merged into the existing one, any other value replaces the
 existing value, and `null` removes an optional key. Prints each change. Files, import paths and columns that a run would not find, and
 model names that are not of the form OWNER/NAME, are refused at once; --absent writes them anyway. Whether the hub has a model is seen only
-when it is loaded. A mapping in braces that DVC cannot read or write is rewritten in block style.
+when it is loaded. project.code is set to the folder of your own modules,
+in which DVC sees edits. A mapping in braces that DVC cannot read or write is rewritten in block style.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from pipelines.commands.lookahead import problems
 from pipelines.commands.notes import notes
 from pipelines.config.dvc_yaml import require_survival, survives, to_block_style
+from pipelines.config.own_code import code_folder
 from pipelines.config.params import Params, flatten, parse_params
 from pipelines.config.yaml_files import parse_yaml, read_text, read_yaml
 from pipelines.runtime import environment
@@ -95,6 +97,12 @@ def _changed(path: Path, changes: Sequence[str]) -> tuple[list[str], str, Params
         require_survival(text, path.name)
     after = parse_yaml(text, path.name)
     params = parse_params(after, path.name)
+    folder = code_folder(params)
+    if folder is not None:  # DVC sees edits only there
+        _merge(tree, {"project": {"code": folder}})
+        text = _written(yaml, tree)
+        after = parse_yaml(text, path.name)
+        params = parse_params(after, path.name)
     differences = _differences(flatten(before), flatten(after))
     differences += [f"{name}: rewritten without braces, in which DVC cannot read it" for name in blocks]
     return differences, text, params

@@ -11,6 +11,7 @@ from inspect import Signature
 from pathlib import Path
 from typing import get_args
 
+from pipelines.commands.first_rows import ROWS, first_row
 from pipelines.commands.model_folders import HUB_ID, adapter_problems, model_problems
 from pipelines.commands.source_signatures import signature_in
 from pipelines.config.data_schema import TableSource
@@ -31,8 +32,6 @@ from posttrain.rewards.judge_server import server_of_environment
 from posttrain.rewards.signatures import misfit
 from posttrain.text import nearest
 
-ROWS = 20
-"""Rows of a local file whose columns are checked."""
 FILES = 8
 """Files of a table that are looked into."""
 
@@ -102,22 +101,8 @@ def _written(path: str) -> Signature | None:
 
 def _reward_columns(params: Params) -> list[str] | None:
     """Return the columns of the problems that reward functions get, None if they are not known before a run."""
-    source = params.data.problems
-    if params.evaluation.turns is not None or any(name.startswith(HUB) for name in source.names):
-        return None
-    try:
-        if is_generator(source.source):
-            if source.source not in built_in():
-                return None
-            few = source.model_copy(update={"rows": 1})
-            rows = table_rows("problems", params.data.model_copy(update={"problems": few}))
-        else:
-            rows = canonical_rows(
-                "problems", source.model_copy(update={"rows": None}), read_file(local_files(source)[0])[:ROWS]
-            )
-    except PosttrainError:  # reported with the data
-        return None
-    return [name for name in rows[0] if name not in ("prompt", "id")] if rows else None
+    row = None if params.evaluation.turns is not None else first_row(params, "problems")
+    return None if row is None else [name for name in row if name not in ("prompt", "id")]
 
 
 def _best_checkpoint(params: Params) -> Iterator[str]:

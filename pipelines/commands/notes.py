@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from pipelines.commands.first_rows import mixed_forms
 from pipelines.commands.forecast import rows_by_table, steps_by_stage, too_long_warmups
 from pipelines.commands.model_folders import unknown_layers
 from pipelines.config.numbers import repeated_prompts
@@ -29,6 +30,7 @@ def notes(params: Params, changes: Sequence[str] | None = None) -> list[str]:
         *_unread_files(params),
         *unused_rewards(params),
         *_learned_accuracy(params),
+        *mixed_forms(params),
         *_repeated(params),
         *unknown_layers(params),
     ]

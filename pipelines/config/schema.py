@@ -31,6 +31,8 @@ class ProjectParams(Section):
     """Also names the registered model, and is part of addresses: letters, digits and _ . - within, at most 100."""
     algorithms: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    code: Annotated[str, Field(pattern=r"^[^\s${}]+$")] = "posttrain/environments"
+    """Folder (or file) of your own rewards and environments, for DVC: an edit makes the stages that import it stale."""
 
     @model_validator(mode="after")
     def _distinct(self) -> ProjectParams:

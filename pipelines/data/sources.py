@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.data_schema import DataParams, TableSource
+from pipelines.config.own_code import own_files
 from pipelines.data.column_mapping import canonical_rows, generated_rows
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.file_columns import require_alike
@@ -139,13 +139,11 @@ def _exists(name: str) -> bool:
 
 
 def environment_files(source: TableSource) -> list[Path]:
-    """Return the module of an environment that is named by an import path, if it is a file of the project."""
+    """Return the module of an environment that is named by an import path, and the own modules that it imports."""
     name = source.source
     if not isinstance(name, str) or ":" not in name or not is_generator(name):
         return []
-    found = find_spec(name.partition(":")[0])
-    path = Path(found.origin) if found and found.origin else None
-    return [path.relative_to(Path.cwd())] if path and path.is_relative_to(Path.cwd()) else []
+    return [Path(file) for file in own_files([name])]
 
 
 def local_files(source: TableSource) -> list[Path]:

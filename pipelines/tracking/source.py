@@ -26,7 +26,7 @@ Value = tuple[str, int]
 """Metric name and step."""
 START = "models/sft"
 RESULT, COST = "eval/", "cost/"
-"""Prefixes of the values that a training run has next to its curves. They are short, because MLflow's table cuts names after about 13 letters."""
+"""Prefixes of the values that a training run has next to its curves. MLflow's table cuts names after about 13 letters."""
 OLD_RESULT = "evaluation/"
 """The prefix of results in MLflow runs that were stored by earlier versions."""
 _NO_RANKING = _ranking("", {})

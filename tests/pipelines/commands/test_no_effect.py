@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.commands.configure import configure
+from pipelines.commands.first_rows import mixed_forms
 from pipelines.commands.lookahead import problems
 from pipelines.commands.notes import notes
 from pipelines.config.params import Params, merged, parse_params
@@ -194,3 +195,24 @@ def test_a_choice_of_the_checkpoint_that_leaves_no_problem_is_named_and_its_rewa
     assert [line for line in problems(fewer) if "best_checkpoint" in line] == []
     unused = changed(shipped, short)
     assert "rewards.short is computed by nothing" in "".join(notes(unused, []))
+
+
+def test_prompts_of_another_form_than_the_demonstrations_are_named(here: Path, shipped: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    (here / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (here / "tasks.jsonl").write_text(json.dumps({"prompt": turns[:1], "answer": "4"}) + "\n")
+    chat = changed(shipped, {"data": {"sft": {"source": "chat.jsonl", "rows": None}}})
+    (warning,) = (line for line in notes(chat) if "form that it was not taught" in line)
+    assert warning.startswith(
+        "warning: data.sft teaches conversations, but data.problems and data.evaluation have plain prompts"
+    )
+    remedy = warning.rpartition("posttrain configure ")[2]
+    assert remedy == """'data.problems.template="{prompt}"' 'data.evaluation.template="{prompt}"'"""
+    (here / "params.yaml").write_text(json.dumps(shipped))
+    configure(here / "params.yaml", ["data.sft={source: chat.jsonl}", *(each.strip("'") for each in remedy.split(" "))])
+    assert list(mixed_forms(parse_params(read_yaml("params.yaml")))) == [], "the command mends it"
+    plain = changed(shipped, {"data": {"problems": {"source": "tasks.jsonl", "rows": None}}})
+    assert [
+        "data.sft teaches plain text, but data.problems has conversations" in line for line in mixed_forms(plain)
+    ] == [True]
+    assert list(mixed_forms(changed(shipped, {}))) == []

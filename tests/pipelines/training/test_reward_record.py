@@ -11,7 +11,7 @@ import pytest
 from pipelines.config.params import Params, load_params, parse_params
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.context import RunContext
-from pipelines.training.reward_record import FOLDER, MODEL, align_record, check_record, reward_inputs
+from pipelines.training.reward_record import FOLDER, MODEL, align_record, check_record, record_of, reward_inputs
 from posttrain.errors import DataError
 
 
@@ -77,3 +77,16 @@ def test_a_record_of_a_different_model_is_refused(
         check_record(context(inputs), align_record("ppo"))
     path.write_text(json.dumps({MODEL: present} if present else {}), encoding="utf-8")
     check_record(context(inputs), align_record("ppo"))
+
+
+def test_a_record_of_own_code_that_was_edited_is_refused(params: Params) -> None:
+    path = FOLDER / align_record("ppo")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record_of({"mine/r.py": "1" * 64}, reads=False, code=["mine/r.py"])), encoding="utf-8")
+    check_record(context({str(path): "c" * 64, "mine/r.py": "1" * 64}), align_record("ppo"))
+    for present in ({"mine/r.py": "2" * 64}, {}, {"mine/r.py": "1" * 64, "mine/helper.py": "3" * 64}):
+        changed = "mine/helper.py" if len(present) == 2 else "mine/r.py"
+        with pytest.raises(
+            DataError, match=f"{changed} is not the file that .*ppo.json was written for.*dvc repro reward_readers"
+        ):
+            check_record(context({str(path): "c" * 64, **present}), align_record("ppo"))
