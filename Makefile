@@ -44,7 +44,7 @@ label: workspace  ## let people compare answers on a page, to train on (ARGS="ch
 serve-model: workspace  ## serve the champion, OpenAI-compatible (ARGS="champion dpo-0 --port 8000")
 	@$(RUN) -m pipelines.commands serve $(ARGS)
 
-up: workspace  ## start PostgreSQL, S3, MLflow with accounts, Prefect and a worker; they run until make down
+up: workspace  ## start PostgreSQL, S3, MLflow, Prefect and a worker, which run until make down
 	@$(RUN) -m infra.servers up
 
 down: setup  ## stop them; databases and logs are kept
