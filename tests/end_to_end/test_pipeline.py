@@ -95,7 +95,9 @@ def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
         uncovered = sorted(m for m in modules if not any(m == p or m.startswith(p + "/") for p in paths))
         code = {p for p in paths if p.startswith(("pipelines", "posttrain"))}
         if family == "reward_readers":
-            code.remove("posttrain/environments")  # project.code: the folder of own code, whose files it records without importing them
+            code.remove(
+                "posttrain/environments"
+            )  # project.code: the folder of own code, whose files it records without importing them
         unused = sorted(p for p in code if not any(m == p or m.startswith(p + "/") for m in modules))
         # messages of every step use posttrain/text.py; ingest and validate, which compare texts by it, declare it
         free = ("posttrain/algorithms/", "posttrain/text.py")
@@ -147,6 +149,26 @@ def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -
     assert early == {"reward_readers"}
     assert "Running stage 'reward_readers'" in records
     assert planned == {"align@ppo-0", "evaluate_aligned@ppo-0", "compare"}
+
+
+def test_dvc_sees_an_edit_of_own_code(reproduced: Clone) -> None:
+    root, kept = reproduced.root, {name: (reproduced.root / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    (root / "mine").mkdir()
+    (root / "mine/rewards.py").write_text(
+        "from mine import words\n\n\ndef f(prompts, completions):\n    return [1.0]\n"
+    )
+    (root / "mine/words.py").write_text("")
+    try:
+        reproduced.configure("rewards.mine.function=mine.rewards:f", "algorithms.grpo.rewards.mine=0.1")
+        reproduced.repro("--single-item", "reward_readers", POSTTRAIN_FOLLOWER="1")
+        (root / "mine/words.py").write_text("LIMIT = 4\n")
+        status = json.loads(reproduced.run("dvc", "status", "--json", "reward_readers").stdout)
+    finally:
+        for name, content in kept.items():
+            (root / name).write_bytes(content)
+        shutil.rmtree(root / "mine")
+        reproduced.run("dvc", "checkout", "-q")
+    assert status["reward_readers"] == [{"changed deps": {"mine": "modified"}}]
 
 
 def test_a_new_reward_model_leaves_algorithms_that_do_not_read_it_up_to_date(reproduced: Clone) -> None:
