@@ -94,10 +94,9 @@ def test_what_a_stage_uses_is_what_it_declares(reproduced: Clone) -> None:
         unread = sorted(p for p in prefixes if not any(leaf == p or leaf.startswith(p + ".") for leaf in leaves))
         uncovered = sorted(m for m in modules if not any(m == p or m.startswith(p + "/") for p in paths))
         code = {p for p in paths if p.startswith(("pipelines", "posttrain"))}
-        if family == "reward_readers":
-            code.remove(
-                "posttrain/environments"
-            )  # project.code: the folder of own code, whose files it records without importing them
+        code -= (
+            {"posttrain/environments"} if family == "reward_readers" else set()
+        )  # own code is recorded, not imported
         unused = sorted(p for p in code if not any(m == p or m.startswith(p + "/") for m in modules))
         # messages of every step use posttrain/text.py; ingest and validate, which compare texts by it, declare it
         free = ("posttrain/algorithms/", "posttrain/text.py")
@@ -154,21 +153,18 @@ def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -
 def test_dvc_sees_an_edit_of_own_code(reproduced: Clone) -> None:
     root, kept = reproduced.root, {name: (reproduced.root / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
     (root / "mine").mkdir()
-    (root / "mine/rewards.py").write_text(
-        "from mine import words\n\n\ndef f(prompts, completions):\n    return [1.0]\n"
-    )
-    (root / "mine/words.py").write_text("")
+    (root / "mine/rewards.py").write_text("def f(prompts, completions):\n    return [1.0]\n")
     try:
         reproduced.configure("rewards.mine.function=mine.rewards:f", "algorithms.grpo.rewards.mine=0.1")
         reproduced.repro("--single-item", "reward_readers", POSTTRAIN_FOLLOWER="1")
-        (root / "mine/words.py").write_text("LIMIT = 4\n")
-        status = json.loads(reproduced.run("dvc", "status", "--json", "reward_readers").stdout)
+        (root / "mine/rewards.py").write_text("def f(prompts, completions):\n    return [0.5]\n")
+        status = json.loads(reproduced.run("dvc", "status", "--json", "reward_readers").stdout)["reward_readers"]
     finally:
         for name, content in kept.items():
             (root / name).write_bytes(content)
         shutil.rmtree(root / "mine")
         reproduced.run("dvc", "checkout", "-q")
-    assert status["reward_readers"] == [{"changed deps": {"mine": "modified"}}]
+    assert status == [{"changed deps": {"mine": "modified"}}]
 
 
 def test_a_new_reward_model_leaves_algorithms_that_do_not_read_it_up_to_date(reproduced: Clone) -> None:
