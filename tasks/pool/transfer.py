@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.runtime.redaction import redact
-from pipelines.training.reward_record import FOLDER
+from pipelines.training.reward_record import CODE, FOLDER
 from posttrain.errors import Interrupted, OrchestrationError
 from posttrain.files import replace
 from tasks.dag import open_workspace
@@ -91,8 +91,8 @@ def is_record(dependency: str) -> bool:
 
 
 def _named(record: Path) -> list[str]:
-    """Return the paths that a record names."""
-    return sorted(json.loads(record.read_text(encoding="utf-8")))
+    """Return the outputs that a record names; own code comes with the commit."""
+    return sorted(json.loads(record.read_text(encoding="utf-8")).keys() - {CODE})
 
 
 def find_stage(repo: Any, name: str) -> Any:
