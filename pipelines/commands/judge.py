@@ -29,7 +29,8 @@ from pipelines.labelling.preferences import hand_over, write_results
 from pipelines.labelling.session import AGAIN, FOLDER, open_session
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
-from pipelines.runtime.prices import judge_money, read_prices
+from pipelines.runtime.prices import FILE as PRICES
+from pipelines.runtime.prices import read_prices
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.judge_runs import copy_to_mlflow, record_usage
 from posttrain.errors import ConfigError
@@ -118,10 +119,12 @@ def judge_session(project: Path, name: str, params: Params, dry_run: bool) -> tu
 
 
 def price(project: Path, params: JudgeParams, usage: Usage) -> str:
-    """Return the money for the sent requests: by prices.yaml if it lists the judge, else by `judge.prices`."""
-    tokens = {params.model or "": (usage.prompt_tokens, usage.completion_tokens)}
-    money, currency = judge_money(read_prices(project), tokens, (params.prices.input, params.prices.output))
-    return f"{money:.4f} {currency}".rstrip()
+    """Return the money for the sent requests by prices.yaml, or the line that it lacks."""
+    prices, model = read_prices(project), params.model or ""
+    money = None if prices is None else prices.of_judges({model: (usage.prompt_tokens, usage.completion_tokens)})
+    if prices is None or money is None:
+        return f"unknown: {PRICES} has no price of the judge; write there: judge_tokens: {{{model}: {{input: 0.5, output: 2.0}}}}"
+    return f"{money:.4f} {prices.currency}"
 
 
 @reports_errors

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipelines.config.types import Count, Finite, NonNegative, Positive, Section
-
-
-class PriceParams(Section):
-    """Money per million tokens, in any currency."""
-
-    input: NonNegative = 0.0
-    output: NonNegative = 0.0
+from pipelines.config.types import Count, Finite, Positive, Section
 
 
 class AloneParams(Section):
@@ -37,5 +30,15 @@ class JudgeParams(Section):
     """Most requests under way at once."""
     timeout_seconds: Positive = 60.0
     """Limit of one try; a request has four."""
-    prices: PriceParams = PriceParams()
     alone: AloneParams = AloneParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prices_are_elsewhere(cls, given: Any) -> Any:
+        """Refuse prices here: those of all judges are in one list."""
+        if isinstance(given, dict) and "prices" in given:
+            raise ValueError(
+                "prices is now judge_tokens in prices.yaml, which has the prices of all judges and their currency. Remove it here and write"
+                " there: judge_tokens: {MODEL: {input: 0.5, output: 2.0}}"
+            )
+        return given

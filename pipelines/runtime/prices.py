@@ -1,7 +1,7 @@
 """Compute what runs cost in money and CO2, from prices.yaml in the project.
 
     currency: EUR
-    hour:                     # price of an hour by device
+    hour:                     # price of an hour by device; optional
       cpu: 0.08               # the machine without a GPU
       "cuda: NVIDIA H200": 3.20
     grams_per_kwh: 380        # CO2 of a kilowatt-hour where the machine is; optional
@@ -76,21 +76,6 @@ class Prices:
         return None if energy is None or self.grams_per_kwh is None else energy / _JOULES_PER_KWH * self.grams_per_kwh
 
 
-def judge_money(prices: Prices | None, tokens: Tokens, own: tuple[float, float]) -> tuple[float, str]:
-    """Return the money for the tokens of one judge with its currency: by the list if it names the judge, else by `own` prices.
-
-    `own` are prices of a million tokens of questions and of replies, whose currency is not known: it is empty.
-
-    Example:
-        >>> judge_money(None, {"referee": (1_000_000, 500_000)}, (2.0, 4.0))
-        (4.0, '')
-    """
-    listed = None if prices is None else prices.of_judges(tokens)
-    if prices is not None and listed is not None:
-        return listed, prices.currency
-    return sum(asked * own[0] + replied * own[1] for asked, replied in tokens.values()) / 1e6, ""
-
-
 def judge_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     """Return the tokens that judges were paid for in a run, from its measurements."""
     found: dict[str, tuple[int, int]] = {}
@@ -108,21 +93,21 @@ def read_prices(project: Path) -> Prices | None:
         return None
     tree = read_yaml(path)
     known = {"currency", "hour", "grams_per_kwh", "watts", "judge_tokens"}
-    valid = isinstance(tree, dict) and {"currency", "hour"} <= set(tree) <= known and isinstance(tree["currency"], str)
+    valid = isinstance(tree, dict) and {"currency"} <= set(tree) <= known and isinstance(tree["currency"], str)
     if (
         not valid
-        or not (_numbers(tree["hour"]) and _numbers(tree.get("watts", {})))
+        or not (_numbers(tree.get("hour", {})) and _numbers(tree.get("watts", {})))
         or not (_factor(tree) and _judges(tree))
     ):
         raise ConfigError(
-            f"{FILE}: must have `currency`, such as EUR, and `hour`, which gives the price of an hour by device, e.g. cpu: 0.08. It may"
-            " have `grams_per_kwh`, the CO2 of the grid, e.g. 380, `watts`, the power by device, and `judge_tokens`,"
+            f"{FILE}: must have `currency`, such as EUR. It may have `hour`, which gives the price of an hour by device, e.g. cpu: 0.08,"
+            " `grams_per_kwh`, the CO2 of the grid, e.g. 380, `watts`, the power by device, and `judge_tokens`,"
             " the prices of a million tokens by a judge's model, e.g. referee: {input: 0.5, output: 2.0}. Numbers must not be negative."
         )
     factor = tree.get("grams_per_kwh")
     return Prices(
         tree["currency"],
-        {str(device): float(price) for device, price in tree["hour"].items()},
+        {str(device): float(price) for device, price in tree.get("hour", {}).items()},
         None if factor is None else float(factor),
         {str(device): float(power) for device, power in tree.get("watts", {}).items()},
         {str(name): (float(of["input"]), float(of["output"])) for name, of in tree.get("judge_tokens", {}).items()},

@@ -13,7 +13,7 @@ from pipelines.config.effective import effective_parameters
 from pipelines.config.params import Params, load_params
 from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name, in_words
 from pipelines.runtime.palette import colour
-from pipelines.runtime.prices import judge_money, judge_tokens, read_prices
+from pipelines.runtime.prices import judge_tokens, read_prices
 from pipelines.runtime.ranking import RANKED, RECORD
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote, locked_outputs
@@ -117,10 +117,6 @@ def _price(source: RecordedRun, project: Path) -> dict[str, str]:
         return {}
     costs = {"seconds": (seconds, "s")}
     tokens = judge_tokens(source.measurements)
-    if source.start["stage"] == JUDGE:
-        given = source.values_of("params")
-        own = float(given["judge.prices.input"]), float(given["judge.prices.output"])
-        costs |= {"judge_money": judge_money(prices, tokens, own)}
     if prices is not None:
         device, spent = source.device() or "cpu", source.timings.get((f"{COST}joules", 0))
         money, grams = prices.total(device, seconds, tokens), prices.grams(device, seconds, spent)

@@ -46,7 +46,6 @@ def record_usage(project: Path, session: str, params: Params, usage: Usage, bega
     measurements.close()
 
     values = {"model": judge.model, "criteria": judge.criteria, "max_tokens": judge.max_tokens}
-    values |= {"prices.input": judge.prices.input, "prices.output": judge.prices.output}
     journal = Journal(folder / JOURNAL)
     start = {
         "run": folder.name,

@@ -55,7 +55,7 @@ def reward_sources(
 
 
 def judges_used(sources: Sequence[RewardSource]) -> list[str]:
-    """Return a line for each judge among the sources: the questions of this process, and their cost."""
+    """Return a line for each judge among the sources: the questions of this process, and their tokens."""
     return [f"judge {name}: {judge.server.summary()}" for name, judge in _judges(sources).items()]
 
 

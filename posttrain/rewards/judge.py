@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from posttrain.data.conversations import as_messages
 from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
+from posttrain.judges.replies import Choice, agreed, grade, verdict
 from posttrain.rewards.calling import CallResult
-from posttrain.rewards.judge_replies import agreed, grade, verdict
 from posttrain.rewards.judge_server import FOLDER, TOKENS, JudgeServer, body, server_of_environment
 
 Mode = Literal["grade", "rubric", "pairs"]
@@ -116,7 +116,9 @@ class Judge:
         if self.settings.mode == "grade":
             scale, instruction = self.settings.scale, self.settings.instruction
             questions = [[_GRADE.format(shown=text, scale=scale, instruction=instruction)] for text in shown]
-            return self._scored(questions, lambda text: grade(text, scale), lambda found: (found[0] - 1) / (scale - 1))
+            return self._scored(
+                questions, lambda text: grade(text, 1, scale), lambda found: (found[0] - 1) / (scale - 1)
+            )
         criteria, weights = list(self.settings.criteria), list(self.settings.criteria.values())
         questions = [[_CRITERION.format(shown=text, criterion=one) for one in criteria] for text in shown]
         return self._scored(
@@ -145,11 +147,12 @@ class Judge:
         ]
         return self._scored(questions, verdict, self._both_orders)
 
-    def _both_orders(self, verdicts: Sequence[float]) -> float | None:
+    def _both_orders(self, verdicts: Sequence[Choice]) -> float | None:
         """Return the mean over both orders; the second of each two is asked with the answers swapped."""
         if not verdicts:
             return None
-        pairs = [(verdicts[i], 1 - verdicts[i + 1]) for i in range(0, len(verdicts), 2)]
+        worth = [{"A": 1.0, "tie": 0.5, "B": 0.0}[verdict] for verdict in verdicts]
+        pairs = [(worth[i], 1 - worth[i + 1]) for i in range(0, len(worth), 2)]
         self.server.usage["pairs"] += len(pairs)
         self.server.usage["order_changed"] += sum(one != other for one, other in pairs)
         return sum(one + other for one, other in pairs) / len(verdicts)

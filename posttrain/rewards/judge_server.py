@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,9 @@ from posttrain.judges import API_KEY, URL, ChatClient, Reply
 from posttrain.judges.client import WAITS_SECONDS
 from posttrain.judges.store import ReplyStore, key_of
 
-CONCURRENCY, PRICES = "POSTTRAIN_JUDGE_CONCURRENCY", "POSTTRAIN_JUDGE_PRICES"
+CONCURRENCY = "POSTTRAIN_JUDGE_CONCURRENCY"
+PRICES = "POSTTRAIN_JUDGE_PRICES"
+"""An earlier place of prices, which are now in prices.yaml only."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 FOLDER = Path(".posttrain/judges")
 
@@ -39,7 +41,6 @@ class JudgeServer:
         url: up to and including `/v1`.
         concurrency: most requests at the same time.
         folder: of kept answers; None keeps none.
-        prices: of a million prompt tokens and of a million completion tokens; () if unknown.
         waits_seconds: before the second and each later try, if a server is busy or failing.
         usage: different `questions`, and the tokens of their answers as the server counts them, kept answers included:
             `prompt_tokens`, `completion_tokens`. These do not depend on which answers were kept.
@@ -50,7 +51,6 @@ class JudgeServer:
     api_key: str = ""
     concurrency: int = 8
     folder: Path | None = FOLDER
-    prices: tuple[float, ...] = ()
     waits_seconds: tuple[float, ...] = WAITS_SECONDS
     usage: Counter[str] = field(default_factory=Counter)
     paid: Counter[str] = field(default_factory=Counter)
@@ -89,10 +89,11 @@ class JudgeServer:
         return [answer if isinstance(answer, RewardError) else answer.text for answer in found]
 
     def summary(self) -> str:
-        """Return the requests of this process and their cost, in words."""
+        """Return the requests of this process and their tokens, in words."""
         tokens = self.paid["prompt_tokens"] + self.paid["completion_tokens"]
-        price = f", at a cost of {cost(self.paid, self.prices):.4g}" if self.prices else ""
-        return f"{self.paid['questions']} questions, {self.paid['requests']} of them sent to {self.url}: {tokens} tokens{price}"
+        return (
+            f"{self.paid['questions']} questions, {self.paid['requests']} of them sent to {self.url}: {tokens} tokens"
+        )
 
     def _ask(self, request: dict[str, Any], deadline: float) -> Reply | RewardError:
         try:
@@ -111,8 +112,13 @@ def server_of_environment(folder: Path | None) -> JudgeServer:
     """Return the judge that the environment names.
 
     Raises:
-        ConfigError: it names none, or a concurrency or prices that are none.
+        ConfigError: it names none, a concurrency that is none, or prices, which are elsewhere now.
     """
+    if PRICES in os.environ:
+        raise ConfigError(
+            f"{PRICES} is not read any more: the prices of all judges are in the project's prices.yaml, for the page of costs and MLflow."
+            f" Type `unset {PRICES}`, and write there: judge_tokens: {{MODEL: {{input: 0.5, output: 2.0}}}}"
+        )
     url = os.environ.get(URL)
     if not url:
         raise ConfigError(
@@ -122,32 +128,10 @@ def server_of_environment(folder: Path | None) -> JudgeServer:
     given = os.environ.get(CONCURRENCY) or "8"
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(f"{CONCURRENCY} = {given!r}: must be a whole number above 0")
-    return JudgeServer(url, os.environ.get(API_KEY, ""), int(given), folder, _prices(os.environ.get(PRICES, "")))
-
-
-def _prices(text: str) -> tuple[float, ...]:
-    try:
-        prices = tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        prices = (math.nan,)
-    if len(prices) not in (0, 2) or not all(price >= 0 for price in prices):
-        raise ConfigError(
-            f"{PRICES} = {text!r}: give two prices, such as 0.5,2.0: of a million prompt tokens and of as many of answers"
-        )
-    return prices
+    return JudgeServer(url, os.environ.get(API_KEY, ""), int(given), folder)
 
 
 def body(model: str, question: str, max_tokens: int) -> dict[str, Any]:
     """Return the request for one answer: the most probable one."""
     messages = [{"role": "user", "content": question}]
     return {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
-
-
-def cost(tokens: Mapping[str, int], prices: Sequence[float]) -> float:
-    """Return the price of tokens, given the prices of a million prompt tokens and of a million completion tokens.
-
-    Example:
-        >>> cost({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, [0.5, 4.0])
-        3.0
-    """
-    return sum(tokens[kind] * price for kind, price in zip(TOKENS, prices, strict=True)) / 1e6

@@ -191,7 +191,6 @@ def test_params_build_the_judge_that_the_environment_names(
         build()
     with judge_server(length_grade) as server:
         monkeypatch.setenv("POSTTRAIN_JUDGE_URL", server.url)
-        monkeypatch.setenv("POSTTRAIN_JUDGE_PRICES", "1000000,0")
         (source,) = build()
         assert source.score(RewardBatch(["p"], ["ab"], [Tokens((1,), (2,))], {})) == [0.5]
         source.used()  # each step's counts start at 0 again; the line counts the whole process
@@ -203,7 +202,7 @@ def test_params_build_the_judge_that_the_environment_names(
         assert source.score(RewardBatch(["p"] * 2, ["ab", "abc"], [Tokens((1,), (2,))] * 2, {})) == [0.5, 1.0]
         tokens.record()
     sent = len(server.asked[0]["messages"][0]["content"])
-    assert line == f"judge j: 1 questions, 1 of them sent to {server.url}: {sent + 8} tokens, at a cost of {sent}"
+    assert line == f"judge j: 1 questions, 1 of them sent to {server.url}: {sent + 8} tokens"
     assert [model for model, _, _ in noted] == ["m", "m"]
     assert [asked for _, asked, _ in noted] == [sent, len(server.asked[1]["messages"][0]["content"])], (
         "a kept answer costs nothing"
@@ -237,11 +236,14 @@ def test_settings_of_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch
         server_of_environment(None)
     monkeypatch.setenv("POSTTRAIN_JUDGE_URL", "http://127.0.0.1:8000/v1/")
     assert server_of_environment(None).url == "http://127.0.0.1:8000/v1"
-    for name, value in (("CONCURRENCY", "0"), ("PRICES", "1"), ("PRICES", "a,b"), ("PRICES", "-1,2")):
+    for name, value in (("CONCURRENCY", "0"), ("CONCURRENCY", "many")):
         monkeypatch.setenv(f"POSTTRAIN_JUDGE_{name}", value)
         with pytest.raises(ConfigError, match=f"POSTTRAIN_JUDGE_{name} = '{value}'"):
             server_of_environment(None)
         monkeypatch.delenv(f"POSTTRAIN_JUDGE_{name}")
+    monkeypatch.setenv("POSTTRAIN_JUDGE_PRICES", "0.5,2.0")
+    with pytest.raises(ConfigError, match=r"POSTTRAIN_JUDGE_PRICES is not read any more: .* prices\.yaml"):
+        server_of_environment(None)
 
 
 def test_grpo_trains_on_a_judge_and_logs_what_it_asked() -> None:

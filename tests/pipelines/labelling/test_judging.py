@@ -21,7 +21,7 @@ from posttrain.errors import DataError
 from tests.judges.servers import Server, serving
 from tests.pipelines.labelling.sessions import session
 
-CONFIGURED = ["judge.model=referee", "judge.alone.items=6", "judge.alone.agreement=0.5", "judge.prices.input=2.0"]
+CONFIGURED = ["judge.model=referee", "judge.alone.items=6", "judge.alone.agreement=0.5"]
 
 
 def answers(user: str) -> list[str]:
@@ -82,7 +82,10 @@ def test_a_judge_labels_alone_only_after_it_agreed_with_people(
         said = capsys.readouterr().out
         words = sum(len(body["messages"][1]["content"].split()) for body in server.bodies)
         assert "12 items judged now; all of the session: 10 decided, 2 ties, 0 no verdict" in said
-        assert f"24 questions asked, 0 answered by the cache; {words} + 72 tokens, cost {words * 2 / 1e6:.4f}" in said
+        assert (
+            f"24 questions asked, 0 answered by the cache; {words} + 72 tokens, cost unknown: prices.yaml has no price"
+            in said
+        )
         assert "agreement with people on 4 items: Cohen's kappa 0.00" in said
         assert "not handed to the inbox: judge.alone asks for Cohen's kappa 0.5 on 6 items" in said
         assert inbox(project) == []
@@ -110,21 +113,19 @@ def test_mlflow_shows_what_each_call_paid(project: Path, monkeypatch: pytest.Mon
     assert [run.data.tags["posttrain.run"][:13] for run in (first, second)] == ["judge-test-1-", "judge-test-2-"]
     assert [run.data.metrics["cost/judge_tokens_output"] for run in (first, second)] == [4 * 3, 20 * 3]
     assert first.data.metrics["cost/judge_tokens_input"] == words
-    assert first.data.tags["cost.judge_money"] == f"{words * 2 / 1e6:.4g}", (
-        "by judge.prices.input, in the currency of the list"
-    )
+    assert "cost.judge_money" not in first.data.tags, "without a price the money is unknown, not 0"
     assert first.data.params["judge.model"] == "referee"
-    (project / "prices.yaml").write_text("currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
+    (project / "prices.yaml").write_text("currency: EUR\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
     synchronise(project, 0)
     assert client.get_run(first.info.run_id).data.tags["cost.judge_money"] == "0.12 EUR"
     assert [run.name for run in all_runs(project)] == ["judge-test-1", "judge-test-2"]
 
 
-def test_the_list_of_prices_counts_before_the_judges_own_prices(
+def test_the_money_is_by_the_list_of_prices(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session(project / "labels/test")
-    (project / "prices.yaml").write_text("currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
+    (project / "prices.yaml").write_text("currency: EUR\njudge_tokens: {referee: {input: 0, output: 1e4}}\n")
     with serving(shorter) as server:
         assert ask(server, monkeypatch) == 0
     assert "+ 72 tokens, cost 0.7200 EUR" in capsys.readouterr().out

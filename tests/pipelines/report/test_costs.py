@@ -219,7 +219,7 @@ def test_without_nvidias_driver_a_gpu_has_no_counter() -> None:
     ["hour: {cpu: 1}", "currency: EUR\nhour: {cpu: much}", "currency: EUR\nhour: {cpu: -1}", "[]",
      "currency: EUR\nhour: {}\ngrams_per_kwh: -1",
      "currency: EUR\nhour: {}\njudge_tokens: {referee: {input: 1}}", "currency: EUR\nhour: {}\njudge_tokens: [referee]",
-     "currency: EUR\nhour: {}\nwatts: 5", "currency: EUR\nhour: {}\nkwh: 5"],
+     "currency: EUR\nhour: []", "currency: EUR\nwatts: 5", "currency: EUR\nhour: {}\nkwh: 5"],
 )  # fmt: skip
 def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -> None:
     (project / "prices.yaml").write_text(text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.judges.verdicts import Rubric, _score_of, verdict_of
-from posttrain.rewards.judge_replies import agreed, grade, verdict
+from posttrain.judges.replies import agreed, grade, verdict
 
 
 @pytest.mark.parametrize(
@@ -19,7 +18,7 @@ from posttrain.rewards.judge_replies import agreed, grade, verdict
     ],
 )  # fmt: skip
 def test_a_grade_is_the_one_number_that_is_given(reply: str, found: int | None) -> None:
-    assert grade(reply, 10) == found
+    assert grade(reply, 1, 10) == found
 
 
 @pytest.mark.parametrize(
@@ -46,21 +45,32 @@ def test_yes_or_no_is_the_first_or_the_last_word(reply: str, found: float | None
     ],
 )  # fmt: skip
 def test_a_verdict_is_the_one_answer_that_is_preferred(reply: str, found: float | None) -> None:
-    assert verdict(reply) == found
+    assert {"A": 1.0, "tie": 0.5, "B": 0.0, None: None}[verdict(reply)] == found
 
 
-def test_verdicts_in_brackets_count_if_their_line_has_one_and_the_reasoning_has_ended() -> None:
-    assert [verdict_of(reply) for reply in ("[[A]]\nso [[B]]", "[[A]] or [[B]]", "<think>[[A]]", "[[B]] ... no: [[C]]")] == [
-        "B", None, None, "C",
-    ]  # fmt: skip
+@pytest.mark.parametrize("marked", [False, True])
+def test_brackets_count_before_words_if_their_line_has_one_and_the_reasoning_has_ended(marked: bool) -> None:
+    replies = (
+        "[[A]]\nso [[B]]", "[[A]] or [[B]]", "<think>[[B]]</think>[[A]]", "[[B]] ... no: [[C]]", "B is longer, but [[A]]",
+        "If the answer is right, so [[A]]",
+    )  # fmt: skip
+    assert [verdict(reply, marked=marked) for reply in replies] == ["B", None, "A", "tie", "A", "A"]
     scores = [
-        _score_of(reply, Rubric())
+        grade(reply, 1, 10, marked=marked)
         for reply in (
             "[[7]] out of [[10]]",
             "No errors: [[7]] out of [[10]]",
             "[[3]], no, [[5]]",
             "<think>[[9]]</think>[[4]]",
             "[[99]]",
+            "2 errors, so [[7.5]]",
         )
     ]
-    assert scores == [None, None, 5.0, 4.0, None]
+    assert scores == [None, None, 5.0, 4.0, None, 7.5]
+
+
+def test_a_question_that_asked_for_brackets_has_no_answer_without_them() -> None:
+    """A reply that was cut off has named one answer only."""
+    assert verdict("Answer A explains the steps.", marked=True) is None
+    assert (verdict("A!"), verdict("A!", marked=True), verdict("<think>[[A]]")) == ("A", None, None)
+    assert (grade("8", 1, 10), grade("8", 1, 10, marked=True)) == (8.0, None)
