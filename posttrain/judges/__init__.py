@@ -4,7 +4,7 @@ client.py    one request: tries, time limits, errors in words
 store.py     replies on disk, by the hash of the question
 judge.py     many requests at once, and usage
 verdicts.py  prompts for two answers in both orders, or for one score of each answer
-replies.py   grades, verdicts, yes and no in replies, also those of judges as rewards
+marks.py     verdicts and grades in double brackets, also in the replies to judges as rewards
 """
 
 from posttrain.judges.client import API_KEY, URL, ChatClient, Reply

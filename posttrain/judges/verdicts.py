@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from posttrain.judges.judge import Judge
-from posttrain.judges.replies import Choice, verdict
-from posttrain.judges.replies import grade as grade_of
+from posttrain.judges.marks import Choice, marked_grade, marked_verdict
 
 Verdict = Literal["first", "second", "tie"]
 CRITERIA = (
@@ -52,7 +51,7 @@ def compare(judge: Judge, rubric: Rubric, pairs: Sequence[tuple[Any, str, str]])
     questions = []
     for prompt, first, second in pairs:
         questions += [_pair(rubric, prompt, first, second), _pair(rubric, prompt, second, first)]
-    found = [verdict(reply, marked=True) for reply in judge.ask(questions)]
+    found = [marked_verdict(reply) for reply in judge.ask(questions)]
     return [both_orders(found[i], found[i + 1]) for i in range(0, len(found), 2)]
 
 
@@ -67,7 +66,7 @@ def grade(judge: Judge, rubric: Rubric, answers: Sequence[tuple[Any, str]]) -> l
         _question(f"{task}\n\n{rubric.criteria}", ("prompt", _text(prompt)), ("answer", answer))
         for prompt, answer in answers
     ]
-    return [grade_of(reply, rubric.low, rubric.high, marked=True) for reply in judge.ask(questions)]
+    return [marked_grade(reply, rubric.low, rubric.high) for reply in judge.ask(questions)]
 
 
 def both_orders(given: Choice | None, swapped: Choice | None) -> Verdict | None:

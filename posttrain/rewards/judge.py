@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from posttrain.data.conversations import as_messages
 from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
-from posttrain.judges.replies import Choice, agreed, grade, verdict
+from posttrain.judges.marks import Choice
 from posttrain.rewards.calling import CallResult
+from posttrain.rewards.judge_replies import agreed, grade, verdict
 from posttrain.rewards.judge_server import FOLDER, TOKENS, JudgeServer, body, server_of_environment
 
 Mode = Literal["grade", "rubric", "pairs"]
@@ -116,9 +117,7 @@ class Judge:
         if self.settings.mode == "grade":
             scale, instruction = self.settings.scale, self.settings.instruction
             questions = [[_GRADE.format(shown=text, scale=scale, instruction=instruction)] for text in shown]
-            return self._scored(
-                questions, lambda text: grade(text, 1, scale), lambda found: (found[0] - 1) / (scale - 1)
-            )
+            return self._scored(questions, lambda text: grade(text, scale), lambda found: (found[0] - 1) / (scale - 1))
         criteria, weights = list(self.settings.criteria), list(self.settings.criteria.values())
         questions = [[_CRITERION.format(shown=text, criterion=one) for one in criteria] for text in shown]
         return self._scored(

@@ -1,15 +1,12 @@
-"""Read the grade, the yes or no, or the verdict on a pair in a judge's reply; a reply with two of them has none.
+"""Read the grade, the yes or no, or the verdict on a pair in a judge's short reply; a reply with two of them has none.
 
-Double brackets count before words: the last of them, if no other is in its line, or if words between the two take the other back. A
-question that asked for them (`marked`) has no answer without them: a reply that was cut off names one answer before the other.
+Double brackets count before words.
 
 Example:
-    >>> grade("7/10", 1, 10), grade("<think>9?</think>Grade: 4", 1, 10), grade("good", 1, 10), grade("Not a 10, but an 8", 1, 10)
+    >>> grade("7/10", 10), grade("<think>9?</think>Grade: 4", 10), grade("good", 10), grade("Not a 10, but an 8", 10)
     (7.0, 4.0, None, None)
-    >>> verdict("B is better."), verdict("A tie"), verdict("A is better"), verdict("A is worse"), verdict("no idea")
-    ('B', 'tie', 'A', None, None)
-    >>> verdict("B is longer, but [[A]]"), verdict("[[B]] ... no, they are equal: [[C]]"), verdict("A!", marked=True)
-    ('A', 'tie', None)
+    >>> verdict("B is better."), verdict("A tie"), verdict("A is better"), verdict("A is worse"), verdict("B is long, but [[A]]")
+    ('B', 'tie', 'A', None, 'A')
     >>> agreed("Yes."), agreed("No, it is not."), agreed("There is no error.")
     (1.0, 0.0, None)
 """
@@ -17,15 +14,10 @@ Example:
 from __future__ import annotations
 
 import re
-from typing import Literal
 
+from posttrain.judges.marks import Choice, has_grade_mark, has_verdict_mark, marked_grade, marked_verdict
 from posttrain.rewards.final_part import correction, final_part
-from posttrain.text import after_reasoning
 
-Choice = Literal["A", "B", "tie"]
-_PAIR = re.compile(r"\[\[([ABC])\]\]")
-_SCORE = re.compile(r"\[\[(\d{1,6}(?:\.\d+)?)\]\]")
-_CHOICES: dict[str, Choice] = {"A": "A", "B": "B", "C": "tie"}
 _MARKUP = re.compile(r"[*_`#\"\u201c\u201d\[\](){}<>\\$]|\bboxed\b")
 _SCALE = r"(?:\s*(?:/|out of|of)\s*{scale}(?![\d.,]))"
 _RANGE = re.compile(
@@ -56,30 +48,30 @@ _WINS = re.compile(
 """A preferred answer at the beginning of a reply."""
 
 
-def grade(text: str, low: float, high: float, *, marked: bool = False) -> float | None:
-    """Return the grade from `low` to `high` that a reply gives; None if it gives none, or several that differ.
+def grade(text: str, scale: int) -> float | None:
+    """Return the grade from 1 to `scale` that a reply gives; None if it gives none, or several that differ.
 
     Words give whole numbers only; double brackets may hold a decimal.
     """
-    bracketed = _SCORE.search(after_reasoning(text))
-    found = _last(_SCORE, text) if bracketed or marked else _grade_in_words(text, round(high))
-    number = None if found is None else float(found)
-    return number if number is not None and low <= number <= high else None
+    if has_grade_mark(text):
+        return marked_grade(text, 1, scale)
+    number = _grade_in_words(text, scale)
+    return float(number) if number is not None and 1 <= number <= scale else None
 
 
-def _grade_in_words(text: str, scale: int) -> str | None:
+def _grade_in_words(text: str, scale: int) -> int | None:
     said = _RANGE.sub(" ", _MARKUP.sub(" ", final_part(text)))
     said = re.sub(rf"(?<=\d){_SCALE.format(scale=scale)}", " ", said)
     first = re.match(r"\s*(\d{1,6})\s*(?:\n|\Z)", said)
     if first:
-        return first[1]
+        return int(first[1])
     labelled = {int(found) for found in _LABELLED.findall(said)}
     if not labelled and len(_ANY_NUMBER.findall(said)) > 1 and len({*_ANY_NUMBER.findall(said)}) > 1:
         return None
     if not labelled and re.search(r"\bnot\b|n['\u2019]t\b", said):
         return None
     numbers = labelled or {int(found) for found in _NUMBER.findall(said)}
-    return str(next(iter(numbers))) if len(numbers) == 1 else None
+    return next(iter(numbers)) if len(numbers) == 1 else None
 
 
 def agreed(text: str) -> float | None:
@@ -92,28 +84,15 @@ def agreed(text: str) -> float | None:
     return None if len(words) != 1 else float(words == {"yes"})
 
 
-def verdict(text: str, *, marked: bool = False) -> Choice | None:
+def verdict(text: str) -> Choice | None:
     """Return the answer that a reply prefers, or `tie`; None if it names both, or takes one back."""
-    if marked or _PAIR.search(after_reasoning(text)):
-        found = _last(_PAIR, text)
-        return None if found is None else _CHOICES[found]
+    if has_verdict_mark(text):
+        return marked_verdict(text)
     said = _MARKUP.sub(" ", final_part(text)).strip()
     won = _WINS.match(said)
     if won and correction(said[won.end() :]) is None:
-        return _CHOICES[won[1]]
-    named: set[Choice] = {_CHOICES.get(found, "tie") for found in _NAMED.findall(said)}
+        return "A" if won[1] == "A" else "B"
+    named: set[Choice] = {"A" if found == "A" else "B" if found == "B" else "tie" for found in _NAMED.findall(said)}
     if len(named) != 1 or _TURNED.search(said) or correction(said) is not None:
         return None
     return named.pop()
-
-
-def _last(pattern: re.Pattern[str], reply: str) -> str | None:
-    """Return the last match; None if its line has a different one that no words between them take back, as in `[[7]] out of [[10]]`."""
-    lines = [found for line in after_reasoning(reply).splitlines() if (found := list(pattern.finditer(line)))]
-    if not lines:
-        return None
-    last = lines[-1][-1]
-    other = next((match for match in reversed(lines[-1]) if match[1] != last[1]), None)
-    if other is not None and correction(last.string[other.end() : last.start()]) is None:
-        return None
-    return last[1]

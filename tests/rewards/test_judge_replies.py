@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.judges.replies import agreed, grade, verdict
+from posttrain.judges.marks import marked_grade, marked_verdict
+from posttrain.rewards.judge_replies import agreed, grade, verdict
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from posttrain.judges.replies import agreed, grade, verdict
     ],
 )  # fmt: skip
 def test_a_grade_is_the_one_number_that_is_given(reply: str, found: int | None) -> None:
-    assert grade(reply, 1, 10) == found
+    assert grade(reply, 10) == found
 
 
 @pytest.mark.parametrize(
@@ -48,15 +49,15 @@ def test_a_verdict_is_the_one_answer_that_is_preferred(reply: str, found: float 
     assert {"A": 1.0, "tie": 0.5, "B": 0.0, None: None}[verdict(reply)] == found
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_brackets_count_before_words_if_their_line_has_one_and_the_reasoning_has_ended(marked: bool) -> None:
+def test_brackets_count_before_words_if_their_line_has_one_and_the_reasoning_has_ended() -> None:
     replies = (
         "[[A]]\nso [[B]]", "[[A]] or [[B]]", "<think>[[B]]</think>[[A]]", "[[B]] ... no: [[C]]", "B is longer, but [[A]]",
         "If the answer is right, so [[A]]",
     )  # fmt: skip
-    assert [verdict(reply, marked=marked) for reply in replies] == ["B", None, "A", "tie", "A", "A"]
+    for read in (verdict, marked_verdict):
+        assert [read(reply) for reply in replies] == ["B", None, "A", "tie", "A", "A"]
     scores = [
-        grade(reply, 1, 10, marked=marked)
+        (grade(reply, 10), marked_grade(reply, 1, 10))
         for reply in (
             "[[7]] out of [[10]]",
             "No errors: [[7]] out of [[10]]",
@@ -66,11 +67,11 @@ def test_brackets_count_before_words_if_their_line_has_one_and_the_reasoning_has
             "2 errors, so [[7.5]]",
         )
     ]
-    assert scores == [None, None, 5.0, 4.0, None, 7.5]
+    assert scores == [(each, each) for each in (None, None, 5.0, 4.0, None, 7.5)]
 
 
 def test_a_question_that_asked_for_brackets_has_no_answer_without_them() -> None:
     """A reply that was cut off has named one answer only."""
-    assert verdict("Answer A explains the steps.", marked=True) is None
-    assert (verdict("A!"), verdict("A!", marked=True), verdict("<think>[[A]]")) == ("A", None, None)
-    assert (grade("8", 1, 10), grade("8", 1, 10, marked=True)) == (8.0, None)
+    assert marked_verdict("Answer A explains the steps.") is None
+    assert (verdict("A!"), marked_verdict("A!"), verdict("<think>[[A]]")) == ("A", None, None)
+    assert (grade("8", 10), marked_grade("8", 1, 10)) == (8.0, None)
