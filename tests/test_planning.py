@@ -143,6 +143,9 @@ def test_steps_and_tokens_are_those_that_the_steps_announce(
     # 64 rows in batches of 16 over 2 epochs; 32 of 40 pairs in batches of 8 over 2 epochs
     assert planned["sft", "train"].steps == 8
     assert planned["sft", "train"].tokens == 64 * 2 * (32 + 64)
+    each = tiny(root)
+    each = next(iter(phases(each.model_copy(update={"sft": each.sft.model_copy(update={"train_on": "each"})}), SIZES)))
+    assert (each.steps, each.tokens) == (8, None)
     assert planned["reward", "train"].steps == planned["align@dpo", "train"].steps == 8
     # 6 steps: of 2 epochs for PPO, of 2 minibatches for this GRPO, of one update for CHORD
     assert [planned[f"align@{name}", "train"].steps for name in ("ppo", "grpo", "chord")] == [12, 12, 6]

@@ -161,7 +161,9 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     sft, reward = params.sft, params.reward
     counted = rows_by_table(params)
     steps = steps_by_stage(params, counted)
-    yield Phase("sft", "train", steps["sft"], _times(counted["sft"], sft.epochs * longest),
+    # with `each`, a row has as many sequences as answers, which are not counted before a run
+    rows = None if sft.train_on == "each" else counted["sft"]
+    yield Phase("sft", "train", steps["sft"], _times(rows, sft.epochs * longest),
                 training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
     pairs = counted["preferences"]
     if reward.enabled and reward.source is None:
