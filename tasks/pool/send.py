@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ from tasks.pool.requests import ServerAway, insist, own_retries, prefect_client
 from tasks.pool.settings import WorkerSettings
 from tasks.pool.snapshot import StagePaths, changed_files, committed, order, read_paths, recorded_stages
 from tasks.pool.transfer import patiently, pull_stages, push_stages
-from tasks.pool.watch import Sight, deleted, look
+from tasks.pool.watch import Sight, deleted, look, online_workers
 from tasks.remote import has_remote
 from tasks.stage import StageFailed, StageResult, grace_seconds
 
@@ -90,7 +90,7 @@ class Pool:
         self._new = SimpleQueue[tuple[Node, Future[StageResult]]]()
         self._sent: dict[UUID, _Sent] = {}
         self._changed, self._asked = set[str](), -math.inf
-        self._counted = time.monotonic()
+        self._counted, self._unattended = time.monotonic(), False
         self._over: BaseException | None = None
         """Why no stage is sent or followed any more."""
 
@@ -226,6 +226,7 @@ class Pool:
             look(self._client, sights, passed)
             if time.monotonic() > self._counted + COUNT_SECONDS:
                 gone, self._counted = deleted(self._client, sights), time.monotonic()
+                self._name_absence(sights.values())
         except httpx.HTTPError:  # the server is away, which is no worker's silence
             return
         for run in gone:
@@ -237,6 +238,20 @@ class Pool:
                 raise
             except Exception as error:  # of this stage only
                 self._end(sent, error)
+
+    def _name_absence(self, sights: Collection[Sight]) -> None:
+        """Print once that stages wait and no worker of the pool is online, as with a misspelt name."""
+        waiting = sum(sight.waits for sight in sights)
+        absent = waiting > 0 and not online_workers(self._client, self.name)
+        if absent and not self._unattended:
+            others = sorted(
+                each.name for each in self._client.read_work_pools() if online_workers(self._client, each.name)
+            )
+            found = f" Pools with workers: {', '.join(others)}." if others else ""
+            print_line(
+                f"{waiting} stages wait: no worker of the pool {self.name} is online. `make worker POOL={self.name}` starts one.{found}"
+            )
+        self._unattended = absent
 
     def _advance(self, sent: _Sent) -> None:
         """Take in the result of a stage that is done, and give one that was lost to the next worker."""
@@ -318,5 +333,11 @@ class Pool:
         """End a cancelled stage if no worker had it, if its worker has stopped it or is silent, or if it takes too long."""
         record, silent = sent.sight.record, sent.sight.silent_seconds > self.settings.lease_seconds
         if record is None or record.ended or silent or time.monotonic() > self._deadline:
-            words = "its checkpoint is in DVC's remote, and the next run continues"
-            self._end(sent, Interrupted(f"{sent.node.name} was stopped; {words}"))
+            words = (
+                "was stopped before a worker took it"
+                if record is None
+                else "was stopped; it has no checkpoint yet, and begins anew"
+            )
+            if record is not None and record.checkpoint:
+                words = "was stopped; its checkpoint is in DVC's remote, and the next run continues"
+            self._end(sent, Interrupted(f"{sent.node.name} {words}"))

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import State, StateType, WorkerStatus
 
 from tasks.pool.record import TYPE, Record, parse
 
@@ -37,6 +37,11 @@ class Sight:
     """Time, by this machine's monotonic clock, in which the run was taken by a worker and nothing of it changed."""
     deleted: bool = False
     """True if the server does not have the run any more."""
+
+    @property
+    def waits(self) -> bool:
+        """Return True if no worker has taken the run yet, as far as is known."""
+        return self.record is None and self.state is None
 
     def update(self, state: State[Any] | None, record: Record | None, passed: float) -> None:
         """Take in the server's present state, `passed` seconds after the look before."""
@@ -82,7 +87,7 @@ def _states(client: SyncPrefectClient, ids: list[UUID]) -> dict[UUID, State[Any]
 
 def deleted(client: SyncPrefectClient, sights: Mapping[UUID, Sight]) -> list[UUID]:
     """Return those runs, of the ones that seem to wait for a worker, that the server does not have any more."""
-    waiting = [run for run, sight in sights.items() if sight.record is None and sight.state is None]
+    waiting = [run for run, sight in sights.items() if sight.waits]
     gone: list[UUID] = []
     for start in range(0, len(waiting), PAGE):
         ids = waiting[start : start + PAGE]
@@ -91,3 +96,8 @@ def deleted(client: SyncPrefectClient, sights: Mapping[UUID, Sight]) -> list[UUI
             found = {run.id for run in client.read_flow_runs(flow_run_filter=asked, limit=PAGE)}
             gone += [run for run in ids if run not in found]
     return gone
+
+
+def online_workers(client: SyncPrefectClient, pool: str) -> list[str]:
+    """Return the names of the pool's workers that report to Prefect's server."""
+    return sorted(each.name for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE)

@@ -58,7 +58,11 @@ def pool(project: Path, settings: WorkerSettings) -> Iterator[Pool]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_waiting_stage_that_a_person_deletes_in_prefect_is_sent_again(
-    project: Path, settings: WorkerSettings, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    settings: WorkerSettings,
+    prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("tasks.pool.send.COUNT_SECONDS", 0.0)
     stop, dag = threading.Event(), read_dag(project)
@@ -78,7 +82,9 @@ def test_a_waiting_stage_that_a_person_deletes_in_prefect_is_sent_again(
         until(lambda: sent("side@left attempt 2"), "the deleted stage is not sent again")
         stop.set()
         assert isinstance(left.exception(timeout=240), Interrupted)
-        assert isinstance(right.exception(timeout=240), Interrupted)
+        assert str(right.exception(timeout=240)) == "side@right was stopped before a worker took it"
+    printed = capsys.readouterr().out
+    assert printed.count("no worker of the pool deleting is online. `make worker POOL=deleting` starts one.") == 1
     assert sent("side@right attempt 2") == []
 
 
