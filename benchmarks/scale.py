@@ -3,7 +3,7 @@
     python benchmarks/scale.py [--write]
 
 The stages are those of dvc.yaml: a chain (ingest to reward_readers), then one alignment and one evaluation for each algorithm and seed,
-then the comparison. Seconds, bytes and costs of the orchestration are the constants below; most are assumptions. --write puts the tables
+then the comparison. Seconds, bytes and costs of the orchestration are the constants below; those of stages, server and links are assumptions. --write puts the tables
 into docs/scale.md between its marks.
 """
 
@@ -27,10 +27,10 @@ MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 class Costs:
     """Costs of running a stage elsewhere. Seconds, bytes a second, and requests a second."""
 
-    worker: float = 4.0
-    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending. An assumption (`workers.py overhead`)."""
-    parent: float = 0.2
-    """Seconds of the flow's own process for a stage, one stage at a time. An assumption; `workers.py many` measures it."""
+    worker: float = 2.2
+    """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending; measured by `workers.py overhead`."""
+    parent: float = 0.31
+    """Seconds of the flow and of Prefect's server for a stage, one stage at a time: processor time, by `workers.py many --postgres`."""
     lock: float = 0.1
     """Share of its time that the flow spends at most on writing dvc.lock (tasks/pool/send.py)."""
     server: float = 400.0
@@ -136,7 +136,7 @@ def simulate(case: Case, costs: Costs = Costs()) -> Outcome:
 
     Example:
         >>> [round(simulate(Case(workers, 8)).wall) for workers in (1, 2, 8)]
-        [435, 259, 128]
+        [394, 233, 114]
     """
     flow = Flow(case, costs)
     slower = case.align / ALIGN  # a larger model takes longer in every stage
