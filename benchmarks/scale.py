@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--write]
 
 The stages are those of dvc.yaml: a chain (ingest to reward_readers), then one alignment and one evaluation for each algorithm and seed,
-then the comparison. Seconds, bytes and costs of the orchestration are the constants below; those of stages, server and links are assumptions. --write puts the tables
-into docs/scale.md between its marks.
+then the comparison. Seconds, bytes and costs of the orchestration are the constants below; those of stages, server and links are
+assumptions. --write puts the tables into docs/scale.md between its marks.
 """
 
 from __future__ import annotations
