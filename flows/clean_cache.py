@@ -25,7 +25,8 @@ from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from posttrain.errors import OrchestrationError
 from posttrain.files import write_atomic
-from tasks.champion import POINTER, cache_folder, pointer, switching
+from tasks.cache import cache_folder
+from tasks.champion import POINTER, pointer, switching
 from tasks.dag import open_workspace
 from tasks.process import child_environment
 

@@ -45,7 +45,8 @@ from pipelines.promotion.registry import (
 from pipelines.runtime.command_line import whole
 from pipelines.runtime.markup import markdown_text
 from posttrain.errors import OrchestrationError
-from tasks.champion import FOLDER, POINTER, cached, pointer_entry, switching
+from tasks.cache import cached
+from tasks.champion import FOLDER, POINTER, pointer_entry, switching
 from tasks.console import log_line
 from tasks.measure import measure
 from tasks.notify import notify
@@ -149,7 +150,7 @@ def _adopt(project: Path, registry: Registry) -> None:
                 f"the weights of models/champion are {known.name} already. `python -m flows.promote {known.number}` makes it champion."
             )
         weights = Version(0, {MD5: str(entry["md5"]), SIZE: str(entry["size"]), FILES: str(entry["nfiles"])}, ())
-        if not copy_weights(project, FOLDER.as_posix(), weights.md5, NOTHING) and not cached(project, weights):
+        if not copy_weights(project, FOLDER.as_posix(), weights.md5, NOTHING) and not cached(project, weights.md5):
             raise OrchestrationError(
                 f"the weights that {POINTER} names ({weights.md5}) are not in DVC's cache, so {NOTHING}: no roll-back could restore them."
                 f" If the file is damaged, type `git checkout {POINTER}`; then run again."

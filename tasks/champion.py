@@ -6,8 +6,7 @@ This module writes champion.dvc, so that `dvc pull` fetches the champion and `dv
 from __future__ import annotations
 
 import fcntl
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,12 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.registry import FOLDER_HASH, PATH, Version
+from pipelines.tracking.content import folder_md5
 from posttrain.errors import ConfigError, OrchestrationError
-from posttrain.files import read_json, write_atomic
-from tasks.process import child_environment
-from tasks.remote import run_dvc
+from posttrain.files import write_atomic
+from tasks.cache import cached, damaged_objects, describe
+from tasks.console import print_line
+from tasks.remote import has_remote, run_dvc
 
 FOLDER = Path("models/champion")
 POINTER = Path("champion.dvc")
@@ -56,10 +57,10 @@ def put_into_production(root: Path, version: Version, move: Callable[[], T], *, 
     """
     if version.fault:
         raise OrchestrationError(version.fault)
-    if busy and not cached(root, version):
+    if busy and not cached(root, version.md5):
         raise OrchestrationError(
-            f"the weights of {version.name} ({version.md5}) are not in DVC's cache, and they cannot be fetched while a flow is running"
-            " here. Nothing was changed. Wait for that flow or stop it, then run again."
+            f"the weights of {version.name} ({version.md5}) are not in DVC's cache, or are damaged there, and they cannot be fetched while"
+            " a flow is running here. Nothing was changed. Wait for that flow or stop it, then run again."
         )
     before = _pointer_content(root)
     if not busy:
@@ -107,49 +108,57 @@ def pointer_entry(root: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def cache_folder(root: Path) -> Path | None:
-    """Return the folder of DVC's cache, which may be outside of the project; None if DVC cannot tell."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=child_environment(), capture_output=True, text=True
-    )
-    return None if done.returncode else root / done.stdout.strip()
-
-
-def cached(root: Path, version: Version) -> bool:
-    """Return True if every file of the version is in DVC's cache."""
-    folder = cache_folder(root)
-    if folder is None:
-        return False
-    files = folder / "files" / "md5"
-    listing = files / version.md5[:2] / version.md5[2:]
-    if not listing.is_file():
-        return False
-    members = [str(entry["md5"]) for entry in read_json(listing, f"Remove it, then type `dvc pull {POINTER}`.")]
-    return all((files / md5[:2] / md5[2:]).is_file() for md5 in members)
-
-
 def holds(root: Path, version: Version) -> bool:
     """Return True if champion.dvc names the version's weights and the folder exists."""
     return _pointer_content(root) == pointer(version).encode() and (root / FOLDER).is_dir()
 
 
 def restore(root: Path, version: Version) -> None:
-    """Check the weights out of DVC's cache, or pull them. Raises OrchestrationError, with the folder unchanged, if neither has them."""
-    path, before, after = root / POINTER, _pointer_content(root), pointer(version)
-    write_atomic(path, after.encode())
-    if run_dvc(root, "checkout", "--force", str(POINTER)) is None:
-        return
-    error = run_dvc(root, "pull", "--force", str(POINTER))
-    if error is None:
+    """Check the weights out of DVC's cache, or pull them. Every byte is compared with the hash.
+
+    Raises OrchestrationError, with the folder unchanged, if neither cache nor remote has them.
+    """
+    before = _pointer_content(root)
+    write_atomic(root / POINTER, pointer(version).encode())
+    problem = _fetch(root, version)
+    if problem is None:
         return
     if before is None:
-        path.unlink()
+        (root / POINTER).unlink()
     else:
         _put_back(root, before)
-    raise OrchestrationError(
-        f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
-        f" remote: {error}. `dvc remote list` shows the remotes that DVC reads. Correct the remote, or promote a"
-        " version whose weights exist."
+    raise OrchestrationError(problem)
+
+
+def _fetch(root: Path, version: Version) -> str | None:
+    """Bring the weights that champion.dvc names to its folder. Return why that is not possible, or None."""
+    if run_dvc(root, "checkout", "--force", str(POINTER)) is None:
+        if folder_md5(root / FOLDER) == version.md5:
+            return None
+        damaged = damaged_objects(root, version.md5)
+        if not damaged or not has_remote(root):
+            nothing = f"{version.name} is not brought to {FOLDER}"
+            return describe(damaged, version.tags.get(PATH, str(FOLDER)), nothing) if damaged else _altered(version)
+        print_line(
+            f"{len(damaged)} files of {version.name} are damaged in DVC's cache; they are fetched from the remote"
+        )
+        for path in damaged:
+            path.unlink()
+        shutil.rmtree(root / FOLDER)  # DVC considers it current, and would leave it
+    error = run_dvc(root, "pull", "--force", str(POINTER))
+    if error is not None:
+        return (
+            f"the weights of {version.name} ({version.md5}, {version.tags.get(PATH)}) are neither in DVC's cache nor in its"
+            f" remote: {error}. `dvc remote list` shows the remotes that DVC reads. Correct the remote, or promote a"
+            " version whose weights exist."
+        )
+    return None if folder_md5(root / FOLDER) == version.md5 else _altered(version)
+
+
+def _altered(version: Version) -> str:
+    return (
+        f"{FOLDER} does not hold the weights of {version.name} ({version.md5}) after `dvc checkout` and `dvc pull`: their bytes are others,"
+        " so they are not put into production. The remote may be damaged: restore it from a back-up, or promote a different version."
     )
 
 

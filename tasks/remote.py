@@ -17,6 +17,7 @@ from pipelines.runtime.process import killed_by
 from pipelines.runtime.redaction import redact
 from pipelines.tracking.lockfile import default_remote
 from posttrain.errors import ConfigError, OrchestrationError
+from tasks.cache import refuse_damaged, refuse_partial
 from tasks.dag import open_workspace
 from tasks.process import child_environment
 
@@ -33,6 +34,7 @@ def push(root: Path, folder: str, md5: str) -> bool:
         return False
     if not md5:
         raise OrchestrationError(f"{folder} is not in dvc.lock, so there are no weights to push; type `dvc repro`.")
+    refuse_damaged(root, md5, folder, "no version was registered")
     error = run_dvc(root, "push")
     if error is not None:
         raise OrchestrationError(
@@ -50,6 +52,7 @@ def copy_weights(root: Path, folder: str, md5: str, consequence: str) -> bool:
     """
     if not has_remote(root):
         return False
+    refuse_damaged(root, md5, folder, consequence)  # the remote would take damaged bytes under the name of whole ones
     missing = _complete(root, md5, consequence)
     if missing:
         raise OrchestrationError(
@@ -101,23 +104,28 @@ def _members(cache: Any, remote: Any, md5: str) -> set[str]:
 def restore_missing(root: Path, pointer: str) -> None:
     """Bring back the data of a .dvc file whose path does not exist, as in a new clone or git worktree. Data that exists is not touched.
 
-    Raises OrchestrationError if it is in neither DVC's cache nor the remote.
+    Raises OrchestrationError if it is in neither DVC's cache nor the remote, or if only a part of a folder exists: DVC would record that
+    part as the whole.
     """
     path = root / pointer
     try:
-        outs = [path.parent / str(out["path"]) for out in read_yaml(path)["outs"]]
+        entries = [(path.parent / str(out["path"]), out) for out in read_yaml(path)["outs"]]
     except (ConfigError, KeyError, TypeError) as damage:
         raise OrchestrationError(
             f"{pointer} is damaged ({damage}), so the data that belong to it are unknown. Type `git checkout {pointer}`, or `dvc add"
             f" {pointer.removesuffix('.dvc')}` if the folder is as it should be."
         ) from None
-    if all(out.exists() for out in outs) or run_dvc(root, "checkout", pointer) is None:
+    if all(out.exists() for out, _ in entries):
+        for out, entry in entries:
+            refuse_partial(root, pointer, out, entry)
+        return
+    if run_dvc(root, "checkout", pointer) is None:
         return
     error = run_dvc(root, "pull", pointer)
     if error is not None:
         raise OrchestrationError(
             f"the data of {pointer} is not in this folder, not in DVC's cache, and cannot be pulled: {error}. Copy it to"
-            f" {outs[0]}, or correct the remote (`dvc remote list`); then run again."
+            f" {entries[0][0]}, or correct the remote (`dvc remote list`); then run again."
         )
 
 

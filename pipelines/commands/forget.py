@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from pipelines.commands.intake import LOCK as INTAKE
 from pipelines.config.params import load_params
 from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.erasure import Erasure, erase, plan
@@ -33,6 +34,7 @@ from pipelines.promotion.registry import RETRAIN, Registry
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, print_text, reports_errors
 from pipelines.runtime.journal import Journal
+from pipelines.runtime.process import Lock
 from pipelines.runtime.redaction import printable
 from pipelines.tracking.artifact_erasure import erase_artifacts
 from pipelines.tracking.erasure import erase_traces
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"{args.file}: no such file")
     lineage = Lineage.read(project)
     if args.yes:
-        with without_flow(project):
+        with without_flow(project), Lock(project / INTAKE):
             found = plan(project, lineage, file)
             remotes = forget(project, lineage, found, file)
             marked = mark(project, load_params(project / "params.yaml").project.experiment, found)

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.config.params import Params, load_params
 from pipelines.data.bounds import memory_for, refuse_too_large, refuse_too_many
+from pipelines.data.compression import kind_and_compression
+from pipelines.data.files import is_readable
 from pipelines.data.inbox import Arrival, Inbox, location
 from pipelines.data.inbox_folder import open_inbox
 from pipelines.data.packed import PackedRows, packed
@@ -34,6 +36,7 @@ from pipelines.data.sources import ACCEPTED, accepted_files, alike, arrival_numb
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import file_digest
+from pipelines.runtime.process import Lock
 from pipelines.runtime.redaction import printable, redact
 from posttrain.data.limits import bounded
 from posttrain.environments.parts import KINDS, Kind
@@ -44,8 +47,11 @@ if TYPE_CHECKING:
     from pipelines.commands.admission import Admission
 
 RECORD = Path(".posttrain/intake.json")
+LOCK = Path(".posttrain/intake.lock")
+"""Held by the one process of a project that takes files in: all use the same folder of work, and number the accepted files."""
 _WORK = Path(".posttrain/intake")
-_NAME_LENGTH = 80
+_NAME_BYTES = 160
+"""Longest name of an accepted file without its number and its ending; a file system allows 255 bytes for all."""
 MOST_ATTEMPTS = 2
 _ANY_SIZE = 2**62
 """Bytes: no bound of memory."""
@@ -81,8 +87,18 @@ def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
+    with Lock(LOCK), inbox.alone() as alone:
+        if not alone:
+            reason = "a process of a different project is checking this inbox; the next run takes it"
+            return [IntakeResult(arrival.name, "left", reason=arrival.left or reason) for arrival in arrivals]
+        return _take_all(params, inbox)
+
+
+def _take_all(params: Params, inbox: Inbox) -> list[IntakeResult]:
+    """Deal with every file, as the only process. What waits is listed now: a process before may have taken some of it."""
     from pipelines.commands.admission import Admission
 
+    arrivals = inbox.arrivals()
     admission = Admission(params, {kind: packed(table_rows(kind, params.data)) for kind in KINDS})
     return [_claimed(arrival, params, inbox, admission) for arrival in arrivals]
 
@@ -200,11 +216,15 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
     folder = ACCEPTED / kind
     folder.mkdir(parents=True, exist_ok=True)
     last = max((arrival_number(path) for path in accepted_files(kind)), default=0)
-    stem, suffix = os.path.splitext(name)
-    safe = re.sub(r"[^\w.-]+", "_", stem)[:_NAME_LENGTH] or hashlib.sha256(stem.encode()).hexdigest()[:12]
+    suffix = "".join(kind_and_compression(Path(name)))
+    stem = name[: len(name) - len(suffix)]
+    safe = re.sub(r"[^\w.-]+", "_", stem).encode()[:_NAME_BYTES].decode(errors="ignore")
+    final = folder / f"{last + 1:04d}-{safe or hashlib.sha256(stem.encode()).hexdigest()[:12]}{suffix}"
+    if not is_readable(final) or final.exists():  # a later run would pass it over, or it would replace rows
+        raise AssertionError(f"{final} is no name for an accepted file")
     with local.open("rb") as file:
         os.fsync(file.fileno())
-    local.replace(folder / f"{last + 1:04d}-{safe}{suffix.lower()}")
+    local.replace(final)
 
 
 @reports_errors

@@ -184,7 +184,7 @@ def prepare_shadow(project: Path, args: argparse.Namespace) -> Session:
 
 def folder_or_model_md5(project: Path, name: str, experiment: str) -> str:
     """Return the hash of a model's weights, by which DVC knows a folder."""
-    from pipelines.serving.models import folder_md5
+    from pipelines.tracking.content import folder_md5
 
     if _is_folder(name):
         return folder_md5(Path(name))

@@ -57,7 +57,8 @@ def registered(project: Path, experiment: str) -> Callable[[str], str]:
 
 def open_served(project: Path, name: str, experiment: str) -> Served:
     """Load one model by alias, version number, name or folder. Raises DataError if there is no such model."""
-    from pipelines.serving.models import POINTER, folder_md5, load_champion, serve_folder
+    from pipelines.serving.models import POINTER, load_champion, serve_folder
+    from pipelines.tracking.content import folder_md5
 
     version = registered(project, experiment)
     if name == CHAMPION:
@@ -73,7 +74,13 @@ def open_served(project: Path, name: str, experiment: str) -> Served:
     if (Path(name) / "config.json").is_file():
         return serve_folder(name, Path(name), folder_md5(Path(name)))
     found = find_model(project, name, experiment)
-    return serve_folder(name, found.folder(project), found.md5, version(found.md5))
+    folder = found.folder(project)
+    if folder_md5(folder) != found.md5:
+        raise DataError(
+            f"{folder} does not hold the weights of {name} (md5 {found.md5}): a file was changed or is damaged, and answers would name"
+            f" weights that did not give them. Type `dvc checkout --force {found.path}`; to serve the folder as it is, give its path."
+        )
+    return serve_folder(name, folder, found.md5, version(found.md5))
 
 
 def serve(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -62,6 +62,10 @@ class Inbox(Protocol):
 
     def arrivals(self) -> list[Arrival]:
         """List every entry that waits, by name. Hidden files and unfinished ones (.part, .tmp …) do not count."""
+        ...
+
+    def alone(self) -> AbstractContextManager[bool]:
+        """Keep other processes from taking files, if the inbox can do that; yield False if a different one is taking them."""
         ...
 
     def claim(self, arrival: Arrival) -> Arrival:
@@ -134,6 +138,10 @@ class StoreInbox:
             found = self._files.find(self._base, detail=True)
         named = {str(PurePosixPath(place).relative_to(self._base)): place for place in sorted(found)}
         return [Arrival(name, place, _version(found[place])) for name, place in named.items() if waits(name)]
+
+    def alone(self) -> AbstractContextManager[bool]:
+        """A store has no locks: two projects with one prefix each take its objects."""
+        return nullcontext(True)
 
     def claim(self, arrival: Arrival) -> Arrival:
         with self._reached():

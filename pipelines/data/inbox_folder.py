@@ -70,6 +70,20 @@ class FolderInbox:
         found = [_settled(arrival, first.get(arrival.place)) for arrival in second]
         return sorted([*recovered, *found], key=lambda arrival: (not arrival.attempts, arrival.name))
 
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Hold a lock on the folder, without waiting: whoever writes into the inbox could hold it for ever."""
+        with self._reached():
+            descriptor = os.open(self.base, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(descriptor)
+
     def claim(self, arrival: Arrival) -> Arrival:
         attempt = arrival.attempts
         if attempt >= len(_ATTEMPTS):

@@ -45,8 +45,17 @@ def table_rows(kind: Sourced, data: DataParams, changes: Changes | None = None) 
 
 
 def accepted_files(kind: Sourced) -> list[Path]:
-    """Return the accepted files of this table, sorted by the number at the start of their names."""
-    found = [path for path in files_below(ACCEPTED / kind) if path.parent.name == kind and is_readable(path)]
+    """Return the accepted files of this table, sorted by the number at the start of their names; hidden files are none.
+
+    Raises DataError for a file with an ending that no reader knows: its rows would be passed over.
+    """
+    found = [path for path in files_below(ACCEPTED / kind) if path.parent.name == kind and path.name[0] != "."]
+    unread = next((path for path in found if not is_readable(path)), None)
+    if unread is not None:
+        raise DataError(
+            f"{unread}: no reader knows the ending {unread.suffix or 'of this name'!r}, so its rows would be passed over. Give it that of"
+            f" its content ({', '.join(READERS)}; then .gz, .bz2, .xz or .zst), or move it away; then type `dvc add {ACCEPTED}`."
+        )
     return sorted(found, key=lambda path: (arrival_number(path), path.name))
 
 

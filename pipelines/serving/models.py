@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -15,13 +13,13 @@ from pipelines.promotion.named import PRODUCTION
 from pipelines.promotion.registry import CHAMPION
 from pipelines.runtime.redaction import printable, redact
 from pipelines.serving.batching import Batcher, Job
+from pipelines.tracking.content import folder_md5
 from posttrain.api import load
 from posttrain.errors import DataError, PosttrainError
 from posttrain.text import nearest
 
 POINTER = Path("champion.dvc")
 POLL_SECONDS = 0.5
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -162,21 +160,6 @@ class Watch:
         if served is not None:
             self._models.replace(served)
             print(f"serve: the champion is now {served.fingerprint}", flush=True)
-
-
-def folder_md5(folder: Path) -> str:
-    """Return the hash by which DVC knows a folder."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    listing = [{"md5": _md5(folder / path), "relpath": path} for path in paths]
-    return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[tuple[str, int, int, int]]:

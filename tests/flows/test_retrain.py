@@ -142,4 +142,19 @@ def test_a_new_clone_takes_new_files_in_next_to_the_earlier_ones(
 
     assert night() == ["accepted"]
     assert sorted(path.name for path in accepted.rglob("*.jsonl")) == ["0001-first.jsonl", "0002-second.jsonl"]
-    assert "nfiles: 2" in (workspace / "data" / "raw" / "accepted.dvc").read_text()
+    pointer = workspace / "data" / "raw" / "accepted.dvc"
+    recorded = pointer.read_text()
+    assert "nfiles: 2" in recorded
+    # half of a checkout, or of a copy: `dvc add` would record the rest as the whole
+    first = accepted / "problems" / "0001-first.jsonl"
+    whole = first.read_bytes()
+    for left in (None, whole[:9], b""):
+        first.unlink()
+        if left is not None:
+            first.write_bytes(left)
+        with pytest.raises(
+            OrchestrationError, match=r"1 files that data/raw/accepted\.dvc lists are missing or cut short.*dvc pull"
+        ):
+            night()
+        first.write_bytes(whole)
+    assert pointer.read_text() == recorded

@@ -17,7 +17,7 @@ from pipelines.commands.configure import configure
 from pipelines.data.files import read_file
 from pipelines.labelling.session import open_session
 from pipelines.promotion.registry import Registry
-from pipelines.serving.models import folder_md5
+from pipelines.tracking.content import folder_md5
 from posttrain import network
 from tests.end_to_end.conftest import Clone, new_clone  # noqa: F401  (a fixture)
 from tests.pages.browsing import PHONE

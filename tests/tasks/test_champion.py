@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines.promotion.registry import Version
-from posttrain.errors import OrchestrationError
+from posttrain.errors import DataError, OrchestrationError
 from tasks.champion import FOLDER, POINTER, holds, production, put_into_production, restore, switching
 from tasks.dag import changed, read_dag
 from tasks.remote import push
@@ -50,6 +50,37 @@ def test_weights_are_restored_by_hash_from_the_cache_then_from_the_remote(worksp
     restore(workspace, first)
     assert champion.read_text() == "one"
     assert dvc(workspace, "status", "--json", POINTER.as_posix()).strip() == "{}"
+
+
+def flip(path: Path) -> None:
+    """Change a byte of a read-only object of the cache, as a fault of the disk does."""
+    path.chmod(0o644)
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    path.chmod(0o444)
+
+
+def test_damaged_objects_of_the_cache_never_come_into_production(workspace: Path, tmp_path: Path) -> None:
+    """DVC trusts a read-only object of its cache, and calls a folder with a flipped bit up to date."""
+    first, second = version(workspace, 1, "one"), version(workspace, 2, "two")
+    objects = {path.read_text(): path for path in (workspace / ".dvc/cache/files/md5").glob("??/*")}
+    restore(workspace, first)
+    flip(objects["two"])
+    moved: list[str] = []
+    for busy, words in ((False, "1 files .* damaged in DVC's cache .*`dvc commit --force"), (True, "or are damaged")):
+        with pytest.raises(OrchestrationError, match=words):
+            put_into_production(workspace, second, lambda: moved.append("alias"), busy=busy)
+    assert (moved, (workspace / FOLDER / "weights").read_text(), holds(workspace, first)) == ([], "one", True)
+
+    store = tmp_path / "store"
+    dvc(workspace, "remote", "add", "-q", "-d", "store", str(store))
+    with pytest.raises(DataError, match=r"damaged in DVC's cache.*so no version was registered"):
+        push(workspace, "models/model-2", second.md5)
+    assert not store.exists(), "no damaged bytes are pushed"
+    flip(objects["two"])
+    shutil.copytree(workspace / ".dvc/cache/files", store / "files")
+    flip(objects["two"])
+    restore(workspace, second)
+    assert (workspace / FOLDER / "weights").read_text() == objects["two"].read_text() == "two", "from the remote"
 
 
 def test_weights_that_are_nowhere_are_an_error_that_names_them(workspace: Path) -> None:

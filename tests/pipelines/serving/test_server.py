@@ -14,8 +14,9 @@ import pytest
 
 import posttrain as pt
 from pipelines.serving.batching import Batcher
-from pipelines.serving.models import Models, Served, Watch, folder_md5, load_champion
+from pipelines.serving.models import Models, Served, Watch, load_champion
 from pipelines.serving.server import VERSION_HEADER, application
+from pipelines.tracking.content import folder_md5
 from posttrain.rollouts.engine import Request, SamplingSettings
 from posttrain.rollouts.native import NativeEngine
 from tests import coroutines

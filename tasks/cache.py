@@ -1,0 +1,116 @@
+"""Read DVC's cache, and find objects whose bytes are not those that their name promises.
+
+DVC hashes an object only while it is writable, and makes it read-only then. So a flipped bit on the disk, or an edit through a link,
+would go into every later checkout and push.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.tracking.content import file_md5
+from posttrain.errors import DataError, OrchestrationError
+from posttrain.files import files_below, read_json
+from tasks.process import child_environment
+
+_CHUNK = 1 << 20
+
+
+def cache_folder(root: Path) -> Path | None:
+    """Return the folder of DVC's cache, which may be outside of the project; None if DVC cannot tell."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=child_environment(), capture_output=True, text=True
+    )
+    return None if done.returncode else root / done.stdout.strip()
+
+
+def objects(root: Path, md5: str) -> list[Path]:
+    """Return the paths in DVC's cache of an output: of its listing, if it is a folder, and of each of its files.
+
+    A listing that the cache lacks, or that is damaged, is the only path.
+    """
+    folder = cache_folder(root)
+    if folder is None:
+        return []
+    first = _object(folder, md5)
+    if not md5.endswith(".dir") or not first.is_file() or is_damaged(first):
+        return [first]
+    members = [str(entry["md5"]) for entry in read_json(first, "Remove it, then type `dvc pull`.")]
+    return [first, *(_object(folder, member) for member in dict.fromkeys(members))]
+
+
+def cached(root: Path, md5: str) -> bool:
+    """Return True if every file of an output is in DVC's cache, undamaged."""
+    found = objects(root, md5)
+    return bool(found) and all(path.is_file() and not is_damaged(path) for path in found)
+
+
+def damaged_objects(root: Path, md5: str) -> list[Path]:
+    """Return those objects of an output in DVC's cache whose bytes are not those of their name."""
+    return [path for path in objects(root, md5) if path.is_file() and is_damaged(path)]
+
+
+def refuse_damaged(root: Path, md5: str, folder: str, consequence: str) -> None:
+    """Raise DataError, which names the `consequence`, if DVC's cache holds damaged bytes of an output."""
+    damaged = damaged_objects(root, md5)
+    if damaged:
+        raise DataError(describe(damaged, folder, consequence))
+
+
+def describe(damaged: list[Path], folder: str, consequence: str) -> str:
+    """Return what is damaged, and what to type."""
+    return (
+        f"{len(damaged)} files of {folder} are damaged in DVC's cache (first: {damaged[0]}): their bytes are not those of their hash, as"
+        f" after a fault of the disk, so {consequence}. Remove them. Then `dvc pull` fetches them from a remote; if {folder} itself is"
+        f" whole, `dvc commit --force {folder}` stores it again; else `dvc repro` makes it again."
+    )
+
+
+def refuse_partial(root: Path, pointer: str, folder: Path, entry: Mapping[str, Any]) -> None:
+    """Raise OrchestrationError if files that a .dvc file lists are missing in its folder, or are cut short.
+
+    DVC would record the rest as the whole folder. The cache may lack the list of files; then only their number is compared.
+    """
+    md5 = str(entry.get("md5", ""))
+    if not md5.endswith(".dir") or not folder.is_dir():
+        return
+    present = {path.relative_to(folder).as_posix() for path in files_below(folder)}
+    if (cache := cache_folder(root)) is None:
+        return
+    listing = _object(cache, md5)
+    if listing.is_file() and not is_damaged(listing):
+        listed = {str(each["relpath"]): _object(cache, str(each["md5"])) for each in read_json(listing, "Remove it.")}
+        lost = [name for name in listed if name not in present or _is_cut(folder / name, listed[name])]
+        count, first = len(lost), f" (first: {lost[0]})" if lost else ""
+    else:
+        count, first = int(entry.get("nfiles", 0)) - len(present), ""
+    if count > 0:
+        raise OrchestrationError(
+            f"{count} files that {pointer} lists are missing or cut short in {folder}{first}, as in a clone whose checkout was interrupted."
+            f" DVC would record the rest as the whole, and their rows would be lost. Type `dvc pull {pointer}` (without a remote: `dvc"
+            f" checkout {pointer}`). If you removed them on purpose: `dvc add {pointer.removesuffix('.dvc')}`."
+        )
+
+
+def _is_cut(path: Path, whole: Path) -> bool:
+    """Return True if a file is the beginning of the object that the cache holds for it."""
+    if not whole.is_file() or path.stat().st_size >= whole.stat().st_size:
+        return False
+    with path.open("rb") as mine, whole.open("rb") as theirs:
+        while chunk := mine.read(_CHUNK):
+            if chunk != theirs.read(len(chunk)):
+                return False
+    return True
+
+
+def is_damaged(path: Path) -> bool:
+    """Return True if an object of the cache does not have the hash that its path says."""
+    return file_md5(path) != path.parent.name + path.name.removesuffix(".dir")
+
+
+def _object(folder: Path, md5: str) -> Path:
+    return folder / "files" / "md5" / md5[:2] / md5[2:]
