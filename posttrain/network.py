@@ -8,11 +8,13 @@ Example:
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 
 HOST = "127.0.0.1"
 
@@ -41,6 +43,36 @@ def answers(url: str) -> bool:
     except (urllib.error.URLError, OSError, HTTPException):
         return False
     return True
+
+
+@contextmanager
+def shut_after(connection: HTTPConnection, seconds: float) -> Iterator[None]:
+    """Open the connection, and raise TimeoutError if the block takes longer than `seconds`.
+
+    A socket's own limit is one for each read: a server that sends a byte from time to time would hold the block for ever.
+    """
+    began = time.monotonic()
+    connection.connect()
+    sock, expired = connection.sock, threading.Event()
+
+    def shut() -> None:
+        expired.set()
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads, which close() would not
+
+    timer = threading.Timer(max(0.0, seconds - (time.monotonic() - began)), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, HTTPException) as error:
+        if expired.is_set():
+            raise TimeoutError(f"no whole answer within {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+    if expired.is_set():  # an answer without a length ends with the connection, and may be cut
+        raise TimeoutError(f"no whole answer within {seconds:g} s")
 
 
 def wait_until(

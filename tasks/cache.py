@@ -62,7 +62,7 @@ def refuse_damaged(root: Path, md5: str, folder: str, consequence: str) -> None:
 
 
 def describe(damaged: list[Path], folder: str, consequence: str) -> str:
-    """Return what is damaged, and what to type."""
+    """Return the words for damaged files, with the remedy."""
     return (
         f"{len(damaged)} files of {folder} are damaged in DVC's cache (first: {damaged[0]}): their bytes are not those of their hash, as"
         f" after a fault of the disk, so {consequence}. Remove them. Then `dvc pull` fetches them from a remote; if {folder} itself is"

@@ -25,7 +25,9 @@ _ADVICE = re.compile(
 )
 _EXITED = re.compile(r"exited with (-?\d+)$")
 _DVC_ERROR = re.compile(r"^ERROR: ")
-_OWN_ERROR = re.compile(r"\[Errno \d+\]|unexpected error")
+_OWN_ERROR = re.compile(
+    r"\[Errno \d+\]|unexpected error|^failed to reproduce '[^']*': (?!failed to run: |.*exited with -?\d+$)"
+)
 _TRANSIENT = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire .*lock")
 
 

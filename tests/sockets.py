@@ -1,8 +1,11 @@
-"""Addresses at which processes listen."""
+"""Addresses at which processes listen, and servers that answer with any bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -16,3 +19,20 @@ def addresses(processes: Iterable[psutil.Process]) -> set[str]:
 def family(process: psutil.Process) -> list[psutil.Process]:
     """Return the process and everything below it."""
     return [process, *process.children(recursive=True)]
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Yield the address of a server that reads one request and answers with a function of its connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                answer(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/hook"
+        thread.join()

@@ -14,10 +14,12 @@ in which DVC sees edits. A mapping in braces that DVC cannot read or write is re
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=Path, help="file to change instead of the project's params.yaml")
     args = parser.parse_args(arguments)
     path = args.params or environment.root() / "params.yaml"
-    changes, text, params = _changed(path, args.changes)
-    if not args.absent:
-        _look(params)
-    if changes and not args.check:
-        write_atomic(path, text.encode())
+    with _only_writer(path):
+        changes, text, params = _changed(path, args.changes)
+        if not args.absent:
+            _look(params)
+        if changes and not args.check:
+            write_atomic(path, text.encode())
     print("\n".join([*(changes or [f"{path.name}: valid, nothing changes"]), *notes(params, changes)]))
     return 0
 
@@ -73,10 +76,28 @@ def configure(path: Path, changes: Sequence[str]) -> list[str]:
 
     Raises ConfigError and leaves the file unchanged if the result is not valid.
     """
-    differences, text, _ = _changed(path, changes)
-    if differences:
-        write_atomic(path, text.encode())
+    with _only_writer(path):
+        differences, text, _ = _changed(path, changes)
+        if differences:
+            write_atomic(path, text.encode())
     return differences
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Let one process at a time read and replace the file: of two at once, the changes of one would be lost.
+
+    The folder is locked, since the file itself is replaced.
+    """
+    if not path.parent.is_dir():  # the reader names the missing file
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _changed(path: Path, changes: Sequence[str]) -> tuple[list[str], str, Params]:

@@ -41,7 +41,7 @@ from pipelines.runtime.redaction import printable, redact
 from posttrain.data.limits import bounded
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
-from posttrain.files import write_atomic
+from posttrain.files import replace, write_atomic
 
 if TYPE_CHECKING:
     from pipelines.commands.admission import Admission
@@ -224,7 +224,7 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
         raise AssertionError(f"{final} is no name for an accepted file")
     with local.open("rb") as file:
         os.fsync(file.fileno())
-    local.replace(final)
+    replace(local, final)
 
 
 @reports_errors

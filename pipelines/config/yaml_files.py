@@ -15,6 +15,13 @@ from ruamel.yaml.error import YAMLError
 
 from posttrain.errors import ConfigError
 
+MOST_VALUES = 1_000_000
+"""Values of one YAML file, each counted as often as an alias repeats it."""
+
+
+class _TooManyValues(Exception):
+    """A file of a few lines whose aliases stand for millions of values."""
+
 
 def read_yaml(path: str | Path) -> Any:
     """Load YAML 1.2 as DVC does, so that 2e-5 is a number everywhere."""
@@ -44,6 +51,11 @@ def parse_yaml(text: str, path: str | Path) -> Any:
         raise ConfigError(f"{path}: {error.problem!s}, line {_line(error)}; remove one of the two.") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply to be read.") from None
+    except _TooManyValues as error:
+        raise ConfigError(
+            f"{path}: its aliases (*name) stand for {error} values, more than {MOST_VALUES}: checking them would take for ever. Write the"
+            " values without aliases."
+        ) from None
     except (YAMLError, ValueError) as error:
         raise ConfigError(
             f"{path}: not valid YAML, line {_line(error)}: {getattr(error, 'problem', None) or error}"
@@ -54,10 +66,23 @@ def parse_yaml(text: str, path: str | Path) -> Any:
 def _parsed(text: str) -> Any:
     """Parse a text. Errors are not kept."""
     tree = YAML(typ="safe", pure=True).load(StringIO(text))
+    if "*" in text and (values := _size(tree, {})) > MOST_VALUES:
+        raise _TooManyValues(str(values))
     if "\\u" in text.lower():
         # YAML can spell half of a surrogate pair, which UTF-8 cannot encode.
         json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
     return tree
+
+
+def _size(tree: Any, known: dict[int, int]) -> int:
+    """Return the number of values of a tree, in which aliases share parts. A part that contains itself counts once."""
+    if not isinstance(tree, dict | list | set):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = 0
+        parts = [*tree.keys(), *tree.values()] if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(tree)]
 
 
 def _line(error: Any) -> str:

@@ -6,6 +6,7 @@ Import this module before Prefect, MLflow, DVC and Great Expectations: they read
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -67,6 +68,24 @@ def quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     _reach_loopback()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a name that the terminal cannot show must not end a command in the middle
+            stream.reconfigure(errors="backslashreplace")
+
+
+def require_own_code(project: Path) -> None:
+    """Raise OrchestrationError if the project's folder has its own code, and different code runs.
+
+    Its results would be recorded for code that did not make them.
+    """
+    running, own = Path(__file__).resolve().parents[1], project / "pipelines"
+    if own.is_dir() and own.resolve() != running:
+        raise OrchestrationError(
+            f"the code that runs is {running}, and this project has its own in {own.absolute()}: results would be recorded for code that"
+            " did not make them. Unset PYTHONSAFEPATH and PYTHONPATH, or use the .venv of this folder (`make setup`)."
+        )
 
 
 def _reach_loopback() -> None:

@@ -97,6 +97,7 @@ def main(
     step.signals.install()
     args = _parse(step)
     try:
+        environment.require_own_code(environment.root())
         environment.require_threads()
         _prepare_and_execute(step, args)
     except PosttrainError as error:

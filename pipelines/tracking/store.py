@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import sqlite3
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DATABASE = "mlflow.db"
 _LARGE_BYTES = 100_000_000
+SECONDS = 60.0
+"""Longest time of one call to a tracking server."""
 _IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -180,12 +184,31 @@ def ask(client: MlflowClient, call: Callable[[], T], problem: str, advice: str) 
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return call()
+        return _within(SECONDS, call) if _remote(client) else call()
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         refuse_damaged(str(client.tracking_uri))
         raise TrackingError(
             f"MLflow at {redact(str(client.tracking_uri))} {problem}: {redact(_first_line(error))}. {advice}"
         ) from error
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of the call. Raises TimeoutError after `seconds`: the limit of requests is one for each byte."""
+    done = Future[T]()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="mlflow", daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():
+            raise
+        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
 
 
 def _first_line(error: Exception) -> str:

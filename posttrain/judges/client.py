@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from posttrain.errors import ConfigError, JudgeError, JudgeTimeoutError
+from posttrain.network import shut_after
 
 URL, API_KEY = "POSTTRAIN_JUDGE_URL", "POSTTRAIN_JUDGE_API_KEY"
 """Variables with the judge's address and secret."""
@@ -118,10 +119,13 @@ class ChatClient:
         connection = kind(parts.netloc, timeout=seconds)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         try:
-            connection.request("POST", f"{parts.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            data, status = response.read(LONGEST_REPLY_BYTES), response.status
-            after = response.getheader("Retry-After", "")
+            with shut_after(connection, seconds):
+                connection.request(
+                    "POST", f"{parts.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+                )
+                response = connection.getresponse()
+                data, status = response.read(LONGEST_REPLY_BYTES), response.status
+                after = response.getheader("Retry-After", "")
         except (OSError, HTTPException) as error:
             raise _Again(str(error) or type(error).__name__) from error
         finally:

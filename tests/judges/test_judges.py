@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
-from posttrain.errors import ConfigError, JudgeError
+from posttrain.errors import ConfigError, JudgeError, ServerError
 from posttrain.judges import ChatClient, Judge, Rubric, compare, grade
+from posttrain.rollouts.vllm.server import VllmServer
 from tests.judges.servers import serving
+from tests.sockets import answering
 
 
 def longer(system: str, user: str) -> str:
@@ -123,9 +127,33 @@ def test_a_server_that_never_answers_is_left() -> None:
     released = threading.Event()
     with serving(always_first) as server:
         server.wait = lambda: released.wait(60)  # type: ignore[assignment,return-value]
-        with pytest.raises(JudgeError, match="failed 3 times: timed out"):
+        with pytest.raises(JudgeError, match=r"failed 3 times: (timed out|no whole answer within 0\.2 s)"):
             grade(Judge(client(server.url, timeout_seconds=0.2)), RUBRIC, [("p", "a")])
         released.set()
+
+
+@pytest.mark.parametrize("begin", ["X-Slow: ", "\r\n", "Content-Length: 99\r\n\r\n"])
+@pytest.mark.parametrize("asks", ["judge", "vllm"])
+def test_a_server_that_trickles_its_answer_is_left(begin: str, asks: str) -> None:
+    """A socket's limit is one for each byte; this server sends one every 20 ms."""
+    ended = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(f"HTTP/1.1 200 OK\r\n{begin}".encode())
+            while not ended.wait(0.02):
+                connection.sendall(b" ")
+
+    with answering(trickle) as url:
+        if asks == "judge":
+            with pytest.raises(JudgeError, match=r"failed 1 times: no whole answer within 0\.3 s"):
+                ChatClient(url, "judge", timeout_seconds=0.3, waits_seconds=()).complete(
+                    [{"role": "user", "content": "x"}]
+                )
+        else:
+            with pytest.raises(ServerError, match=r"no whole answer within 0\.3 s"):
+                VllmServer(url)._fetch("GET", "/health", None, 0.3)
+        ended.set()
 
 
 @pytest.mark.parametrize(

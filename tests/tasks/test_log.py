@@ -49,6 +49,14 @@ def test_a_traceback_ends_with_the_exception_and_a_silent_step_with_dvcs_word() 
     assert silent.log.last_error() == "failed to reproduce 'x': exited with 1"
 
 
+def test_dvcs_own_reason_is_not_hidden_by_the_last_line_of_a_step_that_succeeded() -> None:
+    """`models` may be a link to a different disk."""
+    it = Recorder()
+    it.log.feed(b"> python -m pipelines.base\nWriting model shards: 100%|##| 1/1\n")
+    it.log.feed(b"ERROR: failed to reproduce 'base': '/p/models/base' is outside of git repository '/p'\n")
+    assert it.log.last_error().endswith("'/p/models/base' is outside of git repository '/p'")
+
+
 @pytest.mark.parametrize("status", ["-9", "137"])
 def test_a_step_that_a_signal_ended_is_reported_by_the_signal(status: str) -> None:
     it = Recorder()

@@ -7,31 +7,15 @@ import hmac
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from tasks import notify as notify_module
 from tasks.notify import notify
+from tests.sockets import answering
 from tests.webhook import listening
-
-
-@contextmanager
-def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
-    """Yield the address of a server that reads one request and answers with a function of its connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(1 << 16)
-                answer(connection)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/hook"
-        thread.join()
 
 
 def garbage() -> AbstractContextManager[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.errors import RolloutError, ServerError
+from posttrain.network import shut_after
 from posttrain.rollouts.engine import Completion, SamplingSettings
 from posttrain.rollouts.vllm.connection import base_path, new_connection
 from posttrain.rollouts.vllm.progress import LOOK_SECONDS, tokens_counted, wait_for_reply
@@ -146,16 +147,16 @@ class VllmServer:
             self._open.add(connection)
         try:
             payload = None if body is None else json.dumps(body).encode()
-            connection.connect()
-            if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
-                raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
-            connection.request(method, base_path(self.url) + path, payload, {"Content-Type": "application/json"})
-            if watched and not wait_for_reply(connection.sock, self._tokens_counted, self.look_seconds, seconds):
-                raise ServerError(
-                    f"{self.url} does not answer {path} and makes no tokens any more, so it is considered hung"
-                )
-            response = connection.getresponse()
-            text = response.read()
+            with shut_after(connection, seconds):
+                if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
+                    raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
+                connection.request(method, base_path(self.url) + path, payload, {"Content-Type": "application/json"})
+                if watched and not wait_for_reply(connection.sock, self._tokens_counted, self.look_seconds, seconds):
+                    raise ServerError(
+                        f"{self.url} does not answer {path} and makes no tokens any more, so it is considered hung"
+                    )
+                response = connection.getresponse()
+                text = response.read()
         except (OSError, HTTPException) as error:
             raise ServerError(f"{self.url} does not answer {path}: {error or type(error).__name__}") from error
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,22 @@ def test_what_would_not_be_valid_is_refused_and_not_written(params: Path, change
     with pytest.raises(ConfigError, match=message):
         configure(params, ["sft.batch_size=7", change])
     assert params.read_bytes() == before
+
+
+def test_two_commands_at_once_keep_the_changes_of_both(params: Path) -> None:
+    start = threading.Barrier(2)
+
+    def change(key: str) -> None:
+        start.wait()
+        configure(params, [f"{key}=9"])
+
+    commands = [threading.Thread(target=change, args=(key,)) for key in ("sft.epochs", "reward.epochs")]
+    for each in commands:
+        each.start()
+    for each in commands:
+        each.join()
+    after = load_params(params)
+    assert (after.sft.epochs, after.reward.epochs) == (9, 9)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "stories"])

@@ -45,6 +45,16 @@ def test_yaml_reads_an_exponent_without_a_dot_as_a_float(tmp_path: Path) -> None
     assert read_yaml(tmp_path / "p.yaml") == {"a": 2e-5}
 
 
+def test_aliases_that_stand_for_millions_of_values_are_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*lines, "project: {seeds: *a11}"]))
+    with pytest.raises(ConfigError, match=r"bomb\.yaml: its aliases .* stand for \d{12} values"):
+        read_yaml(tmp_path / "bomb.yaml")
+    (tmp_path / "few.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\nc: &c [*c]\n")
+    assert read_yaml(tmp_path / "few.yaml")["b"] == [[1, 2], [1, 2]]
+
+
 def test_a_duplicated_key_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("a: 1\nb: 2\na: 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"duplicate key.*line 3; remove one"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sqlite3
 import threading
 from contextlib import closing
@@ -17,10 +19,12 @@ from pipelines.commands.serve import open_served
 from pipelines.promotion.local_store import read_versions
 from pipelines.promotion.named import find_model
 from pipelines.promotion.registry import RETRAIN, Registry
+from pipelines.tracking import store as store_module
 from posttrain.errors import DataError, OrchestrationError, TrackingError
 from tasks.challenger import best_model
 from tasks.challenger import register as challenge
 from tests.pipelines.conftest import Project
+from tests.sockets import answering
 
 
 @pytest.fixture
@@ -180,6 +184,24 @@ def test_an_address_that_answers_with_a_login_page_is_no_empty_registry(
         with pytest.raises(TrackingError, match="did not respond to a request for the registry"):
             Registry(project.folder, "posttrain").versions()
         server.shutdown()
+
+
+def test_a_tracking_server_that_trickles_its_answer_is_left(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound the whole call: the limit of requests is one for each byte."""
+    ended = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n")
+            while not ended.wait(0.05):
+                connection.sendall(b" ")
+
+    monkeypatch.setattr(store_module, "SECONDS", 0.5)
+    with answering(trickle) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.removesuffix("/hook"))
+        with pytest.raises(TrackingError, match=r"no whole answer within 0\.5 s"):
+            Registry(project.folder, "posttrain").versions()
+        ended.set()
 
 
 COMPARISON = {

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import report_machine_fault
 from pipelines.runtime.process import stopping_signals
+from posttrain.errors import OrchestrationError
 from posttrain.files import named_in_errors
 from tests.webhook import listening
 
@@ -136,3 +139,22 @@ def test_without_a_proxy_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name)
     environment.quiet()
     assert "no_proxy" not in os.environ
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(root: Path) -> None:
+    program = "from pipelines.runtime import environment; environment.quiet(); print('gr\\u00f6\\u00dfe \\udcff')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"gr\\xf6\\xdfe \\udcff\n"), done.stderr
+
+
+def test_code_of_a_different_folder_records_nothing(root: Path, tmp_path: Path) -> None:
+    environment.require_own_code(root)
+    environment.require_own_code(tmp_path)  # a workspace without code of its own, as that of a study
+    (tmp_path / "pipelines").mkdir()
+    with pytest.raises(OrchestrationError, match="results would be recorded for code that did not make them"):
+        environment.require_own_code(tmp_path)
+    (tmp_path / "pipelines").rmdir()
+    (tmp_path / "pipelines").symlink_to(root / "pipelines")
+    environment.require_own_code(tmp_path)
