@@ -153,11 +153,11 @@ def test_changing_one_algorithm_makes_only_its_branch_stale(reproduced: Clone) -
 def test_dvc_sees_an_edit_of_own_code(reproduced: Clone) -> None:
     root, kept = reproduced.root, {name: (reproduced.root / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
     (root / "mine").mkdir()
-    (root / "mine/rewards.py").write_text("def f(prompts, completions):\n    return [1.0]\n")
+    (root / "mine/rewards.py").write_text("def f(prompts, completions, **_):\n    return [1.0]\n")
     try:
         reproduced.configure("rewards.mine.function=mine.rewards:f", "algorithms.grpo.rewards.mine=0.1")
         reproduced.repro("--single-item", "reward_readers", POSTTRAIN_FOLLOWER="1")
-        (root / "mine/rewards.py").write_text("def f(prompts, completions):\n    return [0.5]\n")
+        (root / "mine/rewards.py").write_text("def f(prompts, completions, **_):\n    return [0.5]\n")
         status = json.loads(reproduced.run("dvc", "status", "--json", "reward_readers").stdout)["reward_readers"]
     finally:
         for name, content in kept.items():
