@@ -33,14 +33,12 @@ from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
 from posttrain.models.kernels import Scores, attention
 from posttrain.models.last_layer import narrow_last_layer
-from posttrain.models.reach import find_reach, probe_ids, shrunk
+from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.varlen import takes_size, varlen_attention
 
 NAME = "posttrain_packed"
-WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
-"""Arguments of attention functions that do not change plain causal attention within a window."""
-SMALL_WINDOW = 8
-"""Tokens of a window that replaces one that is too long for a trial."""
+WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+"""Arguments of attention functions that do not change causal attention."""
 REACH = "_posttrain_reach"
 """Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
@@ -79,9 +77,7 @@ def packed_attention(
     found: Parts | None = parts.value if isinstance(parts, Opaque) else parts
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     if found is None:
-        if scores.are_plain:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return attention(query, key, value, attention_mask, scores).transpose(1, 2), None
+        return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)
     refuse_more_than_plain(kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     shape = (*queries.shape[:-1], values.shape[-1])
@@ -92,6 +88,21 @@ def packed_attention(
         return attended[None], None
     every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
     return every(shape).index_copy(0, order, attended)[None], None
+
+
+def padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scores: Scores,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return attention over padded rows with transformers' mask, which contains the window."""
+    if scores.are_plain:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scores.scaling, **kwargs)
+    return attention(query, key, value, mask, scores).transpose(1, 2), None
 
 
 def _attended(found: Parts, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,8 @@ TRIED = 512
 """Longer windows are tried only with a short one in their place: a forward pass over so many tokens would take long."""
 PAST = 8
 """Tokens that a trial goes beyond a window."""
+SMALL_WINDOW = 8
+"""Tokens of a window that replaces one that is too long for a trial."""
 PLAIN_LENGTH = 48
 """Tokens of the trial that every model gets, whatever its configuration says."""
 LIMITS = re.compile(r"window|chunk|local|block|topk|top_k|sparse|sliding|stride")

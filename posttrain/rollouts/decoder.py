@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from posttrain.data.transfer import together
-from posttrain.models.reach import PLAIN_LENGTH, find_reach, probe_ids
+from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
 from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
@@ -46,8 +46,12 @@ class Decoder:
         shared: use `shared_attention`; otherwise the model's own attention over padded copies.
     """
 
-    def __init__(self, lm: PreTrainedModel, shared: bool, bf16: bool = False, reach: int | None = None) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, shared: bool, bf16: bool = False, reach: int | None = None, windowed: bool = False
+    ) -> None:
         self.lm, self.shared, self.bf16, self.reach = lm, shared, bf16, reach
+        self.windowed = windowed
+        """True if a layer has asked for a window."""
         self.head = lm.get_output_embeddings()
         self.takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
         self.casts: dict[nn.Module, dict[str, Tensor]] = {}
@@ -160,7 +164,8 @@ class Decoder:
             try:
                 with probe.decoding(), InFloat32() if gathers_bf16(self.lm) else nullcontext():
                     probe.check_continued()
-                self._continues = self.reach is None  # in a window the padding between old and new columns would count
+                # in a window the padding between old and new columns would count
+                self._continues = self.reach is None and not self.windowed
             except torch.OutOfMemoryError:
                 raise
             # as for packed batches: a model of an unusual kind refuses, and its prompts are then computed whole
@@ -199,6 +204,7 @@ class Decoder:
         else:
             inputs["attention_mask"] = slots.mask().long()
         hidden = self._trunk(**inputs)
+        self.windowed |= bool(slots.windows)
         slots.grow()
         return hidden[:, -1]
 
@@ -226,6 +232,15 @@ class Decoder:
         except ValueError:
             return False
         return True
+
+    def agrees_in(self, window: int) -> bool:
+        """Return True if rows longer than `window` agree, by a trial with a short one in its place that changes the model's logits."""
+        ids = torch.tensor([probe_ids(4 * SMALL_WINDOW, self.lm.config.get_text_config().vocab_size)])
+        ids = ids.to(self.lm.device)
+        usual = self.lm(input_ids=ids).logits
+        with shrunk(self.lm, window, SMALL_WINDOW):
+            changed = not torch.allclose(self.lm(input_ids=ids).logits, usual, atol=1e-3 * float(usual.abs().max()))
+            return changed and self.agrees(4 * SMALL_WINDOW)
 
     def check(self, of_prompts: Sequence[Sequence[int]] = PROBE_PROMPTS) -> None:
         """Raise ValueError unless two steps of three answers give the logits of a plain forward pass."""
@@ -291,7 +306,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
         try:
             with probe.decoding(), InFloat32() if gathers_bf16(lm) else nullcontext():
                 probe.check()
-                reach = find_reach(lm.config, probe.agrees)
+                reach = find_reach(lm.config, probe.agrees, probe.agrees_in)
         except torch.OutOfMemoryError:
             raise
         # an unusual model may raise anything; the reason is reported, and `generate` raises again if it is not about the cache
@@ -301,7 +316,7 @@ def decoder_of(lm: PreTrainedModel, bf16: bool) -> Decoder | str:
             if reach == 0:
                 reason = f"its cache gives other logits in a row of {PLAIN_LENGTH} tokens"
                 continue
-            return Decoder(lm, shared, bf16 or gathers_bf16(lm), reach)
+            return Decoder(lm, shared, bf16 or gathers_bf16(lm), reach, probe.windowed)
     return reason
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain.data.transfer import together
+from posttrain.models.kernels import PLAIN, Scores
 
 TENSORS = ("cells", "prompt_mask", "own_mask")
 UNIFORM_BELOW = 32
@@ -46,28 +47,52 @@ class Segment:
     prompt_mask: Tensor | None
     own_mask: Tensor | None
 
-    def attend(self, query: Tensor, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
+    def attend(
+        self, query: Tensor, prompts: Sequence[Tensor], answers: Sequence[Tensor], scores: Scores = PLAIN
+    ) -> Tensor:
         """Return outputs [answers, key heads, repeats, size] of scaled queries in the same shape.
 
         Args:
             prompts: keys and values [groups, key heads, tokens, size] of all segments.
             answers: keys and values [answers, key heads, capacity, size] of all segments.
+            scores: only the soft cap and the sinks are read; queries are scaled, and masks contain the window.
         """
         prompt_keys, prompt_values = (states[self.groups, :, : self.prompt] for states in prompts)
         own_keys, own_values = (states[self.rows, :, : self.own] for states in answers)
         # scores [groups, key heads, most x repeats, prompt] and [answers, key heads, repeats, own]
         on_prompt, on_own = self._by_group(query) @ prompt_keys.mT, query @ own_keys.mT
+        if scores.softcap is not None:
+            on_prompt, on_own = (torch.tanh(each / scores.softcap) * scores.softcap for each in (on_prompt, on_own))
         if self.prompt_mask is not None:
             on_prompt = on_prompt + self.prompt_mask
         if self.own_mask is not None:
             on_own = on_own + self.own_mask
         # one softmax over [answers, key heads, repeats, prompt + own]: two softmaxes would need their normalisers merged.
         # Masks come before it, since padded keys must get weight 0.
-        weights = torch.cat([self._by_row(on_prompt), on_own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-        on_prompt, on_own = weights.split([self.prompt, self.own], -1)
+        columns = [self._by_row(on_prompt), on_own]
+        if scores.sinks is not None:
+            columns.append(scores.sinks.to(on_own.dtype).view(*query.shape[1:3], 1).expand(*query.shape[:3], 1))
+        weights = torch.cat(columns, -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+        on_prompt, on_own = weights[..., : self.prompt + self.own].split([self.prompt, self.own], -1)
         # [answers, key heads, repeats, size]; the prompt's values are read once per group, which is the point of the scheme
         outputs: Tensor = on_own @ own_values + self._by_row(self._by_group(on_prompt) @ prompt_values)
         return outputs
+
+    def within(self, window: int, lengths: Tensor, ages: Tensor, row_ages: Tensor) -> Segment:
+        """Return the segment with masks in which an answer's newest token sees only the last `window` tokens, itself included.
+
+        Args:
+            lengths: [groups] tokens of the prompts of all segments; `ages` are those of their answers so far.
+            row_ages: [answers] the same for each answer.
+        """
+        lengths, ages, row_ages = lengths[self.groups, None], ages[self.groups, None], row_ages[self.rows, None]
+        column = torch.arange(max(self.prompt, self.own), device=ages.device)
+        of_prompt, of_own = column[: self.prompt], column[: self.own]
+        return replace(
+            self,
+            prompt_mask=_hidden((of_prompt >= lengths) | (of_prompt <= lengths + ages - window)),
+            own_mask=_hidden((of_own > row_ages) | (of_own <= row_ages - window)),
+        )
 
     def _by_group(self, rows: Tensor) -> Tensor:
         """Arrange [answers, key heads, repeats, n] as [groups, key heads, most x repeats, n]."""
@@ -133,5 +158,9 @@ def _segment(groups: slice, rows: slice, lengths: Sequence[int], ages: Sequence[
 
 def _beyond(lengths: Tensor, width: int) -> Tensor:
     """Return [rows, 1, 1, width]: 0 if a column is within its row's length, else minus infinity."""
-    outside = torch.arange(width) >= lengths[:, None]
-    return torch.zeros(outside.shape).masked_fill_(outside, float("-inf"))[:, None, None]
+    return _hidden(torch.arange(width) >= lengths[:, None])
+
+
+def _hidden(outside: Tensor) -> Tensor:
+    """Return [rows, 1, 1, width]: minus infinity if [rows, width] is True, else 0."""
+    return torch.zeros(outside.shape, device=outside.device).masked_fill_(outside, float("-inf"))[:, None, None]

@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from posttrain.models.packed import refuse_more_than_plain
+from posttrain.models.kernels import Scores
+from posttrain.models.packed import padded_attention, refuse_more_than_plain
 from posttrain.rollouts.slots import Slots
 
 NAME = "posttrain_shared_prompts"
@@ -35,14 +35,18 @@ def shared_attention(
     attention_mask: Tensor | None,
     slots: Slots | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention of one new token per answer, [answers, heads, 1, size], over the keys and values in `slots`.
 
-    The new token's key and value must already be in the slots. Without slots this is `sdpa`, which computes the prefill of prompts.
+    The new token's key and value must already be in the slots. Without slots this is attention over padded rows: prompts.
     """
+    scores = Scores(scaling, sliding_window, softcap, s_aux)
     if slots is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)
     refuse_more_than_plain(kwargs)
     layer = slots.layers[cast(int, module.layer_idx)]
     own = layer.answers[0]
@@ -51,7 +55,10 @@ def shared_attention(
     grouped = scaled.to(own.dtype).unflatten(1, (own.shape[1], -1))
     # the slots already have the dtype of the products; autocast would cast all keys and values in every step
     with torch.autocast(query.device.type, enabled=False):
-        parts = [part.attend(grouped[part.rows], layer.prompts, layer.answers) for part in slots.layout]
+        parts = [
+            part.attend(grouped[part.rows], layer.prompts, layer.answers, scores)
+            for part in slots.within(sliding_window)
+        ]
     # transformers expects [answers, 1, heads, size]
     return torch.cat(parts).flatten(1, 2)[:, None], None
 

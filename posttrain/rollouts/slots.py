@@ -52,6 +52,8 @@ class Slots:
         self.cache = Cache(layers=list(self.layers))
         self.layout: list[Segment] = []
         """Segments of the current step, if `shared`."""
+        self.windows: dict[int, list[Segment]] = {}
+        """The same for every window that a layer asked for."""
         self.lengths: list[int] = []
         self.ages: list[int] = []
         self.counts: list[int] = []
@@ -97,10 +99,23 @@ class Slots:
 
     def prepare(self) -> None:
         """Compute the layout of the next step."""
+        self.windows = {}
         if self.fixed:
             self.layout = [replace(part, own_mask=self._own_mask(part)) for part in self._shapes]
         elif self.shared:
             self.layout = segments(self.lengths, self.ages, self.counts, self.device)
+
+    def within(self, window: int | None) -> list[Segment]:
+        """Return the segments of the current step in which a token sees only the last `window` tokens, itself included."""
+        if window is None:
+            return self.layout
+        if window not in self.windows:
+            ages, lengths = (rows.index_select(0, self.group_rows) for rows in (self.row_ages, self.row_lengths))
+            self.windows[window] = [
+                part if part.prompt + part.own <= window else part.within(window, lengths, ages, self.row_ages)
+                for part in self.layout
+            ]
+        return self.windows[window]
 
     def _own_mask(self, part: Segment) -> Tensor:
         """Return [answers, 1, 1, own]: 0 for an answer's tokens and the newest one, else minus infinity; computed on the device."""
@@ -118,8 +133,9 @@ class Slots:
     def _arrange(self) -> None:
         counts, ages, lengths = (torch.tensor(n, dtype=torch.long) for n in (self.counts, self.ages, self.lengths))
         rows = [numbers.repeat_interleave(counts) for numbers in (ages, lengths, torch.arange(len(counts)))]
+        first = counts.cumsum(0) - counts
         self.row_ages: Tensor
-        self.row_ages, self.row_lengths, self.row_groups = together(rows, self.device)
+        self.row_ages, self.row_lengths, self.row_groups, self.group_rows = together([*rows, first], self.device)
         self.rows = torch.arange(len(self.row_ages), device=self.device)
         self.level = len(set(self.ages)) == 1 and not self.fixed
         self.arrangement = next(_ARRANGEMENTS)

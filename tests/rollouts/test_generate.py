@@ -11,17 +11,23 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
 
+from posttrain.rollouts import slots
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings
 from posttrain.rollouts.generate import GenerateEngine
 from posttrain.rollouts.native import NativeEngine, _report_once
+from posttrain.rollouts.steps import RECORDERS
 from tests.models import small
+from tests.models.test_reach import gpt_neo
+from tests.rollouts.replayed import replayed
 
 EOS = small.EOS
 COMMON: dict[str, Any] = {
@@ -74,7 +80,7 @@ def assert_right(model: Any, asked: list[Request], answers: list[list[Completion
     ("make", "reason"),
     [
         (mamba, "has a recurrent state"),
-        (windowed, "limited beyond 8 tokens, as by a window"),
+        (gpt_neo, "limited beyond 8 tokens, as by a window"),
         (capped, "logits by slots differ"),
     ],
 )
@@ -94,12 +100,58 @@ def test_it_falls_back_and_says_so_once(make: Any, reason: str, capsys: pytest.C
 
 
 def test_a_window_is_no_matter_while_it_is_not_left() -> None:
-    model = windowed()
+    model = gpt_neo()
     short = [Request((5, 6), ((0, 0), (0, 1)))]
     engine = NativeEngine(model, EOS)
     answers = engine.sample(short, SamplingSettings(6, 1.0))
     assert isinstance(engine.decoder, Decoder)
     assert_right(model, short, answers, 6, 1.0)
+
+
+def capped_scores() -> Any:
+    config = Gemma2Config(
+        **COMMON, **ATTENTION, head_dim=8, attn_logit_softcapping=0.7, final_logit_softcapping=None, sliding_window=8
+    )
+    return sharpened(Gemma2ForCausalLM, config)
+
+
+def with_sinks() -> Any:
+    config = GptOssConfig(
+        **COMMON | ATTENTION, head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2
+    )
+    return sharpened(GptOssForCausalLM, config)
+
+
+@pytest.mark.parametrize("make", [windowed, capped_scores, with_sinks])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_windows_soft_caps_and_sinks_share_prompts(
+    make: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if recorded and make is not with_sinks:
+        monkeypatch.setitem(RECORDERS, "cpu", replayed)
+        monkeypatch.setattr(slots, "ROOM", 4)
+    model, asked = make(), requests(4)
+    engine = NativeEngine(model, EOS)
+    answers = engine.sample(asked, SamplingSettings(18, 1.3))
+    assert isinstance(engine.decoder, Decoder)
+    assert engine.decoder.shared
+    assert engine.decoder.reach is None
+    model.set_attn_implementation("eager")
+    assert_right(model, asked, answers, 18, 1.3)
+    assert max(len(answer.tokens) for group in answers for answer in group) > 8, "longer than the window"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_window_is_tried_with_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = COMMON | ATTENTION | {"max_position_embeddings": 4096, "sliding_window": 1024}
+    for reach in (None, 1024):
+        decoder = decoder_of(sharpened(MistralForCausalLM, MistralConfig(**sizes)), bf16=False)
+        assert isinstance(decoder, Decoder)
+        assert decoder.reach == reach
+        assert decoder.shared
+        assert not decoder.continues()
+        # attention that ignores windows
+        monkeypatch.setattr(slots.Slots, "within", lambda own, window: own.layout)
 
 
 def test_a_model_with_a_position_bias_keeps_its_own_attention() -> None:
