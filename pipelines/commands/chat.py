@@ -110,8 +110,13 @@ class Chat:
             self.history = [*prompt, {"role": "assistant", "content": answers[chosen]}]
 
     def _choice(self, prompt: Any, answers: Sequence[str], order: Sequence[int]) -> int:
-        """Ask which answer is better, and store the pair; return the place of the answer that the conversation goes on with."""
+        """Ask which answer is better, and store the pair; return the place of the answer that the conversation goes on with.
+
+        Raises EOFError if the user ends.
+        """
         while (said := self.ask("better? 1, 2, = or s to skip> ").strip().lower()) not in CHOICES:
+            if said == "/quit":
+                raise EOFError
             self.write(f"{said!r} is none of: 1, 2, =, s\n")
         names = [self.models[index][0] for index in order]
         self.write(f"1 was {names[0]}, 2 was {names[1]}\n")

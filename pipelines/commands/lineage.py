@@ -173,7 +173,7 @@ def model_text(found: Mapping[str, Any], version: Version | None) -> str:
     lines = []
     if version is not None:
         aliases = ", ".join(version.aliases) or "no alias"
-        said = " ".join(filter(None, (version.words(DECISION), version.words(REASON))))
+        said = ", ".join(filter(None, (version.words(DECISION), version.words(REASON))))
         lines.append(f"{version.name}, {aliases}{said and f': {said}'}")
     lines.append(f"{model['path']}  md5 {model['md5']}")
     lines += _section("made by", (f"{entry['stage']}  {_commit(entry['commit'])}" for entry in found["stages"]))

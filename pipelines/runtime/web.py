@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import math
 import signal
 import socket
@@ -35,6 +36,8 @@ HEADERS = {
 
 MOST_BYTES = 32 << 20
 """Largest body of a request."""
+KEEP_ALIVE_SECONDS = 75
+"""Time after which an idle connection is closed. Clients keep theirs for less: a request on one that is closed first fails."""
 REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
 
 
@@ -200,6 +203,11 @@ def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # uvicorn would raise the signal again after it has stopped, and end the process before the caller has cleaned up
             self.force_exit = self.should_exit and sig == signal.SIGINT
+            if self.force_exit:  # uvicorn would log the traceback of its own cancelled task
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             self.should_exit = True
 
-    Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning", access_log=False)).run()
+    config = uvicorn.Config(
+        app, host=HOST, port=port, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+    )
+    Server(config).run()

@@ -67,6 +67,12 @@ def test_a_message_beyond_the_context_says_what_to_type_and_ends_nothing(
     assert chat.turns == 1
 
 
+def test_quit_ends_at_the_choice_too(models: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
+    with pytest.raises(EOFError):
+        talk(models, tmp_path, "1+1=", "/quit", "2+2=")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plain_models_prompts_are_shown(models: list[tuple[str, pt.Model]], tmp_path: Path) -> None:
     model = models[0][1]
     assert plain_text_hint(tmp_path, model) == ["the model continues plain text; begin as its training prompts do"]

@@ -191,7 +191,7 @@ def test_the_first_line_of_a_version_has_no_gap_for_a_missing_decision(nights: N
 
     assert first() == "version 3 (dpo-0), challenger"
     assert first(reason="best of 8") == "version 3 (dpo-0), challenger: best of 8"
-    assert first(decision="passed", reason="better") == "version 3 (dpo-0), challenger: passed better"
+    assert first(decision="passed", reason="better") == "version 3 (dpo-0), challenger: passed, better"
 
 
 def test_tables_that_the_cache_has_lost_are_not_taken_for_unread(nights: Nights) -> None:

@@ -1,13 +1,15 @@
-"""200 requests at once while a promotion happens, against the real command, a real registry and DVC's cache."""
+"""200 requests at once while `python -m flows.promote` changes the champion, against the real commands, registry and DVC cache."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from pipelines.runtime import credentials
 from pipelines.serving.server import VERSION_HEADER
 from posttrain import network
 from posttrain.guard import signal_at_parents_death
-from tasks.champion import put_into_production, switching
 from tests import coroutines
 from tests.pipelines.serving.test_server import SIZES
 from tests.workspace import dvc
@@ -53,8 +54,9 @@ def test_no_request_fails_while_a_promotion_happens(
     first, second = (registered(workspace, registry, seed) for seed in (0, 1))
 
     def promote(version: Version) -> None:
-        with switching(workspace):
-            put_into_production(workspace, version, lambda: registry.promote(version.number))
+        command = [sys.executable, "-m", "flows.promote", str(version.number)]
+        done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     promote(first)
     port, log = network.free_port(), workspace / "serve.log"
@@ -67,6 +69,7 @@ def test_no_request_fails_while_a_promotion_happens(
         up = network.wait_until(lambda: "Ctrl-C stops" in log.read_text(), lambda: process.poll() is None, 120)
         assert up, log.read_text()
         key = credentials.secret(workspace, SECRET)
+        assert stays_open(port, key), "a client that keeps a connection would find it closed with its next request"
         answers = coroutines.run(requests(f"http://127.0.0.1:{port}", key, lambda: promote(second)))
     finally:
         process.send_signal(signal.SIGTERM)
@@ -77,6 +80,21 @@ def test_no_request_fails_while_a_promotion_happens(
     assert set(names) == {f"version {each.number}, md5 {each.md5}" for each in (first, second)}
     assert [answer.json()["system_fingerprint"] for answer in answers] == names
     assert f"the champion is now version {second.number}" in log.read_text()
+
+
+def stays_open(port: int, key: str) -> bool:
+    """Return True if a connection can be used again after 6 s: clients such as httpx and OpenAI's keep theirs for 5 s."""
+    connection = http.client.HTTPConnection(network.HOST, port, timeout=60)
+    try:
+        for pause in (6, 0):
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+            connection.getresponse().read()
+            time.sleep(pause)
+    except (http.client.HTTPException, ConnectionError):
+        return False
+    finally:
+        connection.close()
+    return True
 
 
 async def requests(base: str, key: str, promote: Callable[[], None]) -> list[httpx.Response]:
