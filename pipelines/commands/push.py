@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()))
         print((folder / "README.md").read_text(encoding="utf-8"))
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     if options.dry_run:
         return 0
     return subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "0"}, check=False).returncode

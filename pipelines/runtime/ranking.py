@@ -37,7 +37,12 @@ class Place:
         """Return the place as a sentence of the run's description."""
         if self.ranked:
             return f" Its algorithm ranks **{self.words}** by {in_words(self.measure)} in the last comparison."
-        return f" **{self.words[0].upper()}{self.words[1:]}**, so the last comparison shows it without a place."
+        return f" **{self.words[0].upper()}{self.words[1:]}**."
+
+
+def earlier(place: Place) -> Place:
+    """Return the place of a run that the last comparison did not read."""
+    return Place(place.measure, f"{NOT_RANKED}: not in the last comparison")
 
 
 def places(ranked: Iterable[str], apart: Mapping[str, Iterable[str]]) -> dict[str, str]:

@@ -24,6 +24,8 @@ from pipelines.tracking.store import workspace
 RUN_TAG, WORKSPACE_TAG, JOURNAL_TAG = "posttrain.run", "posttrain.workspace", "posttrain.journal"
 TIMINGS_TAG, REPLACED_TAG = "posttrain.timings", "posttrain.replaced"
 REASON_TAG, EVALUATION_TAG = "posttrain.reason", "posttrain.evaluation"
+OWN_CODE = "own_code"
+"""Name of the digest of the user's own modules among the hyper-parameters of a run."""
 RANKED_TAG = "ranked"
 """The place of an align run in the last comparison, or why it has none."""
 _NAMES = "named 2"
@@ -69,6 +71,11 @@ def entity_name(name: str) -> str:
 def parameters(source: RecordedRun) -> dict[str, str]:
     """Return the hyper-parameters that the run used, under one name each, as text."""
     given = effective_parameters(source.start["stage"], source.start.get("arguments", {}), source.values_of("params"))
+    code = {path: digest for path, digest in source.start.get("inputs", {}).items() if path.endswith(".py")}
+    if code:  # a run before an edit of own code is no second seed of the run after it
+        given = given | {
+            OWN_CODE: f"sha256:{hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:8]}"
+        }
     return {entity_name(name): _text(value)[:_PARAM_LENGTH] for name, value in given.items()}
 
 

@@ -17,7 +17,7 @@ from pipelines.runtime.measures import with_measures
 from pipelines.runtime.prices import judge_tokens
 from pipelines.runtime.process import held
 from pipelines.runtime.publish import JOURNAL
-from pipelines.runtime.ranking import RECORD, Place, decode
+from pipelines.runtime.ranking import RECORD, Place, decode, earlier
 from pipelines.runtime.ranking import encode as _ranking
 from posttrain.errors import TrackingError
 from posttrain.files import files_below
@@ -183,6 +183,16 @@ def evaluated_folder(evaluation: RecordedRun) -> str:
     return f"models/{model}" if model in ("base", "sft") else f"models/align/{model}"
 
 
+def _places(order: list[RecordedRun]) -> dict[str, Place]:
+    """Return the place of each run by its identity: that in the last comparison, or none if only earlier ones read the run."""
+    found: dict[str, Place] = {}
+    for source in order:
+        if source.start["stage"] == "compare" and source.status == FINISHED:
+            found = {run: earlier(place) for run, place in found.items()}
+            found |= decode(source.values_of("tags").get(RECORD, _NO_RANKING))
+    return found
+
+
 def _milliseconds(seconds: float) -> int:
     """Convert seconds to whole milliseconds."""
     return int(seconds * 1000)
@@ -239,10 +249,7 @@ def _with_evaluations(sources: list[RecordedRun], current: set[str]) -> list[Rec
         if source.start["stage"] == "evaluate" and source.status == FINISHED
         for folder in [evaluated_folder(source)]
     }
-    ranking: dict[str, Place] = {}
-    for source in order:
-        if source.start["stage"] == "compare" and source.status == FINISHED:
-            ranking |= decode(source.values_of("tags").get(RECORD, _NO_RANKING))
+    ranking = _places(order)
     found = []
     for source in sources:
         model = next(iter(source.of("model")), {})

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.runtime.measures import in_words
 from pipelines.runtime.ranking import RANKED
 from pipelines.tracking import describe
-from pipelines.tracking.source import COST, RESULT, RecordedRun
+from pipelines.tracking.source import COST, RESULT, START, RecordedRun
 
 KEY = "algorithms"
 VIEW_TAG, NOTE_TAG = f"mlflow.sharedViewState.{KEY}", "mlflow.note.content"
@@ -51,15 +51,15 @@ FIRST = (
 )
 """Metrics that come first in their section."""
 COLUMNS = (
-    "tags.`algorithm`",
-    "tags.`seed`",
     "tags.`ranked`",
     "metrics.`eval/greedy_accuracy`",
     "metrics.`eval/kl_ref_k1`",
     "metrics.`cost/seconds`",
     f"params.`{LEARNING_RATE}`",
 )
-"""Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows about eight."""
+"""Columns of the table next to the headline; MLflow sorts them by name, and a window of usual width shows seven.
+
+Algorithm and seed are in the names of the runs."""
 
 
 def runs_page(experiment: str) -> str:
@@ -82,7 +82,7 @@ def experiment_tags(experiment: str, sources: Sequence[RecordedRun], headline: s
         "searchFilter": FILTER,
         "orderByKey": f"metrics.`{next((n for n in ranked if n.endswith(headline.removeprefix(RESULT))), headline)}`",
         "orderByAsc": False,
-        "selectedColumns": list(dict.fromkeys([*COLUMNS[:2], f"metrics.`{headline}`", *COLUMNS[2:]])),
+        "selectedColumns": list(dict.fromkeys([f"metrics.`{headline}`", *COLUMNS])),
         "runsHiddenMode": "SHOW_ALL",
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
@@ -119,15 +119,23 @@ def varied(aligned: Iterable[RecordedRun]) -> list[str]:
 
 
 def _grouping(aligned: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return a grouping by algorithm and swept hyper-parameters if it puts several runs together: MLflow draws their mean with a band."""
-    swept = varied(aligned)
+    """Return a grouping that puts several runs together, None if there is none: MLflow draws their mean with a band.
+
+    It is by algorithm, swept hyper-parameters, and the supervised model if there were several: a mean over these would say nothing.
+    """
+    swept, starts = varied(aligned), {source.start.get("inputs", {}).get(START) for source in aligned}
     groups = [
-        (str(source.start["arguments"].get("algorithm")), *map(describe.parameters(source).get, swept))
+        (
+            str(source.start["arguments"].get("algorithm")),
+            source.start.get("inputs", {}).get(START),
+            *map(describe.parameters(source).get, swept),
+        )
         for source in aligned
     ]
     if len(groups) == len(set(groups)):
         return None
-    keys = [("tag", "algorithm"), *(("param", name) for name in swept)]
+    keys = [("tag", "algorithm"), *([("tag", "protocol")] if len(starts) > 1 else [])]
+    keys += [("param", name) for name in swept]
     return {
         "aggregateFunction": "average",
         "groupByKeys": [{"mode": mode, "groupByData": name} for mode, name in keys],

@@ -186,11 +186,22 @@ def test_only_a_ranked_run_has_the_metric_that_sorts_the_table(project: Path, em
     assert math.isnan(value), "MLflow keeps every value, and sorts NaN last"
     assert "**Not ranked: trained on reward rm**" in words
     compared(project, "1 of 2", "three")
+    assert shown()[:2] == ("1 of 2", 0.625)
+    write(project / ".posttrain/runs/later", start("compare", "four", {}, {}), END)
+    shutil.copytree(project / "runs/compare", project / ".posttrain/runs/earlier")
+    shutil.rmtree(project / "runs/compare")
+    write(project / "runs/compare", start("compare", "four", {}, {}), END)
+    place, value, _ = shown()
+    assert place == "not ranked: not in the last comparison"
+    assert value is not None
+    assert math.isnan(value)
+    shutil.rmtree(project / ".posttrain/runs/later")
+    compared(project, "1 of 2", "three")
     first = store.get_run(projector.project(found(project, "align"))).info.run_id
     assert shown()[:2] == ("1 of 2", 0.625)
     other = Projector(open_client(project), project)
     assert other.project(found(project, "align")) == first
-    assert len(store.get_metric_history(first, "ranked/sampled_accuracy")) == 3, "a copy of the same journals adds none"
+    assert len(store.get_metric_history(first, "ranked/sampled_accuracy")) == 5, "a copy of the same journals adds none"
 
 
 def test_a_resent_run_without_its_evaluation_keeps_the_results_that_are_stored(project: Path) -> None:
@@ -315,6 +326,22 @@ def view(sources: list[RecordedRun]) -> tuple[Any, list[str]]:
     state = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix("deflate;"))))
     grouped = state["groupBy"] and [(key["mode"], key["groupByData"]) for key in state["groupBy"]["groupByKeys"]]
     return grouped, state["compareRunCharts"][0]["selectedParams"]
+
+
+def test_runs_from_other_models_or_code_are_no_seeds_of_one_group(root: Path) -> None:
+    runs = sweep(root, ("grpo", 0, {}), ("grpo", 1, {}), ("grpo", 0, {}))
+    for other, key in (
+        ({"models/sft": "9" * 64}, ("tag", "protocol")),
+        ({"mine/r.py": "8" * 64}, ("param", "own_code")),
+    ):
+        inputs = [STARTS | {"mine/r.py": "7" * 64}] * 2 + [STARTS | {"mine/r.py": "7" * 64} | other]
+        found = [
+            RecordedRun(root, [{**run.start, "inputs": given}, *run.records[1:]], [], "FINISHED")
+            for run, given in zip(runs, inputs, strict=True)
+        ]
+        grouped, axes = view(found)
+        assert grouped == [("tag", "algorithm"), key]
+        assert "own_code" not in axes, "no axis of numbers"
 
 
 def test_seeds_are_grouped_and_a_sweep_stays_apart(root: Path) -> None:
