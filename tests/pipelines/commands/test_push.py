@@ -163,7 +163,7 @@ def test_a_parameter_that_an_earlier_version_did_not_record_counts_as_its_defaul
     assert is_present(load_params(path))
     for change, back in (
         ("data.preferences.heldout=0.1", "data.preferences.heldout=0.2"),
-        ("data.sft.split=test", "data.sft.split=train"),
+        ("data.sft.split=test", "data.sft.split=null"),
     ):
         configure(path, [change])
         assert not is_present(load_params(path))
