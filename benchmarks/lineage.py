@@ -3,8 +3,9 @@
     python benchmarks/lineage.py [--nights 13] [--calls 3] [--write]
 
 Each night has eight align stages and the stages around them, with the inputs that dvc.yaml declares, and preference tables that grow by one
-file. The commands are those of a user: a new process each. Reported is the call with the shortest wall time: processor seconds, which
-hardly depend on other load, and wall seconds. The first call parses the run cache, later calls read what it kept. --write puts the table
+file. Each night is a seed of its own, so that dvc.lock names all models, as it does after a comparison over seeds. The
+commands are those of a user: a new process each. Reported is the call with the shortest wall time: processor seconds, which hardly
+depend on other load, and wall seconds. The first call parses the run cache, later calls read what it kept. --write puts the table
 into benchmarks/lineage.md.
 """
 
@@ -89,18 +90,18 @@ class Project:
         for name in ALGORITHMS:
             weights, _ = self.store_folder({"model.safetensors": f"{name} {number}".encode()})
             results = self.store(json.dumps({"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}).encode())
-            journal = self.store(("".join(json.dumps(row) + "\n" for row in rows[:20]) + name).encode())
+            journal = self.store(lines([{"kind": "sample", "run": f"{name}-{number}", **row} for row in rows[:20]]))
             self.record(
                 "align",
-                f"align --algorithm {name} --seed 0",
+                f"align --algorithm {name} --seed {number}",
                 held | {"models/sft": sft},
-                {f"models/align/{name}-0": weights, f"runs/align/{name}-0/journal.jsonl": journal},
+                {f"models/align/{name}-{number}": weights, f"runs/align/{name}-{number}/journal.jsonl": journal},
             )
             self.record(
                 "evaluate_aligned",
-                f"evaluate --algorithm {name} --seed 0",
-                {f"models/align/{name}-0": weights},
-                {f"runs/evaluate/{name}-0/metrics.json": results},
+                f"evaluate --algorithm {name} --seed {number}",
+                {f"models/align/{name}-{number}": weights},
+                {f"runs/evaluate/{name}-{number}/metrics.json": results},
             )
         for name, data in (("preferences.parquet", parquet(rows)), ("sft.parquet", parquet([pair("sft")]))):
             path = self.folder / "data/valid" / name

@@ -10,11 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import yaml
-from ruamel.yaml.resolver import implicit_resolvers
-
+from pipelines.config.yaml_files import parse_written
 from pipelines.tracking.lockfile import read_dvc_config, read_lock
 from posttrain.files import read_json, write_atomic
 
@@ -25,18 +23,6 @@ PRODUCTS = ("data/", "models/", "runs/", "report")
 """Starts of the paths of data and results; the other inputs of a stage are code."""
 TABLES = ("data/tables", "data/valid", "data/quarantine", "runs/reward_readers/artifacts")
 """Output folders whose files are inputs of later stages."""
-
-
-class _RecordLoader(yaml.CSafeLoader):
-    """Read YAML 1.2 as DVC wrote it, several times as fast as the loader of params.yaml: there is one record for every stage run."""
-
-    # pyrefly: ignore[bad-override]
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-
-for _versions, _tag, _pattern, _first in implicit_resolvers:
-    if (1, 2) in _versions:
-        _RecordLoader.add_implicit_resolver(str(_tag), _pattern, _first)
 
 
 class Artifact(NamedTuple):
@@ -134,7 +120,7 @@ def _record(entry: Any) -> Iterator[StageRecord]:
 
 def _parse(path: Path) -> Any:
     """Return an entry without dependencies on code, which are most of it."""
-    entry = yaml.load(path.read_bytes(), _RecordLoader)
+    entry = parse_written(path.read_text(encoding="utf-8"))
     if isinstance(entry, dict):
         entry["deps"] = [each for each in entry.get("deps") or () if str(each.get("path")).startswith(PRODUCTS)]
     return entry

@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.yaml_files import parse_yaml, read_text
+import yaml
+
+from pipelines.config.yaml_files import parse_written, parse_yaml, read_text
 from pipelines.runtime.publish import JOURNAL
 from pipelines.runtime.redaction import redact
 from posttrain.errors import ConfigError, TrackingError
@@ -33,8 +35,11 @@ def read_lock(project: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _parsed(text: str, path: Path) -> Any:
-    """Return the tree. A follower asks once for each run and pass, and the lock of a hundred stages takes a second to parse."""
-    return parse_yaml(text, path)
+    """Return the tree. A follower asks once for each run and pass."""
+    try:
+        return parse_written(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return parse_yaml(text, path)  # slower, with the reason and the line in its error
 
 
 def _damaged(path: Path, problem: str) -> TrackingError:

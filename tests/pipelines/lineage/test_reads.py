@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipelines.config.params import load_params
-from pipelines.config.yaml_files import read_yaml
+from pipelines.config.yaml_files import parse_written, read_yaml
 from pipelines.lineage.reads import trained_on
-from pipelines.lineage.records import Artifact, StageRecord, _RecordLoader
+from pipelines.lineage.records import Artifact, StageRecord
+from pipelines.tracking.lockfile import read_lock
+from posttrain.errors import TrackingError
 
 TABLES = ("sft", "preferences", "problems", "labelled")
 DECLARED = tuple(Artifact(f"data/valid/{t}.parquet", t) for t in TABLES) + tuple(
@@ -64,10 +65,18 @@ def test_an_unknown_algorithm_counts_with_everything(params: dict[str, Any]) -> 
     assert trained_on(record) == DECLARED
 
 
+def test_a_lock_with_a_stage_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    """As both sides of a merge that was resolved by hand leave it."""
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  sft:\n    cmd: a\n  sft:\n    cmd: b\n")
+    reason = 'dvc.lock: found duplicate key "sft" .*line 5; remove one of the two. It is damaged'
+    with pytest.raises(TrackingError, match=reason):
+        read_lock(tmp_path)
+
+
 def test_records_are_read_as_params_are(root: Path, tmp_path: Path) -> None:
     text = "a: 2e-5\nb: 1e-05\nc: no\ne: 1:30\nf: ~\ng: true\nh: 1_000\ni: .5\nj: 0x1F\n"
     path = tmp_path / "record.yaml"
     for content in (text, (root / "params.yaml").read_text(encoding="utf-8")):
         path.write_text(content, encoding="utf-8")
-        assert yaml.load(content, _RecordLoader) == read_yaml(path)
+        assert parse_written(content) == read_yaml(path)
     assert load_params(root / "params.yaml").sft.optimizer.learning_rate == 2e-3
