@@ -3,7 +3,7 @@
     python benchmarks/lineage.py [--nights 13] [--calls 3] [--write]
 
 Each night has eight align stages and the stages around them, with the inputs that dvc.yaml declares, and preference tables that grow by one
-file. Each night is a seed of its own, so that dvc.lock names all models, as it does after a comparison over seeds. The
+file. Each night has a different seed, so that dvc.lock names all models, as it does after a comparison over seeds. The
 commands are those of a user: a new process each. Reported is the call with the shortest wall time: processor seconds, which hardly
 depend on other load, and wall seconds. The first call parses the run cache, later calls read what it kept. --write puts the table
 into benchmarks/lineage.md.

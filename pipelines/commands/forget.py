@@ -66,25 +66,26 @@ def describe(found: Erasure, project: Path) -> str:
     return "\n".join(lines)
 
 
-def forget(project: Path, lineage: Lineage, found: Erasure, file: Path) -> list[str]:
-    """Delete everything and return the names of the remotes that were changed.
+def forget(project: Path, lineage: Lineage, found: Erasure, file: Path) -> tuple[list[str], list[str]]:
+    """Delete everything; return the names of the remotes that were changed, and of the versions that were marked.
 
     Remotes and MLflow come first: if one cannot be changed, the local copies are still there to find the rest by.
     """
     remotes = erase_remotely(project, found.objects)
     erase_traces(project, found.traces)
     erase_artifacts(project, found.artifacts)
+    marked = mark(project, load_params(project / "params.yaml").project.experiment, found)
     record(project / FORGOTTEN, lineage, found)
     erase(project, found, lineage, file)
     if found.accepted:
         done = subprocess.run(
-            [sys.executable, "-m", "dvc", "add", "--quiet", str(ACCEPTED)], cwd=project, capture_output=True, text=True
+            [sys.executable, "-m", "dvc", "add", str(ACCEPTED)], cwd=project, capture_output=True, text=True
         )
         if done.returncode:
             raise OrchestrationError(
                 f"the rows are deleted, but `dvc add {ACCEPTED}` failed: {done.stderr.strip()[-300:]}. Type it again, then `make retrain`."
             )
-    return remotes
+    return remotes, marked
 
 
 def record(path: Path, lineage: Lineage, found: Erasure) -> None:
@@ -144,8 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.yes:
         with without_flow(project), Lock(project / INTAKE):
             found = plan(project, lineage, file)
-            remotes = forget(project, lineage, found, file)
-            marked = mark(project, load_params(project / "params.yaml").project.experiment, found)
+            remotes, marked = forget(project, lineage, found, file)
         outcome = [
             f"deleted; remotes: {', '.join(remotes) or 'none'}; versions marked: {', '.join(marked) or 'none'}",
             "type `make retrain` to make tables and models anew",

@@ -16,6 +16,7 @@ from pipelines.commands import forget as command
 from pipelines.commands import lineage as lineage_command
 from pipelines.lineage.erasure import plan
 from pipelines.lineage.graph import Lineage
+from pipelines.promotion.registry import RETRAIN, Registry
 from pipelines.tracking.served import PER_FILE, ServedTraces, append_served, read_served
 from pipelines.tracking.store import open_client
 from posttrain.errors import DataError
@@ -117,7 +118,7 @@ def test_no_copy_is_left_and_the_models_are_named(project: Nights, capsys: pytes
     assert [path.name for path in Path("report").iterdir()] == ["other.json.gz"]
     assert {path for path in remote.rglob("*") if path.is_file()} == others | {remote / own}, "nothing else was deleted"
     read, record = [json.loads(line) for line in Path(".posttrain/forgotten.jsonl").read_text().splitlines()]
-    assert list(read["inputs"]) == ["raw/pairs/one.jsonl", str(FILE)], "the files behind a journal that was deleted"
+    assert sorted(read["inputs"]) == [str(FILE), "raw/pairs/one.jsonl"], "the files behind a journal that was deleted"
     assert record["models"] == [weights(project, 2)._asdict()]
     assert "nfiles: 0" in Path("data/raw/accepted.dvc").read_text()
 
@@ -234,6 +235,23 @@ def test_a_remote_that_cannot_be_changed_stops_before_anything_local_is_deleted(
     assert command.main([str(FILE), "--yes"]) == 2
     assert "the remote store may still hold the rows" in capsys.readouterr().err
     assert holders(project.root) == before
+
+
+def test_a_dvc_that_fails_is_reported_with_its_reason_after_the_versions_are_marked(
+    project: Nights, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_store, project.root / "mlflow.db")
+    model = weights(project, 2)
+    entry = {"md5": model.md5, "size": 1, "nfiles": 1}
+    registry = Registry(project.root, "posttrain")
+    registry.register_entry("dpo-0", model.path, entry, {}, "test")
+    (project.root / "dvc.yaml").write_text("stages: [")
+    assert command.main([str(FILE), "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert "the rows are deleted, but `dvc add data/raw/accepted` failed: " in said
+    assert "dvc.yaml" in said
+    (version,) = registry.versions()
+    assert version.tags[RETRAIN].startswith("trained on a forgotten file, sha256 ")
 
 
 def test_models_and_databases_of_servers_stay_whatever_bytes_they_hold(project: Nights) -> None:
