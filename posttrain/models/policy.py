@@ -24,6 +24,7 @@ from posttrain.models.deferred import is_deferred
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
 from posttrain.models.routing import Replay, Routing, reading, routers_of
+from posttrain.models.shards import joined
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Policy(nn.Module):
         if isinstance(temperature, Tensor):
             temperature = temperature.index_select(0, trained // batch.mask.shape[1])
         logprobs, entropy = selected_logprobs(
-            hidden.index_select(0, source), head.weight, head.bias, targets, temperature
+            hidden.index_select(0, source), joined(head.weight), head.bias, targets, temperature
         )
         values = None
         if self.critic is not None:

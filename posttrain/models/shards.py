@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -38,6 +39,33 @@ _PRODUCTS = {
 def is_sharded(module: nn.Module) -> bool:
     """Return True if weights of `module` are split over processes."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def joined(weight: Tensor) -> Tensor:
+    """Return the whole weight if tensor-parallel training splits it; its gradient is split again. All processes must call it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the parameters that processes split and those that each one holds, which one kernel cannot take together; no empty list."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == split] for split in (True, False)]
+    return [kind for kind in kinds if kind]
+
+
+@contextmanager
+def fresh_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep the gradients of earlier micro-batches out of a backward pass, and add them after it.
+
+    In transformers' tensor parallelism some parameters that every process holds, such as the norms of single heads, add up their
+    gradients over the processes after each backward pass. They would add those of earlier micro-batches once more.
+    """
+    earlier = [(p, p.grad) for p in parameters if not isinstance(p, DTensor)]
+    for parameter, _ in earlier:
+        parameter.grad = None
+    yield
+    for parameter, gradient in earlier:
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def gathers_layers(module: nn.Module) -> bool:
