@@ -6,7 +6,7 @@
 
 `dvc gc --workspace` keeps the files that dvc.lock and .dvc files name, the champion included. This command also keeps the weights of
 `previous`, to which a roll-back goes, and of `challenger`. The same is kept for each git worktree of this project, because worktrees may
-share a cache. Remotes are left as they are. It refuses while a flow is running here.
+share a cache. Remotes are left as they are. It refuses while a flow is running here, or in one of the projects that use the cache.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def collect(project: Path, others: Sequence[Path] = (), *, delete: bool) -> int:
     command = [sys.executable, "-m", "dvc", "gc", "--workspace", "--force", *(() if delete else ("--dry",))]
     command += ["--projects", *map(str, kept)] if kept else []
     with only_flow(project), switching(project), ExitStack() as stack:
+        for each in kept:  # a stage there may have stored results that its dvc.lock does not name yet
+            stack.enter_context(only_flow(each))
         for each in (project, *(folder for folder in kept if (folder / "mlflow.db").is_file())):
             stack.enter_context(named_for_dvc(each, aliased(each)))
         done = subprocess.run(

@@ -109,13 +109,16 @@ def promote(
         if not answer.approve:
             return _decline(project, registry, chosen, comment)
 
+    before: list[Version | None] = []
+
     def choose() -> Version:
+        before.append(registry.holding(CHAMPION))
         if judged:
             _refuse_stale(registry, registry.version(chosen.number), judged_against, known)
         copy_weights(project, chosen.path, chosen.md5, NOTHING)
         return registry.version(chosen.number)
 
-    champion = switch(project, choose, lambda found: registry.promote(found.number))
+    champion = switch(project, choose, lambda found: registry.promote(found.number, before))
     _announce(
         "promoted", project, champion, f"{champion.name} is champion, promoted by hand. {comment or reason}".rstrip()
     )

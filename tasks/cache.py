@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.tracking.content import file_md5
+from pipelines.tracking.content import file_md5, path_md5
+from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError, OrchestrationError
 from posttrain.files import files_below, read_json
 from tasks.process import child_environment
@@ -52,6 +53,19 @@ def cached(root: Path, md5: str) -> bool:
 def damaged_objects(root: Path, md5: str) -> list[Path]:
     """Return those objects of an output in DVC's cache whose bytes are not those of their name."""
     return [path for path in objects(root, md5) if path.is_file() and is_damaged(path)]
+
+
+def drop_damaged_outputs(root: Path, stage: str) -> list[str]:
+    """Return the outputs of a stage whose bytes are not those of their hash in dvc.lock, and remove their damaged objects from the cache.
+
+    Call it after DVC has restored the stage: it copies a read-only object without looking at its bytes.
+    """
+    outs = {str(out["path"]): str(out.get("md5", "")) for out in read_lock(root).get(stage, {}).get("outs", ())}
+    wrong = [path for path, md5 in outs.items() if md5 and (root / path).exists() and path_md5(root / path) != md5]
+    for path in wrong:
+        for damaged in damaged_objects(root, outs[path]):
+            damaged.unlink()
+    return wrong
 
 
 def refuse_damaged(root: Path, md5: str, folder: str, consequence: str) -> None:

@@ -25,6 +25,7 @@ from pipelines.promotion.registry import (
     MEASURE,
     REASON,
     ROLLED_BACK,
+    ProductionChanged,
     Registry,
     Version,
 )
@@ -175,7 +176,10 @@ def make_champion(root: str, number: int, against: int | None) -> Version | None
         now = None if champion is None else champion.number
         if ROLLED_BACK in version.tags or now not in (against, number):
             return None
-        return put_into_production(project, version, lambda: registry.promote(number))
+        try:
+            return put_into_production(project, version, lambda: registry.promote(number, (champion,)))
+        except ProductionChanged:  # bringing the weights takes a while, and other projects have their own lock
+            return None
 
 
 def publish(root: Path, decision: Mapping[str, Any], note: str) -> None:

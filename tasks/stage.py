@@ -20,6 +20,7 @@ from prefect.logging import get_run_logger
 from pipelines.runtime.consistency import VARIABLE, InputSnapshot, listed
 from pipelines.runtime.process import killed_by
 from posttrain.errors import Interrupted, OrchestrationError
+from tasks.cache import drop_damaged_outputs
 from tasks.console import print_line
 from tasks.dag import Kind, mend_rwlock
 from tasks.lock_copy import keep_lock, mend_lock
@@ -98,6 +99,9 @@ def bring_up_to_date(
         if kind == "data":
             restore_missing(project, name)
         result = _run(project, name, command, held, flow_run)
+        if result.outcome == "restored" and (damaged := drop_damaged_outputs(project, name)):
+            print_line(f"{name:<24} runs again: {damaged[0]} is damaged in DVC's cache")
+            result = _run(project, name, [*command, "--force"], held, flow_run)
         for change in _changes(project, name, result):
             # dvc has recorded the new state; only a forced run ignores that, and its cache of runs
             print_line(f"{name:<24} runs again: {change} while it ran")

@@ -8,7 +8,7 @@ the current one. A version's source is dvc://PATH?md5=HASH; its tags hold the ha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +112,10 @@ class Version:
         )
 
 
+class ProductionChanged(TrackingError):
+    """A different version became champion after a decision was made."""
+
+
 class Registry:
     """The versions of one registered model. Raises TrackingError if MLflow does not respond."""
 
@@ -177,9 +181,21 @@ class Registry:
         )
         return self.version(int(created.version))
 
-    def promote(self, number: int) -> Version:
-        """Make a version champion; the champion until now becomes previous, if it can be used. Removes the version's roll-back mark."""
+    def promote(self, number: int, seen: Sequence[Version | None] = ()) -> Version:
+        """Make a version champion; the champion until now becomes previous, if it can be used. Removes the version's roll-back mark.
+
+        `seen` may hold the champion, or None, for which the decision was made. Raises ProductionChanged if a different version is champion
+        now: a different project of this registry, or a person, has changed production while the weights were brought here.
+        """
         before = self.holding(CHAMPION)
+        if before is not None and before.number not in (
+            number,
+            *(each.number if each else 0 for each in seen or (before,)),
+        ):
+            raise ProductionChanged(
+                f"{before.name} became champion of {self.name} while version {number} was to be promoted, by a different project or by"
+                " hand. Nothing was changed here. `posttrain models` lists the versions; type the command again if it is still wanted."
+            )
         if before is not None and before.number != number and not before.fault:
             self._set_alias(PREVIOUS, before.number)
         self._set_alias(CHAMPION, number)

@@ -5,6 +5,7 @@ Bodies have a limit, and hold only text and numbers that can be stored and sent 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -12,11 +13,13 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, model_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pipelines.runtime.redaction import printable
 from posttrain.network import HOST
@@ -38,6 +41,10 @@ MOST_BYTES = 32 << 20
 """Largest body of a request."""
 KEEP_ALIVE_SECONDS = 75
 """Time after which an idle connection is closed. Clients keep theirs for less: a request on one that is closed first fails."""
+BODY_SECONDS = 60.0
+"""Longest time for a body to arrive: a request that never ends would keep a server from stopping."""
+STOP_SECONDS = 60
+"""Longest time for requests in progress once a server is asked to stop: a client may never read its answer."""
 REFUSED = "refused: open the address that the command printed, or send its secret as Authorization: Bearer"
 
 
@@ -46,6 +53,13 @@ class TooLarge(HTTPException):
 
     def __init__(self, most: int) -> None:
         super().__init__(413, f"refused: a request has at most {most} bytes")
+
+
+class TooSlow(HTTPException):
+    """The body of a request did not arrive in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(408, f"refused: the body of a request must arrive within {seconds:g} s")
 
 
 def refusal_words(status: int) -> str:
@@ -117,7 +131,8 @@ class Guard:
             await send(message)
 
         if status is None:
-            await self.app(scope, _bounded(receive, MOST_BYTES), with_headers)
+            with suppress(ClientDisconnect):  # the client has gone in the middle of its body; no error of this server
+                await self.app(scope, _bounded(receive, MOST_BYTES), with_headers)
             return
         body = self.refused(status)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -152,7 +167,7 @@ class BodyLimit:
             return
         lengths = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-length"]
         if any(_is_too_long(length, self.most) for length in lengths):
-            await self._refuse(send)
+            await self._refuse(send, TooLarge(self.most))
             return
         started = list[str]()
 
@@ -162,13 +177,14 @@ class BodyLimit:
 
         try:
             await self.app(scope, _bounded(receive, self.most), note)
-        except* TooLarge:  # layers of the application may have put it into a group
+        except* (TooLarge, TooSlow) as group:  # layers of the application may have put it into a group
             if not started:
-                await self._refuse(send)
+                await self._refuse(send, TooLarge(self.most) if group.subgroup(TooLarge) else TooSlow(BODY_SECONDS))
 
-    async def _refuse(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": f"{TooLarge(self.most).detail}\n".encode()})
+    async def _refuse(self, send: Send, error: HTTPException) -> None:
+        headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": f"{error.detail}\n".encode()})
 
 
 def _is_too_long(length: str, most: int) -> bool:
@@ -176,13 +192,21 @@ def _is_too_long(length: str, most: int) -> bool:
 
 
 def _bounded(receive: Receive, most: int) -> Receive:
-    """Return `receive`, which raises TooLarge once a body without a length has grown beyond the limit."""
-    size = 0
+    """Return `receive`, which raises TooLarge for a body that grows beyond the limit, and TooSlow for one that does not arrive in time."""
+    size, whole = 0, False
+    until = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def limited() -> Any:
-        nonlocal size
-        message = await receive()
+        nonlocal size, whole
+        if whole:  # an application waits here for the client to go, as long as its answer takes
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            raise TooSlow(BODY_SECONDS) from None
         size += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
         if size > most:
             raise TooLarge(most)
         return message
@@ -191,7 +215,7 @@ def _bounded(receive: Receive, most: int) -> Receive:
 
 
 def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
-    """Serve an application on loopback until Ctrl-C or SIGTERM; requests in progress are finished first."""
+    """Serve an application on loopback until Ctrl-C or SIGTERM; requests in progress have STOP_SECONDS to finish."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -208,6 +232,12 @@ def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
             self.should_exit = True
 
     config = uvicorn.Config(
-        app, host=HOST, port=port, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+        app,
+        host=HOST,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
     Server(config).run()

@@ -15,9 +15,11 @@ from flows.gatekeeping import decide_promotion
 from flows.lock import only_flow
 from flows.production import registry_of, switch
 from flows.promote import _adopt, _roll_back
+from flows.promote import promote as promote_flow
 from pipelines.config.yaml_files import read_yaml
 from pipelines.promotion.registry import Registry, Version
 from posttrain.errors import OrchestrationError, TrackingError
+from tasks import champion as champion_module
 from tasks import gate
 from tasks.cache import cached
 from tasks.champion import POINTER
@@ -114,6 +116,40 @@ def test_a_roll_back_while_a_second_project_promotes_rolls_nothing_else_back(
     assert not registry_of(project).barred()
 
 
+@pytest.mark.parametrize("by", ["gate", "hand"])
+def test_a_promotion_while_a_second_project_promotes_changes_nothing(
+    project: Path, tmp_path: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Promote in the second project after the last check of the first, which is bringing the weights."""
+    second = copy(project, tmp_path / "second")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
+    promoted: list[Version] = []
+    bring = champion_module.restore
+
+    def slow(root: Path, version: Version) -> None:
+        bring(root, version)
+        if not promoted:
+            promoted.append(version)
+            promote(second, 3)
+
+    monkeypatch.setattr(champion_module, "restore", slow)
+    monkeypatch.chdir(project)
+
+    @flow(persist_result=False)
+    def night() -> Version | None:
+        if by == "gate":
+            return gate.make_champion(str(project), 2, 1)
+        return promote_flow(2)  # type: ignore[return-value]
+
+    if by == "gate":
+        assert night() is None, "the next run judges again"
+    else:
+        with pytest.raises(TrackingError, match=r"version 3 \(three\) became champion of .* while version 2"):
+            night()
+    assert aliases(project) == {"champion": 3, "previous": 1}
+    assert weights(project) == "one", "the folder is as before, and the next flow follows the registry"
+
+
 def test_the_projects_own_gc_keeps_the_weights_of_every_alias(project: Path) -> None:
     """Deletes only weights without an alias, and a roll-back to `previous` still works."""
     promote(project, 2)
@@ -147,6 +183,8 @@ def test_the_files_of_worktrees_and_of_other_users_of_the_cache_are_kept(project
     (second / "own.txt").write_text("only in the second")
     dvc(second, "add", "-q", "own.txt")
     assert clean_cache.worktrees(project) == [second]
+    with only_flow(second), pytest.raises(OrchestrationError, match=rf"a flow is already running in {second}"):
+        clean_cache.collect(project, delete=True)
     assert clean_cache.collect(project, delete=True) == 0
     (second / "own.txt").unlink()
     dvc(second, "checkout", "own.txt.dvc")

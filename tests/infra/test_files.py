@@ -210,6 +210,9 @@ def test_compose_publishes_on_loopback_checks_health_and_gives_no_password_a_def
         for name, condition in service.get("depends_on", {}).items():
             wanted = "service_completed_successfully" if name == "bucket" else "service_healthy"
             assert condition["condition"] == wanted
+    assert services["mlflow"]["command"][:4] == ["python", "-m", "pipelines.tracking.server", "server"], (
+        "bodies have a limit"
+    )
     text = (root / "infra" / "compose.yaml").read_text(encoding="utf-8")
     asked = set(re.findall(r"\$\{(\w+):\?", text))
     example = (root / "infra" / "env.example").read_text(encoding="utf-8")

@@ -25,6 +25,17 @@ def test_a_stage_runs_then_is_up_to_date_then_comes_back_from_the_cache(workspac
     (workspace / "dvc.lock").unlink()
     assert bring_up_to_date(str(workspace), "start").outcome == "restored"
     assert (workspace / "start.txt").read_text() == "2"
+    # a flipped bit in the cache, which DVC copies and calls up to date
+    (kept,) = [
+        path for path in (workspace / ".dvc/cache/files").rglob("*") if path.is_file() and path.read_bytes() == b"2"
+    ]
+    kept.chmod(0o644)
+    kept.write_text("3")
+    kept.chmod(0o444)
+    (workspace / "start.txt").unlink()
+    (workspace / "dvc.lock").unlink()
+    assert bring_up_to_date(str(workspace), "start").outcome == "ran"
+    assert (workspace / "start.txt").read_text() == kept.read_text() == "2"
 
 
 def test_a_failed_step_is_not_tried_again_and_its_last_line_is_the_message(workspace: Path) -> None:

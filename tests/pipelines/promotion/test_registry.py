@@ -306,3 +306,17 @@ def test_without_a_champion_the_challenger_is_named(
     assert refused() == {f"there is no champion yet; trained models: grpo-0, dpo-0, {ending}"}
     registry.challenge(register(registry, "grpo-0", model="grpo-0"))
     assert refused() == {f"there is no champion yet; `challenger`, version 1 (grpo-0), is there: name it, {ending}"}
+
+
+def test_a_model_is_served_only_under_the_hash_of_its_bytes(
+    project: Project, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refuse a folder with a flipped bit: answers would name sound weights."""
+    monkeypatch.chdir(project.folder)
+    (project.folder / "models/align/grpo-0").mkdir(parents=True)
+    (project.folder / "models/align/grpo-0/config.json").write_text("{}")
+    with pytest.raises(
+        DataError,
+        match=r"not hold the weights of grpo-0 \(md5 a{32}\.dir\).*`dvc checkout --force models",
+    ):
+        open_served(project.folder, "grpo-0", "posttrain")

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from pipelines.runtime import web
 from pipelines.runtime.web import MOST_BYTES, BodyLimit, Guard
 from tests import coroutines
 
@@ -78,6 +80,34 @@ def test_a_body_that_grows_without_end_is_not_read() -> None:
     with pytest.raises(HTTPException, match="at most 33554432 bytes"):
         coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, receive))
     assert len(pieces) == 4
+
+
+def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer 408, also in front of a server that reads before it asks; a client that goes away in its body is no error."""
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.05)
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def gone(scope: Any, receive: Any, send: Any) -> None:
+        raise ClientDisconnect
+
+    scope = {"type": "http", "path": "/", "headers": [(b"host", b"127.0.0.1:5050")]}
+    with pytest.raises(HTTPException, match=r"must arrive within 0\.05 s") as refused:
+        coroutines.run(Guard(app, 5050, "word", ("/",))(scope, receive, send))
+    assert refused.value.status_code == 408
+    coroutines.run(BodyLimit(app, 1000)(scope, receive, send))
+    assert sent[0]["status"] == 408
+    coroutines.run(Guard(gone, 5050, "word", ("/",))(scope, receive, send))
 
 
 @pytest.mark.parametrize(
