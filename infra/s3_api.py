@@ -14,11 +14,14 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from infra.object_store import CHUNK, Entry, ObjectStore, Stored
+from pipelines.runtime.redaction import printable
 
 Reply = tuple[int, dict[str, str], Iterable[bytes]]
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 PAGE = 1000
 """Most keys of one listing."""
+MOST_DOCUMENT_BYTES = 4 << 20
+"""A list of 1,000 keys of 1,024 bytes, or of 10,000 parts, is smaller."""
 IGNORED_QUERY = {"x-id"}
 UNSIGNED = "UNSIGNED-PAYLOAD"
 REASONS = {
@@ -51,6 +54,11 @@ class S3Api:
             status, headers, body = self._reply(_Request(environ))
         except Refused as error:
             status, headers, body = error.status, *_error(error.code, str(error))
+        except (ValueError, KeyError, ElementTree.ParseError) as error:  # a number, a field or a document that is none
+            status, headers, body = (
+                400,
+                *_error("InvalidRequest", f"{type(error).__name__}: {printable(str(error))[:200]}"),
+            )
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -154,7 +162,7 @@ class S3Api:
         return found, groups, last, False
 
     def _delete_many(self, request: _Request) -> Reply:
-        tree = ElementTree.fromstring(b"".join(request.body()))
+        tree = ElementTree.fromstring(request.document())
         keys = [element.text or "" for element in tree.iter() if element.tag.endswith("Key")]
         self.store.remove(request.bucket, keys)
         quiet = any(element.tag.endswith("Quiet") and element.text == "true" for element in tree.iter())
@@ -233,7 +241,7 @@ class S3Api:
 
     def _complete(self, request: _Request, upload: str, headers: str) -> Reply:
         """Join the parts that the client names, in its order."""
-        tree = ElementTree.fromstring(b"".join(request.body()))
+        tree = ElementTree.fromstring(request.document())
         parts, chosen = self.store.parts(upload), []
         for element in tree.iter():
             if element.tag.endswith("}Part") or element.tag == "Part":
@@ -321,6 +329,12 @@ class _Request:
             if self.header(name)
         }
         return json.dumps(kept | {"content-type": self._environ.get("CONTENT_TYPE") or "binary/octet-stream"})
+
+    def document(self) -> bytes:
+        """Return the body of a request that holds XML. Raises Refused if it is larger than any list of keys or parts."""
+        if int(self._environ.get("CONTENT_LENGTH") or 0) > MOST_DOCUMENT_BYTES:
+            raise Refused(400, "MaxMessageLengthExceeded", f"a document has at most {MOST_DOCUMENT_BYTES} bytes")
+        return b"".join(self.body())
 
     def body(self) -> Iterator[bytes]:
         """Yield the body in pieces. Raises Refused if it ends early, or is encoded in a way that this store does not know."""

@@ -6,12 +6,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
 
+from infra.object_store import ObjectStore
 from infra.s3 import Signed
+from infra.s3_api import S3Api
 from tests.infra.stores import KEY, SECRET, client, serving
 
 
@@ -73,6 +76,41 @@ def test_a_request_that_cannot_be_read_is_refused_like_any_other(headers: dict[s
     statuses: list[str] = []
     Signed(lambda *_: [b"inside"], "key", "secret")(environ, lambda status, _: statuses.append(status))
     assert statuses == ["403 Forbidden"]
+
+
+BOMB = b"<!DOCTYPE d [" + b"<!ENTITY a0 'xxxxxxxxxx'>"
+BOMB += (
+    b"".join(b"<!ENTITY a%d '%s'>" % (i, b"&a%d;" % (i - 1) * 10) for i in range(1, 12))
+    + b"]><Delete><Key>&a11;</Key></Delete>"
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "uri", "body", "length"),
+    [
+        ("GET", "/bucket?list-type=2&max-keys=many", b"", None),
+        ("PUT", "/bucket/key?uploadId=none&partNumber=x", b"", None),
+        ("POST", "/bucket?delete", b"<Delete><Key>", None),
+        ("POST", "/bucket?delete", BOMB, None),
+        ("POST", "/bucket?delete", b"", "99999999999"),
+        ("PUT", "/bucket/key", b"", "many"),
+    ],
+)
+def test_a_request_with_the_key_that_makes_no_sense_is_refused_in_words(
+    tmp_path: Path, method: str, uri: str, body: bytes, length: str | None
+) -> None:
+    api, statuses = S3Api(ObjectStore(tmp_path / "store")), list[str]()
+    environ = {"REQUEST_METHOD": "PUT", "RAW_URI": "/bucket"}
+    api(environ, lambda status, _: statuses.append(status))
+    environ = {
+        "REQUEST_METHOD": method,
+        "RAW_URI": uri,
+        "CONTENT_LENGTH": length or str(len(body)),
+        "wsgi.input": BytesIO(body),
+    }
+    answer = b"".join(api(environ, lambda status, _: statuses.append(status)))
+    assert (statuses[0], statuses[1][:1]) == ("200 OK", "4"), answer
+    assert answer.startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(("key", "secret"), [(KEY, "guessed"), ("other", SECRET)])
