@@ -162,10 +162,21 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
                 catch_up(root)
 
 
+LONGEST_TMPDIR = 80
+"""Bytes: a socket's path may have 103, of which the folder and the name take 23."""
+
+
 @contextmanager
 def fork_server(root: Path) -> Iterator[None]:
     """Run one process that has imported torch and forks for each step, unless POSTTRAIN_WARM names one. Not used with GPUs."""
     if cuda_devices() or os.environ.get(FORK_SERVER):
+        yield
+        return
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        print_line(
+            f"each step imports torch itself, which takes longer: {tempfile.gettempdir()} is too long a path for a socket. Set TMPDIR to a"
+            " shorter folder, e.g. /tmp"
+        )
         yield
         return
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:

@@ -144,7 +144,8 @@ def _fetch(root: Path, version: Version) -> str | None:
         )
         for path in damaged:
             path.unlink()
-        shutil.rmtree(root / FOLDER)  # DVC considers it current, and would leave it
+        folder = root / FOLDER  # DVC considers it current, and would leave it
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     error = run_dvc(root, "pull", "--force", str(POINTER))
     if error is not None:
         return (

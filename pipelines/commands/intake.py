@@ -20,6 +20,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,11 +89,24 @@ def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
-    with Lock(LOCK), inbox.alone() as alone:
+    with _only_process(), inbox.alone() as alone:
         if not alone:
             reason = "a process of a different project is checking this inbox; the next run takes it"
             return [IntakeResult(arrival.name, "left", reason=arrival.left or reason) for arrival in arrivals]
         return _take_all(params, inbox)
+
+
+@contextmanager
+def _only_process() -> Iterator[None]:
+    """Hold the project's lock of intake; say so if a different process has it."""
+    lock = Lock(LOCK)
+    if not lock.acquire():
+        print("intake: waits for a different process that is checking the inbox", flush=True)
+        lock.acquire(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _take_all(params: Params, inbox: Inbox) -> list[IntakeResult]:

@@ -14,6 +14,7 @@ import pytest
 from flows.run_dag import _raise_failures
 from flows.schedule import DagOutcome
 from flows.server import _reason
+from flows.workspace import FORK_SERVER, fork_server
 from posttrain.errors import OrchestrationError
 
 
@@ -26,6 +27,17 @@ def test_a_limit_that_a_stage_meets_is_named_with_its_remedy(tmp_path: Path) -> 
     assert _reason(log) == ""
     log.write_text("Traceback\nsqlite3.OperationalError: database or disk is full\nServer stopped!\n")
     assert _reason(log) == ": sqlite3.OperationalError: database or disk is full"
+
+
+def test_a_folder_of_temporary_files_with_a_long_path_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Start no fork server whose socket could not be made: each step would wait for it in vain."""
+    monkeypatch.delenv(FORK_SERVER, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))
+    with fork_server(tmp_path):
+        assert FORK_SERVER not in os.environ
+    assert "is too long a path for a socket. Set TMPDIR" in capsys.readouterr().out
 
 
 @pytest.mark.slow
