@@ -35,6 +35,23 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return ids
 
 
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many special tokens the tokenizer adds after every text, such as an end of sequence."""
+    own = _ids(tokenizer, _ANCHORS[-1])
+    whole = list(tokenizer(_ANCHORS[-1], add_special_tokens=True)["input_ids"])
+    return next((after for after in range(len(whole)) if whole[: len(whole) - after][-len(own) :] == own), 0)
+
+
+def closed(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: Sequence[int], eos: int, row: str) -> list[int]:
+    """Return the ids of a plain answer up to its first end, or with `eos`. Raises DataError if its text goes on after an end."""
+    first = next((i for i, token in enumerate(ids) if token in ends), None)
+    if first is None:
+        return [*ids, eos]
+    if str(tokenizer.decode([token for token in ids[first + 1 :] if token not in ends])).strip():
+        raise _goes_on(tokenizer, ids[first], f"{row_name(row)}: the text of the answer")
+    return ids[: first + 1]
+
+
 def weighted_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], ends: Sequence[int], row: str = ""
 ) -> tuple[list[int], list[float]]:
@@ -75,10 +92,14 @@ def _require_whole(
         return
     rest = [ids[i] for i in range(end + 1, len(ids)) if starts[i] < span.said[1]]
     if str(tokenizer.decode(rest)).strip():
-        raise DataError(
-            f"{row_name(row)}: the text of turn {span.turn} (assistant) contains {tokenizer.decode([ids[end]])!r}, the model's own end of"
-            " an answer, so the model would stop there and never learn the rest. Write this token in another way, or remove the row."
-        )
+        raise _goes_on(tokenizer, ids[end], f"{row_name(row)}: the text of turn {span.turn} (assistant)")
+
+
+def _goes_on(tokenizer: PreTrainedTokenizerBase, end: int, text: str) -> DataError:
+    return DataError(
+        f"{text} contains {tokenizer.decode([end])!r}, the model's own end of an answer, so the model would stop there and never learn the"
+        " rest. Write this token in another way, or remove the row."
+    )
 
 
 def _end(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.alignment import continuation_ids, weighted_ids
+from posttrain.data.alignment import closed, closing_tokens, continuation_ids, weighted_ids
 from posttrain.data.conversations import ChatTemplate, Span, TrainOn, as_messages, row_name
 from posttrain.data.ends import end_tokens
 from posttrain.errors import ConfigError, DataError
@@ -71,23 +71,23 @@ class TextEncoder:
         self.ends = tuple(self.end_origins)
         self.template = ChatTemplate(tokenizer)
         self._footer: str | None = None
+        self._closing = closing_tokens(tokenizer)
 
     def prompt(self, prompt: Text, tools: list[Any] | None = None, row: str = "") -> list[int]:
         """Return the ids of a prompt, ready for a response to follow."""
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, add_special_tokens=True)["input_ids"]
-            # some tokenizers end every text with an end-of-sequence token; no response may follow it
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else list(ids)
+            ids = list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
+            # some tokenizers close every text with special tokens; no response may follow them
+            ids = ids[: len(ids) - self._closing]
             # a text that already contains the beginning-of-sequence token does not get a second one
             doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
             return ids[1:] if doubled else ids
         text = self.template.conversation(prompt, tools, generate=True, row=row)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def completion(self, completion: str) -> list[int]:
-        """Return the ids of a plain completion, closed by one end of sequence."""
-        ids = continuation_ids(self.tokenizer, completion)
-        return ids if ids and ids[-1] in self.ends else [*ids, self.eos_id]
+    def completion(self, completion: str, row: str = "") -> list[int]:
+        """Return the ids of a plain completion, closed by one end of sequence. Raises DataError if it goes on after an end."""
+        return closed(self.tokenizer, continuation_ids(self.tokenizer, completion), self.ends, self.eos_id, row)
 
     def pair(
         self,
@@ -130,7 +130,7 @@ class TextEncoder:
         if isinstance(prompt, str) and isinstance(completion, str):
             if train_on == "marked":
                 raise DataError(f"row {row}: is plain text, which has no marks; set sft.train_on: completion")
-            return Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion)), row)
+            return Tokens(tuple(self.prompt(prompt)), tuple(self.completion(completion, row)), row)
         text, spans = self.template.spans(
             as_messages(prompt, "user"), as_messages(completion, "assistant"), tools, train_on, row
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,15 @@ def encoder() -> TextEncoder:
     return TextEncoder(byte_tokenizer(64), 64)
 
 
-def with_specials(closing: bool = False, pad_is_eos: bool = False) -> TextEncoder:
+def with_specials(closing: Sequence[str] = (), pad_is_eos: bool = False) -> TextEncoder:
     """Words as tokens, a beginning of sequence that the tokenizer adds by itself, and a merge across "a" and "b"."""
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "<pad>", "a", "b", "c", "ab"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    single = "<s> $A </s>" if closing else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    specials = [("<s>", 1), ("</s>", 2), ("<pad>", 3)]
+    single = " ".join(["<s> $A", *closing])
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>" if pad_is_eos else "<pad>"
     )
@@ -63,7 +65,7 @@ def test_one_beginning_of_sequence_and_none_in_the_completion() -> None:
 
 
 def test_a_tokenizer_that_closes_every_text_leaves_prompts_open_and_completions_closed_once() -> None:
-    encoder = with_specials(closing=True)
+    encoder = with_specials(closing=["</s>"])
     assert encoder.prompt("a c") == [1, 4, 6]
     assert encoder.completion("b") == [5, 2]
 
@@ -120,3 +122,23 @@ def test_the_share_of_unknown_tokens() -> None:
     assert encoder.unknown_share(["a b c", [{"role": "user", "content": "a x y b"}]]) == pytest.approx(3 / 7)
     assert encoder.unknown_share([]) == 0.0
     assert TextEncoder(byte_tokenizer(64), 64).unknown_share(["\u2603"]) == 0.0
+
+
+@pytest.mark.parametrize("text", ["4<|im_end|>5", "<|im_end|>4", "4<|im_end|><|im_end|>5"])
+def test_an_answer_that_goes_on_after_an_end_that_it_spells_is_refused(encoder: TextEncoder, text: str) -> None:
+    with pytest.raises(
+        DataError, match=r"row 7: the text of the answer contains '<\|im_end\|>'.* never learn the rest"
+    ):
+        encoder.pair("2+2=", text, row="7")
+
+
+@pytest.mark.parametrize("after", ["", "\n", "<|im_end|>", " <|im_end|>\n"])
+def test_an_answer_is_trained_up_to_its_first_end(encoder: TextEncoder, after: str) -> None:
+    assert encoder.pair("2+2=", f"4<|im_end|>{after}").response == encoder.pair("2+2=", "4").response
+
+
+@pytest.mark.parametrize("closing", [(), ("</s>",), ("</s>", "</s>"), ("<pad>",)])
+def test_what_a_tokenizer_adds_after_every_text_is_no_part_of_a_prompt(closing: tuple[str, ...]) -> None:
+    encoder = with_specials(closing)
+    assert encoder.prompt("a c") == [1, 4, 6]
+    assert encoder.prompt("a c</s>") == [1, 4, 6, 2]  # the text's own token stays
