@@ -26,8 +26,7 @@ interpreter() {
     return 1
 }
 
-# uv installs in a tenth of pip's time but does not read pip's configuration. The packages are compiled here: every stage
-# is a process of its own, and where PYTHONDONTWRITEBYTECODE is set each would compile torch, MLflow and Prefect again.
+# uv installs in a tenth of pip's time but does not read pip's configuration.
 with_uv() {
     local uv="$1" setting value
     local -a options=()
@@ -36,7 +35,7 @@ with_uv() {
         # One option per value: pip separates them by white space.
         for value in $value; do options+=("--$setting" "$value"); done
     done
-    "$uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" --index-strategy unsafe-best-match \
+    "$uv" pip install --quiet --python "$VENV/bin/python" --index-strategy unsafe-best-match \
         ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev,servers]'
 }
 
@@ -44,6 +43,17 @@ pip_setting() {
     local variable
     variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
     { echo "${!variable:-}"; "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; } | tr '\n' ' '
+}
+
+# Files of packages that no process of the project imports, or only a few tests: a third of the bytes.
+SKIPPED='site-packages/((.*/)?tests?/|(databricks|pip|sklearn)/|torch/testing/_internal/|transformers/models/(?!(auto|bloom|encoder_decoder|gemma2|llama|mamba|mistral|qwen2|qwen3|qwen3_moe)/).*/)'
+
+# Every stage is a separate process, and each would compile torch, MLflow and Prefect again if PYTHONDONTWRITEBYTECODE is set.
+# pip compiles by itself. Some packages carry templates that are no Python: a file that cannot be compiled is no fault.
+compile_packages() {
+    local packages
+    packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    "$VENV/bin/python" -m compileall -qq -j 0 -x "$SKIPPED" "$packages" || true
 }
 
 with_pip() { "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev,servers]'; }
@@ -61,7 +71,7 @@ if [ ! -x "$VENV/bin/python" ]; then
     "$BASE" -m venv "$VENV"
 fi
 if UV="$(find_uv)" && with_uv "$UV"; then
-    :
+    compile_packages
 else
     echo "setup: uv is not to be had or could not install; using pip, which takes minutes"
     with_pip

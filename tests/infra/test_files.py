@@ -55,6 +55,28 @@ def test_linters_and_schemas_find_nothing(root: Path, tmp_path: Path) -> None:
     check(root, "yamllint", "--strict", "--config-file", "infra/yamllint.yaml", *yamls)
 
 
+@pytest.mark.parametrize(
+    ("file", "compiled"),
+    [
+        ("prefect/client/orchestration.py", True),
+        ("transformers/models/auto/modeling_auto.py", True),
+        ("transformers/models/qwen3_moe/modeling_qwen3_moe.py", True),
+        ("transformers/models/__init__.py", True),
+        ("pip_audit/cli.py", True),
+        ("_pytest/python.py", True),
+        ("numpy/testing/__init__.py", True),
+        ("transformers/models/qwen3_vl/modeling_qwen3_vl.py", False),
+        ("sympy/core/tests/test_expr.py", False),
+        ("pip/_internal/main.py", False),
+    ],
+)
+def test_setup_compiles_what_processes_import(root: Path, file: str, compiled: bool) -> None:
+    """A checkout in a folder named `tests` is no reason to leave anything out."""
+    (skipped,) = re.findall(r"^SKIPPED='(.*)'$", (root / "infra/setup.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    path = f"/home/tests/posttrain/.venv/lib/python3.11/site-packages/{file}"
+    assert (re.search(skipped, path) is None) == compiled
+
+
 def pool(root: Path, kind: str) -> Any:
     return json.loads((root / "infra" / "work-pools" / f"{kind}.json").read_text(encoding="utf-8"))
 

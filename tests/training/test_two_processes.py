@@ -12,13 +12,18 @@ import torch
 from accelerate import Accelerator
 
 from posttrain.network import free_port
+from tests.reliability.workspace import CLIENT, Warm
 from tests.training.two_processes import NAMES, results
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def together(root: Path, extra: dict[str, str], *command: str) -> list[str]:
-    """Run a module in two processes that train together on the CPU; return the output of each."""
+def together(root: Path, extra: dict[str, str], *command: str, warm: Warm | None = None) -> list[str]:
+    """Run a module in two processes that train together on the CPU; return the output of each.
+
+    Args:
+        warm: the processes are its forks, which need no seconds for their imports, and have no exit of the interpreter.
+    """
     environment = os.environ | extra
     environment |= {
         "WORLD_SIZE": "2",
@@ -27,9 +32,11 @@ def together(root: Path, extra: dict[str, str], *command: str) -> list[str]:
         "MASTER_PORT": str(free_port()),
     }
     environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    start = ["-m"] if warm is None else ["-c", CLIENT]
+    environment |= {} if warm is None else {"POSTTRAIN_WARM": str(warm.socket)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, *start, *command],
             cwd=root,
             env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
             text=True,
@@ -49,8 +56,8 @@ def together(root: Path, extra: dict[str, str], *command: str) -> list[str]:
 
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_path: Path) -> None:
-    outputs = together(root, sharding, "tests.training.two_processes", str(tmp_path / "two.pt"))
+def test_two_processes_agree_with_one(sharding: dict[str, str], root: Path, tmp_path: Path, warm: Warm) -> None:
+    outputs = together(root, sharding, "tests.training.two_processes", str(tmp_path / "two.pt"), warm=warm)
     # both refuse a broken batch; neither waits for the other for ever
     assert all("refused" in output for output in outputs)
 

@@ -18,13 +18,14 @@ from pipelines.runtime.ranking import RECORD, decode
 from posttrain.evaluation.statistics import mcnemar, wilson
 from tests.pipelines.read_html import Text
 from tests.pipelines.synthetic_runs import ATTACK, RATES, build
+from tests.reliability.workspace import Warm
 from tests.test_translations import half_width
 
 
-def run_compare(folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(root), "POSTTRAIN_FOLLOWER": "1"}
+def run_compare(folder: Path, root: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(root), "POSTTRAIN_FOLLOWER": "1"} | extra
     command = [sys.executable, "-m", "pipelines.compare"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +222,14 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     assert "url(" not in page
 
 
-def test_a_second_run_writes_the_same_bytes(project: Path, root: Path) -> None:
+def test_a_second_run_writes_the_same_bytes(project: Path, root: Path, warm: Warm) -> None:
     def contents() -> dict[str, bytes]:
         files = sorted([*(project / "report").iterdir(), *(project / "runs" / "compare").rglob("*.*")])
         return {file.relative_to(project).as_posix(): file.read_bytes() for file in files}
 
     before = contents()
     (project / "report" / "leftover.png").write_bytes(b"of an older report")
-    done = run_compare(project, root)
+    done = run_compare(project, root, POSTTRAIN_WARM=str(warm.socket))
     assert done.returncode == 0, done.stderr
     assert contents() == before
     assert {"report/index.html", "report/accuracy.png", "report/over_optimisation.png"} <= before.keys()
