@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.lineage.objects import Objects
 from pipelines.lineage.quotes import Texts, strings
 from pipelines.tracking.lockfile import locked_output
+from posttrain.errors import DataError
 from posttrain.files import write_atomic
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ def read_tables(project: Path, stored: Objects) -> dict[str, pa.Table]:
     entry = locked_output(project, TABLES) or {}
     locked = stored.entries(str(entry["md5"])) if "md5" in entry else {}
     folders = (project / TABLES, project / REMAINING)
-    names = {path.name for folder in folders for path in folder.glob("*.parquet")} | locked.keys()
+    names = {path.name for folder in folders for path in folder.glob("*.parquet")}
+    names |= {name for name in locked if name.endswith(".parquet")}
     found = {}
     for name in sorted(names):
         path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         data = path.read_bytes() if path is not None else stored.read(locked[name])
         if data is not None:
-            found[name] = _table(data)
+            found[name] = _table(name, data)
     return found
 
 
@@ -69,8 +71,14 @@ def _without(table: pa.Table, texts: Texts) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _table(data: bytes) -> pa.Table:
+def _table(name: str, data: bytes) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq  # its ParquetFile: read_table imports pandas
 
-    return pq.ParquetFile(pa.BufferReader(data)).read()
+    try:
+        return pq.ParquetFile(pa.BufferReader(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{TABLES}/{name} is damaged ({error}), so the rows of other files are unknown. Type `dvc checkout --force {TABLES}`,"
+            " then this again."
+        ) from None

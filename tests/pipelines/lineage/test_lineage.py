@@ -72,7 +72,7 @@ class Nights:
     def night(self, rows: list[dict[str, Any]], inputs: dict[str, str], quoted: bytes = b"") -> None:
         """Write the records of one night; `quoted` is in the journal of ingest, as the samples of a table do."""
         journal = self.store(json.dumps({"kind": "start", "inputs": inputs}).encode() + b"\n" + quoted)
-        tables = self.folder({"preferences.parquet": parquet(rows)})
+        tables = self.folder({"preferences.parquet": parquet(rows), "sources.json": b"{}"})
         self.record("ingest", {}, {"data/tables": tables, "runs/ingest/journal.jsonl": journal})
         valid = self.folder({"preferences.parquet": parquet(rows), "sft.parquet": parquet([{"id": 0}])})
         aside = self.folder({"preferences.parquet": parquet(rows[:1])})
