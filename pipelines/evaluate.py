@@ -84,7 +84,9 @@ def summary(
     results = _measure(GREEDY, interval)
     grid = floats([a.rewards[accuracy] for a in sampled]).reshape(shape)
     for k in pass_k if np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all() else ():
-        results[f"pass@{k}"] = float(np.nanmean(pass_at_k_by_prompt(grid, k)))
+        chances = pass_at_k_by_prompt(grid, k)
+        if np.isfinite(chances).any():  # a reward that has failed may leave no prompt k known answers
+            results[f"pass@{k}"] = float(np.nanmean(chances))
     for source in sorted(answers[0].rewards):
         values = floats([a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)

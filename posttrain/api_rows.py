@@ -38,6 +38,7 @@ from posttrain.rewards.extraction import equal, gold_answers
 from posttrain.rewards.functions import BUILT_IN
 from posttrain.rewards.golds import gold_texts
 from posttrain.settings import context_limit
+from posttrain.text import is_blank
 from posttrain.text import shortened as shown
 
 if TYPE_CHECKING:
@@ -281,9 +282,9 @@ def _said_once(row: Row, answers: Sequence[str], place: str, weighs: bool = Fals
 def _speaks(answer: Any) -> bool:
     """Return True if an answer has text, or a turn of the assistant with text or a tool call."""
     if isinstance(answer, str):
-        return bool(answer.strip())
+        return not is_blank(answer)
     spoken = [turn for turn in answer if turn["role"] == "assistant"]
-    return any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in spoken)
+    return any(not is_blank(str(turn.get("content") or "")) or turn.get("tool_calls") for turn in spoken)
 
 
 def _refuse_answered(prompt: Any, place: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 _NAMES = "think|thinking|thought|thoughts|reasoning|reason|scratchpad"
 _CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]|\u25c1/think\u25b7", re.IGNORECASE)
 _OPENED = re.compile(rf"<(?:{_NAMES})>|\[(?:{_NAMES})\]|\u25c1think\u25b7", re.IGNORECASE)
+_UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+"""Soft hyphens, zero-width spaces, marks of direction and marks of byte order."""
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,40}<\|message\|>")
 """How gpt-oss separates its reasoning (`analysis`) from its answer (`final`)."""
 
@@ -58,10 +60,21 @@ def reason_of(error: BaseException) -> str:
 def normalised(text: str) -> str:
     """Return the text as leakage and duplicate checks compare it: one Unicode form, no case, single spaces.
 
-    Signs stay: 8-3 is not 8+3, and a vowel sign makes a different word. Only a full stop or question mark at the end does not count.
+    Signs stay: 8-3 is not 8+3, and a vowel sign makes a different word. Only a full stop or question mark at the end does not count, and
+    marks that no reader sees, such as those of a line's direction. Joiners stay, because they change letters.
     """
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", _UNSEEN.sub("", text)).casefold())
     return " ".join(folded.split()).rstrip(" .?。？")
+
+
+def is_blank(text: str) -> bool:
+    """Return True if a text has no character that a reader sees.
+
+    Example:
+        >>> is_blank(" \\u200b\\ufeff"), is_blank("."), is_blank("")
+        (True, False, True)
+    """
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def letters_and_digits(text: str) -> str:

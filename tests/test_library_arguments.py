@@ -133,6 +133,11 @@ def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[s
         ("sft", [ROWS[0], ROWS[1] | {"label": False}], "row 1: its label is False, so its answer is a bad one"),
         ("sft", [ROWS[0] | {"label": "0"}], "row 0: its label is '0', so its answer is a bad one"),
         ("sft", [ROWS[0] | {"completion": " "}], "row 0: completion is ' ', so the model would learn to say nothing"),
+        (
+            "sft",
+            [ROWS[0] | {"completion": "\u200b\0"}],
+            "row 0: completion is .*, so the model would learn to say nothing",
+        ),
         ("sft", [ROWS[0] | {"messages": []}], "row 0: has messages and completion and prompt, of which only one"),
         ("sft", [ROWS[0] | {3: 4}], "row 0: the column 3 is no text"),
         ("sft", {"a"}, "rows is a set, whose order differs from run to run"),

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import lzma
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -129,8 +130,8 @@ class WrittenNumber(float):
 
 
 def _number(text: str) -> float:
-    """Return a number; if a float rounds it, with its spelling."""
-    if len(text) <= EXACT_DIGITS:
+    """Return a number; if a float rounds it or cannot hold it, with its spelling."""
+    if len(text) <= EXACT_DIGITS and math.isfinite(float(text)):
         return float(text)
     number = WrittenNumber(text)
     number.text = text
@@ -223,7 +224,7 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
     except csv.Error as error:
         unclosed = "; a field begins with a quote that nothing closes" if "unexpected end" in str(error) else ""
         raise DataError(
-            f"{path}, record {len(records) + 1} (line {reader.line_num}): not CSV: {error}{unclosed}. A field that holds a quote"
+            f"{path}, record {len(records) + 1} (line {reader.reader.line_num}): not CSV: {error}{unclosed}. A field that holds a quote"
             ' is written in quotes, with the quote doubled: "say ""hi"""'
         ) from None
     return records

@@ -11,7 +11,7 @@ from pipelines.data.tables import group_labels, plain
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.recorder import RunRecorder
 from pipelines.training.setup import accelerator, announce, device_name, problems, read_table, with_turns
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pipelines.config.second_task_schema import SecondTask
@@ -149,7 +149,15 @@ def second_task_accuracy(
 
     rows = single_turn_rows(task.source, task.rows, settings.seed, task.options, "evaluation.second_task")
     judge = FunctionReward("evaluation.second_task", environment(task.source).reward)
-    requests = [Request(tuple(encoder.prompt(row["prompt"])), ((0,),)) for row in rows]
+    prompts = [tuple(encoder.prompt(row["prompt"])) for row in rows]
+    longest = max(map(len, prompts))
+    if longest + settings.max_new_tokens > encoder.max_length:
+        raise ConfigError(
+            f"evaluation.second_task: a prompt of {task.source} has {longest} tokens, and evaluation.max_new_tokens ="
+            f" {settings.max_new_tokens} more exceed the model's context of {encoder.max_length}; choose options with shorter prompts, or"
+            " lower max_new_tokens"
+        )
+    requests = [Request(prompt, ((0,),)) for prompt in prompts]
     engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
     sharing = processes or ONE_PROCESS
     answers = sharing.sample(engine, requests, SamplingSettings(settings.max_new_tokens, 0.0))

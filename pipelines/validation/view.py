@@ -28,6 +28,7 @@ from pipelines.data.tables import (
 )
 from pipelines.validation.leakage import prompt_keys
 from posttrain.errors import DataError
+from posttrain.text import is_blank
 
 POSITION = "position"
 """Index of a row in its table: how results point at rows."""
@@ -115,7 +116,7 @@ def _text_keys(rows: Sequence[Row], name: str) -> NDArray[np.int64]:
     Great Expectations would encode and hash the texts of a frame, which needs about twice their size.
     """
     texts = (_judged(row[name], name) for row in rows)
-    return np.fromiter((_number(_digest(text)) if text.strip() else BLANK for text in texts), np.int64, len(rows))
+    return np.fromiter((_number(_digest(text)) if not is_blank(text) else BLANK for text in texts), np.int64, len(rows))
 
 
 def _number(digest: bytes) -> int:
@@ -135,7 +136,7 @@ def _judged(value: Any, name: str) -> str:
     text = plain(value)
     if name == "prompt" or not isinstance(value, list):
         return text
-    spoken = [m for m in value if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    spoken = [m for m in value if m["role"] == "assistant" and (not is_blank(m["content"]) or m.get("tool_calls"))]
     return text if spoken else ""
 
 

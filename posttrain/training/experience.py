@@ -160,7 +160,8 @@ class ExperienceSource:
         spec, lengths = self.spec, [len(a.tokens.response) for a in answers]
         time_steps = max(1, *lengths)
         mask = pad([a.tokens.weights or [1.0] * len(a.tokens.response) for a in answers], time_steps) != 0
-        rewards = torch.tensor([a.reward for a in answers], dtype=torch.float32)
+        # float32 would make large rewards equal that differ, such as 16777216 and 16777217
+        rewards = torch.tensor([a.reward for a in answers], dtype=torch.float64)
         penalty, coefficient = torch.zeros(mask.shape), self.objective.kl_coefficient
         if spec.kl != "none" and own and reference:
             difference = pad([n.logprobs for n in own], time_steps) - pad([n.logprobs for n in reference], time_steps)
@@ -177,7 +178,7 @@ class ExperienceSource:
             advantages, returns, metrics = self._token_advantages(rewards, penalty, values, mask)
         else:
             groups = torch.tensor([a.group for a in answers])
-            of_answer = group_advantages(rewards - penalty.sum(-1), groups, spec.advantage)
+            of_answer = group_advantages(rewards - penalty.sum(-1), groups, spec.advantage).float()
             if spec.mask_truncated:
                 of_answer = torch.where(_informative_members(answers, spec), of_answer, 0.0)
             advantages, returns, metrics = (
@@ -200,7 +201,7 @@ class ExperienceSource:
     ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
         """Return one advantage per token: GAE with the critic, or the reward to go normalised over the batch (2501.03262)."""
         spec, known = self.spec, ~torch.isnan(rewards)
-        per_token = -penalty
+        per_token = -penalty if spec.has_critic else -penalty.double()
         # the last sampled token: the environment's tokens before it have no action, and none follows it
         last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(-1)
         per_token[torch.arange(len(rewards)), last] += torch.where(known, rewards, 0.0)
@@ -208,13 +209,13 @@ class ExperienceSource:
         if spec.has_critic:
             advantages, returns = gae(per_token, values, scored, spec.gamma, spec.lam)
         else:
-            advantages, returns = gae(per_token, torch.zeros_like(values), scored, 1.0, 1.0)
+            advantages, returns = gae(per_token, torch.zeros_like(per_token), scored, 1.0, 1.0)
         metrics = {"advantage/std": float(advantages[scored].std(correction=0))}
         if spec.has_critic:
             residual, spread = (returns - values)[scored].var(correction=0), returns[scored].var(correction=0)
             metrics["value/explained_variance"] = float(1 - residual / spread.clamp(min=1e-12))
         if spec.whiten or not spec.has_critic:
-            advantages = whiten(advantages, scored)
+            advantages = whiten(advantages, scored).float()
         return advantages, returns if spec.has_critic else None, metrics
 
     def _adapt(self, kl: float, responses: int) -> None:

@@ -86,6 +86,10 @@ def test_a_second_task_is_answered_greedily_and_scored_by_its_own_judge() -> Non
     talk = register(Environment("talk_second", ECHO.rows, judge, lambda conversation: None))
     with pytest.raises(ConfigError, match="talk_second has several turns"):
         second_task_accuracy(Policy(model), encoder, SecondTask(source=talk.name, rows=5), SecondTaskSettings(0, 6))
+    with pytest.raises(
+        ConfigError, match=r"second_task: a prompt of echo_second has \d+ tokens, .* context of 32; choose"
+    ):
+        second_task_accuracy(Policy(model), encoder, task, SecondTaskSettings(0, 32))
     nothing = SecondTask(source="echo_second", rows=5, options={"loud": True})
     with pytest.raises(ConfigError, match=r"evaluation.second_task.options: .* 'loud'"):
         second_task_accuracy(Policy(model), encoder, nothing, SecondTaskSettings(0, 6))
@@ -99,6 +103,14 @@ def test_a_reward_without_a_value_is_named(samples: Sequence[int], kind: str) ->
         summary(some, "answer", [1], Resampling(seed=0, resamples=10))
     with pytest.raises(DataError, match=r"rewards.odd: .* 2 sampled answers, .* or remove it from evaluation.rewards"):
         summary([replace(a, rewards={"answer": 1.0, "odd": None}) for a in given], "answer", [1], Resampling(seed=0))
+
+
+def test_pass_at_k_is_left_out_if_no_prompt_has_k_known_answers() -> None:
+    given = answered(["4", "5", "4"])
+    some = [replace(a, rewards={"answer": None if a.sample == 2 else 1.0}) for a in given]
+    found = summary(some, "answer", [1, 2], Resampling(seed=0, resamples=10))
+    assert found["pass@1"] == 1.0
+    assert "pass@2" not in found
 
 
 def test_a_second_task_that_is_never_scored_is_an_error() -> None:

@@ -89,6 +89,18 @@ def test_advantages_are_those_of_the_group_for_every_token() -> None:
     assert data.metrics["reward/varied/missing"] == pytest.approx(1 - len(total) / 12)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_pp"])
+def test_large_rewards_have_the_advantages_of_their_differences(name: str) -> None:
+    source, _, _ = step(spec(name))
+
+    def advantages(shift: float) -> list[list[float]]:
+        answers = [replace(a, reward=shift + i % 3) for i, a in enumerate(source.last_answers)]
+        return [row.tolist() for row in source._advantages(answers, None, None)[0]]
+
+    for large, small_ones in zip(advantages(2.0**24), advantages(0.0), strict=True):  # in float32, 2^24 + 1 is 2^24
+        assert large == pytest.approx(small_ones, abs=1e-6)
+
+
 def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
     source, data, _policy = step(spec("rloo", kl_coefficient=0.3))
     rows = data.batches[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.config.data_schema import PreferredAnswer
+from pipelines.data.files import read_file
 from pipelines.data.tables import read_rows, write_rows
 from posttrain.errors import ConfigError, DataError
 from tests.pipelines.data.records import rows, says, user
@@ -129,3 +130,9 @@ def test_a_boolean_label_is_spelt_as_in_json() -> None:
         preferred = PreferredAnswer(columns=["won"], answers=dict(zip(names, ("one", "two"), strict=True)))
         made = rows("preferences", record | {"won": True}, record | {"won": False}, preferred=preferred)
         assert [row["chosen"] for row in made] == ["x", "y"]
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "12345678901234567890.5"])
+def test_a_gold_number_that_no_float_holds_keeps_its_spelling(tmp_path: Path, number: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "q", "answer": {number}}}\n')
+    assert rows("problems", *read_file(tmp_path / "rows.jsonl")) == [{"prompt": "q", "answer": number}]

@@ -65,6 +65,12 @@ def test_rows_are_shown_where_they_differ(checked: Checked) -> None:
         assert f"  id {i} (as evaluation id {i}): prompt '...and nothing else. {i} + {i}'" in str(caught.value)
 
 
+@pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u200f", "\u00ad"])
+def test_a_mark_that_no_reader_sees_hides_no_leak(mark: str) -> None:
+    row, other = ({"prompt": text} for text in (f"{mark}What is {mark}8-3?", "What is 8-3?"))
+    assert prompt_keys(row, False) & prompt_keys(other, True)
+
+
 def test_prompts_that_differ_in_a_sign_do_not_leak(checked: Checked) -> None:
     tables = sft(("What is 8-3?", "5"), ("Is x<y?", "1"), ("Compute 2.5", "2.5"), ("दिन", "1"))
     asked = ("What is 8+3?", "Is x>y?", "Compute 2/5", "दान")

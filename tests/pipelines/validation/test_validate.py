@@ -71,7 +71,7 @@ def test_a_wrong_type_that_only_warns_is_kept_as_its_json(checked: Checked) -> N
 
 def test_chat_messages_are_text(checked: Checked) -> None:
     chat = [{"role": "user", "content": "hello"}]
-    empty = [{"role": "user", "content": " "}]
+    empty = [{"role": "user", "content": " \u200b"}]
     outcome = checked(sft((chat, "fine"), (empty, "fine")))
     assert outcome.kept["sft"] == [{"id": 0, "prompt": chat, "completion": "fine"}]
     assert reasons(outcome, "sft") == {1: "empty_text (prompt)"}
