@@ -51,6 +51,8 @@ SCORES = ("chosen_score", "rejected_score")
 _WHOLE = "messages"
 _ALMOST = 0.8
 """Names of columns that are at least this similar to an optional one are taken for a misspelling of it."""
+_WIDEST = 1e15
+"""Largest difference of two scores."""
 
 
 def prompt_rows(rows: Any) -> list[Row]:
@@ -167,6 +169,22 @@ def preference_rows(rows: Any, needs_scores: bool) -> list[Row]:
             )
     refuse_repeated_texts(found, ("chosen", "rejected"), "rows")
     return found
+
+
+def refuse_ties(rows: Sequence[Row], algorithm: str) -> None:
+    """Raise DataError if the scores of every pair are equal, or differ by more than a loss can hold."""
+    gaps = [float(row[SCORES[0]]) - float(row[SCORES[1]]) for row in rows if SCORES[0] in row]
+    if gaps and len(gaps) == len(rows) and not any(gaps):
+        raise DataError(
+            f"rows: the two scores of every pair are equal, and {algorithm} weighs a pair by their difference, so nothing would be learnt;"
+            " give scores that differ"
+        )
+    wide = next((i for i, gap in enumerate(gaps) if gap > _WIDEST), None)
+    if wide is not None:
+        raise DataError(
+            f"rows, row {wide}: the scores differ by {gaps[wide]:g}, and at most {_WIDEST:g} can be computed with; divide all scores by one"
+            " number"
+        )
 
 
 def _alike(row: Row) -> Row:

@@ -42,6 +42,7 @@ from posttrain.api_rows import (
     labelled_rows,
     preference_rows,
     prompt_rows,
+    refuse_ties,
     supervised_rows,
 )
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
@@ -367,6 +368,8 @@ def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> No
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
     run.identity["rows"] = rows = [dict(row) for row in table]
+    if isinstance(spec, LoggedGroups) or (spec.score_weighting == "weight" and not spec.nll_coefficient):
+        refuse_ties(rows, spec.name)
     chosen, rejected = (
         _measured(run, spec, policy, answer_tokens(run.model.encoder, rows, column))
         for column in ("chosen", "rejected")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import posttrain as pt
+from posttrain.algorithms import choose
 from posttrain.api_arguments import checked
 from posttrain.api_rows import labelled_rows, preference_rows, supervised_rows
 from posttrain.errors import ConfigError, DataError
@@ -165,3 +166,20 @@ def test_plain_and_chat_rows_of_kto_are_not_mixed(model: pt.Model) -> None:
     chat = {"prompt": ASKED, "completion": [says("b")], "label": False}
     with pytest.raises(DataError, match="rows: row 0 is plain text and row 1 has chat messages"):
         train(model, "kto", [plain, chat])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo_pairs", choose("dpo", {"score_weighting": "weight"})])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([(1, 1), (0.5, 0.5)], "the two scores of every pair are equal, .* nothing would be learnt"),
+        ([(1, 0), (1e308, -1e308)], r"row 1: the scores differ by inf, and at most 1e\+15"),
+    ],
+)
+def test_pairs_whose_scores_teach_nothing_are_refused(
+    model: pt.Model, algorithm: Any, scores: list[tuple[float, float]], message: str
+) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair | {"chosen_score": high, "rejected_score": low} for high, low in scores]
+    with pytest.raises(DataError, match=message):
+        train(model, algorithm, rows)
