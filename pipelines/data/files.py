@@ -97,6 +97,10 @@ def _parsed(line: str, path: Path, number: int) -> Any:
     try:
         return _loaded(line, f"{path}, line {number}")
     except json.JSONDecodeError as error:
+        if "\ufeff" in line:
+            raise DataError(
+                f"{path}, line {number}: holds a byte order mark (U+FEFF), as between files that were joined; remove it"
+            ) from None
         spread = number == 1 and line.strip() in ("{", "[", "[{")
         hint = " If the file is one JSON document over several lines, name it .json." if spread else ""
         raise DataError(
@@ -206,6 +210,10 @@ def _delimited(path: Path, delimiter: str) -> list[Record]:
         names = reader.fieldnames or ()
         refuse_wide(len(names), f"{path}, line 1")
         twice = first_twice(names)
+        if names and names[0].lower().startswith("sep="):
+            raise DataError(
+                f"{path}, line 1: {delimiter.join(names)!r} is a note to Excel, and no header; remove line 1"
+            )
         other = next((mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]), None)
         if other is not None:
             raise DataError(

@@ -257,6 +257,12 @@ def test_lines_keep_their_numbers_with_a_mark_and_with_windows_ends(tmp_path: Pa
         ("a.csv", b"prompt\tcompletion\na\tb\n", r"or name it \.tsv"),
         ("a.tsv", b'prompt\tcompletion\na\t"b\n', r"record 1 .*a field begins with a quote that nothing closes"),
         ("a.csv", b'prompt\n"a\nb"\n"a "b" c"\n', r"record 2 \(line 4\): not CSV"),
+        (
+            "a.csv",
+            b"sep=,\nprompt,completion\na,b\n",
+            "line 1: 'sep=,' is a note to Excel, and no header; remove line 1",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}', r"line 2: holds a byte order mark .*; remove it"),
         ("a.jsonl", b'[{"prompt": "a"}]', r"an array of objects, which is \.json; rename"),
         ("a.jsonl", b'{\n "prompt": "a"\n}', r"one JSON document over several lines, name it \.json"),
         ("a.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), r"seems to be compressed \(name it \.gz\)"),
