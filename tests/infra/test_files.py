@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from flows.deploy import APPROVALS, POOL, TRAINING
 from flows.node import accelerate_settings
 from infra.postgres import DATABASES
+from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.credentials import prefect_client, prefect_server
 from tasks.slots import has_several_processes
 
@@ -300,3 +301,20 @@ def test_the_unit_of_systemd_starts_the_command_that_make_serve_starts(root: Pat
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_a_fresh_clone_has_every_source_of_the_dag(root: Path) -> None:
+    graph = read_yaml(root / "dvc.yaml")["stages"].values()
+    made = [str(out) for stage in graph for out in stage["outs"] if isinstance(out, str) and "${" not in out]
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    files = tracked.stdout.split("\0")
+    sources = {str(dep) for stage in graph for dep in stage["deps"] if "${" not in str(dep)}
+    sources -= {
+        dep
+        for dep in sources
+        if dep.split("/")[0] in ("models", "runs") or any(f"{dep}/".startswith(f"{out}/") for out in made)
+    }
+    missing = sorted(dep for dep in sources if not any(f"{file}/".startswith(f"{dep}/") for file in files))
+    assert (missing, "data/raw" in sources) == ([], True)
