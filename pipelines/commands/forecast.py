@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -73,7 +73,12 @@ def is_present(params: Params) -> bool:
         return True
     not_default = flatten(params.data.model_dump(exclude_defaults=True), "data")
     wanted = {name: v for name, v in declared_values(params, ("data",)).items() if name in used or name in not_default}
-    return used == json.loads(json.dumps(wanted, default=str))
+    return _with_splits(used) == _with_splits(json.loads(json.dumps(wanted, default=str)))
+
+
+def _with_splits(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `data` with the split that a table without one reads; earlier versions recorded it as the default."""
+    return {name: "train" if name.endswith(".split") and value is None else value for name, value in values.items()}
 
 
 def _validated(kind: str) -> int | None:

@@ -98,6 +98,12 @@ def run_in_fork_server(module: str, arguments: list[str]) -> int | None:
             return status
 
 
+def _open_streams() -> None:
+    """Open standard output and error anew: the server's own objects remember the kind of its files, such as a log that can seek."""
+    sys.stdout = os.fdopen(1, "w", encoding=sys.stdout.encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors, closefd=False)
+
+
 def _become_step(connection: socket.socket) -> None:
     """Take over the caller's streams, directory, environment and arguments, and run the module as `python -m` does. Runs in the fork."""
     status = 1
@@ -108,6 +114,7 @@ def _become_step(connection: socket.socket) -> None:
         for descriptor, stream in zip(descriptors, STREAMS, strict=True):
             os.dup2(descriptor, stream)
             os.close(descriptor)
+        _open_streams()
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])

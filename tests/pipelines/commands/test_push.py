@@ -157,6 +157,7 @@ def test_a_parameter_that_an_earlier_version_did_not_record_counts_as_its_defaul
     path = project / "params.yaml"
     recorded = declared_values(load_params(path), ("data",))
     assert (recorded.pop("data.experts"), recorded.pop("data.sft.split")) == (None, None)
+    recorded["data.problems.split"] = "train"  # the default of earlier versions
     journal = Journal(project / "runs/ingest/journal.jsonl")
     journal.append({"kind": "params", "values": recorded})
     journal.close()

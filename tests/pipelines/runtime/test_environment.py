@@ -158,3 +158,17 @@ def test_code_of_a_different_folder_records_nothing(root: Path, tmp_path: Path) 
     (tmp_path / "pipelines").rmdir()
     (tmp_path / "pipelines").symlink_to(root / "pipelines")
     environment.require_own_code(tmp_path)
+
+
+def test_a_fork_of_a_server_that_logs_to_a_file_may_write_to_a_pipe(tmp_path: Path) -> None:
+    """Streams that were made for a file would ask the pipe for its position."""
+    script = (
+        "import os, sys; from pipelines.runtime import environment, fork_server; print('log', flush=True)\n"
+        "descriptor, name = os.pipe()[1], 'gr\\xf6\\xdfe'; os.dup2(descriptor, 1); fork_server._open_streams(); environment.quiet()\n"
+        "print(name, flush=True); print(sys.stdout.errors, file=sys.stderr)"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with (tmp_path / "warm.log").open("wb") as log:
+        done = subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.PIPE, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "backslashreplace\n")
+    assert (tmp_path / "warm.log").read_text() == "log\n"
