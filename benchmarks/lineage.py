@@ -5,7 +5,7 @@
 Each night has eight align stages and the stages around them, with the inputs that dvc.yaml declares, and preference tables that grow by one
 file. Each night has a different seed, so that dvc.lock names all models, as it does after a comparison over seeds. The
 commands are those of a user: a new process each. Reported is the call with the shortest wall time: processor seconds, which hardly
-depend on other load, and wall seconds. The first call parses the run cache, later calls read what it kept. --write puts the table
+depend on other load, and wall seconds. The first call parses the run cache, and later calls use its result. --write puts the table
 into benchmarks/lineage.md.
 """
 

@@ -89,8 +89,8 @@ def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     arrivals = inbox.arrivals()
     if all(arrival.left for arrival in arrivals):
         return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
-    with _only_process(), inbox.alone() as alone:
-        if not alone:
+    with _only_process(), inbox.exclusive() as held:
+        if not held:
             reason = "a process of a different project is checking this inbox; the next run takes it"
             return [IntakeResult(arrival.name, "left", reason=arrival.left or reason) for arrival in arrivals]
         return _take_all(params, inbox)

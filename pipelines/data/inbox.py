@@ -64,7 +64,7 @@ class Inbox(Protocol):
         """List every entry that waits, by name. Hidden files and unfinished ones (.part, .tmp …) do not count."""
         ...
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """Keep other processes from taking files, if the inbox can do that; yield False if a different one is taking them."""
         ...
 
@@ -139,7 +139,7 @@ class StoreInbox:
         named = {str(PurePosixPath(place).relative_to(self._base)): place for place in sorted(found)}
         return [Arrival(name, place, _version(found[place])) for name, place in named.items() if waits(name)]
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """A store has no locks: two projects with one prefix each take its objects."""
         return nullcontext(True)
 

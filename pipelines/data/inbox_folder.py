@@ -71,7 +71,7 @@ class FolderInbox:
         return sorted([*recovered, *found], key=lambda arrival: (not arrival.attempts, arrival.name))
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def exclusive(self) -> Iterator[bool]:
         """Hold a lock on the folder, without waiting: whoever writes into the inbox could hold it for ever."""
         with self._reached():
             descriptor = os.open(self.base, os.O_RDONLY | os.O_DIRECTORY)

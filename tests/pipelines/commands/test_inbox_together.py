@@ -47,8 +47,8 @@ def test_two_processes_at_one_inbox_mix_no_bytes_and_lose_no_row(folder: Path) -
 
 def test_an_inbox_that_a_different_project_reads_is_left_alone_and_never_waited_for(folder: Path) -> None:
     put(folder, "problems/a.jsonl", {"prompt": "first?", "answer": "3"})
-    with FolderInbox(folder / "inbox").alone() as alone:
-        assert alone
+    with FolderInbox(folder / "inbox").exclusive() as held:
+        assert held
         (entry,) = take_in(load_params("params.yaml"), FolderInbox(folder / "inbox"))
     assert (entry.outcome, entry.reason.split(";")[0]) == (
         "left",
