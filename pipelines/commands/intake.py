@@ -86,14 +86,12 @@ class IntakeResult:
 def take_in(params: Params, inbox: Inbox) -> list[IntakeResult]:
     """Deal with every file that waits, in the order of their names. An entry that cannot be taken never stops the others."""
     limit_megabytes(), limit_seconds()  # a wrong setting stops here, and is no fault of a file
-    arrivals = inbox.arrivals()
-    if all(arrival.left for arrival in arrivals):
-        return [IntakeResult(arrival.name, "left", reason=arrival.left) for arrival in arrivals]
     with _only_process(), inbox.exclusive() as held:
-        if not held:
-            reason = "a process of a different project is checking this inbox; the next run takes it"
-            return [IntakeResult(arrival.name, "left", reason=arrival.left or reason) for arrival in arrivals]
-        return _take_all(params, inbox)
+        arrivals = inbox.arrivals()  # not before: a process that had the lock may have taken some of them
+        if held and not all(arrival.left for arrival in arrivals):
+            return _take_all(arrivals, params, inbox)
+    reason = "a process of a different project is checking this inbox; the next run takes it"
+    return [IntakeResult(arrival.name, "left", reason=arrival.left or reason) for arrival in arrivals]
 
 
 @contextmanager
@@ -109,11 +107,10 @@ def _only_process() -> Iterator[None]:
         lock.release()
 
 
-def _take_all(params: Params, inbox: Inbox) -> list[IntakeResult]:
-    """Deal with every file, as the only process. What waits is listed now: a process before may have taken some of it."""
+def _take_all(arrivals: list[Arrival], params: Params, inbox: Inbox) -> list[IntakeResult]:
+    """Deal with every file. Reading the tables of the project comes first, and takes seconds."""
     from pipelines.commands.admission import Admission
 
-    arrivals = inbox.arrivals()
     admission = Admission(params, {kind: packed(table_rows(kind, params.data)) for kind in KINDS})
     return [_claimed(arrival, params, inbox, admission) for arrival in arrivals]
 

@@ -102,7 +102,7 @@ def test_a_file_that_this_project_wrote_is_read_back_as_the_same_model(unused: i
     convert(tmp_path / "a.gguf", tmp_path / "back")
     first, second = load_encoder(tmp_path / "model"), load_encoder(tmp_path / "back")
     for text in ("Tom has 12 + 7 = 19 apples, \u4e2d \U0001f642\n", "a<|end|>b<|endoftext|>"):
-        assert first.completion(text) == second.completion(text)
+        assert first.prompt(text) == second.prompt(text)
     assert (first.ends, first.tokenizer.chat_template) == (second.ends, second.tokenizer.chat_template)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(load_policy(tmp_path / "model")(ids).logits, load_policy(tmp_path / "back")(ids).logits)
