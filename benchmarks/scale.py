@@ -29,7 +29,7 @@ class Costs:
 
     worker: float = 2.2
     """Seconds of a worker for a stage beyond the stage itself: fetching, starting dvc, sending; measured by `workers.py overhead`."""
-    parent: float = 0.31
+    parent: float = 0.11
     """Seconds of the flow and of Prefect's server for a stage, one stage at a time: processor time, by `workers.py many --postgres`."""
     lock: float = 0.1
     """Share of its time that the flow spends at most on writing dvc.lock (tasks/pool/send.py)."""
