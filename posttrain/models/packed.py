@@ -72,9 +72,11 @@ def packed_attention(
     its parts.
 
     Raises:
-        TypeError: the attention has more than windows, soft caps and sinks.
+        TypeError: the attention has more than windows, soft caps and sinks, such as compressed keys.
     """
     found: Parts | None = parts.value if isinstance(parts, Opaque) else parts
+    if getattr(module, "compressor", None) is not None:  # DeepSeek-V4 adds a bias for its compressed keys to the mask
+        raise TypeError("attention to compressed keys")
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     if found is None:
         return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)

@@ -19,6 +19,13 @@ def test_a_language_model_of_a_composite_family_agrees_in_everything() -> None:
     )
 
 
+def test_attention_to_compressed_keys_keeps_the_mask_of_its_own_implementation() -> None:
+    """DeepSeek-V4 adds a bias to the mask; a boolean mask would turn it around beyond the first compressed key."""
+    row = measured("deepseek_v4")
+    assert isinstance(row, Row)
+    assert row.agrees, (line(row), row.faults)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_an_architecture_agrees_or_is_refused(kind: str) -> None:
