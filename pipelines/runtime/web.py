@@ -227,7 +227,7 @@ def run(app: ASGIApp, port: int, ready: Callable[[], None]) -> None:
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # uvicorn would raise the signal again after it has stopped, and end the process before the caller has cleaned up
             self.force_exit = self.should_exit and sig == signal.SIGINT
-            if self.force_exit:  # uvicorn would log the traceback of its own cancelled task
+            if self.force_exit:  # uvicorn would log the traceback of a task that it cancelled
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             self.should_exit = True
 

@@ -1,4 +1,4 @@
-"""Compare the text of a turn with what a chat template shows of it.
+"""Compare the text of a turn with its text in a rendered chat template.
 
 Example:
     >>> after_reasoning("<think>2 is even</think>\\n\\nYes"), plain("A \\n  b")

@@ -54,7 +54,7 @@ class RewardBatch:
 
 @contextmanager
 def _usual_settings() -> Iterator[None]:
-    """Undo what a reward function changes in torch for the whole process, such as gradients that are off, or the number of threads."""
+    """Undo changes that a reward function makes in torch for the whole process, such as gradients that are off, or the thread count."""
     threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):

@@ -81,7 +81,7 @@ class StepRunner:
         expected = None if self._confirmed else _results(step, state)
         try:
             self._replay = record(step)
-        # a kernel that waits for the host cannot be recorded; torch has no exception of its own for it
+        # a kernel that waits for the host cannot be recorded; torch has no separate exception for it
         except RuntimeError as error:
             self._refuse(f"this model's step cannot be recorded ({reason_of(error)})")
             step()

@@ -151,7 +151,7 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_command(root: Path) -> Non
 
 def test_code_of_a_different_folder_records_nothing(root: Path, tmp_path: Path) -> None:
     environment.require_own_code(root)
-    environment.require_own_code(tmp_path)  # a workspace without code of its own, as that of a study
+    environment.require_own_code(tmp_path)  # a workspace without its own code, as that of a study
     (tmp_path / "pipelines").mkdir()
     with pytest.raises(OrchestrationError, match="results would be recorded for code that did not make them"):
         environment.require_own_code(tmp_path)
