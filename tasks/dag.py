@@ -162,10 +162,16 @@ def open_workspace(root: Path) -> Iterator[Any]:
     except OutputIsIgnoredError as error:
         raise OrchestrationError(f"an output of dvc.yaml is no folder for outputs: {error}. {_NAME_RULE}") from error
     except DvcException as error:
-        raise OrchestrationError(
-            f"DVC cannot read the pipeline: {error}. Correct dvc.yaml; `git diff dvc.yaml` shows what changed since the last"
-            " commit."
-        ) from error
+        raise OrchestrationError(f"DVC cannot read the pipeline: {error}. {_how_to_read(str(error))}") from error
+
+
+def _how_to_read(error: str) -> str:
+    """Return what to correct, so that DVC reads the pipeline."""
+    absent = re.search(r"Could not find '([\w.]+)'", error)
+    if absent is None:
+        return "Correct dvc.yaml; `git diff dvc.yaml` shows what changed since the last commit."
+    name = absent[1]
+    return f"params.yaml has no {name}, which dvc.yaml reads. Type: posttrain configure {name}=VALUE (docs/reference/params.md lists them)."
 
 
 def _refuse_versioned_remote(config: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipelines.config.params import merged, parse_params
+from pipelines.config.own_code import code_folder
+from pipelines.config.params import Params, merged, parse_params
 from pipelines.config.yaml_files import read_yaml
 from pipelines.studies.study import FOLDER, Study
 from posttrain.errors import ConfigError
@@ -101,10 +102,9 @@ def _home(name: str, base: Path | None) -> Path:
 
 
 def _checked(tree: Any, name: str, part: str) -> None:
-    """Raise ConfigError if the parameters are not valid, or the study's level depends on seeds that may be added."""
+    """Complete `project.code`. Raise ConfigError if the parameters are not valid, or the level depends on seeds that may be added."""
     try:
-        looks = parse_params(tree, f"study {name}, {part}").report.looks
-        if looks == "always":
+        if complete(tree, f"study {name}, {part}").report.looks == "always":
             raise ConfigError(
                 f"study {name}, {part}: report.looks = always is for comparisons whose seeds are added; a study's seeds are fixed before"
                 " its runs, so give the number of its series"
@@ -113,10 +113,24 @@ def _checked(tree: Any, name: str, part: str) -> None:
         raise ConfigError(f"{error}. Correct examples/studies/{name}.yaml or its base.") from None
 
 
+def complete(tree: dict[str, Any], name: str) -> Params:
+    """Write the folder of own code into the tree, as `posttrain configure` does, and return its parameters.
+
+    Raises ConfigError if they are not valid.
+    """
+    params = parse_params(tree, name)
+    folder = code_folder(params)
+    if folder is None:
+        return params
+    tree["project"] = {**tree["project"], "code": folder}
+    return parse_params(tree, name)
+
+
 def _workspace(root: Path, home: Path, name: str, study: Study, arms: list[str], shared: Any) -> Workspace:
     """Return the workspace of arms that share their parameters outside `algorithms`."""
     tree = merged(shared, study.arms[arms[0]].params)
-    tree["project"] = {"experiment": f"study {name}", "algorithms": list(arms), "seeds": list(study.seeds)}
+    changed = {"experiment": f"study {name}", "algorithms": list(arms), "seeds": list(study.seeds)}
+    tree["project"] = {**tree["project"], **changed}
     tree["algorithms"] = {arm: study.arms[arm].algorithm for arm in arms}
     make_paths_absolute(root, tree)
     _checked(tree, name, ", ".join(arms))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.config.params import parse_params
 from pipelines.config.yaml_files import read_yaml
-from pipelines.studies.workspace import Workspace, make_paths_absolute
+from pipelines.studies.workspace import Workspace, complete, make_paths_absolute
 from pipelines.tuning.trials import Trial
 
 FOLDER = Path(".posttrain/tune")
@@ -18,6 +17,7 @@ def search_workspace(root: Path, found: Sequence[Trial], seeds: Sequence[int]) -
     tree = read_yaml(root / "params.yaml")
     names = tuple(trial.name for trial in found)
     tree["project"] = {
+        **tree["project"],
         "experiment": f"{tree['project']['experiment']} tuning",
         "algorithms": list(names),
         "seeds": list(seeds),
@@ -25,5 +25,5 @@ def search_workspace(root: Path, found: Sequence[Trial], seeds: Sequence[int]) -
     tree["algorithms"] = {trial.name: dict(trial.section) for trial in found}
     tree.pop("tune", None)
     make_paths_absolute(root, tree)
-    parse_params(tree, "a trial of tune")
+    complete(tree, "a trial of tune")
     return Workspace(root / FOLDER / "workspace", names, tree)

@@ -51,6 +51,15 @@ def test_a_folder_without_dvc_is_refused(tmp_path: Path) -> None:
         read_dag(tmp_path)
 
 
+def test_an_absent_parameter_is_named_with_the_command_that_sets_it(workspace: Path) -> None:
+    text = (workspace / "dvc.yaml").read_text()
+    (workspace / "dvc.yaml").write_text(text.replace("inbox]", "'${project.code}']", 1))
+    with pytest.raises(
+        OrchestrationError, match=r"params\.yaml has no project\.code.*posttrain configure project\.code=VALUE"
+    ):
+        read_dag(workspace)
+
+
 def test_a_cycle_is_refused_in_one_sentence(workspace: Path) -> None:
     text = (workspace / "dvc.yaml").read_text()
     (workspace / "dvc.yaml").write_text(text.replace("deps: [work.py, inbox]", "deps: [join.txt]"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from pipelines.config.params import load_params
+from pipelines.config.own_code import all_code, require_covered
+from pipelines.config.params import load_params, parse_params
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.context import MEASUREMENTS
 from pipelines.studies.outcomes import Reader
@@ -24,6 +26,8 @@ from pipelines.studies.results import Entry, all_saved, earlier, judge, save, sa
 from pipelines.studies.study import FOLDER, Study, load_study, names
 from pipelines.studies.verdict import Estimate, combined, estimate, seeds_to_decide, verdict
 from pipelines.studies.workspace import Workspace, prepare, pretraining, workspaces
+from pipelines.tuning.trials import trials
+from pipelines.tuning.workspace import search_workspace
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluation.crossed import crossed_difference
 from tests.pipelines.synthetic_runs import build
@@ -185,12 +189,31 @@ def test_every_study_of_the_project_has_valid_arms_and_an_up_to_date_page(root: 
         assert result.digest == load_study(root, name).digest, f"{name} has changed since its runs"
 
 
+def test_every_workspace_has_the_parameters_that_dvc_reads_and_names_its_own_code(root: Path) -> None:
+    read = set(re.findall(r"\$\{(\w+\.[\w.]+)\}", (root / "dvc.yaml").read_text(encoding="utf-8")))
+    read = {path for path in read if not path.startswith("item.")}
+    assert "project.code" in read
+    spaces = [search_workspace(root, trials(load_params(root / "params.yaml"))[:1], [7])]
+    for name in names(root):
+        first = pretraining(root, name, load_study(root, name))
+        spaces += [*workspaces(root, name, load_study(root, name)), *([first] if first else [])]
+    for space in spaces:
+        given = {
+            path for path in read if reduce(lambda part, key: part[key], path.split("."), space.params) is not None
+        }
+        assert given == read, space.folder
+        params = parse_params(space.params, space.folder.name)
+        require_covered(params, all_code(params))
+    assert {space.params["project"]["code"] for space in spaces} == {"posttrain/environments", "examples"}
+
+
 def test_arms_share_a_workspace_unless_they_change_other_parameters(root: Path, tmp_path: Path) -> None:
     arms = ARMS | {"noisy": {"algorithm": {"preset": "dpo"}, "params": {"data": {"seed": 5}}}}
     arms["grpo"] = arms["ppo"] = {"algorithm": {"preset": "grpo", "rewards": {"answer": 1.0}}}
     first, second = workspaces(root, "which", study(arms=arms), None)
     assert (first.arms, second.arms) == (("grpo", "ppo"), ("noisy",))
-    assert first.params["project"] == {"experiment": "study which", "algorithms": ["grpo", "ppo"], "seeds": [0, 1, 2]}
+    changed = {"experiment": "study which", "algorithms": ["grpo", "ppo"], "seeds": [0, 1, 2]}
+    assert first.params["project"] == read_yaml(root / "params.yaml")["project"] | changed
     assert (first.params["data"]["seed"], second.params["data"]["seed"]) == (0, 5)
     assert first.targets([0, 1])[2:] == [f"evaluate_aligned@{arm}-{seed}" for arm in ("grpo", "ppo") for seed in (0, 1)]
 
