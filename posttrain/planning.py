@@ -22,6 +22,10 @@ from typing import Any
 from posttrain.errors import ConfigError, ModelError
 
 FLOAT32_BYTES = 4
+UNCOMPILED_STEP = 13.25
+"""Float32 copies of a weight that one step with 8-bit moments holds on a CPU, where torchao's step is not compiled (measured)."""
+MOMENT_BYTES = {32: 4, 8: 1 + 4 / 256}
+"""Bytes of a number of a moment by its bits; in 8 bits, each block of 256 numbers has a float32 scale."""
 AUTOCAST_SHARE = 0.75
 """Share of float32's activations that bfloat16 autocast stores: norms and residuals stay in float32."""
 
@@ -176,6 +180,7 @@ def training(
     trained: int = 1,
     frozen: int = 0,
     adapter: int | None = None,
+    moment_bits: int = 32,
     bf16: bool = False,
     recomputes: bool = False,
     device: str = "cpu",
@@ -185,12 +190,14 @@ def training(
 
     Args:
         adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
+        moment_bits: bits of a number of a moment.
         device: kind of the device, which determines the tiles of logits.
         processes: number of processes that share weights, gradients and moments (FSDP2).
     """
     from posttrain.models.logprobs import tile_limits
 
     held = FLOAT32_BYTES * model.parameters
+    own = model.parameters if adapter is None else adapter
     share = AUTOCAST_SHARE if bf16 else 1.0
     tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
     per_token = model.recomputed_per_token if recomputes else model.activations_per_token
@@ -198,15 +205,15 @@ def training(
     return Memory(
         weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
         + model.gathered(processes, bf16),
-        optimiser=math.ceil(3 * (held * trained if adapter is None else _added(adapter, trained)) / processes),
+        optimiser=math.ceil((FLOAT32_BYTES + 2 * MOMENT_BYTES[moment_bits]) * own * trained / processes),
         activations=activations,
         logits=logits,
-        temporary=0 if adapter is not None else _temporary(model, activations, logits, device),
+        temporary=0 if adapter is not None else _temporary(model, activations, logits, device, moment_bits),
     )
 
 
-def _temporary(model: Sizes, activations: int, logits: int, device: str) -> int:
-    """Return the bytes that the gradients of embedding and head need until they are added.
+def _temporary(model: Sizes, activations: int, logits: int, device: str, moment_bits: int) -> int:
+    """Return the bytes that the gradients of embedding and head need until they are added, or one weight's step if that is more.
 
     A tied matrix has two such gradients at the end of the backward pass. By then most activations are freed: a GPU's allocator uses their
     memory again, glibc keeps it for other small blocks.
@@ -214,7 +221,7 @@ def _temporary(model: Sizes, activations: int, logits: int, device: str) -> int:
     matrix = FLOAT32_BYTES * model.vocabulary * model.hidden
     at_end = (1 + model.tied) * matrix
     if device == "cpu":
-        return at_end
+        return at_end if moment_bits == 32 else max(at_end, math.ceil(UNCOMPILED_STEP * matrix))
     return max(matrix, at_end + activations // model.layers - activations - logits)
 
 
@@ -228,6 +235,7 @@ def sampling(
     trained: int = 0,
     frozen: int = 1,
     adapter: int | None = None,
+    moment_bits: int = 32,
     processes: int = 1,
 ) -> Memory:
     """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments.
@@ -240,10 +248,11 @@ def sampling(
     rows = min(math.ceil(answers / processes), MAX_ROWS)
     tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
     held = FLOAT32_BYTES * model.parameters
+    own = model.parameters if adapter is None else adapter
     return Memory(
         weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
         + model.gathered(processes),
-        optimiser=math.ceil(2 * (held * trained if adapter is None else _added(adapter, trained)) / processes),
+        optimiser=math.ceil(2 * MOMENT_BYTES[moment_bits] * own * trained / processes),
         cache=tokens * model.cache_per_token,
         # logits, probabilities, and cumulative probabilities in float64
         logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),

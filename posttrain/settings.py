@@ -56,6 +56,9 @@ def _length(value: Any) -> int:
 class OptimizerSettings:
     """Settings of AdamW, with a learning-rate schedule that counts optimiser steps.
 
+    Attributes:
+        moment_bits: 8 for block-wise quantised moments (arXiv 2110.02861), which need torchao.
+
     Example:
         >>> OptimizerSettings(learning_rate=1e-3).max_grad_norm
         1.0
@@ -69,6 +72,7 @@ class OptimizerSettings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    moment_bits: Literal[8, 32] = 32
 
 
 @dataclass(frozen=True)

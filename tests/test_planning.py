@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:
     assert held.activations == training(SIZES, 100, trained=2, frozen=1).activations
     asked = sampling(SIZES, 10, 20, 10, trained=1, frozen=0, adapter=30)
     assert (asked.weights, asked.optimiser) == (4 * 1030, 2 * 4 * 30)
+
+
+def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
+    # gradients of 4 bytes, two moments of 1 + 4/256
+    held = training(SIZES, 100, trained=2, moment_bits=8)
+    assert held.optimiser == math.ceil((4 + 2 * (1 + 4 / 256)) * 2000) == 12063
+    assert sampling(SIZES, 10, 20, 10, trained=1, moment_bits=8).optimiser == math.ceil(2 * (1 + 4 / 256) * 1000)
+    # on a CPU the step of the embedding, 50 x 8 numbers, holds 13.25 copies of it
+    assert held.temporary == 13.25 * 4 * 50 * 8 > training(SIZES, 100, trained=2).temporary
+    assert training(SIZES, 100, moment_bits=8, device="cuda").temporary == training(SIZES, 100, device="cuda").temporary
 
 
 def test_with_lora_the_plan_holds_one_copy_of_the_weights(root: Path) -> None:

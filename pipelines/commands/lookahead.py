@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import Signature
 from pathlib import Path
 from typing import get_args
@@ -28,6 +29,7 @@ from posttrain.environments.base import built_in, environment, is_environment, i
 from posttrain.environments.parts import Kind
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.harness import require_package
+from posttrain.extras import require_extra
 from posttrain.rewards.judge_server import server_of_environment
 from posttrain.rewards.signatures import misfit
 from posttrain.text import nearest
@@ -52,18 +54,31 @@ def problems(params: Params) -> list[str]:
 
 
 def _services(params: Params) -> Iterator[str]:
-    """Yield a missing package of benchmarks, and a judge whose server the environment does not name."""
+    """Yield missing packages of benchmarks and low-bit training, and a judge whose server the environment does not name."""
     judges = [name for name, reward in params.rewards.items() if reward.function == "judge"]
     checks: list[tuple[str, Callable[[], object]]] = []
     if params.evaluation.benchmarks is not None:
         checks.append(("evaluation.benchmarks", require_package))
     if judges:
         checks.append((f"rewards.{judges[0]}", lambda: server_of_environment(None)))
+    checks += [(key, partial(require_extra, *needed)) for key, *needed in _extras(params)]
     for key, check in checks:
         try:
             check()
         except PosttrainError as error:
             yield str(error) if str(error).startswith(key) else f"{key}: {error}"
+
+
+def _extras(params: Params) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the setting, package, reason and extra of each optional package that training will import."""
+    optimizers = {"sft": params.sft.optimizer}
+    if params.reward.enabled and params.reward.source is None:
+        optimizers["reward"] = params.reward.optimizer
+    optimizers |= {f"algorithms.{name}.budget": params.budget(name).optimizer for name in params.project.algorithms}
+    for section, optimizer in optimizers.items():
+        if optimizer.moment_bits == 8:
+            yield f"{section}.optimizer", "torchao", f"{section}.optimizer.moment_bits = 8", "low-bit"
+            return  # the others need the same package
 
 
 def _functions(params: Params) -> Iterator[str]:

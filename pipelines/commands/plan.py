@@ -27,7 +27,7 @@ from pipelines.commands.forecast import rows_by_table, seconds_by_stage, steps_b
 from pipelines.commands.lookahead import problems
 from pipelines.commands.notes import notes
 from pipelines.config.params import Params, load_params
-from pipelines.config.schema import LoraParams, OnPolicyBudget, TrainingComputeParams
+from pipelines.config.schema import LoraParams, OnPolicyBudget, OptimizerParams, TrainingComputeParams
 from pipelines.report.makespan import Work, critical_path, expected_work, schedule, worker_counts
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, real, reports_errors
@@ -140,13 +140,16 @@ def _adapter(params: Params, lora: LoraParams | None) -> int | None:
     return adapter_parameters(_config(params), lora.settings())
 
 
-def _options(params: Params, compute: TrainingComputeParams, lora: LoraParams | None) -> dict[str, Any]:
+def _options(
+    params: Params, compute: TrainingComputeParams, lora: LoraParams | None, optimizer: OptimizerParams
+) -> dict[str, Any]:
     """Return the options of `posttrain.planning.training` other than the sizes."""
     import torch
 
     return {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "adapter": _adapter(params, lora),
+        "moment_bits": optimizer.moment_bits,
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,
         "processes": sharing_processes(configuration()),
@@ -164,11 +167,12 @@ def phases(params: Params, model: Sizes) -> Iterator[Phase]:
     # with `each`, a row has as many sequences as answers, which are not counted before a run
     rows = None if sft.train_on == "each" else counted["sft"]
     yield Phase("sft", "train", steps["sft"], _times(rows, sft.epochs * longest),
-                training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora)))  # fmt: skip
+                training(model, sft.compute.micro_batch_tokens, **_options(params, sft.compute, sft.lora, sft.optimizer)))  # fmt: skip
     pairs = counted["preferences"]
     if reward.enabled and reward.source is None:
-        yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest),
-                training(model, reward.compute.micro_batch_tokens, **_options(params, reward.compute, reward.lora)))  # fmt: skip
+        options = _options(params, reward.compute, reward.lora, reward.optimizer)
+        memory = training(model, reward.compute.micro_batch_tokens, **options)
+        yield Phase("reward", "train", steps["reward"], _times(pairs, 2 * reward.epochs * longest), memory)
     for name in params.project.algorithms:
         yield from _alignment(params, name, model, steps[f"align@{name}"], pairs, longest)
     yield from _evaluation(params, model, counted["evaluation"])
@@ -183,7 +187,8 @@ def _alignment(
     spec, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
     stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
     if not isinstance(spec, OnPolicy):
-        memory = training(model, compute.micro_batch_tokens, **_options(params, compute, params.align.lora))
+        options = _options(params, compute, params.align.lora, budget.optimizer)
+        memory = training(model, compute.micro_batch_tokens, **options)
         yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory)
         return
     assert isinstance(budget, OnPolicyBudget)
@@ -196,6 +201,7 @@ def _alignment(
     length = prompt + budget.max_new_tokens
     # With an adapter, the frozen base model is also the reference policy.
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
+    held["moment_bits"] = budget.optimizer.moment_bits
     native, staleness = budget.rollouts.engine == "native", budget.rollouts.staleness
     if native and staleness:
         # the process that samples ahead holds a model, and shared memory the snapshots for it
@@ -206,7 +212,8 @@ def _alignment(
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
-    memory = training(model, compute.micro_batch_tokens, **held | _options(params, compute, params.align.lora))
+    options = _options(params, compute, params.align.lora, budget.optimizer)
+    memory = training(model, compute.micro_batch_tokens, **held | options)
     yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
 
 
@@ -270,7 +277,8 @@ def rows_line(counted: Mapping[str, int | None]) -> str:
 def _too_large(phase: Phase, limit: int) -> str:
     """Return a message with the largest part of a phase that does not fit, and advice."""
     advice = {
-        "weights": "use a smaller model or shard it over devices", "optimiser": "use a smaller model or shard it over devices",
+        "weights": "use a smaller model or shard it over devices",
+        "optimiser": "use a smaller model, shard it over devices, set lora, or set optimizer.moment_bits: 8",
         "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
         "logits": "lower compute.micro_batch_tokens",
         "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",

@@ -332,24 +332,27 @@ def test_a_learned_accuracy_and_prompts_that_a_step_repeats_are_named(root: Path
     )
 
 
-def test_a_judge_without_a_server_and_benchmarks_without_their_package_are_named_at_once(
+def test_a_judge_without_a_server_and_missing_packages_are_named_at_once(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(root / "params.yaml", tmp_path / "params.yaml")
     changes = tmp_path / "changes.yaml"
     changes.write_text(
-        "rewards: {graded: {function: judge, arguments: {model: small}}}\nevaluation: {benchmarks: {tasks: [mine]}}\n",
+        "rewards: {graded: {function: judge, arguments: {model: small}}}\nevaluation: {benchmarks: {tasks: [mine]}}\n"
+        "align: {on_policy: {optimizer: {moment_bits: 8}}}\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr("posttrain.evaluation.harness.find_spec", lambda name: None)
+    for module in ("posttrain.evaluation.harness", "posttrain.extras"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     monkeypatch.delenv("POSTTRAIN_JUDGE_URL", raising=False)
     configure(tmp_path / "params.yaml", [str(changes)])
     found = problems(load_params(tmp_path / "params.yaml"))
-    assert len(found) == 2
+    assert len(found) == 3
     assert found[0].startswith("evaluation.benchmarks needs the package lm-eval; install it with")
     assert "'.[benchmarks]'" in found[0]
     assert found[1].startswith("rewards.graded: ")
     assert "set POSTTRAIN_JUDGE_URL" in found[1]
+    assert found[2].startswith("algorithms.ppo.budget.optimizer.moment_bits = 8 needs the package torchao; install it")
 
 
 @pytest.mark.parametrize(

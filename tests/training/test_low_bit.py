@@ -1,0 +1,84 @@
+"""AdamW with moments in 8 bits: as exact as its blocks, resumed to the bit, and refused with the command to type if torchao is absent."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from posttrain.errors import CheckpointError, ConfigError
+from posttrain.settings import OptimizerSettings
+from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.optimizer import load_portable, make_optimizer, portable_state, stepping
+
+SETTINGS = OptimizerSettings(0.01, weight_decay=0.1, moment_bits=8)
+CPU = torch.device("cpu")
+
+
+def weights() -> list[nn.Parameter]:
+    """Return a matrix of 16 blocks, whose moments are quantised, and a vector, whose moments are not."""
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((16, 256), (300,))]
+
+
+def stepped(optimizer: Any, parameters: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        with stepping(optimizer, CPU):
+            optimizer.step()
+
+
+def made(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> Any:
+    return make_optimizer([{"params": parameters, "lr": settings.learning_rate}], settings)
+
+
+def test_a_missing_package_is_a_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr("posttrain.extras.find_spec", lambda name: sys.modules.get(name))
+    with pytest.raises(
+        ConfigError, match=r"moment_bits = 8 needs the package torchao; .*pip install .*'\.\[low-bit\]'"
+    ):
+        made(SETTINGS, weights())
+
+
+def test_the_first_step_is_that_of_32_bits_and_later_ones_differ_by_the_rounding_of_blocks() -> None:
+    pytest.importorskip("torchao", reason="the extra low-bit is not installed")
+    eight, whole = weights(), weights()
+    low, high = made(SETTINGS, eight), made(replace(SETTINGS, moment_bits=32), whole)
+    for steps, limit in ((range(1), 1e-6), (range(1, 20), 0.005)):
+        stepped(low, eight, steps)
+        stepped(high, whole, steps)
+        matrix, vector = (float((a - b).detach().abs().max()) for a, b in zip(eight, whole, strict=True))
+        assert matrix < limit
+        assert vector < 1e-5  # its moments are float32, and only the order of products differs
+    assert not torch.equal(eight[0], whole[0])
+    state = portable_state(low)["state"]
+    codes, scale = state[0]["exp_avg"]["codes"], state[0]["exp_avg"]["scale"]
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (torch.uint8, (16, 256), torch.float32, (16,))
+    assert state[1]["exp_avg"].dtype == torch.float32
+
+
+def test_resumed_from_a_file_is_bit_identical(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="the extra low-bit is not installed")
+    straight = weights()
+    stepped(made(SETTINGS, straight), straight, range(6))
+    first, second = weights(), weights()
+    optimizer = made(SETTINGS, first)
+    stepped(optimizer, first, range(3))
+    Checkpoints(tmp_path).save(3, {"weights": first, "optimizer": portable_state(optimizer)})
+    (_, state), resumed = Checkpoints(tmp_path).latest() or (0, {}), made(SETTINGS, second)
+    load_portable(resumed, state["optimizer"])
+    with torch.no_grad():
+        for parameter, stored in zip(second, state["weights"], strict=True):
+            parameter.copy_(stored)
+    stepped(resumed, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+    with pytest.raises(CheckpointError, match=r"moments of a different precision.*moment_bits"):
+        load_portable(made(replace(SETTINGS, moment_bits=32), weights()), state["optimizer"])
