@@ -107,7 +107,9 @@ def run(run: Run) -> None:
     mean = sum(trained_scores) / len(trained_scores)
     results = _measured(run, scorer, heldout, heldout_rows, order.steps)
     about = {"epochs": params.epochs, "batch size": params.batch_size, "learning rate": params.optimizer.learning_rate}
-    card = model_card(run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora), last | results)
+    card = model_card(
+        run.context, "Reward model", START.as_posix(), about | adapter_facts(params.lora, made.adapter), last | results
+    )
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
     made.model.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
     extra = {"reward_mean": mean, "pad_token_id": encoder.tokenizer.pad_token_id}

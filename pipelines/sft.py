@@ -90,7 +90,7 @@ def run(run: Run) -> None:
         "learning rate": params.optimizer.learning_rate,
     }
     made = merged_model(trainer, made, make)
-    about |= adapter_facts(params.lora)
+    about |= adapter_facts(params.lora, made.adapter)
     card = model_card(run.context, "Supervised fine-tuned model", START.as_posix(), about, last)
     _drop_untrained_template(encoder, table)
     write_model(run.outputs, made.model.lm, encoder, FOLDER, card, made.adapter)

@@ -180,6 +180,7 @@ def training(
     trained: int = 1,
     frozen: int = 0,
     adapter: int | None = None,
+    quantised: int = 0,
     moment_bits: int = 32,
     bf16: bool = False,
     recomputes: bool = False,
@@ -190,21 +191,20 @@ def training(
 
     Args:
         adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
+        quantised: parameters of each trained copy that are kept in 4 bits, by every process.
         moment_bits: bits of a number of a moment.
         device: kind of the device, which determines the tiles of logits.
         processes: number of processes that share weights, gradients and moments (FSDP2).
     """
     from posttrain.models.logprobs import tile_limits
 
-    held = FLOAT32_BYTES * model.parameters
     own = model.parameters if adapter is None else adapter
     share = AUTOCAST_SHARE if bf16 else 1.0
     tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
     per_token = model.recomputed_per_token if recomputes else model.activations_per_token
     activations, logits = math.ceil(share * micro_batch_tokens * per_token * trained), 2 * FLOAT32_BYTES * tile
     return Memory(
-        weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
-        + model.gathered(processes, bf16),
+        weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
         optimiser=math.ceil((FLOAT32_BYTES + 2 * MOMENT_BYTES[moment_bits]) * own * trained / processes),
         activations=activations,
         logits=logits,
@@ -235,6 +235,7 @@ def sampling(
     trained: int = 0,
     frozen: int = 1,
     adapter: int | None = None,
+    quantised: int = 0,
     moment_bits: int = 32,
     processes: int = 1,
 ) -> Memory:
@@ -247,11 +248,9 @@ def sampling(
 
     rows = min(math.ceil(answers / processes), MAX_ROWS)
     tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
-    held = FLOAT32_BYTES * model.parameters
     own = model.parameters if adapter is None else adapter
     return Memory(
-        weights=math.ceil((held * (trained + frozen) + _added(adapter, trained)) / processes)
-        + model.gathered(processes),
+        weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes),
         optimiser=math.ceil(2 * MOMENT_BYTES[moment_bits] * own * trained / processes),
         cache=tokens * model.cache_per_token,
         # logits, probabilities, and cumulative probabilities in float64
@@ -278,6 +277,9 @@ def server_share(device_bytes: int, trainer: Memory) -> float:
     return percent / 100
 
 
-def _added(adapter: int | None, trained: int) -> int:
-    """Return the bytes of the adapters' own weights."""
-    return FLOAT32_BYTES * (adapter or 0) * trained
+def _weights(model: Sizes, trained: int, frozen: int, adapter: int | None, quantised: int, processes: int) -> int:
+    """Return the bytes of weights and adapters; float32 is split over the processes, 4 bits are not."""
+    from posttrain.models.quantised import BYTES
+
+    split = model.parameters * (trained + frozen) + (adapter or 0) * trained - quantised * trained
+    return math.ceil(FLOAT32_BYTES * split / processes) + math.ceil(BYTES * quantised * trained)

@@ -83,6 +83,7 @@ class LoraSettings:
 
     Attributes:
         target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head.
+        base_bits: 4 keeps the frozen linear layers in NF4 (QLoRA, arXiv 2305.14314), which needs bitsandbytes.
 
     Example:
         >>> settings = LoraSettings(rank=8, alpha=16)
@@ -93,3 +94,4 @@ class LoraSettings:
     rank: int
     alpha: float
     target_modules: str | tuple[str, ...] = "all-linear"
+    base_bits: Literal[4, 32] = 32

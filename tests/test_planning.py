@@ -68,6 +68,14 @@ def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
     assert training(SIZES, 100, moment_bits=8, device="cuda").temporary == training(SIZES, 100, device="cuda").temporary
 
 
+def test_a_base_in_4_bits_has_a_scale_for_each_block_of_64() -> None:
+    # of 1000 parameters 640 are kept in 4 bits: 640 x (1/2 + 4/64) bytes; a frozen copy, such as a reward model, is float32
+    held = training(SIZES, 100, trained=2, frozen=1, adapter=30, quantised=640)
+    assert held.weights == 4 * (2 * (360 + 30) + 1000) + 2 * 360
+    asked = sampling(SIZES, 10, 20, 10, trained=1, frozen=0, adapter=30, quantised=640)
+    assert (asked.weights, asked.optimiser) == (4 * 390 + 360, 2 * 4 * 30)
+
+
 def test_with_lora_the_plan_holds_one_copy_of_the_weights(root: Path) -> None:
     tree = read_yaml(root / "params.yaml")
     tree["align"]["lora"] = {"rank": 4, "alpha": 8}

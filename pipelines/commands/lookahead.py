@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from pipelines.commands.first_rows import ROWS, first_row
+from pipelines.commands.layers import adapters
 from pipelines.commands.model_folders import HUB_ID, adapter_problems, model_problems
 from pipelines.commands.source_signatures import signature_in
 from pipelines.config.data_schema import TableSource
@@ -75,10 +76,12 @@ def _extras(params: Params) -> Iterator[tuple[str, str, str, str]]:
     if params.reward.enabled and params.reward.source is None:
         optimizers["reward"] = params.reward.optimizer
     optimizers |= {f"algorithms.{name}.budget": params.budget(name).optimizer for name in params.project.algorithms}
-    for section, optimizer in optimizers.items():
-        if optimizer.moment_bits == 8:
-            yield f"{section}.optimizer", "torchao", f"{section}.optimizer.moment_bits = 8", "low-bit"
-            return  # the others need the same package
+    eight = [f"{section}.optimizer" for section, optimizer in optimizers.items() if optimizer.moment_bits == 8]
+    four = [key for key, lora in adapters(params).items() if lora.base_bits == 4]
+    for key in eight[:1]:  # the others need the same package
+        yield key, "torchao", f"{key}.moment_bits = 8", "low-bit"
+    for key in four[:1]:
+        yield key, "bitsandbytes", f"{key}.base_bits = 4", "qlora"
 
 
 def _functions(params: Params) -> Iterator[str]:

@@ -131,13 +131,13 @@ def _config(params: Params) -> Any:
     return tiny_config(TinyShape(**params.model.tiny.model_dump())) if source == "tiny" else load_config(source)
 
 
-def _adapter(params: Params, lora: LoraParams | None) -> int | None:
-    """Return the number of the adapter's parameters, or None if all weights are trained."""
+def _adapter(params: Params, lora: LoraParams | None) -> dict[str, Any]:
+    """Return the number of the adapter's parameters, None if all weights are trained, and of the base's parameters in 4 bits."""
     if lora is None:
-        return None
+        return {"adapter": None, "quantised": 0}
     from posttrain.models.lora import adapter_parameters
 
-    return adapter_parameters(_config(params), lora.settings())
+    return dict(zip(("adapter", "quantised"), adapter_parameters(_config(params), lora.settings()), strict=True))
 
 
 def _options(
@@ -147,8 +147,8 @@ def _options(
     import torch
 
     return {
+        **_adapter(params, lora),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "adapter": _adapter(params, lora),
         "moment_bits": optimizer.moment_bits,
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,
@@ -185,9 +185,9 @@ def _alignment(
     from posttrain.planning import sampling, training
 
     spec, budget, compute = params.algorithm(name), params.budget(name), params.align.compute
-    stage, adapter = f"align@{name}", _adapter(params, params.align.lora)
+    stage, lora = f"align@{name}", params.align.lora
     if not isinstance(spec, OnPolicy):
-        options = _options(params, compute, params.align.lora, budget.optimizer)
+        options = _options(params, compute, lora, budget.optimizer)
         memory = training(model, compute.micro_batch_tokens, **options)
         yield Phase(stage, "train", steps, _times(pairs, 2 * spec.epochs * longest), memory)
         return
@@ -200,7 +200,7 @@ def _alignment(
     prompt, samples = params.validation.max_prompt_tokens, budget.samples_per_prompt
     length = prompt + budget.max_new_tokens
     # With an adapter, the frozen base model is also the reference policy.
-    held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (adapter is None), "adapter": adapter}
+    held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (lora is None), **_adapter(params, lora)}
     held["moment_bits"] = budget.optimizer.moment_bits
     native, staleness = budget.rollouts.engine == "native", budget.rollouts.staleness
     if native and staleness:
@@ -212,7 +212,7 @@ def _alignment(
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
-    options = _options(params, compute, params.align.lora, budget.optimizer)
+    options = _options(params, compute, lora, budget.optimizer)
     memory = training(model, compute.micro_batch_tokens, **held | options)
     yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
 
@@ -277,7 +277,7 @@ def rows_line(counted: Mapping[str, int | None]) -> str:
 def _too_large(phase: Phase, limit: int) -> str:
     """Return a message with the largest part of a phase that does not fit, and advice."""
     advice = {
-        "weights": "use a smaller model or shard it over devices",
+        "weights": "use a smaller model, shard it over devices, or set lora with base_bits: 4",
         "optimiser": "use a smaller model, shard it over devices, set lora, or set optimizer.moment_bits: 8",
         "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
         "logits": "lower compute.micro_batch_tokens",

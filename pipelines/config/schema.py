@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipelines.config.checkpoint_schema import BestCheckpointParams
+from pipelines.config.lora_schema import LoraParams
 from pipelines.config.types import (
     Count,
     Finite,
@@ -23,7 +24,7 @@ from pipelines.config.types import (
     Source,
     Temperature,
 )
-from posttrain.settings import LoraSettings, OptimizerSettings
+from posttrain.settings import OptimizerSettings
 
 
 class ProjectParams(Section):
@@ -164,31 +165,6 @@ class FaultParams(Section):
 
     skip_at_most: Annotated[int, Field(ge=0)] = 0
     """Number of updates with NaN or infinity that a run may skip; 0 stops at the first. Each is saved for replay."""
-
-
-class LoraParams(Section):
-    """Train a low-rank adapter (arXiv 2106.09685) instead of all weights. The stage writes the merged model."""
-
-    rank: Count
-    alpha: Positive
-    """The adapter's output is scaled by alpha / rank."""
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Linear layers by the end of their name, e.g. [q_proj, v_proj]; all-linear means all except the output head."""
-
-    def settings(self) -> LoraSettings:
-        """Return the library's type with these values."""
-        modules = self.target_modules
-        return LoraSettings(self.rank, self.alpha, modules if isinstance(modules, str) else tuple(modules))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_dropout(cls, given: Any) -> Any:
-        """Refuse dropout."""
-        if isinstance(given, dict) and "dropout" in given:
-            raise ValueError(
-                "dropout: has no effect, because log-probabilities are computed without dropout; remove it"
-            )
-        return given
 
 
 class SftParams(Section):

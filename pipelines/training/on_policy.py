@@ -134,7 +134,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
         announce(context, line)
     about = {"algorithm": f"{spec.name} (arXiv {spec.paper})", "seed": seed, "rewards": weights} | facts
     made = merged_model(trainer, made, lambda: make_policy(spec, params, start))
-    card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora), last)
+    card = model_card(context, f"Aligned with {name}", start, about | adapter_facts(params.lora, made.adapter), last)
     write_model(run.outputs, made.model.lm, encoder, folder, card, made.adapter)
     return budget.steps, last | chosen
 

@@ -95,7 +95,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
             "seed": seed,
             "learning rate": settings.learning_rate,
         }
-        | adapter_facts(context.params.align.lora)
+        | adapter_facts(context.params.align.lora, made.adapter)
         | facts
     )
     made = merged_model(trainer, made, lambda: _make(context.params.align, start))

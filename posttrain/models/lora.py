@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.deferred import is_deferred
 from posttrain.models.policy import Policy, PolicyOutput
+from posttrain.models.quantised import dequantise, quantise_base, quantised_parameters
 from posttrain.models.reach import probe_ids
 from posttrain.settings import LoraSettings
 from posttrain.text import reason_of
@@ -59,6 +61,10 @@ class Adapter:
             modules_to_save=[HEAD] if scalar else None,
         )
         names = _linear_names(model)
+        self.base_change: float | None = None
+        """Greatest change of a hidden state by the 4-bit base, as a share of the largest one; None without such a base."""
+        if settings.base_bits == 4:
+            self.base_change = self._quantise()
         before = None if is_deferred(model) else self._probe()
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning), _keeps_first_values(before is None):
@@ -85,8 +91,18 @@ class Adapter:
         with self._peft.disable_adapter():
             yield
 
+    def _quantise(self) -> float | None:
+        """Keep the base in 4 bits. Return how much that changes its hidden states, None if its weights are still in their files."""
+        exact = None if is_deferred(self._model) else self._probe()
+        quantise_base(self._model)
+        return None if exact is None else float((self._probe() - exact).abs().max() / exact.abs().max())
+
     def merge(self) -> None:
-        """Add the adapter to the model's weights and remove its layers; `save` can still write the trained adapter."""
+        """Add the adapter to the model's weights and remove its layers; `save` can still write the trained adapter.
+
+        A 4-bit base is dequantised first, so the sum is the model that was trained, in ordinary layers.
+        """
+        dequantise(self._model)
         before = self._probe()
         trained = _peft().get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         self._state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
@@ -221,12 +237,14 @@ class BasePolicy(Policy):
             return super().forward(batch, temperature, replayed)
 
 
-def adapter_parameters(config: Any, settings: LoraSettings) -> int:
-    """Return the number of an adapter's parameters for a transformers configuration, without allocating weights."""
+def adapter_parameters(config: Any, settings: LoraSettings) -> tuple[int, int]:
+    """Return the parameters of an adapter, and those of its base that are kept in 4 bits, without allocating weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return Adapter(cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)), settings).parameters
+        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+        quantised = quantised_parameters(model) if settings.base_bits == 4 else 0
+        return Adapter(model, replace(settings, base_bits=32)).parameters, quantised
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posttrain.models.quantised import QuantisedLinear
+
 
 def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return `lm.state_dict()` without adapters: those of peft are added to their layers.
@@ -45,6 +47,8 @@ def _tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         yield name, parameter.detach()
     for path, module in lm.named_modules():
+        if isinstance(module, QuantisedLinear):
+            yield f"{path}.weight", module.weight.detach()
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield name, buffer

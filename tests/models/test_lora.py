@@ -49,7 +49,7 @@ def test_trained_parameters_by_hand() -> None:
     lm, trunk = small.language_model(), small.trunk_with_score()
     assert Adapter(lm, SETTINGS).parameters == 2 * layer == 2048
     assert Adapter(trunk, SETTINGS).parameters == 2 * layer + 16
-    assert adapter_parameters(tiny_config(small.SHAPE), SETTINGS) == 2 * layer
+    assert adapter_parameters(tiny_config(small.SHAPE), SETTINGS) == (2 * layer, 0)
     two = Adapter(small.language_model(), LoraSettings(2, 8.0, ("q_proj", "v_proj")))
     assert two.parameters == 2 * 2 * ((16 + 16) + (16 + 8))
 

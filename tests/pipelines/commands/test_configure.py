@@ -339,7 +339,7 @@ def test_a_judge_without_a_server_and_missing_packages_are_named_at_once(
     changes = tmp_path / "changes.yaml"
     changes.write_text(
         "rewards: {graded: {function: judge, arguments: {model: small}}}\nevaluation: {benchmarks: {tasks: [mine]}}\n"
-        "align: {on_policy: {optimizer: {moment_bits: 8}}}\n",
+        "align: {on_policy: {optimizer: {moment_bits: 8}}, lora: {rank: 4, alpha: 8, base_bits: 4}}\n",
         encoding="utf-8",
     )
     for module in ("posttrain.evaluation.harness", "posttrain.extras"):
@@ -347,12 +347,13 @@ def test_a_judge_without_a_server_and_missing_packages_are_named_at_once(
     monkeypatch.delenv("POSTTRAIN_JUDGE_URL", raising=False)
     configure(tmp_path / "params.yaml", [str(changes)])
     found = problems(load_params(tmp_path / "params.yaml"))
-    assert len(found) == 3
+    assert len(found) == 4
     assert found[0].startswith("evaluation.benchmarks needs the package lm-eval; install it with")
     assert "'.[benchmarks]'" in found[0]
     assert found[1].startswith("rewards.graded: ")
     assert "set POSTTRAIN_JUDGE_URL" in found[1]
     assert found[2].startswith("algorithms.ppo.budget.optimizer.moment_bits = 8 needs the package torchao; install it")
+    assert found[3].startswith("align.lora.base_bits = 4 needs the package bitsandbytes; install it")
 
 
 @pytest.mark.parametrize(
