@@ -7,7 +7,7 @@ dequantises again. Quantising and dequantising round nothing at random, so two p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,4 +143,4 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head and name != SCORE and id(child) not in routed:
-                yield parent, name, cast(nn.Linear, child)
+                yield parent, name, child

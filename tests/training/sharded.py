@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,7 @@ from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.sharding import full, place, shards
 from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import Trainer
-from tests.models import small
+from tests.models import nf4, small
 
 ROWS = [Example(tokens) for tokens in small.rows(6)]
 SETTINGS = SamplingSettings(6, 1.0)
@@ -140,14 +141,21 @@ def polled_often(folder: Path, accelerator: Accelerator) -> int:
     return step
 
 
-def adapted(folder: Path, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return an adapter's weights after one update from its first, random ones."""
-    torch.manual_seed(3)
-    policy = Policy(load_policy(folder, shards(accelerator)))
-    Adapter(policy.lm, LoraSettings(rank=2, alpha=4, target_modules=("q_proj", "down_proj")))
-    trainer = trainer_of(place(policy, accelerator), accelerator)
-    updated(trainer, 1)
-    return trainer.weights()
+def adapted(folder: Path, accelerator: Accelerator) -> list[dict[str, Tensor]]:
+    """Return adapters' weights after one update from their first, random ones: on the base as it is, and in 4 bits."""
+    found = []
+    with (
+        patch("posttrain.extras.find_spec", lambda name: name),
+        patch("posttrain.models.quantised._operators", lambda: nf4),
+    ):
+        for bits in (32, 4):
+            torch.manual_seed(3)
+            policy = Policy(load_policy(folder, shards(accelerator)))
+            Adapter(policy.lm, LoraSettings(2, 4, ("q_proj", "down_proj"), bits))  # type: ignore[arg-type]
+            trainer = trainer_of(place(policy, accelerator), accelerator)
+            updated(trainer, 1)
+            found.append(trainer.weights())
+    return found
 
 
 def in_bf16(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
