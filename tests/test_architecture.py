@@ -32,6 +32,8 @@ FORBIDDEN = {
 }
 BARE_BOX = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm", "posttrain"}
 EXTRAS = {
+    "bitsandbytes": ["posttrain/models/quantised.py"],
+    "torchao": ["posttrain/training/optimizer.py"],
     "gguf": ["posttrain/models/gguf_writing.py"],
     "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],
