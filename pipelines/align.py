@@ -64,7 +64,7 @@ def variant(args: Namespace) -> str:
 
 def read_parameters(args: Namespace) -> tuple[str, ...]:
     """Return the prefixes of the parameters that this instance reads."""
-    return ("align", "rewards", f"algorithms.{args.algorithm}")
+    return ("align", "rewards", "sft.train_on", f"algorithms.{args.algorithm}")
 
 
 def inputs(args: Namespace) -> list[str]:

@@ -103,12 +103,12 @@ class TokenLengths:
 
     def pair(self, row: Row, column: str) -> tuple[int, int]:
         text = row["prompt"] or "", row[column] or "", str(row["id"]), self._tools(row)
-        imitated = column == "completion" and LABEL not in row and not row.get(EXPERT)
+        imitated = column == "completion" and LABEL not in row
         if imitated and self.train_on == "each":
             answers = self.encoder.answers(*text)
             return len(answers[0].prompt), max(map(len, answers)) - len(answers[0].prompt)
         tokens = self.encoder.tokens(*text)
-        if imitated and self.train_on != "completion":
+        if imitated and not row.get(EXPERT) and self.train_on != "completion":
             self.encoder.tokens(*text, self.train_on)
         return len(tokens.prompt), len(tokens.response)
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from posttrain.data.conversations import TrainOn
 from posttrain.errors import ConfigError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
@@ -164,6 +165,23 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
     return list(value)
+
+
+def check_train_on(train_on: Any, imitates: bool, demonstrates: bool) -> None:
+    """Raise ConfigError if `train_on` is no such choice, or has no effect on this algorithm."""
+    choices = get_args(TrainOn) if imitates else ("completion", "each") if demonstrates else ("completion",)
+    if train_on in choices:
+        return
+    if train_on not in get_args(TrainOn):
+        raise ConfigError(f"train: train_on = {shown(train_on)}; it is one of {', '.join(get_args(TrainOn))}")
+    if demonstrates:
+        raise ConfigError(
+            f"train: train_on = {train_on!r}: demonstrations train with {' or '.join(choices)}; the other values are for 'sft'"
+        )
+    raise ConfigError(
+        f"train: train_on = {train_on!r} has no effect here: only 'sft' and demonstrations imitate answers. The probability of a pair's"
+        " or a labelled answer is compared as a whole: put the turns before its last answer into the prompt. Remove train_on."
+    )
 
 
 def check_shape(sizes: Mapping[str, Any]) -> None:

@@ -16,20 +16,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from posttrain.data.conversations import as_messages
-from posttrain.data.tokens import TextEncoder, Tokens, row_tools, table_tokens
+from posttrain.data.conversations import TrainOn, as_messages
+from posttrain.data.tokens import TextEncoder, Tokens, asked_and_answered, row_tools, table_answers
 
 CHECKED = 100
 """Rows whose prompts are compared with those of sampling."""
 
 
 def answer_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], column: str) -> list[Tokens]:
+    """Return the tokens of each row's prompt and answer as one sequence; see `answers_of`."""
+    return [tokens for (tokens,) in answers_of(encoder, rows, column)]
+
+
+def answers_of(
+    encoder: TextEncoder, rows: Sequence[dict[str, Any]], column: str, train_on: TrainOn = "completion"
+) -> list[list[Tokens]]:
     """Return the tokens of the prompts and of the answers in a column, and report answers that follow a different text than in sampling.
 
-    A generation prompt that opens `<think>` and answers without reasoning differ so.
+    A generation prompt that opens `<think>` and answers without reasoning differ so. With `each` a row has several sequences.
     """
-    tokens = table_tokens(encoder, rows, column)
-    found = [i for i, row in enumerate(rows[:CHECKED]) if not _is_asked(encoder, row, column)]
+    answers = table_answers(encoder, rows, column, train_on)
+    found = [i for i, row in enumerate(rows[:CHECKED]) if not _is_asked(encoder, row, column, train_on)]
     if found:
         tqdm.write(
             f"{len(found)} of the first {min(CHECKED, len(rows))} rows ({column}; first: row {found[0]}) are trained after another text"
@@ -37,14 +44,20 @@ def answer_tokens(encoder: TextEncoder, rows: Sequence[dict[str, Any]], column: 
             " answers",
             file=sys.stderr,
         )
-    return tokens
+    return answers
 
 
-def _is_asked(encoder: TextEncoder, row: dict[str, Any], column: str) -> bool:
+def _is_asked(encoder: TextEncoder, row: dict[str, Any], column: str, train_on: TrainOn) -> bool:
     """Return True if each trained answer of a row follows the prompt by which sampling asks for it."""
     prompt, answer, tools = row["prompt"], row[column], row_tools(row)
     if isinstance(prompt, str) and isinstance(answer, str):
         return True
-    asked, answered = as_messages(prompt, "user"), as_messages(answer, "assistant")
-    text, spans = encoder.template.spans(asked, answered, tools)
-    return all(encoder.template.is_asked([*asked, *answered], span, text, tools) for span in spans)
+    parts: list[tuple[Any, Any]] = [(as_messages(prompt, "user"), as_messages(answer, "assistant"))]
+    if train_on == "each":
+        parts = [(asked, [answered]) for asked, answered in asked_and_answered(prompt, answer)]
+    return all(
+        encoder.template.is_asked([*asked, *answered], span, text, tools)
+        for asked, answered in parts
+        for text, spans in [encoder.template.spans(asked, answered, tools, train_on)]
+        for span in spans
+    )

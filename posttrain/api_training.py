@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,31 +27,30 @@ from posttrain.api import Model
 from posttrain.api_arguments import (
     DEFAULTS,
     check_reward,
+    check_train_on,
     checked,
     refuse_given,
     require,
     require_list,
     require_methods,
 )
+from posttrain.api_offline import preferences, supervised, unpaired
 from posttrain.api_rows import (
-    WEIGHT,
     check_golds,
     check_prompt,
     check_room,
     labelled_rows,
     preference_rows,
     prompt_rows,
-    refuse_ties,
     supervised_rows,
 )
+from posttrain.api_run import Run
 from posttrain.api_surroundings import check_trainable, in_training, usual_torch
-from posttrain.api_tokens import answer_tokens
-from posttrain.data.batches import EpochOrder
+from posttrain.api_tokens import answers_of
 from posttrain.data.teacher_prompts import SELF, require_template, teacher_ids
-from posttrain.data.tokens import Tokens, require_context, require_same_vocabulary
-from posttrain.errors import ConfigError, DataError, ModelError, NotFiniteError
+from posttrain.data.tokens import require_context, require_same_vocabulary
+from posttrain.errors import ConfigError, ModelError, NotFiniteError
 from posttrain.models.causal import check_policy
-from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.models.weights import broken_weights
 from posttrain.rewards.calling import RewardFunction
@@ -65,58 +63,19 @@ from posttrain.rollouts.groups import CONVERSATION, GroupSampler, GroupSettings,
 from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.process import ProcessEngine
 from posttrain.rollouts.turns import TurnEngine, Turns
-from posttrain.settings import OptimizerSettings
 from posttrain.text import nearest
 from posttrain.training.experience import Demonstrations, ExperienceSource
 from posttrain.training.history import History
-from posttrain.training.loop import LoopSettings, fit
 from posttrain.training.onpolicy import OnPolicyObjective
-from posttrain.training.own_checkpoints import OwnCheckpoints, identity_of
-from posttrain.training.preference import (
-    Answer,
-    AnswerGroup,
-    LoggedGroupsObjective,
-    PreferenceObjective,
-    PreferencePair,
-    bounded_advantages,
-)
-from posttrain.training.supervised import EpochSource, Example, SupervisedObjective
-from posttrain.training.trainer import Trainer
-from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, UnpairedSource, mismatched
+from posttrain.training.own_checkpoints import identity_of
 
 if TYPE_CHECKING:
+    from posttrain.data.conversations import TrainOn
     from posttrain.training.checkpoint import Checkpoints
     from posttrain.training.loop import Recorder
 
 Table = Sequence[Mapping[str, Any]]
 Reward = RewardFunction | str | Mapping[str, RewardFunction | str]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The arguments of `train` that do not depend on the algorithm; `identity` is that of its checkpoints."""
-
-    model: Model
-    steps: int
-    learning_rate: float
-    batch_size: int
-    seed: int
-    micro_batch_tokens: int
-    history: History
-    checkpoints: Checkpoints | None
-    identity: dict[str, Any]
-
-    def trainer(self, policy: Policy, updates: int) -> Trainer[Any]:
-        settings = OptimizerSettings(self.learning_rate)
-        return Trainer(policy, settings, total_steps=updates, micro_batch_tokens=self.micro_batch_tokens)
-
-    def fit(self, trainer: Trainer[Any], source: Any, objective: Any, shown: str) -> None:
-        settings = LoopSettings("training", self.steps, (shown,))
-        kept = None if self.checkpoints is None else OwnCheckpoints(self.checkpoints, self.identity)
-        fit(trainer, source, objective, settings, self.history, kept)
-
-    def epochs(self, rows: Sequence[Any]) -> EpochSource[Any]:
-        return EpochSource(rows, EpochOrder(len(rows), self.batch_size, 1, self.seed))
 
 
 def train(
@@ -134,6 +93,7 @@ def train(
     seed: int = 0,
     micro_batch_tokens: int = 16_384,
     threads: int | None = None,
+    train_on: TrainOn = "completion",
     demonstrations: Table = (),
     teacher: Model | None = None,
     teacher_prompt: str | None = None,
@@ -154,6 +114,8 @@ def train(
             sum is used.
         samples: answers per prompt of an on-policy step.
         threads: CPU threads of this process; a tiny model is fastest on 1. None leaves them unchanged.
+        train_on: which tokens of a conversation "sft" imitates: `completion` (all answers), `last`, `each` (every answer after its own
+            prompt), `marked` or `all`. Demonstrations take `completion` or `each`.
         demonstrations: rows with `prompt`, `completion` for an algorithm with an expert stream (CHORD).
         teacher: a model with the same vocabulary to learn from (distill), which needs no reward; `model` itself for self-distillation.
         teacher_prompt: the prompt that the teacher reads, such as "{prompt} The answer is {answer}.", with columns of `rows` in braces.
@@ -177,6 +139,7 @@ def train(
     )
     require_methods("train", "checkpoints", checkpoints, ("latest", "save"), "Checkpoints(folder, ...)")
     spec = _spec(algorithm)
+    check_train_on(train_on, isinstance(spec, str), isinstance(spec, OnPolicy) and spec.has_expert)
     experts = (
         [] if demonstrations is None else require_list("train", "demonstrations", demonstrations, "a list of rows")
     )
@@ -198,9 +161,11 @@ def train(
     check_trainable(model.lm)
     if broken := broken_weights(model.lm):
         raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
-    identity = identity_of(spec, model.lm, numbers)
-    history = History(recorder)
-    run = _Run(model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, history, checkpoints, identity)
+    identity = identity_of(spec, model.lm, numbers) | {"train_on": train_on}
+    run = Run(
+        model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, History(recorder), checkpoints,
+        identity, train_on,
+    )  # fmt: skip
     with usual_torch(), in_training(model.lm):
         check_policy(model.lm, "the model to train")
         if isinstance(spec, OnPolicy):
@@ -212,12 +177,12 @@ def train(
                 run, spec, prompt_rows(rows), reward, sampling, experts, teacher, teacher_prompt, turns, staleness
             )
         elif isinstance(spec, str):
-            _supervised(run, supervised_rows(rows))
+            supervised(run, supervised_rows(rows))
         elif isinstance(spec, Unpaired):
-            _unpaired(run, spec, labelled_rows(rows))
+            unpaired(run, spec, labelled_rows(rows))
         else:
             needs_scores = isinstance(spec, Preference) and spec.score_weighting != "none"
-            _preferences(run, spec, preference_rows(rows, needs_scores))
+            preferences(run, spec, preference_rows(rows, needs_scores))
     model.lm.eval()
     if broken := broken_weights(model.lm):
         raise NotFiniteError(
@@ -241,15 +206,8 @@ def _spec(algorithm: Any) -> Algorithm | str:
     return spec
 
 
-def _supervised(run: _Run, table: list[dict[str, Any]]) -> None:
-    run.identity["rows"] = table
-    tokens = answer_tokens(run.model.encoder, table, "completion")
-    examples = [Example(t, float(row.get(WEIGHT, 1.0))) for t, row in zip(tokens, table, strict=True)]
-    run.fit(run.trainer(Policy(run.model.lm), run.steps), run.epochs(examples), SupervisedObjective(), "loss")
-
-
 def _on_policy(
-    run: _Run,
+    run: Run,
     spec: OnPolicy,
     table: Table,
     reward: Reward | None,
@@ -300,7 +258,7 @@ def _on_policy(
     trainer = run.trainer(policy, run.steps * spec.epochs * spec.minibatches)
     device = trainer.accelerator.device
     shown = supervised_rows(demonstrations, "demonstrations", weighs=False) if spec.has_expert else []
-    experts = answer_tokens(model.encoder, shown, "completion")
+    experts = [t for own in answers_of(model.encoder, shown, "completion", run.train_on) for t in own]
     objective = OnPolicyObjective(spec, most, sampling.sampling.temperature, staleness=staleness)
     engine: Engine = NativeEngine(model.lm, model.encoder.ends)
     ahead = None
@@ -342,58 +300,3 @@ def _problem(model: Model, row: Mapping[str, Any], number: int, template: str | 
     columns = {name: value for name, value in row.items() if name != "prompt"}
     ids = check_prompt(model.encoder, row["prompt"], f"rows, row {number}: prompt")
     return Problem(row["prompt"], ids, columns, number, teacher_ids(model.encoder, template, row, longest))
-
-
-def _unpaired(run: _Run, spec: Unpaired, table: Table) -> None:
-    _check_epochs(spec)
-    run.identity["rows"] = [*map(dict, table)]
-    policy = Policy(run.model.lm)
-    trainer = run.trainer(policy, run.steps)
-    tokens = answer_tokens(run.model.encoder, [dict(row) for row in table], "completion")
-    answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
-    labels = [bool(row["label"]) for row in table]
-    rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
-    order = EpochOrder(len(rows), run.batch_size, 1, run.seed)
-    source = UnpairedSource(rows, order, policy, trainer.accelerator, run.micro_batch_tokens)
-    run.fit(trainer, source, UnpairedObjective(spec), "loss")
-
-
-def _check_epochs(spec: Preference | LoggedGroups | Unpaired) -> None:
-    if spec.epochs != 1:
-        raise ConfigError(f"{spec.name}.epochs = {spec.epochs} has no effect here; `steps` is the length of training")
-
-
-def _preferences(run: _Run, spec: Preference | LoggedGroups, table: Table) -> None:
-    _check_epochs(spec)
-    policy = Policy(run.model.lm)
-    trainer = run.trainer(policy, run.steps)
-    run.identity["rows"] = rows = [dict(row) for row in table]
-    if isinstance(spec, LoggedGroups) or (spec.score_weighting == "weight" and not spec.nll_coefficient):
-        refuse_ties(rows, spec.name)
-    chosen, rejected = (
-        _measured(run, spec, policy, answer_tokens(run.model.encoder, rows, column))
-        for column in ("chosen", "rejected")
-    )
-    for i, pair in enumerate(zip(chosen, rejected, strict=True)):
-        if pair[0].tokens == pair[1].tokens:
-            raise DataError(
-                f"rows, row {i}: chosen and rejected have the same tokens, so there is nothing to learn from it; remove the row"
-            )
-    scores = [(float(row.get("chosen_score", 0.5)), float(row.get("rejected_score", -0.5))) for row in rows]
-    if isinstance(spec, Preference):
-        gaps = [high - low if "chosen_score" in row else 0.0 for row, (high, low) in zip(rows, scores, strict=True)]
-        pairs = [PreferencePair(*pair) for pair in zip(chosen, rejected, gaps, strict=True)]
-        run.fit(trainer, run.epochs(pairs), PreferenceObjective(spec), "preference/accuracy")
-    else:
-        groups = [AnswerGroup((a, b), s) for a, b, s in zip(chosen, rejected, scores, strict=True)]
-        run.fit(trainer, run.epochs(bounded_advantages(groups)), LoggedGroupsObjective(spec), "preference/accuracy")
-
-
-def _measured(
-    run: _Run, spec: Preference | LoggedGroups | Unpaired, policy: Policy, tokens: Sequence[Tokens]
-) -> list[Answer]:
-    """Return the answers with the log-probabilities of the policy before training, which is the reference."""
-    measured = token_logprobs(policy.eval(), tokens, run.micro_batch_tokens)
-    return [
-        Answer(t, m.logprobs if spec.needs_reference else 0 * m.logprobs) for t, m in zip(tokens, measured, strict=True)
-    ]

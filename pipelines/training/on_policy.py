@@ -33,8 +33,15 @@ from pipelines.training.setup import (
     write_model,
 )
 from posttrain.algorithms import OnPolicy
+from posttrain.data.conversations import TrainOn
 from posttrain.data.teacher_prompts import SELF
-from posttrain.data.tokens import TextEncoder, require_context, require_same_vocabulary, table_tokens
+from posttrain.data.tokens import (
+    TextEncoder,
+    demonstrated_as,
+    require_context,
+    require_same_vocabulary,
+    table_answers,
+)
 from posttrain.models.folders import load_encoder, load_policy
 from posttrain.models.lora import BasePolicy
 from posttrain.models.policy import Policy
@@ -99,7 +106,7 @@ def align(run: Run, name: str, seed: int, device: Accelerator, folder: Path) -> 
     if budget.prompts_per_step > len(training_problems):
         announce(context, repeated_prompts(name, budget.prompts_per_step, len(training_problems)))
     objective = make_objective(spec, budget)
-    experts = _demonstrations(spec, encoder, budget, seed)
+    experts = _demonstrations(spec, encoder, budget, seed, demonstrated_as(context.params.sft.train_on))
     source = ExperienceSource(
         spec,
         policy,
@@ -221,12 +228,14 @@ def _parameter_groups(policy: Policy, budget: OnPolicyBudget) -> list[ParameterG
     return groups
 
 
-def _demonstrations(spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int) -> Demonstrations | None:
-    """Return the demonstrations of CHORD, or None if the algorithm uses none."""
+def _demonstrations(
+    spec: OnPolicy, encoder: TextEncoder, budget: OnPolicyBudget, seed: int, train_on: TrainOn = "completion"
+) -> Demonstrations | None:
+    """Return the demonstrations of CHORD, or None if the algorithm uses none. With `each`, every answer is one."""
     if not spec.has_expert:
         return None
-    shown = expert_rows(read_table("sft"))
-    rows = [replace(row, id=f"expert {row.id}") for row in table_tokens(encoder, shown, "completion")]
+    shown = table_answers(encoder, expert_rows(read_table("sft")), "completion", train_on)
+    rows = [replace(answer, id=f"expert {answer.id}") for answers in shown for answer in answers]
     return Demonstrations(rows, budget.prompts_per_step, seed)
 
 

@@ -35,16 +35,18 @@ def trained_parts(
 ) -> dict[str, list[Part]]:
     """Return the parts of each trained column; of a table without answers, the prompt as the model is going to see it.
 
-    `train_on` is `sft.train_on`, which holds for the rows of the stage sft only.
+    `train_on` is `sft.train_on`, which holds for the rows of the stage sft; those of `data.experts` follow it only if it is `each`.
     """
-    from posttrain.data.tokens import Tokens, row_tools
+    from posttrain.data.tokens import Tokens, demonstrated_as, row_tools
 
     name, tools = str(row["id"]), row_tools(row)
     columns = [column for column in TEXT[table] if column != "prompt"]
     if not columns:
         return {"prompt": _parts(encoder, Tokens(tuple(encoder.prompt(row["prompt"] or "", tools, name)), ()))}
-    if table != "sft" or row.get(EXPERT):
+    if table != "sft":
         train_on = "completion"
+    elif row.get(EXPERT):
+        train_on = demonstrated_as(train_on)
     if train_on == "each":
         answers = encoder.answers(row["prompt"] or "", row["completion"] or "", name, tools)
         return {f"completion, answer {i} of {len(answers)}": _parts(encoder, t) for i, t in enumerate(answers, 1)}
@@ -82,7 +84,7 @@ def left_out(encoder: TextEncoder, table: Table, rows: Sequence[Row], train_on: 
     counts: Counter[str] = Counter()
     marks = encoder.template.control_tokens()
     for row in rows:
-        each = train_on == "each" and table == "sft" and not row.get(EXPERT)
+        each = train_on == "each" and table == "sft"
         for column in [column for column in TEXT[table] if column != "prompt"] or [""]:
             prompt, answer = row["prompt"] or "", (row[column] or "") if column else ""
             if isinstance(prompt, str) and isinstance(answer, str):

@@ -86,7 +86,12 @@ def changed_letters(turn: int, message: Message, text: str, row: str) -> DataErr
 
 def uncertain(turn: int, earlier: bool, row: str) -> DataError:
     """Return the error of a turn whose tokens cannot be separated from those around it; `earlier`: further turns follow."""
-    apart = "In sft, train each answer after its own prompt (sft.train_on: each), or use" if earlier else "Use"
+    apart = (
+        "In sft, train each answer after its own prompt (sft.train_on: each); in a pair, put the turns before the last answer into the"
+        " prompt; or use"
+        if earlier
+        else "Use"
+    )
     return DataError(
         f"{row}: it is not certain which tokens of turn {turn} (assistant) the chat template makes, so training could learn other turns'"
         f" text. {apart} a template with {{% generation %}} marks, or remove the row."

@@ -210,6 +210,16 @@ def table_answers(
     return found
 
 
+def demonstrated_as(train_on: TrainOn) -> TrainOn:
+    """Return how the demonstrations of an on-policy algorithm train: with `each` as in SFT, else all answers of a conversation.
+
+    Example:
+        >>> demonstrated_as("each"), demonstrated_as("last")
+        ('each', 'completion')
+    """
+    return "each" if train_on == "each" else "completion"
+
+
 def asked_and_answered(prompt: Text, completion: Text) -> list[tuple[list[Any], Any]]:
     """Return each assistant turn of the completion that has a weight, with the turns before it; none for plain text.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import posttrain as pt
+from pipelines.config.schema import OnPolicyBudget
+from pipelines.data.tables import write_rows
+from pipelines.training.on_policy import _demonstrations
 from pipelines.validate import TokenLengths
 from pipelines.validation.masks import CONTROL, EACH, HIDDEN, OTHER_PROMPT, left_out, trained_parts
+from posttrain.algorithms import PRESETS, OnPolicy
 from posttrain.data.batches import EpochOrder, collate
-from posttrain.data.tokens import TextEncoder, Tokens, table_answers
-from posttrain.errors import DataError
+from posttrain.data.tokens import TextEncoder, Tokens, asked_and_answered, table_answers
+from posttrain.errors import ConfigError, DataError
+from posttrain.models.policy import Policy
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.training.supervised import Example, RowSource, SupervisedObjective
 from tests.data.test_conversations import CHATML, OPEN, encoder, trained, turns
@@ -193,3 +200,71 @@ def test_an_answer_without_text_trains_its_end(template: str) -> None:
     enc = deep() if template == DEEP else encoder(template)
     tokens = enc.pair(turns("a"), [said(""), *turns("b"), said("B")], "7")
     assert [text.split("\n")[-1] for text in trained(enc, tokens)] == ["<|im_end|>", "B<|im_end|>"]
+
+
+def speaker() -> pt.Model:
+    """Return a small model with the tokens of gpt-oss's template."""
+    enc = harmony()
+    lm = pt.tiny(0, hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, max_length=2048).lm
+    torch.manual_seed(0)
+    lm.resize_token_embeddings(len(enc.tokenizer), mean_resizing=False)
+    return pt.Model(lm, enc)
+
+
+def test_the_library_trains_each_answer_and_demonstrations_follow() -> None:
+    whole = {"prompt": TALK["prompt"], "completion": TALK["completion"]}
+    apart = [{"prompt": asked, "completion": [answer]} for asked, answer in asked_and_answered(*whole.values())]
+
+    def trained_by(rows: list[dict[str, Any]], algorithm: str = "sft", **more: Any) -> list[dict[str, float]]:
+        given: dict[str, Any] = {"reward": "answer", "samples": 2, "max_new_tokens": 2} if algorithm == "chord" else {}
+        return pt.train(speaker(), algorithm, rows, steps=1, learning_rate=0.01, batch_size=2, **given, **more)
+
+    (step,) = trained_by([whole, whole], train_on="each")
+    # the mean over the tokens of both answers of both rows, each after the prompt by which it is asked for
+    model = speaker()
+    answers = model.encoder.answers(*whole.values())
+    logprobs = [Policy(model.lm)(collate([tokens])).logprobs.sum().item() for tokens in answers]
+    count = sum(tokens.loss_tokens for tokens in answers)
+    assert step["loss"] == pytest.approx(-sum(logprobs) / count, abs=1e-5)
+    asked = [{"prompt": "a", "answer": "1"}]
+    (each,) = trained_by(asked, "chord", train_on="each", demonstrations=[whole])
+    assert each == trained_by(asked, "chord", demonstrations=apart)[0]
+    assert each["expert/loss"] == pytest.approx(step["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "value", "message"),
+    [
+        ("dpo", "each", "train_on = 'each' has no effect here.* put the turns before its last answer into the prompt"),
+        ("chord", "last", "demonstrations train with completion or each"),
+        ("sft", "answers", "train_on = 'answers'; it is one of completion, last, each, marked, all"),
+    ],
+)
+def test_a_setting_without_meaning_is_refused(algorithm: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pt.train(
+            pt.tiny(0, hidden_size=16, layers=1, heads=2, kv_heads=1),
+            algorithm,
+            [],
+            steps=1,
+            learning_rate=0.1,
+            batch_size=1,
+            train_on=value,
+        )
+
+
+def test_expert_rows_follow_each_in_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    enc, chord = harmony(), PRESETS["chord"]
+    write_rows("sft", [TALK], Path("data/valid/sft.parquet"))
+    assert isinstance(chord, OnPolicy)
+    budget = OnPolicyBudget.model_construct(prompts_per_step=2)
+    found = _demonstrations(chord, enc, budget, 0, "each")
+    assert found is not None
+    assert [*found.rows] == enc.answers(TALK["prompt"], TALK["completion"])
+    with pytest.raises(DataError, match="in a pair, put the turns before the last answer into the prompt"):
+        _demonstrations(chord, enc, budget, 0)
+    expert = TALK | {"expert": True}
+    assert trained_parts(enc, "sft", expert, "each") == trained_parts(enc, "sft", TALK, "each")
+    assert TokenLengths(enc, "each").pair(expert, "completion") == TokenLengths(enc, "each").pair(TALK, "completion")
+    assert left_out(enc, "sft", [expert], "each") == {}
