@@ -76,7 +76,9 @@ class Model:
             raise ModelError(
                 "save: the model holds an adapter that is not merged; merge it first: peft's merge_and_unload()"
             )
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists()):
+        if (path.exists() and not path.is_dir()) or (
+            path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists()
+        ):
             raise ModelError(
                 f"{path}: is there already and is no model folder, so it is not replaced; give a new folder"
             )

@@ -38,6 +38,10 @@ def is_finite(value: Any) -> bool:
         return False
 
 
+LARGEST_WHOLE = 2**53
+"""Floats hold every whole number up to here."""
+
+
 @dataclass(frozen=True)
 class _Number:
     """A number from `least` on, up to `greatest` if there is one; `above` leaves out `least` itself, `or_zero` adds 0."""
@@ -52,6 +56,8 @@ class _Number:
         if not is_finite(value) or (self.whole and not isinstance(value, Integral)):
             return False
         number = int(value) if self.whole else float(value)
+        if self.whole and number > LARGEST_WHOLE:
+            return False
         if self.or_zero and number == 0:
             return True
         return self.least <= number <= self.greatest and not (self.above and number == self.least)
@@ -111,7 +117,8 @@ def checked(function: str, **values: Any) -> None:
     for name, value in values.items():
         rule = NUMBERS[name]
         if not rule.allows(value):
-            raise ConfigError(f"{function}: {name.split()[-1]} = {shown(value)}; it must be {rule.in_words()}")
+            huge = " and at most 2^53" if rule.whole and is_finite(value) and value > LARGEST_WHOLE else ""
+            raise ConfigError(f"{function}: {name.split()[-1]} = {shown(value)}; it must be {rule.in_words()}{huge}")
 
 
 def refuse_given(**values: Any) -> None:
@@ -162,7 +169,11 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
         raise ConfigError(
             f"{function}: {name} is a {type(value).__name__}, whose order differs from run to run; give sorted({name}), a list"
         )
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if (
+        isinstance(value, str | bytes | Mapping)
+        or not isinstance(value, Iterable)
+        or getattr(value, "shape", None) == ()
+    ):
         raise ConfigError(f"{function}: {name} is {shown(value)} ({type(value).__name__}); give {give}")
     return list(value)
 
@@ -170,9 +181,9 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
 def check_train_on(train_on: Any, imitates: bool, demonstrates: bool) -> None:
     """Raise ConfigError if `train_on` is no such choice, or has no effect on this algorithm."""
     choices = get_args(TrainOn) if imitates else ("completion", "each") if demonstrates else ("completion",)
-    if train_on in choices:
+    if isinstance(train_on, str) and train_on in choices:
         return
-    if train_on not in get_args(TrainOn):
+    if not isinstance(train_on, str) or train_on not in get_args(TrainOn):
         raise ConfigError(f"train: train_on = {shown(train_on)}; it is one of {', '.join(get_args(TrainOn))}")
     if demonstrates:
         raise ConfigError(
@@ -225,7 +236,7 @@ def check_reward(reward: Any) -> dict[str, Any]:
             raise ConfigError(
                 f"train: reward has the name {shown(name)}; give a text as its name, and not `total`, which is the sum of all"
             )
-        if function in ("reward_model", "judge"):
+        if isinstance(function, str) and function in ("reward_model", "judge"):
             raise ConfigError(f"train: reward {name!r} is {function!r}, which only the pipeline has; {give}")
         if not isinstance(function, str) and not callable(function):
             own = " (an environment: give its .reward)" if hasattr(function, "reward") else ""

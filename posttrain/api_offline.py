@@ -30,11 +30,10 @@ from posttrain.models.inference import token_logprobs
 from posttrain.models.policy import Policy
 from posttrain.training.preference import (
     Answer,
-    AnswerGroup,
     LoggedGroupsObjective,
     PreferenceObjective,
     PreferencePair,
-    bounded_advantages,
+    ranked_groups,
 )
 from posttrain.training.supervised import Example, RowSource, SupervisedObjective
 from posttrain.training.unpaired import LabelledAnswer, UnpairedObjective, UnpairedSource, mismatched
@@ -59,7 +58,8 @@ def unpaired(run: Run, spec: Unpaired, table: Table) -> None:
     policy = Policy(run.model.lm)
     trainer = run.trainer(policy, run.steps)
     tokens = answer_tokens(run.model.encoder, [dict(row) for row in table], "completion")
-    answers, partners = (_measured(run, spec, policy, side) for side in (tokens, mismatched(tokens)))
+    others = mismatched(tokens, run.model.encoder.max_length)
+    answers, partners = (_measured(run, spec, policy, side) for side in (tokens, others))
     labels = [bool(row["label"]) for row in table]
     rows = [LabelledAnswer(*row) for row in zip(answers, labels, partners, strict=True)]
     order = EpochOrder(len(rows), run.batch_size, 1, run.seed)
@@ -89,14 +89,15 @@ def preferences(run: Run, spec: Preference | LoggedGroups, table: Table) -> None
             raise DataError(
                 f"rows, row {i}: chosen and rejected have the same tokens, so there is nothing to learn from it; remove the row"
             )
-    scores = [(float(row.get("chosen_score", 0.5)), float(row.get("rejected_score", -0.5))) for row in rows]
+    scored = "chosen_score" in rows[0]
+    scores = [(float(row["chosen_score"]), float(row["rejected_score"])) for row in rows] if scored else None
     if isinstance(spec, Preference):
-        gaps = [high - low if "chosen_score" in row else 0.0 for row, (high, low) in zip(rows, scores, strict=True)]
+        gaps = [0.0] * len(rows) if scores is None else [high - low for high, low in scores]
         pairs = [PreferencePair(*pair) for pair in zip(chosen, rejected, gaps, strict=True)]
         run.fit(trainer, run.epochs(pairs), PreferenceObjective(spec), "preference/accuracy")
     else:
-        groups = [AnswerGroup((a, b), s) for a, b, s in zip(chosen, rejected, scores, strict=True)]
-        run.fit(trainer, run.epochs(bounded_advantages(groups)), LoggedGroupsObjective(spec), "preference/accuracy")
+        groups = ranked_groups([*zip(chosen, rejected, strict=True)], scores)
+        run.fit(trainer, run.epochs(groups), LoggedGroupsObjective(spec), "preference/accuracy")
 
 
 def _measured(

@@ -22,7 +22,7 @@ import torch
 
 from posttrain.algorithms import PRESETS, Algorithm, LoggedGroups, OnPolicy, Preference, Unpaired, choose
 from posttrain.algorithms.checks import check_spec
-from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers
+from posttrain.algorithms.on_policy_checks import needs_correction, needs_several_answers, uneven_minibatches
 from posttrain.api import Model
 from posttrain.api_arguments import (
     DEFAULTS,
@@ -65,6 +65,7 @@ from posttrain.rollouts.process import ProcessEngine
 from posttrain.rollouts.turns import TurnEngine, Turns
 from posttrain.text import nearest
 from posttrain.training.experience import Demonstrations, ExperienceSource
+from posttrain.training.fingerprints import describe, weights_digest
 from posttrain.training.history import History
 from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.own_checkpoints import identity_of
@@ -154,6 +155,8 @@ def train(
         require("train", "turns", turns, (Turns, type(None)), "Turns(step, limit=...)")
         if reason := needs_several_answers(spec, samples):
             raise ConfigError(f"{spec.name}: {reason}; samples = {samples} must be at least 2")
+        if reason := uneven_minibatches(spec, int(batch_size)):
+            raise ConfigError(f"train: batch_size = {batch_size}: {reason}")
         if staleness and (reason := needs_correction(spec)):
             raise ConfigError(f"{spec.name}: staleness = {staleness}: {reason}")
         if staleness and turns is not None:
@@ -161,9 +164,9 @@ def train(
     check_trainable(model.lm)
     if broken := broken_weights(model.lm):
         raise ModelError(f"the model to train: {broken}, as after a training that diverged; load it again")
-    identity = identity_of(spec, model.lm, numbers) | {"train_on": train_on}
+    identity = identity_of(spec, model.lm, numbers, weighed=checkpoints is not None) | {"train_on": train_on}
     run = Run(
-        model, steps, float(learning_rate), batch_size, seed, micro_batch_tokens, History(recorder), checkpoints,
+        model, int(steps), float(learning_rate), int(batch_size), int(seed), int(micro_batch_tokens), History(recorder), checkpoints,
         identity, train_on,
     )  # fmt: skip
     with usual_torch(), in_training(model.lm):
@@ -171,7 +174,7 @@ def train(
         if isinstance(spec, OnPolicy):
             limit = 1 if turns is None else turns.limit
             sampling = GroupSettings(
-                batch_size, int(samples), SamplingSettings(int(max_new_tokens), float(temperature)), limit
+                run.batch_size, int(samples), SamplingSettings(int(max_new_tokens), float(temperature)), limit
             )
             _on_policy(
                 run, spec, prompt_rows(rows), reward, sampling, experts, teacher, teacher_prompt, turns, staleness
@@ -193,7 +196,7 @@ def train(
 
 def _spec(algorithm: Any) -> Algorithm | str:
     """Return the spec of a preset's name, "sft" or a checked spec as it is."""
-    if algorithm == "sft":
+    if isinstance(algorithm, str) and algorithm == "sft":
         return "sft"
     if isinstance(algorithm, str):
         if algorithm not in PRESETS:
@@ -238,6 +241,14 @@ def _on_policy(
     model = run.model
     run.identity.update(rows=[*map(dict, table)], sampling=repr(sampling), demonstrations=[*map(dict, demonstrations)])
     functions = {n: find_function(f) if isinstance(f, str) else f for n, f in check_reward(reward).items()}
+    if run.checkpoints is not None:
+        run.identity.update(
+            reward={name: describe(function) for name, function in functions.items()},
+            teacher=None if teacher is None else weights_digest(teacher.lm),
+            teacher_prompt=teacher_prompt,
+            turns=None if turns is None else [describe(turns.step), turns.on_error, turns.seconds],
+            staleness=int(staleness),
+        )
     columns = [*(name for name in table[0] if name != "prompt"), *([CONVERSATION] if turns is not None else [])]
     for name, function in functions.items():
         if reason := misfit(call_signature(function), columns):

@@ -16,7 +16,6 @@ from posttrain.algorithms.dpo import DPO
 from posttrain.algorithms.grpo import GRPO
 from posttrain.api_rows import supervised_rows
 from posttrain.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
     ModelError,
@@ -25,7 +24,6 @@ from posttrain.errors import (
     RewardError,
 )
 from posttrain.rollouts.groups import PATIENCE
-from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.history import History
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
@@ -53,7 +51,7 @@ def train(model: pt.Model, algorithm: Any = "sft", rows: Any = ROWS, **changes: 
     [
         ("steps", (0, -1, 1.5, True, "3")),
         ("learning_rate", (NAN, float("inf"), -1, 0, "0.1", 10**400, 1.5)),
-        ("batch_size", (0, 2.0)),
+        ("batch_size", (0, 2.0, 10**30)),
         ("samples", (0,)),
         ("max_new_tokens", (0, -5)),
         ("temperature", (0, -1, NAN, 1e-30, 1e30)),
@@ -73,6 +71,8 @@ def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str
     [
         ({"reward": {}}, "nothing would be learnt"),
         ({"reward": 5}, "reward 'reward' is 5"),
+        ({"reward": np.array([2, 3])}, "reward 'reward' is array"),
+        ({"demonstrations": torch.tensor(2)}, "demonstrations is tensor"),
         ({"reward": pt.environment("stories")}, "give its .reward"),
         ({"reward": "length"}, "missing a required argument: 'target'"),
         (
@@ -96,6 +96,13 @@ def test_a_number_out_of_its_range_is_refused_by_name(model: pt.Model, name: str
 def test_a_reward_that_cannot_work_is_refused(model: pt.Model, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(model, "grpo", ["a"], **arguments)
+
+
+def test_an_algorithm_or_a_batch_that_does_not_fit_it_is_refused(model: pt.Model) -> None:
+    with pytest.raises(ConfigError, match="algorithm is array"):
+        train(model, np.array([2, 3]), ["a"])
+    with pytest.raises(ConfigError, match="batch_size = 2: it must be a multiple of the 4 updates of a step"):
+        train(model, "gspo", ["a"], reward=lengths)
 
 
 @pytest.mark.parametrize(
@@ -347,25 +354,6 @@ def test_gold_answers_may_be_numbers_of_any_kind(model: pt.Model) -> None:
     golds = [7, 7.5, np.int64(7), np.float32(7.5), "$7", "1e3", '["7", "seven"]', "-7"]
     rows = [{"prompt": str(i), "answer": gold} for i, gold in enumerate(golds)]
     assert train(model, "grpo", rows, reward="answer", batch_size=8, samples=2, max_new_tokens=1)
-
-
-def test_checkpoints_of_another_run_are_refused_by_the_argument_that_differs(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    whole = train(pt.tiny(seed=0, **SMALL), steps=51, batch_size=1, checkpoints=checkpoints)
-    resumed = train(pt.tiny(seed=0, **SMALL), steps=51, batch_size=1, checkpoints=checkpoints)
-    assert resumed == whole[50:]
-    other: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 10}, "steps"),
-        ({"seed": 1}, "seed"),
-        ({"learning_rate": 0.02}, "learning_rate"),
-        ({"rows": ROWS[:1]}, "rows"),
-        ({"algorithm": "dpo", "rows": PAIRS}, "algorithm, rows"),
-    ]
-    for changes, name in other:
-        with pytest.raises(CheckpointError, match=f"is of a run with other {name};"):
-            train(pt.tiny(seed=0, **SMALL), **({"steps": 51, "batch_size": 1, "checkpoints": checkpoints} | changes))
-    with pytest.raises(CheckpointError, match="is of a run with other model;"):
-        train(pt.tiny(seed=0, **SMALL | {"hidden_size": 32}), steps=51, batch_size=1, checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ from posttrain.training.preference import (
     LoggedGroupsObjective,
     PreferenceObjective,
     PreferencePair,
-    bounded_advantages,
+    ranked_groups,
 )
 from posttrain.training.sharding import place, shards
 from posttrain.training.supervised import EpochSource
@@ -158,7 +157,9 @@ def _data(spec: Preference | LoggedGroups | Unpaired, encoder: TextEncoder, refe
         tokens = table_tokens(encoder, table, "completion")
         labelled = [
             LabelledAnswer(answer, row["label"], partner)
-            for row, (answer, partner) in zip(table, reference.answers(tokens, mismatched(tokens)), strict=True)
+            for row, (answer, partner) in zip(
+                table, reference.answers(tokens, mismatched(tokens, encoder.max_length)), strict=True
+            )
         ]
         preferred = [row.answer.tokens for row in labelled if row.desirable]
         shown = ("loss", "unpaired/desirable_reward", "unpaired/undesirable_reward")
@@ -199,23 +200,5 @@ def groups(table: list[dict[str, Any]], answers: list[tuple[Answer, Answer]]) ->
 
     An answer with several scores gets their mean. Raises DataError if a list has only one answer.
     """
-    if "chosen_score" not in table[0]:
-        return [AnswerGroup(pair, (0.5, -0.5)) for pair in answers]
-    keyed = sorted(range(len(table)), key=lambda i: (answers[i][0].tokens.prompt, i))
-    ranked = []
-    for _, members in groupby(keyed, key=lambda i: answers[i][0].tokens.prompt):
-        distinct: dict[tuple[int, ...], Answer] = {}
-        scores: dict[tuple[int, ...], list[float]] = {}
-        for i in members:
-            for answer, column in zip(answers[i], ("chosen_score", "rejected_score"), strict=True):
-                response = answer.tokens.response
-                distinct.setdefault(response, answer)
-                scores.setdefault(response, []).append(table[i][column])
-        if len(distinct) < 2:
-            raise DataError(
-                # pyrefly: ignore[unbound-name]
-                f"preference row {answer.tokens.id}: all answers to its prompt are the same, and a group of one has no baseline;"
-                " remove the row, or set validation.rules.identical_pair: quarantine"
-            )
-        ranked.append(AnswerGroup(tuple(distinct.values()), tuple(sum(s) / len(s) for s in scores.values())))
-    return bounded_advantages(ranked)
+    scored = "chosen_score" in table[0]
+    return ranked_groups(answers, [(row["chosen_score"], row["rejected_score"]) for row in table] if scored else None)

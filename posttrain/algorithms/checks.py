@@ -34,7 +34,7 @@ def checked_options(spec: Spec, options: Mapping[str, Any]) -> Spec:
     for option, value in options.items():
         where = f"{spec.name}.options.{option}"
         if option not in valid:
-            raise ConfigError(f"{where}: no such option{nearest(option, valid)}")
+            raise ConfigError(f"{where}: no such option{nearest(str(option), valid)}")
         if not _fits(value, hints[option]):
             raise ConfigError(f"{where} = {value!r}: must be {_describe(hints[option])}")
     changes: dict[str, Any] = {

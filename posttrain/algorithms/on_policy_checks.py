@@ -38,6 +38,16 @@ def needs_several_answers(spec: OnPolicy, samples: int) -> str:
     )
 
 
+def uneven_minibatches(spec: OnPolicy, prompts: int) -> str:
+    """Return why `prompts` per step cannot be split into the algorithm's updates; empty if they can.
+
+    Some prompts of a step would count more than others, and with fewer prompts than updates each would be trained on several times.
+    """
+    if prompts % spec.minibatches == 0:
+        return ""
+    return f"it must be a multiple of the {spec.minibatches} updates of a step, each with its own prompts (options.minibatches)"
+
+
 def needs_correction(spec: OnPolicy) -> str:
     """Return why the algorithm cannot train on answers that older weights sampled; empty if it corrects for them."""
     if spec.anchor == "rollout" or spec.mismatch != "none":

@@ -64,6 +64,8 @@ def check_policy(model: PreTrainedModel, source: str | Path) -> None:
 
 def _outputs(model: PreTrainedModel, ids: Tensor, source: str | Path) -> tuple[Tensor, Tensor]:
     """Return last hidden states and logits of one row. Raises ModelError if the model does not compute them from token ids."""
+    training = model.training
+    model.eval()  # dropout would change the states from one pass to the next
     try:
         hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
@@ -76,4 +78,6 @@ def _outputs(model: PreTrainedModel, ids: Tensor, source: str | Path) -> tuple[T
             f"{source}: {type(model).__name__} does not compute logits from a row of token ids ({type(error).__name__}: {reason});"
             " choose a causal language model, such as Qwen3 or Llama"
         ) from error
+    finally:
+        model.train(training)
     return hidden, logits

@@ -21,6 +21,7 @@ from torch import nn
 
 from posttrain.errors import CheckpointError
 from posttrain.training.checkpoint import Checkpoints
+from posttrain.training.fingerprints import weights_digest
 
 _RUN = "run"
 
@@ -62,10 +63,14 @@ class OwnCheckpoints:
         return found
 
 
-def identity_of(algorithm: object, model: nn.Module, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """Return a run's identity without its rows: algorithm, the numbers by name, and the shapes of the model's weights."""
-    shapes = [(name, list(weight.shape)) for name, weight in model.named_parameters()]
-    return {"algorithm": repr(algorithm), **{name: float(value) for name, value in numbers.items()}, "model": shapes}
+def identity_of(algorithm: object, model: nn.Module, numbers: Mapping[str, float], weighed: bool) -> dict[str, Any]:
+    """Return a run's identity without its rows: algorithm, the numbers by name, and the weights that training starts from.
+
+    Args:
+        weighed: False leaves out the weights, for a run without checkpoints.
+    """
+    weights = {"model": weights_digest(model)} if weighed else {}
+    return {"algorithm": repr(algorithm), **{name: float(value) for name, value in numbers.items()}, **weights}
 
 
 def _digest(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from posttrain.algorithms.specs import LoggedGroups, Preference
 from posttrain.data.batches import TokenBatch, collate, pad
 from posttrain.data.tokens import Tokens
+from posttrain.errors import DataError
 from posttrain.objectives.kl import kl_estimate, kl_metric
 from posttrain.objectives.preference import answer_logits, preference_loss
 from posttrain.objectives.reduce import aggregate, masked_extremes, masked_sum, row_means, row_sums
@@ -164,6 +166,38 @@ def bounded_advantages(ranked: Sequence[AnswerGroup]) -> list[AnswerGroup]:
     deviations = [abs(advantage) for group in ranked for advantage in centred(group.scores)]
     scale = 2 * sum(deviations) / len(deviations)
     return list(ranked) if scale <= 1 else [replace(g, scores=tuple(s / scale for s in g.scores)) for g in ranked]
+
+
+def ranked_groups(
+    pairs: Sequence[tuple[Answer, Answer]], scores: Sequence[tuple[float, float]] | None
+) -> list[AnswerGroup]:
+    """Return each pair as a group; with scores, all pairs of a prompt form one ranked list of their distinct answers.
+
+    An answer with several scores gets their mean. Scores of the whole table are bounded together.
+
+    Raises:
+        DataError: a list has only one answer.
+    """
+    if scores is None:
+        return [AnswerGroup(pair, (0.5, -0.5)) for pair in pairs]
+    keyed = sorted(range(len(pairs)), key=lambda i: (pairs[i][0].tokens.prompt, i))
+    ranked = []
+    for _, members in groupby(keyed, key=lambda i: pairs[i][0].tokens.prompt):
+        distinct: dict[tuple[int, ...], Answer] = {}
+        given: dict[tuple[int, ...], list[float]] = {}
+        row = ""
+        for i in members:
+            for answer, score in zip(pairs[i], scores[i], strict=True):
+                row, response = answer.tokens.id, answer.tokens.response
+                distinct.setdefault(response, answer)
+                given.setdefault(response, []).append(score)
+        if len(distinct) < 2:
+            raise DataError(
+                f"preference row {row}: all answers to its prompt are the same, and a group of one has no baseline;"
+                " remove the row, or set validation.rules.identical_pair: quarantine"
+            )
+        ranked.append(AnswerGroup(tuple(distinct.values()), tuple(sum(s) / len(s) for s in given.values())))
+    return bounded_advantages(ranked)
 
 
 def with_reference(

@@ -4,7 +4,7 @@ Example:
     The partner of an answer is the next answer to a different prompt:
 
     >>> a, b, c = Tokens((1,), (4,)), Tokens((1,), (5,)), Tokens((2,), (6,))
-    >>> [partner.response for partner in mismatched([a, b, c])]
+    >>> [partner.response for partner in mismatched([a, b, c], max_length=8)]
     [(6,), (6,), (4,)]
 """
 
@@ -49,8 +49,11 @@ class LabelledAnswer:
     baseline: float = 0.0
 
 
-def mismatched(tokens: Sequence[Tokens]) -> list[Tokens]:
+def mismatched(tokens: Sequence[Tokens], max_length: int) -> list[Tokens]:
     """Return each row's prompt with the answer of the next row, in a circle, that has a different prompt.
+
+    Args:
+        max_length: the model's context; a longer pair loses the end of its answer, whose log-probability would mean nothing.
 
     Raises:
         DataError: all rows have the same prompt.
@@ -66,8 +69,9 @@ def mismatched(tokens: Sequence[Tokens]) -> list[Tokens]:
     for i in reversed(range(count)):
         if i + 1 < count and tokens[i + 1].prompt != tokens[i].prompt:
             following = i + 1
-        other = tokens[following]
-        partners.append(Tokens(tokens[i].prompt, other.response, tokens[i].id, other.weights))
+        other, room = tokens[following], max_length - len(tokens[i].prompt)
+        weights = None if other.weights is None else other.weights[:room]
+        partners.append(Tokens(tokens[i].prompt, other.response[:room], tokens[i].id, weights))
     return partners[::-1]
 
 

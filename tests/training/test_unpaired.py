@@ -25,7 +25,7 @@ def test_partners_answer_a_different_prompt_and_keep_their_own_weights() -> None
         Tokens((1,), (14,), "3"),
         Tokens((1,), (15,), "4"),
     ]
-    partners = mismatched(rows)
+    partners = mismatched(rows, max_length=4)
     assert [(p.prompt, p.response) for p in partners] == [
         ((1,), (12, 13)),
         ((1,), (12, 13)),
@@ -37,16 +37,22 @@ def test_partners_answer_a_different_prompt_and_keep_their_own_weights() -> None
     assert [p.id for p in partners] == ["0", "1", "2", "3", "4"]
 
 
+def test_a_partner_ends_at_the_context_of_the_model() -> None:
+    long_prompt, long_answer = Tokens((1, 2, 3, 4), (10,)), Tokens((5,), (11, 12, 13, 14), weights=(1.0, 0.0, 1.0, 1.0))
+    first, second = mismatched([long_prompt, long_answer], max_length=6)
+    assert (first.response, first.weights, second.response) == ((11, 12), (1.0, 0.0), (10,))
+
+
 def test_one_prompt_has_no_partner() -> None:
     with pytest.raises(DataError, match="all 2 labelled answers have the same prompt"):
-        mismatched([Tokens((1,), (2,)), Tokens((1,), (3,))])
+        mismatched([Tokens((1,), (2,)), Tokens((1,), (3,))], max_length=4)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_baseline_is_the_mean_log_ratio_of_the_partners_of_the_batch_and_never_negative(sign: int) -> None:
     policy = small.policy(double=True)
     tokens = small.rows(6, seed=2)
-    partners = mismatched(tokens)
+    partners = mismatched(tokens, max_length=99)
     references = [r.astype(np.float64) - sign * 0.3 for r in near(small.policy(), partners, 4, 0.2)]
     rows = [
         LabelledAnswer(Answer(t, np.zeros(len(t.response))), True, Answer(p, r))
