@@ -26,12 +26,9 @@ from pipelines.runtime.command_line import command_parser, print_text, reports_e
 from posttrain.errors import OrchestrationError
 from posttrain.files import write_atomic
 from tasks.cache import cache_folder
-from tasks.champion import POINTER, pointer, switching
+from tasks.champion import KEPT, POINTER, pointer, remove_left_pointers, switching
 from tasks.dag import open_workspace
 from tasks.process import child_environment
-
-KEPT = "kept-by-alias"
-"""Beginning of the names of .dvc files that exist while DVC collects, and name the weights to keep."""
 
 
 def aliased(project: Path) -> list[Version]:
@@ -73,8 +70,7 @@ def require_all_users(project: Path, known: Sequence[Path]) -> None:
 @contextmanager
 def named_for_dvc(project: Path, versions: Sequence[Version]) -> Iterator[None]:
     """Write a .dvc file for the weights of each version, and remove these files at the end."""
-    for left in project.glob(f"{KEPT}-*.dvc"):  # of a command that was killed
-        left.unlink()
+    remove_left_pointers(project)
     files = {
         project / f"{KEPT}-{each.number}.dvc": pointer(each, Path("models") / f".{KEPT}-{each.number}")
         for each in versions

@@ -30,6 +30,7 @@ from tasks.dag import Dag, Node, before_plan, changed, needed_for, read_dag, sta
 from tasks.lockfile import sort_lock
 from tasks.publish import publish_report
 from tasks.slots import machine_slots
+from tasks.whole import drop_damaged
 
 
 def bring_all_up_to_date(
@@ -43,7 +44,7 @@ def bring_all_up_to_date(
         whole = read_dag(root)
         dag = needed_for(whole, targets)
         imports = {name for name, node in dag.items() if node.kind == "import"} if refresh else set()
-        todo = stale(dag, changed(root) | imports)
+        todo = _stale(root, dag, imports)
         if not todo:
             _announce(dag, todo, None)
             _finish(root)
@@ -65,6 +66,12 @@ def bring_all_up_to_date(
     return None
 
 
+def _stale(root: Path, dag: Dag, imports: Collection[str]) -> set[str]:
+    """Return the nodes to bring up to date: those that DVC names, and those whose outputs are damaged."""
+    todo = stale(dag, changed(root) | set(imports))
+    return stale(dag, todo | drop_damaged(root, dag, todo))
+
+
 @contextmanager
 def _helpers(root: Path, tracking: bool, workers: Workers) -> Iterator[None]:
     """Run the helper processes of a flow; stages on other machines fork from a fork server there."""
@@ -82,7 +89,7 @@ def _plan_and_run(
         early.not_started = [name for name in dag if name in todo - first]
         return early
     if first:
-        todo = stale(dag, changed(root) | imports)
+        todo = _stale(root, dag, imports)
     _announce(dag, todo, workers)
     outcome = _run(root, dag, todo, refresh, workers)
     outcome.results |= {name: result for name, result in early.results.items() if result.ran}

@@ -26,6 +26,7 @@ from pipelines.runtime.fork_server import VARIABLE as FORK_SERVER
 from posttrain.files import write_atomic
 from posttrain.guard import end_with
 from tasks import stage as stages
+from tasks.champion import remove_left_pointers
 from tasks.console import print_line
 from tasks.process import end, start
 from tasks.slots import cuda_devices
@@ -56,6 +57,7 @@ def exclusive(root: Path) -> Iterator[None]:
         with only_flow(root, wait=deployment.get_id() is not None):
             path = root / RUN
             end_dead_run(path)
+            remove_left_pointers(root)
             write_atomic(path, str(flow_run.get_id() or "").encode())
             yield
             path.unlink()

@@ -24,10 +24,11 @@ from alembic.script import ScriptDirectory
 from infra.postgres import Postgres
 from infra.processes import Processes, Service
 from pipelines.runtime import credentials, environment
+from pipelines.runtime.process import Lock
 from pipelines.tracking.server import SERVER
 from posttrain import network
 from posttrain.errors import OrchestrationError
-from posttrain.files import read_json
+from posttrain.files import read_json, replace
 from tasks.process import child_environment
 
 BUCKET = "posttrain"
@@ -222,6 +223,9 @@ class Topology:
         """Write the DVC remote with the store's keys."""
         from dvc.config import Config
 
+        local = self.project / ".dvc" / "config.local"
+        if not local.is_file():
+            credentials.write_private(local, "")  # it is going to hold the store's key
         with Config(str(self.project / ".dvc")).edit("local") as config:
             config["remote"]["servers"] = {
                 "url": f"s3://{BUCKET}/dvc",
@@ -231,16 +235,28 @@ class Topology:
                 "region": keys["AWS_DEFAULT_REGION"],
             }
             config["core"]["remote"] = "servers"
-        (self.project / ".dvc" / "config.local").chmod(0o600)  # it holds the store's key
+        local.chmod(0o600)
 
     def _secrets(self) -> dict[str, str]:
         """Load the passwords, and generate them at the first call."""
         path = self.home / "secrets.json"
-        found: dict[str, str] = read_json(path, LOST_SECRETS) if path.is_file() else {}
-        missing = [name for name in ("postgres", "mlflow", "flask", "s3", "prefect") if name not in found]
-        if missing:
-            found |= {name: secrets.token_urlsafe(24) for name in missing}
-            credentials.write_private(path, json.dumps(found))
+
+        def read() -> dict[str, str]:
+            return read_json(path, LOST_SECRETS) if path.is_file() else {}
+
+        def missing() -> list[str]:
+            return [name for name in ("postgres", "mlflow", "flask", "s3", "prefect") if name not in found]
+
+        found = read()
+        if missing():
+            with Lock(
+                self.home / "secrets.lock"
+            ):  # two first calls at once would start servers with different passwords
+                found = read()
+                found |= {name: secrets.token_urlsafe(24) for name in missing()}
+                made = path.with_name(".secrets.json")
+                credentials.write_private(made, json.dumps(found))
+                replace(made, path)
         return found
 
     def _worker_polls(self) -> bool:

@@ -6,6 +6,13 @@ from pathlib import Path
 
 __path__.append(str(Path(__file__).with_name("aliases")))
 
+if sys.flags.optimize > 1:
+    print(
+        "error: PYTHONOPTIMIZE=2 (python -OO) removes docstrings, and libraries of this project end in an error without them. Unset it.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 if sys.argv[0] == "-m":  # `python -m pipelines.NAME`, before NAME is imported
     from pipelines.runtime import threads
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +21,13 @@ from pipelines.config.data_schema import DataParams
 from pipelines.config.params import load_params
 from pipelines.data.conversation_rows import Sourced
 from pipelines.data.experts import with_experts
+from pipelines.data.lost_files import refuse_lost_files
 from pipelines.data.noise import with_noise
 from pipelines.data.pairs import Changes
 from pipelines.data.sources import accepted_files, environment_files, local_files, table_rows
 from pipelines.data.tables import EXPERT, FOLDER, Row, Table, plain, write_changes, write_rows
+from pipelines.runtime.consistency import VARIABLE
+from pipelines.runtime.process import STAGE
 from pipelines.runtime.run import Run
 from pipelines.runtime.step import main
 from posttrain.environments.parts import KINDS
@@ -32,6 +37,8 @@ from posttrain.text import letters_and_digits, normalised
 
 def run(run: Run) -> None:
     """Read the sources, write the tables and record their sizes."""
+    if STAGE in os.environ and VARIABLE not in os.environ:  # by hand nothing is recorded, and flows have compared
+        refuse_lost_files(Path())
     data = run.context.params.data
     kinds: list[Sourced] = list(KINDS)
     if data.labelled:

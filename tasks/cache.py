@@ -75,12 +75,14 @@ def refuse_damaged(root: Path, md5: str, folder: str, consequence: str) -> None:
         raise DataError(describe(damaged, folder, consequence))
 
 
-def describe(damaged: list[Path], folder: str, consequence: str) -> str:
-    """Return the words for damaged files, with the remedy."""
+def describe(damaged: list[Path], folder: str, consequence: str, otherwise: str = "") -> str:
+    """Return the words for damaged files, with the remedy; `otherwise` is the one without a remote."""
+    otherwise = otherwise or (
+        f"if {folder} itself is whole, `dvc commit --force {folder}` stores it again; else `dvc repro` makes it again"
+    )
     return (
         f"{len(damaged)} files of {folder} are damaged in DVC's cache (first: {damaged[0]}): their bytes are not those of their hash, as"
-        f" after a fault of the disk, so {consequence}. Remove them. Then `dvc pull` fetches them from a remote; if {folder} itself is"
-        f" whole, `dvc commit --force {folder}` stores it again; else `dvc repro` makes it again."
+        f" after a fault of the disk, so {consequence}. Remove them. Then `dvc pull` fetches them from a remote; {otherwise}."
     )
 
 

@@ -29,6 +29,9 @@ POINTER = Path("champion.dvc")
 PENDING = Path(".posttrain/champion.pending")
 """Present while models/champion does not hold the registry's champion: a flow brings it there when it ends."""
 
+KEPT = "kept-by-alias"
+"""Beginning of the names of .dvc files that exist while `flows.clean_cache` collects, and name the weights to keep."""
+
 T = TypeVar("T")
 
 
@@ -161,6 +164,13 @@ def _altered(version: Version) -> str:
         f"{FOLDER} does not hold the weights of {version.name} ({version.md5}) after `dvc checkout` and `dvc pull`: their bytes are others,"
         " so they are not put into production. The remote may be damaged: restore it from a back-up, or promote a different version."
     )
+
+
+def remove_left_pointers(root: Path) -> None:
+    """Remove the .dvc files of a killed `flows.clean_cache`: DVC would take them for data that is missing. Call it inside the flow lock."""
+    for left in sorted(root.glob(f"{KEPT}-*.dvc")):
+        left.unlink()
+        print_line(f"{left.name} of a clean_cache that was killed is removed")
 
 
 def _put_back(root: Path, before: bytes) -> None:

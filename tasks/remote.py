@@ -7,17 +7,20 @@ for a remote that has lost files. A version is therefore registered only after t
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
 from pipelines.runtime.process import killed_by
 from pipelines.runtime.redaction import redact
-from pipelines.tracking.lockfile import default_remote
+from pipelines.tracking.content import path_md5
+from pipelines.tracking.lockfile import default_remote, has_conflict
 from posttrain.errors import ConfigError, OrchestrationError
-from tasks.cache import refuse_damaged, refuse_partial
+from tasks.cache import damaged_objects, describe, refuse_damaged, refuse_partial
 from tasks.dag import open_workspace
 from tasks.process import child_environment
 
@@ -108,6 +111,8 @@ def restore_missing(root: Path, pointer: str) -> None:
     part as the whole.
     """
     path = root / pointer
+    if has_conflict(path):
+        raise OrchestrationError(_both_sides(pointer))
     try:
         entries = [(path.parent / str(out["path"]), out) for out in read_yaml(path)["outs"]]
     except (ConfigError, KeyError, TypeError) as damage:
@@ -119,14 +124,51 @@ def restore_missing(root: Path, pointer: str) -> None:
         for out, entry in entries:
             refuse_partial(root, pointer, out, entry)
         return
-    if run_dvc(root, "checkout", pointer) is None:
+    if run_dvc(root, "checkout", pointer) is None and _is_whole(root, pointer, entries):
         return
     error = run_dvc(root, "pull", pointer)
+    if error is None and not _is_whole(root, pointer, entries):
+        error = "the remote's bytes are not those of their hash"
     if error is not None:
         raise OrchestrationError(
             f"the data of {pointer} is not in this folder, not in DVC's cache, and cannot be pulled: {error}. Copy it to"
             f" {entries[0][0]}, or correct the remote (`dvc remote list`); then run again."
         )
+
+
+def _both_sides(pointer: str) -> str:
+    """Return the words for a .dvc file with a merge conflict: either side lists files that the other one lacks."""
+    folder = pointer.removesuffix(".dvc")
+    return (
+        f"{pointer} holds a merge conflict: both sides have changed {folder}, and to take one side would lose the files that only the other"
+        f" one lists. Type `git checkout --theirs {pointer} && dvc pull {pointer}`, copy {folder} to a different place, then `git checkout"
+        f" --ours {pointer} && dvc pull {pointer}`, put the copied files that are missing now back (those of the inbox into inbox/TABLE:"
+        f" known ones are recognised), `dvc add {folder}`, and `git add {pointer}`."
+    )
+
+
+def _is_whole(root: Path, pointer: str, entries: Sequence[tuple[Path, Mapping[str, Any]]]) -> bool:
+    """Return True if the outputs of a .dvc file have the bytes of their hashes; DVC trusts read-only objects of its cache.
+
+    Other outputs are removed, because DVC would call them up to date. If there is a remote, so are their damaged objects. Raises
+    OrchestrationError if there is none.
+    """
+    hashed = [(out, str(entry["md5"])) for out, entry in entries if entry.get("hash") == "md5"]
+    wrong = [(out, md5) for out, md5 in hashed if path_md5(out) != md5]
+    for out, md5 in wrong:
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        damaged = damaged_objects(root, md5)
+        if not has_remote(root):
+            name = out.relative_to(root).as_posix()
+            raise OrchestrationError(
+                describe(damaged, name, f"{name} stays missing", "restore them from a back-up of the cache")
+                if damaged
+                else f"{name} has other bytes after `dvc checkout` than the hash in {pointer} says, so it stays missing: restore it from a"
+                " back-up."
+            )
+        for each in damaged:
+            each.unlink()
+    return not wrong
 
 
 def run_dvc(root: Path, *arguments: str) -> str | None:

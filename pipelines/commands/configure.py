@@ -39,6 +39,8 @@ from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
 
 _NOTHING: Any = object()
+_SHOWN = 80
+"""Most characters of a change in an error."""
 
 
 @reports_errors
@@ -175,10 +177,12 @@ def _overlay(change: str) -> dict[str, Any]:
         raise ConfigError(
             f"{change!r}: there is no value after the equals sign; to remove an optional key, write {key}=null"
         )
+    parse_yaml(value, change[:_SHOWN])  # refuses what is no YAML, nested too deeply, or stands for millions of values
     try:
         tree = _round_trip().load(value)
-    except YAMLError as error:
-        raise ConfigError(f"{change!r}: the value is not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(f"{change[:_SHOWN]!r}: the value is not YAML: {reason}") from None
     for name in reversed(names):
         tree = {name: tree}
     return dict(tree)

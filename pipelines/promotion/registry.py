@@ -35,6 +35,8 @@ MEASURE = "judged_by"
 EVALUATION = "evaluation"
 """Mark of the evaluation by which the gate judged: its number of rows and a digest."""
 _TAG_LENGTH = 4000
+_PAGE = 1000
+"""Versions of one answer of MLflow."""
 _NAME_LENGTH = 100
 FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
 _COUNT = re.compile(r"[0-9]{1,18}")
@@ -125,7 +127,12 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all versions, newest first."""
-        found = self._ask(lambda: self._client.search_model_versions(f"name = '{self.name}'", max_results=1000))
+        ask_page = partial(self._client.search_model_versions, f"name = '{self.name}'", _PAGE)
+        page = self._ask(ask_page)
+        found = list(page)
+        while page.token:
+            page = self._ask(partial(ask_page, page_token=page.token))
+            found += page
         aliases = self._aliases()
         listed = [_version(each, aliases) for each in found]
         return sorted(listed, key=lambda version: -version.number)

@@ -15,7 +15,8 @@ from werkzeug.datastructures import Authorization
 CLOSED = re.compile(
     r"/gateway(/.*)?"
     r"|/(ajax-)?api/[0-9.]+/(mlflow/)?(assistant|gateway|gateway-proxy|jobs|prompt-optimization|webhooks)(/.*)?"
-    r"|/(ajax-)?api/[0-9.]+/mlflow/(genai/evaluate|issues|scorer)/invoke"
+    r"|/(ajax-)?api/[0-9.]+/mlflow/(genai/evaluate|issues|scorer)/invoke",
+    re.DOTALL,  # a line feed in a path is one more character of a name
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,19 @@ def test_a_taken_port_is_refused_with_other_ports_before_any_server_starts(tmp_p
     assert f"port {port} on 127.0.0.1, for {ORDER[place]}: Address already in use." in str(refused.value)
     assert f"POSTTRAIN_PORTS={port - place + 10} make up" in str(refused.value)
     assert [topology.processes.pid(name) for name in ORDER] == [None] * 5
+
+
+def test_two_first_calls_at_once_have_the_same_passwords(tmp_path: Path) -> None:
+    """`make up` and `make status` of a new project: one of two sets would be lost, and servers run with either."""
+    start, found = threading.Barrier(4), list[dict[str, str]]()
+
+    def call() -> None:
+        start.wait()
+        found.append(Topology(tmp_path).secrets)
+
+    calls = [threading.Thread(target=call) for _ in range(4)]
+    for each in calls:
+        each.start()
+    for each in calls:
+        each.join()
+    assert found == [json.loads((tmp_path / ".posttrain/servers/secrets.json").read_text())] * 4

@@ -182,6 +182,7 @@ def test_a_page_of_a_different_port_neither_reads_nor_changes_what_mlflow_keeps(
         ("PUT", "/ajax-api/3.0/mlflow/assistant/config", {"providers": {"claude_code": {"selected": True}}}),
         ("POST", "/ajax-api/3.0/mlflow/assistant/skills/install", {"type": "custom", "custom_path": "skills"}),
         ("POST", "/ajax-api/3.0/mlflow/assistant/message", {"message": "hello"}),
+        ("PATCH", "/ajax-api/3.0/mlflow/assistant/sessions/a%0Ab", {"status": "cancelled"}),
         ("POST", "/gateway/mlflow/v1/chat/completions", {"model": "x", "messages": []}),
         ("POST", "/ajax-api/3.0/jobs/search", {}),
         ("GET", "/api/3.0/mlflow/gateway/secrets/list", None),

@@ -18,6 +18,8 @@ from pipelines.config.yaml_files import read_yaml
 from posttrain.algorithms import PRESETS, OnPolicy
 from posttrain.errors import ConfigError
 
+BOMB = "{" + ", ".join(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}" if i else "x"] * 9) + "]" for i in range(9)) + "}"
+
 
 @pytest.fixture
 def params(root: Path, tmp_path: Path) -> Path:
@@ -50,7 +52,11 @@ def test_nothing_changes_nothing(params: Path) -> None:
     [
         ("sft.epoch=2", r"sft\.epoch: unknown parameter; did you mean 'epochs'\?"),
         ("sft.epochs=two", r"sft\.epochs = 'two': should be a valid integer"),
-        ("sft.epochs=[", "the value is not YAML"),
+        ("sft.epochs=[", r"sft\.epochs=\[: not valid YAML"),
+        ("sft.epochs=2020-13-45", "not valid YAML.*month must be in"),
+        ("sft.epochs=" + "9" * 5000, r"sft\.epochs=9{69}: not valid YAML"),
+        ("sft.epochs=" + "[" * 600, "nested too deeply"),
+        (f"sft.epochs={BOMB}", "its aliases .* stand for"),
         ("sft..epochs=1", "write dotted.key=value"),
         ("nowhere.yaml", "cannot read nowhere.yaml"),
         ("evaluation.accuracy=null", r"evaluation\.accuracy: missing"),

@@ -320,3 +320,13 @@ def test_a_model_is_served_only_under_the_hash_of_its_bytes(
         match=r"not hold the weights of grpo-0 \(md5 a{32}\.dir\).*`dvc checkout --force models",
     ):
         open_served(project.folder, "grpo-0", "posttrain")
+
+
+def test_versions_beyond_the_first_page_of_mlflow_are_found(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a thousand refused nights a champion of the first year would count as lost."""
+    registry.promote(register(registry, "grpo-0"))
+    register(registry, "dpo-0")
+    monkeypatch.setattr("pipelines.promotion.registry._PAGE", 1)
+    assert [(each.number, each.aliases) for each in registry.versions()] == [(2, ()), (1, ("champion",))]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +65,12 @@ def test_every_command_checks_its_numbers(
         command(arguments)
     assert ended.value.code == 2
     assert f"argument {arguments[-2]}: " in capsys.readouterr().err
+
+
+def test_an_interpreter_without_docstrings_is_refused_in_words(root: Path) -> None:
+    """pydantic would end in a traceback while it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "pipelines.ingest"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "PYTHONOPTIMIZE=2 (python -OO) removes docstrings" in done.stderr
