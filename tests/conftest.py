@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipelines.runtime import environment
-from tests.compiled import compile_project
+from tests.compiled import compile_project, in_parallel, rewrite_tests
 
 environment.quiet()
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start: two that wait for each other spin
 
 # Torch, Prefect and the collected tests are millions of objects that stay; looking through them again takes an eighth of the time.
@@ -27,9 +26,16 @@ LONG = ("tests/servers/", "tests/end_to_end/", "tests/flows/", "tests/reliabilit
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the project before pytest starts its workers."""
-    if not hasattr(config, "workerinput"):
-        compile_project(Path(__file__).parents[1])
+    """Compile the project and its tests before pytest starts its workers; keep torch in a process that runs tests to one thread."""
+    root, is_worker = Path(__file__).parents[1], hasattr(config, "workerinput")
+    if not is_worker and config.getoption("numprocesses", None):
+        in_parallel(partial(compile_project, root), partial(rewrite_tests, root, config))
+        return
+    if not is_worker:
+        compile_project(root)
+    import torch  # not above: the process that distributes tests needs no torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
