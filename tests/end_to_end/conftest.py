@@ -23,7 +23,8 @@ TINY = Path("tests/end_to_end/tiny.yaml")
 class Clone:
     """A separate workspace with its own code, DVC cache, MLflow store and journals.
 
-    Its steps are forks of `warm`, which an empty POSTTRAIN_WARM turns off, and its flows share CPU slots with no other one.
+    Its steps are forks of `warm`, which an empty POSTTRAIN_WARM turns off. Its flows share CPU slots and Prefect's database with no
+    other one.
     """
 
     root: Path
@@ -32,7 +33,11 @@ class Clone:
     def environment(self, **extra: str) -> dict[str, str]:
         inherited = {k: v for k, v in child_environment().items() if not k.startswith(CLEARED)}
         quiet = {"TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        own = {"POSTTRAIN_WARM": str(self.warm or ""), "POSTTRAIN_LEASES": str(self.root.parent / "leases")}
+        own = {
+            "POSTTRAIN_WARM": str(self.warm or ""),
+            "POSTTRAIN_LEASES": str(self.root.parent / "leases"),
+            "PREFECT_HOME": str(self.root.parent / "prefect"),
+        }
         return inherited | {"PYTHONPATH": str(self.root)} | quiet | own | extra
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -60,7 +65,7 @@ class Clone:
 
 @pytest.fixture(scope="session")
 def new_clone(
-    root: Path, warm: Warm, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+    root: Path, warm: Warm, empty_store: Path, prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[], Clone]:
     def make() -> Clone:
         target = tmp_path_factory.mktemp("clone") / "project"
@@ -79,6 +84,8 @@ def new_clone(
         if shared.is_dir():
             (target.parent / "shared").symlink_to(shared.resolve())
         shutil.copy(empty_store, target / "mlflow.db")
+        (target.parent / "prefect").mkdir()
+        shutil.copy(prefect_database, target.parent / "prefect")
         return Clone(target, warm.socket)
 
     return make

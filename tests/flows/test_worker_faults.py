@@ -122,9 +122,10 @@ def same_results(parent: Machine, finished: Path) -> None:
 
 
 @contextmanager
-def prefect_server(folder: Path) -> Iterator[Server]:
-    """Run a Prefect server that keeps its database in the folder."""
+def prefect_server(folder: Path, database: Path) -> Iterator[Server]:
+    """Run a Prefect server that keeps its database, a copy of an empty one, in the folder."""
     folder.mkdir()
+    shutil.copy(database, folder)
     port = free_port()
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     server = Server(command, folder, f"http://127.0.0.1:{port}/api/health", PREFECT_HOME=str(folder))
@@ -135,9 +136,9 @@ def prefect_server(folder: Path) -> Iterator[Server]:
 
 
 def test_prefects_server_restarts_while_a_stage_runs(
-    template: Path, root: Path, tmp_path: Path, finished_template: Path
+    prefect_database: Path, template: Path, root: Path, tmp_path: Path, finished_template: Path
 ) -> None:
-    with serving("store") as s3, prefect_server(tmp_path / "prefect") as server:
+    with serving("store") as s3, prefect_server(tmp_path / "prefect", prefect_database) as server:
         url = server.url.removesuffix("/health")
         gate = tmp_path / "go"
         with small_fleet(tmp_path / "fleet", s3, url, template, root, work=HELD, remote_seconds="900") as made:

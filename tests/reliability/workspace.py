@@ -52,7 +52,7 @@ class Warm:
     def shared(cls, root: Path, folder: Path) -> Warm:
         """Return the server of several processes; the first one starts it. `users` in the folder has a line for each."""
         folder.mkdir(exist_ok=True)
-        with _alone(folder):
+        with locked(folder):
             users = folder / "users"
             if users.is_file() and users.read_text():  # empty: its last user has stopped it before this one came
                 warm = cls.__new__(cls)
@@ -68,7 +68,7 @@ class Warm:
     def leave(self) -> None:
         """End the use of a shared server; the last user stops it."""
         users = self.socket.with_name("users")
-        with _alone(users.parent):
+        with locked(users.parent):
             left = [line for line in users.read_text().split() if line != f"{os.getpid()}"]
             users.write_text("".join(f"{line}\n" for line in left))
             if not left:
@@ -82,7 +82,7 @@ class Warm:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock."""
     with (folder / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -68,9 +69,11 @@ def status(url: str, body: Any = None, method: str | None = None, **headers: str
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefect's database, made once: its migrations take longer than a server's start."""
-    return tmp_path_factory.mktemp("prefect")
+def home(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of Prefect's database."""
+    folder = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
