@@ -43,6 +43,7 @@ def run(run: Run) -> None:
 
         require_package()
     evaluator = Evaluator(run.context, run.recorder, model_folder(run.context.args.model))
+    evaluator.check_second_task()
     answers = evaluator.answers()
     write_predictions(run.outputs.artifact("predictions.parquet"), answers, params.groups)
     results = summary(answers, params.accuracy, params.pass_k, Resampling(seed=params.seed))
@@ -51,8 +52,7 @@ def run(run: Run) -> None:
         scores = evaluator.benchmarks(params.benchmarks)
         results |= write_scores(run.outputs.artifact(BENCHMARKS), scores, Resampling(seed=params.seed))
     results["preference/accuracy"] = evaluator.preference_accuracy()
-    second = evaluator.second_task_accuracy()
-    results |= {} if second is None else {"second_task/accuracy": second}
+    results |= evaluator.second_task()
     run.recorder.table("samples", 0, [_shown(a) for a in answers if a.sample == 0][: params.samples_shown])
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary(results)
@@ -87,6 +87,8 @@ def summary(
         chances = pass_at_k_by_prompt(grid, k)
         if np.isfinite(chances).any():  # a reward that has failed may leave no prompt k known answers
             results[f"pass@{k}"] = float(np.nanmean(chances))
+            if (known := int(np.isfinite(chances).sum())) < len(chances):
+                results[f"pass@{k}_prompts"] = float(known)
     for source in sorted(answers[0].rewards):
         values = floats([a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)

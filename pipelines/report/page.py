@@ -122,10 +122,16 @@ def page(results: Results, comparison: Comparison, drawn: Mapping[str, Picture],
         for name, value in s.rewards.items()
         if value is not None and value.missing
     ]
+    fewer = [
+        (k, s.name, value.missing)
+        for s in comparison.summaries
+        for k, value in sorted(s.pass_at.items())
+        if value is not None and value.missing
+    ]
     return template.render(
         title=title(comparison), findings=findings(comparison), solved=solved(comparison), ranked=ranked(comparison),
         comparison=comparison, question=question, results=results, pictures=drawn, learning=learning,
-        running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, base=BASE, sft=SFT,
+        running=curves.WINDOW, on_policy=curves.on_policy(results, question), missing=missing, fewer=fewer, base=BASE, sft=SFT,
         colours={name: {scheme: looks[scheme].colour(name) for scheme in SCHEMES} for name in results.groups},
         unranked=unranked(comparison), apart=comparison.apart(), currency=CURRENCIES[question.currency], setup=setup_of(results),
         chinese_title=chinese.title(comparison), chinese_findings=chinese.findings(comparison),

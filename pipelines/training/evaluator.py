@@ -109,13 +109,20 @@ class Evaluator:
         pairs = list(zip(chosen, rejected, strict=True))
         return preferred_share(self.policy, pairs, compute.micro_batch_tokens, compute.bf16, self.processes)
 
-    def second_task_accuracy(self) -> float | None:
-        """Return the accuracy on `evaluation.second_task`, or None if there is none."""
-        task, params = self.params.second_task, self.params
+    def check_second_task(self) -> None:
+        """Raise ConfigError if `evaluation.second_task` cannot be asked, before an answer is sampled."""
+        if self.params.second_task is not None:
+            second_task_prompts(self.encoder, self.params.second_task, self._second_settings())
+
+    def second_task(self) -> dict[str, float]:
+        """Return the measures of `evaluation.second_task`; empty if there is none."""
+        task = self.params.second_task
         if task is None:
-            return None
-        settings = SecondTaskSettings(params.seed, params.max_new_tokens, params.compute.bf16)
-        return second_task_accuracy(self.policy, self.encoder, task, settings, self.processes)
+            return {}
+        return second_task_measures(self.policy, self.encoder, task, self._second_settings(), self.processes)
+
+    def _second_settings(self) -> SecondTaskSettings:
+        return SecondTaskSettings(self.params.seed, self.params.max_new_tokens, self.params.compute.bf16)
 
 
 class SecondTaskSettings(NamedTuple):
@@ -126,29 +133,17 @@ class SecondTaskSettings(NamedTuple):
     bf16: bool = False
 
 
-def second_task_accuracy(
-    policy: Policy,
-    encoder: TextEncoder,
-    task: SecondTask,
-    settings: SecondTaskSettings,
-    processes: Processes | None = None,
-) -> float:
-    """Return the mean reward of the greedy answers to a second task.
-
-    An answer that the judge cannot score is left out.
+def second_task_prompts(
+    encoder: TextEncoder, task: SecondTask, settings: SecondTaskSettings
+) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
+    """Return the rows of a second task and the tokens of their prompts.
 
     Raises:
-        ConfigError: the task has several turns, or the options do not fit it.
-        DataError: the judge scored no answer.
+        ConfigError: the task has several turns, the options do not fit it, or a prompt leaves no room for an answer.
     """
-    from posttrain.environments.base import environment, single_turn_rows
-    from posttrain.evaluation.processes import ONE_PROCESS
-    from posttrain.rewards.sources import FunctionReward, RewardBatch
-    from posttrain.rollouts.engine import Request, SamplingSettings
-    from posttrain.rollouts.native import NativeEngine
+    from posttrain.environments.base import single_turn_rows
 
     rows = single_turn_rows(task.source, task.rows, settings.seed, task.options, "evaluation.second_task")
-    judge = FunctionReward("evaluation.second_task", environment(task.source).reward)
     prompts = [tuple(encoder.prompt(row["prompt"])) for row in rows]
     longest = max(map(len, prompts))
     if longest + settings.max_new_tokens > encoder.max_length:
@@ -157,6 +152,30 @@ def second_task_accuracy(
             f" {settings.max_new_tokens} more exceed the model's context of {encoder.max_length}; choose options with shorter prompts, or"
             " lower max_new_tokens"
         )
+    return rows, prompts
+
+
+def second_task_measures(
+    policy: Policy,
+    encoder: TextEncoder,
+    task: SecondTask,
+    settings: SecondTaskSettings,
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Return the mean reward of the greedy answers to a second task, and the share of answers that its judge cannot score, if any.
+
+    Raises:
+        ConfigError: see `second_task_prompts`.
+        DataError: the judge scored no answer.
+    """
+    from posttrain.environments.base import environment
+    from posttrain.evaluation.processes import ONE_PROCESS
+    from posttrain.rewards.sources import FunctionReward, RewardBatch
+    from posttrain.rollouts.engine import Request, SamplingSettings
+    from posttrain.rollouts.native import NativeEngine
+
+    rows, prompts = second_task_prompts(encoder, task, settings)
+    judge = FunctionReward("evaluation.second_task", environment(task.source).reward)
     requests = [Request(prompt, ((0,),)) for prompt in prompts]
     engine = NativeEngine(policy.lm, encoder.ends, bf16=settings.bf16)
     sharing = processes or ONE_PROCESS
@@ -168,7 +187,8 @@ def second_task_accuracy(
     known = [reward for reward in judged if reward is not None]
     if not known:
         raise DataError(f"evaluation.second_task: the judge of {task.source} scored none of {len(judged)} answers")
-    return sum(known) / len(known)
+    missing = {} if len(known) == len(judged) else {"second_task/missing": 1 - len(known) / len(judged)}
+    return {"second_task/accuracy": sum(known) / len(known)} | missing
 
 
 def write_predictions(path: Path, answers: Sequence[EvaluatedAnswer], groups: str | None = None) -> None:

@@ -14,7 +14,7 @@ from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
 from pipelines.evaluate import answers_not_found, summary
-from pipelines.training.evaluator import SecondTaskSettings, second_task_accuracy
+from pipelines.training.evaluator import SecondTaskSettings, second_task_measures, second_task_prompts
 from posttrain.data.tokens import TextEncoder
 from posttrain.environments.base import Environment, register
 from posttrain.errors import ConfigError, DataError
@@ -81,18 +81,21 @@ def test_a_second_task_is_answered_greedily_and_scored_by_its_own_judge() -> Non
     by_hand = [judge(greedy_text(model, encoder, prompt, 6), "4") for prompt in ASKED[:4]]
     assert len(set(by_hand)) > 1
     task = SecondTask(source="echo_second", rows=5)
-    found = second_task_accuracy(Policy(model), encoder, task, SecondTaskSettings(0, 6))
-    assert found == pytest.approx(sum(by_hand) / 4)
+    found = second_task_measures(Policy(model), encoder, task, SecondTaskSettings(0, 6))
+    assert found == {
+        "second_task/accuracy": pytest.approx(sum(by_hand) / 4),
+        "second_task/missing": pytest.approx(1 / 5),
+    }
     talk = register(Environment("talk_second", ECHO.rows, judge, lambda conversation: None))
     with pytest.raises(ConfigError, match="talk_second has several turns"):
-        second_task_accuracy(Policy(model), encoder, SecondTask(source=talk.name, rows=5), SecondTaskSettings(0, 6))
+        second_task_measures(Policy(model), encoder, SecondTask(source=talk.name, rows=5), SecondTaskSettings(0, 6))
     with pytest.raises(
         ConfigError, match=r"second_task: a prompt of echo_second has \d+ tokens, .* context of 32; choose"
     ):
-        second_task_accuracy(Policy(model), encoder, task, SecondTaskSettings(0, 32))
+        second_task_prompts(encoder, task, SecondTaskSettings(0, 32))
     nothing = SecondTask(source="echo_second", rows=5, options={"loud": True})
     with pytest.raises(ConfigError, match=r"evaluation.second_task.options: .* 'loud'"):
-        second_task_accuracy(Policy(model), encoder, nothing, SecondTaskSettings(0, 6))
+        second_task_measures(Policy(model), encoder, nothing, SecondTaskSettings(0, 6))
 
 
 @pytest.mark.parametrize(("samples", "kind"), [((0,), "greedy"), ((1, 2), "sampled")])
@@ -103,6 +106,14 @@ def test_a_reward_without_a_value_is_named(samples: Sequence[int], kind: str) ->
         summary(some, "answer", [1], Resampling(seed=0, resamples=10))
     with pytest.raises(DataError, match=r"rewards.odd: .* 2 sampled answers, .* or remove it from evaluation.rewards"):
         summary([replace(a, rewards={"answer": 1.0, "odd": None}) for a in given], "answer", [1], Resampling(seed=0))
+
+
+def test_pass_at_k_counts_the_prompts_with_k_known_answers() -> None:
+    full = answered(["4", "5", "4"])
+    short = [replace(a, prompt_id=1, rewards={"answer": None if a.sample == 2 else 1.0}) for a in full]
+    found = summary([*full, *short], "answer", [1, 2], Resampling(seed=0, resamples=10))
+    assert (found["pass@2"], found["pass@2_prompts"]) == (0.0, 1.0)
+    assert "pass@1_prompts" not in found
 
 
 def test_pass_at_k_is_left_out_if_no_prompt_has_k_known_answers() -> None:
@@ -118,7 +129,7 @@ def test_a_second_task_that_is_never_scored_is_an_error() -> None:
     shape = TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, max_length=32)
     model, tokenizer = tiny_model(shape, 0)
     with pytest.raises(DataError, match="mute_second scored none of 2 answers"):
-        second_task_accuracy(
+        second_task_measures(
             Policy(model),
             TextEncoder(tokenizer, 32),
             SecondTask(source="mute_second", rows=2),

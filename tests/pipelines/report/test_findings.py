@@ -254,6 +254,9 @@ def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> Non
         path = tmp_path / "runs" / "evaluate" / model / "artifacts" / "predictions.parquet"
         rows = pq.read_table(path).to_pylist()
         changed = [row | {"reward_answer": row["reward_answer"] / 2, "reward_rm": None} for row in rows]
+        if model == "base":  # right or wrong, and one answer without a reward
+            changed = [row | {"reward_rm": None} for row in rows]
+            changed[1]["reward_answer"] = None
         pq.write_table(pa.Table.from_pylist(changed), path)
     results = load(("dpo",), (0,), tmp_path)
     comparison = compare(results, replace(QUESTION, pass_k=(1, 2)))
@@ -265,6 +268,8 @@ def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> Non
     assert "No algorithm samples during training" in text
     assert "the 1 test made here" in text
     assert "rm missing" in text
+    assert "base: pass@2 leaves out 1 prompt of its runs with fewer than 2 known answers" in text
+    assert "pass@1 leaves out" not in text
     assert not (tmp_path / "report" / "over_optimisation.png").exists()
 
 
