@@ -25,8 +25,8 @@ ELSEWHERE = (
     "reward/varied/prompt_tokens", "reward/varied/completion_tokens", "reward/varied/order_changed",
     "reward/varied/disagreement", "staleness/", "pass@",
 )  # fmt: skip
-"""Logged by the reward step, the loop at a fault, mixtures of experts, benchmarks, a second task, pass@k, a choice of the step, judges, ensembles,
-and sampling ahead."""
+"""Logged by the reward step, the loop at a fault, mixtures of experts, benchmarks, a second task, pass@k, a choice of the step, judges,
+ensembles, and sampling ahead."""
 
 
 def documents(root: Path) -> list[Path]:

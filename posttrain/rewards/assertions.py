@@ -78,7 +78,8 @@ _VERB_LAST = re.compile(
 )
 _TAIL = re.compile(
     r"[\s*_$)\]}\"'`%\u00b0\u201d\u2019\u300d]*(?:\+(?!\s?[A-Za-z])|\.{2,}\s?\d|\u2026\s?\d|\u2192\s?\d|\?|\(?\s?or\b"
-    r"|(?:max|min|maximum|minimum|at (?:least|most|best|worst)|tops|or|plus|minus|times|div|mod|through|until|till|upwards?|less|fewer)\b)"
+    r"|(?:max|min(?!\.?[\s$*_)\]}]*\Z)|maximum|minimum|at (?:least|most|best|worst)|tops|or|plus|minus|times|div|mod|through|until"
+    r"|till|upwards?|less|fewer)\b)"
 )
 _EQUAL_PART = re.compile(r"[\s*_$)\]}]*or\s(?:so\b|[$*]*(?P<other>[-\d./]+))")
 _PRECISION = re.compile(
@@ -97,6 +98,13 @@ _AFTER_BOX = re.compile(
     r"|(?:or|to|minus|plus|times)\s|(?:is|was)\s(?:not|wrong|incorrect|false)\b|isn['\u2019]t\b|cannot\b|can['\u2019]t\b"
     r"|(?:,|;|and)\s?\$?-?\d)"
 )
+_SHORT = re.compile(r"[\s*_$]*(?P<unit>['\u2032]{1,2}|[A-Za-z]{1,2})(?=[\s*_$)\]}\"'\u201d\u2019.,;:!?]*(?:\n|\Z))")
+"""One or two letters, or a prime, that are all that follows a number."""
+_UNITS = (
+    "m cm mm km nm dm in ft yd mi g kg mg lb oz t s ms ns h hr d wk mo yr l L ml mL cl cL dl dL V A W J N K C F Pa Hz kW MW kJ kN kV mV mA"
+    " B kB KB MB GB TB kb Mb Gb sq cu pt qt gr Rs TL kr"
+)
+_USUAL_UNITS = frozenset(_UNITS.split())
 _SECOND = re.compile(
     r"^[^\n.!?;]{0,60}(?:[.!?;](?!\d)|\n)\s*(?:correct:\s)?(?:(?!step|page|part)[A-Za-z'\u2019,]{1,12}\s){0,4}[$*]{0,3}(-?\d[\d.,]{0,20})[.!*$]{0,4}\s*\Z",
     re.IGNORECASE,
@@ -125,10 +133,16 @@ def leads(text: str) -> bool:
 
 
 def ends(text: str) -> bool:
-    """Return True if the text after a number leaves the number whole: a unit, a reason, a new sentence, but no list or range."""
+    """Return True if the text after a number leaves the number whole: a unit, a reason, a new sentence, but no list or range.
+
+    One or two letters are a unit only if they are a usual one: `42 cm`, but not `42 ab` or the year `42 AD`, and `42'` has a prime.
+    """
     if _EQUAL_PART.match(text) or _PRECISION.match(text):
         return True  # compared by value elsewhere
     if _TAIL.match(text) or re.match(r"c\b", text):
+        return False
+    short = _SHORT.match(text)
+    if short and short["unit"] not in _USUAL_UNITS:
         return False
     further = _FURTHER.match(text)
     if further is None:

@@ -15,6 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from posttrain.data.limits import bounded
@@ -29,6 +30,12 @@ WARM_UP_SECONDS = 60
 """The parser builds its tables on first use; that time is not charged to an answer."""
 _PERCENT = re.compile(r"(?<=\d)\s?\\?%")
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|sqrt|pi)\b)[A-Za-z]{2,}")
+_REPEATING = re.compile(
+    r"(?P<whole>\d{1,30})\.(?P<once>\d{0,30})"
+    r"(?:\\(?:overline|bar|dot)\s?(?:\{(?P<group>\d{1,30})\}|(?P<digit>\d))(?!\d*\\dot)"
+    r"|\\dot\s?\{?(?P<first>\d)\}?(?P<between>\d{0,30})\\dot\s?\{?(?P<last>\d)\}?)"
+)
+"""A repeating decimal: 0.\\overline{3}, 1.2\\overline{34}, 0.\\dot{1}4285\\dot{7}."""
 _DELIMITERS = ("$", "\\boxed", "\\[", "\\(")
 
 
@@ -37,9 +44,10 @@ def math(
 ) -> list[float | None]:
     """Return 1 if the last expression after the completion's reasoning equals the gold answer (`\\frac{1}{2}` = 0.5 = 2/4), else 0.
 
-    A number in prose without LaTeX is read as `answer` reads it, and percent signs are ignored. The reward is None if the gold answer is
-    not mathematics (no answer could match it), or if parsing and comparing took longer than `row_seconds` or 1 GiB of memory. The time
-    limit uses signals, so this runs only in a main thread: a worker's, or a script's.
+    `0.\\overline{3}` is 1/3, and `i` is the imaginary unit if that makes the two equal. A number in prose without LaTeX is read as `answer`
+    reads it, and percent signs are ignored. The reward is None if the gold answer is not mathematics (no answer could match it), or if
+    parsing and comparing took longer than `row_seconds` or 1 GiB of memory. The time limit uses signals, so this runs only in a main
+    thread: a worker's, or a script's.
     """
     require_available("math")
     if threading.current_thread() is not threading.main_thread():
@@ -81,6 +89,7 @@ def _parsed(text: str) -> list[Any]:
     """Return the parsed expressions, [] if the text cannot be parsed: unparsed text must never be compared as text."""
     from math_verify import parse
 
+    text = _REPEATING.sub(_as_fraction, text)
     try:
         found: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
     except MemoryError:
@@ -90,11 +99,28 @@ def _parsed(text: str) -> list[Any]:
     return found
 
 
+def _with_imaginary_unit(expression: Any) -> Any:
+    """Return the expression with the symbol i, which the parser takes for a variable, as the imaginary unit."""
+    named = [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
+    return expression.subs(dict.fromkeys(named, _parsed(r"$\sqrt{-1}$")[0])) if named else expression
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    """Return a repeating decimal as a fraction: 1.2\\overline{34} is (1234 - 12) / 990."""
+    before = found["whole"] + found["once"]
+    period = found["group"] or found["digit"] or f"{found['first']}{found['between']}{found['last']}"
+    value = Fraction(int(before + period) - int(before), 10 ** len(found["once"]) * (10 ** len(period) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def _equal(expected: list[Any], found: list[Any]) -> bool:
     from math_verify import verify
 
     try:
-        return bool(verify(expected, found, timeout_seconds=None, raise_on_error=True))
+        if verify(expected, found, timeout_seconds=None, raise_on_error=True):
+            return True
+        complexes = [[_with_imaginary_unit(one) for one in side] for side in (expected, found)]
+        return complexes != [expected, found] and bool(verify(*complexes, timeout_seconds=None, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # SymPy could not compare the two, so equality is not proven

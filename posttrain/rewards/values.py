@@ -207,7 +207,10 @@ def result_of(text: str, whole: bool = False) -> str | None:
         found = _VALUE.search(side)
         if found and not _is_partial(side, found) and HIDDEN not in side[: found.start()]:
             after = _VALUE.search(side, found.end())
-            if whole and not (leads(side[: found.start()]) and ends(side[found.end() :])):
+            lead, rest = side[: found.start()], side[found.end() :]
+            if lead.endswith("'"):
+                rest = rest.removeprefix("'")
+            if whole and not (leads(lead) and ends(rest)):
                 return None
             return None if after and _are_several(side, found, after, (_OR, _TO)) else found[0]
     return None

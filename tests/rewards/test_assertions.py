@@ -57,6 +57,12 @@ UNCLEAR = [
         "probably 42",
         "42? I'm not sure", "42. Hmm, 43.", "42. Should be 43", "42 short of 50", "42 fewer than needed",
     )),
+    *((form % text, "42") for form in ("\\boxed{%s}", "#### %s", "The answer is %s.", "<answer>%s</answer>") for text in (
+        "42'", "42''", "42 ab", "42 AD", "42\\text{ ab}", "42 \\mathrm{AD}", "42 q", "42 x",
+    )),
+    *((text, "42") for text in (
+        "Ans: 42", "Result: 42", "Answer - 42", "answer 42", "Solution: 42", "A: 42", "The result is 42", "=> 42",
+    )),
     ("The answer is 4 2", "4"), ("The answer is May 5", "5"), ("The answer is Jan 2", "2"), ("The answer is 2 January 2024", "2"),
     *((text, "42") for text in (
         "\\boxed{42} or 43", "\\boxed{42} + x", "\\boxed{42}, 43", "\\boxed{42} is wrong", "at most \\boxed{42}", "x < \\boxed{42}",
@@ -81,6 +87,7 @@ RIGHT = [
         "\\boxed{42}\n\nWait for it!", "Answer: 42\nConfidence: 90", "The answer is 42\n\nStep 2", "It can be shown that the answer is 42",
     )),
     *((f"The answer is {text}", "42", NUMBER) for text in (
+        "'42'", "\"42\"", "42\"", "42 min", "42 min.", "42 ft", "42 mi", "42 kW", "42 C", "42 a day",
         "\u20b942", "\u00a542", "\u20a9 42", "US$42", "Rs. 42", "Rs 42", "USD 42", "42<|im_end|>",
     )),
     ("\u7b54\u6848\u662f\uff1a**42**", "42", NUMBER), ("Die Antwort lautet 42.", "42", NUMBER),

@@ -28,6 +28,11 @@ CASES = [
     (r"\boxed{10\%}", r"10\%", 1.0), (r"\boxed{10\%}", "10", 1.0), (r"\boxed{50\%}", "50%", 1.0), ("10%", r"10\%", 1.0),
     (r"<think>\boxed{7}", "7", 0.0), (r"<think>\boxed{7}</think>\boxed{8}", "8", 1.0), ("<think>7", "7", 0.0),
     ("The answer is 7. Wait, no, 8", "7", 0.0), ("not 7", "7", 0.0), ("7!", "7", 0.0), ("3!", "6", 1.0), ("7x", "7", 0.0),
+    (r"\boxed{0.\overline{3}}", "1/3", 1.0), (r"\boxed{\frac13}", r"0.\overline{3}", 1.0), (r"0.\overline{3}", "1/3", 1.0),
+    (r"\boxed{0.\overline{3}}", "0.3", 0.0), (r"\boxed{1.2\overline{34}}", "611/495", 1.0), (r"\boxed{-0.\bar 3}", "-1/3", 1.0),
+    (r"\boxed{0.\dot{1}4285\dot{7}}", "1/7", 1.0), (r"\boxed{0.1\dot{6}}", "1/6", 1.0), (r"\boxed{\overline{AB}}", r"\overline{AB}", 1.0),
+    (r"\boxed{e^{i\pi}}", "-1", 1.0), (r"\boxed{-1}", r"e^{i\pi}", 1.0), (r"\boxed{\frac{1}{1+i}}", r"\frac{1-i}{2}", 1.0),
+    (r"\boxed{3+2i}", "3-2i", 0.0), (r"\boxed{2i}", "2", 0.0), (r"\boxed{i+1}", "j+1", 0.0),
     ("5 or 7", "7", 0.0), (r"\pm 5", "5", 0.0), ("2,5", "2.5", 0.0),
 ]  # fmt: skip
 
