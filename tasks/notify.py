@@ -14,7 +14,7 @@ import os
 import threading
 import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from typing import Any
 
 from pipelines.runtime.redaction import redact
@@ -69,9 +69,9 @@ def _send(url: str, data: bytes, headers: Mapping[str, str]) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError("not an address of the web")
         _OPENER.open(urllib.request.Request(url, data, dict(headers)), timeout=TIMEOUT_SECONDS).close()
-    except ValueError:
-        # urllib's message contains the whole address, which is a secret.
-        return "POSTTRAIN_WEBHOOK must be an http:// or https:// address"
+    except (ValueError, InvalidURL):
+        # urllib's message contains the address or its path, which is a secret.
+        return "POSTTRAIN_WEBHOOK must be an http:// or https:// address, without blanks"
     except (OSError, HTTPException) as error:
         return redact(str(error)) or type(error).__name__
     return ""

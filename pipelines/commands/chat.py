@@ -182,7 +182,7 @@ def plain_text_hint(project: Path, model: Model) -> list[str]:
 def store(inbox: str, prompt: Any, chosen: str, rejected: str, *, scores: bool = False) -> str:
     """Write one preference as a new file of the inbox and return its path."""
     row = handover.preference(prompt, chosen, rejected)
-    return handover.put(inbox, handover.free_name(inbox, "chat"), [row], scores=scores)
+    return handover.put_new(inbox, "chat", [row], scores=scores)
 
 
 def open_models(project: Path, names: Sequence[str]) -> list[tuple[str, Model]]:
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(project)
     inbox = location(project)
     if args.against:
-        handover.free_name(inbox, "chat")  # refuses a store before any model is loaded
+        handover.refuse_store(inbox)  # before any model is loaded
     models = open_models(project, [args.model, *([args.against] if args.against else [])])
     if args.system and not has_template(models[0][1]):
         raise DataError(f"--system: {args.model} has no chat template, so it has no system message; leave it out")

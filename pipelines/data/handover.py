@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -53,10 +56,37 @@ def put(inbox: str, name: str, rows: Iterable[Row], *, scores: bool, table: str 
     return str(path)
 
 
-def free_name(inbox: str, stem: str) -> str:
-    """Return the first of `stem-0001.jsonl`, `stem-0002.jsonl`, … that a folder does not have. Raises DataError for a store."""
+def put_new(inbox: str, stem: str, rows: Iterable[Row], *, scores: bool) -> str:
+    """Write one file of preferences into a folder, under the first free name, and return its place.
+
+    Of two processes that choose a name at once, one would replace the file of the other: the folder is locked meanwhile.
+    """
+    refuse_store(inbox)
+    folder = Path(inbox.removeprefix("file://")).expanduser() / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return put(inbox, free_name(inbox, stem), rows, scores=scores)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; wait for it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_store(inbox: str) -> None:
+    """Raise DataError if the inbox is a store."""
     if _is_store(inbox):
         raise DataError(f"choices are written to a folder, and POSTTRAIN_INBOX is {inbox}; unset it for this command")
+
+
+def free_name(inbox: str, stem: str) -> str:
+    """Return the first of `stem-0001.jsonl`, `stem-0002.jsonl`, … that a folder does not have."""
     folder = Path(inbox.removeprefix("file://")).expanduser() / FOLDER
     return next(name for i in count(1) if not (folder / (name := f"{stem}-{i:04d}.jsonl")).exists())
 

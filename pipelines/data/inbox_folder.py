@@ -30,6 +30,8 @@ _ATTEMPTS = ("1", "2")
 _BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors that are no fault of one entry."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+_OWN_FOLDERS = (".dvc", ".git", ".posttrain", "data", "labels", "models", "report", "runs")
+"""Folders of a project whose files are not arrivals."""
 _NAME_BYTES = 200
 """Longest name in quarantine; with `-2` and `.reason.txt` it stays below the 255 bytes of a file system."""
 
@@ -314,7 +316,26 @@ def claimed_files(address: str) -> list[str]:
 
 
 def open_inbox(address: str, *, required: bool = False) -> Inbox:
-    """Open a folder or a store. `required` refuses a folder that does not exist, which a misspelt setting looks like."""
+    """Open a folder or a store. The current directory is the project.
+
+    `required` refuses a folder that does not exist, which a misspelt setting looks like. Raises DataError for a folder of other files: they
+    would be moved to quarantine, or removed as known.
+    """
     if "://" in address and not address.startswith("file://"):
         return StoreInbox(address)
-    return FolderInbox(Path(address.removeprefix("file://")).expanduser(), required=required)
+    base = Path(address.removeprefix("file://")).expanduser()
+    _refuse_other_files(base, Path.cwd())
+    return FolderInbox(base, required=required)
+
+
+def _refuse_other_files(base: Path, project: Path) -> None:
+    """Raise DataError if the inbox contains the project or the home folder, or is a folder of the project with other contents."""
+    inbox, own, home = base.resolve(), project.resolve(), Path(os.path.expanduser("~")).resolve()
+    holds = "this project" if own.is_relative_to(inbox) else "your home folder" if home.is_relative_to(inbox) else ""
+    taken = next((name for name in _OWN_FOLDERS if inbox.is_relative_to(own / name)), None)
+    if holds or taken:
+        reason = f"it contains {holds}" if holds else f"it is in {taken}/ of this project"
+        raise DataError(
+            f"the inbox {base} cannot be used: {reason}, and intake moves every file of its inbox. Nothing was moved. Make a folder for new"
+            " files only, and set POSTTRAIN_INBOX to it."
+        )

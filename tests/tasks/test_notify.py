@@ -42,12 +42,14 @@ def test_a_webhook_that_fails_or_is_away_fails_nothing(
     assert not notify("promoted", "x", {})
     monkeypatch.setenv("POSTTRAIN_WEBHOOK", "hooks.example.com/services/not-for-logs")  # its http:// was forgotten
     assert not notify("waiting", "x", {})
+    monkeypatch.setenv("POSTTRAIN_WEBHOOK", "http://127.0.0.1:9/services/not-for-logs of a team")
+    assert not notify("rolled back", "x", {})
     with garbage() as url:
         monkeypatch.setenv("POSTTRAIN_WEBHOOK", url)
         assert not notify("refused", "x", {})
     printed = capsys.readouterr().out
     assert "the webhook did not receive `failed`: HTTP Error 500" in printed
-    for event in ("promoted", "waiting", "refused"):
+    for event in ("promoted", "waiting", "rolled back", "refused"):
         assert f"the webhook did not receive `{event}`" in printed
     assert "not-for-logs" not in printed
     monkeypatch.delenv("POSTTRAIN_WEBHOOK")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,23 @@ def test_choices_are_numbered_files_and_plain_text_stays_plain(tmp_path: Path) -
     first, second = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     assert second == {"prompt": "1+1=", "chosen": "2", "rejected": "3", "form": "canonical"}
     assert first == second | {"chosen_score": 1.0, "rejected_score": 0.0}
+
+
+def test_two_commands_at_once_keep_all_choices(tmp_path: Path) -> None:
+    start = threading.Barrier(2)
+
+    def choose(name: str) -> None:
+        start.wait()
+        for i in range(20):
+            store(str(tmp_path), f"{name} {i}", "2", "3")
+
+    commands = [threading.Thread(target=choose, args=(name,)) for name in ("first", "second")]
+    for each in commands:
+        each.start()
+    for each in commands:
+        each.join()
+    kept = {json.loads(path.read_text(encoding="utf-8"))["prompt"] for path in tmp_path.rglob("*.jsonl")}
+    assert kept == {f"{name} {i}" for name in ("first", "second") for i in range(20)}
 
 
 def test_a_choice_has_the_form_of_the_projects_preferences(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

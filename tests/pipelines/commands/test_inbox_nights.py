@@ -206,6 +206,28 @@ def test_a_misspelt_inbox_is_refused_and_a_tilde_is_the_home_folder(
     assert intake.main([]) == 2
 
 
+def test_a_folder_of_other_files_is_no_inbox(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of the project was moved to quarantine, and accepted files were removed as known."""
+    monkeypatch.setenv("HOME", str(folder.parent / "home"))
+    (folder / "data/raw/accepted/problems").mkdir(parents=True)
+    (folder / "data/raw/accepted/problems/0001-a.jsonl").write_text("{}")
+    (folder / "link").symlink_to("data")
+    before = sorted(folder.rglob("*"))
+    for place, words in (
+        (".", "contains this project"),
+        ("..", "contains this project"),
+        (str(folder.parent / "home"), "contains your home folder"),
+        ("data/raw/accepted", "is in data/ of this project"),
+        ("link/raw", "is in data/ of this project"),
+    ):
+        monkeypatch.setenv("POSTTRAIN_INBOX", place)
+        assert intake.main([]) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_settle_time_that_is_no_number_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_SETTLE_SECONDS", "soon")
     put(folder, "problems/a.jsonl", problem("one"))
