@@ -26,6 +26,7 @@ from posttrain.rollouts.native import NativeEngine
 from posttrain.rollouts.tolerance import Tolerance
 from posttrain.rollouts.vllm.server import server_seed
 from tests.models import small
+from tests.reliability.workspace import CLIENT, Warm
 from tests.rollouts import two_processes
 from tests.rollouts.served import PROMPTS, SETTINGS, Setup, requests
 
@@ -194,13 +195,13 @@ def test_rounding_to_bfloat16_is_no_other_model_and_a_server_that_loads_nothing_
 
 
 def test_two_processes_sample_their_shares_from_servers_that_one_of_them_keeps_up_to_date(
-    start: Callable[..., Setup], root: Path, tmp_path: Path
+    start: Callable[..., Setup], root: Path, tmp_path: Path, warm: Warm
 ) -> None:
     peer = start().peers[0]
-    command = [sys.executable, "-m", "tests.rollouts.two_processes", peer.url, str(tmp_path / "shared")]
+    command = [sys.executable, "-c", CLIENT, "tests.rollouts.two_processes", peer.url, str(tmp_path / "shared")]
     together = os.environ | {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root),
+        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "POSTTRAIN_WARM": str(warm.socket),
     }  # fmt: skip
     processes = [
         subprocess.Popen(command, cwd=root, env=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
