@@ -2,6 +2,7 @@
 
     python benchmarks/ahead.py speed                    # steps per hour at staleness 0 and 1, alternating
     python benchmarks/ahead.py study --seeds 0 1 2      # train every staleness with these seeds; results are added to ahead.json
+    python benchmarks/ahead.py study --staleness 0 1    # only these
     python benchmarks/ahead.py --write                  # write benchmarks/ahead.md from benchmarks/ahead.json
 
 GRPO on additions from one supervised model, with ratios to the sampler's probabilities (`anchor: rollout`) at every staleness. The speed
@@ -112,15 +113,21 @@ def trained(
     return model, timings, pt.train(model, SPEC, prompts, steps=steps, **options, **work.grpo)
 
 
+def step_seconds(kept: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the seconds of a step: its parts, wall time (`at`), and processor time of both processes."""
+    seconds = {n: float(np.mean([k[n] for k in kept[1:]])) for n in kept[0] if n.startswith("seconds/")}
+    for name in ("at", "trainer", "sampler"):
+        seconds[name] = (kept[-1][name] - kept[0][name]) / (len(kept) - 1)
+    return seconds
+
+
 def speed(base: Model, steps: int, repeats: int) -> dict[str, Any]:
     """Return the seconds of a step at staleness 0 and 1 in alternating runs: wall time, and processor time of each process."""
     found: dict[str, Any] = {"steps": steps, "repeats": repeats, "0": [], "1": []}
     for repeat in range(repeats):
         for staleness in (0, 1):
             kept = trained(DEMO, base, staleness, repeat, steps)[1].kept[WARM_UP:]
-            seconds = {n: float(np.mean([k[n] for k in kept[1:]])) for n in kept[0] if n.startswith("seconds/")}
-            for name in ("at", "trainer", "sampler"):
-                seconds[name] = (kept[-1][name] - kept[0][name]) / (len(kept) - 1)
+            seconds = step_seconds(kept)
             found[str(staleness)].append(seconds)
             print(f"staleness {staleness}: {seconds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return found
@@ -135,22 +142,26 @@ def accuracy(model: Model, heldout: int) -> float:
     return float(np.mean([answer(asked, each, answer=golds) for each in texts]))
 
 
-def study(base: Model, seeds: Sequence[int], steps: int, heldout: int, found: dict[str, Any]) -> None:
-    """Train every staleness with every seed that is not yet in `found`, and add the results."""
+def study(
+    base: Model, seeds: Sequence[int], arms: Sequence[int], steps: int, heldout: int, found: dict[str, Any]
+) -> None:
+    """Train every staleness in `arms` with every seed that is not yet in `found`, and add the results."""
     runs = found.setdefault(
         "study", {"steps": steps, "heldout": heldout, "start": accuracy(base, heldout), "runs": {}}
     )["runs"]
     for seed in seeds:
-        for staleness in STALENESS:
+        for staleness in arms:
             name = f"{staleness}-{seed}"
             if name in runs:
                 continue
-            model, _, history = trained(SMALL, base, staleness, seed, steps)
+            model, timings, history = trained(SMALL, base, staleness, seed, steps)
+            seconds = step_seconds(timings.kept[WARM_UP:])
             runs[name] = {
                 "accuracy": accuracy(model, heldout),
                 "reward": float(np.mean([step["reward/total/mean"] for step in history[-10:]])),
                 "mismatch": float(np.mean([step["mismatch/mean"] for step in history])),
                 "clipped": float(np.mean([step["clip/low"] + step["clip/high"] for step in history])),
+                "seconds": {name: seconds[name] for name in ("at", "trainer", "sampler")},
             }
             print(f"{name}: {runs[name]}", file=sys.stderr, flush=True)
             write("study", found["study"])
@@ -233,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=["speed", "study"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--staleness", type=int, nargs="+", default=list(STALENESS), choices=STALENESS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=200)
@@ -243,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.part == "speed":
         write("speed", speed(start(DEMO), args.steps, args.repeats))
     if args.part == "study":
-        study(start(SMALL), args.seeds, args.steps, args.heldout, found)
+        study(start(SMALL), args.seeds, args.staleness, args.steps, args.heldout, found)
     if args.write:
         found = json.loads(RESULTS.read_text(encoding="utf-8"))
         RESULTS.with_suffix(".md").write_text(page(found), encoding="utf-8")

@@ -1,10 +1,13 @@
 """Build the sampling engine that params.yaml names, with servers from the environment.
 
-POSTTRAIN_VLLM_URLS      running servers (`http://…` or `unix:PATH`), separated by commas; they read the weights from this machine's disk
+POSTTRAIN_VLLM_URLS      running servers (`http://…` or `unix:PATH`), separated by commas; how they get weights: POSTTRAIN_VLLM_TRANSFER
 POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a server; default: the one of infra/vllm/setup.sh
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
+POSTTRAIN_VLLM_TRANSFER  how servers get the weights: memory (default for a started server), stream:HOST:PORT, or folder (default for
+                         running ones)
 POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
+POSTTRAIN_VLLM_SLEEP     1: a server on the trainer's GPU gives its memory back between samples
 POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahead (staleness) with the native engine
 """
 
@@ -15,6 +18,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from posttrain.data.tokens import TextEncoder
     from posttrain.rollouts.groups import Problem
     from posttrain.rollouts.vllm.server import VllmServer
+    from posttrain.rollouts.vllm.sleep import Sleep
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")
 LOG = "vllm.log"
@@ -90,16 +95,19 @@ def sampling_engine(
     text = lm.config.get_text_config()
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
+    named, sleep = _named_servers(on_one_host(accelerator)), _sleep(lm)
+    share = partial(_memory_share, lm, context, sleep is not None)
     made = VllmEngine(
         lm,
         encoder.ends,
-        _named_servers(on_one_host(accelerator))
-        or [_own_server(context.state.resolve() / LOG, tokenizer, length, bf16, partial(_memory_share, lm, context))],
+        named or [_own_server(context.state.resolve() / LOG, tokenizer, length, bf16, share, sleep is not None)],
         version=version,
         folder=folder,
         probes=sequences(prompts, text.vocab_size, length),
         bf16=bf16,
         accelerator=accelerator,
+        transfer=_transfer(bool(named)),
+        sleep=sleep,
     )
     return Background(made) if staleness else made
 
@@ -115,8 +123,47 @@ def closing(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _memory_share(lm: PreTrainedModel, context: RunContext) -> float | None:
-    """Return the share of the trainer's GPU that a server on the same one may use; None on a CPU."""
+def _transfer(named: bool) -> str:
+    """Return how servers get the weights.
+
+    Raises ConfigError for an unknown way.
+    """
+    way = os.environ.get("POSTTRAIN_VLLM_TRANSFER") or ("folder" if named else "memory")
+    if way not in ("memory", "folder") and not (way.startswith("stream:") and way.rpartition(":")[2].isdigit()):
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_TRANSFER = {way!r} is no way to bring weights to servers; set memory (servers on this machine), folder, or"
+            " stream:HOST:PORT with an address of this machine, e.g. stream:127.0.0.1:0 (docs/rollouts.md)"
+        )
+    return way
+
+
+def _sleep(lm: PreTrainedModel) -> Sleep | None:
+    """Return how a server on the trainer's GPU sleeps between samples, if the environment asks for it.
+
+    Raises ConfigError on a CPU, where vLLM keeps its memory, and for a server that has devices of its own.
+    """
+    if os.environ.get("POSTTRAIN_VLLM_SLEEP", "0") in ("", "0"):
+        return None
+    if lm.device.type == "cpu" or os.environ.get("POSTTRAIN_VLLM_DEVICES"):
+        reason = "the trainer is on a CPU" if lm.device.type == "cpu" else "POSTTRAIN_VLLM_DEVICES names devices"
+        raise ConfigError(
+            f"POSTTRAIN_VLLM_SLEEP is set, and {reason}: only a server on the trainer's GPU has memory to give back; unset it"
+        )
+    import torch
+
+    from posttrain.rollouts.vllm.sleep import Sleep
+
+    device = torch.get_device_module(lm.device)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
+    # a server holds bfloat16 where the trainer may hold float32
+    return Sleep(lambda: int(device.mem_get_info(lm.device)[0]), size // 2, device.empty_cache)
+
+
+def _memory_share(lm: PreTrainedModel, context: RunContext, sleeps: bool = False) -> float | None:
+    """Return the share of the trainer's GPU that a server on the same one may use; None on a CPU.
+
+    Next to a server that sleeps during an update the trainer keeps only weights and the optimiser's state.
+    """
     if lm.device.type == "cpu":
         return None
     import torch
@@ -136,6 +183,8 @@ def _memory_share(lm: PreTrainedModel, context: RunContext) -> float | None:
         recomputes=compute.gradient_checkpointing,
         device=lm.device.type,
     )
+    if sleeps:
+        memory = replace(memory, activations=0, cache=0, logits=0, temporary=0)
     return server_share(torch.get_device_module(lm.device).mem_get_info(lm.device)[1], memory)
 
 
@@ -164,7 +213,12 @@ def _named_servers(one_host: bool) -> list[VllmServer]:
 
 
 def _own_server(
-    log: Path, tokenizer: str, length: int, bf16: bool, share: Callable[[], float | None] = lambda: None
+    log: Path,
+    tokenizer: str,
+    length: int,
+    bf16: bool,
+    share: Callable[[], float | None] = lambda: None,
+    sleeps: bool = False,
 ) -> VllmServer:
     """Return a server that starts with its first weights."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
@@ -178,6 +232,7 @@ def _own_server(
         arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
         environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
         memory_share=None if devices else share(),
+        sleeps=sleeps,
     )
     return LocalServer(launch, log)
 

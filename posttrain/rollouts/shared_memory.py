@@ -63,7 +63,7 @@ class SharedTensors:
             OSError: there is no memory left.
         """
         size = max(ALIGNED, sum(entry.size for entry in layout))
-        self.descriptor = _anonymous(size) if descriptor is None else descriptor
+        self.descriptor = anonymous_file(size) if descriptor is None else descriptor
         memory = mmap.mmap(self.descriptor, size)
         self.tensors: dict[str, Tensor] = {}
         start = 0
@@ -84,7 +84,7 @@ class SharedTensors:
         os.close(self.descriptor)
 
 
-def _anonymous(size: int) -> int:
+def anonymous_file(size: int) -> int:
     """Return the descriptor of a file without a name that occupies `size` bytes of memory, or of a disk outside Linux."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("posttrain-weights")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from socketserver import TCPServer, ThreadingUnixStreamServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 Reply = tuple[int, Any]
 
@@ -25,6 +27,9 @@ class Peer:
 
     tied: the output head is never replaced. raw: log-probabilities before the temperature. loads: weights are loaded when it says so.
     counted: its counter of tokens, if it has one.
+    silent: pages that are never answered; cut: answers of completions end after their header, without a byte of content.
+    memory: called with the change of its memory in bytes when it goes to sleep or wakes, if it can sleep.
+    fetched: the bytes of each transfer.
     unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
     """
 
@@ -33,15 +38,25 @@ class Peer:
         self.tied = self.raw = False
         self.loads = self.development = self.token_ids = True
         self.unhealthy = 0
+        self.silent: set[str] = set()
+        self.cut, self.over = False, Event()
+        self.memory: Callable[[int], None] | None = None
+        self.asleep, self.extension, self.fetched = False, True, list[int]()
         self.counted: Callable[[], float] | None = None
         self.faults: Callable[[int], Reply | None] = lambda number: None
         self.paths: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self._lock = Lock()
+        # by the name under which vLLM's workers import it, if this is a server that a test started as they are
+        name = "posttrain_receiver"
+        self.worker = import_module(name if find_spec(name) else f"posttrain.rollouts.vllm.worker.{name}").Receiver()
+        self.worker.model_runner = self
         peer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path in peer.silent:
+                    peer.over.wait(300)
                 if self.path == "/metrics" and peer.counted is not None:
                     self._send(200, f'vllm:generation_tokens_total{{model="policy"}} {peer.counted()}\n'.encode())
                     return
@@ -49,6 +64,8 @@ class Peer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path.split("?")[0] in peer.silent:
+                    peer.over.wait(300)
                 status, value = peer.post(self.path.split("?")[0], body)
                 if status == 0:
                     self.connection.close()
@@ -62,6 +79,9 @@ class Peer:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
+                if peer.cut and self.path == "/v1/completions":
+                    self.wfile.flush()
+                    peer.over.wait(300)
                 self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
@@ -85,6 +105,7 @@ class Peer:
         return self
 
     def stop(self) -> None:
+        self.over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -97,6 +118,8 @@ class Peer:
             return 503, None
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy", "max_model_len": self.context}]}
+        if path == "/is_sleeping":
+            return 200, {"is_sleeping": self.asleep}
         return 200, None
 
     def post(self, path: str, body: dict[str, Any]) -> Reply:
@@ -108,9 +131,31 @@ class Peer:
             if not self.development:
                 return 404, {"detail": "Not Found"}
             if path == "/collective_rpc":
-                assert body["method"] == "reload_weights"
-                self._load(Path(body["kwargs"]["weights_path"]))
+                return self._call(body["method"], body["kwargs"])
+            if path in ("/sleep", "/wake_up"):
+                self._sleep(path == "/sleep")
             return 200, {"success": True}
+
+    def _call(self, method: str, arguments: dict[str, Any]) -> Reply:
+        if method == "reload_weights":
+            self._load(Path(arguments["weights_path"]))
+            return 200, {"results": [None]}
+        if not self.extension:
+            return 500, {"error": f"Worker has no attribute {method}"}
+        result = self.worker.posttrain_load(**arguments)
+        self.fetched.append(result.get("bytes", 0))
+        return 200, {"results": [result]}
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Take the weights as vLLM's model runner does."""
+        state = {name: tensor.clone() for name, tensor in weights_iterator}
+        if self.loads:
+            self.model.load_state_dict(state, strict=False)
+
+    def _sleep(self, asleep: bool) -> None:
+        if self.memory is not None and asleep != self.asleep:
+            self.asleep = asleep
+            self.memory(1 if asleep else -1)
 
     def _load(self, folder: Path) -> None:
         """If it ties the embeddings, its output head stays as it was, as with vLLM."""
@@ -148,5 +193,8 @@ class Peer:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     arguments = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=False))
-    served = AutoModelForCausalLM.from_pretrained(arguments["--model"])
+    if arguments.get("--load-format") == "dummy":
+        served = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments["--model"]))
+    else:
+        served = AutoModelForCausalLM.from_pretrained(arguments["--model"])
     Peer(served, int(arguments["--max-model-len"]), arguments["--uds"]).serve()

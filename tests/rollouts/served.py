@@ -29,7 +29,7 @@ class Setup:
         self.folder, self.policy, self.peers, self.version = folder, policy, peers, 0
         self.engine = self.new_engine()
 
-    def new_engine(self, patience_seconds: float = 2.0, bf16: bool = False) -> VllmEngine:
+    def new_engine(self, patience_seconds: float = 2.0, bf16: bool = False, **options: Any) -> VllmEngine:
         return VllmEngine(
             self.policy,
             small.EOS,
@@ -39,6 +39,7 @@ class Setup:
             probes=sequences(PROMPTS, self.policy.config.vocab_size, 64),
             bf16=bf16,
             patience_seconds=patience_seconds,
+            **options,
         )
 
     def update(self, by: float = 1.2) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import count
 from threading import Event, Timer
@@ -93,7 +94,7 @@ def test_a_server_that_makes_no_tokens_any_more_is_left_long_before_its_time_lim
     hung.counted, other.counted = lambda: 7.0, lambda: float(next(made))
     hung.faults = lambda number: (0, None) if number > 4 and over.wait(300) else None
     for server in setup.engine.fleet.servers:
-        server.look_seconds = 0.2
+        server.look_seconds, server.stall_seconds = 0.1, 0.2
     try:
         assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
     finally:
@@ -115,7 +116,7 @@ def test_a_server_that_still_makes_tokens_is_waited_for(start: Callable[..., Set
     peer = setup.peers[0]
     peer.counted = counted
     peer.faults = lambda number: None if number != 6 or go_on.wait(300) else (0, None)
-    setup.engine.fleet.servers[0].look_seconds = 0.2
+    setup.engine.fleet.servers[0].look_seconds, setup.engine.fleet.servers[0].stall_seconds = 0.2, 0.5
     assert [[c.tokens for c in g] for g in setup.sample()] == undisturbed(setup)
     assert len(looks) > 3
     assert setup.engine.fleet.lost == {}
@@ -172,3 +173,36 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent(start: Callable
     setup = start()
     with pytest.raises(RolloutError, match=r"7 tokens and 58 new ones exceed the 64 tokens.*--max-model-len"):
         setup.sample(SamplingSettings(58, 1.0))
+
+
+def limit(setup: Setup) -> None:
+    for server in setup.engine.fleet.servers:
+        server.look_seconds = server.stall_seconds = server.pause_seconds = 0.2
+
+
+@pytest.mark.parametrize("pages", [{"/metrics", "/v1/completions"}, {"/v1/completions"}])
+def test_a_server_that_accepts_and_never_answers_is_left_in_seconds(
+    start: Callable[..., Setup], pages: set[str]
+) -> None:
+    setup = start(servers=2)
+    expected = undisturbed(setup)
+    setup.sample()
+    hung = setup.peers[0]
+    hung.silent, hung.counted = pages, lambda: 7.0
+    limit(setup)
+    began = time.monotonic()
+    assert [[c.tokens for c in g] for g in setup.sample()] == expected
+    # several times the limits above, and far less than a request's 900 s
+    assert time.monotonic() - began < 60
+    assert hung.url in {server.url for server in setup.engine.fleet.lost}
+
+
+def test_a_server_that_begins_an_answer_and_sends_nothing_more_is_left_in_seconds(start: Callable[..., Setup]) -> None:
+    setup = start(servers=2)
+    expected = undisturbed(setup)
+    setup.sample()
+    setup.peers[0].cut = True
+    limit(setup)
+    assert [[c.tokens for c in g] for g in setup.sample()] == expected
+    (error,) = setup.engine.fleet.lost.values()
+    assert str(error).startswith(f"{setup.peers[0].url} does not answer /v1/completions: timed out")

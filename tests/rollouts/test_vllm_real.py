@@ -16,7 +16,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.algorithms.grpo import GRPO
-from posttrain.errors import StaleWeightsError
+from posttrain.errors import RolloutError, StaleWeightsError
+from posttrain.models.lora import Adapter
 from posttrain.models.policy import Policy
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rollouts.engine import Request, SamplingSettings
@@ -25,7 +26,8 @@ from posttrain.rollouts.vllm import VllmEngine, engine
 from posttrain.rollouts.vllm.local import Launch, LocalServer
 from posttrain.rollouts.vllm.probe import sequences
 from posttrain.rollouts.vllm.server import VllmServer
-from posttrain.settings import OptimizerSettings
+from posttrain.rollouts.vllm.sleep import Sleep
+from posttrain.settings import LoraSettings, OptimizerSettings
 from posttrain.training.trainer import Trainer
 from tests.models import small
 from tests.pipelines.conftest import wait_for
@@ -96,6 +98,55 @@ def test_a_tied_model_is_served_rightly_and_a_stale_head_is_caught(
     version[0] += 1
     with pytest.raises(StaleWeightsError, match=r"differs by \d"):
         ours.sample(requests(), SamplingSettings(20, 1.0))
+
+
+def test_weights_travel_through_memory_and_over_http_and_a_cpu_does_not_sleep(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    policy, version = qwen(tied=True), [0]
+    Adapter(policy, LoraSettings(2, 4.0, ("q_proj", "up_proj")))
+    settings = SamplingSettings(20, 1.0)
+
+    def on(way: str, **options: Any) -> VllmEngine:
+        # one server for all; the first engine starts it
+        probes = sequences(PROMPTS, policy.config.vocab_size, 64)
+        folder = tmp_path / way.partition(":")[0]
+        return VllmEngine(
+            policy,
+            small.EOS,
+            [server],
+            version=lambda: version[0],
+            folder=folder,
+            probes=probes,
+            transfer=way,
+            **options,
+        )
+
+    for way in ("memory", "stream:127.0.0.1:0"):
+        engine = on(way)
+        for number in range(3):
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+            assert gap(policy, engine.sample(requests(), settings), 1.0) < 1e-4
+            version[0] += 1
+        assert not list(engine.folder.rglob("*.safetensors"))
+    plain = qwen(tied=True, seed=3)
+    whole = VllmEngine(
+        plain,
+        small.EOS,
+        [server],
+        version=lambda: 0,
+        folder=tmp_path / "plain",
+        probes=engine.probes,
+        transfer="memory",
+    )
+    assert gap(plain, whole.sample(requests(), settings), 1.0) < 1e-4
+    version[0] += 1
+    # vLLM's CPU build reports that it sleeps, and keeps its memory
+    asleep = on("memory", sleep=Sleep(lambda: psutil.virtual_memory().available, 2**40))
+    with pytest.raises(RolloutError, match=r"does not sleep|MiB more free memory"):
+        asleep.sample(requests(), settings)
 
 
 def test_grpo_goes_on_through_the_death_of_its_server(server: LocalServer, tmp_path: Path) -> None:

@@ -29,9 +29,11 @@ from posttrain.models.plain import plain_state
 from posttrain.rollouts.engine import Completion, Request, SamplingSettings, end_ids
 from posttrain.rollouts.tolerance import BFLOAT16, FLOAT32
 from posttrain.rollouts.vllm.fleet import Fleet
-from posttrain.rollouts.vllm.folder import write_weights
+from posttrain.rollouts.vllm.folder import write_config, write_weights
 from posttrain.rollouts.vllm.probe import Expected, Probe, expected
+from posttrain.rollouts.vllm.published import Published
 from posttrain.rollouts.vllm.server import VllmServer
+from posttrain.rollouts.vllm.sleep import Sleep
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for a server if none is left."""
@@ -55,6 +57,8 @@ class VllmEngine:
         version: returns a number that changes when the policy's weights do.
         folder: where weights are written for the servers to read.
         probes: sequences whose log-probabilities a server must reproduce.
+        transfer: `folder`; `memory` if the servers can map this process's memory; or `stream:HOST:PORT`, where they fetch the weights.
+        sleep: gives the servers' memory back while they are not asked.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class VllmEngine:
         bf16: bool = False,
         accelerator: Accelerator | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
+        transfer: str = "folder",
+        sleep: Sleep | None = None,
     ) -> None:
         self.lm, self.ends, self.version, self.folder = lm, end_ids(ends), version, folder.resolve()
         self.probes, self.bf16, self.accelerator = list(probes), bf16, accelerator
@@ -79,6 +85,11 @@ class VllmEngine:
         self._pinned: int | None = None
         self._expected: list[Expected] = []
         self._main = accelerator is None or accelerator.is_main_process
+        self.sleep = sleep
+        self._reading: tuple[list[dict[str, str]], int] | None = None
+        self.published: Published | None = None
+        if transfer != "folder" and self._main:
+            self.published = Published(lm, self.dtype, transfer.removeprefix("memory").removeprefix("stream:"))
         self._proven = self._named = False
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
@@ -92,7 +103,7 @@ class VllmEngine:
         try:
             return self._sample(requests, settings)
         except StaleWeightsError:
-            self._named = True
+            self._name()
             raise
 
     def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
@@ -111,7 +122,9 @@ class VllmEngine:
             expected(self.lm, self.probes, settings.temperature, self.bf16),
         )
         folder = self.folder / f"weights-{taken.version}"
-        if not folder.exists():
+        if self.published is not None:
+            self.published.take(taken.version)
+        elif not folder.exists():
             write_weights(self.lm, plain_state(self.lm, self.dtype), folder)
         return taken
 
@@ -129,8 +142,14 @@ class VllmEngine:
             self._remove(before=taken.version)
             return self._answers(requests, settings)
         except StaleWeightsError:
-            self._named = True
+            self._name()
             raise
+
+    def _name(self) -> None:
+        """Keep the folder of the weights, to which an error message refers."""
+        self._named = True
+        if self.published is not None and not self.weights.exists():
+            write_weights(self.lm, self.published.whole(self._version), self.weights)
 
     def _answers(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
         jobs = [
@@ -139,20 +158,40 @@ class VllmEngine:
             for seed in request.seeds
         ]
         answers = iter(self.fleet.run(jobs))
-        return [[next(answers) for _ in request.seeds] for request in requests]
+        found = [[next(answers) for _ in request.seeds] for request in requests]
+        self._give_back()
+        return found
+
+    def _give_back(self) -> None:
+        """Let the servers sleep, after every process has its answers."""
+        if self.sleep is None:
+            return
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+        if self._main:
+            self.sleep.begin(self.fleet.living)
+        self._served = None
 
     def close(self) -> None:
         """Abort open requests, stop the servers that were started, and remove the weights unless an error message refers to them."""
         self.fleet.close()
+        if self.published is not None:
+            self.published.close()
         if self._main and not self._named:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def weights(self) -> Path:
         """Return the folder of the weights that the servers use: the current ones, or those of a snapshot."""
-        return self.folder / f"weights-{self.version() if self._pinned is None else self._pinned}"
+        return self.folder / f"weights-{self._version}"
+
+    @property
+    def _version(self) -> int:
+        return self.version() if self._pinned is None else self._pinned
 
     def _remove(self, before: int) -> None:
+        if self.published is not None:
+            self.published.remove(before)
         for old in sorted(self.folder.glob("weights-*")):
             number = old.name.partition("-")[2]
             if number.isdigit() and int(number) < before:
@@ -173,7 +212,13 @@ class VllmEngine:
         self._served = now
 
     def _publish(self, state: Mapping[str, Tensor]) -> None:
-        """Write the weights and make every server load them; then remove older folders."""
+        """Make every server load the weights; then remove older ones."""
+        if self.published is not None:
+            self.published.remove(self._version)
+            self.published.take(self._version, state)
+            self._reading = self._sources(self.published)
+            self.fleet.prepare()
+            return
         write_weights(self.lm, state, self.weights)
         self.fleet.prepare()
         for old in sorted(self.folder.glob("weights-*")):
@@ -188,14 +233,14 @@ class VllmEngine:
         if self._main:
             try:
                 self._publish(state)
-                published = [([server.url for server in self.fleet.servers], self.folder)]
+                published = [([server.url for server in self.fleet.servers], self.folder, self._reading)]
             except PosttrainError as error:
                 published = [error]
         broadcast_object_list(published)
         if isinstance(published[0], PosttrainError):
             raise published[0]
         if not self._main:
-            urls, self.folder = published[0]
+            urls, self.folder, self._reading = published[0]
             self._follow(urls)
 
     def _follow(self, urls: Sequence[str]) -> None:
@@ -220,7 +265,11 @@ class VllmEngine:
         return self.probe.check(server, self._expected, self._temperature, self.weights)
 
     def _ready(self, server: VllmServer) -> None:
-        server.update(self.weights)
+        if self.sleep is not None:
+            self.sleep.end(server, "weights")
+        self._load(server)
+        if self.sleep is not None:
+            self.sleep.end(server, "kv_cache")
         difference = self._prove(server)
         if not self._proven:
             tqdm.write(
@@ -228,3 +277,14 @@ class VllmEngine:
                 file=sys.stderr,
             )
             self._proven = True
+
+    def _load(self, server: VllmServer) -> None:
+        reading = self._reading if self.published is None else self._sources(self.published)
+        if reading is None:
+            server.update(self.weights)
+        else:
+            server.fetch(*reading, self.folder / "config")
+
+    def _sources(self, published: Published) -> tuple[list[dict[str, str]], int]:
+        write_config(self.lm, self.folder / "config")
+        return published.sources(self._version), published.size(self._version)

@@ -53,6 +53,19 @@ def write_weights(lm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
         ) from error
 
 
+def write_config(lm: PreTrainedModel, folder: Path) -> None:
+    """Write the configuration only, for a server that starts with arbitrary weights.
+
+    Raises:
+        RolloutError: the disk is full or read-only.
+    """
+    try:
+        lm.config.save_pretrained(folder)
+        _untie(folder / "config.json")
+    except OSError as error:
+        raise RolloutError(f"cannot write the configuration for the vLLM server to {folder}: {error}") from error
+
+
 def _untie(config: Path) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
     values["tie_word_embeddings"] = False

@@ -38,6 +38,8 @@ DEFAULTS = {
 NAME_LENGTH = 36
 """Characters of a socket's name in the server's folder: vLLM names those between its processes by a UUID."""
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+WORKER = Path(__file__).resolve().parent / "worker"
+"""Folder of the extension by which vLLM's workers fetch weights."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Launch:
         python: interpreter of an environment with vLLM.
         context: tokens of prompt and answer together.
         memory_share: most of the device's memory that the server may use, next to a trainer on the same device; None: vLLM's default.
+        sleeps: it can give its memory back while the trainer works.
 
     Example:
         >>> launch = Launch("python", tokenizer="models/sft", dtype="float32", context=64)
@@ -64,13 +67,18 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = START_SECONDS
     memory_share: float | None = None
+    sleeps: bool = False
 
-    def command(self, folder: Path, socket: Path) -> list[str]:
+    def command(self, folder: Path, socket: Path, empty: bool = False) -> list[str]:
+        """Return the command. `empty`: the folder has no weights, and the server starts with arbitrary ones."""
         share = [] if self.memory_share is None else ["--gpu-memory-utilization", f"{self.memory_share:.2f}"]
+        share += ["--enable-sleep-mode"] if self.sleeps else []
+        share += ["--load-format", "dummy"] if empty else []
         return [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "policy",
             "--tokenizer", self.tokenizer, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
             "--dtype", self.dtype, "--max-model-len", str(self.context), "--uds", str(socket),
+            "--worker-extension-cls", "posttrain_receiver.Receiver",
             *share, *self.arguments,
         ]  # fmt: skip
 
@@ -95,6 +103,17 @@ class LocalServer(VllmServer):
                 tqdm.write(f"{error}; restarting it", file=sys.stderr)
         self._start(folder)
 
+    def fetch(self, sources: Sequence[Mapping[str, str]], size: int, folder: Path) -> None:
+        """Fetch weights as VllmServer does; if the server does not run, start it first."""
+        if self._process is not None and self._process.poll() is None:
+            try:
+                super().fetch(sources, size, folder)
+                return
+            except ServerError as error:
+                tqdm.write(f"{error}; restarting it", file=sys.stderr)
+        self._start(folder, empty=True)
+        super().fetch(sources, size, folder)
+
     def close(self) -> None:
         self._stop.set()
         super().close()
@@ -102,7 +121,7 @@ class LocalServer(VllmServer):
         if self.socket is not None:
             shutil.rmtree(self.socket.parent, ignore_errors=True)
 
-    def _start(self, folder: Path) -> None:
+    def _start(self, folder: Path, empty: bool = False) -> None:
         self._end()
         socket = self._socket()
         socket.unlink(missing_ok=True)  # a killed server leaves it, and a new one cannot listen on it
@@ -111,7 +130,7 @@ class LocalServer(VllmServer):
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                guarded_group(self.launch.command(folder, socket), scratch=socket.parent),
+                guarded_group(self.launch.command(folder, socket, empty), scratch=socket.parent),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -121,6 +140,7 @@ class LocalServer(VllmServer):
                     **inherited,
                     **self.launch.environment,
                     "VLLM_SERVER_DEV_MODE": "1",
+                    "PYTHONPATH": str(WORKER),
                     "VLLM_RPC_BASE_PATH": str(socket.parent),
                 },
                 cwd=self.log.parent,

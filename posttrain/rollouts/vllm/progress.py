@@ -14,8 +14,10 @@ from collections.abc import Callable
 from socket import socket
 
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-LOOK_SECONDS = 20.0
-"""Time between two looks at a server that has not answered yet. It is considered hung if its counters are equal in both."""
+LOOK_SECONDS = 5.0
+"""Time between two looks at the counters of a server that has not answered yet, and the longest that it may take to show them."""
+STALL_SECONDS = 20.0
+"""A server whose counters have not changed for so long is considered hung: longer than a step of any server that is worth waiting for."""
 
 
 def tokens_counted(metrics: str) -> float | None:
@@ -24,17 +26,25 @@ def tokens_counted(metrics: str) -> float | None:
     return sum(float(line.rpartition(" ")[2]) for line in lines) if lines else None
 
 
-def wait_for_reply(connection: socket, count: Callable[[], float | None], look_seconds: float, seconds: float) -> bool:
+def wait_for_reply(
+    connection: socket,
+    count: Callable[[], float | None],
+    look_seconds: float,
+    seconds: float,
+    stall_seconds: float = STALL_SECONDS,
+) -> bool:
     """Wait until a reply can be read. Return False if the server has hung.
 
     Args:
         count: returns the server's counter of tokens, or None if it has none; then only `seconds` limits the wait.
         seconds: longest wait.
+        stall_seconds: longest time between two values of the counter.
     """
-    before, deadline = None, time.monotonic() + seconds
+    before, changed, deadline = None, time.monotonic(), time.monotonic() + seconds
     while not select.select([connection], [], [], min(look_seconds, max(0.0, deadline - time.monotonic())))[0]:
         now = count()
-        if (now is not None and now == before) or time.monotonic() >= deadline:
+        if now is None or now != before:
+            before, changed = now, time.monotonic()
+        if time.monotonic() >= deadline or time.monotonic() - changed >= stall_seconds:
             return False
-        before = now
     return True

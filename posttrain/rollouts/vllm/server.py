@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Event, Lock
@@ -18,13 +18,17 @@ from posttrain.errors import RolloutError, ServerError
 from posttrain.network import shut_after
 from posttrain.rollouts.engine import Completion, SamplingSettings
 from posttrain.rollouts.vllm.connection import base_path, new_connection
-from posttrain.rollouts.vllm.progress import LOOK_SECONDS, tokens_counted, wait_for_reply
+from posttrain.rollouts.vllm.progress import LOOK_SECONDS, STALL_SECONDS, tokens_counted, wait_for_reply
 
 REQUEST_SECONDS = 900.0
-"""A server that has not answered by then is considered hung."""
-HEALTH_SECONDS = 30.0
+"""A server that has not answered by then is considered hung, whatever it counts."""
+HEALTH_SECONDS = 10.0
+"""Longest answer to a question that needs no computation, and longest pause within an answer."""
+LOAD_SECONDS, LOAD_BYTES_PER_SECOND = 60.0, 20e6
+"""Longest load of weights: a start, and the pace of a slow disk or network."""
 CACHE_RESETS = 20
 """Attempts to empty the prefix cache; the server refuses while an aborted request still holds a part of it."""
+SLEEPLESS = "start it on a GPU with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or unset POSTTRAIN_VLLM_SLEEP (docs/rollouts.md)"
 
 
 class VllmServer:
@@ -35,7 +39,7 @@ class VllmServer:
 
     def __init__(self, url: str, request_seconds: float = REQUEST_SECONDS) -> None:
         self.url, self.request_seconds = url.rstrip("/"), request_seconds
-        self.look_seconds = LOOK_SECONDS
+        self.look_seconds, self.stall_seconds, self.pause_seconds = LOOK_SECONDS, STALL_SECONDS, HEALTH_SECONDS
         self.model, self.context = "", 0
         self._open: set[HTTPConnection] = set()
         self._lock = Lock()
@@ -54,10 +58,53 @@ class VllmServer:
     def update(self, folder: Path) -> None:
         """Load the weights of `folder`, and drop everything that was computed with older ones."""
         self.connect()
-        loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._exchange("POST", "/collective_rpc", loading, self.request_seconds)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        self._call("reload_weights", {"weights_path": str(folder)}, size)
+        self._reset()
+
+    def fetch(self, sources: Sequence[Mapping[str, str]], size: int, folder: Path) -> None:
+        """Let every worker fetch `size` bytes of weights from the trainer's memory, and drop everything computed with older ones.
+
+        Args:
+            folder: of the model's configuration, for a server that has yet to start.
+
+        Raises:
+            RolloutError: it was started without the extension that fetches, or cannot reach the memory.
+        """
+        self.connect()
+        for found in self._call("posttrain_load", {"sources": list(sources)}, size):
+            if not isinstance(found, dict) or "error" in found:
+                reason = found["error"] if isinstance(found, dict) else f"it answered {found!r}"
+                raise RolloutError(
+                    f"{self.url} cannot read the weights from {sources[0]['path']}: {reason}. A server on a different host, in a different"
+                    " container or of a different user needs POSTTRAIN_VLLM_TRANSFER=stream:HOST:PORT, an address of this machine that it"
+                    " reaches, or POSTTRAIN_VLLM_TRANSFER=folder (docs/rollouts.md)"
+                )
+        self._reset()
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back until `wake`.
+
+        Raises:
+            RolloutError: it stays awake.
+        """
+        self._exchange("POST", "/sleep?level=2", {}, LOAD_SECONDS)
+        if not _field(self._exchange("GET", "/is_sleeping", None, HEALTH_SECONDS), "is_sleeping", self.url):
+            raise RolloutError(f"{self.url} does not sleep: {SLEEPLESS}")
+
+    def wake(self, part: str) -> None:
+        """Claim the memory of `weights`, whose values are then arbitrary, or of the `kv_cache`."""
+        self._exchange("POST", f"/wake_up?tags={part}", {}, LOAD_SECONDS)
+
+    def _call(self, method: str, arguments: Mapping[str, Any], size: int) -> list[Any]:
+        """Call a method of all workers, which reads `size` bytes; return their results."""
+        seconds = min(self.request_seconds, LOAD_SECONDS + size / LOAD_BYTES_PER_SECOND)
+        reply = self._exchange("POST", "/collective_rpc", {"method": method, "kwargs": arguments}, seconds)
+        return list(reply.get("results", [])) if isinstance(reply, dict) else []
+
+    def _reset(self) -> None:
         for _ in range(CACHE_RESETS):
-            reset = self._exchange("POST", "/reset_prefix_cache?reset_running_requests=true", {}, self.request_seconds)
+            reset = self._exchange("POST", "/reset_prefix_cache?reset_running_requests=true", {}, LOAD_SECONDS)
             if not isinstance(reset, dict) or reset.get("success", True):
                 return
         raise ServerError(f"{self.url} did not empty its prefix cache after {CACHE_RESETS} requests to")
@@ -128,7 +175,7 @@ class VllmServer:
 
     def _tokens_counted(self) -> float | None:
         """Return the server's counter of tokens, None if it has none."""
-        response, text = self._fetch("GET", "/metrics", None, HEALTH_SECONDS)
+        response, text = self._fetch("GET", "/metrics", None, self.pause_seconds)
         return tokens_counted(text.decode(errors="replace")) if response.status == 200 else None
 
     def _exchange(self, method: str, path: str, body: Any, seconds: float, watched: bool = False) -> Any:
@@ -151,10 +198,14 @@ class VllmServer:
                 if self._closed.is_set():  # close() cannot shut down a socket that did not exist yet
                     raise ServerError(f"{self.url} is not asked for {path} any more: the run is stopping")
                 connection.request(method, base_path(self.url) + path, payload, {"Content-Type": "application/json"})
-                if watched and not wait_for_reply(connection.sock, self._tokens_counted, self.look_seconds, seconds):
+                if watched and not wait_for_reply(
+                    connection.sock, self._tokens_counted, self.look_seconds, seconds, self.stall_seconds
+                ):
                     raise ServerError(
                         f"{self.url} does not answer {path} and makes no tokens any more, so it is considered hung"
                     )
+                if watched:  # the answer has begun, and comes whole
+                    connection.sock.settimeout(self.pause_seconds)
                 response = connection.getresponse()
                 text = response.read()
         except (OSError, HTTPException) as error:

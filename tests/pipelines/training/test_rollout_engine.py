@@ -54,7 +54,7 @@ def params(root: Path) -> Params:
 def new_run(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """A run of the align stage in its own project; made again it is the same run, cut off before."""
     monkeypatch.chdir(tmp_path)
-    for name in ("URLS", "PYTHON", "ARGS", "DEVICES", "FOLDER"):
+    for name in ("URLS", "PYTHON", "ARGS", "DEVICES", "FOLDER", "TRANSFER", "SLEEP"):
         monkeypatch.delenv(f"POSTTRAIN_VLLM_{name}", raising=False)
     save_model(small.language_model(), byte_tokenizer(64), Path("models/sft"), "")
     Path("data/valid").mkdir(parents=True)
@@ -243,6 +243,28 @@ def test_without_a_server_or_an_environment_for_one_it_says_what_to_type(
         engine(run, params)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TRANSFER", "nccl", "POSTTRAIN_VLLM_TRANSFER = 'nccl' is no way to bring weights to servers; set memory"),
+        ("TRANSFER", "stream:host", "stream:HOST:PORT with an address of this machine"),
+        ("SLEEP", "1", "POSTTRAIN_VLLM_SLEEP is set, and the trainer is on a CPU"),
+    ],
+)
+def test_a_way_that_does_not_exist_here_is_refused(
+    new_run: Callable[..., Run],
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("POSTTRAIN_VLLM_URLS", "http://one:8000")
+    monkeypatch.setenv(f"POSTTRAIN_VLLM_{variable}", value)
+    with pytest.raises(ConfigError, match=message):
+        engine(new_run(), params)
+
+
 @pytest.mark.parametrize("urls", ["", "http://one:8000 unix:/run/vllm.sock"])
 def test_a_stage_on_several_hosts_needs_servers_that_all_can_reach(
     new_run: Callable[..., Run], params: Params, monkeypatch: pytest.MonkeyPatch, urls: str
@@ -269,6 +291,9 @@ def test_a_server_is_started_as_the_environment_says(
     (server,) = made.fleet.servers
     assert isinstance(server, LocalServer)
     command = server.launch.command(Path("weights"), Path("/private/vllm.sock"))
+    # a server that this step starts maps its memory
+    assert made.published is not None
+    assert made.published.stream is None
     # the server has another working directory
     assert command[0] == str(python.absolute())
     monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", str(python))

@@ -1,0 +1,149 @@
+"""Measure how long new weights take to reach a process that samples, its proof included, at the shapes of two models on a CPU.
+
+    python benchmarks/transfer.py                       # SmolLM2-135M and Qwen3-0.6B, bfloat16, memory and HTTP
+
+A trainer publishes its weights as for a vLLM server that it starts (posttrain/rollouts/vllm/published.py). The receiving process loads them
+by vLLM's worker extension into a transformers model, and both compute the log-probabilities of a probe. Weights are random. Printed are the
+fastest of some repeats in seconds of processor time on one thread, which a busy machine does not change: publish (copy to memory), load
+(read and copy), probe (in both processes, one after the other). The sum is the wall time of an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
+
+from posttrain.models.lora import Adapter
+from posttrain.models.reach import probe_ids
+from posttrain.rollouts.sampling_process import probe_logprobs
+from posttrain.rollouts.tolerance import BFLOAT16
+from posttrain.rollouts.vllm.published import Published
+from posttrain.rollouts.vllm.worker.posttrain_receiver import Receiver
+from posttrain.settings import LoraSettings
+
+PROBE_TOKENS = 32
+
+
+def model(name: str) -> PreTrainedModel:
+    """Return a model of a public shape with random weights, in bfloat16."""
+    torch.manual_seed(0)
+    if name == "135m":
+        small = LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True,
+        )  # fmt: skip
+        return LlamaForCausalLM(small).to(torch.bfloat16).eval()
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+class Runner:
+    """Takes weights as vLLM's model runner does."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self.held = dict(lm.named_parameters(remove_duplicate=False))
+
+    @torch.no_grad()
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
+        """Copy the weights into the model."""
+        for name, tensor in weights_iterator:
+            self.held[name].copy_(tensor)
+
+
+def receive(name: str) -> None:
+    """Load what each line of standard input names, and print the seconds and the probe."""
+    lm = model(name)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.zero_()
+    worker: Any = Receiver()
+    worker.model_runner = Runner(lm)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.process_time()
+        found = worker.posttrain_load(json.loads(line))
+        loaded = time.process_time()
+        found["probe"] = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
+        seconds = {"seconds": loaded - began, "probe_seconds": time.process_time() - loaded}
+        print(json.dumps(found | seconds), flush=True)
+
+
+def measure(name: str, way: str, lora: bool, repeats: int) -> dict[str, float]:
+    """Return the fastest seconds of each part, and the bytes of the last transfer."""
+    lm = model(name)
+    if lora:
+        Adapter(lm, LoraSettings(16, 32.0))
+    ids = probe_ids(PROBE_TOKENS, lm.config.vocab_size)
+    published = Published(lm, torch.bfloat16, "" if way == "memory" else "127.0.0.1:0")
+    command = [sys.executable, __file__, "--receive", name]
+    parts: list[dict[str, float]] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        for version in range(repeats):
+            with torch.no_grad():
+                for parameter in lm.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(1.01)
+            began = time.process_time()
+            published.remove(version)
+            published.take(version)
+            taken = time.process_time()
+            process.stdin.write(json.dumps(published.sources(version)) + "\n")
+            process.stdin.flush()
+            reply = json.loads(process.stdout.readline())
+            asked = time.process_time()
+            own = probe_logprobs(lm, ids, bf16=False)
+            probe = time.process_time() - asked + reply["probe_seconds"]
+            gap = (torch.tensor(own) - torch.tensor(reply["probe"])).abs()
+            assert gap.mean() < BFLOAT16.mean, gap
+            parts.append(
+                {"publish": taken - began, "load": reply["seconds"], "probe": probe, "MiB": reply["bytes"] / 2**20}
+            )
+        process.stdin.close()
+    published.close()
+    fastest = {part: min(each[part] for each in parts) for part in ("publish", "load", "probe")}
+    total = min(each["publish"] + each["load"] + each["probe"] for each in parts)
+    return fastest | {"total": total, "MiB": parts[-1]["MiB"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["135m", "0.6b"], choices=["135m", "0.6b"])
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--receive", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.receive:
+        receive(args.receive)
+        return 0
+    print("| model | way | trained | MiB | publish | load | probe | total |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in args.models:
+        for way in ("memory", "HTTP"):
+            for lora in (False, True):
+                found = measure(name, way, lora, args.repeats)
+                seconds = " | ".join(f"{found[part]:.2f}" for part in ("publish", "load", "probe", "total"))
+                kind = "adapter of rank 16" if lora else "all weights"
+                print(f"| {name} | {way} | {kind} | {found['MiB']:.0f} | {seconds} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
