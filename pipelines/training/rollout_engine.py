@@ -140,7 +140,7 @@ def _transfer(named: bool) -> str:
 def _sleep(lm: PreTrainedModel) -> Sleep | None:
     """Return how a server on the trainer's GPU sleeps between samples, if the environment asks for it.
 
-    Raises ConfigError on a CPU, where vLLM keeps its memory, and for a server that has devices of its own.
+    Raises ConfigError on a CPU, where vLLM keeps its memory, and for a server with other devices.
     """
     if os.environ.get("POSTTRAIN_VLLM_SLEEP", "0") in ("", "0"):
         return None
