@@ -186,6 +186,7 @@ def training(
     recomputes: bool = False,
     device: str = "cpu",
     processes: int = 1,
+    context: int = 1,
 ) -> Memory:
     """Return the memory of `trained` copies of the model with gradient and moments, `frozen` copies, and one micro-batch.
 
@@ -195,14 +196,18 @@ def training(
         moment_bits: bits of a number of a moment.
         device: kind of the device, which determines the tiles of logits.
         processes: number of processes that share weights, gradients and moments (FSDP2).
+        context: number of processes that share the tokens of each row.
     """
     from posttrain.models.logprobs import tile_limits
 
     own = model.parameters if adapter is None else adapter
     share = AUTOCAST_SHARE if bf16 else 1.0
-    tile = min(tile_limits(device)[0], micro_batch_tokens * model.vocabulary)
+    # all tokens' last hidden states and their gradient are gathered by each process
+    gathered = 2 * FLOAT32_BYTES * micro_batch_tokens * model.hidden * trained if context > 1 else 0
+    own_tokens = math.ceil(micro_batch_tokens / context)
+    tile = min(tile_limits(device)[0], own_tokens * model.vocabulary)
     per_token = model.recomputed_per_token if recomputes else model.activations_per_token
-    activations, logits = math.ceil(share * micro_batch_tokens * per_token * trained), 2 * FLOAT32_BYTES * tile
+    activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
         optimiser=math.ceil((FLOAT32_BYTES + 2 * MOMENT_BYTES[moment_bits]) * own * trained / processes),

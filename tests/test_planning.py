@@ -58,6 +58,13 @@ def test_an_adapter_has_gradients_and_moments_and_its_base_has_none() -> None:
     assert (asked.weights, asked.optimiser) == (4 * 1030, 2 * 4 * 30)
 
 
+def test_processes_that_share_rows_divide_activations_and_logits() -> None:
+    held = training(SIZES, 100, context=4)
+    # a quarter of the tokens, and the gathered last states of all tokens with their gradient
+    assert (held.activations, held.logits) == (25 * 1632 + 2 * 4 * 100 * 8, 2 * 4 * 25 * 50)
+    assert held.weights == training(SIZES, 100).weights
+
+
 def test_moments_in_8_bits_have_a_scale_for_each_block_of_256() -> None:
     # gradients of 4 bytes, two moments of 1 + 4/256
     held = training(SIZES, 100, trained=2, moment_bits=8)

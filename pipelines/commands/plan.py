@@ -32,6 +32,7 @@ from pipelines.report.makespan import Work, critical_path, expected_work, schedu
 from pipelines.runtime import environment
 from pipelines.runtime.command_line import command_parser, real, reports_errors
 from pipelines.runtime.launch import configuration, sharing_processes
+from pipelines.runtime.launch import processes as launched_processes
 from pipelines.tracking.lockfile import read_lock
 from posttrain.algorithms import OnPolicy
 from posttrain.errors import ConfigError
@@ -146,6 +147,8 @@ def _options(
     """Return the options of `posttrain.planning.training` other than the sizes."""
     import torch
 
+    from posttrain.models.context import context_size
+
     return {
         **_adapter(params, lora),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -153,6 +156,7 @@ def _options(
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,
         "processes": sharing_processes(configuration()),
+        "context": context_size(launched_processes(configuration())),
     }
 
 

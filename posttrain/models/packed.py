@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -31,6 +32,20 @@ from posttrain.data.layout import Attended, Parts, Reads, masked_parts, take_par
 from posttrain.data.offsets import ByOffsets, takes_offsets
 from posttrain.data.tokens import Tokens
 from posttrain.data.transfer import together
+from posttrain.errors import ModelError
+from posttrain.models.context import (
+    VARIABLE,
+    ContextGroup,
+    Split,
+    active,
+    enough_heads,
+    heads_for_tokens,
+    joined_slices,
+    own_heads,
+    own_slice,
+    padded_length,
+    tokens_for_heads,
+)
 from posttrain.models.kernels import Scores, attention
 from posttrain.models.last_layer import narrow_last_layer
 from posttrain.models.reach import SMALL_WINDOW, find_reach, probe_ids, shrunk
@@ -58,7 +73,7 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    parts: Parts | Opaque | None = None,
+    parts: Parts | Split | Opaque | None = None,
     reads: Reads | Opaque | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -74,22 +89,41 @@ def packed_attention(
     Raises:
         TypeError: the attention has more than windows, soft caps and sinks, such as compressed keys.
     """
-    found: Parts | None = parts.value if isinstance(parts, Opaque) else parts
+    found: Parts | Split | None = parts.value if isinstance(parts, Opaque) else parts
     if getattr(module, "compressor", None) is not None:  # DeepSeek-V4 adds a bias for its compressed keys to the mask
         raise TypeError("attention to compressed keys")
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     if found is None:
         return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)
     refuse_more_than_plain(kwargs)
-    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    shape = (*queries.shape[:-1], values.shape[-1])
+    states = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    outputs = _shared(found, *states, scores) if isinstance(found, Split) else _over_parts(found, *states, scores)
+    return outputs[None], None
+
+
+def _over_parts(found: Parts, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Return the outputs [tokens, heads, size] of all tokens."""
+    shape = (*query.shape[:-1], value.shape[-1])
     if not found:
-        return queries.new_zeros(shape)[None], None
-    attended, order = _attended(found, queries, keys, values, scores)
+        return query.new_zeros(shape)
+    attended, order = _attended(found, query, key, value, scores)
     if order is None:
-        return attended[None], None
-    every = attended.new_empty if len(order) == len(queries) else attended.new_zeros
-    return every(shape).index_copy(0, order, attended)[None], None
+        return attended
+    every = attended.new_empty if len(order) == len(query) else attended.new_zeros
+    return every(shape).index_copy(0, order, attended)
+
+
+def _shared(split: Split, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Return the outputs of this process's tokens, by attention over all tokens with its own heads."""
+    group = split.group
+    # one exchange for all three would need equal numbers of heads
+    every = query, enough_heads(key, group), enough_heads(value, group)
+    states = [heads_for_tokens(each, group)[: split.tokens] for each in every]
+    if scores.sinks is not None:
+        scores = scores._replace(sinks=own_heads(scores.sinks, group))
+    outputs = _over_parts(split.parts, states[0], states[1], states[2], scores)
+    missing = padded_length(split.tokens, group.size) - split.tokens
+    return tokens_for_heads(functional.pad(outputs, (0, 0, 0, 0, 0, missing)), group)
 
 
 def padded_attention(
@@ -227,10 +261,29 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
     Args:
         packs: the result of `prepare` for this model.
     """
-    reach = getattr(model, REACH, None)
+    reach, group = getattr(model, REACH, None), active()
     if packs and (reach is None or batch.rows.shape[1] <= reach):
-        return _packed(model, batch, reads)
+        return _packed(model, batch, reads) if group is None else _packed_slices(model, batch, group)
+    if group is not None:
+        raise ModelError(
+            f"{VARIABLE} = {group.size}: {type(model).__name__} computes padded rows, whose tokens processes cannot share; remove the"
+            " variable, so that each process computes rows of its own"
+        )
     return _padded(model, batch)
+
+
+def _packed_slices(model: PreTrainedModel, batch: TokenBatch, group: ContextGroup) -> Tensor:
+    """Return the states of all tokens, of which each process of the group computes a slice."""
+    tokens = len(batch.input_ids)
+    output = model.base_model(
+        input_ids=own_slice(batch.input_ids, group)[None],
+        position_ids=own_slice(batch.positions, group)[None],
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        use_cache=False,
+        parts=Split(batch.parts, tokens, group),
+        reads=None,
+    )
+    return joined_slices(output.last_hidden_state[0], group, tokens)
 
 
 def attention_name(module: nn.Module, device: torch.device) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
+from posttrain.errors import ConfigError
+from posttrain.models.context import VARIABLE, ContextGroup, active, joined_slices, own_indices
 from posttrain.models.deferred import is_deferred
 from posttrain.models.logprobs import selected_logprobs
 from posttrain.models.packed import hidden_states, prepare
@@ -82,19 +84,32 @@ class Policy(nn.Module):
         with reading(self.routers, replay) as routers:
             hidden = hidden_states(self.lm, batch, self.packs, batch.predicting())
         head: Any = self.lm.get_output_embeddings()
-        trained = batch.trained
+        trained, group = batch.trained, self._group(batch)
+        if group is not None:
+            trained = own_indices(trained, group)
         source, targets = (numbers.flatten().index_select(0, trained) for numbers in (batch.source, batch.targets))
         if isinstance(temperature, Tensor):
             temperature = temperature.index_select(0, trained // batch.mask.shape[1])
         logprobs, entropy = selected_logprobs(
             hidden.index_select(0, source), joined(head.weight), head.bias, targets, temperature
         )
+        if group is not None:
+            logprobs, entropy = (joined_slices(each, group, len(batch.trained)) for each in (logprobs, entropy))
         values = None
         if self.critic is not None:
             values = token_values(self.critic, batch, self.packs)
         elif self.value_head is not None:
             values = _wide(self.value_head(hidden[batch.source].to(self.value_head.weight.dtype)).squeeze(-1))
         return PolicyOutput(_scatter(logprobs, batch), _scatter(entropy, batch), values, routers.at(batch))
+
+    def _group(self, batch: TokenBatch) -> ContextGroup | None:
+        """Return the processes that share the head's work. Raises ConfigError for a mixture of experts, whose routers see one slice."""
+        group = active()
+        if group is not None and self.routers:
+            raise ConfigError(
+                f"{VARIABLE} = {group.size}: the tokens of a mixture of experts cannot be shared by processes here; remove the variable"
+            )
+        return group if len(batch.trained) else None
 
 
 def token_values(critic: PreTrainedModel, batch: TokenBatch, packs: bool) -> Tensor:

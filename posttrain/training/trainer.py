@@ -22,6 +22,7 @@ from posttrain.data.tokens import Tokens
 from posttrain.distributed import all_reduce_max, on_one_host
 from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
+from posttrain.models.context import sharing, trainer_group
 from posttrain.models.shards import by_kind, fresh_gradients, is_sharded
 from posttrain.settings import OptimizerSettings
 from posttrain.training.optimizer import load_portable, make_optimizer, portable_state, stepping
@@ -87,7 +88,7 @@ class Trainer(Generic[Row]):
         _check_warmup(settings, total_steps)
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
-        self.sharded = shards(self.accelerator)
+        self.sharded, self.context = shards(self.accelerator), trainer_group(self.accelerator)
         self.recomputed = recomputed_layers(model)
         self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
         if self.sharded and not is_sharded(model):
@@ -125,7 +126,10 @@ class Trainer(Generic[Row]):
             layer.training = True
         counts = objective.counts(rows)
         every = [objective.sequences(row) for row in rows]
-        share = share_of(every, self.accelerator.process_index, self.accelerator.num_processes)
+        # processes that share the tokens of rows have the same rows
+        together = 1 if self.context is None else self.context.size
+        process, processes = self.accelerator.process_index // together, self.accelerator.num_processes // together
+        share = share_of(every, process, processes)
         own = [rows[i] for i in share]
         groups = micro_batches([every[i] for i in share], self.micro_batch_tokens)
         if self.sharded:
@@ -138,9 +142,10 @@ class Trainer(Generic[Row]):
                 # a process without rows still takes part in collective operations, with weight 0
                 part = [own[i] for i in group] or [rows[0]]
                 # without autocast's cache: under FSDP2 it would keep a copy of all gathered weights until the end of the forward pass
-                with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
+                autocast = self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded))
+                with sharing(self.context), autocast:
                     terms = objective.terms(self.model, part)
-                weight = 1.0 if group else 0.0
+                weight = 1.0 / together if group else 0.0
                 loss = sums.add(terms, weight)
                 # data-parallel training averages gradients over processes; the factor undoes that, because these are sums
                 with fresh_gradients(self.replicated):
