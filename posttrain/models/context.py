@@ -76,7 +76,7 @@ def context_size(processes: int) -> int:
 
 
 def trainer_group(accelerator: Accelerator) -> ContextGroup | None:
-    """Return this process's group, or None if each process has rows of its own. All processes must call it."""
+    """Return this process's group, or None if each process has its own rows. All processes must call it."""
     processes = accelerator.num_processes
     return context_group(context_size(processes), accelerator.process_index, processes)
 

@@ -267,7 +267,7 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, packs: bool, reads:
     if group is not None:
         raise ModelError(
             f"{VARIABLE} = {group.size}: {type(model).__name__} computes padded rows, whose tokens processes cannot share; remove the"
-            " variable, so that each process computes rows of its own"
+            " variable, so that each process computes its own rows"
         )
     return _padded(model, batch)
 
