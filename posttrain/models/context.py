@@ -1,7 +1,8 @@
 """Context parallelism: several processes share the tokens of one flat batch, and exchange tokens for heads around attention (2309.14509).
 
-Each process computes a slice of the tokens. Before attention it sends its tokens of the other processes' heads and receives all tokens of
-the heads that it computes, so attention, its parts and kernels are those of one process. Activations are divided by the number of processes.
+Each process computes a slice of the tokens. Before attention it sends its tokens of the other processes' heads and receives all tokens
+of the heads that it computes, so attention, its parts and kernels are those of one process. Activations are divided by the number of
+processes.
 
 After the last layer the hidden states are gathered. Every process then computes the loss of all rows, which the trainer weighs by
 1 / processes. The gradient of a gathered slice is the sum over the processes, so each parameter's gradients add up to that of one process.
