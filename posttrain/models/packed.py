@@ -16,7 +16,6 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -56,6 +55,8 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "
 """Arguments of attention functions that do not change causal attention."""
 REACH = "_posttrain_reach"
 """Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
+OTHER_MIXERS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+"""Errors of a trial: attention that is not plain raises TypeError, layers that mix tokens in other ways one of the rest."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
 """Two rows that share a prompt, and one with its own prompt."""
 
@@ -87,11 +88,9 @@ def packed_attention(
     its parts.
 
     Raises:
-        TypeError: the attention has more than windows, soft caps and sinks, such as compressed keys.
+        TypeError: the attention has more than windows, soft caps and sinks.
     """
     found: Parts | Split | None = parts.value if isinstance(parts, Opaque) else parts
-    if getattr(module, "compressor", None) is not None:  # DeepSeek-V4 adds a bias for its compressed keys to the mask
-        raise TypeError("attention to compressed keys")
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     if found is None:
         return padded_attention(module, query, key, value, attention_mask, scores, **kwargs)
@@ -202,32 +201,46 @@ def prepare(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     try:
         packs = _agree(_probed(model, batch, _packed), own)
-        reach = find_reach(model.config, partial(_packs_long, model), partial(_packs_in, model)) if packs else 0
+        reach = find_reach(model.config, partial(_packs_long, model, before), partial(_packs_in, model)) if packs else 0
         setattr(model, REACH, reach)
         packs = getattr(model, REACH) != 0
     except torch.OutOfMemoryError:
         raise
-    # attention that is not plain raises TypeError, other mixers one of the rest; padded rows are the model's own way of computing
-    # pyrefly: ignore[unreachable-except-clause]
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
+    # padded rows are the model's own way of computing
+    except OTHER_MIXERS:
         packs = False
     if not packs:
         # pyrefly: ignore[bad-argument-type]
         model.set_attn_implementation(before)
         return False
-    with narrow_last_layer(model) as narrowed, suppress(TypeError):  # unsupported layers are left unchanged
-        narrowed.keep = all(
-            _agree(_probed(model, batch, partial(_packed, reads=reads))[reads.tokens], own[reads.tokens])
-            for reads in (batch.predicting(), batch.ending())
-        )
+    with narrow_last_layer(model) as narrowed:
+        narrowed.keep = _narrows(model, batch, own)
     return True
 
 
-def _packs_long(model: PreTrainedModel, length: int) -> bool:
-    """Return True if one row of `length` tokens has the same hidden states packed and padded."""
+def _narrows(model: PreTrainedModel, batch: TokenBatch, own: Tensor) -> bool:
+    """Return True if the last layer computes only the tokens that are read; a layer that cannot is left unchanged."""
+    try:
+        return all(
+            _agree(_probed(model, batch, partial(_packed, reads=reads))[reads.tokens], own[reads.tokens])
+            for reads in (batch.predicting(), batch.ending())
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except OTHER_MIXERS:
+        return False
+
+
+def _packs_long(model: PreTrainedModel, own: str | None, length: int) -> bool:
+    """Return True if one row of `length` tokens has the same hidden states packed, padded, and as the attention `own` computes them."""
     ids = probe_ids(length, model.config.get_text_config().vocab_size)
     batch = collate([Tokens(ids[:1], ids[1:])]).to(model.device)
-    return _agree(_probed(model, batch, _packed), _probed(model, batch, _padded))
+    packed, padded = _probed(model, batch, _packed), _probed(model, batch, _padded)
+    # pyrefly: ignore[bad-argument-type]
+    model.set_attn_implementation(own)
+    wanted = _probed(model, batch, _padded)
+    model.set_attn_implementation(NAME)
+    return _agree(packed, wanted) and _agree(padded, wanted)
 
 
 def _packs_in(model: PreTrainedModel, window: int) -> bool:

@@ -24,7 +24,7 @@ SMALL_WINDOW = 8
 """Tokens of a window that replaces one that is too long for a trial."""
 PLAIN_LENGTH = 48
 """Tokens of the trial that every model gets, whatever its configuration says."""
-LIMITS = re.compile(r"window|chunk|local|block|topk|top_k|sparse|sliding|stride")
+LIMITS = re.compile(r"window|chunk|local|block|topk|top_k|sparse|sliding|stride|compress")
 
 
 def find_reach(
@@ -40,7 +40,7 @@ def find_reach(
     text = config.get_text_config()
     context = context_limit(text.to_dict()) or 2**31
     for window in _candidates(text):
-        if window >= context:
+        if window > context:
             continue
         if window > TRIED:
             if agrees_in is not None and agrees_in(window):
@@ -95,6 +95,6 @@ def _may_limit(name: str, value: Any) -> bool:
 def _integers(value: Any) -> Iterator[int]:
     if isinstance(value, int) and not isinstance(value, bool):
         yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _integers(part)

@@ -56,6 +56,22 @@ def test_a_scorer_computes_the_last_layer_of_one_token_a_row() -> None:
     assert seen == [[every] * 4, [6, every, 6, 6]]
 
 
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, IndexError])
+def test_a_layer_that_needs_every_token_is_left_unchanged(error: type[Exception]) -> None:
+    lm = small.language_model()
+    probe = 11
+
+    def needs_all(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].shape[1] < probe and inputs[0].shape[0] == 1:
+            raise error("the router reads every token")
+
+    layers_of(lm)[-1].mlp.gate_proj.register_forward_pre_hook(needs_all)
+    policy, seen = Policy(lm), computed(lm)
+    policy(collate(ROWS))
+    every = 20 + 4 * 3 + 5 + 32
+    assert seen == [[every] * 4] * 2
+
+
 def gradients(module: nn.Module, output: Tensor) -> dict[str, Tensor]:
     (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum().backward()
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

@@ -83,6 +83,9 @@ def test_the_reach_is_where_agreement_ends() -> None:
     # a smaller number of another meaning, here that of the experts, does not hide the window
     experts = AutoConfig.for_model("mixtral", **SIZES | {"sliding_window": 8, "num_local_experts": 4})
     assert find_reach(experts, lambda length: length <= 8) == 8
+    # rates of compressed keys are in a mapping; at the rate itself, the last token of the longest row sees the first key
+    compressed = AutoConfig.for_model("llama", **SIZES | {"compress_rates": {"heavily": 128}})
+    assert find_reach(compressed, lambda length: length < 128) == 0
     # a longer window than is tried is believed
     far = AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 1024, "max_position_embeddings": 4096})
     assert find_reach(far, lambda length: True) == 1024
