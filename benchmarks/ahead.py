@@ -174,70 +174,112 @@ def write(part: str, results: Any) -> None:
     RESULTS.write_text(text + "\n", encoding="utf-8")
 
 
-def difference(found: dict[str, Any], staleness: int, metric: str) -> tuple[int, float, float]:
-    """Return the number of seeds, the mean paired difference from staleness 0, and half of its 95 % t interval."""
+def pairs(found: dict[str, Any], staleness: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the runs of each seed: at staleness 0, and at this one."""
     runs = found["study"]["runs"]
     seeds = sorted(int(name.partition("-")[2]) for name in runs if name.startswith("0-"))
-    pairs = [(runs[f"{staleness}-{s}"][metric], runs[f"0-{s}"][metric]) for s in seeds if f"{staleness}-{s}" in runs]
-    gaps = np.array([a - b for a, b in pairs])
-    half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    return len(gaps), float(gaps.mean()), float(half)
+    return [(runs[f"0-{s}"], runs[f"{staleness}-{s}"]) for s in seeds if f"{staleness}-{s}" in runs]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half of its 95 % t interval.
+
+    Example:
+        >>> mean, half = interval([1.0, 2.0, 3.0])  # t = 4.303, standard error 1 / sqrt(3)
+        >>> mean, round(half, 3)
+        (2.0, 2.484)
+    """
+    array = np.array(values)
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return float(array.mean()), float(half)
+
+
+def gains(before: dict[str, float], after: dict[str, float]) -> tuple[float, float]:
+    """Return how many times the steps per hour: by wall time, and by processor time if each process has a core to itself.
+
+    Example:
+        >>> gains({"at": 2.0, "trainer": 1.5}, {"at": 1.6, "trainer": 0.75, "sampler": 0.6})
+        (1.25, 2.0)
+    """
+    return before["at"] / after["at"], before["trainer"] / max(after["trainer"], after["sampler"])
 
 
 def _list(numbers: Sequence[float]) -> str:
     return ", ".join(f"{number:.2f}" for number in numbers)
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    timed, about = found["speed"], found["study"]
+def speed_page(timed: dict[str, Any]) -> list[str]:
+    """Return the part on speed."""
     middle = {s: {n: float(np.median([run[n] for run in timed[s]])) for n in timed[s][0]} for s in ("0", "1")}
-    now, ahead = middle["0"], middle["1"]
-    walls = sorted(a["at"] / b["at"] for a, b in zip(timed["0"], timed["1"], strict=True))
-    processors = sorted(
-        a["trainer"] / max(b["trainer"], b["sampler"]) for a, b in zip(timed["0"], timed["1"], strict=True)
-    )
+    both = [gains(*runs) for runs in zip(timed["0"], timed["1"], strict=True)]
+    walls, processors = sorted(wall for wall, _ in both), sorted(processor for _, processor in both)
     lines = [
-        "# Sampling ahead of training",
-        "",
-        "    python benchmarks/ahead.py speed",
-        "    python benchmarks/ahead.py study --seeds 0 1 2 3 4 5 6 7",
-        "    python benchmarks/ahead.py --write",
-        "",
         "GRPO on three-digit additions (the demo's model and sizes), one thread a process on two cores;"
         f" {timed['steps']} steps, {timed['repeats']} alternating repeats, medians. Seconds a step:",
         "",
         "| staleness | wall | waiting for answers, scoring | preparing | updating | processor, trainer | processor, sampler |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in (("0", now), ("1", ahead)):
+    for name, row in middle.items():
         parts = ("at", "seconds/rollout", "seconds/prepare", "seconds/train", "trainer", "sampler")
         lines.append(f"| {name} | {' | '.join(f'{row[part]:.3f}' for part in parts)} |")
-    lines += [
+    return [
+        *lines,
         "",
         f"Steps per hour, staleness 1 over 0, by wall time: **{np.median(walls):.2f}** ({_list(walls)}). By processor time, if each process"
-        f" has a core to itself: **{np.median(processors):.2f}** ({_list(processors)}; wanted 1.5)."
-        " The longer of the two processes is the limit.",
+        f" has a core to itself: **{np.median(processors):.2f}** ({_list(processors)}). The longer of the two processes is the limit.",
         "",
-        "GRPO on two-digit additions with a smaller model, 8 x 8 answers a step. "
+    ]
+
+
+def study_page(found: dict[str, Any]) -> list[str]:
+    """Return the part on the reward, with the speed of the same runs."""
+    about = found["study"]
+    lines = [
+        "GRPO on two-digit additions with a smaller model, 8 x 8 answers a step, one thread a process. "
         f"Reward after {about['steps']} steps (start {100 * about['start']:.1f} %): same problems and seeds, differences from staleness 0"
-        " paired by seed with 95 % t intervals. Accuracy: held-out problems. Reward: mean of the last ten steps. Mismatch: nats a token.",
+        " paired by seed with 95 % t intervals. Accuracy: held-out problems. Reward: mean of the last ten steps. Mismatch: nats a token."
+        " Steps per hour: of the same runs over those at staleness 0, by processor time of the longer process (each has a core to itself)"
+        " and by wall time (with whatever else the machine did).",
         "",
-        "| staleness | seeds | accuracy | difference | reward, difference | mismatch | clipped tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| staleness | seeds | accuracy | difference | reward, difference | mismatch | clipped tokens | steps per hour | by wall time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for staleness in STALENESS:
         own = [run for name, run in about["runs"].items() if name.partition("-")[0] == str(staleness)]
-        mean = {metric: float(np.mean([run[metric] for run in own])) for metric in own[0]}
-        shown = ["—", "—"]
+        if not own:
+            continue
+        mean = {name: float(np.mean([run[name] for run in own])) for name in ("accuracy", "mismatch", "clipped")}
+        shown = ["—"] * 4
         if staleness:
-            both = [difference(found, staleness, metric) for metric in ("accuracy", "reward")]
-            shown = [f"{100 * gap:+.1f} ± {100 * half:.1f} points" for _, gap, half in both]
+            paired = pairs(found, staleness)
+            for place, name in enumerate(("accuracy", "reward")):
+                gap, half = interval([after[name] - before[name] for before, after in paired])
+                shown[place] = f"{100 * gap:+.1f} ± {100 * half:.1f} points"
+            both = [gains(before["seconds"], after["seconds"]) for before, after in paired]
+            for place, values in ((2, [processor for _, processor in both]), (3, [wall for wall, _ in both])):
+                ratio, half = interval(values)
+                shown[place] = f"{ratio:.2f} ± {half:.2f}"
         lines.append(
             f"| {staleness} | {len(own)} | {100 * mean['accuracy']:.1f} % | {shown[0]} | {shown[1]} | {mean['mismatch']:.4f} |"
-            f" {100 * mean['clipped']:.2f} % |"
+            f" {100 * mean['clipped']:.2f} % | {shown[2]} | {shown[3]} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Sampling ahead of training",
+        "",
+        "    python benchmarks/ahead.py speed",
+        "    python benchmarks/ahead.py study --seeds 0 1 2 3 4 --steps 50",
+        "    python benchmarks/ahead.py --write",
+        "",
+        *(speed_page(found["speed"]) if "speed" in found else []),
+        *(study_page(found) if "study" in found else []),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +51,8 @@ def model(name: str) -> PreTrainedModel:
     return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
 
 
-class Runner:
-    """Takes weights as vLLM's model runner does."""
+class Worker(Receiver):
+    """Takes weights as vLLM's worker does."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self.held = dict(lm.named_parameters(remove_duplicate=False))
@@ -71,8 +70,7 @@ def receive(name: str) -> None:
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.zero_()
-    worker: Any = Receiver()
-    worker.model_runner = Runner(lm)
+    worker = Worker(lm)
     print("ready", flush=True)
     for line in sys.stdin:
         began = time.process_time()
@@ -83,44 +81,51 @@ def receive(name: str) -> None:
         print(json.dumps(found | seconds), flush=True)
 
 
-def measure(name: str, way: str, lora: bool, repeats: int) -> dict[str, float]:
-    """Return the fastest seconds of each part, and the bytes of the last transfer."""
+def measure(name: str, repeats: int) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Yield the way, the trained weights, and the seconds of each part."""
     lm = model(name)
-    if lora:
-        Adapter(lm, LoraSettings(16, 32.0))
-    ids = probe_ids(PROBE_TOKENS, lm.config.vocab_size)
-    published = Published(lm, torch.bfloat16, "" if way == "memory" else "127.0.0.1:0")
     command = [sys.executable, __file__, "--receive", name]
-    parts: list[dict[str, float]] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
         assert process.stdout
         process.stdout.readline()
-        for version in range(repeats):
-            with torch.no_grad():
-                for parameter in lm.parameters():
-                    if parameter.requires_grad:
-                        parameter.mul_(1.01)
-            began = time.process_time()
-            published.remove(version)
-            published.take(version)
-            taken = time.process_time()
-            process.stdin.write(json.dumps(published.sources(version)) + "\n")
-            process.stdin.flush()
-            reply = json.loads(process.stdout.readline())
-            asked = time.process_time()
-            own = probe_logprobs(lm, ids, bf16=False)
-            probe = time.process_time() - asked + reply["probe_seconds"]
-            gap = (torch.tensor(own) - torch.tensor(reply["probe"])).abs()
-            assert gap.mean() < BFLOAT16.mean, gap
-            parts.append(
-                {"publish": taken - began, "load": reply["seconds"], "probe": probe, "MiB": reply["bytes"] / 2**20}
-            )
-        process.stdin.close()
-    published.close()
-    fastest = {part: min(each[part] for each in parts) for part in ("publish", "load", "probe")}
-    total = min(each["publish"] + each["load"] + each["probe"] for each in parts)
-    return fastest | {"total": total, "MiB": parts[-1]["MiB"]}
+        for trained in ("all weights", "adapter of rank 16"):
+            if trained != "all weights":
+                Adapter(lm, LoraSettings(16, 32.0))
+            for way, address in (("memory", ""), ("HTTP", "127.0.0.1:0")):
+                published = Published(lm, torch.bfloat16, address)
+                parts = [transfer(lm, published, process, version) for version in range(repeats)]
+                published.close()
+                yield way, trained, {part: min(each[part] for each in parts) for part in parts[0]}
+        process.terminate()
+
+
+def transfer(
+    lm: PreTrainedModel, published: Published, process: subprocess.Popen[str], version: int
+) -> dict[str, float]:
+    """Change the trained weights, bring them to the other process and prove them."""
+    assert process.stdin
+    assert process.stdout
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    began = time.process_time()
+    published.remove(version)
+    published.take(version)
+    taken = time.process_time()
+    process.stdin.write(json.dumps(published.sources(version)) + "\n")
+    process.stdin.flush()
+    reply = json.loads(process.stdout.readline())
+    asked = time.process_time()
+    own = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
+    seconds = {
+        "publish": taken - began,
+        "load": reply["seconds"],
+        "probe": time.process_time() - asked + reply["probe_seconds"],
+    }
+    gap = (torch.tensor(own) - torch.tensor(reply["probe"])).abs()
+    assert gap.mean() < BFLOAT16.mean, gap
+    return seconds | {"total": sum(seconds.values()), "MiB": reply["bytes"] / 2**20}
 
 
 def main() -> int:
@@ -136,12 +141,9 @@ def main() -> int:
     print("| model | way | trained | MiB | publish | load | probe | total |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
-        for way in ("memory", "HTTP"):
-            for lora in (False, True):
-                found = measure(name, way, lora, args.repeats)
-                seconds = " | ".join(f"{found[part]:.2f}" for part in ("publish", "load", "probe", "total"))
-                kind = "adapter of rank 16" if lora else "all weights"
-                print(f"| {name} | {way} | {kind} | {found['MiB']:.0f} | {seconds} |", flush=True)
+        for way, trained, found in measure(name, args.repeats):
+            seconds = " | ".join(f"{found[part]:.2f}" for part in ("publish", "load", "probe", "total"))
+            print(f"| {name} | {way} | {trained} | {found['MiB']:.0f} | {seconds} |", flush=True)
     return 0
 
 

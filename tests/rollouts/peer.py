@@ -50,7 +50,7 @@ class Peer:
         # by the name under which vLLM's workers import it, if this is a server that a test started as they are
         name = "posttrain_receiver"
         self.worker = import_module(name if find_spec(name) else f"posttrain.rollouts.vllm.worker.{name}").Receiver()
-        self.worker.model_runner = self
+        self.worker.reload_weights = self.reload_weights
         peer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -147,7 +147,7 @@ class Peer:
         return 200, {"results": [result]}
 
     def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take the weights as vLLM's model runner does."""
+        """Take the weights as vLLM's worker does."""
         state = {name: tensor.clone() for name, tensor in weights_iterator}
         if self.loads:
             self.model.load_state_dict(state, strict=False)

@@ -46,6 +46,7 @@ def peer_engine(tmp_path: Path, root: Path) -> VllmEngine:
         version=lambda: 0,
         folder=tmp_path / "served",
         probes=sequences([(5, 6, 7)], 259, 64),
+        transfer="memory",
     )
 
 

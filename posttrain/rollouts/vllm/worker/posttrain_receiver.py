@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -27,10 +27,6 @@ DTYPES = {
 }  # fmt: skip
 """Dtypes as safetensors and torch spell them."""
 Weights = Iterator[tuple[str, Tensor]]
-
-
-class _Runner(Protocol):
-    def reload_weights(self, weights_iterator: Weights) -> None: ...
 
 
 class Receiver:
@@ -57,7 +53,8 @@ class Receiver:
                     tensors, about = opened(base, read)
                     kept[base["mark"]] = dict(tensors), about
                 weights = merged(kept[base["mark"]][0], *opened(adapter, read))
-            cast(Any, self).model_runner.reload_weights(weights_iterator=weights)
+            # the worker's method, which sets vLLM's configuration around that of its model runner
+            cast(Any, self).reload_weights(weights_iterator=weights)
         except (OSError, ValueError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
         return {"bytes": read[0], "seconds": time.perf_counter() - began}
