@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import RolloutError
 from posttrain.models.lora import Adapter
 from posttrain.models.plain import plain_state
-from posttrain.rollouts.vllm.folder import write_weights
+from posttrain.rollouts.vllm.folder import write_config, write_weights
 from posttrain.settings import LoraSettings
 from tests.models import small
 
@@ -48,6 +48,9 @@ def test_what_is_written_loads_as_the_policy(tmp_path: Path, model: Callable[[],
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.equal(served(ids).logits, lm(ids).logits)
+    # a server that starts without weights reads the same configuration
+    write_config(lm, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").read_text() == (tmp_path / "served" / "config.json").read_text()
     # the policy itself is as it was
     assert lm.config.tie_word_embeddings is (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -61,12 +62,12 @@ def write_config(lm: PreTrainedModel, folder: Path) -> None:
     """
     try:
         lm.config.save_pretrained(folder)
-        _untie(folder / "config.json")
+        # a model's save_pretrained adds its class, without which vLLM serves embeddings
+        _untie(folder / "config.json", architectures=[type(lm).__name__], dtype=str(lm.dtype).removeprefix("torch."))
     except OSError as error:
         raise RolloutError(f"cannot write the configuration for the vLLM server to {folder}: {error}") from error
 
 
-def _untie(config: Path) -> None:
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values["tie_word_embeddings"] = False
+def _untie(config: Path, **more: Any) -> None:
+    values = json.loads(config.read_text(encoding="utf-8")) | more | {"tie_word_embeddings": False}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
