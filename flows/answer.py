@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.load import BASE, SFT
+from pipelines.runtime.comparison import COMPARISON, read_comparison
+from pipelines.runtime.measures import in_words
 from posttrain.files import read_json
-from tasks.publish import RESTORE_REPORT
 
 WIDTH = 100
 COSTS = Path(".posttrain") / "costs" / "costs.json"
@@ -17,10 +18,10 @@ COSTS = Path(".posttrain") / "costs" / "costs.json"
 
 def answer(root: Path) -> list[str]:
     """Return the answer of report/comparison.json in lines of at most `WIDTH` columns; empty without a report."""
-    path, costs = root / "report" / "comparison.json", root / COSTS
-    if not path.is_file():
+    costs = root / COSTS
+    if not (root / COMPARISON).is_file():
         return []
-    numbers = read_json(path, RESTORE_REPORT)
+    numbers = read_comparison(root)
     measured = read_json(costs, "Remove it; the next flow writes it again.") if costs.is_file() else {}
     scope, *others = numbers["findings"]
     return [
@@ -52,11 +53,11 @@ def table(numbers: Any, spent: Mapping[str, float]) -> list[str]:
     """Return one line a model: the ranked algorithms, the others with the reason, and the models that training started from."""
     models, apart = numbers["models"], numbers.get("not_ranked", {})
     names = [*numbers["ranked"], *apart, *(name for name in (SFT, BASE) if name in models)]
-    first, measure = max(9, *map(len, names)), f"{numbers['headline']} accuracy"
+    first, measure = max(9, *map(len, names)), in_words(numbers["headline"])
     interval = f"{100 * numbers['confidence']:.4g} % interval"
     lines = [f"  {'model':<{first}}  {measure}  {interval:>14}  seconds"]
     for name in names:
-        level = models[name]["headline"]
+        level = models[name][numbers["headline"]]
         share, ends = f"{100 * level['mean']:.1f} %", f"{100 * level['low']:.1f} to {100 * level['high']:.1f}"
         time = f"{spent[name]:.0f}" if name in spent else "-"
         row = f"  {name:<{first}}  {share:>{len(measure)}}  {ends:>14}  {time:>7}"

@@ -52,7 +52,8 @@ def run(run: Run) -> None:
             )
     comparison = compare(results, question, seconds)
     write(FOLDER, results, comparison, settings.samples_shown, settings.seed)
-    levels = {f"headline/{summary.name}": summary.headline.value for summary in comparison.summaries}
+    measure = headline_name(question.headline)
+    levels = {f"{measure}/{summary.name}": summary.headline.value for summary in comparison.summaries}
     significant = sum(pair.significant for pair in comparison.pairs)
     run.recorder.summary(levels | {"pairs/significant": significant, "pairs/tested": len(comparison.pairs)})
     run.recorder.tag("solved", solved(comparison))

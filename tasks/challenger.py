@@ -10,28 +10,27 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines.config.params import load_params
 from pipelines.promotion.registry import CHALLENGER, CHAMPION, DECISION, REASON, Registry
+from pipelines.runtime.comparison import COMPARISON, read_comparison
 from pipelines.runtime.identity import file_digest
 from pipelines.tracking.describe import RUN_TAG
 from pipelines.tracking.lockfile import locked_output
 from pipelines.tracking.source import load
 from posttrain.errors import TrackingError
-from posttrain.files import read_json, write_atomic
+from posttrain.files import write_atomic
 from tasks.console import print_line
-from tasks.publish import RESTORE_REPORT
 
-NUMBERS = Path("report/comparison.json")
 REGISTERED = Path(".posttrain/challenger")
 """Holds the digest of the comparison whose best model was registered."""
 
 
 def register_best(root: Path) -> None:
     """Register the best model once per comparison. MLflow being away never fails a comparison: the next flow registers it."""
-    if not (root / NUMBERS).is_file() or not (root / "params.yaml").is_file():
+    if not (root / COMPARISON).is_file() or not (root / "params.yaml").is_file():
         return
-    digest, mark = file_digest(root / NUMBERS), root / REGISTERED
+    digest, mark = file_digest(root / COMPARISON), root / REGISTERED
     if mark.is_file() and mark.read_bytes() == digest.encode():
         return
-    chosen = best_model(read_json(root / NUMBERS, RESTORE_REPORT))
+    chosen = best_model(read_comparison(root))
     if chosen is None:
         return
     try:
@@ -48,7 +47,7 @@ def best_model(comparison: dict[str, Any]) -> tuple[str, str] | None:
         return None
     name = str(comparison["best"])
     row = comparison["models"][name]
-    by_seed = dict(zip(row["seeds"], row["headline_by_seed"], strict=True))
+    by_seed = dict(zip(row["seeds"], row[f"{comparison['headline']}_by_seed"], strict=True))
     return f"{name}-{max(by_seed, key=lambda seed: by_seed[seed])}", str(comparison["title"])
 
 

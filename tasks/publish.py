@@ -7,16 +7,14 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from posttrain.files import read_json
-
-RESTORE_REPORT = "Type `dvc checkout --force report`, or `dvc repro compare`."
+from pipelines.runtime.comparison import COMPARISON, read_comparison
 
 
 def publish_report(root: Path) -> Path | None:
     """Publish report/comparison.json and report/index.html if they exist; return the page's path."""
-    page, numbers = root / "report" / "index.html", root / "report" / "comparison.json"
-    if numbers.is_file():
-        table = markdown_table(read_json(numbers, RESTORE_REPORT))
+    page = root / "report" / "index.html"
+    if (root / COMPARISON).is_file():
+        table = markdown_table(read_comparison(root))
         create_markdown_artifact(key="comparison", markdown=table, description="Every model of the comparison")
     if not page.is_file():
         return None

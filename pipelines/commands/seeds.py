@@ -14,8 +14,7 @@ from pathlib import Path
 
 from pipelines.commands.configure import configure
 from pipelines.config.params import load_params
-
-COMPARISON = Path("report/comparison.json")
+from pipelines.runtime.comparison import COMPARISON
 
 
 def more(seeds: Sequence[int], count: int) -> list[int]:

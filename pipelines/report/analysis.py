@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.report.hacking import Watched, watched
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
 from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
+from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name, in_words
 from posttrain.evaluation.crossed import (
     Crossed,
     Groups,
@@ -58,8 +59,8 @@ class Question:
 
     @property
     def measure(self) -> str:
-        """Return the name of the headline measure."""
-        return f"{self.headline} accuracy"
+        """Return the name of the headline measure in words."""
+        return in_words(headline_name(self.headline))
 
     @property
     def alpha(self) -> float:
@@ -75,14 +76,17 @@ class Summary:
     seeds: tuple[int, ...]
     headline: Interval
     """The measure that ranks the models, see `Question.headline`."""
-    accuracy: Interval
-    """Accuracy of the greedy answers."""
+    sampled: Interval
+    """Mean of the reward `Question.accuracy` over the sampled answers: `sampled_accuracy`."""
+    greedy: Interval
+    """The same over the greedy answers: `greedy_accuracy`."""
     by_seed: tuple[float, ...]
     """The headline of each seed's model, in the order of `seeds`; one value for base and sft."""
     iqm: float | None
     """Interquartile mean of `by_seed` (2108.13264); None with one run."""
     pass_at: dict[int, Interval | None]
     rewards: dict[str, Interval | None]
+    """Mean of each reward source over the sampled answers; that of `Question.accuracy` is `sampled`."""
     win_rate: Interval | None
     """Win rate against sft, see `wins`; None for sft itself."""
     kl: Interval | None
@@ -94,6 +98,11 @@ class Summary:
     preference: float | None
     second_task: float | None
     """Accuracy of the greedy answers to `evaluation.second_task`."""
+
+    @property
+    def measures(self) -> dict[str, Interval]:
+        """Return both measures of accuracy by their names."""
+        return {SAMPLED: self.sampled, GREEDY: self.greedy}
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,12 @@ def scored(models: Sequence[Model], question: Question) -> Floats:
     """Return each model's headline score per prompt, [prompts, models]: its greedy answer, or the mean of its sampled answers."""
     if question.headline == "greedy":
         return greedy(models, question.accuracy)
-    return np.stack([per_prompt(sampled([model], f"reward_{question.accuracy}")) for model in models], axis=1)
+    return sampled_means(models, question.accuracy)
+
+
+def sampled_means(models: Sequence[Model], source: str) -> Floats:
+    """Return the mean reward of each model's sampled answers per prompt, [prompts, models]."""
+    return np.stack([per_prompt(sampled([model], f"reward_{source}")) for model in models], axis=1)
 
 
 def run_means(scores: Floats) -> tuple[float, ...]:
@@ -241,16 +255,21 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
     def over_samples(column: str, estimate: Estimate) -> Interval | None:
         return _if_known(sampled(models, column), estimate, draws)
 
+    measures = {
+        "sampled": _level(sampled_means(models, source), draws, groups, least),
+        "greedy": _level(greedy(models, source), draws, groups, least),
+    }
     won = wins(sampled(models, f"reward_{source}"), sampled(sft, f"reward_{source}"))
     return Summary(
         name=name,
         seeds=tuple(model.seed for model in models if model.seed is not None),
-        headline=_level(scores, draws, groups, least),
-        accuracy=_level(greedy(models, source), draws, groups, least),
+        headline=measures[question.headline],
+        **measures,
         by_seed=run_means(scores),
         iqm=interquartile_mean(run_means(scores)) if scores.shape[1] > 1 else None,
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
-        rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards},
+        rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards}
+        | {source: measures["sampled"]},
         win_rate=None if name == SFT else _if_known(won, mean_interval, draws),
         kl=over_samples("kl", bootstrap),
         length=over_samples("tokens", bootstrap),

@@ -25,12 +25,14 @@ from pipelines.report.measured import FlowTime, RunMeasures, all_runs, flow_time
 from pipelines.report.page import draw
 from pipelines.report.templating import environment as templates
 from pipelines.runtime import environment
+from pipelines.runtime.comparison import COMPARISON, read_comparison
 from pipelines.runtime.machine import available_cores
+from pipelines.runtime.measures import in_words
 from pipelines.runtime.prices import Prices, read_prices
 from pipelines.runtime.publish import SHARED_REPORT
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.statistics import Interval
-from posttrain.files import read_json, write_atomic
+from posttrain.files import write_atomic
 
 FOLDER = Path(".posttrain") / "costs"
 FIRST_SCREEN, COST_SECTION = "<!-- this machine: first screen -->", "<!-- this machine: cost -->"
@@ -75,15 +77,15 @@ def write_costs(project: Path) -> Path:
 
 def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
     """Write .posttrain/report.html: the report with this machine's times in the page, as one file that can be copied."""
-    report, numbers = project / "report" / "index.html", project / "report" / "comparison.json"
-    if not report.is_file() or not numbers.is_file():
+    report = project / "report" / "index.html"
+    if not report.is_file() or not (project / COMPARISON).is_file():
         return
-    found = read_json(numbers, "Type `dvc checkout --force report`, or `dvc repro compare`.")
+    found = read_comparison(project)
     seconds = _seconds(rows, [name for name in found["models"] if name not in (BASE, SFT)])
     best = found["best"]
     tile = _tile(best, seconds[best]) if best in seconds else ""
     values = values | {"against_seconds": _curves_against_seconds(project, found)}
-    points = per_point(rows, found["models"])
+    points = per_point(rows, found["models"], found["headline"])
     body = _place() + _against_seconds(found, seconds) + templates().get_template("costs_body.html.j2").render(**values)
     body += templates().get_template("points.html.j2").render(points=points, **values) if points else ""
     rates = win_rates(project)
@@ -94,8 +96,8 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     write_atomic(project / SHARED_REPORT, text.encode())
 
 
-def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the cost of a percentage point of the headline measure, gained over SFT, for each algorithm that was measured here.
+def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    """Return the cost of a percentage point of the measure, gained over SFT, for each algorithm that was measured here.
 
     The cost is that of one run, the mean over seeds. Without a gain there is no cost of a point, and every value is None.
     """
@@ -103,7 +105,7 @@ def per_point(rows: Sequence[dict[str, Any]], models: Mapping[str, Any]) -> list
     for name, model in models.items():
         runs = [row for row in rows if re.fullmatch(rf"align-{re.escape(name)}-\d+", row["name"])]
         if name not in (BASE, SFT) and runs:
-            gain = 100 * (model["headline"]["mean"] - models[SFT]["headline"]["mean"])
+            gain = 100 * (model[measure]["mean"] - models[SFT][measure]["mean"])
             found.append({"name": name, "gain": gain} | {cost: _each(runs, cost, gain) for cost in SPENT})
     return found
 
@@ -152,11 +154,11 @@ def _against_seconds(found: dict[str, Any], seconds: dict[str, float]) -> str:
     """Return the figure of the headline measure against wall time; empty if no algorithm was measured here."""
     if not seconds:
         return ""
-    levels = {name: found["models"][name]["headline"] for name in seconds}
+    levels = {name: found["models"][name][found["headline"]] for name in seconds}
     points = [(name, seconds[name], Interval(**{"value" if k == "mean" else k: v for k, v in level.items()}))
               for name, level in levels.items()]  # fmt: skip
     algorithms = tuple(name for name in found["models"] if name not in (BASE, SFT))
-    measure = f"{found['headline']} accuracy"
+    measure = in_words(found["headline"])
     drawn = draw(
         "result_against_seconds", "Result against wall time", "The headline measure of every algorithm against its seconds.", algorithms,
         lambda look: against_cost(points, "wall time of one run here, seconds", measure, look),

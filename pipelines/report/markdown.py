@@ -8,7 +8,7 @@ from pipelines.report.words import findings, p_value, title
 from posttrain.evaluation.statistics import Interval
 
 HEADER = (
-    "model", "seeds", "headline", "difference to SFT", "win rate", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
+    "model", "seeds", "{measure}", "difference to SFT", "win rate", "preference accuracy", "KL to SFT, nats", "entropy, nats / token",
     "length, tokens", "optimiser steps", "tokens sampled", "tokens trained",
 )  # fmt: skip
 
@@ -22,9 +22,9 @@ def comparison_md(comparison: Comparison) -> str:
     lines = [
         f"# {title(comparison)}\n",
         *(f"- {sentence}" for sentence in findings(comparison)),
-        f"\n{comparison.prompts} held-out prompts; the headline is {measure}; {confidence:.4g} % intervals in brackets;"
+        f"\n{comparison.prompts} held-out prompts; models are ranked by {measure}; {confidence:.4g} % intervals in brackets;"
         f" p is Holm-corrected over all {len(comparison.pairs)} pairs.\n",
-        _line(HEADER),
+        _line([name.format(measure=measure) for name in HEADER]),
         _line(["---"] * len(HEADER)),
         *map(_line, rows),
     ]

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.report.analysis import Comparison, Cost, Pair, Summary
+from pipelines.report.analysis import Comparison, Cost, Pair, Question, Summary
 from pipelines.report.benchmarks import HEADER, BenchmarkRow, csv_rows
 from pipelines.report.checkpoints import ChosenStep
 from pipelines.report.load import Results
 from pipelines.report.words import findings, ranked, solved, title
 from pipelines.runtime.journal import representable
+from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name
 from posttrain.evaluation.statistics import Interval
 
 _DIGITS = 10
@@ -29,7 +30,7 @@ def comparison_json(comparison: Comparison) -> str:
         "findings": findings(comparison),
         "solved": solved(comparison),
         "best": best.name if solved(comparison) else None,
-        "headline": question.headline,
+        "headline": headline_name(question.headline),
         "accuracy_source": question.accuracy,
         "confidence": question.resampling.confidence,
         "resamples": question.resampling.resamples,
@@ -37,7 +38,7 @@ def comparison_json(comparison: Comparison) -> str:
         "ranked": [summary.name for summary in ranked(comparison)],
         "not_ranked": comparison.apart(),
         "protocols": {name: asdict(protocol) for name, protocol in sorted(comparison.protocols.items())},
-        "models": {summary.name: _summary(summary) for summary in comparison.summaries},
+        "models": {summary.name: _summary(summary, question) for summary in comparison.summaries},
         "pairs": [_pair(pair) for pair in comparison.pairs],
         "reward_model": {"heldout_accuracy": _interval(comparison.heldout), "heldout_loss": comparison.heldout_loss},
         "reward_hacking": {name: asdict(own) for name, own in sorted(comparison.watched.items())},
@@ -46,16 +47,16 @@ def comparison_json(comparison: Comparison) -> str:
     return json.dumps(representable(_rounded(tree)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _summary(summary: Summary) -> dict[str, Any]:
-    """Return one model's row as JSON."""
+def _summary(summary: Summary, question: Question) -> dict[str, Any]:
+    """Return one model's row as JSON: both measures by their names, and the other rewards under `reward`."""
+    others = {name: value for name, value in summary.rewards.items() if name != question.accuracy}
     return {
         "seeds": list(summary.seeds),
-        "headline": _interval(summary.headline),
-        "greedy_accuracy": _interval(summary.accuracy),
-        "headline_by_seed": list(summary.by_seed),
+        **{name: _interval(level) for name, level in summary.measures.items()},
+        f"{headline_name(question.headline)}_by_seed": list(summary.by_seed),
         "interquartile_mean": summary.iqm,
         "pass_at_k": {str(k): _interval(value) for k, value in sorted(summary.pass_at.items())},
-        "reward": {name: _interval(value) for name, value in sorted(summary.rewards.items())},
+        "reward": {name: _interval(value) for name, value in sorted(others.items())},
         "win_rate_against_sft": _interval(summary.win_rate),
         "kl_to_sft": _interval(summary.kl),
         "length": _interval(summary.length),
@@ -97,14 +98,14 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def accuracy_csv(comparison: Comparison) -> str:
-    """Return one row per model."""
-    header = ["model", "seeds", comparison.question.headline, "low", "high", "prompts", "missing", "method", "greedy"]
+    """Return one row per model, with both measures of accuracy."""
+    columns = [f"{name}{end}" for name in (SAMPLED, GREEDY) for end in ("", "_low", "_high", "_missing", "_method")]
     rows = [
-        [s.name, max(1, len(s.seeds)), s.headline.value, s.headline.low, s.headline.high, s.headline.n, s.headline.missing,
-         s.headline.method, s.accuracy.value]
+        [s.name, max(1, len(s.seeds)), comparison.prompts]
+        + [cell for level in s.measures.values() for cell in (level.value, level.low, level.high, level.missing, level.method)]
         for s in comparison.summaries
     ]  # fmt: skip
-    return _csv(header, rows)
+    return _csv(["model", "seeds", "prompts", *columns], rows)
 
 
 def pairwise_csv(comparison: Comparison) -> str:

@@ -172,10 +172,9 @@ def other_measure(comparison: Comparison, first: Summary) -> str | None:
 
 def first_by_other_measure(comparison: Comparison, first: Summary) -> tuple[str, float, float] | None:
     """Return the algorithm that leads by the other measure, its level and that of `first`; None if `first` leads there too."""
-    sampled, source = comparison.question.headline == "sampled", comparison.question.accuracy
-    levels = {s.name: s.accuracy if sampled else s.rewards.get(source) for s in comparison.panel}
-    known = {name: level.value for name, level in levels.items() if level is not None}
-    if not solved(comparison) or first.name not in known:
+    sampled = comparison.question.headline == "sampled"
+    known = {s.name: (s.greedy if sampled else s.sampled).value for s in comparison.panel}
+    if not solved(comparison):
         return None
     best = max(known, key=lambda name: known[name])
     return None if known[best] <= known[first.name] else (best, known[best], known[first.name])

@@ -218,8 +218,8 @@ def test_metrics_diff_and_plots_work(reproduced: Clone) -> None:
     # the headline of five models and the number of tests and of significant ones, and nothing else
     (numbers,) = (entry["data"] for entry in shown.values())
     assert set(shown) == {"runs/compare/metrics.json"}
-    assert set(numbers) == {"headline", "pairs"}
-    assert set(numbers["headline"]) == {"base", "sft", "dpo", "grpo", "ppo"}
+    assert set(numbers) == {"sampled_accuracy", "pairs"}
+    assert set(numbers["sampled_accuracy"]) == {"base", "sft", "dpo", "grpo", "ppo"}
     assert reproduced.run("dvc", "metrics", "diff").returncode == 0
     reproduced.run("dvc", "plots", "show", "-o", ".posttrain/plots")
     assert "curves.csv" in (reproduced.root / ".posttrain" / "plots" / "index.html").read_text(encoding="utf-8")

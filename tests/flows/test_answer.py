@@ -53,9 +53,9 @@ def test_long_reasons_are_wrapped_and_without_a_report_nothing_is_said(tmp_path:
     assert answer(tmp_path) == []
     level = {"mean": 0.5, "low": 0.4, "high": 0.6}
     tree = {
-        "title": "long " * 40, "findings": ["scope", "Accuracy is near zero"], "solved": False, "headline": "sampled",
+        "title": "long " * 40, "findings": ["scope", "Accuracy is near zero"], "solved": False, "headline": "sampled_accuracy",
         "confidence": 0.95, "ranked": ["grpo"], "not_ranked": {"dpo": ["trained on reward " + "and reward ".join("abcdefghi")]},
-        "models": {"grpo": {"headline": level}, "dpo": {"headline": level}},
+        "models": {"grpo": {"sampled_accuracy": level}, "dpo": {"sampled_accuracy": level}},
     }  # fmt: skip
     (tmp_path / "report").mkdir()
     (tmp_path / "report/comparison.json").write_text(json.dumps(tree))

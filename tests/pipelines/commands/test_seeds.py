@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands.configure import configure
-from pipelines.commands.seeds import COMPARISON, more, raise_seeds
+from pipelines.commands.seeds import more, raise_seeds
 from pipelines.config.params import load_params
+from pipelines.runtime.comparison import COMPARISON
 
 
 @pytest.fixture

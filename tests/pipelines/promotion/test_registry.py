@@ -208,7 +208,8 @@ COMPARISON = {
     "solved": True,
     "best": "grpo",
     "title": "grpo wins",
-    "models": {"grpo": {"seeds": [0, 3], "headline_by_seed": [0.5, 0.75]}},
+    "headline": "sampled_accuracy",
+    "models": {"grpo": {"seeds": [0, 3], "sampled_accuracy_by_seed": [0.5, 0.75]}},
 }
 
 

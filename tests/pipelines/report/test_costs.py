@@ -181,10 +181,10 @@ def test_a_point_costs_the_mean_run_divided_by_the_gain_over_sft() -> None:
         )
     ]
     models = {
-        name: {"headline": {"mean": mean}}
+        name: {"greedy_accuracy": {"mean": mean}}
         for name, mean in (("base", 0.0), ("sft", 0.4), ("grpo", 0.45), ("ppo", 0.4), ("dpo", 0.9))
     }
-    grpo, ppo = per_point(rows, models)
+    grpo, ppo = per_point(rows, models, "greedy_accuracy")
     # 20 s a run for 5 points; a seed without a price leaves the money unknown; ppo gained nothing; dpo was not measured here
     assert grpo == {
         "name": "grpo", "gain": pytest.approx(5.0), "seconds": pytest.approx(4.0), "money": None, "joules": None,
@@ -230,7 +230,7 @@ def test_a_list_of_prices_in_another_form_is_refused(project: Path, text: str) -
 def test_the_report_says_which_model_people_preferred(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").write_text(f"<main>{COST_SECTION}</main>")
-    numbers = {"models": {}, "best": None, "headline": "sampled", "accuracy_source": "answer"}
+    numbers = {"models": {}, "best": None, "headline": "sampled_accuracy", "accuracy_source": "answer"}
     (tmp_path / "report" / "comparison.json").write_text(json.dumps(numbers))
     write_costs(tmp_path)
     copied = tmp_path / ".posttrain" / "report.html"

@@ -68,10 +68,10 @@ def test_seeds_are_averaged_within_prompts(tmp_path: Path) -> None:
     both = greedy(results.of("grpo"), "answer")
     row = comparison.of("grpo")
     assert (row.seeds, both.shape) == ((0, 3), (120, 2))
-    assert row.accuracy.value == pytest.approx(both.mean())
+    assert row.greedy.value == pytest.approx(both.mean())
     assert row.by_seed == pytest.approx(tuple(both.mean(axis=0)))
     level = crossed_mean(both)
-    assert (row.accuracy.low, row.accuracy.high) == (level.low, level.high)
+    assert (row.greedy.low, row.greedy.high) == (level.low, level.high)
     test, by_hand = comparison.pair("dpo", "grpo").test, crossed_difference(greedy(results.of("dpo"), "answer"), both)
     assert (test.p, test.difference.low, test.difference.high) == (by_hand.p, by_hand.low, by_hand.high)
     assert test.method == f"t over seeds and prompts, {by_hand.df:.1f} degrees of freedom"
@@ -142,23 +142,23 @@ def test_the_headline_is_one_measure_for_ranking_tests_and_words(tmp_path: Path)
     by_hand = np.mean([row["reward_answer"] for row in rows if row["sample"] > 0])
     level = sampled.of("grpo").headline
     assert level.value == pytest.approx(by_hand)
-    assert sampled.of("grpo").accuracy.value == pytest.approx(91 / 120)
+    assert sampled.of("grpo").greedy.value == pytest.approx(91 / 120)
     assert sampled.pair("grpo", "sft").test.method == "sign-flip permutation over prompts"
     said = " ".join(findings(sampled))
     assert (
         f"grpo has the highest sampled accuracy of the ranked algorithms: {100 * by_hand:.1f} % of its sampled answers"
         in said
     )
-    assert json.loads(comparison_json(sampled))["headline"] == "sampled"
+    assert json.loads(comparison_json(sampled))["headline"] == "sampled_accuracy"
 
 
 def test_another_order_by_the_other_measure_is_said(tmp_path: Path) -> None:
     comparison = compared(tmp_path, algorithms=("ppo", "grpo"))
     ppo, grpo = comparison.of("ppo"), comparison.of("grpo")
     assert other_measure(comparison, grpo) is None
-    better = replace(ppo, rewards=ppo.rewards | {"answer": replace(ppo.headline, value=0.9)})
+    better = replace(ppo, sampled=replace(ppo.headline, value=0.9))
     assert other_measure(replace(comparison, summaries=[better, grpo]), grpo) == (
-        f"By sampled accuracy ppo would rank first: 90.0 % against {100 * grpo.rewards['answer'].value:.1f} % of grpo."
+        f"By sampled accuracy ppo would rank first: 90.0 % against {100 * grpo.sampled.value:.1f} % of grpo."
         " The title follows report.headline: greedy."
     )
 
@@ -198,7 +198,7 @@ def test_prompts_in_groups_are_compared_over_groups(tmp_path: Path) -> None:
         assert (test.p, test.difference.low, test.difference.high) == (by_hand.p, by_hand.low, by_hand.high)
         assert "12 groups of prompts" in test.method
         level = crossed_mean(both, groups=groups)
-        assert (comparison.of("grpo").headline.low, comparison.of("grpo").accuracy.high) == (level.low, level.high)
+        assert (comparison.of("grpo").headline.low, comparison.of("grpo").greedy.high) == (level.low, level.high)
 
 
 def test_a_second_task_is_a_column_if_it_was_measured(tmp_path: Path) -> None:

@@ -241,7 +241,12 @@ def test_tables_hold_the_journals_and_the_tests(project: Path, numbers: Any) -> 
     def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader((project / "report" / name).read_text().splitlines()))
 
-    assert [row["model"] for row in rows("accuracy.csv")] == ["base", "sft", "dpo", "grpo", "ppo"]
+    levels = {row["model"]: row for row in rows("accuracy.csv")}
+    assert list(levels) == ["base", "sft", "dpo", "grpo", "ppo"]
+    for name in ("sampled_accuracy", "greedy_accuracy"):
+        shown = [float(levels["grpo"][name + end]) for end in ("", "_low", "_high")]
+        assert shown == [numbers["models"]["grpo"][name][end] for end in ("mean", "low", "high")]
+    assert levels["grpo"]["greedy_accuracy_method"] == "Wilson"
     assert [float(row["p_holm"]) for row in rows("pairwise.csv")] == [pair["p_holm"] for pair in numbers["pairs"]]
     curves = rows("curves.csv")
     assert {row["model"] for row in curves} == {"sft", "reward", "dpo", "grpo", "ppo"}
@@ -266,7 +271,7 @@ def test_the_markdown_table_says_what_the_json_says(project: Path, numbers: Any)
 
 def test_the_step_reports_its_results_and_leaves_clock_times_out(project: Path, page: str) -> None:
     metrics = json.loads((project / "runs" / "compare" / "metrics.json").read_text())
-    assert metrics["headline"]["grpo"] == pytest.approx(91 / 120)
+    assert metrics["greedy_accuracy"]["grpo"] == pytest.approx(91 / 120)
     assert metrics["pairs"]["tested"] == 6
     assert (project / ".posttrain" / "costs" / "index.html").is_file()
     assert not re.search(r"20\d\d-\d\d-\d\d", page)
