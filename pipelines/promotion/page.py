@@ -9,14 +9,9 @@ from html import escape
 from pipelines.labelling.win_rates import WinRate
 from pipelines.promotion.decision import Decision
 from pipelines.promotion.drift import Drift, ScoreDrift
-from pipelines.runtime.markup import markdown_text
+from pipelines.runtime.markup import html_page, html_table, markdown_text
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #d1d9e0}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.passed{color:#1a7f37}.failed{color:#cf222e;font-weight:600}
-h1 small{font-weight:400;color:#59636e}
-"""
+_STYLE = ".passed{color:#1a7f37}.failed{color:#cf222e;font-weight:600}"
 
 
 def verdict(decision: Decision) -> str:
@@ -33,15 +28,14 @@ def page(
     title = "Promote" if chosen.promote else "Refuse"
     reasons = "".join(f"<li>{escape(words)}</li>" for words in chosen.refusals)
     why = f"<p>Because:</p><ul>{reasons}</ul>" if reasons else "<p>Every check was passed.</p>"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Gate: {title}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
+    body = (
+        f"<h1>{title} <small>{escape(verdict(chosen))}</small></h1>{why}<p>{escape(power(chosen))}</p>"
         + "".join(f"<p>{escape(words)}</p>" for words in chosen.by_age)
         + "".join(_table(decision) for decision in decisions)
         + _people(people)
         + _drift(drifts)
-        + "</body></html>\n"
     )
+    return html_page(f"Gate: {title}", body, _STYLE)
 
 
 def power(decision: Decision) -> str:
@@ -61,8 +55,8 @@ def _table(decision: Decision) -> str:
         f'<td class="n">{check.value:.4g}<td class="n">{check.limit:.4g}<td>{escape(check.words)}</tr>'
         for check in decision.checks
     )
-    head = "<tr><th>check<th>verdict<th>measured<th>limit<th>in words</tr>"
-    return f"<h2>{escape(decision.challenger)} against {escape(decision.reference)}</h2><table>{head}{rows}</table>"
+    head = '<tr><th>check<th>verdict<th class="n">measured<th class="n">limit<th>in words</tr>'
+    return f"<h2>{escape(decision.challenger)} against {escape(decision.reference)}</h2>{html_table(head, rows)}"
 
 
 def _people(rates: Sequence[WinRate]) -> str:
@@ -81,10 +75,17 @@ def _drift(drifts: Sequence[Drift]) -> str:
         f"<td>{escape(drift.words)}</tr>"
         for drift in drifts
     )
-    head = "<tr><th>prompts<th>number<th>stability index of lengths<th>by chance up to<th>new words<th>stability index of scores<th>by"
-    head += " chance up to<th>in words</tr>"
+    numbers = (
+        "number",
+        "stability index of lengths",
+        "by chance up to",
+        "new words",
+        "stability index of scores",
+        "by chance up to",
+    )
+    head = "<tr><th>prompts" + "".join(f'<th class="n">{name}' for name in numbers) + "<th>in words</tr>"
     words = "They change no verdict. If prompts drift, the held-out prompts may no longer represent what users ask."
-    return f"<h2>Prompts that arrive, against the training prompts</h2><p>{words}</p><table>{head}{rows}</table>"
+    return f"<h2>Prompts that arrive, against the training prompts</h2><p>{words}</p>{html_table(head, rows)}"
 
 
 def _scores(scores: ScoreDrift | None) -> str:

@@ -73,8 +73,8 @@ def against_cost(points: Sequence[tuple[str, float, Interval]], cost: str, measu
 
 
 def rewards(comparison: Comparison, look: Look) -> Figure:
-    """Plot the mean of every reward source over sampled answers."""
-    sources, summaries = comparison.question.rewards, comparison.summaries
+    """Plot the mean of every reward source over sampled answers, except that of the accuracy."""
+    sources, summaries = other_rewards(comparison), comparison.summaries
     drawn, panels = figure(WIDTH, 0.4 + (0.75 + 0.36 * len(summaries)) * len(sources), len(sources))
     for axes, source in zip(panels, sources, strict=True):
         rows = [(s.name, s.rewards[source]) for s in summaries]
@@ -84,6 +84,11 @@ def rewards(comparison: Comparison, look: Look) -> Figure:
         f"mean reward of sampled answers, {100 * comparison.question.resampling.confidence:.4g} % interval"
     )
     return drawn
+
+
+def other_rewards(comparison: Comparison) -> list[str]:
+    """Return the reward sources whose means are no measure of accuracy."""
+    return [name for name in comparison.question.rewards if name != comparison.question.accuracy]
 
 
 def pass_at_k(comparison: Comparison, look: Look) -> Figure:

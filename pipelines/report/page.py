@@ -56,11 +56,12 @@ def pictures(results: Results, comparison: Comparison) -> dict[str, Picture]:
             "against_tokens", "Result against tokens", "The headline measure of every algorithm against its tokens.", algorithms,
             lambda look: forest.against_tokens(comparison, look),
         ),
-        "rewards": draw(
-            "rewards", "Reward by source", "Mean reward of every source and model with intervals.", algorithms,
-            lambda look: forest.rewards(comparison, look),
-        ),
     }  # fmt: skip
+    if forest.other_rewards(comparison):
+        drawn["rewards"] = draw(
+            "rewards", "Reward by source", "Mean reward of every other source and model with intervals.", algorithms,
+            lambda look: forest.rewards(comparison, look),
+        )  # fmt: skip
     if len(question.pass_k) > 1 and any(value for s in comparison.summaries for value in s.pass_at.values()):
         drawn["pass_at_k"] = draw(
             "pass_at_k", "pass@k", "pass@k of every model against k.", algorithms,

@@ -6,20 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pipelines.runtime.markup import html_page, html_table
 from pipelines.validation.check import ValidationOutcome, Verdict
 from pipelines.validation.masks import Part
 from pipelines.validation.messages import by_rule, examples
 
 Sample = tuple[str, Sequence[Part]]
 """A row's label and the parts of its text."""
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
-table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
-th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8dee4;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:13px;overflow-wrap:anywhere}
-mark{background:#aceebb}
-.passed{color:#1a7f37}.failed{color:#9a6700}.stop,.errored{color:#cf222e;font-weight:600}
-"""
+_STYLE = ".passed{color:#1a7f37}.failed{color:#9a6700}.stop,.errored{color:#cf222e;font-weight:600}"
 
 
 def page(
@@ -30,18 +24,16 @@ def page(
 ) -> str:
     """Return the whole page. changes: what ingest and the chat template left out, by table; samples: rows with their trained tokens."""
     verdict = "Refused" if outcome.stops else "Accepted"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validation: {verdict}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>Validation: {verdict}</h1>{_tables(outcome)}{_changes(changes or {})}{_rules(outcome, shown)}{_samples(samples)}"
-        "</body></html>\n"
-    )
+    parts = _tables(outcome) + _changes(changes or {}) + _rules(outcome, shown) + _samples(samples)
+    return html_page(f"Validation: {verdict}", f"<h1>Validation: {verdict}</h1>{parts}", _STYLE)
 
 
 def _changes(changes: Mapping[str, Mapping[str, int]]) -> str:
     rows = [_cells([table, name, count]) for table, counts in changes.items() for name, count in counts.items()]
     if not rows:
         return ""
-    return f"<h2>Left out or changed</h2><table><tr><th>table<th>what<th>count</tr>{''.join(rows)}</table>"
+    head = '<tr><th>table<th>change<th class="n">count</tr>'
+    return f"<h2>Left out or changed</h2>{html_table(head, ''.join(rows))}"
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -64,14 +56,15 @@ def _tables(outcome: ValidationOutcome) -> str:
         _cells([table, len(kept) + len(outcome.quarantined[table]), len(kept), len(outcome.quarantined[table])])
         for table, kept in sorted(outcome.kept.items())
     ]
-    return f"<h2>Tables</h2><table><tr><th>table<th>rows in<th>valid<th>quarantined</tr>{''.join(rows)}</table>"
+    head = '<tr><th>table<th class="n">rows read<th class="n">valid<th class="n">quarantined</tr>'
+    return f"<h2>Tables</h2>{html_table(head, ''.join(rows))}"
 
 
 def _rules(outcome: ValidationOutcome, shown: int) -> str:
     """Return the table of rules."""
     rows = [_rule(*name, verdicts, shown) for name, verdicts in by_rule(outcome.verdicts).items()]
-    head = "<tr><th>table<th>rule<th>policy<th>status<th>rows<th>first rows</tr>"
-    return f"<h2>Rules</h2><table>{head}{''.join(rows)}</table>"
+    head = '<tr><th>table<th>rule<th>if broken<th>status<th class="n">rows that break it<th>details and first rows</tr>'
+    return f"<h2>Rules</h2>{html_table(head, ''.join(rows))}"
 
 
 def _rule(table: str, rule: str, verdicts: list[Verdict], shown: int) -> str:

@@ -8,6 +8,8 @@ If the algorithms ran with several seeds, MLflow's table is saved as mlflow-grou
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -105,6 +107,13 @@ def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else project / "docs" / "images"
     if found is None:
         raise SystemExit("error: no Chromium here: apt-get install chromium")
+    if (
+        not shutil.which("fc-list")
+        or not subprocess.run(["fc-list", ":lang=zh"], capture_output=True, check=True).stdout
+    ):
+        raise SystemExit(
+            "error: no font has Chinese characters, so they would be boxes: apt-get install fonts-wqy-microhei"
+        )
     target.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found)

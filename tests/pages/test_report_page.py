@@ -1,4 +1,7 @@
-"""The report on a desktop and on a phone, in both languages: the texts of its first screen, and that nothing is cut."""
+"""The report on a desktop and on a phone, in both languages: the texts of its first screen, and that nothing is cut.
+
+The pages of validation and of the gate's decision fit a phone, too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipelines.promotion.decision import not_judged
+from pipelines.promotion.page import page as decision_page
 from pipelines.runtime.publish import SHARED_REPORT
+from pipelines.validation.check import ValidationOutcome
+from pipelines.validation.report import page as validation_page
 from tests.pages.browsing import DESKTOP, PHONE
 
 if TYPE_CHECKING:
@@ -83,4 +90,15 @@ def test_in_chinese_no_sentence_is_english(browser: Browser, recorded: Path) -> 
     ]
     assert english == []
     assert sum(bool(re.search(r"[一-鿿]", line)) for line in lines) > 60
+    page.close()
+
+
+def test_the_pages_of_validation_and_decision_fit_a_phone(browser: Browser) -> None:
+    decision = not_judged("grpo-0", "the champion", "an evaluation with other prompts cannot be compared")
+    counts = {"preferences_heldout": {f"rows_{'x' * 40}": 7}}
+    page = browser.new_page(viewport=PHONE)
+    for html in (validation_page(ValidationOutcome(), 5, counts), decision_page(decision, [decision])):
+        page.set_content(html)
+        assert page.locator("table").first.is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     page.close()
