@@ -73,7 +73,7 @@ ROOMS = {
     "serving": {"config", "promotion", "runtime", "tracking"},
     "studies": {"config", "report", "runtime"},
     "tuning": {"config", "report", "runtime", "studies"},
-    "validation": {"config", "data"},
+    "validation": {"config", "data", "runtime"},
     "tracking": {"config", "runtime"},
     "data": {"config"},
     "runtime": {"config"},

@@ -167,7 +167,7 @@ EXPERIMENTS = "docs/experiments.md"
 PAGES = [
     page.relative_to(ROOT).as_posix()
     for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
-    if "```" in page.read_text(encoding="utf-8") and page.relative_to(ROOT).as_posix() != EXPERIMENTS
+    if re.search(r"```|~~~|<pre", page.read_text(encoding="utf-8")) and page.relative_to(ROOT).as_posix() != EXPERIMENTS
 ]
 PYTHON = {
     "README.md": "tests/environments/test_one_file.py",
@@ -192,11 +192,31 @@ def commands(page: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in whole.splitlines() if line.strip()]
 
 
-def test_every_block_has_a_language(root: Path) -> None:
-    """A block without one would be run by no test."""
+def unread_blocks(page: str) -> list[str]:
+    """Return the lines of a page that begin a block, or a command in a block of text, which no test of this file would read."""
+    fences = [line for line in page.splitlines() if re.match(r"\s*(`{3}|~{3})|.*<pre", line)]
+    known = {f"```{language}" for language in LANGUAGES}
+    wrong = [line for i, line in enumerate(fences) if line not in (known if i % 2 == 0 else {"```"})]
+    outputs = "".join(re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    programs = {shlex.split(command)[0] for command in COMMANDS}
+    return wrong + [line for line in outputs.splitlines() if line.removeprefix("$ ").split(" ")[0] in programs]
+
+
+def test_every_block_has_a_language_and_is_read(root: Path) -> None:
+    """A block without one, indented, or in a different kind of fence would be run by no test."""
     for name in (*PAGES, EXPERIMENTS):
-        opened = re.findall(r"^ *```(\w*)$", text(root, name), re.MULTILINE)[::2]
-        assert {*opened} <= LANGUAGES, name
+        assert unread_blocks(text(root, name)) == [], name
+
+
+@pytest.mark.parametrize(
+    "fence", ["```", "  ```bash", "~~~bash", "````bash", "```sh", "```bash title", "<pre>", "```text"]
+)
+def test_a_planted_command_is_found(fence: str) -> None:
+    page = f"```bash\nmake demo\n```\n\n{fence}\nposttrain plan --new\n{fence.rstrip('abehilstx ')}\n"
+    assert unread_blocks(page) != []
+    planted = "```bash\nposttrain plan --new\n```\n"
+    assert unread_blocks(planted) == []
+    assert [command for command in commands(planted) if command not in COMMANDS] == ["posttrain plan --new"]
 
 
 def test_python_blocks_are_run_by_their_tests(root: Path) -> None:

@@ -37,6 +37,8 @@ from posttrain.files import write_atomic
 FOLDER = Path(".posttrain") / "costs"
 FIRST_SCREEN, COST_SECTION = "<!-- this machine: first screen -->", "<!-- this machine: cost -->"
 """Places in report/index.html; that file itself never depends on the clock."""
+WITHOUT_COSTS = re.compile(rf"{COST_SECTION}(?:\s*<p class=\"note\">.*?</p>)?", re.DOTALL)
+"""The place of the costs, with the paragraph on the page that has them."""
 TARGET = 0.25
 """Orchestration should take less than this share of the time."""
 SPENT = ("seconds", "money", "joules", "co2_grams")
@@ -90,7 +92,8 @@ def write_report_with_costs(project: Path, rows: list[dict[str, Any]], values: d
     body += templates().get_template("points.html.j2").render(points=points, **values) if points else ""
     rates = win_rates(project)
     body += templates().get_template("people.html.j2").render(rates=rates) if rates else ""
-    text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile).replace(COST_SECTION, body)
+    text = report.read_text(encoding="utf-8").replace(FIRST_SCREEN, tile)
+    text = WITHOUT_COSTS.sub(lambda _: body, text, count=1)
     for name in ("comparison.json", "accuracy.csv", "pairwise.csv", "curves.csv"):
         text = text.replace(f'href="{name}"', f'href="../report/{name}"')
     write_atomic(project / SHARED_REPORT, text.encode())

@@ -48,6 +48,6 @@ def against_budgets(results: Results, question: Question, look: Look) -> Figure:
             if found is not None:
                 axes.plot(*found, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         axes.set_xlabel(CURRENCIES[currency])
-        axes.set_ylabel(question.accuracy)
+        axes.set_ylabel(f"true reward ({question.accuracy})")
     legend_below(drawn, *panels[0].get_legend_handles_labels())
     return drawn

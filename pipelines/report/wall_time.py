@@ -56,7 +56,7 @@ def picture(found: Mapping[str, Curve], algorithms: Sequence[str], accuracy: str
         for name, (seconds, level) in found.items():
             axes.plot(seconds, level, color=look.colour(name), linestyle=look.dashes(name), linewidth=1.8, label=name)
         axes.set_xlabel("seconds of training steps of one run, on this machine")
-        axes.set_ylabel(accuracy)
+        axes.set_ylabel(f"true reward ({accuracy})")
         legend_below(drawn)
         return drawn
 

@@ -300,6 +300,8 @@ def test_the_page_has_hyper_parameters_and_the_first_screen_has_the_cost(project
     copied = (project / ".posttrain" / "report.html").read_text(encoding="utf-8")
     assert "CPU cores" in copied
     assert "this machine:" not in copied
+    assert "so this file has none" in page
+    assert "so this file has none" not in copied
     assert "iframe" not in page + copied
 
 
