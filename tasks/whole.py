@@ -87,7 +87,7 @@ def _damaged(root: Path, outputs: Iterable[Output]) -> list[Output]:
             continue
         if path_md5(root / path) == md5:
             known[path] = entry
-        else:
+        elif _stamp(root / path) == entry[1]:  # else a different process writes it, and DVC sees the change
             wrong.append((name, path, md5))
     if known != before:
         write_atomic(root / RECORD, json.dumps(known).encode())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.runtime.redaction import redact
+from pipelines.tracking.content import path_md5
 from pipelines.training.reward_record import CODE, FOLDER
 from posttrain.errors import Interrupted, OrchestrationError
 from posttrain.files import replace
@@ -77,7 +78,21 @@ def pull_inputs(repo: Any, name: str) -> None:
     _pull(repo, [path for dep in deps for path in made_paths(dep, outs)])
     recorded = [str(Path(repo.root_dir) / path) for dep in deps if is_record(dep) for path in _named(Path(dep))]
     _pull(repo, [path for each in recorded for path in made_paths(each, outs)])
+    stage.save_deps()
+    _require_whole([dep for dep in stage.deps if made_paths(dep.fs_path, outs) == [dep.fs_path]])
     _fetch_runs(repo, stage)
+
+
+def _require_whole(deps: Collection[Any]) -> None:
+    """Raise OrchestrationError if an input has other bytes than the hash that DVC took from its object's name."""
+    for dep in deps:
+        path, info = Path(dep.fs_path), dep.hash_info
+        if info.name == "md5" and path_md5(path) != info.value:
+            raise OrchestrationError(
+                f"the input {dep} has other bytes than its hash {info.value}: its object in DVC's cache or remote is damaged, as after a"
+                " fault of a disk, so the stage is not run. Remove the object there; `dvc push` from a project with whole bytes copies it"
+                " again."
+            )
 
 
 def _pull(repo: Any, paths: list[str]) -> None:
@@ -124,7 +139,6 @@ def _fetch_runs(repo: Any, stage: Any) -> None:
     from dvc.stage.cache import _can_hash, _get_stage_hash
     from dvc.stage.loader import StageLoader
 
-    stage.save_deps()
     if not _can_hash(stage):
         return
     key = _get_stage_hash(stage)

@@ -17,6 +17,7 @@ from tasks.pool.snapshot import changed_files, committed, differing, order, read
 from tasks.pool.transfer import RemoteAway, opened, patiently, pull_inputs, pull_stages, push_results, push_stages
 from tasks.pool.tree import NoCommit, check_out, free_tree
 from tests.fleet import git
+from tests.tasks.test_champion import flip
 from tests.workspace import dvc, times
 
 
@@ -80,6 +81,15 @@ def test_a_clone_runs_one_stage_from_its_inputs_and_another_restores_it(project:
         assert "checking out outputs" in dvc(other, "repro", "--single-item", "side@left")
         assert times(other) == {}
         assert (other / "params.yaml").read_text() == "seed: 0\n"
+    flip(next(path for path in (clone / ".dvc/cache/files/md5").glob("??/*") if path.read_bytes() == b"2"))
+    with free_tree(clone, 1) as third:
+        check_out(clone, third, commit, wanted.files, wanted.lock)
+        (third / "start.txt").unlink()
+        with (
+            opened(third) as repo,
+            pytest.raises(OrchestrationError, match=r"start\.txt has other bytes than its hash"),
+        ):
+            pull_inputs(repo, "side@left")
     whole = (project / "dvc.lock").read_text()
     entry = (tree / "dvc.lock").read_text().partition("  side@left:\n")[2]
     assert f"  side@left:\n{entry}" in whole
