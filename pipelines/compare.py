@@ -68,7 +68,8 @@ def ranking(results: Results, comparison: Comparison) -> str:
     """Return the place of each run's algorithm, as the journal carries it to MLflow."""
     from pipelines.report.words import ranked
 
-    place = places((summary.name for summary in ranked(comparison)), comparison.apart())
+    levels = {summary.name: summary.headline.value for summary in ranked(comparison)}
+    place = places(levels, comparison.apart(), levels)
     by_run = {m.training.identity: place[m.group] for m in results.models if m.training is not None}
     return encode(headline_name(comparison.question.headline), by_run)
 

@@ -153,6 +153,8 @@ class Comparison:
     heldout_loss: float | None
     protocols: Mapping[str, Protocol] = field(default_factory=dict)
     """The protocol of each algorithm; without one, all are ranked together."""
+    graded: bool = False
+    """True if the reward `question.accuracy` is not 0 or 1 for each answer, so that its mean is no share of right answers."""
     watched: Mapping[str, Watched] = field(default_factory=dict)
     """Algorithms whose runs logged a true reward and a reward model's score, with the runs that diverged."""
 
@@ -207,6 +209,7 @@ def compare(results: Results, question: Question, seconds: Mapping[str, float] |
         heldout,
         loss,
         protocols(results, spent),
+        _least(results.models, question.accuracy) == -math.inf,
         watched(results, question.accuracy, question.reward_models),
     )
 

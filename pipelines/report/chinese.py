@@ -11,11 +11,14 @@ from pipelines.report.protocol import AS_GIVEN, PAIRS, UNKNOWN, Currency, Protoc
 from pipelines.report.words import (
     entropies,
     first_by_other_measure,
+    leaders,
+    level,
     outcome,
     over_optimised,
     p_value,
     percent,
     ranked,
+    signed,
     significantly_worse,
     solved,
 )
@@ -110,7 +113,7 @@ def _level(comparison: Comparison, first: Summary) -> str:
     among = "参与排名的算法中，" if comparison.apart() else ""
     over = f"，{len(first.seeds)} 个种子的平均" if len(first.seeds) > 1 else ""
     return (
-        f"{among}{first.name} 的{MEASURES[comparison.question.headline]}最高：{percent(first.headline.value)}"
+        f"{among}{'、'.join(leaders(comparison))} 的{MEASURES[comparison.question.headline]}最高：{level(comparison, first.headline.value)}"
         f"（{_span(first.headline, comparison)}，{comparison.prompts} 道留出题{over}）。"
     )
 
@@ -120,13 +123,14 @@ def _difference(comparison: Comparison, a: Summary, b: Summary) -> str:
     pair = comparison.pair(a.name, b.name)
     sign = 1 if pair.a == a.name else -1
     spread = pair.test.difference
-    low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
+    low, high = sorted((sign * spread.low, sign * spread.high))
+    unit = "" if comparison.graded else " 个百分点"
     if low == high == 0:
         return f"{a.name} 与 {_called(b)} 之间看不出差别。"
     verdict = "显著" if pair.significant else "不显著，这些数据不能说明哪个更好"
     return (
-        f"{a.name} 相对 {_called(b)}（{percent(b.headline.value)}）：{100 * sign * spread.value:+.1f} 个百分点"
-        f"（区间 {low:+.1f} 至 {high:+.1f}），{verdict}（Holm 校正 {p_value(pair.adjusted)}）。"
+        f"{a.name} 相对 {_called(b)}（{level(comparison, b.headline.value)}）：{signed(comparison, sign * spread.value)}{unit}"
+        f"（区间 {signed(comparison, low)} 至 {signed(comparison, high)}），{verdict}（Holm 校正 {p_value(pair.adjusted)}）。"
     )
 
 
@@ -164,10 +168,10 @@ def _other_measure(comparison: Comparison, first: Summary) -> list[str]:
     found = first_by_other_measure(comparison, first)
     if found is None:
         return []
-    best, level, own = found
+    best, higher, own = found
     other = "greedy" if comparison.question.headline == "sampled" else "sampled"
     return [
-        f"若按{MEASURES[other]}，{best} 会排第一：{percent(level)}，而 {first.name} 为 {percent(own)}。"
+        f"若按{MEASURES[other]}，{best} 会排第一：{level(comparison, higher)}，而 {first.name} 为 {level(comparison, own)}。"
         f"标题遵循 report.headline：{comparison.question.headline}。"
     ]
 
@@ -175,8 +179,9 @@ def _other_measure(comparison: Comparison, first: Summary) -> list[str]:
 def _worse(comparison: Comparison, summary: Summary) -> str:
     """Return a sentence on an algorithm that is worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
-    points = -100 * pair.test.difference.value
-    return f"{summary.name} 使模型比 SFT 差 {points:.1f} 个百分点（Holm 校正 {p_value(pair.adjusted)}）。"
+    loss = -pair.test.difference.value
+    worse = f"{loss:.3f}" if comparison.graded else f"{100 * loss:.1f} 个百分点"
+    return f"{summary.name} 使模型比 SFT 差 {worse}（Holm 校正 {p_value(pair.adjusted)}）。"
 
 
 def _over_optimised(comparison: Comparison, summary: Summary) -> list[str]:
@@ -187,7 +192,7 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> list[str]:
     (old, new), before = found, comparison.of(SFT).headline.value
     return [
         f"{summary.name} 过度优化了奖励模型：奖励模型分数从 {old.value:.2f}（SFT）升至 {new.value:.2f}，"
-        f"而准确率从 {percent(before)} 降至 {percent(summary.headline.value)}。"
+        f"而准确率从 {level(comparison, before)} 降至 {level(comparison, summary.headline.value)}。"
     ]
 
 
@@ -228,4 +233,6 @@ def _listed(summaries: list[Summary]) -> str:
 def _span(interval: Interval, comparison: Comparison) -> str:
     """Return an interval in words."""
     confidence = 100 * comparison.question.resampling.confidence
+    if comparison.graded:
+        return f"{confidence:.4g} % 区间 {interval.low:.3f} 至 {interval.high:.3f}"
     return f"{confidence:.4g} % 区间 {100 * interval.low:.1f} 至 {100 * interval.high:.1f} %"

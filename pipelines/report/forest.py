@@ -31,8 +31,9 @@ def accuracy(comparison: Comparison, look: Look) -> Figure:
             seeds = [row + 0.24] * len(summary.by_seed)
             axes.plot(summary.by_seed, seeds, "|", color=look.colour(summary.name), markersize=5)
     axes.axvline(comparison.of(SFT).headline.value, color=look.colour(SFT), linewidth=1, linestyle=":")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.set_xlim(left=min(0.0, *axes.get_xlim()) if axes.get_xlim()[0] < 0.15 else None)
+    if not comparison.graded:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.set_xlim(left=min(0.0, *axes.get_xlim()) if axes.get_xlim()[0] < 0.15 else None)
     axes.set_xlabel(f"{comparison.question.measure}, {100 * comparison.question.resampling.confidence:.4g} % interval")
     return drawn
 
@@ -45,8 +46,9 @@ def differences(comparison: Comparison, look: Look) -> Figure:
     rows = [(f"{pair.a} − {pair.b}", pair.test.difference) for pair in pairs]
     _forest(axes, rows, look, [pair.a for pair in pairs], [pair.significant for pair in pairs])
     axes.axvline(0, color=look.ink, linewidth=1)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.3g}" if x else "0")
-    axes.set_xlabel(f"difference in {comparison.question.measure}, points")
+    scale, unit = (1, "") if comparison.graded else (100, ", points")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{scale * x:+.3g}" if x else "0")
+    axes.set_xlabel(f"difference in {comparison.question.measure}{unit}")
     return drawn
 
 

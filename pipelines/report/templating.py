@@ -47,9 +47,9 @@ def score(interval: Interval) -> tuple[str, str]:
     return value, f"{low} to {high}"
 
 
-def signed(value: float) -> str:
-    """Return a difference in percentage points, with a true minus sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+def signed(value: float, graded: bool = False) -> str:
+    """Return a difference in percentage points, or of graded rewards, with a true minus sign."""
+    return (f"{value:+.3f}" if graded else f"{100 * value:+.1f}").replace("-", "−")
 
 
 def bound(text: str) -> str:

@@ -22,9 +22,23 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def span(interval: Interval, confidence: float) -> str:
-    """Return an interval in words."""
-    return f"{100 * confidence:.4g} % interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+def level(comparison: Comparison, value: float) -> str:
+    """Return a level of the headline measure: a share of right answers in percent, or the mean of a graded reward."""
+    return f"{value:.3f}" if comparison.graded else percent(value)
+
+
+def span(comparison: Comparison, interval: Interval) -> str:
+    """Return an interval of the headline measure in words."""
+    confidence = f"{100 * comparison.question.resampling.confidence:.4g} %"
+    if comparison.graded:
+        return f"{confidence} interval {interval.low:.3f} to {interval.high:.3f}"
+    return f"{confidence} interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def leaders(comparison: Comparison) -> list[str]:
+    """Return the ranked algorithms with the highest headline measure; several if they are exactly equal."""
+    first, *others = ranked(comparison)
+    return [first.name, *(other.name for other in others if other.headline.value == first.headline.value)]
 
 
 def p_value(p: float) -> str:
@@ -45,7 +59,9 @@ def unranked(comparison: Comparison) -> set[str]:
 
 
 def solved(comparison: Comparison) -> bool:
-    """Return True if any model's accuracy is distinguishable from failure."""
+    """Return True if any model's accuracy is distinguishable from failure. A graded reward has no level of failure."""
+    if comparison.graded:
+        return True
     levels = [summary.headline for summary in comparison.summaries]
     return max(level.high for level in levels) >= UNSOLVED and max(level.value for level in levels) > 0
 
@@ -120,29 +136,34 @@ def findings(comparison: Comparison) -> list[str]:
 
 def _level(comparison: Comparison, first: Summary) -> str:
     """Return a sentence on the level of the best algorithm."""
-    confidence = comparison.question.resampling.confidence
     if not solved(comparison):
         best = max(comparison.summaries, key=lambda summary: summary.headline.value)
-        level = "No model" if best.headline.value == 0 else f"The best model, {best.name},"
+        who = "no model" if best.headline.value == 0 else f"the best model, {best.name},"
         return (
-            f"Accuracy is near zero everywhere: {level[0].lower() + level[1:]} solves"
+            f"Accuracy is near zero everywhere: {who} solves"
             f" {'any' if best.headline.value == 0 else percent(best.headline.value)} of"
-            f" {comparison.prompts} held-out problems ({span(best.headline, confidence)}). The model does not solve the task;"
+            f" {comparison.prompts} held-out problems ({span(comparison, best.headline)}). The model does not solve the task;"
             " differences between the algorithms say little here."
         )
     among = "ranked algorithms" if comparison.apart() else "algorithms"
     over = f", mean of {len(first.seeds)} seeds" if len(first.seeds) > 1 else ""
+    equal = leaders(comparison)
+    who = f"{_listed(equal)} share" if len(equal) > 1 else f"{first.name} has"
     return (
-        f"{first.name} has the highest {comparison.question.measure} of the {among}: {_solves(comparison, first.headline)}"
-        f" ({span(first.headline, confidence)}{over})."
+        f"{who} the highest {comparison.question.measure} of the {among}: {_solves(comparison, first.headline, len(equal) > 1)}"
+        f" ({span(comparison, first.headline)}{over})."
     )
 
 
-def _solves(comparison: Comparison, level: Interval) -> str:
+def _solves(comparison: Comparison, found: Interval, several: bool) -> str:
     """Return what a level of the headline measure means."""
-    if comparison.question.headline == "greedy":
-        return f"it solves {percent(level.value)} of {comparison.prompts} held-out problems"
-    return f"{percent(level.value)} of its sampled answers to {comparison.prompts} held-out problems are right"
+    greedy, problems = comparison.question.headline == "greedy", f"{comparison.prompts} held-out problems"
+    if comparison.graded:
+        answers = f"{'their' if several else 'its'} {comparison.question.headline} answers"
+        return f"the mean reward {comparison.question.accuracy} of {answers} to {problems} is {found.value:.3f}"
+    if greedy:
+        return f"{'each' if several else 'it'} solves {percent(found.value)} of {problems}"
+    return f"{percent(found.value)} of {'their' if several else 'its'} sampled answers to {problems} are right"
 
 
 def protocols_differ(comparison: Comparison) -> str | None:
@@ -163,10 +184,11 @@ def other_measure(comparison: Comparison, first: Summary) -> str | None:
     found = first_by_other_measure(comparison, first)
     if found is None:
         return None
-    best, level, own = found
+    best, other, own = found
+    measure = "greedy" if comparison.question.headline == "sampled" else "sampled"
     return (
-        f"By {'greedy' if comparison.question.headline == 'sampled' else 'sampled'} accuracy {best} would rank first: {percent(level)}"
-        f" against {percent(own)} of {first.name}. The title follows report.headline: {comparison.question.headline}."
+        f"By {measure} accuracy {best} would rank first: {level(comparison, other)} against"
+        f" {level(comparison, own)} of {first.name}. The title follows report.headline: {comparison.question.headline}."
     )
 
 
@@ -182,12 +204,12 @@ def first_by_other_measure(comparison: Comparison, first: Summary) -> tuple[str,
 
 def _against_sft(comparison: Comparison, first: Summary) -> str:
     """Compare the best algorithm with SFT."""
-    return _difference(comparison, first.name, SFT, f"SFT ({percent(comparison.of(SFT).headline.value)})")
+    return _difference(comparison, first.name, SFT, f"SFT ({level(comparison, comparison.of(SFT).headline.value)})")
 
 
 def _against(comparison: Comparison, first: Summary, second: Summary) -> str:
     """Compare the best algorithm with the next one."""
-    called = f"the next algorithm, {second.name} ({percent(second.headline.value)}),"
+    called = f"the next algorithm, {second.name} ({level(comparison, second.headline.value)}),"
     return _difference(comparison, first.name, second.name, called)
 
 
@@ -196,8 +218,8 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
     pair, confidence = comparison.pair(a, b), comparison.question.resampling.confidence
     sign = 1 if pair.a == a else -1
     spread = pair.test.difference
-    points = 100 * sign * spread.value
-    low, high = sorted((100 * sign * spread.low, 100 * sign * spread.high))
+    points = sign * spread.value
+    low, high = sorted((sign * spread.low, sign * spread.high))
     start = f"Against {called} {a} is"
     if low == high == 0:
         return f"No difference is seen between {a} and {called.removeprefix('the next algorithm, ').rstrip(',')}."
@@ -205,9 +227,19 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
         return f"{start} level; {verdict(pair)}."
     direction = "ahead" if points > 0 else "behind"
     return (
-        f"{start} {abs(points):.1f} points {direction} ({100 * confidence:.4g} % interval of the difference"
-        f" {low:+.1f} to {high:+.1f}); {verdict(pair)}."
+        f"{start} {_gap(comparison, abs(points))} {direction} ({100 * confidence:.4g} % interval of the difference"
+        f" {signed(comparison, low)} to {signed(comparison, high)}); {verdict(pair)}."
     )
+
+
+def _gap(comparison: Comparison, difference: float) -> str:
+    """Return a difference of two levels: in percentage points, or of graded rewards."""
+    return f"{difference:.3f}" if comparison.graded else f"{100 * difference:.1f} points"
+
+
+def signed(comparison: Comparison, difference: float) -> str:
+    """Return a bound of a difference with its sign, in the unit of `_gap`."""
+    return f"{difference:+.3f}" if comparison.graded else f"{100 * difference:+.1f}"
 
 
 def verdict(pair: Pair) -> str:
@@ -228,7 +260,7 @@ def _worse(comparison: Comparison, summary: Summary) -> str:
     """Return a sentence on an algorithm that is worse than SFT."""
     pair = comparison.pair(summary.name, SFT)
     return (
-        f"{summary.name} made the model worse than SFT, by {-100 * pair.test.difference.value:.1f} points"
+        f"{summary.name} made the model worse than SFT, by {_gap(comparison, -pair.test.difference.value)}"
         f" (Holm-corrected {p_value(pair.adjusted)})."
     )
 
@@ -241,7 +273,7 @@ def _over_optimised(comparison: Comparison, summary: Summary) -> str | None:
     before, (old, new) = comparison.of(SFT), found
     return (
         f"{summary.name} over-optimised the reward model: its score rose from {old.value:.2f} (SFT) to {new.value:.2f}"
-        f" while accuracy fell from {percent(before.headline.value)} to {percent(summary.headline.value)}."
+        f" while accuracy fell from {level(comparison, before.headline.value)} to {level(comparison, summary.headline.value)}."
     )
 
 

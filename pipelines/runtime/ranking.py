@@ -45,11 +45,21 @@ def earlier(place: Place) -> Place:
     return Place(place.measure, f"{NOT_RANKED}: not in the last comparison")
 
 
-def places(ranked: Iterable[str], apart: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Return each algorithm's place in words. `ranked` has the best first; `apart` has the others with their differences."""
+def places(
+    ranked: Iterable[str], apart: Mapping[str, Iterable[str]], levels: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """Return each algorithm's place in words; equal levels share a place.
+
+    Args:
+        ranked: the best first.
+        apart: the others with their differences.
+        levels: by which `ranked` is sorted.
+    """
     order = list(ranked)
-    width = len(str(len(order)))
-    found = {name: f"{place:0{width}d} of {len(order)}" for place, name in enumerate(order, 1)}
+    width, values = len(str(len(order))), [levels[name] for name in order] if levels else [*range(len(order))]
+    found = {
+        name: f"{values.index(value) + 1:0{width}d} of {len(order)}" for name, value in zip(order, values, strict=True)
+    }
     return found | {name: f"{NOT_RANKED}: {', '.join(cells)}" for name, cells in apart.items()}
 
 

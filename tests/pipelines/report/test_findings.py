@@ -23,6 +23,7 @@ from pipelines.report.style import Look
 from pipelines.report.tables import comparison_json
 from pipelines.report.words import entropy_kept, findings, other_measure, p_value, solved, title
 from pipelines.report.write import write
+from pipelines.runtime.ranking import places
 from posttrain.errors import DataError
 from posttrain.evaluation.crossed import crossed_difference, crossed_mean
 from posttrain.evaluation.statistics import Interval, Resampling
@@ -268,9 +269,33 @@ def test_partial_credit_and_a_reward_that_was_never_known(tmp_path: Path) -> Non
     assert "No algorithm samples during training" in text
     assert "the 1 test made here" in text
     assert "rm missing" in text
+    # half points are no right answers, and levels are means and not shares
+    level, before = (comparison.of(name).headline for name in ("dpo", "sft"))
+    assert f"the mean reward answer of its greedy answers to 30 held-out problems is {level.value:.3f}" in text
+    assert f"Against SFT ({before.value:.3f}) dpo is level" in text
+    assert "are right" not in text
     assert "base: pass@2 leaves out 1 prompt of its runs with fewer than 2 known answers" in text
     assert "pass@1 leaves out" not in text
     assert not (tmp_path / "report" / "over_optimisation.png").exists()
+
+
+def test_equal_levels_share_the_first_place_and_a_graded_reward_below_zero_is_no_failure(tmp_path: Path) -> None:
+    build(tmp_path, algorithms=("grpo", "ppo"), steps=2, prompts=4, samples=2)
+    for path in (tmp_path / "runs" / "evaluate").glob("*/artifacts/predictions.parquet"):
+        low = path.parts[-3] in ("base", "sft")
+        rows = [row | {"reward_answer": -3.0 if low else -2.0} for row in pq.read_table(path).to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    comparison = compare(load(("grpo", "ppo"), (0,), tmp_path), QUESTION)
+    assert "No model solves" not in title(comparison)
+    assert findings(comparison)[1].startswith(
+        "grpo and ppo share the highest greedy accuracy of the algorithms: the mean reward answer of their greedy answers to 4 held-out"
+        " problems is -2.000"
+    )
+    assert places(["grpo", "ppo", "dpo"], {}, {"grpo": -2.0, "ppo": -2.0, "dpo": -3.0}) == {
+        "grpo": "1 of 3",
+        "ppo": "1 of 3",
+        "dpo": "3 of 3",
+    }
 
 
 def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
