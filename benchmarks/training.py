@@ -64,7 +64,10 @@ class Case:
     vocabulary: int = 0
     """Vocabulary of embeddings and head, if larger than the tokenizer's."""
     rounding: float = 1.0
-    """Factor of the tolerances of the first step: 30 trained layers in bfloat16 round far more than the small models."""
+    """Factor of the tolerances of the first step: 30 trained layers in bfloat16 round far more than the small models.
+
+    The gradient of GRPO, whose advantages cancel, rounds most: 0.0065 apart in bfloat16, and 3e-7 in float32 (8 answers of 16 tokens).
+    """
 
 
 CASES = (
@@ -84,7 +87,7 @@ CASES = (
     Case("sft-stories", "sft", 32, 6, 32, (64, 128), 32, 1.0, STORIES),
     Case("dpo-stories", "dpo", 16, 4, 64, (32, 64), 16, 1.0, STORIES),
     Case("sft-135m-bf16", "sft", 8, 2, 8, (16, 44), 8, 1.0, SMOLLM2, bf16=True, rounding=50),
-    Case("grpo-135m-bf16", "grpo", 8, 1, 64, (64, 64), 16, 1.0, SMOLLM2, samples=8, bf16=True, rounding=50),
+    Case("grpo-135m-bf16", "grpo", 8, 1, 64, (64, 64), 16, 1.0, SMOLLM2, samples=8, bf16=True, rounding=100),
     Case("sft-vocabulary", "sft", 8, 2, 8, (16, 44), 8, 1.0, vocabulary=151_936),
     Case("dpo-vocabulary", "dpo", 4, 2, 64, (16, 44), 4, 1.0, vocabulary=151_936),
 )

@@ -44,7 +44,7 @@ def run(run: Run) -> None:
 
     from pipelines.validation.check import check
     from pipelines.validation.masks import left_out, samples
-    from pipelines.validation.messages import other_form, refuse, summary, without_template
+    from pipelines.validation.messages import other_form, refuse, require_kept_template, summary, without_template
     from pipelines.validation.report import page
     from pipelines.validation.suites import TableLimits, Validator
     from posttrain.models.tiny import CHAT_TEMPLATE
@@ -69,6 +69,7 @@ def run(run: Run) -> None:
     numbers = summary(outcome)
     run.recorder.summary(numbers)
     refuse(outcome, params.max_shown_rows, report)
+    require_kept_template(lengths.encoder.tokenizer.chat_template, CHAT_TEMPLATE, outcome.kept)
     for table in TABLES:
         write_rows(table, outcome.kept[table], VALID / f"{table}.parquet")
         write_rows(table, outcome.quarantined[table], QUARANTINE / f"{table}.parquet", extra=["reason"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.tables import Row, plain
+from pipelines.data.tables import Row, Table, plain
 from pipelines.validation.check import ValidationOutcome, Verdict
 from posttrain.errors import DataError, LeakageError
 
@@ -116,6 +116,23 @@ def other_form(table: str, rows: Sequence[Row], demonstrations: Sequence[Row]) -
         f"prompts are {ours}, but all of data.sft is {theirs}: the model is asked in a form that it was not trained on. Give both"
         ' the same form; a prompt of chat is [{"role": "user", "content": "…"}]': count
     }
+
+
+def require_kept_template(template: Any, built_in: str, tables: Mapping[Table, Sequence[Row]]) -> None:
+    """Raise DataError if a table needs the built-in model's chat template, which the stage sft removes after rows of plain text.
+
+    Problems and labelled answers may be read from models/base, which keeps it.
+    """
+    if template != built_in or any(isinstance(row["prompt"], list) for row in tables["sft"]):
+        return
+    for table in ("preferences", "preferences_heldout", "evaluation"):
+        if count := sum(isinstance(row["prompt"], list) for row in tables[table]):
+            source = table.removesuffix("_heldout")
+            raise DataError(
+                f"{table}: {count} of {len(tables[table])} prompts are chat, and all of data.sft is plain text, after which the built-in"
+                " model has no chat template: the stages after sft could not read them. Give data.sft conversations (for plain columns:"
+                f" posttrain configure 'data.sft.template=\"{{prompt}}\"'), or data.{source} plain text, or take a chat model."
+            )
 
 
 def without_template(template: Any, built_in: str, table: str, rows: Sequence[Row]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,10 +12,11 @@ from pipelines import validate
 from pipelines.config.params import load_params
 from pipelines.data.tables import Row, Table
 from pipelines.validation import suites
-from pipelines.validation.messages import other_form, refuse, summary, without_template
+from pipelines.validation.messages import other_form, refuse, require_kept_template, summary, without_template
 from pipelines.validation.report import page
 from pipelines.validation.suites import TableLimits
 from posttrain.errors import ConfigError, DataError, LeakageError
+from posttrain.models.tiny import CHAT_TEMPLATE
 from tests.pipelines.validation.tables import (
     Checked,
     answers,
@@ -192,6 +193,22 @@ def test_prompts_of_another_form_than_the_demonstrations_are_counted() -> None:
     assert other_form("problems", [text], [chat, text]) == {}
     assert other_form("problems", [chat], [chat]) == {}
     assert other_form("sft", [chat], [chat]) == {}
+
+
+@pytest.mark.parametrize("table", ["evaluation", "preferences", "preferences_heldout"])
+def test_chat_prompts_stop_if_the_built_in_model_loses_its_template(table: Table) -> None:
+    """The stage sft removes the template after plain rows; the alignment and evaluation of chat prompts then failed hours later."""
+    chat, text = {"prompt": [{"role": "user", "content": "a"}]}, {"prompt": "a"}
+    tables: dict[Table, list[Any]] = {name: [text] for name in get_args(Table)}
+    require_kept_template(CHAT_TEMPLATE, CHAT_TEMPLATE, tables)
+    tables[table] = [text, chat]
+    with pytest.raises(
+        DataError, match=f"{table}: 1 of 2 prompts are chat, and all of data.sft is plain text"
+    ) as caught:
+        require_kept_template(CHAT_TEMPLATE, CHAT_TEMPLATE, tables)
+    assert "posttrain configure 'data.sft.template=\"{prompt}\"'" in str(caught.value)
+    for template, shown in (("{{ own }}", text), (None, text), (CHAT_TEMPLATE, chat)):
+        require_kept_template(template, CHAT_TEMPLATE, tables | {"sft": [shown]})
 
 
 def test_a_table_that_a_limit_emptied_names_the_limit(checked: Checked) -> None:
