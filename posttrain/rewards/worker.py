@@ -21,8 +21,8 @@ from posttrain.errors import ConfigError, RewardError, RewardTimeoutError
 from posttrain.guard import signal_at_parents_death
 from posttrain.rewards.calling import CallResult, call
 
-START_SECONDS = 120.0
-"""Time to import the function's module, which may import a large library."""
+START_SECONDS = 600.0
+"""Time to import the function's module, which may import a large library: 5 s of processor time took over 120 s on a busy machine."""
 
 
 class Worker:

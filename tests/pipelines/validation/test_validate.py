@@ -197,7 +197,7 @@ def test_prompts_of_another_form_than_the_demonstrations_are_counted() -> None:
 
 @pytest.mark.parametrize("table", ["evaluation", "preferences", "preferences_heldout"])
 def test_chat_prompts_stop_if_the_built_in_model_loses_its_template(table: Table) -> None:
-    """The stage sft removes the template after plain rows; the alignment and evaluation of chat prompts then failed hours later."""
+    # the stage sft removes the template after plain rows; stages that asked chat prompts then failed hours later
     chat, text = {"prompt": [{"role": "user", "content": "a"}]}, {"prompt": "a"}
     tables: dict[Table, list[Any]] = {name: [text] for name in get_args(Table)}
     require_kept_template(CHAT_TEMPLATE, CHAT_TEMPLATE, tables)
