@@ -40,6 +40,7 @@ from pipelines.runtime.command_line import command_parser, reports_errors
 from pipelines.runtime.identity import file_digest
 from pipelines.runtime.process import Lock
 from pipelines.runtime.redaction import printable, redact
+from pipelines.tracking.lockfile import read_dvc_config
 from posttrain.data.limits import bounded
 from posttrain.environments.parts import KINDS, Kind
 from posttrain.errors import DataError, PosttrainError
@@ -239,6 +240,26 @@ def _keep(local: Path, kind: Kind, name: str) -> None:
     replace(local, final)
 
 
+def refuse_remotes(project: Path, address: str) -> None:
+    """Raise DataError if the inbox contains a remote of DVC, as a whole bucket may: the objects of models would be moved to quarantine."""
+    config, inbox = read_dvc_config(project), _prefix(address, project)
+    for section in sorted(config.sections()):
+        url = config.get(section, "url", fallback="")
+        if url and _prefix(url, project / ".dvc").startswith(inbox):
+            raise DataError(
+                f"the inbox {redact(address)} cannot be used: it contains DVC's remote {redact(url)}, and intake moves every file of its"
+                " inbox. Nothing was moved. Set POSTTRAIN_INBOX to a folder or prefix for new files only."
+            )
+
+
+def _prefix(address: str, base: Path) -> str:
+    """Return an address, or an absolute path, with a slash at its end; a relative path begins at `base`."""
+    if "://" in address and not address.startswith("file://"):
+        return address.rstrip("/") + "/"
+    path = (base / Path(address.removeprefix("file://")).expanduser()).resolve()
+    return path.as_posix().rstrip("/") + "/"
+
+
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
@@ -249,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     project = environment.root()
     os.chdir(project)
     environment.require_writable(project)
+    refuse_remotes(project, args.inbox or location(project))
     inbox = open_inbox(args.inbox or location(project), required=bool(args.inbox or os.environ.get("POSTTRAIN_INBOX")))
     taken = take_in(load_params(project / "params.yaml"), inbox)
     write_atomic(RECORD, (json.dumps([asdict(entry) for entry in taken], indent=1) + "\n").encode())

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipelines.commands import intake
 from pipelines.commands.intake import take_in
 from pipelines.config.params import load_params
 from pipelines.data.inbox import StoreInbox
@@ -75,3 +76,20 @@ def test_an_object_that_the_key_may_not_read_or_copy_stops_nothing(folder: Path,
         "/inbox/quarantined/problems/c-bad.jsonl",
         "/inbox/quarantined/problems/c-bad.jsonl.reason.txt",
     ]
+
+
+def test_an_inbox_that_contains_a_remote_of_dvc_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every object of the models would be moved to quarantine."""
+    (folder / ".dvc").mkdir(exist_ok=True)
+    (folder / "shared").mkdir()
+    for inbox, remote in (
+        ("s3://bucket", "s3://bucket/dvc"),
+        ("s3://bucket/dvc", "s3://bucket/dvc/"),
+        ("shared", "../shared/store"),
+        (f"file://{folder}/shared", f"{folder}/shared"),
+    ):
+        (folder / ".dvc" / "config").write_text(f"['remote \"store\"']\n    url = {remote}\n")
+        assert intake.main(["--inbox", inbox]) == 2
+        assert f"it contains DVC's remote {remote}" in capsys.readouterr().err
+        intake.refuse_remotes(folder, "s3://bucket/inbox")
+        intake.refuse_remotes(folder, str(folder / "inbox"))
