@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
+from posttrain.data.batches import collate
+from posttrain.data.offsets import OFFSETS
 from posttrain.data.tokens import Tokens
 from posttrain.errors import ConfigError
 from posttrain.models.checkpointing import recompute_layers
+from posttrain.models.context import Split, joined_slices, own_slice, trainer_group
+from posttrain.models.packed import PROBE, packed_attention
 from posttrain.models.policy import Policy
+from posttrain.models.varlen import KERNELS, Kernel
 from tests.models.moe import moe
+from tests.models.varlen_reference import REFERENCE
 from tests.training.cases import Case, case, probe
 
-NAMES = ["reward", "ppo", "one_row", "recomputed", "windows"]
+NAMES = ["reward", "ppo", "one_row", "recomputed", "windows", "offsets", "windows_by_offsets"]
 
 
 def made_case(name: str) -> Case:
@@ -28,9 +38,22 @@ def made_case(name: str) -> Case:
         model: Any = made.model()
         recompute_layers(model.lm)
         return replace(made, model=lambda: model)
-    if name == "windows":
+    if name.startswith("windows"):
         return replace(case("sft", double=True), model=lambda: Policy(with_windows()).double())
-    return case(name, double=True)
+    return case("grpo" if name == "offsets" else name, double=True)
+
+
+@contextmanager
+def by_offsets() -> Iterator[None]:
+    """Compute attention by offsets inside the block, with the tests' own kernel, which must be called."""
+    calls = []
+    kernel = Kernel(lambda *given: (calls.append(1), REFERENCE.forward(*given))[1], REFERENCE.backward)
+    with (
+        patch.dict(KERNELS, {"cpu": lambda: kernel}),
+        patch.dict(OFFSETS, {"cpu": frozenset({torch.float32})}),
+    ):
+        yield
+    assert calls
 
 
 def with_windows() -> Any:
@@ -48,12 +71,33 @@ def with_windows() -> Any:
 def results(accelerator: Accelerator) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in NAMES:
-        made = made_case(name)
-        model: Any = made.model()
-        assert model.packs, name
-        trainer = probe(model, 30, accelerator=accelerator)
-        found[name] = (trainer.update(made.rows, made.objective), trainer.gradient)
+        with by_offsets() if name.endswith("offsets") else nullcontext():
+            made = made_case(name)
+            model: Any = made.model()
+            assert model.packs, name
+            trainer = probe(model, 30, accelerator=accelerator)
+            found[name] = (trainer.update(made.rows, made.objective), trainer.gradient)
+    found["sinks"] = with_sinks(accelerator)
     return found
+
+
+def with_sinks(accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Return attention of 4 heads with sinks and 2 key heads over a batch of 15 tokens, and the gradient of the sinks."""
+    batch, group = collate(PROBE + PROBE[2:]), trainer_group(accelerator)
+    generator, count = torch.Generator().manual_seed(0), len(batch.input_ids)
+    states = [torch.randn(count, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(count, 4, 8, generator=generator, dtype=torch.float64)
+    own = states if group is None else [own_slice(each, group) for each in states]
+    parts: Any = batch.parts if group is None else Split(batch.parts, count, group)
+    given = [each.transpose(0, 1)[None] for each in own]
+    attended, _ = packed_attention(torch.nn.Identity(), given[0], given[1], given[2], None, parts=parts, s_aux=sinks)
+    whole = attended[0] if group is None else joined_slices(attended[0], group, count)
+    (whole * weights).sum().div(1 if group is None else group.size).backward()
+    assert sinks.grad is not None
+    if group is not None:
+        torch.distributed.all_reduce(sinks.grad)
+    return whole.detach(), sinks.grad
 
 
 def lengths(accelerator: Accelerator) -> list[int]:

@@ -24,6 +24,9 @@ def test_two_processes_that_share_rows_agree_with_one(root: Path, tmp_path: Path
         assert gradient.keys() == expected.keys()
         for parameter, value in expected.items():
             assert torch.allclose(gradient[parameter], value, atol=1e-10), (name, parameter)
+    assert all(
+        torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in zip(two["sinks"], one["sinks"], strict=True)
+    )
     # 6 + 2 x 5 tokens, half of them on each process
     assert (two["lengths"], lengths(Accelerator())) == ([8], [16])
     assert "POSTTRAIN_CONTEXT_PARALLEL = 2: the tokens of a mixture of experts cannot be shared" in two["refusal"]
