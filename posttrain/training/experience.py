@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from posttrain.algorithms.chord import scheduled
 from posttrain.algorithms.specs import OnPolicy
@@ -92,6 +94,7 @@ class ExperienceSource:
         self.micro_batch_tokens, self.bf16, self.experts = micro_batch_tokens, bf16, experts
         self.measure_kl_every = measure_kl_every
         self.updates = 0
+        self.reported = False
         self.last_answers: list[ScoredAnswer] = []
         self.last_batches: list[Sequence[OnPolicyRow]] = []
 
@@ -105,10 +108,29 @@ class ExperienceSource:
         sampled = time.perf_counter()
         with gathered(self.policy):
             rows, measured = self._rows(answers, step)
+        self._report_untrained(rows, step)
         metrics |= reward_metrics(answers) | measured
         self.last_batches = batches = self._batches(rows, metrics)
         timings = {"seconds/rollout": sampled - started, "seconds/prepare": time.perf_counter() - sampled}
         return StepData(batches, metrics, timings)
+
+    def _report_untrained(self, rows: Sequence[Experience], step: int) -> None:
+        """Print a line at the first step that trains nothing: all its answers are masked."""
+        if (
+            self.reported
+            or self.experts
+            or any(row.trained for row in rows)
+            or not self.sampler.accelerator.is_main_process
+        ):
+            return
+        self.reported = True
+        why = "have no reward, without which a critic is not trained"
+        if self.spec.mask_truncated:
+            why = (
+                "were cut off, and mask_truncated leaves such answers out. If this goes on, nothing is learnt: raise max_new_tokens ="
+                f" {self.sampler.settings.sampling.max_new_tokens}, or set options.mask_truncated: false"
+            )
+        tqdm.write(f"step {step + 1} trains nothing: all its {len(rows)} answers {why}", file=sys.stderr)
 
     def _rows(self, answers: Sequence[ScoredAnswer], step: int) -> tuple[list[Experience], dict[str, float]]:
         spec, tokens = self.spec, [a.tokens for a in answers]

@@ -218,12 +218,23 @@ def test_a_filter_changes_the_groups_and_not_the_number_of_updates() -> None:
     assert trainer.updates == source.updates == 16
 
 
-def test_truncated_answers_stay_out_where_the_algorithm_says_so() -> None:
+def test_truncated_answers_stay_out_where_the_algorithm_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     source, data, _ = step(spec("dapo", filter="none", overlong_share=0.0, minibatches=1))
     finished = [a.completion.finished for a in source.last_answers]
     assert [r.trained for r in data.batches[0]] == finished
     assert not all(finished)
     assert data.metrics["length/truncated"] == pytest.approx(1 - np.mean(finished))
+    assert "trains nothing" not in capsys.readouterr().err
+    rows = [replace(row, trained=False) for row in data.batches[0]]
+    for number in (0, 1):  # said once
+        source._report_untrained(rows, number)
+    said = capsys.readouterr().err
+    assert said.count("trains nothing") == 1
+    assert (
+        f"step 1 trains nothing: all its {len(rows)} answers were cut off, and mask_truncated leaves such answers out"
+        in said
+    )
+    assert "raise max_new_tokens = 6" in said
 
 
 def test_a_truncated_answer_is_left_out_of_the_loss_and_stays_in_the_baseline_of_its_group() -> None:
