@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
-from pipelines.tracking.content import path_md5
+from pipelines.tracking.content import file_md5, path_md5
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import ConfigError, OrchestrationError
-from posttrain.files import files_below, write_atomic
-from tasks.cache import damaged_objects
+from posttrain.files import files_below, read_json, write_atomic
+from tasks.cache import damaged_objects, is_damaged, objects
 from tasks.console import print_line
 from tasks.dag import Dag, stale
 
@@ -85,13 +85,26 @@ def _damaged(root: Path, outputs: Iterable[Output]) -> list[Output]:
         entry = [md5, _stamp(root / path)]
         if known.get(path) == entry:
             continue
-        if path_md5(root / path) == md5:
+        if path_md5(root / path) == md5 or not _is_damaged(root, path, md5):
             known[path] = entry
         elif _stamp(root / path) == entry[1]:  # else a different process writes it, and DVC sees the change
             wrong.append((name, path, md5))
     if known != before:
         write_atomic(root / RECORD, json.dumps(known).encode())
     return wrong
+
+
+def _is_damaged(root: Path, path: str, md5: str) -> bool:
+    """Return True if a file is missing or has other bytes. Files that DVC ignores may be in a folder, and are no part of its hash."""
+    if not (root / path).is_dir():
+        return True
+    listing = objects(root, md5)[:1]
+    if not listing or not listing[0].is_file():  # it cannot be said which files belong to the folder
+        return False
+    if is_damaged(listing[0]):
+        return True
+    listed = {root / path / str(entry["relpath"]): str(entry["md5"]) for entry in read_json(listing[0], "Remove it.")}
+    return any(not file.is_file() or file_md5(file) != wanted for file, wanted in listed.items())
 
 
 def _words(name: str, path: str, md5: str) -> str:

@@ -57,6 +57,9 @@ def test_a_damaged_output_that_dvc_calls_up_to_date_is_made_again(finished: Path
 
     pointer, data = finished / "inbox.dvc", finished / "inbox" / "number.txt"
     assert drop_damaged(finished, dag, {"start"}) == set()
+    (finished / ".dvcignore").write_text("*.swp\n")
+    (data.parent / "a.swp").write_text("of an editor")
+    assert drop_damaged(finished, dag, {"start"}) == set(), "DVC ignores it too"
     data.write_text("9")
     with pytest.raises(OrchestrationError, match=r"inbox has other bytes than its hash .* in inbox\.dvc"):
         drop_damaged(finished, dag, {"start"})
