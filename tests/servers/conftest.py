@@ -62,6 +62,8 @@ class Scene:
     clone: Clone
     topology: Topology
     told: Bodies
+    client: SyncPrefectClient
+    """One for all requests: a new client costs 50 ms of processor, here and in the server."""
     _printed: dict[UUID, int] = field(default_factory=dict)
 
     @property
@@ -89,31 +91,30 @@ class Scene:
 
     def fire(self) -> FlowRun:
         """Let the server's own scheduler start retrain/nightly: a schedule of seconds, until its run has begun."""
-        printed = len(self._worker_output())
-        with get_client(sync_client=True) as client:
-            deployment = client.read_deployment_by_name("retrain/nightly")
-            before = {run.id for run in client.read_flow_runs()}
-            schedule = IntervalSchedule(interval=timedelta(seconds=5))
-            (made,) = client.create_deployment_schedules(deployment.id, [(schedule, True)])
-            try:
-                run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 800)
-            finally:
-                client.delete_deployment_schedule(deployment.id, made.id)
-                self._forget_waiting(client)
+        printed, client = len(self._worker_output()), self.client
+        deployment = client.read_deployment_by_name("retrain/nightly")
+        before = {run.id for run in client.read_flow_runs()}
+        schedule = IntervalSchedule(interval=timedelta(seconds=5))
+        (made,) = client.create_deployment_schedules(deployment.id, [(schedule, True)])
+        try:
+            run = wait(lambda: next((r for r in self._begun() if r.id not in before), None), 800)
+        finally:
+            client.delete_deployment_schedule(deployment.id, made.id)
+            self._forget_waiting()
         self._printed[run.id] = printed
         assert run.auto_scheduled
         assert run.created_by is not None
         assert run.created_by.type == "SCHEDULE"
         return run
 
-    def _forget_waiting(self, client: SyncPrefectClient) -> None:
+    def _forget_waiting(self) -> None:
         """Delete runs that the schedule has added while the first one was starting; they would run after it."""
         waiting = FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
             expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
         )
-        for run in client.read_flow_runs(flow_run_filter=waiting):
-            client.delete_flow_run(run.id)
+        for run in self.client.read_flow_runs(flow_run_filter=waiting):
+            self.client.delete_flow_run(run.id)
 
     def ended(self, run: FlowRun, seconds: float = 2000) -> FlowRun:
         def look() -> FlowRun | None:
@@ -123,8 +124,7 @@ class Scene:
         return wait(look, seconds)
 
     def read(self, run: FlowRun) -> FlowRun:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(run.id)
+        return self.client.read_flow_run(run.id)
 
     def log(self, run: FlowRun, last: str = "") -> str:
         """Return the flow run's log, once it holds `last`.
@@ -146,12 +146,11 @@ class Scene:
     def _sent_log(self, run: FlowRun) -> str:
         """Return the run's lines that have reached Prefect's server."""
         wanted, lines, page = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), list[str](), 200
-        with get_client(sync_client=True) as client:
-            while len(lines) % page == 0:
-                found = client.read_logs(wanted, limit=page, offset=len(lines))
-                lines += [entry.message for entry in found]
-                if not found:
-                    break
+        while len(lines) % page == 0:
+            found = self.client.read_logs(wanted, limit=page, offset=len(lines))
+            lines += [entry.message for entry in found]
+            if not found:
+                break
         return "\n".join(lines)
 
     def worker_log(self, run: FlowRun) -> str:
@@ -188,8 +187,7 @@ class Scene:
         psutil.wait_procs(family, timeout=10)
 
     def _begun(self) -> list[FlowRun]:
-        with get_client(sync_client=True) as client:
-            return [run for run in client.read_flow_runs() if run.state is not None and run.state.is_running()]
+        return [run for run in self.client.read_flow_runs() if run.state is not None and run.state.is_running()]
 
 
 def wait(look: Callable[[], Any], seconds: float) -> Any:
@@ -227,8 +225,9 @@ def scene(new_clone: Callable[[], Clone], tmp_path_factory: pytest.TempPathFacto
             patched.setenv(name, value)
         try:
             topology.up()
-            with temporary_settings({PREFECT_API_URL: f"{topology.url('prefect')}/api"}):
-                yield Scene(clone, topology, told)
+            url = {PREFECT_API_URL: f"{topology.url('prefect')}/api"}
+            with temporary_settings(url), get_client(sync_client=True) as client:
+                yield Scene(clone, topology, told, client)
                 # what flows of this process still have to tell must not wait for a server that is gone
                 EventsWorker.drain_all(timeout=30)
         finally:
