@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,10 @@ time.sleep(120)
 
 
 @pytest.fixture
-def long(workspace: Path) -> Path:
+def long(workspace: Path, prefect_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "prefect").mkdir()
+    shutil.copy(prefect_database, tmp_path / "prefect")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     (workspace / "dvc.yaml").write_text(LONG)
     (workspace / "long.py").write_text(PROGRAM)
     return workspace
