@@ -28,6 +28,7 @@ class Peer:
     tied: the output head is never replaced. raw: log-probabilities before the temperature. loads: weights are loaded when it says so.
     counted: its counter of tokens, if it has one.
     silent: pages that are never answered; cut: answers of completions end after their header, without a byte of content.
+    extension: it knows the trainer's transfer, and sleeps.
     memory: called with the change of its memory in bytes when it goes to sleep or wakes, if it can sleep.
     fetched: the bytes of each transfer.
     unhealthy: so many times it will say that it is not well. paths and asked: what was posted.
@@ -132,6 +133,8 @@ class Peer:
                 return 404, {"detail": "Not Found"}
             if path == "/collective_rpc":
                 return self._call(body["method"], body["kwargs"])
+            if path == "/sleep" and not self.extension:
+                return 500, {"error": "Sleep-mode backend 'cumem' is not supported on this platform."}
             if path in ("/sleep", "/wake_up"):
                 self._sleep(path == "/sleep")
             return 200, {"success": True}

@@ -35,7 +35,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def peer_engine(tmp_path: Path, root: Path) -> VllmEngine:
+def peer_engine(tmp_path: Path, root: Path, transfer: str) -> VllmEngine:
     """Return an engine on a server whose interpreter runs the tests' small one instead of vLLM, with a child as vLLM has them."""
     command = f'sleep 1000 &\ncd {root} && exec {sys.executable} {root}/tests/rollouts/peer.py "$@"'
     server = LocalServer(launch(script(tmp_path / "python", command)), tmp_path / "vllm.log")
@@ -46,13 +46,13 @@ def peer_engine(tmp_path: Path, root: Path) -> VllmEngine:
         version=lambda: 0,
         folder=tmp_path / "served",
         probes=sequences([(5, 6, 7)], 259, 64),
-        transfer="memory",
+        transfer=transfer,
     )
 
 
 @pytest.fixture
 def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
-    made = peer_engine(tmp_path, root)
+    made = peer_engine(tmp_path, root, "memory")
     yield made
     made.close()
 

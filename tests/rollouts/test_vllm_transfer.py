@@ -171,3 +171,18 @@ def test_a_server_that_keeps_its_memory_is_refused_in_words(
     setup.engine = setup.new_engine(sleep=device.sleep())
     with pytest.raises(RolloutError, match=message):
         setup.sample(SHORT)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("memory", r"cannot fetch weights \(.*posttrain_load.*--worker-extension-cls posttrain_receiver.Receiver"),
+        ("folder", r"cannot sleep \(.*'cumem' is not supported.*--enable-sleep-mode"),
+    ],
+)
+def test_a_server_of_a_different_kind_is_refused_in_words(served: Callable[..., Setup], way: str, message: str) -> None:
+    setup = served(way)
+    setup.peers[0].extension = False
+    setup.engine.sleep = Sleep(lambda: 0, 1)
+    with pytest.raises(RolloutError, match=message):
+        setup.sample(SHORT)

@@ -34,7 +34,7 @@ print(connection.getresponse().status)
 @pytest.fixture
 def engine(tmp_path: Path, root: Path) -> Iterator[VllmEngine]:
     before = os.umask(0)  # modes must not depend on it
-    made = peer_engine(tmp_path, root)
+    made = peer_engine(tmp_path, root, "folder")
     yield made
     made.close()
     os.umask(before)

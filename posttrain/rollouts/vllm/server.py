@@ -72,7 +72,16 @@ class VllmServer:
             RolloutError: it was started without the extension that fetches, or cannot reach the memory.
         """
         self.connect()
-        for found in self._call("posttrain_load", {"sources": list(sources)}, size):
+        try:
+            results = self._call("posttrain_load", {"sources": list(sources)}, size)
+        except ServerError as error:
+            self.connect()  # raises ServerError if the server has ended, which a restart may mend
+            raise RolloutError(
+                f"the workers of {self.url} cannot fetch weights ({error}). Start it with"
+                " --worker-extension-cls posttrain_receiver.Receiver and the folder of that module in PYTHONPATH, or set"
+                " POSTTRAIN_VLLM_TRANSFER=folder (docs/rollouts.md)"
+            ) from error
+        for found in results:
             if not isinstance(found, dict) or "error" in found:
                 reason = found["error"] if isinstance(found, dict) else f"it answered {found!r}"
                 raise RolloutError(
@@ -88,7 +97,11 @@ class VllmServer:
         Raises:
             RolloutError: it stays awake.
         """
-        self._exchange("POST", "/sleep?level=2", {}, LOAD_SECONDS)
+        try:
+            self._exchange("POST", "/sleep?level=2", {}, LOAD_SECONDS)
+        except ServerError as error:
+            self.connect()  # raises ServerError if the server has ended
+            raise RolloutError(f"{self.url} cannot sleep ({error}): {SLEEPLESS}") from error
         if not _field(self._exchange("GET", "/is_sleeping", None, HEALTH_SECONDS), "is_sleeping", self.url):
             raise RolloutError(f"{self.url} does not sleep: {SLEEPLESS}")
 
