@@ -106,6 +106,11 @@ def check_on_policy(spec: OnPolicy, given: set[str]) -> None:
             " 'group_normalised': a group that differs in one reward would count as much as one that differs in all. Set advantage:"
             " batch_z (as GDPO, 2601.05242) or group_mean"
         )
+    if spec.surrogate == "geometric" and spec.has_critic:
+        raise ConfigError(
+            f"{spec.name}: surrogate 'geometric' has one factor for all tokens of a response, so it needs one advantage per response;"
+            " 'gae' gives one per token. Set surrogate: clip, or an advantage of the group"
+        )
     if spec.ratio == "sequence" and spec.has_critic:
         raise ConfigError(f"{spec.name}: ratio 'sequence' needs one advantage per response, 'gae' gives one per token")
     if spec.kl != "none" and spec.kl_coefficient == 0 and "kl" in given:

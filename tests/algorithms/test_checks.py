@@ -98,6 +98,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chord_phi", {"mu_decay_steps": 50}, "mu_valley differs"),
     ("gspo", {"clip_high": 0.2}, "never clips"),
     ("ppo", {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, "one advantage per response"),
+    ("ppo", {"surrogate": "geometric"}, "'geometric' has one factor for all tokens .* 'gae' gives one per token"),
     ("ipo", {"label_smoothing": 0.1}, "has no effect"),
     ("ipo", {"score_weighting": "soft"}, "'square'"),
     ("ipo", {"score_weighting": "offset"}, "'square'"),
