@@ -4,8 +4,7 @@ POSTTRAIN_VLLM_URLS      running servers (`http://…` or `unix:PATH`), separate
 POSTTRAIN_VLLM_PYTHON    interpreter of an environment with vLLM, to start a server; default: the one of infra/vllm/setup.sh
 POSTTRAIN_VLLM_ARGS      additional arguments for a started server
 POSTTRAIN_VLLM_DEVICES   CUDA_VISIBLE_DEVICES of a started server
-POSTTRAIN_VLLM_TRANSFER  how servers get the weights: memory (default for a started server), stream:HOST:PORT, or folder (default for
-                         running ones)
+POSTTRAIN_VLLM_TRANSFER  how servers get the weights: folder (default), memory, or stream:HOST:PORT
 POSTTRAIN_VLLM_FOLDER    folder for the weights of the server, e.g. on a RAM disk; default: the run's state
 POSTTRAIN_VLLM_SLEEP     1: a server on the trainer's GPU gives its memory back between samples
 POSTTRAIN_SAMPLER_DEVICES  CUDA_VISIBLE_DEVICES of the process that samples ahead (staleness) with the native engine
@@ -95,18 +94,23 @@ def sampling_engine(
     text = lm.config.get_text_config()
     length = min(context_limit(text.to_dict()) or 2**31, max(longest, RANDOM_TOKENS + 1))
     folder = Path(os.environ.get("POSTTRAIN_VLLM_FOLDER") or context.state) / f"vllm-{context.identity}"
-    named, sleep = _named_servers(on_one_host(accelerator)), _sleep(lm)
+    named, sleep, way = _named_servers(on_one_host(accelerator)), _sleep(lm), _transfer()
     share = partial(_memory_share, lm, context, sleep is not None)
     made = VllmEngine(
         lm,
         encoder.ends,
-        named or [_own_server(context.state.resolve() / LOG, tokenizer, length, bf16, share, sleep is not None)],
+        named
+        or [
+            _own_server(
+                context.state.resolve() / LOG, tokenizer, length, bf16, share, sleep is not None, way != "folder"
+            )
+        ],
         version=version,
         folder=folder,
         probes=sequences(prompts, text.vocab_size, length),
         bf16=bf16,
         accelerator=accelerator,
-        transfer=_transfer(bool(named)),
+        transfer=way,
         sleep=sleep,
     )
     return Background(made) if staleness else made
@@ -123,12 +127,12 @@ def closing(engine: Engine) -> Iterator[None]:
             close()
 
 
-def _transfer(named: bool) -> str:
+def _transfer() -> str:
     """Return how servers get the weights.
 
     Raises ConfigError for an unknown way.
     """
-    way = os.environ.get("POSTTRAIN_VLLM_TRANSFER") or ("folder" if named else "memory")
+    way = os.environ.get("POSTTRAIN_VLLM_TRANSFER") or "folder"
     if way not in ("memory", "folder") and not (way.startswith("stream:") and way.rpartition(":")[2].isdigit()):
         raise ConfigError(
             f"POSTTRAIN_VLLM_TRANSFER = {way!r} is no way to bring weights to servers; set memory (servers on this machine), folder, or"
@@ -219,6 +223,7 @@ def _own_server(
     bf16: bool,
     share: Callable[[], float | None] = lambda: None,
     sleeps: bool = False,
+    fetches: bool = False,
 ) -> VllmServer:
     """Return a server that starts with its first weights."""
     from posttrain.rollouts.vllm.local import Launch, LocalServer
@@ -233,6 +238,7 @@ def _own_server(
         environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
         memory_share=None if devices else share(),
         sleeps=sleeps,
+        fetches=fetches,
     )
     return LocalServer(launch, log)
 

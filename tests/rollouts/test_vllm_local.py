@@ -26,7 +26,7 @@ SETTINGS = SamplingSettings(4, 1.0)
 
 
 def launch(python: Path, seconds: float = 120.0) -> Launch:
-    return Launch(str(python), "tokenizer", "float32", context=64, start_seconds=seconds)
+    return Launch(str(python), "tokenizer", "float32", context=64, start_seconds=seconds, fetches=True)
 
 
 def script(path: Path, text: str) -> Path:

@@ -51,7 +51,7 @@ def qwen(tied: bool, seed: int = 0) -> Any:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[LocalServer]:
     byte_tokenizer(128).save_pretrained(tmp_path / "tokenizer")
-    launch = Launch(str(PYTHON), str(tmp_path / "tokenizer"), "float32", context=64, arguments=QUICK)
+    launch = Launch(str(PYTHON), str(tmp_path / "tokenizer"), "float32", context=64, arguments=QUICK, fetches=True)
     made = LocalServer(launch, tmp_path / "vllm.log")
     yield made
     made.close()

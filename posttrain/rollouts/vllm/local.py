@@ -51,6 +51,7 @@ class Launch:
         context: tokens of prompt and answer together.
         memory_share: most of the device's memory that the server may use, next to a trainer on the same device; None: vLLM's default.
         sleeps: it can give its memory back while the trainer works.
+        fetches: its workers can fetch weights from the trainer's memory.
 
     Example:
         >>> launch = Launch("python", tokenizer="models/sft", dtype="float32", context=64)
@@ -68,17 +69,18 @@ class Launch:
     start_seconds: float = START_SECONDS
     memory_share: float | None = None
     sleeps: bool = False
+    fetches: bool = False
 
     def command(self, folder: Path, socket: Path, empty: bool = False) -> list[str]:
         """Return the command. `empty`: the folder has no weights, and the server starts with arbitrary ones."""
         share = [] if self.memory_share is None else ["--gpu-memory-utilization", f"{self.memory_share:.2f}"]
         share += ["--enable-sleep-mode"] if self.sleeps else []
         share += ["--load-format", "dummy"] if empty else []
+        share += ["--worker-extension-cls", "posttrain_receiver.Receiver"] if self.fetches else []
         return [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "policy",
             "--tokenizer", self.tokenizer, "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
             "--dtype", self.dtype, "--max-model-len", str(self.context), "--uds", str(socket),
-            "--worker-extension-cls", "posttrain_receiver.Receiver",
             *share, *self.arguments,
         ]  # fmt: skip
 
@@ -140,7 +142,7 @@ class LocalServer(VllmServer):
                     **inherited,
                     **self.launch.environment,
                     "VLLM_SERVER_DEV_MODE": "1",
-                    "PYTHONPATH": str(WORKER),
+                    **({"PYTHONPATH": str(WORKER)} if self.launch.fetches else {}),
                     "VLLM_RPC_BASE_PATH": str(socket.parent),
                 },
                 cwd=self.log.parent,

@@ -291,9 +291,15 @@ def test_a_server_is_started_as_the_environment_says(
     (server,) = made.fleet.servers
     assert isinstance(server, LocalServer)
     command = server.launch.command(Path("weights"), Path("/private/vllm.sock"))
-    # a server that this step starts maps its memory
-    assert made.published is not None
-    assert made.published.stream is None
+    assert made.published is None
+    assert "--worker-extension-cls" not in command
+    monkeypatch.setenv("POSTTRAIN_VLLM_TRANSFER", "memory")
+    fetching = engine(run, params)
+    assert fetching.published.stream is None
+    fetched = fetching.fleet.servers[0].launch.command(Path("weights"), Path("/private/vllm.sock"), empty=True)
+    assert {("--worker-extension-cls", "posttrain_receiver.Receiver"), ("--load-format", "dummy")} <= set(
+        pairwise(fetched)
+    )
     # the server has another working directory
     assert command[0] == str(python.absolute())
     monkeypatch.setenv("POSTTRAIN_VLLM_PYTHON", str(python))
