@@ -47,7 +47,8 @@ def test_a_preset_trains(name: str, start: tuple[Model, dict[str, torch.Tensor]]
         sampling["demonstrations"] = DEMONSTRATIONS
     if isinstance(spec, OnPolicy) and spec.needs_teacher:
         sampling["teacher"] = tiny(seed=1, hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1)
-    history = train(model, spec, rows, steps=2, learning_rate=1e-2, batch_size=2, **sampling)
+    prompts = 2 * getattr(spec, "minibatches", 1)  # each update of a step has its own
+    history = train(model, spec, rows, steps=2, learning_rate=1e-2, batch_size=prompts, **sampling)
     assert len(history) == 2
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in history)
     assert any(not torch.equal(value, weights[key]) for key, value in model.lm.state_dict().items())
