@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from posttrain.evaluation.statistics import Floats, Interval, Resampling, floats
 
@@ -113,6 +112,8 @@ def t_interval(d: Floats, level: float, worst: float = 0.0) -> tuple[Any, Any, A
     value = d.mean(-1)
     if n < 2:
         return value, value - np.inf, value + np.inf
+    from scipy import stats  # not above: it takes half a second, and a flow imports this module only for its types
+
     reach = float(stats.t.isf(level, n - 1))
     error = np.sqrt(d.var(-1, ddof=1) / n)
     extra = float(stats.norm.isf(level)) ** 2 / 2 if worst > 0 else 0.0
@@ -146,4 +147,6 @@ def detectable(d: Floats, level: float, power: float = POWER) -> float:
     spread = float(d.std(ddof=1)) if n > 1 else 0.0
     if spread == 0:
         return float("nan")
+    from scipy import stats
+
     return float(stats.t.isf(level, n - 1) + stats.t.ppf(power, n - 1)) * spread / float(np.sqrt(n))

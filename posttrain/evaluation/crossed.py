@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from posttrain.errors import DataError
 from posttrain.evaluation.statistics import Floats, floats
@@ -233,6 +232,8 @@ def _crossed(
             "all prompts are in one group, so that nothing shows how other prompts would differ. Name a column with several values in"
             " evaluation.groups, or remove it."
         )
+    from scipy import stats  # not above: it takes half a second, and a flow imports this module only for its types
+
     found = contrast_moments(sides, weights, groups)
     value, error, df = float(found.value), float(np.sqrt(found.from_prompts + found.from_runs)), float(found.df)
     reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * error
@@ -275,6 +276,8 @@ def _stretched(table: Floats) -> Floats:
 
 def interquartile_mean(scores: ArrayLike) -> float:
     """Return the mean of the middle half of the runs' scores (rliable, 2108.13264); 25 % are cut at each end."""
+    from scipy import stats
+
     return float(stats.trim_mean(floats(scores).ravel(), 0.25))
 
 
@@ -348,6 +351,8 @@ class Spread:
 
     def smallest_difference(self, seeds: int, prompts: int, power: float = 0.8, confidence: float = 0.95) -> float:
         """Return the difference of two algorithms that an experiment of this size shows with the given power."""
+        from scipy import stats
+
         runs, rows = 2 * self.run / seeds, (self.prompt + 2 * self.rest / seeds) / prompts
         df = _freedom(runs, rows, seeds, prompts)
         reach = float(stats.t.ppf(0.5 + confidence / 2, df) + stats.t.ppf(power, df))

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import chi2
 
 BINS = 10
 _EMPTY = 1e-4
@@ -75,4 +74,6 @@ def stability_index(expected: Sequence[float], actual: Sequence[float]) -> tuple
 
 def chance_limit(bins: int, expected: int, actual: int, level: float = 0.95) -> float:
     """Return the quantile of the index if both sides have one distribution: (1/n + 1/m) chi2(bins - 1), to first order."""
+    from scipy.stats import chi2  # not above: it takes half a second, and a flow imports this module only for its types
+
     return float((1 / expected + 1 / actual) * chi2.ppf(level, bins - 1)) if bins > 1 else 0.0
