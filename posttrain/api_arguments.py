@@ -16,7 +16,6 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any, NamedTuple, get_args
 
-from posttrain.data.conversations import TrainOn
 from posttrain.errors import ConfigError
 from posttrain.settings import LARGEST_LEARNING_RATE, TEMPERATURES
 from posttrain.text import nearest
@@ -180,6 +179,8 @@ def require_list(function: str, name: str, value: Any, give: str) -> list[Any]:
 
 def check_train_on(train_on: Any, imitates: bool, demonstrates: bool) -> None:
     """Raise ConfigError if `train_on` is no such choice, or has no effect on this algorithm."""
+    from posttrain.data.conversations import TrainOn  # imports posttrain.data, which steps without tokens do not use
+
     choices = get_args(TrainOn) if imitates else ("completion", "each") if demonstrates else ("completion",)
     if isinstance(train_on, str) and train_on in choices:
         return
