@@ -1,8 +1,10 @@
-"""Models of a few thousand parameters and rows for them, built from seeds."""
+"""Models of a few thousand parameters and rows for them, built from seeds. Each is built once a process; callers get copies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +38,11 @@ def sharpened(model: PreTrainedModel, by: float = 20.0) -> PreTrainedModel:
 
 
 def language_model(seed: int = 0, shape: TinyShape = SHAPE) -> PreTrainedModel:
+    return copy.deepcopy(_language_model(seed, shape))
+
+
+@cache
+def _language_model(seed: int, shape: TinyShape) -> PreTrainedModel:
     return sharpened(tiny_model(shape, seed)[0]).eval()
 
 
@@ -65,10 +72,18 @@ def tied_llama(seed: int = 0, vocabulary: int = 40) -> PreTrainedModel:
 
 def trunk_with_score(seed: int = 0) -> PreTrainedModel:
     """A reward model or critic over the byte vocabulary."""
+    model, state = _trunk_with_score(seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _trunk_with_score(seed: int) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Return the model, and the generator's state after its weights were drawn, which tests may go on from."""
     config = tiny_model(SHAPE, seed)[0].config
     config.num_labels = 1
     torch.manual_seed(seed + 100)
-    return sharpened(Qwen3ForSequenceClassification(config)).eval()
+    return sharpened(Qwen3ForSequenceClassification(config)).eval(), torch.get_rng_state()
 
 
 class ExactNorm(torch.nn.Module):
@@ -92,13 +107,31 @@ def in_double(module: Trunk) -> Trunk:
 
 
 def policy(seed: int = 0, critic: bool = False, double: bool = False) -> Policy:
-    made = Policy(language_model(seed), trunk_with_score(seed) if critic else None)
-    return in_double(made) if double else made
+    made, state = _policy(language_model, trunk_with_score, seed, critic, double)
+    if critic:
+        torch.set_rng_state(state)
+    return copy.deepcopy(made)
+
+
+@cache
+def _policy(
+    lm: Callable[[int], PreTrainedModel], trunk: Callable[[int], PreTrainedModel], seed: int, critic: bool, double: bool
+) -> tuple[Policy, torch.Tensor]:
+    """Return the policy after its trials, which take four times as long as a copy, and the generator's state."""
+    made = Policy(lm(seed), trunk(seed) if critic else None)
+    return in_double(made) if double else made, torch.get_rng_state()
 
 
 def scorer(seed: int = 0, double: bool = False) -> Scorer:
-    made = Scorer(trunk_with_score(seed))
-    return in_double(made) if double else made
+    made, state = _scorer(trunk_with_score, seed, double)
+    torch.set_rng_state(state)
+    return copy.deepcopy(made)
+
+
+@cache
+def _scorer(trunk: Callable[[int], PreTrainedModel], seed: int, double: bool) -> tuple[Scorer, torch.Tensor]:
+    made = Scorer(trunk(seed))
+    return in_double(made) if double else made, torch.get_rng_state()
 
 
 def answers(prompts: Sequence[Tokens], seed: int, longest: int = 9) -> list[Tokens]:
