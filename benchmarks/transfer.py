@@ -5,7 +5,7 @@
 A trainer publishes its weights as for a vLLM server that it starts (posttrain/rollouts/vllm/published.py). The receiving process loads them
 by vLLM's worker extension into a transformers model, and both compute the log-probabilities of a probe. Weights are random. Printed are the
 fastest of some repeats in seconds of processor time on one thread, which a busy machine does not change: publish (copy to memory), load
-(read and copy), probe (in both processes, one after the other). The sum is the wall time of an idle machine.
+(send, read and copy), probe (in both processes, one after the other). The sum is the wall time of an idle machine.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def transfer(
     own = probe_logprobs(lm, probe_ids(PROBE_TOKENS, lm.config.vocab_size), bf16=False)
     seconds = {
         "publish": taken - began,
-        "load": reply["seconds"],
+        "load": asked - taken + reply["seconds"],
         "probe": time.process_time() - asked + reply["probe_seconds"],
     }
     gap = (torch.tensor(own) - torch.tensor(reply["probe"])).abs()
