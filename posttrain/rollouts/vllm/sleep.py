@@ -1,6 +1,11 @@
 """Let servers on the trainer's GPU sleep while it trains, and prove that their memory is free.
 
 vLLM's CPU build answers a request to sleep with success and keeps its memory, so the memory is measured.
+
+    >>> sleep = Sleep(free=lambda: 2**30, weights=2**20)
+    >>> sleep.begin([])  # no server sleeps, so no memory must become free
+    >>> sleep.freed, sleep.asleep
+    (0, set())
 """
 
 from __future__ import annotations

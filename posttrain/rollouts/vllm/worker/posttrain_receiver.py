@@ -4,6 +4,11 @@ vLLM adds `Receiver` to its workers if a server is started with `--worker-extens
 PYTHONPATH. It must work in an environment without the project, so it imports only torch and the standard library.
 
 A source is a file in safetensors' format. Its metadata has a `mark`, by which a worker recognises that it reads the right file.
+
+    >>> adapter = iter([("w.A", torch.tensor([[1.0]])), ("w.B", torch.tensor([[2.0]]))])
+    >>> about = {"scales": '{"w": 0.5}', "dtype": "float32"}
+    >>> dict(merged({"w": torch.tensor([[3.0]])}, adapter, about))  # 3 + 2 * 1 * 0.5
+    {'w': tensor([[4.]])}
 """
 
 from __future__ import annotations
