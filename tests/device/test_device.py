@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.reliability.workspace import CLIENT, Warm
 
 KINDS = ("sft", "reward", "dpo", "kto", "grpo_pairs", "grpo", "ppo", "dpo-by-offsets", "grpo-by-offsets", "sft-deterministic",
          "grpo-deterministic")  # fmt: skip
@@ -20,9 +23,10 @@ SAMPLING = {"syncs": 6, "copies": 27}
 
 
 @pytest.fixture(scope="module")
-def measured(root: Path) -> Any:
-    command = [sys.executable, "-m", "tests.device.measure", *KINDS]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+def measured(root: Path, warm: Warm) -> Any:
+    command = [sys.executable, "-c", CLIENT, "tests.device.measure", *KINDS]
+    environment = os.environ | {"POSTTRAIN_WARM": str(warm.socket), "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
