@@ -100,6 +100,8 @@ def _signal(algorithm: str, run: Training) -> str:
         return UNKNOWN
     if not isinstance(spec, OnPolicy):
         return PAIRS
+    if spec.needs_teacher:
+        return f"teacher {run.params.get(f'algorithms.{algorithm}.teacher') or UNKNOWN}"
     weights = under(run.params, f"algorithms.{algorithm}.rewards")
     return " and ".join(f"reward {name}" for name in sorted(weights) if weights[name]) or UNKNOWN
 

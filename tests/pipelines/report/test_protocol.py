@@ -13,7 +13,7 @@ from pipelines.compare import question_of
 from pipelines.config.params import load_params
 from pipelines.report.load import Model, Predictions, Results, Training
 from pipelines.report.measured import all_runs, training_seconds
-from pipelines.report.protocol import Protocol, main_panel, panels, protocols
+from pipelines.report.protocol import Protocol, _signal, main_panel, panels, protocols
 from pipelines.report.setup import setup_of
 from pipelines.report.templating import bound
 
@@ -164,3 +164,8 @@ def test_always_valid_intervals_keep_the_level_if_every_number_of_seeds_is_read(
     # ten runs a side that differ by 2.5 standard deviations are told apart all the same
     shifted = stats.ttest_ind(runs[:, 0, :10] + 2.5, runs[:, 1, :10], axis=1).pvalue
     assert (shifted < 1 - report.level(10)).mean() > 0.8
+
+
+def test_distillation_is_trained_on_its_teacher() -> None:
+    params = {"algorithms.d.preset": "distill", "algorithms.d.teacher": "self", "algorithms.d.rewards.answer": 0.0}
+    assert _signal("d", Training("d", {}, {}, params, {})) == "teacher self"
