@@ -15,6 +15,7 @@ from posttrain.models.folders import save_model
 from posttrain.models.tiny import TinyShape, tiny_model
 from posttrain.training.checkpoint import Checkpoints
 from tests.models import small
+from tests.reliability.workspace import Warm
 from tests.training import sharded
 from tests.training.test_two_processes import FSDP2, together
 
@@ -28,12 +29,12 @@ def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], toleran
 
 
 @pytest.fixture(scope="module")
-def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(root: Path, tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[str, Any]:
     """Results of both processes, and of a single one that resumes from their checkpoint."""
     folder = tmp_path_factory.mktemp("sharded")
     model, tokenizer = tiny_model(SHAPE, seed=0)
     save_model(small.sharpened(model, by=4.0), tokenizer, folder / "model", "")
-    together(root, FSDP2, "tests.training.sharded", str(folder / "model"), str(folder))
+    together(root, FSDP2, "tests.training.sharded", str(folder / "model"), str(folder), warm=warm)
     two = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
     accelerator = Accelerator(cpu=True)
     alone = sharded.results(folder / "model", Checkpoints(folder / "alone"), accelerator)
