@@ -29,7 +29,7 @@ from websockets.sync.client import connect
 from flows.server import prefect_api
 from pipelines.runtime import credentials
 from pipelines.tracking.server import MOST_BYTES
-from tests.sockets import addresses, family
+from tests.sockets import addresses, command_line, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 EVIL = "http://evil.example"
@@ -208,7 +208,7 @@ def test_secrets_are_in_private_files_and_in_no_process_list(servers: Servers) -
     secrets = {name: credentials.secret(servers.project, name) for name in ("mlflow", "prefect", "flask")}
     for name in secrets:
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
-    lines = [" ".join(process.cmdline()) for process in family(servers.process)]
+    lines = [command_line(process) for process in family(servers.process)]
     assert len(lines) > 2
     assert not [line for line in lines for value in secrets.values() if value in line]
     assert addresses(family(servers.process)) == {"127.0.0.1"}

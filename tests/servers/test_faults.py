@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.runtime.journal import ended, read
 from tests.servers.conftest import Scene, wait
+from tests.sockets import command_line
 
 pytestmark = [
     pytest.mark.servers,
@@ -124,7 +125,7 @@ def test_a_night_whose_process_is_killed_under_its_worker_is_told_to_the_webhook
     more_pairs(scene, 2001)
     night = scene.fire()
     training(scene, before)
-    engine = next(process for process in worker_family(scene) if "prefect.engine" in " ".join(process.cmdline()))
+    engine = next(process for process in worker_family(scene) if "prefect.engine" in command_line(process))
     engine.kill()
     state = scene.ended(night, 120).state
     assert state is not None

@@ -22,7 +22,7 @@ from infra.topology import ORDER
 from pipelines.commands.models import line
 from tests.security.test_servers import EVIL, basic, status
 from tests.servers.conftest import Scene, signed_in, wait
-from tests.sockets import addresses, family
+from tests.sockets import addresses, command_line, family
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 
@@ -100,7 +100,7 @@ def test_secrets_are_in_private_files_and_in_no_process_list(scene: Scene) -> No
     for name in ORDER:
         pid = scene.topology.processes.pid(name)
         assert pid is not None
-        lines += [" ".join(process.cmdline()) for process in family(psutil.Process(pid))]
+        lines += map(command_line, family(psutil.Process(pid)))
     assert len(lines) >= len(ORDER)
     assert not [line for line in lines for value in found.values() if value in line]
 
