@@ -5,7 +5,7 @@
 MLflow's pages keep in the browser whether they show agents or training runs, and begin with agents: a click on an experiment then opens
 a page without runs. This server gives each browser the other beginning, keeps MLflow's assistant closed until it is opened, and leaves
 out the hints of a first visit, which dim the page. A choice that the user has made in the browser is kept. The pages get the metrics of
-a run in the order of the charts: MLflow's comparison of two runs opens on the first one.
+a run in the order of the charts: the page of a run lists them in that order, and the comparison of two runs opens on the first one.
 
 MLflow holds the whole body of a request before it asks for a password, so that anybody on the machine could fill its memory: bodies have a
 limit here. Artifacts are streamed after the password, and have none.
@@ -38,7 +38,9 @@ BEGINNINGS = {
 MOST_BYTES = 64 << 20
 """Largest body of a request; MLflow's clients send at most a few megabytes at once."""
 STREAMED = ("/api/2.0/mlflow-artifacts/artifacts/", "/ajax-api/2.0/mlflow-artifacts/artifacts/")
-_PAGE, _RUNS = "/", "/ajax-api/2.0/mlflow/runs/search"
+_PAGE = "/"
+_RUNS = ("/graphql", "/ajax-api/2.0/mlflow/runs/get", "/ajax-api/2.0/mlflow/runs/search")
+"""Addresses from which the pages read runs with their metrics; the page of a run asks the first."""
 _HEAD = b"<head>"
 
 
@@ -53,9 +55,14 @@ def with_beginnings(page: bytes) -> bytes:
 
 
 def in_chart_order(answer: dict[str, Any], headline: str) -> dict[str, Any]:
-    """Return an answer of MLflow's search for runs with the metrics of each run in the order of the charts."""
-    for run in answer.get("runs", []):
-        run["data"].get("metrics", []).sort(key=lambda metric: chart_order(metric["key"], headline))
+    """Return an answer of MLflow about one run or several, with the metrics of each run in the order of the charts.
+
+    Each part may be absent or null: GraphQL answers so if a run does not exist or was not asked for.
+    """
+    asked = (answer.get("data") or {}).get("mlflowGetRun") or answer
+    for run in [*(asked.get("runs") or []), asked.get("run") or {}]:
+        metrics = (run.get("data") or {}).get("metrics") or []
+        metrics.sort(key=lambda metric: chart_order(metric["key"], headline))
     return answer
 
 
@@ -89,11 +96,11 @@ def with_limit(made: Flask | FastAPI) -> Flask | FastAPI:
 
 
 def _changed(request: Request, response: Response, headline: str) -> Response:
-    """Return the response to a browser, changed if it is the page or a search for runs."""
-    if response.status_code != 200 or request.path not in (_PAGE, _RUNS):
+    """Return the response to a browser, changed if it is the page or has runs."""
+    if response.status_code != 200 or request.path not in (_PAGE, *_RUNS):
         return response
     response.direct_passthrough = False
-    if request.path == _RUNS:
+    if request.path in _RUNS:
         response.set_data(json.dumps(in_chart_order(json.loads(response.get_data()), headline)))
         return response
     response.set_data(with_beginnings(response.get_data()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlflow.server
 import pytest
@@ -36,7 +39,16 @@ def test_the_pages_of_the_pinned_version_read_the_entries(built: Path) -> None:
         assert f'key:"{name.removesuffix("_v1")}",version:1' in main, name
 
 
-def test_metrics_of_a_run_are_in_the_order_of_the_charts() -> None:
+@pytest.mark.parametrize(
+    "about",
+    [
+        lambda run: {"runs": [run, {"data": {}}]},
+        lambda run: {"run": run},
+        lambda run: {"data": {"mlflowGetRun": {"apiError": None, "run": run}}, "errors": None},
+    ],
+    ids=["search", "get", "graphql"],
+)
+def test_metrics_of_a_run_are_in_the_order_of_the_charts(about: Callable[[Any], dict[str, Any]]) -> None:
     names = [
         "seconds/data",
         "loss",
@@ -45,11 +57,16 @@ def test_metrics_of_a_run_are_in_the_order_of_the_charts() -> None:
         "reward/total/mean",
         "eval/sampled_accuracy",
     ]
-    answer = {
-        "runs": [{"info": {}, "data": {"metrics": [{"key": name, "value": 1.0} for name in names]}}, {"data": {}}]
-    }
-    found = in_chart_order(answer, "eval/sampled_accuracy")["runs"][0]["data"]["metrics"]
-    assert [metric["key"] for metric in found] == [
+    metrics = [{"key": name, "value": 1.0} for name in names]
+    in_chart_order(about({"info": {}, "data": {"metrics": metrics}}), "eval/sampled_accuracy")
+    assert [metric["key"] for metric in metrics] == [
         "eval/sampled_accuracy", "eval/greedy_accuracy", "reward/total/mean", "loss", "cost/seconds", "seconds/data",
     ]  # fmt: skip
-    assert in_chart_order({}, "") == {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"data": None, "errors": ["no"]}, {"data": {"mlflowGetRun": None}}, {"data": {"mlflowGetRun": {"run": None}}}],
+)
+def test_an_answer_without_metrics_is_left_as_it_is(answer: dict[str, Any]) -> None:
+    assert in_chart_order(copy.deepcopy(answer), "") == answer
