@@ -94,6 +94,7 @@ def test_two_people_judge_and_nothing_is_lost(browser: Browser, project: Path, s
     assert ann.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert ann.get_by_role("button", name="First is better").is_visible()
     assert ann.get_by_role("region", name="Second answer").is_visible()
+    assert not ann.get_by_text("Keys: 1").is_visible(), "a phone has no keys"
     assert ann.get_by_role("progressbar", name="Progress").count() == 1
     for done in range(4):
         judge(ann, "ann", done)
