@@ -134,7 +134,9 @@ def test_the_page_of_a_run_has_its_result_in_words_and_what_it_was_set_to(page: 
     assert "Greedy accuracy: 75.0 % (95 % interval 65.0 to 85.0 %)" in shown
     assert "python -m pipelines.align --algorithm grpo --seed 0" in shown
     assert re.search(r"kl_coefficient 0\.04", shown)
-    assert re.search(r"Model metrics \(\d+\) eval/sampled_accuracy 0\.75", shown), "the list begins with the headline measure"
+    assert re.search(r"Model metrics \(\d+\) eval/sampled_accuracy 0\.75", shown), (
+        "the list begins with the headline measure"
+    )
 
 
 @pytest.mark.slow
