@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.promotion.decision import Prompt, SampledAnswers, paired_differences
 from posttrain.evaluation.crossed import Crossed, crossed_mean
-from posttrain.evaluation.statistics import Floats, Interval, Resampling, mean_interval
+from posttrain.evaluation.statistics import Floats, Interval, Resampling, bootstrap
 
 EARLIER, SINCE = (
     "On the {} prompts by which the champion was judged",
@@ -52,8 +52,9 @@ def _sentence(place: str, differences: Floats, groups: Any, resampling: Resampli
     """Return the gain on some prompts, with an interval if there are several prompts or, if they come in groups, several groups."""
     value, interval = float(differences.mean()), ""
     if len(differences if groups is None else {*groups}) > 1:
-        found: Interval | Crossed = mean_interval(differences, resampling)
+        found: Interval | Crossed = bootstrap(differences, resampling)
         if groups is not None:
             found = crossed_mean(differences[:, None], resampling.confidence, groups)
-        interval = f" ({100 * resampling.confidence:.4g} % interval {found.low:+.4g} to {found.high:+.4g})"
+        if found.low < found.high:  # equal differences show nothing about other prompts
+            interval = f" ({100 * resampling.confidence:.4g} % interval {found.low:+.4g} to {found.high:+.4g})"
     return f"{place.format(len(differences))}: true reward {value:+.4g}{interval}."

@@ -35,6 +35,7 @@ from posttrain.evaluation.statistics import (
     paired,
     pass_at_k_by_prompt,
     per_prompt,
+    share_interval,
     wilson,
 )
 
@@ -273,7 +274,7 @@ def _summary(name: str, models: Sequence[Model], sft: Sequence[Model], question:
         pass_at={k: _pass_at(models, k, question) for k in question.pass_k},
         rewards={reward: over_samples(f"reward_{reward}", mean_interval) for reward in question.rewards}
         | {source: measures["sampled"]},
-        win_rate=None if name == SFT else _if_known(won, mean_interval, draws),
+        win_rate=None if name == SFT else _if_known(won, share_interval, draws),
         kl=over_samples("kl", bootstrap),
         length=over_samples("tokens", bootstrap),
         truncated=over_samples("truncated", mean_interval),
@@ -298,8 +299,10 @@ def _least(models: Sequence[Model], source: str) -> float:
 def _level(scores: Floats, draws: Resampling, groups: Groups = None, least: float = -math.inf) -> Interval:
     """Estimate a model's mean over [prompts, runs]: over seeds and prompts if there are several runs, else over prompts."""
     if scores.shape[1] < 2 and groups is None:
-        return mean_interval(scores, draws)
-    return _interval(crossed_mean(scores, draws.confidence, groups), least)
+        return mean_interval(scores, draws, shares=least == 0)
+    found = crossed_mean(scores, draws.confidence, groups)
+    equal = found.low == found.high and least == 0 and groups is None  # a t interval of equal values is a point
+    return share_interval(scores, draws) if equal else _interval(found, least)
 
 
 def _interval(found: Crossed, least: float) -> Interval:
@@ -333,7 +336,7 @@ def _pass_at(models: Sequence[Model], k: int, question: Question) -> Interval | 
     if not all(is_binary(table) for table in tables):
         return None
     values = np.stack([pass_at_k_by_prompt(table, k) for table in tables], axis=1)
-    return _if_known(values, mean_interval, question.resampling)
+    return _if_known(values, share_interval, question.resampling)
 
 
 def _pairs(results: Results, question: Question) -> list[Pair]:

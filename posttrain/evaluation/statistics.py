@@ -143,20 +143,28 @@ def bootstrap(values: ArrayLike, resampling: Resampling) -> Interval:
     return Interval(float(units.mean()), float(low), float(high), len(units), _missing(table), "bootstrap over prompts")
 
 
-def mean_interval(values: ArrayLike, resampling: Resampling) -> Interval:
+def mean_interval(values: ArrayLike, resampling: Resampling, shares: bool = False) -> Interval:
     """Return the interval of a share or score: Wilson's if every prompt has one 0 or 1, else the bootstrap over prompts.
 
-    If all repeats are 0 or all are 1, the bootstrap would be a point. Wilson's interval is used instead, with the number of prompts (not of
-    answers) as n. This is conservative: repeats within a prompt may be copies of each other.
+    If all prompts have the same mean, as a single prompt always does, the bootstrap would be a point. Wilson's interval is used instead,
+    with the number of prompts (not of answers) as n. This is conservative: no values between 0 and 1 vary more than 0 and 1 of that mean.
+
+    Args:
+        shares: the values are shares of answers, so they lie between 0 and 1 although they are not all 0 or 1.
     """
     table = floats(values)
     units = _known(per_prompt(table))
     _require(units)
-    constant = units.min() == units.max()
-    if is_binary(table) and (_width(table) == 1 or constant):
+    constant, binary = units.min() == units.max(), is_binary(table)
+    if (binary and _width(table) == 1) or (constant and (binary or shares)):
         low, high = wilson(float(units.sum()), len(units), resampling.confidence)
         return Interval(float(units.mean()), low, high, len(units), _missing(table), "Wilson")
     return bootstrap(table, resampling)
+
+
+def share_interval(values: ArrayLike, resampling: Resampling) -> Interval:
+    """Return the interval of a mean of shares, such as pass@k and win rates: each lies between 0 and 1."""
+    return mean_interval(values, resampling, shares=True)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

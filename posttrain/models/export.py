@@ -132,9 +132,11 @@ def probe(model: PreTrainedModel) -> Tensor:
 def _compare_tokenizers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError, and remove the file, unless the file has the tokens of the tokenizer under the same ids."""
     written = read_tokens(file)
-    if any(written[number] != token for token, number in tokenizer.get_vocab().items()):
+    if any(number >= len(written) or written[number] != token for token, number in tokenizer.get_vocab().items()):
         file.unlink()
-        raise ModelError(f"{file}: tokens have other ids than in the trained model, so it was removed")
+        raise ModelError(
+            f"{file}: tokens have other ids than in the trained model, or no row of its embedding ({len(written)} rows), so it was removed"
+        )
 
 
 def trained_on(source: Path) -> str | None:

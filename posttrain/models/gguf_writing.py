@@ -22,8 +22,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from posttrain.errors import ModelError
 
 Precision = Literal["f32", "f16", "q8_0"]
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_PATTERNS = {"".join(_WORDS): "qwen2", "{1,3}".join(_WORDS): "llama-bpe"}
+"""Regular expressions that split a text into words, and llama.cpp's names of them."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Types of transformers' configurations; llama.cpp gives them the same names."""
+
+
+_ROTATED = tuple(f"{name}_proj.{part}" for name in "qk" for part in ("weight", "bias"))
 
 
 def paired(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -54,9 +63,10 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
             f"a model of type {kind!r} cannot be written as GGUF here, only {', '.join(ARCHITECTURES)}; export a merged folder, and"
             " convert it with llama.cpp's convert_hf_to_gguf.py"
         )
+    _require_known_layers(model.config)
     writer = gguf.GGUFWriter(file, kind)
     _write_configuration(writer, model.config)
-    _write_tokenizer(writer, tokenizer, model.config.vocab_size, kind)
+    _write_tokenizer(writer, tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), model.config.num_hidden_layers)
     target = {
         "f32": gguf.GGMLQuantizationType.F32,
@@ -73,7 +83,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
                 f"the weight {name} has no name in GGUF files of type {kind}; the model cannot be exported"
             )
         weights = tensor.detach().float().cpu().numpy()
-        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if kind == "llama" and name.endswith(_ROTATED):
             heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
             weights = paired(weights, heads)
         stored = target[precision] if weights.ndim > 1 else gguf.GGMLQuantizationType.F32
@@ -84,6 +94,23 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _require_known_layers(config: PreTrainedConfig) -> None:
+    """Raise ModelError for settings that a GGUF file does not hold: llama.cpp would compute a different model, and the proof,
+    which reads the configuration from the folder, cannot see it."""
+    found = []
+    if config.hidden_act != "silu":
+        found.append(f"hidden_act {config.hidden_act!r} (llama.cpp computes 'silu')")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        found.append(f"a sliding window of {config.sliding_window} tokens (llama.cpp attends to all)")
+    if config.model_type == "qwen3" and config.attention_bias:
+        found.append("attention_bias")
+    if found:
+        raise ModelError(
+            f"a model of type {config.model_type!r} with {' and '.join(found)} cannot be written as GGUF: the file has no place for it."
+            " Export a merged folder"
+        )
 
 
 def read_tokens(file: Path) -> list[str]:
@@ -114,7 +141,34 @@ def _write_configuration(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_rope_freq_base(float(rotary["rope_theta"]))
 
 
-def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, kind: str) -> None:
+def _splitting(state: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the rule by which the tokenizer splits a text into words.
+
+    Raises:
+        ModelError: llama.cpp would split texts by a different rule, and the model would read other tokens.
+    """
+    found = state["pre_tokenizer"]
+    steps = found.get("pretokenizers", [found])
+    kinds = [step["type"] for step in steps]
+    last = steps[-1]
+    name = None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
+        name = "smollm"
+    elif kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not last.get("use_regex", True):
+        name = _PATTERNS.get(str(steps[0]["pattern"].get("Regex")))
+    merges_all = not state["model"].get("ignore_merges", False)
+    if name is None or last["add_prefix_space"] or merges_all != (name != "llama-bpe"):
+        raise ModelError(
+            f"the tokenizer splits texts into words by {', '.join(kinds)}, in a way that is none of those that can be written as GGUF here"
+            " (GPT-2's, SmolLM's, Qwen 2's, Llama 3's), so llama.cpp would read other tokens than were trained; export a merged folder, and"
+            " convert it with llama.cpp's convert_hf_to_gguf.py"
+        )
+    return name
+
+
+def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """Write a byte-level BPE tokenizer; ids without a token are filled with unused ones."""
     import gguf
 
@@ -137,8 +191,7 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int,
     ]
     writer.add_tokenizer_model("gpt2")
     # llama.cpp splits text by a rule that the file names
-    digits = "Digits" in str(state["pre_tokenizer"])
-    writer.add_tokenizer_pre("qwen2" if kind.startswith("qwen") else "smollm" if digits else "gpt-2")
+    writer.add_tokenizer_pre(_splitting(state))
     writer.add_token_list([tokens.get(i, f"[unused{i}]") for i in range(size)])
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])

@@ -22,6 +22,7 @@ from posttrain.evaluation.statistics import (
     pass_at_k,
     pass_at_k_by_prompt,
     per_prompt,
+    share_interval,
     sign_flip,
     wilson,
 )
@@ -107,6 +108,17 @@ def test_the_interval_of_a_mean_says_how_it_was_made() -> None:
     assert mean_interval([[0, 1], [1, 1]], DRAWS).method == "bootstrap over prompts"
     nothing = mean_interval(np.zeros((40, 3)), DRAWS)
     assert (nothing.method, nothing.low, nothing.high) == ("Wilson", 0.0, pytest.approx(wilson(0, 40)[1]))
+
+
+@pytest.mark.parametrize(("prompts", "share"), [(1, 0.75), (24, 0.75), (24, 0.5), (400, 0.25)])
+def test_equal_shares_leave_no_interval_of_a_point(prompts: int, share: float) -> None:
+    # z = 1.959964; of 24 prompts at .75: (.75 + z²/48 ± z sqrt(.1875/24 + z²/2304)) / (1 + z²/24)
+    found = share_interval(np.full(prompts, share), DRAWS)
+    assert (found.method, found.low, found.high) == ("Wilson", *wilson(prompts * share, prompts))
+    if (prompts, share) == (24, 0.75):
+        assert (found.low, found.high) == (pytest.approx(0.5510, abs=1e-4), pytest.approx(0.8800, abs=1e-4))
+    # a graded reward has no bounds, so that nothing is known beyond the one value
+    assert mean_interval(np.full(prompts, share), DRAWS).method == "bootstrap over prompts"
 
 
 def test_mcnemar_against_binomials_written_out() -> None:

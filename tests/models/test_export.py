@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,7 +29,7 @@ from posttrain.models import export, gguf_writing
 from posttrain.models.export import export_adapter, export_gguf, export_merged, probe, trained_on
 from posttrain.models.folders import load_encoder, load_policy, save_model
 from posttrain.models.gguf import convert
-from posttrain.models.gguf_writing import halved, paired
+from posttrain.models.gguf_writing import _splitting, halved, paired
 from posttrain.models.lora import Adapter
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.settings import LoraSettings
@@ -66,7 +68,8 @@ def made(kind: str) -> PreTrainedModel:
         return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True))
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied"))
+    tied = kind == "tied"
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied, attention_bias=tied))
 
 
 @pytest.fixture(params=["llama", "tied", "qwen2", "qwen3"])
@@ -137,6 +140,52 @@ def test_a_tokenizer_without_merges_and_other_architectures_are_refused(tmp_path
     with pytest.raises(ModelError, match="type 'qwen3_moe' cannot be written as GGUF here, only llama, qwen2, qwen3"):
         export_gguf(tmp_path / "experts", tmp_path / "a.gguf", "f16")
     assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "with hidden_act 'gelu'"),
+        (Qwen3Config(**SIZES, attention_bias=True), "with attention_bias cannot"),
+        (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0), "window of 8 tokens"),
+        (Qwen2Config(**SIZES | {"vocab_size": len(TOKENIZER)}), "no row of its embedding"),
+    ],
+    ids=["activation", "bias", "window", "vocabulary"],
+)
+def test_what_a_gguf_file_cannot_hold_is_refused(config: Any, words: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=words):
+        export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("steps", "whole", "name"),
+    [
+        ([pre_tokenizers.ByteLevel(False)], False, "gpt-2"),
+        ([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)], False, "smollm"),
+        ([pre_tokenizers.Split(Regex(QWEN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)], False, "qwen2"),
+        ([pre_tokenizers.Split(Regex(QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), "isolated"),
+          pre_tokenizers.ByteLevel(False, use_regex=False)], True, "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)], False, None),
+        ([pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(False)], False, None),
+        ([pre_tokenizers.ByteLevel(True)], False, None),
+        ([pre_tokenizers.ByteLevel(False)], True, None),
+    ],
+)  # fmt: skip
+def test_the_rule_that_splits_texts_is_named_as_llama_cpp_names_it(steps: Any, whole: bool, name: str | None) -> None:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=whole))
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    state = json.loads(tokenizer.to_str())
+    if name is None:
+        with pytest.raises(ModelError, match=r"llama\.cpp would read other tokens"):
+            _splitting(state)
+    else:
+        assert _splitting(state) == name
 
 
 def test_pairs_and_halves_of_two_heads() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from pipelines.report.analysis import _level, _test
 from posttrain.evaluation.crossed import crossed_mean
-from posttrain.evaluation.statistics import Resampling
+from posttrain.evaluation.statistics import Resampling, wilson
 
 DRAWS = Resampling(200, 0.95, 0)
 PROMPTS = np.arange(100)
@@ -25,6 +26,12 @@ def test_the_interval_of_a_share_lies_between_0_and_1() -> None:
 def test_the_interval_of_a_difference_of_shares_lies_between_minus_1_and_1() -> None:
     found = _test(APART, 1 - APART[:, ::-1], DRAWS, 1, None, -1.0)
     assert (found.difference.low, found.difference.high) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 1), (1, 1), (24, 3)])
+def test_prompts_that_are_all_solved_equally_often_leave_an_interval(shape: tuple[int, int]) -> None:
+    found = _level(np.full(shape, 0.75), DRAWS, None, 0.0)
+    assert (found.low, found.high) == wilson(0.75 * shape[0], shape[0])
 
 
 def test_other_rewards_have_no_bounds() -> None:
