@@ -57,6 +57,22 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def one_line(text: str) -> str:
+    """Return an error's text as one line: its first line and its last one that is neither decoration nor an entry of a list.
+
+    Example:
+        >>> one_line("***" + chr(10) + "No corpus." + chr(10) + "Tried: words" + chr(10) + "Searched in:" + chr(10) + "  - /tmp")
+        'No corpus. … Tried: words'
+    """
+    lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))]
+    while len(lines) > 1 and lines[0].endswith(":"):  # the type of an error whose text begins with an empty line
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    if len(lines) < 2:
+        return "".join(lines)[:300] or text.strip()
+    last = [line for line in lines[1:] if not line.startswith(("- ", "* ", ">>> ")) and not line.endswith(":")]
+    return " … ".join(line[:300] for line in [lines[0], *last[-1:]])
+
+
 def normalised(text: str) -> str:
     """Return the text as leakage and duplicate checks compare it: one Unicode form, no case, single spaces.
 

@@ -292,6 +292,12 @@ def _surroundings(params: Params) -> dict[str, Any]:
     }
 
 
+def _has_more_lines(error: BaseException) -> bool:
+    """Return True if a foreign error of several lines, of which our message shows the first and the last, caused this one."""
+    texts = [*getattr(error, "__notes__", []), str(error.__cause__ or "").strip()]
+    return any("\n" in text for text in texts)
+
+
 def _execute(step: Step, run: Run, verify: Callable[[], None]) -> None:
     """Run the body, verify that its inputs are as they were, and write the end of the journal, whatever happens."""
     state, recorder = run.context.state, run.recorder
@@ -310,6 +316,8 @@ def _execute(step: Step, run: Run, verify: Callable[[], None]) -> None:
         try:
             (state / ARTIFACTS).mkdir(exist_ok=True)
             (state / ARTIFACTS / TRACEBACK).write_text(text, encoding="utf-8")
+            if isinstance(error, PosttrainError) and _has_more_lines(error):
+                print(f"The full text of this error: {state / ARTIFACTS / TRACEBACK}", file=sys.stderr)
             recorder.close(FAILED, f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode())
         except OSError as full:
             # A journal without an end record marks a run that was cut off: the same command continues it.

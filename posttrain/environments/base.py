@@ -24,7 +24,7 @@ from posttrain.api_arguments import require, require_function
 from posttrain.environments.checked import CheckedRows
 from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError
-from posttrain.text import nearest
+from posttrain.text import nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def environment(name: str) -> Environment:
     except ConfigError:  # it says what is wrong
         raise
     except (Exception, SystemExit) as error:  # the import runs a user's module, which may raise anything
-        raise ConfigError(f"cannot import the environment {name!r}: {error}") from error
+        raise ConfigError(f"cannot import the environment {name!r}: {one_line(str(error))}") from error
     if not isinstance(found, Environment):
         raise ConfigError(f"{name!r} is a {type(found).__name__}, not an Environment")
     return found

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from posttrain.environments.parts import Kind, Row
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.text import nearest, shortened
+from posttrain.text import nearest, one_line, shortened
 
 _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("prompt", "completion"), ("messages",)),
@@ -58,7 +58,7 @@ class CheckedRows:
         except PosttrainError:  # it says what is wrong
             raise
         except (Exception, SystemExit) as error:  # a task's author may raise anything
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
             raise ConfigError(
                 f"environment {self.name!r} could not make its table {kind} ({reason}); correct its function rows"
             ) from error

@@ -27,7 +27,7 @@ from typing import Any
 from posttrain.environments.base import Environment
 from posttrain.environments.parts import Kind, Row, distinct
 from posttrain.errors import ConfigError
-from posttrain.text import nearest, normalised
+from posttrain.text import nearest, normalised, one_line
 
 PACKAGE = "reasoning_gym"
 ENTRY = "entry"
@@ -136,7 +136,7 @@ def _entries(name: str, stream: str, count: int, options: dict[str, Any]) -> Ite
         config = import_module(f"{PACKAGE}.factory").DATASETS[name][1]
         known = [field.name for field in dataclasses.fields(config) if field.name not in ("seed", "size")]
         raise ConfigError(
-            f"data.environments: {PACKAGE}:{name}: {error}; its options are {', '.join(known)}, and careless"
+            f"data.environments: {PACKAGE}:{name}: {one_line(str(error))}; its options are {', '.join(known)}, and careless"
         ) from error
     return (made[index] for index in range(count))
 

@@ -28,7 +28,7 @@ from posttrain.environments.parts import Kind, Row, distinct
 from posttrain.environments.replayed import ENTRY, ReplayedEnvironment
 from posttrain.environments.verifiers_replay import Episode, LoadedEnvironment, load, play
 from posttrain.errors import ConfigError
-from posttrain.text import normalised
+from posttrain.text import normalised, one_line
 
 PACKAGE = "verifiers"
 _DRAWS = 40
@@ -43,7 +43,7 @@ def environment_of(name: str) -> ReplayedEnvironment:
     try:
         import_module(f"{PACKAGE}.v1.utils.loaders").taskset_class(name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{PACKAGE}:{name}: verifiers cannot load this taskset: {error}") from error
+        raise ConfigError(f"{PACKAGE}:{name}: verifiers cannot load this taskset: {one_line(str(error))}") from error
     return ReplayedEnvironment(
         name, partial(_rows, name), _exact, partial(_reply, name), package=PACKAGE, score=partial(score, name)
     )

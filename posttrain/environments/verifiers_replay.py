@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.errors import ConfigError, RolloutError
+from posttrain.text import one_line
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class LoadedEnvironment:
             self.own = loaders.load_environment(loaders.resolve_env_config({"taskset": {"id": name, **options}}))
         except Exception as error:  # the import and the configuration run a package's code, which may raise anything
             raise ConfigError(
-                f"verifiers:{name}: cannot be loaded with the options {dict(options)}: {error}"
+                f"verifiers:{name}: cannot be loaded with the options {dict(options)}: {one_line(str(error))}"
             ) from error
         self.name, self.kind = name, type(self.own.taskset).task_type()
         self._check()

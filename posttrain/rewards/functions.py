@@ -25,7 +25,7 @@ from posttrain.rewards.extraction import KINDS as ANSWER_KINDS
 from posttrain.rewards.golds import gold_texts
 from posttrain.rewards.mathematics import math
 from posttrain.rewards.signatures import CALL, call_signature, misfit
-from posttrain.text import nearest
+from posttrain.text import nearest, one_line
 
 
 def answer(
@@ -103,7 +103,9 @@ def find_function(name: str) -> RewardFunction:
     except ConfigError:  # it says what is wrong
         raise
     except (Exception, SystemExit) as error:  # the import runs a user's module, which may raise anything
-        raise ConfigError(f"cannot import the reward function {name!r}: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"cannot import the reward function {name!r}: {type(error).__name__}: {one_line(str(error))}"
+        ) from error
     function: RewardFunction = found.reward if isinstance(found, Environment) else found
     if not callable(function):
         raise ConfigError(f"the reward function {name!r} is a {type(function).__name__}; give a function {CALL}")

@@ -29,6 +29,7 @@ from posttrain.models.policy import Scorer
 from posttrain.rewards.calling import CallResult, RewardFunction, call
 from posttrain.rewards.judge import Judge
 from posttrain.rewards.worker import Worker
+from posttrain.text import one_line
 
 OnFailure = Literal["stop", "skip"]
 LARGEST_REWARD = 1e15
@@ -124,6 +125,7 @@ class FunctionReward:
 
     def _failed(self, kind: str, answers: RewardBatch, result: CallResult) -> None:
         rows, message = sorted(result.failures), next(iter(result.failures.values()))
+        message = one_line(message) if self.on_failure == "stop" else message
         verb = "took too long" if kind == "timed_out" else "failed"
         ids = [answers.ids[row] for row in rows] if answers.ids else rows
         listed = ", ".join(str(i) for i in dict.fromkeys(ids[:NAMED_ROWS])) + (", …" if len(rows) > NAMED_ROWS else "")

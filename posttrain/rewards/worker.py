@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -88,7 +89,9 @@ class Worker:
         except RewardError as error:
             raise ConfigError(f"cannot import the reward function {self.path!r}: {error}") from None
         if "error" in started:
-            raise ConfigError(started["error"])
+            failure = ConfigError(started["error"])
+            failure.add_note(started["trace"])
+            raise failure
         return self._process
 
     def _exchange(self, process: subprocess.Popen[bytes], request: Any, seconds: float) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def serve(path: str) -> None:
     try:
         function = find_function(path)
     except ConfigError as error:
-        reply({"error": str(error)})
+        reply({"error": str(error), "trace": traceback.format_exc()})
         return
     reply({})
     for line in requests:

@@ -35,7 +35,7 @@ from posttrain.data.tokens import TextEncoder, row_tools
 from posttrain.environments.base import Conversation, Messages, Step
 from posttrain.errors import ConfigError, DataError, RolloutError
 from posttrain.rollouts.engine import Completion, Engine, Request, SamplingSettings
-from posttrain.text import shortened
+from posttrain.text import one_line, shortened
 
 OnError = Literal["stop", "end", "tell"]
 REPLYING = ("user", "tool", "system")
@@ -132,7 +132,7 @@ class TurnEngine:
             reason = f"{type(error).__name__}: {error}"
             if self.turns.on_error == "stop":
                 raise RolloutError(
-                    f"the environment's step failed {place} ({reason}). Correct it, or set turns.on_error to `end` or `tell`"
+                    f"the environment's step failed {place} ({one_line(reason)}). Correct it, or set turns.on_error to `end` or `tell`"
                 ) from error
             return [] if self.turns.on_error == "end" else [{"role": "user", "content": f"error: {reason}"}]
         return checked_reply(reply, place)

@@ -98,6 +98,10 @@ def test_a_new_module_of_the_package_is_found_by_its_name(
         sys.modules.pop(f"{base.PACKAGE}.reversed_word", None)
 
 
+def corpus_missing(*_: Any) -> Any:
+    raise LookupError("\n*****\n  No corpus.\n\n  Tried: words\n  Searched in:\n    - '/usr/share'\n*****\n")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -112,6 +116,7 @@ def test_a_new_module_of_the_package_is_found_by_its_name(
         (lambda *_: [{"prompt": "a", "answer": "b"}] * 3, "the table problems has 3 rows, and 2 were asked for"),
         (lambda *_: 1 / 0, "could not make its table problems .ZeroDivisionError"),
         (lambda *_: (row for row in [{"prompt": 1 / 0}]), "could not make its table problems .ZeroDivisionError"),
+        (corpus_missing, r"could not make its table problems .LookupError: No corpus. … Tried: words\); correct"),
         (lambda kind: [], "too many positional arguments"),
     ],
 )

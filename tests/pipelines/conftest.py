@@ -45,7 +45,8 @@ def run(run: Run) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         if os.environ.get("FAIL_AT") == str(step):
             kinds = {"data": DataError, "bug": ZeroDivisionError, "memory": RuntimeError}
-            raise kinds[os.environ["FAIL_WITH"]](os.environ.get("FAIL_TEXT", "no"))
+            cause = ValueError(os.environ["FAIL_CAUSE"]) if "FAIL_CAUSE" in os.environ else None
+            raise kinds[os.environ["FAIL_WITH"]](os.environ.get("FAIL_TEXT", "no")) from cause
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         if Path("enough").exists():
             break

@@ -139,10 +139,11 @@ def test_what_cannot_be_imported_is_refused_before_anything_is_judged(
     with pytest.raises(ConfigError, match="cannot import the reward function 'no_such_module:f'"):
         Worker("no_such_module:f", 1.0)
     (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(3600)\n")
-    (tmp_path / "broken_import.py").write_text("raise RuntimeError('half written')\n")
+    (tmp_path / "broken_import.py").write_text("raise RuntimeError('half\\n\\nwritten\\n')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="'broken_import:f': RuntimeError: half written"):
+    with pytest.raises(ConfigError, match=r"'broken_import:f': RuntimeError: half … written$") as broken:
         Worker("broken_import:f", 1.0)
+    assert "half\n\nwritten\n" in "".join(broken.value.__notes__)
     monkeypatch.setattr(worker_module, "START_SECONDS", 0.5)
     with pytest.raises(ConfigError, match=r"'slow_to_import:f': no answer within 0\.5 seconds"):
         Worker("slow_to_import:f", 1.0)
