@@ -68,6 +68,8 @@ def mlflow(browser: Browser, project: Path, target: Path) -> None:
             expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE_MS)
             if name == "compare":  # its plots fill the first screen; the settings that differ are below
                 page.get_by_role("button", name="Visualizations").click()
+            if name == "charts":  # its first panel is drawn last
+                page.locator("svg .dimension").first.wait_for(state="attached", timeout=PATIENCE_MS)
             page.wait_for_timeout(5000)  # the charts are drawn one after another
             save(target / f"mlflow-{name}.png", page.screenshot())
             page.close()
