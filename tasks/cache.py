@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.lost_files import cache_object, lost_or_cut
 from pipelines.tracking.content import file_md5, path_md5
 from pipelines.tracking.lockfile import read_lock
 from posttrain.errors import DataError, OrchestrationError
 from posttrain.files import files_below, read_json
 from tasks.process import child_environment
-
-_CHUNK = 1 << 20
 
 
 def cache_folder(root: Path) -> Path | None:
@@ -37,11 +36,11 @@ def objects(root: Path, md5: str) -> list[Path]:
     folder = cache_folder(root)
     if folder is None:
         return []
-    first = _object(folder, md5)
+    first = cache_object(folder, md5)
     if not md5.endswith(".dir") or not first.is_file() or is_damaged(first):
         return [first]
     members = [str(entry["md5"]) for entry in read_json(first, "Remove it, then type `dvc pull`.")]
-    return [first, *(_object(folder, member) for member in dict.fromkeys(members))]
+    return [first, *(cache_object(folder, member) for member in dict.fromkeys(members))]
 
 
 def cached(root: Path, md5: str) -> bool:
@@ -94,13 +93,12 @@ def refuse_partial(root: Path, pointer: str, folder: Path, entry: Mapping[str, A
     md5 = str(entry.get("md5", ""))
     if not md5.endswith(".dir") or not folder.is_dir():
         return
-    present = {path.relative_to(folder).as_posix() for path in files_below(folder)}
+    present = {path.relative_to(folder).as_posix() for path in files_below(folder) if path.is_file()}
     if (cache := cache_folder(root)) is None:
         return
-    listing = _object(cache, md5)
+    listing = cache_object(cache, md5)
     if listing.is_file() and not is_damaged(listing):
-        listed = {str(each["relpath"]): _object(cache, str(each["md5"])) for each in read_json(listing, "Remove it.")}
-        lost = [name for name in listed if name not in present or _is_cut(folder / name, listed[name])]
+        lost = lost_or_cut(folder, listing, cache)
         count, first = len(lost), f" (first: {lost[0]})" if lost else ""
     else:
         count, first = int(entry.get("nfiles", 0)) - len(present), ""
@@ -112,21 +110,6 @@ def refuse_partial(root: Path, pointer: str, folder: Path, entry: Mapping[str, A
         )
 
 
-def _is_cut(path: Path, whole: Path) -> bool:
-    """Return True if a file is the beginning of the object that the cache holds for it."""
-    if not whole.is_file() or path.stat().st_size >= whole.stat().st_size:
-        return False
-    with path.open("rb") as mine, whole.open("rb") as theirs:
-        while chunk := mine.read(_CHUNK):
-            if chunk != theirs.read(len(chunk)):
-                return False
-    return True
-
-
 def is_damaged(path: Path) -> bool:
     """Return True if an object of the cache does not have the hash that its path says."""
     return file_md5(path) != path.parent.name + path.name.removesuffix(".dir")
-
-
-def _object(folder: Path, md5: str) -> Path:
-    return folder / "files" / "md5" / md5[:2] / md5[2:]

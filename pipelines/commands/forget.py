@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from pipelines.commands.intake import LOCK as INTAKE
 from pipelines.config.params import load_params
+from pipelines.data.lost_files import POINTER
 from pipelines.data.sources import ACCEPTED
 from pipelines.lineage.erasure import Erasure, erase, plan
 from pipelines.lineage.graph import ERASED, FORGOTTEN, Lineage
@@ -85,7 +87,14 @@ def forget(project: Path, lineage: Lineage, found: Erasure, file: Path) -> tuple
             raise OrchestrationError(
                 f"the rows are deleted, but `dvc add {ACCEPTED}` failed: {done.stderr.strip()[-300:]}. Type it again, then `make retrain`."
             )
+        _stage_pointer(project)
     return remotes, marked
+
+
+def _stage_pointer(project: Path) -> None:
+    """Add accepted.dvc to git's index: by the files that it names there, ingest decides whether files were lost."""
+    if shutil.which("git") is not None:  # fails without a repository, where nothing is compared
+        subprocess.run(["git", "add", "--update", POINTER], cwd=project, capture_output=True, check=False)
 
 
 def record(path: Path, lineage: Lineage, found: Erasure) -> None:

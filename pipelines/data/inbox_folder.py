@@ -24,6 +24,7 @@ from pipelines.data import size_limit
 from pipelines.data.folders import exists, opened
 from pipelines.data.inbox import QUARANTINED, Arrival, Inbox, StoreInbox, free_names, unusable, waits
 from posttrain.errors import ConfigError, DataError
+from posttrain.files import named_in_errors
 
 CLAIMED = ".claimed"
 _ATTEMPTS = ("1", "2")
@@ -122,7 +123,7 @@ class FolderInbox:
             raise DataError(f"{arrival.file}: this user may not read it; `chmod u+r` it and move it back") from error
         except OSError as error:
             raise DataError(f"{arrival.file}: it cannot be opened: {error.strerror}") from error
-        with open(descriptor, "rb") as source, target.open("wb") as local:
+        with open(descriptor, "rb") as source, named_in_errors(target), target.open("wb") as local:
             size_limit.copy(source, local, arrival.file)
 
     def unchanged(self, arrival: Arrival) -> bool:

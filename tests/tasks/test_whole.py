@@ -64,3 +64,12 @@ def test_a_damaged_output_that_dvc_calls_up_to_date_is_made_again(finished: Path
     with pytest.raises(OrchestrationError, match=r"inbox has other bytes than its hash .* in inbox\.dvc"):
         drop_damaged(finished, dag, {"start"})
     assert (data.read_text(), pointer.is_file()) == ("9", True)
+
+
+def test_links_whose_objects_the_cache_has_lost_are_named(finished: Path) -> None:
+    """With `cache.type symlink` or a cache on a different disk, `dvc status` itself ends in an error."""
+    (finished / "inbox" / "number.txt").unlink()
+    (finished / "inbox" / "number.txt").symlink_to(finished / "lost")
+    assert "inbox.dvc" in changed(finished)
+    with pytest.raises(OrchestrationError, match=r"1 files that inbox\.dvc lists are missing .*first: number\.txt"):
+        restore_missing(finished, "inbox.dvc")
