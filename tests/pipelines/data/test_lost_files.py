@@ -39,7 +39,7 @@ def test_files_that_gits_pointer_names_and_the_folder_lacks_stop_plain_dvc(tmp_p
 
 
 def test_a_file_that_was_cut_short_or_replaced_by_a_different_one_stops_plain_dvc(tmp_path: Path) -> None:
-    """The number of files is the same; the list of files in DVC's cache names the one that is not whole."""
+    """Compare by the list of files in DVC's cache: their number is the same."""
     folder, cache = tmp_path / "data/raw/accepted/sft", tmp_path / ".dvc/cache"
     folder.mkdir(parents=True)
 
