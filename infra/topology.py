@@ -107,6 +107,8 @@ class Topology:
         """Start one service."""
         if name in self.ports:
             self._require_port(name)
+        if name == "postgres":
+            self.postgres.create()  # before the first `up` there is none
         self.processes.start(self.service(name))
         self.processes.wait(self.service(name))
         self._after(name)

@@ -87,11 +87,11 @@ def forget(project: Path, lineage: Lineage, found: Erasure, file: Path) -> tuple
             raise OrchestrationError(
                 f"the rows are deleted, but `dvc add {ACCEPTED}` failed: {done.stderr.strip()[-300:]}. Type it again, then `make retrain`."
             )
-        _stage_pointer(project)
+        stage_pointer(project)
     return remotes, marked
 
 
-def _stage_pointer(project: Path) -> None:
+def stage_pointer(project: Path) -> None:
     """Add accepted.dvc to git's index: by the files that it names there, ingest decides whether files were lost."""
     if shutil.which("git") is not None:  # fails without a repository, where nothing is compared
         subprocess.run(["git", "add", "--update", POINTER], cwd=project, capture_output=True, check=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.commands.forget import stage_pointer
 from pipelines.data.lost_files import POINTER, lost_or_cut, refuse_lost_files
 from posttrain.errors import DataError
 
@@ -33,6 +34,11 @@ def test_files_that_gits_pointer_names_and_the_folder_lacks_stop_plain_dvc(tmp_p
     ):
         refuse_lost_files(project)
     stage(TEXT.format(1))  # on purpose
+    refuse_lost_files(project)
+    pointer.write_text(TEXT.format(0))
+    stage_pointer(project)  # as `posttrain forget` does
+    pointer.write_text(TEXT.format(1))
+    (project / "data/raw/accepted/sft/0001-a.jsonl").unlink()
     refuse_lost_files(project)
     stage("outs: 3\n")
     refuse_lost_files(project)
