@@ -187,6 +187,7 @@ def test_a_page_of_a_different_port_neither_reads_nor_changes_what_mlflow_keeps(
         ("POST", "/ajax-api/3.0/mlflow/assistant/message", {"message": "hello"}),
         ("PATCH", "/ajax-api/3.0/mlflow/assistant/sessions/a%0Ab", {"status": "cancelled"}),
         ("POST", "/gateway/mlflow/v1/chat/completions", {"model": "x", "messages": []}),
+        ("POST", "/ajax-api/2.0/mlflow/gateway-proxy", {"gateway_path": "api/2.0/endpoints/"}),
         ("POST", "/ajax-api/3.0/jobs/search", {}),
         ("GET", "/api/3.0/mlflow/gateway/secrets/list", None),
         ("POST", "/ajax-api/3.0/mlflow/scorer/invoke", {}),
@@ -200,6 +201,12 @@ def test_the_password_of_mlflow_starts_no_assistant_gateway_or_job(
     url = servers.mlflow + path
     assert status(url, body, method) == 401
     assert status(url, body, method, **servers.admin) == 403
+
+
+def test_the_charts_of_mlflow_find_no_models_of_a_gateway_instead_of_an_error(servers: Servers) -> None:
+    url = f"{servers.mlflow}/ajax-api/2.0/mlflow/gateway-proxy?gateway_path=api%2F2.0%2Fendpoints%2F"
+    assert status(url) == 401
+    assert status(url, **servers.admin) == 200
 
 
 def test_secrets_are_in_private_files_and_in_no_process_list(servers: Servers) -> None:
