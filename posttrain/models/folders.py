@@ -39,6 +39,7 @@ from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
 from posttrain.models.deferred import after_fill, deferred_model
+from posttrain.models.gguf_writing import splitting_rule
 from posttrain.models.weights import (
     broken_weights,
     check_folder,
@@ -84,6 +85,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration"
         )
+    _report_other_splitting(tokenizer, source)
     if tokenizer.pad_token_id is None:
         # nothing is padded here; the saved tokenizer needs one for those who pad
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,6 +93,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"{source}: the tokenizer has no pad token; {tokenizer.eos_token!r} is saved as pad", file=sys.stderr
         )
     return tokenizer
+
+
+def _report_other_splitting(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
+    """Report a tokenizer.json whose rule for splitting texts transformers replaces by that of the model's type."""
+    file, backend = Path(source) / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return
+    written = splitting_rule(json.loads(file.read_text(encoding="utf-8")))
+    found = splitting_rule(json.loads(backend.to_str()))
+    if written and found and written != found:
+        _report_once(
+            f"{source}: tokenizer.json splits texts by the rule {written!r}, but transformers reads it with the rule {found!r} of the"
+            " model's type, and so does everything here. Programs that read the file alone get other tokens"
+        )
 
 
 def load_policy(source: str | Path, deferred: bool = False) -> PreTrainedModel:

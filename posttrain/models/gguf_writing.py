@@ -142,30 +142,38 @@ def _write_configuration(writer: Any, config: PreTrainedConfig) -> None:
 
 
 def _splitting(state: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the rule by which the tokenizer splits a text into words.
+    """Return `splitting_rule` of a tokenizer.
 
     Raises:
         ModelError: llama.cpp would split texts by a different rule, and the model would read other tokens.
     """
-    found = state["pre_tokenizer"]
-    steps = found.get("pretokenizers", [found])
-    kinds = [step["type"] for step in steps]
-    last = steps[-1]
-    name = None
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        name = "gpt-2"
-    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
-        name = "smollm"
-    elif kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not last.get("use_regex", True):
-        name = _PATTERNS.get(str(steps[0]["pattern"].get("Regex")))
-    merges_all = not state["model"].get("ignore_merges", False)
-    if name is None or last["add_prefix_space"] or merges_all != (name != "llama-bpe"):
+    name = splitting_rule(state)
+    if name is None or state["model"].get("ignore_merges", False) != (name == "llama-bpe"):
+        found = state["pre_tokenizer"]
+        kinds = ", ".join(step["type"] for step in found.get("pretokenizers", [found]))
         raise ModelError(
-            f"the tokenizer splits texts into words by {', '.join(kinds)}, in a way that is none of those that can be written as GGUF here"
+            f"the tokenizer splits texts into words by {kinds}, in a way that is none of those that can be written as GGUF here"
             " (GPT-2's, SmolLM's, Qwen 2's, Llama 3's), so llama.cpp would read other tokens than were trained; export a merged folder, and"
             " convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     return name
+
+
+def splitting_rule(state: dict[str, Any]) -> str | None:
+    """Return llama.cpp's name of the rule by which a tokenizer, given as its JSON, splits a text into words; None if it is not known."""
+    found = state.get("pre_tokenizer") or {"type": "none"}
+    steps = found.get("pretokenizers", [found])
+    kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+    if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space", True):
+        return None
+    splits = last.get("use_regex", True)
+    if kinds == ["ByteLevel"] and splits:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and splits:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and first.get("behavior") == "Isolated" and not splits:
+        return _PATTERNS.get(str(first.get("pattern", {}).get("Regex")))
+    return None
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:

@@ -27,7 +27,7 @@ from pipelines.commands.export import main
 from posttrain.errors import ModelError
 from posttrain.models import export, gguf_writing
 from posttrain.models.export import export_adapter, export_gguf, export_merged, probe, trained_on
-from posttrain.models.folders import load_encoder, load_policy, save_model
+from posttrain.models.folders import load_encoder, load_policy, load_tokenizer, save_model
 from posttrain.models.gguf import convert
 from posttrain.models.gguf_writing import _splitting, halved, paired
 from posttrain.models.lora import Adapter
@@ -158,6 +158,17 @@ def test_what_a_gguf_file_cannot_hold_is_refused(config: Any, words: str, tmp_pa
     with pytest.raises(ModelError, match=words):
         export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_rule_that_transformers_replaces_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("qwen2", "qwen3"):
+        made(kind).save_pretrained(tmp_path / kind)
+        TOKENIZER.save_pretrained(tmp_path / kind)
+        load_tokenizer(tmp_path / kind)
+    # AutoTokenizer gives Qwen 2's rule to every tokenizer of a Qwen 2 model
+    said = capsys.readouterr().err
+    assert "tokenizer.json splits texts by the rule 'gpt-2', but transformers reads it with the rule 'qwen2'" in said
+    assert "qwen3: tokenizer.json splits" not in said
 
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
