@@ -82,11 +82,7 @@ class Params(Section):
             if name not in self.algorithms:
                 raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
         for name in self.algorithms:
-            self.algorithm(name)
-            budget = self.budget(name)
-            if isinstance(budget, OnPolicyBudget):
-                self._check_budget(name, budget)
-            self._check_rewards(name)
+            self._check_section(name)
         for field in ("rewards", "accuracy"):
             names = getattr(self.evaluation, field)
             for source in [names] if isinstance(names, str) else names:
@@ -108,6 +104,22 @@ class Params(Section):
         check_best_checkpoint(self.align.best_checkpoint, self.rewards, budgets)
         check_space(self)
         return self
+
+    def _check_section(self, name: str) -> None:
+        """Check one section of `algorithms`, also one that project.algorithms does not list."""
+        try:
+            self.algorithm(name)
+            budget = self.budget(name)
+            if isinstance(budget, OnPolicyBudget):
+                self._check_budget(name, budget)
+            self._check_rewards(name)
+        except ConfigError as error:
+            if name in self.project.algorithms:
+                raise
+            raise ConfigError(
+                f"{str(error).rstrip('.')}. project.algorithms does not list {name}, but every section is checked."
+                f" Correct it, or remove it: algorithms.{name}=null"
+            ) from None
 
     def algorithm(self, name: str) -> Algorithm:
         """Return the algorithm's spec that section `algorithms.name` describes."""
@@ -197,8 +209,10 @@ class Params(Section):
             )
         self._check_context(f"algorithms.{name}: max_new_tokens", budget.max_new_tokens)
         if budget.prompts_per_step % spec.minibatches:
+            fitting = -(-budget.prompts_per_step // spec.minibatches) * spec.minibatches
             raise ConfigError(
-                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {spec.minibatches}"
+                f"algorithms.{name}: prompts_per_step = {budget.prompts_per_step} must be a multiple of minibatches = {spec.minibatches};"
+                f" set algorithms.{name}.budget.prompts_per_step={fitting}"
             )
 
     def _check_context(self, field: str, new_tokens: int) -> None:

@@ -240,6 +240,20 @@ def test_whatever_stands_in_a_leaf_it_is_accepted_or_refused_in_words(
         parse_params(changed(tree, path, value))
 
 
+def test_a_section_that_is_not_listed_is_checked_and_the_message_leads_on(tree: Any) -> None:
+    answer = {"rewards": {"answer": 1.0}}
+    sections = {"grpo": {"preset": "grpo"} | answer, "odd": {"preset": "gspo"} | answer}
+    only = changed(changed(tree, "project.algorithms", ["grpo"]), "algorithms", sections)
+    small = changed(only, "align.on_policy.prompts_per_step", 6)
+    with pytest.raises(
+        ConfigError, match=r"set algorithms\.odd\.budget\.prompts_per_step=8\. .*remove it: algorithms\.odd=null$"
+    ):
+        parse_params(small)
+    assert parse_params(changed(small, "algorithms.odd.budget.prompts_per_step", 8))
+    with pytest.raises(ConfigError, match=r"budget\.prompts_per_step=8$"):
+        parse_params(changed(small, "project.algorithms", ["grpo", "odd"]))
+
+
 @pytest.mark.parametrize(
     "path", ["align.on_policy.steps", "algorithms.dpo_soft.options.score_scale", "sft.epochs", "tune.trials"]
 )
