@@ -80,9 +80,10 @@ def _damaged(root: Path, outputs: Iterable[Output]) -> list[Output]:
     known, wrong = _known(root), []
     before = dict(known)
     for name, path, md5 in outputs:
-        if not (root / path).exists():
+        try:
+            entry = [md5, _stamp(root / path)]
+        except FileNotFoundError:  # DVC reports it, also a link whose object is lost
             continue
-        entry = [md5, _stamp(root / path)]
         if known.get(path) == entry:
             continue
         if path_md5(root / path) == md5 or not _is_damaged(root, path, md5):

@@ -71,5 +71,6 @@ def test_links_whose_objects_the_cache_has_lost_are_named(finished: Path) -> Non
     (finished / "inbox" / "number.txt").unlink()
     (finished / "inbox" / "number.txt").symlink_to(finished / "lost")
     assert "inbox.dvc" in changed(finished)
+    assert drop_damaged(finished, read_dag(finished), {"start"}) == set(), "DVC reports it"
     with pytest.raises(OrchestrationError, match=r"1 files that inbox\.dvc lists are missing .*first: number\.txt"):
         restore_missing(finished, "inbox.dvc")
