@@ -182,6 +182,27 @@ def _check_index(path: Path) -> None:
             f"{path.parent}: holds two sets of weights: {single}, and the files that {path.name} names. Only one of them would be"
             " loaded; remove the other"
         )
+    _check_shards([path.parent / name for name in sorted(names)])
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Raise ModelError if two files hold different values of one weight: which is loaded depends on the order, not on the index."""
+    holders: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, not a mapping
+                first = holders.setdefault(name, path)
+                if first != path and not torch.equal(_tensor(first, name), weights.get_tensor(name)):
+                    raise ModelError(
+                        f"{path.parent}: {first.name} and {path.name} hold different values of {name}, so it cannot be known which is the"
+                        " model's; fetch the model again, without files of an earlier version"
+                    )
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as weights:
+        found: torch.Tensor = weights.get_tensor(name)
+    return found
 
 
 def _check_quantisation(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,16 @@ def test_two_sets_of_weights_in_one_folder_are_refused(folder: Path) -> None:
     expected = count_parameters(folder)
     (folder / "model.safetensors").unlink()
     assert count_parameters(folder) == expected == sum(p.numel() for p in load_policy(folder).parameters())
+    name = min(weights)
+    save_file({name: weights[name]}, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    index["weight_map"] |= {name: "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_folder(folder)  # the same values twice
+    save_file({name: weights[name] + 1}, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"-00001-of-.* and .*-00002-of-.* hold different values of {re.escape(name)}"
+    ):
+        load_policy(folder)
 
 
 def test_generation_settings_that_distort_sampling_are_reported(
