@@ -177,7 +177,7 @@ def _overlay(change: str) -> dict[str, Any]:
         raise ConfigError(
             f"{change!r}: there is no value after the equals sign; to remove an optional key, write {key}=null"
         )
-    parse_yaml(value, change[:_SHOWN])  # refuses what is no YAML, nested too deeply, or stands for millions of values
+    parse_yaml(value, change[:_SHOWN])  # refuses no YAML, deep nesting, and aliases of millions of values
     try:
         tree = _round_trip().load(value)
     except (YAMLError, ValueError) as error:

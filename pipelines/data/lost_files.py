@@ -47,7 +47,7 @@ def refuse_lost_files(project: Path) -> None:
 
 
 def lost_or_cut(folder: Path, listing: Path, cache: Path) -> list[str]:
-    """Return those files of a listing of DVC's cache that are missing in a folder, or are only the beginning of what the cache holds."""
+    """Return those files of a listing of DVC's cache that are missing in a folder, or are only a beginning of the object in the cache."""
     listed = {str(each["relpath"]): cache_object(cache, str(each["md5"])) for each in json.loads(listing.read_bytes())}
     return [name for name, whole in listed.items() if _is_lost(folder / name, whole)]
 

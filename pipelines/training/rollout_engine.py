@@ -159,7 +159,7 @@ def _sleep(lm: PreTrainedModel) -> Sleep | None:
 
     device = torch.get_device_module(lm.device)
     size = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
-    # a server holds bfloat16 where the trainer may hold float32
+    # a server holds bfloat16, and the trainer may hold float32
     return Sleep(lambda: int(device.mem_get_info(lm.device)[0]), size // 2, device.empty_cache)
 
 

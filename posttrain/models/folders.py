@@ -105,7 +105,7 @@ def _report_other_splitting(tokenizer: PreTrainedTokenizerBase, source: str | Pa
     if written and found and written != found:
         _report_once(
             f"{source}: tokenizer.json splits texts by the rule {written!r}, but transformers reads it with the rule {found!r} of the"
-            " model's type, and so does everything here. Programs that read the file alone get other tokens"
+            " model's type, and so does everything here. Programs that read only this file get other tokens"
         )
 
 

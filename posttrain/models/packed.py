@@ -55,7 +55,7 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "output_attentions", "position_ids", "
 """Arguments of attention functions that do not change causal attention."""
 REACH = "_posttrain_reach"
 """Attribute of a prepared model: tokens of the longest row that packed attention computes as the model does, None without a limit."""
-OTHER_MIXERS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+OTHER_MIXERS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 """Errors of a trial: attention that is not plain raises TypeError, layers that mix tokens in other ways one of the rest."""
 PROBE = (Tokens((3, 4), (5, 6, 7)), Tokens((3, 4), (6,)), Tokens((5,), (3, 4)))
 """Two rows that share a prompt, and one with its own prompt."""

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SMALL = (
     "project.algorithms=[grpo]", "data.sft.rows=48", "data.preferences.rows=40", "data.problems.rows=32",
-    "data.evaluation.rows=40", "align.on_policy.steps=2", "evaluation.samples_per_prompt=2", "evaluation.pass_k=[1,2]", "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
+    "data.evaluation.rows=40", "align.on_policy.steps=2", "evaluation.samples_per_prompt=2", "evaluation.pass_k=[1,2]",
+    "sft.optimizer.warmup_steps=0", "reward.optimizer.warmup_steps=0",
     "align.preference.optimizer.warmup_steps=0", "evaluation.max_new_tokens=32", "align.on_policy.max_new_tokens=32",
     "align.on_policy.prompts_per_step=4", "sft.epochs=1", "reward.epochs=1",
 )  # fmt: skip

@@ -19,8 +19,8 @@ def test_two_processes_that_share_rows_agree_with_one(root: Path, tmp_path: Path
     together(root, {VARIABLE: "2"}, "tests.training.context_parallel", str(tmp_path / "two.pt"), warm=warm)
     two, one = torch.load(tmp_path / "two.pt", weights_only=False), results(Accelerator())
     for name in NAMES:
-        (metrics, gradient), (alone, expected) = two[name], one[name]
-        assert metrics == pytest.approx(alone, abs=1e-9, rel=1e-9), name
+        (metrics, gradient), (single, expected) = two[name], one[name]
+        assert metrics == pytest.approx(single, abs=1e-9, rel=1e-9), name
         assert gradient.keys() == expected.keys()
         for parameter, value in expected.items():
             assert torch.allclose(gradient[parameter], value, atol=1e-10), (name, parameter)

@@ -101,10 +101,10 @@ def test_a_step_that_never_asks_is_interrupted_where_it_stands(project: Project)
 
 def test_an_expected_error_is_one_paragraph_and_a_bug_a_traceback(project: Project) -> None:
     secret = "postgresql://anna:hunter2@db/x"
-    told = project.run(FAIL_AT="3", FAIL_WITH="data", FAIL_TEXT=f"cannot read {secret}", FAIL_CAUSE="first\nlast")
+    failed = project.run(FAIL_AT="3", FAIL_WITH="data", FAIL_TEXT=f"cannot read {secret}", FAIL_CAUSE="first\nlast")
     place = project.state / "artifacts" / "traceback.txt"
     place_line = f"The full text of this error: {place}\n"
-    assert (told.returncode, told.stderr) == (2, f"{place_line}error: cannot read postgresql://***@db/x\n")
+    assert (failed.returncode, failed.stderr) == (2, f"{place_line}error: cannot read postgresql://***@db/x\n")
     assert "first\nlast" in place.read_text()
     bug = project.run(FAIL_AT="3", FAIL_WITH="bug", FAIL_TEXT=secret)
     assert bug.returncode == 1
