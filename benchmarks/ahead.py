@@ -272,8 +272,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Sampling ahead of training",
         "",
-        "    python benchmarks/ahead.py speed",
-        "    python benchmarks/ahead.py study --seeds 0 1 2 3 4 --steps 50",
+        "    python benchmarks/ahead.py speed --repeats 5",
+        "    python benchmarks/ahead.py study --seeds 0 1 2 3 4 5 6 7 8 9 --steps 50",
         "    python benchmarks/ahead.py --write",
         "",
         *(speed_page(found["speed"]) if "speed" in found else []),
