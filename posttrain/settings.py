@@ -82,7 +82,9 @@ class LoraSettings:
     There is no dropout, because log-probabilities are computed without dropout.
 
     Attributes:
-        target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head.
+        target_modules: ends of the paths of the layers to adapt; `all-linear` selects every linear layer except the head. For Mixtral,
+            Qwen3-MoE, DeepSeek-V3 and architectures like them, peft reads the names of old checkpoints (`gate`, `gate_proj`, `up_proj`,
+            `down_proj`, or `w1` to `w3`) as routers and experts; a line on stderr names what gets no adapter.
         base_bits: 4 keeps the frozen linear layers in NF4 (QLoRA, arXiv 2305.14314), which needs bitsandbytes.
 
     Example:

@@ -79,7 +79,7 @@ def canonical_rows(
             row["answer"] = _answer(row["answer"])
     rows = chat_rows(kind, rows, source, where, changes)
     _check_texts(kind, rows, where)
-    check_scores(rows, where, scores)
+    check_scores(rows, where, scores, mapped=source.columns is not None)
     if kind == "sft":
         for row in rows:
             if WEIGHT in row:
@@ -222,7 +222,7 @@ def _columns(
 
 def _optional(kind: Sourced) -> tuple[str, ...]:
     """Return the optional columns of numbers that a table may have."""
-    return (*SCORES, WEIGHT) if kind in ("sft", "preferences") else ()
+    return {"sft": (WEIGHT,), "preferences": SCORES}.get(kind, ())
 
 
 def _ask_about_near_names(

@@ -42,6 +42,7 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
             row[TOOLS] = canonical_tools(row[TOOLS], place)
         if kind in ("sft", "labelled") and _WHOLE in row:
             row = _parted(row, place, changes)
+        shares = kind == "preferences" and row.get("prompt") is None  # the turns that both answers begin with
         if kind == "preferences":
             row = with_prompt(row, place, changes)
         elif "completion" in TEXT[kind]:
@@ -69,18 +70,30 @@ def chat_rows(kind: Sourced, rows: list[Row], source: TableSource, where: str, c
             if is_messages(row[name])
             for turn in row[name]
         )
-        if (
-            kind != "preferences"
-            and is_messages(row["prompt"])
-            and row["prompt"][-1]["role"] == "assistant"
-            and row.get("completion", 1)
-        ):
-            raise DataError(
-                f"{place}: the prompt ends with an assistant turn, so the answer would be in the prompt. End it with the user's"
-                " question; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
-            )
+        if not shares:
+            _refuse_answered(kind, row, place)
         rows[i] = _compact(_with_system(kind, row, source, changes))
     return rows
+
+
+def _refuse_answered(kind: Sourced, row: Row, where: str) -> None:
+    """Raise DataError if a prompt of messages ends with an answer and another answer follows."""
+    asked = row["prompt"]
+    if not is_messages(asked) or asked[-1]["role"] != "assistant":
+        return
+    if kind == "preferences":
+        follows = any(
+            row[name] and row[name][0]["role"] == "assistant" for name in TEXT[kind][1:] if is_messages(row[name])
+        )
+        remedy = "; if chosen and rejected are whole conversations, leave it out: columns: {chosen: chosen, rejected: rejected}"
+    else:
+        follows = bool(row.get("completion", 1))
+        remedy = "; for a whole conversation of the sft table, map columns: {messages: COLUMN}"
+    if follows:
+        raise DataError(
+            f"{where}: the prompt ends with an assistant turn, so the answer would be in the prompt. End it with the user's"
+            f" question{remedy}"
+        )
 
 
 def _read(value: Any, where: str, changes: Changes) -> Any:

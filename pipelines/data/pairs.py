@@ -304,8 +304,12 @@ def score_names(columns: Mapping[str, str] | None, records: Sequence[Record]) ->
     return {new: old for old, new in ULTRAFEEDBACK.items() if any(old in record for record in records)}
 
 
-def check_scores(rows: list[Row], where: str, names: Mapping[str, str]) -> None:
-    """Convert both scores to numbers. Raises DataError, with the source's `names`, if the rows have only one of them."""
+def check_scores(rows: list[Row], where: str, names: Mapping[str, str], mapped: bool = False) -> None:
+    """Convert both scores to numbers. Raises DataError, with the source's `names`, if the rows have only one of them.
+
+    Args:
+        mapped: a mapping of columns names the scores.
+    """
     given = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
     if len(given) == 1:
         has, other = given[0], next(name for name in SCORES if name not in given)
@@ -313,7 +317,7 @@ def check_scores(rows: list[Row], where: str, names: Mapping[str, str]) -> None:
         missing = names.get(other, spelling.get(other, other))
         raise DataError(
             f"{where}: has {names.get(has, has)}, but no row has a value of {missing}; pairs need both scores, or neither. Add {missing},"
-            " or leave the scores out: data.preferences.columns: {prompt: prompt, chosen: chosen, rejected: rejected}"
+            f" or {f'leave {has} out of data.preferences.columns' if mapped else 'remove this column from the file'}"
         )
     for row in rows:
         for name in SCORES:

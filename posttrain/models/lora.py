@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +12,17 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import TokenBatch
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.deferred import is_deferred
+from posttrain.models.lora_targets import SCORE, check_targets
 from posttrain.models.policy import Policy, PolicyOutput
 from posttrain.models.quantised import dequantise, quantise_base, quantised_parameters
 from posttrain.models.reach import probe_ids
 from posttrain.settings import LoraSettings
 from posttrain.text import reason_of
-
-HEAD = "score"
-"""The scalar head of a reward model or critic; it is trained in full next to the adapter."""
-
 
 MERGE_TOLERANCE = 1e-3
 """Greatest change of a hidden state by merging, as a share of the largest one."""
@@ -52,13 +47,13 @@ class Adapter:
         """
         peft = _peft()
         self._model = model
-        scalar = hasattr(model, HEAD)
+        scalar = hasattr(model, SCORE)
         config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             target_modules=_modules(settings),
             task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
-            modules_to_save=[HEAD] if scalar else None,
+            modules_to_save=[SCORE] if scalar else None,
         )
         names = _linear_names(model)
         self.base_change: float | None = None
@@ -75,7 +70,8 @@ class Adapter:
                 f" {type(model).__name__}: {', '.join(name for name in names if repr(name) not in str(error))}"
             ) from error
         self._refuse_head(model)
-        self._refuse_unmatched(model, settings)
+        left = self._peft.peft_config["default"].target_modules
+        check_targets(model, settings, left={left} if isinstance(left, str) else {*left})
         if before is not None:
             self._refuse_changed(before)
         self._state: dict[str, Tensor] = {}
@@ -152,37 +148,6 @@ class Adapter:
         config.save_pretrained(folder)
         save_file(self._state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    @staticmethod
-    def _refuse_unmatched(model: PreTrainedModel, settings: LoraSettings) -> None:
-        """Raise ModelError if a name matches no layer, and report the experts' weights that no adapter reaches."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        found: dict[str, Any] = {n: part for n, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
-        adapted = [*found]
-        if not isinstance(settings.target_modules, str):
-            for wanted in settings.target_modules:
-                if not any(name == wanted or name.endswith(f".{wanted}") for name in adapted):
-                    known = sorted({name.rpartition(".")[2] for name in adapted})
-                    raise ModelError(
-                        f"lora.target_modules: {wanted!r} matches no linear layer of {type(model).__name__}, so it would have no effect;"
-                        f" remove it or correct its name (matched: {', '.join(known)})"
-                    )
-        most = max((min(part.in_features, part.out_features) for part in found.values()), default=settings.rank)
-        if settings.rank > most:
-            raise ModelError(
-                f"lora.rank = {settings.rank}: the adapted layers of {type(model).__name__} have at most {most} ranks; set a rank far below"
-                f" {most}"
-            )
-        bare = sorted(
-            {name.rpartition(".")[2] for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
-        )
-        if bare:
-            tqdm.write(
-                f"LoRA: the experts of {type(model).__name__} ({', '.join(bare)}) are no linear layers and get no adapter; they stay as"
-                " they are",
-                file=sys.stderr,
-            )
-
     def _refuse_head(self, model: PreTrainedModel) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -253,7 +218,7 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
     found = {
         name.rpartition(".")[2]
         for name, part in model.named_modules()
-        if part is not head and isinstance(part, torch.nn.Linear) and name.rpartition(".")[2] != HEAD
+        if part is not head and isinstance(part, torch.nn.Linear) and name.rpartition(".")[2] != SCORE
     }
     return sorted(found)
 

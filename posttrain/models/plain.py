@@ -13,29 +13,41 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.models.quantised import QuantisedLinear
 
 
 def plain_state(lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return `lm.state_dict()` without adapters: those of peft are added to their layers.
+    """Return `lm.state_dict()` without adapters: those of peft are added to their weights.
 
     Every process of a sharded model must call it. Gathered weights are not split again, as `state_dict` would do.
     """
-    modules = dict(lm.named_modules())
+    adapted = {adapted_weight(path, module): module for path, module in adapted_modules(lm)}
     state = {}
     for name, tensor in _tensors(lm):
         if ".lora_" in name:
             continue
-        path, base, leaf = name.rpartition("base_layer.")
+        plain = name.replace("base_layer.", "")
         whole = _whole(tensor)
-        if base and leaf == "weight":
-            layer: Any = modules[path[:-1]]
+        if plain in adapted:
+            layer: Any = adapted[plain]
             whole = whole + sum(_whole(layer.get_delta_weight(adapter)) for adapter in layer.active_adapters)
-        state[path + leaf] = whole.to(dtype)
+        state[plain] = whole.to(dtype)
     return state
+
+
+def adapted_modules(lm: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield path and module of every weight's adapter; those of several weights of one module are nested."""
+    for path, module in lm.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
+            yield path, module
+
+
+def adapted_weight(path: str, module: Any) -> str:
+    """Return the name that the weight of an adapter has in a model without adapters."""
+    return f"{path}.".replace("base_layer.", "") + getattr(module, "parameter_name", "weight")
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -72,9 +84,10 @@ def trained_names(lm: PreTrainedModel) -> set[str]:
         >>> trained_names(model)
         {'model.layers.0.self_attn.q_proj.weight'}
     """
+    modules = dict(lm.named_modules())
     names = set()
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             layer, adapter, _ = name.partition(".lora_")
-            names.add(f"{layer}.weight" if adapter else name.replace("base_layer.", ""))
+            names.add(adapted_weight(layer, modules[layer]) if adapter else name.replace("base_layer.", ""))
     return names

@@ -352,8 +352,10 @@ def _some(names: list[str]) -> str:
 
 
 def broken_weights(model: torch.nn.Module) -> str:
-    """Return "NAME holds NaN or infinity" for the weights that are not finite; empty if all are."""
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    """Return "NAME holds NaN or infinity" for the weights, and the buffers that files hold, that are not finite; empty if all are."""
+    saved = model.state_dict().keys()
+    held = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
+    broken = [name for name, weight in held if not bool(torch.isfinite(weight).all())]
     return f"{_some(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity" if broken else ""
 
 

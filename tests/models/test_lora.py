@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain.data.batches import collate
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.folders import save_model
 from posttrain.models.lora import Adapter, BasePolicy, adapter_parameters
+from posttrain.models.plain import plain_state, trained_names
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_config
 from posttrain.settings import LoraSettings
@@ -142,3 +144,52 @@ def test_an_adapter_that_changes_the_model_before_training_is_refused(monkeypatc
         ModelError, match=r"changes the outputs of Qwen3ForCausalLM before training by .*\[q_proj, v_proj\]"
     ):
         Adapter(other, SETTINGS)
+
+
+def mixture(kind: str, **settings: Any) -> Any:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | settings))
+
+
+DEEPSEEK = {
+    "intermediate_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}  # fmt: skip
+DBRX = {
+    "d_model": 16, "n_heads": 2, "n_layers": 1, "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
+NO_LINEAR = "that are no linear layers get no adapter and stay as they are"
+
+
+def test_what_an_adapter_does_not_reach_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    Adapter(small.language_model(), SETTINGS)
+    assert capsys.readouterr().err == ""
+    Adapter(mixture("dbrx", **DBRX), SETTINGS)
+    assert f"DbrxForCausalLM {NO_LINEAR}: experts.mlp.v1, experts.mlp.w1, experts.mlp.w2\n" in capsys.readouterr().err
+    # peft reads the names of its shared experts' linear layers as those of the experts
+    Adapter(mixture("deepseek_v3", **DEEPSEEK), SETTINGS)
+    said = capsys.readouterr().err
+    assert "that are no linear layers get an adapter, too: mlp.experts.down_proj, mlp.experts.gate_up_proj" in said
+    assert "linear layers of DeepseekV3ForCausalLM get no adapter" in said
+    assert "shared_experts.up_proj\n" in said
+    assert NO_LINEAR not in said
+    dense = mixture("deepseek_v3", **DEEPSEEK | {"first_k_dense_replace": 2})
+    with pytest.raises(ModelError, match="'gate_proj' matches no linear layer of DeepseekV3ForCausalLM that can be"):
+        Adapter(dense, LoraSettings(2, 4, ("q_a_proj", "gate_proj", "up_proj", "down_proj")))
+
+
+def test_weights_for_a_sampler_have_the_adapters_of_experts() -> None:
+    """Before, the experts had other names, and none of their adapters."""
+    lm = small.language_model(shape=small.MOE)
+    adapter = Adapter(lm, SETTINGS)
+    shaken(lm)
+    state, trained = plain_state(lm, torch.float32), trained_names(lm)
+    base = small.language_model(shape=small.MOE).state_dict()
+    adapter.merge()
+    merged = lm.state_dict()
+    assert state.keys() == merged.keys()
+    assert all(torch.allclose(state[name], weight, atol=1e-6) for name, weight in merged.items())
+    assert trained == {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
+    assert {name.rpartition(".")[2] for name in trained} > {"gate_up_proj", "down_proj"}

@@ -131,11 +131,6 @@ def test_a_lora_name_without_a_layer_is_refused() -> None:
         Adapter(model("llama"), LoraSettings(2, 4, ("v_proj", "qproj")))
 
 
-def test_experts_without_an_adapter_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    Adapter(small.language_model(shape=small.MOE), LoraSettings(2, 4))
-    assert "get no adapter" in capsys.readouterr().err
-
-
 def test_a_merge_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("llama")
     adapter = Adapter(lm, LoraSettings(2, 4, ("v_proj",)))

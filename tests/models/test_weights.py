@@ -29,7 +29,7 @@ from posttrain.models.inference import scores
 from posttrain.models.policy import Policy, Scorer
 from posttrain.models.scorers import load_scorer, scoring_pad, start_scorer
 from posttrain.models.tiny import byte_tokenizer, tiny_model
-from posttrain.models.weights import check_folder
+from posttrain.models.weights import broken_weights, check_folder
 from tests.models import small
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases" / "models"
@@ -100,6 +100,14 @@ def test_weights_that_are_not_whole_are_named(folder: Path, change: Any, words: 
     rewrite(folder, change)
     with pytest.raises(ModelError, match=words):
         load_policy(folder)
+
+
+def test_a_buffer_of_the_files_is_checked_like_a_weight() -> None:
+    layer = torch.nn.BatchNorm1d(2)
+    layer.register_buffer("mask", torch.tensor([-torch.inf]), persistent=False)
+    assert broken_weights(layer) == ""
+    layer.running_mean.fill_(torch.nan)  # type: ignore[union-attr, operator]
+    assert broken_weights(layer) == "running_mean holds NaN or infinity"
 
 
 def test_files_that_are_not_whole_say_what_they_are(folder: Path) -> None:

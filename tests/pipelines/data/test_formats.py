@@ -193,6 +193,10 @@ def test_no_hint_and_no_mapping_puts_the_answer_into_the_prompt() -> None:
             rows(kind, whole, columns={"prompt": "messages", other: "messages"})
     with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
         rows("problems", whole | {"x": "a"}, columns={"prompt": "messages", "answer": "x"})
+    pair = whole | {"chosen": "a", "rejected": "b"}
+    for more in ({}, {"chosen": [says("a")]}, {"chosen": [says("c")], "rejected": [says("b")]}):
+        with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
+            rows("preferences", pair | more, columns={"prompt": "messages", "chosen": "chosen", "rejected": "rejected"})
     for kind, record in (("problems", whole), ("preferences", whole), ("sft", {"text": "t"}), ("sft", {"chosen": "c"})):
         with pytest.raises(PosttrainError) as caught:
             rows(kind, record)

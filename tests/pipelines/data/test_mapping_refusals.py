@@ -221,3 +221,13 @@ def test_a_record_without_graded_answers_is_counted() -> None:
 def test_contradictions_are_refused(section: Any, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         section(**fields)
+
+
+def test_advice_about_scores_fits_the_table_and_the_format() -> None:
+    pair = {"chosen": [user("q"), says("a")], "rejected": [user("q"), says("b")]}
+    with pytest.raises(DataError, match="Add rejected_score, or remove this column from the file"):
+        rows("preferences", pair | {"chosen_score": 1})
+    with pytest.raises(DataError, match=r"or leave chosen_score out of data\.preferences\.columns"):
+        rows("preferences", pair | {"s": 1}, columns={"chosen": "chosen", "rejected": "rejected", "chosen_score": "s"})
+    scored = pair | {"messages": pair["chosen"], "score_chosen": 8.0, "score_rejected": 5.0}
+    assert rows("sft", scored) == [{"prompt": [user("q")], "completion": [says("a")]}]
