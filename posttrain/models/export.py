@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import ModelError
-from posttrain.models.folders import ADAPTER, load_policy, load_tokenizer
+from posttrain.models.folders import ADAPTER, load_encoder, load_policy
 from posttrain.models.gguf_writing import Precision, read_tokens, write_gguf
 from posttrain.models.lora import load_adapter
 from posttrain.models.weights import pretrained
@@ -52,6 +52,11 @@ class Drift:
 
 def export_merged(source: Path, target: Path) -> Drift:
     """Copy the folder without its adapter, as `from_pretrained` loads it."""
+
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ModelError(
+            f"{target} is inside {source}, so the model would hold a copy of itself; name a path outside of it"
+        )
 
     def write() -> PreTrainedModel:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(ADAPTER))
@@ -84,17 +89,17 @@ def export_gguf(source: Path, target: Path, precision: Precision) -> Drift:
     Raises:
         ModelError: the architecture or the tokenizer has no form as GGUF here.
     """
-    model, tokenizer = load_policy(source), load_tokenizer(source)
+    model, encoder = load_policy(source), load_encoder(source)
 
     def write() -> PreTrainedModel:
-        write_gguf(model, tokenizer, target, precision)
+        write_gguf(model, encoder, target, precision)
         # the folder's configuration is used, because transformers does not read all of it from a file
         options = {"gguf_file": target.name, "config": model.config, "dtype": torch.float32}
         read: PreTrainedModel = pretrained(AutoModelForCausalLM, target.parent, **options)
         return read
 
     drift = _proven(model, target, precision, write)
-    _compare_tokenizers(target, tokenizer)
+    _compare_tokenizers(target, encoder.tokenizer)
     return drift
 
 
@@ -102,10 +107,9 @@ def _proven(model: PreTrainedModel, target: Path, kind: str, write: Callable[[],
     """Write the export, load it, and return the drift; remove it if that exceeds its limit."""
     if target.exists():
         raise ModelError(f"{target} exists already; name another path, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     expected = probe(model)
     try:
-        difference = (probe(write()) - expected).abs()
+        difference = (probe(_written(target, write)) - expected).abs()
         drift = Drift(float(difference.mean()), float(difference.max()))
         if not drift.mean <= LIMITS[kind]:
             raise ModelError(
@@ -113,9 +117,24 @@ def _proven(model: PreTrainedModel, target: Path, kind: str, write: Callable[[],
                 " was removed"
             )
     except BaseException:
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.parent.is_dir():
+            target.unlink(missing_ok=True)
         raise
     return drift
+
+
+def _written(target: Path, write: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Write the export and return what is loaded from it. Raises ModelError if the disk is full, or the folder cannot be made."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return write()
+    except OSError as error:
+        # shutil.Error holds (source, target, reason) of each file that it could not copy
+        files = error.args[0] if isinstance(error, shutil.Error) and error.args else None
+        reason = files[0][2] if isinstance(files, list) and files else error
+        raise ModelError(f"cannot write {target}: {reason}. Free space, or name a path that can be written") from error
 
 
 @torch.no_grad()

@@ -12,14 +12,19 @@ Example:
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from posttrain.data.tokens import TextEncoder
 
 Precision = Literal["f32", "f16", "q8_0"]
 _WORDS = (
@@ -47,8 +52,8 @@ def halved(weights: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weights.shape)
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, precision: Precision) -> None:
-    """Write weights, configuration and tokenizer.
+def write_gguf(model: PreTrainedModel, encoder: TextEncoder, file: Path, precision: Precision) -> None:
+    """Write weights, configuration, tokenizer and the ends of an answer.
 
     Raises:
         ModelError: the architecture or the tokenizer cannot be written, or the package gguf is missing.
@@ -66,7 +71,9 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     _require_known_layers(model.config)
     writer = gguf.GGUFWriter(file, kind)
     _write_configuration(writer, model.config)
-    _write_tokenizer(writer, tokenizer, model.config.vocab_size)
+    _write_tokenizer(writer, encoder.tokenizer, model.config.vocab_size)
+    writer.add_add_bos_token(_begins_with_bos(encoder))
+    _write_ends(writer, encoder)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), model.config.num_hidden_layers)
     target = {
         "f32": gguf.GGMLQuantizationType.F32,
@@ -192,11 +199,12 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int)
             " merged folder"
         )
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
-    types = [
-        gguf.TokenType.UNUSED if i not in tokens else gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
-        for i in range(size)
-    ]
+    # no merge makes an added token, so it is found in a text only if the file names it as one
+    added = {
+        number: gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+        for number, token in tokenizer.added_tokens_decoder.items()
+    }
+    types = [gguf.TokenType.UNUSED if i not in tokens else added.get(i, gguf.TokenType.NORMAL) for i in range(size)]
     writer.add_tokenizer_model("gpt2")
     # llama.cpp splits text by a rule that the file names
     writer.add_tokenizer_pre(_splitting(state))
@@ -204,11 +212,43 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
     for add, number in (
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
         if number is not None:
             add(number)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template: Any = tokenizer.chat_template
+    if template:
+        several = isinstance(template, dict)
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in template.items()] if several else template
+        )
+
+
+def _begins_with_bos(encoder: TextEncoder) -> bool:
+    """Return True if a prompt begins with the beginning of sequence: without this entry, llama.cpp decides by the splitting rule.
+
+    Raises:
+        ModelError: the tokenizer puts other tokens before every text.
+    """
+    own = encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = encoder.prompt("a")[: -len(own)]
+    if before and before != [encoder.tokenizer.bos_token_id]:
+        named = " ".join(encoder.tokenizer.convert_ids_to_tokens(before))
+        raise ModelError(
+            f"the tokenizer puts {named} before every text, and a GGUF file can only ask for the beginning of sequence, so llama.cpp would"
+            " read other tokens than were trained; export a merged folder"
+        )
+    return bool(before)
+
+
+def _write_ends(writer: Any, encoder: TextEncoder) -> None:
+    """Write the tokens that end an answer; a file names up to three."""
+    adds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, number in zip(adds, encoder.ends, strict=False):
+        add(number)
+    if left := encoder.ends[len(adds) :]:
+        named = " ".join(encoder.tokenizer.convert_ids_to_tokens(list(left)))
+        tqdm.write(
+            f"a GGUF file names three ends of an answer; llama.cpp does not know that {named} end one", file=sys.stderr
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -121,6 +123,50 @@ def test_transformers_reads_the_tokenizer_and_the_template_of_a_file(tmp_path: P
     assert read.chat_template == TOKENIZER.chat_template
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_file_says_which_tokens_were_added_what_begins_a_text_and_what_ends_an_answer(
+    begins: bool, tmp_path: Path
+) -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("<|im_end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    if begins:
+        tokenizer.bos_token = "<|im_end|>"
+        own = (("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>")),)
+        post = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=list(own))
+        tokenizer.backend_tokenizer.post_processor = post
+    save_model(made("llama"), tokenizer, tmp_path / "model", card="# A model")
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert (kinds[think], kinds[end], kinds[5]) == (gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL, 1)
+    # absent, llama.cpp would decide by the name of the splitting rule
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is begins
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    assert read("<think>Tom")["input_ids"] == tokenizer("<think>Tom")["input_ids"]
+
+
+def test_an_export_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    save_model(small.language_model(), byte_tokenizer(64), source, card="# Tiny")
+    (tmp_path / "notes").touch()
+    with pytest.raises(ModelError, match=r"cannot write .*notes/out: .*File exists"):
+        export_merged(source, tmp_path / "notes" / "out")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ModelError, match=r"cannot write .*out: \[Errno 27\] File too large"):
+            export_merged(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="would hold a copy of itself"):
+        export_merged(source, source / "inner")
+
+
 def test_an_export_with_other_log_probabilities_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(made("llama"), TOKENIZER, tmp_path / "model", card="# A model")
     monkeypatch.setattr(gguf_writing, "paired", lambda weights, heads: weights)
@@ -148,7 +194,7 @@ def test_a_tokenizer_without_merges_and_other_architectures_are_refused(tmp_path
         (LlamaConfig(**SIZES, hidden_act="gelu"), "with hidden_act 'gelu'"),
         (Qwen3Config(**SIZES, attention_bias=True), "with attention_bias cannot"),
         (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0), "window of 8 tokens"),
-        (Qwen2Config(**SIZES | {"vocab_size": len(TOKENIZER)}), "no row of its embedding"),
+        (Qwen2Config(**SIZES | {"vocab_size": len(TOKENIZER)}), "they do not match"),
     ],
     ids=["activation", "bias", "window", "vocabulary"],
 )
