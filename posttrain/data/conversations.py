@@ -272,7 +272,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], turn: int, full: str, tools: list[Any] | None
     ) -> tuple[int, int] | None:
         """Find the turn by its changes, and its opening by the generation prompt."""
-        specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        specials = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         found = turn_part(messages, turn, full, lambda some: self._try(some, tools), specials)
         if found is None:
             return None

@@ -24,35 +24,39 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (
     """Return the ids that end an answer, each with its origin; the first is the tokenizer's.
 
     All ends stop an answer: the tokenizer's end of sequence, the token by which the chat template closes an assistant's turn, and
-    `configured`, the list of the model's generation settings. Of the list only special tokens count: a class default such as 2 may be
-    an ordinary word of this vocabulary.
+    `configured`, the list of the model's generation settings. Of the list only special and added tokens count: a class default such as 2
+    may be an ordinary word of this vocabulary.
     """
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    marks = _marks(tokenizer)
     ends = {int(tokenizer.eos_token_id): "tokenizer"}
     closing = template_end(tokenizer)
     if closing is not None:
         ends.setdefault(closing, "chat template")
     for token in configured:
-        if token in special:
+        if token in marks:
             ends.setdefault(int(token), "generation settings")
     return ends
 
 
+def _marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of special and added tokens. Many tokenizers add the tokens of their template without calling them special."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
 def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token by which the chat template closes an assistant's turn, None if there is none."""
+    """Return the special or added token by which the chat template closes an assistant's turn, None if there is none."""
     if not tokenizer.chat_template:
         return None
     found = ChatTemplate(tokenizer).closings()
     if found is None:
         return None
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     last, inner, opening = (
         tokenizer(text.strip(), add_special_tokens=False)["input_ids"] if text else []
         for text in (found.last, found.inner, found.opening)
     )
     # some templates close an answer only before a further turn; how that turn opens is no closing
     closing = last[:1] or [token for token in inner[:1] if token not in opening]
-    return int(closing[0]) if closing and closing[0] in special else None
+    return int(closing[0]) if closing and closing[0] in _marks(tokenizer) else None
 
 
 def described(tokenizer: PreTrainedTokenizerBase, ends: dict[int, str]) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 from posttrain.data.ends import described, end_tokens, template_end
 from posttrain.data.tokens import TextEncoder
@@ -42,6 +42,24 @@ def test_ends_are_the_tokenizers_the_templates_and_the_special_ones_of_the_setti
     chat = encoder.tokens([{"role": "user", "content": "?"}], [{"role": "assistant", "content": "a"}])
     assert chat.response[-1] == 2
     assert encoder.completion("a<|im_end|>")[-1] == 2
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_closes_answers_is_an_end_whether_or_not_it_is_called_special(special: bool) -> None:
+    tokenizer = byte_tokenizer(512)
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=special)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end_tokens(tokenizer) == {2: "tokenizer", end: "chat template"}
+    assert end_tokens(tokenizer, [end]) == end_tokens(tokenizer)
+    asked, told = {"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}
+    chat = TextEncoder(tokenizer, 512).tokens([asked], [told, asked, told])
+    assert (chat.response[1], chat.response[-1], chat.loss_tokens) == (end, end, 4)
+    tokenizer.chat_template = None
+    assert end_tokens(tokenizer, [end, 70]) == {2: "tokenizer", end: "generation settings"}
 
 
 def test_a_template_that_raises_has_no_end() -> None:
