@@ -133,11 +133,24 @@ def _first_equal(rows: Sequence[Row]) -> NDArray[np.int64]:
 
 def _judged(value: Any, name: str) -> str:
     """Return the text that rules look at: nothing for a completion without an assistant's text."""
-    text = plain(value)
+    text = plain(value if name == "prompt" else _trained(value))
     if name == "prompt" or not isinstance(value, list):
         return text
     spoken = [m for m in value if m["role"] == "assistant" and (not is_blank(m["content"]) or m.get("tool_calls"))]
     return text if spoken else ""
+
+
+def _trained(value: Any) -> Any:
+    """Return the turns of a completion up to the last one that is trained, without weights that change nothing; anything else as it is."""
+    if not is_messages(value):
+        return value
+    trained = [i for i, turn in enumerate(value) if turn["role"] == "assistant" and turn.get("weight", 1)]
+    stop = trained[-1] + 1 if trained else len(value)
+    plain_weight = [turn["role"] != "assistant" or turn.get("weight") == 1 for turn in value]
+    return [
+        {name: field for name, field in turn.items() if name != "weight" or not same}
+        for turn, same in zip(value[:stop], plain_weight, strict=False)
+    ]
 
 
 def _tokens(table: Table, row: Row, lengths: Lengths) -> tuple[dict[str, int], str]:
@@ -203,8 +216,9 @@ def row_digests(rows: Iterable[Row]) -> bytearray:
 
 
 def row_digest(row: Row) -> bytes:
-    """Return a digest of the row without its origin: equal rows have equal ones, and a table of digests stays small."""
-    text = json.dumps({k: v for k, v in row.items() if k not in ("id", "record")}, sort_keys=True, default=str)
+    """Return a digest of what is trained of a row, without its origin: equal rows have equal ones, and a table of digests stays small."""
+    held = {k: v if k == "prompt" else _trained(v) for k, v in row.items() if k not in ("id", "record")}
+    text = json.dumps(held, sort_keys=True, default=str)
     return _digest(text)
 
 

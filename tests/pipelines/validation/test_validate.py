@@ -83,6 +83,14 @@ def test_lengths_count_tokens_with_the_end_of_sequence(checked: Checked) -> None
     assert reasons(outcome, "sft") == {1: "prompt_length (prompt)", 2: "completion_length (completion)"}
 
 
+def test_pairs_and_duplicates_are_compared_by_what_is_trained(checked: Checked) -> None:
+    says, asks = {"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}
+    ends = [[says], [says, asks], [says | {"weight": 1.0}, asks | {"weight": 0.0}], [says, says | {"weight": 0.0}]]
+    outcome = checked(preferences(*((ends[0], end) for end in ends), (ends[0], [says, asks, says])))
+    assert reasons(outcome, "preferences") == dict.fromkeys(range(4), "identical_pair (rejected)")
+    assert count(checked(sft(*(("q", end) for end in [*ends, [says, asks, says]]))), "sft/duplicate_rows") == 3
+
+
 def test_identical_pairs_and_scores_in_the_wrong_order_or_tied(checked: Checked) -> None:
     tables = preferences(("a", "b"), ("c", "c"), ("d", "e"), ("f", "g"), scores=[(1, 0), (1, 0), (0, 1), (1, 1)])
     outcome = checked(tables)
