@@ -39,7 +39,7 @@ from posttrain.files import replace
 from posttrain.models.causal import check_policy
 from posttrain.models.checkpointing import own_dropout_rates
 from posttrain.models.deferred import after_fill, deferred_model
-from posttrain.models.gguf_writing import splitting_rule
+from posttrain.models.text_rules import as_written
 from posttrain.models.weights import (
     broken_weights,
     check_folder,
@@ -64,7 +64,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ModelError: there is none, it has no end-of-sequence token, or its configuration is damaged.
     """
     check_folder(source)
-    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, source)
+    tokenizer, changed = as_written(pretrained(AutoTokenizer, source), source)
+    if changed:
+        _report_once(changed)
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise ModelError(
             f"{source}: there is no tokenizer (no tokenizer.json or vocabulary file), and transformers would make one up that knows no"
@@ -85,7 +87,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{source}: the tokenizer has no eos token, so a response could never end; set eos_token in its configuration"
         )
-    _report_other_splitting(tokenizer, source)
     if tokenizer.pad_token_id is None:
         # nothing is padded here; the saved tokenizer needs one for those who pad
         tokenizer.pad_token = tokenizer.eos_token
@@ -93,20 +94,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"{source}: the tokenizer has no pad token; {tokenizer.eos_token!r} is saved as pad", file=sys.stderr
         )
     return tokenizer
-
-
-def _report_other_splitting(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
-    """Report a tokenizer.json whose rule for splitting texts transformers replaces by that of the model's type."""
-    file, backend = Path(source) / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not file.is_file():
-        return
-    written = splitting_rule(json.loads(file.read_text(encoding="utf-8")))
-    found = splitting_rule(json.loads(backend.to_str()))
-    if written and found and written != found:
-        _report_once(
-            f"{source}: tokenizer.json splits texts by the rule {written!r}, but transformers reads it with the rule {found!r} of the"
-            " model's type, and so does everything here. Programs that read only this file get other tokens"
-        )
 
 
 def load_policy(source: str | Path, deferred: bool = False) -> PreTrainedModel:
@@ -242,7 +229,9 @@ def _configured_ends(source: str | Path, config: PreTrainedConfig) -> list[int]:
     for named in (generation, config.get_text_config().eos_token_id):
         listed = as_list(named)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
-            raise ModelError(f"{source}: eos_token_id is {named!r}, and must be the id of a token, or a list of ids")
+            raise ModelError(
+                f"{source}: eos_token_id is {named!r:.100}, and must be the id of a token, or a list of ids"
+            )
         ids += listed
     return ids
 

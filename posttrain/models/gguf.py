@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 
 from posttrain.errors import ModelError
 from posttrain.models.folders import save_model
+from posttrain.models.gguf_writing import apply_rule, read_setting
 from posttrain.models.weights import pretrained
 
 MAGIC = b"GGUF"
@@ -53,6 +55,10 @@ def load_gguf_config(file: Path) -> PreTrainedConfig:
     """Return the configuration of a GGUF file's model, without its weights. Raises ModelError as `convert` does."""
     check_file(file)
     config: PreTrainedConfig = pretrained(AutoConfig, file.parent, gguf_file=file.name)
+    # transformers leaves the size of a head at the default of the model's type
+    size = read_setting(file, f"{_text(file, 'general.architecture')}.attention.key_length")
+    if size is not None and hasattr(config, "head_dim"):
+        config.head_dim = int(size[0])
     return config
 
 
@@ -60,13 +66,16 @@ def convert(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a folder that `from_pretrained` loads.
 
     Raises:
-        ModelError: the file is not a whole GGUF file, its architecture is not supported by transformers, or the package gguf is missing.
+        ModelError: the file is not a whole GGUF file, its architecture is not supported by transformers, its rule of splitting is not
+            known, or the package gguf is missing.
     """
     check_file(file)
     options: dict[str, Any] = {"gguf_file": file.name}
-    loaded: PreTrainedModel = pretrained(AutoModelForCausalLM, file.parent, dtype=torch.float32, **options)
+    known = options | {"config": load_gguf_config(file), "dtype": torch.float32}
+    loaded: PreTrainedModel = pretrained(AutoModelForCausalLM, file.parent, **known)
     rows = cast(torch.nn.Embedding, loaded.get_input_embeddings()).weight.shape[0]
     tokenizer = without_invented(pretrained(AutoTokenizer, file.parent, **options), rows)
+    keep_rule(tokenizer, file)
     # transformers marks what it has loaded as quantised, and does not save such a model: the weights move into an unmarked one
     config = loaded.config
     delattr(config, "quantization_config")
@@ -92,6 +101,32 @@ def without_invented(tokenizer: Any, rows: int) -> Any:
     kept = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     kept.chat_template = tokenizer.chat_template
     return kept
+
+
+def keep_rule(tokenizer: Any, file: Path) -> None:
+    """Make the tokenizer split texts by the rule that the file names, as llama.cpp does.
+
+    transformers takes GPT-2's rule for each name that it does not know, and the rule of the model's type for others.
+
+    Raises:
+        ModelError: the rule is not known here either, so the model would read other tokens than it was trained on.
+    """
+    named = {key: _text(file, f"tokenizer.ggml.{key}") for key in ("model", "pre")}
+    if named["model"] != "gpt2":
+        return
+    if named["pre"] in (None, "default"):
+        tqdm.write(f"{file}: names no rule by which texts are split into words; GPT-2's is used", file=sys.stderr)
+    elif not apply_rule(named["pre"], tokenizer.backend_tokenizer):
+        raise ModelError(
+            f"{file}: splits texts into words by llama.cpp's rule {named['pre']!r}, which is not known here, so the model would read other"
+            " tokens than it was trained on. Give the folder or hub id from which the file was made"
+        )
+
+
+def _text(file: Path, name: str) -> str | None:
+    """Return a text among the file's settings; None if it has none of this name."""
+    value = read_setting(file, name)
+    return None if value is None else bytes(value).decode()
 
 
 def main(arguments: list[str]) -> int:

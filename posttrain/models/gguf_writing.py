@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from posttrain.errors import ModelError
 
@@ -33,6 +35,14 @@ _WORDS = (
 )
 _PATTERNS = {"".join(_WORDS): "qwen2", "{1,3}".join(_WORDS): "llama-bpe"}
 """Regular expressions that split a text into words, and llama.cpp's names of them."""
+_ALIASES = {
+    "gpt-2": "phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+    "qwen2": "stablelm2 hunyuan deepseek-r1-qwen kormo f2llmv2 megrez",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+}
+"""Other names by which llama.cpp (src/llama-vocab.cpp) calls the same rules."""
+_RULE_OF = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases.split())}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Types of transformers' configurations; llama.cpp gives them the same names."""
 
@@ -120,6 +130,14 @@ def _require_known_layers(config: PreTrainedConfig) -> None:
         )
 
 
+def read_setting(file: Path, name: str) -> Any:
+    """Return a setting of a GGUF file as an array; None if it has none of this name."""
+    import gguf
+
+    field = gguf.GGUFReader(file).fields.get(name)
+    return None if field is None else field.parts[-1]
+
+
 def read_tokens(file: Path) -> list[str]:
     """Return the tokens of a GGUF file in the order of their ids."""
     import gguf
@@ -181,6 +199,24 @@ def splitting_rule(state: dict[str, Any]) -> str | None:
     if kinds == ["Split", "ByteLevel"] and first.get("behavior") == "Isolated" and not splits:
         return _PATTERNS.get(str(first.get("pattern", {}).get("Regex")))
     return None
+
+
+def apply_rule(name: str, backend: Tokenizer) -> bool:
+    """Make a tokenizer split texts by the rule that llama.cpp calls `name`; return False if the rule is not known."""
+    rule = _RULE_OF.get(name, name)
+    if rule in ("gpt-2", "smollm"):
+        words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        steps = [pre_tokenizers.Digits(individual_digits=True), words]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if rule == "smollm" else words
+        return True
+    patterns = GGUF_PRE_TOKENIZER_SPLITS | {known: text for text, known in _PATTERNS.items()}
+    if rule not in patterns:
+        return False
+    split = pre_tokenizers.Split(Regex(patterns[rule]), behavior="isolated")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+    backend.model.ignore_merges = rule in ("llama-bpe", "tekken")
+    return True
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:

@@ -194,7 +194,7 @@ def test_a_tokenizer_without_merges_and_other_architectures_are_refused(tmp_path
         (LlamaConfig(**SIZES, hidden_act="gelu"), "with hidden_act 'gelu'"),
         (Qwen3Config(**SIZES, attention_bias=True), "with attention_bias cannot"),
         (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0), "window of 8 tokens"),
-        (Qwen2Config(**SIZES | {"vocab_size": len(TOKENIZER)}), "they do not match"),
+        (Qwen2Config(**SIZES | {"vocab_size": len(TOKENIZER) - 1}), "they do not match"),
     ],
     ids=["activation", "bias", "window", "vocabulary"],
 )
@@ -206,15 +206,69 @@ def test_what_a_gguf_file_cannot_hold_is_refused(config: Any, words: str, tmp_pa
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_a_rule_that_transformers_replaces_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in ("qwen2", "qwen3"):
-        made(kind).save_pretrained(tmp_path / kind)
-        TOKENIZER.save_pretrained(tmp_path / kind)
-        load_tokenizer(tmp_path / kind)
-    # AutoTokenizer gives Qwen 2's rule to every tokenizer of a Qwen 2 model
+def counting_tokenizer(rule: Any) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer that has learnt numbers as words, with GPT-2's or a different rule of splitting."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = rule
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=264,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["12 1234"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template="{{ messages }}")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_files_rule_of_splitting_is_kept_from_loading_to_saving(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AutoTokenizer gives the rule of Qwen 2 to every tokenizer of a Qwen 2 model: digits one by one."""
+    written, model = counting_tokenizer(pre_tokenizers.ByteLevel(False)), made(kind)
+    model.save_pretrained(tmp_path / "model")
+    written.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "model"
+    for again in ("once", "twice"):
+        loaded = load_tokenizer(folder)
+        for text in ("1234 12", "cafe\u0301"):
+            assert loaded(text)["input_ids"] == written(text)["input_ids"]
+        assert (loaded.eos_token, loaded.chat_template) == ("<|end|>", "{{ messages }}")
+        save_model(model, loaded, tmp_path / again, card="")
+        folder = tmp_path / again
+    replaced = (
+        AutoTokenizer.from_pretrained(tmp_path / "model")("1234 12")["input_ids"] != written("1234 12")["input_ids"]
+    )
     said = capsys.readouterr().err
-    assert "tokenizer.json splits texts by the rule 'gpt-2', but transformers reads it with the rule 'qwen2'" in said
-    assert "qwen3: tokenizer.json splits" not in said
+    assert replaced == ("probe texts as other tokens than its tokenizer.json" in said) == (kind == "qwen2")
+
+
+BYTES = pre_tokenizers.ByteLevel(False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "digits"),
+    [("qwen2", BYTES, False), ("qwen3", BYTES, False), ("llama", pre_tokenizers.Sequence([pre_tokenizers.Digits(True), BYTES]), True)],
+)  # fmt: skip
+def test_a_gguf_file_is_read_with_the_rule_that_it_names(kind: str, rule: Any, digits: bool, tmp_path: Path) -> None:
+    written = counting_tokenizer(pre_tokenizers.ByteLevel(False))
+    written.backend_tokenizer.pre_tokenizer = rule
+    assert (len(written("1234 12")["input_ids"]) == 7) == digits
+    save_model(made(kind), written, tmp_path / "model", card="")
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
+    convert(tmp_path / "a.gguf", tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back")("1234 12")["input_ids"] == written("1234 12")["input_ids"]
+
+
+def test_a_rule_of_splitting_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(made("llama"), TOKENIZER, tmp_path / "model", card="")
+    monkeypatch.setattr(gguf_writing, "_splitting", lambda state: "viking")
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32")
+    with pytest.raises(ModelError, match=r"llama\.cpp's rule 'viking', which is not known here"):
+        convert(tmp_path / "a.gguf", tmp_path / "back")
+    backend = counting_tokenizer(pre_tokenizers.ByteLevel(False)).backend_tokenizer
+    assert all(gguf_writing.apply_rule(name, backend) for name in ("olmo", "starcoder", "hunyuan", "llama3", "tekken"))
 
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
