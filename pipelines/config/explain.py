@@ -19,6 +19,9 @@ S = TypeVar("S", bound=Section)
 _MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|(list|function-\w+|dict|union)\[.*\])", re.DOTALL)
 """Names that pydantic adds to a location for each member of a union, such as `literal['auto']`."""
 
+_EXAMPLES = {"float_type": "0.001", "int_type": "3"}
+_YES, _NO = ("yes", "y", "on", "true"), ("no", "n", "off", "false")
+"""Words that older YAML reads as truth values."""
 MOST_PLACES = 3
 """Most places that a message names; a name that is valid in more is not specific enough."""
 
@@ -129,14 +132,33 @@ def _message(fault: Any) -> str:
     )
     if fault["type"] == "model_type":
         return "should be a section with keys, e.g. {key: value}"
-    if fault["type"] in ("float_type", "int_type") and isinstance(fault["input"], str):
-        example = "0.001" if fault["type"] == "float_type" else "3"
-        return f"{message}, and this is a text; write a number without quotes, such as {example}"
+    if fault["type"] in ("float_type", "int_type", "bool_type"):
+        return f"{message}{_reason(fault['type'], fault['input'])}"
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         return (
             f"{message}, and YAML reads this as a {_kind(fault['input'])}; write it in quotes: {str(fault['input'])!r}"
         )
     return message
+
+
+def _reason(wanted: str, given: Any) -> str:
+    """Return why a value is no number or truth value, and which one to write; empty for lists and mappings."""
+    if wanted == "bool_type":
+        if isinstance(given, str) and given.strip().lower() in (*_YES, *_NO):
+            return f", and YAML reads this as a text; write {'true' if given.strip().lower() in _YES else 'false'}"
+        return ", and this is no truth value; write true or false" if isinstance(given, str | int | float) else ""
+    if isinstance(given, bool):
+        return f", and this is a truth value; write a number, such as {_EXAMPLES[wanted]}"
+    if isinstance(given, str):
+        return f", and this is a text; write a number without quotes, such as {_EXAMPLES[wanted]}"
+    if isinstance(given, float):
+        whole = given.is_integer()
+        return (
+            f", and this has a decimal point; write {int(given)}"
+            if whole
+            else ", and this is a fraction; write a whole number"
+        )
+    return ""
 
 
 def _kind(value: Any) -> str:

@@ -75,14 +75,10 @@ class Params(Section):
         """Check the rules that involve several sections."""
         self._check_patterns()
         self._check_reward_sources()
-        self._check_reward_model()
         self._check_context("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
+        self._check_sections()
+        self._check_reward_model()
         self._check_experts()
-        for name in self.project.algorithms:
-            if name not in self.algorithms:
-                raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
-        for name in self.algorithms:
-            self._check_section(name)
         for field in ("rewards", "accuracy"):
             names = getattr(self.evaluation, field)
             for source in [names] if isinstance(names, str) else names:
@@ -104,6 +100,20 @@ class Params(Section):
         check_best_checkpoint(self.align.best_checkpoint, self.rewards, budgets)
         check_space(self)
         return self
+
+    def _check_sections(self) -> None:
+        """Check all sections of `algorithms`. Raises ConfigError with the first error of each wrong one."""
+        for name in self.project.algorithms:
+            if name not in self.algorithms:
+                raise ValueError(f"project.algorithms: no section algorithms.{name}{nearest(name, self.algorithms)}")
+        errors = []
+        for name in self.algorithms:
+            try:
+                self._check_section(name)
+            except ConfigError as error:
+                errors.append(str(error))
+        if errors:
+            raise ConfigError("\n".join(errors))
 
     def _check_section(self, name: str) -> None:
         """Check one section of `algorithms`, also one that project.algorithms does not list."""

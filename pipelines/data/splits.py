@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pipelines.data.files import READERS, is_readable
 from posttrain.errors import DataError
 from posttrain.files import files_below
 
+_PATTERNS = 8
+"""Most patterns that a message names."""
 _SHARD = re.compile(r"(?P<series>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _TRAIN = frozenset({"train", "training"})
@@ -42,15 +45,31 @@ def folder_files(folder: Path, split: str) -> list[Path]:
             raise DataError(f"{folder}: no file of the split {split!r}; set data.*.split to one of: {', '.join(there)}")
     if not files:
         raise DataError(f"{folder}: no file that can be read; files must end in one of: {', '.join(READERS)}")
-    kinds = sorted({kind_and_compression(path)[0] for path in files})
-    if len(kinds) > 1:
-        raise DataError(
-            f"{folder}: holds files of several formats ({', '.join(kinds)}); name the wanted ones by a pattern,"
-            f" e.g. {folder}/*{kinds[-1]}"
-        )
+    _require_one_format(folder, files)
     _check_shards(folder, files)
     refuse_twice(files)
     return files
+
+
+def _require_one_format(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError if files have several formats: they may be one table in two forms, or two parts of one."""
+    counts = Counter(kind_and_compression(path)[0] for path in files)
+    if len(counts) < 2:
+        return
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+    patterns = sorted({_pattern(path) for path in files})
+    shown = ", ".join(patterns[:_PATTERNS]) + (", …" if len(patterns) > _PATTERNS else "")
+    raise DataError(
+        f"{folder}: holds files of several formats ({listed}), which may hold the same rows twice. If all {len(files)} files are wanted,"
+        f" name them in a list of patterns: data.*.source: [{shown}]. If one format has all rows, name only its pattern; the other files"
+        " are then not read"
+    )
+
+
+def _pattern(path: Path) -> str:
+    """Return the pattern of all files of this format in the file's own folder."""
+    ending = len("".join(kind_and_compression(path)))
+    return (path.parent / f"*{path.name[-ending:]}").as_posix()
 
 
 def pattern_files(pattern: str, files: Sequence[Path], split: str | None) -> list[Path]:

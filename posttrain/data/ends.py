@@ -10,7 +10,7 @@ Example:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from posttrain.data.conversations import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SHOWN = 6
+"""Most ends that a message names."""
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = ()) -> dict[int, str]:
@@ -60,8 +63,14 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def described(tokenizer: PreTrainedTokenizerBase, ends: dict[int, str]) -> str:
-    """Return the ends as text, such as `<|im_end|> (tokenizer), <|eot|> (generation settings)`."""
-    return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({origin})" for token, origin in ends.items())
+    """Return the first ends as text, such as `<|im_end|> (tokenizer), <|eot|> (generation settings)`, and the number of others."""
+    return first_of([f"{tokenizer.convert_ids_to_tokens(token)} ({origin})" for token, origin in ends.items()])
+
+
+def first_of(texts: Sequence[str], separator: str = ", ") -> str:
+    """Return the first texts, and the number of others: a folder may name hundreds of ends."""
+    more = [] if len(texts) <= SHOWN else [f"and {len(texts) - SHOWN} more"]
+    return separator.join([*texts[:SHOWN], *more])
 
 
 def as_list(named: Any) -> list[Any]:
@@ -101,11 +110,12 @@ def differing_ends(
     ]
     own = next(iter(ends))
     if written and not any(own in ids for ids in written.values()):
-        others = "; ".join(f"{name} names {', '.join(map(str, ids))}" for name, ids in written.items())
+        others = "; ".join(f"{name} names {first_of([*map(str, ids)])}" for name, ids in written.items())
         reasons.append(f"the tokenizer's eos token is {known[own]!r} ({own}), and {others}")
     if not reasons:
         return None
+    reason = first_of(reasons, "; ")
     return (
-        f"its files disagree about the end of an answer: {'; '.join(reasons)}. Answers end with {described(tokenizer, dict(ends))}; plain"
-        f" answers are trained to end with {known[own]!r}. Correct eos_token of tokenizer_config.json, or eos_token_id, if this is wrong"
+        f"its files disagree about the end of an answer: {reason}. Answers end with {described(tokenizer, dict(ends))}; plain answers are"
+        f" trained to end with {known[own]!r}. Correct eos_token of tokenizer_config.json, or eos_token_id, if this is wrong"
     )

@@ -41,6 +41,8 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 SHOWN = 4
 _PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Settings of a configuration that change in which form a model returns its outputs, not their values."""
+_MAPPINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of settings next to config.json; those that are there hold a mapping."""
 POINTER = b"version https://git-lfs"
 
 
@@ -137,17 +139,35 @@ def check_folder(source: str | Path) -> None:
         raise ModelError(
             f"{source}: no safetensors weights (found {found}); convert them, because pickled weights are not loaded (they can run code)"
         )
-    if not (folder / "model.safetensors").exists() and not any(folder.glob("*.index.json")) and len(files) > 1:
-        raise ModelError(
-            f"{source}: holds {len(files)} files of weights ({files[0].name}, …) without model.safetensors.index.json, which says what is"
-            " in which; fetch that file, too"
-        )
+    if not any(path.name == "model.safetensors" for path in files) and not any(folder.glob("*.index.json")):
+        _refuse_unread_files(folder, files)
     for path in files:
         _check_file(path)
     for path in sorted(folder.glob("*.json")):
         _check_text_file(path)
     for path in sorted(folder.glob("*.index.json")):
         _check_index(path)
+
+
+def _refuse_unread_files(folder: Path, files: list[Path]) -> None:
+    """Raise ModelError: there is neither model.safetensors nor an index, and transformers reads no other names."""
+    listed = ", ".join(path.name for path in files[:SHOWN]) + (", …" if len(files) > SHOWN else "")
+    other = sorted(path.name for path in folder.glob("*.safetensors.index.*.json"))
+    if other:  # model.safetensors.index.fp16.json
+        raise ModelError(
+            f"{folder}: {other[0]} and the weights ({listed}) have a precision in their names, and transformers reads only"
+            f" model.safetensors.index.json here; rename the index: mv {folder / other[0]} {folder / 'model.safetensors.index.json'}"
+        )
+    if len(files) > 1:
+        raise ModelError(
+            f"{folder}: holds {len(files)} files of weights ({listed}) without model.safetensors.index.json, which says what is in which,"
+            " and without model.safetensors. Fetch the index, if they are parts of one model; if they are one model in several"
+            f" precisions, rename one, for example: mv {files[0]} {folder / 'model.safetensors'}"
+        )
+    raise ModelError(
+        f"{folder}: its weights are in {listed}, and transformers reads only model.safetensors, or the files that"
+        f" model.safetensors.index.json names; rename the file: mv {files[0]} {folder / 'model.safetensors'}"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -231,6 +251,14 @@ def _check_text_file(path: Path) -> None:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); copy the model again") from error
     if pointer:
         raise ModelError(f"{path}: a git-lfs pointer instead of the file; type: git lfs pull")
+    if path.name in _MAPPINGS:
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: is not valid JSON ({error!s:.100}); fetch it again") from error
+        if not isinstance(tree, dict):
+            kind = "null" if tree is None else {list: "a list"}.get(type(tree), "a single value")
+            raise ModelError(f"{path}: holds {kind} instead of a mapping of settings; fetch it again, or remove it")
 
 
 def _check_file(path: Path) -> None:

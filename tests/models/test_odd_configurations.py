@@ -54,6 +54,32 @@ def test_shards_without_their_index_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["model.fp16.safetensors"], r"its weights are in model\.fp16\.safetensors, .* rename the file: mv .*/model\.safetensors"),
+        (["model.bf16.safetensors", "model.fp16.safetensors"], r"\(model\.bf16.*, model\.fp16.*\) .* several precisions, rename one"),
+        (["a.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"], r"rename the index: mv .*index\.fp16\.json"),
+    ],
+)  # fmt: skip
+def test_weights_with_a_precision_in_their_names_are_named(folder: Path, names: list[str], words: str) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    for name in names:
+        (folder / name).write_bytes(whole if name.endswith("tensors") else b"{}")
+    with pytest.raises(ModelError, match=words):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(("text", "words"), [("[1]", "a list"), ("null", "null"), ("2", "a single value")])
+def test_settings_that_are_no_mapping_are_named(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    for read in (load_policy, load_encoder):
+        with pytest.raises(ModelError, match=rf"{name}: holds {words} instead of a mapping of settings"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0 and must be a whole number above 0"),

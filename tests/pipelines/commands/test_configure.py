@@ -52,6 +52,12 @@ def test_nothing_changes_nothing(params: Path) -> None:
     [
         ("sft.epoch=2", r"sft\.epoch: unknown parameter; did you mean 'epochs'\?"),
         ("sft.epochs=two", r"sft\.epochs = 'two': should be a valid integer"),
+        ("sft.epochs=7.0", r"sft\.epochs = 7\.0: should be a valid integer, and this has a decimal point; write 7"),
+        ("sft.epochs=6.5", "and this is a fraction; write a whole number"),
+        ("sft.epochs=true", "and this is a truth value; write a number, such as 3"),
+        ("reward.enabled=yes", r"reward\.enabled = 'yes': .*, and YAML reads this as a text; write true"),
+        ("reward.enabled=Off", "YAML reads this as a text; write false"),
+        ("reward.enabled=1", "this is no truth value; write true or false"),
         ("sft.epochs=[", r"sft\.epochs=\[: not valid YAML"),
         ("sft.epochs=2020-13-45", "not valid YAML.*month must be in"),
         ("sft.epochs=" + "9" * 5000, r"sft\.epochs=9{69}: not valid YAML"),

@@ -301,3 +301,20 @@ def test_a_choice_of_the_checkpoint_without_effect_is_refused(tree: Any, rule: A
     with pytest.raises(ConfigError, match=refusal):
         parse_params(changed(tree, "align.best_checkpoint", rule))
     assert parse_params(changed(tree, "align.best_checkpoint", {"every_steps": 10, "problems": 100}))
+
+
+def test_every_wrong_section_of_algorithms_is_named_at_once(tree: Any) -> None:
+    """Also those that project.algorithms does not list: correcting one, only to meet the next, takes as many tries."""
+    for name, section in {
+        "grpo": {"preset": "grpo", "rewards": {"answr": 1.0}},
+        "one": {"preset": "gspo", "rewards": {"answer": 1.0}, "budget": {"prompts_per_step": 6}},
+        "two": {"preset": "dpo", "rewards": {"answer": 1.0}},
+    }.items():
+        tree = changed(tree, f"algorithms.{name}", section)
+    with pytest.raises(ConfigError) as caught:
+        parse_params(tree)
+    first, one, two = str(caught.value).split("\n")
+    assert "algorithms.grpo.rewards: no reward 'answr'; did you mean 'answer'?" in first
+    assert "algorithms.one: prompts_per_step = 6" in one
+    assert "or remove it: algorithms.one=null" in one
+    assert "algorithms.two.rewards: has no effect" in two
