@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ def run(run: Run) -> None:
     run.recorder.timings(0, {"memory/peak_mib": peak_memory_mib()})
     run.recorder.summary(results)
     run.recorder.tag("model", run.context.args.model)
+    if names := without_interval(results):
+        run.recorder.tag("no_interval", f"{', '.join(names)}: no interval from equal values")
 
 
 def summary(
@@ -93,11 +95,8 @@ def summary(
         values = floats([a.rewards[source] for a in sampled]).reshape(shape)
         reward = mean_interval(values, resampling)
         results |= _measure(SAMPLED, reward) if source == accuracy else {}
-        results |= {
-            f"reward/{source}/mean": reward.value,
-            f"reward/{source}/low": reward.low,
-            f"reward/{source}/high": reward.high,
-        }
+        results |= {f"reward/{source}/mean": reward.value}
+        results |= {f"reward/{source}/low": reward.low, f"reward/{source}/high": reward.high} if reward.known else {}
     return results | {
         "kl/ref_k1": float(np.mean([a.kl for a in sampled])),
         "length/mean": float(np.mean([a.tokens for a in sampled])),
@@ -108,8 +107,15 @@ def summary(
 
 
 def _measure(name: str, level: Interval) -> dict[str, float]:
-    """Return a measure of accuracy and the bounds of its interval by name."""
-    return {name: level.value, f"{name}_low": level.low, f"{name}_high": level.high}
+    """Return a measure of accuracy and the bounds of its interval, if it has one, by name."""
+    return {name: level.value} | ({f"{name}_low": level.low, f"{name}_high": level.high} if level.known else {})
+
+
+def without_interval(results: Mapping[str, float]) -> list[str]:
+    """Return the measures and rewards that have no interval, since all prompts have one value."""
+    sources = sorted(name.removesuffix("/mean") for name in results if re.fullmatch("reward/.+/mean", name))
+    measures = [name for name in (GREEDY, SAMPLED) if f"{name}_low" not in results]
+    return measures + [name for name in sources if f"{name}/low" not in results]
 
 
 def answers_not_found(answers: Sequence[EvaluatedAnswer], judge: RewardFunctionParams) -> dict[str, float]:

@@ -38,7 +38,7 @@ EXTRAS = {
     "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],
     "peft": ["posttrain/models/lora.py"],
-    "scipy": ["posttrain/evaluation/crossed.py", "posttrain/evaluation/drift.py"],
+    "scipy": ["posttrain/evaluation/crossed.py", "posttrain/evaluation/drift.py", "posttrain/evaluation/runs.py"],
     "websockets": ["posttrain/environments/openenv.py"],
 }
 """Packages that the library imports only on demand, and the only files that may import them."""

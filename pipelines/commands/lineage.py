@@ -144,8 +144,10 @@ def _levels(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield each measure of accuracy with its interval."""
     for name in (SAMPLED, GREEDY):
         if name in results:
-            value, low, high = (results[each] for each in (name, f"{name}_low", f"{name}_high"))
-            yield f"{in_words(name)} {value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+            low, high = (results.get(f"{name}{end}") for end in ("_low", "_high"))
+            known = low is not None and high is not None
+            interval = f"95 % interval {low:.3f} to {high:.3f}" if known else "no interval from equal values"
+            yield f"{in_words(name)} {results[name]:.3f}, {interval}"
 
 
 def _evaluation(lineage: Lineage, model: Artifact) -> dict[str, Any]:

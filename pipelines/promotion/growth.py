@@ -55,6 +55,7 @@ def _sentence(place: str, differences: Floats, groups: Any, resampling: Resampli
         found: Interval | Crossed = bootstrap(differences, resampling)
         if groups is not None:
             found = crossed_mean(differences[:, None], resampling.confidence, groups)
-        if found.low < found.high:  # equal differences show nothing about other prompts
+        interval = f" ({found.method})"
+        if found.low < found.high:
             interval = f" ({100 * resampling.confidence:.4g} % interval {found.low:+.4g} to {found.high:+.4g})"
     return f"{place.format(len(differences))}: true reward {value:+.4g}{interval}."

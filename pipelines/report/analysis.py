@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -14,15 +13,9 @@ from pipelines.report.hacking import Watched, watched
 from pipelines.report.load import SFT, Model, Results, Training, optimiser_steps
 from pipelines.report.protocol import Currency, Protocol, main_panel, protocols
 from pipelines.runtime.measures import GREEDY, SAMPLED, headline_name, in_words
-from posttrain.evaluation.crossed import (
-    Crossed,
-    Groups,
-    crossed_difference,
-    crossed_mean,
-    effect_size,
-    interquartile_mean,
-    probability_of_improvement,
-)
+from posttrain.evaluation.crossed import Crossed, Groups, crossed_difference, crossed_mean
+from posttrain.evaluation.nearly_equal import UNBOUNDED
+from posttrain.evaluation.runs import effect_size, interquartile_mean, probability_of_improvement
 from posttrain.evaluation.statistics import (
     Floats,
     Interval,
@@ -210,7 +203,7 @@ def compare(results: Results, question: Question, seconds: Mapping[str, float] |
         heldout,
         loss,
         protocols(results, spent),
-        _least(results.models, question.accuracy) == -math.inf,
+        _least(results.models, question.accuracy) == UNBOUNDED,
         watched(results, question.accuracy, question.reward_models),
     )
 
@@ -293,26 +286,24 @@ def _mean_metric(models: Sequence[Model], name: str) -> float | None:
 
 def _least(models: Sequence[Model], source: str) -> float:
     """Return the least mean that the reward can have: 0 if every answer is right or wrong, which also bounds it by 1, else no bound."""
-    return 0.0 if all(is_binary(m.predictions.numbers[f"reward_{source}"]) for m in models) else -math.inf
+    return 0.0 if all(is_binary(m.predictions.numbers[f"reward_{source}"]) for m in models) else UNBOUNDED
 
 
-def _level(scores: Floats, draws: Resampling, groups: Groups = None, least: float = -math.inf) -> Interval:
+def _level(scores: Floats, draws: Resampling, groups: Groups = None, least: float = UNBOUNDED) -> Interval:
     """Estimate a model's mean over [prompts, runs]: over seeds and prompts if there are several runs, else over prompts."""
     if scores.shape[1] < 2 and groups is None:
         return mean_interval(scores, draws, shares=least == 0)
-    found = crossed_mean(scores, draws.confidence, groups)
-    equal = found.low == found.high and least == 0 and groups is None  # a t interval of equal values is a point
-    return share_interval(scores, draws) if equal else _interval(found, least)
+    return _interval(crossed_mean(scores, draws.confidence, groups, least), least)
 
 
 def _interval(found: Crossed, least: float) -> Interval:
     """Convert a crossed estimate to an interval, cut at the values that are possible: from 0 (or -1, of a difference) to 1."""
-    low, high = (found.low, found.high) if least == -math.inf else (max(found.low, least), min(found.high, 1.0))
+    low, high = (found.low, found.high) if least == UNBOUNDED else (max(found.low, least), min(found.high, 1.0))
     return Interval(found.value, low, high, found.prompts, found.missing, found.method)
 
 
 def _test(
-    a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = None, least: float = -math.inf
+    a: Floats, b: Floats, draws: Resampling, tests: int, groups: Groups = None, least: float = UNBOUNDED
 ) -> PairedTest:
     """Compare [prompts, runs] with the same prompts of a second algorithm, or with the model that training starts from.
 
@@ -320,8 +311,8 @@ def _test(
     prompts come in groups, it is over groups.
     """
     if a.shape[1] < 2 and groups is None:
-        return paired(a, b, draws, tests)
-    found = crossed_difference(a, b, draws.confidence, groups=groups)
+        return paired(a, b, draws, tests, shares=least == -1)
+    found = crossed_difference(a, b, draws.confidence, groups=groups, least=least)
     return PairedTest(_interval(found, least), found.p, found.method)
 
 

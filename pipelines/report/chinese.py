@@ -125,12 +125,13 @@ def _difference(comparison: Comparison, a: Summary, b: Summary) -> str:
     spread = pair.test.difference
     low, high = sorted((sign * spread.low, sign * spread.high))
     unit = "" if comparison.graded else " 个百分点"
-    if low == high == 0:
-        return f"{a.name} 与 {_called(b)} 之间看不出差别。"
+    if not spread.known and spread.value == 0:
+        return f"{a.name} 与 {_called(b)} 之间看不出差别（{_without(spread)}）。"
     verdict = "显著" if pair.significant else "不显著，这些数据不能说明哪个更好"
+    interval = f"区间 {signed(comparison, low)} 至 {signed(comparison, high)}" if spread.known else _without(spread)
     return (
         f"{a.name} 相对 {_called(b)}（{level(comparison, b.headline.value)}）：{signed(comparison, sign * spread.value)}{unit}"
-        f"（区间 {signed(comparison, low)} 至 {signed(comparison, high)}），{verdict}（Holm 校正 {p_value(pair.adjusted)}）。"
+        f"（{interval}），{verdict}（Holm 校正 {p_value(pair.adjusted)}）。"
     )
 
 
@@ -233,6 +234,13 @@ def _listed(summaries: list[Summary]) -> str:
 def _span(interval: Interval, comparison: Comparison) -> str:
     """Return an interval in words."""
     confidence = 100 * comparison.question.resampling.confidence
+    if not interval.known:
+        return _without(interval)
     if comparison.graded:
         return f"{confidence:.4g} % 区间 {interval.low:.3f} 至 {interval.high:.3f}"
     return f"{confidence:.4g} % 区间 {100 * interval.low:.1f} 至 {100 * interval.high:.1f} %"
+
+
+def _without(interval: Interval) -> str:
+    """Return why there is no interval."""
+    return f"{interval.n} 个相等的值，没有区间"

@@ -13,7 +13,7 @@ from pipelines.report.analysis import Comparison
 from pipelines.report.load import SFT
 from pipelines.report.style import Look, figure, legend_below
 from pipelines.report.words import ranked, unranked
-from posttrain.evaluation.crossed import performance_profile
+from posttrain.evaluation.runs import performance_profile
 from posttrain.evaluation.statistics import Interval
 
 WIDTH = 6.0
@@ -63,7 +63,7 @@ def against_cost(points: Sequence[tuple[str, float, Interval]], cost: str, measu
     drawn, (axes,) = figure(WIDTH, 3.4)
     for name, spent, level in points:
         axes.errorbar(
-            spent, level.value, yerr=[[level.value - level.low], [level.high - level.value]], color=look.colour(name),
+            spent, level.value, yerr=_bars([level]), color=look.colour(name),
             marker=look.marker(name), linestyle="none", elinewidth=1.4, capsize=3, label=name,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -99,9 +99,8 @@ def pass_at_k(comparison: Comparison, look: Look) -> Figure:
     for summary in comparison.summaries:
         points = [(k, value) for k, value in sorted(summary.pass_at.items()) if value is not None]
         xs, ys = [k for k, _ in points], [value.value for _, value in points]
-        errors = [[v.value - v.low for _, v in points], [v.high - v.value for _, v in points]]
         axes.errorbar(
-            xs, ys, yerr=errors, color=look.colour(summary.name), marker=look.marker(summary.name),
+            xs, ys, yerr=_bars([value for _, value in points]), color=look.colour(summary.name), marker=look.marker(summary.name),
             label=summary.name, linewidth=1.6, elinewidth=1, capsize=2,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -136,6 +135,12 @@ def profiles(comparison: Comparison, look: Look) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     legend_below(drawn)
     return drawn
+
+
+def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Return the lengths of the bars below and above each value; 0 without an interval."""
+    below = [v.value - v.low if v.known else 0.0 for v in intervals]
+    return [below, [v.high - v.value if v.known else 0.0 for v in intervals]]
 
 
 def _forest(

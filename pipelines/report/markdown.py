@@ -58,6 +58,8 @@ def _difference(comparison: Comparison, summary: Summary) -> str:
     pair = comparison.pair(summary.name, SFT)
     sign = 1 if pair.a == summary.name else -1
     spread = pair.test.difference
+    if not spread.known:
+        return f"{sign * spread.value:+.3f} [{spread.method}], {p_value(pair.adjusted)}"
     low, high = sorted((sign * spread.low, sign * spread.high))
     return f"{sign * spread.value:+.3f} [{low:+.3f}, {high:+.3f}], {p_value(pair.adjusted)}"
 
@@ -66,6 +68,8 @@ def _interval(interval: Interval | None, digits: int) -> str:
     """Return a value with its interval, or a dash."""
     if interval is None:
         return "—"
+    if not interval.known:
+        return f"{interval.value:.{digits}f} [{interval.method}]"
     return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 

@@ -69,10 +69,11 @@ def _summary(summary: Summary, question: Question) -> dict[str, Any]:
 
 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:
-    """Return an interval as JSON."""
+    """Return an interval as JSON; without one, both limits are null, and `method` says why."""
     if interval is None:
         return None
-    return {"mean": interval.value} | {key: value for key, value in asdict(interval).items() if key != "value"}
+    ends = {} if interval.known else {"low": None, "high": None}
+    return {"mean": interval.value} | {key: value for key, value in asdict(interval).items() if key != "value"} | ends
 
 
 def _pair(pair: Pair) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([["" if cell is None else _text(_rounded(cell)) for cell in row] for row in rows])
+    writer.writerows([["" if cell is None or cell != cell else _text(_rounded(cell)) for cell in row] for row in rows])
     return out.getvalue()
 
 

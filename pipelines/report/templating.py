@@ -29,22 +29,30 @@ def environment() -> Environment:
         "p": p_value,
         "share": share,
         "score": score,
+        "difference": difference,
         "count": count,
         "bound": bound,
-        "signed": signed,
     }
     return templates
 
 
 def share(interval: Interval) -> tuple[str, str]:
-    """Return `48.2 %` and `43.4 to 53.1`."""
+    """Return `48.2 %` and `43.4 to 53.1`, or why there is no interval."""
+    if not interval.known:
+        return percent(interval.value), interval.method
     return percent(interval.value), f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def score(interval: Interval) -> tuple[str, str]:
-    """Return `1.24` and `1.10 to 1.38`."""
+    """Return `1.24` and `1.10 to 1.38`, or why there is no interval."""
     value, low, high = (f"{x:.2f}".replace("-", "−") for x in (interval.value, interval.low, interval.high))
-    return value, f"{low} to {high}"
+    return value, f"{low} to {high}" if interval.known else interval.method
+
+
+def difference(interval: Interval, graded: bool = False) -> tuple[str, str]:
+    """Return `+4.1` and `+1.2 to +7.0`, or why there is no interval."""
+    value, low, high = (signed(x, graded) for x in (interval.value, interval.low, interval.high))
+    return value, f"{low} to {high}" if interval.known else interval.method
 
 
 def signed(value: float, graded: bool = False) -> str:

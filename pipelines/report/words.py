@@ -30,6 +30,8 @@ def level(comparison: Comparison, value: float) -> str:
 def span(comparison: Comparison, interval: Interval) -> str:
     """Return an interval of the headline measure in words."""
     confidence = f"{100 * comparison.question.resampling.confidence:.4g} %"
+    if not interval.known:
+        return interval.method
     if comparison.graded:
         return f"{confidence} interval {interval.low:.3f} to {interval.high:.3f}"
     return f"{confidence} interval {100 * interval.low:.1f} to {100 * interval.high:.1f} %"
@@ -221,15 +223,16 @@ def _difference(comparison: Comparison, a: str, b: str, called: str) -> str:
     points = sign * spread.value
     low, high = sorted((sign * spread.low, sign * spread.high))
     start = f"Against {called} {a} is"
-    if low == high == 0:
-        return f"No difference is seen between {a} and {called.removeprefix('the next algorithm, ').rstrip(',')}."
-    if points == 0:
-        return f"{start} level; {verdict(pair)}."
-    direction = "ahead" if points > 0 else "behind"
-    return (
-        f"{start} {_gap(comparison, abs(points))} {direction} ({100 * confidence:.4g} % interval of the difference"
-        f" {signed(comparison, low)} to {signed(comparison, high)}); {verdict(pair)}."
+    if not spread.known and points == 0:
+        other = called.removeprefix("the next algorithm, ").rstrip(",")
+        return f"No difference is seen between {a} and {other} ({spread.method})."
+    interval = (
+        f"{100 * confidence:.4g} % interval of the difference {signed(comparison, low)} to {signed(comparison, high)}"
+        if spread.known
+        else spread.method
     )
+    ahead = f"{_gap(comparison, abs(points))} {'ahead' if points > 0 else 'behind'}" if points else "level"
+    return f"{start} {ahead} ({interval}); {verdict(pair)}."
 
 
 def _gap(comparison: Comparison, difference: float) -> str:
@@ -293,7 +296,7 @@ def entropies(comparison: Comparison) -> tuple[Interval, Interval] | None:
     """Return the entropy of DAPO's and of GRPO's answers: DAPO's higher upper clip should keep entropy high."""
     measured = {summary.name: summary.entropy for summary in comparison.algorithms}
     dapo, grpo = measured.get("dapo"), measured.get("grpo")
-    return None if dapo is None or grpo is None else (dapo, grpo)
+    return None if dapo is None or grpo is None or not (dapo.known and grpo.known) else (dapo, grpo)
 
 
 def entropy_kept(comparison: Comparison) -> str | None:

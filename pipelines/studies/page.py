@@ -19,7 +19,7 @@ arms is more than a number. The rule:
 |---|---|
 | supported | lies above the number |
 | contradicted | lies below it: the effect is smaller than claimed, or reversed |
-| undecided | contains it |
+| undecided | contains it, or all values are equal, so that there is none |
 
 Intervals are over seeds and prompts (`posttrain/evaluation/crossed.py`), or over seeds if the outcome is one number per run. Their level is
 1 - 5 % / (looks x claims of the study), and looks is 1 unless the study says otherwise. A study is supported if all of its claims are, and

@@ -89,12 +89,14 @@ def _decide(claim: Claim, reader: Reader, level: float, groups: Sequence[str] | 
     found = estimate(values, claim.contrast, level, groups)
     decision = verdict(found, claim.at_least)
     takes = "" if decision != "undecided" else _takes(found, claim.at_least, level)
-    value, low, high = (float(f"{number:.5g}") for number in (found.value, found.low, found.high))
+    value, low, high = (float(f"{number:.5g}") for number in (found.value, *found.limits))
     return Decided(claim.claim, claim.outcome, claim.at_least, value, low, high, decision, takes)
 
 
 def _takes(found: Estimate, at_least: float, level: float) -> str:
     """Describe the experiment that would decide a claim, if the true contrast is the present estimate."""
+    if found.low != found.low:
+        return "values that differ: all are equal, which leaves no interval"
     seeds = seeds_to_decide(found, at_least, level)
     return f"about {seeds} seeds" if seeds else "more prompts, or more than 1,000 seeds"
 

@@ -5,11 +5,12 @@ outcome is one number per run. The level is divided by the number of claims of t
 
     supported      the whole interval is above at_least
     contradicted   the whole interval is below at_least: the effect is smaller than claimed, or reversed
-    undecided      the interval contains at_least
+    undecided      the interval contains at_least, or all values are equal, which leaves no interval
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +38,11 @@ class Estimate:
     from_rows: float
     seeds: int
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Return the ends of the interval; infinite without one, which holds no claim and is written as such."""
+        return (self.low, self.high) if self.low == self.low else (-math.inf, math.inf)
+
 
 def estimate(
     values: Mapping[str, Floats], contrast: Mapping[str, float], confidence: float, groups: Sequence[str] | None = None
@@ -46,25 +52,10 @@ def estimate(
     `groups` holds the group of each prompt if prompts are not independent.
     """
     names = list(contrast)
-    sides, weights = [values[name] for name in names], [contrast[name] for name in names]
-    if sides[0].ndim == 2:
-        found = crossed_contrast(sides, weights, confidence, groups)
-        return Estimate(
-            found.value, found.low, found.high, found.df, found.from_runs, found.from_prompts, max(found.seeds)
-        )
-    return _over_runs(sides, weights, confidence)
-
-
-def _over_runs(sides: Sequence[Floats], weights: Sequence[float], confidence: float) -> Estimate:
-    """Estimate a contrast of runs' numbers: Welch's interval. Sides with one value are fixed models."""
-    value = float(sum(w * side.mean() for w, side in zip(weights, sides, strict=True)))
-    several = [(w, side) for w, side in zip(weights, sides, strict=True) if len(side) > 1]
-    parts = [(w**2 * float(side.var(ddof=1)) / len(side), len(side) - 1) for w, side in several]
-    variance = sum(part for part, _ in parts)
-    spread = sum(part**2 / freedom for part, freedom in parts)
-    df = variance**2 / spread if spread > 0 else float(min((freedom for _, freedom in parts), default=1))
-    reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * variance**0.5
-    return Estimate(value, value - reach, value + reach, df, variance, 0.0, max(len(side) for side in sides))
+    # one number of each run is a table of one row
+    sides, weights = [np.atleast_2d(values[name]) for name in names], [contrast[name] for name in names]
+    found = crossed_contrast(sides, weights, confidence, groups if values[names[0]].ndim == 2 else None)
+    return Estimate(found.value, found.low, found.high, found.df, found.from_runs, found.from_prompts, max(found.seeds))
 
 
 def verdict(found: Estimate, at_least: float) -> Verdict:

@@ -242,12 +242,18 @@ def _result(source: RecordedRun, headline: str) -> str:
 
 
 def _share(found: dict[str, Any], name: str) -> str:
-    """Return one measure with its interval in a sentence, empty unless all three numbers were recorded."""
-    names = (name, f"{name}_low", f"{name}_high")
-    if not found.keys() >= set(names):
+    """Return one measure with its interval in a sentence, empty if it was not recorded; only numbers from 0 to 1 are percentages."""
+    if name not in found:
         return ""
-    share, low, high = (f"{100 * float(found[each]):.1f}" for each in names)
-    return f" {in_words(name).capitalize()}: **{share} %** (95 % interval {low} to {high} %)."
+    numbers = [float(found[each]) for each in (name, f"{name}_low", f"{name}_high") if each in found]
+    start = f" {in_words(name).capitalize()}:"
+    if len(numbers) < 3:
+        return f"{start} **{numbers[0]:.4g}** (no interval from equal values)."
+    if not all(0 <= number <= 1 for number in numbers):
+        value, low, high = (f"{number:.3f}" for number in numbers)
+        return f"{start} **{value}** (95 % interval {low} to {high})."
+    value, low, high = (f"{100 * number:.1f}" for number in numbers)
+    return f"{start} **{value} %** (95 % interval {low} to {high} %)."
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,8 @@ def write_scores(path: Path, scores: Sequence[BenchmarkScore], resampling: Resam
     intervals = [score.interval(resampling) for score in scores]
     for score, interval in zip(scores, intervals, strict=True):
         name = f"benchmark/{score.task}/{score.metric}"
-        metrics |= {f"{name}/value": interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
+        metrics |= {f"{name}/value": interval.value}
+        metrics |= {f"{name}/low": interval.low, f"{name}/high": interval.high} if interval.known else {}
     columns: dict[str, Any] = {
         "task": [score.task for score in scores],
         "metric": [score.metric for score in scores],

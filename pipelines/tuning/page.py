@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -41,7 +42,8 @@ def page(params: Params, found: Sequence[Reported], selection: int, prompts: int
 def _row(one: Reported) -> str:
     choice, fresh = one.choice, one.fresh
     values = ", ".join(f"`{path}` {value}" for path, value in sorted(choice.best.values.items()))
-    interval = f"{fresh.value:.3f} [{fresh.low:.3f}, {fresh.high:.3f}]"
+    limits = fresh.method if isnan(fresh.low) else f"{fresh.low:.3f}, {fresh.high:.3f}"
+    interval = f"{fresh.value:.3f} [{limits}]"
     return (
         f"| {choice.best.algorithm} | {values or 'as given'} | {max(choice.scores):.3f} | {choice.elsewhere:.3f} | {interval} |"
         f" {one.curse:+.3f} |"

@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from posttrain.errors import DataError
-from posttrain.evaluation.statistics import Floats, floats
+from posttrain.evaluation.nearly_equal import FEW, UNBOUNDED, limits
+from posttrain.evaluation.statistics import Floats, Resampling, floats, sign_flip
 
 Groups = Sequence[str] | NDArray[Any] | None
 CAUTION = 1.3
@@ -54,6 +55,7 @@ class Crossed:
         about_training: True if an algorithm has two or more runs on every side that is not a fixed model; otherwise the numbers
             describe these runs only, and the interval covers other prompts only.
         groups: number of groups of prompts; None if prompts count as independent.
+        rule: which rule of `nearly_equal` set the limits; None if they are those of the t distribution. NaN limits: no interval.
     """
 
     value: float
@@ -68,6 +70,7 @@ class Crossed:
     missing: int
     about_training: bool
     groups: int | None = None
+    rule: str | None = None
 
     @property
     def standard_error(self) -> float:
@@ -76,10 +79,14 @@ class Crossed:
     @property
     def method(self) -> str:
         """Name the interval's method for tables."""
+        if self.rule and np.isnan(self.low):
+            return self.rule
+        more = "" if self.rule is None else f", and {self.rule}"
         prompts = "prompts" if self.groups is None else f"{self.groups} groups of prompts"
         if not self.about_training:
-            return f"t over {prompts}, this run only"
-        return f"t over seeds and {prompts}, {self.df:.1f} degrees of freedom"
+            return f"t over {prompts}, this run only{more}"
+        over = f"seeds and {prompts}" if self.prompts > 1 else "seeds, this prompt only"
+        return f"t over {over}, {self.df:.1f} degrees of freedom{more}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,13 @@ def _excess(table: Floats) -> tuple[NDArray[np.float64], int]:
 
 
 def crossed_difference(
-    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, fixed_b: bool = True, groups: Groups = None
+    a: ArrayLike,
+    b: ArrayLike,
+    confidence: float = 0.95,
+    *,
+    fixed_b: bool = True,
+    groups: Groups = None,
+    least: float = UNBOUNDED,
 ) -> Crossed:
     """Compare two models or algorithms on the same prompts.
 
@@ -159,9 +172,10 @@ def crossed_difference(
         confidence: of the interval.
         fixed_b: a single column of `b` is a fixed model (the start that every run shares), not a sample of trainings.
         groups: the group of each prompt, such as the text that a question is about; None if prompts are independent.
+        least: least possible difference, -1 for shares, as in `nearly_equal`.
 
     Raises:
-        DataError: the tables have different prompts, fewer than 2 prompts are complete, or all are in one group.
+        DataError: the tables have different prompts, no prompt is complete (or one, of single runs), or all are in one group.
     """
     left, right = _table(a), _table(b)
     if len(left) != len(right):
@@ -170,16 +184,21 @@ def crossed_difference(
     seeds = (left.shape[1], right.shape[1])
     trained = seeds[0] > 1 and (seeds[1] > 1 or fixed_b)
     sides = [left[complete], right[complete]]
-    return _crossed(sides, [1.0, -1.0], confidence, seeds, int((~complete).sum()), trained, _of(groups, complete))
+    missing = int((~complete).sum())
+    return _crossed(sides, [1.0, -1.0], confidence, seeds, missing, trained, _of(groups, complete), least)
 
 
-def crossed_mean(a: ArrayLike, confidence: float = 0.95, groups: Groups = None) -> Crossed:
-    """Estimate an algorithm's mean score over seeds and prompts from [prompts, seeds]. Raises DataError as crossed_difference."""
+def crossed_mean(a: ArrayLike, confidence: float = 0.95, groups: Groups = None, least: float = UNBOUNDED) -> Crossed:
+    """Estimate an algorithm's mean score over seeds and prompts from [prompts, seeds]. Raises DataError as crossed_difference.
+
+    `least` is 0 for shares, as in `nearly_equal`.
+    """
     table = _table(a)
     complete = np.isfinite(table).all(1)
     seeds = table.shape[1]
     found = [table[complete]]
-    return _crossed(found, [1.0], confidence, (seeds,), int((~complete).sum()), seeds > 1, _of(groups, complete))
+    missing = int((~complete).sum())
+    return _crossed(found, [1.0], confidence, (seeds,), missing, seeds > 1, _of(groups, complete), least)
 
 
 def _of(groups: Groups, complete: ArrayLike) -> NDArray[Any] | None:
@@ -199,7 +218,7 @@ def crossed_contrast(
         groups: the group of each prompt; None if prompts are independent.
 
     Raises:
-        DataError: the tables have different prompts, fewer than 2 prompts are complete, or all are in one group.
+        DataError: as crossed_difference.
     """
     sides = [_table(table) for table in tables]
     if len({len(side) for side in sides}) > 1:
@@ -219,32 +238,48 @@ def _crossed(
     missing: int,
     trained: bool,
     groups: NDArray[Any] | None = None,
+    least: float = UNBOUNDED,
 ) -> Crossed:
     prompts = len(sides[0])
-    if prompts < 2:
+    if prompts < 1 or prompts == max(seeds) == 1:
         raise DataError(
-            f"only {prompts} prompts have a score from every run; at least 2 are needed for an interval. See"
+            f"only {prompts} of {prompts + missing} prompts have a score from every run; an interval needs 2 prompts, or 2 seeds. See"
             " reward/<source>/missing in the journals, or evaluate on more prompts."
         )
-    clusters = None if groups is None else len(np.unique(groups))
-    if clusters == 1:
+    names, member = (None, None) if groups is None else np.unique(groups, return_inverse=True)
+    if names is not None and len(names) == 1:
         raise DataError(
             "all prompts are in one group, so that nothing shows how other prompts would differ. Name a column with several values in"
             " evaluation.groups, or remove it."
         )
     from scipy import stats  # not above: it takes half a second, and a flow imports this module only for its types
 
-    found = contrast_moments(sides, weights, groups)
+    found = contrast_moments(sides, weights, groups) if prompts > 1 else _over_runs(sides, weights)
     value, error, df = float(found.value), float(np.sqrt(found.from_prompts + found.from_runs)), float(found.df)
     reach = float(stats.t.ppf(0.5 + confidence / 2, df)) * error
-    if error > 0:
-        p = float(2 * stats.t.sf(abs(value) / error, df))
-    else:
-        p = 1.0 if value == 0 else 0.0
+    units: Floats = np.asarray(sum(w * side.mean(-1) for w, side in zip(weights, sides, strict=True)))
+    if member is not None:
+        units = np.bincount(member, weights=units) / np.bincount(member)
+    low, high, rule = limits(units, value - reach, value + reach, confidence, least)
+    # equal values are as likely with the opposite sign only together with all others
+    p = float(2 * stats.t.sf(abs(value) / error, df)) if error > 0 else 1.0 if value == 0 else 2.0 ** (1 - len(units))
+    if rule is not None and np.count_nonzero(units) < FEW:
+        p = max(p, sign_flip(units, Resampling()))  # t is too sure of a few differences
     return Crossed(
-        value, value - reach, value + reach, p, df, float(found.from_runs), float(found.from_prompts), seeds, prompts, missing,
-        trained, clusters,
+        value, low, high, p, df, float(found.from_runs), float(found.from_prompts), seeds, prompts, missing,
+        trained, None if names is None else len(names), rule,
     )  # fmt: skip
+
+
+def _over_runs(sides: Sequence[Floats], weights: Sequence[float]) -> Moments:
+    """Estimate a contrast over one prompt, [1, seeds] each: Welch's variance over runs. Sides with one run are fixed models."""
+    value = sum(w * side.mean() for w, side in zip(weights, sides, strict=True))
+    several = [(w, side) for w, side in zip(weights, sides, strict=True) if side.shape[-1] > 1]
+    parts = [(w**2 * side.var(ddof=1) / side.size, side.size - 1) for w, side in several]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    df = variance**2 / spread if spread > 0 else min(freedom for _, freedom in parts)
+    return Moments(*(np.asarray(number, dtype=np.float64) for number in (value, 0.0, variance, df)))
 
 
 def two_way_bootstrap(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> Floats:
@@ -272,41 +307,6 @@ def _stretched(table: Floats) -> Floats:
     runs = table.mean(0, keepdims=True)
     stretched: Floats = table + (np.sqrt(seeds / (seeds - 1)) - 1) * (runs - runs.mean())
     return stretched
-
-
-def interquartile_mean(scores: ArrayLike) -> float:
-    """Return the mean of the middle half of the runs' scores (rliable, 2108.13264); 25 % are cut at each end."""
-    from scipy import stats
-
-    return float(stats.trim_mean(floats(scores).ravel(), 0.25))
-
-
-def performance_profile(scores: ArrayLike, levels: ArrayLike) -> Floats:
-    """Return the share of runs whose score exceeds each level (2108.13264)."""
-    values = floats(scores).ravel()
-    shares: Floats = (values[None, :] > floats(levels)[:, None]).mean(1)
-    return shares
-
-
-def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> float:
-    """Return the chance that a run of `a` scores above a run of `b`, ties counting half (2108.13264)."""
-    gaps = floats(a).ravel()[:, None] - floats(b).ravel()[None, :]
-    return float((0.5 + 0.5 * np.sign(gaps)).mean())
-
-
-def effect_size(a: ArrayLike, b: ArrayLike) -> float:
-    """Return Hedges' g of the runs' mean scores: the difference in pooled standard deviations, corrected for few seeds.
-
-    NaN if a side has one run or no run differs from its side's mean.
-    """
-    left, right = floats(a).ravel(), floats(b).ravel()
-    freedom = len(left) + len(right) - 2
-    if min(len(left), len(right)) < 2:
-        return float("nan")
-    pooled = np.sqrt(((len(left) - 1) * left.var(ddof=1) + (len(right) - 1) * right.var(ddof=1)) / freedom)
-    if pooled == 0:
-        return float("nan")
-    return float((left.mean() - right.mean()) / pooled * (1 - 3 / (4 * freedom - 1)))
 
 
 def clustered_standard_error(scores: ArrayLike, clusters: ArrayLike) -> float:

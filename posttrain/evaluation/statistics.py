@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from posttrain.errors import DataError
+from posttrain.evaluation.nearly_equal import UNBOUNDED, limits
 
 Floats = NDArray[np.float64]
 _EXACT_FLIPS = 16
@@ -38,7 +39,10 @@ _CHUNK = 2_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence limits, over `n` prompts; `missing` values were excluded."""
+    """An estimate with its confidence limits, over `n` prompts; `missing` values were excluded.
+
+    Both limits are NaN if there is no interval; `method` then says why.
+    """
 
     value: float
     low: float
@@ -46,6 +50,11 @@ class Interval:
     n: int
     missing: int
     method: str
+
+    @property
+    def known(self) -> bool:
+        """Return True if there is an interval."""
+        return not math.isnan(self.low)
 
 
 @dataclass(frozen=True)
@@ -133,21 +142,24 @@ def bootstrap_means(values: ArrayLike, resampling: Resampling) -> Floats:
     return np.concatenate(means)
 
 
-def bootstrap(values: ArrayLike, resampling: Resampling) -> Interval:
-    """Return the percentile bootstrap over prompts: the (1-c)/2 and (1+c)/2 quantiles of the resampled means."""
+def bootstrap(values: ArrayLike, resampling: Resampling, least: float = UNBOUNDED) -> Interval:
+    """Return the percentile bootstrap over prompts: the (1-c)/2 and (1+c)/2 quantiles of the resampled means.
+
+    If prompts are equal or nearly so, the limits are those of `nearly_equal`; `least` is the least possible value there.
+    """
     table = floats(values)
     units = _known(per_prompt(table))
     _require(units)
     tail = (1 - resampling.confidence) / 2
-    low, high = np.quantile(bootstrap_means(units, resampling), [tail, 1 - tail])
-    return Interval(float(units.mean()), float(low), float(high), len(units), _missing(table), "bootstrap over prompts")
+    drawn = np.quantile(bootstrap_means(units, resampling), [tail, 1 - tail])
+    low, high, method = limits(units, float(drawn[0]), float(drawn[1]), resampling.confidence, least)
+    return Interval(float(units.mean()), low, high, len(units), _missing(table), method or "bootstrap over prompts")
 
 
 def mean_interval(values: ArrayLike, resampling: Resampling, shares: bool = False) -> Interval:
     """Return the interval of a share or score: Wilson's if every prompt has one 0 or 1, else the bootstrap over prompts.
 
-    If all prompts have the same mean, as a single prompt always does, the bootstrap would be a point. Wilson's interval is used instead,
-    with the number of prompts (not of answers) as n. This is conservative: no values between 0 and 1 vary more than 0 and 1 of that mean.
+    Prompts that are nearly equal, as a single one always is, have the limits of `nearly_equal`, or none if values have no bounds.
 
     Args:
         shares: the values are shares of answers, so they lie between 0 and 1 although they are not all 0 or 1.
@@ -155,11 +167,11 @@ def mean_interval(values: ArrayLike, resampling: Resampling, shares: bool = Fals
     table = floats(values)
     units = _known(per_prompt(table))
     _require(units)
-    constant, binary = units.min() == units.max(), is_binary(table)
-    if (binary and _width(table) == 1) or (constant and (binary or shares)):
+    binary = is_binary(table)
+    if binary and _width(table) == 1:
         low, high = wilson(float(units.sum()), len(units), resampling.confidence)
         return Interval(float(units.mean()), low, high, len(units), _missing(table), "Wilson")
-    return bootstrap(table, resampling)
+    return bootstrap(table, resampling, 0.0 if binary or shares else UNBOUNDED)
 
 
 def share_interval(values: ArrayLike, resampling: Resampling) -> Interval:
@@ -217,14 +229,15 @@ def for_family(resampling: Resampling, tests: int) -> Resampling:
     return replace(resampling, resamples=max(resampling.resamples, needed))
 
 
-def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1) -> PairedTest:
+def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1, shares: bool = False) -> PairedTest:
     """Compare two models on the same prompts; rows are prompts, columns (if any) repeats of that prompt.
 
     McNemar's test if both give one 0 or 1 per prompt; otherwise prompts are clusters and the sign-flip test is used. The interval of the
-    difference is the bootstrap over prompts, each drawn with both models' answers.
+    difference is the bootstrap over prompts, each drawn with both models' answers, or that of `nearly_equal` if hardly any prompt differs.
 
     Args:
         tests: number of tests that the p-value will be corrected for.
+        shares: the values lie between 0 and 1 although they are not all 0 or 1.
     """
     left, right = per_prompt(a), per_prompt(b)
     if len(left) != len(right):
@@ -232,9 +245,10 @@ def paired(a: ArrayLike, b: ArrayLike, resampling: Resampling, tests: int = 1) -
     both = np.isfinite(left) & np.isfinite(right)
     left, right = left[both], right[both]
     _require(left)
-    spread = bootstrap(left - right, resampling)
-    difference = Interval(
-        spread.value, spread.low, spread.high, spread.n, int((~both).sum()), "paired bootstrap over prompts"
+    bounded = shares or (is_binary(a) and is_binary(b))
+    spread = bootstrap(left - right, resampling, -1.0 if bounded else UNBOUNDED)
+    difference = replace(
+        spread, missing=int((~both).sum()), method=spread.method.replace("bootstrap", "paired bootstrap")
     )
     if is_binary(left) and is_binary(right) and _width(a) == _width(b) == 1:
         only_a, only_b = int((left > right).sum()), int((right > left).sum())

@@ -17,12 +17,14 @@ from posttrain.evaluation.crossed import (
     crossed_contrast,
     crossed_difference,
     crossed_mean,
+    moments,
+    two_way_bootstrap,
+)
+from posttrain.evaluation.runs import (
     effect_size,
     interquartile_mean,
-    moments,
     performance_profile,
     probability_of_improvement,
-    two_way_bootstrap,
 )
 
 A = np.array([[0.9, 0.7], [0.5, 0.7], [0.4, 0.2]])
@@ -79,7 +81,7 @@ def test_prompts_without_a_score_of_every_run_are_left_out_and_counted() -> None
     found = crossed_difference(holed, np.vstack([B, [[0.0, 0.0]]]))
     assert (found.missing, found.prompts) == (1, 3)
     assert found.value == pytest.approx(crossed_difference(A, B).value)
-    with pytest.raises(DataError, match="only 0 prompts have a score from every run"):
+    with pytest.raises(DataError, match="only 0 of 5 prompts have a score from every run"):
         crossed_mean(np.full((5, 2), np.nan))
     with pytest.raises(DataError, match="same prompts"):
         crossed_difference(A, B[:2])

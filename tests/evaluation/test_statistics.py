@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import DataError
+from posttrain.evaluation.nearly_equal import clopper_pearson
 from posttrain.evaluation.statistics import (
     Resampling,
     bootstrap,
@@ -105,20 +106,22 @@ def test_the_interval_of_a_mean_says_how_it_was_made() -> None:
     assert mean_interval([0, 1, 1], DRAWS).method == "Wilson"
     assert mean_interval([[0], [1]], DRAWS).method == "Wilson"
     assert mean_interval([0.2, 1, 1], DRAWS).method == "bootstrap over prompts"
-    assert mean_interval([[0, 1], [1, 1]], DRAWS).method == "bootstrap over prompts"
+    assert mean_interval([[0, 1], [1, 1]] * 10, DRAWS).method == "bootstrap over prompts"
     nothing = mean_interval(np.zeros((40, 3)), DRAWS)
-    assert (nothing.method, nothing.low, nothing.high) == ("Wilson", 0.0, pytest.approx(wilson(0, 40)[1]))
+    assert (nothing.method, nothing.low, nothing.high) == ("Clopper-Pearson", 0.0, pytest.approx(1 - 0.025 ** (1 / 40)))
 
 
 @pytest.mark.parametrize(("prompts", "share"), [(1, 0.75), (24, 0.75), (24, 0.5), (400, 0.25)])
 def test_equal_shares_leave_no_interval_of_a_point(prompts: int, share: float) -> None:
-    # z = 1.959964; of 24 prompts at .75: (.75 + z²/48 ± z sqrt(.1875/24 + z²/2304)) / (1 + z²/24)
     found = share_interval(np.full(prompts, share), DRAWS)
-    assert (found.method, found.low, found.high) == ("Wilson", *wilson(prompts * share, prompts))
-    if (prompts, share) == (24, 0.75):
-        assert (found.low, found.high) == (pytest.approx(0.5510, abs=1e-4), pytest.approx(0.8800, abs=1e-4))
+    assert (found.method, found.low, found.high) == (
+        "Clopper-Pearson",
+        *clopper_pearson(prompts * share, prompts, 0.95),
+    )
+    if (prompts, share) == (24, 0.75):  # the table of Clopper and Pearson for 18 of 24
+        assert (found.low, found.high) == (pytest.approx(0.5329, abs=1e-4), pytest.approx(0.9023, abs=1e-4))
     # a graded reward has no bounds, so that nothing is known beyond the one value
-    assert mean_interval(np.full(prompts, share), DRAWS).method == "bootstrap over prompts"
+    assert mean_interval(np.full(prompts, share), DRAWS).method.startswith(f"no interval from {prompts} ")
 
 
 def test_mcnemar_against_binomials_written_out() -> None:

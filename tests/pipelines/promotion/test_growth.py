@@ -26,7 +26,9 @@ def test_old_and_fresh_prompts_have_their_own_gain() -> None:
     first, since = by_age(new, old, before, RESAMPLING)
     # two of four gained; both fresh ones lost
     assert first.startswith("On the 4 prompts by which the champion was judged: true reward +0.5 (95 % interval")
-    assert since == "On the 2 prompts that joined the evaluation since: true reward -1."
+    assert (
+        since == "On the 2 prompts that joined the evaluation since: true reward -1 (no interval from 2 equal values)."
+    )
     one = by_age(answers("grpo-0", [1, 1, 1, 1, 0]), answers("champion", [1, 1, 0, 0, 1]), before, RESAMPLING)
     assert one[1] == "On the 1 prompts that joined the evaluation since: true reward -1."
 

@@ -44,7 +44,8 @@ def test_scores_have_intervals_and_their_paired_change_from_base() -> None:
     row = only(benchmark_rows(results(base=[base], sft=[sft], grpo=[grpo]), DRAWS))
     assert (row.values["base"].low, row.values["base"].high) == pytest.approx(wilson(5, 8))
     assert {name: change.value for name, change in row.changes.items()} == {"sft": -0.125, "grpo": -0.5}
-    assert row.changes["grpo"].high < 0
+    # 4 losses of 8 and no gain: the exact p is 2 / 16, so the interval reaches 0
+    assert 0 < row.changes["grpo"].high < 0.01
 
 
 def test_seeds_are_averaged_within_a_document() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.report.analysis import _level, _test
 from posttrain.evaluation.crossed import crossed_mean
-from posttrain.evaluation.statistics import Resampling, wilson
+from posttrain.evaluation.nearly_equal import clopper_pearson
+from posttrain.evaluation.statistics import Resampling
 
 DRAWS = Resampling(200, 0.95, 0)
 PROMPTS = np.arange(100)
@@ -31,7 +32,7 @@ def test_the_interval_of_a_difference_of_shares_lies_between_minus_1_and_1() -> 
 @pytest.mark.parametrize("shape", [(24, 1), (1, 1), (24, 3)])
 def test_prompts_that_are_all_solved_equally_often_leave_an_interval(shape: tuple[int, int]) -> None:
     found = _level(np.full(shape, 0.75), DRAWS, None, 0.0)
-    assert (found.low, found.high) == wilson(0.75 * shape[0], shape[0])
+    assert (found.low, found.high) == pytest.approx(clopper_pearson(0.75 * shape[0], shape[0], 0.95))
 
 
 def test_other_rewards_have_no_bounds() -> None:
