@@ -1,21 +1,26 @@
-"""Measure a GPU: agreement with the CPU, SFT and GRPO throughput, model FLOP utilisation, rollouts per second, peak memory.
+"""Measure a GPU: agreement with the CPU, throughput and memory of every kind of training, and deterministic mode.
 
-    python benchmarks/gpu.py                      # a randomly initialised Qwen3 with 0.6 B parameters (0.75 B with its untied head)
+    python benchmarks/gpu.py                      # all cases at the shapes of Qwen3 0.6 B and 4 B, random weights
+    python benchmarks/gpu.py --shapes 0.6B --cases sft-2k,dpo-2k
+    python benchmarks/gpu.py --write              # keep the numbers of this GPU in benchmarks/gpu/NAME.json
     python benchmarks/gpu.py --tiny               # the same code in seconds, also on a CPU
-    python benchmarks/gpu.py --layers 36 --hidden 2560 --intermediate 9728 --heads 32      # 4 B
 
-Needs only torch, transformers, accelerate and safetensors. Prints a Markdown table, and writes it with --out. On a CPU the "device" is
-the CPU itself: bfloat16 autocast is compared with float32.
+Needs only torch, transformers, accelerate and safetensors. Prints tables; --out writes JSON. If numbers of this GPU are kept, each case is
+compared with them, and more than 5 % fewer tokens a second or more memory is an alarm; so is a peak that `posttrain plan` misses by more
+than 10 %, and a deterministic run that differs. With alarms the exit status is 1. On a CPU the "device" is the CPU itself: bfloat16
+autocast is compared with float32, and no memory is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import json
+import re
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,232 +29,199 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare GPU box h
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from posttrain.algorithms import PRESETS
+from benchmarks.gpu_cases import BUDGET, CASES, SHAPES, TINY, Case, Shape, groups_of, measured, tiny
+from benchmarks.gpu_curve import determinism
 from posttrain.data.batches import collate
-from posttrain.data.tokens import TextEncoder, Tokens
+from posttrain.data.tokens import Tokens
 from posttrain.models.policy import Policy
-from posttrain.models.tiny import byte_tokenizer
 from posttrain.planning import sizes
-from posttrain.rewards.sources import FunctionReward
-from posttrain.rollouts.engine import SamplingSettings
-from posttrain.rollouts.groups import GroupSampler, GroupSettings, Problem
-from posttrain.rollouts.native import NativeEngine
 from posttrain.settings import OptimizerSettings
-from posttrain.training.experience import ExperienceSource
-from posttrain.training.onpolicy import OnPolicyObjective
 from posttrain.training.supervised import Example, SupervisedObjective
 from posttrain.training.trainer import Trainer
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 """Dense bfloat16 TFLOP/s from NVIDIA's data sheets."""
-NO_EOS = -1
+KEPT = Path(__file__).with_name("gpu")
+"""Folder with the numbers of each GPU that was measured."""
+SLOWER, UNPLANNED = 0.05, 0.10
+"""Shares by which a number may be worse than the kept one, and by which a peak may differ from the plan."""
+CURVES = "curves"
+"""Name that selects deterministic mode next to the cases."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """Sizes of the timed work."""
-
-    batch: int
-    length: int
-    prompts: int
-    samples: int
-    prompt: int
-    new_tokens: int
-    repeats: int
-
-
-def main() -> None:
+def main() -> int:
     args = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    config = configuration(args)
-    work = Work(4, 64, 2, 4, 24, 8, 2) if args.tiny else Work(16, 1024, 32, 8, 256, 256, 4)
-    lines = [
-        f"{describe(device)}, torch {torch.__version__}, {sizes(config).parameters:,} parameters, bfloat16 autocast\n"
-    ]
-    lines += ["| what | number |", "|---|---|"]
-    for name, value in [*agreement(device, config, args.tiny), *throughput(device, config, work)]:
-        lines.append(f"| {name} | {value} |")
-        print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    if args.out:
-        args.out.write_text(
-            f"# GPU\n\n    python benchmarks/gpu.py {' '.join(sys.argv[1:])}\n\n{text}", encoding="utf-8"
-        )
+    if args.tiny:
+        torch.set_num_threads(1)
+    names = args.cases.split(",") if args.cases else [*CASES, CURVES]
+    shapes = ["tiny"] if args.tiny else args.shapes.split(",")
+    if unknown := [name for name in names if name not in (*CASES, CURVES)] + [s for s in shapes if s not in SHAPES]:
+        sys.exit(f"error: no case or shape {unknown[0]!r}; there are: {', '.join([*CASES, CURVES, *SHAPES])}")
+    found: dict[str, Any] = {"device": describe(device), "torch": torch.__version__, "peak_tflops": known_peak(device)}
+    found["agreement"] = agreement(device, SHAPES[shapes[0]], args.tiny)
+    found["cases"] = dict(timings(device, names, shapes, args.tiny, args.repeats))
+    if CURVES in names:
+        found["deterministic"] = determinism(args.tiny)
+    print(tables(found))
+    kept = KEPT / f"{slug(found['device'])}.json"
+    against = args.against or (kept if kept.exists() and not args.write else None)
+    raised = alarms(found, json.loads(against.read_text(encoding="utf-8")) if against else {})
+    for line in raised:
+        print(f"alarm: {line}")
+    for path in [*([args.out] if args.out else []), *([kept] if args.write else [])]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if raised else 0
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a model and batches that a CPU computes in seconds")
-    parser.add_argument("--out", type=Path, help="write the table to this file")
-    for name, value in (("hidden", 1024), ("layers", 28), ("intermediate", 3072), ("heads", 16), ("kv-heads", 8)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--shapes", default="0.6B,4B", help="separated by commas")
+    parser.add_argument(
+        "--cases", default="", help=f"separated by commas, `{CURVES}` for deterministic mode; default: all"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of a case after the first")
+    parser.add_argument("--out", type=Path, help="write the numbers to this file")
+    parser.add_argument("--write", action="store_true", help="keep them in benchmarks/gpu")
+    parser.add_argument("--against", type=Path, help="compare with the numbers in this file")
     return parser.parse_args()
 
 
-def configuration(args: argparse.Namespace) -> Qwen3Config:
-    shape = (
-        (64, 2, 128, 4, 2) if args.tiny else (args.hidden, args.layers, args.intermediate, args.heads, args.kv_heads)
-    )
-    hidden, layers, intermediate, heads, kv_heads = shape
-    return Qwen3Config(
-        vocab_size=500 if args.tiny else 151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16 if args.tiny else 128, max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+def timings(
+    device: torch.device, names: list[str], shapes: list[str], small: bool, repeats: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the numbers of each case at each shape; one that fails, such as for lack of memory, has its error instead."""
+    for shape in shapes:
+        model = sizes(SHAPES[shape].config())
+        for name in names:
+            if name == CURVES:
+                continue
+            case = tiny(CASES[name]) if small else CASES[name]
+            try:
+                numbers = measured(case, SHAPES[shape], model, device, BUDGET // TINY if small else BUDGET, repeats)
+            except torch.OutOfMemoryError as error:
+                numbers = {"error": str(error).splitlines()[0]}
+            yield f"{shape}/{name}", numbers
+            print(f"{shape}/{name}: {numbers}", file=sys.stderr, flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
-def agreement(device: torch.device, config: Qwen3Config, tiny: bool) -> list[tuple[str, str]]:
-    """Compare loss, gradient norm and log-probabilities of one SFT step: on the CPU in float32, and on the device."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers, small.vocab_size = 2, min(config.vocab_size, 8000)
-    start = Qwen3ForCausalLM(small)
-    rows = texts(4, 48 if tiny else 128, small.vocab_size, 8)
-    reference = one_step(copy.deepcopy(start), torch.device("cpu"), rows, bf16=False)
-    found = []
+def agreement(device: torch.device, shape: Shape, small: bool) -> dict[str, dict[str, float]]:
+    """Compare loss, gradient norm and log-probabilities of one SFT step on the device with those of the CPU in float32."""
+    config = replace(shape, layers=2, vocabulary=min(shape.vocabulary, 8000)).config()
+    start = Qwen3ForCausalLM(config).eval()
+    case = Case("sft", 4, 8, 40 if small else 120)
+    rows = [Tokens(prompt, answer) for prompt, (answer,) in groups_of(case, config.vocab_size)]
+    loss, norm, reference = one_step(copy.deepcopy(start), torch.device("cpu"), rows, bf16=False)
+    found = {}
     for bf16 in (False, True):
-        loss, norm, logprobs = one_step(copy.deepcopy(start), device, rows, bf16)
-        worst = float((logprobs - reference[2]).abs().max())
-        kind = "bfloat16" if bf16 else "float32"
-        found.append(
-            (f"CPU float32 against {device.type} {kind}: largest difference of a log-probability", f"{worst:.2g}")
-        )
-        found.append((f"… loss, gradient norm ({reference[0]:.5f}, {reference[1]:.4f})", f"{loss:.5f}, {norm:.4f}"))
+        own_loss, own_norm, logprobs = one_step(copy.deepcopy(start), device, rows, bf16)
+        found["bfloat16" if bf16 else "float32"] = {
+            "logprob": float((logprobs - reference).abs().max()),
+            "loss": abs(own_loss - loss) / abs(loss),
+            "grad_norm": abs(own_norm - norm) / norm,
+        }
     return found
 
 
 def one_step(
     lm: PreTrainedModel, device: torch.device, rows: list[Tokens], bf16: bool
 ) -> tuple[float, float, torch.Tensor]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process otherwise
     policy = Policy(lm).to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logprobs = policy(collate(rows).to(device)).logprobs.float().cpu()
-    metrics = trainer(policy, bf16, device, 4096).update([Example(row) for row in rows], SupervisedObjective())
+    precision = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
+    trainer: Trainer[Any] = Trainer(
+        policy, OptimizerSettings(1e-5), total_steps=100, micro_batch_tokens=4096, accelerator=precision
+    )
+    metrics = trainer.update([Example(row) for row in rows], SupervisedObjective())
     return metrics["loss"], metrics["grad_norm"], logprobs
 
 
-def throughput(device: torch.device, config: Qwen3Config, work: Work) -> list[tuple[str, str]]:
-    lm = Qwen3ForCausalLM(config).to(device)
-    policy = Policy(lm)
-    rows = [Example(row) for row in texts(work.batch, work.length, config.vocab_size, work.length // 8)]
-    taught = trainer(policy, True, device, work.batch * work.length)
-    seconds, peak = timed(lambda: taught.update(rows, SupervisedObjective()), device, work.repeats)
-    tokens = work.batch * work.length
-    found = [
-        (f"SFT, {work.batch} x {work.length} tokens: tokens/s", f"{tokens / seconds:,.0f}"),
-        ("SFT: model FLOP utilisation", utilisation(device, config, tokens / seconds, work.length)),
-        ("SFT: peak memory", peak),
+def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
+    """Return what is worse than the kept numbers, than the plan, or than deterministic mode promises."""
+    raised = []
+    for name, case in found["cases"].items():
+        before = kept.get("cases", {}).get(name, {})
+        if "error" in case:
+            if "error" not in before:
+                raised.append(f"{name}: {case['error']}")
+            continue
+        if (speed := before.get("tokens_per_second")) and case["tokens_per_second"] < (1 - SLOWER) * speed:
+            raised.append(f"{name}: {case['tokens_per_second']:,.0f} tokens/s, and {speed:,.0f} are kept")
+        peak, planned = case["peak_gib"], case["predicted_gib"]
+        if peak is None:
+            continue
+        if (less := before.get("peak_gib")) and peak > (1 + SLOWER) * less:
+            raised.append(f"{name}: a peak of {peak:.2f} GiB, and {less:.2f} are kept")
+        if abs(peak - planned) > UNPLANNED * planned:
+            raised.append(f"{name}: a peak of {peak:.2f} GiB, and the plan is {planned:.2f}")
+    for kind, curve in found.get("deterministic", {}).items():
+        if not (curve["same_again"] and curve["same_after_kill"]):
+            raised.append(
+                f"deterministic {kind}: same again {curve['same_again']}, after a kill {curve['same_after_kill']}"
+            )
+    return raised
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Return the numbers as Markdown."""
+    lines = [f"{found['device']}, torch {found['torch']}, bfloat16 autocast, random weights", ""]
+    lines += ["| precision | log-probability | loss, relative | gradient norm, relative |", "|---|---|---|---|"]
+    for precision, far in found["agreement"].items():
+        lines.append(f"| {precision} | {far['logprob']:.2g} | {far['loss']:.2g} | {far['grad_norm']:.2g} |")
+    lines += [
+        "",
+        "| case | tokens/s | TFLOP/s | MFU | peak GiB | planned GiB | attention |",
+        "|---|---|---|---|---|---|---|",
     ]
-    found += uneven(taught, device, config, work)
-    engine = NativeEngine(lm, NO_EOS, bf16=True)
-    source, objective = group_source(policy, config, engine, work)
-    seconds, peak = timed(lambda: source.sampler.sample(), device, work.repeats)
-    sampled = work.prompts * work.samples * work.new_tokens
-    shape = f"{work.prompts} prompts of {work.prompt} tokens x {work.samples} answers of {work.new_tokens}"
-    found += [(f"rollouts, {shape}: tokens/s", f"{sampled / seconds:,.0f}"), ("rollouts: peak memory", peak)]
-    learner = trainer(policy, True, device, 32_768)
-
-    def step() -> None:
-        for batch in source.next(0).batches:
-            learner.update(batch, objective)
-
-    seconds, peak = timed(step, device, work.repeats)
-    found += [
-        ("GRPO step (sample, reference, update): seconds", f"{seconds:.2f}"),
-        ("GRPO: sampled tokens/s, end to end", f"{sampled / seconds:,.0f}"),
-        ("GRPO: peak memory", peak),
-    ]
-    return found
-
-
-def uneven(taught: Trainer[Any], device: torch.device, config: Qwen3Config, work: Work) -> list[tuple[str, str]]:
-    """Time SFT on rows of different lengths. Kernels that prepare for a shape, or fall back to a mask, lose time only here."""
-    fractions = [2 ** (-3 * i / (2 * work.batch - 1)) for i in range(2 * work.batch)]  # from 1 to 1/8 of the length
-    lengths = [max(8, round(work.length * fraction)) for fraction in fractions]
-    rows = [Example(texts(1, length, config.vocab_size, length // 4)[0]) for length in lengths]
-    seconds, peak = timed(lambda: taught.update(rows, SupervisedObjective()), device, work.repeats)
-    tokens, context = sum(lengths), sum(length**2 for length in lengths) // sum(lengths)
-    name = f"SFT, {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens"
-    return [
-        (f"{name}: tokens/s", f"{tokens / seconds:,.0f}"),
-        (f"{name}: model FLOP utilisation", utilisation(device, config, tokens / seconds, context)),
-        (f"{name}: peak memory", peak),
-    ]
+    for name, case in found["cases"].items():
+        if "error" in case:
+            lines.append(f"| {name} | {case['error']} | | | | | |")
+            continue
+        work, limit, peak = case["tflops"], found["peak_tflops"], case["peak_gib"]
+        cells = [
+            f"{case['tokens_per_second']:,.0f}",
+            "" if work is None else f"{work:.3g}",
+            "" if work is None or limit is None else f"{work / limit:.1%}",
+            "" if peak is None else f"{peak:.2f}",
+            f"{case['predicted_gib']:.2f}",
+            case["attention"],
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for kind, curve in found.get("deterministic", {}).items():
+        lines += [
+            "",
+            f"Deterministic {kind}, {curve['steps']} steps: the same numbers again: {curve['same_again']}; after a SIGKILL, resumed at step"
+            f" {curve['resumed_at']}: {curve['same_after_kill']}; {curve['times_as_slow']:.2f} times the seconds of a step",
+        ]
+    return "\n".join(lines)
 
 
-def group_source(
-    policy: Policy, config: Qwen3Config, engine: NativeEngine, work: Work
-) -> tuple[ExperienceSource, OnPolicyObjective]:
-    spec = PRESETS["grpo"]
-    encoder = TextEncoder(byte_tokenizer(4096), 4096)
-    prompts = texts(4 * work.prompts, work.prompt + 1, 250, 1)
-    problems = [Problem(str(i), row.prompt, {}) for i, row in enumerate(prompts)]
-    sampler = GroupSampler(
-        problems, engine, encoder, [FunctionReward("bytes", bytes_of)], {"bytes": 1.0}, spec,  # type: ignore[arg-type]
-        GroupSettings(work.prompts, work.samples, SamplingSettings(work.new_tokens, 1.0)), 0, Accelerator(),
-    )  # fmt: skip
-    objective = OnPolicyObjective(spec, work.new_tokens, 1.0)  # type: ignore[arg-type]
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    source = ExperienceSource(spec, policy, reference, sampler, objective, micro_batch_tokens=32_768, bf16=True)  # type: ignore[arg-type]
-    return source, objective
-
-
-def bytes_of(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
-    return [float(sum(text.encode()) % 7) for text in completions]
-
-
-def trainer(policy: Policy, bf16: bool, device: torch.device, budget: int) -> Trainer[Any]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process otherwise
-    precision = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
-    return Trainer(policy, OptimizerSettings(1e-5), total_steps=100, micro_batch_tokens=budget, accelerator=precision)
-
-
-def texts(rows: int, length: int, vocabulary: int, prompt: int) -> list[Tokens]:
-    ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(length))
-    split = length - 1 if prompt == 1 else prompt
-    return [Tokens(tuple(row[:split]), tuple(row[split:])) for row in ids.tolist()]
-
-
-def timed(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, str]:
-    """Return the median seconds of a call after one warm-up call, and the peak device memory."""
-    run()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        wait(device)
-        started = time.perf_counter()
-        run()
-        wait(device)
-        seconds.append(time.perf_counter() - started)
-    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "not measured on a CPU"
-    return sorted(seconds)[len(seconds) // 2], peak
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def utilisation(device: torch.device, config: Qwen3Config, tokens_per_second: float, length: int) -> str:
-    """Return the FLOP utilisation of forward and backward.
-
-    It counts 6 FLOP per parameter and token, and 6 x layers x query width x length for causal attention (arXiv 2204.02311).
-    """
-    known = [peak for name, peak in PEAK_TFLOPS.items() if name in describe(device)]
-    embedding = config.vocab_size * config.hidden_size
-    model = sizes(config)
-    flop = 6 * (model.parameters - embedding) + 6 * model.layers * model.query_width * length
-    achieved = flop * tokens_per_second / 1e12
-    return f"{achieved:.1f} TFLOP/s" + (f", {100 * achieved / known[0]:.1f} % of {known[0]:.0f}" if known else "")
+def known_peak(device: torch.device) -> float | None:
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in describe(device)), None)
 
 
 def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(0) if device.type == "cuda" else "CPU"
 
 
+def slug(name: str) -> str:
+    """Return the name of a file for a device.
+
+    Example:
+        >>> slug("NVIDIA H200")
+        'nvidia-h200'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

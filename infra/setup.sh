@@ -1,13 +1,37 @@
 #!/usr/bin/env bash
 # Brings .venv to the state that pyproject.toml and constraints.txt describe. Safe to call again: a second call takes
-# under a second. PYTHON names the interpreter to build it from; VENV a different folder for it.
+# under a second. PYTHON names the interpreter to build it from; VENV a different folder for it. With an NVIDIA driver, PyTorch's wheels are
+# those for the newest CUDA that the driver runs; `infra/setup.sh torch` only says which.
 set -euo pipefail
 unset CDPATH  # with it, cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV="${VENV:-.venv}"
 STAMP="$VENV/.posttrain-setup"
+
+# The package index holds wheels for CUDA 13.0, which needs driver 580; PyTorch's own index has those for CUDA 12.6, which runs from 525.
+torch_wheels() {
+    local driver major
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || driver=""
+    major="${driver%%.*}"
+    if [[ ! "$major" =~ ^[0-9]+$ ]]; then
+        echo "default no NVIDIA driver: PyTorch as the package index has it"
+    elif [ "$major" -ge 580 ]; then
+        echo "default NVIDIA driver $driver: PyTorch for CUDA 13.0"
+    elif [ "$major" -ge 525 ]; then
+        echo "cu126 NVIDIA driver $driver, older than 580: PyTorch for CUDA 12.6, from download.pytorch.org"
+    else
+        echo "cpu NVIDIA driver $driver, older than 525, runs no CUDA that PyTorch supports: PyTorch for the CPU; update the driver"
+    fi
+}
+
+read -r TORCH TORCH_REASON < <(torch_wheels)
+if [ "${1:-}" = torch ]; then
+    echo "setup: $TORCH_REASON"
+    exit 0
+fi
 WANTED="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+[ "$TORCH" = default ] || WANTED+=" $TORCH"
 
 fresh() { [ -x "$VENV/bin/python" ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$WANTED" ]; }
 
@@ -35,6 +59,7 @@ with_uv() {
         # One option per value: pip separates them by white space.
         for value in $value; do options+=("--$setting" "$value"); done
     done
+    [ "$TORCH" = default ] || options+=(--torch-backend "$TORCH")
     "$uv" pip install --quiet --python "$VENV/bin/python" --index-strategy unsafe-best-match \
         ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev,servers]'
 }
@@ -62,7 +87,19 @@ compile_packages() {
     "$VENV/bin/python" -m compileall -qq -j 0 -x "$SKIPPED" "$packages" || true
 }
 
-with_pip() { "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev,servers]'; }
+with_pip() {
+    local -a options=()
+    [ "$TORCH" = default ] || options+=(--extra-index-url "https://download.pytorch.org/whl/$TORCH")
+    "$VENV/bin/python" -m pip install --quiet ${options[@]+"${options[@]}"} --constraint constraints.txt --editable '.[dev,servers]'
+}
+
+# An index of one's own may have only wheels for the CPU.
+check_torch() {
+    local found
+    [[ "$TORCH_REASON" == *"for CUDA"* ]] || return 0
+    found="$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')"
+    [[ "$found" != *+cpu ]] || echo "setup: torch $found has no CUDA, so the GPU would not be used; install it from an index with wheels for CUDA" >&2
+}
 
 find_uv() {
     command -v uv && return
@@ -72,6 +109,7 @@ find_uv() {
 
 if fresh; then exit 0; fi
 echo "setup: installing into $VENV (3 GB, more with CUDA; once per change of pyproject.toml or constraints.txt)"
+echo "setup: $TORCH_REASON"
 if [ ! -x "$VENV/bin/python" ]; then
     BASE="$(interpreter)"
     "$BASE" -m venv "$VENV"
@@ -82,5 +120,6 @@ else
     echo "setup: uv is not to be had or could not install; using pip, which takes minutes"
     with_pip
 fi
+check_torch
 echo "$WANTED" >"$STAMP"
 echo "setup: done"

@@ -17,11 +17,32 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.settings import TENSOR_PARALLEL, layer_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PIECE_BYTES = 64 << 20
+
+
+def splits_layers(accelerator: Accelerator) -> bool:
+    """Return True if all processes split each layer, and so compute the same rows (tensor parallelism).
+
+    Raises:
+        ConfigError: the environment names a number other than 1 and that of all processes.
+    """
+    given = layer_processes()
+    if given not in (1, accelerator.num_processes):
+        raise ConfigError(
+            f"{TENSOR_PARALLEL} = {given}: all {accelerator.num_processes} processes of a stage split its layers, or none; set it to"
+            f" {accelerator.num_processes}, give a configuration of {given} processes in POSTTRAIN_ACCELERATE, or remove it"
+        )
+    return given > 1
+
+
+def row_share(accelerator: Accelerator) -> tuple[int, int]:
+    """Return which share of the rows is this process's, and the number of shares."""
+    return (0, 1) if splits_layers(accelerator) else (accelerator.process_index, accelerator.num_processes)
 
 
 def gather_all(
@@ -37,12 +58,12 @@ def gather_all(
     Args:
         share: returns the indices for (process, number of processes).
     """
-    world = accelerator.num_processes
+    number, world = row_share(accelerator)
     if world == 1:
         return work(items)
     from accelerate.utils import gather_object
 
-    own = [items[i] for i in share(accelerator.process_index, world)]
+    own = [items[i] for i in share(number, world)]
     results: dict[int, Result] = {}
     for process, done in enumerate(gather_object([work(own)])):
         results |= zip(share(process, world), done, strict=True)

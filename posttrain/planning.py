@@ -182,6 +182,7 @@ def training(
     adapter: int | None = None,
     quantised: int = 0,
     moment_bits: int = 32,
+    offloaded: bool = False,
     bf16: bool = False,
     recomputes: bool = False,
     device: str = "cpu",
@@ -194,6 +195,7 @@ def training(
         adapter: parameters of a low-rank adapter in each trained copy; then only it has gradient and moments.
         quantised: parameters of each trained copy that are kept in 4 bits, by every process.
         moment_bits: bits of a number of a moment.
+        offloaded: the moments are in main memory.
         device: kind of the device, which determines the tiles of logits.
         processes: number of processes that share weights, gradients and moments (FSDP2).
         context: number of processes that share the tokens of each row.
@@ -210,7 +212,7 @@ def training(
     activations, logits = math.ceil(share * own_tokens * per_token * trained) + gathered, 2 * FLOAT32_BYTES * tile
     return Memory(
         weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes, bf16),
-        optimiser=math.ceil((FLOAT32_BYTES + 2 * MOMENT_BYTES[moment_bits]) * own * trained / processes),
+        optimiser=math.ceil((FLOAT32_BYTES + _moments(moment_bits, offloaded, device)) * own * trained / processes),
         activations=activations,
         logits=logits,
         temporary=0 if adapter is not None else _temporary(model, activations, logits, device, moment_bits),
@@ -242,11 +244,16 @@ def sampling(
     adapter: int | None = None,
     quantised: int = 0,
     moment_bits: int = 32,
+    offloaded: bool = False,
+    bf16: bool = False,
+    device: str = "cpu",
     processes: int = 1,
 ) -> Memory:
     """Return the memory of sampling `answers`, `samples` per prompt of `prompt` tokens, next to `trained` models with their moments.
 
     Args:
+        offloaded: the moments are in main memory.
+        bf16: matrices are cast once, and the copies kept while answers are sampled, unless weights are split.
         processes: number of processes that share weights and moments (FSDP2), and the answers.
     """
     from posttrain.rollouts.engine import DRAWN_ELEMENTS, MAX_ROWS, MAX_TOKENS
@@ -254,13 +261,21 @@ def sampling(
     rows = min(math.ceil(answers / processes), MAX_ROWS)
     tokens = min(math.ceil(rows / samples) * prompt + rows * new_tokens, MAX_TOKENS)
     own = model.parameters if adapter is None else adapter
+    # the matrix of embeddings is looked up, not multiplied, unless it is the head's, too
+    multiplied = model.parameters - quantised - (0 if model.tied else model.vocabulary * model.hidden)
+    cast = FLOAT32_BYTES // 2 * multiplied if bf16 and processes == 1 else 0
     return Memory(
-        weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes),
-        optimiser=math.ceil(2 * MOMENT_BYTES[moment_bits] * own * trained / processes),
+        weights=_weights(model, trained, frozen, adapter, quantised, processes) + model.gathered(processes) + cast,
+        optimiser=math.ceil(_moments(moment_bits, offloaded, device) * own * trained / processes),
         cache=tokens * model.cache_per_token,
         # logits, probabilities, and cumulative probabilities in float64
         logits=min(rows * model.vocabulary, DRAWN_ELEMENTS) * (2 * FLOAT32_BYTES + 8),
     )
+
+
+def _moments(bits: int, offloaded: bool, device: str) -> float:
+    """Return the bytes of two moments of a weight; a CPU's memory is main memory."""
+    return 0 if offloaded and device != "cpu" else 2 * MOMENT_BYTES[bits]
 
 
 def server_share(device_bytes: int, trainer: Memory) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from posttrain.errors import ConfigError
 
 CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -52,12 +55,31 @@ def _length(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
+TENSOR_PARALLEL = "POSTTRAIN_TENSOR_PARALLEL"
+"""Environment variable with the number of processes that split each layer of a model."""
+
+
+def layer_processes() -> int:
+    """Return the number of processes that split each layer, as the environment names it; 1 if each holds whole layers.
+
+    Raises:
+        ConfigError: it is no whole number from 1.
+    """
+    given = os.environ.get(TENSOR_PARALLEL, "").strip() or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(
+            f"{TENSOR_PARALLEL} = {given!r}: must be the number of processes that split each layer; correct it, or remove it"
+        )
+    return int(given)
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Settings of AdamW, with a learning-rate schedule that counts optimiser steps.
 
     Attributes:
         moment_bits: 8 for block-wise quantised moments (arXiv 2110.02861), which need torchao.
+        offload: keep the moments and a second copy of the weights in main memory, and compute the step there.
 
     Example:
         >>> OptimizerSettings(learning_rate=1e-3).max_grad_norm
@@ -73,6 +95,7 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     moment_bits: Literal[8, 32] = 32
+    offload: bool = False
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def _options(
         **_adapter(params, lora),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "moment_bits": optimizer.moment_bits,
+        "offloaded": optimizer.offload,
         "bf16": compute.bf16,
         "recomputes": compute.gradient_checkpointing,
         "processes": sharing_processes(configuration()),
@@ -205,7 +206,8 @@ def _alignment(
     length = prompt + budget.max_new_tokens
     # With an adapter, the frozen base model is also the reference policy.
     held: dict[str, Any] = {"trained": 1 + separate, "frozen": scored + (lora is None), **_adapter(params, lora)}
-    held["moment_bits"] = budget.optimizer.moment_bits
+    options = _options(params, compute, lora, budget.optimizer)
+    held |= {name: options[name] for name in ("moment_bits", "offloaded", "bf16", "device")}
     native, staleness = budget.rollouts.engine == "native", budget.rollouts.staleness
     if native and staleness:
         # the process that samples ahead holds a model, and shared memory the snapshots for it
@@ -216,7 +218,6 @@ def _alignment(
     sampled = sampling(model, here, prompt, budget.max_new_tokens, samples=samples, processes=shared, **held)
     rounds = spec.refill_limit if spec.filter == "refill" else 1
     yield Phase(stage, "sample", 0, budget.steps * rounds * answers * budget.max_new_tokens, sampled)
-    options = _options(params, compute, lora, budget.optimizer)
     memory = training(model, compute.micro_batch_tokens, **held | options)
     yield Phase(stage, "train", steps, budget.steps * spec.epochs * answers * length, memory)
 
@@ -282,7 +283,7 @@ def _too_large(phase: Phase, limit: int) -> str:
     """Return a message with the largest part of a phase that does not fit, and advice."""
     advice = {
         "weights": "use a smaller model, shard it over devices, or set lora with base_bits: 4",
-        "optimiser": "use a smaller model, shard it over devices, set lora, or set optimizer.moment_bits: 8",
+        "optimiser": "use a smaller model, shard it over devices, set lora, or set optimizer.moment_bits: 8 or optimizer.offload: true",
         "activations": "lower compute.micro_batch_tokens, or set compute.gradient_checkpointing",
         "logits": "lower compute.micro_batch_tokens",
         "cache": "lower prompts_per_step, samples_per_prompt or max_new_tokens",

@@ -126,6 +126,16 @@ class OptimizerParams(Section):
     max_grad_norm: Positive = OptimizerSettings.max_grad_norm
     moment_bits: Literal[8, 32] = OptimizerSettings.moment_bits
     """Bits of a number of AdamW's two moments. 8: block-wise quantised (2110.02861), by torchao; a quarter of the memory."""
+    offload: bool = OptimizerSettings.offload
+    """Keep the moments, and a second copy of the trained weights, in main memory, where the CPU computes the step. For GPUs."""
+
+    @model_validator(mode="after")
+    def _offloaded_moments_are_whole(self) -> OptimizerParams:
+        if self.offload and self.moment_bits != 32:
+            raise ValueError(
+                f"offload: true keeps moments of 32 bits in main memory, so moment_bits {self.moment_bits} has no effect; remove one"
+            )
+        return self
 
     def settings(self) -> OptimizerSettings:
         """Return the library's type with these values."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.config.yaml_files import read_yaml
 from posttrain.errors import ConfigError, Interrupted
+from posttrain.settings import layer_processes
 
 VARIABLE = "POSTTRAIN_ACCELERATE"
 
@@ -59,7 +60,8 @@ def processes(path: Path | None) -> int:
 def sharing_processes(path: Path | None) -> int:
     """Return the number of processes, on all hosts, among which the configuration splits weights; 1 if each holds all of them."""
     tree: Any = {} if path is None else read_yaml(path)
-    return int(tree["num_processes"]) if isinstance(tree, dict) and tree.get("distributed_type") == "FSDP" else 1
+    splits = isinstance(tree, dict) and (tree.get("distributed_type") == "FSDP" or layer_processes() > 1)
+    return int(tree.get("num_processes") or 1) if splits else 1
 
 
 def check_hosts(path: Path) -> None:

@@ -65,8 +65,8 @@ def best_weights(
         return None
     if trainer.sharded:
         raise ConfigError(
-            "align.best_checkpoint: not with FSDP2, which holds a part of the weights in each process; use a configuration without FSDP"
-            " in POSTTRAIN_ACCELERATE, or remove it"
+            "align.best_checkpoint: not with FSDP2 or tensor parallelism, which hold a part of the weights in each process; use a"
+            " configuration without FSDP in POSTTRAIN_ACCELERATE and no POSTTRAIN_TENSOR_PARALLEL, or remove it"
         )
     asked = problems(encoder, split_problems(read_table("problems"), rule)[1])
     score = _Score(run, asked, trainer, policy, encoder, rule)

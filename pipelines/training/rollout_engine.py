@@ -30,7 +30,7 @@ from posttrain.errors import ConfigError
 from posttrain.rollouts.ahead import Background
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.native import NativeEngine
-from posttrain.settings import context_limit
+from posttrain.settings import TENSOR_PARALLEL, context_limit, layer_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +71,12 @@ def sampling_engine(
     """
     bf16 = context.params.align.compute.bf16
     staleness = budget.rollouts.staleness
+    if layer_processes() > 1 and (staleness or budget.rollouts.engine != "native"):
+        raise ConfigError(
+            f"{TENSOR_PARALLEL} = {layer_processes()} splits each layer over the training processes, and rollouts.engine:"
+            f" {budget.rollouts.engine} with staleness: {staleness} needs whole weights elsewhere; set engine: native and staleness: 0,"
+            " or remove the variable"
+        )
     if budget.rollouts.engine == "native":
         if not staleness:
             return NativeEngine(lm, encoder.ends, bf16=bf16)
@@ -102,7 +108,14 @@ def sampling_engine(
         named
         or [
             _own_server(
-                context.state.resolve() / LOG, tokenizer, length, bf16, share, sleep is not None, way != "folder"
+                context.state.resolve() / LOG,
+                tokenizer,
+                length,
+                bf16,
+                share,
+                sleep is not None,
+                way != "folder",
+                context.params.align.compute.deterministic and lm.device.type == "cuda",
             )
         ],
         version=version,
@@ -224,8 +237,13 @@ def _own_server(
     share: Callable[[], float | None] = lambda: None,
     sleeps: bool = False,
     fetches: bool = False,
+    invariant: bool = False,
 ) -> VllmServer:
-    """Return a server that starts with its first weights."""
+    """Return a server that starts with its first weights.
+
+    Args:
+        invariant: an answer does not depend on the requests that are computed with it. vLLM has such kernels for GPUs only.
+    """
     from posttrain.rollouts.vllm.local import Launch, LocalServer
 
     devices = os.environ.get("POSTTRAIN_VLLM_DEVICES")
@@ -235,7 +253,8 @@ def _own_server(
         dtype="bfloat16" if bf16 else "float32",
         context=length,
         arguments=shlex.split(os.environ.get("POSTTRAIN_VLLM_ARGS", "")),
-        environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
+        environment=({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+        | ({"VLLM_BATCH_INVARIANT": "1"} if invariant else {}),
         memory_share=None if devices else share(),
         sleeps=sleeps,
         fetches=fetches,

@@ -41,6 +41,20 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Return True if layers of `module` are split by transformers' plan, so that all processes compute the same rows together."""
+    return any(isinstance(p, DTensor) and "tp" in (p.device_mesh.mesh_dim_names or ()) for p in module.parameters())
+
+
+def fewest(module: nn.Module, value: int) -> int:
+    """Return the smallest of the processes' values if they compute the same rows together, else `value`."""
+    if not is_tensor_parallel(module):
+        return value
+    smallest = torch.tensor([value], device=next(module.parameters()).device)
+    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+    return int(smallest)
+
+
 def joined(weight: Tensor) -> Tensor:
     """Return the whole weight if tensor-parallel training splits it; its gradient is split again. All processes must call it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

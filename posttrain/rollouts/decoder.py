@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from posttrain.data.transfer import together
 from posttrain.models.reach import PLAIN_LENGTH, SMALL_WINDOW, find_reach, probe_ids, shrunk
-from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded
+from posttrain.models.shards import InFloat32, gathers_bf16, in_step, is_sharded, is_tensor_parallel
 from posttrain.rollouts.kept import KeptStates, closed_up, side_by_side
 from posttrain.rollouts.shared import NAME
 from posttrain.rollouts.slots import Pair, Slots
@@ -60,7 +60,7 @@ class Decoder:
         self._token_bytes = 0
         self._continues: bool | None = None
         self._before_pass: Callable[[], None] = _nothing
-        recordable = shared and self.takes_positions and not is_sharded(lm)
+        recordable = shared and self.takes_positions and not (is_sharded(lm) or is_tensor_parallel(lm))
         self.runner = StepRunner(RECORDERS.get(lm.device.type) if recordable else None)
 
     @contextmanager

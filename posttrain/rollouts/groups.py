@@ -23,7 +23,7 @@ from tqdm import tqdm
 from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.distributed import gather_all, on_main_process, round_robin
+from posttrain.distributed import gather_all, on_main_process, round_robin, row_share
 from posttrain.errors import CheckpointError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
@@ -246,7 +246,7 @@ class GroupSampler:
         version = max(0, self.steps - 1)
         if self.ahead is None:
             return Round(positions, version, lambda: self._on_all_ranks(requests, self._sampled))
-        share = round_robin(len(requests))(self.accelerator.process_index, self.accelerator.num_processes)
+        share = round_robin(len(requests))(*row_share(self.accelerator))
         future = self.ahead.engine.submit([requests[i] for i in share], self.settings.sampling)
         return Round(positions, version, lambda: self._on_all_ranks(requests, lambda own: future.result()))
 

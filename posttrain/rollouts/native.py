@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
-from posttrain.models.shards import InFloat32, gathers_bf16, gathers_layers, most, whole
+from posttrain.models.shards import InFloat32, fewest, gathers_bf16, gathers_layers, most, whole
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
 from posttrain.rollouts.drawing import completion, draw, noise
@@ -123,9 +123,8 @@ class NativeEngine:
         with decoder.decoding():
             limit = self.max_tokens
             if limit is None:
-                limit = (
-                    MAX_TOKENS if self.lm.device.type == "cpu" else max_tokens(self.lm.device, decoder.token_bytes())
-                )
+                on_cpu = self.lm.device.type == "cpu"
+                limit = MAX_TOKENS if on_cpu else fewest(self.lm, max_tokens(self.lm.device, decoder.token_bytes()))
             if keeping:
                 self._kept = self._kept or KeptStates(int(KEPT_SHARE * limit))
                 limit -= self._kept.max_tokens

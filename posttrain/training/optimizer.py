@@ -15,14 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.extras import require_extra
+from posttrain.models.shards import by_kind
 from posttrain.settings import OptimizerSettings
+from posttrain.training.host_optimizer import HostAdamW
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """Moments by their name in the optimiser's state, and whether one may be negative."""
@@ -32,7 +36,8 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSetti
     """Return AdamW for the parameter groups.
 
     Raises:
-        ConfigError: 8-bit moments are asked for without torchao, or for parameters that are split over processes.
+        ConfigError: 8-bit moments are asked for without torchao, or these or moments in main memory for parameters that are split over
+            processes.
     """
     given = [dict(group) for group in groups]
     arguments: dict[str, Any] = {
@@ -40,11 +45,20 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSetti
         "eps": settings.epsilon,
         "weight_decay": settings.weight_decay,
     }
+    split = any(isinstance(parameter, DTensor) for group in given for parameter in group["params"])
+    if settings.offload:
+        if split or settings.moment_bits != 32:
+            raise ConfigError(
+                "optimizer.offload: true is only possible for float32 moments of weights that one process holds whole; remove moment_bits,"
+                " or leave out FSDP2 and tensor parallelism, which divide the moments by the number of processes"
+            )
+        if next(iter(given[0]["params"])).device.type != "cpu":
+            return HostAdamW(given, **arguments)
     if settings.moment_bits == 32:
         # one kernel for all parameters; with 25 million parameters on a CPU it takes a sixth of the loop's time
         return torch.optim.AdamW(given, **arguments, fused=True)
     require_extra("torchao", "optimizer.moment_bits = 8", "low-bit")
-    if any(isinstance(parameter, DTensor) for group in given for parameter in group["params"]):
+    if split:
         raise ConfigError(
             "optimizer.moment_bits = 8: moments of weights that are split over processes (FSDP2, tensor parallelism) are float32 only,"
             " since a block would cross the parts; set optimizer.moment_bits: 32, which sharding divides by the number of processes"
@@ -60,7 +74,7 @@ def stepping(optimizer: torch.optim.Optimizer, device: torch.device) -> Abstract
 
     torchao compiles its step. On a CPU that takes a minute or two and a C++ compiler, so the step runs uncompiled there.
     """
-    compiles = not isinstance(optimizer, torch.optim.AdamW) and device.type == "cpu"
+    compiles = not isinstance(optimizer, torch.optim.AdamW | HostAdamW) and device.type == "cpu"
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
@@ -73,6 +87,48 @@ def portable_state(optimizer: torch.optim.Optimizer | Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
+
+
+Groups = Sequence[Sequence[nn.Parameter]]
+"""The trainer's groups of parameters. The optimiser has two for each that tensor parallelism splits only in part."""
+
+
+def by_parameter(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """Return an optimiser's state numbered by the order of the parameters, so that it does not depend on which of them are split."""
+    numbers, first, merged = _numbers(groups), 0, []
+    for members, kept in zip(groups, per_group(state["param_groups"], groups), strict=True):
+        merged.append({**kept, "params": list(range(first, first + len(members)))})
+        first += len(members)
+    entries = {numbers[slot]: entry for slot, entry in state["state"].items()}
+    return {**state, "state": dict(sorted(entries.items())), "param_groups": merged}
+
+
+def by_slot(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """Return a state that `by_parameter` returned in the order of the optimiser's own groups."""
+    slots, first, parted = {number: slot for slot, number in enumerate(_numbers(groups))}, 0, []
+    kinds = [kind for members in groups for kind in by_kind(members)]
+    for kind, stored in zip(kinds, per_kind(state["param_groups"], groups), strict=True):
+        parted.append({**stored, "params": list(range(first, first + len(kind)))})
+        first += len(kind)
+    entries = {slots[number]: entry for number, entry in state["state"].items()}
+    return {**state, "state": dict(sorted(entries.items())), "param_groups": parted}
+
+
+def per_group(values: Sequence[Any], groups: Groups) -> list[Any]:
+    """Return the first of the optimiser's values, one for each of its own groups, of each group of the trainer."""
+    counts = [len(by_kind(members)) for members in groups]
+    return [values[sum(counts[:i])] for i in range(len(counts))]
+
+
+def per_kind(values: Sequence[Any], groups: Groups) -> list[Any]:
+    """Return the value of each group of the trainer for each of the optimiser's own groups."""
+    return [value for value, members in zip(values, groups, strict=True) for _ in by_kind(members)]
+
+
+def _numbers(groups: Groups) -> list[int]:
+    """Return the place of each parameter of an optimiser in `groups`."""
+    places = {id(parameter): i for i, parameter in enumerate(chain(*groups))}
+    return [places[id(parameter)] for members in groups for kind in by_kind(members) for parameter in kind]
 
 
 def load_portable(optimizer: torch.optim.Optimizer | Any, state: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from torch.utils._pytree import register_dataclass
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import collate
+from posttrain.distributed import splits_layers
 from posttrain.errors import ConfigError
 from posttrain.models.deferred import fill, is_deferred, run_checks
 from posttrain.models.packed import PROBE
@@ -34,6 +35,7 @@ from posttrain.models.policy import PolicyOutput
 from posttrain.models.routing import Routing
 from posttrain.models.shards import GATHERS_BF16, KEEPS_LAYERS, InFloat32, gathered
 from posttrain.training.sharded_checkpoint import read_like
+from posttrain.training.tensor_parallel import split_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -58,7 +60,10 @@ def shards(accelerator: Accelerator) -> bool:
 
 
 def place(model: Module, accelerator: Accelerator) -> Module:
-    """Move the model to the process's device; under FSDP2 only this process's share of it."""
+    """Move the model to the process's device; under FSDP2 and tensor parallelism only this process's share of it."""
+    if splits_layers(accelerator):
+        split_layers(model, accelerator)
+        return model
     if not shards(accelerator):
         return model.to(accelerator.device)
     shard(model, accelerator)

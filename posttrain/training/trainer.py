@@ -19,15 +19,26 @@ from torch import Tensor, nn
 
 from posttrain.data.batches import micro_batches, share_of
 from posttrain.data.tokens import Tokens
-from posttrain.distributed import all_reduce_max, on_one_host
+from posttrain.distributed import all_reduce_max, on_one_host, splits_layers
 from posttrain.errors import CheckpointError, ConfigError, NotFiniteError, NumericalError
 from posttrain.models.checkpointing import recomputed_layers
 from posttrain.models.context import sharing, trainer_group
-from posttrain.models.shards import by_kind, fresh_gradients, is_sharded
+from posttrain.models.shards import by_kind, fresh_gradients, is_sharded, is_tensor_parallel
 from posttrain.settings import OptimizerSettings
-from posttrain.training.optimizer import load_portable, make_optimizer, portable_state, stepping
+from posttrain.training.optimizer import (
+    Groups,
+    by_parameter,
+    by_slot,
+    load_portable,
+    make_optimizer,
+    per_group,
+    per_kind,
+    portable_state,
+    stepping,
+)
 from posttrain.training.sharding import full, placed_state, shard, shards
 from posttrain.training.sums import Sums, Terms
+from posttrain.training.tensor_parallel import split_layers
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
@@ -88,11 +99,15 @@ class Trainer(Generic[Row]):
         _check_warmup(settings, total_steps)
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.settings, self.total_steps, self.micro_batch_tokens = settings, total_steps, micro_batch_tokens
-        self.sharded, self.context = shards(self.accelerator), trainer_group(self.accelerator)
+        self.together = self.accelerator.num_processes if splits_layers(self.accelerator) else 1
+        """Number of processes that split each layer, and so train on the same rows."""
+        self.sharded, self.context = self.together > 1 or shards(self.accelerator), trainer_group(self.accelerator)
         self.recomputed = recomputed_layers(model)
         self.groups = list(groups or [ParameterGroup("policy", trainable(model), settings.learning_rate)])
-        if self.sharded and not is_sharded(model):
+        if self.sharded and not (is_sharded(model) or is_tensor_parallel(model)):
             self.groups = _shard(model, self.groups, self.accelerator)
+        if settings.offload and not self.sharded:
+            model.to(self.accelerator.device)  # only a device's weights have copies in main memory
         optimizer = make_optimizer(
             [{"params": kind, "lr": g.learning_rate} for g in self.groups for kind in by_kind(g.parameters)], settings
         )
@@ -126,8 +141,8 @@ class Trainer(Generic[Row]):
             layer.training = True
         counts = objective.counts(rows)
         every = [objective.sequences(row) for row in rows]
-        # processes that share the tokens of rows have the same rows
-        together = 1 if self.context is None else self.context.size
+        # processes that share layers, or the tokens of rows, have the same rows
+        together = self.together if self.context is None else self.context.size
         process, processes = self.accelerator.process_index // together, self.accelerator.num_processes // together
         share = share_of(every, process, processes)
         own = [rows[i] for i in share]
@@ -212,15 +227,23 @@ class Trainer(Generic[Row]):
 
         Split tensors are this process's part, or gathered by the main process if the others may have no disk in common with it.
         """
-        tensors = {"model": self._held(), "optimizer": portable_state(self.optimizer)}
+        moments = by_parameter(portable_state(self.optimizer), [group.parameters for group in self.groups])
+        tensors = {"model": self._held(), "optimizer": moments}
         if self.sharded and not on_one_host(self.accelerator):
             tensors = full(tensors, self.accelerator.is_main_process)
         return {
             **tensors,
-            "schedule": self.schedule.state_dict(),
+            "schedule": self._schedule_state(self.schedule.state_dict(), per_group),
             "updates": self.updates,
             "tokens_trained": self.tokens_trained,
         }
+
+    def _schedule_state(
+        self, state: Mapping[str, Any], change: Callable[[Sequence[Any], Groups], list[Any]]
+    ) -> dict[str, Any]:
+        """Return the schedule's state with lists of other groups: the trainer's in a checkpoint, the optimiser's in the schedule."""
+        members = [group.parameters for group in self.groups]
+        return {name: change(v, members) if isinstance(v, list) else v for name, v in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of `state_dict`.
@@ -235,12 +258,11 @@ class Trainer(Generic[Row]):
                 "the checkpoint has other trained weights than this model; was `lora` changed?"
                 " Remove the run's checkpoints to start again"
             )
-        weights, moments = placed_state(
-            state["model"], state["optimizer"], held, [*chain(*(k for g in self.groups for k in by_kind(g.parameters)))]
-        )
+        members = [group.parameters for group in self.groups]
+        weights, moments = placed_state(state["model"], state["optimizer"], held, [*chain(*members)])
         self.unwrapped.load_state_dict(weights, strict=False)
-        load_portable(self.optimizer, moments)
-        self.schedule.load_state_dict(state["schedule"])
+        load_portable(self.optimizer, by_slot(moments, members))
+        self.schedule.load_state_dict(self._schedule_state(state["schedule"], per_kind))
         self.updates, self.tokens_trained = state["updates"], state["tokens_trained"]
 
 
@@ -248,7 +270,7 @@ def _shard(model: nn.Module, groups: Sequence[ParameterGroup], accelerator: Acce
     """Split the model; return the groups with the parameters that replaced the old ones."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     named = [(group, [names[parameter] for parameter in group.parameters]) for group in groups]
-    shard(model, accelerator)
+    split_layers(model, accelerator) if splits_layers(accelerator) else shard(model, accelerator)
     placed = dict(model.named_parameters())
     return [replace(group, parameters=[placed[name] for name in members]) for group, members in named]
 

@@ -2,29 +2,83 @@
 
 from __future__ import annotations
 
-import re
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from benchmarks.gpu import alarms
+from benchmarks.gpu_cases import CASES, Case, flop, groups_of, laid_out
+from posttrain.planning import Sizes
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "gpu.md"
+def measured(root: Path, folder: Path, *options: str) -> Any:
+    out = folder / "gpu.json"
     # -I: a bare box without the installed package, in another folder
-    command = [sys.executable, "-I", str(root / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", out.read_text(encoding="utf-8"), re.MULTILINE))
-    exact = next(value for name, value in rows.items() if "float32: largest" in name)
-    rounded = next(value for name, value in rows.items() if "bfloat16: largest" in name)
-    assert float(exact) < 1e-4
-    assert 0 < float(rounded) < 0.2
-    for name, value in rows.items():
-        if name.endswith(("tokens/s", "seconds", "tokens/s, end to end")):
-            assert float(value.replace(",", "")) > 0, name
-    assert sum("tokens/s" in name for name in rows) == 4
-    assert "SFT, 8 rows of 8 to 64 tokens: tokens/s" in rows
+    command = [sys.executable, "-I", str(root / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_the_tiny_run_measures_everything_and_agrees(root: Path, tmp_path: Path) -> None:
+    found = measured(root, tmp_path, "--repeats", "1", "--cases", ",".join(CASES))
+    assert found["agreement"]["float32"]["logprob"] < 1e-4
+    assert 0 < found["agreement"]["bfloat16"]["logprob"] < 0.2
+    assert found["agreement"]["bfloat16"]["loss"] < 1e-2
+    assert found["cases"].keys() == {f"tiny/{name}" for name in CASES}
+    for name, case in found["cases"].items():
+        assert case["tokens_per_second"] > 0, name
+        assert case["predicted_gib"] > 0, name
+        assert (case["tflops"] is None) == (name in ("tiny/rollouts", "tiny/step")), name
+
+
+@pytest.mark.slow
+def test_deterministic_runs_repeat_and_survive_a_kill(root: Path, tmp_path: Path) -> None:
+    found = measured(root, tmp_path, "--cases", "curves")
+    for curve in found["deterministic"].values():
+        # a checkpoint after every second step, and a kill after the fourth was recorded and before its checkpoint
+        expected = {"steps": 6, "same_again": True, "resumed_at": 3, "same_after_kill": True}
+        assert curve | expected == curve
+        assert curve["times_as_slow"] > 0
+
+
+def test_a_shared_prompt_is_counted_once_and_the_head_only_for_answers() -> None:
+    model = Sizes(
+        parameters=1000, hidden=8, layers=2, query_width=8, key_width=8, intermediate=16, vocabulary=10, outside=80
+    )
+    groups = groups_of(Case("grpo", 1, 4, 3, answers=2), 50)
+    assert laid_out(groups) == 4 + 2 * 3
+    # weights of layers for 10 tokens, the head for 6; keys: 4 x 4 / 2 of the prompt, 3 x 4 + 3 x 3 / 2 of each answer
+    assert flop(model, groups) == 6 * (920 * 10 + 80 * 6) + 12 * 2 * 8 * (8 + 2 * (12 + 4.5))
+    lengths = [len(prompt) for prompt, _ in groups_of(Case("sft", 4, 64, 8, uneven=True), 50)]
+    assert lengths == [64, 32, 16, 8]
+
+
+def test_alarms_are_five_percent_of_the_kept_numbers_ten_of_the_plan_and_runs_that_differ() -> None:
+    def case(speed: float, peak: float | None, planned: float = 10.0) -> dict[str, Any]:
+        return {"tokens_per_second": speed, "peak_gib": peak, "predicted_gib": planned}
+
+    kept = {"cases": {"a": case(100, 10), "b": case(100, 10), "full": {"error": "out of memory"}}}
+    curve = {"same_again": True, "same_after_kill": True}
+    fine = {
+        "a": case(95.1, 10.4),
+        "b": case(300, 9.1),
+        "new": case(1, 10.9),
+        "cpu": case(1, None),
+        "full": {"error": "…"},
+    }
+    assert alarms({"cases": fine, "deterministic": {"sft": curve}}, kept) == []
+    worse = {"a": case(94.9, 10.6), "b": case(100, 8.9), "new": {"error": "out of memory"}}
+    assert alarms({"cases": worse, "deterministic": {"grpo": curve | {"same_after_kill": False}}}, kept) == [
+        "a: 95 tokens/s, and 100 are kept",
+        "a: a peak of 10.60 GiB, and 10.00 are kept",
+        "b: a peak of 8.90 GiB, and the plan is 10.00",
+        "new: out of memory",
+        "deterministic grpo: same again True, after a kill False",
+    ]

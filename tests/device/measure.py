@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ SAMPLING = ("posttrain/rollouts/", "posttrain/models/inference.py", "posttrain/m
 STEPS = 2
 DETERMINISTIC = "-deterministic"
 """Ends the name of a training that may only use deterministic kernels (`compute.deterministic`)."""
+OFFLOADED = "-offloaded"
+"""Ends the name of a training whose moments are in main memory (`optimizer.offload`)."""
 BY_OFFSETS = "-by-offsets"
 """Ends the name of a training whose attention takes offsets, as on a GPU in half precision."""
 
@@ -102,10 +105,16 @@ def run(name: str, device: str, found: dict[str, int]) -> tuple[dict[int, dict[s
     torch.use_deterministic_algorithms(DETERMINISTIC in name)
     with pretending() as counts, counting(found):
         recorder = Stepwise(counts)
-        model = start(name.removesuffix(BY_OFFSETS).removesuffix(DETERMINISTIC), Path(tempfile.mkdtemp()), recorder)
+        runs.OPTIMIZER = replace(runs.OPTIMIZER, offload=OFFLOADED in name)
+        model = start(plain_name(name), Path(tempfile.mkdtemp()), recorder)
     torch.use_deterministic_algorithms(False)
     assert next(model.parameters()).device == torch.device(device)
     return recorder.steps, recorder.last
+
+
+def plain_name(name: str) -> str:
+    """Return the kind of training."""
+    return name.removesuffix(BY_OFFSETS).removesuffix(DETERMINISTIC).removesuffix(OFFLOADED)
 
 
 def part(counts: Any, sampling: bool) -> int:

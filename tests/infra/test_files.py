@@ -85,6 +85,31 @@ def test_setup_compiles_what_processes_import(root: Path, file: str, compiled: b
     assert (re.search("".join(parts), path) is None) == compiled
 
 
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        ("580.65.06", "NVIDIA driver 580.65.06: PyTorch for CUDA 13.0"),
+        ("570.86.15", "NVIDIA driver 570.86.15, older than 580: PyTorch for CUDA 12.6, from download.pytorch.org"),
+        (
+            "470.57.02",
+            "NVIDIA driver 470.57.02, older than 525, runs no CUDA that PyTorch supports: PyTorch for the CPU; update the driver",
+        ),
+        ("", "no NVIDIA driver: PyTorch as the package index has it"),
+    ],
+)  # fmt: skip
+def test_setup_takes_the_wheels_that_the_driver_runs(root: Path, tmp_path: Path, driver: str, said: str) -> None:
+    """A driver that does not answer, and the text of one that fails, count as none."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        f"#!/bin/sh\necho '{driver or 'NVIDIA-SMI has failed'}'\nexit {0 if driver else 9}\n", encoding="utf-8"
+    )
+    fake.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = [str(root / "infra" / "setup.sh"), "torch"]
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"setup: {said}\n"
+
+
 def pool(root: Path, kind: str) -> Any:
     return json.loads((root / "infra" / "work-pools" / f"{kind}.json").read_text(encoding="utf-8"))
 

@@ -115,6 +115,31 @@ def test_every_kind_of_training_and_every_way_of_sharing_it(kind: str, alone: Wo
 
 
 @pytest.mark.slow
+def test_layers_split_over_two_processes(alone: Workspace, together: Together) -> None:
+    """Tensor parallelism of stages: every kind of training has the weights and records of one process."""
+    for workspace in (alone, together):
+        workspace.succeed("pipelines.commands.configure", "model.tiny.kv_heads=2")
+        anew(workspace, "base")
+        workspace.succeed("pipelines.base")
+    extra = together.over("ddp_cpu") | {"POSTTRAIN_TENSOR_PARALLEL": "2"}
+    steps = {"sft": ("pipelines.sft",), "reward": ("pipelines.reward",)} | {
+        f"align-{name}-0": ("pipelines.align", "--algorithm", name, "--seed", "0") for name in ("dpo", "grpo", "ppo")
+    }
+    for name, step in steps.items():
+        anew(alone, name)
+        anew(together, name)
+        alone.succeed(*step)
+        together.succeed(*step, **extra)
+        agree(alone, together, name.replace("align-", "align/"), 1e-5)
+        if name in ("sft", "reward"):
+            # what follows is to start from the same bytes
+            shutil.copytree(alone.folder / "models" / name, together.folder / "models" / name, dirs_exist_ok=True)
+    refused = together.run("pipelines.sft", **extra | {"POSTTRAIN_TENSOR_PARALLEL": "3"})
+    assert refused.returncode == 2
+    assert "POSTTRAIN_TENSOR_PARALLEL = 3: all 2 processes of a stage split its layers, or none" in refused.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp_cpu", "fsdp2_cpu"])
 def test_with_an_adapter(kind: str, alone: Workspace, together: Together) -> None:
     for workspace, extra in ((alone, {}), (together, together.over(kind))):

@@ -20,7 +20,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.journal import read
 from pipelines.runtime.run import Run
 from pipelines.training.on_policy import align
-from pipelines.training.rollout_engine import sampling_engine
+from pipelines.training.rollout_engine import _own_server, sampling_engine
 from pipelines.training.setup import accelerator
 from posttrain.data.tokens import TextEncoder
 from posttrain.errors import ConfigError, Interrupted
@@ -309,6 +309,13 @@ def test_a_server_is_started_as_the_environment_says(
     # prompt and answer have 9 tokens at most, and a probe of 48 must fit as well
     assert {("--uds", "/private/vllm.sock"), ("--max-model-len", "49"), ("--dtype", "float32")} <= pairs
     assert server.launch.environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    # deterministic mode on a GPU
+    invariant = _own_server(Path("log"), "models/sft", 49, bf16=False, invariant=True)
+    assert isinstance(invariant, LocalServer)
+    assert invariant.launch.environment == {"CUDA_VISIBLE_DEVICES": "1", "VLLM_BATCH_INVARIANT": "1"}
+    monkeypatch.setenv("POSTTRAIN_TENSOR_PARALLEL", "2")
+    with pytest.raises(ConfigError, match=r"POSTTRAIN_TENSOR_PARALLEL = 2 splits each layer.*engine: vllm"):
+        engine(run, params)
 
 
 def test_the_native_engine_is_the_default(root: Path, new_run: Callable[..., Run], params: Params) -> None:

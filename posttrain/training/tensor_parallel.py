@@ -1,0 +1,95 @@
+"""Tensor parallelism: all processes of a stage hold a part of each layer, and compute the same rows together (1909.08053).
+
+The split is that of transformers' plan for the architecture. A model is loaded whole in main memory, then each process keeps its part.
+
+Example:
+    >>> from posttrain.models.tiny import TinyShape, tiny_model
+    >>> model, _ = tiny_model(TinyShape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1), seed=0)
+    >>> refusal(model, 2)
+    'its 2 heads, 1 of them with keys and values, cannot be divided evenly'
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedModel
+
+from posttrain.errors import ConfigError
+from posttrain.models.routing import routers_of
+from posttrain.settings import TENSOR_PARALLEL
+
+
+def refusal(model: PreTrainedModel, processes: int) -> str | None:
+    """Return why the model cannot be split over `processes`, None if it can."""
+    text = model.config.get_text_config()
+    if not model.supports_tp_plan or not getattr(model, "tp_plan", None):
+        return "transformers has no plan for its architecture"
+    if routers_of(model):
+        return "it is a mixture of experts"
+    heads = int(text.num_attention_heads)
+    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    if heads % processes or key_heads % processes:
+        return f"its {heads} heads, {key_heads} of them with keys and values, cannot be divided evenly"
+    learns = {parameter.requires_grad for parameter in model.parameters()}
+    return "only a part of it is trained, as with `lora`" if len(learns) > 1 else None
+
+
+def split_layers(module: nn.Module, accelerator: Accelerator) -> None:
+    """Replace the weights of every language model in `module` by this process's parts. All processes must call it.
+
+    Raises:
+        ConfigError: one of them cannot be split, or another way of sharing work is set as well.
+    """
+    processes = accelerator.num_processes
+    _check_alone(processes)
+    roots = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    inner = {id(part) for root in roots for part in root.modules() if part is not root}
+    for model in (root for root in roots if id(root) not in inner):
+        if reason := refusal(model, processes):
+            raise ConfigError(
+                f"{TENSOR_PARALLEL} = {processes}: {type(model).__name__} cannot be split over processes: {reason}; choose a different"
+                " number, or remove the variable and use an FSDP2 configuration of infra/accelerate"
+            )
+        _split(model.to(accelerator.device), _mesh(accelerator.device.type, processes))
+    module.to(accelerator.device)
+
+
+def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    distributed: Any = model
+    plan, _, _ = distributed._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size(), tp_plan="auto"))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)
+        apply_tensor_parallelism(model, mesh, plan)
+    # each of two names of one matrix got its own copy
+    distributed.tie_weights()
+
+
+@cache
+def _mesh(kind: str, processes: int) -> DeviceMesh:
+    return init_device_mesh(kind, (processes,), mesh_dim_names=("tp",))
+
+
+def _check_alone(processes: int) -> None:
+    from posttrain.models.context import VARIABLE
+
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            f"{TENSOR_PARALLEL} = {processes} and an FSDP configuration both split the weights; choose a configuration of"
+            " infra/accelerate without FSDP, such as ddp_gpu.yaml, or remove the variable"
+        )
+    if os.environ.get(VARIABLE, "1").strip() != "1":
+        raise ConfigError(
+            f"{TENSOR_PARALLEL} = {processes} and {VARIABLE} = {os.environ[VARIABLE]}: processes can share either layers or rows; remove"
+            " one of them"
+        )
