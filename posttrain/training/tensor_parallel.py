@@ -67,11 +67,14 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     distributed: Any = model
+    head, embeddings = distributed.get_output_embeddings(), distributed.get_input_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        # the plan names both
+        head.weight = nn.Parameter(embeddings.weight.detach(), requires_grad=embeddings.weight.requires_grad)
     plan, _, _ = distributed._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size(), tp_plan="auto"))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
         apply_tensor_parallelism(model, mesh, plan)
-    # each of two names of one matrix got its own copy
     distributed.tie_weights()
 
 

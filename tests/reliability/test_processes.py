@@ -134,6 +134,10 @@ def test_layers_split_over_two_processes(alone: Workspace, together: Together) -
         if name in ("sft", "reward"):
             # what follows is to start from the same bytes
             shutil.copytree(alone.folder / "models" / name, together.folder / "models" / name, dirs_exist_ok=True)
+        if name == "reward":
+            for workspace in (alone, together):
+                anew(workspace, "reward_readers")
+                workspace.succeed("pipelines.reward_readers")
     refused = together.run("pipelines.sft", **extra | {"POSTTRAIN_TENSOR_PARALLEL": "3"})
     assert refused.returncode == 2
     assert "POSTTRAIN_TENSOR_PARALLEL = 3: all 2 processes of a stage split its layers, or none" in refused.stderr
