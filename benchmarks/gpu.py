@@ -146,7 +146,7 @@ def one_step(
 
 
 def alarms(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
-    """Return what is worse than the kept numbers, than the plan, or than deterministic mode promises."""
+    """Return the numbers that are worse than the kept ones or the plan, and deterministic runs that differ."""
     raised = []
     for name, case in found["cases"].items():
         before = kept.get("cases", {}).get(name, {})

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_curve.py FOLDER KIND [--kill-at STEP] [--free] [--tiny]
 
-benchmarks/gpu.py runs it in processes of its own, since a setting of cuBLAS is read only at the start. Prints a line of JSON for each
+benchmarks/gpu.py runs it in new processes, since a setting of cuBLAS is read only at the start. Prints a line of JSON for each
 step: its number, loss, gradient norm and seconds. A run goes on from the checkpoint in FOLDER.
 """
 
@@ -46,7 +46,7 @@ class Printed:
         raise RuntimeError(f"step {step}: {told}")
 
     def truncate_after(self, step: int) -> None:
-        """Do nothing: what was printed stays."""
+        """Do nothing: printed steps stay."""
 
     def stop_requested(self) -> bool:
         return False

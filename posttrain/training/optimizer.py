@@ -115,7 +115,7 @@ def by_slot(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
 
 
 def per_group(values: Sequence[Any], groups: Groups) -> list[Any]:
-    """Return the first of the optimiser's values, one for each of its own groups, of each group of the trainer."""
+    """Return the first of each trainer's group among values for the optimiser's own groups."""
     counts = [len(by_kind(members)) for members in groups]
     return [values[sum(counts[:i])] for i in range(len(counts))]
 
