@@ -17,14 +17,26 @@ Message = Mapping[str, Any]
 
 
 def spellings(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """Yield the conversation as it is, and with its calls' arguments as JSON text."""
-    yield messages
-    yield [
-        {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
+    """Yield the conversation with its calls' arguments as objects, and as JSON text."""
+    for spelt in (_as_object, _as_text):
+        yield [
+            {**message, "tool_calls": [spelt(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        ]
+
+
+def shows_python(text: str, messages: Sequence[Message]) -> bool:
+    """Return True if the text shows arguments as Python writes an object, which is no JSON: its template expects JSON text.
+
+    Example:
+        >>> turn = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": True}}}]}
+        >>> shows_python("add {'a': True}", [turn]), shows_python('add {"a": true}', [turn])
+        (True, False)
+    """
+    given = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
+    return any(isinstance(one, Mapping) and one and repr(one) in text for one in given)
 
 
 def shows_calls(text: str, messages: Sequence[Message]) -> bool:
@@ -38,7 +50,23 @@ def _names(message: Message) -> list[str]:
 
 
 def _as_text(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+    function = _function(call)
+    if not isinstance(function.get("arguments"), Mapping):
         return call
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _as_object(call: Any) -> Any:
+    function = _function(call)
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        found = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": found}} if isinstance(found, dict) else call
+
+
+def _function(call: Any) -> Mapping[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return function if isinstance(function, Mapping) else {}

@@ -20,10 +20,10 @@ from datetime import datetime
 from os import path
 from typing import TYPE_CHECKING, Any, Literal
 
-from posttrain.data.call_spellings import shows_calls, spellings
+from posttrain.data.call_spellings import shows_calls, shows_python, spellings
 from posttrain.data.limits import bounded
-from posttrain.data.stand_ins import LeftOut, form, last_change, left_out, shared, turn_part
-from posttrain.data.template_errors import changed_letters, not_shown, refusal, require_tools, uncertain
+from posttrain.data.stand_ins import LeftOut, form, hidden_names, last_change, left_out, shared, turn_part
+from posttrain.data.template_errors import changed_letters, not_shown, refusal, uncertain, unnamed
 from posttrain.data.turn_texts import Shown, after_reasoning, hidden_reasoning, place_of
 from posttrain.errors import DataError, ModelError
 
@@ -169,7 +169,6 @@ class ChatTemplate:
         """
         messages = self.suited(messages, tools, generate)
         text = self.render(messages, tools, generate, row)
-        require_tools(text, messages, tools, row_name(row))
         self.require_shown(messages, tools, row, earlier)
         shown = Shown(text)
         for i, message in enumerate(messages):
@@ -200,17 +199,19 @@ class ChatTemplate:
             return messages
         for spelt in spellings(messages):
             text = self._try(spelt, tools, generate)
-            if text is not None and shows_calls(text, messages):
+            if text is not None and shows_calls(text, messages) and not shows_python(text, spelt):
                 return spelt
         return messages
 
     def require_shown(
         self, messages: Sequence[Message], tools: list[Any] | None, row: str = "", earlier: bool = True
     ) -> None:
-        """Raise DataError if the template leaves out a turn's text or a call's argument, whatever they are; `earlier` as above."""
-        shape = (str(self.tokenizer.chat_template), tools is None, earlier, form(messages))
+        """Raise DataError if the template leaves out a tool, a call, an argument or a turn's text; `earlier` as above."""
+        shape = (str(self.tokenizer.chat_template), len(tools or ()), earlier, form(messages))
         if shape in self._forms:
             return
+        for where, name in hidden_names(messages, tools or [], self._try):
+            raise unnamed(where, name, row_name(row))
         for part in left_out(messages, lambda some: self._try(some, tools)):
             if earlier or not _is_history(messages, part.turn):
                 raise not_shown(messages, part, row_name(row))

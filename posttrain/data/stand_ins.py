@@ -118,6 +118,47 @@ def left_out(messages: Sequence[Message], render: Render) -> Iterator[LeftOut]:
                 yield LeftOut(i, part[1] if part else None)
 
 
+def hidden_names(
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    render: Callable[[Sequence[Message], list[Any] | None], str | None],
+) -> Iterator[tuple[str, str]]:
+    """Yield the place and name of each tool and call whose name a template does not show.
+
+    A name may be in the text for a different reason: that of a tool in a call or a question, that of a call among the tools.
+    """
+    given, text = [*tools] or None, render(messages, [*tools] or None)
+    for k, tool in enumerate(tools):
+        name = _tool_name(tool)
+        if name is not None and not _is_named(
+            name, text, render(messages, [*tools[:k], _renamed(tool), *tools[k + 1 :]])
+        ):
+            yield "the conversation's tools", name
+    for i, message in enumerate(messages):
+        for n, call in enumerate(message.get("tool_calls") or ()):
+            name = _tool_name(call)
+            if name is not None and not _is_named(
+                name, text, render(_changed(messages, i, _with_call(message, n, name=_ONE)), given)
+            ):
+                yield f"the call in turn {i}", name
+
+
+def _is_named(name: str, text: str | None, changed: str | None) -> bool:
+    """Return True if a template shows a name; one that refuses the other name is not asked further."""
+    return name in (text or "") if changed is None else _shows(changed, _ONE) or changed != text
+
+
+def _tool_name(tool: Any) -> str | None:
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _renamed(tool: Mapping[str, Any]) -> dict[str, Any]:
+    inner = tool.get("function")
+    return {**tool, "function": {**inner, "name": _ONE}} if isinstance(inner, Mapping) else {**tool, "name": _ONE}
+
+
 def form(messages: Sequence[Message]) -> tuple[Any, ...]:
     """Return the roles and fields of a conversation, on which it depends which of its parts a template shows."""
     return tuple(

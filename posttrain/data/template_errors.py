@@ -98,19 +98,9 @@ def uncertain(turn: int, earlier: bool, row: str) -> DataError:
     )
 
 
-def require_tools(text: str, messages: Sequence[Message], tools: list[Any] | None, row: str) -> None:
-    """Raise DataError if the rendered text lacks the name of a tool or of a call: a template may ignore both without an error."""
-    calls = [
-        (f"the call in turn {i}", call) for i, turn in enumerate(messages) for call in turn.get("tool_calls") or ()
-    ]
-    for where, tool in [*(("the conversation's tools", tool) for tool in tools or ()), *calls]:
-        name = (
-            tool.get("function", tool).get("name")
-            if isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
-            else None
-        )
-        if isinstance(name, str) and name not in text:
-            raise DataError(
-                f"{row}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
-                " whose template shows tools, or write tools and calls as text."
-            )
+def unnamed(where: str, name: str, row: str) -> DataError:
+    """Return the error of a template that leaves out the name of a tool or of a call: it may ignore both without an error."""
+    return DataError(
+        f"{row}: the model's chat template leaves out {name!r} of {where}, so the model would never see it. Take a model"
+        " whose template shows tools, or write tools and calls as text."
+    )

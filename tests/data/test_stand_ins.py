@@ -35,6 +35,14 @@ def call(*cities: str, content: str = "", **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, "tool_calls": calls, **more}
 
 
+def bare(arguments: Any = "{}") -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}],
+    }
+
+
 def tool(content: str) -> dict[str, str]:
     return {"role": "tool", "content": content}
 
@@ -166,3 +174,38 @@ def test_turns_that_only_a_last_one_closes_otherwise_leave_the_last_one_to_train
     ):
         enc.pair(turns("Weather?"), completion, "5")
     assert trained(enc, enc.pair(turns("Weather?"), completion, "5", train_on="last")) == ["Rain<|im_end|>"]
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+LISTED = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "named"),
+    [
+        (PLAIN, [call("Graz")], "of the conversation's tools"),  # the name is in the call only
+        (PLAIN.replace("m.role == 'tool'", "false"), [said("weather?")], "of the conversation's tools"),
+        (
+            LISTED + PLAIN.replace(CALLS, "<|im_end|>\n{% endfor %}"),
+            [bare()],
+            "of the call in turn 1",
+        ),  # among the tools only
+    ],
+)
+def test_a_tool_or_a_call_that_is_not_shown_is_refused_although_its_name_is(
+    template: str, answer: list[dict[str, Any]], named: str
+) -> None:
+    with pytest.raises(DataError, match=f"row 5: .* leaves out 'weather' {named}"):
+        encoder(template).tokens(turns("Weather?"), answer, "5", [TOOL])
+
+
+@pytest.mark.parametrize("arguments", [{"ok": True}, '{"ok": true}'], ids=["object", "text"])
+@pytest.mark.parametrize("shown", ["c.function.arguments | tojson", "c.function.arguments"])
+def test_arguments_are_json_whether_the_template_expects_an_object_or_text(shown: str, arguments: Any) -> None:
+    template = LISTED + PLAIN.replace("c.function.arguments | tojson", shown)
+    enc = encoder(template)
+    tokens = enc.tokens(turns("Weather?"), [bare(arguments)], "5", [TOOL])
+    assert trained(enc, tokens) == ['<tool_call>weather {"ok": true}</tool_call><|im_end|>']
