@@ -17,6 +17,7 @@ from flows.lock import refuse_second_flow
 from flows.names import TAG
 from flows.server import prefect_api
 from flows.signals import raise_interrupt
+from flows.workspace import early_fork_server
 from pipelines.runtime.command_line import report_error, report_machine_fault
 from pipelines.runtime.environment import require_writable
 from pipelines.runtime.machine import require_stage_guard
@@ -57,10 +58,12 @@ def main(
     arguments: list[str] | None = None,
     *,
     exclusive: bool = True,
+    runs_stages: bool = False,
 ) -> int:
     """Run a flow from the command line and return its exit status.
 
     `call` returns the flow's final state. If `exclusive` is true, the command refuses to start while a flow runs in this workspace.
+    `runs_stages` is true for a flow over the DAG.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m flows.{name}",
@@ -85,7 +88,8 @@ def main(
         if exclusive:
             refuse_second_flow(options.root)
         # a flow works in the current directory: a parameter of its run could name any folder
-        with contextlib.chdir(options.root), prefect_api(Path.cwd()) as configured:
+        early = early_fork_server if runs_stages else contextlib.nullcontext
+        with contextlib.chdir(options.root), early(Path.cwd()), prefect_api(Path.cwd()) as configured:
             print_line("Prefect: " + redact(configured or "private server"))
             options.server = configured
             with tags(TAG):

@@ -70,4 +70,4 @@ def _call(options: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main("compare", __doc__, _call, _add_arguments))
+    sys.exit(main("compare", __doc__, _call, _add_arguments, runs_stages=True))

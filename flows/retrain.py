@@ -61,4 +61,4 @@ def _call(options: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main("retrain", __doc__, _call, _arguments))
+    sys.exit(main("retrain", __doc__, _call, _arguments, runs_stages=True))

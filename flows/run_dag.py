@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +50,20 @@ def bring_all_up_to_date(
             _finish(root)
             return None
         started = time.time()
-        with workers_of_pool(root, whole) as workers, _helpers(root, tracking, workers):
-            outcome = _plan_and_run(root, dag, todo, imports, refresh, workers)
-        sort_lock(root, whole)
-        write_record(root, started, time.time(), outcome.results)
-        if outcome.interrupted:
-            return Cancelled(message=f"{reason(received)}; finished stages are kept, and the next run continues")
-        _raise_failures(outcome)
-        _assert_current(root, dag)
-        costs = write_costs(root)
+        with ExitStack() as helpers:
+            with workers_of_pool(root, whole) as workers:
+                begin_last_copy = helpers.enter_context(follower(root, tracking))
+                # stages on other machines fork from a fork server there
+                with fork_server(root) if workers is None else nullcontext():
+                    outcome = _plan_and_run(root, dag, todo, imports, refresh, workers)
+            sort_lock(root, whole)
+            write_record(root, started, time.time(), outcome.results)
+            begin_last_copy()  # MLflow gets the last records while the rest is checked and written
+            if outcome.interrupted:
+                return Cancelled(message=f"{reason(received)}; finished stages are kept, and the next run continues")
+            _raise_failures(outcome)
+            _assert_current(root, dag)
+            costs = write_costs(root)
         _print_seconds(outcome, time.time() - started)
         if costs is not None:
             print_line(f"costs: {costs}")
@@ -70,13 +75,6 @@ def _stale(root: Path, dag: Dag, imports: Collection[str]) -> set[str]:
     """Return the nodes to bring up to date: those that DVC names, and those whose outputs are damaged."""
     todo = stale(dag, changed(root) | set(imports))
     return stale(dag, todo | drop_damaged(root, dag, todo))
-
-
-@contextmanager
-def _helpers(root: Path, tracking: bool, workers: Workers) -> Iterator[None]:
-    """Run the helper processes of a flow; stages on other machines fork from a fork server there."""
-    with follower(root, tracking), fork_server(root) if workers is None else nullcontext():
-        yield
 
 
 def _plan_and_run(

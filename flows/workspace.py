@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.context import TagsContext
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
@@ -28,6 +29,7 @@ from posttrain.guard import end_with
 from tasks import stage as stages
 from tasks.champion import remove_left_pointers
 from tasks.console import print_line
+from tasks.pool.settings import VARIABLE as POOL
 from tasks.process import end, start
 from tasks.slots import cuda_devices
 from tasks.stage import CATCH_UP_SECONDS, StageResult
@@ -48,13 +50,16 @@ def exclusive(root: Path) -> Iterator[None]:
     """Be the only flow in this workspace: a deployment's run waits for its turn, a command is refused at once.
 
     An earlier run that was killed is marked Crashed in Prefect. A promotion by hand during the flow is completed at its end.
+
+    Tasks inside have no tags: for each tag Prefect asks its server for a concurrency slot before and after a task. Over SQLite the server
+    refuses one of two requests that write at once (503), and Prefect's client then waits two seconds before the stage starts.
     """
     stages.stop.clear()
     if SERVING_PROCESS in os.environ:
         # Without `make serve` there is no Prefect server: this flow could not record anything more. Its stages write checkpoints.
         end_with([int(os.environ[SERVING_PROCESS])], 0.0)
     try:
-        with only_flow(root, wait=deployment.get_id() is not None):
+        with only_flow(root, wait=deployment.get_id() is not None), TagsContext(current_tags=set()):
             path = root / RUN
             end_dead_run(path)
             remove_left_pointers(root)
@@ -144,10 +149,13 @@ def write_costs(root: Path) -> Path | None:
 
 
 @contextmanager
-def follower(root: Path, wanted: bool) -> Iterator[None]:
-    """Run one process that copies every stage's journal into MLflow while the stages run, and catches up at the end."""
+def follower(root: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Run one process that copies every stage's journal into MLflow while the stages run, and catches up at the end.
+
+    Yields a function that lets it begin to catch up; leaving the block waits until it has done so.
+    """
     if not wanted:
-        yield
+        yield lambda: None
         return
     path = root / ".posttrain" / "logs" / "follower.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +163,10 @@ def follower(root: Path, wanted: bool) -> Iterator[None]:
         process = start(
             [sys.executable, "-m", "pipelines.commands.sync", "--follow"], root, stdin=subprocess.PIPE, output=log
         )
+        assert process.stdin is not None
         try:
-            yield
+            yield process.stdin.close
         finally:
-            assert process.stdin is not None
             process.stdin.close()
             if end(process, CATCH_UP_SECONDS):
                 catch_up(root)
@@ -195,6 +203,16 @@ def fork_server(root: Path) -> Iterator[None]:
         finally:
             del os.environ[FORK_SERVER]
             end(process, 0)
+
+
+@contextmanager
+def early_fork_server(root: Path) -> Iterator[None]:
+    """Run the fork server already while Prefect's server starts, if no stage has run here yet, so that every stage is stale."""
+    if (root / "dvc.lock").exists() or os.environ.get(POOL):
+        yield
+        return
+    with fork_server(root):
+        yield
 
 
 def catch_up(root: Path) -> None:

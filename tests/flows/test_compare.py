@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+from prefect import tags
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.compare import compare
 from flows.remaining import time_left
 from posttrain.errors import OrchestrationError
+from posttrain.network import wait_until
 from tasks.dag import read_dag
 from tasks.lockfile import sorted_lock
 from tests.webhook import listening
@@ -23,12 +26,29 @@ def run(root: Path, *targets: str) -> None:
         compare(list(targets), tracking=False)
 
 
+def tags_of_tasks(tag: str) -> list[list[str]]:
+    """Return the tags of the five tasks of the only flow run with this tag, once the server has received their events."""
+    found: list[list[str]] = []
+
+    def arrived() -> bool:
+        with get_client(sync_client=True) as client:
+            (flow,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag])))
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow.id])))
+        found[:] = [task.tags for task in tasks]
+        return len(found) == 5
+
+    assert wait_until(arrived, lambda: True, 30)
+    return found
+
+
 def test_order_is_kept_independent_stages_overlap_and_the_lock_is_dvcs_own(
     workspace: Path, finished_template: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIDE_SECONDS", "5")
-    run(workspace)
+    with tags("demo"):
+        run(workspace)
     when = times(workspace)
+    assert tags_of_tasks("demo") == [[]] * 5, "a tag costs each stage two requests for a concurrency slot"
     assert sorted(when, key=lambda name: when[name][1])[0] == "start"
     assert when["side-left"][0] >= when["start"][1]
     assert when["side-right"][0] >= when["start"][1]
