@@ -69,7 +69,7 @@ def run(run: Run) -> None:
     if params.heads > 1:
         pairs = heads_bootstrapped(pairs, params.heads, params.seed)
     heldout_rows = read_table("preferences_heldout")
-    heldout, _ = reward_pairs(encoder, heldout_rows)
+    heldout, heldout_cut = reward_pairs(encoder, heldout_rows)
     order = EpochOrder(len(pairs), params.batch_size, params.epochs, params.seed)
 
     def make(deferred: bool = False) -> TrainableModel[Scorer]:
@@ -88,7 +88,7 @@ def run(run: Run) -> None:
     announce(
         run.context,
         f"{order.steps} optimiser steps over {len(pairs)} pairs, {params.epochs} epochs; {len(heldout)} pairs held out"
-        + (f"; {cut} prompts were cut at the start to fit the context of {encoder.max_length} tokens" if cut else ""),
+        + _cut(encoder, cut, heldout_cut),
     )
     last = train(
         run,
@@ -117,7 +117,12 @@ def run(run: Run) -> None:
         extra[PENALTY] = params.disagreement
     write_model(run.outputs, made.model.model, encoder, FOLDER, card, made.adapter, extra)
     run.recorder.timings(order.steps, {"memory/peak_mib": peak_memory_mib()})
-    counts = {"pairs/cut": cut, "steps": order.steps, "tokens/trained": last["tokens/trained"]}
+    counts = {
+        "pairs/cut": cut,
+        "heldout/cut": heldout_cut,
+        "steps": order.steps,
+        "tokens/trained": last["tokens/trained"],
+    }
     run.recorder.summary(results | {"reward_mean": mean} | counts)
 
 
@@ -151,17 +156,16 @@ def existing_model(run: Run, source: str) -> None:
     scorer = Scorer(load_scorer(source)).to(device.device).eval()
     same = hasattr(scorer.model.config, "reward_mean") and reads_same_tokens(encoder, load_encoder(START))
     heldout_rows = read_table("preferences_heldout")
-    pairs, heldout = (
-        reward_pairs(encoder, rows)[0] if same else text_pairs(encoder, rows)
-        for rows in (read_table("preferences"), heldout_rows)
-    )
+    read = reward_pairs if same else text_pairs
+    (pairs, cut), (heldout, heldout_cut) = (read(encoder, rows) for rows in (read_table("preferences"), heldout_rows))
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
     mean = sum(trained) / len(trained)
     results = _measured(run, scorer, heldout, heldout_rows, 0)
     ranked = f"{results['heldout/accuracy']:.1%} of {len(heldout)} held-out pairs"
     reads = "" if same else "; it reads the texts of prompt and answer through its own tokenizer"
-    announce(run.context, f"{source} is used as it is; it prefers the chosen answer in {ranked}{reads}")
+    cuts = _cut(encoder, cut, heldout_cut)
+    announce(run.context, f"{source} is used as it is; it prefers the chosen answer in {ranked}{reads}{cuts}")
     card = model_card(run.context, "Reward model", source, {"source": Path(source).name}, results)
     extra = {"reward_mean": mean, READS_TEXT: not same}
     encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
@@ -169,17 +173,27 @@ def existing_model(run: Run, source: str) -> None:
     extra["pad_token_id"] = encoder.tokenizer.pad_token_id
     write_model(run.outputs, scorer.model, encoder, FOLDER, card, None, extra)
     run.recorder.metrics(0, {"loss": math.nan})
-    run.recorder.summary(results | {"reward_mean": mean, "steps": 0, "tokens/trained": 0})
+    counts = {"pairs/cut": cut, "heldout/cut": heldout_cut, "steps": 0, "tokens/trained": 0}
+    run.recorder.summary(results | {"reward_mean": mean} | counts)
 
 
-def text_pairs(encoder: TextEncoder, rows: list[dict[str, Any]]) -> list[RewardPair]:
-    """Return the pairs as texts in the tokens of a reward model that was trained elsewhere."""
-    from posttrain.data.whole_texts import whole_texts
+def _cut(encoder: TextEncoder, pairs: int, heldout: int) -> str:
+    """Return the end of a line on the pairs that lost the start of their prompt; empty if none did."""
+    if not pairs + heldout:
+        return ""
+    return f"; the prompts of {pairs} pairs and {heldout} held-out ones lost their start to fit the context of {encoder.max_length} tokens"
+
+
+def text_pairs(encoder: TextEncoder, rows: list[dict[str, Any]]) -> tuple[list[RewardPair], int]:
+    """Return the pairs as texts in the tokens of a reward model that was trained elsewhere, and how many were cut."""
+    from posttrain.data.whole_texts import read_texts
     from posttrain.training.supervised import RewardPair
 
     prompts, tools = [row["prompt"] for row in rows], {"tools": [row.get("tools") for row in rows]}
-    sides = (whole_texts(encoder, prompts, [row[side] for row in rows], tools) for side in ("chosen", "rejected"))
-    return [RewardPair(chosen, rejected, 0.0, 1.0) for chosen, rejected in zip(*sides, strict=True)]
+    sides = [read_texts(encoder, prompts, [row[side] for row in rows], tools) for side in ("chosen", "rejected")]
+    (chosen, cut), (rejected, more) = sides
+    pairs = [RewardPair(one, other, 0.0, 1.0) for one, other in zip(chosen, rejected, strict=True)]
+    return pairs, max(cut, more)
 
 
 def _measured(

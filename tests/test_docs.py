@@ -23,7 +23,7 @@ NAME = re.compile(r"`([^`]+)`")
 ELSEWHERE = (
     "heldout/", "pairs/", "faults/", "router/", "benchmark/", "second_task/", "selection/", "reward/varied/questions",
     "reward/varied/prompt_tokens", "reward/varied/completion_tokens", "reward/varied/order_changed",
-    "reward/varied/disagreement", "staleness/", "pass@",
+    "reward/varied/disagreement", "reward/varied/cut", "staleness/", "pass@",
 )  # fmt: skip
 """Logged by the reward step, the loop at a fault, mixtures of experts, benchmarks, a second task, pass@k, a choice of the step, judges,
 ensembles, and sampling ahead."""

@@ -33,15 +33,27 @@ def whole_texts(
     completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Tokens]:
-    """Return each prompt with its answer in the encoder's own tokens; over-long ones lose their start.
+    """Return `read_texts` without the number of those that were cut."""
+    return read_texts(encoder, prompts, completions, columns)[0]
+
+
+def read_texts(
+    encoder: TextEncoder,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[Tokens], int]:
+    """Return each prompt with its answer in the encoder's own tokens, and how many lost their start to fit its context.
 
     With a chat template, plain text becomes a turn of the user and one of the assistant, and the score is read at the last token of the
     rendered conversation, as the examples of published reward models do. Without one, prompt and answer are joined and closed.
     """
     offered = (columns or {}).get("tools") or [None] * len(prompts)
     texts = zip(prompts, completions, offered, strict=True)
-    rows = [_ids(encoder, *text, str(i))[-encoder.max_length :] for i, text in enumerate(texts)]
-    return [Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows]
+    rows = [_ids(encoder, *text, str(i)) for i, text in enumerate(texts)]
+    cut = sum(len(ids) > encoder.max_length for ids in rows)
+    read = [ids[-encoder.max_length :] for ids in rows]
+    return [Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in read], cut
 
 
 def _ids(encoder: TextEncoder, prompt: Text, completion: Text, tools: Any, row: str) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.data.whole_texts import whole_texts
+from posttrain.data.whole_texts import read_texts
 from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores_and_spreads
 from posttrain.models.policy import Scorer
@@ -178,11 +178,21 @@ class ModelReward:
         )
         self.failures: Counter[str] = Counter()
         self._spreads: list[float] = []
+        self._cut = self._read = 0
+        self._reported = False
 
     def score(self, answers: RewardBatch) -> list[float | None]:
         tokens = answers.tokens
         if self.encoder is not None:
-            tokens = whole_texts(self.encoder, answers.prompts, answers.completions, answers.columns)
+            tokens, cut = read_texts(self.encoder, answers.prompts, answers.completions, answers.columns)
+            if cut and not self._reported:
+                tqdm.write(
+                    f"reward {self.name!r}: {cut} of {len(tokens)} conversations exceed the reward model's context of"
+                    f" {self.encoder.max_length} tokens; it reads only their ends. Later ones are counted as reward/{self.name}/cut",
+                    file=sys.stderr,
+                )
+            self._reported = self._reported or cut > 0
+            self._cut, self._read = self._cut + cut, self._read + len(tokens)
         found = scores_and_spreads(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
         values = [score for score, _ in found]
         if self.scorer.heads > 1:
@@ -191,9 +201,15 @@ class ModelReward:
         return _checked(self.name, [value - self.mean for value in values], answers, nan_is_missing=False)
 
     def used(self) -> dict[str, float]:
-        """Return the mean standard deviation of an ensemble's heads over the answers since the last call; nothing for one head."""
+        """Return measurements over the answers since the last call.
+
+        An ensemble has the mean standard deviation of its heads; a model that reads texts the share of those that it read without
+        their start.
+        """
         spreads, self._spreads = self._spreads, []
-        return {"disagreement": sum(spreads) / len(spreads)} if spreads else {}
+        cut, self._cut, read, self._read = self._cut, 0, self._read, 0
+        shares = {"cut": cut / read} if read else {}
+        return shares | ({"disagreement": sum(spreads) / len(spreads)} if spreads else {})
 
 
 def _short(text: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from posttrain.data.tokens import TextEncoder
-from posttrain.data.whole_texts import reads_same_tokens, whole_texts
+from posttrain.data.whole_texts import read_texts, reads_same_tokens, whole_texts
 from posttrain.errors import DataError
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rewards.sources import ModelReward, RewardBatch
@@ -48,9 +48,16 @@ def test_without_a_template_prompt_and_answer_are_joined_and_turns_are_refused()
         whole_texts(enc, [[{"role": "user", "content": "hi"}]], ["ho"])
 
 
-def test_over_long_texts_lose_their_start() -> None:
+def test_over_long_texts_lose_their_start_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     enc = plain_encoder()
-    long, short = whole_texts(enc, ["a" * 80, "b"], ["cd", "cd"])
+    (long, short), cut = read_texts(enc, ["a" * 80, "b"], ["cd", "cd"])
+    assert cut == 1
+    reward = ModelReward("rm", small.scorer(), 0.0, 100, encoder=enc)
+    for _ in range(2):
+        reward.score(RewardBatch(["a" * 80, "b", "c", "d"], ["cd"] * 4, small.rows(4), {}))
+    assert reward.used() == {"cut": 2 / 8}
+    assert reward.used() == {}
+    assert capsys.readouterr().err.count("1 of 4 conversations exceed the reward model's context of 64 tokens") == 1
     assert len(long) == 64
     assert long.response == short.response == (enc.eos_id,)
     assert list(long.prompt[-2:]) == list(short.prompt[-2:])
