@@ -40,16 +40,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, returns
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
+def whiten(values: Tensor, mask: Tensor, per_row: bool = False) -> Tensor:
     """Normalise `values` [batch, time] to mean 0 and population standard deviation 1 over the mask.
 
     The result is 0 outside the mask, and everywhere if all values are equal.
+
+    Args:
+        per_row: every row counts once in mean and deviation, however many values it has.
     """
     known = values[mask].double()
     # rounding can make the mean of equal numbers differ from them, and the division would scale that difference to 1
     if not len(known) or known.max() == known.min():
         return torch.zeros_like(values)
     centred, variance = values.double() - known.mean(), known.var(correction=0)
+    if per_row:
+        share = (mask.double() / mask.sum(-1, keepdim=True).clamp(min=1))[mask]
+        share = share / share.sum()
+        centred = values.double() - (share * known).sum()
+        variance = (share * centred[mask].square()).sum()
     return torch.where(mask, centred * torch.rsqrt(variance + 1e-8), 0.0).to(values.dtype)
 
 

@@ -34,7 +34,7 @@ _ANY = re.compile(
 _PATTERNS = (_NAMED, _LEADING, _ANY)
 _ONE = r"\W{0,3}\b(?:(?i:option|choice)\s\W{0,3})?[A-J]\b\W{0,3}"
 _SEVERAL = re.compile(
-    rf"[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&=]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
+    rf"[A-J](?:[)\]]?\s?[\u3001\u548c\u4e0e\u6216\u53ca]\s?[(\[]?[A-J](?![A-Za-z]))+|[A-J]\b\W{{0,3}}\s(?:and|or|nor)\s{_ONE}|\b[A-J]\s?[/&=]\s?[A-J]\b|\b[A-J]\)?,\s?\(?[A-J]\)?\W*$"
 )
 _LETTER = r"[(\[*]{0,3}\b(?:(?i:option|choice)\s)?[A-J]\b[)\]*]{0,3}"
 _ASKED = re.compile(rf"{_LETTER}(?:,?\s(?:or\s)?{_LETTER}){{1,9}}\s?\?")
@@ -58,9 +58,12 @@ _LABEL = re.compile(
     re.MULTILINE,
 )
 """The label of an option that the text repeats: `(A) 3 (B) 4`."""
+_CHINESE_LIST = r"(?<![A-Za-z])[(\[]?[A-J][)\]]?(?:[、和与或及,]\s?[(\[]?[A-J][)\]]?){0,9}(?![A-Za-z])"
 _DENIED = re.compile(
     rf"\b(?:[Nn]ot|cannot|[Nn]either|rather than|instead of)\b(?:\s(?:be|option|choice))?{_ONE}(?:\s?n?or\s{_ONE})?"
     rf"|n['\u2019]t(?:\sbe)?{_ONE}|\b[Nn]either\sis{_ONE}"
+    rf"|{_LETTER}(?:,?\s(?:and\s|or\s|&\s)?{_LETTER}){{1,9}},?\s(?:(?:are|were|look|seem|must\sbe)\s(?:all\s|both\s|also\s)?"
+    r"(?:wrong|incorrect|false|not|untrue|eliminated|excluded|ruled)|fail|cannot|can['\u2019]t|won['\u2019]t|do\s?n(?:ot|['\u2019]t))\b[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:is|are|was|must be|would be|will be|looks|seems)\s(?:also\s)?"
     r"(?:wrong|incorrect|false|not|untrue)\b[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}[:.]?\s(?i:no|false|wrong|incorrect|not)\b[^\n.;,]{0,40}"
@@ -68,9 +71,14 @@ _DENIED = re.compile(
     r"|(?:is|are|was|can\sbe|could\sbe|may\sbe|must\sbe|should\sbe)\s(?:ruled|crossed|eliminated|excluded|rejected|discarded|dismissed|out|impossible)\b)"
     r"[^\n.;,]{0,40}"
     r"|[(\[*]{0,3}\b[A-J]\b[)\]*]{0,3}\s(?:isn['\u2019]t|cannot be|can['\u2019]t be)\b[^\n.;,]{0,40}"
+    rf"|(?:不是|不选|不能选|不应选|并非|排除|错选|误选)(?:选项)?\s?{_CHINESE_LIST}(?:选?项)?"
+    rf"|{_CHINESE_LIST}\s?(?:选?项)?[都均也是]{{0,2}}(?:不对|不正确|错误|错|不符合?|不成立|有误|不可能|不满足)"
 )
 _REASONED = re.compile(rf"({_LETTER}(?:\s[a-z]{{1,12}}){{0,4}},?)\s(?:since|because)\s[^.;\n]{{0,200}}")
 """The reason for a letter, which may name others: `C is right since D would overflow`."""
+_REASON_IN_CHINESE = re.compile(
+    r"(?<=[A-J)\]])(?:选?项)?(?:正确|对)?[,\uff0c\u3002.]?\s?(?:因为|由于)[^\u3002;\uff1b\n]{0,200}"
+)
 _WORD_BEFORE = re.compile(r"([A-Za-z]{2,20})[\s(\[*\"']{1,4}\Z")
 _WORDS = re.compile(
     r"is|are|was|be|it|so|therefore|thus|hence|then|and|or|but|than|answer|answers|letter|option|choice|pick|choose"
@@ -83,6 +91,7 @@ _WORDS = re.compile(
 _FINAL = re.compile(
     r"\b(?:(?i:final(?:\s(?:choice|pick|decision|option|letter|verdict))?|my\s(?:choice|pick))\s?(?::|is\b)"
     r"|I(?:\swill|['\u2019]ll|\swould)?\s(?:choose|chose|pick|select|go\swith))[\s*]{0,6}(?=(?:(?i:option|choice)\s)?[(\[*]{0,3}[A-J]\b)"
+    r"|(?:(?<![不误错])(?<!不能)(?<!不应)选择?|正确的?选项[是为]|正确的[是为])[:\uff1a\s*]{0,6}(?=(?:选项)?[(\uff08\[*]{0,3}[A-J](?![A-Za-z]))"
 )
 """Before the letter that is chosen in the end, among others that are named."""
 LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -130,6 +139,7 @@ def _found(text: str, patterns: Iterable[re.Pattern[str]], whole: bool = False) 
     """Return the letters that the first pattern with a match finds; empty if the last of them is one of several."""
     text = unicodedata.normalize("NFKC", LATEX_TEXT.sub(r"\1", text))
     if not whole:
+        text = _REASON_IN_CHINESE.sub(" ", text)
         text = _without_options(_OTHER.sub(" ", _DENIED.sub(" ", _REASONED.sub(r"\1", _ASKED.sub(" ", text)))))
     several = [match.span() for match in _SEVERAL.finditer(text)] if not whole else []
     for pattern in patterns:

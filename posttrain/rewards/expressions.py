@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from posttrain.rewards import chinese
+
 HIDDEN = "\ue000"
 """Placeholder for an expression that is not read, such as a root."""
 _MONTH = (
@@ -64,8 +66,44 @@ _AFTER = re.compile(
 )
 _BROKEN_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:[ \t][eE][ \t]?|[eE][ \t])[-+]?\d+(?!\w)")
 _HIDING = (_ROOTS, _FUNCTIONS, _LATEX, _INTERVALS, _NEGATED, _OF, _AFTER, _BROKEN_EXPONENT)
-_ORDINALS = {"third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
-_ORDINALS |= {"hundredth": 100, "thousandth": 1000}
+ORDINALS = {
+    "third": 3,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
+    "eleventh": 11,
+}
+ORDINALS |= {
+    "twelfth": 12,
+    "thirteenth": 13,
+    "fourteenth": 14,
+    "fifteenth": 15,
+    "sixteenth": 16,
+    "seventeenth": 17,
+    "eighteenth": 18,
+}
+ORDINALS |= {
+    "nineteenth": 19,
+    "twentieth": 20,
+    "thirtieth": 30,
+    "fortieth": 40,
+    "fiftieth": 50,
+    "sixtieth": 60,
+    "seventieth": 70,
+}
+ORDINALS |= {
+    "eightieth": 80,
+    "ninetieth": 90,
+    "hundredth": 100,
+    "thousandth": 1000,
+    "millionth": 10**6,
+    "billionth": 10**9,
+}
+"""Parts of a whole, as in three twentieths, and their numbers."""
 _SHARES = {
     "half": "1/2",
     "third": "1/3",
@@ -80,6 +118,7 @@ _SPELLINGS = (
     (re.compile(r"\{\s{0,3}(-?\d{1,12})\s{0,3}\\over\s{0,3}(\d{1,12})\s{0,3}\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"(?:(?<=[$(=])|(?<![^\n]))\s{0,3}(-?\d{1,12})\s{0,3}\\over\s{0,3}(\d{1,12})\s{0,3}(?=[$)]|\.?(?:\n|\Z))"),
      r"\\frac{\1}{\2}"),
+    (re.compile(r"(?:(?<=[{$(=:])|(?<![^\n]))\s{0,3}(-?\d{1,12})\s/\s(\d{1,12})(?=\s{0,3}(?:[})$]|\.?(?:\n|\Z)))"), r"\1/\2"),
     (re.compile(r"(?<![\w)\]}] )(?<![\w)\]}])-\s?\(\s?(\d[\d.,]{0,30})\s?\)"), r"-\1"),
     (re.compile(r"\\cfrac"), r"\\frac"),
     (re.compile(r"\|-(\d[\d.,]{0,30})\|"), r"\1"),
@@ -89,7 +128,9 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)\sand\s(?:two[\s-]thirds|2/3)\b"), " 2/3"),
     (re.compile(r"(?<=\d)\sand\sthree[\s-](?:quarters|fourths)\b"), " 3/4"),
     (re.compile(r"(?<=\d)\sand\s(?=\d{1,3}/\d{1,3}(?![\w/]))"), " "),
-    (re.compile(r"(?<=\d)\s(" + "|".join(_ORDINALS) + r")s\b"), lambda found: f"/{_ORDINALS[found[1]]}"),
+    (re.compile(r"(?<=\d)\s(" + "|".join(ORDINALS) + r")s\b"), lambda found: f"/{ORDINALS[found[1]]}"),
+    (re.compile(r"(?<![\d.,/])1\s(?:(half)|(" + "|".join(ORDINALS) + r"))\b"), lambda found: f"1/{2 if found[1] else ORDINALS[found[2]]}"),
+    *chinese.SPELLINGS,
     (re.compile(r"(?<=\d)\spoint\s(?=\d)"), "."),
     (re.compile(r"(?<=\d)\ssquared\b"), "^2"),
     (re.compile(r"(?<=\d)\scubed\b"), "^3"),

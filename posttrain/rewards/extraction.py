@@ -40,7 +40,9 @@ Extract = Literal["strict", "flexible"]
 AnswerKind = Literal["number", "choice", "text"]
 EXTRACTS: tuple[Extract, ...] = ("strict", "flexible")
 KINDS: tuple[AnswerKind, ...] = ("number", "choice", "text")
-_HASH = re.compile(r"(?<!#)#+[ \t]*(?=[-+\u2212\u2013$\u20ac\u00a3.\\]?[\d.])")
+_HASH = re.compile(
+    r"(?<!#)#+[ \t]*(?=[*_]{0,3}[-+\u2212\u2013]?\\?[$\u20ac\u00a3]?[-+\u2212\u2013]?(?:[\d.\u00bc-\u00be\u2150-\u215e]|\\[dt]?frac))"
+)
 _WORD = re.compile(
     r"(?:\b(?:answers?|respuesta|r\u00e9ponse|risposta|resposta|antwort|antwoord|ergebnis|svar|cevap|odpowied\u017a|odpov\u011b\u010f"
     r"|\u043e\u0442\u0432\u0435\u0442|\u0111\u00e1p \u00e1n)\b|\u7b54\u6848|\u7b54\u3048|\uc815\ub2f5|\ub2f5|\u0909\u0924\u094d\u0924\u0930"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from posttrain.rewards import chinese
 from posttrain.rewards.assertions import NEGATIVE
 from posttrain.rewards.number_signs import seen
 from posttrain.text import after_reasoning
@@ -22,7 +23,8 @@ _CORRECTION = re.compile(
     r"\b(?:wait|hold on|hang on|oops|scratch that|correction|my mistake|sorry|actually|i (?:mean|meant)"
     r"|(?:let me|i (?:must|should|need to|have to)) (?:correct|fix"
     r"|revise|redo)(?: (?:that|this|it|myself|my answer))?|on second thoughts?|i (?:made|see) (?:a|an|my) (?:mistake|error)|apologies"
-    r"|i was (?:wrong|mistaken)|i take (?:that|it) back|rather(?=,)|make that|strike that)\b|(?<![\w'])no[,!.;:](?=\s)",
+    r"|i was (?:wrong|mistaken)|i take (?:that|it) back|rather(?=,)|make that|strike that)\b|(?<![\w'])no[,!.;:](?=\s)"
+    rf"|{chinese.CORRECTION}",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
@@ -30,7 +32,8 @@ _SUPPOSED = re.compile(
     r"|\bnobody (?:thinks|believes|says)|\bif|\bsuppose|supposing|assume|assuming|imagine|whether|unless)"
     r"\s(?:that\s)?(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:is|was|were|equals)"
     r"\s(?:[^,.;:?!\n]|[.,](?=\d)){1,60}"
-    r"|\b(?:is|was|could|would|might|can)\s(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:be\s)?(?:[^,.;:?!\n]|[.,](?=\d)){1,60}\?",
+    r"|\b(?:is|was|could|would|might|can)\s(?:the|my|our)\s(?:\w{1,12}\s)?answer\s(?:be\s)?(?:[^,.;:?!\n]|[.,](?=\d)){1,60}\?"
+    rf"|{chinese.SUPPOSED}",
     re.IGNORECASE,
 )
 """An answer that is only supposed or asked for."""
@@ -38,7 +41,7 @@ _NOT_THE_ANSWER = re.compile(
     rf"(?:\b(?:{NEGATIVE})\s(?:[a-z]{{1,12}}\s)?(?:answers?|options?|choices?|results?|values?|ones?)"
     rf"[*_\s]{{0,4}}(?:is|are|was|would be|:|=)"
     rf"|(?:(?<![^\n])|(?<=[.;!?]\s))[\s*_]{{0,4}}(?:{NEGATIVE}|not (?:the|my|an?) (?:[a-z]{{1,12}} )?answer)[*_\s]{{0,4}}:)"
-    r"(?:[^,.;:?!\n]|:(?!\s)|[.,](?=\d)){1,60}",
+    rf"(?:[^,.;:?!\n]|:(?!\s)|[.,](?=\d)){{1,60}}|{chinese.NOT_THE_ANSWER}",
     re.IGNORECASE,
 )
 """An answer that the text calls wrong: `the wrong answer is 5`."""
@@ -55,6 +58,7 @@ _REFUSED = re.compile(
     r"(?=\s?(?:[.!,;)]|\Z))",
     re.IGNORECASE,
 )
+_REJECTED_IN_CHINESE = re.compile(chinese.REJECTED)
 _SENTENCE_END = re.compile(r"[.!?;\n][\s$})>\]]*")
 _BEGINS_CORRECTION = re.compile(rf"(?:(?:oh|no|hmm|but|well)[,.]?\s)?(?:{_CORRECTION.pattern})", re.IGNORECASE)
 _DOUBT = re.compile(
@@ -94,7 +98,7 @@ def later_text(text: str) -> str | None:
 
 def rejection(text: str) -> str | None:
     """Return the text after a sentence that calls the answer before it wrong, such as `5. That is incorrect.`; None without such."""
-    if refused := _REFUSED.match(text):
+    if refused := _REFUSED.match(text) or _REJECTED_IN_CHINESE.match(text):
         return text[refused.end() :]
     found = _REJECTED.match(text)
     if found is None or _is_affirmed(found[0]):

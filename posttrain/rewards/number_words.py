@@ -11,31 +11,23 @@ from __future__ import annotations
 
 import re
 
+from posttrain.rewards.chinese import chinese_number
+from posttrain.rewards.expressions import ORDINALS
+
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 _TEENS_AND_TENS = "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
 _VALUES = [*range(16), 16, 17, 18, 19, 20, 30, 40, 50, 60, 70, 80, 90]
 _SMALL: dict[str, int] = dict(zip(f"{_ONES} {_TEENS_AND_TENS}".split(" "), _VALUES, strict=True))
-_LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PART = {
-    "half": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "seventh": 7,
-    "eighth": 8,
-    "ninth": 9,
-    "tenth": 10,
-}
-_PART |= {"hundredth": 100, "thousandth": 1000}
+_LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7}
+_PART = {"half": 2, "quarter": 4} | ORDINALS
 _PARTS = _PART | {f"{name}s": value for name, value in _PART.items()} | {"halves": 2}
 _PART_WORD = "|".join(sorted(_PARTS, key=len, reverse=True))
 _WORD = rf"(?:{'|'.join([*_SMALL, 'hundred', 'dozen', *_LARGE])})"
 _ONE = "|".join(_ONES.split(" ")[:10])
 _NO_NOUN = (
     "of|and|or|to|is|that|who|times|plus|minus|less|more|over|point"
-    "|squared|cubed|factorial|pi|choose|divided|multiplied|out|than|am|pm"
+    "|squared|cubed|factorial|pi|choose|divided|multiplied|out|than|am|pm|first|below"
+    f"|{'|'.join(_SMALL)}"
 )
 """Words after a number that make it a part of an expression or a time."""
 _SCALE = "|".join(("hundred", "dozen", *_LARGE))
@@ -46,12 +38,6 @@ _ENGLISH = re.compile(
     rf"(?P<scale>\s+(?:{_SCALE}))?(?:\s+(?!(?:{_NO_NOUN}|{_PART_WORD}|{_SCALE})\b)[a-z]{{2,20}}){{0,2}}",
     re.IGNORECASE,
 )
-_CHINESE_DIGITS = dict(zip("\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d", range(10), strict=True)) | {
-    "\u3007": 0,
-    "\u4e24": 2,
-}
-_CHINESE_TENS = {"\u5341": 10, "\u767e": 100, "\u5343": 1000}
-_CHINESE = re.compile(rf"(\u8d1f?)([{''.join([*_CHINESE_DIGITS, *_CHINESE_TENS])}\u4e07]{{1,16}})\w{{0,2}}")
 _ENDS = " \t\n*_`\"'.,!;:()[]{}$\u3002\uff0c\uff01"
 
 
@@ -60,8 +46,8 @@ def spelt_number(text: str) -> str | None:
     text = text.strip(_ENDS).removeprefix("\\text{")
     if len(text) > 120:
         return None
-    if found := _CHINESE.fullmatch(text):
-        return _signed(found[1], _chinese(found[2]))
+    if not text.isascii() and (digits := chinese_number(text)) is not None:
+        return digits
     found = _ENGLISH.fullmatch(text)
     read = _read(found) if found else None
     return None if found is None or read is None else _signed(found["sign"], read + (found["scale"] or ""))
@@ -106,19 +92,3 @@ def _english(words: list[str]) -> int | None:
         else:
             total, below, last = total + max(below, 1) * _LARGE[word], 0, 100
     return total + below if words else 1
-
-
-def _chinese(text: str) -> str | None:
-    """Return the digits of a Chinese number below a hundred million; None if its signs are in no order of one."""
-    if not any(sign in _CHINESE_TENS or sign == "\u4e07" for sign in text):
-        # pyrefly: ignore[bad-index]
-        return "".join(str(_CHINESE_DIGITS[sign]) for sign in text)
-    total, below, digit = 0, 0, 0
-    for sign in text:
-        if sign in _CHINESE_DIGITS:
-            digit = _CHINESE_DIGITS[sign]
-        elif sign == "\u4e07":
-            total, below, digit = (total + below + digit) * 10**4, 0, 0
-        else:
-            below, digit = below + max(digit, 1) * _CHINESE_TENS[sign], 0
-    return str(total + below + digit)

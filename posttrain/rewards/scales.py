@@ -47,7 +47,11 @@ def scaled(text: str) -> list[tuple[str, int]]:
             factor *= _factor(word.lower())
         parts.append((found["number"].strip(), factor))
         place = found.end()
-    return [*parts, (text[place:], 1)] if parts and text[place:].strip() else parts
+    if not parts or not (rest := text[place:]).strip():
+        return parts
+    # in Chinese, 3\u4e075 is short for 3\u4e075\u5343
+    short = len(rest) == 1 and text[place - 1] in "\u4e07\u842c\u4ebf\u5104\u5343"
+    return [*parts, (rest, parts[-1][1] // 10 if short else 1)]
 
 
 def _factor(word: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from posttrain.environments.numbers import parse_number
+from posttrain.rewards import chinese
 from posttrain.rewards.assertions import ends, leads
 from posttrain.rewards.expressions import COMMAND, DATE_AFTER, DATE_BEFORE, HIDDEN, without_expressions
 from posttrain.rewards.number_signs import usual_signs
@@ -53,18 +54,19 @@ _OPERATOR = re.compile(
     r"\s?(?:[-+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)\b)\s?[-+$\\({]*(?:[\d\ue000]|pi\b|\u03c0)"
     r"|\s?(?:\\?[pP]i\b|\u03c0|\ue000)|[ \t]?[xX](?=[ \t]?\d)|[ \t](?:[xz]|y(?!\s?\d)|i(?!\s\w))\b|(?<=\})[A-Za-z](?![A-Za-z])"
     r"|\s?(?:[-+*\u00d7\u00b7]|\\(?:times|cdot)\b)\s?(?:[b-hj-zB-HJ-Z]|[aAiI](?!\s[a-z]))(?![A-Za-z'\u2019.)])|,\s?\\[lc]?dots|:\d\d\b|\s?mil\b"
-    r"|[\u2080-\u2089\u2044]"
+    r"|[\u2080-\u2089\u2044]|\s?\u00b0\s?\d{1,2}\s?['\u2032]"
     r"|[\s)]*(?:\.{2,}|\u2026|\|)\s?\d|\u2014\d|\s?%\s?\d|:\d|\s:\s?\d|\s?[A-Za-z]\(|/[knxyz]\b|[ \t]?(?:st|nd|rd|th)\b"
     rf"|{DATE_AFTER}|[\s{{}})%]*{COMMAND}"
     r"|\s(?:less|fewer|more|greater)\sthan\s(?:[$\u20ac\u00a3]?\d|[xyz]\b)"
-    r"|\s?(?i:[ap]\.?m\b)(?!\sI\b)|\s?o\s?['\u2019]\s?clock\b"
+    rf"|\s?(?i:[ap]\.?m\b)(?!\sI\b)|\s?o\s?['\u2019]\s?clock\b|\s?(?:{chinese.AFTER})"
+    rf"|\s?{chinese.LARGER_UNIT}\s?\d{{1,4}}(?:\.\d{{1,4}})?{chinese.SMALLER_UNIT}"
     rf"|\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?\d{{1,4}}(?:\.\d{{1,4}})?{_SMALLER_UNIT}"
 )
 """After a number: it is a part of an expression, a date, a time, in two units, or in units of `mil`, which has several meanings."""
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|hardly|scarcely|no(?=\slonger\b)|nicht|pas|non|(?:anything|everything|all) (?:but|except)"
     r"|rather than|instead of|other than)\b"
-    r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d\u662f|\u5e76\u975e)"
+    r"|n['\u2019]t\b|\u043d\u0435\b|(?<!\u662f)\u4e0d(?:\u662f|\u4e3a|\u7b49\u4e8e)|\u5e76\u975e)"
     rf"(?:\s(?:be|been|equal to|exactly|just|only|simply|really|about|longer|necessarily|known to be)){{0,2}}[ \t:*_]*"
     rf"(?:{_NUMBER})(?:{SCALED})?(?:\s(?:n?or|oder|ou|ni)\s(?:{_NUMBER})(?:{SCALED})?)*"
     rf"|(?:{_NUMBER})(?:{SCALED})?\s(?:(?:is|was|must be|would be|seems|looks)\s(?:wrong|incorrect|false"
@@ -81,17 +83,17 @@ _UNIT_BETWEEN = r"[*_)%\s]*(?:[A-Za-z]{1,12}[*_,]*\s)?"
 _OPEN = r"[*_(\s$\u20ac\u00a3]*"
 _OR = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:or|oder|ou)\b|~|\uff5e|\u6216\u8005?)\s?(?:[A-Za-z]{{1,3}}\s?=)?{_OPEN}")
 _TO = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:to|through|bis)\b|\u5230|\u81f3){_OPEN}")
-_AND = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:and|to|und|et|y)\b|-|\u548c|\u5230|\u81f3){_OPEN}")
+_AND = re.compile(rf"{_UNIT_BETWEEN}(?:\b(?:and|to|und|et|y)\b|-|[\u548c\u4e0e\u5230\u81f3]){_OPEN}")
 _BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre)|\u4ecb\u4e8e|\u5728)[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
-_MORE = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001]|,?\s?\band\b)\s?{_OPEN}\d")
+_MORE = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c\u4e0e\u6216]|,?\s?\b(?:and|or)\b)\s?{_OPEN}\d")
 """After a number of a list: one more."""
-_LISTED = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c]|,?\s?\band\b)\s?{_OPEN}")
+_LISTED = re.compile(rf"{_UNIT_BETWEEN}(?:[,;&\u3001\u548c\u4e0e]|,?\s?\band\b)\s?{_OPEN}")
 _END = re.compile(r"[^\w\n]*(?:\n|$)")
 _LARGER = re.compile(
-    rf"\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?"
+    rf"\s?(?:{_LARGER_UNIT})[.,]?\s?(?:and\s)?|\s?{chinese.LARGER_UNIT}\s?"
     r"|,?\s?(?:with\s)?(?:an?\s)?(?:remainder|rest|[rR])\.?\s?(?:of\s|is\s)?"
 )
-_SMALLER = re.compile(_SMALLER_UNIT)
+_SMALLER = re.compile(rf"{_SMALLER_UNIT}|\s?{chinese.SMALLER_UNIT}")
 """`5 hours 30 minutes` and `3 remainder 1` are one quantity in two numbers."""
 _DOLLARS = re.compile(r"\$?\s?(?:dollars?|euros?)?,?\s?(?:and\s)?\$?")
 _CENTS = re.compile(r"\$?\s?cents?\b")
@@ -102,6 +104,7 @@ _OF_BOTH = re.compile(r"\s(?:times|plus|over|divided by|multiplied by)\s")
 _REMAINDER = re.compile(r"remainder|rest|[rR]\b")
 _FROM = re.compile(r"\bfrom[*_(\s$\u20ac\u00a3]*$", re.IGNORECASE)
 _BOUND = re.compile(
+    rf"{chinese.BOUND}|"
     r"(?<!not )(?<!no )\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than [$\u20ac\u00a3]?$"
     r"|(?:[<>\u2260\u2264\u2265\u00b1\u2213]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|pm|mp)(?![A-Za-z]))[ \t$({\\]*$"
 )
@@ -114,7 +117,7 @@ _BOUNDED = re.compile(
 _OPERAND = re.compile(
     r"(?:\d[ \t]?%?|[)\]}]|(?<![A-Za-z])[A-Za-z]|\bpi|\u03c0|\ue000)[ \t]?"
     r"(?:(?<![*])[*](?![*])|[-+/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)|(?<=\d)[ \t]?x|(?<=\d):|(?<=\d ):|(?<=\d)\u2014)[ \t]?[$\\({]*$"
-    rf"|{DATE_BEFORE}|{COMMAND}[\s{{]*$|_\{{\s?$"
+    rf"|{DATE_BEFORE}|{COMMAND}[\s{{]*$|_\{{\s?$|{chinese.BEFORE}"
 )
 """Before a number: it is the second part of an expression, a date or a time."""
 _SIGNED_PART = re.compile(r"[\d)][ \t]?$")
@@ -125,6 +128,7 @@ _CLEAN = (
     ("\u2013", "-"),
     ("\uff0d", "-"),
     ("{,}", ","),
+    ("{:}", ":"),
     ("\\,", ""),
     ("\\!", ""),
     ("\\$", "$"),
@@ -132,6 +136,7 @@ _CLEAN = (
     ("\\left", ""),
     ("\\right", ""),
 )
+_TEXT = r"[ ]?\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{[ ]?([^{}]*?)[ ]?\}"
 _SPELLINGS = (
     (re.compile(r"</?[A-Za-z][^<>\n]{0,40}>"), " "),
     (
@@ -147,9 +152,12 @@ _SPELLINGS = (
     (re.compile(r"!="), "\u2260"),
     (re.compile(r"\+/-"), "\u00b1"),
     (re.compile(r"\\math(?:rm|bf|it|sf|bb)\s?\{[eijkdxyzn]\}"), HIDDEN),
-    (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(_TEXT + r"[ ]?(?=[A-Za-z0-9])"), r" \1 "),
+    (re.compile(_TEXT), r" \1"),
     (re.compile(r"\\[hv]?phantom\s*\{[^{}]{0,40}\}"), ""),
-    (re.compile(r"(?<=\d)\\ (?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)\\[ ;:](?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(\\[dtc]?frac)\s?\{\s?([-+]?\d{1,30})\s?\}\s?\{\s?(\d{1,30})\s?\}"), r"\1{\2}{\3}"),
+    (re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)\s?(?=\d{1,2}\s?['\u2032])"), "\u00b0 "),
     (re.compile(r"(?<=\d)\*\*(?=-?\d)"), "^"),
     (re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ\b)|\\degree\b"), " "),
     (re.compile(r"(?<=\d)['\u2019_](?=\d{3}(?!\d))"), ""),
@@ -157,12 +165,13 @@ _SPELLINGS = (
     (re.compile(r"([$\u20ac\u00a3]\s?\d[\d.,]{0,20})K(?![A-Za-z0-9])"), r"\1 thousand"),
     (re.compile(r"\b(?:minus|negative)[ \t]+(?=[$\u20ac\u00a3]?\d)", re.IGNORECASE), "-"),
 )
+_SPACED_WITH_COMMA = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+,\d+(?!\d)")
 _COMMAS = re.compile(r"(?<![\d,.])\d+(?:,\d+)+(?!\d)")
 _GROUPS = re.compile(r"\d{1,3}(?:,\d{3})+")
 _INDIAN = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _THIN = re.compile(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))")
 _DETACHED_MINUS = re.compile(r"((?:\bis|[=:])[ \t])-[ \t](?=[\d$.])")
-_UNDERLINED = re.compile(r"(?<![A-Za-z0-9_])_{1,3}(?=[-+$.\d])|(?<=\d)_{1,3}(?![A-Za-z0-9_])")
+_UNDERLINED = re.compile(r"(?<![A-Za-z0-9_])_{1,3}(?=[-+$.\d])|(?<=\d)_{1,3}(?![A-Za-z0-9_{])")
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _RAISED_DIGITS = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _FRACTION_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")
@@ -182,7 +191,7 @@ def cleaned(text: str) -> str:
         text = _FRACTION_SIGN.sub(_spelt_fraction, text)
     for pattern, usual in _SPELLINGS:
         text = pattern.sub(usual, text)
-    text = _COMMAS.sub(_grouped, without_expressions(text))
+    text = _COMMAS.sub(_grouped, _SPACED_WITH_COMMA.sub(_UNCLEAR, without_expressions(text)))
     return _UNDERLINED.sub("", _DETACHED_MINUS.sub(r"\1-", text))
 
 

@@ -237,7 +237,8 @@ class ExperienceSource:
             residual, spread = (returns - values)[scored].var(correction=0), returns[scored].var(correction=0)
             metrics["value/explained_variance"] = float(1 - residual / spread.clamp(min=1e-12))
         if spec.whiten or not spec.has_critic:
-            advantages = whiten(advantages, scored).float()
+            # GDPO takes mean and deviation over answers (2601.05242); over tokens, groups without a signal would get an advantage
+            advantages = whiten(advantages, scored, per_row=spec.reward_combination == "group_normalised").float()
         return advantages, returns if spec.has_critic else None, metrics
 
     def _adapt(self, kl: float, responses: int) -> None:

@@ -101,6 +101,33 @@ def test_large_rewards_have_the_advantages_of_their_differences(name: str) -> No
         assert large == pytest.approx(small_ones, abs=1e-6)
 
 
+def test_gdpo_normalises_over_answers_and_not_over_their_tokens() -> None:
+    """2601.05242: mean and deviation over the answers of the batch, so that a group without a signal has no advantage."""
+    source, _, _ = step(spec("reinforce_pp", reward_combination="group_normalised", kl="none", kl_coefficient=0.0))
+    totals = [
+        2.0,
+        -1.0,
+        -1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.5,
+        -1.0,
+        0.5,
+        0.0,
+        0.0,
+        0.0,
+    ]  # the sums of z-scores in four groups of three
+    answers = [
+        replace(a, reward=total, tokens=Tokens(a.tokens.prompt, a.tokens.response[: 1 + i % 5]))
+        for i, (a, total) in enumerate(zip(source.last_answers, totals, strict=True))
+    ]
+    rows = source._advantages(answers, None, None)[0]
+    deviation = math.sqrt(sum(total**2 for total in totals) / 12)  # sqrt(7.5 / 12); their mean is 0
+    for row, total in zip(rows, totals, strict=True):
+        assert row.tolist() == pytest.approx([total / deviation] * len(row), abs=1e-6)
+
+
 def test_kl_in_the_reward_is_paid_before_the_baseline() -> None:
     source, data, _policy = step(spec("rloo", kl_coefficient=0.3))
     rows = data.batches[0]
