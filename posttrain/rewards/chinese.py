@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-_DIGITS: dict[str, int] = dict(zip("零一二三四五六七八九", range(10), strict=True)) | {"〇": 0, "两": 2}
+_DIGITS = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _UNITS = (("亿", 10**8), ("万", 10**4), ("千", 1000), ("百", 100), ("十", 10))
 _SIMPLIFIED = str.maketrans("負兩萬億點個幾餘來時號級與減強", "负两万亿点个几余来时号级与减强")
 _SIGNS = "".join([*_DIGITS, *(sign for sign, _ in _UNITS)])
