@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.api_arguments import is_finite, require_list
+from posttrain.data.call_spellings import require_json_calls
 from posttrain.data.conversations import as_messages
 from posttrain.data.messages import (
     MARKS,
@@ -349,6 +350,7 @@ def _check_text(value: Any, place: str, chat: bool = False) -> None:
             raise DataError(f"{place}, turn {i}: the content is {shown(content)}; give a text")
         one_reading(turn, f"{place}, turn {i}")
         _check_encodable(content or "", f"{place}, turn {i}")
+        require_json_calls(turn, f"{place}, turn {i}")
         weighted(turn, f"{place}, turn {i}")
 
 

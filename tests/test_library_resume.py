@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from posttrain.errors import CheckpointError, Interrupted
 from posttrain.training.checkpoint import Checkpoints
 from posttrain.training.fingerprints import describe
 from posttrain.training.history import History
+from posttrain.training.own_checkpoints import OwnCheckpoints
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}]
@@ -84,6 +87,23 @@ def test_a_checkpoint_is_refused_by_the_argument_that_differs(
         with pytest.raises(CheckpointError, match=f"is of a run with other {name};"):
             call(checkpoints=Checkpoints(tmp_path), **changes)
     assert call(checkpoints=Checkpoints(tmp_path)) == call()[1:]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.int64(3), np.int64(4)), (np.float32(0.3), np.float32(0.9)), (np.arange(3), np.arange(1, 4)), (Decimal("1.5"), Decimal("2.5")),
+        (torch.tensor([1.0]), torch.tensor([2.0])), (date(2024, 1, 1), date(2024, 1, 2)), ([b"a"], [b"b"]),
+    ],
+)  # fmt: skip
+def test_values_that_json_does_not_have_are_compared_in_rows_and_in_settings_of_a_reward(
+    one: Any, other: Any, tmp_path: Path
+) -> None:
+    OwnCheckpoints(Checkpoints(tmp_path), {"rows": [{"answer": one}]}).save(1, {})
+    assert OwnCheckpoints(Checkpoints(tmp_path), {"rows": [{"answer": one}]}).latest() is not None
+    with pytest.raises(CheckpointError, match="other rows"):
+        OwnCheckpoints(Checkpoints(tmp_path), {"rows": [{"answer": other}]}).latest()
+    assert describe(partial(lengths, target=one)) != describe(partial(lengths, target=other))
 
 
 def test_numbers_of_numpy_do_not_enter_the_checkpoint(tmp_path: Path) -> None:

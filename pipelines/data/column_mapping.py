@@ -29,7 +29,7 @@ from pipelines.data.pairs import (
     thumbs_pairs,
 )
 from pipelines.data.paths import ABSENT, FIELD, is_missing, is_there, paths_of, value_at
-from pipelines.data.tables import LABEL, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
+from pipelines.data.tables import LABEL, RESERVED, SCORES, TEXT, TOOLS, WEIGHT, Row, is_number, is_text, required
 from posttrain.data.messages import is_thumb, thumb
 from posttrain.errors import ConfigError, DataError
 from posttrain.text import nearest
@@ -126,6 +126,10 @@ def generated_rows(kind: Sourced, made: Sequence[Row], source: TableSource, wher
     made = _without_bad(source, made, where, changes) if kind == "sft" else made
     refuse_exclusion(kind, where, [name for name in {n: n for row in made for n in row} if name not in known], made)
     for i, row in enumerate(made):
+        if taken := [name for name in row if name in RESERVED]:
+            raise DataError(
+                f"{where}, row {i}: this project writes its own column {taken[0]!r} into the tables; choose a different name"
+            )
         try:
             more = {name: value if name in known else _written(value, strict=True) for name, value in row.items()}
         except (TypeError, ValueError) as error:
@@ -194,6 +198,10 @@ def _columns(
     if "id" in wanted:
         raise ConfigError(
             f"data.{kind}.columns.id: `id` is the row's position in the source; keep the source's own under another name"
+        )
+    if taken := [name for name in wanted if name in RESERVED]:
+        raise ConfigError(
+            f"data.{kind}.columns.{taken[0]}: this project writes its own column {taken[0]!r} into the tables; choose a different name"
         )
     present = {name for record in records for name in record}
     whole = _MESSAGES in (wanted if source.columns is not None else present - {"prompt"})
@@ -277,10 +285,12 @@ def _reader(name: str, spec: str, records: Sequence[Record], where: str, as_it_i
 
 def _written(value: Any, strict: bool = False) -> str:
     """Return a value as text, for a template or an extra column; `strict` raises TypeError for values that JSON does not have."""
-    if value is None or value is ABSENT:
+    if is_missing(value):
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, WrittenNumber):
+        return value.text
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=None if strict else str)
 
 

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import lzma
-import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +35,6 @@ _BEGINNINGS = {
     b"PAR1": "a Parquet file (name it .parquet)",
 }
 """How files of other kinds begin."""
-EXACT_DIGITS = 15
-"""Characters; a float holds every shorter number as it is written."""
 
 
 def read_file(path: Path) -> list[Record]:
@@ -127,16 +124,17 @@ def _loaded(text: str, where: str) -> Any:
 
 
 class WrittenNumber(float):
-    """A number whose digits a float cannot hold, with the text that spells it."""
+    """A number that Python would write otherwise than the file does, such as 1.50 or one of many digits, with the text that spells it."""
 
     __slots__ = ("text",)
     text: str
 
 
 def _number(text: str) -> float:
-    """Return a number; if a float rounds it or cannot hold it, with its spelling."""
-    if len(text) <= EXACT_DIGITS and math.isfinite(float(text)):
-        return float(text)
+    """Return a number; if Python would write it otherwise, with its spelling."""
+    plain = float(text)
+    if repr(plain) == text:
+        return plain
     number = WrittenNumber(text)
     number.text = text
     return number

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.data.call_spellings import require_json
 from posttrain.data.messages import is_tool, one_reading, role_of, weighted
 from posttrain.errors import DataError
 
@@ -142,6 +143,7 @@ def _call(call: Any, where: str) -> Any:
     if not isinstance(function, Mapping) or "name" not in function:
         raise DataError(f"{where}: a tool call without a function name; correct the row")
     inner = {**function, "arguments": _parsed(function.get("arguments", {}))}
+    require_json(inner["arguments"], where)
     outer = call if "function" in call else {}
     return {"type": "function", **{k: v for k, v in outer.items() if v is not None}, "function": inner}
 

@@ -52,6 +52,8 @@ FOLDER = Path("data/tables")
 CHANGES = "changes.json"
 """Next to the tables: how many records ingest left out or changed, by table and description. Missing if none."""
 WRONG_TYPE = "wrong_type"
+RESERVED = ("record", "reason", WRONG_TYPE, EXPERT)
+"""Columns that this project writes into tables: a further column of a source cannot have such a name."""
 _TURN = [("role", pa.string()), ("content", pa.string())]
 _MESSAGES = pa.list_(pa.struct(_TURN))
 _MESSAGES_WITH_FIELDS = pa.list_(pa.struct([*_TURN, ("fields", pa.string())]))

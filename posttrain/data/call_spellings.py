@@ -13,6 +13,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain.errors import DataError
+from posttrain.text import shortened
+
 Message = Mapping[str, Any]
 
 
@@ -42,6 +45,23 @@ def shows_python(text: str, messages: Sequence[Message]) -> bool:
 def shows_calls(text: str, messages: Sequence[Message]) -> bool:
     """Return True if the text has the names of all calls."""
     return all(name in text for message in messages for name in _names(message))
+
+
+def require_json(arguments: Any, where: str) -> None:
+    """Raise DataError for arguments with NaN or an infinity: JSON has no such number, so the model would learn to write none."""
+    try:
+        json.dumps(arguments, allow_nan=False, default=str)
+    except ValueError:
+        raise DataError(
+            f"{where}: the arguments of a tool call are {shortened(arguments)}, and JSON has neither NaN nor infinities; correct the row,"
+            " or leave such an argument out"
+        ) from None
+
+
+def require_json_calls(turn: Message, where: str) -> None:
+    """Apply `require_json` to every call of a turn."""
+    for call in turn.get("tool_calls") or ():
+        require_json(_function(call).get("arguments"), where)
 
 
 def _names(message: Message) -> list[str]:

@@ -18,7 +18,11 @@ import hashlib
 import types
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from datetime import date, time
+from numbers import Number
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 import torch
 from torch import nn
@@ -94,4 +98,19 @@ def _value(value: Any) -> Any:
         return ["dict", [[_value(name), _value(one)] for name, one in value.items()]]
     if isinstance(value, types.FunctionType | functools.partial):
         return describe(value)
-    return repr(value) if isinstance(value, _PLAIN) else _frozen(value)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    return plain(value) or _frozen(value)
+
+
+def plain(value: Any) -> list[Any] | None:
+    """Return type and content of an array, a number, a date, bytes or a path; None for any other object, whose text may hold an address.
+
+    Example:
+        >>> plain(torch.tensor([0.5])), plain(object())
+        (['Tensor', 'torch.float32', [0.5]], None)
+    """
+    kind = type(value).__name__
+    if callable(getattr(value, "tolist", None)) and not isinstance(value, type):
+        return [kind, str(getattr(value, "dtype", "")), value.tolist()]
+    return [kind, str(value)] if isinstance(value, Number | date | time | bytes | UUID | PurePath) else None

@@ -21,7 +21,7 @@ from torch import nn
 
 from posttrain.errors import CheckpointError
 from posttrain.training.checkpoint import Checkpoints
-from posttrain.training.fingerprints import weights_digest
+from posttrain.training.fingerprints import plain, weights_digest
 
 _RUN = "run"
 
@@ -74,6 +74,6 @@ def identity_of(algorithm: object, model: nn.Module, numbers: Mapping[str, float
 
 
 def _digest(value: Any) -> str:
-    """Return a digest of a value's text; an object that JSON does not have counts by its type."""
-    text = json.dumps(value, sort_keys=True, default=lambda one: type(one).__name__)
+    """Return a digest of a value's text; an object that JSON does not have counts by its type, unless `plain` reads it."""
+    text = json.dumps(value, sort_keys=True, default=lambda one: plain(one) or type(one).__name__)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

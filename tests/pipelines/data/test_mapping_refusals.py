@@ -231,3 +231,12 @@ def test_advice_about_scores_fits_the_table_and_the_format() -> None:
         rows("preferences", pair | {"s": 1}, columns={"chosen": "chosen", "rejected": "rejected", "chosen_score": "s"})
     scored = pair | {"messages": pair["chosen"], "score_chosen": 8.0, "score_rejected": 5.0}
     assert rows("sft", scored) == [{"prompt": [user("q")], "completion": [says("a")]}]
+
+
+@pytest.mark.parametrize("name", ["record", "reason", "wrong_type", "expert"])
+def test_a_further_column_cannot_have_the_name_of_one_that_this_project_writes(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"columns\.{name}: this project writes its own column '{name}'"):
+        rows("problems", {"q": "1+1=", "a": "2", "x": "y"}, columns={"prompt": "q", "answer": "a", name: "x"})
+    made = [{"prompt": "1+1=", "answer": "2", name: "y"}]
+    with pytest.raises(DataError, match=rf"row 0: this project writes its own column '{name}'"):
+        generated_rows("problems", made, TableSource(source="memory"), "data.problems", Counter())

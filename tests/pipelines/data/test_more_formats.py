@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,28 @@ def test_a_boolean_label_is_spelt_as_in_json() -> None:
 def test_a_gold_number_that_no_float_holds_keeps_its_spelling(tmp_path: Path, number: str) -> None:
     (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "q", "answer": {number}}}\n')
     assert rows("problems", *read_file(tmp_path / "rows.jsonl")) == [{"prompt": "q", "answer": number}]
+
+
+@pytest.mark.parametrize(
+    "spelt", ["0.00001", "1.50", "1e400", "12345678901234567890.5", "0.1000000000000000055", "7.25", "7"]
+)
+def test_a_number_in_a_prompt_or_a_further_column_is_spelt_as_in_the_file(spelt: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"n": {spelt}, "a": "2"}}')
+    (row,) = rows(
+        "problems", *read_file(tmp_path / "rows.jsonl"), columns={"prompt": "{n} + 1", "answer": "a", "n": "n"}
+    )
+    assert (row["prompt"], row["n"]) == (f"{spelt} + 1", spelt)
+
+
+def test_a_further_column_is_empty_where_its_number_is_missing() -> None:
+    (row,) = rows("problems", {"q": "a", "a": "2", "g": math.nan}, columns={"prompt": "q", "answer": "a", "g": "g"})
+    assert row["g"] == ""
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_arguments_of_a_call_that_are_no_json_are_refused_by_turn(number: float) -> None:
+    call = {"function": {"name": "weather", "arguments": {"at": [number]}}}
+    with pytest.raises(
+        DataError, match=r"row 0, turn 1: the arguments of a tool call are \{'at': .* neither NaN nor inf"
+    ):
+        rows("sft", {"messages": [user("Hello?"), {"role": "assistant", "content": None, "tool_calls": [call]}]})
