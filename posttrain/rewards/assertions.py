@@ -50,7 +50,10 @@ _SUPPOSING = re.compile(
     re.IGNORECASE,
 )
 """In the sentence before a marker: a different speaker, or something supposed."""
-_DENYING = re.compile(rf"\b(?:{NEGATIVE}|not|never|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
+_DENYING = re.compile(
+    rf"\b(?:{NEGATIVE}|not|never|cannot|wrongly|incorrectly|mistakenly|erroneously|falsely)\b|n['\u2019]t\b",
+    re.IGNORECASE,
+)
 _CONCLUDING = re.compile(r"[\s*_]*(?:and\s)?(?:so|thus|hence|therefore)\b", re.IGNORECASE)
 _BOUND = (
     r"than|to|under|over|below|above|at (?:least|most)|up|until|till|within|before|after|between|from|beyond|exceeds?|exceeding"
@@ -92,10 +95,15 @@ _SEPARATE = re.compile(
     r"|\b(?:of|in|per|out of|rounded to|to (?:the nearest|within)?|correct to|for|on|at|by|every|than)\s[\s$A-Za-z]{0,20}\Z"
 )
 _PLAIN_RANGE = re.compile(r"[\s*_$)]*(?:to|through|bis|and|-|\u2013|\u2014)[\s*_$(]*\Z")
+_OTHER_BASE = re.compile(r"[\s*_$)]*\(?(?:in\s)?(?:binary|octal|hexadecimal|hex)\b", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"[^\n.!?;]{0,20},\s(?:so|hence|thus|therefore)\s(?:[a-z']{1,8}\s){0,3}[$-]{0,2}\d[\d.,]*(?:\s[a-z]+)?[.!]?\s*(?:\n|\Z)"
+)
+"""A number that follows from the marked one, as in `42.5, so 43`."""
 _UNLIKE_UNIT = re.compile(r"\b(?:base|away|short)\b")
 _AFTER_BOX = re.compile(
     r"[A-Za-z]|[\s$}\\\])*]{0,6}(?:[-+*/^<>\u00d7\u00f7\u00b7\u2192]\s?[$\\({]{0,3}[\dA-Za-z](?![A-Za-z])|\\(?:cdot|times|pm|leq?|geq?|div|to)\b"
-    r"|(?:or|to|minus|plus|times)\s|(?:is|was)\s(?:not|wrong|incorrect|false)\b|isn['\u2019]t\b|cannot\b|can['\u2019]t\b"
+    r"|(?:or|to|minus|plus|times)\s|(?:is|was)\s(?:not|wrong|incorrect|false|what\s[a-z]{1,5}\s(?:gets?|got|would))\b|isn['\u2019]t\b|cannot\b|can['\u2019]t\b"
     r"|(?:,|;|and)\s?\$?-?\d)"
 )
 _SHORT = re.compile(r"[\s*_$]*(?P<unit>['\u2032]{1,2}|[A-Za-z]{1,2})(?=[\s*_$)\]}\"'\u201d\u2019.,;:!?]*(?:\n|\Z))")
@@ -139,7 +147,7 @@ def ends(text: str) -> bool:
     """
     if _EQUAL_PART.match(text) or _PRECISION.match(text):
         return True  # compared by value elsewhere
-    if _TAIL.match(text) or re.match(r"c\b", text):
+    if _TAIL.match(text) or re.match(r"c\b", text) or _OTHER_BASE.match(text) or _CONCLUSION.match(text):
         return False
     short = _SHORT.match(text)
     if short and short["unit"] not in _USUAL_UNITS:

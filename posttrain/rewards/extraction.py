@@ -62,8 +62,13 @@ _GOES_ON = re.compile(r"[ \t]?(?:\^(?!\s?\{?\s?\\circ)|\\(?:pi|sqrt|cdot|times)(
 _OPENING = re.compile(r"[*_]{1,3}\Z")
 _TITLED = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)
 _NAMED = re.compile(r"\$?\s?[A-Za-z]\w{0,10}\s?=\s?([^=]+)")
-_JOINED = re.compile(r"\\(?:boxed|fbox)\s*\{[^{}]{0,40}\}[$ ]{0,3}(?:,|or|and)[$ ]{0,3}$")
-"""Before a box: it is one of several, so that no single answer is given."""
+_JOINED = re.compile(
+    r"\\(?:boxed|fbox)\s*\{[^{}]{0,40}\}[$ ]{0,3}(?:,|or|and)[$ ]{0,3}(?:[A-Za-z]\s?=[$ ]{0,3})?$"
+    r"|(?:\d|[)}]|(?<![A-Za-z])[A-Za-z])\s?(?:\\(?:times|cdot|div)(?![A-Za-z])|(?<![*])[*](?![*])|[+/^\u00d7\u00f7\u00b7])[$ {]{0,3}$"
+)
+"""Before a box: it is one of several, or a part of an expression, so that it is not the answer."""
+_CONDITION = re.compile(r"\s(?:for|when|where|with|if|at|given)\s[$\\(]{0,3}[A-Za-z]\w{0,3}\s?=\s?[^\n]*")
+"""After an answer: for which value of an unknown it holds, as in `42 for n = 3`."""
 
 
 def extracted(completion: str, extract: Extract = "flexible", kind: AnswerKind = "number") -> str | None:
@@ -92,7 +97,8 @@ def strict(completion: str) -> str | None:
     found = _last_marker(text)
     if found is None or not found.is_asserted() or found.is_changed():
         return None
-    return result_of(found.answer, whole=True) if mentions_numbers(found.answer) else spelt_number(found.answer)
+    answer = _without_condition(found.answer)
+    return result_of(answer, whole=True) if mentions_numbers(answer) else spelt_number(answer)
 
 
 def flexible(completion: str) -> str | None:
@@ -103,10 +109,18 @@ def flexible(completion: str) -> str | None:
     if found is not None and (later := found.taken_back()) is not None:
         return last_of(later)
     if marked is not None and mentions_numbers(marked):
-        return result_of(marked)
+        return result_of(_without_condition(marked))
     if marked is not None and (spelt := spelt_number(marked)):
         return spelt
     return last_of(text) if mentions_numbers(text) else spelt_number(text)
+
+
+def _without_condition(answer: str) -> str:
+    """Return the answer without the value of an unknown for which it holds; the placeholder if it has several cases."""
+    found = _CONDITION.search(answer)
+    if found is None or not mentions_numbers(answer[: found.start()]):
+        return answer
+    return HIDDEN if len(values(found[0])) > 1 else answer[: found.start()]
 
 
 def gold_value(gold: str) -> Fraction | None:

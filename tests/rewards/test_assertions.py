@@ -66,8 +66,12 @@ UNCLEAR = [
     ("The answer is 4 2", "4"), ("The answer is May 5", "5"), ("The answer is Jan 2", "2"), ("The answer is 2 January 2024", "2"),
     *((text, "42") for text in (
         "\\boxed{42} or 43", "\\boxed{42} + x", "\\boxed{42}, 43", "\\boxed{42} is wrong", "at most \\boxed{42}", "x < \\boxed{42}",
-        "not \\boxed{42}",
+        "not \\boxed{42}", "2 \\times \\boxed{42}", "(x + 1) \\cdot \\boxed{42}", "I wrongly got \\boxed{42}.",
+        "x = \\boxed{41} or x = \\boxed{42}",
+        "\\boxed{42} is what you get if you forget the carry.", "The answer is 42 for n = 3 and 43 for n = 4",
+        "The answer is 42.5, so 43.", "The answer is 42 in binary", "The answer is 42 (hex)",
     )),
+    ("The answer is 42 for n = 3.", "3"), ("The answer is 42.5, so 43.", "42.5"),
 ]  # fmt: skip
 NO_CHOICE = [
     ("The answer is C = 5", "C"), ("C = 5", "C"), ("5 \u00b0C", "C"), ("The answer is 5 \u00b0C", "C"), ("5 C", "C"), ("5 A", "A"),
@@ -81,7 +85,8 @@ RIGHT = [
         "\\boxed{\\phantom{1}42}", "Answer: John has 42 apples", "Answer: The total cost is $42.", "The answer is 42, since 6*7=42.",
         "So, the total is \\boxed{42} dollars.", "So John could buy 3, and has \\boxed{42} left.", "The answer is 42 miles per hour.",
         "\\boxed{42\\ \\mathrm{m/s}}", "Therefore, my final answer is 42.", "For 3 apples, the answer is 42",
-        "It is clear that the answer is 42",
+        "It is clear that the answer is 42", "The answer is 42 for n = 3.", "The answer is 42 when $x = 7$.", "6 \\times 7 = \\boxed{42}",
+        "* \\boxed{42}", "The answer is 42, so we stop at step C.",
         "The wrong answer is 41. The answer is 42.", "A student said the answer is 41. The answer is 42", "The answer is 42, not 41.",
         "The answer is approximately 42", "Each could take 7, so the answer is 42", "#### 42\n\nActually neat!",
         "\\boxed{42}\n\nWait for it!", "Answer: 42\nConfidence: 90", "The answer is 42\n\nStep 2", "It can be shown that the answer is 42",
