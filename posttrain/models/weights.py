@@ -62,6 +62,7 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
     if found and len({re.sub(pattern, "", name) for name in stored}) == len(stored):
         inner, again = _loaded(kind, source, key_mapping={pattern: ""}, **options)
         if not _faults(again):
+            _check_spelling(stored, pattern, inner, source)
             tqdm.write(f"{source}: read the weights without the prefix {_named(found)}", file=sys.stderr)
             model, info = _without_renaming(inner, pattern), again
     if faults := _faults(info):
@@ -321,6 +322,28 @@ def _stored(source: str | Path) -> dict[str, str]:
         with safe_open(path, "pt") as weights:
             found |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     return found
+
+
+def _check_spelling(stored: Iterable[str], pattern: str, model: PreTrainedModel, source: str | Path) -> None:
+    """Raise ModelError if only some of the weights that are joined into one, such as those of a layer's experts, have a prefix.
+
+    transformers joins them in the order of their names in the file, in which the prefix counts.
+    """
+    own, spelt = model.state_dict().keys(), dict[str, str]()
+    for name in sorted(stored):
+        plain = re.sub(pattern, "", name)
+        if plain not in own and spelt.setdefault(_unnumbered(plain), _unnumbered(name)) != _unnumbered(name):
+            raise ModelError(
+                f"{source}: {name} and other weights like it have different prefixes, so transformers would join them in a wrong order."
+                " Save the model again with save_pretrained, unwrapped"
+            )
+
+
+def _unnumbered(name: str) -> str:
+    """Return a name without the last number in it, which is an expert's."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    return ".".join("#" if i == last else part for i, part in enumerate(parts))
 
 
 def _without_renaming(model: PreTrainedModel, pattern: str) -> PreTrainedModel:

@@ -102,6 +102,17 @@ def test_weights_that_are_not_whole_are_named(folder: Path, change: Any, words: 
         load_policy(folder)
 
 
+def test_a_prefix_of_some_experts_alone_is_refused(tmp_path: Path) -> None:
+    """transformers joins experts in the order of their names in the file, so that these would change places."""
+    folder = tmp_path / "m"
+    save_model(small.language_model(shape=small.MOE), byte_tokenizer(64), folder, "")
+    rewrite(folder, lambda w: {n if "experts.2." in n else f"module.{n}": t for n, t in w.items()})
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.mlp\.experts\.0\.down_proj\.weight and .* have different prefixes"
+    ):
+        load_policy(folder)
+
+
 def test_a_buffer_of_the_files_is_checked_like_a_weight() -> None:
     layer = torch.nn.BatchNorm1d(2)
     layer.register_buffer("mask", torch.tensor([-torch.inf]), persistent=False)
