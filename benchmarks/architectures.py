@@ -208,7 +208,7 @@ def of_samples(lm: Any, theirs: Any, row: Row) -> float:
     requests = [Request(ids[:40], ((0,), (1,))), Request(ids[50:59], ((2,),))]
     engine = NativeEngine(lm, ())
     answers = engine.sample(requests, SamplingSettings(12, 1.0))
-    row.generate = engine.confirmed
+    row.generate = engine.confirmed > 0
     return max(
         difference(torch.tensor(answer.logprobs), own_logprobs(theirs, Tokens(request.prompt, answer.tokens)))
         for request, group in zip(requests, answers, strict=True)

@@ -68,9 +68,10 @@ def shrunk(model: PreTrainedModel, window: int, short: int) -> Iterator[None]:
             own[name] = window
 
 
-def trial_length(config: PreTrainedConfig) -> int:
-    """Return the length of a row that is past every window that may be tried."""
-    return max([PLAIN_LENGTH, *(window + PAST for window in _candidates(config) if window <= TRIED)])
+def trial_length(config: PreTrainedConfig, longest: int = 0) -> int:
+    """Return the length of a row that is past every window that may be tried, and past those that rows of `longest` tokens exceed."""
+    tried = (window for window in _candidates(config) if window <= TRIED or window < longest)
+    return max([PLAIN_LENGTH, *(window + PAST for window in tried)])
 
 
 def probe_ids(length: int, vocabulary: int) -> tuple[int, ...]:

@@ -93,11 +93,15 @@ class _Drawing(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
 
 
-def confirm_generate(lm: PreTrainedModel) -> None:
-    """Raise RolloutError unless `generate` draws from the distributions of a plain forward pass, also past the model's windows."""
+def confirm_generate(lm: PreTrainedModel, longest: int = 0) -> None:
+    """Raise RolloutError unless `generate` draws from the distributions of a plain forward pass, also past the model's windows.
+
+    Args:
+        longest: tokens of the longest row that is sampled; longer windows than are usually tried count up to it.
+    """
     text = lm.config.get_text_config()
     context = context_limit(text.to_dict()) or 2**31
-    prompt = probe_ids(min(trial_length(text), max(1, context - PROBED)), text.vocab_size)
+    prompt = probe_ids(min(trial_length(text, longest), max(1, context - PROBED)), text.vocab_size)
     new_tokens = min(PROBED, context - len(prompt))
     try:
         # two answers: some states are wrong only in a batch of several rows (RWKV)

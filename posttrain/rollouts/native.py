@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.transfer import to_host, together
 from posttrain.errors import RolloutError
+from posttrain.models.reach import trial_length
 from posttrain.models.shards import InFloat32, fewest, gathers_bf16, gathers_layers, most, whole
 from posttrain.rollouts.budget import max_tokens
 from posttrain.rollouts.decoder import Decoder, decoder_of
@@ -75,7 +76,8 @@ class NativeEngine:
         self.lm, self.ends, self.bf16 = lm, end_ids(ends), bf16
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.decoder: Decoder | str | None = None
-        self.confirmed = False
+        self.confirmed = 0
+        """Tokens of the row by which transformers' generate was confirmed; 0 before."""
         self._keeping = False
         self._kept: KeptStates | None = None
 
@@ -118,7 +120,7 @@ class NativeEngine:
             decoder = f"its attention is limited beyond {decoder.reach} tokens, as by a window, and prompt and answer may have {tokens}"
         if isinstance(decoder, str):
             _report_once(f"{type(self.lm).__name__} is sampled by transformers' generate, which is slower: {decoder}")
-            return self._generated(requests, settings)
+            return self._generated(requests, settings, tokens)
         keeping = self._keeping and decoder.continues()
         with decoder.decoding():
             limit = self.max_tokens
@@ -141,14 +143,16 @@ class NativeEngine:
         """Return True if this process, or one that must compute together with it, has answers left to sample."""
         return most(self.lm, count) > 0
 
-    def _generated(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
+    def _generated(
+        self, requests: Sequence[Request], settings: SamplingSettings, longest: int
+    ) -> list[list[Completion]]:
         """Return the completions by transformers' generate, which keeps no step with other processes."""
-        bf16 = gathers_bf16(self.lm)
+        bf16, tried = gathers_bf16(self.lm), trial_length(self.lm.config.get_text_config(), longest)
         with whole(self.lm):
-            if not self.confirmed:
+            if tried > self.confirmed:
                 with InFloat32() if bf16 else nullcontext():
-                    confirm_generate(self.lm)
-                self.confirmed = True
+                    confirm_generate(self.lm, longest)
+                self.confirmed = tried
             return GenerateEngine(self.lm, self.ends, self.max_rows, self.bf16 or bf16).sample(requests, settings)
 
 

@@ -211,6 +211,18 @@ def test_a_state_that_is_wrong_in_a_batch_is_refused() -> None:
         NativeEngine(rwkv, ()).sample([Request((5, 6, 7), ((0,), (1,)))], SamplingSettings(4, 1.0))
 
 
+def test_a_long_window_that_no_short_one_stands_for_is_tried_once_rows_exceed_it() -> None:
+    """GPT-Neo keeps its window as a mask; its cache also forgets beyond a window that only the configuration names."""
+    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    engine = NativeEngine(
+        model("gpt_neo", **layers, window_size=600, sliding_window=600, max_position_embeddings=1024), ()
+    )
+    ids = probe_ids(610, 64)
+    assert len(engine.sample([Request(ids[:20], ((0,),))], SamplingSettings(4, 1.0))[0][0].tokens) == 4
+    with pytest.raises(RolloutError, match="GPTNeoForCausalLM samples from other distributions"):
+        engine.sample([Request(ids, ((0,),))], SamplingSettings(4, 1.0))
+
+
 def test_hidden_states_of_another_width_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="the logits of RemBertForCausalLM are not the plain output"):
         check_policy(model("rembert", is_decoder=True, input_embedding_size=16, output_embedding_size=24), "m")
