@@ -27,15 +27,8 @@ from transformers.utils import logging
 from posttrain.errors import ModelError
 from posttrain.models.checkpointing import without_dropout
 from posttrain.models.config_faults import config_faults
+from posttrain.models.prefixes import check_spelling, named, wrappers
 
-WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_checkpoint_wrapped_module.": "activation checkpointing",
-    "base_model.model.": "peft",
-    "module.": "DistributedDataParallel",
-}
-"""Prefixes that a wrapper adds to the names of weights."""
 FLOATING = ("F64", "F32", "F16", "BF16")
 """How safetensors files name the number formats that need no scale."""
 SHOWN = 4
@@ -56,14 +49,14 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> PreTrainedModel
     """
     check_folder(source)
     model, info = _loaded(kind, source, **options)
-    found = _wrappers(info["unexpected_keys"])
+    found = wrappers(info["unexpected_keys"])
     pattern = rf"(^|(?<=\.))({'|'.join(re.escape(prefix) for prefix in sorted(found))})+"
     stored = _stored(source)
     if found and len({re.sub(pattern, "", name) for name in stored}) == len(stored):
         inner, again = _loaded(kind, source, key_mapping={pattern: ""}, **options)
         if not _faults(again):
-            _check_spelling(stored, pattern, inner, source)
-            tqdm.write(f"{source}: read the weights without the prefix {_named(found)}", file=sys.stderr)
+            check_spelling(stored, pattern, inner, source)
+            tqdm.write(f"{source}: read the weights without the prefix {named(found)}", file=sys.stderr)
             model, info = _without_renaming(inner, pattern), again
     if faults := _faults(info):
         raise ModelError(
@@ -324,28 +317,6 @@ def _stored(source: str | Path) -> dict[str, str]:
     return found
 
 
-def _check_spelling(stored: Iterable[str], pattern: str, model: PreTrainedModel, source: str | Path) -> None:
-    """Raise ModelError if only some of the weights that are joined into one, such as those of a layer's experts, have a prefix.
-
-    transformers joins them in the order of their names in the file, in which the prefix counts.
-    """
-    own, spelt = model.state_dict().keys(), dict[str, str]()
-    for name in sorted(stored):
-        plain = re.sub(pattern, "", name)
-        if plain not in own and spelt.setdefault(_unnumbered(plain), _unnumbered(name)) != _unnumbered(name):
-            raise ModelError(
-                f"{source}: {name} and other weights like it have different prefixes, so transformers would join them in a wrong order."
-                " Save the model again with save_pretrained, unwrapped"
-            )
-
-
-def _unnumbered(name: str) -> str:
-    """Return a name without the last number in it, which is an expert's."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
-    return ".".join("#" if i == last else part for i, part in enumerate(parts))
-
-
 def _without_renaming(model: PreTrainedModel, pattern: str) -> PreTrainedModel:
     """Return the model, which will be saved with its own names: transformers would put the prefix back."""
     # pyrefly: ignore[missing-attribute, not-iterable]
@@ -367,15 +338,6 @@ def _check_floating(model: PreTrainedModel, stored: Mapping[str, str], pattern: 
             f"{source}: {_some(sorted(packed))} {'is' if len(packed) == 1 else 'are'} stored as {kinds}, so the weights are quantised and"
             " would be read without their scales; give the folder of the original model, in float32 or bfloat16"
         )
-
-
-def _wrappers(names: Iterable[str]) -> set[str]:
-    names = list(names)
-    return {prefix for prefix in WRAPPERS if any(n.startswith(prefix) or f".{prefix}" in n for n in names)}
-
-
-def _named(prefixes: Iterable[str]) -> str:
-    return ", ".join(f"{prefix} ({WRAPPERS[prefix]})" for prefix in sorted(prefixes))
 
 
 def _faults(info: Mapping[str, Any]) -> str:
