@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.alignment import closed, closing_tokens, continuation_ids, weighted_ids
 from posttrain.data.conversations import ChatTemplate, Span, TrainOn, as_messages, row_name
 from posttrain.data.ends import end_tokens
+from posttrain.data.lost_text import LostText
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -171,14 +173,18 @@ class TextEncoder:
         return [self.tokens(asked, [answered], row, tools, "each") for asked, answered in parts]
 
     def unknown_share(self, texts: Sequence[Text]) -> float:
-        """Return the share of the texts' tokens that are the tokenizer's unknown token; 0 if it has none."""
+        """Return the share of the texts' tokens that are the tokenizer's unknown token, or of their characters that it drops."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None:
+        if unknown is None and not self._lost.possible:
             return 0.0
         parts = [[text] if isinstance(text, str) else [message["content"] for message in text] for text in texts]
         plain = [part for several in parts for part in several if isinstance(part, str) and part]
         ids = [i for text in plain for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        return ids.count(unknown) / len(ids) if ids else 0.0
+        return max(self._lost.share(plain), ids.count(unknown) / len(ids) if ids else 0.0)
+
+    @cached_property
+    def _lost(self) -> LostText:
+        return LostText(self.tokenizer)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of response ids as it was sampled, with special tokens such as `<think>`; only the end is cut off."""

@@ -124,6 +124,16 @@ def test_the_share_of_unknown_tokens() -> None:
     assert TextEncoder(byte_tokenizer(64), 64).unknown_share(["\u2603"]) == 0.0
 
 
+def test_characters_that_a_tokenizer_drops_count_as_unknown() -> None:
+    """A vocabulary of pieces without an unknown token leaves out the letters that it lacks."""
+    pieces = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, "\u00e9": 3}, []))
+    for options in ({}, {"unk_token": "</s>"}):
+        encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="</s>", **options), 64)
+        assert encoder.unknown_share(["ab \u00e9", [{"role": "user", "content": "a\u4f60 b\u597d"}]]) == 2 / 7
+        assert encoder.unknown_share(["ab", "\u00e9 a"]) == 0.0
+        assert encoder.unknown_share(["\u4f60\u597d"]) == 1.0
+
+
 @pytest.mark.parametrize("text", ["4<|im_end|>5", "<|im_end|>4", "4<|im_end|><|im_end|>5"])
 def test_an_answer_that_goes_on_after_an_end_that_it_spells_is_refused(encoder: TextEncoder, text: str) -> None:
     with pytest.raises(
