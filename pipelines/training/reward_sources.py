@@ -13,7 +13,7 @@ from pipelines.config.reward_arguments import judge_settings
 from pipelines.config.schema import DEFAULT_TIMEOUT_SECONDS, ComputeParams, RewardFunctionParams
 from posttrain.data.whole_texts import READS_TEXT
 from posttrain.errors import ConfigError
-from posttrain.models.folders import load_encoder
+from posttrain.models.folders import context_length, load_encoder
 from posttrain.models.policy import Scorer
 from posttrain.models.scorers import load_scorer
 from posttrain.rewards import require_available
@@ -48,7 +48,8 @@ def reward_sources(
             scorer = Scorer(load_scorer(REWARD)).to(device).eval().requires_grad_(False)
             encoder = load_encoder(REWARD) if config.get(READS_TEXT) else None
             mean = config.get("reward_mean", 0.0)
-            sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16, encoder))
+            context = context_length(scorer.model.config)
+            sources.append(ModelReward(name, scorer, mean, compute.micro_batch_tokens, compute.bf16, encoder, context))
         else:
             sources.append(_function_reward(name, section, seconds.get(name)))
     return sources

@@ -51,9 +51,21 @@ def read_texts(
     offered = (columns or {}).get("tools") or [None] * len(prompts)
     texts = zip(prompts, completions, offered, strict=True)
     rows = [_ids(encoder, *text, str(i)) for i, text in enumerate(texts)]
-    cut = sum(len(ids) > encoder.max_length for ids in rows)
-    read = [ids[-encoder.max_length :] for ids in rows]
-    return [Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in read], cut
+    return read_ends([Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows], encoder.max_length)
+
+
+def read_ends(rows: Sequence[Tokens], context: int | None) -> tuple[list[Tokens], int]:
+    """Return the rows, those that are longer than the context without their start, and how many these are.
+
+    Example:
+        >>> read_ends([Tokens((1, 2, 3), (4,)), Tokens((1,), (2,))], context=3)
+        ([Tokens(prompt=(2, 3), response=(4,), id='', weights=None), Tokens(prompt=(1,), response=(2,), id='', weights=None)], 1)
+    """
+    if context is None or all(len(row) <= context for row in rows):
+        return list(rows), 0
+    ends = [(row.prompt + row.response)[-context:] for row in rows]
+    read = [row if len(row) <= context else Tokens(ids[:-1], ids[-1:]) for row, ids in zip(rows, ends, strict=True)]
+    return read, sum(len(row) > context for row in rows)
 
 
 def _ids(encoder: TextEncoder, prompt: Text, completion: Text, tools: Any, row: str) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from posttrain.data.tokens import TextEncoder, Tokens
-from posttrain.data.whole_texts import read_texts
+from posttrain.data.whole_texts import read_ends, read_texts
 from posttrain.errors import NotFiniteError, RewardError, RewardTimeoutError
 from posttrain.models.inference import scores_and_spreads
 from posttrain.models.policy import Scorer
@@ -44,6 +44,7 @@ class RewardBatch:
 
     Attributes:
         ids: the table row of each answer's problem; empty if unknown, and then messages number the answers instead.
+        conversations: the turns after each prompt, if there may be several; `completions` are then the last ones.
     """
 
     prompts: list[Any]
@@ -51,6 +52,7 @@ class RewardBatch:
     tokens: list[Tokens]
     columns: dict[str, list[Any]]
     ids: list[Any] = field(default_factory=list)
+    conversations: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 @contextmanager
@@ -157,6 +159,7 @@ class ModelReward:
     Args:
         micro_batch_tokens: most tokens of one forward pass.
         encoder: of a model that was trained elsewhere, which reads texts; None: it reads the policy's tokens.
+        context: most tokens that a model without an encoder reads; it reads the ends of longer conversations.
     """
 
     def __init__(
@@ -167,8 +170,9 @@ class ModelReward:
         micro_batch_tokens: int,
         bf16: bool = False,
         encoder: TextEncoder | None = None,
+        context: int | None = None,
     ) -> None:
-        self.encoder = encoder
+        self.encoder, self.context = encoder, context if encoder is None else encoder.max_length
         self.name, self.scorer, self.mean, self.micro_batch_tokens, self.bf16 = (
             name,
             scorer,
@@ -182,17 +186,19 @@ class ModelReward:
         self._reported = False
 
     def score(self, answers: RewardBatch) -> list[float | None]:
-        tokens = answers.tokens
         if self.encoder is not None:
-            tokens, cut = read_texts(self.encoder, answers.prompts, answers.completions, answers.columns)
-            if cut and not self._reported:
-                tqdm.write(
-                    f"reward {self.name!r}: {cut} of {len(tokens)} conversations exceed the reward model's context of"
-                    f" {self.encoder.max_length} tokens; it reads only their ends. Later ones are counted as reward/{self.name}/cut",
-                    file=sys.stderr,
-                )
-            self._reported = self._reported or cut > 0
-            self._cut, self._read = self._cut + cut, self._read + len(tokens)
+            said = answers.conversations or answers.completions
+            tokens, cut = read_texts(self.encoder, answers.prompts, said, answers.columns)
+        else:
+            tokens, cut = read_ends(answers.tokens, self.context)
+        if cut and not self._reported:
+            tqdm.write(
+                f"reward {self.name!r}: {cut} of {len(tokens)} conversations exceed the reward model's context of"
+                f" {self.context} tokens; it reads only their ends. Later ones are counted as reward/{self.name}/cut",
+                file=sys.stderr,
+            )
+        self._reported = self._reported or cut > 0
+        self._cut, self._read = self._cut + cut, self._read + len(tokens)
         found = scores_and_spreads(self.scorer, tokens, self.micro_batch_tokens, self.bf16)
         values = [score for score, _ in found]
         if self.scorer.heads > 1:
@@ -203,12 +209,12 @@ class ModelReward:
     def used(self) -> dict[str, float]:
         """Return measurements over the answers since the last call.
 
-        An ensemble has the mean standard deviation of its heads; a model that reads texts the share of those that it read without
-        their start.
+        An ensemble has the mean standard deviation of its heads; a model that reads texts, or has read too long ones, the share of
+        those that it read without their start.
         """
         spreads, self._spreads = self._spreads, []
         cut, self._cut, read, self._read = self._cut, 0, self._read, 0
-        shares = {"cut": cut / read} if read else {}
+        shares = {"cut": cut / read} if read and (self._reported or self.encoder is not None) else {}
         return shares | ({"disagreement": sum(spreads) / len(spreads)} if spreads else {})
 
 

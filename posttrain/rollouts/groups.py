@@ -24,7 +24,7 @@ from posttrain.algorithms.specs import OnPolicy
 from posttrain.data.batches import shuffled
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.distributed import gather_all, on_main_process, round_robin, row_share
-from posttrain.errors import CheckpointError, RewardError, RolloutError
+from posttrain.errors import CheckpointError, DataError, RewardError, RolloutError
 from posttrain.objectives.shaping import overlong_penalty
 from posttrain.rewards.combination import combined, known
 from posttrain.rewards.sources import RewardBatch, RewardSource
@@ -67,10 +67,16 @@ def reward_batch(
 ) -> RewardBatch:
     """Return answers as reward sources read them: one problem, text and token sequence per answer."""
     columns = {name: [problem.columns[name] for problem in problems] for name in problems[0].columns}
-    if any(completion.messages for completion in completions):
-        columns[CONVERSATION] = [[dict(message) for message in c.messages] for c in completions]
+    conversations = [[dict(message) for message in c.messages] for c in completions if c.messages]
+    if conversations:
+        if CONVERSATION in columns:
+            raise DataError(
+                f"the rows have a column {CONVERSATION!r}, by which rewards get the turns of an answer; rename the column of the rows"
+            )
+        columns[CONVERSATION] = conversations
     rows = [problem.row for problem in problems]
-    return RewardBatch([p.prompt for p in problems], texts, tokens, columns, [] if None in rows else rows)
+    ids = [] if None in rows else rows
+    return RewardBatch([p.prompt for p in problems], texts, tokens, columns, ids, conversations)
 
 
 def score_on_one_process(

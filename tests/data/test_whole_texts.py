@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.data.tokens import TextEncoder
+from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.data.whole_texts import read_texts, reads_same_tokens, whole_texts
 from posttrain.errors import DataError
+from posttrain.models.inference import scores
 from posttrain.models.tiny import byte_tokenizer
 from posttrain.rewards.sources import ModelReward, RewardBatch
+from posttrain.rollouts.engine import Completion
+from posttrain.rollouts.groups import Problem, reward_batch
 from tests.data.test_conversations import CHATML, OPEN, encoder
 from tests.models import small
 
@@ -80,3 +83,28 @@ def test_its_score_does_not_depend_on_the_policys_tokens() -> None:
         replace(answers, tokens=whole_texts(enc, ["ab", "c"], ["d", "ef"]))
     )
     assert found == pytest.approx(by_tokens, abs=1e-6)
+
+
+def test_a_conversation_of_several_turns_is_read_whole() -> None:
+    scorer = small.scorer()
+    turns = [
+        {"role": role, "content": text} for role, text in (("assistant", "ho"), ("user", "and"), ("assistant", "so"))
+    ]
+    (expected,) = scores(scorer, whole_texts(ENCODER, ["hi"], [turns]), 100)
+    spoken = tuple(turns)
+    batch = reward_batch(
+        [Problem("hi", (5,), {})], ["so"], small.rows(1), [Completion((5,), (0.0,), True, messages=spoken)]
+    )
+    assert ModelReward("rm", scorer, 0.0, 100, encoder=ENCODER).score(batch) == [expected]
+    with pytest.raises(DataError, match="rows have a column 'conversation'"):
+        reward_batch(
+            [Problem("hi", (5,), {"conversation": "x"})], ["so"], [], [Completion((5,), (0.0,), True, messages=spoken)]
+        )
+
+
+def test_a_model_with_a_shorter_context_than_the_policys_reads_the_end_and_counts_it() -> None:
+    scorer, rows = small.scorer(), [Tokens((3, 4, 5, 6), (7, 8)), Tokens((3,), (4,))]
+    reward = ModelReward("rm", scorer, 0.0, 100, context=4)
+    found = reward.score(RewardBatch(["a", "b"], ["c", "d"], rows, {}))
+    assert found == scores(scorer, [Tokens((5, 6), (7, 8)), rows[1]], 100)
+    assert reward.used() == {"cut": 0.5}
