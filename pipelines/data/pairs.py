@@ -64,7 +64,11 @@ def graded_pairs(
                 f" {shown}): better: higher, or better: lower for ranks. The wrong one would invert every pair."
             )
         sign = -1.0 if graded.better == "lower" else 1.0
-        scored = [(text, sign * number(score, f"{where}, row {i}: {graded.score}") + 0.0) for text, score in answers]
+        graded_ones = [(text, score) for text, score in answers if score not in (None, "missing")]
+        changes["answers without a score, left out"] += len(answers) - len(graded_ones)
+        scored = [
+            (text, sign * number(score, f"{where}, row {i}: {graded.score}") + 0.0) for text, score in graded_ones
+        ]
         found = [
             row | {"chosen": better, "rejected": worse, "chosen_score": high, "rejected_score": low, "record": i}
             for better, high in scored
@@ -110,6 +114,13 @@ def _require_place(records: Sequence[Any], path: str, setting: str, at: At, abse
     """Raise DataError if no record has a value other than null at the path."""
     if all(at(record, path) in (None, absent) for record in records):
         names = {str(name) for record in records for name in record}
+        names |= {
+            f"{name}.{key}"
+            for record in records
+            for name, inner in record.items()
+            if isinstance(inner, Mapping)
+            for key in inner
+        }
         raise DataError(f"{setting}: no record has a value in {path!r}{nearest(path, names)}")
 
 

@@ -176,13 +176,17 @@ def test_a_preferred_column_that_no_record_has_is_refused_by_name(preferred: dic
         ({"answers": "r", "score": "score"}, r"graded\.text: missing.*score, text"),
         ({"answers": "r", "text": "text", "score": "scor"}, r"graded\.score: no .* 'scor'; did you mean 'score'"),
         ({"answers": "rr", "text": "text", "score": "score"}, r"graded\.answers: no .* 'rr'; did you mean 'r'"),
+        (
+            {"answers": "replies", "text": "text", "score": "score"},
+            r"graded\.answers: no .* 'replies'; .*Valid: .*n\.replies",
+        ),
         ({"columns": ["x", "yy"], "text": "text", "score": "score"}, r"graded\.columns: no .* 'yy'; did you mean 'y'"),
         ({"columns": ["x", "y"], "text": "txt", "score": "score"}, r"graded\.text: no .* 'txt'; did you mean 'text'"),
     ],
 )
 def test_a_graded_place_that_no_record_has_is_refused_by_name(graded: dict[str, Any], words: str) -> None:
     good, bad = {"text": "yes", "score": 2}, {"text": "no", "score": 1}
-    record = {"q": "x", "r": [good, bad], "x": good, "y": bad}
+    record = {"q": "x", "r": [good, bad], "x": good, "y": bad, "n": {"replies": [good]}}
     with pytest.raises(DataError, match=words):
         rows("preferences", record, columns={"prompt": "q"}, graded=graded | {"better": "higher"})
 
@@ -195,6 +199,16 @@ def test_the_text_of_a_graded_answer_may_be_a_path() -> None:
     plain = {"columns": ["x", "y"], "text": "text", "score": "ok"}
     with pytest.raises(DataError, match=r"graded\.text: no record has a value in 'x\.text'"):
         rows("preferences", {"q": "x", "x": "yes", "y": "no"}, columns={"prompt": "q"}, graded=plain)
+
+
+def test_an_answer_without_a_score_is_left_out_and_counted() -> None:
+    """As OASST's replies without a rank."""
+    replies = [{"text": "yes", "rank": 0}, {"text": "no", "rank": 1}, {"text": "new", "rank": None}, {"text": "newer"}]
+    changes: Counter[str] = Counter()
+    graded = {"answers": "r", "text": "text", "score": "rank", "better": "lower"}
+    made = rows("preferences", {"q": "x", "r": replies}, columns={"prompt": "q"}, graded=graded, changes=changes)
+    assert [(row["chosen"], row["rejected"]) for row in made] == [("yes", "no")]
+    assert changes["answers without a score, left out"] == 2
 
 
 def test_a_record_without_graded_answers_is_counted() -> None:
