@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.promotion.gain import Gain, gain
 from posttrain.errors import DataError
+from posttrain.evaluation.nearly_equal import no_interval
 from posttrain.evaluation.statistics import Floats, Interval, Resampling
 
 Prompt = tuple[int, str, str]
@@ -207,10 +208,17 @@ def _loss(found: Gain, reference: str, tolerated: float, groups: Sequence[str] |
     sign_flip = "" if tolerated > 0 else f", sign-flip test p {found.p:.4g} (at most {found.level:.4g})"
     grouped = "" if groups is None else f" in {len({*groups})} groups"
     words = (
-        f"true reward against {reference} {difference.value:+.4g}, {confidence:.4g} % interval {difference.low:+.4g} to"
-        f" {difference.high:+.4g} over {difference.n} prompts{grouped} (must lie above {0.0 - tolerated:.4g}){sign_flip}"
+        f"true reward against {reference} {difference.value:+.4g}, {_limits(difference, confidence)} over {difference.n}"
+        f" prompts{grouped} (must lie above {0.0 - tolerated:.4g}){sign_flip}"
     )
     return Check("loss", difference.low, -tolerated, found.shown, words)
+
+
+def _limits(difference: Interval, confidence: float) -> str:
+    """Return the interval in words; equal differences, with no further prompts counted, have none."""
+    if difference.low == difference.high:
+        return no_interval(difference.n)
+    return f"{confidence:.4g} % interval {difference.low:+.4g} to {difference.high:+.4g}"
 
 
 def _prompts(count: int, groups: Sequence[str] | None, limit: int) -> Check:
@@ -280,7 +288,7 @@ def _benchmark(
     own, confidence = found.interval, 100 * (1 - 2 * found.level)
     words = (
         f"{margin.metric} of {margin.task} against {reference.name}{', lower is better' if margin.lower_is_better else ''}:"
-        f" {own.value:+.4g}, {confidence:.4g} % interval {own.low:+.4g} to {own.high:+.4g} over {own.n} documents (must lie above"
+        f" {own.value:+.4g}, {_limits(own, confidence)} over {own.n} documents (must lie above"
         f" {-margin.tolerated_loss:.4g})"
     )
     if not found.shown and own.value > -margin.tolerated_loss:

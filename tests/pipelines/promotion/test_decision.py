@@ -59,6 +59,12 @@ CHAMPION = answers("champion", [[0, 1], [0, 0], [1, 1], [0, 1]] * 2)
 BETTER = answers("better", [[1, 1]] * 8)
 
 
+def test_equal_differences_have_no_interval_in_words() -> None:
+    loss = check(decide(CHAMPION, CHAMPION, LIMITS, RESAMPLING), "loss")
+    assert not loss.passed
+    assert loss.words.startswith("true reward against champion +0, no interval from 8 equal values over 8 prompts")
+
+
 def test_a_model_that_is_better_on_enough_prompts_passes_all_checks() -> None:
     champion = answers("champion", [[0, 1], [0, 0], [0, 0], [0, 1]] * 2)
     decision = decide(BETTER, champion, LIMITS, RESAMPLING)
