@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,8 @@ def existing_model(run: Run, source: str) -> None:
     scorer = Scorer(load_scorer(source)).to(device.device).eval()
     same = hasattr(scorer.model.config, "reward_mean") and reads_same_tokens(encoder, load_encoder(START))
     heldout_rows = read_table("preferences_heldout")
-    read = reward_pairs if same else text_pairs
+    text_config = scorer.model.config.get_text_config()
+    read = reward_pairs if same else partial(text_pairs, pad=text_config.pad_token_id)
     (pairs, cut), (heldout, heldout_cut) = (read(encoder, rows) for rows in (read_table("preferences"), heldout_rows))
     budget, bf16 = params.compute.micro_batch_tokens, params.compute.bf16
     trained = scores(scorer, [t for pair in pairs for t in (pair.chosen, pair.rejected)], budget, bf16)
@@ -168,9 +170,12 @@ def existing_model(run: Run, source: str) -> None:
     announce(run.context, f"{source} is used as it is; it prefers the chosen answer in {ranked}{reads}{cuts}")
     card = model_card(run.context, "Reward model", source, {"source": Path(source).name}, results)
     extra = {"reward_mean": mean, READS_TEXT: not same}
-    encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
-    scorer.model.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
-    extra["pad_token_id"] = encoder.tokenizer.pad_token_id
+    if same or text_config.pad_token_id is None:
+        encoder.tokenizer.pad_token = scoring_pad(encoder.tokenizer)
+        text_config.pad_token_id = encoder.tokenizer.pad_token_id
+    else:  # its scores were trained at the last token that is not this one
+        encoder.tokenizer.pad_token = encoder.tokenizer.convert_ids_to_tokens(text_config.pad_token_id)
+    extra["pad_token_id"] = text_config.pad_token_id
     write_model(run.outputs, scorer.model, encoder, FOLDER, card, None, extra)
     run.recorder.metrics(0, {"loss": math.nan})
     counts = {"pairs/cut": cut, "heldout/cut": heldout_cut, "steps": 0, "tokens/trained": 0}
@@ -184,13 +189,13 @@ def _cut(encoder: TextEncoder, pairs: int, heldout: int) -> str:
     return f"; the prompts of {pairs} pairs and {heldout} held-out ones lost their start to fit the context of {encoder.max_length} tokens"
 
 
-def text_pairs(encoder: TextEncoder, rows: list[dict[str, Any]]) -> tuple[list[RewardPair], int]:
+def text_pairs(encoder: TextEncoder, rows: list[dict[str, Any]], pad: int | None) -> tuple[list[RewardPair], int]:
     """Return the pairs as texts in the tokens of a reward model that was trained elsewhere, and how many were cut."""
     from posttrain.data.whole_texts import read_texts
     from posttrain.training.supervised import RewardPair
 
     prompts, tools = [row["prompt"] for row in rows], {"tools": [row.get("tools") for row in rows]}
-    sides = [read_texts(encoder, prompts, [row[side] for row in rows], tools) for side in ("chosen", "rejected")]
+    sides = [read_texts(encoder, prompts, [row[side] for row in rows], tools, pad) for side in ("chosen", "rejected")]
     (chosen, cut), (rejected, more) = sides
     pairs = [RewardPair(one, other, 0.0, 1.0) for one, other in zip(chosen, rejected, strict=True)]
     return pairs, max(cut, more)

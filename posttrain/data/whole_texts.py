@@ -42,15 +42,19 @@ def read_texts(
     prompts: Sequence[Text],
     completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    pad: int | None = None,
 ) -> tuple[list[Tokens], int]:
     """Return each prompt with its answer in the encoder's own tokens, and how many lost their start to fit its context.
 
     With a chat template, plain text becomes a turn of the user and one of the assistant, and the score is read at the last token of the
     rendered conversation, as the examples of published reward models do. Without one, prompt and answer are joined and closed.
+
+    Args:
+        pad: the model's pad token. transformers reads the score at the last token that is not pad, so ends that are pad are left out.
     """
     offered = (columns or {}).get("tools") or [None] * len(prompts)
     texts = zip(prompts, completions, offered, strict=True)
-    rows = [_ids(encoder, *text, str(i)) for i, text in enumerate(texts)]
+    rows = [_without_pad(_ids(encoder, *text, str(i)), pad) for i, text in enumerate(texts)]
     return read_ends([Tokens(tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows], encoder.max_length)
 
 
@@ -66,6 +70,12 @@ def read_ends(rows: Sequence[Tokens], context: int | None) -> tuple[list[Tokens]
     ends = [(row.prompt + row.response)[-context:] for row in rows]
     read = [row if len(row) <= context else Tokens(ids[:-1], ids[-1:]) for row, ids in zip(rows, ends, strict=True)]
     return read, sum(len(row) > context for row in rows)
+
+
+def _without_pad(ids: list[int], pad: int | None) -> list[int]:
+    while len(ids) > 1 and ids[-1] == pad:
+        ids = ids[:-1]
+    return ids
 
 
 def _ids(encoder: TextEncoder, prompt: Text, completion: Text, tools: Any, row: str) -> list[int]:

@@ -188,7 +188,8 @@ class ModelReward:
     def score(self, answers: RewardBatch) -> list[float | None]:
         if self.encoder is not None:
             said = answers.conversations or answers.completions
-            tokens, cut = read_texts(self.encoder, answers.prompts, said, answers.columns)
+            pad = self.scorer.model.config.get_text_config().pad_token_id
+            tokens, cut = read_texts(self.encoder, answers.prompts, said, answers.columns, pad)
         else:
             tokens, cut = read_ends(answers.tokens, self.context)
         if cut and not self._reported:

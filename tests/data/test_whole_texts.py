@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from posttrain.data.tokens import TextEncoder, Tokens
 from posttrain.data.whole_texts import read_texts, reads_same_tokens, whole_texts
@@ -83,6 +84,19 @@ def test_its_score_does_not_depend_on_the_policys_tokens() -> None:
         replace(answers, tokens=whole_texts(enc, ["ab", "c"], ["d", "ef"]))
     )
     assert found == pytest.approx(by_tokens, abs=1e-6)
+
+
+def test_a_model_whose_pad_is_the_end_is_read_where_transformers_reads_it() -> None:
+    """transformers takes the score at the last token that is not pad: with pad = eos, the one before the end."""
+    scorer, enc = small.scorer(), plain_encoder()
+    scorer.model.config.pad_token_id = enc.eos_id
+    (row,) = whole_texts(enc, ["ab"], ["d"])
+    assert row.response == (enc.eos_id,)
+    with torch.no_grad():
+        theirs = scorer.model(input_ids=torch.tensor([row.prompt + row.response])).logits.item()
+    answers = RewardBatch(["ab"], ["d"], small.rows(1), {})
+    assert ModelReward("rm", scorer, 0.0, 100, encoder=enc).score(answers) == pytest.approx([theirs], abs=1e-6)
+    assert scores(scorer, [row], 100) != pytest.approx([theirs], abs=1e-6)
 
 
 def test_a_conversation_of_several_turns_is_read_whole() -> None:
