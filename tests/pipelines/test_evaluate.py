@@ -13,7 +13,9 @@ from pipelines.commands.lookahead import problems
 from pipelines.config.params import load_params
 from pipelines.config.schema import RewardFunctionParams
 from pipelines.config.second_task_schema import SecondTask
-from pipelines.evaluate import answers_not_found, summary
+from pipelines.evaluate import answers_not_found, summary, without_interval
+from pipelines.runtime.measures import GREEDY, SAMPLED
+from pipelines.tracking.describe import _share
 from pipelines.training.evaluator import SecondTaskSettings, second_task_measures, second_task_prompts
 from posttrain.data.tokens import TextEncoder
 from posttrain.environments.base import Environment, register
@@ -40,6 +42,28 @@ def test_malformed_answers_are_those_without_an_answer_right_or_wrong() -> None:
     assert answers_not_found(answers, strict) == {"answers/not_found": pytest.approx(3 / 4)}
     # other judges do not say whether they found something
     assert answers_not_found(answers, RewardFunctionParams(function="length")) == {}
+
+
+@pytest.mark.parametrize(
+    ("reward", "missing", "note"),
+    [
+        (4.03125, [GREEDY, SAMPLED, "reward/answer"], "Greedy accuracy: **4.031** (no interval from equal values)."),
+        (1.0, [], "Greedy accuracy: **100.0 %** (95 % interval 34.2 to 100.0 %)."),
+    ],
+)
+def test_a_graded_reward_that_is_equal_for_all_prompts_has_no_interval(
+    reward: float, missing: list[str], note: str
+) -> None:
+    problem = Problem("2+2=", (1,), {"answer": "4"})
+    answers = [
+        EvaluatedAnswer(i, sample, problem, "4", 3, False, 0.1, 0.0, {"answer": reward})
+        for i in range(2)
+        for sample in range(3)
+    ]
+    found = summary(answers, "answer", (), Resampling(200))
+    assert without_interval(found) == missing
+    assert not any(name.endswith(("_low", "/low")) for name in found) or not missing
+    assert _share(found, GREEDY).strip() == note
 
 
 ASKED = ["1+2=", "30+4=", "5+67=", "8-9=", "0+0="]
