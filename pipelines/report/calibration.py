@@ -103,6 +103,9 @@ def _drawn(generator: np.random.Generator, spread: Spread, seeds: int, prompts: 
 
 def power_lines(spread: Spread, seeds: int, prompts: int) -> Iterator[str]:
     """Report the differences that the present seeds and prompts show with 80 % power, and the seeds for 2, 5 and 10 points."""
+    if not spread.run + spread.prompt + spread.rest > 0:  # NaN over one prompt
+        yield "the pilot's scores do not differ over prompts and runs, so nothing shows which difference could be found"
+        return
     if seeds > 1:
         smallest = 100 * spread.smallest_difference(seeds, prompts)
         yield f"{seeds} seeds an algorithm and {prompts} prompts show a difference of {smallest:.1f} points with 80 % power"

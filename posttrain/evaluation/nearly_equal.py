@@ -23,6 +23,7 @@ Example:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,7 @@ def bounded_limits(values: Floats, confidence: float, least: float) -> tuple[flo
     )
 
 
+@lru_cache(maxsize=1024)
 def clopper_pearson(successes: float, n: int, confidence: float) -> tuple[float, float]:
     """Return the limits of a share that cover it with at least the confidence, whatever it is (Clopper and Pearson 1934)."""
     tail, successes = (1 - confidence) / 2, min(max(successes, 0.0), float(n))

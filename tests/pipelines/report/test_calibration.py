@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pipelines.report.calibration import SPLITS, Rate, power_lines, rates, simulated, splits
@@ -57,4 +59,6 @@ def test_power_is_said_in_points_and_seeds() -> None:
     )
     assert lines[2] == f"5 points: {spread.seeds_for(0.05, 400)} seeds"
     assert spread.smallest_difference(spread.seeds_for(0.05, 400) - 1, 400) > 0.05
+    for silent in (Spread(0.0, 0.0, 0.0), Spread(math.nan, math.nan, math.nan)):
+        assert ["do not differ" in line for line in power_lines(silent, 5, 400)] == [True]
     assert next(iter(power_lines(spread, 1, 400))) == "1 seed an algorithm: no statement about training is possible"
