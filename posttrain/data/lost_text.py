@@ -2,8 +2,8 @@
 
 Example:
     >>> from posttrain.models.tiny import byte_tokenizer
-    >>> drops_text(byte_tokenizer(64)), lost_share(byte_tokenizer(64), ["42 \\u2603"])
-    (False, 0.0)
+    >>> LostText(byte_tokenizer(64)).share(["4 and 2"])
+    0.0
 """
 
 from __future__ import annotations
