@@ -40,16 +40,25 @@ class NarrowLayer:
         self.tokens: Tensor | None = None
         self.count = 0
         self.handles: list[RemovableHandle] = [layer.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self.handles += [
+            child.register_forward_pre_hook(self._enter_again, with_kwargs=True) for child in layer.children()
+        ]
         for name, module in layer.named_modules():
             if name.rpartition(".")[2] in PER_TOKEN_MODULES:
                 self.handles.append(module.register_forward_pre_hook(self._take))
                 self.handles.append(module.register_forward_hook(self._put_back))
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Note which tokens are read. A layer that is recomputed in the backward pass enters here a second time."""
+        """Note which tokens are read."""
         reads = kwargs.get("reads")
         self.tokens = None if reads is None else reads.tokens
         return args, kwargs if reads is None else {**kwargs, "parts": reads.parts}
+
+    def _enter_again(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note it as the layer is recomputed in the backward pass, perhaps after a later batch: only inner modules are called there."""
+        reads = kwargs.get("reads")
+        if reads is not None:
+            self.tokens = reads.tokens
 
     def _take(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.tokens is None:

@@ -76,6 +76,24 @@ def test_a_model_that_recomputes_samples_as_before() -> None:
     assert answers[0] == answers[1]
 
 
+def test_two_batches_in_one_backward_pass_are_recomputed_each_with_its_own_tokens() -> None:
+    """transformers recomputes only what is inside a layer, so a hook on the layer is not called again."""
+    lm, rows = small.language_model(), small.rows(6)
+    recompute_layers(lm)
+    policy = Policy(lm).eval()
+    for layer in recomputed_layers(lm):
+        layer.training = True
+    parts = [collate(rows[:2]), collate(rows[2:])]
+    found = []
+    for together in (True, False):
+        lm.zero_grad()
+        losses = [policy(part).logprobs.sum() for part in parts] if together else []
+        for loss in [sum(losses)] if together else (policy(part).logprobs.sum() for part in parts):
+            loss.backward()  # type: ignore[union-attr]
+        found.append({name: weight.grad.clone() for name, weight in lm.named_parameters() if weight.grad is not None})
+    assert all(torch.allclose(found[0][name], gradient, atol=1e-6) for name, gradient in found[1].items())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("change", [compile_layers, lambda lm: (recompute_layers(lm), compile_layers(lm))])
