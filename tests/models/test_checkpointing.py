@@ -77,7 +77,7 @@ def test_a_model_that_recomputes_samples_as_before() -> None:
 
 
 def test_two_batches_in_one_backward_pass_are_recomputed_each_with_its_own_tokens() -> None:
-    """transformers recomputes only what is inside a layer, so a hook on the layer is not called again."""
+    """A recomputed layer calls its inner modules again, but no hook on the layer."""
     lm, rows = small.language_model(), small.rows(6)
     recompute_layers(lm)
     policy = Policy(lm).eval()
