@@ -27,17 +27,15 @@ from posttrain.extras import require_extra
 from posttrain.models.shards import by_kind
 from posttrain.settings import OptimizerSettings
 from posttrain.training.host_optimizer import HostAdamW
-
-SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-"""Moments by their name in the optimiser's state, and whether one may be negative."""
+from posttrain.training.low_bit import eight_bit_adamw, moment, plain, splits_columns
 
 
 def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Return AdamW for the parameter groups.
 
     Raises:
-        ConfigError: 8-bit moments are asked for without torchao, or these or moments in main memory for parameters that are split over
-            processes.
+        ConfigError: 8-bit moments are asked for without torchao or under tensor parallelism, or moments in main memory for parameters
+            that are split over processes.
     """
     given = [dict(group) for group in groups]
     arguments: dict[str, Any] = {
@@ -58,15 +56,12 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: OptimizerSetti
         # one kernel for all parameters; with 25 million parameters on a CPU it takes a sixth of the loop's time
         return torch.optim.AdamW(given, **arguments, fused=True)
     require_extra("torchao", "optimizer.moment_bits = 8", "low-bit")
-    if split:
+    if any(splits_columns(parameter) for group in given for parameter in group["params"]):
         raise ConfigError(
-            "optimizer.moment_bits = 8: moments of weights that are split over processes (FSDP2, tensor parallelism) are float32 only,"
-            " since a block would cross the parts; set optimizer.moment_bits: 32, which sharding divides by the number of processes"
+            "optimizer.moment_bits = 8: moments of layers that are split by tensor parallelism are float32 only, since a block would cross"
+            " the parts; set optimizer.moment_bits: 32, which divides them by the number of processes, or use FSDP2"
         )
-    from torchao.optim import AdamW8bit
-
-    made: torch.optim.Optimizer = AdamW8bit(given, **arguments)
-    return made
+    return eight_bit_adamw(given, **arguments)
 
 
 def stepping(optimizer: torch.optim.Optimizer, device: torch.device) -> AbstractContextManager[Any]:
@@ -81,12 +76,8 @@ def stepping(optimizer: torch.optim.Optimizer, device: torch.device) -> Abstract
 def portable_state(optimizer: torch.optim.Optimizer | Any) -> dict[str, Any]:
     """Return the optimiser's state dict, with codes and scale in place of each 8-bit moment. Tensors are not copied."""
     state: dict[str, Any] = optimizer.state_dict()
-    entries = {i: {name: _plain(value) for name, value in entry.items()} for i, entry in state["state"].items()}
+    entries = {i: {name: plain(value) for name, value in entry.items()} for i, entry in state["state"].items()}
     return {**state, "state": entries}
-
-
-def _plain(value: Any) -> Any:
-    return {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
 
 
 Groups = Sequence[Sequence[nn.Parameter]]
@@ -143,18 +134,5 @@ def load_portable(optimizer: torch.optim.Optimizer | Any, state: Mapping[str, An
             "the checkpoint holds moments of a different precision than this optimiser; was `optimizer.moment_bits` changed?"
             " Remove the run's checkpoints to start again"
         )
-    entries = {i: {name: _moment(name, value) for name, value in entry.items()} for i, entry in state["state"].items()}
+    entries = {i: {name: moment(name, value) for name, value in entry.items()} for i, entry in state["state"].items()}
     optimizer.load_state_dict({**state, "state": entries})
-
-
-def _moment(name: str, value: Any) -> Any:
-    """Return a moment as the optimiser holds it; the table of codes is torchao's."""
-    if not isinstance(value, Mapping):
-        return value
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    codes, scale = value["codes"], value["scale"]
-    made = OptimState8bit.zeros(codes.shape, SIGNED[name], codes.numel() // scale.numel(), codes.device, torch.float32)
-    made.codes.copy_(codes)
-    made.scale.copy_(scale)
-    return made

@@ -34,6 +34,7 @@ from posttrain.models.packed import PROBE
 from posttrain.models.policy import PolicyOutput
 from posttrain.models.routing import Routing
 from posttrain.models.shards import GATHERS_BF16, KEEPS_LAYERS, InFloat32, gathered
+from posttrain.training.low_bit import parts_like, restored
 from posttrain.training.sharded_checkpoint import read_like
 from posttrain.training.tensor_parallel import split_layers
 
@@ -131,14 +132,31 @@ def placed_state(
         held: the model's state dict.
     """
     names = list(weights)
-    moments = [(i, name) for i, entry in state["state"].items() for name in entry]
-    stored = [*weights.values(), *(state["state"][i][name] for i, name in moments)]
-    like = [*(held[name] for name in names), *(parameters[i] for i, _ in moments)]
+    whole = [(i, name) for i, entry in state["state"].items() for name, value in entry.items() if not _in_8_bits(value)]
+    parts = [
+        (i, name, part)
+        for i, entry in state["state"].items()
+        for name, value in entry.items()
+        if _in_8_bits(value)
+        for part in value
+    ]
+    of_parts = {i: parts_like(parameters[i]) for i, _, _ in parts}
+    stored = [*weights.values(), *(state["state"][i][name] for i, name in whole)]
+    stored += [state["state"][i][name][part] for i, name, part in parts]
+    like = [*(held[name] for name in names), *(parameters[i] for i, _ in whole), *(of_parts[i][p] for i, _, p in parts)]
     placed = [split_like(value, tensor) for value, tensor in zip(read_like(stored, like), like, strict=True)]
     entries: dict[int, dict[str, Any]] = {i: {} for i in state["state"]}
-    for (i, name), value in zip(moments, placed[len(names) :], strict=True):
+    for (i, name), value in zip(whole, placed[len(names) :], strict=False):
         entries[i][name] = value
+    for (i, name, part), value in zip(parts, placed[len(names) + len(whole) :], strict=True):
+        entries[i].setdefault(name, {})[part] = value
+    for i, name in dict.fromkeys((i, name) for i, name, _ in parts):
+        entries[i][name] = split_like(restored(name, entries[i][name], parameters[i]), parameters[i])
     return dict(zip(names, placed, strict=False)), {**state, "state": entries}
+
+
+def _in_8_bits(value: Any) -> bool:
+    return isinstance(value, Mapping) and "codes" in value
 
 
 def split_like(value: Any, held: Tensor) -> Any:
