@@ -33,7 +33,7 @@ FORBIDDEN = {
 BARE_BOX = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm", "posttrain"}
 EXTRAS = {
     "bitsandbytes": ["posttrain/models/quantised.py"],
-    "torchao": ["posttrain/training/optimizer.py"],
+    "torchao": ["posttrain/training/low_bit.py"],
     "gguf": ["posttrain/models/gguf_writing.py"],
     "lm_eval": ["posttrain/evaluation/benchmarks.py"],
     "math_verify": ["posttrain/rewards/mathematics.py"],

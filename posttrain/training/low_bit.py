@@ -4,7 +4,7 @@ Blocks are 256 neighbours of a flat weight. A part of a weight has whole blocks 
 blocks are those of the whole weight, whatever the number of processes. Other weights that are split keep float32 moments.
 
 Example:
-    >>> has_blocks(nn.Parameter(torch.zeros(16, 256))), has_blocks(nn.Parameter(torch.zeros(16, 255)))
+    >>> has_blocks(torch.zeros(16, 256)), has_blocks(torch.zeros(16, 255))
     (True, False)
 """
 
