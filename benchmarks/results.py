@@ -11,7 +11,18 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TABLES = ("training", "rollouts", "logprobs", "scaling", "journal", "orchestration", "lineage", "moe_gspo", "gpu")
+TABLES = (
+    "training",
+    "async_grpo",
+    "rollouts",
+    "logprobs",
+    "scaling",
+    "journal",
+    "orchestration",
+    "lineage",
+    "moe_gspo",
+    "gpu",
+)
 HEAD = """# Results
 
 Every table below is one script's, with the command that makes it anew; `make bench` runs them all in turn (about an hour on two cores).

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,16 +211,27 @@ class Measured:
     processor: dict[str, list[float]]
 
 
-def measured(case: Case, folder: Path, workers: Workers, repeats: int, warm: bool = True) -> Measured:
-    """Show that the work is equal, then return `repeats` timed runs of each side in turn, after one warm-up run each."""
+def measured(
+    case: Case,
+    folder: Path,
+    workers: Workers,
+    repeats: int,
+    warm: bool = True,
+    jobs: Callable[..., dict[str, Any]] | None = None,
+) -> Measured:
+    """Show that the work is equal, then return `repeats` timed runs of each side in turn, after one warm-up run each.
+
+    jobs: makes the jobs in place of `job`, with the same arguments.
+    """
+    made = jobs or job
     model = saved_model(case, folder)
-    proof = job(case, model, seed=0, given=True)
+    proof = made(case, model, seed=0, given=True)
     first = {side: asked(workers, side, proof | {"steps": 1}) for side in SIDES}
     loss, norm = (_difference(first, name) for name in ("losses", "grad_norms"))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     processor: dict[str, list[float]] = {side: [] for side in SIDES}
     for repeat in range(0 if warm else 1, repeats + 1):
-        work = job(case, model, seed=repeat, given=False)
+        work = made(case, model, seed=repeat, given=False)
         for side in SIDES:
             took = asked(workers, side, work)
             if repeat:
@@ -237,7 +248,7 @@ def _difference(first: Mapping[str, Mapping[str, Any]], name: str) -> float:
 def saved_model(case: Case, folder: Path) -> str:
     if isinstance(case.shape, Path):
         return str(case.shape)
-    path = folder / f"{case.shape.hidden_size}-{case.vocabulary}"
+    path = folder / f"{case.shape.hidden_size}-{case.shape.max_length}-{case.vocabulary}"
     scorer = folder / f"{path.name}-scorer"
     if not path.exists():
         model, tokenizer = tiny_model(case.shape, seed=0)
@@ -259,14 +270,14 @@ def job(case: Case, model: str, seed: int, given: bool) -> dict[str, Any]:
     answers = [[_ids(drawn, _length(drawn, case)) for _ in range(max(2, case.samples))] for _ in range(count)]
     ids = byte_tokenizer(1024)
     rows: list[Any] = [[ids(text)["input_ids"], *pair[:2]] for text, pair in zip(prompts, answers, strict=True)]
-    on_policy = case.kind in ("grpo", "gspo", "dapo")
+    on_policy = case.kind in ("grpo", "gspo", "dapo", "async")
     if on_policy:
         rows, prompts = list(prompts), prompts
     elif case.kind == "sft":
         rows = [row[:2] for row in rows]
     if given and on_policy:
         rows = rows[: case.batch]
-    use_given = on_policy and (given or case.log_normal)
+    use_given = on_policy and (given or case.log_normal or case.kind == "async")
     return {
         "kind": case.kind, "model": model, "rows": rows, "batch": case.batch, "steps": case.steps, "samples": case.samples,
         "answers": dict(zip(prompts, answers, strict=True)) if use_given else None, "new_tokens": case.answer[1], "eos": case.eos,

@@ -47,7 +47,8 @@ RECORDS: dict[str, OnPolicy] = {
     "gspo": replace(GSPO, **ONE_UPDATE),
     "dapo": replace(DAPO, **ONE_UPDATE, filter="none", overlong_share=0.0, mask_truncated=False),
 }
-"""Specs that equal TRL's settings of these names: one update per rollout, all groups, A = R - mean."""
+RECORDS["async"] = replace(RECORDS["dapo"], anchor="rollout")
+"""Specs that equal TRL's settings of these names: one update per rollout, all groups, A = R - mean. async is AsyncGRPOTrainer."""
 
 
 class InOrder:
@@ -91,14 +92,18 @@ class Numbers:
 class GivenAnswers:
     """Answers from the job instead of samples, so that both sides train on the same tokens."""
 
-    def __init__(self, answers: Mapping[str, Sequence[Sequence[int]]], eos_id: int) -> None:
-        self.answers, self.eos_id = answers, eos_id
+    def __init__(self, answers: Mapping[str, Sequence[Completion]]) -> None:
+        self.answers = answers
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Completion]]:
-        return [[self._completion(ids) for ids in self.answers[_key(request.prompt)]] for request in requests]
+        return [list(self.answers[_key(request.prompt)]) for request in requests]
 
-    def _completion(self, ids: Sequence[int]) -> Completion:
-        return Completion(tuple(ids), (0.0,) * len(ids), ids[-1] == self.eos_id)
+
+def given_completions(job: Job, text: str, eos_id: int) -> list[Completion]:
+    """Return the job's answers to a prompt, with their log-probabilities if the job has them, and 0 else."""
+    answers = job["answers"][text]
+    logprobs = job["logprobs"][text] if job.get("logprobs") else [[0.0] * len(ids) for ids in answers]
+    return [Completion(tuple(ids), tuple(row), ids[-1] == eos_id) for ids, row in zip(answers, logprobs, strict=True)]
 
 
 class GivenObjective(OnPolicyObjective):
@@ -169,8 +174,8 @@ def on_policy(job: Job, device: Accelerator) -> tuple[Any, ...]:
     ids = [tuple(encoder.prompt(text)) for text in job["rows"]]
     engine: Engine = NativeEngine(policy.lm, encoder.eos_id if job["eos"] else -1, bf16=job["bf16"])
     if job["answers"]:
-        by_ids = {_key(row): job["answers"][text] for row, text in zip(ids, job["rows"], strict=True)}
-        engine = GivenAnswers(by_ids, encoder.eos_id)
+        prompts = zip(ids, job["rows"], strict=True)
+        engine = GivenAnswers({_key(row): given_completions(job, text, encoder.eos_id) for row, text in prompts})
     sampler = GroupSampler(
         [Problem(text, row, {}) for text, row in zip(job["rows"], ids, strict=True)],
         engine,
@@ -205,7 +210,7 @@ def spent(since: tuple[float, float]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - since[0], "processor": time.process_time() - since[1]}
 
 
-MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": on_policy, "gspo": on_policy, "dapo": on_policy}
+MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": on_policy, "gspo": on_policy, "dapo": on_policy, "async": on_policy}
 
 
 def run(job: Job) -> Job:

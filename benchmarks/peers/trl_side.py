@@ -119,6 +119,12 @@ def grpo(job: Job, folder: str, tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
+def async_grpo(job: Job, folder: str, tokenizer: Any) -> Any:
+    from trl_async import async_grpo as prepared
+
+    return prepared(job, common(job, folder) | batches(job, job["batch"] * job["samples"]), tokenizer)
+
+
 def clock() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
@@ -128,7 +134,7 @@ def spent(since: tuple[float, float]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - since[0], "processor": time.process_time() - since[1]}
 
 
-MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "gspo": grpo, "dapo": grpo}
+MAKERS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "gspo": grpo, "dapo": grpo, "async": async_grpo}
 
 
 def run(job: Job) -> Job:

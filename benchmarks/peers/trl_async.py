@@ -1,0 +1,144 @@
+"""TRL's AsyncGRPOTrainer on given answers, without vLLM: its planner, prefix-tree packing, loss, optimiser and loop are unchanged.
+
+TRL has one attention for it, FlashAttention 3 from the Hugging Face hub, which has no build for CPUs. `varlen_attention` takes that
+kernel's place, with its signature. The worker hands out the job's answers with their log-probabilities; weights are sent nowhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+from trl.trainer import utils
+
+Job = dict[str, Any]
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """Return causal attention [tokens, heads, size] of every segment to its keys, aligned at their ends.
+
+    Segments of equal lengths are one call of SDPA, which takes its fused CPU kernel.
+    """
+    if not causal or window_size != (-1, -1):
+        raise NotImplementedError(f"causal={causal}, window_size={window_size}: only full causal attention is needed")
+    lengths = [[stop - start for start, stop in pairwise(at.tolist())] for at in (query_offsets, key_offsets)]
+    queries, keys, values = query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1])
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, shape in enumerate(zip(*lengths, strict=True)):
+        by_shape.setdefault(shape, []).append(number)
+    outputs: list[Any] = [None] * len(queries)
+    for (new, known), members in by_shape.items():
+        rows = (torch.stack([part[i] for i in members]).transpose(1, 2) for part in (queries, keys, values))
+        mask = None if new == known else _aligned_at_the_end(new, known)
+        found = scaled_dot_product_attention(*rows, mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True)
+        for i, output in zip(members, found.transpose(1, 2).unbind(), strict=True):
+            outputs[i] = output
+    return torch.cat(outputs)
+
+
+@lru_cache(maxsize=4096)
+def _aligned_at_the_end(new: int, known: int) -> Tensor:
+    """Return the boolean mask [new, known] of `new` queries that are the last of `known` tokens."""
+    return torch.ones(new, known, dtype=torch.bool).tril(known - new)
+
+
+class GivenAnswers:
+    """A rollout worker whose answers exist before training begins; see TRL's RolloutWorkerProtocol."""
+
+    def __init__(self, samples: list[RolloutSample]) -> None:
+        self.samples = samples
+        self.rollout_buffer: queue.Queue[RolloutSample] = queue.Queue()
+        self.metrics_queue: queue.Queue[Job] = queue.Queue()
+
+    def start(self) -> None:
+        for sample in self.samples:
+            self.rollout_buffer.put(sample)
+
+    def stop(self) -> None:
+        """Do nothing: no process runs."""
+
+    def update_model_version(self, model_version: int) -> None:
+        """Do nothing: the answers are given."""
+
+    def check_health(self, stale_after_s: float) -> None:
+        raise RuntimeError("the trainer asks for more answers than the job has")
+
+
+class NoTransfer:
+    """A weight transfer that sends nothing; see TRL's WeightTransferProtocol."""
+
+    def init_weight_transfer(self) -> None: ...
+    def pause(self) -> None: ...
+    def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+
+
+def as_on_a_gpu() -> None:
+    """Let the trainer run on a CPU as it does on a GPU: with attention by offsets, and with a head that scores only the answers."""
+    packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention)
+    utils._use_triton = lambda device: True  # Only of the choice of positions; the head's kernel asks for itself.
+    async_grpo_trainer.get_peak_flops_per_device = lambda accelerator, dtype: None  # CUDA's name of the device
+
+
+def async_grpo(job: Job, settings: Job, tokenizer: Any) -> AsyncGRPOTrainer:
+    """Prepare a trainer whose loss is a mean over the tokens of an update: one micro-batch, or several of equal numbers of tokens."""
+    as_on_a_gpu()
+    gc.collect()
+    gc.freeze()  # Training begins with a full collection, which here would walk through all imported modules in the timed run.
+    args = AsyncGRPOConfig(
+        **settings, epsilon=0.2, epsilon_high=0.28, num_generations=job["samples"], max_completion_length=job["new_tokens"],
+        token_budget=-1, max_staleness=job["steps"] + 2, model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    samples = list(_samples(job, tokenizer)) + [_filler()] * args.per_device_train_batch_size
+    return AsyncGRPOTrainer(
+        job["model"], args=args, train_dataset=datasets.Dataset.from_dict({"prompt": job["rows"]}),
+        processing_class=tokenizer, rollout_worker=GivenAnswers(samples), weight_transfer=NoTransfer(),
+    )  # fmt: skip
+
+
+def _samples(job: Job, tokenizer: Any) -> Iterator[RolloutSample]:
+    for group, text in enumerate(job["rows"]):
+        prompt = tokenizer(text)["input_ids"]
+        rewards = np.array([sum(ids) % 7 for ids in job["answers"][text]], dtype=np.float64)
+        for answer, logprobs, advantage in zip(
+            job["answers"][text], job["logprobs"][text], rewards - rewards.mean(), strict=True
+        ):
+            yield _sample(prompt, answer, logprobs, float(advantage), group)
+
+
+def _sample(prompt: list[int], answer: list[int], logprobs: list[float], advantage: float, group: int) -> RolloutSample:
+    before = [0] * len(prompt)
+    return RolloutSample(
+        prompt=[], completion=[], input_ids=np.array([*prompt, *answer]), completion_mask=np.array([*before, *(1 for _ in answer)]),
+        old_log_probs=np.array([*before, *logprobs], dtype=np.float32), advantage=advantage, model_version=1, group_id=group, metrics={},
+    )  # fmt: skip
+
+
+def _filler() -> RolloutSample:
+    """Return an answer of one token: the data loader fetches one micro-batch more than it trains."""
+    return _sample([5], [5], [0.0], 0.0, -1)
