@@ -49,7 +49,8 @@ groups; there `epsilon=0.2, epsilon_high=0.28, token_budget=-1` and one micro-ba
 AsyncGRPOTrainer has no attention for CPUs: its only one is FlashAttention 3 (`attn_implementation="tree_fa3"`). SDPA over its segments
 takes that kernel's place, in the fastest form of five that were tried. The trainer asks CUDA for the device's name, which is skipped. Its
 head scores only the answers, as on a GPU; on a CPU it would score prompts too. Planner, packing, loss, optimiser and loop are TRL's own
-code. Its answers are queued before the clock starts; ours are scored and compared in groups within it.
+code. Its answers are queued before the clock starts, and the garbage collection at its start finds nothing to walk through; ours are
+scored and compared in groups within it.
 
 | case | posttrain, s | TRL, s | ratio | processor | wanted | same work: loss, gradient norm |
 |---|---|---|---|---|---|---|"""

@@ -1,6 +1,6 @@
 """TRL's AsyncGRPOTrainer on given answers, without vLLM: its planner, prefix-tree packing, loss, optimiser and loop are unchanged.
 
-TRL has one attention for it, FlashAttention 3 from the Hugging Face hub, which has no build for CPUs. `varlen_attention` takes that
+TRL has one attention for it, FlashAttention 3 from the Hugging Face hub, which has no build for CPUs. `varlen_cpu` takes that
 kernel's place, with its signature. The worker hands out the job's answers with their log-probabilities; weights are sent nowhere.
 """
 
@@ -9,61 +9,18 @@ from __future__ import annotations
 import gc
 import queue
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl.trainer import utils
+from varlen_cpu import varlen_attention
 
 Job = dict[str, Any]
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-) -> Tensor:
-    """Return causal attention [tokens, heads, size] of every segment to its keys, aligned at their ends.
-
-    Segments of equal lengths are one call of SDPA, which takes its fused CPU kernel.
-    """
-    if not causal or window_size != (-1, -1):
-        raise NotImplementedError(f"causal={causal}, window_size={window_size}: only full causal attention is needed")
-    lengths = [[stop - start for start, stop in pairwise(at.tolist())] for at in (query_offsets, key_offsets)]
-    queries, keys, values = query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1])
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, shape in enumerate(zip(*lengths, strict=True)):
-        by_shape.setdefault(shape, []).append(number)
-    outputs: list[Any] = [None] * len(queries)
-    for (new, known), members in by_shape.items():
-        rows = (torch.stack([part[i] for i in members]).transpose(1, 2) for part in (queries, keys, values))
-        mask = None if new == known else _aligned_at_the_end(new, known)
-        found = scaled_dot_product_attention(*rows, mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True)
-        for i, output in zip(members, found.transpose(1, 2).unbind(), strict=True):
-            outputs[i] = output
-    return torch.cat(outputs)
-
-
-@lru_cache(maxsize=4096)
-def _aligned_at_the_end(new: int, known: int) -> Tensor:
-    """Return the boolean mask [new, known] of `new` queries that are the last of `known` tokens."""
-    return torch.ones(new, known, dtype=torch.bool).tril(known - new)
 
 
 class GivenAnswers:

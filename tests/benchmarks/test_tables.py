@@ -17,6 +17,8 @@ SPEED = {
     "30": ("sft-30m-bf16", "", "dpo-30m-bf16", "grpo-30m-bf16"),
 }
 """Cases of benchmarks/training.md by the first number of a row of the table of speeds, one a column."""
+ASYNC = ("async", "async-long", "async-2048")
+"""Cases of benchmarks/async_grpo.py in the row that names AsyncGRPOTrainer."""
 PAGES = ("README.md", "README.zh-CN.md", "docs/speed.md")
 
 
@@ -35,10 +37,17 @@ def test_the_table_of_speeds_shows_measured_ratios(root: Path, page: str) -> Non
     measured = cells(root / "benchmarks" / "training.md")
     _, _, table = (root / page).read_text(encoding="utf-8").partition("| DPO | GRPO |\n|---|---|---|---|---|\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.partition("\n\n")[0].splitlines()]
-    shown = {re.findall(r"[\d,]+", row[0])[0]: tuple(row[1:]) for row in rows}
+    shown = {re.findall(r"[\d,]+", row[0])[0]: tuple(row[1:]) for row in rows if "AsyncGRPO" not in row[0]}
     assert shown == {
         key: tuple(f"{float(measured[case][2]):.1f}" if case else "" for case in cases) for key, cases in SPEED.items()
     }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_row_of_async_grpo_shows_ratios_of_processor_time(root: Path, page: str) -> None:
+    measured = cells(root / "benchmarks" / "async_grpo.md")
+    (shown,) = [row for name, row in cells(root / page).items() if "AsyncGRPOTrainer" in name]
+    assert shown == ["", "", "", "/".join(f"{float(measured[case][3]):.1f}" for case in ASYNC)]
 
 
 @pytest.mark.parametrize("page", PAGES)
